@@ -1,0 +1,98 @@
+"""The core's own rules: the ceiling, the floor, and two references.
+
+``backprop`` is the ceiling of every comparison, ``frozen`` (random features with a trained readout) the floor;
+``linear`` shows what the pixels alone give, and ``dfa`` is the shortest honest local rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bpfree.network.network import Network
+from bpfree.network.trace import Traces
+from bpfree.options import NoOptions, OptimizerConfig, option
+from bpfree.rule import Broadcast, Card, Metrics, Rule, Traits
+from bpfree.step import Batch, Step
+from bpfree.tasks.task import TaskSpec
+
+__all__ = ["DFA", "Backprop", "Frozen", "Linear"]
+
+
+class Backprop(Rule):
+    """End-to-end back-propagation: ordinary autograd through the whole network."""
+
+    card = Card(
+        "end-to-end back-propagation: the ceiling of every comparison",
+        paper="Rumelhart, Hinton, Williams: Learning representations by back-propagating errors. Nature 323 (1986)",
+        equation="delta_l = J_{l+1}^T delta_{l+1};  grad W_l = delta_l h_{l-1}^T",
+    )
+    traits = Traits(dependence="all", downstream_weights="all", reverse_span="all")
+
+    def credit(self, batch: Batch, step: Step) -> Metrics:
+        loss = self.spec.loss(self.network(batch.inputs), batch)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+
+class Frozen(Rule):
+    """Random features: hidden blocks stay as initialised, the readout is trained on their output."""
+
+    card = Card(
+        "frozen random features with a trained readout: the floor of every comparison",
+        equation="grad W_readout = (softmax(W h) - y) h^T;  hidden blocks: none",
+        notes="The frozen twin of every rule on the same chain network. Running statistics of batch norm still follow the data.",
+    )
+    traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1)
+
+    def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.freeze_features()
+
+    def credit(self, batch: Batch, step: Step) -> Metrics:
+        loss = self.spec.loss(self.network(batch.inputs), batch)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+
+class Linear(Backprop):
+    """A linear classifier on the inputs: what a task gives away without any hidden layer."""
+
+    card = Card("a linear classifier on the raw inputs", equation="grad W = (softmax(W x) - y) x^T")
+    traits = Traits(dependence="independent", downstream_weights=0, reverse_span=1)
+
+    @classmethod
+    def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
+        return {"name": "mlp", "depth": 0}
+
+
+@dataclass
+class DFAConfig:
+    """Options of direct feedback alignment."""
+
+    scale: float = option(1.0, "deviation of the feedback weights times sqrt(number of classes)", gt=0)
+
+
+class DFA(Broadcast):
+    """Direct feedback alignment: the output error reaches each hidden block through a fixed random matrix."""
+
+    Config = DFAConfig
+    card = Card(
+        "direct feedback alignment: the output error through fixed random matrices",
+        paper="Nokland: Direct feedback alignment provides learning in deep neural networks. NeurIPS 2016, arXiv 1609.01596",
+        equation="delta_l = B_l e;  grad W_l = (delta_l * f'(a_l)) h_{l-1}^T",
+    )
+
+    def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        for name in network.hidden:
+            size = network.shapes[name].numel()
+            feedback = torch.randn(spec.outputs, size) * self.config.scale / spec.outputs**0.5
+            self.register_buffer(f"feedback_{name}", feedback)
+
+    def signals(self, traces: Traces, batch: Batch, error: Tensor, step: Step) -> Sequence[Tensor | None]:
+        return [(error @ self.get_buffer(f"feedback_{t.name}")).view_as(t.output) for t in traces[:-1]]

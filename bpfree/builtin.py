@@ -1,0 +1,30 @@
+"""The plugin that the core is to itself: its baselines, networks and tasks."""
+
+from __future__ import annotations
+
+from bpfree import baselines, hooks
+from bpfree.network import builders
+from bpfree.network.builders import NetworkBuilder
+from bpfree.rule import Rule
+from bpfree.tasks.digits import DIGITS
+from bpfree.tasks.task import DataSource
+
+bpfree_api = hooks.API_VERSION
+
+
+@hooks.hookimpl
+def bpfree_rules() -> dict[str, type[Rule]]:
+    return {"backprop": baselines.Backprop, "dfa": baselines.DFA, "frozen": baselines.Frozen, "linear": baselines.Linear}
+
+
+@hooks.hookimpl
+def bpfree_networks() -> dict[str, NetworkBuilder]:
+    return {
+        "mlp": NetworkBuilder(builders.mlp, builders.MLPConfig, "multilayer perceptron; images are flattened"),
+        "vgg": NetworkBuilder(builders.vgg, builders.VGGConfig, "3x3 convolutions with max-poolings and a linear readout"),
+    }
+
+
+@hooks.hookimpl
+def bpfree_tasks() -> dict[str, DataSource]:
+    return {"digits": DIGITS}

@@ -1,0 +1,53 @@
+"""Errors that say what is wrong, where, and what to do about it.
+
+Every failure that a user can cause or mend is a :class:`BpfreeError`; the command line prints it without a
+traceback and exits with its ``exit_code`` (2: the request was wrong, 1: the work failed).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["BpfreeError", "UsageError", "nearest", "unknown_name"]
+
+
+class BpfreeError(Exception):
+    """A failure with a place and a remedy.
+
+    Args:
+        what: one sentence on what is wrong.
+        where: the key, file, block or plugin concerned.
+        fix: what the reader can do now.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        lines = [what]
+        if where:
+            lines.append(f"  where: {where}")
+        if fix:
+            lines.append(f"  fix:   {fix}")
+        super().__init__("\n".join(lines))
+
+
+class UsageError(BpfreeError):
+    """The request itself cannot be carried out as it stands (command line, configuration, arguments)."""
+
+    exit_code = 2
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to ``name``, or ``None`` if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str = "") -> UsageError:
+    """The error for a name that is not registered: suggests the nearest, and lists all."""
+    names = sorted(known)
+    guess = nearest(name, names)
+    fix = f"did you mean {guess!r}? " if guess else ""
+    return UsageError(f"unknown {kind} {name!r}", where=where, fix=f"{fix}known: {', '.join(names) or 'none'}")

@@ -1,0 +1,128 @@
+"""The hook interface: what a plugin can register, and what an observer can see.
+
+*Registration* hooks are called once and return names to things. *Lifecycle* hooks are called during a run; they
+observe, and none of them changes the mathematics. The trainer's loop, with the places where they are called::
+
+    run_start(run)
+    for phase in rule.phases(budget):
+        phase_start(run, phase)
+        for epoch in phase:
+            for batch in loader:
+                rule.learn(batch, step)
+                step_end(run, step)                   # skipped when nobody implements it
+            evaluation (validation split)
+            epoch_end(run, metrics)
+            checkpoint_saved(run, path)
+        phase_end(run, phase)
+    evaluation (test split, once)
+    run_end(run)
+
+A plugin is a module (or object) named by an entry point in the group ``bpfree``. It states the interface version it was
+written for as ``bpfree_api = 1`` and implements hooks as functions marked with ``bpfree.hookimpl``::
+
+    import bpfree
+
+    bpfree_api = 1
+
+    @bpfree.hookimpl
+    def bpfree_rules():
+        return {"my-rule": MyRule}
+
+An implementation may leave out arguments that it does not need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bpfree.network.builders import NetworkBuilder
+    from bpfree.rule import Rule
+    from bpfree.step import Phase, Step
+    from bpfree.tasks.augment import Augmentation
+    from bpfree.tasks.task import DataSource
+    from bpfree.training.run import Run
+
+__all__ = ["API_VERSION", "hookimpl", "hookspec"]
+
+API_VERSION = 1
+"""Version of this interface. It moves when a plugin written for the previous one would no longer work."""
+
+hookspec = pluggy.HookspecMarker("bpfree")
+hookimpl = pluggy.HookimplMarker("bpfree")
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def bpfree_rules() -> Mapping[str, type[Rule]]:  # type: ignore[empty-body]
+    """Learning rules by name."""
+
+
+@hookspec
+def bpfree_networks() -> Mapping[str, NetworkBuilder]:  # type: ignore[empty-body]
+    """Builders of networks by name."""
+
+
+@hookspec
+def bpfree_tasks() -> Mapping[str, DataSource]:  # type: ignore[empty-body]
+    """Data sets by name."""
+
+
+@hookspec
+def bpfree_augmentations() -> Mapping[str, Augmentation]:  # type: ignore[empty-body]
+    """Augmentations of training batches by name."""
+
+
+@hookspec
+def bpfree_diagnostics() -> Mapping[str, Callable[[], Any]]:  # type: ignore[empty-body]
+    """Factories of lifecycle observers by name, switched on with ``diagnostics=[name]``."""
+
+
+# --- lifecycle ------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def run_start(run: Run) -> None:
+    """A run begins, or goes on after an interruption (``run.resumed``). Its configuration and folder are known."""
+
+
+@hookspec
+def phase_start(run: Run, phase: Phase) -> None:
+    """A phase begins; parameters that it adds exist."""
+
+
+@hookspec
+def step_end(run: Run, step: Step) -> None:
+    """A step has been taken. Keep it cheap: this is inside the timed loop."""
+
+
+@hookspec
+def epoch_end(run: Run, metrics: Mapping[str, float]) -> None:
+    """A pass over the training split has ended: all its metrics, after the evaluation (which is not timed)."""
+
+
+@hookspec
+def progress(run: Run, metrics: Mapping[str, float]) -> None:
+    """A logging interval inside an epoch has passed: the means of the step metrics since the last one."""
+
+
+@hookspec
+def checkpoint_saved(run: Run, path: Path) -> None:
+    """A checkpoint is on disk."""
+
+
+@hookspec
+def phase_end(run: Run, phase: Phase) -> None:
+    """A phase has ended."""
+
+
+@hookspec
+def run_end(run: Run) -> None:
+    """The run is over: ``run.status`` is finished, diverged, interrupted or failed; ``run.result`` holds the test."""

@@ -1,0 +1,199 @@
+"""A network: ordered named blocks, the last of which may be a readout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from bpfree.errors import BpfreeError, UsageError, unknown_name
+from bpfree.network.trace import Trace, Traces, run_block
+
+__all__ = ["Network", "evaluating"]
+
+HandOver = Callable[[Trace], Tensor]
+Perturb = Callable[[Trace], Tensor | None]
+
+
+class Network(nn.Module):
+    """Blocks in order, each the unit of local credit, and a readout.
+
+    Args:
+        blocks: name to module, in order of execution. Names may not contain a dot.
+        input_shape: shape of one input, without the batch axis.
+        readout: name of the block that makes the scores; it must be the last. ``None``: the network has none.
+        chain: whether each block takes the previous one's output, and nothing else. Networks that are no chain are
+            executed by their rule, block by block.
+
+    Attributes:
+        shapes: shape of each block's output without the batch axis, from a dry run in eval mode (chains only).
+
+    Raises:
+        UsageError: a name with a dot, a readout that is not the last block, a block that overwrites its input, or
+            blocks that do not fit each other or the input.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, nn.Module],
+        *,
+        input_shape: Sequence[int],
+        readout: str | None = None,
+        chain: bool = True,
+    ) -> None:
+        super().__init__()
+        names = list(blocks)
+        for name in names:
+            if "." in name or "+" in name:
+                raise UsageError(f"a block's name may not contain '.' or '+': {name!r}", fix="use '_' instead")
+        if readout is not None and (not names or names[-1] != readout):
+            raise UsageError(f"the readout {readout!r} is not the last block", where=f"blocks: {', '.join(names)}")
+        self.blocks = nn.ModuleDict(blocks)
+        self.readout = readout
+        self.chain = chain
+        self.input_shape = torch.Size(input_shape)
+        self.shapes: dict[str, torch.Size] = self._dry_run() if chain else {}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all blocks, in order."""
+        return list(self.blocks)
+
+    @property
+    def hidden(self) -> list[str]:
+        """Names of the blocks before the readout."""
+        return [name for name in self.blocks if name != self.readout]
+
+    def _dry_run(self) -> dict[str, torch.Size]:
+        shapes = {}
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+        with torch.no_grad(), evaluating(self):
+            x = torch.zeros(1, *self.input_shape, device=device, dtype=dtype)
+            for name, block in self.blocks.items():
+                version = x._version
+                try:
+                    y = block(x)
+                except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                    raise UsageError(
+                        f"block {name!r} cannot take an input of shape {tuple(x.shape[1:])}",
+                        where=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+                        fix="choose a network that fits the task's inputs, or change its sizes",
+                    ) from error
+                if x._version != version:
+                    raise UsageError(
+                        f"block {name!r} overwrites its input in place, which would corrupt its neighbour's output",
+                        fix="set inplace=False on its first operation, or cut the blocks elsewhere",
+                    )
+                x = y
+                shapes[name] = x.shape[1:]
+        return shapes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All blocks in order: (N, *input_shape) to the last block's output.
+
+        Raises:
+            BpfreeError: if the network is no chain, which only its rule can execute.
+        """
+        if not self.chain:
+            raise BpfreeError("this network is no chain of blocks", fix="call its rule's predict instead")
+        for block in self.blocks.values():
+            x = block(x)
+        return x
+
+    def features(self, x: Tensor) -> Tensor:
+        """The readout's input, flattened: (N, F)."""
+        for name in self.hidden:
+            x = self.blocks[name](x)
+        return x.flatten(1)
+
+    def trace(self, names: str | Sequence[str], x: Tensor, *, input_grad: bool = False) -> Trace:
+        """Execute a block, or a run of consecutive blocks, on ``x`` with a graph that ends at ``x``.
+
+        Args:
+            names: a block's name, or consecutive ones.
+            x: (N, ...) the block's input; it is detached.
+            input_grad: whether the trace can return the input's cotangent.
+
+        Raises:
+            UsageError: for unknown names, or names that are not consecutive.
+        """
+        wanted = [names] if isinstance(names, str) else list(names)
+        order = self.names
+        for name in wanted:
+            if name not in self.blocks:
+                raise unknown_name("block", name, order)
+        first = order.index(wanted[0])
+        if order[first : first + len(wanted)] != wanted:
+            raise UsageError(f"blocks {wanted} are not consecutive", where=f"blocks: {', '.join(order)}")
+        block = self.blocks[wanted[0]] if len(wanted) == 1 else nn.Sequential(*(self.blocks[name] for name in wanted))
+        return run_block(first, "+".join(wanted), block, x, input_grad=input_grad)
+
+    def stream(self, x: Tensor, *, grad: bool = True, hand_over: HandOver | None = None) -> Iterator[Trace]:
+        """Traces block by block, the next made when it is asked for, so that one graph at a time is alive.
+
+        Args:
+            x: (N, *input_shape).
+            grad: ``False`` makes no graph at all.
+            hand_over: makes the next block's input from a trace; by default its detached output.
+        """
+        for index, (name, block) in enumerate(self.blocks.items()):
+            with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+                trace = run_block(index, name, block, x)
+            yield trace
+            x = trace.output.detach() if hand_over is None else hand_over(trace)
+            del trace
+
+    def traces(self, x: Tensor, *, input_grad: bool = False, perturb: Perturb | None = None) -> Traces:
+        """Traces of all blocks, from one execution.
+
+        Args:
+            x: (N, *input_shape).
+            input_grad: whether traces return the cotangent of their input (needed to chain them).
+            perturb: gives, for each hidden block's trace, a direction of its output's shape (or ``None``). The
+                result's ``tangent`` is the derivative of the last output along all of these at once, computed by
+                forward mode in the same execution, so that dropout masks and running statistics are met once.
+        """
+        if perturb is not None:
+            return self._perturbed_traces(x, perturb, input_grad)
+        result = Traces()
+        for index, (name, block) in enumerate(self.blocks.items()):
+            trace = run_block(index, name, block, x, input_grad=input_grad)
+            result.append(trace)
+            x = trace.output
+        return result
+
+    def _perturbed_traces(self, x: Tensor, perturb: Perturb, input_grad: bool) -> Traces:
+        result = Traces()
+        tangent: Tensor | None = None
+        with forward_ad.dual_level():
+            for index, (name, block) in enumerate(self.blocks.items()):
+                source = x.detach()
+                if input_grad:
+                    source.requires_grad_()
+                dual = source if tangent is None else forward_ad.make_dual(source, tangent)
+                output, moved = forward_ad.unpack_dual(block(dual))
+                trace = Trace(index, name, block, source, output)
+                result.append(trace)
+                direction = perturb(trace) if name != self.readout else None
+                result.perturbations.append(direction)
+                parts = [part.detach() for part in (moved, direction) if part is not None]
+                tangent = sum(parts[1:], parts[0]) if parts else None
+                x = output
+        result.tangent = tangent
+        return result
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Run the module in eval mode and restore each submodule's own mode afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -1,0 +1,80 @@
+"""Traces: executions of single blocks whose graphs end at the block's own input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Trace", "Traces", "run_block"]
+
+
+class Trace:
+    """One execution of a block, with a graph that ends at the block's own input.
+
+    Attributes:
+        index: position of the block in the network.
+        name: its name; names joined by ``+`` for a run of consecutive blocks.
+        block: the module that was executed.
+        input: (N, ...) detached from whatever made it.
+        output: (N, ...) with the block's local graph, or none if nothing in it wants a gradient.
+    """
+
+    __slots__ = ("block", "index", "input", "name", "output")
+
+    def __init__(self, index: int, name: str, block: nn.Module, input: Tensor, output: Tensor) -> None:
+        self.index, self.name, self.block, self.input, self.output = index, name, block, input, output
+
+    def pull(self, signal: Tensor) -> Tensor:
+        """The input's cotangent ``J^T signal``; leaves every ``.grad`` alone and may be called again.
+
+        Args:
+            signal: (N, ...) of the output's shape.
+
+        Raises:
+            RuntimeError: if the trace was made without ``input_grad=True``.
+        """
+        return torch.autograd.grad(self.output, self.input, signal, retain_graph=True)[0]
+
+    def backward(self, signal: Tensor) -> Tensor | None:
+        """Add the vector-Jacobian product with ``signal`` to the parameters' ``.grad``; frees the graph.
+
+        Args:
+            signal: (N, ...) of the output's shape: an estimate of dLoss/dOutput that already carries the 1/N of a mean.
+
+        Returns:
+            The input's cotangent if the trace was made with ``input_grad=True``, else ``None``.
+        """
+        if self.output.grad_fn is None:  # a frozen block: nothing to do
+            return None
+        self.output.backward(signal)
+        cotangent, self.input.grad = self.input.grad, None
+        return cotangent
+
+    def __repr__(self) -> str:
+        return f"Trace({self.name!r}, input={tuple(self.input.shape)}, output={tuple(self.output.shape)})"
+
+
+class Traces(list[Trace]):
+    """The traces of all blocks, first to last.
+
+    Attributes:
+        tangent: derivative of the last block's output along the perturbations that ``Network.traces`` was given,
+            (N, ...) of that output's shape; ``None`` without perturbations.
+        perturbations: what was added to each block's output, ``None`` where nothing was.
+    """
+
+    def __init__(self, traces: Iterable[Trace] = ()) -> None:
+        super().__init__(traces)
+        self.tangent: Tensor | None = None
+        self.perturbations: list[Tensor | None] = []
+
+
+def run_block(index: int, name: str, block: nn.Module, x: Any, *, input_grad: bool = False) -> Trace:
+    """Execute a block on a detached input and return its trace."""
+    x = x.detach()
+    if input_grad:
+        x.requires_grad_()
+    return Trace(index, name, block, x, block(x))

@@ -1,0 +1,133 @@
+"""Typed options: dataclass fields that carry their meaning and their range.
+
+A configuration is a plain dataclass. ``option`` adds to a field what the command line and the method cards
+show (a help text) and what is checked before anything is loaded (bounds, choices)::
+
+    @dataclass
+    class Config:
+        eta: float = option(0.1, "weight of the denoising loss", gt=0)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["NoOptions", "OptimizerConfig", "ScheduleConfig", "describe", "option", "range_problems"]
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    factory: Callable[[], Any] | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """A dataclass field with a help text and bounds (``ge <= value``, ``gt < value``, ``le``, ``lt``).
+
+    ``None`` always passes the bounds: it means "not set". A list or tuple is checked entry by entry.
+    """
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class NoOptions:
+    """The configuration of something that has nothing to configure."""
+
+
+@dataclass
+class OptimizerConfig:
+    """Which ``torch.optim`` optimiser applies the updates, and how.
+
+    ``None`` means: what the rule says, or else the optimiser's own default.
+    """
+
+    name: str = option("auto", "a class of torch.optim in any case (sgd, adamw, ...), or auto: what the rule declares")
+    lr: float | None = option(None, "learning rate", gt=0)
+    weight_decay: float | None = option(None, "weight decay", ge=0)
+    momentum: float | None = option(None, "momentum (optimisers that have one)", ge=0, lt=1)
+    options: dict[str, Any] = option(factory=dict, help="further arguments of the optimiser, such as betas")
+
+    def over(self, base: OptimizerConfig) -> OptimizerConfig:
+        """This configuration where it says something, ``base`` elsewhere.
+
+        Naming another optimiser drops the base's further arguments, which may not exist there.
+        """
+        same = self.name in ("auto", base.name)
+        return OptimizerConfig(
+            name=base.name if self.name == "auto" else self.name,
+            lr=self.lr if self.lr is not None else (base.lr if same else None),
+            weight_decay=self.weight_decay if self.weight_decay is not None else (base.weight_decay if same else None),
+            momentum=self.momentum if self.momentum is not None else (base.momentum if same else None),
+            options={**base.options, **self.options} if same else dict(self.options),
+        )
+
+
+@dataclass
+class ScheduleConfig:
+    """How the learning rate changes over a run.
+
+    The named shapes are functions of the progress of the budget (0 to 1) and multiply each group's rate; any class of
+    ``torch.optim.lr_scheduler`` is taken by its own name with ``options`` and stepped once per epoch.
+    """
+
+    name: str = option("constant", "constant, linear, cosine, milestones, or a class of torch.optim.lr_scheduler")
+    warmup: float = option(0.0, "share of the budget over which the rate rises linearly from zero", ge=0, le=1)
+    final: float = option(0.0, "factor at the end (linear, cosine)", ge=0, le=1)
+    milestones: list[float] = option(factory=list, help="shares of the budget at which the rate is multiplied by gamma", ge=0, le=1)
+    gamma: float = option(0.5, "factor at each milestone", gt=0)
+    options: dict[str, Any] = option(factory=dict, help="arguments of a torch.optim.lr_scheduler class")
+
+
+def describe(config: type) -> Iterator[tuple[str, str, Any, str]]:
+    """``(name, type, default, help)`` of each field of a configuration dataclass, in order."""
+    for item in dataclasses.fields(config):
+        default = item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        kind = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
+        yield item.name, kind, default, bounded_help(item)
+
+
+def bounded_help(item: dataclasses.Field[Any]) -> str:
+    bounds = bounds_text(item)
+    text = str(item.metadata.get("help", ""))
+    return f"{text} ({bounds})" if bounds else text
+
+
+def bounds_text(item: dataclasses.Field[Any]) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    return " and ".join(f"{sign} {item.metadata[key]:g}" for key, sign in signs.items() if item.metadata.get(key) is not None)
+
+
+def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
+    """One sentence for each field of the dataclass instance that is out of its range, nested ones included."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        key = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            yield from range_problems(value, f"{key}.")
+            continue
+        for entry in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(entry, (int, float)) and not isinstance(entry, bool) and not inside(entry, item):
+                yield f"{key}={entry:g} is out of range: must be {bounds_text(item) or 'finite'}"
+
+
+def inside(value: float, item: dataclasses.Field[Any]) -> bool:
+    bound = item.metadata.get
+    return (
+        math.isfinite(value)
+        and (bound("ge") is None or value >= bound("ge"))
+        and (bound("gt") is None or value > bound("gt"))
+        and (bound("le") is None or value <= bound("le"))
+        and (bound("lt") is None or value < bound("lt"))
+    )

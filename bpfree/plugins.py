@@ -1,0 +1,165 @@
+"""Discovery of plugins: one at a time, isolated, checked against the hook interface."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import pluggy
+
+from bpfree import hooks
+from bpfree.errors import UsageError, unknown_name
+
+__all__ = ["GROUP", "PluginRecord", "Plugins", "plugins"]
+
+GROUP = "bpfree"
+DISABLE_VARIABLE = "BPFREE_DISABLE_PLUGINS"
+KINDS = ("rules", "networks", "tasks", "augmentations", "diagnostics")
+Status = Literal["ok", "broken", "incompatible", "disabled"]
+
+
+@dataclass
+class PluginRecord:
+    """What is known of one installed plugin.
+
+    Attributes:
+        name: of its entry point.
+        distribution, version: of the package that installed it; the core's for the built-in one.
+        status: ``ok``, ``broken`` (fails to import, or implements hooks wrongly), ``incompatible`` (written for another
+            version of the interface), or ``disabled``.
+        reason: why it is not ok.
+        provides: registered names by kind.
+        hooks: the hooks that it implements.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    status: Status = "ok"
+    reason: str = ""
+    provides: dict[str, list[str]] = field(default_factory=dict)
+    hooks: list[str] = field(default_factory=list)
+    trace: str = ""
+
+
+class Plugins:
+    """The plugins of this process and what they register.
+
+    Args:
+        disabled: names of plugins that are not loaded.
+        entry_points: for tests; by default those installed in the group ``bpfree``.
+    """
+
+    def __init__(self, disabled: Iterable[str] = (), entry_points: Iterable[Any] | None = None) -> None:
+        self.manager = pluggy.PluginManager("bpfree")
+        self.manager.add_hookspecs(hooks)
+        self.records: dict[str, PluginRecord] = {}
+        self._registered: dict[str, dict[str, tuple[Any, PluginRecord]]] = {kind: {} for kind in KINDS}
+        self._disabled = set(disabled)
+        self._load_builtin()
+        found = importlib.metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+        for entry in sorted(found, key=lambda entry: entry.name):
+            self._load_entry(entry)
+
+    def _load_builtin(self) -> None:
+        from bpfree import builtin, version
+
+        record = PluginRecord("core", "bpfree", version.__version__)
+        self.records["core"] = record
+        self._register(builtin, record)
+
+    def _load_entry(self, entry: Any) -> None:
+        dist = getattr(entry, "dist", None)
+        record = PluginRecord(entry.name, dist.name if dist else "?", dist.version if dist else "?")
+        if entry.name in self.records:
+            other = self.records[entry.name]
+            record.status, record.reason = "broken", f"its name is already taken by {other.distribution}"
+            self.records[f"{entry.name} ({record.distribution})"] = record
+            return
+        self.records[entry.name] = record
+        if entry.name in self._disabled:
+            record.status, record.reason = "disabled", "disabled by name"
+            return
+        try:
+            module = entry.load()
+        except Exception as error:
+            self._fail(record, "broken", f"fails to import: {type(error).__name__}: {error}")
+            return
+        api = getattr(module, "bpfree_api", None)
+        if api != hooks.API_VERSION:
+            said = "states no bpfree_api" if api is None else f"is written for interface version {api}"
+            self._fail(record, "incompatible", f"{said}; this is version {hooks.API_VERSION}: install a matching {record.distribution}")
+            return
+        self._register(module, record)
+
+    def _fail(self, record: PluginRecord, status: Status, reason: str) -> None:
+        record.status, record.reason, record.trace = status, reason, traceback.format_exc()
+
+    def _register(self, module: Any, record: PluginRecord) -> None:
+        """Register with pluggy, then collect what it provides; undo everything if any of it fails."""
+        try:
+            self.manager.register(module, record.name)
+            self.manager.check_pending()
+            provided = {kind: self._provided(module, record, kind) for kind in KINDS}
+        except Exception as error:
+            if self.manager.get_plugin(record.name) is not None:
+                self.manager.unregister(name=record.name)
+            self._fail(record, "broken", " ".join(str(error).split()) or type(error).__name__)
+            return
+        for kind, things in provided.items():
+            self._registered[kind].update({name: (thing, record) for name, thing in things.items()})
+            record.provides[kind] = sorted(things)
+        record.hooks = sorted(caller.name for caller in self.manager.get_hookcallers(module) or ())
+
+    def _provided(self, module: Any, record: PluginRecord, kind: str) -> dict[str, Any]:
+        function = getattr(module, f"bpfree_{kind}", None)
+        things = {} if function is None else function()
+        if not isinstance(things, Mapping):
+            raise TypeError(f"bpfree_{kind} must return a mapping of names, not {type(things).__name__}")
+        for name in things:
+            if name in self._registered[kind]:
+                owner = self._registered[kind][name][1].name
+                raise ValueError(f"registers the {kind[:-1]} {name!r}, which plugin {owner!r} has registered already")
+        return dict(things)
+
+    def names(self, kind: str) -> list[str]:
+        """Registered names of a kind (``rules``, ``networks``, ``tasks``, ``augmentations``, ``diagnostics``)."""
+        return sorted(self._registered[kind])
+
+    def get(self, kind: str, name: str, *, where: str = "") -> Any:
+        """The registered thing.
+
+        Raises:
+            UsageError: unknown name; says so if a plugin that is not ok may have had it.
+        """
+        if name in self._registered[kind]:
+            return self._registered[kind][name][0]
+        error = unknown_name(kind[:-1], name, self.names(kind), where=where)
+        ill = [f"{record.name} ({record.status}: {record.reason})" for record in self.records.values() if record.status != "ok"]
+        if ill:
+            raise UsageError(error.what, where=error.where, fix=f"{error.fix}; not loaded: {'; '.join(ill)}")
+        raise error
+
+    def owner(self, kind: str, name: str) -> PluginRecord:
+        """The plugin that registered a name."""
+        return self._registered[kind][name][1]
+
+    def items(self, kind: str) -> Iterator[tuple[str, Any, PluginRecord]]:
+        """``(name, thing, plugin)`` of a kind, sorted by name."""
+        for name in self.names(kind):
+            yield name, *self._registered[kind][name]
+
+
+@lru_cache(maxsize=1)
+def plugins() -> Plugins:
+    """The plugins installed here, loaded on first use.
+
+    The environment variable ``BPFREE_DISABLE_PLUGINS`` names plugins, separated by commas, that are left out.
+    """
+    disabled = os.environ.get(DISABLE_VARIABLE, "").split(",")
+    return Plugins(name.strip() for name in disabled if name.strip())

@@ -1,0 +1,282 @@
+"""The contract of a learning rule.
+
+A rule is an ``nn.Module`` that owns its network as a submodule. Its base class says how much it must write:
+
+- :class:`Streamed`: one scalar local loss per block, from that block's trace and the batch alone. One block's graph
+  is alive at a time, so memory is flat in depth.
+- :class:`Broadcast`: a teaching signal per hidden block, given the output error.
+- :meth:`Rule.credit`: fill ``.grad`` in any way.
+- :meth:`Rule.learn`: also decide when updates are applied, or apply them in place; a declared trait.
+
+A *teaching signal* estimates dLoss/dOutput of a block, has its shape and sign, and carries the 1/N of the batch mean.
+``.grad`` is what the optimiser descends: a Hebbian ascent adds minus its increment. Because every rule ends there or
+declares that it does not, the core gives each of them any optimiser, schedules, clipping, accumulation and bf16.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bpfree.errors import UsageError
+from bpfree.network.network import Network
+from bpfree.network.trace import Trace, Traces
+from bpfree.options import NoOptions, OptimizerConfig
+from bpfree.step import Batch, Budget, Phase, Step
+from bpfree.tasks.task import Split, TaskSpec
+
+__all__ = ["Broadcast", "Card", "Rule", "Streamed", "Traits"]
+
+Metrics = dict[str, Tensor]
+Span = int | Literal["all"]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a rule declares of itself; the certificate measures it.
+
+    Attributes:
+        dependence: whose parameters change a block's update: its own (``independent``), also those below
+            (``upstream``), also the next one above (``neighbours``), or ``all``.
+        downstream_weights: how many blocks above have weights that change a block's update while every forward value
+            stays (weight transport): 0 is local, ``all`` is back-propagation.
+        reverse_span: blocks that one reverse-mode call crosses: 0 none, 1 inside a block, ``all`` end to end.
+        update: ``grad`` (credit fills ``.grad``), ``own-steps`` (``learn`` decides when to apply), or ``in-place``.
+            The latter two exclude gradient accumulation, ``in-place`` also clipping.
+        supervision: ``labels``, ``none``, or ``readout`` (only the readout sees labels).
+        passes: forward passes through each block per example and step.
+        chain: whether the rule needs a network that is a chain.
+        readout: whether the rule needs a network with a readout.
+        targets: kinds of targets that it can learn from.
+    """
+
+    dependence: Literal["independent", "upstream", "neighbours", "all"] = "all"
+    downstream_weights: Span = "all"
+    reverse_span: Span = "all"
+    update: Literal["grad", "own-steps", "in-place"] = "grad"
+    supervision: Literal["labels", "none", "readout"] = "labels"
+    passes: float = 1
+    chain: bool = True
+    readout: bool = True
+    targets: tuple[str, ...] = ("classes", "soft", "real")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a reader wants to know of a method: shown by ``bpfree rules NAME``.
+
+    Attributes:
+        summary: one line.
+        paper: authors, title, year, identifier.
+        equation: the update, in plain text.
+        notes: what differs from the paper, and what to beware of.
+    """
+
+    summary: str
+    paper: str = ""
+    equation: str = ""
+    notes: str = ""
+
+
+class Rule(nn.Module, ABC):
+    """How a batch becomes an update of each block's parameters.
+
+    All parameters are made in ``__init__`` (or in :meth:`start_phase`); ``prepare`` fills them.
+
+    Args:
+        network: becomes the submodule ``network``.
+        spec: shapes, number of outputs and loss of the task; no data.
+        config: an instance of the class's ``Config``; its defaults if ``None``.
+
+    Raises:
+        UsageError: if the rule cannot work with this network or task.
+    """
+
+    Config: ClassVar[type] = NoOptions
+    """Dataclass of the rule's options."""
+    card: ClassVar[Card] = Card("a learning rule without a description")
+    traits: Traits = Traits()
+    """A class attribute, or a property where the configuration changes it."""
+    optimizer: OptimizerConfig = OptimizerConfig("adam", lr=1e-3)
+    """The default optimiser; a class attribute, or a property where the configuration changes it."""
+    draws: int = 1
+    """How many draws of a stochastic ``predict`` the final evaluation averages over."""
+
+    def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
+        super().__init__()
+        self.network = network
+        self.spec = spec
+        self.config = self.Config() if config is None else config
+        self._check_support()
+
+    def _check_support(self) -> None:
+        name, traits = type(self).__name__, self.traits
+        if traits.chain and not self.network.chain:
+            raise UsageError(f"{name} needs a network that is a chain of blocks", fix="use network=auto, mlp or vgg")
+        if traits.readout and self.network.readout is None:
+            raise UsageError(f"{name} needs a network with a readout", fix="name the last block as the network's readout")
+        if self.spec.targets not in traits.targets:
+            raise UsageError(
+                f"{name} cannot learn from targets of kind {self.spec.targets!r}", where=f"task {self.spec.name}", fix=f"it can from: {', '.join(traits.targets)}"
+            )
+
+    @classmethod
+    def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
+        """The network that the rule takes unless told otherwise: options of the ``network`` section, with ``name``.
+
+        A rule with a network of its own returns its builder's name and the sizes that its configuration implies.
+        """
+        return {"name": "vgg" if spec.is_image and spec.input_shape[0] > 1 else "mlp"}
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by group: one per block, and one per child of the rule (``heads.b1`` in containers)."""
+        groups = {name: list(block.parameters()) for name, block in self.network.blocks.items()}
+        for name, child in self.named_children():
+            if child is self.network:
+                continue
+            if isinstance(child, (nn.ModuleDict, nn.ModuleList)):
+                groups.update({f"{name}.{key}": list(part.parameters()) for key, part in child.named_children()})
+            else:
+                groups[name] = list(child.parameters())
+        own = list(self.parameters(recurse=False))
+        if own:
+            groups["rule"] = own
+        return {name: members for name, members in groups.items() if members}
+
+    def group_options(self) -> dict[str, dict[str, Any]]:
+        """Options of the optimiser for single groups, such as ``{"head": {"lr": 0.01}}``."""
+        return {}
+
+    def freeze_features(self) -> None:
+        """Become the frozen twin: everything but the readout recipe stays as initialised.
+
+        Here: all hidden blocks are fixed. A rule with a network of its own fixes each block's body instead and lets its
+        last linear map, heads and embeddings learn.
+        """
+        for name in self.network.hidden:
+            self.network.blocks[name].requires_grad_(False)
+
+    def prepare(self, data: Split, generator: torch.Generator) -> None:
+        """See the training split once before training, for data-dependent initialisation: fill, never create.
+
+        Args:
+            data: the training split, raw; ``self.spec.normalise`` makes of it what the network sees.
+            generator: the rule's stream, on the run's device.
+        """
+
+    def phases(self, budget: Budget) -> Iterable[Phase]:
+        """The phases of a run, in order; may be endless. By default one, in which everything learns."""
+        return [Phase("train", epochs=budget.epochs)]
+
+    def start_phase(self, phase: Phase) -> None:
+        """Reset or grow parameters. Sees no data: a resumed run replays it before loading its weights."""
+
+    def end_phase(self, phase: Phase, step: Step) -> None:
+        """Solve what the phase accumulated."""
+
+    @abstractmethod
+    def credit(self, batch: Batch, step: Step) -> Metrics:
+        """Add to ``.grad`` of the parameters in ``groups``; return detached scalars as metrics.
+
+        ``.grad`` is zero or ``None`` before. With accumulation it is called once per micro-batch, and the core scales
+        each contribution by the micro-batch's share of the batch.
+        """
+
+    def learn(self, batch: Batch, step: Step) -> Metrics:
+        """One step: by default ``credit``, then ``step.apply()``."""
+        metrics = self.credit(batch, step)
+        step.apply()
+        return metrics
+
+    def before_update(self) -> None:
+        """``.grad`` is complete (accumulated, averaged), clipping and the optimiser come next: normalise, precondition."""
+
+    def after_update(self) -> None:
+        """Parameters have moved: project, renormalise."""
+
+    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+        """Scores (N, C), higher is better, or real outputs (N, ...). Called in eval mode under ``no_grad``, never with targets."""
+        return self.network(inputs)
+
+    def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        """Further predictions worth reporting beside ``predict``, by name (single blocks, ensembles): scores (N, C)."""
+        return {}
+
+
+class Streamed(Rule):
+    """A rule given by one scalar local loss per block.
+
+    The blocks are executed in order, each from its predecessor's detached output, and one backward per block reaches
+    the block and the rule's local heads. Two small hooks adapt what flows: ``encode`` makes the first block's input,
+    ``hand_over`` the next one's.
+    """
+
+    traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1)
+
+    @abstractmethod
+    def local_loss(self, trace: Trace, batch: Batch, step: Step) -> Tensor | None:
+        """The scalar loss of a hidden block, a mean over the batch; ``None`` if it does not learn from this batch.
+
+        A teaching signal is the loss ``(trace.output * signal.detach()).sum()``.
+        """
+
+    def readout_loss(self, trace: Trace, batch: Batch, step: Step) -> Tensor | None:
+        """The readout's loss; by default the task's."""
+        return self.spec.loss(trace.output, batch)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """The first block's input; by default the batch's."""
+        return batch.inputs  # type: ignore[no-any-return]
+
+    def hand_over(self, trace: Trace, batch: Batch) -> Tensor:
+        """The next block's input; by default the trace's detached output."""
+        return trace.output.detach()
+
+    def credit(self, batch: Batch, step: Step) -> Metrics:
+        metrics: Metrics = {}
+        readout = self.network.readout
+        for trace in self.network.stream(self.encode(batch), hand_over=lambda trace: self.hand_over(trace, batch)):
+            loss = self.readout_loss(trace, batch, step) if trace.name == readout else self.local_loss(trace, batch, step)
+            if loss is not None:
+                if loss.requires_grad:
+                    loss.backward()
+                metrics["loss" if trace.name == readout else f"{trace.name}/loss"] = loss.detach()
+        return metrics
+
+
+class Broadcast(Rule):
+    """A rule given by a teaching signal per hidden block, with the output error at hand.
+
+    All blocks are executed once, each with a graph of its own; the readout learns from the output error.
+    """
+
+    traits = Traits(dependence="all", downstream_weights=0, reverse_span=1)
+
+    @abstractmethod
+    def signals(self, traces: Traces, batch: Batch, error: Tensor, step: Step) -> Sequence[Tensor | None]:
+        """A teaching signal for each hidden block, of its output's shape; ``None``: the block does not learn.
+
+        Args:
+            traces: of all blocks, the readout's last.
+            batch: the batch.
+            error: (N, C) dLoss/dScores, with the 1/N of the mean.
+            step: the step.
+        """
+
+    perturb: Callable[[Trace], Tensor | None] | None = None
+    """Directions for ``Network.traces``; ``None``: no tangent is computed."""
+
+    def credit(self, batch: Batch, step: Step) -> Metrics:
+        traces = self.network.traces(batch.inputs, perturb=self.perturb)
+        scores = traces[-1].output.detach()
+        error = self.spec.error(scores, batch)
+        for trace, signal in zip(traces[:-1], self.signals(traces, batch, error, step), strict=True):
+            if signal is not None:
+                trace.backward(signal)
+        traces[-1].backward(error)
+        return {"loss": self.spec.loss(scores, batch)}

@@ -1,0 +1,101 @@
+"""What a rule is handed: a batch, the step it belongs to, and the phase of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bpfree.options import OptimizerConfig
+
+__all__ = ["Batch", "Budget", "Phase", "Step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One mini-batch on the device.
+
+    Attributes:
+        inputs: a tensor (N, ...) or a pytree of tensors, normalised.
+        targets: (N,) integer classes, (N, C) soft labels, (N, ...) real values, or ``None``.
+    """
+
+    inputs: Any
+    targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        first = self.inputs if isinstance(self.inputs, Tensor) else torch.utils._pytree.tree_leaves(self.inputs)[0]
+        return int(first.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How long a run may train; at least one is set.
+
+    Attributes:
+        epochs: passes over the training split, as the rule counts them (a rule may need several passes per epoch).
+            When the budget is given in samples, the epochs that these amount to, rounded up.
+        samples: examples drawn; every pass over an example counts.
+        seconds: of training; evaluation, compilation and checkpoints are not counted.
+    """
+
+    epochs: int | None = None
+    samples: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of training: which groups learn, for how long, on which batches, with which optimiser.
+
+    Attributes:
+        name: shown in progress and metrics; need not be unique.
+        epochs: passes over the training split; ``None``: until the run's budget ends.
+        seconds: of training, as an alternative end.
+        groups: names of the parameter groups that learn; ``None``: all. The others have ``requires_grad=False``,
+            and blocks below the first learning one run in eval mode.
+        batch_size: ``None``: the run's; ``"all"``: the training split as one batch.
+        optimizer: ``None``: the run's.
+        reset: groups that ``Rule.start_phase`` initialises anew; their optimiser state is dropped.
+        evaluate: whether the epochs of this phase end with an evaluation.
+    """
+
+    name: str = "train"
+    epochs: int | None = None
+    seconds: float | None = None
+    groups: tuple[str, ...] | None = None
+    batch_size: int | Literal["all"] | None = None
+    optimizer: OptimizerConfig | None = None
+    reset: tuple[str, ...] = ()
+    evaluate: bool = True
+
+
+@dataclass(slots=True)
+class Step:
+    """The step in progress: where it stands, its randomness, and the way to apply updates.
+
+    The same object is handed to every step of a run, with its fields moved on.
+
+    Attributes:
+        generator: the rule's own stream of random numbers, on the run's device; saved in checkpoints.
+        generator_for: a generator keyed by (seed, name, step index): the same draws in whatever order, process or
+            stack the names are visited. Asking again for the same name in the same step starts the stream anew.
+        phase: the current phase.
+        epoch: passes over the training split begun before this one.
+        index: steps taken before this one.
+        progress: share of the run's budget that is used, 0 to 1.
+        apply: ``apply()`` updates all groups, ``apply("b1", ...)`` some: optimiser step, then drop their ``.grad``.
+        lr: the current learning rate of a group.
+    """
+
+    generator: torch.Generator
+    generator_for: Callable[[str], torch.Generator]
+    apply: Callable[..., None]
+    lr: Callable[[str], float]
+    phase: Phase
+    epoch: int = 0
+    index: int = 0
+    progress: float = 0.0

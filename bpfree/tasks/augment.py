@@ -1,0 +1,1 @@
+"""Augmentations: batched tensor operations whose draws are a pure function of (seed, epoch, sample index)."""

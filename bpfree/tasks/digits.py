@@ -1,0 +1,35 @@
+"""The bundled handwritten digits of scikit-learn: 1,797 images of 8x8 pixels, no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from bpfree.options import NoOptions
+from bpfree.tasks.task import DataSource, Split, TaskSpec, stratified_indices
+
+__all__ = ["DIGITS"]
+
+TEST_SHARE, TEST_SEED = 0.2, 20_230_324
+"""The test split is fixed: a stratified fifth, the same for every seed and every user."""
+
+
+def spec(config: NoOptions, root: Path | None) -> TaskSpec:
+    """Mean and deviation are those of all pixels of the training and validation examples together."""
+    return TaskSpec("digits", input_shape=(1, 8, 8), outputs=10, mean=(0.3053,), std=(0.3760,))
+
+
+def load(config: NoOptions, root: Path | None) -> tuple[Split, Split]:
+    """Pixels 0 to 16 are scaled to [0, 1]; the test split is a fixed stratified fifth."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.from_numpy(data.images).float().div(16).unsqueeze(1)
+    everything = Split(images, torch.from_numpy(data.target).long())
+    mask = torch.zeros(len(everything), dtype=torch.bool)
+    mask[stratified_indices(everything, TEST_SHARE, TEST_SEED)] = True
+    return everything.subset((~mask).nonzero().flatten()), everything.subset(mask.nonzero().flatten())
+
+
+DIGITS = DataSource(spec, load, summary="scikit-learn's bundled handwritten digits, 8x8, 10 classes (no download)")

@@ -1,0 +1,71 @@
+"""Randomness: one seed, and independent streams derived from it by name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["KeyedGenerators", "derive", "preserved_global_state", "seeded"]
+
+
+def derive(*parts: object) -> int:
+    """A 63-bit seed that is a pure function of its parts, such as ``(seed, "order", epoch)``."""
+    text = "\0".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+class KeyedGenerators:
+    """Generators keyed by (seed, name, step index); one generator object per name, set anew at each call.
+
+    Args:
+        seed: of the run.
+        device: on which the generators draw.
+        index: the current step's index.
+    """
+
+    def __init__(self, seed: int, device: torch.device, index: Callable[[], int]) -> None:
+        self._seed, self._device, self._index = seed, device, index
+        self._generators: dict[str, tuple[torch.Generator, int]] = {}
+
+    def __call__(self, name: str) -> torch.Generator:
+        known = self._generators.get(name)
+        if known is None:
+            known = self._generators[name] = (torch.Generator(self._device), derive(self._seed, "keyed", name))
+        generator, base = known
+        # An odd multiplier spreads consecutive indices; the sum is taken modulo 2**63.
+        return generator.manual_seed((base + self._index() * 0x9E3779B97F4A7C15) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+@contextmanager
+def preserved_global_state(device: torch.device) -> Iterator[None]:
+    """Give the caller's state of torch's global generators back at the end."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda, enabled=True):
+        yield
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's global CPU generator set to ``seed`` inside, as it was outside (for initialisation)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+def global_state(device: torch.device) -> dict[str, Any]:
+    """The state of torch's global generators that a run on ``device`` may use."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_global_state(state: dict[str, Any], device: torch.device) -> None:
+    """Inverse of :func:`global_state`; a run that moves to another kind of device keeps what fits."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,1 @@
+bpfree_api = 1
