@@ -1,0 +1,209 @@
+"""Batches of a split on the run's device, in an order that is a pure function of (seed, epoch).
+
+Small sets live on the device as one tensor: a batch is then one ``index_select`` (*resident*). Larger ones travel
+batch by batch, raw, gathered by worker processes (*streamed*). Both give bit-identical batches, with any number of
+workers, because order and augmentation depend on (seed, epoch, sample index) alone and both normalise on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bpfree.errors import BpfreeError, UsageError
+from bpfree.step import Batch
+from bpfree.tasks.augment import Augmentation, Draws
+from bpfree.tasks.task import Split, TaskSpec
+from bpfree.training.seeds import derive
+
+__all__ = ["Loader", "Resident"]
+
+GIB = 2**30
+FLOAT_LIMIT, HOST_LIMIT, SHARE_OF_FREE = 1 * GIB, 2 * GIB, 0.25
+CHUNK = 4096
+
+
+class Normaliser:
+    """``spec.normalise`` with its constants kept on the device, so that no batch waits for a copy from the host."""
+
+    def __init__(self, spec: TaskSpec, device: torch.device, dims: int) -> None:
+        shape = (1, -1) + (1,) * (dims - 2)
+        self.mean = torch.tensor(spec.mean, device=device).view(shape)
+        self.std = torch.tensor(spec.std, device=device).view(shape)
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        x = raw.float().div_(255) if raw.dtype == torch.uint8 else raw.float()
+        return (x - self.mean).div_(self.std)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A split's tensors on a device, which several loaders may share.
+
+    Attributes:
+        inputs: (N, ...) normalised float32, or raw.
+        targets: (N, ...) int64 or float32, or ``None``.
+        normalised: which of the two ``inputs`` is.
+    """
+
+    inputs: Tensor
+    targets: Tensor | None
+    normalised: bool
+
+    @classmethod
+    def of(cls, split: Split, spec: TaskSpec, device: torch.device, *, raw: bool = False) -> Resident:
+        """Put a split on a device: normalised unless ``raw`` is asked for or float32 would take more than 1 GiB."""
+        targets = None if split.targets is None else typed(split.targets).to(device)
+        if raw or float_bytes(split) > FLOAT_LIMIT:
+            return cls(split.inputs.to(device), targets, normalised=False)
+        normalise = Normaliser(spec, device, split.inputs.dim())
+        inputs = torch.empty(split.inputs.shape, dtype=torch.float32, device=device)
+        for first in range(0, len(split), CHUNK):  # in pieces: no further float copies of the whole
+            inputs[first : first + CHUNK] = normalise(split.inputs[first : first + CHUNK].to(device))
+        return cls(inputs, targets, normalised=True)
+
+
+class Loader:
+    """Batches of a split, on the device, in an order that is a pure function of (seed, epoch).
+
+    A batch belongs to its receiver, who may overwrite it. The last, partial batch of a pass is kept, except that a
+    training pass drops a remainder of exactly one example when there are other batches: batch norm cannot normalise
+    a single example.
+
+    Args:
+        split: the examples.
+        spec: whose ``normalise`` is applied.
+        batch_size: examples per batch; ``"all"``: the split as one batch.
+        device: where batches are made.
+        seed: of the order and the augmentations; ``None``: the original order (evaluation).
+        augment: applied in turn to raw inputs, before normalisation; needs a seed.
+        resident: whether the split is kept on the device; ``None``: if float32 takes at most 2 GiB on a CPU, or a
+            quarter of the free memory of a GPU.
+        workers: processes that gather batches when the split is not resident; 0: this one does.
+        share: another loader's ``resident`` (of the same split and spec), used instead of a new copy.
+
+    Attributes:
+        examples: drawn in one pass.
+        resident: what is kept on the device; ``None``: batches are streamed.
+
+    Raises:
+        UsageError: a batch size below 1, augmentation without a seed or over shared tensors that are normalised.
+        BpfreeError: an empty split.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        spec: TaskSpec,
+        *,
+        batch_size: int | Literal["all"],
+        device: torch.device,
+        seed: int | None = None,
+        augment: Sequence[Augmentation] = (),
+        resident: bool | None = None,
+        workers: int = 0,
+        share: Resident | None = None,
+    ) -> None:
+        if not len(split):
+            raise BpfreeError("a split without examples has no batches", where=f"task {spec.name}")
+        self.batch_size = len(split) if batch_size == "all" else batch_size
+        if self.batch_size < 1:
+            raise UsageError(f"a batch cannot have {batch_size} examples", where="batch_size", fix='choose 1 or more, or "all"')
+        if augment and seed is None:
+            raise UsageError("augmentations need a seed: evaluation sees the examples as they are", where="augment")
+        if augment and share is not None and share.normalised:
+            raise UsageError("augmentations act on raw inputs, but the shared ones are normalised", fix="share Resident.of(..., raw=True)")
+        self.split, self.spec, self.device, self.seed = split, spec, device, seed
+        self.augment, self.workers = tuple(augment), workers
+        self.resident = share
+        if share is None and (fits(split, device, raw=bool(augment)) if resident is None else resident):
+            self.resident = Resident.of(split, spec, device, raw=bool(augment))
+        single = seed is not None and len(split) > self.batch_size and len(split) % self.batch_size == 1
+        self.examples = len(split) - int(single)
+        self._normalise = Normaliser(spec, device, split.inputs.dim())
+
+    def __len__(self) -> int:
+        """Batches per pass."""
+        return -(-self.examples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The first pass: for evaluation, where all passes are the same."""
+        return self.batches(0)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """One pass over the split, from batch ``start`` on (to go on in the middle of a pass)."""
+        order = self.order(epoch)
+        placed = order.to(self.device) if self.seed is not None else order
+        raws = self._stream(order, start) if self.resident is None else self._select(self.resident, placed, start)
+        ready = self.resident is not None and self.resident.normalised
+        for index, (inputs, targets) in enumerate(raws, start):
+            if self.seed is not None and self.augment:
+                draws = Draws(self.seed, epoch, placed[self._places(index)])
+                for augmentation in self.augment:
+                    inputs, targets = augmentation.apply(inputs, targets, draws)
+            yield Batch(inputs if ready else self._normalise(inputs), targets)
+
+    def order(self, epoch: int) -> Tensor:
+        """(examples,) positions in the split in the order of a pass, on the CPU."""
+        if self.seed is None:
+            return torch.arange(self.examples)
+        generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
+        return torch.randperm(len(self.split), generator=generator)[: self.examples]
+
+    def _places(self, index: int) -> slice:
+        return slice(index * self.batch_size, min((index + 1) * self.batch_size, self.examples))
+
+    def _select(self, kept: Resident, order: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for index in range(start, len(self)):
+            places = self._places(index)
+            if self.seed is None:
+                yield kept.inputs[places].clone(), None if kept.targets is None else kept.targets[places].clone()
+            else:
+                chosen = order[places]
+                yield kept.inputs.index_select(0, chosen), None if kept.targets is None else kept.targets.index_select(0, chosen)
+
+    def _stream(self, order: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        gathers = Gathers(self.split, [order[self._places(index)] for index in range(start, len(self))])
+        cuda = self.device.type == "cuda"
+        # A generator of its own: without one, DataLoader would draw from torch's global generator at each pass.
+        loader = DataLoader(gathers, batch_size=None, num_workers=self.workers, pin_memory=cuda, generator=torch.Generator())
+        for inputs, targets in loader:
+            moved = None if targets is None else typed(targets.to(self.device, non_blocking=True))
+            yield inputs.to(self.device, non_blocking=True), moved
+
+
+class Gathers(Dataset[tuple[Tensor, Tensor | None]]):
+    """Whole batches as the items of a data set, so that a worker makes one gather per batch."""
+
+    def __init__(self, split: Split, chosen: Sequence[Tensor]) -> None:
+        self.split, self.chosen = split, chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]:
+        part = self.split.subset(self.chosen[index])
+        return part.inputs, part.targets
+
+
+def typed(targets: Tensor) -> Tensor:
+    """Targets in the types that losses take: int64 classes, float32 otherwise."""
+    return targets.float() if targets.is_floating_point() else targets.long()
+
+
+def float_bytes(split: Split) -> int:
+    """Bytes of a split's inputs as float32."""
+    return 4 * split.inputs.numel()
+
+
+def fits(split: Split, device: torch.device, *, raw: bool) -> bool:
+    """Whether a split is kept on the device by default."""
+    if device.type != "cuda":
+        return float_bytes(split) <= HOST_LIMIT
+    stored = split.inputs.nbytes if raw or float_bytes(split) > FLOAT_LIMIT else float_bytes(split)
+    return stored <= SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]
