@@ -1,1 +1,1 @@
-"""NoProp plugin."""
+"""NoProp: each block learns on its own to denoise a noised label, given the input."""

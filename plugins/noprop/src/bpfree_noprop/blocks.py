@@ -1,0 +1,195 @@
+"""The denoising blocks and the networks made of them.
+
+A block sees an input x and a noised label embedding z (N, d), and returns class logits (N, m). Its work on x does not depend
+on z (``features``), so that an evaluation with several z pays for it once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bpfree.errors import UsageError
+from bpfree.network.builders import NetworkBuilder
+from bpfree.network.network import Network
+from bpfree.options import option
+from bpfree.tasks.task import TaskSpec
+
+__all__ = ["NETWORKS", "CNNConfig", "DenoisingBlock", "MLPConfig", "PaperConfig"]
+
+LabelPath = Literal["vector", "input"]
+
+
+@dataclass
+class DenoisingConfig:
+    """What all NoProp networks have in common."""
+
+    blocks: int = option(10, "number of blocks t1, t2, ...; must equal the rule's T", ge=1)
+    state_dim: int | None = option(None, "dimension d of the noised label; none: the number of classes", ge=1)
+    label: LabelPath = option("vector", "path of the noised label: linear layers, or (input) a stem like the input's, for prototypes")
+
+
+@dataclass
+class MLPConfig(DenoisingConfig):
+    """Narrow, deep blocks for vectors and tiny images."""
+
+    width: int = option(32, "units of each layer", ge=1)
+    depth: int = option(4, "layers between the joined paths and the logits", ge=0)
+
+
+@dataclass
+class CNNConfig(DenoisingConfig):
+    """Small convolutional blocks for images of at least 16x16 pixels."""
+
+    channels: int = option(16, "channels of the first convolution, doubled by the second", ge=1)
+    width: int = option(128, "units of each linear layer", ge=1)
+
+
+@dataclass
+class PaperConfig(DenoisingConfig):
+    """The discrete-time block of the paper's Figure 6."""
+
+    dropout: float = option(0.2, "dropout after each convolution", ge=0, lt=1)
+
+
+class DenoisingBlock(nn.Module):
+    """``logits = out(fuse([stem(x), label(z)]))``; what learns in the frozen twin is ``out`` alone.
+
+    Args:
+        stem: (N, *input_shape) to (N, F).
+        label: (N, d) to (N, G).
+        fuse: (N, F+G) to (N, H).
+        out: (N, H) to (N, m).
+        state_dim: d.
+    """
+
+    def __init__(self, stem: nn.Module, label: nn.Module, fuse: nn.Module, out: nn.Linear, state_dim: int) -> None:
+        super().__init__()
+        self.stem, self.label, self.fuse, self.out = stem, label, fuse, out
+        self.state_dim = state_dim
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the block makes of the input alone: (N, F)."""
+        return self.stem(x)  # type: ignore[no-any-return]
+
+    def judge(self, features: Tensor, z: Tensor) -> Tensor:
+        """Logits (N, m) of input features (N, F) and a state (N, d)."""
+        return self.out(self.fuse(torch.cat([features, self.label(z)], dim=1)))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.judge(self.features(x), z)
+
+    def freeze_body(self) -> None:
+        """Fix all but the last linear map."""
+        self.requires_grad_(False)
+        self.out.requires_grad_(True)
+
+
+class Residual(nn.Module):
+    """``r + f(r)``."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, r: Tensor) -> Tensor:
+        return r + self.inner(r)  # type: ignore[no-any-return]
+
+
+def dense(inputs: int, outputs: int) -> list[nn.Module]:
+    """Linear, batch norm, ReLU."""
+    return [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
+
+
+def mlp_block(spec: TaskSpec, config: MLPConfig, d: int) -> DenoisingBlock:
+    def stem() -> nn.Sequential:
+        return nn.Sequential(nn.Flatten(), *dense(spec.input_size, config.width))
+
+    label = stem() if config.label == "input" else nn.Sequential(*dense(d, config.width))
+    sizes = [2 * config.width] + [config.width] * config.depth
+    fuse = nn.Sequential(*(layer for pair in itertools.pairwise(sizes) for layer in dense(*pair)))
+    return DenoisingBlock(stem(), label, fuse, nn.Linear(sizes[-1], spec.outputs), d)
+
+
+def cnn_block(spec: TaskSpec, config: CNNConfig, d: int) -> DenoisingBlock:
+    channels, height, width = spec.input_shape
+    first, second = config.channels, 2 * config.channels
+
+    def stem() -> nn.Sequential:
+        flat = second * (height // 4) * (width // 4)
+        return nn.Sequential(
+            *(nn.Conv2d(channels, first, 3, padding=1), nn.BatchNorm2d(first), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(first, second, 3, padding=1), nn.BatchNorm2d(second), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), *dense(flat, config.width)),
+        )
+
+    label = label_stem(spec, stem()) if config.label == "input" else nn.Sequential(*dense(d, config.width))
+    fuse = nn.Sequential(*dense(2 * config.width, config.width))
+    return DenoisingBlock(stem(), label, fuse, nn.Linear(config.width, spec.outputs), d)
+
+
+def paper_block(spec: TaskSpec, config: PaperConfig, d: int) -> DenoisingBlock:
+    channels, height, width = spec.input_shape
+
+    def stem() -> nn.Sequential:
+        return nn.Sequential(
+            *(nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(config.dropout)),
+            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Dropout(config.dropout)),
+            *(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(config.dropout)),
+            *(nn.Flatten(), nn.Linear(128 * (height // 4) * (width // 4), 256), nn.BatchNorm1d(256)),
+        )
+
+    deeper = Residual(nn.Sequential(*dense(256, 256), nn.Linear(256, 256), nn.BatchNorm1d(256)))
+    label = label_stem(spec, stem()) if config.label == "input" else nn.Sequential(*dense(d, 256), deeper)
+    fuse = nn.Sequential(*dense(512, 256), *dense(256, 128))
+    return DenoisingBlock(stem(), label, fuse, nn.Linear(128, spec.outputs), d)
+
+
+def label_stem(spec: TaskSpec, stem: nn.Sequential) -> nn.Sequential:
+    """The path of a noised label that is an image: (N, d) is folded to (N, *input_shape) first."""
+    return nn.Sequential(nn.Unflatten(1, spec.input_shape), *stem)
+
+
+def builder(
+    make: Callable[[TaskSpec, Any, int], DenoisingBlock], options: type[DenoisingConfig], summary: str, *, images: bool
+) -> NetworkBuilder:
+    """Networks of independent blocks ``t1``, ``t2``, ... from the maker of one block."""
+
+    def build(spec: TaskSpec, config: DenoisingConfig | None = None) -> Network:
+        config = options() if config is None else config
+        d = config.state_dim if config.state_dim is not None else spec.outputs
+        check_sizes(spec, config.label, d, images)
+        blocks: dict[str, nn.Module] = {f"t{t}": make(spec, config, d) for t in range(1, config.blocks + 1)}
+        return Network(blocks, input_shape=spec.input_shape, readout=None, chain=False)
+
+    return NetworkBuilder(build, options, summary)
+
+
+def check_sizes(spec: TaskSpec, label: str, d: int, images: bool) -> None:
+    """Refuse sizes that do not fit.
+
+    Raises:
+        UsageError: if the block needs images and the task has none, or a noised label shaped like an input has another size.
+    """
+    if images and (len(spec.input_shape) != 3 or min(spec.input_shape[1:]) < 4):
+        raise UsageError(
+            f"this network needs images of at least 4x4 pixels, not inputs of shape {spec.input_shape}", fix="use network=noprop-mlp"
+        )
+    if label == "input" and d != spec.input_size:
+        raise UsageError(
+            f"a noised label with the shape of an input has {spec.input_size} dimensions, not {d}",
+            where="network.state_dim",
+            fix=f"set network.state_dim={spec.input_size}, or network.label=vector",
+        )
+
+
+NETWORKS = {
+    "noprop-mlp": builder(mlp_block, MLPConfig, "narrow denoising blocks for vectors and tiny images (NoProp)", images=False),
+    "noprop-cnn": builder(cnn_block, CNNConfig, "small convolutional denoising blocks (NoProp)", images=True),
+    "noprop-paper": builder(paper_block, PaperConfig, "denoising blocks of the NoProp paper's Figure 6, discrete time", images=True),
+}

@@ -1,0 +1,77 @@
+"""Class embeddings: the row ``u_y`` of a matrix ``W_Embed`` (m, d) stands for class y."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bpfree.errors import UsageError
+from bpfree.tasks.task import Split, TaskSpec
+
+__all__ = ["ClassEmbedding", "EmbeddingName", "medoid", "prototypes", "state_dim"]
+
+EmbeddingName = Literal["one-hot", "learned", "prototype"]
+ROWS_AT_ONCE = 512
+"""Rows of a class's distance matrix that are held at a time."""
+
+
+class ClassEmbedding(nn.Module):
+    """``W_Embed``: the fixed identity, or a learned matrix with orthonormal rows (columns if d < m) at the start.
+
+    Args:
+        classes: m.
+        dim: d; ignored for one-hot, where d = m.
+        kind: ``one-hot`` is fixed, the others are parameters; ``prototype`` is filled by the rule's ``prepare``.
+    """
+
+    weight: Tensor
+
+    def __init__(self, classes: int, dim: int, kind: EmbeddingName) -> None:
+        super().__init__()
+        self.fixed = kind == "one-hot"
+        if self.fixed:
+            self.register_buffer("weight", torch.eye(classes), persistent=False)
+        else:
+            self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(classes, dim)))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Mixtures of the embeddings: (N, m) class weights to (N, d)."""
+        return rows if self.fixed else rows @ self.weight
+
+
+def state_dim(spec: TaskSpec, kind: EmbeddingName, dim: int) -> int:
+    """d: the number of classes (one-hot), ``dim`` (learned), or of the scalars in an input (prototype)."""
+    return {"one-hot": spec.outputs, "learned": dim, "prototype": spec.input_size}[kind]
+
+
+def prototypes(data: Split, spec: TaskSpec, device: torch.device) -> Tensor:
+    """For each class the medoid of its training images as the network sees them: (m, input_size).
+
+    Raises:
+        UsageError: if a class has no example.
+    """
+    if data.targets is None:
+        raise UsageError("prototypes need labelled training data", where=f"task {spec.name}", fix="use embedding=one-hot")
+    labels = data.targets if data.targets.dim() == 1 else data.targets.argmax(1)
+    rows = []
+    for label in range(spec.outputs):
+        members = (labels == label).nonzero().flatten()
+        if len(members) == 0:
+            raise UsageError(f"class {label} has no training example, so no prototype", where=f"task {spec.name}")
+        images = spec.normalise(data.inputs[members].to(device)).flatten(1)
+        rows.append(images[medoid(images)])
+    return torch.stack(rows)
+
+
+def medoid(points: Tensor) -> Tensor:
+    """Index of the point (n, d) whose median Euclidean distance to the others is smallest (the lower median)."""
+    n = len(points)
+    medians = []
+    for start in range(0, n, ROWS_AT_ONCE):
+        distances = torch.cdist(points[start : start + ROWS_AT_ONCE], points)
+        own = torch.arange(len(distances), device=points.device)
+        distances[own, own + start] = -1  # the point itself comes first, so rank n // 2 + 1 is the median of the rest
+        medians.append(distances.kthvalue(n // 2 + 1, dim=1).values)
+    return torch.cat(medians).argmin()
