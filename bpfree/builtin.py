@@ -6,6 +6,7 @@ from bpfree import baselines, hooks
 from bpfree.network import builders
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
+from bpfree.tasks import arrays, augment, vision
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.task import DataSource
 
@@ -27,4 +28,16 @@ def bpfree_networks() -> dict[str, NetworkBuilder]:
 
 @hooks.hookimpl
 def bpfree_tasks() -> dict[str, DataSource]:
-    return {"digits": DIGITS}
+    return {
+        "digits": DIGITS,
+        "mnist": vision.MNIST,
+        "fashion-mnist": vision.FASHION_MNIST,
+        "cifar10": vision.CIFAR10,
+        "cifar100": vision.CIFAR100,
+        "npz": arrays.NPZ,
+    }
+
+
+@hooks.hookimpl
+def bpfree_augmentations() -> dict[str, augment.Augmentation]:
+    return {"flip": augment.FLIP, "crop": augment.CROP}
