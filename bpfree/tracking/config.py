@@ -1,0 +1,33 @@
+"""The options of tracking."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from bpfree.options import option
+
+__all__ = ["TrackingConfig"]
+
+
+@dataclass
+class TrackingConfig:
+    """What is sent to MLflow, where to, and how long a run waits for it."""
+
+    enabled: bool = option(True, "track the run with MLflow")
+    uri: str | None = option(None, "tracking store; none: MLFLOW_TRACKING_URI, or else mlflow.db beside the output folder")
+    experiment: str = option("bpfree", "MLflow experiment")
+    required: bool = option(False, "refuse to train while the store cannot be reached, instead of warning")
+    interval: float = option(1.0, "seconds between batches sent to the store", gt=0)
+    system: bool = option(True, "sample the use of processors, memory, disk, network and GPUs")
+    system_interval: float = option(1.0, "seconds between system samples", ge=0.05)
+    timeout: float = option(10.0, "seconds that one request may take, and that the start of a run waits for a server", gt=0)
+    flush_timeout: float = option(30.0, "seconds that the end of a run waits for what is not sent yet", ge=0)
+    artifacts: bool = option(True, "upload configuration, environment and plots")
+    checkpoint: bool = option(True, "upload the tested or last checkpoint too")
+
+    def resolve_uri(self, output_folder: Path) -> str:
+        """The store: what is configured, ``MLFLOW_TRACKING_URI``, or SQLite beside the output folder."""
+        chosen = self.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        return chosen or f"sqlite:///{(output_folder.absolute().parent / 'mlflow.db').as_posix()}"

@@ -1,0 +1,246 @@
+"""What a person sees while a run trains: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TextIO
+
+from bpfree.hooks import hookimpl
+from bpfree.training.run import Run
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from bpfree.step import Phase
+
+__all__ = ["ProgressDisplay"]
+
+BETWEEN_LINES = 2.0
+FEW_PHASES = 8
+
+
+class ProgressDisplay:
+    """Shows runs, one after the other.
+
+    Args:
+        quiet: show nothing but runs that did not finish.
+        stream: where to; ``None``: standard error. Live if it is a terminal.
+        label: before the run's name, such as ``[2/6]`` in a comparison.
+    """
+
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None, label: str | None = None) -> None:
+        self.quiet, self.label = quiet, label
+        self._stream = stream
+        self._view: _Plain | _Live | None = None
+
+    @hookimpl
+    def run_start(self, run: Run) -> None:
+        """Get ready. Nothing is taken of the terminal yet, as another observer may still refuse the run."""
+        stream = self._stream or sys.stderr
+        name = f"{self.label} {run.name}" if self.label else run.name
+        if self.quiet:
+            self._view = None
+        else:
+            self._view = _Live(name, stream, run) if stream.isatty() else _Plain(name, stream, run)
+
+    @hookimpl
+    def phase_start(self, run: Run, phase: Phase) -> None:
+        """Name the phase."""
+        if self._view is not None:
+            self._view.phase(phase.name)
+
+    @hookimpl
+    def progress(self, run: Run, metrics: Mapping[str, float]) -> None:
+        """Move on inside an epoch."""
+        if self._view is not None:
+            self._view.inside(run, metrics)
+
+    @hookimpl
+    def epoch_end(self, run: Run, metrics: Mapping[str, float]) -> None:
+        """Show the epoch's metrics."""
+        if self._view is not None:
+            self._view.epoch(run, metrics)
+
+    @hookimpl(trylast=True)
+    def run_end(self, run: Run) -> None:
+        """Say how it ended, and how to go on."""
+        text = _ending(run)
+        if self._view is not None:
+            self._view.end(text)
+        elif run.status != "finished":
+            print_line(self._stream or sys.stderr, f"{self.label} {text}" if self.label else text)
+        self._view = None
+
+
+def print_line(stream: TextIO, text: str) -> None:
+    """A line at once, also into a pipe."""
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
+class _Plain:
+    """One line per epoch, at most one in two seconds, and the last."""
+
+    def __init__(self, name: str, stream: TextIO, run: Run) -> None:
+        self._name, self._stream = name, stream
+        self._clock = _Clock()
+        self._shown = -math.inf
+        self._held: str | None = None
+        self._phases = 0
+        self._phase = ""
+        epochs = f", {run.total_epochs} epochs" if run.total_epochs else ""
+        again = f", resumed after epoch {run.epoch}" if run.resumed else ""
+        print_line(stream, f"{name}: started{epochs}{again}")
+
+    def phase(self, name: str) -> None:
+        self._phases += 1
+        self._phase = name if name != "train" else ""
+        if self._phase and self._phases <= FEW_PHASES:
+            print_line(self._stream, f"{self._name}: phase {name}")
+
+    def inside(self, run: Run, metrics: Mapping[str, float]) -> None:
+        self._clock.note(metrics.get("progress", math.nan))
+
+    def epoch(self, run: Run, metrics: Mapping[str, float]) -> None:
+        share = metrics.get("epoch", 0) / run.total_epochs if run.total_epochs else math.nan
+        left = self._clock.note(share)
+        self._held = "  ".join(
+            [
+                f"{self._name}: {_count(run, metrics)}",
+                *([self._phase] if self._phase else []),
+                *_summary(metrics),
+                *([f"{left} left"] if left else []),
+            ]
+        )
+        if time.monotonic() - self._shown >= BETWEEN_LINES or metrics.get("epoch") == run.total_epochs:
+            self._show()
+
+    def _show(self) -> None:
+        if self._held is not None:
+            print_line(self._stream, self._held)
+            self._held, self._shown = None, time.monotonic()
+
+    def end(self, text: str) -> None:
+        self._show()
+        print_line(self._stream, text)
+
+
+class _Live:
+    """A bar that stays in place while the run lasts, and its last state as a line afterwards."""
+
+    def __init__(self, name: str, stream: TextIO, run: Run) -> None:
+        self._name, self._stream = name, stream
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._clock = _Clock()
+        self._phase = ""
+        self._texts: list[str] = []
+
+    def _begin(self, run: Run) -> tuple[Progress, TaskID]:
+        if self._bar is None or self._task is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns: list[Any] = [TextColumn("[bold]{task.fields[run]}"), TextColumn("[cyan]{task.fields[phase]}"), BarColumn(24)]
+            columns += [TextColumn("{task.fields[count]}"), TextColumn("[dim]{task.fields[text]}")]
+            self._bar = Progress(*columns, console=Console(file=self._stream), refresh_per_second=4, transient=True)
+            self._task = self._bar.add_task("", total=1.0, run=_escape(self._name), phase="", count="", text="")
+            self._bar.start()
+        return self._bar, self._task
+
+    def phase(self, name: str) -> None:
+        self._phase = name if name != "train" else ""
+
+    def inside(self, run: Run, metrics: Mapping[str, float]) -> None:
+        losses = [name for name in metrics if name.endswith("loss")]
+        now = [f"loss {metrics[losses[0]]:.4g}"] if losses and not self._texts else []
+        self._show(run, metrics, metrics.get("progress", math.nan), now + self._texts)
+
+    def epoch(self, run: Run, metrics: Mapping[str, float]) -> None:
+        share = metrics.get("epoch", 0) / run.total_epochs if run.total_epochs else math.nan
+        self._texts = _summary(metrics)
+        self._show(run, metrics, share, self._texts)
+
+    def _show(self, run: Run, metrics: Mapping[str, float], share: float, texts: list[str]) -> None:
+        bar, task = self._begin(run)
+        left = self._clock.note(share)
+        known = {} if math.isnan(share) else {"completed": share}
+        text = "  ".join([*texts, *([f"{left} left"] if left else [])])
+        bar.update(task, phase=_escape(self._phase), count=_count(run, metrics), text=_escape(text), **known)  # type: ignore[arg-type]
+
+    def end(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._texts:
+            print_line(self._stream, "  ".join([text, *self._texts]) if "\n" not in text else text)
+        else:
+            print_line(self._stream, text)
+
+
+class _Clock:
+    """What is left, from the share of the budget that this session has used and the wall time that it took."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None
+
+    def note(self, share: float) -> str:
+        if math.isnan(share):
+            return ""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, share)
+        since, begun = self._first
+        if share <= begun or share >= 1:
+            return ""
+        return _duration((now - since) / (share - begun) * (1 - share))
+
+
+def _count(run: Run, metrics: Mapping[str, float]) -> str:
+    epoch = int(metrics.get("epoch", run.epoch))
+    return f"epoch {epoch}/{run.total_epochs}" if run.total_epochs else f"epoch {epoch}"
+
+
+def _summary(metrics: Mapping[str, float]) -> list[str]:
+    """The numbers that matter: losses, accuracies, speed."""
+    parts = []
+    for name, label in (("train/loss", "loss"), ("val/loss", "val loss")):
+        if name in metrics:
+            parts.append(f"{label} {metrics[name]:.4g}")
+    if not parts and "rule/loss" in metrics:
+        parts.append(f"loss {metrics['rule/loss']:.4g}")
+    for name, label in (("train/accuracy", "accuracy"), ("val/accuracy", "val accuracy")):
+        if name in metrics:
+            parts.append(f"{label} {100 * metrics[name]:.2f} %")
+    if "samples_per_second" in metrics:
+        parts.append(f"{metrics['samples_per_second']:,.0f} samples/s")
+    return parts
+
+
+def _ending(run: Run) -> str:
+    if run.status == "finished":
+        results = [f"test accuracy {100 * run.result['test/accuracy']:.2f} %"] if "test/accuracy" in run.result else []
+        results += [f"test loss {run.result['test/loss']:.4g}"] if "test/loss" in run.result and not results else []
+        results += [f"{_duration(run.result['train/seconds'])} of training"] if "train/seconds" in run.result else []
+        return f"{run.name}: finished{': ' if results else ''}{', '.join(results)}"
+    reason = f": {run.reason}" if run.reason else ""
+    text = f"{run.name}: {run.status} after epoch {run.epoch}{reason}"
+    if run.status == "interrupted" and run.folder is not None:
+        return f"{text}\n  go on with: bpfree train --resume {shlex.quote(str(run.folder))}"
+    return text
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d} min"
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,341 @@
+"""An MLflow store behind a small face: open a run, send events. Everything here may block, and runs in the sender's thread."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import re
+import socket
+import sqlite3
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+from bpfree.errors import UsageError
+from bpfree.tracking.events import Artifact, End, Event, Metrics, Opening, Tags, Text
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["RUN_TAG", "RefusedError", "Store", "file_lock", "prepare_mlflow", "redact"]
+
+RUN_TAG = "bpfree.run"
+"""Tag with the run's own identifier, by which a run is found again whose creation was not confirmed."""
+
+PROBE_SECONDS = 2.0
+LOCK_SECONDS = 120.0
+PARAM_LENGTH, TAG_LENGTH, PER_BATCH = 6000, 5000, 100
+PERMANENT = {
+    "INVALID_PARAMETER_VALUE",
+    "BAD_REQUEST",
+    "RESOURCE_DOES_NOT_EXIST",
+    "INVALID_STATE",
+    "RESOURCE_ALREADY_EXISTS",
+    "MALFORMED_REQUEST",
+}
+NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p", "afs"}
+
+
+class RefusedError(Exception):
+    """The store answered, and will never take this."""
+
+
+def prepare_mlflow(timeout: float) -> None:
+    """Import MLflow without telemetry and chatter, with bounded requests; what the user has set stays as it is.
+
+    MLflow reads all of these from the environment of the process, and offers no other way.
+    """
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(name, "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the sender retries, with its own back-off
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(math.ceil(timeout)))
+    import mlflow.tracking  # noqa: F401  sets up its own logging, which is then turned down
+
+    for name in ("alembic", "mlflow.store", "mlflow.tracking", "mlflow.system_metrics", "urllib3.connectionpool"):
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, timeout: float = LOCK_SECONDS) -> Iterator[None]:
+    """Hold a lock file, which the system releases if the process dies.
+
+    Raises:
+        TimeoutError: another process kept it all the time.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + timeout
+    with path.open("a+b") as file:
+        while not _try_lock(file.fileno()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"another process holds {path}")
+            time.sleep(0.05)
+        yield  # closing the file releases the lock
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def redact(text: str) -> str:
+    """The text without passwords in its addresses."""
+    return re.sub(r"(://[^/:@\s]+):[^/@\s]+@", r"\1:***@", text)
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of a SQLite URI."""
+    scheme, _, rest = uri.partition("///")
+    name = rest.partition("?")[0]
+    return Path(name) if scheme.partition("+")[0].rstrip(":") == "sqlite" and name and name != ":memory:" else None
+
+
+def _on_network(folder: Path) -> bool:
+    import psutil
+
+    mounts = [part for part in psutil.disk_partitions(all=True) if folder.is_relative_to(part.mountpoint)]
+    return bool(mounts) and max(mounts, key=lambda part: len(part.mountpoint)).fstype in NETWORK_FILE_SYSTEMS
+
+
+class Store:
+    """A connection to an MLflow store.
+
+    Args:
+        uri: anything that MLflow takes.
+        timeout: seconds that one request may take.
+    """
+
+    def __init__(self, uri: str, timeout: float) -> None:
+        self.uri, self.timeout = uri, timeout
+        self.shown = redact(uri)
+        self.database = sqlite_file(uri)
+        self.local = self.database is not None
+        self._client: MlflowClient | None = None
+        self.experiment_id = ""
+
+    # --- connecting -------------------------------------------------------------------------------------------------
+
+    def probe(self) -> None:
+        """A quick look whether anybody listens, because a request may wait for its whole timeout.
+
+        Raises:
+            OSError: nobody does.
+        """
+        parts = urlsplit(self.uri)
+        host = parts.hostname
+        if parts.scheme not in ("http", "https") or host is None:
+            return
+        if urllib.request.getproxies().get(parts.scheme) and not urllib.request.proxy_bypass(host):
+            return
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((host, port), timeout=min(PROBE_SECONDS, self.timeout)).close()
+
+    def check(self) -> None:
+        """Refuse a URI that can never work here.
+
+        Raises:
+            UsageError: a folder of files, which MLflow no longer writes to, or an unknown scheme.
+        """
+        prepare_mlflow(self.timeout)
+        scheme = urlsplit(self.uri).scheme
+        if scheme in ("http", "https") or self.local or self.uri.startswith("databricks"):
+            return
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client = self._new_client()
+        except (MlflowException, ValueError) as error:
+            first = str(error).splitlines()[0]
+            if "maintenance" not in first and "scheme" not in str(error).lower():
+                return  # a database that is away: the sender's matter
+            fix = "use sqlite:///PATH/mlflow.db, or the address of an MLflow server (MLFLOW_ALLOW_FILE_STORE=true brings folders back)"
+            raise UsageError(f"MLflow cannot track to this store: {first}", where=f"tracking.uri={self.shown}", fix=fix) from error
+
+    def connect(self) -> MlflowClient:
+        """The client; the first call makes the database. Only one process at a time may do that."""
+        if self._client is None:
+            self.probe()
+            prepare_mlflow(self.timeout)
+            with self._creation():
+                self._client = self._new_client()
+        return self._client
+
+    def _new_client(self) -> MlflowClient:
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    @contextlib.contextmanager
+    def _creation(self) -> Iterator[None]:
+        if self.database is None:
+            yield
+            return
+        with file_lock(self.database.with_name(f"{self.database.name}.lock")):
+            if not self.database.exists() and not _on_network(self.database.absolute().parent):
+                # Readers do not wait for writers then; it is remembered in the file. Needs shared memory.
+                with contextlib.closing(sqlite3.connect(self.database)) as database:
+                    database.execute("PRAGMA journal_mode=WAL")
+            yield
+
+    def _experiment(self, name: str) -> str:
+        client = self.connect()
+        with self._creation():
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                place = None if self.database is None else (self.database.absolute().parent / "mlruns" / quote(name, safe=" ")).as_uri()
+                try:
+                    return str(client.create_experiment(name, artifact_location=place))
+                except Exception:  # another client of the same server may have been faster
+                    found = client.get_experiment_by_name(name)
+                    if found is None:
+                        raise
+        return str(found.experiment_id)
+
+    # --- a run ------------------------------------------------------------------------------------------------------
+
+    def open(self, opening: Opening) -> bool:
+        """Create the run, or go on with ``opening.run_id``, which is set. Returns whether it had existed before.
+
+        Raises:
+            RefusedError: the store will never take it.
+        """
+        with self._judged():
+            client = self.connect()
+            self.experiment_id = self._experiment(opening.experiment)
+            existing = self._find(client, opening)
+            if existing is None:
+                tags = opening.tags | {"mlflow.source.type": "LOCAL", "mlflow.source.name": "bpfree"}
+                made = client.create_run(self.experiment_id, start_time=opening.time, tags=_tags(tags), run_name=opening.name)
+                opening.run_id = made.info.run_id
+                if opening.dataset is not None:
+                    client.log_inputs(opening.run_id, datasets=[_dataset(*opening.dataset)])
+                self._params(client, opening, {})
+                return False
+            opening.run_id = existing.info.run_id
+            self.experiment_id = existing.info.experiment_id
+            client.update_run(opening.run_id, status="RUNNING")
+            self._params(client, opening, existing.data.params)
+            return True
+
+    def _find(self, client: MlflowClient, opening: Opening) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        if opening.run_id is not None:
+            try:
+                run = client.get_run(opening.run_id)
+                if run.info.lifecycle_stage == "active":
+                    return run
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        name = opening.tags[RUN_TAG].replace("'", "")
+        found = client.search_runs([self.experiment_id], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
+        return found[0] if found else None
+
+    def _params(self, client: MlflowClient, opening: Opening, known: dict[str, str]) -> None:
+        """Log those that are not there; one that a resumed run has changed becomes a tag, as a parameter cannot change."""
+        from mlflow.entities import Param
+
+        assert opening.run_id is not None
+        new = [Param(_name(key), _cut(value, PARAM_LENGTH)) for key, value in opening.params.items() if _name(key) not in known]
+        for start in range(0, len(new), PER_BATCH):
+            client.log_batch(opening.run_id, params=new[start : start + PER_BATCH])
+        changed = {
+            f"resumed/{key}": value
+            for key, value in opening.params.items()
+            if known.get(_name(key), _cut(value, PARAM_LENGTH)) != _cut(value, PARAM_LENGTH)
+        }
+        for key, value in _tags(changed).items():
+            client.set_tag(opening.run_id, key, value)
+
+    def last_step(self, run_id: str, key: str) -> int:
+        """The last step at which the metric is known to the store, -1 if it is not."""
+        history = self.connect().get_metric_history(run_id, _name(key))
+        return max((point.step for point in history), default=-1)
+
+    def send(self, run_id: str, events: Sequence[Event]) -> None:
+        """Send events: any number of metrics and tags together, anything else alone.
+
+        Raises:
+            RefusedError: the store will never take it. Any other exception: try again.
+        """
+        client = self.connect()
+        with self._judged():
+            if isinstance(events[0], (Metrics, Tags)):
+                self._send_batch(client, run_id, events)
+            for event in events:
+                if isinstance(event, Artifact):
+                    self._upload(client, run_id, event)
+                elif isinstance(event, Text):
+                    client.log_text(run_id, event.text, event.name)
+                elif isinstance(event, End):
+                    client.set_terminated(run_id, event.status, end_time=event.time)
+
+    def _send_batch(self, client: MlflowClient, run_id: str, events: Sequence[Event]) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        metrics = [Metric(_name(key), value, e.time, e.step) for e in events if isinstance(e, Metrics) for key, value in e.values.items()]
+        tags: dict[str, str] = {}
+        for event in events:
+            if isinstance(event, Tags):
+                tags.update(_tags(event.values))
+        if metrics or tags:
+            client.log_batch(run_id, metrics=metrics, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def _upload(self, client: MlflowClient, run_id: str, event: Artifact) -> None:
+        path = Path(event.path)
+        if not path.exists():
+            raise RefusedError(f"{path} is gone")
+        if path.is_dir():
+            client.log_artifacts(run_id, str(path), event.folder or None)
+        else:
+            client.log_artifact(run_id, str(path), event.folder or None)
+
+    @contextlib.contextmanager
+    def _judged(self) -> Iterator[None]:
+        """Tell what the store refuses from what may pass later."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except MlflowException as error:
+            if error.error_code in PERMANENT:
+                raise RefusedError(str(error).splitlines()[0]) from error
+            raise
+
+
+def _name(key: str) -> str:
+    """A metric, parameter or tag name that MLflow takes: letters, digits, ``_ - . space : /``."""
+    clean = "".join(c if (c.isascii() and c.isalnum()) or c in "_-. :/" else "_" for c in key)
+    return "/".join(part if part.strip(".") else "_" for part in clean.split("/"))[:250]
+
+
+def _cut(value: str, length: int) -> str:
+    return value if len(value) <= length else f"{value[: length - 40]}... ({len(value)} characters)"
+
+
+def _tags(tags: dict[str, str]) -> dict[str, str]:
+    return {_name(key): _cut(str(value), TAG_LENGTH) for key, value in tags.items()}
+
+
+def _dataset(name: str, digest: str) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(name=name[:500], digest=digest[:36], source_type="code", source='{"tags": {"mlflow.source.name": "bpfree"}}')
+    return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])
