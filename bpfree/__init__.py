@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from bpfree.saved import Saved, load
     from bpfree.step import Batch, Budget, Phase, Step
     from bpfree.tasks.task import Split, Task, TaskSpec
-    from bpfree.training.updater import new_step
     from bpfree.training.trainer import Trainer
+    from bpfree.training.updater import new_step
 
 _HOME = {
     "API_VERSION": "hooks",

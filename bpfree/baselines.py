@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bpfree.network.network import Network
 from bpfree.network.trace import Traces
-from bpfree.options import NoOptions, OptimizerConfig, option
+from bpfree.options import option
 from bpfree.rule import Broadcast, Card, Metrics, Rule, Traits
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import TaskSpec

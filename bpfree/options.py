@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,11 +124,6 @@ def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def inside(value: float, item: dataclasses.Field[Any]) -> bool:
-    bound = item.metadata.get
-    return (
-        math.isfinite(value)
-        and (bound("ge") is None or value >= bound("ge"))
-        and (bound("gt") is None or value > bound("gt"))
-        and (bound("le") is None or value <= bound("le"))
-        and (bound("lt") is None or value < bound("lt"))
-    )
+    checks: dict[str, Callable[[float, float], bool]] = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
+    bounds = {key: item.metadata.get(key) for key in checks}
+    return math.isfinite(value) and all(checks[key](value, bound) for key, bound in bounds.items() if bound is not None)

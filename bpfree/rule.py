@@ -122,7 +122,9 @@ class Rule(nn.Module, ABC):
             raise UsageError(f"{name} needs a network with a readout", fix="name the last block as the network's readout")
         if self.spec.targets not in traits.targets:
             raise UsageError(
-                f"{name} cannot learn from targets of kind {self.spec.targets!r}", where=f"task {self.spec.name}", fix=f"it can from: {', '.join(traits.targets)}"
+                f"{name} cannot learn from targets of kind {self.spec.targets!r}",
+                where=f"task {self.spec.name}",
+                fix=f"it can from: {', '.join(traits.targets)}",
             )
 
     @classmethod
@@ -201,7 +203,8 @@ class Rule(nn.Module, ABC):
 
     def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
         """Scores (N, C), higher is better, or real outputs (N, ...). Called in eval mode under ``no_grad``, never with targets."""
-        return self.network(inputs)
+        scores: Tensor = self.network(inputs)
+        return scores
 
     def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """Further predictions worth reporting beside ``predict``, by name (single blocks, ensembles): scores (N, C)."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bpfree.options import OptimizerConfig
+from bpfree.options import OptimizerConfig, ScheduleConfig
 
 __all__ = ["Batch", "Budget", "Phase", "Step"]
 
@@ -58,7 +58,8 @@ class Phase:
         groups: names of the parameter groups that learn; ``None``: all. The others have ``requires_grad=False``,
             and blocks below the first learning one run in eval mode.
         batch_size: ``None``: the run's; ``"all"``: the training split as one batch.
-        optimizer: ``None``: the run's.
+        optimizer: over the run's; ``None``: the run's.
+        schedule: over the phase's own progress; ``None``: the run's schedule, over the run's progress.
         reset: groups that ``Rule.start_phase`` initialises anew; their optimiser state is dropped.
         evaluate: whether the epochs of this phase end with an evaluation.
     """
@@ -69,6 +70,7 @@ class Phase:
     groups: tuple[str, ...] | None = None
     batch_size: int | Literal["all"] | None = None
     optimizer: OptimizerConfig | None = None
+    schedule: ScheduleConfig | None = None
     reset: tuple[str, ...] = ()
     evaluate: bool = True
 

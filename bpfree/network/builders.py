@@ -25,6 +25,12 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
 }
 Norm = Literal["none", "batch", "layer"]
+NORMS_1D: dict[str, list[Callable[[int], nn.Module]]] = {"none": [], "batch": [nn.BatchNorm1d], "layer": [nn.LayerNorm]}
+NORMS_2D: dict[str, list[Callable[[int], nn.Module]]] = {
+    "none": [],
+    "batch": [nn.BatchNorm2d],
+    "layer": [lambda channels: nn.GroupNorm(1, channels)],
+}
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,12 @@ class VGGConfig:
 def mlp(spec: TaskSpec, config: MLPConfig | None = None) -> Network:
     """Hidden blocks ``b1``, ``b2``, ... (linear, norm, activation) and the linear block ``readout``."""
     config = config or MLPConfig()
-    width, blocks = spec.input_size, {}
+    width = spec.input_size
+    blocks: dict[str, nn.Module] = {}
     for index, units in enumerate(config.widths or [config.width] * config.depth, start=1):
         layers: list[nn.Module] = [nn.Flatten()] if index == 1 and len(spec.input_shape) > 1 else []
         layers.append(nn.Linear(width, units))
-        layers += {"none": [], "batch": [nn.BatchNorm1d(units)], "layer": [nn.LayerNorm(units)]}[config.norm]
+        layers += [norm(units) for norm in NORMS_1D[config.norm]]
         layers.append(ACTIVATIONS[config.activation]())
         if config.dropout:
             layers.append(nn.Dropout(config.dropout))
@@ -97,7 +104,7 @@ def vgg(spec: TaskSpec, config: VGGConfig | None = None) -> Network:
     blocks: dict[str, nn.Module] = {}
     for index, features in enumerate(config.channels, start=1):
         layers: list[nn.Module] = [nn.Conv2d(channels, features, 3, padding=1)]
-        layers += {"none": [], "batch": [nn.BatchNorm2d(features)], "layer": [nn.GroupNorm(1, features)]}[config.norm]
+        layers += [norm(features) for norm in NORMS_2D[config.norm]]
         layers.append(ACTIVATIONS[config.activation]())
         if index in config.pool_after:
             layers.append(nn.MaxPool2d(2))

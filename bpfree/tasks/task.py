@@ -157,7 +157,7 @@ class Task:
                 for tensor in (split.inputs, split.targets) if split is not None else ():
                     if tensor is not None:
                         digest.update(str((tuple(tensor.shape), str(tensor.dtype))).encode())
-                        digest.update(memoryview(tensor.contiguous().numpy()).cast("B"))
+                        digest.update(tensor.contiguous().numpy().data)
             self._fingerprint.append(digest.hexdigest()[:16])
         return self._fingerprint[0]
 

@@ -52,7 +52,7 @@ def preserved_global_state(device: torch.device) -> Iterator[None]:
 def seeded(seed: int) -> Iterator[None]:
     """Torch's global CPU generator set to ``seed`` inside, as it was outside (for initialisation)."""
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 

@@ -53,7 +53,6 @@ class Updater:
         self.config = (optimizer or OptimizerConfig()).over(rule.optimizer)
         self.schedule = schedule or ScheduleConfig()
         self.clip = clip or ClipConfig()
-        self._factor = _shape(self.schedule)
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._schedulers: dict[str, Any] = {}
         self.start_phase(Phase())
@@ -62,10 +61,12 @@ class Updater:
         """Take up new or replaced parameters, drop the state of reset groups, choose the phase's optimiser."""
         self.groups = _trainable_groups(self.rule)
         config = self.config if phase.optimizer is None else phase.optimizer.over(self.config)
-        self._key = repr(config)
+        schedule = phase.schedule or self.schedule
+        self._key = repr((config, schedule))
         if self._key not in self._optimizers:
             self._optimizers[self._key] = make_optimizer(config, self.groups, self.rule.group_options())
-            self._schedulers[self._key] = _torch_scheduler(self.schedule, self._optimizers[self._key])
+            self._schedulers[self._key] = _torch_scheduler(schedule, self._optimizers[self._key])
+        self._factor = _shape(schedule)
         reset = {id(p) for name in phase.reset for p in self.groups.get(name, [])}
         for optimizer in self._optimizers.values():
             _adopt(optimizer, self.groups, self.rule.group_options(), reset)
@@ -119,6 +120,10 @@ class Updater:
         for parameter in self.rule.parameters():
             parameter.grad = None
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the optimisers' state."""
+        return [v for o in self._optimizers.values() for state in o.state.values() for v in state.values() if isinstance(v, Tensor)]
+
     def state_dict(self) -> dict[str, Any]:
         """Optimiser and scheduler states; tensors and plain values only, keyed by parameter and group names."""
         names = {id(p): name for name, p in self.rule.named_parameters()}
@@ -150,13 +155,19 @@ class Updater:
                 self._schedulers[key].load_state_dict(part["scheduler"])
 
 
-def make_optimizer(config: OptimizerConfig, groups: dict[str, list[nn.Parameter]], special: dict[str, dict[str, Any]]) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, groups: dict[str, list[nn.Parameter]], special: dict[str, dict[str, Any]]
+) -> torch.optim.Optimizer:
     """A ``torch.optim`` optimiser with a parameter group per group, fused where it can be.
 
     Raises:
         UsageError: no such optimiser, an argument that it does not take, or one that needs a closure (LBFGS).
     """
-    known = {name.lower(): value for name, value in vars(torch.optim).items() if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)}
+    known = {
+        name.lower(): value
+        for name, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)
+    }
     known = {name: value for name, value in known.items() if name not in ("optimizer", "lbfgs", "sparseadam")}
     if config.name.lower() not in known:
         raise unknown_name("optimizer", config.name, known, where="optimizer.name")
@@ -188,7 +199,9 @@ def _trainable_groups(rule: Rule) -> dict[str, list[nn.Parameter]]:
     return rule.groups()
 
 
-def _adopt(optimizer: torch.optim.Optimizer, groups: dict[str, list[nn.Parameter]], special: dict[str, dict[str, Any]], reset: set[int]) -> None:
+def _adopt(
+    optimizer: torch.optim.Optimizer, groups: dict[str, list[nn.Parameter]], special: dict[str, dict[str, Any]], reset: set[int]
+) -> None:
     """Bring the optimiser's groups up to date with the rule's; forget the state of parameters that left or were reset."""
     existing = {group["name"]: group for group in optimizer.param_groups}
     for name, members in groups.items():
@@ -242,7 +255,8 @@ def accumulate(rule: Rule, batch: Batch, step: Step, parts: int) -> Metrics:
 
     The result equals the large batch's for rules whose credit is a mean over examples.
     """
-    total, sums = len(batch), {}
+    total = len(batch)
+    sums: Metrics = {}
     size = math.ceil(total / parts)
     parameters = list(rule.parameters())
     for start in range(0, total, size):
@@ -253,10 +267,10 @@ def accumulate(rule: Rule, batch: Batch, step: Step, parts: int) -> Metrics:
         if before:  # so that scaling the sum afterwards leaves what was there
             torch._foreach_mul_(before, 1 / share)
         for name, value in rule.credit(micro, step).items():
-            sums[name] = sums.get(name, 0) + value * share
+            sums[name] = sums[name] + value * share if name in sums else value * share
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], share)
     step.apply()
-    return {name: value for name, value in sums.items() if isinstance(value, Tensor)}
+    return sums
 
 
 def new_step(rule: Rule, optimizer: OptimizerConfig | None = None, *, seed: int = 0) -> Step:
@@ -273,3 +287,21 @@ def new_step(rule: Rule, optimizer: OptimizerConfig | None = None, *, seed: int 
     keyed = KeyedGenerators(seed, device, lambda: step.index)
     step = Step(generator, keyed, updater.apply, updater.lr, Phase())
     return step
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Try the configuration on a single parameter.
+
+    Raises:
+        UsageError: as :func:`make_optimizer`.
+    """
+    make_optimizer(config, {"probe": [nn.Parameter(torch.zeros(1))]}, {})
+
+
+def check_schedule(schedule: ScheduleConfig) -> None:
+    """Try the schedule on a single parameter.
+
+    Raises:
+        UsageError: no such schedule, or options that it does not take.
+    """
+    _torch_scheduler(schedule, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))

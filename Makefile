@@ -1,0 +1,58 @@
+# Everything runs in .venv, which `make install` sets up. Two commands matter to a user: make quickstart, make test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export OMP_WAIT_POLICY = PASSIVE
+export MLFLOW_DISABLE_TELEMETRY = true
+
+.PHONY: help install quickstart test test-slow test-oldest lint types bench gpu clean
+
+help:
+	@echo "make quickstart    install, then compare NoProp with floor and ceiling on handwritten digits (no download)"
+	@echo "make test          install, then lint, types and tests"
+	@echo "make test-slow     the longer checks"
+	@echo "make test-oldest   the tests on the oldest supported versions of the dependencies"
+	@echo "make bench         speed and memory, as ratios (benchmarks/)"
+	@echo "make gpu           tests, benchmarks and studies on CUDA, in resumable parts (PART=tests|bench|studies)"
+
+$(VENV)/installed: pyproject.toml requirements-dev.txt $(wildcard plugins/*/pyproject.toml)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+install: $(VENV)/installed
+
+quickstart: install
+	$(BIN)/bpfree compare noprop-dt --seeds 3 task=digits budget.epochs=30 threads=1
+
+test: install
+	$(BIN)/python -m pytest -q
+
+test-slow: install
+	$(BIN)/python -m pytest -q -m slow
+
+test-oldest:
+	$(MAKE) VENV=.venv-oldest PYTHON=$(PYTHON) install-oldest
+	.venv-oldest/bin/python -m pytest -q --ignore=tests/test_project.py
+
+.PHONY: install-oldest
+install-oldest:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) benchmarks/oldest.py > $(VENV)/oldest.txt
+	$(BIN)/python -m pip install --quiet -c $(VENV)/oldest.txt -r requirements-dev.txt
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/run_all.py
+
+gpu:
+	bash benchmarks/gpu.sh $(or $(PART),all)
+
+clean:
+	rm -rf .mypy_cache .ruff_cache .pytest_cache build

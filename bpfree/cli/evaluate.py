@@ -1,0 +1,39 @@
+"""``bpfree evaluate``."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+HELP = """Score a trained rule: CHECKPOINT is a run's folder, its name, or a checkpoint file.
+
+By default on the validation split, so that looking often does not wear out the test split. SETTINGS change the run's own
+configuration, for example `task=fashion-mnist`, `rule.inference=deterministic`, `evaluation.draws=20`, `device=cpu`.
+"""
+
+
+@click.command(help=HELP, short_help="Score a trained rule on a split.")
+@click.argument("checkpoint")
+@click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
+@click.option(
+    "--split", type=click.Choice(["validation", "test", "train"]), default="validation", show_default=True, help="Which examples."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on one line.")
+def evaluate(checkpoint: str, settings: tuple[str, ...], split: str, as_json: bool) -> int:
+    from bpfree.cli.output import print_table
+    from bpfree.config import parse_words
+    from bpfree.scoring import score
+
+    leaves = parse_words(settings)
+    output = next((str(leaf.value) for leaf in reversed(leaves) if leaf.key == "output"), "runs")
+    about, scores = score(checkpoint, leaves, split=split, output=output)
+    if as_json:
+        click.echo(json.dumps({**about, **scores}))
+        return 0
+    for name, value in about.items():
+        click.echo(f"{name.ljust(10)}  {value}")
+    print_table(
+        ["metric", "value"], [[name, f"{value:.2%}" if "accuracy" in name else f"{value:.5g}"] for name, value in scores.items()], right=[1]
+    )
+    return 0

@@ -1,0 +1,112 @@
+"""``bpfree rules``, ``bpfree networks``, ``bpfree tasks``: what is there, and the cards of single things."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+
+def options_table(config: type) -> list[list[str]]:
+    from bpfree.options import describe
+
+    return [[name, kind, "none" if default is None else str(default), meaning] for name, kind, default, meaning in describe(config)]
+
+
+def show_options(config: type, section: str) -> None:
+    from bpfree.cli.output import print_table
+
+    rows = options_table(config)
+    if not rows:
+        click.echo(f"Options ({section}.KEY=VALUE): none")
+        return
+    click.echo(f"Options ({section}.KEY=VALUE):")
+    print_table(["key", "type", "default", "meaning"], rows)
+
+
+@click.command(short_help="List learning rules, or show one's method card.")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def rules(name: str | None, as_json: bool) -> None:
+    """List the learning rules of all installed plugins; with NAME, show its method card: what it is, where it comes from,
+    its update, its declared traits, and its options.
+    """
+    from bpfree.cli.output import print_table
+    from bpfree.plugins import plugins
+
+    registry = plugins()
+    if name is not None:
+        rule = registry.get("rules", name)
+        card = dict(rule_card(name, rule, registry.owner("rules", name)))
+        click.echo(json.dumps(card, indent=2)) if as_json else show_card(card, rule)
+        return
+    found = list(registry.items("rules"))
+    if as_json:
+        click.echo(json.dumps([dict(rule_card(*item)) for item in found], indent=2))
+        return
+    print_table(["rule", "plugin", "what it is"], [[rule_name, owner.name, rule.card.summary] for rule_name, rule, owner in found])
+    ill = [record for record in registry.records.values() if record.status != "ok"]
+    if ill:
+        click.echo(f"\nnot loaded: {', '.join(f'{r.name} ({r.status})' for r in ill)}; see bpfree plugins list", err=True)
+
+
+def rule_card(name: str, rule: Any, owner: Any) -> Iterator[tuple[str, Any]]:
+    """The card as plain values."""
+    import dataclasses
+
+    card, traits = rule.card, rule.traits
+    yield "name", name
+    yield "plugin", f"{owner.name} ({owner.distribution} {owner.version})"
+    yield from dataclasses.asdict(card).items()
+    yield "traits", "depend on its options" if isinstance(traits, property) else dataclasses.asdict(traits)
+    default = rule.optimizer
+    yield (
+        "optimizer",
+        "depends on its options"
+        if isinstance(default, property)
+        else {k: v for k, v in dataclasses.asdict(default).items() if v not in (None, {})},
+    )
+    yield "options", [dict(zip(("key", "type", "default", "meaning"), row, strict=True)) for row in options_table(rule.Config)]
+
+
+def show_card(card: dict[str, Any], rule: Any) -> None:
+    for key in ("name", "plugin", "summary", "paper", "equation", "notes"):
+        if card[key]:
+            lines = str(card[key]).strip().splitlines()
+            click.echo(f"{key.ljust(10)}{lines[0]}")
+            for line in lines[1:]:
+                click.echo(f"{'':10}{line}")
+    for key in ("optimizer", "traits"):
+        value = card[key]
+        text = value if isinstance(value, str) else ", ".join(f"{k}={v}" for k, v in value.items())
+        click.echo(f"{key.ljust(10)}{text}")
+    show_options(rule.Config, "rule")
+
+
+def list_kind(kind: str, name: str | None) -> None:
+    from bpfree.cli.output import print_table
+    from bpfree.plugins import plugins
+
+    registry = plugins()
+    if name is None:
+        print_table([kind[:-1], "plugin", "what it is"], [[n, owner.name, thing.summary] for n, thing, owner in registry.items(kind)])
+        return
+    thing = registry.get(kind, name)
+    click.echo(f"{name}: {thing.summary}")
+    show_options(thing.Config, kind[:-1])
+
+
+@click.command(short_help="List network builders, or show one's options.")
+@click.argument("name", required=False)
+def networks(name: str | None) -> None:
+    """List the networks that can be named with network=NAME; with NAME, show its options."""
+    list_kind("networks", name)
+
+
+@click.command(short_help="List tasks, or show one's options.")
+@click.argument("name", required=False)
+def tasks(name: str | None) -> None:
+    """List the tasks that can be named with task=NAME; with NAME, show its options (beside validation, split_seed and augment)."""
+    list_kind("tasks", name)

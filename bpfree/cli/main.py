@@ -1,0 +1,102 @@
+"""The entry point: sets the environment before torch loads, and turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from bpfree.errors import BpfreeError
+from bpfree.version import __version__
+
+__all__ = ["cli", "main"]
+
+# Idle OpenMP threads that spin make a busy machine up to 60 times slower; it must be set before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# MLflow reports usage to its makers unless told not to; bpfree does not, unless the user says so.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+EPILOG = """
+\b
+Examples:
+  bpfree rules                                        what is there
+  bpfree rules noprop-dt                              a method card
+  bpfree train rule=noprop-dt task=mnist budget.epochs=2 seed=1
+  bpfree train --config runs/RUN/config.yaml          the same run again
+  bpfree train --resume runs/RUN                      go on after an interruption
+  bpfree evaluate runs/RUN --split test
+  bpfree compare noprop-dt dfa --seeds 3              beside floor and ceiling
+"""
+
+
+class Commands(click.Group):
+    """Commands in the order of use, each imported when it is named."""
+
+    modules = {
+        "train": "train",
+        "evaluate": "evaluate",
+        "compare": "compare",
+        "rules": "listing",
+        "networks": "listing",
+        "tasks": "listing",
+        "plugins": "plugins",
+    }
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.modules)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in self.modules:
+            return None
+        module = __import__(f"bpfree.cli.{self.modules[name]}", fromlist=[name])
+        return getattr(module, name)  # type: ignore[no-any-return]
+
+
+@click.command(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="bpfree")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Train neural networks without end-to-end back-propagation, and compare the ways to do it fairly.
+
+    Settings are words of the form KEY=VALUE, the same everywhere; `bpfree train --print-config` lists every key.
+    """
+    context.obj = {"debug": debug or bool(os.environ.get("BPFREE_DEBUG"))}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong request, 130 or 143 interrupted and resumable."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    # accepted anywhere
+    words = [word for word in words if word != "--debug"]
+    sys.exit(_run(["--debug", *words] if debug else words, debug=debug))
+
+
+def _run(words: list[str], *, debug: bool) -> int:
+    try:
+        result: Any = cli.main(args=words, prog_name="bpfree", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except BpfreeError as error:
+        return _say(error, f"error: {error}", error.exit_code, debug)
+    except click.ClickException as error:
+        usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
+        return _say(error, "\n".join(filter(None, [f"error: {error.format_message()}", usage])), error.exit_code, debug)
+    except (click.Abort, KeyboardInterrupt) as error:
+        return _say(error, "interrupted", 130, debug)
+    except BrokenPipeError:  # the reader of our output has gone, as in `bpfree rules | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        text = " ".join(str(error).split()) or "no message"
+        return _say(error, f"error: unexpected {type(error).__name__}: {text}\n  fix:   run again with --debug for the traceback", 1, debug)
+
+
+def _say(error: BaseException, message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    click.echo(message, err=True)
+    return code

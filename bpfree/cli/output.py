@@ -1,0 +1,60 @@
+"""How results are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+from bpfree.training.run import Run
+
+__all__ = ["exit_code", "print_result", "print_table"]
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Iterable[int] = ()) -> None:
+    """A plain aligned table; columns in ``right`` are aligned to the right."""
+    texts = [list(headers), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(headers))]
+    aligned = set(right)
+    for number, row in enumerate(texts):
+        cells = [
+            cell.rjust(width) if column in aligned else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        click.echo("  ".join(cells).rstrip())
+        if number == 0:
+            click.echo("  ".join("-" * width for width in widths))
+
+
+def print_result(run: Run) -> None:
+    """The end of a run in a few lines."""
+    result = run.result
+    lines = [("status", f"{run.status}{f': {run.reason}' if run.reason else ''}")]
+    if "test/accuracy" in result:
+        spread = f" +- {result['test/accuracy_se']:.2%} (standard error over draws)" if "test/accuracy_se" in result else ""
+        lines.append(("test accuracy", f"{result['test/accuracy']:.2%}{spread}"))
+    elif "test/loss" in result:
+        lines.append(("test loss", f"{result['test/loss']:.5g}"))
+    validation = [metrics["val/accuracy"] for metrics in run.history if "val/accuracy" in metrics]
+    if validation:
+        lines.append(("validation accuracy", f"{validation[-1]:.2%} last, {max(validation):.2%} best"))
+    if "train/seconds" in result:
+        lines.append(
+            (
+                "training",
+                f"{result['train/seconds']:.1f} s, {result['train/samples_per_second']:,.0f} samples/s, {result['train/steps']:,.0f} steps",
+            )
+        )
+        lines.append(("memory", f"{result['train/peak_memory_mb']:.1f} MiB of tensors at the peak of a step, without the data"))
+        lines.append(("parameters", f"{result['parameters']:,.0f} ({result['parameters_trained']:,.0f} trained)"))
+    if run.folder is not None:
+        lines.append(("folder", str(run.folder)))
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        click.echo(f"{name.ljust(width)}  {text}")
+
+
+def exit_code(run: Run) -> int:
+    """0 for a finished run, 1 for a diverged one."""
+    return 0 if run.status == "finished" else 1

@@ -1,0 +1,51 @@
+"""``bpfree train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+HELP = """Train one rule on one task, test it once, and track the run.
+
+SETTINGS are KEY=VALUE words over the defaults and over --config files, for example
+
+\b
+  rule=dfa                    which rule (bpfree rules lists them)
+  rule.scale=0.5              an option of the rule (bpfree rules dfa)
+  task=mnist                  which data (bpfree tasks)
+  network=mlp network.depth=6 which network, and its sizes (bpfree networks)
+  budget.epochs=20            or budget.samples=..., budget.seconds=...
+  optimizer.lr=0.001 batch_size=128 seed=1 device=cpu
+  tracking.enabled=false      no MLflow
+
+A run has a folder under runs/ (output=...): its configuration, metrics, plots and checkpoints. MLflow shows all runs:
+`mlflow ui --backend-store-uri sqlite:///mlflow.db`.
+
+Ctrl-C (or SIGTERM) saves a checkpoint first; `bpfree train --resume RUN` goes on, bit for bit.
+"""
+
+
+@click.command(help=HELP, short_help="Train one rule on one task.")
+@click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
+@click.option("--config", "-c", "configs", multiple=True, type=click.Path(path_type=Path), help="YAML file of settings; later ones win.")
+@click.option("--print-config", is_flag=True, help="Print the complete configuration with the meaning of each key, and stop.")
+@click.option("--resume", metavar="RUN", help="Go on with a run: its folder, its name, or a checkpoint.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress display.")
+def train(settings: tuple[str, ...], configs: tuple[Path, ...], print_config: bool, resume: str | None, quiet: bool) -> int:
+    from bpfree import runner
+    from bpfree.cli.output import exit_code, print_result
+    from bpfree.config import parse_words, read_yaml, resolve
+
+    leaves = [leaf for path in configs for leaf in read_yaml(path)] + parse_words(settings)
+    if resume is not None:
+        output = next((str(leaf.value) for leaf in reversed(leaves) if leaf.key == "output"), "runs")
+        run = runner.resume(resume, output=output, changes=leaves, quiet=quiet)
+    else:
+        recipe = resolve(leaves)
+        if print_config:
+            click.echo(recipe.to_yaml(comments=True), nl=False)
+            return 0
+        run = runner.run(recipe, quiet=quiet)
+    print_result(run)
+    return exit_code(run)

@@ -1,0 +1,182 @@
+"""Comparing rules over seeds: each beside the linear classifier, its frozen twin, and back-propagation."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bpfree import runner
+from bpfree.config import Leaf, parse_words, resolve
+from bpfree.errors import BpfreeError, UsageError
+from bpfree.plugins import Plugins, plugins
+from bpfree.rule import Rule
+from bpfree.training.run import Run
+from bpfree.training.trainer import Interrupted
+
+__all__ = ["Row", "compare", "rows_for", "summary"]
+
+HEADERS = ("rule", "test accuracy", "spread", "n", "best part alone", "seconds", "samples/s", "memory MiB", "parameters", "trained")
+
+
+@dataclass
+class Row:
+    """One line of a comparison: a rule with its settings, and its runs over seeds.
+
+    Attributes:
+        label: as printed.
+        leaves: settings of this row alone.
+        runs: one per seed that ended with a result or a reason.
+    """
+
+    label: str
+    leaves: list[Leaf]
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def finished(self) -> list[Run]:
+        """The runs that have a result."""
+        return [run for run in self.runs if run.status == "finished"]
+
+
+def rows_for(words: Sequence[str], *, references: bool = True, registry: Plugins | None = None) -> list[Row]:
+    """The rows of a comparison, floor first and ceiling last.
+
+    Args:
+        words: ``RULE`` or ``RULE,KEY=VALUE,...`` for settings of that row alone.
+        references: add the linear classifier, the frozen twin of each rule, and back-propagation.
+
+    Raises:
+        UsageError: an unknown rule, or none.
+    """
+    registry = registry or plugins()
+    asked = []
+    for word in words:
+        name, *settings = word.split(",")
+        rule = registry.get("rules", name, where="command line")
+        asked.append((rule, Row(word, [Leaf("rule.name", name, "command line"), *parse_words(settings)])))
+    if not asked:
+        raise UsageError("no rule to compare", fix="name some; bpfree rules lists them")
+    if not references:
+        return [row for _, row in asked]
+    own = [row for _, row in asked if row.label not in ("linear", "frozen", "backprop")]
+    twins = [_twin(rule, row) for rule, row in asked if row in own]
+    floor = [*_unique(twins)] or [_reference("frozen")]
+    return [_reference("linear"), *floor, *own, _reference("backprop")]
+
+
+def _reference(name: str) -> Row:
+    return Row(name, [Leaf("rule.name", name, "reference")])
+
+
+def _twin(rule: type[Rule], row: Row) -> Row:
+    """Rules on the common networks share one twin, the rule ``frozen``; one with a network of its own has its own."""
+    if getattr(rule.network_options, "__func__", None) is Rule.network_options.__func__ and len(row.leaves) == 1:  # type: ignore[attr-defined]
+        return _reference("frozen")
+    return Row(f"{row.label} (frozen twin)", [*row.leaves, Leaf("frozen_twin", True, "reference")])
+
+
+def _unique(rows: Iterable[Row]) -> Iterator[Row]:
+    seen = set()
+    for row in rows:
+        if row.label not in seen:
+            seen.add(row.label)
+            yield row
+
+
+def compare(
+    rows: Sequence[Row],
+    common: Sequence[Leaf],
+    seeds: Sequence[int],
+    *,
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Run every row with every seed, and fill ``row.runs``. A run that fails is a run with a reason, and the rest go on.
+
+    Args:
+        rows: of :func:`rows_for`.
+        common: settings of all rows.
+        seeds: the repetitions.
+        quiet: no progress display.
+        say: told of failures.
+
+    Raises:
+        UsageError: any row's settings are wrong; before anything runs.
+        Interrupted: the run in progress was asked to stop.
+    """
+    cells = [(row, resolve([*common, *row.leaves, Leaf("seed", seed, "seeds")])) for seed in seeds for row in rows]
+    task = cells[0][1].build_task()
+    for number, (row, recipe) in enumerate(cells, start=1):
+        label = f"[{number}/{len(cells)}] {row.label} seed {recipe.settings.seed}"
+        same = (recipe.names["task"], recipe.options["task"], recipe.task) == (
+            cells[0][1].names["task"],
+            cells[0][1].options["task"],
+            cells[0][1].task,
+        )
+        try:
+            row.runs.append(runner.run(recipe, quiet=quiet, label=label, task=task if same else None))
+        except Interrupted:
+            raise
+        except BpfreeError as error:
+            failed = Run("", row.label, status="failed", reason=error.what)
+            row.runs.append(failed)
+            say(f"{label}: {error}")
+
+
+def summary(rows: Sequence[Row]) -> list[list[str]]:
+    """The table's cells, a row each, under ``HEADERS``."""
+    return [_cells(row) for row in rows]
+
+
+def _cells(row: Row) -> list[str]:
+    runs = row.finished
+    if not runs:
+        reason = next((f"{run.status}: {run.reason}" for run in row.runs), "not run")
+        return [row.label, reason, *[""] * (len(HEADERS) - 2)]
+    scores = [run.result["test/accuracy"] for run in runs]
+    spread = f"+- {100 * statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    count = f"{len(runs)}" if len(runs) == len(row.runs) else f"{len(runs)} of {len(row.runs)}"
+    return [
+        row.label,
+        f"{100 * statistics.fmean(scores):.2f} %",
+        spread,
+        count,
+        _best_part(runs),
+        f"{_mean(runs, 'train/seconds'):.1f}",
+        f"{_mean(runs, 'train/samples_per_second'):,.0f}",
+        f"{_mean(runs, 'train/peak_memory_mb'):.1f}",
+        f"{_mean(runs, 'parameters'):,.0f}",
+        f"{_mean(runs, 'parameters_trained'):,.0f}",
+    ]
+
+
+def _mean(runs: Sequence[Run], key: str) -> float:
+    return statistics.fmean(run.result.get(key, 0.0) for run in runs)
+
+
+def _best_part(runs: Sequence[Run]) -> str:
+    """Test accuracy of the best alternative prediction (a single block, say), chosen on validation."""
+    names = [key.split("/")[1] for key in runs[0].result if key.startswith("test/") and key.count("/") == 2]
+    if not names or not runs[0].history:
+        return ""
+
+    def on_validation(name: str) -> float:
+        return statistics.fmean(next((m[key] for m in reversed(run.history) if (key := f"val/{name}/accuracy") in m), 0.0) for run in runs)
+
+    best = max(names, key=on_validation)
+    return f"{100 * _mean(runs, f'test/{best}/accuracy'):.2f} % ({best})"
+
+
+def settings_line(common: Sequence[Leaf], seeds: Sequence[int]) -> str:
+    """What all rows share, for a caption."""
+    words = " ".join(f"{leaf.key}={leaf.value}" for leaf in common)
+    return f"{words or 'default settings'}; seeds {', '.join(map(str, seeds))}"
+
+
+def default_page(output: str | Path) -> Path:
+    """Where a comparison's page goes: in the output folder, with the time in its name."""
+    import datetime
+
+    return Path(output) / f"comparison-{datetime.datetime.now():%Y%m%d-%H%M%S}.html"

@@ -1,0 +1,370 @@
+"""Configurations of runs: from files and ``key=value`` words to typed, checked settings.
+
+A configuration is a tree of plain values. Three of its sections, ``rule``, ``network`` and ``task``, have a ``name`` and the options of
+the thing that is named; ``rule: dfa`` and ``rule=dfa`` are short for ``rule.name``. Everything that is wrong is reported
+at once, before any data is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bpfree.errors import BpfreeError, UsageError, nearest
+from bpfree.options import option, range_problems
+from bpfree.plugins import Plugins, plugins
+from bpfree.rule import Rule
+from bpfree.tasks.task import Task, TaskSpec
+from bpfree.tracking.config import TrackingConfig
+from bpfree.training.config import TrainConfig
+from bpfree.training.seeds import derive, seeded
+from bpfree.training.updater import check_optimizer, check_schedule
+
+__all__ = ["DataConfig", "Leaf", "Recipe", "RunConfig", "parse_words", "read_yaml", "resolve"]
+
+NAMED = ("rule", "network", "task", "optimizer", "schedule")
+"""Sections that may be given by their name alone."""
+CHOSEN = ("rule", "network", "task")
+"""Sections whose options depend on their name."""
+
+
+@dataclass
+class DataConfig:
+    """Where data come from and how they travel."""
+
+    root: str | None = option(None, "folder of data sets (none: the environment's BPFREE_DATA, else the user's cache)")
+    resident: Literal["auto", "yes", "no"] = option("auto", "keep the set as tensors on the device (auto: if it fits)")
+    workers: int = option(0, "processes that read a set which is not resident", ge=0)
+
+
+@dataclass
+class TaskCommon:
+    """What every task has."""
+
+    validation: float = option(0.1, "share of the training examples held out to choose by; 0: none", ge=0, lt=1)
+    split_seed: int = option(0, "of the validation cut; independent of seed", ge=0)
+    augment: list[str] = option(factory=list, help="augmentations of training batches, in order")
+
+
+@dataclass
+class RunConfig(TrainConfig):
+    """Everything but the three chosen sections."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    diagnostics: list[str] = option(factory=list, help="diagnostics to switch on, by name")
+    output: str = option("runs", "folder in which each run gets a folder of its own")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A value for a key, and where it was said."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+def read_yaml(path: Path) -> list[Leaf]:
+    """The leaves of a YAML file (safe tags only).
+
+    Raises:
+        UsageError: no such file, or no mapping of names.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration: {error.strerror}", where=str(path)) from error
+    except yaml.YAMLError as error:
+        raise UsageError("the configuration is not valid YAML", where=f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError("the configuration must be a mapping of names to values", where=str(path))
+    return list(_leaves(content, "", str(path)))
+
+
+def _leaves(node: Mapping[str, Any], prefix: str, origin: str) -> Iterator[Leaf]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.", origin)
+        else:
+            yield Leaf(f"{prefix}{key}", value, origin)
+
+
+def parse_words(words: Iterable[str]) -> list[Leaf]:
+    """The leaves of ``key=value`` words; a value is read as YAML.
+
+    Raises:
+        UsageError: a word without ``=``.
+    """
+    leaves: list[Leaf] = []
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not sign or not key:
+            raise UsageError(
+                f"expected key=value, not {word!r}", where="command line", fix="for example: rule=dfa task=digits budget.epochs=5"
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        leaves.extend(_leaves({key: value}, "", "command line"))
+    return leaves
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A resolved configuration: all that is needed to build the task, the rule and the trainer.
+
+    Attributes:
+        names: of the rule, network and task.
+        options: their options, as instances of their configuration dataclasses.
+        task: what every task has.
+        settings: everything else.
+    """
+
+    names: Mapping[str, str]
+    options: Mapping[str, Any]
+    task: TaskCommon
+    settings: RunConfig
+    registry: Plugins = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole as nested plain values; ``resolve`` of it gives the same recipe."""
+        chosen = {kind: {"name": self.names[kind], **dataclasses.asdict(self.options[kind])} for kind in CHOSEN}
+        chosen["task"] |= dataclasses.asdict(self.task)
+        return {**chosen, **dataclasses.asdict(self.settings)}
+
+    def flat(self) -> dict[str, Any]:
+        """``{"rule.name": ..., "seed": ...}``."""
+        return {leaf.key: leaf.value for leaf in _leaves(self.to_dict(), "", "")}
+
+    def to_yaml(self, *, comments: bool = False) -> str:
+        """The whole as YAML, optionally with each key's meaning."""
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        if not comments:
+            return text
+        from bpfree.cli.annotate import annotate
+
+        return annotate(text, self)
+
+    def root(self) -> Path | None:
+        """Folder of data sets, ``None`` for the data sets' own default."""
+        import os
+
+        place = self.settings.data.root or os.environ.get("BPFREE_DATA")
+        return Path(place).expanduser() if place else None
+
+    def spec(self) -> TaskSpec:
+        """The task's spec, without loading its data."""
+        return self.registry.get("tasks", self.names["task"]).spec(self.options["task"], self.root())  # type: ignore[no-any-return]
+
+    def build_task(self) -> Task:
+        """Load the data and cut the splits."""
+        source = self.registry.get("tasks", self.names["task"])
+        return Task.from_source(
+            source, self.options["task"], root=self.root(), validation=self.task.validation, split_seed=self.task.split_seed
+        )
+
+    def build_rule(self, spec: TaskSpec) -> Rule:
+        """The rule on its network, initialised from the seed, on the CPU; the caller's random state stays as it is."""
+        with seeded(derive(self.settings.seed, "initialisation")):
+            network = self.registry.get("networks", self.names["network"]).build(spec, self.options["network"])
+            rule: Rule = self.registry.get("rules", self.names["rule"])(network, spec, self.options["rule"])
+        return rule
+
+
+def resolve(leaves: Iterable[Leaf] | Mapping[str, Any], registry: Plugins | None = None, *, spec: TaskSpec | None = None) -> Recipe:
+    """Check and complete a configuration; later leaves win over earlier ones.
+
+    Args:
+        leaves: or a nested mapping.
+        registry: of names; the installed plugins by default.
+        spec: the task's, if it is known already; otherwise the data set is asked for it.
+
+    Raises:
+        UsageError: with everything that is wrong.
+    """
+    registry = registry or plugins()
+    listed = list(_leaves(leaves, "", "configuration")) if isinstance(leaves, Mapping) else list(leaves)
+    listed = [
+        dataclasses.replace(leaf, key=f"{leaf.key}.name") if leaf.key in NAMED and isinstance(leaf.value, str) else leaf for leaf in listed
+    ]
+    return _Resolver(listed, registry, spec).resolve()
+
+
+class _Resolver:
+    """Collects problems instead of stopping at the first."""
+
+    def __init__(self, leaves: list[Leaf], registry: Plugins, spec: TaskSpec | None) -> None:
+        self.leaves, self.registry, self.spec = leaves, registry, spec
+        self.problems: list[str] = []
+        self.names = {"rule": "backprop", "network": "auto", "task": "digits"}
+        for leaf in leaves:
+            section, _, rest = leaf.key.partition(".")
+            if section in CHOSEN and rest == "name":
+                self.names[section] = str(leaf.value)
+
+    def resolve(self) -> Recipe:
+        settings: RunConfig = self._fill(RunConfig(), "", lambda section: section not in CHOSEN)
+        common, options = self._task()
+        rule = self._class("rules", "rule")
+        options["rule"] = None if rule is None else self._fill(rule.Config(), "rule.")
+        self._stop_if_problems()
+        spec = self.spec or Recipe(self.names, options, common, settings, self.registry).spec()
+        options["network"] = self._network(rule, spec, options["rule"])
+        self._check_settings(rule, common, settings)
+        self._stop_if_problems()
+        return Recipe(self.names, options, common, settings, self.registry)
+
+    # --- sections ---------------------------------------------------------------------------------------------------
+
+    def _class(self, kind: str, section: str) -> Any:
+        try:
+            return self.registry.get(kind, self.names[section], where=f"{section}.name")
+        except UsageError as error:
+            self.problems.append(f"{error.what} ({error.fix})")
+            return None
+
+    def _task(self) -> tuple[TaskCommon, dict[str, Any]]:
+        source = self._class("tasks", "task")
+        shared = {item.name for item in dataclasses.fields(TaskCommon)}
+        known = shared | ({item.name for item in dataclasses.fields(source.Config)} if source else set())
+        common: TaskCommon = self._fill(TaskCommon(), "task.", lambda name: name in shared)
+        own = None if source is None else self._fill(source.Config(), "task.", lambda name: name not in shared, known=known)
+        return common, {"task": own}
+
+    def _network(self, rule: type[Rule], spec: TaskSpec, rule_config: Any) -> Any:
+        implied = dict(rule.network_options(spec, rule_config))
+        name = implied.pop("name")
+        if self.names["network"] == "auto":
+            self.names["network"] = name
+        builder = self._class("networks", "network")
+        if builder is None:
+            return None
+        fields = {item.name for item in dataclasses.fields(builder.Config)}
+        base = builder.Config(**{key: value for key, value in implied.items() if key in fields})
+        return self._fill(base, "network.")
+
+    # --- values -----------------------------------------------------------------------------------------------------
+
+    def _fill(self, base: Any, prefix: str, mine: Any = lambda name: True, *, known: set[str] | None = None) -> Any:
+        """``base`` with the leaves under ``prefix``, as an instance of its class; notes what does not fit."""
+        node = OmegaConf.structured(base)
+        for leaf in self.leaves:
+            if not leaf.key.startswith(prefix):
+                continue
+            path = leaf.key[len(prefix) :].split(".")
+            if not mine(path[0]) or (prefix and path == ["name"]):
+                continue
+            self._assign(node, path, leaf, prefix, known)
+        filled = OmegaConf.to_object(node)
+        self.problems.extend(f"{problem}" for problem in range_problems(filled, prefix))
+        return filled
+
+    def _assign(self, node: DictConfig, path: list[str], leaf: Leaf, prefix: str, known: set[str] | None) -> None:
+        kind: Any = OmegaConf.get_type(node)
+        for depth, part in enumerate(path):
+            if not dataclasses.is_dataclass(kind):
+                break  # inside a free mapping
+            names = {item.name for item in dataclasses.fields(kind)} | (known or set() if depth == 0 else set())
+            if part not in names:
+                self.problems.append(self._unknown(leaf, prefix + ".".join(path[:depth]), part, names))
+                return
+            if depth + 1 < len(path):
+                node = node[part]
+                kind = OmegaConf.get_type(node)
+                if not isinstance(node, DictConfig):
+                    self.problems.append(f"{leaf.key}: {prefix}{'.'.join(path[: depth + 1])} has no parts ({leaf.origin})")
+                    return
+        key = path[-1]
+        if isinstance(node._get_node(key), DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(node, key)):
+            self.problems.append(
+                f"{leaf.key}={leaf.value!r}: is a section; set one of its keys, such as {leaf.key}.{next(iter(node[key]))} ({leaf.origin})"
+            )
+            return
+        try:
+            node[key] = leaf.value
+        except OmegaConfBaseException as error:
+            reason = str(getattr(error, "msg", None) or error).splitlines()[0]
+            self.problems.append(f"{leaf.key}={leaf.value!r}: {reason} ({leaf.origin})")
+
+    def _unknown(self, leaf: Leaf, section: str, part: str, names: set[str]) -> str:
+        section = section.rstrip(".")
+        everywhere = names | (set(CHOSEN) if not section else set())
+        guess = nearest(part, everywhere)
+        full = f"{section}.{guess}" if section else guess
+        hint = f"did you mean {full}?" if guess else f"known here: {', '.join(sorted(everywhere)) or 'no keys'}"
+        owner = f" of {section} {self.names[section]!r}" if section in CHOSEN else ""
+        return f"unknown key {leaf.key}{owner}: {hint} ({leaf.origin})"
+
+    def _check_settings(self, rule: type[Rule], common: TaskCommon, settings: RunConfig) -> None:
+        if common.validation == 0 and settings.select == "best-val":
+            self.problems.append("task.validation=0 leaves nothing to choose by: it needs select=last")
+        if settings.accumulate > settings.batch_size:
+            self.problems.append(
+                f"accumulate={settings.accumulate} needs at least as many examples per update, batch_size={settings.batch_size}"
+            )
+        for name in common.augment:
+            self._named("augmentations", name, "task.augment")
+        for name in settings.diagnostics:
+            self._named("diagnostics", name, "diagnostics")
+        default = rule.optimizer
+        checks = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
+        if not isinstance(default, property):
+            checks.append(lambda: check_optimizer(settings.optimizer.over(default)))
+        for check in checks:
+            try:
+                check()
+            except UsageError as error:
+                self.problems.append(f"{error.what} ({'; '.join(part for part in (error.where, error.fix) if part)})")
+
+    def _named(self, kind: str, name: str, where: str) -> None:
+        try:
+            self.registry.get(kind, name, where=where)
+        except UsageError as error:
+            self.problems.append(f"{error.what} in {where} ({error.fix})")
+
+    def _stop_if_problems(self) -> None:
+        if not self.problems:
+            return
+        problems = list(dict.fromkeys(self.problems))
+        if len(problems) == 1:
+            raise UsageError(problems[0])
+        raise UsageError(f"{len(problems)} things are wrong in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, spec: TaskSpec | None = None, where: str) -> Recipe:
+    """The recipe that a checkpoint holds, with changes.
+
+    Args:
+        saved: the nested configuration.
+        changes: later leaves. Another task drops the options of the saved one.
+        spec: the task's, where its data need not be there.
+        where: the checkpoint, for errors.
+
+    Raises:
+        BpfreeError: it holds none, because its network or rule was made in Python; or the changes name another rule.
+    """
+    if saved is None:
+        raise BpfreeError(
+            "the checkpoint does not say how to build its rule", where=where, fix="build the rule in Python: bpfree.load(path, rule=rule)"
+        )
+    wanted = {
+        leaf.key.removesuffix(".name"): leaf.value
+        for leaf in changes
+        if leaf.key.removesuffix(".name") in CHOSEN and isinstance(leaf.value, str)
+    }
+    if wanted.get("rule", saved["rule"]["name"]) != saved["rule"]["name"]:
+        raise BpfreeError(f"the checkpoint is of another rule: {saved['rule']['name']}, not {wanted['rule']}", where=where)
+    kept = dict(saved)
+    if wanted.get("task", saved["task"]["name"]) != saved["task"]["name"]:
+        common = {item.name for item in dataclasses.fields(TaskCommon)}
+        kept["task"] = {key: value for key, value in saved["task"].items() if key in common}
+    return resolve([*_leaves(kept, "", where), *changes], spec=spec)

@@ -1,0 +1,136 @@
+"""Running a recipe: its folder, its observers, its trainer; also going on with a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bpfree.config import Leaf, Recipe, recipe_of
+from bpfree.errors import BpfreeError
+from bpfree.tasks.task import Task
+from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
+from bpfree.training.run import Run, new_run_id
+from bpfree.training.trainer import Trainer
+
+__all__ = ["resume", "run"]
+
+RESIDENT = {"auto": None, "yes": True, "no": False}
+
+
+def run(recipe: Recipe, *, quiet: bool = False, label: str | None = None, observers: Iterable[Any] = (), task: Task | None = None) -> Run:
+    """Train and test what the recipe says.
+
+    Args:
+        recipe: a resolved configuration.
+        quiet: no progress display.
+        label: shown in the progress display in place of the run's name.
+        observers: further ones.
+        task: already loaded, when several runs share it.
+
+    Raises:
+        BpfreeError: whatever ends it before its result.
+    """
+    name = f"{recipe.names['rule']}{'-twin' if recipe.settings.frozen_twin else ''}-{recipe.names['task']}-s{recipe.settings.seed}"
+    record = Run(new_run_id(name), name)
+    record.folder = make_folder(Path(recipe.settings.output), record.id)
+    return _train(recipe, record, None, quiet=quiet, label=label, observers=observers, task=task)
+
+
+def resume(place: str, *, output: str = "runs", changes: Iterable[Leaf] = (), quiet: bool = False, observers: Iterable[Any] = ()) -> Run:
+    """Go on with an interrupted run, in its own folder and its own MLflow run.
+
+    Args:
+        place: a run's folder, its name under ``output``, or its checkpoint.
+        output: folder of runs.
+        changes: of the configuration; a longer budget, for example.
+
+    Raises:
+        BpfreeError: no such run, a corrupt checkpoint, or one that does not fit the changes.
+    """
+    path = find_checkpoint(place, output=output)
+    saved = read_checkpoint(path)
+    recipe = recipe_of(saved["config"], changes, where=str(path))
+    if saved.get("training") is None:
+        raise BpfreeError("the checkpoint holds weights only: a run cannot go on from it", where=str(path), fix="use last.pt")
+    about = saved["training"]["run"]
+    record = Run(about["id"], about["name"], folder=path.parent.parent)
+    return _train(recipe, record, path, quiet=quiet, label=None, observers=observers, task=None)
+
+
+def make_folder(output: Path, name: str) -> Path:
+    """A new folder for a run.
+
+    Raises:
+        BpfreeError: it cannot be written.
+    """
+    folder = output / name
+    try:
+        folder.mkdir(parents=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BpfreeError(
+            f"cannot write to the output folder: {error.strerror}", where=str(output), fix="choose another with output=FOLDER"
+        ) from error
+    return folder
+
+
+def _train(
+    recipe: Recipe, record: Run, checkpoint: Path | None, *, quiet: bool, label: str | None, observers: Iterable[Any], task: Task | None
+) -> Run:
+    assert record.folder is not None
+    try:
+        task = task or recipe.build_task()
+        rule = recipe.build_rule(task.spec)
+        trainer = Trainer(
+            rule,
+            task,
+            recipe.settings,
+            observers=[*standard_observers(recipe, quiet=quiet, label=label), *observers],
+            run=record,
+            recipe=recipe.to_dict(),
+            augment=[recipe.registry.get("augmentations", name) for name in recipe.task.augment],
+            data={"resident": RESIDENT[recipe.settings.data.resident], "workers": recipe.settings.data.workers},
+        )
+    except BaseException:
+        if checkpoint is None:  # nothing was trained: leave nothing behind
+            record.folder.rmdir()
+        raise
+    record.config = recipe.flat()
+    record.tags.update(tags(recipe, task))
+    if checkpoint is None or not (record.folder / "config.yaml").exists():
+        (record.folder / "config.yaml").write_text(recipe.to_yaml())
+    return trainer.fit(checkpoint)
+
+
+def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> list[Any]:
+    """Journal, plots, tracking, progress display, the diagnostics asked for, and every plugin that observes."""
+    from bpfree.tracking.journal import Journal
+    from bpfree.tracking.mlflow_tracker import MLflowTracker
+    from bpfree.tracking.plots import Plots
+    from bpfree.tracking.progress import ProgressDisplay
+
+    settings = recipe.settings
+    diagnostics = [recipe.registry.get("diagnostics", name)() for name in settings.diagnostics]
+    tracker = [MLflowTracker(settings.tracking, Path(settings.output))] if settings.tracking.enabled else []
+    modules = [module for name, module in recipe.registry.manager.list_name_plugin() if module is not None]
+    return [*diagnostics, Journal(), Plots(), *tracker, ProgressDisplay(quiet=quiet, label=label), *modules]
+
+
+def tags(recipe: Recipe, task: Task) -> dict[str, str]:
+    """What a run can be found by."""
+    owner = recipe.registry.owner("rules", recipe.names["rule"])
+    return {
+        **{kind: recipe.names[kind] for kind in ("rule", "network", "task")},
+        "plugin": owner.distribution,
+        "plugin_version": owner.version,
+        "data_fingerprint": task.fingerprint(),
+        "seed": str(recipe.settings.seed),
+        "frozen_twin": str(recipe.settings.frozen_twin),
+        "validation": str(recipe.task.validation),
+        "select": recipe.settings.select,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+    }

@@ -1,0 +1,109 @@
+"""Trained rules from disk: predictions and networks without trainer, tracking or data."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpfree.config import Leaf, Recipe, recipe_of
+from bpfree.errors import BpfreeError, UsageError
+from bpfree.network.network import Network, evaluating
+from bpfree.rule import Rule
+from bpfree.step import Budget
+from bpfree.tasks.task import TaskSpec
+from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
+
+__all__ = ["Saved", "load"]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A trained rule.
+
+    Attributes:
+        rule: in eval mode.
+        spec: of the task that it was trained on.
+        recipe: the configuration of its run; ``None`` if it was made in Python.
+        path: the checkpoint.
+    """
+
+    rule: Rule
+    spec: TaskSpec
+    recipe: Recipe | None
+    path: Path
+
+    @property
+    def network(self) -> Network:
+        """The trained network, a plain ``nn.Module`` that takes normalised inputs (``spec.normalise``)."""
+        return self.rule.network
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, *, seed: int = 0) -> Tensor:
+        """Scores (N, C) for inputs as the data set has them.
+
+        Args:
+            x: (N, *input_shape), uint8 or float; uint8 is scaled to [0, 1], then all are normalised.
+            seed: of a stochastic rule's draws.
+
+        Raises:
+            UsageError: inputs of another shape.
+        """
+        if tuple(x.shape[1:]) != tuple(self.spec.input_shape):
+            raise UsageError(
+                f"inputs have shape {tuple(x.shape)}, expected (N, {', '.join(map(str, self.spec.input_shape))})", where="predict"
+            )
+        device = next(self.rule.parameters()).device
+        generator = torch.Generator(device).manual_seed(seed)
+        with evaluating(self.rule):
+            return self.rule.predict(self.spec.normalise(x.to(device)), generator)
+
+
+def load(
+    place: str | Path,
+    *,
+    rule: Rule | None = None,
+    device: str | torch.device = "cpu",
+    output: str | Path = "runs",
+    changes: Iterable[Leaf] = (),
+) -> Saved:
+    """Load the tested weights of a run, or a checkpoint.
+
+    Args:
+        place: a run's folder, its name under ``output``, or a checkpoint file.
+        rule: built in Python, for a run whose rule or network was.
+        device: where to put it.
+        output: folder of runs.
+        changes: of the configuration, such as another kind of inference.
+
+    Raises:
+        UsageError: no such checkpoint.
+        BpfreeError: it is corrupt, of another rule, or does not say how to build its rule.
+    """
+    path = find_checkpoint(place, output=output, prefer="selected")
+    content = read_checkpoint(path, device=device)
+    spec = TaskSpec(**content["task"])
+    recipe = None
+    if rule is None:
+        recipe = recipe_of(content["config"], changes, spec=spec, where=str(path))
+        rule = recipe.build_rule(spec)
+    if type(rule).__name__ != content["rule"]:
+        raise BpfreeError(f"the checkpoint is of another rule: {content['rule']}, not {type(rule).__name__}", where=str(path))
+    _take_weights(rule.to(device), content, path)
+    return Saved(rule.eval(), spec, recipe, path)
+
+
+def _take_weights(rule: Rule, content: Mapping[str, Any], path: Path) -> None:
+    for phase in itertools.islice(rule.phases(Budget(**content["budget"])), content["phases_begun"]):
+        rule.start_phase(phase)  # phases may add parameters
+    try:
+        rule.load_state_dict(content["weights"])
+    except RuntimeError as error:
+        raise BpfreeError(
+            "the checkpoint's weights do not fit this network", where=f"{path}: {str(error).splitlines()[-1].strip()}"
+        ) from error

@@ -1,0 +1,66 @@
+"""Scoring a saved rule on a split of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from bpfree.config import Leaf, recipe_of
+from bpfree.errors import BpfreeError, UsageError
+from bpfree.saved import load
+from bpfree.tasks.loading import Loader
+from bpfree.training import seeds
+from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
+from bpfree.training.environment import resolve_device
+from bpfree.training.evaluation import evaluate
+
+__all__ = ["score"]
+
+
+def score(
+    place: str, changes: Sequence[Leaf] = (), *, split: str = "validation", output: str = "runs"
+) -> tuple[dict[str, str | int], dict[str, float]]:
+    """Metrics of a saved rule on the ``validation``, ``test`` or ``train`` split.
+
+    Args:
+        place: a run's folder, its name under ``output``, or a checkpoint file.
+        changes: of the run's configuration, such as another task.
+        split: which examples.
+        output: folder of runs.
+
+    Returns:
+        What was scored (checkpoint, rule, task, split, number of examples), and the metrics.
+
+    Raises:
+        BpfreeError: no such checkpoint, a task that it does not fit, or a split that the task does not have.
+    """
+    path = find_checkpoint(place, output=output, prefer="selected")
+    content = read_checkpoint(path)
+    recipe = recipe_of(content["config"], changes, where=str(path))
+    spec = recipe.spec()
+    if tuple(spec.input_shape) != tuple(content["task"]["input_shape"]) or spec.outputs != content["task"]["outputs"]:
+        trained = content["task"]
+        raise BpfreeError(
+            f"the checkpoint was trained on {trained['name']}: inputs {tuple(trained['input_shape'])}, {trained['outputs']} outputs",
+            where=f"task={spec.name} has inputs {tuple(spec.input_shape)} and {spec.outputs} outputs",
+            fix="choose a task of the same shape",
+        )
+    device = resolve_device(recipe.settings.device)
+    rule = load(path, device=device, changes=changes).rule
+    task = recipe.build_task()
+    examples = getattr(task, split)
+    if examples is None:
+        raise UsageError("the task has no validation split (task.validation=0)", fix="use --split test or --split train")
+    config = recipe.settings.evaluation
+    loader = Loader(examples, task.spec, batch_size=config.batch_size, device=device)
+    generator = torch.Generator(device).manual_seed(seeds.derive(recipe.settings.seed, "evaluation", "score"))
+    scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, alternatives=config.alternatives)
+    about: dict[str, str | int] = {
+        "checkpoint": str(path),
+        "rule": recipe.names["rule"],
+        "task": task.spec.name,
+        "split": split,
+        "examples": len(examples),
+    }
+    return about, scores

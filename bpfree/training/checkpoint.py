@@ -1,0 +1,89 @@
+"""Checkpoints: written atomically, read without running code, complete enough to go on bit for bit.
+
+A checkpoint is one file of tensors and plain values (``torch.load(..., weights_only=True)``):
+
+``format``, ``bpfree``          version of this layout, and of the core
+``config``                      the run's configuration, nested; ``None`` for a network made in Python
+``rule``, ``task``              the rule's class or name, and the task's spec
+``weights``                     the rule's state dict: its network, heads, buffers
+``training``                    absent from weights-only files: position, optimisers, generators, meters, best so far
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpfree.errors import BpfreeError, UsageError
+
+__all__ = ["FORMAT", "find_checkpoint", "read_checkpoint", "write_checkpoint"]
+
+FORMAT = 1
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write to a temporary file in the same folder, flush it to the disk, and move it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        BpfreeError: the file is corrupt, no checkpoint, or of a later format.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BpfreeError(
+            f"cannot read the checkpoint: {first}", where=str(path), fix="it is corrupt, or was not written by bpfree"
+        ) from error
+    if not isinstance(content, dict) or "weights" not in content or "format" not in content:
+        raise BpfreeError("the file is no checkpoint of bpfree", where=str(path))
+    if content["format"] > FORMAT:
+        raise BpfreeError(
+            f"the checkpoint has format {content['format']}, this version reads up to {FORMAT}", where=str(path), fix="update bpfree"
+        )
+    return content
+
+
+def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: str = "last") -> Path:
+    """The checkpoint that a person means: a file, a run's folder, or a run's name under the output folder.
+
+    Args:
+        place: what was given.
+        output: folder of runs.
+        prefer: ``last`` (to go on), or ``selected`` (the weights that were tested).
+
+    Raises:
+        UsageError: if there is none.
+    """
+    candidates = [Path(place), Path(output) / str(place)]
+    names = ("selected.pt", "last.pt") if prefer == "selected" else ("last.pt",)
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+        for name in names:
+            if (candidate / "checkpoints" / name).is_file():
+                return candidate / "checkpoints" / name
+    folder = next((c for c in candidates if c.is_dir()), None)
+    if folder is not None:
+        raise UsageError("the run has no checkpoint yet", where=str(folder), fix="start it anew")
+    raise UsageError(
+        "no such run or checkpoint", where=str(place), fix=f"give a checkpoint file, a run's folder, or the name of a run in {output}/"
+    )

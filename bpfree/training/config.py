@@ -1,0 +1,81 @@
+"""The options of training, shared by the trainer as a library and by the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bpfree.errors import UsageError
+from bpfree.options import OptimizerConfig, ScheduleConfig, option
+from bpfree.step import Budget
+from bpfree.training.updater import ClipConfig
+
+__all__ = ["BudgetConfig", "CheckpointConfig", "EvaluationConfig", "TrainConfig"]
+
+DEFAULT_EPOCHS = 10
+
+
+@dataclass
+class BudgetConfig:
+    """How long to train: one of the three (none: 10 epochs)."""
+
+    epochs: int | None = option(None, "passes over the training split, as the rule counts them", ge=1)
+    samples: int | None = option(None, "examples drawn; every pass over an example counts", ge=1)
+    seconds: float | None = option(None, "of training, without evaluation", gt=0)
+
+    def resolve(self, examples: int) -> Budget:
+        """The budget for a training split of so many examples.
+
+        Raises:
+            UsageError: if more than one limit is set.
+        """
+        given = [name for name in ("epochs", "samples", "seconds") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(
+                f"a budget has one limit, not {len(given)}", where=", ".join(f"budget.{name}" for name in given), fix="set one of them"
+            )
+        if self.samples is not None:
+            return Budget(epochs=-(-self.samples // examples), samples=self.samples)
+        if self.seconds is not None:
+            return Budget(seconds=self.seconds)
+        return Budget(epochs=self.epochs or DEFAULT_EPOCHS)
+
+
+@dataclass
+class EvaluationConfig:
+    """When and how predictions are scored; none of it counts as training time."""
+
+    every: int = option(1, "evaluate after every so many epochs, and after the last", ge=1)
+    batch_size: int = option(512, "examples per forward pass", ge=1)
+    draws: int | None = option(None, "draws of a stochastic rule averaged in the final evaluation (none: what the rule says)", ge=1)
+    alternatives: bool = option(True, "also score the rule's alternative predictions, such as its single blocks")
+
+
+@dataclass
+class CheckpointConfig:
+    """When the state is saved (``last.pt``); the weights that are tested are kept beside it."""
+
+    every: int = option(1, "save after every so many epochs; 0: only at the end and on interruption", ge=0)
+    minutes: float = option(5.0, "save also in the middle of an epoch when so many minutes have passed", gt=0)
+
+
+@dataclass
+class TrainConfig:
+    """Everything about training that is neither the rule, the network nor the task."""
+
+    seed: int = option(0, "drives initialisation, order of the data, and noise", ge=0)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    batch_size: int = option(64, "examples per update", ge=1)
+    accumulate: int = option(1, "micro-batches per update; the update equals the whole batch's", ge=1)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast")
+    device: str = option("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
+    deterministic: bool = option(False, "only deterministic algorithms (always so on a CPU)")
+    threads: int | None = option(None, "threads of torch on the CPU (none: torch's choice); changes the last bits", ge=1)
+    select: Literal["last", "best-val"] = option("last", "which weights are tested: the last, or the best on validation")
+    frozen_twin: bool = option(False, "train the rule's frozen twin: features as initialised, the readout recipe as it is")
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_interval: float = option(1.0, "seconds between looks at the step metrics (which stay on the device until then)", gt=0)

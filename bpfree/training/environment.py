@@ -1,0 +1,79 @@
+"""Where a run runs: device, threads, numerical settings; and what it says of them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from bpfree.errors import UsageError
+from bpfree.version import __version__
+
+__all__ = ["describe", "numerics", "resolve_device"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` (cuda if there is one, else cpu), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UsageError: no such kind of device, or none of it here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise UsageError(f"unknown device {name!r}", where="device", fix="auto, cpu, cuda or cuda:N")
+    available = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(index or 0) >= available:
+        raise UsageError(f"device {name!r} is not here: {available} CUDA devices found", where="device", fix="use device=auto or cpu")
+    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu")
+
+
+@contextmanager
+def numerics(*, threads: int | None, deterministic: bool) -> Iterator[None]:
+    """Number of threads and deterministic algorithms inside, the caller's settings afterwards."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+        torch.backends.cudnn.benchmark = before[2]
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Tags: versions, device, threads, numerical settings."""
+    cuda = device.type == "cuda"
+    return {
+        "bpfree": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "platform": platform.platform(),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "threads": str(torch.get_num_threads()),
+        "cuda": str(torch.version.cuda) if cuda else "",
+        "cudnn": str(torch.backends.cudnn.version()) if cuda else "",
+        "tf32_matmul": str(torch.backends.cuda.matmul.allow_tf32) if cuda else "",
+        "tf32_cudnn": str(torch.backends.cudnn.allow_tf32) if cuda else "",
+        "cudnn_benchmark": str(torch.backends.cudnn.benchmark) if cuda else "",
+        "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,113 @@
+"""Scoring predictions. The rule's ``predict`` never sees a target."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpfree.network.network import evaluating
+from bpfree.rule import Rule
+from bpfree.step import Batch
+from bpfree.tasks.loading import Loader
+from bpfree.tasks.task import Split, Task, TaskSpec
+from bpfree.training import seeds
+from bpfree.training.config import TrainConfig
+
+__all__ = ["Evaluator", "evaluate"]
+
+TRAIN_SAMPLE = 5000
+"""Training examples that are scored where there is no validation split to take the number from."""
+
+
+class Evaluator:
+    """The evaluations of a run: training sample and validation split after epochs, the test split once.
+
+    Its noise is a pure function of (seed, split, epoch), so that evaluating changes nothing in training.
+
+    Args:
+        rule, task, config, device: the run's.
+        data: options of the loaders.
+    """
+
+    def __init__(self, rule: Rule, task: Task, config: TrainConfig, device: torch.device, data: Mapping[str, Any]) -> None:
+        self._rule, self._task, self._config, self._device, self._data = rule, task, config, device, data
+        count = len(task.validation) if task.validation is not None else TRAIN_SAMPLE
+        order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seeds.derive("train sample")))
+        self._splits = {"train": task.train.subset(order[:count]), "val": task.validation}
+        self._loaders: dict[str, Loader] = {}
+
+    def _score(self, name: str, split: Split | None, epoch: int, *, draws: int = 1, alternatives: bool = False) -> dict[str, float]:
+        if split is None:
+            return {}
+        if name not in self._loaders:
+            self._loaders[name] = Loader(
+                split, self._task.spec, batch_size=self._config.evaluation.batch_size, device=self._device, **self._data
+            )
+        generator = torch.Generator(self._device).manual_seed(seeds.derive(self._config.seed, "evaluation", name, epoch))
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
+            scores = evaluate(self._rule, self._loaders[name], generator, draws=draws, alternatives=alternatives)
+        return {f"{name}/{key}": value for key, value in scores.items()}
+
+    def validate(self, epoch: int) -> dict[str, float]:
+        """``train/loss``, ``train/accuracy`` on a fixed sample of the training split, and ``val/...``."""
+        train = self._score("train", self._splits["train"], epoch)
+        return train | self._score("val", self._splits["val"], epoch, alternatives=self._config.evaluation.alternatives)
+
+    def test(self) -> dict[str, float]:
+        """``test/...``, averaged over the draws of a stochastic rule."""
+        draws = self._config.evaluation.draws or self._rule.draws
+        return self._score("test", self._task.test, 0, draws=draws, alternatives=self._config.evaluation.alternatives)
+
+
+@torch.no_grad()
+def evaluate(
+    rule: Rule, batches: Iterable[Batch], generator: torch.Generator, *, draws: int = 1, alternatives: bool = False
+) -> dict[str, float]:
+    """Mean loss, and accuracy where targets are classes, over all examples.
+
+    Args:
+        rule: in whatever mode; it predicts in eval mode and gets its own mode back.
+        batches: an iterable that can be gone through ``draws`` times.
+        generator: of a stochastic predictor.
+        draws: passes to average over; their standard error is reported as ``accuracy_se`` if there are several.
+        alternatives: also score ``rule.alternatives``, as ``<name>/accuracy``.
+
+    Returns:
+        ``loss``, ``accuracy`` (share, 0 to 1) and so on. Empty for a task without targets.
+    """
+    with evaluating(rule):
+        rounds = [_one_pass(rule, batches, generator, alternatives and index == 0) for index in range(draws)]
+    result = {name: statistics.fmean(r[name] for r in rounds if name in r) for name in rounds[0]}
+    if draws > 1 and "accuracy" in result:
+        result["accuracy_se"] = statistics.stdev(r["accuracy"] for r in rounds) / draws**0.5
+    return result
+
+
+def _one_pass(rule: Rule, batches: Iterable[Batch], generator: torch.Generator, alternatives: bool) -> dict[str, float]:
+    sums: dict[str, Tensor] = {}
+    examples = 0
+    for batch in batches:
+        if batch.targets is None:
+            continue
+        blind = batch.inputs
+        scores = {"": rule.predict(blind, generator)}
+        if alternatives:
+            scores.update({f"{name}/": value for name, value in rule.alternatives(blind, generator).items()})
+        for prefix, value in scores.items():
+            for name, total in _totals(rule.spec, value, batch, loss=not prefix).items():
+                key = prefix + name
+                sums[key] = sums[key] + total if key in sums else total
+        examples += len(batch)
+    return {name: float(total) / examples for name, total in sums.items()}
+
+
+def _totals(spec: TaskSpec, scores: Tensor, batch: Batch, *, loss: bool) -> dict[str, Tensor]:
+    assert batch.targets is not None
+    totals = {"loss": spec.loss(scores.float(), batch).double() * len(batch)} if loss else {}
+    if spec.targets in ("classes", "soft"):
+        totals["accuracy"] = spec.correct(scores, batch.targets).sum().double()
+    return totals

@@ -1,0 +1,169 @@
+"""Everything of a run that changes while it trains, and its passage through checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bpfree.errors import BpfreeError
+from bpfree.rule import Rule
+from bpfree.step import Phase, Step
+from bpfree.training import seeds
+from bpfree.training.config import TrainConfig
+from bpfree.training.meters import Clock, StepMemory, StepMetrics
+from bpfree.training.updater import Updater
+
+__all__ = ["Position", "State"]
+
+
+@dataclass
+class Position:
+    """How far a run has come; all of it is saved.
+
+    Attributes:
+        phase: index of the current phase; ``phase_epoch`` passes of it are complete, it began at ``phase_seconds``.
+        epoch: passes completed in all; ``batch`` batches of the next one are done, which are ``share`` of it.
+        step: updates.
+        samples: examples drawn.
+        epoch_seconds, epoch_samples, epoch_step: where the current pass began.
+    """
+
+    phase: int = 0
+    phase_epoch: int = 0
+    phase_seconds: float = 0.0
+    epoch: int = 0
+    batch: int = 0
+    share: float = 0.0
+    step: int = 0
+    samples: int = 0
+    epoch_seconds: float = 0.0
+    epoch_samples: int = 0
+    epoch_step: int = 0
+
+
+class State:
+    """The changing parts of a run.
+
+    Args:
+        rule: on its device.
+        config: of training.
+        device: the run's.
+
+    Attributes:
+        at: how far the run has come.
+        clock, metrics, memory: what it measures.
+        updater, step: optimisers, and the step that rules are handed.
+        best: validation score and weights (on the CPU) of the best epoch, where weights are selected so.
+    """
+
+    def __init__(self, rule: Rule, config: TrainConfig, device: torch.device) -> None:
+        self.rule, self.device = rule, device
+        self.at = Position()
+        self.clock, self.metrics, self.memory = Clock(device), StepMetrics(), StepMemory(device)
+        self.updater = Updater(rule, config.optimizer, schedule=config.schedule, clip=config.clip)
+        generator = torch.Generator(device).manual_seed(seeds.derive(config.seed, "noise"))
+        keyed = seeds.KeyedGenerators(config.seed, device, lambda: self.step.index)
+        self.step = Step(generator, keyed, self.updater.apply, self.updater.lr, Phase())
+        self.best: tuple[float, dict[str, Any]] | None = None
+        self.restored = False
+
+    def advance(self, examples: int, batches: int) -> None:
+        """A step was taken, on so many examples, in a pass of so many batches."""
+        at = self.at
+        at.batch, at.samples = at.batch + 1, at.samples + examples
+        at.step = self.step.index = at.step + 1
+        at.share = at.batch / batches
+
+    def end_pass(self) -> None:
+        """A pass over the training split is complete."""
+        at = self.at
+        at.epoch, at.phase_epoch, at.batch, at.share = at.epoch + 1, at.phase_epoch + 1, 0, 0.0
+        self.step.epoch = at.epoch
+        self.updater.epoch_ended()
+
+    def end_phase(self) -> None:
+        """The current phase is complete."""
+        self.at.phase, self.at.phase_epoch, self.at.phase_seconds = self.at.phase + 1, 0, self.clock.seconds
+
+    def peak_memory(self) -> float:
+        """MiB: peak of a step, parameters, buffers and optimiser state."""
+        return self.memory.total([*self.rule.parameters(), *self.rule.buffers(), *self.updater.tensors()])
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Costs and step metrics of the pass that ended, and the start of the next one's."""
+        at, seconds = self.at, self.clock.seconds
+        spent, samples, steps = seconds - at.epoch_seconds, at.samples - at.epoch_samples, at.step - at.epoch_step
+        at.epoch_seconds, at.epoch_samples, at.epoch_step = seconds, at.samples, at.step
+        return {
+            "epoch": float(at.epoch),
+            "samples": float(at.samples),
+            "steps": float(at.step),
+            "seconds": seconds,
+            "samples_per_second": samples / spent if spent else 0.0,
+            "step_ms": 1000 * spent / steps if steps else 0.0,
+            "peak_memory_mb": self.peak_memory(),
+            **{f"rule/{name}": value for name, value in self.metrics.epoch().items()},
+        }
+
+    def costs(self) -> dict[str, float]:
+        """What the run took, for its result."""
+        seconds = self.clock.seconds
+        parameters = list(self.rule.parameters())
+        return {
+            "train/seconds": seconds,
+            "train/samples": float(self.at.samples),
+            "train/steps": float(self.at.step),
+            "train/samples_per_second": self.at.samples / seconds if seconds else 0.0,
+            "train/peak_memory_mb": self.peak_memory(),
+            "parameters": float(sum(p.numel() for p in parameters)),
+            "parameters_trained": float(sum(p.numel() for p in parameters if p.requires_grad)),
+        }
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values; the rule's weights are saved beside it."""
+        return {
+            "position": dataclasses.asdict(self.at),
+            "seconds": self.clock.seconds,
+            "step_bytes": self.memory.step_bytes,
+            "optimizers": self.updater.state_dict(),
+            "generator": self.step.generator.get_state(),
+            "global": seeds.global_state(self.device),
+            "metrics": self.metrics.state_dict(),
+            "best": None if self.best is None else {"score": self.best[0], "weights": self.best[1]},
+            "device": self.device.type,
+        }
+
+    def take_position(self, saved: Mapping[str, Any]) -> None:
+        """Take up a saved position; parameters and optimisers follow when the phases have been replayed."""
+        self.at = Position(**saved["position"])
+        self.clock.seconds = saved["seconds"]
+        self.memory.step_bytes = saved["step_bytes"]
+        self.metrics.load_state_dict(saved["metrics"])
+        self.step.index, self.step.epoch = self.at.step, self.at.epoch
+        if saved["best"] is not None:
+            self.best = (saved["best"]["score"], saved["best"]["weights"])
+
+    def take_weights(self, weights: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+        """Take up weights, optimisers and generators.
+
+        Raises:
+            BpfreeError: they do not fit the network.
+        """
+        try:
+            self.rule.load_state_dict(weights)
+        except RuntimeError as error:
+            place = str(error).splitlines()[-1].strip()
+            raise BpfreeError(
+                "the checkpoint's weights do not fit this network", where=place, fix="resume with the same configuration"
+            ) from error
+        self.updater.load_state_dict(saved["optimizers"])
+        if saved["device"] == self.device.type:
+            self.step.generator.set_state(saved["generator"].cpu())
+        seeds.set_global_state({name: state.cpu() for name, state in saved["global"].items()}, self.device)
+        self.restored = True

@@ -1,0 +1,416 @@
+"""The trainer: one loop for every rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpfree.errors import BpfreeError, UsageError
+from bpfree.rule import Metrics, Rule
+from bpfree.step import Batch, Phase
+from bpfree.tasks.loading import Loader
+from bpfree.tasks.task import Task
+from bpfree.training import environment, seeds
+from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
+from bpfree.training.config import TrainConfig
+from bpfree.training.evaluation import Evaluator
+from bpfree.training.observers import Observers
+from bpfree.training.phases import learning
+from bpfree.training.run import Run, new_run_id
+from bpfree.training.state import State
+from bpfree.training.updater import accumulate
+from bpfree.version import __version__
+
+__all__ = ["Interrupted", "Trainer"]
+
+
+class Interrupted(BpfreeError):
+    """The run was asked to stop (SIGINT, SIGTERM, ``Trainer.stop``) and has saved a checkpoint to go on from.
+
+    Attributes:
+        exit_code: 130 for SIGINT, 143 for SIGTERM, as shells have it.
+    """
+
+    def __init__(self, reason: str, folder: Path | None) -> None:
+        self.exit_code = 143 if "SIGTERM" in reason else 130
+        super().__init__(reason, fix=f"go on with: bpfree train --resume {folder}" if folder else "")
+
+
+class _Diverged(Exception):
+    """Non-finite loss or weights."""
+
+
+class Trainer:
+    """Trains a rule on a task.
+
+    Args:
+        rule: with its network; it is moved to the device and trained in place.
+        task: its splits and spec.
+        config: everything about training.
+        folder: where checkpoints go; ``None``: nothing is written.
+        observers: objects with lifecycle hooks (``bpfree.hooks``): tracking, progress, diagnostics.
+        run: what observers are told of this run; made from the configuration if ``None``.
+        recipe: the nested configuration that rebuilds rule and task, kept in checkpoints.
+        augment: augmentations of the training batches.
+        data: options of the loaders (``resident``, ``workers``).
+
+    Raises:
+        UsageError: settings that this rule or task excludes.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        task: Task,
+        config: TrainConfig | None = None,
+        *,
+        folder: str | Path | None = None,
+        observers: Iterable[Any] = (),
+        run: Run | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        augment: Iterable[Any] = (),
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.rule, self.task, self.config, self.recipe = rule, task, config or TrainConfig(), recipe
+        self.device = environment.resolve_device(self.config.device)
+        name = f"{type(rule).__name__.lower()}-{task.spec.name}-s{self.config.seed}"
+        self.run = run or Run(new_run_id(name), name, config=dataclasses.asdict(self.config))
+        if folder is not None:
+            self.run.folder = Path(folder)
+        self.budget = self.config.budget.resolve(len(task.train))
+        self._limited = self.budget.samples is not None or self.budget.seconds is not None
+        self._check()
+        self._observers = Observers(observers)
+        self._augment, self._data = tuple(augment), dict(data or {})
+        self._loaders: dict[Any, Loader] = {}
+        self._stop_reason = ""
+
+    def _check(self) -> None:
+        config, update = self.config, self.rule.traits.update
+        if config.accumulate > 1 and update != "grad":
+            raise UsageError(
+                f"this rule applies its updates itself ({update}), so gradients cannot be accumulated",
+                where="accumulate",
+                fix="accumulate=1",
+            )
+        if config.clip.norm is not None and update == "in-place":
+            raise UsageError("this rule updates in place, so there are no gradients to clip", where="clip.norm", fix="clip.norm=null")
+        if self.task.validation is None and config.select == "best-val":
+            raise UsageError(
+                "without a validation split no best weights can be chosen", where="select", fix="select=last, or task.validation above 0"
+            )
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def fit(self, resume: str | Path | None = None) -> Run:
+        """Train until the budget is used, test once, and return the run (its ``status`` may be ``diverged``).
+
+        Args:
+            resume: a checkpoint to go on from.
+
+        Raises:
+            Interrupted: after a checkpoint was saved.
+            BpfreeError: the checkpoint does not fit.
+        """
+        with self._session(resume) as saved:
+            for index, phase in enumerate(self.rule.phases(self.budget)):
+                self._enter(index, phase, saved)
+                if index < self._state.at.phase:  # done before the interruption
+                    continue
+                with learning(self.rule, phase):
+                    self._notify("phase_start", phase=phase)
+                    while not self._phase_is_over(phase):
+                        self._one_pass(phase)
+                    self.rule.end_phase(phase, self._state.step)
+                self._notify("phase_end", phase=phase)
+                self._state.end_phase()
+                if self._used() >= 1:
+                    break
+            self._finish(saved)
+        return self.run
+
+    def _one_pass(self, phase: Phase) -> None:
+        """A pass over the training split, or the rest of one that was interrupted."""
+        state, loader, watched = self._state, self._loader(phase), self._observers.listens("step_end")
+        state.clock.start()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            for batch in loader.batches(state.at.epoch, state.at.batch):
+                self._aim(phase)
+                state.metrics.add(self._learn(batch), len(batch))
+                state.advance(len(batch), len(loader))
+                if watched:
+                    self._notify("step_end", step=state.step)
+                if time.perf_counter() >= self._next_look:
+                    self._look()
+                if self._stop_reason or (self._limited and self._used() >= 1):
+                    break
+        state.clock.stop()
+        if self._stop_reason and state.at.batch < len(loader):
+            raise Interrupted(self._stop_reason, self.run.folder)
+        state.end_pass()
+        self._end_epoch(phase)
+        if self._stop_reason:
+            raise Interrupted(self._stop_reason, self.run.folder)
+
+    def _learn(self, batch: Batch) -> Metrics:
+        if not self._state.memory.wants(self._state.step.phase.name):
+            return self._update(batch)
+        self._state.clock.stop()  # a watched step is a slow one
+        with self._state.memory.watch():
+            metrics = self._update(batch)
+        self._state.clock.start()
+        return metrics
+
+    def _update(self, batch: Batch) -> Metrics:
+        if self.config.accumulate > 1:
+            return accumulate(self.rule, batch, self._state.step, self.config.accumulate)
+        return self.rule.learn(batch, self._state.step)
+
+    def _aim(self, phase: Phase) -> None:
+        """Set progress and learning rates for the step that comes."""
+        step = self._state.step
+        step.progress = min(1.0, self._used())
+        self._state.updater.at(step.progress if phase.schedule is None else self._phase_progress(phase))
+
+    def _end_epoch(self, phase: Phase) -> None:
+        epoch = self.run.epoch = self._state.at.epoch
+        metrics = self._state.epoch_metrics()
+        last = self._used() >= 1 or self._phase_is_over(phase)
+        if phase.evaluate and (last or epoch % self.config.evaluation.every == 0):
+            metrics.update(self._evaluator.validate(epoch))
+        self.run.history.append(metrics)
+        self._keep_best(metrics)
+        self._notify("epoch_end", metrics=metrics)
+        self._check_finite(metrics)
+        if self.config.checkpoint.every and epoch % self.config.checkpoint.every == 0:
+            self._save()
+
+    def _look(self) -> None:
+        """Read the step metrics, notice divergence, save if it is time."""
+        self._next_look = time.perf_counter() + self.config.log_interval
+        at = self._state.at
+        means = {f"rule/{name}": value for name, value in self._state.metrics.flush().items()}
+        self._check_losses(means)
+        standing = {"step": float(at.step), "epoch": at.epoch + at.share, "samples": float(at.samples)}
+        standing |= {"progress": self._state.step.progress, "seconds": self._state.clock.seconds}
+        self._notify("progress", metrics=standing | means)
+        if time.monotonic() - self._saved_at > 60 * self.config.checkpoint.minutes:
+            self._state.clock.stop()
+            self._save()
+            self._state.clock.start()
+
+    def _notify(self, hook: str, **arguments: Any) -> None:
+        self._observers.notify(hook, run=self.run, **arguments)
+
+    # --- how far ----------------------------------------------------------------------------------------------------
+
+    def _used(self) -> float:
+        """Share of the budget that is used."""
+        if self.budget.samples is not None:
+            return self._state.at.samples / self.budget.samples
+        if self.budget.seconds is not None:
+            return self._state.clock.seconds / self.budget.seconds
+        return (self._state.at.epoch + self._state.at.share) / max(1, self._passes)
+
+    def _phase_progress(self, phase: Phase) -> float:
+        at = self._state.at
+        if phase.seconds is not None:
+            return min(1.0, (self._state.clock.seconds - at.phase_seconds) / phase.seconds)
+        return min(1.0, (at.phase_epoch + at.share) / phase.epochs) if phase.epochs else self._state.step.progress
+
+    def _phase_is_over(self, phase: Phase) -> bool:
+        at = self._state.at
+        if phase.epochs is not None and at.phase_epoch >= phase.epochs:
+            return True
+        if phase.seconds is not None and self._state.clock.seconds - at.phase_seconds >= phase.seconds:
+            return True
+        return self._limited and self._used() >= 1
+
+    # --- begin and end ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _session(self, resume: str | Path | None) -> Iterator[Mapping[str, Any] | None]:
+        """Seeds, settings, signals and observers around a run; whatever happens, the caller's state comes back."""
+        run = self.run
+        with ExitStack() as stack:
+            stack.enter_context(environment.numerics(threads=self.config.threads, deterministic=self.config.deterministic))
+            stack.enter_context(seeds.preserved_global_state(self.device))
+            saved = self._begin(resume)
+            run.tags.update(environment.describe(self.device))
+            stack.enter_context(self._signals())
+            run.status = "running"
+            try:
+                self._notify("run_start")
+                yield saved
+                run.status = "finished"
+            except _Diverged as error:
+                run.status, run.reason = "diverged", str(error)
+                run.result.update(self._state.costs())
+            except Interrupted as error:
+                self._save()
+                run.status, run.reason = "interrupted", error.what
+                raise
+            except BaseException as error:
+                run.status, run.reason = "failed", error.what if isinstance(error, BpfreeError) else f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                self._notify("run_end")
+
+    def _begin(self, resume: str | Path | None) -> Mapping[str, Any] | None:
+        torch.manual_seed(seeds.derive(self.config.seed, "global"))
+        self.rule.to(self.device)
+        if self.config.frozen_twin:
+            self.rule.freeze_features()
+        self._state = State(self.rule, self.config, self.device)
+        self._evaluator = Evaluator(self.rule, self.task, self.config, self.device, self._data)
+        self._passes = 0 if self.budget.seconds is not None else self._count_passes()
+        self.run.total_epochs = self._passes or None
+        self._next_look = time.perf_counter() + self.config.log_interval
+        self._saved_at = time.monotonic()
+        if resume is not None:
+            return self._read(Path(resume))
+        self.rule.prepare(self.task.train, self._state.step.generator)
+        return None
+
+    def _count_passes(self) -> int:
+        phases = itertools.islice(self.rule.phases(self.budget), 1_000_000)
+        return sum(phase.epochs or 0 for phase in phases)
+
+    def _enter(self, index: int, phase: Phase, saved: Mapping[str, Any] | None) -> None:
+        """Make the phase's parameters and optimiser; a resumed run replays the phases that it has behind it."""
+        self.rule.start_phase(phase)
+        self.rule.to(self.device)
+        self._state.updater.start_phase(phase)
+        self._state.step.phase = phase
+        if saved is not None and index == self._state.at.phase:
+            self._state.take_weights(saved["weights"], saved["training"])
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the step in progress; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, frame: Any) -> None:
+            if self._stop_reason:
+                raise KeyboardInterrupt
+            self.stop(f"stopped by {signal.Signals(number).name}")
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop(self, reason: str = "asked to stop") -> None:
+        """End the run after the step in progress, with a checkpoint to resume from. May be called from any thread."""
+        self._stop_reason = reason
+
+    def _finish(self, saved: Mapping[str, Any] | None) -> None:
+        """Take the weights that were selected, and test them: once."""
+        state = self._state
+        if saved is not None and not state.restored:  # all phases were over
+            state.take_weights(saved["weights"], saved["training"])
+        if not self.config.checkpoint.every or state.at.epoch % self.config.checkpoint.every:
+            self._save()
+        if self.config.select == "best-val" and state.best is not None:
+            self.rule.load_state_dict(state.best[1])
+            self.run.result["val/accuracy_selected"] = state.best[0]
+        self.run.result.update(self._evaluator.test() | state.costs())
+
+    def _loader(self, phase: Phase) -> Loader:
+        size = phase.batch_size or self.config.batch_size
+        if size not in self._loaders:
+            shared = next((loader.resident for loader in self._loaders.values()), None)
+            self._loaders[size] = Loader(
+                self.task.train,
+                self.task.spec,
+                batch_size=size,
+                device=self.device,
+                seed=self.config.seed,
+                augment=self._augment,
+                share=shared,
+                **self._data,
+            )
+        return self._loaders[size]
+
+    # --- trouble ----------------------------------------------------------------------------------------------------
+
+    def _check_losses(self, means: Mapping[str, float]) -> None:
+        for name, value in means.items():
+            if name.endswith("loss") and not math.isfinite(value):
+                raise _Diverged(f"{name} is {value} at step {self._state.at.step}")
+
+    def _check_finite(self, metrics: Mapping[str, float]) -> None:
+        self._check_losses(metrics)
+        weights = [p.detach() for p in self.rule.parameters() if p.is_floating_point()]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(weights, math.inf)])
+        if not bool(torch.isfinite(norms).all()):
+            name = next(name for name, p in self.rule.named_parameters() if not bool(torch.isfinite(p).all()))
+            raise _Diverged(f"the weights {name} are not finite after epoch {self._state.at.epoch}")
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _keep_best(self, metrics: Mapping[str, float]) -> None:
+        score = metrics.get("val/accuracy", -metrics["val/loss"] if "val/loss" in metrics else None)
+        best = self._state.best
+        if self.config.select != "best-val" or score is None or (best is not None and score <= best[0]):
+            return
+        weights = {name: value.detach().cpu().clone() for name, value in self.rule.state_dict().items()}
+        self._state.best = (score, weights)
+        if self.run.folder is not None:
+            write_checkpoint(self.run.folder / "checkpoints" / "selected.pt", self._identity() | {"weights": weights, "score": score})
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "bpfree": __version__,
+            "config": self.recipe,
+            "rule": type(self.rule).__name__,
+            "task": dataclasses.asdict(self.task.spec),
+            "seed": self.config.seed,
+            "budget": dataclasses.asdict(self.budget),
+            "phases_begun": self._state.at.phase + 1,
+        }
+
+    def _save(self) -> None:
+        if self.run.folder is None:
+            return
+        about = {"id": self.run.id, "name": self.run.name, "tracking": dict(self.run.tracking)}
+        training = self._state.state_dict() | {"history": self.run.history, "run": about, "fingerprint": self.task.fingerprint()}
+        path = self.run.folder / "checkpoints" / "last.pt"
+        write_checkpoint(path, self._identity() | {"weights": self.rule.state_dict(), "training": training})
+        self._saved_at = time.monotonic()
+        self._notify("checkpoint_saved", path=path)
+
+    def _read(self, path: Path) -> Mapping[str, Any]:
+        """Read a checkpoint and take up its position; weights follow when the phases have been replayed."""
+        saved = read_checkpoint(path, device=self.device)
+        if saved["rule"] != type(self.rule).__name__:
+            raise BpfreeError(f"the checkpoint is of another rule: {saved['rule']}, not {type(self.rule).__name__}", where=str(path))
+        training = saved.get("training")
+        if training is None:
+            raise BpfreeError("the checkpoint holds weights only: a run cannot go on from it", where=str(path), fix="use last.pt")
+        if training["fingerprint"] != self.task.fingerprint():
+            raise BpfreeError(
+                "the checkpoint was made on other data",
+                where=f"{path}, task {saved['task']['name']}",
+                fix="resume with the same task, split and data",
+            )
+        self._state.take_position(training)
+        self.run.resumed, self.run.epoch, self.run.history = True, self._state.at.epoch, list(training["history"])
+        self.run.tracking.update(training["run"]["tracking"])
+        return saved
