@@ -22,8 +22,6 @@ from bpfree.tasks.task import TaskSpec
 
 __all__ = ["NETWORKS", "CNNConfig", "DenoisingBlock", "MLPConfig", "PaperConfig"]
 
-LabelPath = Literal["vector", "input"]
-
 
 @dataclass
 class DenoisingConfig:
@@ -31,15 +29,17 @@ class DenoisingConfig:
 
     blocks: int = option(10, "number of blocks t1, t2, ...; must equal the rule's T", ge=1)
     state_dim: int | None = option(None, "dimension d of the noised label; none: the number of classes", ge=1)
-    label: LabelPath = option("vector", "path of the noised label: linear layers, or (input) a stem like the input's, for prototypes")
+    label: Literal["vector", "input"] = option(
+        "vector", "path of the noised label: linear layers, or (input) a stem like the input's, for prototypes"
+    )
 
 
 @dataclass
 class MLPConfig(DenoisingConfig):
     """Narrow, deep blocks for vectors and tiny images."""
 
-    width: int = option(32, "units of each layer", ge=1)
-    depth: int = option(4, "layers between the joined paths and the logits", ge=0)
+    width: int = option(64, "units of each layer", ge=1)
+    depth: int = option(3, "layers between the joined paths and the logits", ge=0)
 
 
 @dataclass

@@ -20,9 +20,9 @@ from bpfree.rule import Card, Metrics, Rule, Traits
 from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.tasks.task import Split, TaskSpec
 from bpfree_noprop.blocks import DenoisingBlock
-from bpfree_noprop.embeddings import ClassEmbedding, EmbeddingName, prototypes, state_dim
-from bpfree_noprop.heads import HeadName, make_head, soft_cross_entropy
-from bpfree_noprop.schedule import NoiseSchedule, ScheduleName, prior_divergence, signal_shares, standard_normal
+from bpfree_noprop.embeddings import ClassEmbedding, prototypes, state_dim
+from bpfree_noprop.heads import make_head, soft_cross_entropy
+from bpfree_noprop.schedule import NoiseSchedule, prior_divergence, signal_shares, standard_normal
 
 __all__ = ["NoPropDT", "NoPropDTConfig"]
 
@@ -33,11 +33,13 @@ class NoPropDTConfig:
 
     T: int = option(10, "number of blocks, which is the number of denoising steps", ge=1)
     eta: float = option(0.1, "weight of the denoising loss; without effect under Adam unless the embedding is learned", gt=0)
-    schedule: ScheduleName = option("cosine", "how the label's share of the state grows with t")
+    schedule: Literal["cosine", "cosine-interior", "linear"] = option("cosine", "how the label's share of the state grows with t")
     clip: float = option(1e-4, "the share stays within [clip, 1 - clip]", gt=0, lt=0.5)
-    embedding: EmbeddingName = option("one-hot", "of the classes: fixed, learned, or learned from one training image per class")
+    embedding: Literal["one-hot", "learned", "prototype"] = option(
+        "one-hot", "of the classes: fixed, learned, or learned from one training image per class"
+    )
     embedding_dim: int = option(20, "dimension of a learned embedding", ge=1)
-    head: HeadName = option("softmax", "of the last state: a linear softmax, or by distance from the embeddings")
+    head: Literal["softmax", "radial"] = option("softmax", "of the last state: a linear softmax, or by distance from the embeddings")
     sigma: float = option(0.3, "width of the radial head, in units of the embedding", gt=0)
     updates: Literal["simultaneous", "sequential"] = option(
         "simultaneous", "every block learns from each batch, or (Algorithm 1) one block per pass over the data, T passes an epoch"
@@ -64,9 +66,9 @@ class NoPropDT(Rule):
         "L_t = T/2 eta (SNR(t) - SNR(t-1)) |softmax(f_t(x, z_{t-1})) W - u_y|^2;  "
         "inference: z_t = a_t uhat_t + b_t z_{t-1} + sqrt(c_t) eps from z_0 ~ N(0, I)",
         notes="Inside each block the gradient is ordinary back-propagation (the title of the paper's second version says so). "
-        "By default all blocks learn from each batch, which is the exact mean over t; updates=sequential is Algorithm 1, one block per pass. "
+        "By default all blocks learn from each batch, which is the exact mean over t; updates=sequential is Algorithm 1. "
         "Algorithm 1 samples z_t but its loss uses z_{t-1}: we sample z_{t-1}. The paper gives no formula for its schedule: ours is the "
-        "time-reversed cosine, clipped. A learned embedding is shared: no block's update depends on another block's weights, but all move it. "
+        "time-reversed cosine, clipped. A learned embedding is shared: updates depend on no other block, yet all move it. "
         "The sampled chain draws a class from the blocks' beliefs rather than taking the likeliest: compare with inference=deterministic.",
     )
     optimizer = OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3)
@@ -77,7 +79,7 @@ class NoPropDT(Rule):
         check_network(network, self.config.T, d)
         self.schedule = NoiseSchedule(signal_shares(self.config.schedule, self.config.T, self.config.clip))
         self.embed = ClassEmbedding(spec.outputs, d, self.config.embedding)
-        self.head = make_head(self.config.head, d, spec.outputs, self.config.sigma)
+        self.head = make_head(self.config.head, self.embed, self.config.sigma)
 
     @property
     def traits(self) -> Traits:  # type: ignore[override]
@@ -100,10 +102,11 @@ class NoPropDT(Rule):
             block.freeze_body()
 
     def prepare(self, data: Split, generator: torch.Generator) -> None:
-        """Fill prototypes with the medoid image of each class."""
+        """Fill prototypes with the medoid image of each class, and let the head start from them."""
         if self.config.embedding == "prototype":
             with torch.no_grad():
                 self.embed.weight.copy_(prototypes(data, self.spec, self.embed.weight.device))
+            self.head.align(self.embed)
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
         if self.config.updates == "simultaneous":
@@ -136,17 +139,21 @@ class NoPropDT(Rule):
 
     def block_loss(self, t: int, batch: Batch, step: Step, *, share: float) -> Tensor:
         """Block t's term of Eq. 8 with a fresh ``z_{t-1} ~ q(z_{t-1}|y)``; ``share`` is the probability of t in the expectation."""
-        u = self.embed(self.spec.target_rows(batch))
+        u = self.embed(self.rows(batch))
         z = self.schedule.noised(u, t - 1, step.generator_for(f"t{t}"))
-        error = (self.estimate(self.network.blocks[f"t{t}"](batch.inputs, z)) - u).pow(2).sum(1).mean()
+        error: Tensor = (self.estimate(self.network.blocks[f"t{t}"](batch.inputs, z)) - u).pow(2).sum(1).mean()
         return share * self.config.T / 2 * self.config.eta * self.schedule.dsnr[t] * error
 
     def label_loss(self, batch: Batch, step: Step) -> Tensor:
         """The terms of Eq. 8 that no block takes part in: the head's cross-entropy on ``z_T ~ q(z_T|y)``, and the KL divergence."""
-        rows = self.spec.target_rows(batch)
+        rows = self.rows(batch)
         u = self.embed(rows)
         z = self.schedule.noised(u, self.config.T, step.generator_for("head"))
         return soft_cross_entropy(self.head(z, self.embed), rows) + prior_divergence(u, self.schedule.abar[0])
+
+    def rows(self, batch: Batch) -> Tensor:
+        """The labels as class weights (N, m): one-hot rows, or soft labels as they are."""
+        return self.spec.target_rows(batch, self.embed.weight.dtype)
 
     def estimate(self, logits: Tensor) -> Tensor:
         """``uhat`` (N, d): the embeddings weighted by the block's class probabilities (N, m)."""

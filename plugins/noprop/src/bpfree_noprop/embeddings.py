@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 from bpfree.tasks.task import Split, TaskSpec
 
-__all__ = ["ClassEmbedding", "EmbeddingName", "medoid", "prototypes", "state_dim"]
+__all__ = ["ClassEmbedding", "medoid", "prototypes", "state_dim"]
 
-EmbeddingName = Literal["one-hot", "learned", "prototype"]
 ROWS_AT_ONCE = 512
 """Rows of a class's distance matrix that are held at a time."""
 
@@ -23,12 +20,12 @@ class ClassEmbedding(nn.Module):
     Args:
         classes: m.
         dim: d; ignored for one-hot, where d = m.
-        kind: ``one-hot`` is fixed, the others are parameters; ``prototype`` is filled by the rule's ``prepare``.
+        kind: ``one-hot`` is fixed; ``learned`` and ``prototype`` are parameters, the latter filled by the rule's ``prepare``.
     """
 
     weight: Tensor
 
-    def __init__(self, classes: int, dim: int, kind: EmbeddingName) -> None:
+    def __init__(self, classes: int, dim: int, kind: str) -> None:
         super().__init__()
         self.fixed = kind == "one-hot"
         if self.fixed:
@@ -41,7 +38,7 @@ class ClassEmbedding(nn.Module):
         return rows if self.fixed else rows @ self.weight
 
 
-def state_dim(spec: TaskSpec, kind: EmbeddingName, dim: int) -> int:
+def state_dim(spec: TaskSpec, kind: str, dim: int) -> int:
     """d: the number of classes (one-hot), ``dim`` (learned), or of the scalars in an input (prototype)."""
     return {"one-hot": spec.outputs, "learned": dim, "prototype": spec.input_size}[kind]
 

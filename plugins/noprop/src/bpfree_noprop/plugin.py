@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import bpfree
+from bpfree.hooks import hookimpl
 from bpfree.network.builders import NetworkBuilder
+from bpfree.rule import Rule
 from bpfree_noprop.blocks import NETWORKS
 from bpfree_noprop.dt import NoPropDT
 
 bpfree_api = 1
 
 
-@bpfree.hookimpl
-def bpfree_rules() -> dict[str, type[bpfree.Rule]]:
+@hookimpl
+def bpfree_rules() -> dict[str, type[Rule]]:
     return {"noprop-dt": NoPropDT}
 
 
-@bpfree.hookimpl
+@hookimpl
 def bpfree_networks() -> dict[str, NetworkBuilder]:
     return dict(NETWORKS)

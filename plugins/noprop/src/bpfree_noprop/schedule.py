@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 
-__all__ = ["NoiseSchedule", "ScheduleName", "prior_divergence", "signal_shares"]
+__all__ = ["NoiseSchedule", "prior_divergence", "signal_shares"]
 
-ScheduleName = Literal["cosine", "cosine-interior", "linear"]
 OFFSET = 0.008
 """The small offset s of Nichol and Dhariwal's cosine."""
 
@@ -35,7 +33,7 @@ SHARES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def signal_shares(name: ScheduleName, T: int, clip: float) -> Tensor:
+def signal_shares(name: str, T: int, clip: float) -> Tensor:
     """``abar_t`` for t = 0..T, (T+1,) float64, clipped to [clip, 1 - clip].
 
     Raises:
