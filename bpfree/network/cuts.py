@@ -1,0 +1,309 @@
+"""Where a module can be cut: its graph of operations, and the places where a single tensor passes.
+
+The graph comes from ``torch.fx``. A submodule that cannot be traced, or whose forward depends on ``self.training``
+(which a graph would freeze), is kept whole as one operation. What cannot be kept whole is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise, takewhile, zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from bpfree.errors import UsageError, unknown_name
+from bpfree.network.network import evaluating
+
+__all__ = ["Cut", "Traced", "automatic_cuts", "named_cuts", "trace"]
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+Call = tuple[tuple[Any, ...], dict[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A block begins at operation ``position``; ``name`` is the module that was asked for, if one was."""
+
+    position: int
+    name: str = ""
+
+
+class BlockTracer(fx.Tracer):
+    """Records calls of submodules, and the innermost one in which tracing failed."""
+
+    def __init__(self, opaque: set[str]) -> None:
+        super().__init__()
+        self.opaque, self.failed = opaque, ""
+        self.calls: dict[str, list[Call]] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.opaque or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = self.path_of_module(m)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or path
+            raise
+        self.calls.setdefault(path, []).append((args, kwargs, result))
+        return result
+
+    def owner(self, node: fx.Node) -> str:
+        """Path of the submodule that an operation is, or is in."""
+        if node.op == "call_module":
+            return str(node.target)
+        scope = self.node_name_to_scope.get(node.name)
+        return scope[0] if scope else ""
+
+
+class Traced:
+    """A module as a list of operations, in order, the input first.
+
+    Attributes:
+        module: the original.
+        nodes: the operations, without the final ``output``.
+        owners: path of the submodule that each operation is, or is in.
+        calls: arguments and results of each call, by path of submodule.
+        result: the operation whose value is the module's.
+        single: whether exactly one tensor with a batch axis passes from before an operation to it or beyond.
+        weights: positions of the operations with weights (convolutions, linear maps, embeddings, ...).
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, tracer: BlockTracer, input_shape: Sequence[int]) -> None:
+        self.module, self.calls = module, tracer.calls
+        nodes = list(graph.nodes)
+        self.result: fx.Node = single_output(nodes[-1])
+        self.nodes = one_input(nodes[:-1])
+        self.owners = [tracer.owner(node) for node in self.nodes]
+        self.position = {node: index for index, node in enumerate(self.nodes)}
+        batched = run_once(module, graph, input_shape)
+        self.single = [self._single(index, batched) for index in range(len(self.nodes))]
+        self.weights = [index for index, node in enumerate(self.nodes) if has_weight(node, module)]
+
+    def passing(self, position: int) -> list[fx.Node]:
+        """Values made before a position and used there or later; parameters are none."""
+        return [
+            node
+            for node in self.nodes[:position]
+            if node.op != "get_attr" and (node is self.result or any(self.position.get(user, 0) >= position for user in node.users))
+        ]
+
+    def _single(self, position: int, batched: dict[str, bool]) -> bool:
+        values = self.passing(position)
+        return len(values) == 1 and values[0].op != "placeholder" and batched[values[0].name]
+
+    def under(self, path: str) -> list[int]:
+        """Positions of the operations of a submodule."""
+        return [index for index, owner in enumerate(self.owners) if owner == path or owner.startswith(f"{path}.")]
+
+
+def trace(module: nn.Module, input_shape: Sequence[int]) -> Traced:
+    """The module's operations.
+
+    Raises:
+        UsageError: its forward cannot be traced, depends on ``self.training``, has more than one input or output, or
+            cannot take an input of that shape.
+    """
+    opaque: set[str] = set()
+    while True:
+        tracers: list[tuple[fx.Graph, BlockTracer]] = []
+        culprit, problem = None, ""
+        for training in (False, True):
+            tracer = BlockTracer(opaque)
+            try:
+                with in_mode(module, training):
+                    tracers.append((tracer.trace(module), tracer))
+            except Exception as error:  # any user code may fail in any way when it meets a symbolic value
+                culprit, problem = tracer.failed, f"it cannot be traced: {type(error).__name__}: {first_line(error)}"
+                break
+        else:
+            culprit = mode_dependence(*tracers)
+            problem = "its forward depends on self.training, as functional dropout or batch norm does, and a cut would freeze that"
+        if culprit is None:
+            return Traced(module, *tracers[0], input_shape)
+        if culprit == "" or culprit in opaque:
+            fix = "put that part into a submodule of its own (nn.Dropout, nn.BatchNorm2d, ...), or the parts into an nn.Sequential"
+            raise UsageError(
+                f"{type(module).__name__} cannot be split: {problem}", where=culprit or f"{type(module).__name__}.forward", fix=fix
+            )
+        opaque.add(culprit)
+
+
+def mode_dependence(evaluated: tuple[fx.Graph, BlockTracer], trained: tuple[fx.Graph, BlockTracer]) -> str | None:
+    """The submodule in which the two graphs first differ; ``None`` if they are the same."""
+
+    def text(node: fx.Node | None) -> str:
+        return "" if node is None else f"{node.op} {node.target} {node.args} {node.kwargs}"
+
+    for one, other in zip_longest(evaluated[0].nodes, trained[0].nodes):
+        if text(one) != text(other):
+            node, tracer = (one, evaluated[1]) if one is not None else (other, trained[1])
+            owner = tracer.owner(node)
+            if node.op == "call_module":
+                owner = owner.rpartition(".")[0]
+            while owner and owner not in tracer.calls:
+                owner = owner.rpartition(".")[0]
+            return owner
+    return None
+
+
+def automatic_cuts(traced: Traced) -> list[Cut]:
+    """Before each operation with weights if its predecessor is in another block, as close to it as can be.
+
+    So what follows a weight (norm, activation, pooling) stays with it. Where one instance of a class cannot be cut
+    inside, none is: an inverted residual without a shortcut stays whole because its siblings with one do.
+    """
+    closed = closed_positions(traced)
+    cuts = []
+    for earlier, later in pairwise(traced.weights):
+        places = [index for index in range(earlier + 1, later + 1) if traced.single[index] and index not in closed]
+        if places:
+            cuts.append(Cut(max(places)))
+    if len(traced.weights) > 1 and not cuts:
+        raise UsageError(
+            f"{type(traced.module).__name__} cannot be split: no single tensor passes between any two of its layers",
+            fix="make a Network of blocks of your own, or keep it whole as one block: Network({'all': module}, ...)",
+        )
+    return cuts
+
+
+def closed_positions(traced: Traced) -> set[int]:
+    """Positions inside instances of classes of which some instance cannot be cut."""
+    insides: dict[type, list[range]] = {}
+    for path in traced.calls:
+        part, places = traced.module.get_submodule(path), traced.under(path)
+        if type(part) is not nn.Sequential and len(places) > 1:
+            insides.setdefault(type(part), []).append(range(places[0] + 1, places[-1] + 1))
+    closed: set[int] = set()
+    for ranges in insides.values():
+        if any(not any(traced.single[index] for index in inside) for inside in ranges):
+            closed.update(index for inside in ranges for index in inside)
+    return closed
+
+
+def named_cuts(traced: Traced, names: Sequence[str]) -> list[Cut]:
+    """Each named submodule begins a block.
+
+    Raises:
+        UsageError: an unknown name, a submodule that is never called, or one before which several tensors pass.
+    """
+    known = [path for path, _ in traced.module.named_modules() if path]
+    cuts = []
+    for name in names:
+        if name not in known:
+            raise unknown_name("module", name, known, where="at")
+        places = traced.under(name)
+        if not places:
+            raise UsageError(f"module {name!r} is never called", where="at", fix=f"name one of: {possible(traced)}")
+        first = places[0]
+        if all(node.op in ("placeholder", "get_attr") for node in traced.nodes[:first]):
+            cuts.append(Cut(0, name))
+        elif traced.single[first]:
+            cuts.append(Cut(first, name))
+        else:
+            passing = ", ".join(node.name for node in traced.passing(first))
+            what = f"cannot cut before {name!r}: what passes there is not a single tensor with a batch axis ({passing})"
+            raise UsageError(what, where="at", fix=f"name one of: {possible(traced)}")
+    return sorted(cuts, key=lambda cut: cut.position)
+
+
+def possible(traced: Traced) -> str:
+    """Modules at which a block may begin."""
+    found = []
+    for path in traced.calls:
+        places = traced.under(path)
+        if places and traced.single[places[0]]:
+            found.append(path)
+    return ", ".join(found) or "none is possible"
+
+
+def has_weight(node: fx.Node, module: nn.Module) -> bool:
+    """Whether an operation has a matrix (or more axes) of parameters; normalisations do not count."""
+    if node.op == "call_module":
+        part = module.get_submodule(str(node.target))
+        return not isinstance(part, NORMS) and any(parameter.dim() > 1 for parameter in part.parameters())
+    sources = [source for source in node.all_input_nodes if source.op == "get_attr"]
+    values = [attribute(module, str(source.target)) for source in sources]
+    return any(isinstance(value, nn.Parameter) and value.dim() > 1 for value in values)
+
+
+def attribute(module: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def single_output(output: fx.Node) -> fx.Node:
+    if not isinstance(output.args[0], fx.Node):
+        raise UsageError("a module that is split must return one tensor", where=f"it returns {output.args[0]}", fix="wrap it")
+    return output.args[0]
+
+
+def one_input(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Without inputs that nothing uses (optional ones).
+
+    Raises:
+        UsageError: if more than one is used.
+    """
+    used = [node for node in nodes if node.op == "placeholder" and node.users]
+    if len(used) != 1:
+        names = ", ".join(node.name for node in used)
+        raise UsageError(
+            f"a module that is split must use one input, not {len(used)}", where=names, fix="wrap it in a module that gives the others"
+        )
+    return [node for node in nodes if node.op != "placeholder" or node is used[0]]
+
+
+class Shapes(fx.Interpreter):
+    """Executes a graph on two examples and notes which values are tensors with a batch axis."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.batched: dict[str, bool] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.batched[n.name] = isinstance(value, Tensor) and value.dim() > 0 and len(value) == 2
+        return value
+
+
+def run_once(module: nn.Module, graph: fx.Graph, input_shape: Sequence[int]) -> dict[str, bool]:
+    """Whether each operation's value is a tensor with a batch axis, by its name."""
+    some = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), torch.zeros(()))
+    shapes = Shapes(fx.GraphModule(module, graph))
+    try:
+        with torch.no_grad(), evaluating(module):
+            shapes.run(torch.zeros(2, *input_shape, device=some.device, dtype=some.dtype))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise UsageError(
+            f"{type(module).__name__} cannot take an input of shape {tuple(input_shape)}",
+            where=f"{type(error).__name__}: {first_line(error)}",
+            fix="give the shape of one example, without the batch axis",
+        ) from error
+    return shapes.batched
+
+
+def first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def common_path(paths: Sequence[str]) -> str:
+    """The innermost submodule that all paths are in (or are)."""
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels))
+
+
+@contextmanager
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Train or eval mode inside; each submodule's own mode afterwards."""
+    before = [(part, part.training) for part in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in before:
+            part.training = mode

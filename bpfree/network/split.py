@@ -1,0 +1,180 @@
+"""Any module into a network of blocks that share its submodules.
+
+::
+
+    network = bpfree.split(torchvision.models.resnet18(num_classes=10), (3, 64, 64))
+    print(bpfree.network.split.plan(network))
+
+Training the network trains the module in place: parameters and buffers are the same objects.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import fx, nn
+
+from bpfree.errors import UsageError
+from bpfree.network.cuts import Cut, Traced, automatic_cuts, common_path, named_cuts, trace
+from bpfree.network.network import Network
+
+__all__ = ["plan", "split"]
+
+
+def split(module: nn.Module, input_shape: Sequence[int], *, at: Sequence[str] | None = None, readout: str | None = "auto") -> Network:
+    """Cut a module into blocks at places where a single tensor passes.
+
+    Composed in order, the blocks are the module: in value, in gradients, in train and in eval mode. A block that is
+    exactly one submodule is that submodule; another is an ``fx.GraphModule`` over the original submodules.
+
+    Args:
+        module: an ``nn.Sequential``, or any module that ``torch.fx`` can trace. Submodules that it cannot trace, or
+            whose forward depends on ``self.training``, are kept whole.
+        input_shape: of one example, without the batch axis.
+        at: paths of submodules; each begins a block (``["layer1.0", "layer2", "fc"]``), and what comes before the
+            first is a block too. ``None``: a block begins with each layer that has weights, so that norm, activation
+            and pooling stay with the layer before them, and residual blocks stay whole.
+        readout: name of the last block as the readout; ``None``: there is none; ``"auto"``: it is, if its only layer
+            with weights is an ``nn.Linear`` that makes the final output.
+
+    Returns:
+        A network whose blocks are named after submodules, with ``_`` for ``.``; a name that would begin with a digit
+        (in an ``nn.Sequential``) begins with ``b``.
+
+    Raises:
+        UsageError: the module cannot be traced or has no place for a cut; ``at`` names no submodule, or one before
+            which more than one tensor passes; two blocks would share parameters; a block overwrites its input.
+    """
+    before = set(vars(module))
+    try:
+        traced = trace(module, input_shape)
+        cuts = automatic_cuts(traced) if at is None else named_cuts(traced, at)
+        return assemble(traced, cuts, input_shape, readout)
+    finally:
+        for leftover in set(vars(module)) - before:  # constants that torch.fx hangs on the module
+            delattr(module, leftover)
+
+
+def assemble(traced: Traced, cuts: Sequence[Cut], input_shape: Sequence[int], readout: str | None) -> Network:
+    starts = [cut.position for cut in cuts if cut.position > 0]
+    spans = [range(first, last) for first, last in pairwise([0, *starts, len(traced.nodes)])]
+    names = unique(block_names(traced, spans, {cut.position: cut.name for cut in cuts}))
+    blocks = {name: segment(traced, span) for name, span in zip(names, spans, strict=True)}
+    refuse_sharing(blocks)
+    if readout == "auto":
+        readout = names[-1] if ends_in_linear(traced, spans[-1]) else None
+    return Network(blocks, input_shape=input_shape, readout=None if readout is None else readout.replace(".", "_"))
+
+
+def segment(traced: Traced, span: range) -> nn.Module:
+    """The operations of a span as a module."""
+    source = traced.nodes[0] if span.start == 0 else traced.passing(span.start)[0]
+    result = traced.result if span.stop == len(traced.nodes) else traced.passing(span.stop)[0]
+    whole = whole_module(traced, span, source, result)
+    if whole is not None:
+        return whole
+    graph = fx.Graph()
+    copies = {source: graph.placeholder("x")}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:  # parameters are fetched where they are used; all else is there already
+            copies[node] = graph.node_copy(node)
+        return copies[node]
+
+    for node in (traced.nodes[index] for index in span):
+        if node.op not in ("placeholder", "get_attr"):
+            copies[node] = graph.node_copy(node, copied)
+    graph.output(copied(result))
+    return fx.GraphModule(traced.module, graph, class_name="Block")
+
+
+def whole_module(traced: Traced, span: range, source: fx.Node, result: fx.Node) -> nn.Module | None:
+    """The submodule that a span is, neither less nor more, if it is called once with nothing but the source."""
+    inside = [index for index in span if traced.nodes[index].op not in ("placeholder", "get_attr")]
+    path = common_path([traced.owners[index] for index in inside])
+    calls = traced.calls.get(path, [])
+    if len(calls) != 1 or [i for i in traced.under(path) if traced.nodes[i].op != "get_attr"] != inside:
+        return None
+    args, kwargs, value = calls[0]
+    same = len(args) == 1 and not kwargs and getattr(args[0], "node", None) is source and getattr(value, "node", None) is result
+    return traced.module.get_submodule(path) if same else None
+
+
+def block_names(traced: Traced, spans: Sequence[range], asked: dict[int, str]) -> list[str]:
+    """A block's name: what was asked for, or the largest submodule whose weights are the block's alone."""
+    paths = [path_of(traced, span, spans) for span in spans]
+    first = {traced.owners[index].split(".")[0] for index in spans[0]} - {""}
+    if 0 not in asked and (not paths[0] or (len(first) > 1 and any("." in path for path in paths[1:]))):
+        paths[0] = "stem"
+    named = [asked.get(span.start) or path or f"part{index}" for index, (span, path) in enumerate(zip(spans, paths, strict=True))]
+    return [f"b{name}" if name[0].isdigit() else name for name in (name.replace(".", "_") for name in named)]
+
+
+def path_of(traced: Traced, span: range, spans: Sequence[range]) -> str:
+    mine = [traced.owners[index] for index in traced.weights if index in span]
+    others = [traced.owners[index] for index in traced.weights if index not in span]
+    path = common_path(mine) if mine else ""
+    if not path:
+        return mine[0] if mine and len(spans) > 1 else ""
+    parent = path.rpartition(".")[0]
+    while parent and not any(owner == parent or owner.startswith(f"{parent}.") for owner in others):
+        path, parent = parent, parent.rpartition(".")[0]
+    return path
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """The names, with a number after those that came before."""
+    seen: Counter[str] = Counter()
+    result = []
+    for name in names:
+        seen[name] += 1
+        result.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return result
+
+
+def refuse_sharing(blocks: dict[str, nn.Module]) -> None:
+    owners: dict[int, str] = {}
+    for name, block in blocks.items():
+        for path, parameter in block.named_parameters():
+            other = owners.setdefault(id(parameter), name)
+            if other != name:
+                raise UsageError(
+                    f"blocks {other!r} and {name!r} would share the parameter {path!r}, so neither could learn on its own",
+                    fix="name cuts that keep all its uses in one block, or give each use its own module",
+                )
+
+
+def ends_in_linear(traced: Traced, span: range) -> bool:
+    weights = [index for index in traced.weights if index in span]
+    if len(weights) != 1 or traced.nodes[weights[0]] is not traced.result or traced.result.op != "call_module":
+        return False
+    return isinstance(traced.module.get_submodule(str(traced.result.target)), nn.Linear)
+
+
+def plan(network: Network) -> str:
+    """A table of the network's blocks: their layers, output shapes and numbers of parameters."""
+    rows = [("block", "output", "parameters", "layers")]
+    for name, block in network.blocks.items():
+        shape = "x".join(map(str, network.shapes[name])) if name in network.shapes else "?"
+        title = f"{name} (readout)" if name == network.readout else name
+        rows.append((title, shape, f"{sum(p.numel() for p in block.parameters()):,}", layers_of(block)))
+    rows.append(("total", "", f"{sum(p.numel() for p in network.parameters()):,}", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows)
+
+
+def layers_of(block: nn.Module) -> str:
+    """Kinds of the innermost modules and of the functions, in order of first use, with their numbers."""
+    kinds: list[str] = []
+    if isinstance(block, fx.GraphModule):
+        for node in block.graph.nodes:
+            if node.op == "call_module":
+                kinds.append(type(block.get_submodule(str(node.target))).__name__)
+            elif node.op in ("call_function", "call_method"):
+                kinds.append(str(getattr(node.target, "__name__", node.target)))
+    else:
+        innermost = [part for part in block.modules() if not isinstance(part, nn.Sequential) and not list(part.children())]
+        kinds = [type(part).__name__ for part in innermost]
+    return ", ".join(f"{count} {kind}" if count > 1 else kind for kind, count in Counter(kinds).items())
