@@ -116,6 +116,7 @@ def download(known: VisionSet, root: Path) -> None:
     import torchvision
 
     log.info("downloading %s into %s", known.spec.name, root)
+    fresh = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as place:
@@ -126,6 +127,9 @@ def download(known: VisionSet, root: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(place) / known.folder / name, target)
     except Exception as error:  # network, disk, archive: the remedy is the same
+        if fresh:
+            with contextlib.suppress(OSError):
+                root.rmdir()
         raise BpfreeError(
             f"{known.spec.name} is not on this machine, and downloading it failed ({brief(error)})",
             where=str(root),
