@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bpfree.saved import Saved, load
     from bpfree.step import Batch, Budget, Phase, Step
     from bpfree.tasks.task import Split, Task, TaskSpec
+    from bpfree.training.run import Run
     from bpfree.training.trainer import Trainer
     from bpfree.training.updater import new_step
 
@@ -36,6 +37,7 @@ _HOME = {
     "OptimizerConfig": "options",
     "Phase": "step",
     "Rule": "rule",
+    "Run": "training.run",
     "Saved": "saved",
     "ScheduleConfig": "options",
     "Split": "tasks.task",

@@ -292,7 +292,7 @@ class Trainer:
         self.rule.to(self.device)
         self._state.updater.start_phase(phase)
         self._state.step.phase = phase
-        if saved is not None and index == self._state.at.phase:
+        if saved is not None and index == self._state.at.phase and not self._state.restored:
             self._state.take_weights(saved["weights"], saved["training"])
 
     @contextmanager
