@@ -142,8 +142,11 @@ def check_headers(headers: Mapping[str, Header], path: Path) -> tuple[tuple[str,
 
 
 def read_arrays(path: Path, names: list[str]) -> dict[str, Array]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in names}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UsageError(f"cannot read the arrays: {error}", where=str(path), fix="save them anew with numpy.savez") from error
 
 
 def input_shape(shape: tuple[int, ...], config: ArraysConfig, path: Path) -> tuple[int, ...]:
