@@ -100,9 +100,15 @@ def _blocks(run: Run) -> Figure | None:
     if not panels:
         return None
     figure, axes = _figure(run, len(panels))
-    for axis, ((_, name), curves) in zip(axes, panels.items(), strict=True):
+    names = [list(curves) for curves in panels.values()]
+    for index, (axis, ((_, name), curves)) in enumerate(zip(axes, panels.items(), strict=True)):
         _one_per_block(axis, curves)
-        _finish(axis, "validation accuracy of single blocks (%)" if name == "accuracy" else "loss of each block", legend=len(curves) <= 12)
+        repeated = index + 1 < len(panels) and names[index] == names[-1]
+        _finish(
+            axis,
+            "validation accuracy of single blocks (%)" if name == "accuracy" else "loss of each block",
+            legend=len(curves) <= 12 and not repeated,
+        )
     return figure
 
 
@@ -150,8 +156,10 @@ def _finish(axis: Axes, label: str, *, legend: bool = True) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if _log_scale([value for line in axis.lines for value in _values(line)]) and "loss" in label:
         axis.set_yscale("log")
-    if legend and axis.lines:
-        axis.legend(frameon=False, fontsize=8, ncols=2 if len(axis.lines) > 6 else 1)
+    if legend and len(axis.lines) > 4:
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif legend and axis.lines:
+        axis.legend(frameon=False, fontsize=8)
 
 
 def _values(line: Any) -> Sequence[float]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from bpfree.hooks import hookimpl
 from bpfree.training.run import Run
 
 if TYPE_CHECKING:
+    from rich.live import Live
     from rich.progress import Progress, TaskID
+    from rich.text import Text
 
     from bpfree.step import Phase
 
@@ -45,7 +48,8 @@ class ProgressDisplay:
         if self.quiet:
             self._view = None
         else:
-            self._view = _Live(name, stream, run) if stream.isatty() else _Plain(name, stream, run)
+            live = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+            self._view = _Live(name, stream, run) if live else _Plain(name, stream, run)
 
     @hookimpl
     def phase_start(self, run: Run, phase: Phase) -> None:
@@ -68,11 +72,11 @@ class ProgressDisplay:
     @hookimpl(trylast=True)
     def run_end(self, run: Run) -> None:
         """Say how it ended, and how to go on."""
-        text = _ending(run)
+        text = f"{self.label} {_ending(run)}" if self.label else _ending(run)
         if self._view is not None:
             self._view.end(text)
         elif run.status != "finished":
-            print_line(self._stream or sys.stderr, f"{self.label} {text}" if self.label else text)
+            print_line(self._stream or sys.stderr, text)
         self._view = None
 
 
@@ -130,27 +134,42 @@ class _Plain:
 
 
 class _Live:
-    """A bar that stays in place while the run lasts, and its last state as a line afterwards."""
+    """A bar and a line of numbers that stay in place while the run lasts; the last numbers remain as a line."""
 
     def __init__(self, name: str, stream: TextIO, run: Run) -> None:
         self._name, self._stream = name, stream
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._shown: tuple[Live, Progress, TaskID, Text] | None = None
         self._clock = _Clock()
         self._phase = ""
         self._texts: list[str] = []
 
-    def _begin(self, run: Run) -> tuple[Progress, TaskID]:
-        if self._bar is None or self._task is None:
-            from rich.console import Console
+    def _begin(self) -> tuple[Live, Progress, TaskID, Text]:
+        if self._shown is None:
+            from rich.console import Console, Group
+            from rich.live import Live
             from rich.progress import BarColumn, Progress, TextColumn
+            from rich.table import Column
+            from rich.text import Text
 
-            columns: list[Any] = [TextColumn("[bold]{task.fields[run]}"), TextColumn("[cyan]{task.fields[phase]}"), BarColumn(24)]
-            columns += [TextColumn("{task.fields[count]}"), TextColumn("[dim]{task.fields[text]}")]
-            self._bar = Progress(*columns, console=Console(file=self._stream), refresh_per_second=4, transient=True)
-            self._task = self._bar.add_task("", total=1.0, run=_escape(self._name), phase="", count="", text="")
-            self._bar.start()
-        return self._bar, self._task
+            console = Console(file=self._stream)
+            name = TextColumn("{task.description}", style="bold", markup=False, table_column=Column(no_wrap=True, max_width=36))
+            others = [
+                TextColumn(f"{{task.fields[{key}]}}", markup=False, table_column=Column(no_wrap=True)) for key in ("count", "phase", "left")
+            ]
+            bar = Progress(name, BarColumn(20), *others, console=console)
+            task = bar.add_task(self._name, total=1.0, phase="", count="", left="")
+            numbers = Text("", style="dim", no_wrap=True, overflow="ellipsis")
+            live = Live(
+                Group(bar, numbers),
+                console=console,
+                refresh_per_second=4,
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),  # output that goes elsewhere, such as to a file, is not taken along
+                redirect_stderr=self._stream is sys.stderr,
+            )
+            live.start()
+            self._shown = (live, bar, task, numbers)
+        return self._shown
 
     def phase(self, name: str) -> None:
         self._phase = name if name != "train" else ""
@@ -161,24 +180,27 @@ class _Live:
         self._show(run, metrics, metrics.get("progress", math.nan), now + self._texts)
 
     def epoch(self, run: Run, metrics: Mapping[str, float]) -> None:
-        share = metrics.get("epoch", 0) / run.total_epochs if run.total_epochs else math.nan
-        self._texts = _summary(metrics)
-        self._show(run, metrics, share, self._texts)
+        self._texts = _summary(metrics) or self._texts
+        self._show(run, metrics, metrics.get("epoch", 0) / run.total_epochs if run.total_epochs else math.nan, self._texts)
 
     def _show(self, run: Run, metrics: Mapping[str, float], share: float, texts: list[str]) -> None:
-        bar, task = self._begin(run)
+        _, bar, task, numbers = self._begin()
         left = self._clock.note(share)
-        known = {} if math.isnan(share) else {"completed": share}
-        text = "  ".join([*texts, *([f"{left} left"] if left else [])])
-        bar.update(task, phase=_escape(self._phase), count=_count(run, metrics), text=_escape(text), **known)  # type: ignore[arg-type]
+        bar.update(
+            task,
+            completed=None if math.isnan(share) else share,
+            phase=self._phase,
+            count=_count(run, metrics),
+            left=f"{left} left" if left else "",
+        )
+        numbers.plain = "  ".join(texts)
 
     def end(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._shown is not None:
+            self._shown[0].stop()
         if self._texts:
-            print_line(self._stream, "  ".join([text, *self._texts]) if "\n" not in text else text)
-        else:
-            print_line(self._stream, text)
+            print_line(self._stream, f"{self._name}: {'  '.join(self._texts)}")
+        print_line(self._stream, text)
 
 
 class _Clock:
@@ -212,9 +234,10 @@ def _summary(metrics: Mapping[str, float]) -> list[str]:
             parts.append(f"{label} {metrics[name]:.4g}")
     if not parts and "rule/loss" in metrics:
         parts.append(f"loss {metrics['rule/loss']:.4g}")
-    for name, label in (("train/accuracy", "accuracy"), ("val/accuracy", "val accuracy")):
+    for name, label in (("val/accuracy", "val accuracy"), ("train/accuracy", "accuracy")):
         if name in metrics:
             parts.append(f"{label} {100 * metrics[name]:.2f} %")
+            break
     if "samples_per_second" in metrics:
         parts.append(f"{metrics['samples_per_second']:,.0f} samples/s")
     return parts
@@ -238,9 +261,3 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d} min"
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

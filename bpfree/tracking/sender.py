@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import queue
+import re
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -123,12 +124,14 @@ class Sender:
         with self._lock:
             self._drain()
         try:
+            if self._failures:
+                self._store.probe()
             self._open()
             while not self._abandoned and self._send_next():
                 pass
         except Exception as error:
             self._failures += 1
-            self.reason = _first_line(error)
+            self.reason = _reason(error)
             if not self._abandoned:
                 self.warn(self.reason)
                 self._keep()
@@ -149,7 +152,7 @@ class Sender:
         if self.run_id is not None:
             return
         wanted = self._opening.run_id
-        self._store.open(self._opening)
+        self._store.open(self._opening, search=self._again or self._failures > 0)
         if wanted is not None and wanted != self._opening.run_id:
             logger.info("MLflow at %s has no run %s: a new one begins", self._store.shown, wanted)
         self.run_id = self._opening.run_id
@@ -232,7 +235,11 @@ class Sender:
                 self._spool.keep(self._opening, list(self._pending), self._rejected, whole=False)
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """The first line, and of a failed request only its kind, because its text repeats address and library."""
+    kind = re.search(r"failed with exception .*?(?:Caused by |: )(\w+)\(", str(error))
+    if kind:
+        return f"a request failed ({kind[1]})"
     return next(itertools.chain(str(error).splitlines(), [type(error).__name__]))[:300]
 
 

@@ -27,6 +27,9 @@ __all__ = ["RUN_TAG", "RefusedError", "Store", "file_lock", "prepare_mlflow", "r
 RUN_TAG = "bpfree.run"
 """Tag with the run's own identifier, by which a run is found again whose creation was not confirmed."""
 
+OUR_TIMEOUT = "_BPFREE_MLFLOW_TIMEOUT"
+"""Environment variable that tells a timeout set here from one that the user has set."""
+
 PROBE_SECONDS = 2.0
 LOCK_SECONDS = 120.0
 PARAM_LENGTH, TAG_LENGTH, PER_BATCH = 6000, 5000, 100
@@ -50,10 +53,11 @@ def prepare_mlflow(timeout: float) -> None:
 
     MLflow reads all of these from the environment of the process, and offers no other way.
     """
-    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
         os.environ.setdefault(name, "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the sender retries, with its own back-off
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(math.ceil(timeout)))
+    if os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") == os.environ.get(OUR_TIMEOUT):  # unset, or set here for another run
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = os.environ[OUR_TIMEOUT] = str(math.ceil(timeout))
     import mlflow.tracking  # noqa: F401  sets up its own logging, which is then turned down
 
     for name in ("alembic", "mlflow.store", "mlflow.tracking", "mlflow.system_metrics", "urllib3.connectionpool"):
@@ -209,8 +213,12 @@ class Store:
 
     # --- a run ------------------------------------------------------------------------------------------------------
 
-    def open(self, opening: Opening) -> bool:
-        """Create the run, or go on with ``opening.run_id``, which is set. Returns whether it had existed before.
+    def open(self, opening: Opening, *, search: bool) -> None:
+        """Create the run, or go on with ``opening.run_id``, which is set.
+
+        Args:
+            opening: the run.
+            search: it may exist under an identifier that was never learned (a creation without an answer).
 
         Raises:
             RefusedError: the store will never take it.
@@ -218,7 +226,7 @@ class Store:
         with self._judged():
             client = self.connect()
             self.experiment_id = self._experiment(opening.experiment)
-            existing = self._find(client, opening)
+            existing = self._find(client, opening, search)
             if existing is None:
                 tags = opening.tags | {"mlflow.source.type": "LOCAL", "mlflow.source.name": "bpfree"}
                 made = client.create_run(self.experiment_id, start_time=opening.time, tags=_tags(tags), run_name=opening.name)
@@ -226,14 +234,13 @@ class Store:
                 if opening.dataset is not None:
                     client.log_inputs(opening.run_id, datasets=[_dataset(*opening.dataset)])
                 self._params(client, opening, {})
-                return False
+                return
             opening.run_id = existing.info.run_id
             self.experiment_id = existing.info.experiment_id
             client.update_run(opening.run_id, status="RUNNING")
             self._params(client, opening, existing.data.params)
-            return True
 
-    def _find(self, client: MlflowClient, opening: Opening) -> Any:
+    def _find(self, client: MlflowClient, opening: Opening, search: bool) -> Any:
         from mlflow.exceptions import MlflowException
 
         if opening.run_id is not None:
@@ -244,6 +251,8 @@ class Store:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
+        if not search:
+            return None
         name = opening.tags[RUN_TAG].replace("'", "")
         found = client.search_runs([self.experiment_id], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
         return found[0] if found else None

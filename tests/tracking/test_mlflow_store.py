@@ -1,0 +1,271 @@
+"""What a run leaves in an MLflow store. The oracle is what MLflow's own client reads back."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bpfree.errors import BpfreeError, UsageError
+from bpfree.tracking.config import TrackingConfig
+from bpfree.tracking.events import SPOOL_NAME
+from bpfree.tracking.mlflow_tracker import MLflowTracker
+from bpfree.training.run import Run
+
+
+def finish(run, tracker, status="finished", **result):
+    run.status, run.result = status, result
+    tracker.run_end(run)
+
+
+def test_a_run_arrives_whole(uri, new_run, track, epoch, stored):
+    """Everything that was told is there: params, tags, every point, results, dataset, files."""
+    config = {"rule.name": "dfa", "seed": 3, "task.augment": ["crop", "flip"], "note": "x" * 7000}
+    run = new_run(config=config, tags={"task": "digits", "data_fingerprint": "f" * 64, "device": "cpu"}, total_epochs=3)
+    (run.folder / "config.yaml").write_text("seed: 3\n")
+    (run.folder / "checkpoints").mkdir()
+    (run.folder / "checkpoints" / "last.pt").write_bytes(b"weights")
+    (run.folder / "plots").mkdir()
+    run.artifacts["plots/curves.png"] = run.folder / "plots" / "curves.png"
+    run.artifacts["plots/curves.png"].write_bytes(b"png")
+    tracker = track(uri)
+    tracker.run_start(run)
+    for number in (1, 2, 3):
+        tracker.progress(run, {"step": 10.0 * number, "progress": number / 3, "rule/loss": 0.5})
+        epoch(run, tracker, number)
+    finish(run, tracker, **{"test/accuracy": 0.75})
+
+    found, points = stored(run, uri)
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == run.name
+    assert {key: found.data.params[key] for key in ("rule.name", "seed", "task.augment")} == {
+        "rule.name": "dfa",
+        "seed": "3",
+        "task.augment": '["crop", "flip"]',
+    }
+    assert len(found.data.params["note"]) <= 6000
+    assert found.data.params["note"].endswith("(7000 characters)")
+    assert found.data.tags["status"] == "finished"
+    assert found.data.tags["device"] == "cpu"
+    assert points["train/loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert points["step/rule/loss"] == [(10, 0.5), (20, 0.5), (30, 0.5)]
+    assert points["test/accuracy"] == [(3, 0.75)]
+    dataset = found.inputs.dataset_inputs[0].dataset
+    assert (dataset.name, dataset.digest) == ("digits", "f" * 36)
+    from mlflow.artifacts import list_artifacts
+
+    paths = {
+        a.path
+        for folder in ("", "plots", "checkpoints")
+        for a in list_artifacts(run_id=found.info.run_id, artifact_path=folder or None, tracking_uri=uri)
+    }
+    assert {"config.yaml", "environment.json", "plots/curves.png", "checkpoints/last.pt"} <= paths
+    assert not (run.folder / SPOOL_NAME).exists()
+    assert run.tracking["mlflow_experiment_id"] == found.info.experiment_id
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"), [("finished", "FINISHED"), ("diverged", "FAILED"), ("failed", "FAILED"), ("interrupted", "KILLED")]
+)
+def test_status(uri, new_run, track, stored, status, expected):
+    """Oracle: MLflow's own states."""
+    run = new_run(reason="because")
+    tracker = track(uri)
+    tracker.run_start(run)
+    assert stored(run, uri)[0].info.status == "RUNNING"
+    finish(run, tracker, status)
+    found, _ = stored(run, uri)
+    assert found.info.status == expected
+    assert (found.data.tags["status"], found.data.tags["reason"]) == (status, "because")
+
+
+def test_default_store_is_beside_the_output_folder(tmp_path, monkeypatch):
+    """Documented rule: configured, else MLFLOW_TRACKING_URI, else mlflow.db in the output folder's parent."""
+    assert TrackingConfig().resolve_uri(tmp_path / "runs") == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
+    assert TrackingConfig().resolve_uri(tmp_path / "runs") == "http://elsewhere:5000"
+    assert TrackingConfig(uri="sqlite:///x.db").resolve_uri(tmp_path / "runs") == "sqlite:///x.db"
+
+
+def test_names_that_mlflow_refuses_are_mended(uri, new_run, track, stored):
+    """Identity: one metric in, one metric out, whatever its name."""
+    run = new_run()
+    tracker = track(uri)
+    tracker.run_start(run)
+    tracker.epoch_end(run, {"epoch": 1.0, "rule/α (mean)": 2.0, "../up": 3.0})
+    finish(run, tracker)
+    _, points = stored(run, uri)
+    assert points["rule/_ _mean_"] == [(1, 2.0)]
+    assert points["_/up"] == [(1, 3.0)]
+
+
+def test_non_finite_metrics(uri, new_run, track, stored):
+    """NaN stays NaN; an infinite value, which MLflow stores as the largest float, is named by a tag."""
+    run = new_run()
+    tracker = track(uri)
+    tracker.run_start(run)
+    tracker.epoch_end(run, {"epoch": 1.0, "a": math.nan, "b": math.inf, "c": 1.0})
+    tracker.epoch_end(run, {"epoch": 2.0, "a": 1.0, "b": -math.inf, "c": -math.inf})
+    finish(run, tracker)
+    found, points = stored(run, uri)
+    assert math.isnan(points["a"][0][1])
+    assert points["b"][0][1] > 1e308
+    assert found.data.tags["infinite_metrics"] == "b at 1, c at 2"
+
+
+def test_more_metrics_than_one_call_takes(uri, new_run, track, stored):
+    """MLflow takes 1000 per call; 2500 arrive."""
+    run = new_run()
+    tracker = track(uri)
+    tracker.run_start(run)
+    tracker.epoch_end(run, {"epoch": 1.0} | {f"rule/b{i}/loss": float(i) for i in range(2500)})
+    finish(run, tracker)
+    found, _ = stored(run, uri)
+    assert len(found.data.metrics) == 2501
+    assert found.data.metrics["rule/b2499/loss"] == 2499
+
+
+def test_resumed_run_goes_on_without_duplicates(uri, new_run, track, epoch, stored):
+    """Stopped after epoch 4, resumed from a checkpoint of epoch 2, with one setting changed: one run, one point per key and step."""
+    run = new_run(config={"budget.epochs": 5})
+    tracker = track(uri)
+    tracker.run_start(run)
+    for number in (1, 2, 3, 4):
+        tracker.progress(run, {"step": 10.0 * number, "rule/loss": 1.0})
+        epoch(run, tracker, number)
+    finish(run, tracker, "interrupted")
+
+    again = new_run(config={"budget.epochs": 6}, resumed=True, epoch=2, history=run.history[:2], tracking=dict(run.tracking))
+    tracker = track(uri)
+    tracker.run_start(again)
+    assert again.tracking == run.tracking
+    assert stored(again, uri)[0].info.status == "RUNNING"
+    for number in (3, 4, 5, 6):
+        tracker.progress(again, {"step": 10.0 * number, "rule/loss": 1.0})
+        epoch(again, tracker, number)
+    finish(again, tracker, **{"test/accuracy": 0.5})
+    found, points = stored(again, uri)
+    assert found.info.status == "FINISHED"
+    assert points["train/loss"] == [(n, 1 / n) for n in range(1, 7)]
+    assert points["step/rule/loss"] == [(10 * n, 1.0) for n in range(1, 7)]
+    assert found.data.params["budget.epochs"] == "5"
+    assert found.data.tags["resumed/budget.epochs"] == "6"
+
+
+def test_run_resumed_on_another_store_brings_its_history(uri, new_run, track, epoch, stored):
+    """The store never saw the run: a new one begins there, with every epoch."""
+    run = new_run(resumed=True, epoch=2, tracking={"mlflow_run_id": "0" * 32, "mlflow_started": "1700000000000"})
+    run.history = [{"epoch": 1.0, "seconds": 1.0, "train/loss": 1.0}, {"epoch": 2.0, "seconds": 2.0, "train/loss": 0.5}]
+    tracker = track(uri)
+    tracker.run_start(run)
+    epoch(run, tracker, 3)
+    finish(run, tracker)
+    assert run.tracking["mlflow_run_id"] != "0" * 32
+    _, points = stored(run, uri)
+    assert points["train/loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+
+
+def test_deleted_run_costs_a_warning(uri, new_run, track, epoch, caplog):
+    """Somebody deletes the run while it trains: refused events lie in the spool with the reason, nothing is raised."""
+    run = new_run()
+    tracker = track(uri)
+    tracker.run_start(run)
+    from mlflow import MlflowClient
+
+    MlflowClient(uri).delete_run(run.tracking["mlflow_run_id"])
+    epoch(run, tracker, 1)
+    finish(run, tracker)
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+    assert '"rejected"' in (run.folder / SPOOL_NAME).read_text()
+
+
+def test_folder_of_files_is_refused(tmp_path, new_run, track):
+    """MLflow 3.17 raises for it: one error with the way out, before training."""
+    with pytest.raises(UsageError, match="sqlite:///") as caught:
+        track(f"file://{tmp_path}/mlruns").run_start(new_run())
+    assert caught.value.exit_code == 2
+
+
+def test_required_store_that_cannot_be_made(tmp_path, new_run, track):
+    """A file stands where the database's folder should be."""
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(BpfreeError, match="tracking store"):
+        track(f"sqlite:///{tmp_path}/taken/mlflow.db", required=True).run_start(new_run())
+
+
+def test_disabled_does_nothing(tmp_path, new_run, track):
+    """Not even a file."""
+    run = new_run()
+    tracker = track(None, enabled=False)
+    tracker.run_start(run)
+    tracker.epoch_end(run, {"epoch": 1.0})
+    tracker.run_end(run)
+    assert list(tmp_path.rglob("*.db")) == []
+    assert run.tracking == {}
+
+
+def test_password_in_the_address_is_not_logged(new_run, uri, track, stored):
+    """The address is a configuration key, hence a parameter."""
+    run = new_run(config={"tracking.uri": "http://me:secret@host:5000"})
+    tracker = track(uri)
+    tracker.run_start(run)
+    finish(run, tracker)
+    assert stored(run, uri)[0].data.params["tracking.uri"] == "http://me:***@host:5000"
+
+
+def one_process(folder: str, number: int) -> None:
+    run = Run(f"id{number}", f"run{number}")
+    tracker = MLflowTracker(TrackingConfig(system=False, interval=0.05, required=True), Path(folder) / "runs")
+    tracker.run_start(run)
+    for epoch in range(1, 6):
+        tracker.epoch_end(run, {"epoch": float(epoch), "loss": 1 / epoch})
+    run.status = "finished"
+    tracker.run_end(run)
+
+
+def test_processes_that_meet_a_new_database(tmp_path, monkeypatch):
+    """Without the lock all but one die in MLflow's migrations (measured); with it all four runs are complete."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=one_process, args=(str(tmp_path), number)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("bpfree").experiment_id])
+    assert Counter(run.info.status for run in runs) == {"FINISHED": 4}
+    assert all(len(client.get_metric_history(run.info.run_id, "loss")) == 5 for run in runs)
+
+
+def test_import_is_cheap_and_telemetry_is_off(tmp_path):
+    """A process of its own, outside of a test's environment: nothing heavy until a run starts; then no telemetry client."""
+    code = f"""
+        import sys
+        from pathlib import Path
+        from bpfree.tracking import config, journal, mlflow_tracker, plots, progress, system
+        heavy = [name for name in ("mlflow", "torch", "torchvision", "matplotlib", "rich") if name in sys.modules]
+        assert not heavy, heavy
+        from bpfree.training.run import Run
+        tracker = mlflow_tracker.MLflowTracker(config.TrackingConfig(uri="sqlite:///{tmp_path}/x/mlflow.db"), Path("{tmp_path}/runs"))
+        tracker.config.required = True
+        run = Run("id", "name")
+        tracker.run_start(run)
+        tracker.run_end(run)
+        import mlflow.telemetry
+        assert mlflow.telemetry.get_telemetry_client() is None
+    """
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
