@@ -22,6 +22,14 @@ def test_parameters_of_the_papers_block(spec: TaskSpec, millions: float) -> None
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
+@pytest.mark.parametrize("side", [4, 5, 6, 7, 28])
+def test_convolutional_blocks_fit_any_size(side: int) -> None:
+    # Oracle: a forward pass over each remainder of the two halvings.
+    spec, builder = TaskSpec("images", input_shape=(1, side, side), outputs=3), NETWORKS["noprop-cnn"]
+    block = builder.build(spec, builder.Config(blocks=1, channels=4, width=8)).blocks["t1"]
+    assert block(torch.randn(2, 1, side, side), torch.randn(2, 3)).shape == (2, 3)
+
+
 @pytest.mark.parametrize("name", list(NETWORKS))
 @pytest.mark.parametrize("label", ["vector", "input"])
 def test_blocks_take_inputs_and_states(name: str, label: str, device: torch.device) -> None:
