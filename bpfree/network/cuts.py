@@ -6,6 +6,7 @@ The graph comes from ``torch.fx``. A submodule that cannot be traced, or whose f
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from itertools import pairwise, takewhile, zip_longest
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from bpfree.errors import UsageError, unknown_name
@@ -21,6 +23,11 @@ from bpfree.network.network import evaluating
 __all__ = ["Cut", "Traced", "automatic_cuts", "named_cuts", "trace"]
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+MAPS = {
+    *(F.linear, F.bilinear, F.embedding, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.einsum, operator.matmul, "matmul", "mm", "bmm"),
+}
+"""Functions and methods that are a layer with weights when one of their arguments is a parameter."""
 Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 
 
@@ -90,7 +97,7 @@ class Traced:
         return [
             node
             for node in self.nodes[:position]
-            if node.op != "get_attr" and (node is self.result or any(self.position.get(user, 0) >= position for user in node.users))
+            if not is_constant(node) and (node is self.result or any(self.position.get(user, 0) >= position for user in node.users))
         ]
 
     def _single(self, position: int, batched: dict[str, bool]) -> bool:
@@ -223,18 +230,16 @@ def possible(traced: Traced) -> str:
 
 
 def has_weight(node: fx.Node, module: nn.Module) -> bool:
-    """Whether an operation has a matrix (or more axes) of parameters; normalisations do not count."""
+    """Whether an operation is a map with a matrix (or more axes) of parameters; normalisations and scalings are not."""
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))
         return not isinstance(part, NORMS) and any(parameter.dim() > 1 for parameter in part.parameters())
-    sources = [source for source in node.all_input_nodes if source.op == "get_attr"]
-    values = [attribute(module, str(source.target)) for source in sources]
-    return any(isinstance(value, nn.Parameter) and value.dim() > 1 for value in values)
+    return node.target in MAPS and any(is_constant(source) for source in node.all_input_nodes)
 
 
-def attribute(module: nn.Module, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(owner), name)
+def is_constant(node: fx.Node) -> bool:
+    """Whether a value is made of parameters and buffers alone."""
+    return node.op == "get_attr" or (bool(node.all_input_nodes) and all(is_constant(source) for source in node.all_input_nodes))
 
 
 def single_output(output: fx.Node) -> fx.Node:
