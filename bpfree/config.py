@@ -290,7 +290,7 @@ class _Resolver:
             )
             return
         try:
-            node[key] = leaf.value
+            OmegaConf.update(node, key, leaf.value, merge=False)
         except OmegaConfBaseException as error:
             reason = str(getattr(error, "msg", None) or error).splitlines()[0]
             self.problems.append(f"{leaf.key}={leaf.value!r}: {reason} ({leaf.origin})")

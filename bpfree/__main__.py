@@ -1,0 +1,5 @@
+"""``python -m bpfree``."""
+
+from bpfree.cli.main import main
+
+main()

@@ -1,0 +1,212 @@
+"""The command line as a person uses it: in process, in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import bpfree
+from bpfree.cli.main import main
+
+FAST = ["budget.epochs=2", "tracking.system=false", "threads=1", "device=cpu"]
+
+
+def call(*words: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(list(words))
+    return int(caught.value.code or 0)
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = [path for path in (folder / "runs").iterdir() if path.is_dir()]
+    return run
+
+
+def test_train_then_predict_evaluate_and_reproduce(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "rule=dfa", *FAST) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    run = only_run(workplace)
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "run.json", "metrics.jsonl", "checkpoints", "plots"}
+    result = json.loads((run / "run.json").read_text())
+    assert result["status"] == "finished"
+
+    # the library, without trainer and MLflow
+    saved = bpfree.load(run)
+    task = bpfree.Task.from_source(__import__("bpfree.tasks.digits", fromlist=["DIGITS"]).DIGITS)
+    accuracy = (saved.predict(task.test.inputs).argmax(1) == task.test.targets).float().mean().item()
+    assert accuracy == pytest.approx(result["result"]["test/accuracy"])
+    assert isinstance(saved.network, torch.nn.Module)
+    with pytest.raises(bpfree.UsageError, match=r"expected \(N, 1, 8, 8\)"):
+        saved.predict(torch.zeros(2, 64))
+
+    # evaluate: validation unless told otherwise
+    for arguments, split in (([], "validation"), (["--split", "test"], "test")):
+        assert call("evaluate", str(run), "--json", *arguments) == 0
+        scores = json.loads(capsys.readouterr().out)
+        assert scores["split"] == split
+    assert scores["accuracy"] == pytest.approx(result["result"]["test/accuracy"])
+    assert call("evaluate", run.name) == 0
+
+    # the logged configuration gives the same weights, bit for bit
+    assert call("train", "--config", str(run / "config.yaml"), "--quiet", "output=again") == 0
+    (again,) = (workplace / "again").iterdir()
+    first, second = (torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["weights"] for folder in (run, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_tracking_lands_in_one_sqlite_store(workplace: Path) -> None:
+    assert call("train", "rule=dfa", *FAST) == 0
+    store = sqlite3.connect(workplace / "mlflow.db")
+    params = dict(store.execute("select key, value from params"))
+    assert params["rule.name"] == "dfa"
+    assert params["budget.epochs"] == "2"
+    tags = dict(store.execute("select key, value from tags"))
+    assert tags["rule"] == "dfa"
+    assert tags["plugin"] == "bpfree"
+    assert tags["data_fingerprint"]
+    metrics = {key for (key,) in store.execute("select distinct key from metrics")}
+    assert metrics >= {
+        "train/loss",
+        "train/accuracy",
+        "val/loss",
+        "val/accuracy",
+        "samples_per_second",
+        "step_ms",
+        "peak_memory_mb",
+        "test/accuracy",
+    }
+    assert [status for (status,) in store.execute("select status from runs")] == ["FINISHED"]
+
+
+def test_tracking_can_be_off(workplace: Path) -> None:
+    assert call("train", "rule=frozen", "tracking.enabled=false", *FAST) == 0
+    assert not (workplace / "mlflow.db").exists()
+
+
+def test_print_config_is_a_configuration_and_trains_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "rule=dfa", "rule.scale=2", "--print-config") == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["rule"] == {"name": "dfa", "scale": 2.0}
+    assert "# deviation of the feedback weights" in text
+    assert list(workplace.iterdir()) == []
+
+
+def test_listings_and_cards(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("rules") == 0
+    assert "noprop-dt" in capsys.readouterr().out
+    assert call("rules", "dfa") == 0
+    card = capsys.readouterr().out
+    for part in ("1609.01596", "delta_l = B_l e", "reverse_span=1", "scale", "deviation of the feedback weights"):
+        assert part in card
+    assert call("rules", "dfa", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["traits"]["downstream_weights"] == 0
+    assert call("plugins", "list", "--json") == 0
+    assert {record["name"] for record in json.loads(capsys.readouterr().out)} >= {"core", "noprop"}
+    assert call("tasks") == 0
+    assert "cifar100" in capsys.readouterr().out
+    assert call("networks", "vgg") == 0
+    assert "pool_after" in capsys.readouterr().out
+
+
+def test_a_comparison_ends_with_a_table_and_the_pages_path(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("compare", "dfa", "--seeds", "2", "tracking.enabled=false", *FAST) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[0] for line in lines if line.split() and line.split()[0] in ("linear", "frozen", "dfa", "backprop")] == [
+        "linear",
+        "frozen",
+        "dfa",
+        "backprop",
+    ]
+    page = Path(lines[-1]).read_text()
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert call("compare", "noprop-dt,rule.T=2", "--seeds", "1", "tracking.enabled=false", *FAST) == 0
+    assert "noprop-dt,rule.T=2 (frozen twin)" in capsys.readouterr().out
+
+
+# --- bad input: one clear message, the right code, no traceback, nothing left behind ---------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
+    assert call(*words) == code
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err + output.out
+    assert output.err.startswith("error: ") or "error: " in output.err
+    return output.err
+
+
+def test_wrong_requests(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'dfa'" in refused(capsys, 2, "train", "rule=dffa")
+    assert "did you mean optimizer.lr?" in refused(capsys, 2, "train", "optimizer.lrr=1")
+    assert "seed='x'" in refused(capsys, 2, "train", "seed=x")
+    assert "expected key=value" in refused(capsys, 2, "train", "seed")
+    assert "no such run or checkpoint" in refused(capsys, 2, "evaluate", "nowhere")
+    assert "no such run or checkpoint" in refused(capsys, 2, "train", "--resume", "nowhere")
+    assert "too small" in refused(capsys, 2, "train", "network=vgg")
+    assert "needs images" in refused(
+        capsys, 2, "train", "network=vgg", "network.pool_after=[1]", "task=npz", f"task.path={vectors(workplace)}"
+    )
+    assert "No such command" in refused(capsys, 2, "trian")
+    assert sorted(path.name for path in workplace.iterdir()) in (["vectors.npz"], ["runs", "vectors.npz"])
+    assert not (workplace / "runs").exists() or list((workplace / "runs").iterdir()) == []
+
+
+def vectors(folder: Path) -> Path:
+    import numpy as np
+
+    path = folder / "vectors.npz"
+    np.savez(path, x=np.random.default_rng(0).normal(size=(50, 4)).astype("float32"), y=np.arange(50) % 2)
+    return path
+
+
+def no_network(*arguments: object, **options: object) -> None:
+    raise OSError("no network")
+
+
+def test_missing_data(workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the machine's network is like, the download is made to fail."""
+    monkeypatch.setenv("BPFREE_DATA", str(workplace / "empty"))
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    text = refused(capsys, 1, "train", "task=mnist", "tracking.enabled=false")
+    assert "BPFREE_DATA" in text or "data.root" in text
+
+
+def test_failures_of_checkpoints(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "rule=dfa", "tracking.enabled=false", "--quiet", *FAST) == 0
+    run = only_run(workplace)
+    capsys.readouterr()
+    assert "another rule" in refused(capsys, 1, "evaluate", str(run), "rule=backprop")
+    assert "another rule" in refused(capsys, 1, "train", "--resume", str(run), "rule=backprop")
+    assert "choose a task of the same shape" in refused(capsys, 1, "evaluate", str(run), "task=mnist")
+    corrupt = workplace / "corrupt.pt"
+    corrupt.write_bytes((run / "checkpoints" / "last.pt").read_bytes()[:-500])
+    before = corrupt.read_bytes()
+    assert "cannot read the checkpoint" in refused(capsys, 1, "evaluate", str(corrupt))
+    assert "cannot read the checkpoint" in refused(capsys, 1, "train", "--resume", str(corrupt))
+    assert corrupt.read_bytes() == before
+    torch.save({"something": 1}, workplace / "other.pt")
+    assert "no checkpoint of bpfree" in refused(capsys, 1, "evaluate", str(workplace / "other.pt"))
+
+
+def test_an_output_folder_that_cannot_be_written(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "occupied").write_text("a file, and not mine to touch")
+    assert "cannot write to the output folder" in refused(capsys, 1, "train", "output=occupied", "tracking.enabled=false")
+    assert (workplace / "occupied").read_text() == "a file, and not mine to touch"
+
+
+def test_an_unreachable_tracking_server(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = ["tracking.uri=http://127.0.0.1:9", "tracking.timeout=2", "tracking.flush_timeout=1"]
+    assert "error" in refused(capsys, 1, "train", "rule=frozen", "tracking.required=true", *gone, *FAST)
+    assert call("train", "rule=frozen", "--quiet", *gone, *FAST) == 0  # a warning, and the run goes on
+    runs = [path for path in (workplace / "runs").iterdir() if (path / "tracking-unsent.jsonl").exists()]
+    assert any((run / "checkpoints" / "last.pt").exists() for run in runs)
+
+
+def test_debug_shows_the_traceback(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "rule=dffa", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
