@@ -78,6 +78,7 @@ class Traced:
         calls: arguments and results of each call, by path of submodule.
         result: the operation whose value is the module's.
         single: whether exactly one tensor with a batch axis passes from before an operation to it or beyond.
+        constants: operations on parameters and buffers alone, which are repeated where they are used.
         weights: positions of the operations with weights (convolutions, linear maps, embeddings, ...).
     """
 
@@ -88,16 +89,17 @@ class Traced:
         self.nodes = one_input(nodes[:-1])
         self.owners = [tracer.owner(node) for node in self.nodes]
         self.position = {node: index for index, node in enumerate(self.nodes)}
+        self.constants = constants_of(self.nodes)
         batched = run_once(module, graph, input_shape)
         self.single = [self._single(index, batched) for index in range(len(self.nodes))]
-        self.weights = [index for index, node in enumerate(self.nodes) if has_weight(node, module)]
+        self.weights = [index for index, node in enumerate(self.nodes) if has_weight(node, module, self.constants)]
 
     def passing(self, position: int) -> list[fx.Node]:
         """Values made before a position and used there or later; parameters are none."""
         return [
             node
             for node in self.nodes[:position]
-            if not is_constant(node) and (node is self.result or any(self.position.get(user, 0) >= position for user in node.users))
+            if node not in self.constants and (node is self.result or any(self.position.get(user, 0) >= position for user in node.users))
         ]
 
     def _single(self, position: int, batched: dict[str, bool]) -> bool:
@@ -229,17 +231,21 @@ def possible(traced: Traced) -> str:
     return ", ".join(found) or "none is possible"
 
 
-def has_weight(node: fx.Node, module: nn.Module) -> bool:
+def has_weight(node: fx.Node, module: nn.Module, constants: set[fx.Node]) -> bool:
     """Whether an operation is a map with a matrix (or more axes) of parameters; normalisations and scalings are not."""
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))
         return not isinstance(part, NORMS) and any(parameter.dim() > 1 for parameter in part.parameters())
-    return node.target in MAPS and any(is_constant(source) for source in node.all_input_nodes)
+    return node.target in MAPS and not constants.isdisjoint(node.all_input_nodes)
 
 
-def is_constant(node: fx.Node) -> bool:
-    """Whether a value is made of parameters and buffers alone."""
-    return node.op == "get_attr" or (bool(node.all_input_nodes) and all(is_constant(source) for source in node.all_input_nodes))
+def constants_of(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The operations whose values are made of parameters and buffers alone."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "get_attr" or (node.all_input_nodes and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def single_output(output: fx.Node) -> fx.Node:

@@ -17,7 +17,7 @@ from itertools import pairwise
 from torch import fx, nn
 
 from bpfree.errors import UsageError
-from bpfree.network.cuts import Cut, Traced, automatic_cuts, common_path, is_constant, named_cuts, trace
+from bpfree.network.cuts import Cut, Traced, automatic_cuts, common_path, named_cuts, trace
 from bpfree.network.network import Network
 
 __all__ = ["plan", "split"]
@@ -84,7 +84,7 @@ def segment(traced: Traced, span: range) -> nn.Module:
         return copies[node]
 
     for node in (traced.nodes[index] for index in span):
-        if node.op != "placeholder" and not is_constant(node):
+        if node.op != "placeholder" and node not in traced.constants:
             copied(node)
     graph.output(copied(result))
     return fx.GraphModule(traced.module, graph, class_name="Block")
@@ -92,10 +92,10 @@ def segment(traced: Traced, span: range) -> nn.Module:
 
 def whole_module(traced: Traced, span: range, source: fx.Node, result: fx.Node) -> nn.Module | None:
     """The submodule that a span is, neither less nor more, if it is called once with nothing but the source."""
-    inside = [index for index in span if traced.nodes[index].op != "placeholder" and not is_constant(traced.nodes[index])]
+    inside = [index for index in span if traced.nodes[index].op != "placeholder" and traced.nodes[index] not in traced.constants]
     path = common_path([traced.owners[index] for index in inside])
     calls = traced.calls.get(path, [])
-    if len(calls) != 1 or [i for i in traced.under(path) if not is_constant(traced.nodes[i])] != inside:
+    if len(calls) != 1 or [i for i in traced.under(path) if traced.nodes[i] not in traced.constants] != inside:
         return None
     args, kwargs, value = calls[0]
     same = len(args) == 1 and not kwargs and getattr(args[0], "node", None) is source and getattr(value, "node", None) is result

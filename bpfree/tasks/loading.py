@@ -137,13 +137,15 @@ class Loader:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """One pass over the split, from batch ``start`` on (to go on in the middle of a pass)."""
-        order = self.order(epoch)
-        placed = order.to(self.device) if self.seed is not None else order
-        raws = self._stream(order, start) if self.resident is None else self._select(self.resident, placed, start)
+        order = self.order(epoch)[start * self.batch_size :]
+        if not len(order):
+            return
+        chosen = order.to(self.device).split(self.batch_size)
+        raws = self._stream(order.split(self.batch_size)) if self.resident is None else self._select(self.resident, chosen)
         ready = self.resident is not None and self.resident.normalised
-        for index, (inputs, targets) in enumerate(raws, start):
+        for indices, (inputs, targets) in zip(chosen, raws, strict=True):
             if self.seed is not None and self.augment:
-                draws = Draws(self.seed, epoch, placed[self._places(index)])
+                draws = Draws(self.seed, epoch, indices)
                 for augmentation in self.augment:
                     inputs, targets = augmentation.apply(inputs, targets, draws)
             yield Batch(inputs if ready else self._normalise(inputs), targets)
@@ -155,23 +157,16 @@ class Loader:
         generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
         return torch.randperm(len(self.split), generator=generator)[: self.examples]
 
-    def _places(self, index: int) -> slice:
-        return slice(index * self.batch_size, min((index + 1) * self.batch_size, self.examples))
+    def _select(self, kept: Resident, chosen: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for indices in chosen:
+            yield kept.inputs.index_select(0, indices), None if kept.targets is None else kept.targets.index_select(0, indices)
 
-    def _select(self, kept: Resident, order: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for index in range(start, len(self)):
-            places = self._places(index)
-            if self.seed is None:
-                yield kept.inputs[places].clone(), None if kept.targets is None else kept.targets[places].clone()
-            else:
-                chosen = order[places]
-                yield kept.inputs.index_select(0, chosen), None if kept.targets is None else kept.targets.index_select(0, chosen)
-
-    def _stream(self, order: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        gathers = Gathers(self.split, [order[self._places(index)] for index in range(start, len(self))])
+    def _stream(self, chosen: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
         cuda = self.device.type == "cuda"
         # A generator of its own: without one, DataLoader would draw from torch's global generator at each pass.
-        loader = DataLoader(gathers, batch_size=None, num_workers=self.workers, pin_memory=cuda, generator=torch.Generator())
+        loader = DataLoader(
+            Gathers(self.split, chosen), batch_size=None, num_workers=self.workers, pin_memory=cuda, generator=torch.Generator()
+        )
         for inputs, targets in loader:
             moved = None if targets is None else typed(targets.to(self.device, non_blocking=True))
             yield inputs.to(self.device, non_blocking=True), moved
