@@ -75,7 +75,7 @@ class MLflowTracker:
         spool = Spool(run.folder / SPOOL_NAME if run.folder is not None else None)
         self._infinite, self._looks = {}, 0
         sender = self._open(run, store, spool)
-        if not sender.start(max(self.config.timeout, LOCAL_PATIENCE) if store.local else self.config.timeout):
+        if not sender.start(max(self.config.timeout, LOCAL_PATIENCE) if store.database is not None else self.config.timeout):
             if self.config.required:
                 sender.stop()
                 fix = "start the server, correct tracking.uri, or set tracking.required=false"
@@ -85,7 +85,7 @@ class MLflowTracker:
             sender.warn(sender.reason)
         self._sender = sender
         self._publish(run)
-        sender.put(Tags({"status": "running"}))
+        sender.put(Tags(_standing(run, "running")))
         if self.config.system:
             self._system = SystemMetrics(self._take_sample, self.config.system_interval)
             self._system.start()
@@ -113,7 +113,7 @@ class MLflowTracker:
             return
         self._publish(run)
         self._put_metrics(run.result, step=run.epoch)
-        sender.put(Tags({"status": run.status, "reason": run.reason} if run.reason else {"status": run.status}))
+        sender.put(Tags(_standing(run, run.status)))
         for event in self._files(run):
             sender.put(event)
         sender.put(End(ENDS.get(run.status, "FAILED"), _now()))
@@ -220,6 +220,11 @@ def _tags(run: Run) -> dict[str, str]:
     with contextlib.suppress(Exception):  # a container may have no name for its user
         tags.setdefault("mlflow.user", getpass.getuser())
     return tags
+
+
+def _standing(run: Run, status: str) -> dict[str, str]:
+    """How the run stands; a resumed run takes back the reason why it was interrupted."""
+    return {"status": status, "reason": run.reason} if run.reason or run.resumed else {"status": status}
 
 
 def _params(config: Mapping[str, Any]) -> dict[str, str]:

@@ -29,9 +29,9 @@ Curve = tuple[list[float], list[float]]
 class Plots:
     """Draws a run's curves into its folder and adds them to its artifacts; a failure is a warning."""
 
-    @hookimpl
+    @hookimpl(tryfirst=True)
     def run_end(self, run: Run) -> None:
-        """Draw what there is to draw."""
+        """Draw what there is to draw, before others list or upload the run's artifacts."""
         if run.folder is None or not run.history:
             return
         try:
@@ -151,6 +151,9 @@ def _finish(axis: Axes, label: str, *, legend: bool = True) -> None:
 
     axis.set_xlabel("epoch")
     axis.set_ylabel(label)
+    epochs = {float(x) for line in axis.lines for x in line.get_xdata()}
+    if len(epochs) == 1:
+        axis.set_xlim(min(epochs) - 1, min(epochs) + 1)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)

@@ -208,17 +208,18 @@ class _Clock:
 
     def __init__(self) -> None:
         self._first: tuple[float, float] | None = None
+        self._left = ""
 
     def note(self, share: float) -> str:
+        """The time left at this share of the budget; the last estimate where the share is not known."""
         if math.isnan(share):
-            return ""
+            return self._left
         now = time.monotonic()
         if self._first is None:
             self._first = (now, share)
         since, begun = self._first
-        if share <= begun or share >= 1:
-            return ""
-        return _duration((now - since) / (share - begun) * (1 - share))
+        self._left = _duration((now - since) / (share - begun) * (1 - share)) if begun < share < 1 else ""
+        return self._left
 
 
 def _count(run: Run, metrics: Mapping[str, float]) -> str:

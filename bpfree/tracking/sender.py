@@ -75,13 +75,15 @@ class Sender:
         self._hopeless = self._failures > 0
         self._closing = True
         self._wake.set()
-        self._done.wait(patience)
-        with self._lock:
-            self._abandoned = True
-            self._drain()
-            complete = self.run_id is not None and not self._pending
-            if not complete or self._rejected:
-                self._spool.keep(self._opening, list(self._pending), self._rejected, whole=True)
+        try:
+            self._done.wait(patience)
+        finally:  # an impatient person interrupts
+            with self._lock:
+                self._abandoned = True
+                self._drain()
+                complete = self.run_id is not None and not self._pending
+                if not complete or self._rejected:
+                    self._spool.keep(self._opening, list(self._pending), self._rejected, whole=True)
         if not complete:
             self.warn(self.reason or f"not done after {patience:g} s")
         elif self._warned and not self._rejected:
@@ -99,11 +101,7 @@ class Sender:
         if self._warned:
             return
         self._warned = True
-        lies = (
-            f"what cannot be sent lies in {self._spool.path}, and is sent when the run is resumed"
-            if self._spool.path
-            else "what cannot be sent is lost"
-        )
+        lies = f"what cannot be sent is kept in {self._spool.path}, to be sent later" if self._spool.path else "what cannot be sent is lost"
         logger.warning("MLflow at %s: %s. The run goes on; %s", self._store.shown, redact(reason), lies)
 
     # --- the sender's thread ----------------------------------------------------------------------------------------
@@ -132,7 +130,7 @@ class Sender:
         except Exception as error:
             self._failures += 1
             self.reason = _reason(error)
-            if not self._abandoned:
+            if self._tried.is_set() and not self._abandoned:  # of the first attempt, the run's thread speaks
                 self.warn(self.reason)
                 self._keep()
             return

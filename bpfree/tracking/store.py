@@ -129,7 +129,6 @@ class Store:
         self.uri, self.timeout = uri, timeout
         self.shown = redact(uri)
         self.database = sqlite_file(uri)
-        self.local = self.database is not None
         self._client: MlflowClient | None = None
         self.experiment_id = ""
 
@@ -154,22 +153,18 @@ class Store:
         """Refuse a URI that can never work here.
 
         Raises:
-            UsageError: a folder of files, which MLflow no longer writes to, or an unknown scheme.
+            UsageError: a folder of files, which MLflow no longer writes to.
         """
         prepare_mlflow(self.timeout)
-        scheme = urlsplit(self.uri).scheme
-        if scheme in ("http", "https") or self.local or self.uri.startswith("databricks"):
-            return
+        if urlsplit(self.uri).scheme not in ("", "file") or self.uri.startswith("databricks"):
+            return  # anything else may be away for now, which is the sender's matter
         from mlflow.exceptions import MlflowException
 
         try:
             self._client = self._new_client()
-        except (MlflowException, ValueError) as error:
-            first = str(error).splitlines()[0]
-            if "maintenance" not in first and "scheme" not in str(error).lower():
-                return  # a database that is away: the sender's matter
+        except MlflowException as error:
             fix = "use sqlite:///PATH/mlflow.db, or the address of an MLflow server (MLFLOW_ALLOW_FILE_STORE=true brings folders back)"
-            raise UsageError(f"MLflow cannot track to this store: {first}", where=f"tracking.uri={self.shown}", fix=fix) from error
+            raise UsageError("MLflow no longer tracks to a folder of files", where=f"tracking.uri={self.shown}", fix=fix) from error
 
     def connect(self) -> MlflowClient:
         """The client; the first call makes the database. Only one process at a time may do that."""

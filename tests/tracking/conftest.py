@@ -149,6 +149,9 @@ class Server:
             time.sleep(0.2)
         pytest.fail(f"mlflow server did not start: {self.log.read_text()[-2000:]}")
 
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -156,14 +159,27 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Server]:
-    """One server for all tests; the one that kills it starts its own."""
-    server = Server(tmp_path_factory.mktemp("server"), template)
+def servers(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Callable[[], Server]]:
+    """Gives the server that runs; starts one if there is none, or the last was killed."""
+    started: list[Server] = []
+
+    def current() -> Server:
+        if not started or not started[-1].alive():
+            started.append(Server(tmp_path_factory.mktemp("server"), template))
+            started[-1].wait()
+        return started[-1]
+
     try:
-        server.wait()
-        yield server
+        yield current
     finally:
-        server.kill()
+        for server in started:
+            server.kill()
+
+
+@pytest.fixture
+def server(servers: Callable[[], Server]) -> Server:
+    """One server for all tests, as it takes seconds to start."""
+    return servers()
 
 
 class Gate:
@@ -210,17 +226,6 @@ def gate(server: Server) -> Iterator[Gate]:
     gate.open()
     yield gate
     gate.shut()
-
-
-@pytest.fixture
-def doomed_server(tmp_path: Path, template: Path) -> Iterator[Server]:
-    """A server to kill."""
-    server = Server(tmp_path, template)
-    try:
-        server.wait()
-        yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture

@@ -73,11 +73,15 @@ def test_nobody_listens(closed_port, new_run, track, epoch, caplog):
     assert str(run.folder / SPOOL_NAME) in warnings(caplog)[0]
 
 
-def test_required(closed_port, new_run, track):
-    """Refused before training, with exit status 1."""
+def test_required(closed_port, new_run, track, caplog):
+    """Refused before training, with exit status 1; no warning beside the error, and no file."""
+    run = new_run()
     with pytest.raises(BpfreeError, match="does not answer") as caught:
-        track(f"http://127.0.0.1:{closed_port}", required=True).run_start(new_run())
+        track(f"http://127.0.0.1:{closed_port}", required=True).run_start(run)
     assert caught.value.exit_code == 1
+    time.sleep(0.3)
+    assert warnings(caplog) == []
+    assert list(run.folder.iterdir()) == []
 
 
 def test_black_hole(black_hole, new_run, track, epoch, caplog):
@@ -99,25 +103,6 @@ def test_black_hole(black_hole, new_run, track, epoch, caplog):
     finish(run, tracker)
     assert time.monotonic() - began < 4
     assert epochs(spooled(run)) == list(range(1, 31))
-    assert len(warnings(caplog)) == 1
-
-
-def test_server_dies(doomed_server, new_run, track, epoch, caplog):
-    """Killed between epochs 2 and 3: no exception, what follows is in the spool, what came before is not."""
-    run = new_run()
-    tracker = track(doomed_server.uri, flush_timeout=3.0)
-    tracker.run_start(run)
-    epoch(run, tracker, 1)
-    epoch(run, tracker, 2)
-    time.sleep(2)
-    doomed_server.kill()
-    epoch(run, tracker, 3)
-    time.sleep(0.5)
-    epoch(run, tracker, 4)
-    finish(run, tracker)
-    lines = spooled(run)
-    assert epochs(lines) == [3, 4]
-    assert lines[0]["run_id"] == run.tracking["mlflow_run_id"]
     assert len(warnings(caplog)) == 1
 
 
@@ -212,3 +197,22 @@ def test_run_without_folder(closed_port, new_run, track, caplog):
     finish(run, tracker)
     assert len(warnings(caplog)) == 1
     assert "is lost" in warnings(caplog)[0]
+
+
+def test_server_dies(server, new_run, track, epoch, caplog):
+    """The last one here, as the next needs another server. Killed between epochs 2 and 3: no exception, what follows is in the spool, what came before is not."""
+    run = new_run()
+    tracker = track(server.uri, flush_timeout=3.0)
+    tracker.run_start(run)
+    epoch(run, tracker, 1)
+    epoch(run, tracker, 2)
+    time.sleep(2)
+    server.kill()
+    epoch(run, tracker, 3)
+    time.sleep(0.5)
+    epoch(run, tracker, 4)
+    finish(run, tracker)
+    lines = spooled(run)
+    assert epochs(lines) == [3, 4]
+    assert lines[0]["run_id"] == run.tracking["mlflow_run_id"]
+    assert len(warnings(caplog)) == 1
