@@ -151,13 +151,13 @@ def _finish(axis: Axes, label: str, *, legend: bool = True) -> None:
 
     axis.set_xlabel("epoch")
     axis.set_ylabel(label)
-    epochs = {float(x) for line in axis.lines for x in line.get_xdata()}
+    epochs = {x for line in axis.lines for x in _values(line.get_xdata())}
     if len(epochs) == 1:
         axis.set_xlim(min(epochs) - 1, min(epochs) + 1)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    if _log_scale([value for line in axis.lines for value in _values(line)]) and "loss" in label:
+    if _log_scale([value for line in axis.lines for value in _values(line.get_ydata())]) and "loss" in label:
         axis.set_yscale("log")
     if legend and len(axis.lines) > 4:
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -165,8 +165,8 @@ def _finish(axis: Axes, label: str, *, legend: bool = True) -> None:
         axis.legend(frameon=False, fontsize=8)
 
 
-def _values(line: Any) -> Sequence[float]:
-    return [float(value) for value in line.get_ydata()]
+def _values(data: Any) -> list[float]:
+    return [float(value) for value in data]
 
 
 def _log_scale(values: Sequence[float]) -> bool:

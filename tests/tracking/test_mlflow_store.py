@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -221,7 +222,10 @@ def test_password_in_the_address_is_not_logged(new_run, uri, track, stored):
     assert stored(run, uri)[0].data.params["tracking.uri"] == "http://me:***@host:5000"
 
 
-def one_process(folder: str, number: int) -> None:
+def one_process(folder: str, number: int, together: Barrier) -> None:
+    import mlflow.tracking  # noqa: F401
+
+    together.wait(120)
     run = Run(f"id{number}", f"run{number}")
     tracker = MLflowTracker(TrackingConfig(system=False, interval=0.05, required=True), Path(folder) / "runs")
     tracker.run_start(run)
@@ -234,8 +238,11 @@ def one_process(folder: str, number: int) -> None:
 def test_processes_that_meet_a_new_database(tmp_path, monkeypatch):
     """Without the lock all but one die in MLflow's migrations (measured); with it all four runs are complete."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=one_process, args=(str(tmp_path), number)) for number in range(4)]
+    # Processes forked from one that has imported MLflow, and nothing else: they meet at once, and cost one import.
+    context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+    context.set_forkserver_preload(["mlflow.tracking"])
+    together = context.Barrier(4)
+    workers = [context.Process(target=one_process, args=(str(tmp_path), number, together)) for number in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -200,7 +200,10 @@ def test_run_without_folder(closed_port, new_run, track, caplog):
 
 
 def test_server_dies(server, new_run, track, epoch, caplog):
-    """The last one here, as the next needs another server. Killed between epochs 2 and 3: no exception, what follows is in the spool, what came before is not."""
+    """Killed between epochs 2 and 3: no exception, what follows is in the spool, what came before is not.
+
+    It is the last test here, because the next one that needs a server has to start another.
+    """
     run = new_run()
     tracker = track(server.uri, flush_timeout=3.0)
     tracker.run_start(run)
