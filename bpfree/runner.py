@@ -101,8 +101,7 @@ def _train(
         raise
     record.config = recipe.flat()
     record.tags.update(tags(recipe, task))
-    if checkpoint is None or not (record.folder / "config.yaml").exists():
-        (record.folder / "config.yaml").write_text(recipe.to_yaml())
+    (record.folder / "config.yaml").write_text(recipe.to_yaml())
     return trainer.fit(checkpoint)
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
         ["ruff", "check", "--quiet"],
         ["ruff", "format", "--check", "--quiet"],
         ["mypy"],
-        ["mypy", "--strict", *sorted(map(str, ROOT.glob("plugins/*/src")))],
+        ["mypy", *sorted(map(str, ROOT.glob("plugins/*/src")))],
     ],
     ids=["lint", "format", "types", "types of plugins"],
 )

@@ -58,13 +58,14 @@ class Commands(click.Group):
 @click.command(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="bpfree")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
+@click.option("--disable", multiple=True, metavar="PLUGIN", help="Leave a plugin out (as BPFREE_DISABLE_PLUGINS does).")
+def cli(debug: bool, disable: tuple[str, ...]) -> None:
     """Train neural networks without end-to-end back-propagation, and compare the ways to do it fairly.
 
     Settings are words of the form KEY=VALUE, the same everywhere; `bpfree train --print-config` lists every key.
     """
-    context.obj = {"debug": debug or bool(os.environ.get("BPFREE_DEBUG"))}
+    if disable:
+        os.environ["BPFREE_DISABLE_PLUGINS"] = ",".join(filter(None, [os.environ.get("BPFREE_DISABLE_PLUGINS", ""), *disable]))
 
 
 def main(arguments: list[str] | None = None) -> None:

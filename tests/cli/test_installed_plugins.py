@@ -1,0 +1,48 @@
+"""The command line in environments with plugins that cannot be used: real distributions on the path."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> dict[str, str]:
+    """An environment in which a distribution `bpfree-broken` is installed whose plugin does not import."""
+    info = tmp_path / "site" / "bpfree_broken-0.3.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bpfree-broken\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text("[bpfree]\nbroken = bpfree_broken_plugin\n")
+    (tmp_path / "site" / "bpfree_broken_plugin.py").write_text("import a_library_that_is_not_there\n")
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+
+
+def call(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "bpfree", *words], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_broken_plugin_is_listed_with_its_reason(broken: dict[str, str]) -> None:
+    listed = call(broken, "plugins", "list", "--json")
+    assert listed.returncode == 0
+    record = {record["name"]: record for record in json.loads(listed.stdout)}["broken"]
+    assert (record["status"], record["distribution"], record["version"]) == ("broken", "bpfree-broken", "0.3")
+    assert "a_library_that_is_not_there" in record["reason"]
+    assert "broken" in call(broken, "rules").stderr
+
+
+def test_it_fails_only_the_run_that_asks_for_it(broken: dict[str, str], tmp_path: Path) -> None:
+    assert call(broken, "rules", "dfa").returncode == 0
+    asked = call(broken, "train", "rule=theirs", f"output={tmp_path / 'runs'}")
+    assert asked.returncode == 2
+    assert "a_library_that_is_not_there" in asked.stderr
+
+
+def test_a_plugin_is_disabled_by_name(broken: dict[str, str]) -> None:
+    for environment, options in ((broken, ["--disable", "noprop"]), ({**broken, "BPFREE_DISABLE_PLUGINS": "noprop"}, [])):
+        assert "noprop-dt" not in call(environment, *options, "rules").stdout
+    assert "noprop-dt" in call(broken, "rules").stdout
