@@ -44,7 +44,7 @@ class ArraysConfig:
     layout: Literal["auto", "nhwc", "nchw"] = option("auto", "axes of images; auto: the one of size 1 to 4 is the channels")
     targets: Literal["auto", "classes", "soft", "real"] = option("auto", "kind of the targets; auto: by type and values")
     mean: list[float] = option(
-        factory=list, help="subtracted from inputs, one or one per channel (none: 0.5 for uint8 scaled to [0, 1], else 0)"
+        factory=list, help="subtracted from inputs: one, or one per channel (none: 0.5 for uint8, which is scaled to [0, 1]; else 0)"
     )
     std: list[float] = option(factory=list, help="divides inputs: one, or one per channel (none: 0.5 for uint8, else 1)", gt=0)
 
