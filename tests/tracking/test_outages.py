@@ -158,6 +158,7 @@ def test_run_resumed_after_an_outage_sends_what_was_left(gate, server, new_run, 
     again = new_run(resumed=True, epoch=3, history=run.history[:3], tracking=dict(run.tracking))
     tracker = track(gate.uri)
     tracker.run_start(again)
+    assert stored(again, server.uri)[0].info.status == "RUNNING"  # not KILLED, as the first session left it
     epoch(again, tracker, 4)
     epoch(again, tracker, 5)
     finish(again, tracker)
