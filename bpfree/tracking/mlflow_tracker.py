@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,8 @@ from bpfree.tracking.system import SystemMetrics
 from bpfree.training.run import Run
 
 __all__ = ["MLflowTracker", "send_unsent"]
+
+logger = logging.getLogger("bpfree.tracking")
 
 LOCAL_PATIENCE = 120.0
 """Seconds for a local database, which may have to be made first, or wait for others that make it."""
@@ -71,7 +74,11 @@ class MLflowTracker:
         if not self.config.enabled:
             return
         store = self._store = Store(self.config.resolve_uri(self._output_folder), self.config.timeout)
-        store.check()
+        try:
+            store.check()
+        except ImportError as error:
+            self._without_mlflow(error)
+            return
         spool = Spool(run.folder / SPOOL_NAME if run.folder is not None else None)
         self._infinite, self._looks = {}, 0
         sender = self._open(run, store, spool)
@@ -120,6 +127,11 @@ class MLflowTracker:
         sender.finish(self.config.flush_timeout)
         self._publish(run)
         self._sender = self._system = None
+
+    def _without_mlflow(self, error: ImportError) -> None:
+        if self.config.required:
+            raise BpfreeError(f"MLflow cannot be imported: {error}", fix="pip install mlflow, or set tracking.enabled=false") from error
+        logger.warning("the run is not tracked, as MLflow cannot be imported: %s", error)
 
     # --- beginning --------------------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ class Sender:
         return complete
 
     def stop(self) -> None:
-        """Give up at once, and leave no file."""
+        """Give up at once, and write no file."""
         with self._lock:
             self._abandoned = self._closing = True
         self._wake.set()

@@ -213,6 +213,19 @@ def test_disabled_does_nothing(tmp_path, new_run, track):
     assert run.tracking == {}
 
 
+def test_without_mlflow(new_run, track, monkeypatch, caplog):
+    """An installation without MLflow trains; unless tracking is required."""
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
+    run = new_run()
+    tracker = track(None)
+    tracker.run_start(run)
+    tracker.epoch_end(run, {"epoch": 1.0})
+    tracker.run_end(run)
+    assert len(caplog.records) == 1
+    with pytest.raises(BpfreeError, match="pip install mlflow"):
+        track(None, required=True).run_start(run)
+
+
 def test_password_in_the_address_is_not_logged(new_run, uri, track, stored):
     """The address is a configuration key, hence a parameter."""
     run = new_run(config={"tracking.uri": "http://me:secret@host:5000"})
