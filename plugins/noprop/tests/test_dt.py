@@ -216,7 +216,7 @@ def test_frozen_twin_leaves_the_bodies(make_rule: MakeRule, batch: Batch) -> Non
 def test_prediction_has_no_way_to_labels(make_rule: MakeRule, batch: Batch) -> None:
     # Oracle: the signature, and equal scores after training steps whose evaluation labels differ.
     assert list(inspect.signature(NoPropDT.predict).parameters) == ["self", "inputs", "generator"]
-    rule = make_rule()
+    rule = make_rule(inference="sampled")
     first = predictions(rule, batch.inputs)
     rule.zero_grad()
     rule.credit(Batch(batch.inputs, batch.targets.flip(0)), new_step(rule))  # labels seen, nothing applied, nothing kept
@@ -225,7 +225,7 @@ def test_prediction_has_no_way_to_labels(make_rule: MakeRule, batch: Batch) -> N
 
 def test_sampled_chain_is_equation_3(make_rule: MakeRule, batch: Batch) -> None:
     # Oracle: Eq. 3 written out with the same draws.
-    rule = make_rule(embedding="learned").eval()
+    rule = make_rule(embedding="learned", inference="sampled").eval()
     generator, s = torch.Generator(batch.inputs.device).manual_seed(5), rule.schedule
 
     def normal() -> Tensor:
@@ -241,7 +241,7 @@ def test_sampled_chain_is_equation_3(make_rule: MakeRule, batch: Batch) -> None:
 
 
 def test_inference_is_stochastic_only_when_sampled(make_rule: MakeRule, batch: Batch) -> None:
-    sampled, mean = make_rule(), make_rule(inference="deterministic")
+    sampled, mean = make_rule(inference="sampled"), make_rule()
     assert not torch.equal(predictions(sampled, batch.inputs, 1), predictions(sampled, batch.inputs, 2))
     assert torch.equal(predictions(mean, batch.inputs, 1), predictions(mean, batch.inputs, 2))
     assert (sampled.draws, mean.draws) == (5, 1)

@@ -38,9 +38,11 @@ def accuracy(rule: NoPropDT, task: Task, device: torch.device) -> float:
     return task.spec.correct(scores, task.test.targets.to(device)).float().mean().item()
 
 
-@pytest.mark.parametrize("options", [{}, {"embedding": "learned"}, {"embedding": "prototype"}, {"head": "radial"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"inference": "sampled"}, {"embedding": "learned"}, {"embedding": "prototype"}, {"head": "radial"}], ids=str
+)
 def test_the_chain_learns(options: dict[str, str], task: Task, make_rule: MakeRule, device: torch.device) -> None:
-    # Oracle: far above chance (10 %) within a few epochs; measured 95.9 to 96.7 % for all four.
+    # Oracle: far above chance (10 %) within a few epochs; measured 96.0 % sampled, 97.5 to 98.1 % else.
     rule = make_rule(task.spec, T=3, **options)
     rule.prepare(task.train, torch.Generator(device))
     trained(rule, task.spec.normalise(task.train.inputs.to(device)), task.train.targets.to(device), epochs=8)

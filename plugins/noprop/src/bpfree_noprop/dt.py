@@ -44,7 +44,9 @@ class NoPropDTConfig:
     updates: Literal["simultaneous", "sequential"] = option(
         "simultaneous", "every block learns from each batch, or (Algorithm 1) one block per pass over the data, T passes an epoch"
     )
-    inference: Literal["sampled", "deterministic"] = option("sampled", "the chain with its noise, or its mean path from z_0 = 0")
+    inference: Literal["deterministic", "sampled"] = option(
+        "deterministic", "the chain's mean path from z_0 = 0, or (the paper) with its noise"
+    )
     draws: int = option(5, "draws of a sampled chain that the final evaluation averages over", ge=1)
 
 
@@ -69,7 +71,8 @@ class NoPropDT(Rule):
         "By default all blocks learn from each batch, which is the exact mean over t; updates=sequential is Algorithm 1. "
         "Algorithm 1 samples z_t but its loss uses z_{t-1}: we sample z_{t-1}. The paper gives no formula for its schedule: ours is the "
         "time-reversed cosine, clipped. A learned embedding is shared: updates depend on no other block, yet all move it. "
-        "The sampled chain draws a class from the blocks' beliefs rather than taking the likeliest: compare with inference=deterministic.",
+        "The paper's chain (inference=sampled, Eq. 3) draws a class from the blocks' beliefs where the mean path, our default, takes the likeliest: "
+        "0.6 to 0.7 points on digits and MNIST. The head starts as a nearest-embedding classifier.",
     )
     optimizer = OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3)
 
