@@ -71,8 +71,8 @@ class NoPropDT(Rule):
         "By default all blocks learn from each batch, which is the exact mean over t; updates=sequential is Algorithm 1. "
         "Algorithm 1 samples z_t but its loss uses z_{t-1}: we sample z_{t-1}. The paper gives no formula for its schedule: ours is the "
         "time-reversed cosine, clipped. A learned embedding is shared: updates depend on no other block, yet all move it. "
-        "The paper's chain (inference=sampled, Eq. 3) draws a class from the blocks' beliefs where the mean path, our default, takes the likeliest: "
-        "0.6 to 0.7 points on digits and MNIST. The head starts as a nearest-embedding classifier.",
+        "The paper's chain (inference=sampled, Eq. 3) draws a class from the blocks' beliefs where the mean path, our default, takes the "
+        "likeliest: 0.6 to 0.7 points on digits and MNIST. The head starts as a nearest-embedding classifier.",
     )
     optimizer = OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3)
 
