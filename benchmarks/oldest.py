@@ -1,0 +1,51 @@
+"""Prints pip constraints that hold every dependency at the lowest version that pyproject.toml allows.
+
+``make test-oldest`` installs with them. Needs nothing but Python 3.11: ``python3 benchmarks/oldest.py [--dev] > oldest.txt``.
+``>=X.Y`` becomes ``==X.Y.0``, ``>=X.Y.Z`` becomes ``==X.Y.Z``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+BOUND = re.compile(r"^\s*([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*>=\s*([0-9][0-9.]*)")
+WITHOUT_ZERO = ("nvidia-ml-py", "pytest-timeout")
+"""Packages whose series in question has no release X.Y.0: any release of the series is taken."""
+
+
+def constraint(requirement: str) -> str:
+    """``name==lowest`` of ``name>=lowest``.
+
+    Raises:
+        SystemExit: a requirement without a lower bound.
+    """
+    found = BOUND.match(requirement)
+    if found is None:
+        raise SystemExit(f"no lower bound in {requirement!r}: write name>=X.Y in pyproject.toml")
+    name, version = found.groups()
+    short = version.count(".") < 2
+    if short and name in WITHOUT_ZERO:
+        return f"{name}=={version}.*"
+    return f"{name}=={version}.0" if short else f"{name}=={version}"
+
+
+def constraints(*, dev: bool = False) -> Iterator[str]:
+    """The constraints of the core's dependencies, and of the extra ``dev``."""
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    for requirement in [*project["dependencies"], *(project["optional-dependencies"]["dev"] if dev else [])]:
+        yield constraint(requirement)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dev", action="store_true", help="also the test tools")
+    print("\n".join(constraints(dev=parser.parse_args(arguments).dev)))
+
+
+if __name__ == "__main__":
+    main()

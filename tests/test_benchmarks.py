@@ -1,0 +1,195 @@
+"""The benchmarks run, and their files have the form that benchmarks/README.md describes. No figure is judged here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks"
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """Imports a script by name; nothing stays behind."""
+    threads = torch.get_num_threads()
+    monkeypatch.syspath_prepend(FOLDER)
+    names = {path.stem for path in FOLDER.glob("*.py")}
+    yield importlib.import_module
+    for name in names & set(sys.modules):
+        del sys.modules[name]
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def smoke(load: Callable[[str], Any], tmp_path: Path, device: torch.device) -> Run:
+    """Runs a script with ``--quick --save`` and returns what it wrote."""
+
+    def run(name: str, *words: str, suffix: str = "") -> dict[str, Any]:
+        load(name).main([*words, "--quick", "--device", device.type, "--save", str(tmp_path)])
+        text = (tmp_path / f"{name}{suffix}-{device.type}.json").read_text(encoding="utf-8")
+        assert str(tmp_path) not in text
+        assert os.uname().nodename not in text
+        content: dict[str, Any] = json.loads(text)
+        assert content["command"].startswith(f"python benchmarks/{name}.py")
+        assert content["quick"] is True
+        assert content["versions"]["torch"] == torch.__version__
+        assert content["hardware"]["cpu"]
+        assert isinstance(content["threads"], int)
+        results: dict[str, Any] = content["results"]
+        return results
+
+    return run
+
+
+def check_ratio(result: dict[str, Any]) -> None:
+    assert len(result["pairs_seconds"]) == len(result["pairs_processor_seconds"]) == len(result["ratios"]) == 1
+    ours, other = result["pairs_seconds"][0]
+    assert result["median_ratio"] == result["ratios"][0] == pytest.approx(ours / other)
+    assert result["reached"] == (result["median_ratio"] <= result["target_ratio"])
+
+
+def test_trainer_overhead(smoke: Run) -> None:
+    """Also: both arms do the same arithmetic, or the ratio would compare different things."""
+    result = smoke("trainer_overhead")
+    check_ratio(result)
+    assert result["same_weights"]
+    assert (result["data"], result["steps"]) == ("synthetic", 20)
+
+
+def test_streamed(smoke: Run) -> None:
+    result = smoke("streamed")
+    check_ratio(result["step"])
+    assert result["step"]["same_weights"]
+    assert result["saved_bytes"].keys() == {"streamed", "backprop"}
+    assert result["growth_over_depth_2"]["streamed"] <= 1.05 < result["growth_over_depth_2"]["backprop"]
+
+
+def test_noprop_step(smoke: Run) -> None:
+    results = smoke("noprop_step")
+    assert len(results) == 3
+    for result in results.values():
+        check_ratio(result)
+        assert result["T"] == 10
+        assert result["learn_median_ms"] > 0
+
+
+def test_the_raw_passes_of_noprop_have_the_rules_gradients(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given the same noise: so the comparison leaves out nothing but the noise and the head."""
+    script = load("noprop_step")
+    monkeypatch.setattr(script, "drop", lambda parameters: None)
+    monkeypatch.setattr(torch, "randn_like", lambda u: torch.zeros_like(u))
+    rule, batch = script.make(script.CASES[0], torch.device("cpu"), 16)
+    rule.schedule.noise.zero_()
+
+    def grads(work: Callable[[], Any]) -> dict[str, torch.Tensor]:
+        rule.zero_grad()
+        work()
+        return {name: p.grad.clone() for name, p in rule.network.named_parameters()}
+
+    raw = grads(script.raw_passes(rule, batch))
+    ours = grads(script.credit_only(rule, batch, script.new_step(rule)))
+    assert raw.keys() == ours.keys()
+    for name, grad in ours.items():
+        torch.testing.assert_close(raw[name], grad, msg=name)
+
+
+def test_startup(smoke: Run) -> None:
+    result = smoke("startup")
+    check_ratio({**result["rules"], "reached": result["rules"]["median_ratio"] <= result["rules"]["target_ratio"]})
+    assert not {"torchvision", "mlflow"} & set(result["rules"]["imports"])
+    assert result["help"]["imports"] == []
+
+
+def test_accuracy_of_digits(smoke: Run) -> None:
+    result = smoke("accuracy", "digits", suffix="_digits")
+    labels = [line["label"] for line in result["rows"]]
+    assert labels[:3] == ["noprop-dt", "- its best block", "- mean of its blocks"]
+    assert labels[3] in ("- sampled inference", "- deterministic inference")
+    assert {"noprop-dt, T=1", "noprop-dt, frozen twin", "backprop", "dfa", "frozen", "linear"} <= set(labels)
+    assert all(line["command"].startswith("bpfree train rule=") for line in result["rows"])
+    assert result["markdown"].count("\n") == len(labels) + 1
+
+
+def test_accuracy_goes_on_where_it_stopped(load: Callable[[str], Any], smoke: Run, tmp_path: Path) -> None:
+    """The second call finds the finished run, and only tests it again."""
+    words = ("mnist", "--output", str(tmp_path / "runs"))
+    first = smoke("accuracy", *words, suffix="_mnist")
+    (folder,) = (tmp_path / "runs" / "noprop-dt" / "s0").iterdir()
+    epochs = (folder / "metrics.jsonl").read_text().count("\n")
+    script = load("accuracy")
+    task = script.smoke_task("mnist")
+    recipe_of = script.runner.recipe_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.runner, "recipe_of", lambda *a, **k: WithTask(recipe_of(*a, **k, spec=task.spec), task))
+        again = script.train([], folder.parent, None)
+    assert again.result["test/accuracy"] == first["rows"][0]["accuracies"][0]
+    assert (folder / "metrics.jsonl").read_text().count("\n") == epochs
+
+
+class WithTask:
+    """A recipe whose data are given."""
+
+    def __init__(self, recipe: Any, task: Any) -> None:
+        self._recipe, self._task = recipe, task
+
+    def build_task(self) -> Any:
+        return self._task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._recipe, name)
+
+
+def test_oldest_covers_every_dependency() -> None:
+    """With a bare interpreter: -S leaves out site-packages."""
+    done = subprocess.run([sys.executable, "-S", FOLDER / "oldest.py", "--dev"], capture_output=True, text=True, check=True)
+    pins = dict(line.split("==") for line in done.stdout.splitlines())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    assert len(pins) == len(wanted)
+    for requirement in wanted:
+        name, bound = requirement.split(">=")
+        assert re.fullmatch(rf"{re.escape(bound)}(\.0|\.\*)?", pins[name])
+        assert pins[name].count(".") >= 2
+
+
+def test_run_all_passes_options_on(load: Callable[[str], Any]) -> None:
+    commands = load("run_all").commands(["--save", "--full", "--device", "cuda"])
+    assert [Path(command[1]).stem for command in commands] == ["trainer_overhead", "streamed", "noprop_step", "startup", "accuracy"]
+    assert all(command[-3:] == ["--save", "--device", "cuda"] for command in commands)
+    assert all(Path(command[1]).is_file() for command in commands)
+
+
+def test_entry_points_are_found_without_installation(tmp_path: Path) -> None:
+    """Only the written folders are on the path, in an interpreter without site-packages."""
+    python = [sys.executable, "-S"]
+    done = subprocess.run([*python, FOLDER / "entry_points.py", tmp_path], capture_output=True, text=True, check=True)
+    look = (
+        "import importlib.metadata as m; print(*(f'{e.name} {e.value} {e.dist.name}' for e in m.entry_points(group='bpfree')), sep='\\n')"
+    )
+    environment = {**os.environ, "PYTHONPATH": done.stdout.strip()}
+    found = subprocess.run([*python, "-c", look], capture_output=True, text=True, check=True, env=environment).stdout
+    assert "noprop bpfree_noprop.plugin bpfree-noprop" in found
+
+
+def test_gpu_script_refuses_unknown_parts_and_skips_what_is_done(tmp_path: Path) -> None:
+    environment = {**os.environ, "OUT": str(tmp_path), "STATE": str(tmp_path / "state"), "DEVICE": "tested", "PYTHON": sys.executable}
+    script = ["bash", str(FOLDER / "gpu.sh")]
+    assert subprocess.run([*script, "everything"], env=environment, capture_output=True).returncode == 2
+    for name in ("trainer_overhead", "streamed", "noprop_step"):
+        (tmp_path / f"{name}-tested.json").touch()
+    done = subprocess.run([*script, "bench"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.count("its result is there") == 3
