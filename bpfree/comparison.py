@@ -17,7 +17,7 @@ from bpfree.training.trainer import Interrupted
 
 __all__ = ["Row", "compare", "rows_for", "summary"]
 
-HEADERS = ("rule", "test accuracy", "spread", "n", "best part alone", "seconds", "samples/s", "memory MiB", "parameters", "trained")
+HEADERS = ("rule", "test accuracy", "spread", "n", "best alternative", "seconds", "samples/s", "memory MiB", "parameters", "trained")
 
 
 @dataclass
@@ -143,7 +143,7 @@ def _cells(row: Row) -> list[str]:
         f"{100 * statistics.fmean(scores):.2f} %",
         spread,
         count,
-        _best_part(runs),
+        _best_alternative(runs),
         f"{_mean(runs, 'train/seconds'):.1f}",
         f"{_mean(runs, 'train/samples_per_second'):,.0f}",
         f"{_mean(runs, 'train/peak_memory_mb'):.1f}",
@@ -156,8 +156,8 @@ def _mean(runs: Sequence[Run], key: str) -> float:
     return statistics.fmean(run.result.get(key, 0.0) for run in runs)
 
 
-def _best_part(runs: Sequence[Run]) -> str:
-    """Test accuracy of the best alternative prediction (a single block, say), chosen on validation."""
+def _best_alternative(runs: Sequence[Run]) -> str:
+    """Test accuracy of the rule's best other prediction (a single block, say), chosen on validation."""
     names = [key.split("/")[1] for key in runs[0].result if key.startswith("test/") and key.count("/") == 2]
     if not names or not runs[0].history:
         return ""

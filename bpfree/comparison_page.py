@@ -34,8 +34,8 @@ def write_page(path: Path, rows: Sequence[Row], *, title: str, settings: str, co
 <h1>{html.escape(title)}</h1><p>{html.escape(settings)}</p>
 <div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 <p>Test accuracy: mean over seeds, and standard deviation as the spread; the test split is evaluated once per run, with the weights
-that the setting <code>select</code> names. Best part alone: the best single block or other part that predicts by itself, chosen on
-validation.
+that the setting <code>select</code> names. Best alternative: the best of the rule's other predictions (a single block, the mean of
+blocks, another kind of inference), chosen on validation.
 Seconds: training only. Memory: tensors at the peak of a step, without the data set. A frozen twin trains only the readout of
 random features: what a rule adds is the distance from it.</p>
 {curves(rows)}

@@ -436,3 +436,11 @@ def test_memory_of_a_step_grows_with_depth_for_backprop(digits: Task, device: to
     run = Trainer(rule_on(digits, width=256), digits, config_of(device, budget=BudgetConfig(epochs=1))).fit()
     parameters = run.result["parameters"] * 4 / 2**20
     assert 4 * parameters < run.result["train/peak_memory_mb"] < 8 * parameters
+
+
+def test_training_inside_a_profiler(digits: Task, device: torch.device) -> None:
+    """Torch has one profiler at a time: the user's wins, and the memory of a step is then not known."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        run = Trainer(rule_on(digits), digits, config_of(device, budget=BudgetConfig(epochs=1))).fit()
+    assert run.status == "finished"
+    assert run.result["train/peak_memory_mb"] == 0

@@ -111,9 +111,12 @@ class StepMemory:
         self.step_bytes = 0
 
     def wants(self, phase: str) -> bool:
-        """Whether this step of the phase is to be watched: its third, when lazy set-up is over."""
+        """Whether this step of the phase is to be watched: its third, when lazy set-up is over.
+
+        Never while somebody else profiles, since torch has one profiler at a time.
+        """
         count = self._seen[phase] = self._seen.get(phase, 0) + 1
-        return count == 3
+        return count == 3 and not torch.autograd.profiler._is_profiler_enabled
 
     @contextmanager
     def watch(self) -> Iterator[None]:
