@@ -132,11 +132,11 @@ class NoPropDT(Rule):
         groups = step.phase.groups
         learning = [t for t, name in enumerate(self.network.names, start=1) if groups is None or name in groups]
         total = self.label_loss(batch, step)
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         metrics = {"head/loss": total.detach()}
         for t in learning:
             loss = self.block_loss(t, batch, step, share=1 / len(learning))
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             metrics[f"t{t}/loss"] = loss.detach()
         return {"loss": torch.stack(list(metrics.values())).sum(), **metrics}
 
