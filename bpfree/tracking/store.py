@@ -33,6 +33,15 @@ OUR_TIMEOUT = "_BPFREE_MLFLOW_TIMEOUT"
 PROBE_SECONDS = 2.0
 LOCK_SECONDS = 120.0
 PARAM_LENGTH, TAG_LENGTH, PER_BATCH = 6000, 5000, 100
+CHATTER = (
+    "alembic",
+    "alembic.runtime.migration",
+    "alembic.runtime.plugins",
+    "mlflow.store",
+    "mlflow.tracking",
+    "mlflow.system_metrics",
+    "urllib3.connectionpool",
+)
 PERMANENT = {
     "INVALID_PARAMETER_VALUE",
     "BAD_REQUEST",
@@ -53,16 +62,22 @@ def prepare_mlflow(timeout: float) -> None:
 
     MLflow reads all of these from the environment of the process, and offers no other way.
     """
-    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
         os.environ.setdefault(name, "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the sender retries, with its own back-off
     if os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") == os.environ.get(OUR_TIMEOUT):  # unset, or set here for another run
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = os.environ[OUR_TIMEOUT] = str(math.ceil(timeout))
+    quiet(*CHATTER)
     import mlflow.tracking  # noqa: F401  sets up its own logging, which is then turned down
 
-    for name in ("alembic", "mlflow.store", "mlflow.tracking", "mlflow.system_metrics", "urllib3.connectionpool"):
+    quiet(*CHATTER)
+
+
+def quiet(*names: str) -> None:
+    """Turn loggers down to errors, unless somebody wants to debug them."""
+    for name in names:
         logger = logging.getLogger(name)
-        if logger.level == logging.NOTSET:
+        if logger.level in (logging.NOTSET, logging.INFO):
             logger.setLevel(logging.ERROR)
 
 

@@ -189,7 +189,9 @@ def test_deleted_run_costs_a_warning(uri, new_run, track, epoch, caplog):
 
 
 def test_folder_of_files_is_refused(tmp_path, new_run, track):
-    """MLflow 3.17 raises for it: one error with the way out, before training."""
+    """MLflow raises for it since 3.17: one error with the way out, before training."""
+    if not hasattr(pytest.importorskip("mlflow.environment_variables"), "MLFLOW_ALLOW_FILE_STORE"):
+        pytest.skip("this MLflow still tracks to folders")
     with pytest.raises(UsageError, match="sqlite:///") as caught:
         track(f"file://{tmp_path}/mlruns").run_start(new_run())
     assert caught.value.exit_code == 2
