@@ -43,6 +43,7 @@ class Commands(click.Group):
         "networks": "listing",
         "tasks": "listing",
         "plugins": "plugins",
+        "track": "track",
     }
 
     def list_commands(self, context: click.Context) -> list[str]:

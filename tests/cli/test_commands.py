@@ -203,8 +203,15 @@ def test_an_unreachable_tracking_server(workplace: Path, capsys: pytest.CaptureF
     gone = ["tracking.uri=http://127.0.0.1:9", "tracking.timeout=2", "tracking.flush_timeout=1"]
     assert "error" in refused(capsys, 1, "train", "rule=frozen", "tracking.required=true", *gone, *FAST)
     assert call("train", "rule=frozen", "--quiet", *gone, *FAST) == 0  # a warning, and the run goes on
-    runs = [path for path in (workplace / "runs").iterdir() if (path / "tracking-unsent.jsonl").exists()]
-    assert any((run / "checkpoints" / "last.pt").exists() for run in runs)
+    (run,) = [path for path in (workplace / "runs").iterdir() if (path / "tracking-unsent.jsonl").exists()]
+    assert (run / "checkpoints" / "last.pt").exists()
+    capsys.readouterr()
+    assert "try again" in refused(capsys, 1, "track", "send", str(run), "tracking.flush_timeout=1")
+    assert call("track", "send", run.name, "tracking.uri=sqlite:///mlflow.db") == 0
+    assert not (run / "tracking-unsent.jsonl").exists()
+    store = sqlite3.connect(workplace / "mlflow.db")
+    assert store.execute("select count(*) from metrics where key='val/accuracy'").fetchone() == (2,)
+    assert call("track", "send", run.name) == 0
 
 
 def test_debug_shows_the_traceback(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
