@@ -1,0 +1,180 @@
+"""The documentation: its Python examples run, its commands are commands, its links lead somewhere.
+
+Oracles: the interpreter; the command line's own parsers and ``resolve``; the files and headings that are there.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import types
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+
+from bpfree.cli.main import cli
+from bpfree.comparison import rows_for
+from bpfree.config import parse_words, read_yaml, resolve
+from bpfree.plugins import plugins
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "registry/README.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("plugins/*/README.md")),
+]
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, what else its first line says, its text, and the line where the text begins."""
+
+    language: str
+    remark: str
+    text: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = []
+    for match in FENCE.finditer(text):
+        language, _, remark = match["info"].strip().partition(" ")
+        found.append(Block(language, remark.strip(), match["text"], text.count("\n", 0, match.start("text")) + 1))
+    return found
+
+
+@pages
+def test_python_examples_run(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page share a namespace, and run in an empty folder without tracking."""
+    module = types.ModuleType("bpfree_docs_example")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
+    for block in blocks(page):
+        if block.language != "python":
+            continue
+        if block.remark:
+            assert re.fullmatch(r"no-run\W+\w.*", block.remark), f"{page.name}:{block.line}: a block that does not run says no-run and why"
+            continue
+        padded = "\n" * (block.line - 1) + block.text  # so that a traceback names the page's own lines
+        exec(compile(padded, str(page), "exec"), module.__dict__)
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def commands(page: Path, program: str) -> Iterator[tuple[str, list[str]]]:
+    """``(place, words after the program's name)`` for each line of a shell block that calls it."""
+    for block in blocks(page):
+        for number, line in enumerate(block.text.splitlines() if block.language in ("bash", "console") else []):
+            line = line.removeprefix("$ ")
+            if line.partition(" ")[0] == program:
+                yield f"{page.name}:{block.line + number}: {line}", shlex.split(line, comments=True)[1:]
+
+
+def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
+    """The command's name and its parameters, by the parsers of the command line."""
+    with cli.make_context("bpfree", words[:1], resilient_parsing=True) as context:
+        command: click.Command = cli
+        name, rest = "", list(words)
+        while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+            following = command.get_command(context, rest[0])
+            assert following is not None, f"no such command: {rest[0]}"
+            command, name, rest = following, rest[0], rest[1:]
+        help_asked = "--help" in rest or "-h" in rest
+        return name, command.make_context(name, rest, parent=context, resilient_parsing=help_asked).params
+
+
+def check(name: str, given: dict[str, Any]) -> None:
+    if name == "compare":
+        rules = [word for word in given["words"] if "=" not in word.split(",")[0]]
+        common = parse_words(word for word in given["words"] if word not in rules)
+        for row in rows_for(rules):
+            resolve([*common, *row.leaves])
+    elif name in ("train", "evaluate"):
+        files = [path for path in given.get("configs", ()) if "RUN" not in path.parts]
+        resolve([leaf for path in files for leaf in read_yaml(path)] + parse_words(given["settings"]))
+    elif name in ("rules", "networks", "tasks") and given["name"] is not None:
+        plugins().get(name, given["name"])
+
+
+@pages
+def test_commands_are_commands(page: Path, workplace: Path) -> None:
+    """Nothing is trained: the words pass the command's parser, and its settings resolve to a configuration."""
+    x = np.zeros((20, 3), dtype=np.float32)
+    np.savez("mine.npz", x=x, y=np.arange(20) % 2)
+    Path("mine.yaml").write_text(next((block.text for block in blocks(page) if block.language == "yaml"), "rule: dfa\n"))
+    for place, words in commands(page, "bpfree"):
+        try:
+            check(*parse(words))
+        except Exception as error:
+            pytest.fail(f"{place}\n{type(error).__name__}: {error}")
+
+
+@pages
+def test_commands_in_the_text_exist(page: Path) -> None:
+    with cli.make_context("bpfree", [], resilient_parsing=True) as context:
+        known = set(cli.list_commands(context))
+    text = FENCE.sub("", page.read_text())
+    for name in re.findall(r"`bpfree ([a-z]\w*)", text):
+        assert name in known, name
+
+
+@pages
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    inline = [span.split() for span in re.findall(r"`make ([^`]*)`", FENCE.sub("", page.read_text()))]
+    for words in [*(words for _, words in commands(page, "make")), *inline]:
+        for word in words:
+            assert "=" in word or word in targets, word
+
+
+# --- links ----------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    seen: Counter[str] = Counter()
+    found = set()
+    for title in re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
+        found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        seen[slug] += 1
+    return found
+
+
+@pages
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text()))
+    for link in LINK.findall(text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_checks_notice_what_is_wrong(tmp_path: Path) -> None:
+    """Each check fails on a page that is wrong in its way, and says nothing of a page of another language."""
+    page = tmp_path / "page.md"
+    page.write_text("# A page\n```bash\nbpfree train rule=dffa\n```\n```text\nbpfree nonsense\n```\n")
+    ((_, words),) = commands(page, "bpfree")
+    with pytest.raises(Exception, match="did you mean 'dfa'"):
+        check(*parse(words))
+    with pytest.raises(AssertionError, match="no such command"):
+        parse(["nonsense"])
+    with pytest.raises(click.UsageError, match="No such option"):
+        parse(["compare", "dfa", "--sedes", "3"])
+    assert anchors(page) == {"a-page"}
+    assert [block.line for block in blocks(page)] == [3, 6]
