@@ -24,8 +24,9 @@ from bpfree.rule import Rule
 from bpfree.tasks.task import Task, TaskSpec
 from bpfree.tracking.config import TrackingConfig
 from bpfree.training.config import TrainConfig
+from bpfree.training.optimizers import check_optimizer
+from bpfree.training.schedules import check_schedule
 from bpfree.training.seeds import derive, seeded
-from bpfree.training.updater import check_optimizer, check_schedule
 
 __all__ = ["DataConfig", "Leaf", "Recipe", "RunConfig", "parse_words", "read_yaml", "resolve"]
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
+import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bpfree.errors import BpfreeError, UsageError, unknown_name
+from bpfree.errors import BpfreeError, unknown_name
 from bpfree.options import OptimizerConfig, ScheduleConfig, option
 from bpfree.rule import Metrics, Rule
 from bpfree.step import Batch, Phase, Step
+from bpfree.training.optimizers import adopt, make_optimizer
+from bpfree.training.schedules import shape_of, torch_scheduler
 from bpfree.training.seeds import KeyedGenerators, derive
 
 __all__ = ["ClipConfig", "Updater", "accumulate", "new_step"]
@@ -29,7 +30,7 @@ class ClipConfig:
 
 
 class Updater:
-    """One optimiser over all groups of a rule, a parameter group each, and what surrounds its step.
+    """One optimiser over all groups of a rule, and what surrounds its step.
 
     A phase may name another optimiser; each is made when first needed and kept. State is saved by parameter name, because
     torch's positional state silently moves to the wrong parameter when a network grows.
@@ -65,42 +66,47 @@ class Updater:
         self._key = repr((config, schedule))
         if self._key not in self._optimizers:
             self._optimizers[self._key] = make_optimizer(config, self.groups, self.rule.group_options())
-            self._schedulers[self._key] = _torch_scheduler(schedule, self._optimizers[self._key])
-        self._factor = _shape(schedule)
+            self._schedulers[self._key] = torch_scheduler(schedule, self._optimizers[self._key])
+        self._factor = shape_of(schedule)
         reset = {id(p) for name in phase.reset for p in self.groups.get(name, [])}
         for optimizer in self._optimizers.values():
-            _adopt(optimizer, self.groups, self.rule.group_options(), reset)
+            adopt(optimizer, self.groups, self.rule.group_options(), reset)
         self._current = self._optimizers[self._key]
-        self._by_name = {group["name"]: group for group in self._current.param_groups}
 
     def apply(self, *names: str) -> None:
         """Update all groups, or the named ones: normalise, clip, optimiser step, drop their ``.grad``."""
-        for name in names:
-            if name not in self._by_name:
-                raise unknown_name("group", name, self._by_name, where="step.apply")
         self.rule.before_update()
         groups = self._current.param_groups
-        chosen = [self._by_name[name] for name in names] if names else groups
         if self.clip.norm is not None:
-            self._clip(chosen)
+            self._clip(names or tuple(self.groups))
         try:
-            self._current.param_groups = chosen
+            if names:
+                self._current.param_groups = self._only(names)
             self._current.step()
             self._current.zero_grad(set_to_none=True)
         finally:
             self._current.param_groups = groups
         self.rule.after_update()
 
-    def _clip(self, groups: list[dict[str, Any]]) -> None:
-        together = [[p for group in groups for p in group["params"]]]
-        for members in together if self.clip.scope == "global" else [group["params"] for group in groups]:
-            torch.nn.utils.clip_grad_norm_(members, self.clip.norm or math.inf)
+    def _members(self, name: str) -> list[nn.Parameter]:
+        if name not in self.groups:
+            raise unknown_name("group", name, self.groups, where="Step")
+        return self.groups[name]
+
+    def _only(self, names: tuple[str, ...]) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups, each with the parameters of the named groups alone."""
+        chosen = {id(p) for name in names for p in self._members(name)}
+        return [{**group, "params": [p for p in group["params"] if id(p) in chosen]} for group in self._current.param_groups]
+
+    def _clip(self, names: tuple[str, ...]) -> None:
+        members = [self._members(name) for name in names]
+        for parameters in [list(itertools.chain.from_iterable(members))] if self.clip.scope == "global" else members:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip.norm or math.inf)
 
     def lr(self, name: str) -> float:
         """The current learning rate of a group."""
-        if name not in self._by_name:
-            raise unknown_name("group", name, self._by_name, where="step.lr")
-        return float(self._by_name[name]["lr"])
+        first = self._members(name)[0]
+        return float(next(group["lr"] for group in self._current.param_groups if any(p is first for p in group["params"])))
 
     def at(self, progress: float) -> None:
         """Set the learning rates for this share of the budget."""
@@ -155,41 +161,6 @@ class Updater:
                 self._schedulers[key].load_state_dict(part["scheduler"])
 
 
-def make_optimizer(
-    config: OptimizerConfig, groups: dict[str, list[nn.Parameter]], special: dict[str, dict[str, Any]]
-) -> torch.optim.Optimizer:
-    """A ``torch.optim`` optimiser with a parameter group per group, fused where it can be.
-
-    Raises:
-        UsageError: no such optimiser, an argument that it does not take, or one that needs a closure (LBFGS).
-    """
-    known = {
-        name.lower(): value
-        for name, value in vars(torch.optim).items()
-        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)
-    }
-    known = {name: value for name, value in known.items() if name not in ("optimizer", "lbfgs", "sparseadam")}
-    if config.name.lower() not in known:
-        raise unknown_name("optimizer", config.name, known, where="optimizer.name")
-    factory = known[config.name.lower()]
-    accepted = inspect.signature(factory).parameters
-    wanted = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum, **config.options}
-    arguments = {key: value for key, value in wanted.items() if value is not None}
-    for key in arguments:
-        if key not in accepted:
-            raise unknown_name(f"option of {config.name}", key, [k for k in accepted if k != "params"], where=f"optimizer.{key}")
-    members = [{"params": list(params), "name": name, **special.get(name, {})} for name, params in groups.items()]
-    if "fused" in accepted and "fused" not in arguments and "foreach" not in arguments:
-        arguments["fused"] = all(p.is_floating_point() for params in groups.values() for p in params)
-    try:
-        optimizer = factory(members, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{config.name} refuses its options: {error}", where="optimizer") from error
-    for group in optimizer.param_groups:
-        group["base_lr"] = float(group["lr"])
-    return optimizer
-
-
 def _trainable_groups(rule: Rule) -> dict[str, list[nn.Parameter]]:
     owner: dict[int, str] = {}
     for name, members in rule.groups().items():
@@ -197,57 +168,6 @@ def _trainable_groups(rule: Rule) -> dict[str, list[nn.Parameter]]:
             if owner.setdefault(id(parameter), name) != name:
                 raise BpfreeError(f"a parameter is in two groups, {owner[id(parameter)]!r} and {name!r}", where=type(rule).__name__)
     return rule.groups()
-
-
-def _adopt(
-    optimizer: torch.optim.Optimizer, groups: dict[str, list[nn.Parameter]], special: dict[str, dict[str, Any]], reset: set[int]
-) -> None:
-    """Bring the optimiser's groups up to date with the rule's; forget the state of parameters that left or were reset."""
-    existing = {group["name"]: group for group in optimizer.param_groups}
-    for name, members in groups.items():
-        if name in existing:
-            existing[name]["params"] = list(members)
-        else:
-            optimizer.add_param_group({"params": list(members), "name": name, **special.get(name, {})})
-            optimizer.param_groups[-1]["base_lr"] = float(optimizer.param_groups[-1]["lr"])
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["name"] in groups]
-    kept = {id(p) for members in groups.values() for p in members} - reset
-    for parameter in [p for p in optimizer.state if id(p) not in kept]:
-        del optimizer.state[parameter]
-
-
-def _shape(schedule: ScheduleConfig) -> Callable[[float], float] | None:
-    """The factor as a function of progress; ``None`` where the rate is constant or left to torch."""
-    shapes: dict[str, Callable[[float], float]] = {
-        "constant": lambda progress: 1.0,
-        "linear": lambda progress: 1 - (1 - schedule.final) * progress,
-        "cosine": lambda progress: schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * progress)) / 2,
-        "milestones": lambda progress: schedule.gamma ** sum(progress >= point for point in schedule.milestones),
-    }
-    shape = shapes.get(schedule.name)
-    if shape is None or (schedule.name == "constant" and not schedule.warmup):
-        return None
-
-    def factor(progress: float) -> float:
-        if progress < schedule.warmup:
-            return progress / schedule.warmup
-        return shape((progress - schedule.warmup) / (1 - schedule.warmup) if schedule.warmup < 1 else 1.0)
-
-    return factor
-
-
-def _torch_scheduler(schedule: ScheduleConfig, optimizer: torch.optim.Optimizer) -> Any:
-    if schedule.name in ("constant", "linear", "cosine", "milestones"):
-        return None
-    base = torch.optim.lr_scheduler.LRScheduler
-    known = {n: v for n, v in vars(torch.optim.lr_scheduler).items() if inspect.isclass(v) and issubclass(v, base) and v is not base}
-    known.pop("ReduceLROnPlateau", None)  # steps on a metric
-    if schedule.name not in known:
-        raise unknown_name("schedule", schedule.name, ["constant", "linear", "cosine", "milestones", *known], where="schedule.name")
-    try:
-        return known[schedule.name](optimizer, **schedule.options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{schedule.name} refuses its options: {error}", where="schedule.options") from error
 
 
 def accumulate(rule: Rule, batch: Batch, step: Step, parts: int) -> Metrics:
@@ -287,21 +207,3 @@ def new_step(rule: Rule, optimizer: OptimizerConfig | None = None, *, seed: int 
     keyed = KeyedGenerators(seed, device, lambda: step.index)
     step = Step(generator, keyed, updater.apply, updater.lr, Phase())
     return step
-
-
-def check_optimizer(config: OptimizerConfig) -> None:
-    """Try the configuration on a single parameter.
-
-    Raises:
-        UsageError: as :func:`make_optimizer`.
-    """
-    make_optimizer(config, {"probe": [nn.Parameter(torch.zeros(1))]}, {})
-
-
-def check_schedule(schedule: ScheduleConfig) -> None:
-    """Try the schedule on a single parameter.
-
-    Raises:
-        UsageError: no such schedule, or options that it does not take.
-    """
-    _torch_scheduler(schedule, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
