@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 from bpfree.version import __version__
 
 if TYPE_CHECKING:
+    from bpfree.config import load_task
     from bpfree.errors import BpfreeError, UsageError
     from bpfree.hooks import API_VERSION, hookimpl
+    from bpfree.network.builders import mlp, vgg
     from bpfree.network.network import Network
     from bpfree.network.split import split
     from bpfree.network.trace import Trace, Traces
     from bpfree.options import OptimizerConfig, ScheduleConfig, option
-    from bpfree.plugins import plugins
+    from bpfree.plugins import installed_plugins
     from bpfree.rule import Broadcast, Card, Rule, Streamed, Traits
     from bpfree.saved import Saved, load
     from bpfree.step import Batch, Budget, Phase, Step
     from bpfree.tasks.task import Split, Task, TaskSpec
+    from bpfree.training.config import BudgetConfig, TrainConfig
     from bpfree.training.run import Run
     from bpfree.training.trainer import Trainer
     from bpfree.training.updater import new_step
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 _HOME = {
     "API_VERSION": "hooks",
     "Batch": "step",
+    "BudgetConfig": "training.config",
     "BpfreeError": "errors",
     "Broadcast": "rule",
     "Budget": "step",
@@ -45,6 +49,7 @@ _HOME = {
     "Streamed": "rule",
     "Task": "tasks.task",
     "TaskSpec": "tasks.task",
+    "TrainConfig": "training.config",
     "Trace": "network.trace",
     "Traces": "network.trace",
     "Trainer": "training.trainer",
@@ -52,10 +57,13 @@ _HOME = {
     "UsageError": "errors",
     "hookimpl": "hooks",
     "load": "saved",
+    "load_task": "config",
+    "mlp": "network.builders",
     "option": "options",
     "new_step": "training.updater",
-    "plugins": "plugins",
+    "installed_plugins": "plugins",
     "split": "network.split",
+    "vgg": "network.builders",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

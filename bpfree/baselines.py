@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpfree.errors import UsageError
 from bpfree.network.network import Network
 from bpfree.network.trace import Traces
 from bpfree.options import option
@@ -64,6 +65,11 @@ class Linear(Backprop):
 
     card = Card("a linear classifier on the raw inputs", equation="grad W = (softmax(W x) - y) x^T")
     traits = Traits(dependence="independent", downstream_weights=0, reverse_span=1)
+
+    def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        if network.hidden:
+            raise UsageError(f"a linear classifier has no hidden blocks, this network has {len(network.hidden)}", fix="use network.depth=0")
 
     @classmethod
     def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:

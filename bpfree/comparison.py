@@ -10,7 +10,7 @@ from pathlib import Path
 from bpfree import runner
 from bpfree.config import Leaf, parse_words, resolve
 from bpfree.errors import BpfreeError, UsageError
-from bpfree.plugins import Plugins, plugins
+from bpfree.plugins import Plugins, installed_plugins
 from bpfree.rule import Rule
 from bpfree.training.run import Run
 from bpfree.training.trainer import Interrupted
@@ -27,11 +27,13 @@ class Row:
     Attributes:
         label: as printed.
         leaves: settings of this row alone.
+        own_network: whether the rule brings a network of its own, which settings of all rows under ``network`` do not reach.
         runs: one per seed that ended with a result or a reason.
     """
 
     label: str
     leaves: list[Leaf]
+    own_network: bool = False
     runs: list[Run] = field(default_factory=list)
 
     @property
@@ -50,31 +52,37 @@ def rows_for(words: Sequence[str], *, references: bool = True, registry: Plugins
     Raises:
         UsageError: an unknown rule, or none.
     """
-    registry = registry or plugins()
-    asked = []
+    registry = registry or installed_plugins()
+    asked: list[tuple[type[Rule], Row]] = []
     for word in words:
         name, *settings = word.split(",")
         rule = registry.get("rules", name, where="command line")
-        asked.append((rule, Row(word, [Leaf("rule.name", name, "command line"), *parse_words(settings)])))
+        row = Row(word, [Leaf("rule.name", name, "command line"), *parse_words(settings)], has_own_network(rule))
+        if all(row.label != other.label for _, other in asked):
+            asked.append((rule, row))
     if not asked:
         raise UsageError("no rule to compare", fix="name some; bpfree rules lists them")
     if not references:
         return [row for _, row in asked]
     own = [row for _, row in asked if row.label not in ("linear", "frozen", "backprop")]
     twins = [_twin(rule, row) for rule, row in asked if row in own]
-    floor = [*_unique(twins)] or [_reference("frozen")]
-    return [_reference("linear"), *floor, *own, _reference("backprop")]
+    return [_reference("linear", own_network=True), *_unique([_reference("frozen"), *twins]), *own, _reference("backprop")]
 
 
-def _reference(name: str) -> Row:
-    return Row(name, [Leaf("rule.name", name, "reference")])
+def _reference(name: str, *, own_network: bool = False) -> Row:
+    return Row(name, [Leaf("rule.name", name, "reference")], own_network)
+
+
+def has_own_network(rule: type[Rule]) -> bool:
+    """Whether a rule chooses its network itself, rather than taking the common one."""
+    return getattr(rule.network_options, "__func__", None) is not Rule.network_options.__func__  # type: ignore[attr-defined]
 
 
 def _twin(rule: type[Rule], row: Row) -> Row:
-    """Rules on the common networks share one twin, the rule ``frozen``; one with a network of its own has its own."""
-    if getattr(rule.network_options, "__func__", None) is Rule.network_options.__func__ and len(row.leaves) == 1:  # type: ignore[attr-defined]
+    """Rules on the common network share one twin, the rule ``frozen``; others, and those with settings, have their own."""
+    if not row.own_network and len(row.leaves) == 1:
         return _reference("frozen")
-    return Row(f"{row.label} (frozen twin)", [*row.leaves, Leaf("frozen_twin", True, "reference")])
+    return Row(f"{row.label} (frozen twin)", [*row.leaves, Leaf("frozen_twin", True, "reference")], row.own_network)
 
 
 def _unique(rows: Iterable[Row]) -> Iterator[Row]:
@@ -106,7 +114,7 @@ def compare(
         UsageError: any row's settings are wrong; before anything runs.
         Interrupted: the run in progress was asked to stop.
     """
-    cells = [(row, resolve([*common, *row.leaves, Leaf("seed", seed, "seeds")])) for seed in seeds for row in rows]
+    cells = [(row, resolve([*reaching(row, common), *row.leaves, Leaf("seed", seed, "seeds")])) for seed in seeds for row in rows]
     task = cells[0][1].build_task()
     for number, (row, recipe) in enumerate(cells, start=1):
         label = f"[{number}/{len(cells)}] {row.label} seed {recipe.settings.seed}"
@@ -123,6 +131,11 @@ def compare(
             failed = Run("", row.label, status="failed", reason=error.what)
             row.runs.append(failed)
             say(f"{label}: {error}")
+
+
+def reaching(row: Row, common: Sequence[Leaf]) -> list[Leaf]:
+    """The settings of all rows that reach this one."""
+    return [leaf for leaf in common if not (row.own_network and leaf.key.split(".")[0] == "network")]
 
 
 def summary(rows: Sequence[Row]) -> list[list[str]]:

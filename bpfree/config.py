@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bpfree.errors import BpfreeError, UsageError, nearest
 from bpfree.options import option, range_problems
-from bpfree.plugins import Plugins, plugins
+from bpfree.plugins import Plugins, installed_plugins
 from bpfree.rule import Rule
 from bpfree.tasks.task import Task, TaskSpec
 from bpfree.tracking.config import TrackingConfig
@@ -28,7 +29,7 @@ from bpfree.training.optimizers import check_optimizer
 from bpfree.training.schedules import check_schedule
 from bpfree.training.seeds import derive, seeded
 
-__all__ = ["DataConfig", "Leaf", "Recipe", "RunConfig", "parse_words", "read_yaml", "resolve"]
+__all__ = ["DataConfig", "Leaf", "Recipe", "RunConfig", "load_task", "parse_words", "read_yaml", "resolve"]
 
 NAMED = ("rule", "network", "task", "optimizer", "schedule")
 """Sections that may be given by their name alone."""
@@ -162,6 +163,12 @@ class Recipe:
         place = self.settings.data.root or os.environ.get("BPFREE_DATA")
         return Path(place).expanduser() if place else None
 
+    def pinned(self, rule: Rule) -> Recipe:
+        """The same with what ``auto`` and ``none`` stand for written out: the optimiser, and the number of threads."""
+        optimizer = self.settings.optimizer.over(rule.optimizer)
+        threads = self.settings.threads or torch.get_num_threads()
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, optimizer=optimizer, threads=threads))
+
     def spec(self) -> TaskSpec:
         """The task's spec, without loading its data."""
         return self.registry.get("tasks", self.names["task"]).spec(self.options["task"], self.root())  # type: ignore[no-any-return]
@@ -192,7 +199,7 @@ def resolve(leaves: Iterable[Leaf] | Mapping[str, Any], registry: Plugins | None
     Raises:
         UsageError: with everything that is wrong.
     """
-    registry = registry or plugins()
+    registry = registry or installed_plugins()
     listed = list(_leaves(leaves, "", "configuration")) if isinstance(leaves, Mapping) else list(leaves)
     listed = [
         dataclasses.replace(leaf, key=f"{leaf.key}.name") if leaf.key in NAMED and isinstance(leaf.value, str) else leaf for leaf in listed
@@ -299,11 +306,21 @@ class _Resolver:
     def _unknown(self, leaf: Leaf, section: str, part: str, names: set[str]) -> str:
         section = section.rstrip(".")
         everywhere = names | (set(CHOSEN) if not section else set())
+        same = [key for key in self._all_keys() if key.rpartition(".")[2] == part]
         guess = nearest(part, everywhere)
-        full = f"{section}.{guess}" if section else guess
-        hint = f"did you mean {full}?" if guess else f"known here: {', '.join(sorted(everywhere)) or 'no keys'}"
+        full = same[0] if same else f"{section}.{guess}" if section else guess
+        hint = f"did you mean {full}?" if same or guess else f"known here: {', '.join(sorted(everywhere)) or 'no keys'}"
         owner = f" of {section} {self.names[section]!r}" if section in CHOSEN else ""
         return f"unknown key {leaf.key}{owner}: {hint} ({leaf.origin})"
+
+    def _all_keys(self) -> list[str]:
+        """Every key that is known by now: of the rule, the task and the rest."""
+        kinds: list[tuple[str, Any]] = [("task.", TaskCommon())]
+        for kind, section in (("rules", "rule"), ("tasks", "task"), ("networks", "network")):
+            if self.names[section] in self.registry.names(kind):
+                kinds.append((f"{section}.", self.registry.get(kind, self.names[section]).Config()))
+        known = {prefix[:-1]: dataclasses.asdict(config) for prefix, config in kinds}
+        return [leaf.key for leaf in _leaves({**known, **dataclasses.asdict(RunConfig())}, "", "")]
 
     def _check_settings(self, rule: type[Rule], common: TaskCommon, settings: RunConfig) -> None:
         if common.validation == 0 and settings.select == "best-val":
@@ -369,3 +386,22 @@ def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, 
         common = {item.name for item in dataclasses.fields(TaskCommon)}
         kept["task"] = {key: value for key, value in saved["task"].items() if key in common}
     return resolve([*_leaves(kept, "", where), *changes], spec=spec)
+
+
+def load_task(name: str, *, root: str | Path | None = None, validation: float = 0.1, split_seed: int = 0, **options: Any) -> Task:
+    """A registered task with its splits, for use from Python.
+
+    Args:
+        name: such as ``digits`` or ``mnist``.
+        root: folder of data sets; by default the environment's ``BPFREE_DATA``, else the user's cache.
+        validation: share of the training examples held out.
+        split_seed: of that cut.
+        options: the data set's own.
+
+    Raises:
+        UsageError: an unknown name or option.
+        BpfreeError: the data are not there.
+    """
+    settings = {"data": {"root": None if root is None else str(root)}}
+    recipe = resolve({"task": {"name": name, "validation": validation, "split_seed": split_seed, **options}, **settings})
+    return recipe.build_task()

@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import types
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,12 +93,26 @@ class ScheduleConfig:
 
 def describe(config: type) -> Iterator[tuple[str, str, Any, str]]:
     """``(name, type, default, help)`` of each field of a configuration dataclass, in order."""
+    hints = typing.get_type_hints(config)
     for item in dataclasses.fields(config):
         default = item.default
         if item.default_factory is not dataclasses.MISSING:
             default = item.default_factory()
-        kind = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
-        yield item.name, kind, default, bounded_help(item)
+        yield item.name, kind_text(hints[item.name]), default, bounded_help(item)
+
+
+def kind_text(kind: Any) -> str:
+    """A type as people write it: ``float | none``, ``relu | gelu``, ``list of int``."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if kind is type(None):
+        return "none"
+    if origin is typing.Literal:
+        return " | ".join(map(str, parts))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(kind_text, parts))
+    if origin is list:
+        return f"list of {kind_text(parts[0])}"
+    return "mapping" if origin is dict else getattr(kind, "__name__", str(kind))
 
 
 def bounded_help(item: dataclasses.Field[Any]) -> str:

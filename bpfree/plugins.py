@@ -15,7 +15,7 @@ import pluggy
 from bpfree import hooks
 from bpfree.errors import UsageError, unknown_name
 
-__all__ = ["GROUP", "PluginRecord", "Plugins", "plugins"]
+__all__ = ["GROUP", "PluginRecord", "Plugins", "installed_plugins"]
 
 GROUP = "bpfree"
 DISABLE_VARIABLE = "BPFREE_DISABLE_PLUGINS"
@@ -156,7 +156,7 @@ class Plugins:
 
 
 @lru_cache(maxsize=1)
-def plugins() -> Plugins:
+def installed_plugins() -> Plugins:
     """The plugins installed here, loaded on first use.
 
     The environment variable ``BPFREE_DISABLE_PLUGINS`` names plugins, separated by commas, that are left out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,15 +49,34 @@ def resume(place: str, *, output: str = "runs", changes: Iterable[Leaf] = (), qu
 
     Raises:
         BpfreeError: no such run, a corrupt checkpoint, or one that does not fit the changes.
+
+    Returns:
+        The run; as it ended, if it had finished and nothing is to change: the test split is scored once.
     """
     path = find_checkpoint(place, output=output)
     saved = read_checkpoint(path)
+    changes = [leaf for leaf in changes if leaf.key != "output"]
     recipe = recipe_of(saved["config"], changes, where=str(path))
     if saved.get("training") is None:
         raise BpfreeError("the checkpoint holds weights only: a run cannot go on from it", where=str(path), fix="use last.pt")
-    about = saved["training"]["run"]
-    record = Run(about["id"], about["name"], folder=path.parent.parent)
+    about, folder = saved["training"]["run"], path.parent.parent
+    record = Run(about["id"], about["name"], folder=folder, history=list(saved["training"]["history"]))
+    ended = ended_as(folder)
+    if ended.get("status") == "finished":
+        if not changes:
+            record.status, record.result, record.resumed = "finished", ended["result"], True
+            return record
+        record.tags["test_evaluations"] = str(int(ended.get("tags", {}).get("test_evaluations", 1)) + 1)
     return _train(recipe, record, path, quiet=quiet, label=None, observers=observers, task=None)
+
+
+def ended_as(folder: Path) -> dict[str, Any]:
+    """What a run's journal says of its end; nothing if it cannot be read."""
+    try:
+        content = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def make_folder(output: Path, name: str) -> Path:
@@ -85,6 +105,7 @@ def _train(
     try:
         task = task or recipe.build_task()
         rule = recipe.build_rule(task.spec)
+        recipe = recipe.pinned(rule)
         trainer = Trainer(
             rule,
             task,
@@ -100,7 +121,7 @@ def _train(
             record.folder.rmdir()
         raise
     record.config = recipe.flat()
-    record.tags.update(tags(recipe, task))
+    record.tags = tags(recipe, task) | record.tags
     (record.folder / "config.yaml").write_text(recipe.to_yaml())
     return trainer.fit(checkpoint)
 
@@ -128,6 +149,8 @@ def tags(recipe: Recipe, task: Task) -> dict[str, str]:
         "plugin_version": owner.version,
         "data_fingerprint": task.fingerprint(),
         "seed": str(recipe.settings.seed),
+        "optimizer": recipe.settings.optimizer.name,
+        "test_evaluations": "1",
         "frozen_twin": str(recipe.settings.frozen_twin),
         "validation": str(recipe.task.validation),
         "select": recipe.settings.select,

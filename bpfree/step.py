@@ -83,11 +83,12 @@ class Step:
 
     Attributes:
         generator: the rule's own stream of random numbers, on the run's device; saved in checkpoints.
-        generator_for: a generator keyed by (seed, name, step index): the same draws in whatever order, process or
+        generator_for: a generator keyed by (seed, name, step index, part): the same draws in whatever order, process or
             stack the names are visited. Asking again for the same name in the same step starts the stream anew.
         phase: the current phase.
         epoch: passes over the training split begun before this one.
         index: steps taken before this one.
+        part: which micro-batch of the step this is, where gradients are accumulated.
         progress: share of the run's budget that is used, 0 to 1.
         apply: ``apply()`` updates all groups, ``apply("b1", ...)`` some: optimiser step, then drop their ``.grad``.
         lr: the current learning rate of a group.
@@ -100,4 +101,5 @@ class Step:
     phase: Phase
     epoch: int = 0
     index: int = 0
+    part: int = 0
     progress: float = 0.0

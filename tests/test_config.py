@@ -68,6 +68,12 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_valid_name_or_ran
         assert expected in text, text
 
 
+def test_a_key_without_its_section_is_found() -> None:
+    assert "did you mean task.augment?" in problems_of("augment=[flip]")
+    assert "did you mean rule.scale?" in problems_of("rule=dfa", "scale=2")
+    assert "did you mean optimizer.lr?" in problems_of("lr=0.1")
+
+
 def test_names_are_checked_and_suggested() -> None:
     assert "unknown rule 'backprp'" in problems_of("rule=backprp")
     assert "did you mean 'backprop'" in problems_of("rule=backprp")

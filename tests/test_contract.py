@@ -354,3 +354,19 @@ def test_optimisers_and_their_options_are_checked() -> None:
         Updater(rule, OptimizerConfig("adam", momentum=0.9))
     assert OptimizerConfig(lr=0.5).over(OptimizerConfig("sgd", lr=0.1, momentum=0.9)) == OptimizerConfig("sgd", lr=0.5, momentum=0.9)
     assert OptimizerConfig("sgd").over(OptimizerConfig("adam", lr=0.1, options={"betas": (0.5, 0.9)})) == OptimizerConfig("sgd")
+
+
+def test_micro_batches_have_keyed_noise_of_their_own(device: torch.device) -> None:
+    seen: list[float] = []
+
+    class Noisy(Backprop):
+        def credit(self, batch: Batch, step: Any) -> dict[str, Tensor]:
+            seen.append(torch.rand(1, generator=step.generator_for("t1"), device=device).item())
+            return super().credit(batch, step)
+
+    rule = Noisy(mlp(FLAT), FLAT).to(device)
+    step = new_step(rule)
+    accumulate(rule, toy_batch(device, FLAT, dtype=torch.float32), step, 3)
+    assert len(set(seen)) == 3
+    rule.credit(toy_batch(device, FLAT, dtype=torch.float32), step)
+    assert seen[3] == seen[0]

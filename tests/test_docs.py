@@ -22,7 +22,7 @@ import pytest
 from bpfree.cli.main import cli
 from bpfree.comparison import rows_for
 from bpfree.config import parse_words, read_yaml, resolve
-from bpfree.plugins import plugins
+from bpfree.plugins import installed_plugins
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -104,7 +104,7 @@ def check(name: str, given: dict[str, Any]) -> None:
         files = [path for path in given.get("configs", ()) if "RUN" not in path.parts]
         resolve([leaf for path in files for leaf in read_yaml(path)] + parse_words(given["settings"]))
     elif name in ("rules", "networks", "tasks") and given["name"] is not None:
-        plugins().get(name, given["name"])
+        installed_plugins().get(name, given["name"])
 
 
 @pages

@@ -113,7 +113,7 @@ def test_the_rows_of_a_comparison() -> None:
 
     assert labels("dfa") == ["linear", "frozen", "dfa", "backprop"]
     assert labels("dfa", "backprop", "linear") == ["linear", "frozen", "dfa", "backprop"]
-    assert labels("noprop-dt") == ["linear", "noprop-dt (frozen twin)", "noprop-dt", "backprop"]
-    assert labels("dfa", references=False) == ["dfa"]
+    assert labels("noprop-dt") == ["linear", "frozen", "noprop-dt (frozen twin)", "noprop-dt", "backprop"]
+    assert labels("dfa", "dfa", references=False) == ["dfa"]
     with pytest.raises(bpfree.UsageError, match="did you mean 'dfa'"):
         labels("dfaa")

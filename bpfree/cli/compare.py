@@ -11,7 +11,8 @@ HELP = """Train several rules over several seeds, and put them into one table an
 
 Each WORD is a rule, a rule with settings of its own (`noprop-dt,rule.T=1`), or a setting of all (`task=mnist`). The linear classifier on
 the inputs, the frozen twin of each rule (random features, the same readout recipe) and back-propagation stand beside them: the floor and
-the ceiling without which an accuracy says little.
+the ceiling without which an accuracy says little. Settings of `network` reach the rules that take any network; one with a network of its
+own (and the linear classifier) takes them in its own WORD.
 
 \b
   bpfree compare noprop-dt dfa --seeds 3 budget.epochs=30
@@ -30,11 +31,14 @@ def compare(words: tuple[str, ...], seeds: int, only: bool, page: Path | None, q
     from bpfree.cli.output import print_table
     from bpfree.comparison_page import write_page
     from bpfree.config import parse_words, resolve
+    from bpfree.errors import UsageError
 
     rules = [word for word in words if "=" not in word.split(",")[0]]
     common = parse_words(word for word in words if word not in rules)
+    if any(leaf.key in ("seed", "seeds") for leaf in common):
+        raise UsageError("a comparison repeats each rule with the seeds 0, 1, ...", where="seed", fix="say how many with --seeds N")
     rows = comparison.rows_for(rules, references=not only)
-    recipe = resolve([*common, *rows[0].leaves])
+    recipe = resolve([*comparison.reaching(rows[0], common), *rows[0].leaves])
     repetitions = list(range(seeds))
     comparison.compare(rows, common, repetitions, quiet=quiet, say=lambda text: click.echo(text, err=True))
     click.echo()

@@ -12,7 +12,7 @@ import click
 def options_table(config: type) -> list[list[str]]:
     from bpfree.options import describe
 
-    return [[name, kind, "none" if default is None else str(default), meaning] for name, kind, default, meaning in describe(config)]
+    return [[name, kind, "none" if default is None else str(default) or "''", meaning] for name, kind, default, meaning in describe(config)]
 
 
 def show_options(config: type, section: str) -> None:
@@ -34,9 +34,9 @@ def rules(name: str | None, as_json: bool) -> None:
     its update, its declared traits, and its options.
     """
     from bpfree.cli.output import print_table
-    from bpfree.plugins import plugins
+    from bpfree.plugins import installed_plugins
 
-    registry = plugins()
+    registry = installed_plugins()
     if name is not None:
         rule = registry.get("rules", name)
         card = dict(rule_card(name, rule, registry.owner("rules", name)))
@@ -80,16 +80,20 @@ def show_card(card: dict[str, Any], rule: Any) -> None:
                 click.echo(f"{'':10}{line}")
     for key in ("optimizer", "traits"):
         value = card[key]
-        text = value if isinstance(value, str) else ", ".join(f"{k}={v}" for k, v in value.items())
+        text = value if isinstance(value, str) else ", ".join(f"{k}={plain(v)}" for k, v in value.items())
         click.echo(f"{key.ljust(10)}{text}")
     show_options(rule.Config, "rule")
 
 
+def plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def list_kind(kind: str, name: str | None) -> None:
     from bpfree.cli.output import print_table
-    from bpfree.plugins import plugins
+    from bpfree.plugins import installed_plugins
 
-    registry = plugins()
+    registry = installed_plugins()
     if name is None:
         print_table([kind[:-1], "plugin", "what it is"], [[n, owner.name, thing.summary] for n, thing, owner in registry.items(kind)])
         return

@@ -83,7 +83,12 @@ def _run(words: list[str], *, debug: bool) -> int:
         result: Any = cli.main(args=words, prog_name="bpfree", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except BpfreeError as error:
+        if error.exit_code in (130, 143):  # interrupted: the progress display has said how to go on
+            return error.exit_code
         return _say(error, f"error: {error}", error.exit_code, debug)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 0
     except click.ClickException as error:
         usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
         return _say(error, "\n".join(filter(None, [f"error: {error.format_message()}", usage])), error.exit_code, debug)

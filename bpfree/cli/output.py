@@ -48,6 +48,8 @@ def print_result(run: Run) -> None:
         )
         lines.append(("memory", f"{result['train/peak_memory_mb']:.1f} MiB of tensors at the peak of a step, without the data"))
         lines.append(("parameters", f"{result['parameters']:,.0f} ({result['parameters_trained']:,.0f} trained)"))
+    if "mlflow_uri" in run.tracking:
+        lines.append(("tracking", run.tracking["mlflow_uri"]))
     if run.folder is not None:
         lines.append(("folder", str(run.folder)))
     width = max(len(name) for name, _ in lines)

@@ -18,9 +18,9 @@ def plugins() -> None:
 def list_plugins(as_json: bool) -> None:
     """All installed plugins: version, state, what they register, and why one is not usable."""
     from bpfree.cli.output import print_table
-    from bpfree.plugins import plugins as installed
+    from bpfree.plugins import installed_plugins
 
-    records = list(installed().records.values())
+    records = list(installed_plugins().records.values())
     if as_json:
         plain = [{key: value for key, value in dataclasses.asdict(record).items() if key != "trace"} for record in records]
         click.echo(json.dumps(plain, indent=2))

@@ -41,11 +41,16 @@ def train(settings: tuple[str, ...], configs: tuple[Path, ...], print_config: bo
     if resume is not None:
         output = next((str(leaf.value) for leaf in reversed(leaves) if leaf.key == "output"), "runs")
         run = runner.resume(resume, output=output, changes=leaves, quiet=quiet)
+        if run.resumed and not run.tags:
+            click.echo("the run had finished already; a longer budget (budget.epochs=...) would go on with it\n", err=True)
     else:
         recipe = resolve(leaves)
         if print_config:
             click.echo(recipe.to_yaml(comments=True), nl=False)
             return 0
+        if not quiet:
+            names = recipe.names
+            click.echo(f"{names['rule']} on {names['task']}: loading data, opening the tracking store ...", err=True)
         run = runner.run(recipe, quiet=quiet)
     print_result(run)
     return exit_code(run)

@@ -19,7 +19,7 @@ DEFAULT_EPOCHS = 10
 class BudgetConfig:
     """How long to train: one of the three (none: 10 epochs)."""
 
-    epochs: int | None = option(None, "passes over the training split, as the rule counts them", ge=1)
+    epochs: int | None = option(None, "passes over the training split, as the rule counts them (no limit set: 10)", ge=1)
     samples: int | None = option(None, "examples drawn; every pass over an example counts", ge=1)
     seconds: float | None = option(None, "of training, without evaluation", gt=0)
 
@@ -72,7 +72,7 @@ class TrainConfig:
     clip: ClipConfig = field(default_factory=ClipConfig)
     precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast")
     device: str = option("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
-    deterministic: bool = option(False, "only deterministic algorithms (always so on a CPU)")
+    deterministic: bool = option(False, "only deterministic algorithms; matters on CUDA, a CPU repeats itself anyway")
     threads: int | None = option(None, "threads of torch on the CPU (none: torch's choice); changes the last bits", ge=1)
     select: Literal["last", "best-val"] = option("last", "which weights are tested: the last, or the best on validation")
     frozen_twin: bool = option(False, "train the rule's frozen twin: features as initialised, the readout recipe as it is")

@@ -35,14 +35,15 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, special: Special) ->
     """A ``torch.optim`` optimiser over the groups, fused where it can be.
 
     Raises:
-        UsageError: no such optimiser, an argument that it does not take, or one that needs a closure (LBFGS).
+        UsageError: no such optimiser, an argument that it does not take, or one that cannot work here: LBFGS needs a
+            closure, Muon takes matrices only.
     """
     known = {
         name.lower(): value
         for name, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)
     }
-    known = {name: value for name, value in known.items() if name not in ("optimizer", "lbfgs", "sparseadam")}
+    known = {name: value for name, value in known.items() if name not in ("optimizer", "lbfgs", "sparseadam", "muon")}
     if config.name.lower() not in known:
         raise unknown_name("optimizer", config.name, known, where="optimizer.name")
     factory = known[config.name.lower()]

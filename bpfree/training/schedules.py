@@ -41,7 +41,8 @@ def torch_scheduler(schedule: ScheduleConfig, optimizer: torch.optim.Optimizer) 
         return None
     base = torch.optim.lr_scheduler.LRScheduler
     known = {n: v for n, v in vars(torch.optim.lr_scheduler).items() if inspect.isclass(v) and issubclass(v, base) and v is not base}
-    known.pop("ReduceLROnPlateau", None)  # steps on a metric
+    for name in ("ReduceLROnPlateau", "LambdaLR", "MultiplicativeLR", "ChainedScheduler", "SequentialLR"):
+        known.pop(name, None)  # step on a metric, or take functions or schedulers, which words cannot say
     if schedule.name not in known:
         raise unknown_name("schedule", schedule.name, ["constant", "linear", "cosine", "milestones", *known], where="schedule.name")
     try:

@@ -19,16 +19,16 @@ def derive(*parts: object) -> int:
 
 
 class KeyedGenerators:
-    """Generators keyed by (seed, name, step index); one generator object per name, set anew at each call.
+    """Generators keyed by (seed, name, step index, part); one generator object per name, set anew at each call.
 
     Args:
         seed: of the run.
         device: on which the generators draw.
-        index: the current step's index.
+        place: the current step's index and part.
     """
 
-    def __init__(self, seed: int, device: torch.device, index: Callable[[], int]) -> None:
-        self._seed, self._device, self._index = seed, device, index
+    def __init__(self, seed: int, device: torch.device, place: Callable[[], tuple[int, int]]) -> None:
+        self._seed, self._device, self._place = seed, device, place
         self._generators: dict[str, tuple[torch.Generator, int]] = {}
 
     def __call__(self, name: str) -> torch.Generator:
@@ -36,8 +36,9 @@ class KeyedGenerators:
         if known is None:
             known = self._generators[name] = (torch.Generator(self._device), derive(self._seed, "keyed", name))
         generator, base = known
-        # An odd multiplier spreads consecutive indices; the sum is taken modulo 2**63.
-        return generator.manual_seed((base + self._index() * 0x9E3779B97F4A7C15) & 0x7FFF_FFFF_FFFF_FFFF)
+        index, part = self._place()
+        # Odd multipliers spread consecutive indices; the sum is taken modulo 2**63.
+        return generator.manual_seed((base + index * 0x9E3779B97F4A7C15 + part * 0xD1B54A32D192ED03) & 0x7FFF_FFFF_FFFF_FFFF)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class State:
         self.clock, self.metrics, self.memory = Clock(device), StepMetrics(), StepMemory(device)
         self.updater = Updater(rule, config.optimizer, schedule=config.schedule, clip=config.clip)
         generator = torch.Generator(device).manual_seed(seeds.derive(config.seed, "noise"))
-        keyed = seeds.KeyedGenerators(config.seed, device, lambda: self.step.index)
+        keyed = seeds.KeyedGenerators(config.seed, device, lambda: (self.step.index, self.step.part))
         self.step = Step(generator, keyed, self.updater.apply, self.updater.lr, Phase())
         self.best: tuple[float, dict[str, Any]] | None = None
         self.restored = False

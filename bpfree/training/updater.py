@@ -179,7 +179,8 @@ def accumulate(rule: Rule, batch: Batch, step: Step, parts: int) -> Metrics:
     sums: Metrics = {}
     size = math.ceil(total / parts)
     parameters = list(rule.parameters())
-    for start in range(0, total, size):
+    for part, start in enumerate(range(0, total, size)):
+        step.part = part
         inputs = torch.utils._pytree.tree_map(lambda t, s=start: t[s : s + size], batch.inputs)
         micro = Batch(inputs, None if batch.targets is None else batch.targets[start : start + size])
         share = len(micro) / total
@@ -189,6 +190,7 @@ def accumulate(rule: Rule, batch: Batch, step: Step, parts: int) -> Metrics:
         for name, value in rule.credit(micro, step).items():
             sums[name] = sums[name] + value * share if name in sums else value * share
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], share)
+    step.part = 0
     step.apply()
     return sums
 
@@ -204,6 +206,6 @@ def new_step(rule: Rule, optimizer: OptimizerConfig | None = None, *, seed: int 
     device = next(rule.parameters()).device
     updater = Updater(rule, optimizer)
     generator = torch.Generator(device).manual_seed(derive(seed, "noise"))
-    keyed = KeyedGenerators(seed, device, lambda: step.index)
+    keyed = KeyedGenerators(seed, device, lambda: (step.index, step.part))
     step = Step(generator, keyed, updater.apply, updater.lr, Phase())
     return step

@@ -217,3 +217,39 @@ def test_an_unreachable_tracking_server(workplace: Path, capsys: pytest.CaptureF
 def test_debug_shows_the_traceback(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", "rule=dffa", "--debug") == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_tested_again_unless_it_goes_on(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "rule=dfa", "tracking.enabled=false", *FAST) == 0
+    run = only_run(workplace)
+    before = json.loads((run / "run.json").read_text())
+    assert before["tags"]["test_evaluations"] == "1"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["optimizer"]["name"], config["optimizer"]["lr"]) == ("adam", 1e-3)  # what auto stood for
+    capsys.readouterr()
+    assert call("train", "--resume", str(run)) == 0
+    output = capsys.readouterr()
+    assert "finished already" in output.err
+    assert f"{before['result']['test/accuracy']:.2%}" in output.out
+    assert json.loads((run / "run.json").read_text()) == before
+    assert call("train", "--resume", str(run), "budget.epochs=3") == 0
+    after = json.loads((run / "run.json").read_text())
+    assert after["tags"]["test_evaluations"] == "2"
+    assert after["result"]["train/samples"] == 1.5 * before["result"]["train/samples"]
+
+
+def test_settings_of_a_comparison_reach_the_rules_that_they_fit(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The linear classifier stays linear, and a rule with a network of its own keeps it."""
+    words = ["network.depth=6", "tracking.enabled=false", "--seeds", "1", "budget.epochs=1", "device=cpu"]
+    assert call("compare", "dfa", "noprop-dt,rule.T=2", *words) == 0
+    lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines() if "%" in line}
+    assert lines["linear"].endswith("650      650")
+    assert lines["dfa"].split()[-1] == lines["backprop"].split()[-1]
+    assert "seeds N" in refused(capsys, 2, "compare", "dfa", "seed=3")
+    assert "no hidden blocks" in refused(capsys, 2, "train", "rule=linear", "network.depth=3")
+
+
+def test_help_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ((), ("plugins",)):
+        assert call(*words) == 0
+        assert "Usage: " in capsys.readouterr().out

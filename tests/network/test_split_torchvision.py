@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bpfree import TaskSpec, UsageError, split
 from bpfree.network.foreign import TorchvisionConfig, torchvision_network
-from bpfree.plugins import plugins
+from bpfree.plugins import installed_plugins
 
 models = pytest.importorskip("torchvision.models")
 
@@ -109,4 +109,4 @@ def test_requests_that_cannot_be_met_are_refused(shape: tuple[int, ...], config:
 
 
 def test_the_builder_is_registered() -> None:
-    assert plugins().get("networks", "torchvision").build is torchvision_network
+    assert installed_plugins().get("networks", "torchvision").build is torchvision_network

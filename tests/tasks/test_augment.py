@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from bpfree.plugins import plugins
+from bpfree.plugins import installed_plugins
 from bpfree.tasks.augment import CROP, FLIP, Augmentation, Draws
 from bpfree.training.seeds import derive
 
@@ -101,5 +101,5 @@ def test_crop_takes_each_of_the_81_windows_equally_often() -> None:
 
 
 def test_both_are_registered() -> None:
-    assert {name: thing for name, thing, _ in plugins().items("augmentations") if name in ("flip", "crop")} == {"flip": FLIP, "crop": CROP}
-    assert isinstance(plugins().get("augmentations", "flip"), Augmentation)
+    assert {name: thing for name, thing, _ in installed_plugins().items("augmentations") if name in ("flip", "crop")} == {"flip": FLIP, "crop": CROP}
+    assert isinstance(installed_plugins().get("augmentations", "flip"), Augmentation)

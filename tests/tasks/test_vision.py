@@ -16,7 +16,7 @@ import torch
 
 from bpfree import BpfreeError, Task
 from bpfree.options import NoOptions
-from bpfree.plugins import plugins
+from bpfree.plugins import installed_plugins
 from bpfree.tasks import vision
 from bpfree.tasks.task import DataSource
 
@@ -41,7 +41,7 @@ def test_idx_files_are_read_from_torchvisions_place(name: str, folder: str, tmp_
     for part, count in (("train", 6), ("t10k", 4)):
         write_idx(tmp_path / folder / "raw" / f"{part}-images-idx3-ubyte", images[:count])
         write_idx(tmp_path / folder / "raw" / f"{part}-labels-idx1-ubyte", labels[:count])
-    train, test = plugins().get("tasks", name).load(NoOptions(), tmp_path)
+    train, test = installed_plugins().get("tasks", name).load(NoOptions(), tmp_path)
     assert torch.equal(train.inputs, torch.from_numpy(images)[:, None])
     assert train.targets.tolist() == labels.tolist()
     assert (train.inputs.dtype, train.targets.dtype) == (torch.uint8, torch.int64)
@@ -63,7 +63,7 @@ def test_cifar_batches_are_read_from_torchvisions_place(name: str, key: str, tmp
         (tmp_path / folder).mkdir(exist_ok=True)
         content = {"label_names": [], "fine_label_names": []} if "meta" in file else {"data": images.reshape(2, -1), key: labels}
         (tmp_path / folder / file).write_bytes(pickle.dumps(content))
-    train, test = plugins().get("tasks", name).load(NoOptions(), tmp_path)
+    train, test = installed_plugins().get("tasks", name).load(NoOptions(), tmp_path)
     assert len(train) == (10 if name == "cifar10" else 2)
     assert torch.equal(train.inputs[:2], torch.from_numpy(images))
     assert train.inputs.is_contiguous()
@@ -92,7 +92,7 @@ def test_without_files_and_network_one_error_says_what_to_put_where(
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     root = tmp_path / "data"
     with pytest.raises(BpfreeError) as caught:
-        plugins().get("tasks", name).load(NoOptions(), root)
+        installed_plugins().get("tasks", name).load(NoOptions(), root)
     assert caught.value.exit_code == 1
     for expected in (str(root), "data.root", "BPFREE_DATA", "MNIST/raw/{train-images" if "mnist" in name else f"cifar-{name[5:]}"):
         assert expected in str(caught.value)
@@ -156,7 +156,7 @@ assert not {"torchvision", "mlflow", "sklearn"} & set(sys.modules), set(sys.modu
 @pytest.mark.parametrize("name", NAMES)
 def test_the_real_sets_have_the_recorded_statistics(name: str) -> None:
     root = Path(os.environ.get("BPFREE_DATA", "unset"))
-    source: DataSource = plugins().get("tasks", name)
+    source: DataSource = installed_plugins().get("tasks", name)
     place = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw", "cifar10": "cifar-10-batches-py", "cifar100": "cifar100.npz"}[name]
     if not (root / place).exists():
         pytest.skip(f"needs {place} in the folder that BPFREE_DATA names (it is {root})")
