@@ -5,7 +5,9 @@ random features, the linear classifier and direct feedback alignment; 30 epochs,
 ``mnist`` and ``cifar10``: noprop-dt for 2 epochs; ``--paper``: with the paper's own block and batch size.
 
 From the same runs of noprop-dt come its best single block (chosen on each run's validation split), the mean of its blocks,
-and the other kind of inference (sampled; the default is the mean path). Targets: digits at least 97.5 % and within 1 point of back-propagation, the twin at least 10
+and the other kind of inference.
+
+Targets: digits at least 97.5 % and within 1 point of back-propagation, the frozen twin at least 10
 points below; MNIST at least 98.5 % in two epochs and 3 minutes.
 
 With ``--output FOLDER`` the runs are kept, and a second call goes on where the first one was interrupted.
