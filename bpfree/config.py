@@ -315,11 +315,10 @@ class _Resolver:
 
     def _all_keys(self) -> list[str]:
         """Every key that is known by now: of the rule, the task and the rest."""
-        kinds: list[tuple[str, Any]] = [("task.", TaskCommon())]
-        for kind, section in (("rules", "rule"), ("tasks", "task"), ("networks", "network")):
-            if self.names[section] in self.registry.names(kind):
-                kinds.append((f"{section}.", self.registry.get(kind, self.names[section]).Config()))
-        known = {prefix[:-1]: dataclasses.asdict(config) for prefix, config in kinds}
+        known = {"rule": {}, "network": {}, "task": dataclasses.asdict(TaskCommon())}
+        for section, keys in known.items():
+            if self.names[section] in self.registry.names(f"{section}s"):
+                keys.update(dataclasses.asdict(self.registry.get(f"{section}s", self.names[section]).Config()))
         return [leaf.key for leaf in _leaves({**known, **dataclasses.asdict(RunConfig())}, "", "")]
 
     def _check_settings(self, rule: type[Rule], common: TaskCommon, settings: RunConfig) -> None:

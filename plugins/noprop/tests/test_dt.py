@@ -107,7 +107,9 @@ def test_learned_embedding_learns_from_every_term(make_rule: MakeRule, batch: Ba
     # Oracle: each term alone has a gradient at the embedding; for the KL term it is abar_0 * mean of the rows' u in closed form.
     rule = make_rule(embedding="learned")
     step = new_step(rule, seed=3)
-    terms = [rule.block_loss(t, batch, step, share=1 / 3) for t in (1, 2, 3)] + [rule.label_loss(batch, step)]
+    terms = [rule.block_loss(t, batch.inputs, rule.rows(batch), step, share=1 / 3) for t in (1, 2, 3)] + [
+        rule.label_loss(rule.rows(batch), step)
+    ]
     for term in terms:
         assert torch.autograd.grad(term, rule.embed.weight)[0].abs().sum() > 0
 
@@ -136,8 +138,8 @@ def test_order_of_blocks_changes_nothing(make_rule: MakeRule, batch: Batch) -> N
     # Oracle: the same blocks' losses asked for in reverse.
     rule = make_rule()
     step = new_step(rule, seed=3)
-    forward = [rule.block_loss(t, batch, step, share=1 / 3) for t in (1, 2, 3)]
-    backward = [rule.block_loss(t, batch, step, share=1 / 3) for t in (3, 2, 1)]
+    forward = [rule.block_loss(t, batch.inputs, rule.rows(batch), step, share=1 / 3) for t in (1, 2, 3)]
+    backward = [rule.block_loss(t, batch.inputs, rule.rows(batch), step, share=1 / 3) for t in (3, 2, 1)]
     assert all(torch.equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))
 
 

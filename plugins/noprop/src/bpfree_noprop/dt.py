@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bpfree.errors import UsageError
@@ -131,25 +132,28 @@ class NoPropDT(Rule):
     def credit(self, batch: Batch, step: Step) -> Metrics:
         groups = step.phase.groups
         learning = [t for t, name in enumerate(self.network.names, start=1) if groups is None or name in groups]
-        total = self.label_loss(batch, step)
+        rows = self.rows(batch)
+        total = self.label_loss(rows, step)
         total.backward()  # type: ignore[no-untyped-call]
         metrics = {"head/loss": total.detach()}
         for t in learning:
-            loss = self.block_loss(t, batch, step, share=1 / len(learning))
+            loss = self.block_loss(t, batch.inputs, rows, step, share=1 / len(learning))
             loss.backward()  # type: ignore[no-untyped-call]
             metrics[f"t{t}/loss"] = loss.detach()
         return {"loss": torch.stack(list(metrics.values())).sum(), **metrics}
 
-    def block_loss(self, t: int, batch: Batch, step: Step, *, share: float) -> Tensor:
-        """Block t's term of Eq. 8 with a fresh ``z_{t-1} ~ q(z_{t-1}|y)``; ``share`` is the probability of t in the expectation."""
-        u = self.embed(self.rows(batch))
-        z = self.schedule.noised(u, t - 1, step.generator_for(f"t{t}"))
-        error: Tensor = (self.estimate(self.network.blocks[f"t{t}"](batch.inputs, z)) - u).pow(2).sum(1).mean()
-        return share * self.config.T / 2 * self.config.eta * self.schedule.dsnr[t] * error
+    def block_loss(self, t: int, inputs: Tensor, rows: Tensor, step: Step, *, share: float) -> Tensor:
+        """Block t's term of Eq. 8 with a fresh ``z_{t-1} ~ q(z_{t-1}|y)``, for labels as class weights ``rows`` (N, m).
 
-    def label_loss(self, batch: Batch, step: Step) -> Tensor:
+        ``share`` is the probability of t in the expectation.
+        """
+        u = self.embed(rows)
+        z = self.schedule.noised(u, t - 1, step.generator_for(f"t{t}"))
+        error = F.mse_loss(self.estimate(self.network.blocks[f"t{t}"](inputs, z)), u, reduction="sum")
+        return error * (share * self.config.T / 2 * self.config.eta * self.schedule.gain(t) / len(rows))
+
+    def label_loss(self, rows: Tensor, step: Step) -> Tensor:
         """The terms of Eq. 8 that no block takes part in: the head's cross-entropy on ``z_T ~ q(z_T|y)``, and the KL divergence."""
-        rows = self.rows(batch)
         u = self.embed(rows)
         z = self.schedule.noised(u, self.config.T, step.generator_for("head"))
         return soft_cross_entropy(self.head(z, self.embed), rows) + prior_divergence(u, self.schedule.abar[0])

@@ -88,10 +88,18 @@ class NoiseSchedule(nn.Module):
         steps = {**posterior, "dsnr": snr.diff()}
         for name, values in {**whole, **{name: torch.cat([values.new_zeros(1), values]) for name, values in steps.items()}}.items():
             self.register_buffer(name, values.to(torch.get_default_dtype()), persistent=False)
+        # As numbers, for the step: an element of a buffer costs an operation of its own.
+        self._signal: list[float] = abar.sqrt().tolist()
+        self._noise: list[float] = (1 - abar).sqrt().tolist()
+        self._gain: list[float] = [0.0, *snr.diff().tolist()]
+
+    def gain(self, t: int) -> float:
+        """``SNR(t) - SNR(t-1)``, as a number."""
+        return self._gain[t]
 
     def noised(self, u: Tensor, t: int, generator: torch.Generator) -> Tensor:
         """A draw of ``z_t ~ q(z_t|y)`` for the embeddings ``u`` (N, d): Eq. 6."""
-        return self.signal[t] * u + self.noise[t] * standard_normal(u, generator)
+        return torch.add(self._signal[t] * u, standard_normal(u, generator), alpha=self._noise[t])
 
     def advance(self, z: Tensor, uhat: Tensor, t: int, generator: torch.Generator | None) -> Tensor:
         """``z_t`` from ``z_{t-1}`` and the estimate of block t, all (N, d): Eq. 3; its mean without a generator."""
