@@ -1,8 +1,8 @@
 """NoProp-DT's simultaneous step against the raw forward and backward passes of its blocks. Target: at most 1.05.
 
 Ours is ``credit``: noise, embeddings, the T block losses and the head's loss, and their backward passes. The other side is a
-loop over the same block modules with the same inputs and loss on noised labels made beforehand: no rule code, no noise, no
-head. Dropping ``.grad`` is in both, the optimiser's step in neither. The head's loss and the noise are thus part of what is
+loop over the same block modules with the same inputs and loss (in its cheapest form) on noised labels made beforehand: no
+rule code, no noise, no head. Dropping ``.grad`` is in both, the optimiser's step in neither. The head's loss and the noise are thus part of what is
 called overhead.
 
 Also reported: milliseconds of a whole step (``learn``, with the optimiser) of each network; for the paper's own block at
@@ -55,12 +55,12 @@ def raw_passes(rule: Any, batch: Batch) -> Callable[[], None]:
     blocks = list(rule.network.blocks.values())
     u = F.one_hot(batch.targets, rule.spec.outputs).float()
     states = [rule.schedule.signal[t] * u + rule.schedule.noise[t] * torch.randn_like(u) for t in range(len(blocks))]
-    weights = [0.5 * rule.config.eta * float(rule.schedule.dsnr[t + 1]) for t in range(len(blocks))]
+    weights = [0.5 * rule.config.eta * float(rule.schedule.dsnr[t + 1]) / len(u) for t in range(len(blocks))]
     parameters = list(rule.parameters())
 
     def work() -> None:
         for block, z, weight in zip(blocks, states, weights, strict=True):
-            loss = weight * (block(batch.inputs, z).softmax(1) - u).pow(2).sum(1).mean()
+            loss = F.mse_loss(block(batch.inputs, z).softmax(1), u, reduction="sum") * weight
             loss.backward()
         drop(parameters)
 
