@@ -2,8 +2,8 @@
 
 Ours is ``credit``: noise, embeddings, the T block losses and the head's loss, and their backward passes. The other side is a
 loop over the same block modules with the same inputs and loss (in its cheapest form) on noised labels made beforehand: no
-rule code, no noise, no head. Dropping ``.grad`` is in both, the optimiser's step in neither. The head's loss and the noise are thus part of what is
-called overhead.
+rule code, no noise, no head. Dropping ``.grad`` is in both, the optimiser's step in neither. The head's loss and the noise
+are thus part of what is called overhead.
 
 Also reported: milliseconds of a whole step (``learn``, with the optimiser) of each network; for the paper's own block at
 T=10 and batch 128 that is the cost per step that the README quotes. Random inputs of digits' and MNIST's shapes.
