@@ -18,6 +18,10 @@ WITHOUT_ZERO = ("nvidia-ml-py", "pytest-timeout")
 """Packages whose series in question has no release X.Y.0: any release of the series is taken."""
 
 
+OF_THE_TIME = ("sqlalchemy==2.0.*",)
+"""What the oldest versions need of packages that are not ours to bound: MLflow before 3.17 cannot use SQLAlchemy 2.1."""
+
+
 def constraint(requirement: str) -> str:
     """``name==lowest`` of ``name>=lowest``.
 
@@ -39,6 +43,7 @@ def constraints(*, dev: bool = False) -> Iterator[str]:
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
     for requirement in [*project["dependencies"], *(project["optional-dependencies"]["dev"] if dev else [])]:
         yield constraint(requirement)
+    yield from OF_THE_TIME
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bpfree.hooks import API_VERSION, hookimpl
     from bpfree.network.builders import mlp, vgg
     from bpfree.network.network import Network
-    from bpfree.network.split import split
+    from bpfree.network.split import plan, split
     from bpfree.network.trace import Trace, Traces
     from bpfree.options import OptimizerConfig, ScheduleConfig, option
     from bpfree.plugins import installed_plugins
@@ -61,6 +61,7 @@ _HOME = {
     "mlp": "network.builders",
     "option": "options",
     "new_step": "training.updater",
+    "plan": "network.split",
     "installed_plugins": "plugins",
     "split": "network.split",
     "vgg": "network.builders",

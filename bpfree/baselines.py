@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 from bpfree.network.network import Network
@@ -50,7 +50,7 @@ class Frozen(Rule):
     )
     traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1)
 
-    def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
+    def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
         self.freeze_features()
 
@@ -66,10 +66,12 @@ class Linear(Backprop):
     card = Card("a linear classifier on the raw inputs", equation="grad W = (softmax(W x) - y) x^T")
     traits = Traits(dependence="independent", downstream_weights=0, reverse_span=1)
 
-    def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
+    def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
-        if network.hidden:
-            raise UsageError(f"a linear classifier has no hidden blocks, this network has {len(network.hidden)}", fix="use network.depth=0")
+        if self.network.hidden:
+            raise UsageError(
+                f"a linear classifier has no hidden blocks, this network has {len(self.network.hidden)}", fix="use network.depth=0"
+            )
 
     @classmethod
     def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
@@ -93,10 +95,10 @@ class DFA(Broadcast):
         equation="delta_l = B_l e;  grad W_l = (delta_l * f'(a_l)) h_{l-1}^T",
     )
 
-    def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
+    def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
-        for name in network.hidden:
-            size = network.shapes[name].numel()
+        for name in self.network.hidden:
+            size = self.network.shapes[name].numel()
             feedback = torch.randn(spec.outputs, size) * self.config.scale / spec.outputs**0.5
             self.register_buffer(f"feedback_{name}", feedback)
 

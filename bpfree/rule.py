@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 from bpfree.network.network import Network
+from bpfree.network.split import split
 from bpfree.network.trace import Trace, Traces
 from bpfree.options import NoOptions, OptimizerConfig
 from bpfree.step import Batch, Budget, Phase, Step
@@ -89,7 +90,7 @@ class Rule(nn.Module, ABC):
     All parameters are made in ``__init__`` (or in :meth:`start_phase`); ``prepare`` fills them.
 
     Args:
-        network: becomes the submodule ``network``.
+        network: becomes the submodule ``network``; another module than a :class:`Network` is split into one first.
         spec: shapes, number of outputs and loss of the task; no data.
         config: an instance of the class's ``Config``; its defaults if ``None``.
 
@@ -107,9 +108,9 @@ class Rule(nn.Module, ABC):
     draws: int = 1
     """How many draws of a stochastic ``predict`` the final evaluation averages over."""
 
-    def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
+    def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__()
-        self.network = network
+        self.network = network if isinstance(network, Network) else split(network, spec.input_shape)
         self.spec = spec
         self.config = self.Config() if config is None else config
         self._check_support()

@@ -117,3 +117,14 @@ def test_the_rows_of_a_comparison() -> None:
     assert labels("dfa", "dfa", references=False) == ["dfa"]
     with pytest.raises(bpfree.UsageError, match="did you mean 'dfa'"):
         labels("dfaa")
+
+
+def test_a_rule_splits_a_module_that_is_no_network_and_says_how(caplog: pytest.LogCaptureFixture) -> None:
+    module = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    with caplog.at_level("INFO", logger="bpfree.network"):
+        rule = DFA(module, TaskSpec("mine", (5,), 3))
+    assert rule.network.names == ["b0", "b2"]
+    assert rule.network.readout == "b2"
+    assert rule.network.blocks["b2"] is module[2]
+    assert "Sequential is split into blocks" in caplog.text
+    assert "b0" in caplog.text

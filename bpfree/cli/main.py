@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -65,6 +66,8 @@ def cli(debug: bool, disable: tuple[str, ...]) -> None:
 
     Settings are words of the form KEY=VALUE, the same everywhere; `bpfree train --print-config` lists every key.
     """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("bpfree").setLevel(logging.INFO)
     if disable:
         os.environ["BPFREE_DISABLE_PLUGINS"] = ",".join(filter(None, [os.environ.get("BPFREE_DISABLE_PLUGINS", ""), *disable]))
 

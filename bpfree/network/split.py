@@ -3,13 +3,15 @@
 ::
 
     network = bpfree.split(torchvision.models.resnet18(num_classes=10), (3, 64, 64))
-    print(bpfree.network.split.plan(network))
+    print(bpfree.plan(network))
 
+The command line prints the plan; in Python it is logged (``bpfree.network``, level INFO).
 Training the network trains the module in place: parameters and buffers are the same objects.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -21,6 +23,8 @@ from bpfree.network.cuts import Cut, Traced, automatic_cuts, common_path, named_
 from bpfree.network.network import Network
 
 __all__ = ["plan", "split"]
+
+logger = logging.getLogger("bpfree.network")
 
 
 def split(module: nn.Module, input_shape: Sequence[int], *, at: Sequence[str] | None = None, readout: str | None = "auto") -> Network:
@@ -51,7 +55,9 @@ def split(module: nn.Module, input_shape: Sequence[int], *, at: Sequence[str] | 
     try:
         traced = trace(module, input_shape)
         cuts = automatic_cuts(traced) if at is None else named_cuts(traced, at)
-        return assemble(traced, cuts, input_shape, readout)
+        network = assemble(traced, cuts, input_shape, readout)
+        logger.info("%s is split into blocks:\n%s", type(module).__name__, plan(network))
+        return network
     finally:
         for leftover in set(vars(module)) - before:  # constants that torch.fx hangs on the module
             delattr(module, leftover)

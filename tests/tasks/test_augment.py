@@ -101,5 +101,8 @@ def test_crop_takes_each_of_the_81_windows_equally_often() -> None:
 
 
 def test_both_are_registered() -> None:
-    assert {name: thing for name, thing, _ in installed_plugins().items("augmentations") if name in ("flip", "crop")} == {"flip": FLIP, "crop": CROP}
+    assert {name: thing for name, thing, _ in installed_plugins().items("augmentations") if name in ("flip", "crop")} == {
+        "flip": FLIP,
+        "crop": CROP,
+    }
     assert isinstance(installed_plugins().get("augmentations", "flip"), Augmentation)
