@@ -16,12 +16,16 @@ from torch import Tensor, nn
 from bpfree.errors import UsageError
 from bpfree.network.network import Network
 from bpfree.network.trace import Traces
-from bpfree.options import option
+from bpfree.options import OptimizerConfig, option
 from bpfree.rule import Broadcast, Card, Metrics, Rule, Traits
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import TaskSpec
 
 __all__ = ["DFA", "Backprop", "Frozen", "Linear"]
+
+# The rates of the references are the best of 0.001, 0.003, 0.01 and 0.03 on the validation split of digits (30 epochs, 5 seeds):
+# a ceiling that is too low, or a linear classifier that has not converged, would flatter every rule beside it. Frozen
+# features take back-propagation's rate, being its twin.
 
 
 class Backprop(Rule):
@@ -33,6 +37,7 @@ class Backprop(Rule):
         equation="delta_l = J_{l+1}^T delta_{l+1};  grad W_l = delta_l h_{l-1}^T",
     )
     traits = Traits(dependence="all", downstream_weights="all", reverse_span="all")
+    optimizer = OptimizerConfig("adam", lr=3e-3)
 
     def credit(self, batch: Batch, step: Step) -> Metrics:
         loss = self.spec.loss(self.network(batch.inputs), batch)
@@ -49,6 +54,7 @@ class Frozen(Rule):
         notes="The frozen twin of every rule on the same chain network. Running statistics of batch norm still follow the data.",
     )
     traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1)
+    optimizer = Backprop.optimizer
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -65,6 +71,7 @@ class Linear(Backprop):
 
     card = Card("a linear classifier on the raw inputs", equation="grad W = (softmax(W x) - y) x^T")
     traits = Traits(dependence="independent", downstream_weights=0, reverse_span=1)
+    optimizer = OptimizerConfig("adam", lr=1e-2)
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)

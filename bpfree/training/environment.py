@@ -12,7 +12,7 @@ import torch
 from bpfree.errors import UsageError
 from bpfree.version import __version__
 
-__all__ = ["describe", "numerics", "resolve_device"]
+__all__ = ["autocast", "describe", "numerics", "resolve_device"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -48,6 +48,14 @@ def numerics(*, threads: int | None, deterministic: bool) -> Iterator[None]:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
         torch.backends.cudnn.benchmark = before[2]
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to bfloat16 for ``bf16``, nothing for ``fp32``.
+
+    Without torch's cache of cast weights: inside one context it would hand out the weights of the first step for ever.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def describe(device: torch.device) -> dict[str, str]:

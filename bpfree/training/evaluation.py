@@ -14,7 +14,7 @@ from bpfree.rule import Rule
 from bpfree.step import Batch
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Split, Task, TaskSpec
-from bpfree.training import seeds
+from bpfree.training import environment, seeds
 from bpfree.training.config import TrainConfig
 
 __all__ = ["Evaluator", "evaluate"]
@@ -48,7 +48,7 @@ class Evaluator:
                 split, self._task.spec, batch_size=self._config.evaluation.batch_size, device=self._device, **self._data
             )
         generator = torch.Generator(self._device).manual_seed(seeds.derive(self._config.seed, "evaluation", name, epoch))
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
+        with environment.autocast(self._device, self._config.precision):
             scores = evaluate(self._rule, self._loaders[name], generator, draws=draws, alternatives=alternatives)
         return {f"{name}/{key}": value for key, value in scores.items()}
 

@@ -143,7 +143,7 @@ class Trainer:
         """A pass over the training split, or the rest of one that was interrupted."""
         state, loader, watched = self._state, self._loader(phase), self._observers.listens("step_end")
         state.clock.start()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with environment.autocast(self.device, self.config.precision):
             for batch in loader.batches(state.at.epoch, state.at.batch):
                 self._aim(phase)
                 state.metrics.add(self._learn(batch), len(batch))
