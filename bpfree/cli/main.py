@@ -17,6 +17,8 @@ __all__ = ["cli", "main"]
 
 # Idle OpenMP threads that spin make a busy machine up to 60 times slower; it must be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Messages of torch's C++ parts (a profiler that met memory older than itself) say nothing to a user.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # MLflow reports usage to its makers unless told not to; bpfree does not, unless the user says so.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
