@@ -159,7 +159,7 @@ def _cells(row: Row) -> list[str]:
         _best_alternative(runs),
         f"{_mean(runs, 'train/seconds'):.1f}",
         f"{_mean(runs, 'train/samples_per_second'):,.0f}",
-        f"{_mean(runs, 'train/peak_memory_mb'):.1f}",
+        f"{_mean(runs, 'train/peak_memory_mb'):.2f}",
         f"{_mean(runs, 'parameters'):,.0f}",
         f"{_mean(runs, 'parameters_trained'):,.0f}",
     ]

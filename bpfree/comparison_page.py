@@ -13,10 +13,10 @@ from bpfree.comparison import HEADERS, Row, summary
 __all__ = ["write_page"]
 
 STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1e21;background:#fff}
+body{font:16px/1.5 system-ui,sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem;color:#1c1e21;background:#fff}
 h1{font-size:1.5rem;margin-bottom:.2rem} p{max-width:48rem;color:#444} .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.95rem;width:100%}
-th,td{padding:.4rem .8rem;text-align:right;border-bottom:1px solid #e2e5e9;white-space:nowrap}
+th,td{padding:.4rem .6rem;text-align:right;border-bottom:1px solid #e2e5e9;white-space:nowrap}
 th:first-child,td:first-child{text-align:left} thead th{border-bottom:2px solid #1c1e21}
 code{background:#f2f4f6;padding:.1rem .3rem;overflow-wrap:anywhere}
 svg{max-width:100%;height:auto;margin-top:1rem}
@@ -26,7 +26,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 def write_page(path: Path, rows: Sequence[Row], *, title: str, settings: str, command: str, environment: str) -> Path:
     """Write the table, the learning curves, and how to run it again."""
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for cells in summary(rows))
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell.replace('+-', '±'))}</td>" for cell in cells) + "</tr>" for cells in summary(rows)
+    )
     head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADERS)
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

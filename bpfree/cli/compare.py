@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+ENVIRONMENT = ("device_name", "threads", "torch", "python", "bpfree")
+
 HELP = """Train several rules over several seeds, and put them into one table and one page.
 
 Each WORD is a rule, a rule with settings of its own (`noprop-dt,rule.T=1`), or a setting of all (`task=mnist`). The linear classifier on
@@ -50,7 +52,7 @@ def compare(words: tuple[str, ...], seeds: int, only: bool, page: Path | None, q
         title=f"{', '.join(rules)} on {recipe.names['task']}",
         settings=comparison.settings_line(common, repetitions),
         command=shlex.join(["bpfree", "compare", *words, "--seeds", str(seeds), *(["--only"] if only else [])]),
-        environment=", ".join(f"{key} {tags[key]}" for key in ("device_name", "threads", "torch", "python", "bpfree") if tags.get(key)),
+        environment=", ".join(f"{key.removeprefix('device_name')} {tags[key]}".strip() for key in ENVIRONMENT if tags.get(key)),
     )
     click.echo(f"\n{place.resolve()}")
     return 0 if all(row.finished for row in rows) else 1
