@@ -41,7 +41,8 @@ class Backprop(Rule):
 
     def credit(self, batch: Batch, step: Step) -> Metrics:
         loss = self.spec.loss(self.network(batch.inputs), batch)
-        loss.backward()
+        if loss.requires_grad:  # not in a phase in which only frozen blocks would learn
+            loss.backward()
         return {"loss": loss.detach()}
 
 
@@ -62,7 +63,8 @@ class Frozen(Rule):
 
     def credit(self, batch: Batch, step: Step) -> Metrics:
         loss = self.spec.loss(self.network(batch.inputs), batch)
-        loss.backward()
+        if loss.requires_grad:  # not in a phase in which only frozen blocks would learn
+            loss.backward()
         return {"loss": loss.detach()}
 
 

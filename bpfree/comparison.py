@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +57,7 @@ def rows_for(words: Sequence[str], *, references: bool = True, registry: Plugins
     registry = registry or installed_plugins()
     asked: list[tuple[type[Rule], Row]] = []
     for word in words:
-        name, *settings = word.split(",")
+        name, *settings = re.split(r",(?![^\[{]*[\]}])", word)  # not at commas inside brackets
         rule = registry.get("rules", name, where="command line")
         row = Row(word, [Leaf("rule.name", name, "command line"), *parse_words(settings)], has_own_network(rule))
         if all(row.label != other.label for _, other in asked):
@@ -127,10 +129,10 @@ def compare(
             row.runs.append(runner.run(recipe, quiet=quiet, label=label, task=task if same else None))
         except Interrupted:
             raise
-        except BpfreeError as error:
-            failed = Run("", row.label, status="failed", reason=error.what)
-            row.runs.append(failed)
-            say(f"{label}: {error}")
+        except Exception as error:  # whatever a plugin's rule may raise
+            reason = error.what if isinstance(error, BpfreeError) else f"{type(error).__name__}: {error}"
+            row.runs.append(Run("", row.label, status="failed", reason=reason))
+            say(f"{label}: {reason}")
 
 
 def reaching(row: Row, common: Sequence[Leaf]) -> list[Leaf]:
@@ -148,12 +150,13 @@ def _cells(row: Row) -> list[str]:
     if not runs:
         reason = next((f"{run.status}: {run.reason}" for run in row.runs), "not run")
         return [row.label, reason, *[""] * (len(HEADERS) - 2)]
-    scores = [run.result["test/accuracy"] for run in runs]
-    spread = f"+- {100 * statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    classes = "test/accuracy" in runs[0].result
+    scores = [100 * run.result["test/accuracy"] if classes else run.result.get("test/loss", math.nan) for run in runs]
+    spread = f"+- {statistics.stdev(scores):.{2 if classes else 4}f}" if len(scores) > 1 else ""
     count = f"{len(runs)}" if len(runs) == len(row.runs) else f"{len(runs)} of {len(row.runs)}"
     return [
         row.label,
-        f"{100 * statistics.fmean(scores):.2f} %",
+        f"{statistics.fmean(scores):.2f} %" if classes else f"loss {statistics.fmean(scores):.4f}",
         spread,
         count,
         _best_alternative(runs),

@@ -18,6 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bpfree import yaml_values
 from bpfree.errors import BpfreeError, UsageError, nearest
 from bpfree.options import option, range_problems
 from bpfree.plugins import Plugins, installed_plugins
@@ -81,9 +82,9 @@ def read_yaml(path: Path) -> list[Leaf]:
         UsageError: no such file, or no mapping of names.
     """
     try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read the configuration: {error.strerror}", where=str(path)) from error
+        content = yaml_values.read(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the configuration: {getattr(error, 'strerror', None) or error}", where=str(path)) from error
     except yaml.YAMLError as error:
         raise UsageError("the configuration is not valid YAML", where=f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -113,7 +114,7 @@ def parse_words(words: Iterable[str]) -> list[Leaf]:
                 f"expected key=value, not {word!r}", where="command line", fix="for example: rule=dfa task=digits budget.epochs=5"
             )
         try:
-            value = yaml.safe_load(text)
+            value = yaml_values.read(text)
         except yaml.YAMLError:
             value = text
         leaves.extend(_leaves({key: value}, "", "command line"))
@@ -149,7 +150,7 @@ class Recipe:
 
     def to_yaml(self, *, comments: bool = False) -> str:
         """The whole as YAML, optionally with each key's meaning."""
-        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=float("inf"))
         if not comments:
             return text
         from bpfree.cli.annotate import annotate
@@ -272,7 +273,11 @@ class _Resolver:
             if not mine(path[0]) or (prefix and path == ["name"]):
                 continue
             self._assign(node, path, leaf, prefix, known)
-        filled = OmegaConf.to_object(node)
+        try:
+            filled = OmegaConf.to_object(node)
+        except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+            self.problems.append(f"{prefix or 'configuration'}: {' '.join(str(error).split())}")
+            return base
         self.problems.extend(f"{problem}" for problem in range_problems(filled, prefix))
         return filled
 

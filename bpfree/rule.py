@@ -174,7 +174,7 @@ class Rule(nn.Module, ABC):
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
         """The phases of a run, in order; may be endless. By default one, in which everything learns."""
-        return [Phase("train", epochs=budget.epochs)]
+        return [Phase("train", epochs=None if budget.samples is not None else budget.epochs)]
 
     def start_phase(self, phase: Phase) -> None:
         """Reset or grow parameters. Sees no data: a resumed run replays it before loading its weights."""

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bpfree.config import Leaf, Recipe, recipe_of
-from bpfree.errors import BpfreeError
+from bpfree.errors import BpfreeError, UsageError
 from bpfree.tasks.task import Task
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.run import Run, new_run_id
 from bpfree.training.trainer import Trainer
 
 __all__ = ["resume", "run"]
+
+CHANGEABLE = {"budget", "evaluation", "checkpoint", "tracking", "data", "device", "threads", "log_interval", "diagnostics"}
+"""Sections and keys that may change when a run is resumed."""
 
 RESIDENT = {"auto": None, "yes": True, "no": False}
 
@@ -57,17 +61,32 @@ def resume(place: str, *, output: str = "runs", changes: Iterable[Leaf] = (), qu
     saved = read_checkpoint(path)
     changes = [leaf for leaf in changes if leaf.key != "output"]
     recipe = recipe_of(saved["config"], changes, where=str(path))
+    refuse_changes(changes, recipe_of(saved["config"], where=str(path)).flat())
     if saved.get("training") is None:
         raise BpfreeError("the checkpoint holds weights only: a run cannot go on from it", where=str(path), fix="use last.pt")
     about, folder = saved["training"]["run"], path.parent.parent
     record = Run(about["id"], about["name"], folder=folder, history=list(saved["training"]["history"]))
     ended = ended_as(folder)
+    if path.parent.name != "checkpoints" or ended.get("id", about["id"]) != about["id"]:
+        raise UsageError("the checkpoint lies outside its run's folder", where=str(path), fix="resume the run by its folder or name")
     if ended.get("status") == "finished":
         if not changes:
             record.status, record.result, record.resumed = "finished", ended["result"], True
             return record
         record.tags["test_evaluations"] = str(int(ended.get("tags", {}).get("test_evaluations", 1)) + 1)
     return _train(recipe, record, path, quiet=quiet, label=None, observers=observers, task=None)
+
+
+def refuse_changes(changes: Iterable[Leaf], saved: Mapping[str, Any]) -> None:
+    """A run can go on for longer, elsewhere, or be looked at otherwise; anything else would make it another run.
+
+    Raises:
+        UsageError: settings that would.
+    """
+    keys = [leaf.key for leaf in changes if leaf.key.split(".")[0] not in CHANGEABLE]
+    other = [leaf.key for leaf in changes if leaf.key in keys and saved.get(leaf.key, saved.get(f"{leaf.key}.name")) != leaf.value]
+    if other:
+        raise UsageError("a run cannot go on with other settings than it began with", where=", ".join(other), fix="train anew")
 
 
 def ended_as(folder: Path) -> dict[str, Any]:
@@ -123,7 +142,12 @@ def _train(
     record.config = recipe.flat()
     record.tags = tags(recipe, task) | record.tags
     (record.folder / "config.yaml").write_text(recipe.to_yaml())
-    return trainer.fit(checkpoint)
+    try:
+        return trainer.fit(checkpoint)
+    except BaseException:
+        if [path.name for path in record.folder.iterdir()] == ["config.yaml"]:  # it had not begun
+            shutil.rmtree(record.folder)
+        raise
 
 
 def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> list[Any]:

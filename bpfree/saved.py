@@ -94,13 +94,15 @@ def load(
         rule = recipe.build_rule(spec)
     if type(rule).__name__ != content["rule"]:
         raise BpfreeError(f"the checkpoint is of another rule: {content['rule']}, not {type(rule).__name__}", where=str(path))
-    _take_weights(rule.to(device), content, path)
+    _take_weights(rule, content, path)
+    rule.to(device)
     return Saved(rule.eval(), spec, recipe, path)
 
 
 def _take_weights(rule: Rule, content: Mapping[str, Any], path: Path) -> None:
-    for phase in itertools.islice(rule.phases(Budget(**content["budget"])), content["phases_begun"]):
-        rule.start_phase(phase)  # phases may add parameters
+    with torch.random.fork_rng(devices=[]):  # phases may add parameters, and initialise them
+        for phase in itertools.islice(rule.phases(Budget(**content["budget"])), content["phases_begun"]):
+            rule.start_phase(phase)
     try:
         rule.load_state_dict(content["weights"])
     except RuntimeError as error:

@@ -12,7 +12,7 @@ from bpfree.saved import load
 from bpfree.tasks.loading import Loader
 from bpfree.training import seeds
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
-from bpfree.training.environment import resolve_device
+from bpfree.training.environment import autocast, resolve_device
 from bpfree.training.evaluation import evaluate
 
 __all__ = ["score"]
@@ -47,15 +47,18 @@ def score(
             fix="choose a task of the same shape",
         )
     device = resolve_device(recipe.settings.device)
-    rule = load(path, device=device, changes=changes).rule
+    saved = load(path, device=device, changes=changes)
+    rule = saved.rule
     task = recipe.build_task()
     examples = getattr(task, split)
     if examples is None:
         raise UsageError("the task has no validation split (task.validation=0)", fix="use --split test or --split train")
     config = recipe.settings.evaluation
-    loader = Loader(examples, task.spec, batch_size=config.batch_size, device=device)
+    # Normalised as in training: a checkpoint is the same function on every task.
+    loader = Loader(examples, saved.spec, batch_size=config.batch_size, device=device)
     generator = torch.Generator(device).manual_seed(seeds.derive(recipe.settings.seed, "evaluation", "score"))
-    scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, alternatives=config.alternatives)
+    with autocast(device, recipe.settings.precision):
+        scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, alternatives=config.alternatives)
     about: dict[str, str | int] = {
         "checkpoint": str(path),
         "rule": recipe.names["rule"],

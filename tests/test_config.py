@@ -122,3 +122,20 @@ def test_a_rule_with_a_network_of_its_own_gets_it() -> None:
     assert recipe.options["network"].blocks == 3
     named = resolve(parse_words(["rule=noprop-dt", "rule.T=4", "network=noprop-cnn", "task=mnist"]))
     assert named.options["network"].blocks == 4
+
+
+def test_values_mean_what_people_mean() -> None:
+    """1e-8 is a number, and no is a word, in words and in files; a long value with comments beside it is read back."""
+    recipe = resolve(parse_words(["optimizer.options.eps=1e-8", "data.resident=no", "optimizer.options.betas=[0.5,.9]", "seed=007"]))
+    assert recipe.settings.optimizer.options == {"eps": 1e-8, "betas": [0.5, 0.9]}
+    assert recipe.settings.data.resident == "no"
+    assert resolve(parse_words(["data.resident=yes", "deterministic=true"])).settings.deterministic is True
+    folder = "/a very long folder name/" * 12
+    long = resolve(parse_words([f"data.root={folder}"]))
+    assert resolve(yaml.safe_load(long.to_yaml(comments=True))) == long
+
+
+def test_schedules_are_tried_before_anything_is_loaded() -> None:
+    assert "refuses its options" in problems_of("schedule=CosineAnnealingLR", "schedule.options.T_max=10", "schedule.options.eta_min=low")
+    assert "no warm-up" in problems_of("schedule=StepLR", "schedule.options.step_size=2", "schedule.warmup=0.1")
+    assert "nowhere" in problems_of("output=${nowhere}")

@@ -449,3 +449,117 @@ def test_training_inside_a_profiler(digits: Task, device: torch.device) -> None:
         run = Trainer(rule_on(digits), digits, config_of(device, budget=BudgetConfig(epochs=1))).fit()
     assert run.status == "finished"
     assert run.result["train/peak_memory_mb"] == 0
+
+
+class Solving(Backprop):
+    """Solves its readout when the phase ends, as least-squares rules do."""
+
+    def end_phase(self, phase: Phase, step: Step) -> None:
+        with torch.no_grad():
+            self.network.blocks["readout"].weight.fill_(7.0)
+
+
+@pytest.mark.parametrize("select", ["last", "best-val"])
+def test_what_end_phase_solves_is_evaluated_saved_and_tested(digits: Task, device: torch.device, tmp_path: Path, select: str) -> None:
+    seen: list[float] = []
+
+    class Watched(Solving):
+        def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+            seen.append(float(self.network.blocks["readout"].weight[0, 0]))
+            return super().predict(inputs, generator)
+
+    rule = rule_on(digits, Watched)
+    Trainer(rule, digits, config_of(device, select=select), folder=tmp_path).fit()
+    assert 7.0 in seen[:-1]  # validated, before it was tested
+    saved = read_checkpoint(tmp_path / "checkpoints" / "last.pt")["weights"]
+    assert bool((saved["network.blocks.readout.weight"] == 7).all())
+
+
+def plan_of(*phases: Phase, endless: bool = False) -> type[Rule]:
+    class Planned(Backprop):
+        def phases(self, budget: Budget) -> Iterable[Phase]:
+            return itertools.cycle(phases) if endless else iter(phases)
+
+    return Planned
+
+
+@pytest.mark.parametrize(
+    ("factory", "passes"),
+    [
+        (plan_of(Phase("open")), 3),
+        (plan_of(Phase("p", epochs=1), endless=True), 3),
+        (plan_of(Phase("a", epochs=2), Phase("b", epochs=2)), 4),
+        (plan_of(Phase("a", epochs=2), Phase("solve", epochs=0)), 2),
+    ],
+    ids=["open", "endless", "two", "empty"],
+)
+def test_phases_of_all_kinds_end(digits: Task, device: torch.device, factory: type[Rule], passes: int) -> None:
+    run = Trainer(rule_on(digits, factory), digits, config_of(device)).fit()
+    assert len(run.history) == passes
+
+
+def test_a_phase_in_seconds_leaves_the_later_ones_their_epochs(digits: Task, device: torch.device) -> None:
+    seen: list[str] = []
+
+    class Watch:
+        @hookimpl
+        def phase_start(self, run: Run, phase: Phase) -> None:
+            seen.append(phase.name)
+
+    factory = plan_of(Phase("a", seconds=0.2), Phase("b", epochs=2))
+    Trainer(rule_on(digits, factory), digits, config_of(device), observers=[Watch()]).fit()
+    assert seen == ["a", "b"]
+
+
+def test_samples_are_drawn_in_full_although_passes_drop_a_single_example(digits: Task, device: torch.device) -> None:
+    part = Task(digits.spec, digits.train.subset(torch.arange(65)), digits.validation, digits.test)
+    run = Trainer(rule_on(part), part, config_of(device, batch_size=16, budget=BudgetConfig(samples=650))).fit()
+    assert 650 <= run.result["train/samples"] < 666
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_a_finished_run_goes_on_whatever_its_checkpoint_interval(digits: Task, device: torch.device, tmp_path: Path, every: int) -> None:
+    options = {"checkpoint": CheckpointConfig(every=every), "deterministic": True}
+    Trainer(rule_on(digits), digits, config_of(device, budget=BudgetConfig(epochs=1), **options), folder=tmp_path).fit()
+    more = rule_on(digits)
+    run = Trainer(more, digits, config_of(device, **options), folder=tmp_path).fit(tmp_path / "checkpoints" / "last.pt")
+    assert [metrics["epoch"] for metrics in run.history] == [1, 2, 3]
+    straight = rule_on(digits)
+    Trainer(straight, digits, config_of(device, **options)).fit()
+    assert_equal_bits(weights(more), weights(straight))
+
+
+def test_micro_batches_are_never_of_one_example(digits: Task, device: torch.device) -> None:
+    """1,295 examples leave a last batch of 15: eight parts of two would leave one, which batch norm refuses."""
+    rule = rule_on(digits, norm="batch")
+    assert Trainer(rule, digits, config_of(device, accumulate=8, budget=BudgetConfig(epochs=1))).fit().status == "finished"
+
+
+def test_a_trainer_that_was_stopped_can_go_on(digits: Task, device: torch.device, tmp_path: Path) -> None:
+    watch = StopAfter(5)
+    watch.trainer = Trainer(rule_on(digits), digits, config_of(device), folder=tmp_path, observers=[watch])
+    with pytest.raises(Interrupted):
+        watch.trainer.fit()
+    run = watch.trainer.fit(tmp_path / "checkpoints" / "last.pt")
+    assert run.status == "finished"
+    assert run.epoch == 3
+
+
+def test_a_rule_that_fails_before_the_first_step_is_recorded(digits: Task, device: torch.device) -> None:
+    class Unprepared(Backprop):
+        def prepare(self, data: Any, generator: torch.Generator) -> None:
+            raise ValueError("no prototype")
+
+    trainer = Trainer(rule_on(digits, Unprepared), digits, config_of(device))
+    with pytest.raises(ValueError, match="no prototype"):
+        trainer.fit()
+    assert (trainer.run.status, trainer.run.reason) == ("failed", "ValueError: no prototype")
+
+
+def test_weights_that_are_not_finite_are_never_the_best(digits: Task, device: torch.device, tmp_path: Path) -> None:
+    run = Trainer(
+        rule_on(digits, Silent), digits, config_of(device, select="best-val", budget=BudgetConfig(epochs=9)), folder=tmp_path
+    ).fit()
+    assert run.status == "diverged"
+    best = read_checkpoint(tmp_path / "checkpoints" / "selected.pt")["weights"]
+    assert all(bool(torch.isfinite(value).all()) for value in best.values())

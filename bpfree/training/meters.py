@@ -41,7 +41,9 @@ class StepMetrics:
             total = weight = 0.0
             sums = self._sums.setdefault(name, [0.0, 0.0])
             # One by one, in order: the sum does not depend on when the metrics were read.
-            for value, examples in zip(torch.stack(values).double().tolist(), weights[name], strict=True):
+            for value, examples in zip(
+                torch.stack([torch.as_tensor(value) for value in values]).double().tolist(), weights[name], strict=True
+            ):
                 total, weight = total + value * examples, weight + examples
                 sums[0], sums[1] = sums[0] + value * examples, sums[1] + examples
             means[name] = total / weight

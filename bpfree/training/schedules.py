@@ -31,6 +31,8 @@ def shape_of(schedule: ScheduleConfig) -> Callable[[float], float] | None:
     def factor(progress: float) -> float:
         if progress < schedule.warmup:
             return progress / schedule.warmup
+        if schedule.name == "milestones":  # shares of the whole budget
+            return shape(progress)
         return shape((progress - schedule.warmup) / (1 - schedule.warmup) if schedule.warmup < 1 else 1.0)
 
     return factor
@@ -45,6 +47,8 @@ def torch_scheduler(schedule: ScheduleConfig, optimizer: torch.optim.Optimizer) 
         known.pop(name, None)  # step on a metric, or take functions or schedulers, which words cannot say
     if schedule.name not in known:
         raise unknown_name("schedule", schedule.name, ["constant", "linear", "cosine", "milestones", *known], where="schedule.name")
+    if schedule.warmup:
+        raise UsageError(f"{schedule.name} has no warm-up here", where="schedule.warmup", fix="use a named shape, or OneCycleLR")
     try:
         return known[schedule.name](optimizer, **schedule.options)
     except (TypeError, ValueError) as error:
@@ -57,4 +61,11 @@ def check_schedule(schedule: ScheduleConfig) -> None:
     Raises:
         UsageError: no such schedule, or options that it does not take.
     """
-    torch_scheduler(schedule, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = torch_scheduler(schedule, optimizer)
+    if scheduler is not None:
+        optimizer.step()
+        try:
+            scheduler.step()
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{schedule.name} refuses its options: {error}", where="schedule.options") from error

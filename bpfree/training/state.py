@@ -57,6 +57,7 @@ class State:
         at: how far the run has come.
         clock, metrics, memory: what it measures.
         updater, step: optimisers, and the step that rules are handed.
+        begun: phases that have begun, which is what a loaded rule must replay.
         best: validation score and weights (on the CPU) of the best epoch, where weights are selected so.
     """
 
@@ -70,6 +71,7 @@ class State:
         self.step = Step(generator, keyed, self.updater.apply, self.updater.lr, Phase())
         self.best: tuple[float, dict[str, Any]] | None = None
         self.restored = False
+        self.begun = 0
 
     def advance(self, examples: int, batches: int) -> None:
         """A step was taken, on so many examples, in a pass of so many batches."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 import signal
 import threading
@@ -32,6 +33,11 @@ from bpfree.training.updater import accumulate
 from bpfree.version import __version__
 
 __all__ = ["Interrupted", "Trainer"]
+
+logger = logging.getLogger("bpfree")
+
+MOST_PHASES = 1_000_000
+"""Phases of a plan are counted up to here; one with more is endless."""
 
 
 class Interrupted(BpfreeError):
@@ -131,10 +137,11 @@ class Trainer:
                     self._notify("phase_start", phase=phase)
                     while not self._phase_is_over(phase):
                         self._one_pass(phase)
-                    self.rule.end_phase(phase, self._state.step)
+                    if not self._state.at.phase_epoch:  # a phase without a pass
+                        self.rule.end_phase(phase, self._state.step)
                 self._notify("phase_end", phase=phase)
                 self._state.end_phase()
-                if self._used() >= 1:
+                if self._limited and self._used() >= 1:
                     break
             self._finish(saved)
         return self.run
@@ -155,9 +162,12 @@ class Trainer:
                 if self._stop_reason or (self._limited and self._used() >= 1):
                     break
         state.clock.stop()
-        if self._stop_reason and state.at.batch < len(loader):
+        used_up = self._limited and self._used() >= 1
+        if self._stop_reason and state.at.batch < len(loader) and not used_up:
             raise Interrupted(self._stop_reason, self.run.folder)
         state.end_pass()
+        if self._phase_is_over(phase):  # before the evaluation and the checkpoint, which are to see what it solves
+            self.rule.end_phase(phase, state.step)
         self._end_epoch(phase)
         if self._stop_reason:
             raise Interrupted(self._stop_reason, self.run.folder)
@@ -189,10 +199,11 @@ class Trainer:
         if phase.evaluate and (last or epoch % self.config.evaluation.every == 0):
             metrics.update(self._evaluator.validate(epoch))
         self.run.history.append(metrics)
-        self._keep_best(metrics)
         self._notify("epoch_end", metrics=metrics)
         self._check_finite(metrics)
-        if self.config.checkpoint.every and epoch % self.config.checkpoint.every == 0:
+        self._keep_best(metrics)
+        every = self.config.checkpoint.every
+        if (every and epoch % every == 0) or self._used() >= 1:
             self._save()
 
     def _look(self) -> None:
@@ -251,6 +262,8 @@ class Trainer:
             run.status = "running"
             try:
                 self._notify("run_start")
+                if saved is None:
+                    self.rule.prepare(self.task.train, self._state.step.generator)
                 yield saved
                 run.status = "finished"
             except _Diverged as error:
@@ -264,6 +277,7 @@ class Trainer:
                 run.status, run.reason = "failed", error.what if isinstance(error, BpfreeError) else f"{type(error).__name__}: {error}"
                 raise
             finally:
+                self._stop_reason = ""
                 self._notify("run_end")
 
     def _begin(self, resume: str | Path | None) -> Mapping[str, Any] | None:
@@ -276,24 +290,28 @@ class Trainer:
         self._passes = 0 if self.budget.seconds is not None else self._count_passes()
         self.run.total_epochs = self._passes or None
         self._next_look = time.perf_counter() + self.config.log_interval
-        self._saved_at = time.monotonic()
-        if resume is not None:
-            return self._read(Path(resume))
-        self.rule.prepare(self.task.train, self._state.step.generator)
-        return None
+        self._saved_at, self._saved_epoch = time.monotonic(), -1
+        return None if resume is None else self._read(Path(resume))
 
     def _count_passes(self) -> int:
-        phases = itertools.islice(self.rule.phases(self.budget), 1_000_000)
+        """Passes that the phases amount to. Where they are open or endless, the budget's epochs, which then end the run."""
+        phases = list(itertools.islice(self.rule.phases(self.budget), MOST_PHASES))
+        if len(phases) == MOST_PHASES or any(phase.epochs is None and phase.seconds is None for phase in phases):
+            self._limited = True
+            return self.budget.epochs or 0
         return sum(phase.epochs or 0 for phase in phases)
 
     def _enter(self, index: int, phase: Phase, saved: Mapping[str, Any] | None) -> None:
         """Make the phase's parameters and optimiser; a resumed run replays the phases that it has behind it."""
+        state = self._state
+        if saved is not None and not state.restored and index >= saved["phases_begun"]:  # it had ended between two phases
+            state.take_weights(saved["weights"], saved["training"])
         self.rule.start_phase(phase)
         self.rule.to(self.device)
-        self._state.updater.start_phase(phase)
-        self._state.step.phase = phase
-        if saved is not None and index == self._state.at.phase and not self._state.restored:
-            self._state.take_weights(saved["weights"], saved["training"])
+        state.updater.start_phase(phase)
+        state.step.phase, state.begun = phase, index + 1
+        if saved is not None and index == state.at.phase and not state.restored:
+            state.take_weights(saved["weights"], saved["training"])
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -325,12 +343,21 @@ class Trainer:
         state = self._state
         if saved is not None and not state.restored:  # all phases were over
             state.take_weights(saved["weights"], saved["training"])
-        if not self.config.checkpoint.every or state.at.epoch % self.config.checkpoint.every:
+        if self._saved_epoch != state.at.epoch:
             self._save()
-        if self.config.select == "best-val" and state.best is not None:
-            self.rule.load_state_dict(state.best[1])
-            self.run.result["val/accuracy_selected"] = state.best[0]
+        if self.config.select == "best-val":
+            self._take_best()
         self.run.result.update(self._evaluator.test() | state.costs())
+
+    def _take_best(self) -> None:
+        if self._state.best is None:
+            logger.warning("nothing was evaluated on validation, so the last weights are tested")
+            return
+        score, weights = self._state.best
+        if weights.keys() != self.rule.state_dict().keys():
+            raise BpfreeError("the best epoch came before the network grew, so its weights do not fit", where="select", fix="select=last")
+        self.rule.load_state_dict(weights)
+        self.run.result["val/accuracy_selected" if score >= 0 else "val/loss_selected"] = abs(score)
 
     def _loader(self, phase: Phase) -> Loader:
         size = phase.batch_size or self.config.batch_size
@@ -368,7 +395,7 @@ class Trainer:
     def _keep_best(self, metrics: Mapping[str, float]) -> None:
         score = metrics.get("val/accuracy", -metrics["val/loss"] if "val/loss" in metrics else None)
         best = self._state.best
-        if self.config.select != "best-val" or score is None or (best is not None and score <= best[0]):
+        if self.config.select != "best-val" or score is None or not math.isfinite(score) or (best is not None and score <= best[0]):
             return
         weights = {name: value.detach().cpu().clone() for name, value in self.rule.state_dict().items()}
         self._state.best = (score, weights)
@@ -383,7 +410,7 @@ class Trainer:
             "task": dataclasses.asdict(self.task.spec),
             "seed": self.config.seed,
             "budget": dataclasses.asdict(self.budget),
-            "phases_begun": self._state.at.phase + 1,
+            "phases_begun": self._state.begun,
         }
 
     def _save(self) -> None:
@@ -393,7 +420,7 @@ class Trainer:
         training = self._state.state_dict() | {"history": self.run.history, "run": about, "fingerprint": self.task.fingerprint()}
         path = self.run.folder / "checkpoints" / "last.pt"
         write_checkpoint(path, self._identity() | {"weights": self.rule.state_dict(), "training": training})
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_epoch = time.monotonic(), self._state.at.epoch
         self._notify("checkpoint_saved", path=path)
 
     def _read(self, path: Path) -> Mapping[str, Any]:

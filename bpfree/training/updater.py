@@ -176,20 +176,23 @@ def accumulate(rule: Rule, batch: Batch, step: Step, parts: int) -> Metrics:
     The result equals the large batch's for rules whose credit is a mean over examples.
     """
     total = len(batch)
+    parts = min(parts, max(1, total // 2))  # no micro-batch of one example, which batch norm cannot normalise
     sums: Metrics = {}
-    size = math.ceil(total / parts)
+    bounds = [round(part * total / parts) for part in range(parts + 1)]
     parameters = list(rule.parameters())
-    for part, start in enumerate(range(0, total, size)):
+    for part, (start, end) in enumerate(itertools.pairwise(bounds)):
         step.part = part
-        inputs = torch.utils._pytree.tree_map(lambda t, s=start: t[s : s + size], batch.inputs)
-        micro = Batch(inputs, None if batch.targets is None else batch.targets[start : start + size])
+        inputs = torch.utils._pytree.tree_map(lambda t, s=start, e=end: t[s:e], batch.inputs)
+        micro = Batch(inputs, None if batch.targets is None else batch.targets[start:end])
         share = len(micro) / total
         before = [p.grad for p in parameters if p.grad is not None]
         if before:  # so that scaling the sum afterwards leaves what was there
             torch._foreach_mul_(before, 1 / share)
         for name, value in rule.credit(micro, step).items():
             sums[name] = sums[name] + value * share if name in sums else value * share
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], share)
+        after = [p.grad for p in parameters if p.grad is not None]
+        if after:
+            torch._foreach_mul_(after, share)
     step.part = 0
     step.apply()
     return sums

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from pathlib import Path
 
@@ -253,3 +254,34 @@ def test_help_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ((), ("plugins",)):
         assert call(*words) == 0
         assert "Usage: " in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_its_own_settings_in_its_own_folder(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "rule=dfa", "tracking.enabled=false", *FAST) == 0
+    run = only_run(workplace)
+    before = {path.name: path.read_bytes() for path in (run / "config.yaml", run / "run.json")}
+    assert "network.width" in refused(capsys, 2, "train", "--resume", str(run), "network.width=64")
+    assert {path.name: path.read_bytes() for path in (run / "config.yaml", run / "run.json")} == before
+    assert call("train", "--resume", str(run), "seed=0") == 0  # what it was
+    elsewhere = workplace / "mine" / "ck"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "last.pt").write_bytes((run / "checkpoints" / "last.pt").read_bytes())
+    assert "outside its run's folder" in refused(capsys, 2, "train", "--resume", str(elsewhere / "last.pt"))
+
+
+def test_a_comparison_survives_a_rule_that_fails_and_tasks_without_classes(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+
+    from bpfree.baselines import DFA
+
+    draw = np.random.default_rng(0)
+    np.savez(workplace / "real.npz", x=draw.normal(size=(80, 4)).astype("float32"), y=draw.normal(size=(80, 2)).astype("float32"))
+    task = ["task=npz", "task.path=real.npz", "tracking.enabled=false", "--seeds", "1", *FAST]
+    assert call("compare", "backprop", "--only", *task) == 0
+    assert re.search(r"backprop +loss \d+\.\d{4}", capsys.readouterr().out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DFA, "signals", lambda *arguments: 1 / 0)
+        assert call("compare", "dfa,optimizer.options.betas=[0.5,0.9]", "tracking.enabled=false", "--seeds", "1", *FAST) == 1
+    output = capsys.readouterr().out
+    assert "failed: ZeroDivisionError" in output
+    assert "backprop" in output.splitlines()[-4]
