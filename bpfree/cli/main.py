@@ -91,10 +91,10 @@ def _run(words: list[str], *, debug: bool) -> int:
         if error.exit_code in (130, 143):  # interrupted: the progress display has said how to go on
             return error.exit_code
         return _say(error, f"error: {error}", error.exit_code, debug)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        return 0
     except click.ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # click has it since 8.2; before, it printed the help itself
+            click.echo(error.format_message())
+            return 0
         usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
         return _say(error, "\n".join(filter(None, [f"error: {error.format_message()}", usage])), error.exit_code, debug)
     except (click.Abort, KeyboardInterrupt) as error:
