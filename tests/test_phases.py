@@ -1,0 +1,143 @@
+"""Phases, budgets and schedules: what ends when. Oracles: counts and closed forms."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training_rules import config_of, rule_on
+
+from bpfree import (
+    Budget,
+    OptimizerConfig,
+    Phase,
+    Rule,
+    Run,
+    ScheduleConfig,
+    Step,
+    Task,
+    Trainer,
+    UsageError,
+    hookimpl,
+)
+from bpfree.baselines import Backprop
+from bpfree.training.checkpoint import read_checkpoint
+from bpfree.training.config import BudgetConfig
+
+
+@pytest.mark.parametrize("budget", [{"epochs": 2}, {"samples": 2000}, {"seconds": 0.3}])
+def test_budgets_end_a_run(digits: Task, device: torch.device, budget: dict[str, Any]) -> None:
+    run = Trainer(rule_on(digits), digits, config_of(device, budget=BudgetConfig(**budget))).fit()
+    result = run.result
+    if "epochs" in budget:
+        assert result["train/samples"] == 2 * len(digits.train)
+    if "samples" in budget:  # up to a batch more
+        assert 2000 <= result["train/samples"] < 2000 + 64
+    if "seconds" in budget:
+        assert 0.3 <= result["train/seconds"] < 5
+    assert run.status == "finished"
+    assert "val/accuracy" in run.history[-1]
+
+
+def test_one_limit_per_budget() -> None:
+    with pytest.raises(UsageError, match="one limit"):
+        BudgetConfig(epochs=1, seconds=2).resolve(100)
+    assert BudgetConfig(samples=101).resolve(100) == Budget(epochs=2, samples=101)
+    assert BudgetConfig().resolve(100) == Budget(epochs=10)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "milestones", "StepLR", "constant"])
+def test_schedules(digits: Task, device: torch.device, name: str) -> None:
+    """Closed forms at the last step of each of four epochs (of 21 steps), base rate 0.1."""
+    seen: list[float] = []
+
+    class Watch:
+        @hookimpl
+        def step_end(self, run: Run, step: Step) -> None:
+            if step.index % 21 == 0:
+                seen.append(step.lr("b1"))
+
+    options = {"step_size": 2, "gamma": 0.1} if name == "StepLR" else {}
+    schedule = ScheduleConfig(name, milestones=[0.5], gamma=0.5, options=options, warmup=0.0)
+    config = config_of(device, budget=BudgetConfig(epochs=4), optimizer=OptimizerConfig("sgd", lr=0.1), schedule=schedule)
+    Trainer(rule_on(digits), digits, config, observers=[Watch()]).fit()
+    progress = torch.tensor([20 / 84, 41 / 84, 62 / 84, 83 / 84], dtype=torch.float64)
+    expected = {
+        "constant": torch.full((4,), 0.1),
+        "linear": 0.1 * (1 - progress),
+        "cosine": 0.05 * (1 + torch.cos(torch.pi * progress)),
+        "milestones": torch.tensor([0.1, 0.1, 0.05, 0.05]),
+        "StepLR": torch.tensor([0.1, 0.1, 0.01, 0.01]),
+    }[name]
+    torch.testing.assert_close(torch.tensor(seen, dtype=torch.float64), expected.double())
+
+
+class Solving(Backprop):
+    """Solves its readout when the phase ends, as least-squares rules do."""
+
+    def end_phase(self, phase: Phase, step: Step) -> None:
+        with torch.no_grad():
+            self.network.blocks["readout"].weight.fill_(7.0)
+
+
+@pytest.mark.parametrize("select", ["last", "best-val"])
+def test_what_end_phase_solves_is_evaluated_saved_and_tested(digits: Task, device: torch.device, tmp_path: Path, select: str) -> None:
+    seen: list[float] = []
+
+    class Watched(Solving):
+        def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+            seen.append(float(self.network.blocks["readout"].weight[0, 0]))
+            return super().predict(inputs, generator)
+
+    rule = rule_on(digits, Watched)
+    Trainer(rule, digits, config_of(device, select=select), folder=tmp_path).fit()
+    assert 7.0 in seen[:-1]  # validated, before it was tested
+    saved = read_checkpoint(tmp_path / "checkpoints" / "last.pt")["weights"]
+    assert bool((saved["network.blocks.readout.weight"] == 7).all())
+
+
+def plan_of(*phases: Phase, endless: bool = False) -> type[Rule]:
+    class Planned(Backprop):
+        def phases(self, budget: Budget) -> Iterable[Phase]:
+            return itertools.cycle(phases) if endless else iter(phases)
+
+    return Planned
+
+
+@pytest.mark.parametrize(
+    ("factory", "passes"),
+    [
+        (plan_of(Phase("open")), 3),
+        (plan_of(Phase("p", epochs=1), endless=True), 3),
+        (plan_of(Phase("a", epochs=2), Phase("b", epochs=2)), 4),
+        (plan_of(Phase("a", epochs=2), Phase("solve", epochs=0)), 2),
+    ],
+    ids=["open", "endless", "two", "empty"],
+)
+def test_phases_of_all_kinds_end(digits: Task, device: torch.device, factory: type[Rule], passes: int) -> None:
+    run = Trainer(rule_on(digits, factory), digits, config_of(device)).fit()
+    assert len(run.history) == passes
+
+
+def test_a_phase_in_seconds_leaves_the_later_ones_their_epochs(digits: Task, device: torch.device) -> None:
+    seen: list[str] = []
+
+    class Watch:
+        @hookimpl
+        def phase_start(self, run: Run, phase: Phase) -> None:
+            seen.append(phase.name)
+
+    factory = plan_of(Phase("a", seconds=0.2), Phase("b", epochs=2))
+    Trainer(rule_on(digits, factory), digits, config_of(device), observers=[Watch()]).fit()
+    assert seen == ["a", "b"]
+
+
+def test_samples_are_drawn_in_full_although_passes_drop_a_single_example(digits: Task, device: torch.device) -> None:
+    part = Task(digits.spec, digits.train.subset(torch.arange(65)), digits.validation, digits.test)
+    run = Trainer(rule_on(part), part, config_of(device, batch_size=16, budget=BudgetConfig(samples=650))).fit()
+    assert 650 <= run.result["train/samples"] < 666

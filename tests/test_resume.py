@@ -1,0 +1,143 @@
+"""Checkpoints and resuming. Oracle: the bits of a run that was not disturbed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_rules import StopAfter, assert_equal_bits, config_of, noisy, rule_on, weights
+
+from bpfree import (
+    BpfreeError,
+    Run,
+    Task,
+    Trainer,
+    hookimpl,
+)
+from bpfree.baselines import DFA
+from bpfree.tasks.digits import DIGITS
+from bpfree.training.checkpoint import read_checkpoint
+from bpfree.training.config import BudgetConfig, CheckpointConfig
+from bpfree.training.trainer import Interrupted
+
+
+def test_same_seed_same_bits_and_another_seed_other_bits(digits: Task, device: torch.device) -> None:
+    results = []
+    for seed in (0, 0, 1):
+        rule = noisy(digits)
+        Trainer(rule, digits, config_of(device, seed=seed, deterministic=True)).fit()
+        results.append(weights(rule))
+    assert_equal_bits(results[0], results[1])
+    assert any(not torch.equal(results[0][name], results[2][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("at", [1, 20, 21, 25, 55, 70, 100])
+def test_interrupted_anywhere_and_resumed_ends_with_the_same_bits(digits: Task, device: torch.device, tmp_path: Path, at: int) -> None:
+    """Steps 1 to 21 are the first phase's epoch, to 62 the second's (batches of 32), to 104 the third's two; metrics agree too."""
+    config = config_of(device, deterministic=True)
+    straight = noisy(digits)
+    expected = Trainer(straight, digits, config).fit()
+    interrupted = noisy(digits)
+    watch = StopAfter(at)
+    watch.trainer = Trainer(interrupted, digits, config, folder=tmp_path / "run", observers=[watch])
+    with pytest.raises(Interrupted, match="the test asked"):
+        watch.trainer.fit()
+    assert watch.trainer.run.status == "interrupted"
+    resumed = noisy(digits)
+    run = Trainer(resumed, digits, config, folder=tmp_path / "run").fit(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert_equal_bits(weights(resumed), weights(straight))
+    untimed = [{k: v for k, v in m.items() if k not in ("seconds", "samples_per_second", "step_ms", "peak_memory_mb")} for m in run.history]
+    wanted = [
+        {k: v for k, v in m.items() if k not in ("seconds", "samples_per_second", "step_ms", "peak_memory_mb")} for m in expected.history
+    ]
+    assert untimed == wanted
+    assert run.result["test/accuracy"] == expected.result["test/accuracy"]
+
+
+def test_resuming_a_finished_run_gives_its_result_again(digits: Task, device: torch.device, tmp_path: Path) -> None:
+    rule = noisy(digits)
+    first = Trainer(rule, digits, config_of(device), folder=tmp_path).fit()
+    again = noisy(digits)
+    second = Trainer(again, digits, config_of(device), folder=tmp_path).fit(tmp_path / "checkpoints" / "last.pt")
+    assert_equal_bits(weights(rule), weights(again))
+    assert second.result["test/accuracy"] == first.result["test/accuracy"]
+
+
+def test_a_longer_budget_goes_on_from_the_last_checkpoint(digits: Task, device: torch.device, tmp_path: Path) -> None:
+    straight = rule_on(digits)
+    Trainer(straight, digits, config_of(device, budget=BudgetConfig(epochs=4), deterministic=True)).fit()
+    rule = rule_on(digits)
+    Trainer(rule, digits, config_of(device, budget=BudgetConfig(epochs=2), deterministic=True), folder=tmp_path).fit()
+    more = rule_on(digits)
+    Trainer(more, digits, config_of(device, budget=BudgetConfig(epochs=4), deterministic=True), folder=tmp_path).fit(
+        tmp_path / "checkpoints" / "last.pt"
+    )
+    assert_equal_bits(weights(more), weights(straight))
+
+
+def test_checkpoints_of_other_rules_data_or_files_are_refused(digits: Task, device: torch.device, tmp_path: Path) -> None:
+    Trainer(rule_on(digits), digits, config_of(device, budget=BudgetConfig(epochs=1)), folder=tmp_path).fit()
+    path = tmp_path / "checkpoints" / "last.pt"
+    with pytest.raises(BpfreeError, match="another rule: Backprop, not DFA"):
+        Trainer(rule_on(digits, DFA), digits, config_of(device)).fit(path)
+    with pytest.raises(BpfreeError, match="other data"):
+        Trainer(rule_on(digits), Task.from_source(DIGITS, split_seed=3), config_of(device)).fit(path)
+    with pytest.raises(BpfreeError, match="do not fit"):
+        Trainer(rule_on(digits, width=31), digits, config_of(device)).fit(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BpfreeError, match="cannot read the checkpoint"):
+        Trainer(rule_on(digits), digits, config_of(device)).fit(path)
+
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bpfree.training import checkpoint
+
+    path = tmp_path / "last.pt"
+    checkpoint.write_checkpoint(path, {"weights": {"w": torch.ones(3)}})
+
+    def torn(content: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_checkpoint(path, {"weights": {}})
+    assert torch.equal(read_checkpoint(path)["weights"]["w"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_checkpoints_by_time_in_the_middle_of_an_epoch(digits: Task, device: torch.device, tmp_path: Path) -> None:
+    saved: list[int] = []
+
+    class Watch:
+        @hookimpl
+        def checkpoint_saved(self, run: Run, path: Path) -> None:
+            saved.append(read_checkpoint(path)["training"]["position"]["batch"])
+
+    config = config_of(device, checkpoint=CheckpointConfig(every=0, minutes=1e-6), budget=BudgetConfig(epochs=2))
+    Trainer(rule_on(digits), digits, config, folder=tmp_path, observers=[Watch()]).fit()
+    assert any(batch > 0 for batch in saved)
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_a_finished_run_goes_on_whatever_its_checkpoint_interval(digits: Task, device: torch.device, tmp_path: Path, every: int) -> None:
+    options = {"checkpoint": CheckpointConfig(every=every), "deterministic": True}
+    Trainer(rule_on(digits), digits, config_of(device, budget=BudgetConfig(epochs=1), **options), folder=tmp_path).fit()
+    more = rule_on(digits)
+    run = Trainer(more, digits, config_of(device, **options), folder=tmp_path).fit(tmp_path / "checkpoints" / "last.pt")
+    assert [metrics["epoch"] for metrics in run.history] == [1, 2, 3]
+    straight = rule_on(digits)
+    Trainer(straight, digits, config_of(device, **options)).fit()
+    assert_equal_bits(weights(more), weights(straight))
+
+
+def test_a_trainer_that_was_stopped_can_go_on(digits: Task, device: torch.device, tmp_path: Path) -> None:
+    watch = StopAfter(5)
+    watch.trainer = Trainer(rule_on(digits), digits, config_of(device), folder=tmp_path, observers=[watch])
+    with pytest.raises(Interrupted):
+        watch.trainer.fit()
+    run = watch.trainer.fit(tmp_path / "checkpoints" / "last.pt")
+    assert run.status == "finished"
+    assert run.epoch == 3
