@@ -25,7 +25,8 @@ __all__ = ["DFA", "Backprop", "Frozen", "Linear"]
 
 # A ceiling that is too low, or a linear classifier that has not converged, would flatter every rule beside it. So the rate of the
 # references is back-propagation's best of 0.001, 0.003, 0.01 and 0.03 on the validation split of digits (30 epochs, 5 seeds);
-# frozen features take it as the twin. A linear classifier would like 0.01 on digits (0.7 points more), but not on MNIST (1.7 less).
+# frozen features take it as the twin. On validation, a linear classifier would like 0.01 on digits (1.0 points more; 97.4 % on test),
+# but not on MNIST (2.2 less).
 
 
 class Backprop(Rule):

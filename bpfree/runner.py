@@ -69,11 +69,11 @@ def resume(place: str, *, output: str = "runs", changes: Iterable[Leaf] = (), qu
     ended = ended_as(folder)
     if path.parent.name != "checkpoints" or ended.get("id", about["id"]) != about["id"]:
         raise UsageError("the checkpoint lies outside its run's folder", where=str(path), fix="resume the run by its folder or name")
-    if ended.get("status") == "finished":
-        if not changes:
-            record.status, record.result, record.resumed = "finished", ended["result"], True
-            return record
-        record.tags["test_evaluations"] = str(int(ended.get("tags", {}).get("test_evaluations", 1)) + 1)
+    finished = ended.get("status") == "finished"
+    if finished and not changes:
+        record.status, record.result, record.resumed = "finished", ended["result"], True
+        return record
+    record.tags["test_evaluations"] = str(int(ended.get("tags", {}).get("test_evaluations", 1)) + finished)
     return _train(recipe, record, path, quiet=quiet, label=None, observers=observers, task=None)
 
 

@@ -237,6 +237,9 @@ def test_a_finished_run_is_not_tested_again_unless_it_goes_on(workplace: Path, c
     after = json.loads((run / "run.json").read_text())
     assert after["tags"]["test_evaluations"] == "2"
     assert after["result"]["train/samples"] == 1.5 * before["result"]["train/samples"]
+    (run / "run.json").write_text(json.dumps({**after, "status": "interrupted"}))  # in the middle of its second stretch
+    assert call("train", "--resume", str(run)) == 0
+    assert json.loads((run / "run.json").read_text())["tags"]["test_evaluations"] == "2"
 
 
 def test_settings_of_a_comparison_reach_the_rules_that_they_fit(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
