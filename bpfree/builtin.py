@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from bpfree import baselines, hooks
 from bpfree.network import builders, foreign
 from bpfree.network.builders import NetworkBuilder
@@ -44,3 +46,9 @@ def bpfree_tasks() -> dict[str, DataSource]:
 @hooks.hookimpl
 def bpfree_augmentations() -> dict[str, augment.Augmentation]:
     return {"flip": augment.FLIP, "crop": augment.CROP}
+
+
+@hooks.hookimpl
+def bpfree_studies() -> dict[str, Path]:
+    presets = Path(__file__).parent / "study" / "presets"
+    return {"digits-floor-ceiling": presets / "digits-floor-ceiling.yaml"}

@@ -34,6 +34,7 @@ An implementation may leave out arguments that it does not need.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -83,6 +84,11 @@ def bpfree_augmentations() -> Mapping[str, Augmentation]:  # type: ignore[empty-
 @hookspec
 def bpfree_diagnostics() -> Mapping[str, Callable[[], Any]]:  # type: ignore[empty-body]
     """Factories of lifecycle observers by name, switched on with ``diagnostics=[name]``."""
+
+
+@hookspec
+def bpfree_studies() -> Mapping[str, str | PathLike[str]]:  # type: ignore[empty-body]
+    """Study files (YAML, see ``docs/studies.md``) by name."""
 
 
 # --- lifecycle ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ __all__ = ["GROUP", "PluginRecord", "Plugins", "installed_plugins"]
 
 GROUP = "bpfree"
 DISABLE_VARIABLE = "BPFREE_DISABLE_PLUGINS"
-KINDS = ("rules", "networks", "tasks", "augmentations", "diagnostics")
+KINDS = ("rules", "networks", "tasks", "augmentations", "diagnostics", "studies")
 Status = Literal["ok", "broken", "incompatible", "disabled"]
 
 
@@ -124,11 +124,11 @@ class Plugins:
         for name in things:
             if name in self._registered[kind]:
                 owner = self._registered[kind][name][1].name
-                raise ValueError(f"registers the {kind[:-1]} {name!r}, which plugin {owner!r} has registered already")
+                raise ValueError(f"registers the {singular(kind)} {name!r}, which plugin {owner!r} has registered already")
         return dict(things)
 
     def names(self, kind: str) -> list[str]:
-        """Registered names of a kind (``rules``, ``networks``, ``tasks``, ``augmentations``, ``diagnostics``)."""
+        """Registered names of a kind (``rules``, ``networks``, ``tasks``, ``augmentations``, ``diagnostics``, ``studies``)."""
         return sorted(self._registered[kind])
 
     def get(self, kind: str, name: str, *, where: str = "") -> Any:
@@ -139,7 +139,7 @@ class Plugins:
         """
         if name in self._registered[kind]:
             return self._registered[kind][name][0]
-        error = unknown_name(kind[:-1], name, self.names(kind), where=where)
+        error = unknown_name(singular(kind), name, self.names(kind), where=where)
         ill = [f"{record.name} ({record.status}: {record.reason})" for record in self.records.values() if record.status != "ok"]
         if ill:
             raise UsageError(error.what, where=error.where, fix=f"{error.fix}; not loaded: {'; '.join(ill)}")
@@ -153,6 +153,11 @@ class Plugins:
         """``(name, thing, plugin)`` of a kind, sorted by name."""
         for name in self.names(kind):
             yield name, *self._registered[kind][name]
+
+
+def singular(kind: str) -> str:
+    """One of a kind."""
+    return "study" if kind == "studies" else kind.removesuffix("s")
 
 
 @lru_cache(maxsize=1)

@@ -32,6 +32,7 @@ Examples:
   bpfree train --resume runs/RUN                      go on after an interruption
   bpfree evaluate runs/RUN --split test
   bpfree compare noprop-dt dfa --seeds 3              beside floor and ceiling
+  bpfree study list                                   tables of papers, to run
 """
 
 
@@ -42,6 +43,7 @@ class Commands(click.Group):
         "train": "train",
         "evaluate": "evaluate",
         "compare": "compare",
+        "study": "study",
         "rules": "listing",
         "networks": "listing",
         "tasks": "listing",

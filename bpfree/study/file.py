@@ -1,0 +1,341 @@
+"""Study files: YAML, read strictly. Everything that is wrong is said at once.
+
+What a file holds is described in ``docs/studies.md``. Settings are checked against rules and tasks when cells are made of them
+(:mod:`bpfree.study.cells`), so that a study can be shown where its plugin's data are not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bpfree import yaml_values
+from bpfree.errors import UsageError, nearest
+from bpfree.plugins import Plugins, installed_plugins
+
+__all__ = ["METRICS", "Column", "Published", "Row", "Study", "find_study", "read_study"]
+
+METRICS = tuple(f"{split}/{kind}" for split in ("test", "train") for kind in ("error", "accuracy", "loss"))
+"""What can be published: errors and accuracies in per cent, losses as they are."""
+
+STUDY_KEYS = ("title", "paper", "notes", "settings", "seeds", "columns", "rows")
+COLUMN_KEYS = ("label", "settings")
+ROW_KEYS = ("label", "settings", "columns", "published")
+NOT_HERE = {
+    "seed": "the seeds of a study are its key seeds",
+    "seeds": "it is a key of the study, not a setting",
+    "output": "it is for the command line to say",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number of the paper, with its standard deviation where the paper has one."""
+
+    mean: float
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its label (empty where a study has no columns) and its settings."""
+
+    label: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        label: as printed.
+        settings: of its cells.
+        columns: those in which it has a cell, each with settings of that cell alone.
+        published: by column and metric; what is absent is not known.
+    """
+
+    label: str
+    settings: Mapping[str, Any]
+    columns: Mapping[str, Mapping[str, Any]]
+    published: Mapping[str, Mapping[str, Published]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file.
+
+    Attributes:
+        name: of the registered study, or the file's.
+        title, paper, notes: for readers.
+        settings: of all cells, by dotted key.
+        seeds: the repetitions.
+        columns: at least one; a single one without a label where the file has none.
+        rows: in the order of the table.
+    """
+
+    name: str
+    title: str
+    paper: str
+    notes: str
+    settings: Mapping[str, Any]
+    seeds: Sequence[int]
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+
+    def metric(self, split: str) -> str:
+        """What is reported of a split: the kind that is published, the error if nothing is."""
+        names = (name for row in self.rows for numbers in row.published.values() for name in numbers)
+        return next((name for name in names if name.startswith(f"{split}/")), f"{split}/error")
+
+    def publishes(self, split: str) -> bool:
+        """Whether any number of a split is published."""
+        return any(name.startswith(f"{split}/") for row in self.rows for numbers in row.published.values() for name in numbers)
+
+    def cells(self) -> Iterator[tuple[Row, Column]]:
+        """The cells of one repetition, row by row."""
+        return ((row, column) for row in self.rows for column in self.columns if column.label in row.columns)
+
+
+def find_study(name: str, registry: Plugins | None = None) -> Study:
+    """A registered study by its name, or a file by its path.
+
+    Raises:
+        UsageError: neither, or the file is wrong.
+    """
+    registry = registry or installed_plugins()
+    if name in registry.names("studies"):
+        return _registered(name, registry.get("studies", name), registry.owner("studies", name).name)
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
+        return read_study(Path(name))
+    try:
+        registry.get("studies", name)
+    except UsageError as error:
+        raise UsageError(error.what, where=error.where, fix=f"{error.fix}; or give a study file, NAME.yaml") from None
+    raise AssertionError("a name that is registered was found before")
+
+
+def _registered(name: str, place: Any, plugin: str) -> Study:
+    try:
+        path = Path(os.fspath(place))
+    except TypeError:
+        raise UsageError(f"plugin {plugin!r} registers the study {name!r} with no path", where=repr(place)) from None
+    return read_study(path, name)
+
+
+def read_study(path: Path, name: str | None = None) -> Study:
+    """A study of a YAML file (safe tags only).
+
+    Args:
+        path: of the file.
+        name: the registered one; by default the file's.
+
+    Raises:
+        UsageError: no such file, no YAML, or with everything that is wrong in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content, repeated = yaml_values.read(text), list(_repeated(yaml.compose(text, Loader=yaml.SafeLoader), ""))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the study: {getattr(error, 'strerror', None) or error}", where=str(path)) from error
+    except yaml.YAMLError as error:
+        raise UsageError("the study is not valid YAML", where=f"{path}: {' '.join(str(error).split())}") from error
+    reader = _Reader(repeated)
+    study = reader.study(content, name or re.sub(r"[^\w.-]+", "-", path.stem))
+    if reader.problems:
+        listed = list(dict.fromkeys(reader.problems))
+        what = listed[0] if len(listed) == 1 else f"{len(listed)} things are wrong in the study:\n" + "\n".join(f"  - {p}" for p in listed)
+        raise UsageError(what, where=str(path), fix="docs/studies.md describes the format")
+    return study
+
+
+def _repeated(node: Any, where: str) -> Iterator[str]:
+    """Keys that a mapping has twice, of which YAML would take the last."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield f"{where}{key.value} is given twice"
+            seen.add(key.value)
+            yield from _repeated(value, f"{where}{key.value}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value, start=1):
+            yield from _repeated(value, f"{where}{number}.")
+
+
+class _Reader:
+    """Collects problems instead of stopping at the first."""
+
+    def __init__(self, problems: Iterable[str] = ()) -> None:
+        self.problems: list[str] = list(problems)
+
+    def study(self, content: Any, name: str) -> Study:
+        node = self._mapping(content, "the study", STUDY_KEYS)
+        columns = [self._column(entry, number) for number, entry in enumerate(self._list(node, "columns"), start=1)] or [Column()]
+        self._unique([column.label for column in columns], "columns")
+        rows = [self._row(entry, number, columns) for number, entry in enumerate(self._list(node, "rows"), start=1)]
+        self._unique([row.label for row in rows], "rows")
+        if not rows:
+            self.problems.append("a study needs rows: a list, each with a label and settings")
+        study = Study(
+            name=name,
+            title=self._text(node, "title", "the study", needed=True),
+            paper=self._text(node, "paper", "the study"),
+            notes=self._text(node, "notes", "the study"),
+            settings=self._settings(node.get("settings"), "settings"),
+            seeds=self._seeds(node.get("seeds", 3)),
+            columns=columns,
+            rows=rows,
+        )
+        self._one_kind(study)
+        return study
+
+    def _column(self, entry: Any, number: int) -> Column:
+        node = self._mapping(entry, f"column {number}", COLUMN_KEYS)
+        label = self._label(node, f"column {number}")
+        return Column(label, self._settings(node.get("settings"), f"column {label or number}: settings"))
+
+    def _row(self, entry: Any, number: int, columns: Sequence[Column]) -> Row:
+        node = self._mapping(entry, f"row {number}", ROW_KEYS)
+        label = self._label(node, f"row {number}")
+        where = f"row {label or number}"
+        cells = self._cells(node.get("columns"), where, [column.label for column in columns])
+        return Row(
+            label, self._settings(node.get("settings"), f"{where}: settings"), cells, self._published(node.get("published"), where, cells)
+        )
+
+    def _cells(self, node: Any, where: str, labels: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+        """The columns of a row: all, those listed, or those named with settings of their own."""
+        if node is None:
+            return {label: {} for label in labels}
+        if labels == [""]:
+            self.problems.append(f"{where}: columns: the study has none")
+            return {"": {}}
+        if isinstance(node, list):
+            node = dict.fromkeys(map(str, node))
+        own = self._mapping(node, f"{where}: columns", labels, kind="column")
+        if not own:
+            self.problems.append(f"{where}: columns: names none")
+        return {label: self._settings(own[label], f"{where}: columns: {label}") for label in labels if label in own}
+
+    # --- published numbers ------------------------------------------------------------------------------------------
+
+    def _published(self, node: Any, where: str, cells: Mapping[str, Any]) -> dict[str, dict[str, Published]]:
+        where = f"{where}: published"
+        if "" in cells:
+            return {"": self._numbers(node, where)}
+        by_column = self._mapping(node or {}, where, list(cells), kind="column")
+        return {label: self._numbers(by_column[label], f"{where}: {label}") for label in cells if label in by_column}
+
+    def _numbers(self, node: Any, where: str) -> dict[str, Published]:
+        numbers = {key: self._number(value, key, where) for key, value in self._mapping(node or {}, where, METRICS, kind="metric").items()}
+        return {key: number for key, number in numbers.items() if number is not None}
+
+    def _number(self, value: Any, key: str, where: str) -> Published | None:
+        parts = value if isinstance(value, list) else [value]
+        if value is None or key not in METRICS:
+            return None
+        if not 1 <= len(parts) <= 2 or not all(map(_is_number, parts)):
+            self.problems.append(f"{where}: {key}: must be a number, [mean, standard deviation], or null, not {value!r}")
+            return None
+        if not key.endswith("loss") and not 0 <= parts[0] <= 100:
+            self.problems.append(f"{where}: {key}={parts[0]:g} is out of range: in per cent, from 0 to 100")
+        return Published(*map(float, parts))
+
+    def _one_kind(self, study: Study) -> None:
+        """A table has one kind of number for a split."""
+        names = {name for row in study.rows for numbers in row.published.values() for name in numbers}
+        for split in ("test", "train"):
+            kinds = sorted(name for name in names if name.startswith(f"{split}/"))
+            if len(kinds) > 1:
+                self.problems.append(f"published: {' and '.join(kinds)} in one table: choose one")
+
+    # --- values -----------------------------------------------------------------------------------------------------
+
+    def _mapping(self, node: Any, where: str, known: Iterable[str], kind: str = "key") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            self.problems.append(f"{where}: must be a mapping of names to values, not {node!r}")
+            return {}
+        names = list(known)
+        for key in node:
+            if key not in names:
+                guess = nearest(str(key), names)
+                hint = f"did you mean {guess!r}?" if guess else f"known here: {', '.join(names)}"
+                self.problems.append(f"{where}: unknown {kind} {key!r}: {hint}")
+        return node
+
+    def _list(self, node: Mapping[str, Any], key: str) -> list[Any]:
+        value = node.get(key)
+        if value is not None and not isinstance(value, list):
+            self.problems.append(f"{key}: must be a list, not {value!r}")
+        return value if isinstance(value, list) else []
+
+    def _text(self, node: Mapping[str, Any], key: str, where: str, *, needed: bool = False) -> str:
+        value = node.get(key)
+        if value is None and not needed:
+            return ""
+        if not isinstance(value, str) or not value.strip():
+            self.problems.append(f"{where}: {key}: must be text" + ("" if value is None else f", not {value!r} (put it into quotes)"))
+            return ""
+        return value.strip()
+
+    def _label(self, node: Mapping[str, Any], where: str) -> str:
+        label = self._text(node, "label", where, needed=True)
+        if "," in label or "\n" in label:
+            self.problems.append(f"{where}: label {label!r}: no commas and line breaks, as --rows and --columns take labels between commas")
+        return label
+
+    def _unique(self, labels: Sequence[Any], where: str) -> None:
+        self.problems.extend(
+            f"{where}: {label!r} is given twice" for label in dict.fromkeys(labels) if label != "" and labels.count(label) > 1
+        )
+
+    def _seeds(self, value: Any) -> list[int]:
+        listed = list(range(value)) if _is_integer(value) else value
+        if not isinstance(listed, list) or not listed or not all(_is_integer(seed) and seed >= 0 for seed in listed):
+            self.problems.append(f"seeds: must be how many (1 or more), or a list of seeds, not {value!r}")
+            return []
+        self._unique(listed, "seeds")
+        return listed
+
+    def _settings(self, node: Any, where: str) -> dict[str, Any]:
+        """By dotted key, nested or not."""
+        found: dict[str, Any] = {}
+        for key, value in _flat(self._plain(node, where)):
+            if key in found:
+                self.problems.append(f"{where}: {key} is given twice")
+            if key in NOT_HERE:
+                self.problems.append(f"{where}: {key} has no place here: {NOT_HERE[key]}")
+            found[key] = value
+        return found
+
+    def _plain(self, node: Any, where: str) -> dict[str, Any]:
+        if node is None:
+            return {}
+        if not isinstance(node, dict) or not all(isinstance(key, str) for key in node):
+            self.problems.append(f"{where}: must be a mapping of settings to values, not {node!r}")
+            return {}
+        return node
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

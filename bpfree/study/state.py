@@ -1,0 +1,145 @@
+"""What is known of cells: one JSON file each, replaced atomically, and a lock while a process works on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bpfree.errors import BpfreeError
+from bpfree.study.cells import Cell
+from bpfree.tracking.events import strict, write_text
+
+__all__ = ["Outcome", "State"]
+
+Status = Literal["running", "interrupted", "finished", "diverged", "failed", "refused"]
+
+
+@dataclass
+class Outcome:
+    """How a cell stands.
+
+    Attributes:
+        cell: its hash.
+        row, column, seed: its place in the table that asked for it first.
+        status: ``finished``, ``diverged``, ``failed``; ``running`` and ``interrupted`` go on from their checkpoint; ``refused`` never
+            began (its data are not there, say) and is tried again.
+        reason: why it did not finish, or what of it could not be measured.
+        run: name of the run's folder in the output folder.
+        result: metrics of the end.
+        tags: of the run: device, versions, data fingerprint.
+        identity: what the numbers depend on.
+    """
+
+    cell: str
+    row: str
+    column: str
+    seed: int
+    status: Status = "running"
+    reason: str = ""
+    run: str = ""
+    started: str = ""
+    updated: str = ""
+    result: dict[str, float] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it is left alone unless asked for again."""
+        return self.status in ("finished", "diverged", "failed")
+
+
+class State:
+    """The folder of a study's cells.
+
+    Args:
+        output: folder of runs.
+        study: name of the study.
+    """
+
+    def __init__(self, output: Path, study: str) -> None:
+        self.folder = output / "studies" / study
+
+    def _path(self, cell: str) -> Path:
+        return self.folder / "cells" / f"{cell}.json"
+
+    def read(self, cell: str) -> Outcome | None:
+        """What is known of a cell; ``None`` for nothing, or a file that cannot be read."""
+        try:
+            content = json.loads(self._path(cell).read_text(encoding="utf-8"))
+            known = Outcome(**content)
+            known.result = {key: float(value) for key, value in known.result.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+        return known
+
+    def seen(self, cell: str) -> Outcome | None:
+        """The same for readers: what nobody works on any more is not running."""
+        known = self.read(cell)
+        if known is not None and known.status == "running":
+            with self.lock(cell) as free:
+                known.status = "interrupted" if free else "running"
+        return known
+
+    def write(self, outcome: Outcome) -> None:
+        """Note how a cell stands.
+
+        Raises:
+            BpfreeError: the folder cannot be written.
+        """
+        outcome.updated = now()
+        try:
+            write_text(self._path(outcome.cell), json.dumps(strict(dataclasses.asdict(outcome)), indent=2, default=str) + "\n")
+        except OSError as error:
+            raise BpfreeError(
+                f"cannot write the state of the study: {error.strerror}", where=str(self.folder), fix="choose another with output=FOLDER"
+            ) from error
+
+    @contextmanager
+    def lock(self, cell: str) -> Iterator[bool]:
+        """Whether the cell is ours while the context lasts; ``False`` if another process has it. A crash releases it."""
+        path = self.folder / "cells" / f".{cell}.lock"  # stays behind: to remove it would race with who just opened it
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise BpfreeError(
+                f"cannot write the state of the study: {error.strerror}", where=str(self.folder), fix="choose another with output=FOLDER"
+            ) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def others(self, cells: set[str]) -> int:
+        """How many finished cells lie here that are none of these: of other settings, seeds or sources."""
+        found = (self.read(path.stem) for path in self.folder.glob("cells/*.json") if path.stem not in cells)
+        return sum(outcome is not None and outcome.status == "finished" for outcome in found)
+
+    def begin(self, cell: Cell, before: Outcome | None, *, anew: bool = False) -> Outcome:
+        """The record of a cell that is about to run; with the run that it goes on with, unless that is over or not wanted."""
+        going_on = before is not None and not before.is_final and not anew
+        return Outcome(
+            cell.id,
+            cell.row,
+            cell.column,
+            cell.seed,
+            run=before.run if before is not None and going_on else "",
+            started=before.started if before is not None and going_on else now(),
+            identity=dict(cell.identity),
+        )
+
+
+def now() -> str:
+    """Local time with its offset."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,181 @@
+"""Study files. Oracles: what was written; a list of mistakes, each of which must be named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bpfree import UsageError
+from bpfree.config import parse_words
+from bpfree.plugins import Plugins
+from bpfree.study.cells import plan
+from bpfree.study.file import Published, find_study, read_study
+
+DOCS = Path(__file__).parents[2] / "docs" / "studies.md"
+
+TABLE = """
+title: Two by two
+paper: "Someone, Table 1"
+settings: {task: digits, budget: {epochs: 4}, threads: 1}
+seeds: [0, 3]
+columns:
+  - {label: small, settings: {network.width: 16}}
+  - {label: large, settings: {network: {width: 32}}}
+rows:
+  - label: DFA
+    settings: {rule: dfa, rule.scale: 0.5}
+    published: {small: {test/error: 12.5, train/error: [0.0, 0.1]}, large: {test/error: null}}
+  - label: BP
+    settings: {rule: backprop}
+    columns: {large: {optimizer.lr: 0.01}}
+"""
+
+
+def written(folder: Path, text: str, name: str = "table.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def refusal(folder: Path, text: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        plan(read_study(written(folder, text)))
+    return str(caught.value)
+
+
+def test_a_file_becomes_cells(tmp_path: Path) -> None:
+    study = read_study(written(tmp_path, TABLE))
+    assert study.name == "table"
+    assert [(row.label, column.label) for row, column in study.cells()] == [("DFA", "small"), ("DFA", "large"), ("BP", "large")]
+    assert study.rows[0].published == {"small": {"test/error": Published(12.5), "train/error": Published(0.0, 0.1)}, "large": {}}
+    cells = plan(study).cells
+    assert [(cell.row, cell.column, cell.seed) for cell in cells[:4]] == [
+        ("DFA", "small", 0),
+        ("DFA", "large", 0),
+        ("BP", "large", 0),
+        ("DFA", "small", 3),
+    ]
+    flat = cells[2].recipe.flat()
+    assert [flat[key] for key in ("rule.name", "network.width", "optimizer.lr", "budget.epochs")] == ["backprop", 32, 0.01, 4]
+
+
+def test_words_win_over_the_file_and_are_told(tmp_path: Path) -> None:
+    study = read_study(written(tmp_path, TABLE))
+    made = plan(study, parse_words(["budget.samples=500", "optimizer.lr=0.01", "output=elsewhere", "data.root=/data"]), seeds=1)
+    assert made.cells[0].recipe.settings.budget.epochs is None
+    assert sorted(made.changes) == [
+        "budget.epochs=null instead of 4",
+        "budget.samples=500 instead of null",
+        "optimizer.lr=0.01 instead of null",  # of all but back-propagation, which had it
+        "seeds 0 instead of 0, 3",
+    ]
+    assert made.shortened
+    assert plan(study, parse_words(["output=elsewhere", "budget.epochs=4"])).changes == []
+    longer = plan(study, parse_words(["budget.epochs=5"]), seeds=3)
+    assert longer.changes == ["budget.epochs=5 instead of 4", "seeds 0, 3, 1 instead of 0, 3"]
+    assert not longer.shortened
+    with pytest.raises(UsageError, match="--seeds N"):
+        plan(study, parse_words(["seed=4"]))
+
+
+MISTAKES = """
+titel: A table
+seeds: 0
+settings: {seed: 1, optimizer.lr: 1, optimizer: {lr: 2}, batch_size: 1, batch_size: 2, output: here}
+columns: [{label: a}, {label: a}, {label: b, setings: {}}]
+rows:
+  - {label: "x,y", published: {c: {test/error: 3}, a: {test/err: 3, test/error: 300, test/accuracy: high}}}
+  - {label: 3, settings: [1], columns: [d]}
+  - {label: z, published: {a: {test/accuracy: 30, test/error: [1, 2, 3]}}}
+"""
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "unknown key 'titel': did you mean 'title'?",
+        "the study: title: must be text",
+        "seeds: must be how many",
+        "seed has no place here",
+        "output has no place here",
+        "settings: optimizer.lr is given twice",
+        "settings.batch_size is given twice",
+        "columns: 'a' is given twice",
+        "unknown key 'setings': did you mean 'settings'?",
+        "no commas",
+        "unknown column 'c'",
+        "unknown metric 'test/err': did you mean 'test/error'?",
+        "test/error=300 is out of range",
+        "test/accuracy: must be a number",
+        "label: must be text, not 3",
+        "row 2: columns: unknown column 'd'",
+        "row 2: settings: must be a mapping",
+        "row z: published: a: test/error: must be a number",
+        "test/accuracy and test/error in one table",
+    ],
+)
+def test_all_mistakes_are_told_at_once(tmp_path: Path, said: str) -> None:
+    assert said in refusal(tmp_path, MISTAKES)
+
+
+def test_wrong_settings_are_told_at_once_with_their_row(tmp_path: Path) -> None:
+    text = refusal(
+        tmp_path,
+        """
+title: A table
+settings: {task: digits, batchsize: 3}
+rows:
+  - {label: a, settings: {rule: dffa}}
+  - {label: b, settings: {rule: dfa, rule.scal: 2}}
+  - {label: c, settings: {rule: dfa, budget.epochs: 0}}
+""",
+    )
+    assert text.count("batchsize") == 1
+    for said in (
+        "did you mean batch_size? (settings of the study)",
+        "did you mean 'dfa'?",
+        "(row a)",
+        "did you mean rule.scale? (row b)",
+        "must be >= 1 (row c)",
+    ):
+        assert said in text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("!!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("title: [", "not valid YAML"),
+        ("- a list", "must be a mapping"),
+        ("title: A\nrows: []", "needs rows"),
+        ("title: A\nrows: [{label: a, columns: [b]}]", "the study has none"),
+        ("title: A\ncolumns: [{label: b}]\nrows: [{label: a, columns: []}]", "names none"),
+    ],
+)
+def test_files_that_are_none(tmp_path: Path, text: str, said: str) -> None:
+    assert said in refusal(tmp_path, text)
+
+
+def test_every_installed_study_is_right() -> None:
+    registry = Plugins()
+    assert "digits-floor-ceiling" in registry.names("studies")
+    for name in registry.names("studies"):
+        assert plan(find_study(name, registry), registry=registry).cells
+
+
+def test_the_documented_format_is_the_format(tmp_path: Path) -> None:
+    """The first YAML block of the page."""
+    (text, *_) = re.findall(r"^```yaml\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    study = read_study(written(tmp_path, text))
+    assert len(study.columns) == 2
+    assert study.rows[0].published
+    assert plan(study).cells
+
+
+def test_unknown_studies(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="did you mean 'digits-floor-ceiling'"):
+        find_study("digits-floor")
+    with pytest.raises(UsageError, match="cannot read the study"):
+        find_study(str(tmp_path / "none.yaml"))
