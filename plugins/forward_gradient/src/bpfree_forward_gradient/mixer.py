@@ -153,6 +153,7 @@ class GroupLinear(nn.Module):
     Attributes:
         weight: (G, inputs/G, outputs/G).
         bias: (outputs,).
+        rows: G; each entry of the weight's first axis makes a run of the output's channels.
 
     Raises:
         UsageError: if the groups do not divide the channels.
@@ -162,7 +163,7 @@ class GroupLinear(nn.Module):
         super().__init__()
         if inputs % groups or outputs % groups:
             raise UsageError(f"{groups} groups do not divide {inputs} and {outputs} channels", where="GroupLinear")
-        self.groups, self.inputs, self.outputs = groups, inputs, outputs
+        self.groups, self.inputs, self.outputs, self.rows = groups, inputs, outputs, groups
         self.weight = nn.Parameter(torch.empty(groups, inputs // groups, outputs // groups))
         self.bias = nn.Parameter(torch.empty(outputs))
         initialise(self)

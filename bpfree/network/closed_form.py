@@ -1,0 +1,164 @@
+"""Gradients of single layers in closed form: no graph, no reverse-mode call.
+
+A rule that knows dLoss/dOutput of a linear map, or an estimate of it, gets the gradient of the map's weights as an outer
+product with its input, and the cotangent in front of a normalisation by a formula. Layers that torch does not have
+can join in, with methods of their own:
+
+- a linear map: ``parameter_gradients(x, signal) -> dict[str, Tensor]`` by parameter name, and, if its outputs are rows of
+  its weight, an integer attribute ``rows``;
+- a normalisation: a true attribute ``normalises`` and ``input_gradient(x, signal) -> Tensor``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import grad as conv_gradients
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["input_gradient", "is_batch_norm", "is_linear", "is_norm", "norm_parameter_gradients", "output_rows", "parameter_gradients"]
+
+CONVOLUTIONS = {
+    nn.Conv1d: conv_gradients.conv1d_weight,
+    nn.Conv2d: conv_gradients.conv2d_weight,
+    nn.Conv3d: conv_gradients.conv3d_weight,
+}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether :func:`parameter_gradients` knows the module: a linear layer, a convolution, or one that brings its own."""
+    return type(module) is nn.Linear or type(module) in CONVOLUTIONS or hasattr(module, "parameter_gradients")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether :func:`input_gradient` knows the module: layer, group or batch norm, or one that brings its own."""
+    return isinstance(module, (nn.LayerNorm, nn.GroupNorm, _BatchNorm)) or bool(getattr(module, "normalises", False))
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether the module normalises with statistics of the batch when it trains."""
+    return isinstance(module, _BatchNorm)
+
+
+def output_rows(module: nn.Module) -> int | None:
+    """The length of the weight's first axis, if its entries make successive runs of the output's channels; else ``None``."""
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if type(module) in CONVOLUTIONS:
+        return int(module.out_channels)  # type: ignore[arg-type]
+    rows = getattr(module, "rows", None)
+    return None if rows is None else int(rows)
+
+
+def parameter_gradients(module: nn.Module, x: Tensor, signal: Tensor) -> dict[str, Tensor]:
+    """Gradients of a linear map's parameters: the outer product of signal and input, summed over examples and positions.
+
+    Args:
+        module: for which :func:`is_linear` holds.
+        x: (N, ...) its input.
+        signal: (N, ...) dLoss/dOutput, of its output's shape.
+
+    Returns:
+        By parameter name, of the parameters' shapes and types.
+    """
+    kind = type(module)
+    if kind is not nn.Linear and kind not in CONVOLUTIONS:
+        result: dict[str, Tensor] = module.parameter_gradients(x, signal)  # type: ignore[operator]
+        return result
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if kind is nn.Linear:
+        rows = signal if signal.dim() == 2 else signal.flatten(0, -2)
+        gradients = {"weight": rows.t() @ (x if x.dim() == 2 else x.flatten(0, -2)).to(rows.dtype)}
+    else:
+        rows = signal.transpose(0, 1).flatten(1).t()
+        gradients = {"weight": _convolution(module, x, signal)}
+    if module.bias is not None:
+        gradients["bias"] = rows.sum(0)
+    return gradients if signal.dtype == weight.dtype else {name: value.to(weight.dtype) for name, value in gradients.items()}
+
+
+def _convolution(module: Any, x: Tensor, signal: Tensor) -> Tensor:
+    padding = module.padding
+    if isinstance(padding, str) or module.padding_mode != "zeros":
+        mode = "constant" if module.padding_mode == "zeros" else str(module.padding_mode)
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), 0
+    weight: Tensor = CONVOLUTIONS[type(module)](
+        x,
+        module.weight.shape,
+        signal.to(x.dtype),
+        stride=module.stride,
+        padding=padding,
+        dilation=module.dilation,
+        groups=module.groups,
+    )
+    return weight
+
+
+def input_gradient(module: Any, x: Tensor, signal: Tensor) -> Tensor:
+    """The cotangent in front of a normalisation.
+
+    For y = gamma (x - m) / s with m and s over a set of entries, dL/dx = (d - mean d - xhat mean(d xhat)) / s with
+    d = gamma dL/dy; with fixed statistics, d / s.
+
+    Args:
+        module: for which :func:`is_norm` holds, in the mode in which it was executed.
+        x: (N, ...) its input.
+        signal: (N, ...) dLoss/dOutput.
+    """
+    if hasattr(module, "input_gradient"):
+        result: Tensor = module.input_gradient(x, signal)
+        return result
+    gamma = _scale(module, x)
+    scaled = signal if gamma is None else signal * gamma
+    if isinstance(module, _BatchNorm) and not _uses_batch(module):
+        deviation: Tensor = (module.running_var + module.eps).sqrt()  # type: ignore[operator, union-attr]
+        return scaled / deviation.view(1, -1, *[1] * (x.dim() - 2))
+    hat, deviation, view, axes = _normalised(module, x)
+    scaled = scaled.reshape(view)
+    centred = scaled - scaled.mean(axes, keepdim=True) - hat * (scaled * hat).mean(axes, keepdim=True)
+    return (centred / deviation).reshape(x.shape)
+
+
+def norm_parameter_gradients(module: Any, x: Tensor, signal: Tensor) -> dict[str, Tensor]:
+    """Gradients of a normalisation's own scale and shift, by parameter name; empty if it has none."""
+    if getattr(module, "weight", None) is None:
+        return {}
+    if isinstance(module, _BatchNorm) and not _uses_batch(module):
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        hat = (x - module.running_mean.view(shape)) / (module.running_var + module.eps).sqrt().view(shape)  # type: ignore[union-attr, operator]
+    else:
+        hat = _normalised(module, x)[0].reshape(x.shape)
+    kept = x.dim() - len(module.normalized_shape) if isinstance(module, nn.LayerNorm) else None
+    axes = list(range(kept)) if kept is not None else [0, *range(2, x.dim())]
+    gradients = {"weight": (signal * hat).sum(axes)}
+    if getattr(module, "bias", None) is not None:
+        gradients["bias"] = signal.sum(axes)
+    return gradients
+
+
+def _uses_batch(module: _BatchNorm) -> bool:
+    return module.training or module.running_mean is None
+
+
+def _scale(module: Any, x: Tensor) -> Tensor | None:
+    weight = getattr(module, "weight", None)
+    if weight is None or isinstance(module, nn.LayerNorm):
+        return weight  # type: ignore[no-any-return]
+    return weight.view(1, -1, *[1] * (x.dim() - 2))  # type: ignore[no-any-return]
+
+
+def _normalised(module: Any, x: Tensor) -> tuple[Tensor, Tensor, torch.Size, list[int]]:
+    """Normalised input and standard deviation, in the view and over the axes in which the statistics are taken."""
+    if isinstance(module, nn.LayerNorm):
+        view, axes = x.shape, list(range(-len(module.normalized_shape), 0))
+    elif isinstance(module, nn.GroupNorm):
+        view, axes = torch.Size((x.shape[0], module.num_groups, x[0].numel() // module.num_groups)), [2]
+    else:
+        view, axes = x.shape, [0, *range(2, x.dim())]
+    parts = x.reshape(view)
+    variance, mean = torch.var_mean(parts, axes, correction=0, keepdim=True)
+    deviation = (variance + module.eps).sqrt()  # type: ignore[operator]
+    return (parts - mean) / deviation, deviation, view, axes

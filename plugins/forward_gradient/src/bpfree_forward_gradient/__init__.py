@@ -1,0 +1,1 @@
+"""Forward gradients for bpfree."""

@@ -1,0 +1,52 @@
+"""Noise: its distribution, and which directions share it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bpfree_forward_gradient.options import ForwardGradientConfig
+
+__all__ = ["Noise"]
+
+ODD_BYTES = 0x0101010101010101
+
+
+class Noise:
+    """Draws of K directions from one stream.
+
+    A derivative is even in its direction, so that a pair (v, -v) gives the same estimate twice. Antithetic directions differ in
+    sign at every second place instead: what one half of the places adds to the other half's estimate then cancels.
+
+    Args:
+        config: number of directions, distribution, pairing.
+        generator: of the step and block.
+    """
+
+    def __init__(self, config: ForwardGradientConfig, generator: torch.Generator) -> None:
+        self._config, self._generator = config, generator
+
+    def draw(self, shape: Sequence[int], place: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(K, *shape) with zero mean and unit variance; ``place`` numbers the sites or parameters."""
+        config = self._config
+        count = config.tangents // 2 if config.antithetic else config.tangents
+        make = _signs if config.noise == "rademacher" else _normal
+        value = make((count, *shape), device, dtype, self._generator)
+        if config.antithetic:
+            value = torch.cat([value, -value if place % 2 else value])
+        return value
+
+
+def _normal(shape: Sequence[int], device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.empty(shape, device=device, dtype=dtype).normal_(generator=generator)
+
+
+def _signs(shape: Sequence[int], device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Fair signs from random bytes, eight per draw: three times as fast as from uniform numbers."""
+    count = math.prod(shape)
+    words = torch.empty(-(-count // 8), device=device, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    words.bitwise_or_(ODD_BYTES)  # so that no byte is zero
+    return words.view(torch.int8)[:count].view(shape).to(dtype).sign_()

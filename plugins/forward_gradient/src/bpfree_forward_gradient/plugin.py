@@ -1,0 +1,21 @@
+"""What the plugin registers."""
+
+from __future__ import annotations
+
+from bpfree.hooks import hookimpl
+from bpfree.network.builders import NetworkBuilder
+from bpfree.rule import Rule
+from bpfree_forward_gradient.mixer import LOCAL_MIXER
+from bpfree_forward_gradient.rules import ForwardGradient, LocalBackprop, LocalForwardGradient
+
+bpfree_api = 1
+
+
+@hookimpl
+def bpfree_rules() -> dict[str, type[Rule]]:
+    return {"forward-gradient": ForwardGradient, "local-forward-gradient": LocalForwardGradient, "local-backprop": LocalBackprop}
+
+
+@hookimpl
+def bpfree_networks() -> dict[str, NetworkBuilder]:
+    return {"local-mixer": LOCAL_MIXER}

@@ -1,0 +1,184 @@
+"""The rules: forward gradients of one loss, forward gradients of local losses, and back-propagation of the same local losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bpfree import Batch, Card, Network, Rule, Step, Traits
+from bpfree.tasks.task import TaskSpec
+from bpfree_forward_gradient.losses import Head, group_count, refuse_patches
+from bpfree_forward_gradient.noise import Noise
+from bpfree_forward_gradient.options import ForwardGradientConfig, LocalBackpropConfig, LocalForwardGradientConfig
+from bpfree_forward_gradient.plan import describe
+from bpfree_forward_gradient.scope import Scope
+
+__all__ = ["ForwardGradient", "LocalBackprop", "LocalForwardGradient"]
+
+BAYDIN = "Baydin, Pearlmutter, Syme, Wood, Torr: Gradients without backpropagation. 2022, arXiv 2202.08587"
+REN = "Ren, Kornblith, Liao, Hinton: Scaling forward gradient with local losses. ICLR 2023, arXiv 2210.03310"
+
+
+class ForwardGradient(Rule):
+    """Forward gradients of the task's loss: noise times the loss's derivative along it, from one pass forwards."""
+
+    Config = ForwardGradientConfig
+    card = Card(
+        "forward gradient of the task's loss: noise times the derivative along it, no backward pass",
+        paper=f"{BAYDIN}; with noise on activities: {REN}",
+        equation="grad a_n = (dL/du . u)_n u_n, u_n ~ N(0, 1) on pre-activations a_n of example n;  grad W = sum_n grad a_n h_n^T",
+        notes="Unbiased; its variance grows with the number of perturbed units (activities) or parameters (weights). The readout's last "
+        "linear map takes its exact gradient in closed form, as in the published code of Ren et al.",
+    )
+    traits = Traits(dependence="all", downstream_weights="all", reverse_span=0)
+    config: ForwardGradientConfig
+
+    def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.config.check()
+        self.scopes = self._scopes()
+
+    def _scopes(self) -> list[Scope]:
+        return [Scope(self.network.blocks, self.network.input_shape, self.config, scores=True)]
+
+    def plan(self) -> str:
+        return describe(self.scopes, self.config)
+
+    def _noise(self, step: Step) -> Any:
+        return lambda block: Noise(self.config, step.generator_for(block))
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        return self._output_credit(self.scopes[-1], batch.inputs, batch, step)
+
+    @torch.no_grad()
+    def _output_credit(self, scope: Scope, x: Tensor, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Credit of the scope that ends with the scores."""
+        execution = scope.run(x, self._noise(step))
+        execution.credit(self.spec.error(execution.output, batch))
+        return {"loss": self.spec.loss(execution.output, batch)}
+
+
+class LocalForwardGradient(ForwardGradient):
+    """Forward gradients of greedy local losses: each block has a linear head, and no derivative crosses a block's border."""
+
+    Config = LocalForwardGradientConfig
+    card = Card(
+        "forward gradients of greedy local losses per block, patch and group of channels",
+        paper=REN,
+        equation="grad a_{n,p,g} = (dL_{p,g}/du . u)_{n,p,g} u_{n,p,g};  L_{p,g}: cross-entropy of a linear head on the block's pooled "
+        "features, of which only patch p and group g pass credit",
+        notes="Heads and readout take their exact gradients in closed form, as in the published code. The readout sees the last block's "
+        "output behind a stop-gradient. Where a site reaches several of these losses (a dense layer inside a block, token mixing), its "
+        "derivative is their sum: bpfree train --print-plan says which.",
+    )
+    traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=0)
+    config: LocalForwardGradientConfig
+
+    def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.heads = local_heads(self.network, spec, self.config.pool)
+
+    def _scopes(self) -> list[Scope]:
+        network, config = self.network, self.config
+        refuse_patches(config.losses, {name: network.shapes[name] for name in network.hidden})
+        shapes = [network.input_shape, *network.shapes.values()]
+        scopes = []
+        for (name, block), entry, shape in zip(network.blocks.items(), shapes, shapes[1:], strict=False):
+            local = name != network.readout
+            groups = group_count(channels(shape), config.losses, config.group_size, getattr(block, "groups", None)) if local else 1
+            tokens = shape[0] if local and len(shape) == 2 and config.losses in ("patchwise", "all") else 0
+            scopes.append(Scope({name: block}, entry, config, scores=not local, groups=groups, tokens=tokens))
+        return scopes
+
+    @torch.no_grad()
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        metrics: dict[str, Tensor] = {}
+        x = batch.inputs
+        for name, scope in zip(self.network.hidden, self.scopes, strict=False):
+            execution = scope.run(x, self._noise(step))
+            head: Head = self.heads[name]  # type: ignore[assignment]
+            pooled = head.pooled(execution.output)
+            scores = head.linear(pooled)
+            error = self.spec.error(scores, batch)
+            head.credit(pooled, error)
+            execution.credit(head.cotangent(error))
+            metrics[f"{name}/loss"] = self.spec.loss(scores, batch)
+            x = execution.output
+            del execution
+        return metrics | self._output_credit(self.scopes[-1], x, batch, step)
+
+    def objective(self, batch: Batch, step: Step) -> Tensor:
+        return local_loss(self.network, self.heads, self.spec, batch, greedy=True)
+
+    def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        return local_scores(self.network, self.heads, inputs)
+
+
+class LocalBackprop(Rule):
+    """The same local losses by back-propagation: what the local forward gradients estimate."""
+
+    Config = LocalBackpropConfig
+    card = Card(
+        "back-propagation of local losses: inside each block (greedy), or through all blocks below",
+        paper=f"{REN}: rows LG-BP (greedy) and L-BP",
+        equation="grad W_l = dL_l/dW_l (greedy), or sum over m >= l of dL_m/dW_l;  L_l: cross-entropy of a linear head on block l",
+        notes="Per patch and group these losses have the same gradients as per block: the parts add up to the whole.",
+    )
+    config: LocalBackpropConfig
+
+    @property
+    def traits(self) -> Traits:  # type: ignore[override]
+        if self.config.greedy:
+            return Traits(dependence="upstream", downstream_weights=0, reverse_span=1)
+        return Traits(dependence="all", downstream_weights="all", reverse_span="all")
+
+    def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.heads = local_heads(self.network, spec, self.config.pool)
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        loss = local_loss(self.network, self.heads, self.spec, batch, greedy=self.config.greedy)
+        if loss.requires_grad:
+            loss.backward()
+        return {"loss": loss.detach()}
+
+    def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        return local_scores(self.network, self.heads, inputs)
+
+
+def channels(shape: torch.Size) -> int:
+    """Channels of a block's output."""
+    return shape[0] if len(shape) == 3 else shape[-1]
+
+
+def local_heads(network: Network, spec: TaskSpec, pool: int) -> nn.ModuleDict:
+    """A head for each hidden block."""
+    return nn.ModuleDict({name: Head(network.shapes[name], spec.outputs, pool) for name in network.hidden})
+
+
+def local_scores(network: Network, heads: nn.ModuleDict, x: Tensor) -> dict[str, Tensor]:
+    """(N, C) the scores of each head, by block."""
+    scores = {}
+    for name in network.hidden:
+        x = network.blocks[name](x)
+        scores[name] = heads[name](x)
+    return scores
+
+
+def local_loss(network: Network, heads: nn.ModuleDict, spec: TaskSpec, batch: Batch, *, greedy: bool) -> Tensor:
+    """The sum of all heads' losses and the readout's, by autograd; the readout's input is behind a stop-gradient."""
+    x, losses = batch.inputs, []
+    for name in network.hidden:
+        x = network.blocks[name](x)
+        losses.append(spec.loss(heads[name](x), batch))
+        x = x.detach() if greedy else x
+    losses.append(spec.loss(network.blocks[network.readout or ""](x.detach()), batch))
+    return total(losses)
+
+
+def total(losses: Iterable[Tensor]) -> Tensor:
+    """Their sum."""
+    return torch.stack(list(losses)).sum()
