@@ -190,6 +190,13 @@ class Rule(nn.Module, ABC):
         each contribution by the micro-batch's share of the batch.
         """
 
+    def plan(self) -> str:
+        """What the rule makes of this very network, in plain text: which layers, where noise goes, which path is used.
+
+        Shown before training and kept with the run; the empty string: there is nothing to say.
+        """
+        return ""
+
     def learn(self, batch: Batch, step: Step) -> Metrics:
         """One step: by default ``credit``, then ``step.apply()``."""
         metrics = self.credit(batch, step)

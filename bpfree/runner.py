@@ -135,6 +135,7 @@ def _train(
             augment=[recipe.registry.get("augmentations", name) for name in recipe.task.augment],
             data={"resident": RESIDENT[recipe.settings.data.resident], "workers": recipe.settings.data.workers},
         )
+        plan = rule.plan()
     except BaseException:
         if checkpoint is None:  # nothing was trained: leave nothing behind
             record.folder.rmdir()
@@ -142,10 +143,13 @@ def _train(
     record.config = recipe.flat()
     record.tags = tags(recipe, task) | record.tags
     (record.folder / "config.yaml").write_text(recipe.to_yaml())
+    if plan:
+        record.artifacts["plan.txt"] = record.folder / "plan.txt"
+        record.artifacts["plan.txt"].write_text(f"{plan.rstrip()}\n", encoding="utf-8")
     try:
         return trainer.fit(checkpoint)
     except BaseException:
-        if [path.name for path in record.folder.iterdir()] == ["config.yaml"]:  # it had not begun
+        if {path.name for path in record.folder.iterdir()} <= {"config.yaml", "plan.txt"}:  # it had not begun
             shutil.rmtree(record.folder)
         raise
 

@@ -7,9 +7,20 @@ from typing import Any
 
 import click
 
+from bpfree.hooks import hookimpl
 from bpfree.training.run import Run
 
-__all__ = ["exit_code", "print_result", "print_table"]
+__all__ = ["PlanDisplay", "exit_code", "print_result", "print_table"]
+
+
+class PlanDisplay:
+    """Shows a run's ``plan.txt``, if it has one, on standard error before training begins."""
+
+    @hookimpl(tryfirst=True)
+    def run_start(self, run: Run) -> None:
+        """Show it."""
+        if "plan.txt" in run.artifacts:
+            click.echo(run.artifacts["plan.txt"].read_text(encoding="utf-8"), err=True)
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Iterable[int] = ()) -> None:

@@ -30,17 +30,24 @@ Ctrl-C (or SIGTERM) saves a checkpoint first; `bpfree train --resume RUN` goes o
 @click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
 @click.option("--config", "-c", "configs", multiple=True, type=click.Path(path_type=Path), help="YAML file of settings; later ones win.")
 @click.option("--print-config", is_flag=True, help="Print the complete configuration with the meaning of each key, and stop.")
+@click.option("--print-plan", is_flag=True, help="Print what the rule makes of its network, if it says so, and stop.")
 @click.option("--resume", metavar="RUN", help="Go on with a run: its folder, its name, or a checkpoint.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress display.")
-def train(settings: tuple[str, ...], configs: tuple[Path, ...], print_config: bool, resume: str | None, quiet: bool) -> int:
+def train(
+    settings: tuple[str, ...], configs: tuple[Path, ...], print_config: bool, print_plan: bool, resume: str | None, quiet: bool
+) -> int:
     from bpfree import runner
-    from bpfree.cli.output import exit_code, print_result
+    from bpfree.cli.output import PlanDisplay, exit_code, print_result
     from bpfree.config import parse_words, read_yaml, resolve
+    from bpfree.errors import UsageError
 
+    observers = [] if quiet else [PlanDisplay()]
     leaves = [leaf for path in configs for leaf in read_yaml(path)] + parse_words(settings)
     if resume is not None:
+        if print_config or print_plan:
+            raise UsageError("a run that goes on is trained, not printed", where="--resume", fix="its folder has config.yaml and plan.txt")
         output = next((str(leaf.value) for leaf in reversed(leaves) if leaf.key == "output"), "runs")
-        run = runner.resume(resume, output=output, changes=leaves, quiet=quiet)
+        run = runner.resume(resume, output=output, changes=leaves, quiet=quiet, observers=observers)
         if run.resumed and not run.tags:
             click.echo("the run had finished already; a longer budget (budget.epochs=...) would go on with it\n", err=True)
     else:
@@ -48,9 +55,13 @@ def train(settings: tuple[str, ...], configs: tuple[Path, ...], print_config: bo
         if print_config:
             click.echo(recipe.to_yaml(comments=True), nl=False)
             return 0
+        if print_plan:
+            plan = recipe.build_rule(recipe.spec()).plan()
+            click.echo(plan.rstrip() or f"the rule {recipe.names['rule']!r} has no plan to print")
+            return 0
         if not quiet:
             names = recipe.names
             click.echo(f"{names['rule']} on {names['task']}: loading data, opening the tracking store ...", err=True)
-        run = runner.run(recipe, quiet=quiet)
+        run = runner.run(recipe, quiet=quiet, observers=observers)
     print_result(run)
     return exit_code(run)
