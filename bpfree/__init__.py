@@ -10,27 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 from bpfree.version import __version__
 
-if TYPE_CHECKING:
-    from bpfree.config import load_task
-    from bpfree.errors import BpfreeError, UsageError
-    from bpfree.hooks import API_VERSION, hookimpl
-    from bpfree.network.builders import mlp, vgg
-    from bpfree.network.network import Network
-    from bpfree.network.split import plan, split
-    from bpfree.network.trace import Trace, Traces
-    from bpfree.options import OptimizerConfig, ScheduleConfig, option
-    from bpfree.plugins import installed_plugins
-    from bpfree.rule import Broadcast, Card, Rule, Streamed, Traits
-    from bpfree.saved import Saved, load
-    from bpfree.step import Batch, Budget, Phase, Step
-    from bpfree.tasks.task import Split, Task, TaskSpec
-    from bpfree.training.config import BudgetConfig, TrainConfig
-    from bpfree.training.run import Run
-    from bpfree.training.trainer import Trainer
-    from bpfree.training.updater import new_step
+if TYPE_CHECKING:  # `as` makes them exports for type checkers
+    from bpfree.config import load_task as load_task
+    from bpfree.errors import BpfreeError as BpfreeError, UsageError as UsageError
+    from bpfree.hooks import API_VERSION as API_VERSION, hookimpl as hookimpl
+    from bpfree.network.builders import mlp as mlp, vgg as vgg
+    from bpfree.network.network import Network as Network
+    from bpfree.network.split import plan as plan, split as split
+    from bpfree.network.trace import Trace as Trace, Traces as Traces
+    from bpfree.options import OptimizerConfig as OptimizerConfig, ScheduleConfig as ScheduleConfig, option as option
+    from bpfree.plugins import installed_plugins as installed_plugins
+    from bpfree.rule import Broadcast as Broadcast, Card as Card, Rule as Rule, Streamed as Streamed, Traits as Traits
+    from bpfree.saved import Saved as Saved, load as load
+    from bpfree.step import Batch as Batch, Budget as Budget, Phase as Phase, Step as Step
+    from bpfree.tasks.task import Split as Split, Task as Task, TaskSpec as TaskSpec
+    from bpfree.training.alignment import AlignmentConfig as AlignmentConfig
+    from bpfree.training.config import BudgetConfig as BudgetConfig, TrainConfig as TrainConfig
+    from bpfree.training.run import Run as Run
+    from bpfree.training.trainer import Trainer as Trainer
+    from bpfree.training.updater import new_step as new_step
 
 _HOME = {
     "API_VERSION": "hooks",
+    "AlignmentConfig": "training.alignment",
     "Batch": "step",
     "BudgetConfig": "training.config",
     "BpfreeError": "errors",

@@ -190,6 +190,13 @@ class Rule(nn.Module, ABC):
         each contribution by the micro-batch's share of the batch.
         """
 
+    def objective(self, batch: Batch, step: Step) -> Tensor | None:
+        """The scalar, differentiable by autograd, whose gradient ``credit`` estimates; for diagnostics and tests only.
+
+        ``None``: the task's loss of the network's output. Noise is to be drawn from ``step`` as in ``credit``.
+        """
+        return None
+
     def plan(self) -> str:
         """What the rule makes of this very network, in plain text: which layers, where noise goes, which path is used.
 

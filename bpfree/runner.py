@@ -18,7 +18,7 @@ from bpfree.training.trainer import Trainer
 
 __all__ = ["resume", "run"]
 
-CHANGEABLE = {"budget", "evaluation", "checkpoint", "tracking", "data", "device", "threads", "log_interval", "diagnostics"}
+CHANGEABLE = {"budget", "evaluation", "checkpoint", "tracking", "data", "device", "threads", "log_interval", "diagnostics", "alignment"}
 """Sections and keys that may change when a run is resumed."""
 
 RESIDENT = {"auto": None, "yes": True, "no": False}

@@ -8,9 +8,10 @@ from typing import Literal
 from bpfree.errors import UsageError
 from bpfree.options import OptimizerConfig, ScheduleConfig, option
 from bpfree.step import Budget
+from bpfree.training.alignment import AlignmentConfig
 from bpfree.training.updater import ClipConfig
 
-__all__ = ["BudgetConfig", "CheckpointConfig", "EvaluationConfig", "TrainConfig"]
+__all__ = ["AlignmentConfig", "BudgetConfig", "CheckpointConfig", "EvaluationConfig", "TrainConfig"]
 
 DEFAULT_EPOCHS = 10
 
@@ -78,4 +79,5 @@ class TrainConfig:
     frozen_twin: bool = option(False, "train the rule's frozen twin: features as initialised, the readout recipe as it is")
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     log_interval: float = option(1.0, "seconds between looks at the step metrics (which stay on the device until then)", gt=0)

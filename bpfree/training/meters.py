@@ -89,6 +89,13 @@ class Clock:
         self._total = self.seconds
         self._since = None
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What is done inside does not count."""
+        self.stop()
+        yield
+        self.start()
+
     @property
     def seconds(self) -> float:
         """Counted so far (without waiting for the device)."""

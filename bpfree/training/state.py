@@ -13,6 +13,7 @@ from bpfree.errors import BpfreeError
 from bpfree.rule import Rule
 from bpfree.step import Phase, Step
 from bpfree.training import seeds
+from bpfree.training.alignment import Alignment
 from bpfree.training.config import TrainConfig
 from bpfree.training.meters import Clock, StepMemory, StepMetrics
 from bpfree.training.updater import Updater
@@ -55,7 +56,7 @@ class State:
 
     Attributes:
         at: how far the run has come.
-        clock, metrics, memory: what it measures.
+        clock, metrics, memory, alignment: what it measures.
         updater, step: optimisers, and the step that rules are handed.
         begun: phases that have begun, which is what a loaded rule must replay.
         best: validation score and weights (on the CPU) of the best epoch, where weights are selected so.
@@ -69,6 +70,8 @@ class State:
         generator = torch.Generator(device).manual_seed(seeds.derive(config.seed, "noise"))
         keyed = seeds.KeyedGenerators(config.seed, device, lambda: (self.step.index, self.step.part))
         self.step = Step(generator, keyed, self.updater.apply, self.updater.lr, Phase())
+        parts = config.accumulate
+        self.alignment = Alignment(rule, self.updater, config.alignment, seed=config.seed, parts=parts, device=device)
         self.best: tuple[float, dict[str, Any]] | None = None
         self.restored = False
         self.begun = 0
@@ -108,7 +111,7 @@ class State:
             "samples_per_second": samples / spent if spent else 0.0,
             "step_ms": 1000 * spent / steps if steps else 0.0,
             "peak_memory_mb": self.peak_memory(),
-            **{f"rule/{name}": value for name, value in self.metrics.epoch().items()},
+            **self.metrics.epoch(),
         }
 
     def costs(self) -> dict[str, float]:

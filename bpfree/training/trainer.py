@@ -173,13 +173,17 @@ class Trainer:
             raise Interrupted(self._stop_reason, self.run.folder)
 
     def _learn(self, batch: Batch) -> Metrics:
-        if not self._state.memory.wants(self._state.step.phase.name):
-            return self._update(batch)
-        self._state.clock.stop()  # a watched step is a slow one
-        with self._state.memory.watch():
-            metrics = self._update(batch)
-        self._state.clock.start()
-        return metrics
+        """Take the step, after what is measured on its side; returns all metrics by their full names."""
+        state, metrics = self._state, {}
+        if state.alignment.wants(state.step):
+            with state.clock.stopped():
+                metrics = state.alignment.measure(batch, state.step)
+        if state.memory.wants(state.step.phase.name):
+            with state.clock.stopped(), state.memory.watch():  # a watched step is a slow one
+                learned = self._update(batch)
+        else:
+            learned = self._update(batch)
+        return metrics | {f"rule/{name}": value for name, value in learned.items()}
 
     def _update(self, batch: Batch) -> Metrics:
         if self.config.accumulate > 1:
@@ -210,15 +214,14 @@ class Trainer:
         """Read the step metrics, notice divergence, save if it is time."""
         self._next_look = time.perf_counter() + self.config.log_interval
         at = self._state.at
-        means = {f"rule/{name}": value for name, value in self._state.metrics.flush().items()}
+        means = self._state.metrics.flush()
         self._check_losses(means)
         standing = {"step": float(at.step), "epoch": at.epoch + at.share, "samples": float(at.samples)}
         standing |= {"progress": self._state.step.progress, "seconds": self._state.clock.seconds}
         self._notify("progress", metrics=standing | means)
         if time.monotonic() - self._saved_at > 60 * self.config.checkpoint.minutes:
-            self._state.clock.stop()
-            self._save()
-            self._state.clock.start()
+            with self._state.clock.stopped():
+                self._save()
 
     def _notify(self, hook: str, **arguments: Any) -> None:
         self._observers.notify(hook, run=self.run, **arguments)

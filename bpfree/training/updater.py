@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from bpfree.training.optimizers import adopt, make_optimizer
 from bpfree.training.schedules import shape_of, torch_scheduler
 from bpfree.training.seeds import KeyedGenerators, derive
 
-__all__ = ["ClipConfig", "Updater", "accumulate", "new_step"]
+__all__ = ["ClipConfig", "Updater", "accumulate", "gather", "new_step"]
 
 
 @dataclass
@@ -126,6 +127,11 @@ class Updater:
         for parameter in self.rule.parameters():
             parameter.grad = None
 
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those made so far, one per kind of phase."""
+        return list(self._optimizers.values())
+
     def tensors(self) -> list[Tensor]:
         """All tensors of the optimisers' state."""
         return [v for o in self._optimizers.values() for state in o.state.values() for v in state.values() if isinstance(v, Tensor)]
@@ -171,10 +177,27 @@ def _trainable_groups(rule: Rule) -> dict[str, list[nn.Parameter]]:
 
 
 def accumulate(rule: Rule, batch: Batch, step: Step, parts: int) -> Metrics:
-    """One step from ``parts`` micro-batches: each contribution to ``.grad`` scaled by its share of the batch.
+    """One step from ``parts`` micro-batches; equals the large batch's for rules whose credit is a mean over examples."""
+    metrics = gather(rule.credit, rule, batch, step, parts)
+    step.apply()
+    return metrics
 
-    The result equals the large batch's for rules whose credit is a mean over examples.
+
+def gather(credit: Callable[[Batch, Step], Metrics], rule: Rule, batch: Batch, step: Step, parts: int) -> Metrics:
+    """Fill ``.grad`` from ``parts`` micro-batches: each contribution scaled by its share of the batch.
+
+    Args:
+        credit: adds to ``.grad`` of the rule's parameters.
+        rule: whose parameters these are.
+        batch: the whole.
+        step: handed to ``credit``, with its ``part`` set.
+        parts: as many micro-batches, if the batch has two examples for each.
+
+    Returns:
+        Means of the metrics over the batch.
     """
+    if parts == 1:
+        return credit(batch, step)
     total = len(batch)
     parts = min(parts, max(1, total // 2))  # no micro-batch of one example, which batch norm cannot normalise
     sums: Metrics = {}
@@ -188,13 +211,12 @@ def accumulate(rule: Rule, batch: Batch, step: Step, parts: int) -> Metrics:
         before = [p.grad for p in parameters if p.grad is not None]
         if before:  # so that scaling the sum afterwards leaves what was there
             torch._foreach_mul_(before, 1 / share)
-        for name, value in rule.credit(micro, step).items():
+        for name, value in credit(micro, step).items():
             sums[name] = sums[name] + value * share if name in sums else value * share
         after = [p.grad for p in parameters if p.grad is not None]
         if after:
             torch._foreach_mul_(after, share)
     step.part = 0
-    step.apply()
     return sums
 
 

@@ -1,0 +1,200 @@
+"""How well a rule's credit agrees with gradients by reverse mode, measured on the side: the run stays as it is, bit for bit.
+
+On a sampled step, before the step itself, the same batch is met several times: by reverse mode through the task's loss of
+the whole network, by reverse mode through the rule's own ``objective`` where it has one, and by the rule. All meet the same
+weights and, through torch's global generators, the same dropout masks; afterwards everything is put back.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bpfree.options import option
+from bpfree.rule import Metrics, Rule
+from bpfree.step import Batch, Step
+from bpfree.training.seeds import KeyedGenerators, derive
+from bpfree.training.snapshot import Snapshot
+from bpfree.training.updater import Updater, gather
+
+__all__ = ["Alignment", "AlignmentConfig"]
+
+Vectors = dict[str, Tensor]
+"""A flat gradient for each block."""
+
+
+@dataclass
+class AlignmentConfig:
+    """How often a rule's credit is compared with true gradients; none of it counts as training time."""
+
+    every: int = option(0, "compare the rule's credit with true gradients at every so many steps; 0: never", ge=0)
+    draws: int = option(0, "estimates of the same batch, with other noise, that the variance is taken from; 0 or 1: no variance", ge=0)
+
+
+class Alignment:
+    """Compares a rule's estimate with true gradients, block by block.
+
+    The estimate is what ``credit`` leaves in ``.grad``. For a rule that applies updates itself it is the sum of what each
+    ``step.apply`` consumes while the rule takes its step (which is undone), and for a block that it moves in place, minus the
+    change: then the ratio of norms contains the size of the step. Only parameters that learn in the current phase count.
+
+    Args:
+        rule: on its device.
+        updater: which applies its updates.
+        config: how often and how many draws.
+        seed: of the run.
+        parts: micro-batches per update; both estimate and gradients are accumulated over them.
+        device: the run's.
+    """
+
+    def __init__(
+        self, rule: Rule, updater: Updater, config: AlignmentConfig, *, seed: int = 0, parts: int = 1, device: torch.device | None = None
+    ) -> None:
+        self._rule, self._updater, self._config = rule, updater, config
+        self._seed, self._parts = seed, parts
+        self._device = device or next(rule.parameters()).device
+
+    def wants(self, step: Step) -> bool:
+        """Whether this step is sampled."""
+        return self._config.every > 0 and step.index % self._config.every == 0
+
+    def measure(self, batch: Batch, step: Step) -> Metrics:
+        """Detached scalars on the device, for each block to which the rule gives credit (``alignment/NAME/...``).
+
+        ``cosine``, ``norm_ratio``: between the estimate and the gradient of the task's loss, where the network is a chain
+        with a readout that takes the task's inputs; norm of the estimate over norm of the gradient.
+        ``objective_cosine``, ``objective_norm_ratio``: the same with the gradient of the rule's ``objective``.
+        ``variance``: with M >= 2 draws g_m, ``sum_m |g_m - mean|^2 / (M - 1)`` over the squared norm of the objective's
+        gradient; without an objective, of the task's; without either, of the mean of the draws. The draws differ in the
+        rule's own noise alone, not in dropout.
+
+        Args:
+            batch: the step's.
+            step: the step that is about to be taken; it is not touched.
+        """
+        optimizers = [] if self._rule.traits.update == "grad" else self._updater.optimizers
+        aside = partial(self._aside, Snapshot(self._rule, *optimizers, device=self._device), batch, step)
+        task = aside(self._descend(self._task_loss)) if self._has_task_loss(batch) else {}
+        objective = aside(self._descend(self._rule.objective))
+        estimate = aside(self._estimate)
+        metrics = {**_compare(estimate, task, ""), **_compare(estimate, objective, "objective_")}
+        if self._config.draws > 1:
+            draws = itertools.chain([estimate], (aside(self._estimate, draw=draw) for draw in range(1, self._config.draws)))
+            metrics |= _relative_variance(draws, {**task, **objective})
+        return {f"alignment/{name}": value for name, value in metrics.items()}
+
+    # --- executions that leave nothing behind -----------------------------------------------------------------------
+
+    def _aside(self, before: Snapshot, batch: Batch, step: Step, fill: Callable[[Batch, Step], object], draw: int = 0) -> Vectors:
+        """The blocks' gradients that ``fill`` leaves in ``.grad``; then everything is as before."""
+        try:
+            self._updater.zero_grad()
+            fill(batch, self._own_step(step, draw))
+            return dict(self._gradients())
+        finally:
+            before.restore()
+
+    def _own_step(self, step: Step, draw: int) -> Step:
+        """A copy of the step: with its noise (draw 0), or with other noise."""
+        generator = torch.Generator(self._device)
+        if draw:
+            generator.manual_seed(derive(self._seed, "alignment", step.index, draw))
+        else:
+            generator.set_state(step.generator.get_state())
+        seed = derive(self._seed, "alignment", draw) if draw else self._seed
+        own = replace(step, generator=generator)
+        own.generator_for = KeyedGenerators(seed, self._device, lambda: (own.index, own.part))
+        return own
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Blocks with a gradient, at least in single precision; a parameter without one counts as zero."""
+        for name, parameters in self._blocks():
+            if any(p.grad is not None for p in parameters):
+                parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+                flat = torch.cat([part.detach().flatten() for part in parts])
+                yield name, flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+    def _blocks(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
+        for name, block in self._rule.network.blocks.items():
+            yield name, [p for p in block.parameters() if p.requires_grad]
+
+    # --- true gradients ---------------------------------------------------------------------------------------------
+
+    def _descend(self, loss: Callable[[Batch, Step], Tensor | None]) -> Callable[[Batch, Step], object]:
+        """Fills ``.grad`` with the gradient of a loss by reverse mode."""
+
+        def credit(batch: Batch, step: Step) -> Metrics:
+            with torch.enable_grad():
+                value = loss(batch, step)
+                if value is not None and value.requires_grad:
+                    value.backward()
+            return {}
+
+        return lambda batch, step: gather(credit, self._rule, batch, step, self._parts)
+
+    def _has_task_loss(self, batch: Batch) -> bool:
+        network = self._rule.network
+        whole = network.chain and network.readout is not None and network.input_shape == self._rule.spec.input_shape
+        return whole and batch.targets is not None
+
+    def _task_loss(self, batch: Batch, step: Step) -> Tensor:
+        return self._rule.spec.loss(self._rule.network(batch.inputs), batch)
+
+    # --- the rule's estimate ----------------------------------------------------------------------------------------
+
+    def _estimate(self, batch: Batch, step: Step) -> None:
+        if self._rule.traits.update == "grad":
+            gather(self._rule.credit, self._rule, batch, step, self._parts)
+        else:
+            self._estimate_by_step(batch, step)
+
+    def _estimate_by_step(self, batch: Batch, step: Step) -> None:
+        """Let the rule take its step, since later parts of it may see what earlier ones moved, and note what was applied."""
+        applied: dict[nn.Parameter, Tensor] = {}
+
+        def apply(*names: str) -> None:
+            for parameter in itertools.chain.from_iterable(self._updater.groups.get(name, ()) for name in names or self._updater.groups):
+                if parameter.grad is not None:
+                    applied[parameter] = applied[parameter] + parameter.grad if parameter in applied else parameter.grad.clone()
+            self._updater.apply(*names)
+
+        step.apply = apply
+        before = {p: p.detach().clone() for _, parameters in self._blocks() for p in parameters}
+        self._rule.learn(batch, step)
+        for _, parameters in self._blocks():
+            in_place = self._rule.traits.update == "in-place" and not any(p in applied for p in parameters)
+            for parameter in parameters:
+                parameter.grad = before[parameter] - parameter.detach() if in_place else applied.get(parameter)
+
+
+def _compare(estimate: Vectors, reference: Vectors, prefix: str) -> Metrics:
+    """Cosine and ratio of norms for each block that has both; a cosine with zero is zero."""
+    metrics = {}
+    for name in (name for name in estimate if name in reference):
+        ours, true = estimate[name], reference[name]
+        tiny = torch.finfo(true.dtype).tiny
+        norm, length = ours.norm(), true.norm()
+        metrics[f"{name}/{prefix}cosine"] = (ours / norm.clamp_min(tiny)) @ (true / length.clamp_min(tiny))
+        metrics[f"{name}/{prefix}norm_ratio"] = norm / length.clamp_min(tiny)
+    return metrics
+
+
+def _relative_variance(draws: Iterator[Vectors], reference: Vectors) -> Metrics:
+    """Unbiased variance of the draws over the squared norm of the reference, else of their mean; Welford's recurrence."""
+    first = next(draws)
+    mean = {name: value.clone() for name, value in first.items()}
+    squares = {name: value.new_zeros(()) for name, value in first.items()}
+    count = 1
+    for count, vectors in enumerate(draws, start=2):
+        for name, centre in mean.items():
+            change = vectors.get(name, torch.zeros_like(centre)) - centre
+            centre += change / count
+            squares[name] += change @ (vectors.get(name, torch.zeros_like(centre)) - centre)
+    scale = {name: reference.get(name, centre).square().sum() for name, centre in mean.items()}
+    tiny = {name: torch.finfo(value.dtype).tiny for name, value in scale.items()}
+    return {f"{name}/variance": value / (count - 1) / scale[name].clamp_min(tiny[name]) for name, value in squares.items()}
