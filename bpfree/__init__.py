@@ -12,20 +12,38 @@ from bpfree.version import __version__
 
 if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.config import load_task as load_task
-    from bpfree.errors import BpfreeError as BpfreeError, UsageError as UsageError
-    from bpfree.hooks import API_VERSION as API_VERSION, hookimpl as hookimpl
-    from bpfree.network.builders import mlp as mlp, vgg as vgg
+    from bpfree.errors import BpfreeError as BpfreeError
+    from bpfree.errors import UsageError as UsageError
+    from bpfree.hooks import API_VERSION as API_VERSION
+    from bpfree.hooks import hookimpl as hookimpl
+    from bpfree.network.builders import mlp as mlp
+    from bpfree.network.builders import vgg as vgg
     from bpfree.network.network import Network as Network
-    from bpfree.network.split import plan as plan, split as split
-    from bpfree.network.trace import Trace as Trace, Traces as Traces
-    from bpfree.options import OptimizerConfig as OptimizerConfig, ScheduleConfig as ScheduleConfig, option as option
+    from bpfree.network.split import plan as plan
+    from bpfree.network.split import split as split
+    from bpfree.network.trace import Trace as Trace
+    from bpfree.network.trace import Traces as Traces
+    from bpfree.options import OptimizerConfig as OptimizerConfig
+    from bpfree.options import ScheduleConfig as ScheduleConfig
+    from bpfree.options import option as option
     from bpfree.plugins import installed_plugins as installed_plugins
-    from bpfree.rule import Broadcast as Broadcast, Card as Card, Rule as Rule, Streamed as Streamed, Traits as Traits
-    from bpfree.saved import Saved as Saved, load as load
-    from bpfree.step import Batch as Batch, Budget as Budget, Phase as Phase, Step as Step
-    from bpfree.tasks.task import Split as Split, Task as Task, TaskSpec as TaskSpec
+    from bpfree.rule import Broadcast as Broadcast
+    from bpfree.rule import Card as Card
+    from bpfree.rule import Rule as Rule
+    from bpfree.rule import Streamed as Streamed
+    from bpfree.rule import Traits as Traits
+    from bpfree.saved import Saved as Saved
+    from bpfree.saved import load as load
+    from bpfree.step import Batch as Batch
+    from bpfree.step import Budget as Budget
+    from bpfree.step import Phase as Phase
+    from bpfree.step import Step as Step
+    from bpfree.tasks.task import Split as Split
+    from bpfree.tasks.task import Task as Task
+    from bpfree.tasks.task import TaskSpec as TaskSpec
     from bpfree.training.alignment import AlignmentConfig as AlignmentConfig
-    from bpfree.training.config import BudgetConfig as BudgetConfig, TrainConfig as TrainConfig
+    from bpfree.training.config import BudgetConfig as BudgetConfig
+    from bpfree.training.config import TrainConfig as TrainConfig
     from bpfree.training.run import Run as Run
     from bpfree.training.trainer import Trainer as Trainer
     from bpfree.training.updater import new_step as new_step

@@ -6,7 +6,10 @@ can join in, with methods of their own:
 
 - a linear map: ``parameter_gradients(x, signal) -> dict[str, Tensor]`` by parameter name, and, if its outputs are rows of
   its weight, an integer attribute ``rows``;
-- a normalisation: a true attribute ``normalises`` and ``input_gradient(x, signal) -> Tensor``.
+- a normalisation without parameters: a true attribute ``normalises`` and ``input_gradient(x, signal) -> Tensor``.
+
+Subclasses of torch's layers are not taken for what they derive from: they may compute something else (torchvision's ``LayerNorm2d``
+moves axes first), or make their weights from other parameters.
 """
 
 from __future__ import annotations
@@ -26,26 +29,31 @@ CONVOLUTIONS = {
     nn.Conv2d: conv_gradients.conv2d_weight,
     nn.Conv3d: conv_gradients.conv3d_weight,
 }
+NORMS = {nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether :func:`parameter_gradients` knows the module: a linear layer, a convolution, or one that brings its own."""
-    return type(module) is nn.Linear or type(module) in CONVOLUTIONS or hasattr(module, "parameter_gradients")
+    if type(module) is nn.Linear or type(module) in CONVOLUTIONS:
+        return isinstance(module._parameters.get("weight"), Tensor)  # not made anew from others, as pruning and weight_norm do
+    return hasattr(module, "parameter_gradients")
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether :func:`input_gradient` knows the module: layer, group or batch norm, or one that brings its own."""
-    return isinstance(module, (nn.LayerNorm, nn.GroupNorm, _BatchNorm)) or bool(getattr(module, "normalises", False))
+    if type(module) in NORMS:
+        return isinstance(module._parameters.get("weight"), Tensor) or getattr(module, "weight", None) is None
+    return bool(getattr(module, "normalises", False)) and next(module.parameters(), None) is None
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether the module normalises with statistics of the batch when it trains."""
+    """Whether the module normalises with statistics of the batch when it trains; subclasses do too."""
     return isinstance(module, _BatchNorm)
 
 
 def output_rows(module: nn.Module) -> int | None:
     """The length of the weight's first axis, if its entries make successive runs of the output's channels; else ``None``."""
-    if isinstance(module, nn.Linear):
+    if type(module) is nn.Linear:
         return module.out_features
     if type(module) in CONVOLUTIONS:
         return int(module.out_channels)  # type: ignore[arg-type]
@@ -77,7 +85,7 @@ def parameter_gradients(module: nn.Module, x: Tensor, signal: Tensor) -> dict[st
         gradients = {"weight": _convolution(module, x, signal)}
     if module.bias is not None:
         gradients["bias"] = rows.sum(0)
-    return gradients if signal.dtype == weight.dtype else {name: value.to(weight.dtype) for name, value in gradients.items()}
+    return {name: value.to(weight.dtype) for name, value in gradients.items()}
 
 
 def _convolution(module: Any, x: Tensor, signal: Tensor) -> Tensor:
@@ -107,15 +115,18 @@ def input_gradient(module: Any, x: Tensor, signal: Tensor) -> Tensor:
         module: for which :func:`is_norm` holds, in the mode in which it was executed.
         x: (N, ...) its input.
         signal: (N, ...) dLoss/dOutput.
+
+    Returns:
+        (N, ...) in single precision at least.
     """
     if hasattr(module, "input_gradient"):
         result: Tensor = module.input_gradient(x, signal)
         return result
+    x, signal = _precise(x), _precise(signal)
     gamma = _scale(module, x)
     scaled = signal if gamma is None else signal * gamma
     if isinstance(module, _BatchNorm) and not _uses_batch(module):
-        deviation: Tensor = (module.running_var + module.eps).sqrt()  # type: ignore[operator, union-attr]
-        return scaled / deviation.view(1, -1, *[1] * (x.dim() - 2))
+        return scaled / _fixed(module, x)[1]
     hat, deviation, view, axes = _normalised(module, x)
     scaled = scaled.reshape(view)
     centred = scaled - scaled.mean(axes, keepdim=True) - hat * (scaled * hat).mean(axes, keepdim=True)
@@ -123,24 +134,43 @@ def input_gradient(module: Any, x: Tensor, signal: Tensor) -> Tensor:
 
 
 def norm_parameter_gradients(module: Any, x: Tensor, signal: Tensor) -> dict[str, Tensor]:
-    """Gradients of a normalisation's own scale and shift, by parameter name; empty if it has none."""
-    if getattr(module, "weight", None) is None:
+    """Gradients of a normalisation's own scale and shift, by parameter name; empty if it has none.
+
+    Args:
+        module: for which :func:`is_norm` holds, in the mode in which it was executed.
+        x: (N, ...) its input.
+        signal: (N, ...) dLoss/dOutput.
+    """
+    weight = getattr(module, "weight", None)
+    if weight is None:
         return {}
+    x, signal = _precise(x), _precise(signal)
     if isinstance(module, _BatchNorm) and not _uses_batch(module):
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        hat = (x - module.running_mean.view(shape)) / (module.running_var + module.eps).sqrt().view(shape)  # type: ignore[union-attr, operator]
+        mean, deviation = _fixed(module, x)
+        hat = (x - mean) / deviation
     else:
         hat = _normalised(module, x)[0].reshape(x.shape)
     kept = x.dim() - len(module.normalized_shape) if isinstance(module, nn.LayerNorm) else None
     axes = list(range(kept)) if kept is not None else [0, *range(2, x.dim())]
-    gradients = {"weight": (signal * hat).sum(axes)}
+    gradients = {"weight": (signal * hat).sum(axes).to(weight.dtype)}
     if getattr(module, "bias", None) is not None:
-        gradients["bias"] = signal.sum(axes)
+        gradients["bias"] = signal.sum(axes).to(weight.dtype)
     return gradients
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In single precision at least: statistics are taken in it, also where activities are in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _uses_batch(module: _BatchNorm) -> bool:
     return module.training or module.running_mean is None
+
+
+def _fixed(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Running mean and standard deviation, to broadcast over the input."""
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    return module.running_mean.view(shape), (module.running_var + module.eps).sqrt().view(shape)
 
 
 def _scale(module: Any, x: Tensor) -> Tensor | None:

@@ -43,8 +43,13 @@ class Head(nn.Module):
     def pooled(self, output: Tensor) -> Tensor:
         """(N, F) what the linear map sees of a block's output."""
         if len(self.shape) == 3:
-            return torch.einsum("nchw,ph,qw->ncpq", output, self.rows.to(output.dtype), self.columns.to(output.dtype)).flatten(1)
+            rows, columns = self._averages(output.dtype)
+            pooled: Tensor = torch.einsum("nchw,ph,qw->ncpq", output, rows, columns)
+            return pooled.flatten(1)
         return output.mean(1) if len(self.shape) == 2 else output.flatten(1)
+
+    def _averages(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.get_buffer("rows").to(dtype), self.get_buffer("columns").to(dtype)
 
     def forward(self, output: Tensor) -> Tensor:
         """(N, outputs) scores."""
@@ -60,13 +65,14 @@ class Head(nn.Module):
 
     def cotangent(self, error: Tensor) -> Tensor:
         """(N, *shape) dLoss/dOutput of the block from dLoss/dScores (N, outputs)."""
-        pooled = error @ self.linear.weight.to(error.dtype)
+        pooled: Tensor = error @ self.linear.weight.to(error.dtype)
         if len(self.shape) == 3:
-            sides = (self.shape[0], self.get_buffer("rows").shape[0], self.get_buffer("columns").shape[0])
-            return torch.einsum("ncpq,ph,qw->nchw", pooled.unflatten(1, sides), self.rows.to(error.dtype), self.columns.to(error.dtype))
+            rows, columns = self._averages(error.dtype)
+            cotangent: Tensor = torch.einsum("ncpq,ph,qw->nchw", pooled.unflatten(1, (-1, len(rows), len(columns))), rows, columns)
+            return cotangent
         if len(self.shape) == 2:
             return (pooled / self.shape[0]).unsqueeze(1).expand(-1, self.shape[0], -1)
-        return pooled.unflatten(1, self.shape)
+        return pooled.reshape(-1, *self.shape)
 
 
 def _averaging(length: int, parts: int) -> Tensor:

@@ -52,11 +52,16 @@ def _place(scope: Scope, site: Site) -> str:
     where = "before" if site.before else "behind"
     layers = " + ".join(source.layer for source in site.sources)
     mask = ", only on active units" if site.masked and scope.config.mask else ""
-    norms = [source.norm for source in site.sources if source.norm is not None]
-    through = (
-        f", cotangent of {' and '.join(norms)} {'in closed form' if scope.config.norm_gradient == 'exact' else 'ignored'}" if norms else ""
-    )
-    return f"{where} {site.module} for {layers}{mask}{through}"
+    return f"{where} {site.module} for {layers}{mask}{_norms(scope, site)}"
+
+
+def _norms(scope: Scope, site: Site) -> str:
+    names = " and ".join(source.norm for source in site.sources if source.norm is not None)
+    if not names:
+        return ""
+    cotangent = "in closed form" if scope.config.norm_gradient == "exact" else "ignored"
+    scales = f", scale and shift of {names} from the same estimate" if scope.config.norm_scales == "activities" else ""
+    return f", cotangent of {names} {cotangent}{scales}"
 
 
 def _derivative(reach: Reach, scope: Scope) -> str:

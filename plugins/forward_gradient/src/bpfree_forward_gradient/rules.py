@@ -42,7 +42,7 @@ class ForwardGradient(Rule):
         self.scopes = self._scopes()
 
     def _scopes(self) -> list[Scope]:
-        return [Scope(self.network.blocks, self.network.input_shape, self.config, scores=True)]
+        return [Scope(dict(self.network.blocks.items()), self.network.input_shape, self.config, scores=True)]
 
     def plan(self) -> str:
         return describe(self.scopes, self.config)

@@ -57,7 +57,7 @@ class Scope:
         for name, block in blocks.items():
             self.module.add_module(name, block)
         self._members = dict(self.module.named_parameters())
-        self._parts = dict(self.module.named_modules())
+        self._parts: dict[str, nn.Module] = dict(self.module.named_modules())
         self._perturber = Perturber(self.module)
         self._planned: tuple[tuple[bool, ...], list[int], list[str]] | None = None
         first = next(iter(self.module.parameters()), torch.zeros(()))
@@ -72,7 +72,7 @@ class Scope:
         modes = {part: part.training for part in self.module.modules()}
         self.module.train()
         try:
-            with self._statistics(torch.zeros(2, *self.input_shape), follow=False):
+            with self.statistics(None):
                 found = probe(self.module, self.sites, self.input_shape, self.groups)
         finally:
             for part, mode in modes.items():
@@ -94,10 +94,9 @@ class Scope:
                 fix="rule.batch_norm=frozen-statistics, or leave rule.independent unset",
             )
 
-    def _statistics(self, x: Tensor, *, follow: bool = True) -> AbstractContextManager[None]:
-        if self.config.batch_norm == "batch-scalar":
-            return nullcontext()
-        return frozen_statistics(self.module, x if follow else None)
+    def statistics(self, x: Tensor | None) -> AbstractContextManager[None]:
+        """Batch norm as configured; its running statistics follow the batch ``x``, if one is given."""
+        return nullcontext() if self.config.batch_norm == "batch-scalar" else frozen_statistics(self.module, x)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -110,7 +109,7 @@ class Scope:
         places = enumerate(perturbed, start=len(self.sites))
         weights = {name: source.weights(place, name, self._members[name]) for place, name in places}
         record = {path for site in sites for path in self._recorded(site)} | ({self.final} if self.final is not None else set())
-        with self._statistics(x):
+        with self.statistics(x):
             if self.perturbs_per_example and weights:
                 execution = self._perturber.execute_per_example(x, weights, record=record)
             else:
@@ -200,10 +199,11 @@ class Pass:
         if execution.tangent is None:
             return
         products = cotangent * execution.tangent
-        for index, noise in zip(self._active, execution.noise, strict=True):
-            signal = self._estimate(products, index, noise)
-            for source in scope.sites[index].sources:
-                self._through(source, signal)
+        with scope.statistics(None):
+            for index, noise in zip(self._active, execution.noise, strict=True):
+                signal = self._estimate(products, index, noise)
+                for source in scope.sites[index].sources:
+                    self._through(source, signal)
         for name, direction in self._weights.items():
             self._grad(name, _along(products, direction, scope.rows(name), scope.groups, scope.perturbs_per_example))
 

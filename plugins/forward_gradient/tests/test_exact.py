@@ -1,0 +1,151 @@
+"""Directions that span the space give the gradient itself: K orthonormal directions times sqrt(K).
+
+Oracle of every test here: autograd, in float64, to 1e-9 relative.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bpfree_forward_gradient.mixer import LocalMixerConfig, local_mixer
+from bpfree_forward_gradient.options import ForwardGradientConfig, LocalForwardGradientConfig
+from bpfree_forward_gradient.rules import ForwardGradient, LocalForwardGradient
+from estimates import EXAMPLES, batch_for, exact_credit, gradient_of, mlp, random_heads, task_loss
+from torch import nn
+
+import bpfree
+from bpfree import Network, TaskSpec
+
+
+def assert_equals_autograd(rule: Any, batch: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    random_heads(rule)
+    expected = gradient_of(rule, task_loss(rule, batch))
+    found = exact_credit(rule, batch, monkeypatch, **options)
+    assert found.keys() == {name for name, p in rule.named_parameters() if p.requires_grad}
+    for name, value in found.items():
+        reference = expected.get(name, torch.zeros_like(value))
+        assert torch.allclose(value, reference, rtol=1e-9, atol=1e-11), name
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("together", [True, False])
+def test_activities_of_one_loss(spec: TaskSpec, monkeypatch: pytest.MonkeyPatch, mask: bool, together: bool) -> None:
+    rule = ForwardGradient(mlp(spec, 8, 6), spec, ForwardGradientConfig(tangents=14, mask=mask, together=together)).double()
+    assert_equals_autograd(rule, batch_for(spec), monkeypatch)
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_weights_of_one_loss(spec: TaskSpec, monkeypatch: pytest.MonkeyPatch, independent: bool) -> None:
+    config = ForwardGradientConfig(perturb="weights", tangents=12 * 4 + 4 + 4 * 3 + 3, independent=independent)
+    assert_equals_autograd(ForwardGradient(mlp(spec, 4, 3), spec, config).double(), batch_for(spec), monkeypatch)
+
+
+@pytest.mark.parametrize("losses", ["blockwise", "groupwise", "all"])
+@pytest.mark.parametrize("perturb", ["activities", "weights"])
+def test_local_losses(spec: TaskSpec, monkeypatch: pytest.MonkeyPatch, losses: Any, perturb: Any) -> None:
+    config = LocalForwardGradientConfig(perturb=perturb, losses=losses, group_size=2, tangents=8 if perturb == "activities" else 104)
+    assert_equals_autograd(LocalForwardGradient(mlp(spec, 8, 6), spec, config).double(), batch_for(spec), monkeypatch)
+
+
+@pytest.mark.parametrize("scales", ["weights", "activities"])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, lambda width: nn.GroupNorm(2, width)])
+def test_through_a_normalisation(spec: TaskSpec, monkeypatch: pytest.MonkeyPatch, norm: Any, scales: Any) -> None:
+    """The normalisation's cotangent in closed form; its scale and shift by noise of their own, or from the same estimate."""
+    rule = ForwardGradient(mlp(spec, 8, 6, norm=norm), spec, ForwardGradientConfig(tangents=8 + 6 + 2 * 14, norm_scales=scales)).double()
+    assert_equals_autograd(rule, batch_for(spec), monkeypatch)
+
+
+@pytest.mark.parametrize("scales", ["weights", "activities"])
+def test_one_derivative_per_batch_with_batch_norm(spec: TaskSpec, monkeypatch: pytest.MonkeyPatch, scales: Any) -> None:
+    """Batch norm in train mode mixes the examples, so their noises span one space together."""
+    numbers = EXAMPLES * (6 + 4) + 2 * (6 + 4)
+    rule = ForwardGradient(mlp(spec, 6, 4, norm=nn.BatchNorm1d), spec, ForwardGradientConfig(tangents=numbers, norm_scales=scales)).double()
+    assert_equals_autograd(rule, batch_for(spec), monkeypatch, joint=True)
+
+
+def test_frozen_statistics_give_each_example_a_derivative(spec: TaskSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the network in eval mode, once the running statistics have followed the batch."""
+    config = ForwardGradientConfig(tangents=10, norm_scales="activities", batch_norm="frozen-statistics")
+    rule = ForwardGradient(mlp(spec, 6, 4, norm=nn.BatchNorm1d), spec, config).double()
+    batch = batch_for(spec)
+    found = exact_credit(rule, batch, monkeypatch)
+    rule.eval()
+    for name, value in gradient_of(rule, spec.loss(rule.network(batch.inputs), batch)).items():
+        assert torch.allclose(found[name], value, rtol=1e-9, atol=1e-11), name
+
+
+@pytest.mark.parametrize(("losses", "norm"), [("blockwise", "both"), ("patchwise", "both"), ("groupwise", "after"), ("all", "both")])
+def test_the_local_mixer(images: TaskSpec, monkeypatch: pytest.MonkeyPatch, losses: Any, norm: Any) -> None:
+    """Token mixing, dense and group-linear layers, normalisations, residual sums; every patch and group with its own loss."""
+    network = local_mixer(images, LocalMixerConfig(blocks=2, patches=2, channels=8, groups=2, norm=norm)).double()
+    rule = LocalForwardGradient(network, images, LocalForwardGradientConfig(losses=losses, tangents=3 * 4 * 8)).double()
+    assert_equals_autograd(rule, batch_for(images), monkeypatch)
+
+
+def test_weights_of_the_local_mixer(images: TaskSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = local_mixer(images, LocalMixerConfig(blocks=2, patches=2, channels=6, groups=3)).double()
+    rule = LocalForwardGradient(network, images, LocalForwardGradientConfig(perturb="weights", tangents=320)).double()
+    assert_equals_autograd(rule, batch_for(images), monkeypatch)
+
+
+class Residual(nn.Module):
+    """Two convolutions and a shortcut that meet before a ReLU, one normalisation, and a pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 3, padding="same", bias=False)
+        self.norm, self.shortcut, self.relu = nn.GroupNorm(2, 4), nn.Conv2d(3, 4, 1, stride=2), nn.ReLU()
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.second(self.relu(self.first(x)) * self.scale))
+        y += self.shortcut(x)
+        return torch.max_pool2d(self.relu(y), 2)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_convolutions_with_a_shortcut(images: TaskSpec, monkeypatch: pytest.MonkeyPatch, local: bool) -> None:
+    """Also parameters that belong to no linear map (norm and scale), which take noise of their own."""
+    torch.manual_seed(0)
+    network = Network(
+        {"b1": Residual(), "readout": nn.Sequential(nn.Flatten(), nn.Linear(16, 5))}, input_shape=(3, 8, 8), readout="readout"
+    )
+    numbers = 2 * 4 * 4 * 4 + 12
+    if local:
+        rule: Any = LocalForwardGradient(network, images, LocalForwardGradientConfig(group_size=2, pool=2, tangents=numbers))
+    else:
+        rule = ForwardGradient(network, images, ForwardGradientConfig(tangents=numbers))
+    assert_equals_autograd(rule.double(), batch_for(images), monkeypatch)
+
+
+def test_a_readout_with_hidden_layers(spec: TaskSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last linear map takes the exact gradient, what is in front of it is perturbed."""
+    torch.manual_seed(0)
+    readout = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5))
+    network = Network({"b1": nn.Sequential(nn.Linear(12, 8), nn.ReLU()), "readout": readout}, input_shape=(12,), readout="readout")
+    for rule in (
+        ForwardGradient(network, spec, ForwardGradientConfig(tangents=14)),
+        LocalForwardGradient(network, spec, LocalForwardGradientConfig(tangents=8)),
+    ):
+        assert_equals_autograd(rule.double(), batch_for(spec), monkeypatch)
+
+
+def test_soft_and_real_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("soft", "real"):
+        spec = TaskSpec(name="toy", input_shape=(12,), outputs=5, targets=kind)  # type: ignore[arg-type]
+        targets = torch.rand(EXAMPLES, 5, dtype=torch.float64)
+        batch = bpfree.Batch(batch_for(spec).inputs, targets / targets.sum(1, keepdim=True) if kind == "soft" else targets)
+        rule = LocalForwardGradient(mlp(spec, 8, 6), spec, LocalForwardGradientConfig(tangents=8)).double()
+        assert_equals_autograd(rule, batch, monkeypatch)
+
+
+def test_frozen_parameters_take_no_part(spec: TaskSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the second block learns, its noise alone spans the space, and the others have no gradient."""
+    rule = ForwardGradient(mlp(spec, 8, 6), spec, ForwardGradientConfig(tangents=6)).double()
+    rule.network.blocks["b1"].requires_grad_(False)
+    assert_equals_autograd(rule, batch_for(spec), monkeypatch)
+    rule.freeze_features()
+    rule.config.tangents = 1
+    assert_equals_autograd(rule, batch_for(spec), monkeypatch)
