@@ -233,6 +233,7 @@ class Pass:
     def _grad(self, name: str, value: Tensor) -> None:
         parameter = self._scope.parameter(name)
         if parameter.requires_grad:
+            value = value.to(parameter.dtype)  # autocast makes products of lower precision
             parameter.grad = value if parameter.grad is None else parameter.grad + value
 
 
