@@ -186,7 +186,8 @@ class Perturber:
             if mask and sites[index].masked:
                 used[index] = _where_active(used[index], primal)
             direction = used[index][0].to(primal.dtype).expand_as(primal)
-            return _dual(primal, direction if moved is None else moved + direction)
+            # A copy, because layers that work in place overwrite the tangent too.
+            return _dual(primal, direction.clone() if moved is None else moved + direction)
 
         def keep(path: str, value: Tensor) -> None:
             inputs[path] = forward_ad.unpack_dual(value).primal
@@ -196,7 +197,7 @@ class Perturber:
             duals = {name: forward_ad.make_dual(value, weights[name][k]) for name, value in self._values(weights).items()}
             moved = functional_call(self.module, duals, (x,)) if duals else self.module(x)
             output, tangent = forward_ad.unpack_dual(moved)
-        return Execution(output, None if tangent is None else tangent.unsqueeze(0), inputs, used)
+        return Execution(output, (torch.zeros_like(output) if tangent is None else tangent).unsqueeze(0), inputs, used)
 
     def _together(
         self,
@@ -342,9 +343,14 @@ def _follow(module: nn.Module, parts: Sequence[Any], x: Tensor) -> None:
 
 
 def _update(part: Any, x: Tensor) -> None:
-    """As torch does in train mode: exponential (or, without momentum, cumulative) averages, the variance unbiased."""
+    """As torch does in train mode: exponential (or, without momentum, cumulative) averages, the variance unbiased.
+
+    One value per channel has no such variance: where torch would refuse to train, the statistics stay as they are.
+    """
+    if x.numel() <= x.shape[1]:
+        return
     part.num_batches_tracked.add_(1)
     momentum = part.momentum if part.momentum is not None else 1.0 / float(part.num_batches_tracked)
-    variance, mean = torch.var_mean(x.float(), [0, *range(2, x.dim())])
+    variance, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.dim())])
     part.running_mean.lerp_(mean.to(part.running_mean.dtype), momentum)
     part.running_var.lerp_(variance.to(part.running_var.dtype), momentum)

@@ -1,25 +1,29 @@
 """Which outputs a site influences: measured by a derivative, not read from the layers' names.
 
 A forward gradient multiplies noise by the derivative of the losses that the noise reaches. The fewer these are, the less noise from
-elsewhere is in that scalar; to leave out one that is reached would bias the estimate. So each site is probed: noise on half
-of the examples, one token and one group of channels, in a copy with random parameters; what moves is reached.
+elsewhere is in that scalar; to leave out one that is reached would bias the estimate. So each site is probed in a copy of the
+module with random parameters: noise on half of the examples, of the tokens, of the groups of channels; what moves is reached. The halves
+are those of the binary digits of a token's or group's number, so that any two of them are apart in one of the probes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bpfree.network.perturb import Perturber
-from bpfree.network.sites import Site
+from bpfree.network.sites import RELU_FUNCTIONS, Site
 
 __all__ = ["Reach", "by_channel", "channel_axis", "probe", "token_axis"]
 
-EXAMPLES = 8
+EXAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Reach:
 
     Attributes:
         examples: each example's noise reaches that example's output only.
-        tokens: each token's noise reaches that token's output only.
-        groups: each group's noise reaches that group's output only.
+        tokens: each token's noise reaches that token's output only; site and output have the same number of tokens.
+        groups: each group's noise reaches that group's output only; there are several, which divide the channels of site and output.
     """
 
     examples: bool
@@ -64,50 +68,79 @@ def probe(module: nn.Module, sites: Sequence[Site], input_shape: torch.Size, gro
         input_shape: of one input, without the batch axis.
         groups: of channels of the output.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        perturber = Perturber(_smooth(copy.deepcopy(module).cpu().double()))
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _Leaky():
+        torch.default_generator.manual_seed(0)
+        perturber = Perturber(_random(copy.deepcopy(module).cpu().double()))
         x = torch.randn(EXAMPLES, *input_shape, dtype=torch.float64)
-        found = [[_probe_once(perturber, site, x, groups, last) for last in (False, True)] for site in sites]
-    return [Reach(*(all(part) for part in zip(*pair, strict=True))) for pair in found]
+        apart = _stays(perturber, sites, x, _by_example)  # the usual case, at the price of one execution
+        return [_measure(perturber, site, x, groups, apart) for site in sites]
 
 
-def _probe_once(perturber: Perturber, site: Site, x: Tensor, groups: int, last: bool) -> tuple[bool, bool, bool]:
-    region = torch.ones(EXAMPLES, *site.shape, dtype=torch.bool)
-    region[EXAMPLES // 2 :] = False
-    tokens, grouped = token_axis(site.shape), site.shape[channel_axis(site.shape)] % groups == 0
-    chosen_token, chosen_group = (-1, groups - 1) if last else (0, 0)
-    if tokens is not None:
-        other = torch.ones(site.shape[0], dtype=torch.bool)
-        other[chosen_token] = False
-        region[:, other] = False
-    if grouped:
-        region &= by_channel(site.shape, groups) == chosen_group
-    noise = torch.randn(1, EXAMPLES, *site.shape, dtype=torch.float64) * region
-    tangent = perturber.execute(x, [site], [noise], mask=False).tangent
-    assert tangent is not None
-    moved = tangent[0] != 0
-    return _outside(moved, chosen_token, chosen_group, groups, tokens is not None, grouped)
+def _measure(perturber: Perturber, site: Site, x: Tensor, groups: int, apart: bool) -> Reach:
+    def by_group(shape: torch.Size) -> Tensor | None:
+        divided = groups > 1 and shape[channel_axis(shape)] % groups == 0
+        return by_channel(shape, groups) if divided else None
+
+    examples = apart or _stays(perturber, [site], x, _by_example)
+    return Reach(examples, _stays(perturber, [site], x, _by_token), _stays(perturber, [site], x, by_group))
 
 
-def _outside(moved: Tensor, token: int, group: int, groups: int, tokens: bool, grouped: bool) -> tuple[bool, bool, bool]:
-    shape = moved.shape[1:]
-    examples = not bool(moved[EXAMPLES // 2 :].any())
-    own_token = tokens and token_axis(shape) is not None and not bool(moved[:, slice(1, None) if token == 0 else slice(None, -1)].any())
-    divided = groups > 1 and grouped and shape[channel_axis(shape)] % groups == 0
-    own_group = divided and not bool((moved & (by_channel(shape, groups) != group)).any())
-    return examples, own_token, own_group
+def _by_example(shape: torch.Size) -> Tensor:
+    """In two halves."""
+    return (torch.arange(EXAMPLES) * 2 // EXAMPLES).view(-1, *[1] * len(shape))
 
 
-def _smooth(module: nn.Module) -> nn.Module:
-    """Random parameters, and leaky units in place of ReLUs, so that no path is closed by chance; no dropout."""
-    for parent in list(module.modules()):
-        if isinstance(parent, nn.modules.dropout._DropoutNd):
-            parent.eval()
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.ReLU):
-                setattr(parent, name, nn.LeakyReLU(0.3))
-    with torch.no_grad():
-        for parameter in module.parameters():
+def _by_token(shape: torch.Size) -> Tensor | None:
+    axis = token_axis(shape)
+    return None if axis is None else torch.arange(shape[axis]).view(1, -1, *[1] * (len(shape) - 1))
+
+
+def _stays(perturber: Perturber, sites: Sequence[Site], x: Tensor, number: Callable[[torch.Size], Tensor | None]) -> bool:
+    """Whether noise on the parts of a site moves parts of the same number only.
+
+    Args:
+        perturber: of the copy.
+        sites: which get noise at once.
+        x: the examples.
+        number: the number of each entry's part, by the shape without batch axis; ``None``: it has no such parts.
+    """
+    parts = [number(site.shape) for site in sites]
+    if any(part is None for part in parts):
+        return False
+    count = max((int(part.max()) + 1 for part in parts if part is not None), default=1)
+    for bit in range(max(1, (count - 1).bit_length())):
+        for value in (0, 1):
+            regions = [(part >> bit & 1) == value for part in parts if part is not None]
+            noise = [torch.randn(1, len(x), *site.shape, dtype=x.dtype) * region for site, region in zip(sites, regions, strict=True)]
+            if not noise:
+                return True
+            tangent = perturber.execute(x, sites, noise, mask=False).tangent
+            assert tangent is not None
+            moved = number(tangent.shape[2:])
+            if moved is None or int(moved.max()) + 1 != count or bool(((tangent[0] != 0) & ((moved >> bit & 1) != value)).any()):
+                return False
+    return True
+
+
+def _random(module: nn.Module) -> nn.Module:
+    """Random parameters, so that no path is closed by a zero; no dropout."""
+    for part in module.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.eval()
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return module
+
+
+class _Leaky(TorchFunctionMode):
+    """Leaky units in place of ReLUs, modules or functions, so that no path is closed by chance."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name not in RELU_FUNCTIONS:
+            return func(*args, **(kwargs or {}))
+        options = dict(kwargs or {})
+        inplace = options.pop("inplace", len(args) > 1 and args[1])
+        x = args[0] if args else options.pop("input")
+        return F.leaky_relu(x, 0.3, inplace=inplace or name == "relu_")

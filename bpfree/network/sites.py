@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from bpfree.network.closed_form import is_linear, is_norm
-from bpfree.network.network import evaluating
+from bpfree.network.closed_form import is_batch_norm, is_linear, is_norm
 
 __all__ = ["Site", "Sites", "Source", "find_sites"]
 
@@ -63,7 +63,8 @@ class Sites:
         sites: in order of execution.
         final: path of the linear map that makes the module's output, if there is one: it needs no noise, because its output's
             cotangent is known.
-        others: names of the parameters that belong to no linear map of a site.
+        others: names of the parameters that belong to no linear map of a site, nor to ``final``: of normalisations, of embeddings, and
+            of linear maps that are called several times, share their parameters, or do not act on the batch.
     """
 
     sites: tuple[Site, ...]
@@ -90,12 +91,26 @@ class _Tensor:
 
 @dataclass
 class _Watch(TorchFunctionMode):
-    """Records the linear maps' outputs and their consumers during one execution."""
+    """Records the linear maps' outputs and their consumers during one execution.
 
+    Attributes:
+        examples: N; a tensor with another first axis has no place for noise of each example's own.
+        owners: modules that hold a parameter, by its id.
+        known: what is known of a tensor, by its id, as long as nothing overwrites it.
+        made: all such tensors, in order.
+        alive: the tensors themselves, so that no id is used twice.
+        calls: of each module.
+        odd: linear maps and normalisations whose parameters are read outside the module, or that get no plain tensor.
+        inside: depth of watched modules in execution; what happens in them is theirs.
+    """
+
+    examples: int
+    owners: dict[int, set[str]]
     known: dict[int, _Tensor] = field(default_factory=dict)
     made: list[_Tensor] = field(default_factory=list)
-    alive: list[Any] = field(default_factory=list)  # so that no id is used twice
+    alive: list[Any] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+    odd: set[str] = field(default_factory=set)
     inside: int = 0
 
     def __post_init__(self) -> None:
@@ -105,78 +120,140 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside:
             return func(*args, **kwargs)
-        consumed = [self.known[id(t)] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.known]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        consumed = [self.known[id(t)] for t in tensors if id(t) in self.known]
         result = func(*args, **kwargs)
-        if consumed and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-            self._function(getattr(func, "__name__", ""), consumed, result)
+        target = args[0] if result is None and args else result  # without a result it writes, as x[0] = y does
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(target)):
+            return result
+        for tensor in tensors:
+            self.odd |= self.owners.get(id(tensor), set())
+        if consumed:
+            self._function(getattr(func, "__name__", ""), consumed, target, kwargs)
         return result
 
-    def _function(self, name: str, consumed: list[_Tensor], result: Any) -> None:
+    def _function(self, name: str, consumed: list[_Tensor], result: Any, kwargs: Any) -> None:
         for tensor in consumed:
             tensor.uses += 1
         self.known.pop(id(result), None)  # in place: what was there is gone
         if name in RELU_FUNCTIONS:
             consumed[0].relu = consumed[0].relu or ("", 0)
-        elif name in SUMS and all(tensor.shape == result.shape[1:] for tensor in consumed):
+        elif name in SUMS and kwargs.get("alpha", 1) == 1 and all(tensor.shape == result.shape[1:] for tensor in consumed):
             sources = tuple(source for tensor in consumed for source in tensor.sources)
             self.new(result, sources, "", parents=tuple(consumed), summed=True)
 
     def new(self, value: Tensor, sources: tuple[Source, ...], made_by: str, **rest: Any) -> None:
+        if value.dim() < 2 or len(value) != self.examples:
+            return
         tensor = _Tensor(sources, value.shape[1:], len(self.made), made_by, **rest)
         self.known[id(value)] = tensor
         self.made.append(tensor)
         self.alive.append(value)
 
-    def enter(self, path: str, module: nn.Module, args: Any) -> None:
+    def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.inside += 1
-        tensor = self.known.get(id(args[0])) if args else None
-        if tensor is not None:
+        if self.inside > 1:
+            return
+        for tensor in self._known((args, kwargs)):
             tensor.uses += 1
-            if isinstance(module, nn.ReLU):
-                tensor.relu = (path, self.calls[path])
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            self.odd.add(path)
+        elif type(module) is nn.ReLU and id(args[0]) in self.known:
+            self.known[id(args[0])].relu = (path, self.calls[path])
 
-    def leave(self, path: str, module: nn.Module, args: Any, output: Tensor) -> None:
+    def leave(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         self.inside -= 1
         self.calls[path] += 1
+        if self.inside:
+            return
         tensor = self.known.get(id(args[0])) if args else None
         self.known.pop(id(output), None)
+        if path in self.odd or not isinstance(output, Tensor):
+            return
         if is_linear(module):
             self.new(output, (Source(path),), path)
         elif is_norm(module) and tensor is not None and not tensor.summed and tensor.sources[0].norm is None:
             self.new(output, (Source(tensor.sources[0].layer, path),), path, parents=(tensor,))
+
+    def _known(self, values: Any) -> list[_Tensor]:
+        return [self.known[id(leaf)] for leaf in tree_leaves(values) if id(leaf) in self.known]
+
+    def end(self, output: Any) -> _Tensor | None:
+        """What the module returned, which its caller consumes."""
+        for tensor in self._known(output):
+            tensor.uses += 1
+        return self.known.get(id(output))
+
+    def alone(self, path: str) -> bool:
+        """Whether the module was called once, as such, on the batch, and nothing else reads its parameters."""
+        return self.calls[path] == 1 and path not in self.odd
 
 
 def find_sites(module: nn.Module, x: Tensor, *, final: bool = True) -> Sites:
     """The places for noise on activities in a module.
 
     Args:
-        module: one block, or several in sequence.
-        x: (N, ...) an input; the module is executed once on it, in eval mode.
+        module: one block, or several in sequence; it is executed once, as in training but for normalisations by running statistics:
+            where dropout or a random depth is, evaluation would see nothing.
+        x: (N, ...) an input; two examples do, if no other axis that is moved to the front is as long.
         final: whether a linear map that makes the module's output is set apart, as ``Sites.final``, instead of being a site.
     """
-    watch = _Watch()
-    with torch.no_grad(), evaluating(module), _watched(module, watch), watch:
+    watch = _Watch(len(x), _owners(module))
+    with torch.no_grad(), _rehearsing(module, x), _watched(module, watch), watch:
         output = module(x)
-    end = watch.known.get(id(output))
-    last = None
-    if end is not None:
-        end.uses += 1
-        if final and end.uses == 1 and not end.parents and watch.calls[end.made_by] == 1:
-            last = end.made_by
+    end, last = watch.end(output), None
+    if final and end is not None and end.uses == 1 and not end.parents and watch.alone(end.made_by):
+        last = end.made_by
     sites = tuple(site for site in _resolve(watch) if last is None or site.sources != (Source(last),))
     reached = {source.layer for site in sites for source in site.sources} | ({last} if last is not None else set())
     owned = {f"{path}.{name}".removeprefix(".") for path in reached for name, _ in module.get_submodule(path).named_parameters()}
     return Sites(sites, last, tuple(name for name, _ in module.named_parameters() if name not in owned))
 
 
+def _owners(module: nn.Module) -> dict[int, set[str]]:
+    """The linear maps and normalisations that hold a parameter, by the parameter's id."""
+    owners: dict[int, set[str]] = {}
+    for path, part in module.named_modules():
+        if is_linear(part) or is_norm(part):
+            for parameter in part.parameters():
+                owners.setdefault(id(parameter), set()).add(path)
+    return owners
+
+
+def _shared(module: nn.Module) -> set[int]:
+    """The ids of parameters that several modules hold."""
+    counts = Counter(id(parameter) for part in module.modules() for parameter in part._parameters.values() if parameter is not None)
+    return {key for key, count in counts.items() if count > 1}
+
+
+@contextmanager
+def _rehearsing(module: nn.Module, x: Tensor) -> Iterator[None]:
+    """Train mode, batch norms with running statistics apart; random state, buffers and modes are restored."""
+    modes = [(part, part.training) for part in module.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        try:
+            module.train()
+            for part, _ in modes:
+                part.training = not is_batch_norm(part)
+            yield
+        finally:
+            for part, mode in modes:
+                part.training = mode
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
 @contextmanager
 def _watched(module: nn.Module, watch: _Watch) -> Iterator[None]:
     """Tells the watch of each call of the modules that it knows."""
+    shared = _shared(module)
+    watch.odd |= {path for key, paths in watch.owners.items() if key in shared for path in paths}
     handles = []
     for path, part in module.named_modules():
-        if is_linear(part) or is_norm(part) or isinstance(part, nn.ReLU):
-            handles.append(part.register_forward_pre_hook(lambda m, args, path=path: watch.enter(path, m, args)))
-            handles.append(part.register_forward_hook(lambda m, args, out, path=path: watch.leave(path, m, args, out)))
+        if is_linear(part) or is_norm(part) or type(part) is nn.ReLU:
+            handles.append(part.register_forward_pre_hook(partial(watch.enter, path), with_kwargs=True))
+            handles.append(part.register_forward_hook(partial(watch.leave, path)))
     try:
         yield
     finally:
@@ -186,14 +263,14 @@ def _watched(module: nn.Module, watch: _Watch) -> Iterator[None]:
 
 def _resolve(watch: _Watch) -> Iterator[Site]:
     """A site for each linear map that is executed once, as late before the nonlinearity as its consumers allow."""
-    once = {path for path, count in watch.calls.items() if count == 1}
     chosen: list[tuple[int, Site]] = []
     covered: set[str] = set()
     # sums first, then normalised outputs, then plain ones: the latest place wins
     for rank in (lambda t: t.summed, lambda t: t.sources[0].norm is not None, lambda t: True):
         for tensor in filter(rank, watch.made):
-            sources = tuple(source for source in tensor.sources if source.layer in once and source.layer not in covered)
-            site = _site(tensor, sources) if sources and tensor.unshared() and watch.calls[tensor.made_by] <= 1 else None
+            usable = (s for s in tensor.sources if watch.alone(s.layer) and (s.norm is None or watch.alone(s.norm)))
+            sources = tuple(source for source in usable if source.layer not in covered)
+            site = _site(tensor, sources) if sources and tensor.unshared() else None
             if site is not None:
                 covered |= {source.layer for source in sources}
                 chosen.append((tensor.order, site))
