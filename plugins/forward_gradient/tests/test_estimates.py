@@ -70,15 +70,15 @@ def test_unbiased_with_a_normalisation(spec: TaskSpec, norm: Any, local: bool) -
     """Layer norm with its closed-form cotangent; batch norm in train mode with one derivative per batch where it mixes examples."""
     network = mlp(spec, 6, 6, norm=norm)
     if local:
-        rule: Any = LocalForwardGradient(network, spec, LocalForwardGradientConfig(group_size=2, norm_scales="activities"))
+        rule: Any = LocalForwardGradient(network, spec, LocalForwardGradientConfig(group_size=2))
     else:
-        rule = ForwardGradient(network, spec, ForwardGradientConfig(norm_scales="activities", tangents=4))
+        rule = ForwardGradient(network, spec, ForwardGradientConfig(tangents=4))
     assert_unbiased(rule.double(), batch_for(spec))
 
 
 def test_a_derivative_per_example_behind_batch_norm_would_be_biased(spec: TaskSpec) -> None:
     """Why there is one per batch: with one per example (the reach overruled) the mean of many estimates misses the gradient."""
-    rule = ForwardGradient(mlp(spec, 6, 6, norm=nn.BatchNorm1d), spec, ForwardGradientConfig(norm_scales="activities", tangents=4)).double()
+    rule = ForwardGradient(mlp(spec, 6, 6, norm=nn.BatchNorm1d), spec, ForwardGradientConfig(tangents=4)).double()
     reach = rule.scopes[0].reach
     assert [site.examples for site in reach] == [False, True]
     reach[0] = reach[1]

@@ -67,7 +67,7 @@ def test_one_derivative_per_batch_with_batch_norm(spec: TaskSpec, monkeypatch: p
 
 def test_frozen_statistics_give_each_example_a_derivative(spec: TaskSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of the network in eval mode, once the running statistics have followed the batch."""
-    config = ForwardGradientConfig(tangents=10, norm_scales="activities", batch_norm="frozen-statistics")
+    config = ForwardGradientConfig(tangents=10, batch_norm="frozen-statistics")
     rule = ForwardGradient(mlp(spec, 6, 4, norm=nn.BatchNorm1d), spec, config).double()
     batch = batch_for(spec)
     found = exact_credit(rule, batch, monkeypatch)

@@ -117,8 +117,8 @@ def test_the_plan_says_where_noise_goes(spec: TaskSpec) -> None:
     assert plan.splitlines() == [
         "forward gradients: noise (rademacher) on activities; of its own for each example; 1 direction per step",
         "b1: local losses of 2 groups of channels at a local head",
-        "  noise behind b1.1 for b1.0, only on active units, cotangent of b1.1 in closed form: one derivative per example and group",
-        "  noise on parameters: b1.1.weight, b1.1.bias: one derivative per batch",
+        "  noise behind b1.1 for b1.0, only on active units, cotangent of b1.1 in closed form, scale and shift of b1.1 from the same "
+        "estimate: one derivative per example and group",
         "readout: the task's loss",
         "  exact gradient in closed form: readout",
     ]
@@ -130,7 +130,7 @@ def test_the_plan_says_where_noise_goes(spec: TaskSpec) -> None:
         ({}, ["one derivative per batch, because batch norm behind the noise mixes examples", "batch norm: statistics of the batch"]),
         ({"batch_norm": "frozen-statistics"}, ["one derivative per example", "batch norm: running statistics, one more forward pass"]),
         ({"norm_gradient": "ignored"}, ["cotangent of b1.1 ignored"]),
-        ({"norm_scales": "activities"}, ["scale and shift of b1.1 from the same estimate"]),
+        ({"norm_scales": "weights"}, ["noise on parameters: b1.1.weight, b1.1.bias, b2.1.weight, b2.1.bias: one derivative per batch"]),
         (
             {"perturb": "weights"},
             ["noise (rademacher) on weights; shared by the batch", "noise on parameters: b1.0.weight, b1.0.bias, b1.1.weight"],

@@ -26,8 +26,8 @@ class ForwardGradientConfig:
     norm_gradient: Literal["exact", "ignored"] = option(
         "exact", "cotangent of a normalisation in front of the noise: in closed form, or left out"
     )
-    norm_scales: Literal["weights", "activities"] = option(
-        "weights", "scale and shift of a normalisation in front of the noise: perturbed like weights, or from the activities' estimate"
+    norm_scales: Literal["activities", "weights"] = option(
+        "activities", "scale and shift of a normalisation in front of the noise: from the activities' estimate, or by noise of their own"
     )
     batch_norm: Literal["batch-scalar", "frozen-statistics"] = option(
         "batch-scalar", "where examples meet in a batch norm behind the noise: one derivative per batch, or running statistics"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from bpfree.hooks import hookimpl
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
@@ -19,3 +21,8 @@ def bpfree_rules() -> dict[str, type[Rule]]:
 @hookimpl
 def bpfree_networks() -> dict[str, NetworkBuilder]:
     return {"local-mixer": LOCAL_MIXER}
+
+
+@hookimpl
+def bpfree_studies() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}
