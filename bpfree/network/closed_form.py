@@ -53,6 +53,8 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 def output_rows(module: nn.Module) -> int | None:
     """The length of the weight's first axis, if its entries make successive runs of the output's channels; else ``None``."""
+    if not is_linear(module):
+        return None
     if type(module) is nn.Linear:
         return module.out_features
     if type(module) in CONVOLUTIONS:

@@ -89,7 +89,8 @@ class Perturber:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._parts = dict(module.named_modules())
-        self._several = sum(is_linear(part) for part in self._parts.values()) > 1
+        attends = any(isinstance(part, nn.MultiheadAttention) for part in self._parts.values())  # its path for inference has no derivative
+        self._products = attends or sum(is_linear(part) for part in self._parts.values()) > 1
 
     def execute(
         self,
@@ -192,7 +193,7 @@ class Perturber:
         def keep(path: str, value: Tensor) -> None:
             inputs[path] = forward_ad.unpack_dual(value).primal
 
-        products = _Products() if weights or self._several else nullcontext()
+        products = _Products() if weights or self._products else nullcontext()
         with torch.no_grad(), forward_ad.dual_level(), products, self._hooked(sites, inject, record, keep):
             duals = {name: forward_ad.make_dual(value, weights[name][k]) for name, value in self._values(weights).items()}
             moved = functional_call(self.module, duals, (x,)) if duals else self.module(x)

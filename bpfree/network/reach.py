@@ -24,6 +24,7 @@ from bpfree.network.sites import RELU_FUNCTIONS, Site
 __all__ = ["Reach", "by_channel", "channel_axis", "probe", "token_axis"]
 
 EXAMPLES = 4
+DROPOUT_FUNCTIONS = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def probe(module: nn.Module, sites: Sequence[Site], input_shape: torch.Size, gro
         input_shape: of one input, without the batch axis.
         groups: of channels of the output.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _Leaky():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _Open():
         torch.default_generator.manual_seed(0)
         perturber = Perturber(_random(copy.deepcopy(module).cpu().double()))
         x = torch.randn(EXAMPLES, *input_shape, dtype=torch.float64)
@@ -123,24 +124,23 @@ def _stays(perturber: Perturber, sites: Sequence[Site], x: Tensor, number: Calla
 
 
 def _random(module: nn.Module) -> nn.Module:
-    """Random parameters, so that no path is closed by a zero; no dropout."""
-    for part in module.modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.eval()
+    """Random parameters, so that no path is closed by a zero."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return module
 
 
-class _Leaky(TorchFunctionMode):
-    """Leaky units in place of ReLUs, modules or functions, so that no path is closed by chance."""
+class _Open(TorchFunctionMode):
+    """Leaky units in place of ReLUs, and nothing dropped, in modules or functions: no path is closed by chance."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name not in RELU_FUNCTIONS:
-            return func(*args, **(kwargs or {}))
-        options = dict(kwargs or {})
-        inplace = options.pop("inplace", len(args) > 1 and args[1])
-        x = args[0] if args else options.pop("input")
-        return F.leaky_relu(x, 0.3, inplace=inplace or name == "relu_")
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        x = args[0] if args else kwargs.get("input")
+        if name in RELU_FUNCTIONS:
+            return F.leaky_relu(x, 0.3, inplace=name == "relu_" or kwargs.get("inplace", len(args) > 1 and args[1]))
+        if name in DROPOUT_FUNCTIONS:
+            return x
+        if name in ("bernoulli", "bernoulli_"):  # of a random depth
+            return x.fill_(1) if name == "bernoulli_" else torch.ones_like(x)
+        return func(*args, **kwargs)
