@@ -219,7 +219,7 @@ class Perturber:
 
             def inject(index: int, value: Tensor) -> Tensor:
                 if mask and sites[index].masked:  # the ReLU itself stops the noise on inactive units; what was used is masked below
-                    active[index] = value.clone()
+                    active[index] = value
                 return value + shifts[index].to(value.dtype)
 
             with self._hooked(sites, inject, record, inputs.__setitem__):

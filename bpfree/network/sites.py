@@ -152,8 +152,6 @@ class _Watch(TorchFunctionMode):
 
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.inside += 1
-        if self.inside > 1:
-            return
         for tensor in self._known((args, kwargs)):
             tensor.uses += 1
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
@@ -233,7 +231,6 @@ def _rehearsing(module: nn.Module, x: Tensor) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         try:
-            module.train()
             for part, _ in modes:
                 part.training = not is_batch_norm(part)
             yield

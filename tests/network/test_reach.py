@@ -134,6 +134,7 @@ TOKENS: dict[str, tuple[Callable[[Tensor], Tensor], Reach]] = {
     "reversed": (lambda x: x.flip(1), reach(1, 0, 1)),
     "rolled channels": (lambda x: x.roll(1, 2), reach(1, 1, 0)),
     "fewer tokens": (lambda x: x[:, ::2] + x[:, 1::2], reach(1, 0, 1)),
+    "some tokens": (lambda x: x[:, :3], reach(1, 0, 1)),
     "no tokens": (lambda x: x.mean(1), reach(1, 0, 1)),
     "more tokens": (lambda x: torch.cat([x, x[:, :1]], 1), reach(1, 0, 1)),
     "dropped": (lambda x: x + F.dropout(x.sum(1, keepdim=True), 0.999), reach(1, 0, 1)),
