@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from bpfree.errors import BpfreeError, UsageError, unknown_name
+from bpfree.network.forward_mode import prepare
 from bpfree.network.trace import Trace, Traces, run_block
 
 __all__ = ["Network", "evaluating"]
@@ -169,6 +170,7 @@ class Network(nn.Module):
     def _perturbed_traces(self, x: Tensor, perturb: Perturb, input_grad: bool) -> Traces:
         result = Traces()
         tangent: Tensor | None = None
+        prepare()
         with forward_ad.dual_level():
             for index, (name, block) in enumerate(self.blocks.items()):
                 source = x.detach()

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from bpfree.errors import UsageError
 from bpfree.network.closed_form import is_batch_norm, is_linear
+from bpfree.network.forward_mode import prepare
 from bpfree.network.sites import Site
 
 __all__ = ["Execution", "Perturber", "frozen_statistics", "mixes_by_batch_norm"]
@@ -87,6 +88,7 @@ class Perturber:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        prepare()
         self.module = module
         self._parts = dict(module.named_modules())
         attends = any(isinstance(part, nn.MultiheadAttention) for part in self._parts.values())  # its path for inference has no derivative

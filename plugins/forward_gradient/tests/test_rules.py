@@ -116,45 +116,40 @@ def test_the_plan_says_where_noise_goes(spec: TaskSpec) -> None:
     plan = LocalForwardGradient(mlp(spec, 16, norm=nn.LayerNorm), spec).plan()
     assert plan.splitlines() == [
         "forward gradients: noise (rademacher) on activities; of its own for each example; 1 direction per step",
-        "b1: local losses of 2 groups of channels at a local head",
-        "  noise behind b1.1 for b1.0, only on active units, cotangent of b1.1 in closed form, scale and shift of b1.1 from the same "
-        "estimate: one derivative per example and group",
-        "readout: the task's loss",
-        "  exact gradient in closed form: readout",
+        "b1: local losses of 2 groups of channels, at a linear head",
+        "  0: noise behind 1, on active units, exactly back through 1, one derivative per example and group",
+        "readout: the loss of the task",
+        "  readout: exact gradient in closed form",
     ]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, ["one derivative per batch, because batch norm behind the noise mixes examples", "batch norm: statistics of the batch"]),
-        ({"batch_norm": "frozen-statistics"}, ["one derivative per example", "batch norm: running statistics, one more forward pass"]),
-        ({"norm_gradient": "ignored"}, ["cotangent of b1.1 ignored"]),
-        ({"norm_scales": "weights"}, ["noise on parameters: b1.1.weight, b1.1.bias, b2.1.weight, b2.1.bias: one derivative per batch"]),
-        (
-            {"perturb": "weights"},
-            ["noise (rademacher) on weights; shared by the batch", "noise on parameters: b1.0.weight, b1.0.bias, b1.1.weight"],
-        ),
+        ({}, ["one derivative per batch (batch norm behind the noise mixes examples)", "batch norm: statistics of the batch"]),
+        ({"batch_norm": "frozen-statistics"}, ["one derivative per example", "running statistics, which take one more forward pass"]),
+        ({"norm_gradient": "ignored"}, ["ignoring b1.1"]),
+        ({"norm_scales": "weights"}, ["b1.1.weight, b1.1.bias, b2.1.weight, b2.1.bias: noise of their own, one derivative per batch"]),
+        ({"perturb": "weights"}, ["noise (rademacher) on weights; shared by the batch", "b1.0.weight, b1.0.bias, b1.1.weight, b1.1.bias"]),
         ({"tangents": 2, "antithetic": True}, ["2 directions per step, antithetic"]),
     ],
 )
 def test_the_plan_follows_the_options(spec: TaskSpec, options: dict[str, Any], words: list[str]) -> None:
     plan = ForwardGradient(mlp(spec, 6, 6, norm=nn.BatchNorm1d), spec, ForwardGradientConfig(**options)).plan()
     assert all(word in plan for word in words), plan
-    if options.get("batch_norm"):
-        assert "per batch, because" not in plan
+    assert ("per batch (batch norm" in plan) == (options.get("batch_norm") is None and options.get("perturb") is None)
 
 
 def test_the_plan_of_the_mixer(images: TaskSpec) -> None:
-    """A token-mixing patch takes the sum of its groups' losses; so does a dense layer inside the block, which all groups see."""
+    """A token-mixing patch takes the sum of its groups' losses; a dense layer in front of a group-linear one has groups of its own."""
     network = local_mixer(images, LocalMixerConfig(blocks=2, patches=2, channels=8, groups=2))
     plan = LocalForwardGradient(network, images).plan()
-    assert "b2: local losses of 2 groups of channels times 4 patches at a local head" in plan
-    lines = {line.split(" for ")[1].split(",")[0]: line for line in plan.splitlines() if " for b2" in line}
-    assert lines["b2.layers.token"].endswith("one derivative per example and patch")
-    assert lines["b2.layers.channel"].endswith("one derivative per example and patch and group")
-    assert lines["b2.layers.group"].endswith("one derivative per example and patch and group")
-    assert "before b2.relu" in lines["b2.layers.group"]
+    assert "b2: local losses of 2 groups of channels x 4 patches, at a linear head" in plan
+    lines = {line.split(":")[0].strip(): line for line in plan.split("b2: ")[1].splitlines()}
+    assert lines["layers.token"].endswith("one derivative per example and patch")
+    assert lines["layers.channel"].endswith("one derivative per example and patch and group")
+    assert lines["layers.group"].endswith("one derivative per example and patch and group")
+    assert "noise before relu" in lines["layers.group"]
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -231,7 +226,7 @@ def test_trains_a_split_torchvision_model() -> None:
     found = credit_of(rule, batch_for(spec, 4, dtype=torch.float32), new_step(rule))
     assert found.keys() == {name for name, _ in rule.named_parameters()}
     assert all(value.any() for name, value in found.items())
-    assert "for layer2_0.conv2 + layer2_0.downsample.0, only on active units" in rule.plan()
+    assert "conv2 + downsample.0: noise before relu, on active units" in rule.plan()
 
 
 def test_running_statistics_follow_each_batch_once(spec: TaskSpec) -> None:

@@ -28,56 +28,54 @@ def _headline(config: ForwardGradientConfig) -> str:
 
 
 def _scope(scope: Scope) -> Iterator[str]:
-    names = ", ".join(scope.module._modules)
-    losses = "the task's loss" if scope.scores else f"{_count(scope)} at a local head"
-    yield f"{names}: {losses}"
+    names = list(scope.module._modules)
+    yield f"{', '.join(names)}: {'the loss of the task' if scope.scores else _losses(scope)}"
+    short = _Paths(names)
     if scope.config.perturb == "activities":
         for site, reach in zip(scope.sites, scope.reach, strict=True):
-            yield f"  noise {_place(scope, site)}: {_derivative(reach, scope)}"
+            yield f"  {' + '.join(short(source.layer) for source in site.sources)}: {', '.join(_site(scope, site, reach, short))}"
     weights = scope.perturbed_parameters()
     if weights:
-        yield f"  noise on parameters: {_short(weights)}: one derivative per {'example' if scope.perturbs_per_example else 'batch'}"
+        per = "example" if scope.perturbs_per_example else "batch"
+        yield f"  {_list([short(name) for name in weights])}: noise of their own, one derivative per {per}"
     if scope.final is not None:
-        yield f"  exact gradient in closed form: {scope.final}"
-    yield from _batch_norm(scope)
-
-
-def _count(scope: Scope) -> str:
-    parts = [f"{scope.groups} groups of channels"] if scope.groups > 1 else []
-    parts += [f"{scope.tokens} patches"] if scope.tokens else []
-    return f"local losses of {' times '.join(parts)}" if parts else "one local loss"
-
-
-def _place(scope: Scope, site: Site) -> str:
-    where = "before" if site.before else "behind"
-    layers = " + ".join(source.layer for source in site.sources)
-    mask = ", only on active units" if site.masked and scope.config.mask else ""
-    return f"{where} {site.module} for {layers}{mask}{_norms(scope, site)}"
-
-
-def _norms(scope: Scope, site: Site) -> str:
-    names = " and ".join(source.norm for source in site.sources if source.norm is not None)
-    if not names:
-        return ""
-    cotangent = "in closed form" if scope.config.norm_gradient == "exact" else "ignored"
-    scales = f", scale and shift of {names} from the same estimate" if scope.config.norm_scales == "activities" else ""
-    return f", cotangent of {names} {cotangent}{scales}"
-
-
-def _derivative(reach: Reach, scope: Scope) -> str:
-    own = [name for name, yes in (("example", reach.examples), ("patch", reach.tokens), ("group", reach.groups)) if yes]
-    if not reach.examples:
-        return "one derivative per batch, because batch norm behind the noise mixes examples" + (
-            f"; per {' and '.join(own)}" if own else ""
-        )
-    return f"one derivative per {' and '.join(own)}"
-
-
-def _batch_norm(scope: Scope) -> Iterator[str]:
+        yield f"  {short(scope.final)}: exact gradient in closed form"
     if any(is_batch_norm(part) for part in scope.module.modules()):
         frozen = scope.config.batch_norm == "frozen-statistics"
-        yield f"  batch norm: {'running statistics, one more forward pass' if frozen else 'statistics of the batch'}"
+        yield f"  batch norm: {'running statistics, which take one more forward pass' if frozen else 'statistics of the batch'}"
 
 
-def _short(names: Sequence[str]) -> str:
+class _Paths:
+    """Paths without the block's name, where there is one block only."""
+
+    def __init__(self, blocks: Sequence[str]) -> None:
+        self._prefix = f"{blocks[0]}." if len(blocks) == 1 else ""
+
+    def __call__(self, path: str) -> str:
+        return path.removeprefix(self._prefix)
+
+
+def _losses(scope: Scope) -> str:
+    parts = [f"{scope.groups} groups of channels"] if scope.groups > 1 else []
+    parts += [f"{scope.tokens} patches"] if scope.tokens > 1 else []
+    return f"local losses of {' x '.join(parts)}, at a linear head" if parts else "one local loss, at a linear head"
+
+
+def _site(scope: Scope, site: Site, reach: Reach, short: _Paths) -> Iterator[str]:
+    yield f"noise {'before' if site.before else 'behind'} {short(site.module)}"
+    if site.masked and scope.config.mask:
+        yield "on active units"
+    norms = [source.norm for source in site.sources if source.norm is not None]
+    if norms:
+        exact = scope.config.norm_gradient == "exact"
+        yield f"{'exactly back through' if exact else 'ignoring'} {' and '.join(short(norm) for norm in norms)}"
+    parts = (("example", reach.examples), ("patch", reach.tokens and scope.tokens > 1), ("group", reach.groups))
+    own = [name for name, yes in parts if yes]
+    if reach.examples:
+        yield f"one derivative per {' and '.join(own)}"
+    else:
+        yield f"one derivative per {' and '.join(['batch', *own])} (batch norm behind the noise mixes examples)"
+
+
+def _list(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:5])} and {len(names) - 5} more"
