@@ -1,6 +1,6 @@
 """The README's picture, from the runs of a comparison: ``python docs/images/quickstart.py runs`` after
 
-bpfree compare noprop-dt dfa --seeds 3 task=digits budget.epochs=30 threads=1
+bpfree compare noprop-dt local-forward-gradient --seeds 3 task=digits budget.epochs=30 threads=1
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 STYLES = {
     "backprop": ("#000000", "-"),
     "noprop-dt": ("#0072B2", "-"),
-    "dfa": ("#009E73", "-"),
+    "local-forward-gradient": ("#D55E00", "-"),
     "linear": ("#E69F00", ":"),
     "frozen": ("#999999", "--"),
     "noprop-dt (frozen twin)": ("#56B4E9", "--"),
