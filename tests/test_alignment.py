@@ -324,3 +324,12 @@ def test_a_snapshot_brings_back_what_a_rule_may_hold(device: torch.device) -> No
     assert (module.seen, list(module.by_name), module.count, module.training) == ([1, 2], ["a"], 7, True)
     assert torch.equal(module.by_name["a"], torch.zeros(2, device=device))
     assert not hasattr(module, "fresh")
+
+
+def test_a_block_whose_true_gradient_is_zero_is_left_out(device: torch.device) -> None:
+    """Below a readout of zeros there is no direction to compare with; the readout itself has one."""
+    rule = rough(Backprop, device, norm="none", dropout=0.0)
+    nn.init.zeros_(rule.network.blocks["readout"].weight)  # type: ignore[arg-type]
+    found = measured(rule, device, draws=2)
+    assert set(found) == {"readout/cosine", "readout/norm_ratio", "readout/variance"}
+    assert found["readout/cosine"] == pytest.approx(1)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import grad as conv_gradients
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bpfree.errors import BpfreeError
+
 __all__ = ["input_gradient", "is_batch_norm", "is_linear", "is_norm", "norm_parameter_gradients", "output_rows", "parameter_gradients"]
 
 CONVOLUTIONS = {
@@ -73,10 +75,18 @@ def parameter_gradients(module: nn.Module, x: Tensor, signal: Tensor) -> dict[st
 
     Returns:
         By parameter name, of the parameters' shapes and types.
+
+    Raises:
+        BpfreeError: a layer's own closed form leaves out a parameter, which would never learn.
     """
     kind = type(module)
     if kind is not nn.Linear and kind not in CONVOLUTIONS:
         result: dict[str, Tensor] = module.parameter_gradients(x, signal)  # type: ignore[operator]
+        missing = [name for name, _ in module.named_parameters() if name not in result]
+        if missing:
+            raise BpfreeError(
+                f"{kind.__name__}.parameter_gradients leaves out {', '.join(missing)}", fix="return a gradient for each of its parameters"
+            )
         return result
     weight: Tensor = module.weight  # type: ignore[assignment]
     if kind is nn.Linear:

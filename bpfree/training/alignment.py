@@ -69,6 +69,7 @@ class Alignment:
         ``cosine``, ``norm_ratio``: between the estimate and the gradient of the task's loss, where the network is a chain
         with a readout that takes the task's inputs; norm of the estimate over norm of the gradient.
         ``objective_cosine``, ``objective_norm_ratio``: the same with the gradient of the rule's ``objective``.
+        Blocks whose true gradient is zero (below a head that still is) have no direction to compare with, and are left out.
         ``variance``: with M >= 2 draws g_m, ``sum_m |g_m - mean|^2 / (M - 1)`` over the squared norm of the objective's
         gradient; without an objective, of the task's; without either, of the mean of the draws. The draws differ in the
         rule's own noise alone, not in dropout.
@@ -79,13 +80,13 @@ class Alignment:
         """
         optimizers = [] if self._rule.traits.update == "grad" else self._updater.optimizers
         aside = partial(self._aside, Snapshot(self._rule, *optimizers, device=self._device), batch, step)
-        task = aside(self._descend(self._task_loss)) if self._has_task_loss(batch) else {}
-        objective = aside(self._descend(self._rule.objective))
+        task = _not_zero(aside(self._descend(self._task_loss))) if self._has_task_loss(batch) else {}
+        objective = _not_zero(aside(self._descend(self._rule.objective)))
         estimate = aside(self._estimate)
         metrics = {**_compare(estimate, task, ""), **_compare(estimate, objective, "objective_")}
         if self._config.draws > 1:
             draws = itertools.chain([estimate], (aside(self._estimate, draw=draw) for draw in range(1, self._config.draws)))
-            metrics |= _relative_variance(draws, {**task, **objective})
+            metrics |= _relative_variance(draws, objective or task)
         return {f"alignment/{name}": value for name, value in metrics.items()}
 
     # --- executions that leave nothing behind -----------------------------------------------------------------------
@@ -172,6 +173,11 @@ class Alignment:
                 parameter.grad = before[parameter] - parameter.detach() if in_place else applied.get(parameter)
 
 
+def _not_zero(gradients: Vectors) -> Vectors:
+    """Waits for the device; a sampled step is not timed."""
+    return {name: value for name, value in gradients.items() if bool(value.any())}
+
+
 def _compare(estimate: Vectors, reference: Vectors, prefix: str) -> Metrics:
     """Cosine and ratio of norms for each block that has both; a cosine with zero is zero."""
     metrics = {}
@@ -195,6 +201,5 @@ def _relative_variance(draws: Iterator[Vectors], reference: Vectors) -> Metrics:
             change = vectors.get(name, torch.zeros_like(centre)) - centre
             centre += change / count
             squares[name] += change @ (vectors.get(name, torch.zeros_like(centre)) - centre)
-    scale = {name: reference.get(name, centre).square().sum() for name, centre in mean.items()}
-    tiny = {name: torch.finfo(value.dtype).tiny for name, value in scale.items()}
-    return {f"{name}/variance": value / (count - 1) / scale[name].clamp_min(tiny[name]) for name, value in squares.items()}
+    scale = {name: value.square().sum() for name, value in (reference or _not_zero(mean)).items() if name in squares}
+    return {f"{name}/variance": squares[name] / (count - 1) / value for name, value in scale.items()}

@@ -126,7 +126,7 @@ def test_the_plan_says_where_noise_goes(spec: TaskSpec) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, ["one derivative per batch (batch norm behind the noise mixes examples)", "batch norm: statistics of the batch"]),
+        ({}, ["one derivative per batch (examples meet behind the noise)", "batch norm: statistics of the batch"]),
         ({"batch_norm": "frozen-statistics"}, ["one derivative per example", "running statistics, which take one more forward pass"]),
         ({"norm_gradient": "ignored"}, ["ignoring b1.1"]),
         ({"norm_scales": "weights"}, ["b1.1.weight, b1.1.bias, b2.1.weight, b2.1.bias: noise of their own, one derivative per batch"]),
@@ -137,7 +137,7 @@ def test_the_plan_says_where_noise_goes(spec: TaskSpec) -> None:
 def test_the_plan_follows_the_options(spec: TaskSpec, options: dict[str, Any], words: list[str]) -> None:
     plan = ForwardGradient(mlp(spec, 6, 6, norm=nn.BatchNorm1d), spec, ForwardGradientConfig(**options)).plan()
     assert all(word in plan for word in words), plan
-    assert ("per batch (batch norm" in plan) == (options.get("batch_norm") is None and options.get("perturb") is None)
+    assert ("per batch (examples meet" in plan) == (options.get("batch_norm") is None and options.get("perturb") is None)
 
 
 def test_the_plan_of_the_mixer(images: TaskSpec) -> None:

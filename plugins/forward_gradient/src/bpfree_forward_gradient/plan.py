@@ -74,7 +74,7 @@ def _site(scope: Scope, site: Site, reach: Reach, short: _Paths) -> Iterator[str
     if reach.examples:
         yield f"one derivative per {' and '.join(own)}"
     else:
-        yield f"one derivative per {' and '.join(['batch', *own])} (batch norm behind the noise mixes examples)"
+        yield f"one derivative per {' and '.join(['batch', *own])} (examples meet behind the noise)"
 
 
 def _list(names: Sequence[str]) -> str:
