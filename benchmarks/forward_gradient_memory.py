@@ -5,9 +5,9 @@ and 64 hidden layers of width 256, batch 128, one direction. By torch's allocati
 (:class:`bpfree.training.meters.StepMemory`), so derivatives and temporaries are in it.
 
 With local losses all that a block needs is dropped before the next one. A global loss is known only at the end, and its derivative
-is what each layer's noise is multiplied with: until then each layer keeps its input and its noise (for noise on weights, the noise
-alone, which is as large as the weights). Back-propagation keeps the inputs too, and so does local back-propagation, which sums the
-losses before its one reverse pass.
+is what each layer's noise is multiplied with: until then each layer keeps at least its input and its noise (for noise on weights,
+the noise alone, which is as large as the weights). Back-propagation keeps the inputs too, and so does local back-propagation, which
+sums the losses before its one reverse pass.
 """
 
 from __future__ import annotations
