@@ -106,6 +106,24 @@ def test_the_raw_passes_of_noprop_have_the_rules_gradients(load: Callable[[str],
         torch.testing.assert_close(raw[name], grad, msg=name)
 
 
+def test_forward_gradient_step(smoke: Run) -> None:
+    result = smoke("forward_gradient_step")
+    variants = result["cost"]["variants"]
+    assert variants["forward"]["mixed"]["median_ratio"] == 1
+    for variant in variants.values():
+        assert variant["mixed"]["median_seconds"] > 0
+        assert variant["reached"] in (None, variant["mixed"]["median_ratio"] <= (variant["target_ratio"] or 0))
+    assert len(result["directions"]) == 4
+    for compared in result["directions"].values():
+        check_ratio(compared)
+
+
+def test_forward_gradient_memory(smoke: Run) -> None:
+    rules = smoke("forward_gradient_memory")["rules"]
+    assert all(rules[name]["growth"] <= 1.05 for name in ("local blockwise", "local groupwise"))
+    assert all(rules[name]["growth"] > 1.05 for name in ("backprop", "activities", "weights"))
+
+
 def test_startup(smoke: Run) -> None:
     result = smoke("startup")
     check_ratio({**result["rules"], "reached": result["rules"]["median_ratio"] <= result["rules"]["target_ratio"]})
@@ -167,7 +185,8 @@ def test_oldest_covers_every_dependency(load: Callable[[str], Any]) -> None:
 
 def test_run_all_passes_options_on(load: Callable[[str], Any]) -> None:
     commands = load("run_all").commands(["--save", "--full", "--device", "cuda"])
-    assert [Path(command[1]).stem for command in commands] == ["trainer_overhead", "streamed", "noprop_step", "startup", "accuracy"]
+    speed = ["trainer_overhead", "streamed", "noprop_step", "forward_gradient_step", "forward_gradient_memory", "startup"]
+    assert [Path(command[1]).stem for command in commands] == [*speed, "accuracy"]
     assert all(command[-3:] == ["--save", "--device", "cuda"] for command in commands)
     assert all(Path(command[1]).is_file() for command in commands)
 
@@ -188,8 +207,9 @@ def test_gpu_script_refuses_unknown_parts_and_skips_what_is_done(tmp_path: Path)
     environment = {**os.environ, "OUT": str(tmp_path), "STATE": str(tmp_path / "state"), "DEVICE": "tested", "PYTHON": sys.executable}
     script = ["bash", str(FOLDER / "gpu.sh")]
     assert subprocess.run([*script, "everything"], env=environment, capture_output=True).returncode == 2
-    for name in ("trainer_overhead", "streamed", "noprop_step"):
+    names = ("trainer_overhead", "streamed", "noprop_step", "forward_gradient_step", "forward_gradient_memory")
+    for name in names:
         (tmp_path / f"{name}-tested.json").touch()
     done = subprocess.run([*script, "bench"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stdout.count("its result is there") == 3
+    assert done.stdout.count("its result is there") == len(names)

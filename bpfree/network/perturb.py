@@ -13,20 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
-from torch.overrides import TorchFunctionMode
 
 from bpfree.errors import UsageError
+from bpfree.network.chain import Chain
 from bpfree.network.closed_form import is_batch_norm, is_linear
-from bpfree.network.forward_mode import prepare
+from bpfree.network.forward_mode import Products, dual, prepare, where_active
 from bpfree.network.sites import Site
 
 __all__ = ["Execution", "Perturber", "frozen_statistics", "mixes_by_batch_norm"]
-
-PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
 
 
 @dataclass
@@ -46,52 +43,20 @@ class Execution:
     noise: list[Tensor]
 
 
-class _Products(TorchFunctionMode):
-    """Linear maps of dual tensors, term by term.
-
-    torch's own rule multiplies by a tangent of zeros where weights or inputs have none, which costs a whole product.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in PRODUCTS or len(args) < 2:
-            return func(*args, **(kwargs or {}))
-        options = dict(kwargs or {})
-        x, weight, *rest = args
-        bias = rest.pop(0) if rest else options.pop("bias", None)
-        return _product(lambda x, w, b: func(x, w, b, *rest, **options), x, weight, bias)
-
-
-def _product(func: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    x, x_moves = forward_ad.unpack_dual(x)
-    weight, weight_moves = forward_ad.unpack_dual(weight)
-    bias, bias_moves = (None, None) if bias is None else forward_ad.unpack_dual(bias)
-    output = func(x, weight, bias)
-    terms: list[Tensor] = []
-    if x_moves is not None:
-        terms.append(func(x_moves, weight, None))
-    if weight_moves is not None:
-        terms.append(func(x, weight_moves, bias_moves))
-    elif bias_moves is not None:
-        terms.append(func(x, torch.zeros_like(weight), bias_moves))
-    return _dual(output, sum(terms[1:], terms[0])) if terms else output
-
-
-def _dual(value: Tensor, tangent: Tensor) -> Tensor:
-    return forward_ad.make_dual(value, tangent)  # type: ignore[no-any-return]
-
-
 class Perturber:
     """Executes a module along directions.
 
     Args:
         module: a block, or several in sequence; it is kept, not copied.
+        quick: use :class:`bpfree.network.chain.Chain` where it fits, which calls no function of torch for a ReLU's derivative.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, quick: bool = True) -> None:
         prepare()
         self.module = module
         self._parts = dict(module.named_modules())
         attends = any(isinstance(part, nn.MultiheadAttention) for part in self._parts.values())  # its path for inference has no derivative
+        self._chain = Chain(module) if quick else None
         self._products = attends or sum(is_linear(part) for part in self._parts.values()) > 1
 
     def execute(
@@ -121,9 +86,12 @@ class Perturber:
         directions = next((len(value) for value in [*noise, *weights.values()]), 0)
         if not directions:
             return self._plain(x, record)
+        at_once = directions == 1 or (together and not mixes_by_batch_norm(self.module))
+        if at_once and self._chain is not None and self._chain.fits(sites, weights, record):
+            return Execution(*self._chain.execute(x, sites, noise, weights, record, mask))
         if directions == 1:
             return self._once(x, sites, noise, weights, record, mask, 0)
-        if together and not mixes_by_batch_norm(self.module):
+        if at_once:
             return self._together(x, sites, noise, weights, record, mask)
         results = _repeated(self.module, x, lambda k: self._once(x, sites, noise, weights, record, mask, k), directions)
         tangent = torch.cat([result.tangent for result in results if result.tangent is not None])
@@ -156,7 +124,7 @@ class Perturber:
 
             return jvp(run, (parameters,), (moves,), has_aux=True)[1:]
 
-        with torch.no_grad(), _Products():
+        with torch.no_grad(), Products():
             batched = vmap(one, in_dims=(0, 0), randomness="different")
             each: Any = vmap(batched, in_dims=(None, 0), out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
             tangent, (output, inputs) = each(x, dict(weights))
@@ -166,6 +134,8 @@ class Perturber:
         return {name: self.module.get_parameter(name).detach() for name in weights}
 
     def _plain(self, x: Tensor, record: Collection[str]) -> Execution:
+        if self._chain is not None and self._chain.fits((), (), record):
+            return Execution(*self._chain.execute(x, (), (), {}, record, mask=False))
         inputs: dict[str, Tensor] = {}
         with torch.no_grad(), self._hooked((), _unchanged, record, inputs.__setitem__):
             return Execution(self.module(x), None, inputs, [])
@@ -187,15 +157,15 @@ class Perturber:
         def inject(index: int, value: Tensor) -> Tensor:
             primal, moved = forward_ad.unpack_dual(value)
             if mask and sites[index].masked:
-                used[index] = _where_active(used[index], primal)
+                used[index] = where_active(used[index], primal)
             direction = used[index][0].to(primal.dtype).expand_as(primal)
             # A copy, because layers that work in place overwrite the tangent too.
-            return _dual(primal, direction.clone() if moved is None else moved + direction)
+            return dual(primal, direction.clone() if moved is None else moved + direction)
 
         def keep(path: str, value: Tensor) -> None:
             inputs[path] = forward_ad.unpack_dual(value).primal
 
-        products = _Products() if weights or self._products else nullcontext()
+        products = Products() if weights or self._products else nullcontext()
         with torch.no_grad(), forward_ad.dual_level(), products, self._hooked(sites, inject, record, keep):
             duals = {name: forward_ad.make_dual(value, weights[name][k]) for name, value in self._values(weights).items()}
             moved = functional_call(self.module, duals, (x,)) if duals else self.module(x)
@@ -231,10 +201,10 @@ class Perturber:
         def along(shifts: list[Tensor], moves: dict[str, Tensor]) -> Any:
             return jvp(run, (zeros, parameters), (shifts, moves), has_aux=True)[1:]
 
-        with torch.no_grad(), _Products():
+        with torch.no_grad(), Products():
             each: Any = vmap(along, out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
             tangent, (output, inputs, active) = each(list(noise), dict(weights))
-        used = [_where_active(n, active[i]) if i in active else n for i, n in enumerate(noise)]
+        used = [where_active(n, active[i]) if i in active else n for i, n in enumerate(noise)]
         return Execution(output, tangent, inputs, used)
 
     @contextmanager
@@ -277,14 +247,6 @@ def _in_front(indices: Mapping[int, int], inject: Callable[[int, Tensor], Tensor
 
 def _unchanged(index: int, value: Tensor) -> Tensor:
     return value
-
-
-def _where_active(noise: Tensor, value: Tensor) -> Tensor:
-    """Noise (1 or K, N or 1, ...) where the ReLU of value (N, ...) is active, else zero.
-
-    One elementwise kernel: a product with a boolean mask takes eight times as long on a CPU, ``torch.where`` thirty times.
-    """
-    return torch.ops.aten.threshold_backward(noise, value, 0)  # type: ignore[no-any-return]
 
 
 def _repeated(module: nn.Module, x: Tensor, run: Callable[[int], Execution], times: int) -> list[Execution]:

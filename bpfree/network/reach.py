@@ -71,7 +71,7 @@ def probe(module: nn.Module, sites: Sequence[Site], input_shape: torch.Size, gro
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _Open():
         torch.default_generator.manual_seed(0)
-        perturber = Perturber(_random(copy.deepcopy(module).cpu().double()))
+        perturber = Perturber(_random(copy.deepcopy(module).cpu().double()), quick=False)
         x = torch.randn(EXAMPLES, *input_shape, dtype=torch.float64)
         apart = _stays(perturber, sites, x, _by_example)  # the usual case, at the price of one execution
         return [_measure(perturber, site, x, groups, apart) for site in sites]

@@ -76,6 +76,15 @@ class TaskSpec:
                 made = made - self.target_rows(batch, made.dtype)
             return made / len(outputs)
 
+    def loss_and_error(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """:meth:`loss` and :meth:`error`, which share the softmax of scores and classes."""
+        if self.targets == "real" or batch.targets is None or not _are_classes(batch.targets):
+            return self.loss(outputs, batch), self.error(outputs, batch)
+        with torch.no_grad():
+            made = outputs.log_softmax(1)
+            loss = F.nll_loss(made, batch.targets)
+            return loss, made.exp_().scatter_(1, batch.targets[:, None], -1.0, reduce="add").mul_(1.0 / len(made))
+
     def target_rows(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
         """The targets as rows (N, C): one-hot classes, soft labels or real values as they are."""
         if batch.targets is None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from bpfree import UsageError
-from bpfree.network.perturb import Execution, Perturber, _Products, frozen_statistics, mixes_by_batch_norm
+from bpfree.network.forward_mode import Products
+from bpfree.network.perturb import Execution, Perturber, frozen_statistics, mixes_by_batch_norm
 from bpfree.network.sites import Site, find_sites
 
 N, K = 4, 3
@@ -498,7 +499,7 @@ def test_products_equal_torch_s_own(name: str, moving: int, device: torch.device
 
         still = tuple(values[index] for index in chosen)
         expected = jvp(run, still, moves)
-        with _Products():
+        with Products():
             found = jvp(run, still, moves)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,8 +57,9 @@ class ForwardGradient(Rule):
     def _output_credit(self, scope: Scope, x: Tensor, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Credit of the scope that ends with the scores."""
         execution = scope.run(x, self._noise(step))
-        execution.credit(self.spec.error(execution.output, batch))
-        return {"loss": self.spec.loss(execution.output, batch)}
+        loss, error = self.spec.loss_and_error(execution.output, batch)
+        execution.credit(error)
+        return {"loss": loss}
 
 
 class LocalForwardGradient(ForwardGradient):
@@ -102,16 +103,16 @@ class LocalForwardGradient(ForwardGradient):
             head: Head = self.heads[name]  # type: ignore[assignment]
             pooled = head.pooled(execution.output)
             scores = head.linear(pooled)
-            error = self.spec.error(scores, batch)
+            metrics[f"{name}/loss"], error = self.spec.loss_and_error(scores, batch)
             head.credit(pooled, error)
-            execution.credit(head.cotangent(error))
-            metrics[f"{name}/loss"] = self.spec.loss(scores, batch)
+            execution.credit(error, head)
             x = execution.output
             del execution
         return metrics | self._output_credit(self.scopes[-1], x, batch, step)
 
     def objective(self, batch: Batch, step: Step) -> Tensor:
-        return local_loss(self.network, self.heads, self.spec, batch, greedy=True)
+        losses = local_losses(self.network, self.heads, self.spec, batch, greedy=True)
+        return torch.stack([loss for _, loss in losses]).sum()
 
     def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
         return local_scores(self.network, self.heads, inputs)
@@ -140,10 +141,18 @@ class LocalBackprop(Rule):
         self.heads = local_heads(self.network, spec, self.config.pool)
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        loss = local_loss(self.network, self.heads, self.spec, batch, greedy=self.config.greedy)
-        if loss.requires_grad:
-            loss.backward()
-        return {"loss": loss.detach()}
+        losses = local_losses(self.network, self.heads, self.spec, batch, greedy=self.config.greedy)
+        metrics: dict[str, Tensor] = {}
+        kept: list[Tensor] = []
+        for name, loss in losses:
+            metrics["loss" if name == self.network.readout else f"{name}/loss"] = loss.detach()
+            if not self.config.greedy:
+                kept.append(loss)
+            elif loss.requires_grad:  # at once, so that one block's graph is alive at a time
+                loss.backward()  # type: ignore[no-untyped-call]
+        if kept and (whole := torch.stack(kept).sum()).requires_grad:
+            whole.backward()  # type: ignore[no-untyped-call]
+        return metrics
 
     def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
         return local_scores(self.network, self.heads, inputs)
@@ -168,17 +177,12 @@ def local_scores(network: Network, heads: nn.ModuleDict, x: Tensor) -> dict[str,
     return scores
 
 
-def local_loss(network: Network, heads: nn.ModuleDict, spec: TaskSpec, batch: Batch, *, greedy: bool) -> Tensor:
-    """The sum of all heads' losses and the readout's, by autograd; the readout's input is behind a stop-gradient."""
-    x, losses = batch.inputs, []
+def local_losses(network: Network, heads: nn.ModuleDict, spec: TaskSpec, batch: Batch, *, greedy: bool) -> Iterator[tuple[str, Tensor]]:
+    """Each head's loss and the readout's by block, by autograd; the readout's input is behind a stop-gradient."""
+    x = batch.inputs
     for name in network.hidden:
         x = network.blocks[name](x)
-        losses.append(spec.loss(heads[name](x), batch))
+        yield name, spec.loss(heads[name](x), batch)
         x = x.detach() if greedy else x
-    losses.append(spec.loss(network.blocks[network.readout or ""](x.detach()), batch))
-    return total(losses)
-
-
-def total(losses: Iterable[Tensor]) -> Tensor:
-    """Their sum."""
-    return torch.stack(list(losses)).sum()
+    readout = network.readout or ""
+    yield readout, spec.loss(network.blocks[readout](x.detach()), batch)

@@ -14,7 +14,7 @@ from bpfree.network.closed_form import input_gradient, is_batch_norm, norm_param
 from bpfree.network.perturb import Execution, Perturber, frozen_statistics
 from bpfree.network.reach import Reach, probe
 from bpfree.network.sites import Site, Source, find_sites
-from bpfree_forward_gradient.losses import own_derivatives, spread
+from bpfree_forward_gradient.losses import Head, own_derivatives, spread
 from bpfree_forward_gradient.noise import Noise
 from bpfree_forward_gradient.options import ForwardGradientConfig
 
@@ -187,18 +187,19 @@ class Pass:
         self._scope, self._execution, self._active, self._weights = scope, execution, active, weights
         self.output = execution.output
 
-    def credit(self, cotangent: Tensor) -> None:
+    def credit(self, cotangent: Tensor, head: Head | None = None) -> None:
         """Add to ``.grad``: noise times the derivative of the loss along it, and the exact gradient of the final linear map.
 
         Args:
-            cotangent: (N, ...) dLoss/dOutput of the scope, with the 1/N of the mean.
+            cotangent: (N, ...) dLoss/dOutput of the scope, or of the head, with the 1/N of the mean.
+            head: behind the scope.
         """
         scope, execution = self._scope, self._execution
         if scope.final is not None and scope.final in execution.inputs:
             self._add(scope.final, parameter_gradients(scope.part(scope.final), execution.inputs[scope.final], cotangent))
         if execution.tangent is None:
             return
-        products = cotangent * execution.tangent
+        products = self._products(cotangent, execution.tangent, head)
         with scope.statistics(None):
             for index, noise in zip(self._active, execution.noise, strict=True):
                 signal = self._estimate(products, index, noise)
@@ -207,11 +208,22 @@ class Pass:
         for name, direction in self._weights.items():
             self._grad(name, _along(products, direction, scope.rows(name), scope.groups, scope.perturbs_per_example))
 
+    def _products(self, cotangent: Tensor, tangent: Tensor, head: Head | None) -> Tensor:
+        """(K, N, ...) what sums up to the derivatives: at the head's few scores, or at the output's units, which losses divide."""
+        scope = self._scope
+        if head is None:
+            return cotangent * tangent
+        if scope.groups == 1 and not scope.tokens and tangent.dim() == 3:
+            return torch.matmul(tangent, head.linear.weight.t()).mul_(cotangent)
+        return head.cotangent(cotangent) * tangent
+
     def _estimate(self, products: Tensor, index: int, noise: Tensor) -> Tensor:
         """(N, *site.shape) estimate of the cotangent at a site: the mean over directions of derivative times noise."""
         scope = self._scope
         derivatives = own_derivatives(products, scope.reach[index], scope.groups)
-        scaled = spread(derivatives, scope.sites[index].shape) * noise
+        scale, site = spread(derivatives, scope.sites[index].shape), scope.sites[index]
+        own = site.masked and scope.config.mask and noise.shape[1] == products.shape[1]  # then the masked noise is nobody else's
+        scaled = noise.mul_(scale) if own else noise * scale
         estimate = scaled[0] if len(scaled) == 1 else scaled.mean(0)
         return estimate.expand(products.shape[1], *estimate.shape[1:])
 
