@@ -63,7 +63,8 @@ def curves(rows: Sequence[Row]) -> str:
             points = list(zip(*lines, strict=False))
             x = [statistics.fmean(value for value, _ in point) for point in points]
             y = [[100 * score for _, score in point] for point in points]
-            axis.plot(x, [statistics.fmean(values) for values in y], color=colour, label=row.label, linewidth=1.8)
+            marker = "o" if len(x) == 1 else None  # a line of one point is invisible
+            axis.plot(x, [statistics.fmean(values) for values in y], color=colour, label=row.label, linewidth=1.8, marker=marker)
             axis.fill_between(x, [min(values) for values in y], [max(values) for values in y], color=colour, alpha=0.15, linewidth=0)
     axes[0].set(xlabel="epoch", ylabel="validation accuracy (%)")
     axes[1].set(xlabel="seconds of training", xscale="log")
