@@ -120,6 +120,43 @@ def test_convolutions_with_a_shortcut(images: TaskSpec, monkeypatch: pytest.Monk
     assert_equals_autograd(rule.double(), batch_for(images), monkeypatch)
 
 
+class Columns(nn.Module):
+    """A linear map of an image's columns: what its weight's rows make is no channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.map(x))
+
+
+@pytest.mark.parametrize("perturb", ["activities", "weights"])
+@pytest.mark.parametrize(
+    ("layer", "input_shape", "units", "weights"),
+    [
+        (Columns, (3, 2, 8), 3 * 2 * 6, 54),
+        (lambda: nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU()), (3, 4), 8 * 4, 32),
+        (lambda: nn.Sequential(nn.Conv3d(2, 4, 2), nn.ReLU()), (2, 3, 2, 3), 4 * 2 * 1 * 2, 68),
+    ],
+)
+def test_outputs_of_other_layouts(
+    layer: Any, input_shape: tuple[int, ...], units: int, weights: int, perturb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the weight that are no channels, and feature maps of three dimensions; with groupwise losses and with one loss."""
+    torch.manual_seed(0)
+    spec = TaskSpec(name="toy", input_shape=input_shape, outputs=5)
+    readout = nn.Sequential(nn.Flatten(), nn.LazyLinear(5))
+    readout(layer()(torch.zeros(1, *input_shape)))
+    network = Network({"b1": layer(), "readout": readout}, input_shape=input_shape, readout="readout")
+    options: dict[str, Any] = {"perturb": perturb, "tangents": units if perturb == "activities" else weights}
+    for rule in (
+        LocalForwardGradient(network, spec, LocalForwardGradientConfig(losses="groupwise", group_size=1, **options)),
+        ForwardGradient(network, spec, ForwardGradientConfig(**options)),
+    ):
+        assert_equals_autograd(rule.double(), batch_for(spec), monkeypatch)
+
+
 def test_a_readout_with_hidden_layers(spec: TaskSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last linear map takes the exact gradient, what is in front of it is perturbed."""
     torch.manual_seed(0)

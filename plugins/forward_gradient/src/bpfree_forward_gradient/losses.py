@@ -116,10 +116,9 @@ def own_derivatives(products: Tensor, reach: Reach, groups: int) -> Tensor:
         (K, N or 1, tokens or 1, groups or 1).
     """
     shape = products.shape[2:]
-    if len(shape) == 3:
-        products = products.sum((3, 4))
+    positions = [2 + axis for axis in range(len(shape)) if axis != channel_axis(shape)]
     if len(shape) != 2:
-        products = products.flatten(2).unsqueeze(2)
+        products = (products.sum(positions) if positions else products).unsqueeze(2)
     divided = reach.groups and groups > 1
     result = products.unflatten(3, (groups, -1)).sum(4) if divided else products.sum(3, keepdim=True)
     if not reach.tokens and result.shape[2] > 1:
@@ -134,8 +133,9 @@ def spread(derivatives: Tensor, shape: torch.Size) -> Tensor:
         derivatives = derivatives.repeat_interleave(channels // groups, 3)
     if len(shape) == 2:
         return derivatives
-    flat = derivatives.squeeze(2)
-    return flat if len(shape) == 1 else flat[..., None, None]
+    view = [1] * len(shape)
+    view[channel_axis(shape)] = derivatives.shape[3]
+    return derivatives.reshape(*derivatives.shape[:2], *view)
 
 
 def refuse_patches(losses: Losses, shapes: dict[str, torch.Size]) -> None:

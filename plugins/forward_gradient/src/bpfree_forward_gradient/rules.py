@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree import Batch, Card, Network, Rule, Step, Traits
+from bpfree.network.reach import channel_axis
 from bpfree.tasks.task import TaskSpec
 from bpfree_forward_gradient.losses import Head, group_count, refuse_patches
 from bpfree_forward_gradient.noise import Noise
@@ -89,7 +90,8 @@ class LocalForwardGradient(ForwardGradient):
         scopes = []
         for (name, block), entry, shape in zip(network.blocks.items(), shapes, shapes[1:], strict=False):
             local = name != network.readout
-            groups = group_count(channels(shape), config.losses, config.group_size, getattr(block, "groups", None)) if local else 1
+            channels = shape[channel_axis(shape)]
+            groups = group_count(channels, config.losses, config.group_size, getattr(block, "groups", None)) if local else 1
             tokens = shape[0] if local and len(shape) == 2 and config.losses in ("patchwise", "all") else 0
             scopes.append(Scope({name: block}, entry, config, scores=not local, groups=groups, tokens=tokens))
         return scopes
@@ -156,11 +158,6 @@ class LocalBackprop(Rule):
 
     def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
         return local_scores(self.network, self.heads, inputs)
-
-
-def channels(shape: torch.Size) -> int:
-    """Channels of a block's output."""
-    return shape[0] if len(shape) == 3 else shape[-1]
 
 
 def local_heads(network: Network, spec: TaskSpec, pool: int) -> nn.ModuleDict:

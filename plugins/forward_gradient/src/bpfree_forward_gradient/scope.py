@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from bpfree.errors import UsageError
 from bpfree.network.closed_form import input_gradient, is_batch_norm, norm_parameter_gradients, output_rows, parameter_gradients
 from bpfree.network.perturb import Execution, Perturber, frozen_statistics
-from bpfree.network.reach import Reach, probe
+from bpfree.network.reach import Reach, channel_axis, probe
 from bpfree.network.sites import Site, Source, find_sites
 from bpfree_forward_gradient.losses import Head, own_derivatives, spread
 from bpfree_forward_gradient.noise import Noise
@@ -174,7 +175,7 @@ class Scope:
         """What a parameter's direction reaches, by rows: groups of its own only if each row makes one output channel."""
         path, _, _ = name.rpartition(".")
         for site, reach in zip(self.sites, self.reach, strict=True):
-            rows = output_rows(self.part(path))
+            rows = output_rows(self.part(path)) if _makes_channels(self.part(path), site.shape) else None
             if rows is not None and rows % self.groups == 0 and any(source.layer == path for source in site.sources):
                 return Reach(examples=False, tokens=False, groups=reach.groups)
         return EVERYTHING
@@ -287,6 +288,14 @@ class _Draws:
         own = self._config.perturb == "weights" and self._config.per_example
         shape = (self._examples, *parameter.shape) if own else tuple(parameter.shape)
         return self._stream(name).draw(shape, index, parameter.device, parameter.dtype)
+
+
+def _makes_channels(layer: nn.Module, shape: torch.Size) -> bool:
+    """Whether the rows of a map's weight lie along what counts as channels in its output: not so for a linear map of an image's columns,
+    nor for a convolution in one or three dimensions."""
+    if isinstance(layer, nn.Linear):
+        return channel_axis(shape) == len(shape) - 1
+    return not isinstance(layer, _ConvNd) or channel_axis(shape) == 0
 
 
 def _at_layers(sites: tuple[Site, ...]) -> Iterator[Site]:
