@@ -166,6 +166,24 @@ def test_settings_that_exclude_each_other(spec: TaskSpec) -> None:
     ForwardGradient(network, spec, ForwardGradientConfig(perturb="weights", independent=True, batch_norm="frozen-statistics"))
 
 
+class Centre(nn.Module):
+    """Examples meet, and no batch norm says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("options", [{"independent": False}, {"perturb": "weights", "independent": True}])
+@pytest.mark.parametrize("layer", [Centre, lambda: nn.BatchNorm1d(6, track_running_stats=False)])
+def test_wherever_examples_meet(spec: TaskSpec, layer: Any, options: dict[str, Any]) -> None:
+    """Also in layers that have no statistics to freeze."""
+    network = mlp(spec, 6)
+    network.blocks["b1"].append(layer().double())  # type: ignore[operator]
+    for statistics in ("batch-scalar", "frozen-statistics"):
+        with pytest.raises(UsageError, match="of its own"):
+            ForwardGradient(network, spec, ForwardGradientConfig(batch_norm=statistics, **options))  # type: ignore[arg-type]
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 

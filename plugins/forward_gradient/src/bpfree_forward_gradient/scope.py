@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bpfree.errors import UsageError
-from bpfree.network.closed_form import input_gradient, is_batch_norm, norm_parameter_gradients, output_rows, parameter_gradients
-from bpfree.network.perturb import Execution, Perturber, frozen_statistics
+from bpfree.network.closed_form import input_gradient, norm_parameter_gradients, output_rows, parameter_gradients
+from bpfree.network.perturb import Execution, Perturber, frozen_statistics, mixes_by_batch_norm
 from bpfree.network.reach import Reach, channel_axis, probe
 from bpfree.network.sites import Site, Source, find_sites
 from bpfree_forward_gradient.losses import Head, own_derivatives, spread
@@ -69,31 +69,45 @@ class Scope:
         self._check()
 
     def _probe(self) -> list[Reach]:
-        """Of each site; the mode of batch norm is the training one, unless its statistics are frozen."""
+        """Of each site, as the blocks train."""
+        with self._as_in_training():
+            found = probe(self.module, self.sites, self.input_shape, self.groups)
+        return [Reach(reach.examples, reach.tokens and self.tokens > 0, reach.groups) for reach in found]
+
+    @contextmanager
+    def _as_in_training(self) -> Iterator[None]:
+        """In train mode but for batch norms whose statistics are frozen; each part's own mode is restored."""
         modes = {part: part.training for part in self.module.modules()}
         self.module.train()
         try:
             with self.statistics(None):
-                found = probe(self.module, self.sites, self.input_shape, self.groups)
+                yield
         finally:
             for part, mode in modes.items():
                 part.training = mode
-        return [Reach(reach.examples, reach.tokens and self.tokens > 0, reach.groups) for reach in found]
 
     def _check(self) -> None:
-        mixed = self.config.batch_norm == "batch-scalar" and any(is_batch_norm(part) for part in self.module.modules())
-        if self.config.perturb == "weights" and self.config.per_example and mixed:
+        if self.config.per_example and self.config.perturb == "activities":
+            return
+        apart = all(reach.examples for reach in self.reach)
+        names = f"block {', '.join(self.module._modules)}"
+        if self.config.per_example and (self._mixes_by_batch_norm() or not apart):
             raise UsageError(
-                "with batch norm in train mode an example has no derivative of its own",
-                where=f"rule.independent=true, block {', '.join(self.module._modules)}",
-                fix="rule.batch_norm=frozen-statistics, or rule.independent=false",
+                "where examples meet, as in batch norm in train mode, an example has no derivative of its own",
+                where=f"rule.independent=true, {names}",
+                fix="rule.independent=false, or with batch norm rule.batch_norm=frozen-statistics",
             )
-        if self.config.perturb == "activities" and not self.config.per_example and not all(reach.examples for reach in self.reach):
+        if self.config.perturb == "activities" and not apart:
             raise UsageError(
                 "one derivative per batch needs noise of its own for each example",
-                where=f"rule.independent=false, batch norm behind the noise in block {', '.join(self.module._modules)}",
-                fix="rule.batch_norm=frozen-statistics, or leave rule.independent unset",
+                where=f"rule.independent=false, {names}: examples meet behind the noise",
+                fix="leave rule.independent unset, or with batch norm rule.batch_norm=frozen-statistics",
             )
+
+    def _mixes_by_batch_norm(self) -> bool:
+        """Whether a batch norm takes the batch's statistics as the blocks train, in front of the sites too."""
+        with self._as_in_training():
+            return mixes_by_batch_norm(self.module)
 
     def statistics(self, x: Tensor | None) -> AbstractContextManager[None]:
         """Batch norm as configured; its running statistics follow the batch ``x``, if one is given."""
