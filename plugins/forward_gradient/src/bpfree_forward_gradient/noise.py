@@ -19,7 +19,8 @@ class Noise:
     """Draws of K directions from one stream.
 
     A derivative is even in its direction, so that a pair (v, -v) gives the same estimate twice. Antithetic directions differ in
-    sign at every second place instead: what one half of the places adds to the other half's estimate then cancels.
+    sign at every second place instead: what one half of the places adds to the other half's estimate then cancels. What a place adds to
+    its own estimate stays, so that a place alone takes independent directions.
 
     Args:
         config: number of directions, distribution, pairing.
@@ -29,14 +30,22 @@ class Noise:
     def __init__(self, config: ForwardGradientConfig, generator: torch.Generator) -> None:
         self._config, self._generator = config, generator
 
-    def draw(self, shape: Sequence[int], place: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(K, *shape) with zero mean and unit variance; ``place`` numbers the sites or parameters."""
+    def draw(self, shape: Sequence[int], place: int | None, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(K, *shape) with zero mean and unit variance.
+
+        Args:
+            shape: of one direction.
+            place: number of the site, or of the parameter's module; ``None``: the only one, where a pair would be the same twice.
+            device: of the noise.
+            dtype: of the noise.
+        """
         config = self._config
-        count = config.tangents // 2 if config.antithetic else config.tangents
+        odd = place % 2 if config.antithetic and place is not None else None
+        count = config.tangents if odd is None else config.tangents // 2
         make = _signs if config.noise == "rademacher" else _normal
         value = make((count, *shape), device, dtype, self._generator)
-        if config.antithetic:
-            value = torch.cat([value, -value if place % 2 else value])
+        if odd is not None:
+            value = torch.cat([value, -value if odd else value])
         return value
 
 

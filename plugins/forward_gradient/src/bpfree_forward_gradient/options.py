@@ -22,7 +22,7 @@ class ForwardGradientConfig:
     noise: Literal["gaussian", "rademacher"] = option("rademacher", "distribution of the noise")
     independent: bool | None = option(None, "noise of its own for each example (not set: with activities yes, with weights no)")
     mask: bool = option(True, "no noise on inactive units (activities in front of a ReLU)")
-    antithetic: bool = option(False, "directions in pairs that share their noise and differ in sign at every second site")
+    antithetic: bool = option(False, "directions in pairs that share their noise and differ in sign at every second layer with noise")
     norm_gradient: Literal["exact", "ignored"] = option(
         "exact", "cotangent of a normalisation in front of the noise: in closed form, or left out"
     )

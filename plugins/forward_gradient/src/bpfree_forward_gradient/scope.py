@@ -120,9 +120,9 @@ class Scope:
         source = _Draws(self.config, noise, len(x))
         active, perturbed = self._plan()
         sites = [self.sites[index] for index in active]
-        drawn = [source.activities(index, site, x) for index, site in zip(active, sites, strict=True)]
-        places = enumerate(perturbed, start=len(self.sites))
-        weights = {name: source.weights(place, name, self._members[name]) for place, name in places}
+        places = iter(_places(active, perturbed))
+        drawn = [source.activities(next(places), site, x) for site in sites]
+        weights = {name: source.weights(next(places), name, self._members[name]) for name in perturbed}
         record = {path for site in sites for path in self._recorded(site)} | ({self.final} if self.final is not None else set())
         with self.statistics(x):
             if self.perturbs_per_example and weights:
@@ -292,16 +292,23 @@ class _Draws:
             self._streams[block] = self._noise(block)
         return self._streams[block]
 
-    def activities(self, index: int, site: Site, x: Tensor) -> Tensor:
+    def activities(self, place: int | None, site: Site, x: Tensor) -> Tensor:
         examples = self._examples if self._config.per_example else 1
         return self._stream(site.module).draw(
-            (examples, *site.shape), index, x.device, torch.float32 if not x.is_floating_point() else x.dtype
+            (examples, *site.shape), place, x.device, torch.float32 if not x.is_floating_point() else x.dtype
         )
 
-    def weights(self, index: int, name: str, parameter: Tensor) -> Tensor:
+    def weights(self, place: int | None, name: str, parameter: Tensor) -> Tensor:
         own = self._config.perturb == "weights" and self._config.per_example
         shape = (self._examples, *parameter.shape) if own else tuple(parameter.shape)
-        return self._stream(name).draw(shape, index, parameter.device, parameter.dtype)
+        return self._stream(name).draw(shape, place, parameter.device, parameter.dtype)
+
+
+def _places(sites: list[int], parameters: list[str]) -> list[int | None]:
+    """A number for each site, and for each parameter that of its module; ``None`` if there would be one number only."""
+    keys: list[int | str] = [*sites, *(name.rpartition(".")[0] for name in parameters)]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [numbers[key] if len(numbers) > 1 else None for key in keys]
 
 
 def _makes_channels(layer: nn.Module, shape: torch.Size) -> bool:
