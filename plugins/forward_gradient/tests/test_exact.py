@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bpfree_forward_gradient.mixer import LocalMixerConfig, local_mixer
+from bpfree_forward_gradient.mixer import LocalMixerConfig, TokenLinear, local_mixer
 from bpfree_forward_gradient.options import ForwardGradientConfig, LocalForwardGradientConfig
 from bpfree_forward_gradient.rules import ForwardGradient, LocalForwardGradient
 from estimates import EXAMPLES, batch_for, exact_credit, gradient_of, mlp, random_heads, task_loss
@@ -82,6 +82,19 @@ def test_the_local_mixer(images: TaskSpec, monkeypatch: pytest.MonkeyPatch, loss
     network = local_mixer(images, LocalMixerConfig(blocks=2, patches=2, channels=8, groups=2, norm=norm)).double()
     rule = LocalForwardGradient(network, images, LocalForwardGradientConfig(losses=losses, tangents=3 * 4 * 8)).double()
     assert_equals_autograd(rule, batch_for(images), monkeypatch)
+
+
+@pytest.mark.parametrize("losses", ["blockwise", "patchwise", "all"])
+def test_noise_in_front_of_token_mixing(monkeypatch: pytest.MonkeyPatch, losses: Any) -> None:
+    """A patch's noise then reaches the losses of all patches, and only behind the mixing its own alone, if there are losses of patches."""
+    torch.manual_seed(0)
+    spec = TaskSpec(name="toy", input_shape=(3, 4), outputs=5)
+    block = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), TokenLinear(3), nn.ReLU())
+    network = Network({"b1": block, "readout": nn.Sequential(nn.Flatten(), nn.Linear(18, 5))}, input_shape=(3, 4), readout="readout")
+    config = LocalForwardGradientConfig(losses=losses, group_size=3, tangents=2 * 3 * 6)
+    rule = LocalForwardGradient(network, spec, config).double()
+    assert [reach.tokens for reach in rule.scopes[0].reach] == [False, losses != "blockwise"]
+    assert_equals_autograd(rule, batch_for(spec), monkeypatch)
 
 
 def test_weights_of_the_local_mixer(images: TaskSpec, monkeypatch: pytest.MonkeyPatch) -> None:
