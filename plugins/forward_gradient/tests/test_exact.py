@@ -16,7 +16,7 @@ from estimates import EXAMPLES, batch_for, exact_credit, gradient_of, mlp, rando
 from torch import nn
 
 import bpfree
-from bpfree import Network, TaskSpec
+from bpfree import Network, TaskSpec, new_step
 
 
 def assert_equals_autograd(rule: Any, batch: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
@@ -74,6 +74,24 @@ def test_frozen_statistics_give_each_example_a_derivative(spec: TaskSpec, monkey
     rule.eval()
     for name, value in gradient_of(rule, spec.loss(rule.network(batch.inputs), batch)).items():
         assert torch.allclose(found[name], value, rtol=1e-9, atol=1e-11), name
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_the_objective_has_frozen_statistics_too(spec: TaskSpec, monkeypatch: pytest.MonkeyPatch, local: bool) -> None:
+    """What alignment compares the credit with."""
+    network = mlp(spec, 6, 4, norm=nn.BatchNorm1d)
+    if local:
+        rule: Any = LocalForwardGradient(network, spec, LocalForwardGradientConfig(tangents=6, batch_norm="frozen-statistics"))
+    else:
+        rule = ForwardGradient(network, spec, ForwardGradientConfig(tangents=10, batch_norm="frozen-statistics"))
+    rule.double()
+    random_heads(rule)
+    batch, before = batch_for(spec), [buffer.clone() for buffer in network.buffers()]
+    expected = gradient_of(rule, rule.objective(batch, new_step(rule)))
+    for buffer, value in zip(network.buffers(), before, strict=True):
+        buffer.copy_(value)
+    for name, value in exact_credit(rule, batch, monkeypatch).items():
+        assert torch.allclose(value, expected[name], rtol=1e-9, atol=1e-11), name
 
 
 @pytest.mark.parametrize(("losses", "norm"), [("blockwise", "both"), ("patchwise", "both"), ("groupwise", "after"), ("all", "both")])

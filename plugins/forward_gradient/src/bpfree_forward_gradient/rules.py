@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bpfree import Batch, Card, Network, Rule, Step, Traits
+from bpfree.network.perturb import frozen_statistics
 from bpfree.network.reach import channel_axis
 from bpfree.tasks.task import TaskSpec
 from bpfree_forward_gradient.losses import Head, group_count, refuse_patches
@@ -53,6 +55,18 @@ class ForwardGradient(Rule):
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         return self._output_credit(self.scopes[-1], batch.inputs, batch, step)
+
+    def objective(self, batch: Batch, step: Step) -> Tensor | None:
+        """The task's loss where batch norms take their running statistics, else that very loss, which needs no second name."""
+        if self.config.batch_norm == "batch-scalar":
+            return None
+        with self._statistics(batch):
+            return self.spec.loss(self.network(batch.inputs), batch)
+
+    def _statistics(self, batch: Batch) -> AbstractContextManager[None]:
+        """Batch norms as in :meth:`credit`."""
+        frozen = self.config.batch_norm == "frozen-statistics"
+        return frozen_statistics(self.network, batch.inputs) if frozen else nullcontext()
 
     @torch.no_grad()
     def _output_credit(self, scope: Scope, x: Tensor, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -113,8 +127,9 @@ class LocalForwardGradient(ForwardGradient):
         return metrics | self._output_credit(self.scopes[-1], x, batch, step)
 
     def objective(self, batch: Batch, step: Step) -> Tensor:
-        losses = local_losses(self.network, self.heads, self.spec, batch, greedy=True)
-        return torch.stack([loss for _, loss in losses]).sum()
+        with self._statistics(batch):
+            losses = local_losses(self.network, self.heads, self.spec, batch, greedy=True)
+            return torch.stack([loss for _, loss in losses]).sum()
 
     def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
         return local_scores(self.network, self.heads, inputs)
