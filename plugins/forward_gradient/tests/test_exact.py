@@ -188,6 +188,32 @@ def test_outputs_of_other_layouts(
         assert_equals_autograd(rule.double(), batch_for(spec), monkeypatch)
 
 
+class RandomDepth(nn.Module):
+    """A layer that is left out in some steps."""
+
+    left_out = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.left_out else torch.relu(self.linear(x))
+
+
+def test_a_layer_that_is_left_out(spec: TaskSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no gradient then, as with autograd, and the other layers have theirs."""
+    torch.manual_seed(0)
+    blocks = {"b1": RandomDepth(), "b2": nn.Sequential(nn.Linear(12, 6), nn.ReLU()), "readout": nn.Linear(6, 5)}
+    rule = ForwardGradient(Network(blocks, input_shape=(12,), readout="readout"), spec, ForwardGradientConfig(tangents=18)).double()
+    assert_equals_autograd(rule, batch_for(spec), monkeypatch)
+    monkeypatch.setattr(RandomDepth, "left_out", True)
+    batch = batch_for(spec)
+    expected, found = gradient_of(rule, task_loss(rule, batch)), exact_credit(rule, batch, monkeypatch)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(value, expected[name], rtol=1e-9, atol=1e-11) for name, value in found.items())
+
+
 def test_a_readout_with_hidden_layers(spec: TaskSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last linear map takes the exact gradient, what is in front of it is perturbed."""
     torch.manual_seed(0)

@@ -217,8 +217,10 @@ class Pass:
         products = self._products(cotangent, execution.tangent, head)
         with scope.statistics(None):
             for index, noise in zip(self._active, execution.noise, strict=True):
-                signal = self._estimate(products, index, noise)
-                for source in scope.sites[index].sources:
+                executed = [source for source in scope.sites[index].sources if source.layer in execution.inputs]
+                if executed:  # else left out this time, by a random depth
+                    signal = self._estimate(products, index, noise)
+                for source in executed:
                     self._through(source, signal)
         for name, direction in self._weights.items():
             self._grad(name, _along(products, direction, scope.rows(name), scope.groups, scope.perturbs_per_example))
