@@ -69,6 +69,18 @@ def test_nothing_keeps_a_graph(spec: TaskSpec) -> None:
     assert not any(p.grad is not None and p.grad.requires_grad for p in rule.parameters())
 
 
+def test_credit_adds_to_what_is_there(spec: TaskSpec) -> None:
+    """As accumulation over micro-batches needs it. Oracle: the sum of two calls that start from nothing."""
+    batches = [batch_for(spec, seed=seed) for seed in (0, 1)]
+    for rule in rules_on(mlp(spec, 8, 6, norm=nn.LayerNorm), spec):
+        random_heads(rule.double())
+        first, second = (credit_of(rule, batch, new_step(rule)) for batch in batches)
+        credit_of(rule, batches[0], new_step(rule))
+        rule.credit(batches[1], new_step(rule))
+        for name, parameter in rule.named_parameters():
+            assert torch.allclose(parameter.grad, first[name] + second[name]), name
+
+
 def test_local_rules_do_not_see_what_is_above(spec: TaskSpec) -> None:
     """Oracle: the same step with other parameters above leaves a block's credit as it is, bit for bit."""
     rule = LocalForwardGradient(mlp(spec, 8, 6), spec).double()
