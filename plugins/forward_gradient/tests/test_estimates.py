@@ -253,8 +253,10 @@ def test_more_directions_reduce_the_variance(spec: TaskSpec) -> None:
     assert spread[1] / spread[0] == pytest.approx(0.25, rel=0.1)
 
 
-def test_the_same_step_draws_the_same_noise(spec: TaskSpec) -> None:
-    rule = LocalForwardGradient(mlp(spec, 8, 6), spec, LocalForwardGradientConfig()).double()
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+def test_the_same_step_draws_the_same_noise(spec: TaskSpec, noise: Any) -> None:
+    """Whatever else has drawn numbers: a resumed run has the same bits."""
+    rule = LocalForwardGradient(mlp(spec, 8, 6), spec, LocalForwardGradientConfig(noise=noise)).double()
     random_heads(rule)
     step, batch = new_step(rule), batch_for(spec)
     first, again = credit_of(rule, batch, step), credit_of(rule, batch, step)
