@@ -61,6 +61,14 @@ def test_no_reverse_mode_call_in_a_step(spec: TaskSpec, norm: Any, monkeypatch: 
     assert calls.count == 1  # the count does see one
 
 
+def test_a_parameter_that_is_replaced_learns(spec: TaskSpec) -> None:
+    rule = ForwardGradient(mlp(spec, 8), spec).double()
+    rule.credit(batch_for(spec), new_step(rule))
+    layer: Any = rule.network.blocks["b1"][0]  # type: ignore[index]
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    assert "network.blocks.b1.0.weight" in credit_of(rule, batch_for(spec), new_step(rule))
+
+
 def test_nothing_keeps_a_graph(spec: TaskSpec) -> None:
     rule = LocalForwardGradient(mlp(spec, 8), spec).double()
     metrics = rule.credit(batch_for(spec), new_step(rule))
@@ -129,7 +137,8 @@ def test_the_plan_says_where_noise_goes(spec: TaskSpec) -> None:
     assert plan.splitlines() == [
         "forward gradients: noise (rademacher) on activities; of its own for each example; 1 direction per step",
         "b1: local losses of 2 groups of channels, at a linear head",
-        "  0: noise behind 1, on active units, exactly back through 1, one derivative per example and group",
+        "  0: noise behind 1, on active units, exactly back through 1, whose scale and shift take the same estimate, "
+        "one derivative per example and group",
         "readout: the loss of the task",
         "  readout: exact gradient in closed form",
     ]
@@ -257,6 +266,26 @@ def test_trains_a_split_torchvision_model() -> None:
     assert found.keys() == {name for name, _ in rule.named_parameters()}
     assert all(value.any() for name, value in found.items())
     assert "conv2 + downsample.0: noise before relu, on active units" in rule.plan()
+
+
+def test_trains_attention() -> None:
+    """The fused attention kernels have no derivative by forward mode, so the plain one is used; every parameter gets a gradient."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.out(self.attention(x, x, x, need_weights=False)[0]))
+
+    spec = TaskSpec(name="tokens", input_shape=(5, 8), outputs=3)
+    torch.manual_seed(0)
+    network = Network({"b1": Attention(), "readout": nn.Sequential(nn.Flatten(), nn.Linear(40, 3))}, input_shape=(5, 8), readout="readout")
+    for rule in rules_on(network, spec):
+        random_heads(rule)
+        found = credit_of(rule, batch_for(spec, dtype=torch.float32), new_step(rule))
+        assert found.keys() == {name for name, _ in rule.named_parameters()}
 
 
 def test_running_statistics_follow_each_batch_once(spec: TaskSpec) -> None:

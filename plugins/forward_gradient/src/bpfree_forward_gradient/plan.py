@@ -69,6 +69,8 @@ def _site(scope: Scope, site: Site, reach: Reach, short: _Paths) -> Iterator[str
     if norms:
         exact = scope.config.norm_gradient == "exact"
         yield f"{'exactly back through' if exact else 'ignoring'} {' and '.join(short(norm) for norm in norms)}"
+        if scope.config.norm_scales == "activities" and any(list(scope.part(norm).parameters()) for norm in norms):
+            yield "whose scale and shift take the same estimate"
     parts = (("example", reach.examples), ("patch", reach.tokens and scope.tokens > 1), ("group", reach.groups))
     own = [name for name, yes in parts if yes]
     if reach.examples:

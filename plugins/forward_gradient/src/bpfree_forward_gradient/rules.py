@@ -32,8 +32,10 @@ class ForwardGradient(Rule):
     card = Card(
         "forward gradient of the task's loss: noise times the derivative along it, no backward pass",
         paper=f"{BAYDIN}; with noise on activities: {REN}",
-        equation="grad a_n = (dL/du . u)_n u_n, u_n ~ N(0, 1) on pre-activations a_n of example n;  grad W = sum_n grad a_n h_n^T",
-        notes="Unbiased; its variance grows with the number of perturbed units (activities) or parameters (weights). The readout's last "
+        equation="grad a_n = (dL/du . u)_n u_n, u_n random signs or N(0, 1) on pre-activations a_n of example n;  "
+        "grad W = sum_n grad a_n h_n^T",
+        notes="Unbiased, unless norm_gradient=ignored; its variance grows with the number of perturbed units (activities) or "
+        "parameters (weights). The readout's last "
         "linear map takes its exact gradient in closed form, as in the published code of Ren et al.",
     )
     traits = Traits(dependence="all", downstream_weights="all", reverse_span=0)

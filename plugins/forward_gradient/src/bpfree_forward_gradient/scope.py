@@ -143,6 +143,7 @@ class Scope:
 
     def _plan(self) -> tuple[list[int], list[str]]:
         """The sites and the parameters that get noise: those with something to learn. Kept as long as the same parameters do."""
+        self._members = dict(self.module.named_parameters())  # anew: a phase may have put others in their place
         learns = tuple(parameter.requires_grad for parameter in self._members.values())
         if self._planned is None or self._planned[0] != learns:
             names = [name for name, wanted in zip(self._members, learns, strict=True) if wanted]
