@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 
-from bpfree.network.forward_mode import Products, where_active
+from bpfree.network.forward_mode import Products, differentiable_attention, where_active
 from bpfree.network.sites import Site
 
 __all__ = ["Chain"]
@@ -144,7 +144,7 @@ def _linear(leaf: nn.Linear, x: Tensor, tangent: Tensor | None, moves: Mapping[s
 
 def _once(leaf: nn.Module, x: Tensor, tangent: Tensor | None, moves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """One direction, by dual numbers."""
-    with forward_ad.dual_level(), Products():
+    with forward_ad.dual_level(), differentiable_attention(), Products():
         dual = x if tangent is None else forward_ad.make_dual(x, tangent[0].clone())  # cloned: a layer in place would overwrite it
         parameters = {name: forward_ad.make_dual(leaf.get_parameter(name).detach(), value[0]) for name, value in moves.items()}
         output, moved = forward_ad.unpack_dual(functional_call(leaf, parameters, (dual,)) if parameters else leaf(dual))
@@ -162,7 +162,7 @@ def _together(leaf: nn.Module, x: Tensor, tangent: Tensor | None, moves: Mapping
     def along(change: Tensor, own: dict[str, Tensor]) -> Any:
         return jvp(run, (x, parameters), (change, own), has_aux=True)[1:]
 
-    with Products():
+    with differentiable_attention(), Products():
         each: Any = vmap(along, out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
         tangents, output = each(x.new_zeros(count, *x.shape) if tangent is None else tangent.clone(), dict(moves))
     return output, tangents

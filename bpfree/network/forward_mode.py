@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Products", "dual", "prepare", "where_active"]
+__all__ = ["Products", "differentiable_attention", "dual", "prepare", "where_active"]
 
 PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
 
@@ -68,3 +70,8 @@ def where_active(noise: Tensor, value: Tensor) -> Tensor:
     One elementwise kernel: a product with a boolean mask takes eight times as long on a CPU, ``torch.where`` thirty times.
     """
     return torch.ops.aten.threshold_backward(noise, value, 0)  # type: ignore[no-any-return]
+
+
+def differentiable_attention() -> AbstractContextManager[None]:
+    """The kernel of scaled dot-product attention that has a derivative by forward mode; the fused ones have none."""
+    return sdpa_kernel(SDPBackend.MATH)  # type: ignore[no-any-return]

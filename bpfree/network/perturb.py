@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bpfree.errors import UsageError
 from bpfree.network.chain import Chain
 from bpfree.network.closed_form import is_batch_norm, is_linear
-from bpfree.network.forward_mode import Products, dual, prepare, where_active
+from bpfree.network.forward_mode import Products, differentiable_attention, dual, prepare, where_active
 from bpfree.network.sites import Site
 
 __all__ = ["Execution", "Perturber", "frozen_statistics", "mixes_by_batch_norm"]
@@ -125,7 +124,7 @@ class Perturber:
 
             return jvp(run, (parameters,), (moves,), has_aux=True)[1:]
 
-        with torch.no_grad(), _differentiable_attention(), Products():
+        with torch.no_grad(), differentiable_attention(), Products():
             batched = vmap(one, in_dims=(0, 0), randomness="different")
             each: Any = vmap(batched, in_dims=(None, 0), out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
             tangent, (output, inputs) = each(x, dict(weights))
@@ -167,7 +166,7 @@ class Perturber:
             inputs[path] = forward_ad.unpack_dual(value).primal
 
         products = Products() if weights or self._products else nullcontext()
-        with torch.no_grad(), _differentiable_attention(), forward_ad.dual_level(), products, self._hooked(sites, inject, record, keep):
+        with torch.no_grad(), differentiable_attention(), forward_ad.dual_level(), products, self._hooked(sites, inject, record, keep):
             duals = {name: forward_ad.make_dual(value, weights[name][k]) for name, value in self._values(weights).items()}
             moved = functional_call(self.module, duals, (x,)) if duals else self.module(x)
             output, tangent = forward_ad.unpack_dual(moved)
@@ -202,7 +201,7 @@ class Perturber:
         def along(shifts: list[Tensor], moves: dict[str, Tensor]) -> Any:
             return jvp(run, (zeros, parameters), (shifts, moves), has_aux=True)[1:]
 
-        with torch.no_grad(), _differentiable_attention(), Products():
+        with torch.no_grad(), differentiable_attention(), Products():
             each: Any = vmap(along, out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
             tangent, (output, inputs, active) = each(list(noise), dict(weights))
         used = [where_active(n, active[i]) if i in active else n for i, n in enumerate(noise)]
@@ -233,11 +232,6 @@ class Perturber:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _differentiable_attention() -> AbstractContextManager[None]:
-    """The kernel of scaled dot-product attention that has a derivative by forward mode; the fused ones have none."""
-    return sdpa_kernel(SDPBackend.MATH)  # type: ignore[no-any-return]
 
 
 def _in_front(indices: Mapping[int, int], inject: Callable[[int, Tensor], Tensor]) -> Callable[..., Any]:

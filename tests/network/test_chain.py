@@ -82,3 +82,28 @@ def test_what_a_chain_fits() -> None:
     chain = Chain(watched)
     watched[0].register_forward_hook(lambda *_: None)
     assert not chain.fits((), (), ())
+
+
+class SelfAttention(nn.Module):
+    """Of two tokens, without parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.unflatten(1, (2, -1))
+        return torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).flatten(1)
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+def test_attention_behind_the_noise(directions: int, device: torch.device) -> None:
+    """The fused kernels have no derivative by forward mode. Oracle: ``torch.func.jvp`` of softmax attention, written out."""
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(6, 8), SelfAttention()).double().to(device)
+    result = run(module, directions, "activities", True, "", device)
+    hidden = module[0](result.inputs["0"]).detach()
+
+    def attention(values: Tensor) -> Tensor:
+        tokens = values.unflatten(1, (2, 4))
+        return ((tokens @ tokens.mT / 2).softmax(2) @ tokens).flatten(1)
+
+    expected = [torch.func.jvp(attention, (hidden,), (noise,))[1] for noise in result.noise[0]]
+    assert result.tangent is not None
+    assert torch.allclose(result.tangent, torch.stack(expected))
