@@ -221,6 +221,18 @@ class Rule(nn.Module, ABC):
         scores: Tensor = self.network(inputs)
         return scores
 
+    def features(self, inputs: Any) -> Tensor:
+        """(N, ...) what the rule makes of its inputs before the readout: the readout's input, deterministic in eval mode.
+
+        Phases ``on_features`` and evaluation protocols (linear probe and so on, which flatten it) take it.
+        """
+        return self.network.features(inputs)
+
+    def read(self, features: Tensor, generator: torch.Generator) -> Tensor:
+        """The scores of features: ``read(features(x))`` is ``predict(x)``. Needed for phases ``on_features`` only."""
+        scores: Tensor = self.network.blocks[self.network.readout or ""](features)
+        return scores
+
     def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """Further predictions worth reporting beside ``predict``, by name (single blocks, ensembles): scores (N, C)."""
         return {}

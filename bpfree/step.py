@@ -62,6 +62,9 @@ class Phase:
         schedule: over the phase's own progress; ``None``: the run's schedule, over the run's progress.
         reset: groups that ``Rule.start_phase`` initialises anew; their optimiser state is dropped.
         evaluate: whether the epochs of this phase end with an evaluation.
+        on_features: whether batches hold ``Rule.features`` of the inputs in place of these, for a phase in which the
+            readout alone learns. They are computed once, in eval mode, and kept (in memory, or else in a temporary file);
+            anew for each batch where augmentations change the inputs.
     """
 
     name: str = "train"
@@ -73,6 +76,7 @@ class Phase:
     schedule: ScheduleConfig | None = None
     reset: tuple[str, ...] = ()
     evaluate: bool = True
+    on_features: bool = False
 
 
 @dataclass(slots=True)

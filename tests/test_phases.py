@@ -28,6 +28,7 @@ from bpfree import (
 from bpfree.baselines import Backprop
 from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.config import BudgetConfig
+from bpfree.training.trainer import Interrupted
 
 
 @pytest.mark.parametrize("budget", [{"epochs": 2}, {"samples": 2000}, {"seconds": 0.3}])
@@ -141,3 +142,78 @@ def test_samples_are_drawn_in_full_although_passes_drop_a_single_example(digits:
     part = Task(digits.spec, digits.train.subset(torch.arange(65)), digits.validation, digits.test)
     run = Trainer(rule_on(part), part, config_of(device, batch_size=16, budget=BudgetConfig(samples=650))).fit()
     assert 650 <= run.result["train/samples"] < 666
+
+
+class ReadoutLater(Backprop):
+    """A phase in which nothing happens to the readout, then one in which it alone learns: on features, or through the network."""
+
+    on_features = True
+    seen: list[torch.Size]
+
+    def phases(self, budget: Budget) -> Iterable[Phase]:
+        yield Phase("body", epochs=1, groups=("b1", "b2"), evaluate=False)
+        yield Phase("readout", epochs=2, groups=("readout",), batch_size=32, on_features=self.on_features)
+
+    def credit(self, batch: Any, step: Step) -> dict[str, Tensor]:
+        if not step.phase.on_features:
+            return super().credit(batch, step)
+        self.seen.append(batch.inputs.shape[1:])
+        loss = self.spec.loss(self.read(batch.inputs, step.generator), batch)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("case", ["memory", "file", "augmented", "accumulated"])
+def test_a_phase_on_features_is_the_phase_through_the_network(
+    digits: Task, device: torch.device, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the same phase, each batch through the whole network."""
+    from bpfree.tasks.augment import FLIP
+
+    if case == "file":
+        monkeypatch.setattr("bpfree.training.features.SHARE_OF_FREE", 0.0)
+    results = []
+    for on_features in (True, False):
+        rule = rule_on(digits, ReadoutLater, norm="batch", depth=2)
+        rule.on_features, rule.seen = on_features, []
+        config = config_of(device, budget=BudgetConfig(epochs=3), accumulate=2 if case == "accumulated" else 1)
+        augment = [FLIP] if case == "augmented" else []
+        run = Trainer(rule, digits, config, folder=tmp_path / str(on_features), augment=augment).fit()
+        results.append((run, rule.network.blocks["readout"].weight.detach()))
+        if on_features:
+            width = rule.network.shapes["b2"]
+            assert set(rule.seen) == {width}
+            assert len(rule.seen) == 2 * -(-len(digits.train) // 32) * config.accumulate
+    (one, kept), (other, through) = results
+    torch.testing.assert_close(kept, through, rtol=1e-4, atol=1e-5)
+    assert [m["samples"] for m in one.history] == [m["samples"] for m in other.history]
+    for name in ("train/loss", "val/loss"):
+        assert name not in one.history[0]
+        for a, b in zip(one.history[1:], other.history[1:], strict=True):
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
+    assert one.result["test/loss"] == pytest.approx(other.result["test/loss"], rel=1e-4)
+    assert not list((tmp_path / "True").glob("features-*"))
+
+
+def test_a_run_stopped_while_features_are_computed_goes_on(digits: Task, device: torch.device, tmp_path: Path) -> None:
+    """Oracle: the run that was not stopped."""
+
+    def make() -> Trainer:
+        rule = rule_on(digits, ReadoutLater, norm="batch", depth=2)
+        rule.seen = []
+        return Trainer(rule, digits, config_of(device, budget=BudgetConfig(epochs=3)), folder=tmp_path)
+
+    whole = make()
+    expected = whole.fit().result["test/loss"]
+    trainer = make()
+    features = trainer.rule.features
+
+    def stopping(inputs: Any) -> Tensor:
+        trainer.stop()
+        return features(inputs)
+
+    trainer.rule.features = stopping  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    assert trainer.run.epoch == 1
+    assert make().fit(tmp_path / "checkpoints" / "last.pt").result["test/loss"] == expected

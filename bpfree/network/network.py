@@ -106,10 +106,10 @@ class Network(nn.Module):
         return x
 
     def features(self, x: Tensor) -> Tensor:
-        """The readout's input, flattened: (N, F)."""
+        """What the readout takes, (N, ...): the output of the last hidden block; the inputs where there is none."""
         for name in self.hidden:
             x = self.blocks[name](x)
-        return x.flatten(1)
+        return x
 
     def trace(self, names: str | Sequence[str], x: Tensor, *, input_grad: bool = False) -> Trace:
         """Execute a block, or a run of consecutive blocks, on ``x`` with a graph that ends at ``x``.

@@ -60,8 +60,8 @@ class Alignment:
         self._device = device or next(rule.parameters()).device
 
     def wants(self, step: Step) -> bool:
-        """Whether this step is sampled."""
-        return self._config.every > 0 and step.index % self._config.every == 0
+        """Whether this step is sampled; none of a phase on features, in which the blocks below do not learn."""
+        return self._config.every > 0 and step.index % self._config.every == 0 and not step.phase.on_features
 
     def measure(self, batch: Batch, step: Step) -> Metrics:
         """Detached scalars on the device, for each block to which the rule gives credit (``alignment/NAME/...``).

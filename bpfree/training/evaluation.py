@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 from bpfree.network.network import evaluating
 from bpfree.rule import Rule
 from bpfree.step import Batch
-from bpfree.tasks.loading import Loader
+from bpfree.tasks.loading import Loader, Resident
 from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training import environment, seeds
 from bpfree.training.config import TrainConfig
+from bpfree.training.features import feature_loader
 
 __all__ = ["Evaluator", "evaluate"]
 
@@ -37,19 +38,40 @@ class Evaluator:
         self._rule, self._task, self._config, self._device, self._data = rule, task, config, device, data
         count = len(task.validation) if task.validation is not None else TRAIN_SAMPLE
         order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seeds.derive("train sample")))
-        self._splits = {"train": task.train.subset(order[:count]), "val": task.validation}
+        self._sample = order[:count]
+        self._splits = {"train": task.train.subset(self._sample), "val": task.validation}
         self._loaders: dict[str, Loader] = {}
+        self._features: dict[str, Loader] = {}
+
+    def raw(self, split: Split, share: Resident | None = None) -> Loader:
+        """Batches of a split in its original order."""
+        size = self._config.evaluation.batch_size
+        return Loader(split, self._task.spec, batch_size=size, device=self._device, share=share, **self._data)
+
+    def take_features(self, train: Split, compute: Callable[[Loader], Split]) -> None:
+        """Validate on features from now on: of the training split, and of the validation split as ``compute`` gives them."""
+        size = self._config.evaluation.batch_size
+        splits = {"train": train.subset(self._sample)}
+        if self._task.validation is not None:
+            splits["val"] = compute(self.raw(self._task.validation))
+        self._features = {
+            name: feature_loader(split, self._task.spec, batch_size=size, device=self._device) for name, split in splits.items()
+        }
+
+    def drop_features(self) -> None:
+        """Validate on raw inputs again."""
+        self._features = {}
 
     def _score(self, name: str, split: Split | None, epoch: int, *, draws: int = 1, alternatives: bool = False) -> dict[str, float]:
         if split is None:
             return {}
-        if name not in self._loaders:
-            self._loaders[name] = Loader(
-                split, self._task.spec, batch_size=self._config.evaluation.batch_size, device=self._device, **self._data
-            )
+        read = name in self._features
+        if not read and name not in self._loaders:
+            self._loaders[name] = self.raw(split)
+        batches = self._features[name] if read else self._loaders[name]
         generator = torch.Generator(self._device).manual_seed(seeds.derive(self._config.seed, "evaluation", name, epoch))
         with environment.autocast(self._device, self._config.precision):
-            scores = evaluate(self._rule, self._loaders[name], generator, draws=draws, alternatives=alternatives)
+            scores = evaluate(self._rule, batches, generator, draws=draws, alternatives=alternatives and not read, on_features=read)
         return {f"{name}/{key}": value for key, value in scores.items()}
 
     def validate(self, epoch: int) -> dict[str, float]:
@@ -65,7 +87,13 @@ class Evaluator:
 
 @torch.no_grad()
 def evaluate(
-    rule: Rule, batches: Iterable[Batch], generator: torch.Generator, *, draws: int = 1, alternatives: bool = False
+    rule: Rule,
+    batches: Iterable[Batch],
+    generator: torch.Generator,
+    *,
+    draws: int = 1,
+    alternatives: bool = False,
+    on_features: bool = False,
 ) -> dict[str, float]:
     """Mean loss, and accuracy where targets are classes, over all examples.
 
@@ -75,26 +103,34 @@ def evaluate(
         generator: of a stochastic predictor.
         draws: passes to average over; their standard error is reported as ``accuracy_se`` if there are several.
         alternatives: also score ``rule.alternatives``, as ``<name>/accuracy``.
+        on_features: the batches hold the rule's features in place of its inputs.
 
     Returns:
         ``loss``, ``accuracy`` (share, 0 to 1) and so on. Empty for a task without targets.
     """
     with evaluating(rule):
-        rounds = [_one_pass(rule, batches, generator, alternatives and index == 0) for index in range(draws)]
+        predict = rule.read if on_features else rule.predict
+        rounds = [_one_pass(rule, predict, batches, generator, alternatives and index == 0) for index in range(draws)]
     result = {name: statistics.fmean(r[name] for r in rounds if name in r) for name in rounds[0]}
     if draws > 1 and "accuracy" in result:
         result["accuracy_se"] = statistics.stdev(r["accuracy"] for r in rounds) / draws**0.5
     return result
 
 
-def _one_pass(rule: Rule, batches: Iterable[Batch], generator: torch.Generator, alternatives: bool) -> dict[str, float]:
+def _one_pass(
+    rule: Rule,
+    predict: Callable[[Any, torch.Generator], Tensor],
+    batches: Iterable[Batch],
+    generator: torch.Generator,
+    alternatives: bool,
+) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     examples = 0
     for batch in batches:
         if batch.targets is None:
             continue
         blind = batch.inputs
-        scores = {"": rule.predict(blind, generator)}
+        scores = {"": predict(blind, generator)}
         if alternatives:
             scores.update({f"{name}/": value for name, value in rule.alternatives(blind, generator).items()})
         for prefix, value in scores.items():

@@ -20,11 +20,12 @@ from bpfree.errors import BpfreeError, UsageError
 from bpfree.rule import Metrics, Rule
 from bpfree.step import Batch, Phase
 from bpfree.tasks.loading import Loader
-from bpfree.tasks.task import Task
+from bpfree.tasks.task import Split, Task
 from bpfree.training import environment, seeds
 from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
 from bpfree.training.config import TrainConfig
 from bpfree.training.evaluation import Evaluator
+from bpfree.training.features import FeatureLoader, feature_loader, feature_split
 from bpfree.training.observers import Observers
 from bpfree.training.phases import learning
 from bpfree.training.run import Run, new_run_id
@@ -99,6 +100,7 @@ class Trainer:
         self._observers = Observers(observers)
         self._augment, self._data = tuple(augment), dict(data or {})
         self._loaders: dict[Any, Loader] = {}
+        self._feature_batches: Loader | FeatureLoader | None = None
         self._stop_reason = ""
 
     def _check(self) -> None:
@@ -139,6 +141,7 @@ class Trainer:
                         self._one_pass(phase)
                     if not self._state.at.phase_epoch:  # a phase without a pass
                         self.rule.end_phase(phase, self._state.step)
+                self._drop_features()
                 self._notify("phase_end", phase=phase)
                 self._state.end_phase()
                 if self._limited and self._used() >= 1:
@@ -148,7 +151,8 @@ class Trainer:
 
     def _one_pass(self, phase: Phase) -> None:
         """A pass over the training split, or the rest of one that was interrupted."""
-        state, loader, watched = self._state, self._loader(phase), self._observers.listens("step_end")
+        loader = self._features(phase) if phase.on_features else self._loader(phase)
+        state, watched = self._state, self._observers.listens("step_end")
         state.clock.start()
         with environment.autocast(self.device, self.config.precision):
             for batch in loader.batches(state.at.epoch, state.at.batch):
@@ -210,7 +214,7 @@ class Trainer:
         if (every and epoch % every == 0) or self._used() >= 1:
             self._save()
 
-    def _look(self) -> None:
+    def _look(self, further: Mapping[str, float] | None = None) -> None:
         """Read the step metrics, notice divergence, save if it is time."""
         self._next_look = time.perf_counter() + self.config.log_interval
         at = self._state.at
@@ -218,7 +222,7 @@ class Trainer:
         self._check_losses(means)
         standing = {"step": float(at.step), "epoch": at.epoch + at.share, "samples": float(at.samples)}
         standing |= {"progress": self._state.step.progress, "seconds": self._state.clock.seconds}
-        self._notify("progress", metrics=standing | means)
+        self._notify("progress", metrics=standing | means | dict(further or {}))
         if time.monotonic() - self._saved_at > 60 * self.config.checkpoint.minutes:
             with self._state.clock.stopped():
                 self._save()
@@ -361,6 +365,36 @@ class Trainer:
             raise BpfreeError("the best epoch came before the network grew, so its weights do not fit", where="select", fix="select=last")
         self.rule.load_state_dict(weights)
         self.run.result["val/accuracy_selected" if score >= 0 else "val/loss_selected"] = abs(score)
+
+    def _features(self, phase: Phase) -> Loader | FeatureLoader:
+        """Batches of what the readout takes: computed once per phase, unless augmentations change them at every pass."""
+        if self._feature_batches is not None:
+            return self._feature_batches
+        loader = self._loader(phase)
+        if self._augment:
+            self._feature_batches = FeatureLoader(self.rule, loader)
+            return self._feature_batches
+
+        def look(share: float) -> None:
+            if self._stop_reason:
+                raise Interrupted(self._stop_reason, self.run.folder)
+            if time.perf_counter() >= self._next_look:
+                self._look({"features": share})
+
+        def compute(batches: Loader) -> Split:
+            return feature_split(self.rule, batches, precision=self.config.precision, folder=self.run.folder, look=look)
+
+        self._state.clock.start()
+        train = compute(self._evaluator.raw(self.task.train, loader.resident))
+        self._state.clock.stop()
+        self._evaluator.take_features(train, compute)
+        size = loader.batch_size
+        self._feature_batches = feature_loader(train, self.task.spec, batch_size=size, device=self.device, seed=self.config.seed)
+        return self._feature_batches
+
+    def _drop_features(self) -> None:
+        self._feature_batches = None
+        self._evaluator.drop_features()
 
     def _loader(self, phase: Phase) -> Loader:
         size = phase.batch_size or self.config.batch_size

@@ -1,0 +1,92 @@
+"""Phases on features: what the readout takes, computed once per split and kept."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from bpfree.network.network import evaluating
+from bpfree.rule import Rule
+from bpfree.step import Batch
+from bpfree.tasks.loading import Loader, Resident
+from bpfree.tasks.task import Split, TaskSpec
+from bpfree.training import environment
+
+__all__ = ["FeatureLoader", "feature_loader", "feature_split"]
+
+SHARE_OF_FREE = 0.5
+
+
+@torch.no_grad()
+def feature_split(
+    rule: Rule, batches: Loader, *, precision: str = "fp32", folder: Path | None = None, look: Callable[[float], None] | None = None
+) -> Split:
+    """``rule.features`` of all examples, in eval mode: a split whose inputs (N, ...) are float32 and on the CPU.
+
+    Args:
+        rule: on its device, in whatever mode; it gets that mode back.
+        batches: of the split, in its original order.
+        precision: of the computation.
+        folder: where features that take more than half of the free memory are kept, in a temporary file.
+        look: called after each batch with the share that is done; what it raises ends the computation.
+    """
+    inputs = torch.empty(0)
+    targets: list[Tensor] = []
+    done, count = 0, len(batches.split)
+    with evaluating(rule), environment.autocast(batches.device, precision):
+        for batch in batches:
+            features = rule.features(batch.inputs)
+            if not done:
+                inputs = _allocate((count, *features.shape[1:]), folder)
+            inputs[done : done + len(batch)] = features
+            done += len(batch)
+            if batch.targets is not None:
+                targets.append(batch.targets.cpu())
+            if look is not None:
+                look(done / count)
+    return Split(inputs, torch.cat(targets) if targets else None)
+
+
+def _allocate(shape: tuple[int, ...], folder: Path | None) -> Tensor:
+    """Memory for float32, or a file mapped into it, which is gone from its folder at once."""
+    count = torch.Size(shape).numel()
+    if 4 * count <= SHARE_OF_FREE * psutil.virtual_memory().available:
+        return torch.empty(shape)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="features-") as file:
+        return torch.from_file(file.name, shared=True, size=count).view(shape)
+
+
+def feature_loader(split: Split, spec: TaskSpec, *, batch_size: int, device: torch.device, seed: int | None = None) -> Loader:
+    """Batches of a split of features, in the order that the raw split's have."""
+    plain = replace(spec, mean=(0.0,), std=(1.0,))
+    # on a CPU they are where they are needed, in memory or in a file mapped into it; a GPU takes them if it has room
+    shared = Resident(split.inputs, split.targets, normalised=True) if device.type == "cpu" else None
+    return Loader(split, plain, batch_size=batch_size, device=device, seed=seed, share=shared)
+
+
+class FeatureLoader:
+    """A loader's batches with the rule's features in place of the inputs, computed anew for each batch.
+
+    Args:
+        rule: on its device.
+        loader: of raw examples.
+    """
+
+    def __init__(self, rule: Rule, loader: Loader) -> None:
+        self._rule, self._loader = rule, loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """One pass, as ``Loader.batches``."""
+        for batch in self._loader.batches(epoch, start):
+            with evaluating(self._rule), torch.no_grad():
+                features = self._rule.features(batch.inputs)
+            yield Batch(features, batch.targets)
