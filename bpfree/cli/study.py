@@ -74,6 +74,7 @@ def show(name: str) -> None:
     cells = len(list(found.cells()))
     lines = [("study", found.name), ("title", found.title), ("paper", found.paper), ("settings", _words(found.settings))]
     lines.append(("cells", f"{cells * len(found.seeds)}: {cells} with the seeds {', '.join(map(str, found.seeds))}"))
+    lines.append(("controls", ", ".join(found.controls)))
     lines += [(f"column {column.label}", _words(column.settings)) for column in found.columns if column.label]
     width = max(len(key) for key, _ in lines)
     for key, text in lines:
@@ -214,6 +215,10 @@ def _report(plan: Plan, state: State, words: Sequence[str], page: Path | None) -
         click.echo(f"Published: {plan.study.paper}")
     click.echo()
     print_table(made.headers, made.table, right=range(made.headers.index("n") - 1, len(made.headers)))
+    if made.controls:
+        click.echo("\nAgainst the controls\n")
+        print_table(made.controls.headers, made.controls.table, right=made.controls.numeric)
+        click.echo(f"\n{made.controls.legend}")
     click.echo()
     for text in (*made.remarks, *made.failures, plan.study.notes, made.environment, f"Again: {made.command}"):
         if text:

@@ -25,7 +25,7 @@ __all__ = ["METRICS", "Column", "Published", "Row", "Study", "find_study", "read
 METRICS = tuple(f"{split}/{kind}" for split in ("test", "train") for kind in ("error", "accuracy", "loss"))
 """What can be published: errors and accuracies in per cent, losses as they are."""
 
-STUDY_KEYS = ("title", "paper", "notes", "settings", "seeds", "columns", "rows")
+STUDY_KEYS = ("title", "paper", "notes", "settings", "seeds", "columns", "rows", "controls")
 COLUMN_KEYS = ("label", "settings")
 ROW_KEYS = ("label", "settings", "columns", "published")
 NOT_HERE = {
@@ -79,6 +79,7 @@ class Study:
         seeds: the repetitions.
         columns: at least one; a single one without a label where the file has none.
         rows: in the order of the table.
+        controls: labels of the rows beside which the others are put, such as random features.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Study:
     seeds: Sequence[int]
     columns: Sequence[Column]
     rows: Sequence[Row]
+    controls: Sequence[str]
 
     def metric(self, split: str) -> str:
         """What is reported of a split: the kind that is published, the error if nothing is."""
@@ -193,6 +195,7 @@ class _Reader:
             seeds=self._seeds(node.get("seeds", 3)),
             columns=columns,
             rows=rows,
+            controls=self._controls(node, [row.label for row in rows]),
         )
         self._one_kind(study)
         return study
@@ -224,6 +227,17 @@ class _Reader:
         if not own:
             self.problems.append(f"{where}: columns: names none")
         return {label: self._settings(own[label], f"{where}: columns: {label}") for label in labels if label in own}
+
+    def _controls(self, node: Mapping[str, Any], rows: Sequence[str]) -> list[str]:
+        """Labels of some rows, and not of all."""
+        labels = [self._text({"label": label}, "label", "controls", needed=True) for label in self._list(node, "controls")]
+        for label in labels:
+            if label and label not in rows:
+                self._unknown("row", label, [row for row in rows if row], "controls")
+        self._unique(labels, "controls")
+        if rows and set(rows) <= set(labels):
+            self.problems.append("controls: names every row: none is left to compare with them")
+        return labels
 
     # --- published numbers ------------------------------------------------------------------------------------------
 
@@ -266,10 +280,13 @@ class _Reader:
         names = list(known)
         for key in node:
             if key not in names:
-                guess = nearest(str(key), names)
-                hint = f"did you mean {guess!r}?" if guess else f"known here: {', '.join(names)}"
-                self.problems.append(f"{where}: unknown {kind} {key!r}: {hint}")
+                self._unknown(kind, key, names, where)
         return node
+
+    def _unknown(self, kind: str, name: Any, known: Sequence[str], where: str) -> None:
+        guess = nearest(str(name), known)
+        hint = f"did you mean {guess!r}?" if guess else f"known here: {', '.join(known)}"
+        self.problems.append(f"{where}: unknown {kind} {name!r}: {hint}")
 
     def _list(self, node: Mapping[str, Any], key: str) -> list[Any]:
         value = node.get(key)

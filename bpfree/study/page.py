@@ -9,7 +9,9 @@ from pathlib import Path
 
 from bpfree import comparison
 from bpfree.comparison_page import STYLE, curves
-from bpfree.study.report import Line, Report
+from bpfree.study.controls import Section
+from bpfree.study.line import Line
+from bpfree.study.report import Report
 from bpfree.tracking.events import write_text
 from bpfree.training.run import Run
 
@@ -17,7 +19,7 @@ __all__ = ["write_page"]
 
 MORE_STYLE = """
 .changed{border-left:4px solid #D55E00;padding:.4rem .8rem;background:#fdf3ec;color:#1c1e21;font-weight:600}
-.notes{white-space:pre-line} li{overflow-wrap:anywhere} h2{font-size:1.15rem}
+.words{text-align:left} .words:last-child{padding-left:1.5rem} .notes{white-space:pre-line} li{overflow-wrap:anywhere} h2{font-size:1.15rem}
 """
 
 
@@ -31,11 +33,11 @@ def write_page(path: Path, report: Report) -> Path:
 <title>{html.escape(study.title)}</title><style>{STYLE}{MORE_STYLE}</style></head><body>
 <h1>{html.escape(study.title)}</h1>
 {_paragraph(study.paper and f"Published: {study.paper}")}{_paragraph(first, "changed" if changed else "")}
-<div class="scroll"><table><thead>{_row(report.headers, "th")}</thead><tbody>{"".join(map(_row, report.table))}</tbody></table></div>
+{_table(report.headers, report.table, words=["column"])}
 <p>Ours: mean and standard deviation over n seeds; the test split is evaluated once per run. Difference: our mean minus the
 published number. What is blank was not published, not verified, or not measured. Seconds: training only. Trained: parameters that are.</p>
 {"".join(map(_paragraph, others))}{_list(report.failures)}{_paragraph(study.notes, "notes")}
-{"".join(_curves(report))}
+{_controls(report.controls)}{"".join(_curves(report))}
 <h2>Again</h2><p><code>{html.escape(report.command)}</code></p>{_paragraph(report.environment)}
 <details><summary>Each cell as a run of its own</summary>{_list(map(_one_run, report.lines), "code")}</details></body></html>
 """
@@ -53,8 +55,23 @@ def _list(texts: Iterable[str], tag: str = "span") -> str:
     return f"<ul>{items}</ul>\n" if items else ""
 
 
-def _row(cells: Sequence[str], tag: str = "td") -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell.replace('+-', '±'))}</{tag}>" for cell in cells) + "</tr>"
+def _table(headers: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str]) -> str:
+    """With the columns of words to the left, as the first is, and numbers to the right."""
+    kinds = [' class="words"' if name in words else "" for name in headers]
+    body = "".join(_row(cells, "td", kinds) for cells in rows)
+    return f'<div class="scroll"><table><thead>{_row(headers, "th", kinds)}</thead><tbody>{body}</tbody></table></div>\n'
+
+
+def _row(cells: Sequence[str], tag: str, kinds: Sequence[str]) -> str:
+    texts = (html.escape(cell.replace("+-", "±")) for cell in cells)
+    return "<tr>" + "".join(f"<{tag}{kind}>{text}</{tag}>" for text, kind in zip(texts, kinds, strict=True)) + "</tr>"
+
+
+def _controls(section: Section | None) -> str:
+    if section is None:
+        return ""
+    words = [name for place, name in enumerate(section.headers) if place not in section.numeric]
+    return f"<h2>Against the controls</h2>\n{_table(section.headers, section.table, words)}{_paragraph(section.legend)}"
 
 
 def _one_run(line: Line) -> str:

@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from bpfree.study.cells import Cell, Plan
-from bpfree.study.file import Published, Row
-from bpfree.study.state import Outcome, State
+from bpfree.study.cells import Plan
+from bpfree.study.controls import Section, section_on
+from bpfree.study.line import Line, percent
+from bpfree.study.state import State
 
-__all__ = ["Line", "Report", "percent", "report_on", "value_of"]
+__all__ = ["Report", "report_on"]
 
 ENVIRONMENT = ("device_name", "threads", "torch", "python", "bpfree")
-
-
-@dataclass
-class Line:
-    """A row of the study in one of its columns, over its seeds.
-
-    Attributes:
-        row: of the study.
-        column: its label.
-        cells: one per seed.
-        outcomes: of those cells, where anything is known.
-    """
-
-    row: Row
-    column: str
-    cells: list[Cell] = field(default_factory=list)
-    outcomes: list[Outcome | None] = field(default_factory=list)
-
-    @property
-    def label(self) -> str:
-        """Row and column."""
-        return f"{self.row.label} [{self.column}]" if self.column else self.row.label
-
-    @property
-    def finished(self) -> list[Outcome]:
-        """Those with a result."""
-        return [outcome for outcome in self.outcomes if outcome is not None and outcome.status == "finished"]
-
-    def published(self, metric: str) -> Published | None:
-        """The paper's number, where it is known."""
-        return self.row.published.get(self.column, {}).get(metric)
-
-    def standing(self) -> str:
-        """Why there is no result yet."""
-        return next((outcome.status for outcome in self.outcomes if outcome is not None), "not run")
 
 
 @dataclass
@@ -60,6 +27,7 @@ class Report:
         lines: the table's, row by row.
         command: the words that run it.
         headers, table: the cells of the table, as text.
+        controls: the rows beside the study's controls, where there is anything to compare.
         remarks: what a reader must know, a sentence each: how this differs from the study as written comes first.
         failures: a sentence for each cell that did not finish.
         environment: where the finished cells ran.
@@ -70,6 +38,7 @@ class Report:
     command: str
     headers: list[str]
     table: list[list[str]]
+    controls: Section | None
     remarks: list[str]
     failures: list[str]
     environment: str
@@ -91,7 +60,7 @@ def report_on(plan: Plan, state: State, words: Sequence[str]) -> Report:
         state: of its cells.
         words: those of the command line after ``bpfree study run``.
     """
-    places: dict[tuple[str, str], Line] = {(row.label, column.label): Line(row, column.label) for row, column in plan.study.cells()}
+    places = {(row.label, column.label): Line(row, column.label) for row, column in plan.study.cells()}
     for cell in plan.cells:
         line = places[cell.row, cell.column]
         line.cells.append(cell)
@@ -104,6 +73,7 @@ def report_on(plan: Plan, state: State, words: Sequence[str]) -> Report:
         shlex.join(["bpfree", "study", "run", *words]),
         headers,
         [_texts(plan, line, len(headers)) for line in lines],
+        section_on(plan, lines),
         list(_remarks(plan, lines, state)),
         list(_failures(lines)),
         "; ".join(_environments(lines)),
@@ -134,15 +104,11 @@ def _header(metric: str) -> str:
     return f"{name} %" if percent(metric) else name
 
 
-def percent(metric: str) -> bool:
-    """Whether a metric is in per cent."""
-    return not metric.endswith("loss")
-
-
 def _texts(plan: Plan, line: Line, width: int) -> list[str]:
     study = plan.study
     test, train = study.metric("test"), study.metric("train")
-    cells = [line.row.label, *([line.column] if _has_columns(plan) else [])]
+    label = f"{line.row.label} (control)" if line.row.label in study.controls else line.row.label
+    cells = [label, *([line.column] if _has_columns(plan) else [])]
     cells += _beside(line, test, published=study.publishes("test"), empty=line.standing())
     cells.append(f"{len(line.finished)}" if len(line.finished) == len(line.cells) else f"{len(line.finished)} of {len(line.cells)}")
     cells += _beside(line, train, published=True) if study.publishes("train") else []
@@ -160,8 +126,9 @@ def _texts(plan: Plan, line: Line, width: int) -> list[str]:
 def _beside(line: Line, metric: str, *, published: bool, empty: str = "") -> list[str]:
     """Ours; and where the table has them, the published number and the difference. What is not known stays blank."""
     digits = 2 if percent(metric) else 4
-    values = [value for outcome in line.finished if (value := value_of(outcome, metric)) is not None]
-    ours = _spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, digits) if values else ""
+    values = list(line.by_seed(metric).values())
+    measurable = len(values) > 1 and all(map(math.isfinite, values))  # the loss of a finished run can be infinite
+    ours = _spread(statistics.fmean(values), statistics.stdev(values) if measurable else None, digits) if values else ""
     if not published:
         return [ours or ("" if line.finished else empty)]
     theirs = line.published(metric)
@@ -170,15 +137,6 @@ def _beside(line: Line, metric: str, *, published: bool, empty: str = "") -> lis
         _spread(theirs.mean, theirs.spread, digits) if theirs else "",
         f"{statistics.fmean(values) - theirs.mean:+.{digits}f}" if values and theirs else "",
     ]
-
-
-def value_of(outcome: Outcome, metric: str) -> float | None:
-    """A metric of a finished cell: errors and accuracies in per cent; ``None`` if it was not measured."""
-    split, _, kind = metric.partition("/")
-    measured = outcome.result.get(f"{split}/loss" if kind == "loss" else f"{split}/accuracy")
-    if measured is None or kind == "loss":
-        return measured
-    return 100 * measured if kind == "accuracy" else 100 - 100 * measured
 
 
 def _spread(mean: float, deviation: float | None, digits: int) -> str:

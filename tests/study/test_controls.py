@@ -1,0 +1,285 @@
+"""Controls of a study. Oracles: differences, standard errors and shares by hand, from results that are written down here; no training."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pytest
+
+from bpfree import UsageError
+from bpfree.cli.main import main
+from bpfree.config import parse_words
+from bpfree.study.cells import Plan, plan
+from bpfree.study.controls import Comparison, comparisons
+from bpfree.study.file import find_study, read_study
+from bpfree.study.page import write_page
+from bpfree.study.report import Report, report_on
+from bpfree.study.state import Outcome, State
+
+HEAD = """title: Controlled
+settings: {task: digits, threads: 1, device: cpu, network.width: 16}
+seeds: [0, 1, 2]
+controls: [frozen, random]
+"""
+ROWS = """rows:
+  - {label: frozen, settings: {rule: frozen}}
+  - {label: dfa, settings: {rule: dfa}}
+  - {label: random, settings: {rule: frozen, batch_size: 32}}
+  - {label: bp, settings: {rule: backprop}}
+"""
+COLUMNS = "columns:\n  - {label: short, settings: {budget.epochs: 1}}\n  - {label: long, settings: {budget.epochs: 2}}\n"
+
+# correct test examples of 100, by row and seed
+CORRECT = {
+    "frozen": {0: 40, 1: 50, 2: 60},
+    "dfa": {0: 55, 1: 60, 2: 80},  # over frozen: 15, 10, 20
+    "random": {0: 54, 1: 62, 2: 79},  # dfa over it: 1, -2, 1
+    "bp": {0: 30, 1: 41, 2: 49},  # over frozen: -10, -9, -11
+}
+
+
+def planned(folder: Path, text: str, name: str = "table.yaml") -> Plan:
+    (folder / name).write_text(text)
+    return plan(read_study(folder / name), parse_words([f"output={folder}"]))
+
+
+def finish(made: Plan, results: Mapping[str, Mapping[int, Mapping[str, float]]], column: str = "") -> State:
+    """Write cells as if they had been run."""
+    state = State(made.output, made.study.name)
+    for cell in made.cells:
+        if cell.column == column and cell.seed in results.get(cell.row, {}):
+            state.write(Outcome(cell.id, cell.row, cell.column, cell.seed, status="finished", result=dict(results[cell.row][cell.seed])))
+    return state
+
+
+def accuracies(correct: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, dict[str, float]]]:
+    return {row: {seed: {"test/accuracy": number / 100} for seed, number in seeds.items()} for row, seeds in correct.items()}
+
+
+def reported(made: Plan, state: State) -> tuple[Report, dict[tuple[str, str, str], Comparison]]:
+    report = report_on(made, state, ["table.yaml"])
+    return report, {(each.column, each.row, each.control): each for each in comparisons(made, report.lines)}
+
+
+def section(report: Report) -> list[list[str]]:
+    assert report.controls is not None
+    return [list(cells) for cells in report.controls.table]
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["error", "accuracy"])
+def test_gains_are_paired_and_positive_where_the_row_is_better(tmp_path: Path, kind: str) -> None:
+    """Whatever is reported, an error or an accuracy, the gain is the same."""
+    made = planned(tmp_path, HEAD + ROWS.replace("{rule: dfa}}", f"{{rule: dfa}}, published: {{test/{kind}: 20}}}}"))
+    report, found = reported(made, finish(made, accuracies(CORRECT)))
+    assert made.study.metric("test") == f"test/{kind}"
+    assert list(found) == [("", row, control) for row in ("dfa", "bp") for control in ("frozen", "random")]
+
+    dfa = found["", "dfa", "frozen"]
+    assert dfa.gains == pytest.approx([15, 10, 20])
+    assert dfa.gain == pytest.approx(15)
+    assert dfa.standard_error == pytest.approx(statistics.stdev([15, 10, 20]) / math.sqrt(3))
+    assert dfa.share == pytest.approx((50 - 10) / (65 - 10))  # ten digits: chance is 10 %
+    assert dfa.verdict == "row better"
+    assert found["", "dfa", "random"].verdict == "not distinguishable"
+    bp = found["", "bp", "frozen"]
+    assert bp.gains == pytest.approx([-10, -9, -11])
+    assert bp.share == pytest.approx((50 - 10) / (40 - 10))
+    assert bp.verdict == "control better"
+
+    # stdev 5, 3**.5 and 1 over 3**.5 seeds
+    assert section(report) == [
+        ["dfa", "frozen", "+15.00", "2.89", "3", "72.7", "row better"],
+        ["dfa", "random", "+0.00", "1.00", "3", "100.0", "not distinguishable"],
+        ["bp", "frozen", "-10.00", "0.58", "3", "133.3", "control better"],
+        ["bp", "random", "-25.00", f"{statistics.stdev([24, 21, 30]) / math.sqrt(3):.2f}", "3", "183.3", "control better"],
+    ]
+    assert report.controls is not None
+    stated = {"error": "the control's test error minus the row's", "accuracy": "the row's test accuracy minus the control's"}
+    assert stated[kind] in report.controls.legend
+    assert "positive means that the row is better" in report.controls.legend
+
+
+def test_two_standard_errors_are_the_border() -> None:
+    """Two gains that differ by 4 have a standard error of 2: a mean of 4 is exactly two of them."""
+    verdicts = {
+        gains: Comparison("row", "", "control", gains, None).verdict for gains in [(0.0, 4.0), (2.0, 6.0), (2.5, 6.5), (-2.5, -6.5)]
+    }
+    assert list(verdicts.values()) == ["not distinguishable", "not distinguishable", "row better", "control better"]
+    assert Comparison("row", "", "control", (0.0, 0.0), None).verdict == "not distinguishable"
+    assert Comparison("row", "", "control", (50.0,), None).verdict == "one seed only"
+
+
+def test_only_seeds_that_both_have_count(tmp_path: Path) -> None:
+    """Unpaired seeds would change mean and error; what is not finished, or not measured, is no result."""
+    made = planned(tmp_path, HEAD + ROWS)
+    state = finish(made, accuracies({"frozen": {0: 40, 1: 50}, "dfa": {1: 61, 2: 99}, "bp": {0: 60, 1: 64, 2: 90}}))
+    for cell in made.cells:
+        if cell.seed == 2 and cell.row in ("frozen", "random"):
+            broken = {"frozen": "diverged", "random": "failed"}[cell.row]
+            state.write(Outcome(cell.id, cell.row, "", 2, status=broken, result={"test/accuracy": 0.1}))  # type: ignore[arg-type]
+        if cell.seed == 0 and cell.row == "random":
+            state.write(Outcome(cell.id, cell.row, "", 0, status="finished", result={"test/loss": 1.0}))
+    report, _ = reported(made, state)
+    assert section(report) == [  # 11, of a share of 40 / 51; 20 and 14, of a share of 35 / 52
+        ["dfa", "frozen", "+11.00", "", "1 of 3", f"{100 * 40 / 51:.1f}", "one seed only"],
+        ["bp", "frozen", "+17.00", "3.00", "2 of 3", f"{100 * 35 / 52:.1f}", "row better"],
+    ]
+
+
+def test_the_section_appears_with_its_results(tmp_path: Path) -> None:
+    made = planned(tmp_path, HEAD + COLUMNS + ROWS.replace("{rule: backprop}}", "{rule: backprop}, columns: [long]}"))
+    state = State(made.output, made.study.name)
+    assert reported(made, state)[0].controls is None
+    finish(made, accuracies({"dfa": {0: 50}, "bp": {0: 50}}), "short")
+    assert reported(made, state)[0].controls is None
+    finish(made, accuracies({"random": {0: 40}}), "short")
+    assert list(reported(made, state)[1]) == [("short", "dfa", "random")]
+    finish(made, accuracies(CORRECT), "long")
+    report, found = reported(made, state)
+    assert list(found) == [
+        ("short", "dfa", "random"),
+        *[("long", row, control) for row in ("dfa", "bp") for control in ("frozen", "random")],
+    ]
+    assert report.controls is not None
+    assert report.controls.headers == ["row", "column", "control", "gain, points", "std. error", "n", "control's share %", "verdict"]
+    assert list(report.controls.numeric) == [3, 4, 5, 6]
+    assert section(report)[0] == ["dfa", "short", "random", "+10.00", "", "1 of 3", "75.0", "one seed only"]
+
+
+# --- where a share makes no sense ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "control", "share"),
+    [(60, 10, 0.0), (60, 5, -0.1), (10, 50, None), (10 + 1e-12, 50, None), (4, 50, None)],
+    ids=["control at chance", "control below", "row at chance", "row at chance but for rounding", "row below"],
+)
+def test_shares_at_chance(tmp_path: Path, row: float, control: float, share: float | None) -> None:
+    made = planned(tmp_path, HEAD + ROWS)
+    report, found = reported(made, finish(made, accuracies({"dfa": {0: row}, "frozen": {0: control}})))
+    assert found["", "dfa", "frozen"].share == (None if share is None else pytest.approx(share, abs=1e-9))
+    assert ("control's share %" in report.controls.headers) == (share is not None)  # type: ignore[union-attr]
+    if share is not None:
+        assert section(report)[0][5] == {0.0: "0.0", -0.1: "-10.0"}[share]
+
+
+def test_chance_is_that_of_the_task(tmp_path: Path) -> None:
+    """Three classes in a file of one's own; real targets have none."""
+    np = pytest.importorskip("numpy")
+    inputs = np.random.default_rng(0).normal(size=(60, 4)).astype("float32")
+    np.savez(tmp_path / "three.npz", x=inputs, y=np.arange(60) % 3)
+    np.savez(tmp_path / "real.npz", x=inputs, y=inputs[:, :2] * 0.5)
+    rows = "rows: [{label: frozen, settings: {rule: frozen}}, {label: dfa, settings: {rule: dfa}%s}]\n"
+    head = f"title: Arrays\nsettings: {{task: npz, threads: 1, task.path: {tmp_path}/%s}}\nseeds: 2\ncontrols: [frozen]\n"
+    made = planned(tmp_path, head % "three.npz" + rows % "")
+    _, found = reported(made, finish(made, accuracies({"frozen": {0: 50}, "dfa": {0: 75}})))
+    assert found["", "dfa", "frozen"].share == pytest.approx((50 - 100 / 3) / (75 - 100 / 3))
+
+    made = planned(tmp_path, head % "real.npz" + rows % ", published: {test/loss: 1}", "real.yaml")
+    losses = {"frozen": {0: {"test/loss": 1.5}, 1: {"test/loss": math.inf}}, "dfa": {0: {"test/loss": 0.25}, 1: {"test/loss": 0.25}}}
+    report, found = reported(made, finish(made, losses))
+    assert found["", "dfa", "frozen"].share is None
+    assert section(report) == [["dfa", "frozen", "+1.2500", "", "1 of 2", "one seed only"]]  # no infinite gain; less loss is better
+    assert report.table[0][:2] == ["frozen (control)", "inf"]  # without a deviation
+    assert report.controls is not None
+    assert "chance" not in report.controls.legend
+    assert "percentage" not in report.controls.legend
+
+
+def test_a_loss_has_no_share(tmp_path: Path) -> None:
+    """Of the classes of digits either."""
+    made = planned(tmp_path, HEAD + ROWS.replace("{rule: dfa}}", "{rule: dfa}, published: {test/loss: 1}}"))
+    losses = {row: {0: {"test/loss": loss, "test/accuracy": 0.5}} for row, loss in (("frozen", 2.0), ("dfa", 0.5))}
+    _, found = reported(made, finish(made, losses))
+    assert found["", "dfa", "frozen"].gains == [1.5]
+    assert found["", "dfa", "frozen"].share is None
+
+
+def test_no_share_between_tasks_of_different_chance(tmp_path: Path) -> None:
+    np = pytest.importorskip("numpy")
+    np.savez(tmp_path / "two.npz", x=np.zeros((60, 4), "float32"), y=np.arange(60) % 2)
+    frozen = f"{{rule: frozen, task: npz, task.path: {tmp_path}/two.npz}}"
+    made = planned(tmp_path, HEAD + ROWS.replace("{rule: frozen}", frozen))
+    _, found = reported(made, finish(made, accuracies(CORRECT)))
+    assert found["", "dfa", "frozen"].share is None
+    assert found["", "dfa", "random"].share is not None
+
+
+# --- the file -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("controls", "said"),
+    [
+        ("[frosen, other]", ["controls: unknown row 'frosen': did you mean 'frozen'?", "unknown row 'other': known here: frozen, dfa"]),
+        ("frozen", ["controls: must be a list, not 'frozen'"]),
+        ("[3, {frozen: 1}]", ["must be text, not 3", "must be text, not {'frozen': 1}"]),
+        ("[dfa, dfa]", ["controls: 'dfa' is given twice"]),
+        ("[bp, frozen, dfa, random]", ["controls: names every row"]),
+    ],
+)
+def test_wrong_controls_are_told_with_everything_else(tmp_path: Path, controls: str, said: Iterable[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        planned(tmp_path, (HEAD + ROWS).replace("[frozen, random]", controls).replace("title: ", "titel: "))
+    for text in (*said, "did you mean 'title'?"):
+        assert text in str(caught.value)
+
+
+def test_controls_do_not_change_the_cells(tmp_path: Path) -> None:
+    with_them, without = planned(tmp_path, HEAD + ROWS), planned(tmp_path, (HEAD + ROWS).replace("controls: [frozen, random]\n", ""))
+    assert [cell.id for cell in with_them.cells] == [cell.id for cell in without.cells]
+    report, found = reported(without, finish(without, accuracies(CORRECT)))
+    assert report.controls is None
+    assert not found
+    assert [line[0] for line in report.table] == ["frozen", "dfa", "random", "bp"]
+
+
+def test_the_preset_has_its_frozen_twin_as_control() -> None:
+    assert find_study("digits-floor-ceiling").controls == ["frozen"]
+
+
+# --- as a person sees it --------------------------------------------------------------------------------------------------
+
+
+def test_terminal_and_page(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = HEAD + ROWS.replace("label: dfa", 'label: "<dfa>"')
+    Path("table.yaml").write_text(text)
+    made = plan(read_study(Path("table.yaml")))
+    finish(made, accuracies({"frozen": CORRECT["frozen"], "<dfa>": CORRECT["dfa"]}))
+
+    def call(*words: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["study", *words])
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    assert re.search(r"^controls +frozen, random$", call("show", "table.yaml"), re.MULTILINE)
+    output = call("report", "table.yaml")
+    for said in (
+        r"^frozen \(control\) +50\.00 \+- 10\.00 +3",
+        r"^random \(control\) +not run",
+        r"^<dfa> +35\.00",
+        r"^Against the controls$",
+        r"^<dfa> +frozen +\+15\.00 +2\.89 +3 +72\.7 +row better$",
+        r"^Gain: the control's test error minus the row's",
+    ):
+        assert re.search(said, output, re.MULTILINE), said
+    page = Path(output.strip().splitlines()[-1]).read_text()
+    cells = ["&lt;dfa&gt;", "frozen", "+15.00", "2.89", "3", "72.7", "row better"]
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page.replace(' class="words"', "")
+    assert page.count("Against the controls") == 1
+    assert "<td>random (control)</td>" in page
+    assert "(control - chance) / (row - chance)" in page
+
+
+def test_a_page_without_comparisons_has_no_section(tmp_path: Path) -> None:
+    made = planned(tmp_path, HEAD + ROWS)
+    report = report_on(made, State(made.output, made.study.name), ["table.yaml"])
+    assert "Against" not in write_page(tmp_path / "page.html", report).read_text()
