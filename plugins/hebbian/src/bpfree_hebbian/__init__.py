@@ -1,0 +1,1 @@
+"""Hebbian learning: SoftHebb, Oja, Sanger, Krotov-Hopfield, and Itoh's networks per class."""

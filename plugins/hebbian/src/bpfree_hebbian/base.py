@@ -1,0 +1,237 @@
+"""What the Hebbian rules share: phases, accumulation, the readout, the frozen twin, metrics."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bpfree import Batch, Budget, Network, OptimizerConfig, Phase, Rule, ScheduleConfig, Split, Step, TaskSpec, Traits, UsageError, option
+from bpfree.network.closed_form import is_batch_norm
+from bpfree_hebbian.layer import Layer, layers_of
+from bpfree_hebbian.networks import each
+
+__all__ = ["HALVINGS", "Defaults", "Hebbian", "HebbianConfig"]
+
+HALVINGS = ScheduleConfig("milestones", milestones=[0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9], gamma=0.5)
+"""The readout's schedule of Journe et al."""
+
+STATISTICS_FROM = 2000
+"""Training examples from which a twin's batch norms take their statistics."""
+
+
+@dataclass
+class HebbianConfig:
+    """What every Hebbian rule with a readout takes."""
+
+    lr: list[float] = option(
+        factory=list, help="Hebbian rates of the blocks, the last one goes on (none: the rule's); optimizer.* is the readout's", gt=0
+    )
+    feature_epochs: int | None = option(None, "passes without labels, out of budget.epochs; the rest trains the readout", ge=1)
+    feature_batch_size: int | None = option(None, "examples per Hebbian update (none: the rule's)", ge=1)
+    order: Literal["simultaneous", "successive"] = option(
+        "simultaneous", "the blocks learn together, or one after the other with feature_epochs passes each"
+    )
+    init: Literal["auto", "gaussian", "positive", "network"] = option(
+        "auto", "weights ~ N(0, radius^2/fan-in), or their absolute values; network: as the network was made; auto: the rule's"
+    )
+    radius: float | None = option(None, "expected norm of a row at initialisation (none: the rule's)", gt=0)
+    readout_schedule: Literal["halving", "run"] = option(
+        "halving", "halve the readout's rate at 20, 35, 50, 60, 70, 80 and 90 % of its phase, or the run's schedule"
+    )
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a rule takes where its configuration says nothing.
+
+    Attributes:
+        lr: Hebbian rates of the blocks; the last one goes on.
+        radius: expected norm of a row at initialisation.
+        init: kind of initialisation.
+        feature_epochs: passes of the unsupervised phase; ``None``: half of the budget.
+        feature_batch_size: examples per Hebbian update; ``None``: the run's.
+        schedule: of the Hebbian rates over each unsupervised phase.
+    """
+
+    lr: list[float]
+    radius: float = 1.0
+    init: str = "gaussian"
+    feature_epochs: int | None = None
+    feature_batch_size: int | None = None
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+class Hebbian(Rule):
+    """Hidden blocks learn without labels, by increments of their own activity; then the readout learns from labels.
+
+    Two phases (``features``, or one per block, then ``readout``). A subclass gives the increment of a layer.
+    """
+
+    Config = HebbianConfig
+    traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1, supervision="readout")
+    optimizer = OptimizerConfig("adam", lr=1e-3)
+    defaults: Defaults = Defaults([0.01])
+    """A class attribute, or a property where the configuration changes it."""
+    config: Any
+
+    def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.layers = layers_of(self.network)
+        if not self.layers:
+            raise UsageError(f"{type(self).__name__} has nothing to learn: the network has no hidden blocks")
+        self.frozen = False
+        for layer in self.layers.values():
+            self._initialise(layer)
+
+    @classmethod
+    def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
+        if spec.is_image and spec.input_shape[0] > 1:
+            return {"name": "hebbian-cnn"}
+        return {"name": "hebbian-mlp", "widths": [2000 if spec.input_size >= 256 else 16]}
+
+    @torch.no_grad()
+    def _initialise(self, layer: Layer) -> None:
+        init = self.defaults.init if self.config.init == "auto" else self.config.init
+        if init == "network":
+            return
+        weight = layer.weight
+        nn.init.normal_(weight, std=(self.config.radius or self.defaults.radius) / math.sqrt(weight[0].numel()))
+        if init == "positive":
+            weight.abs_()
+
+    # --- phases -----------------------------------------------------------------------------------------------------
+
+    def group_options(self) -> dict[str, dict[str, Any]]:
+        rates = each(self.config.lr or self.defaults.lr, len(self.layers))
+        return {name: {"lr": rate} for name, rate in zip(self.layers, rates, strict=True)}
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """The layers' weights without their biases, which stay zero, and the readout."""
+        readout = self.network.readout or ""
+        groups = {name: [layer.weight] for name, layer in self.layers.items()}
+        return {**groups, readout: list(self.network.blocks[readout].parameters())}
+
+    def phases(self, budget: Budget) -> Iterable[Phase]:
+        stages = [(name,) for name in self.layers] if self.config.order == "successive" else [tuple(self.layers)]
+        readout = Phase(
+            "readout",
+            groups=(self.network.readout or "",),
+            schedule=HALVINGS if self.config.readout_schedule == "halving" else None,
+            on_features=True,
+        )
+        if budget.epochs is None:  # seconds: half of them, which are measured and not planned
+            assert budget.seconds is not None
+            share = 0.5 * budget.seconds
+            stages_of = [_features(self, groups, seconds=share / len(stages)) for groups in stages]
+            return [*([] if self.frozen else stages_of), replace(readout, seconds=share)]
+        passes = self._feature_epochs(budget.epochs, len(stages))
+        left = budget.epochs - passes * len(stages)
+        if left < 1:
+            raise UsageError(
+                f"{passes * len(stages)} of {budget.epochs} epochs learn features, so none is left for the readout",
+                where="rule.feature_epochs",
+                fix="a larger budget.epochs, or fewer of them",
+            )
+        return [*([] if self.frozen else [_features(self, groups, epochs=passes) for groups in stages]), replace(readout, epochs=left)]
+
+    def _feature_epochs(self, epochs: int, stages: int) -> int:
+        return int(self.config.feature_epochs or self.defaults.feature_epochs or max(1, epochs // (2 * stages)))
+
+    def freeze_features(self) -> None:
+        """The twin: the same network, untouched, and the same readout phase."""
+        super().freeze_features()
+        self.frozen = True
+
+    @torch.no_grad()
+    def prepare(self, data: Split, generator: torch.Generator) -> None:
+        """Batch norms of a twin, which has no pass of its own to take statistics in, take them from some examples."""
+        if not self.frozen or not any(is_batch_norm(part) for part in self.network.modules()):
+            return
+        chosen = torch.randperm(len(data), generator=generator, device=generator.device)[:STATISTICS_FROM].cpu()
+        x = self.spec.normalise(data.inputs[chosen].to(generator.device))
+        for name in self.network.hidden:
+            block = self.network.blocks[name]
+            with _cumulative(block):
+                for part in x.split(500):
+                    block(part)
+            block.eval()
+            x = torch.cat([block(part) for part in x.split(500)])
+            block.train()
+
+    # --- credit -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def increment(self, layer: Layer, source: Tensor, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The raw increment of a layer's weight and metrics.
+
+        Args:
+            layer: whose weight it is for.
+            source: (N, ...) the linear map's input.
+            u: (N, K, ...) its output.
+
+        Returns:
+            The increment, of the weight's shape: a sum over examples (linear in them) and positions; metrics by name.
+        """
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        if step.phase.on_features:
+            return self._readout_credit(batch.inputs, batch)
+        metrics: dict[str, Tensor] = {}
+        readout = self.network.blocks[self.network.readout or ""]
+        read = any(p.requires_grad for p in readout.parameters())
+        x = batch.inputs
+        learning = [name for name, layer in self.layers.items() if layer.learns]
+        for name, layer in self.layers.items():
+            if not learning and not read:
+                break
+            x, source, u = layer.execute(x)
+            if layer.learns:
+                learning.remove(name)
+                metrics |= {f"{name}/{key}": value for key, value in self._learn_layer(layer, source, u).items()}
+        return metrics | (self._readout_credit(x, batch) if read else {})
+
+    @torch.no_grad()
+    def _learn_layer(self, layer: Layer, source: Tensor, u: Tensor) -> dict[str, Tensor]:
+        increment, metrics = self.increment(layer, source, u)
+        weight, descent = layer.weight, increment.mul_(-1.0 / len(u))
+        weight.grad = descent if weight.grad is None else weight.grad.add_(descent)
+        norms = layer.norms()
+        return {"weight_norm": norms.mean(), "rows_near_unit": ((norms - 1).abs() <= 0.05).float().mean(), **metrics}
+
+    def _readout_credit(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+        with torch.enable_grad():
+            loss = self.spec.loss(self.network.blocks[self.network.readout or ""](features), batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {"loss": loss.detach()}
+
+
+def _features(rule: Hebbian, groups: tuple[str, ...], **end: Any) -> Phase:
+    name = "features" if len(groups) == len(rule.layers) else f"features {groups[0]}"
+    # everything said, so that nothing of the readout's optimiser is taken over; the rates are those of the groups
+    plain = OptimizerConfig("sgd", lr=1.0, weight_decay=0.0, momentum=0.0, options={"nesterov": False, "dampening": 0.0, "maximize": False})
+    size = rule.config.feature_batch_size or rule.defaults.feature_batch_size
+    return Phase(name, groups=groups, batch_size=size, optimizer=plain, schedule=rule.defaults.schedule, evaluate=False, **end)
+
+
+@contextmanager
+def _cumulative(block: nn.Module) -> Iterator[None]:
+    """Batch norms average over all that they see, with equal weights."""
+    norms: list[Any] = [part for part in block.modules() if is_batch_norm(part)]
+    before = [(norm.momentum, norm.training) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, (momentum, training) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.train(training)

@@ -1,0 +1,107 @@
+"""The linear map of a block, with what it saw and made: what a Hebbian rule needs of one execution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bpfree import Network, UsageError
+from bpfree.network.closed_form import is_linear, parameter_gradients
+
+__all__ = ["Layer", "channel_sum", "layers_of", "per_unit"]
+
+
+class Layer:
+    """A hidden block's only linear map.
+
+    Args:
+        name: of the block.
+        block: executes it once.
+        linear: a linear layer or convolution whose weight's rows are the units.
+
+    Attributes:
+        positions: places per example that a unit answers at (1 in dense layers), as seen in the last execution.
+    """
+
+    def __init__(self, name: str, block: nn.Module, linear: nn.Module) -> None:
+        self.name, self.block, self.linear = name, block, linear
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """(K, ...): a row per unit."""
+        return self.linear.weight  # type: ignore[return-value]
+
+    @property
+    def units(self) -> int:
+        """K."""
+        return len(self.weight)
+
+    @property
+    def learns(self) -> bool:
+        """Whether its weights are trained in this phase."""
+        return self.weight.requires_grad
+
+    def norms(self) -> Tensor:
+        """(K,) euclidean norms of the rows."""
+        norms: Tensor = torch.linalg.vector_norm(self.weight.detach().flatten(1), dim=1)
+        return norms
+
+    def execute(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The block's output, its linear map's input (N, ...) and pre-activations u (N, K, ...), without a graph."""
+        seen: list[Tensor] = []
+
+        def note(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            seen.extend((arguments[0].detach(), output.detach()))
+
+        handle = self.linear.register_forward_hook(note)
+        try:
+            with torch.no_grad():
+                output = self.block(x)
+        finally:
+            handle.remove()
+        source, u = seen
+        return output, source, u
+
+    def product(self, source: Tensor, y: Tensor) -> Tensor:
+        """Sum over examples and positions of y_k x: (K, ...) as the weight, from y (N, K, ...) and the input."""
+        return parameter_gradients(self.linear, source, y)["weight"]
+
+
+def layers_of(network: Network) -> dict[str, Layer]:
+    """The linear map of each hidden block; biases are set to zero, and activations that overwrite their input no longer do.
+
+    Raises:
+        UsageError: a block without a linear map, or with several.
+    """
+    layers = {}
+    for name in network.hidden:
+        block = network.blocks[name]
+        found = [part for part in block.modules() if is_linear(part)]
+        if len(found) != 1:
+            raise UsageError(
+                f"a Hebbian rule needs one linear map per hidden block, {name!r} has {len(found)}",
+                fix="use hebbian-mlp, hebbian-cnn, mlp or vgg, or cut the network between its layers",
+            )
+        linear = found[0]
+        if type(linear) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) or getattr(linear, "groups", 1) != 1:
+            raise UsageError(f"no Hebbian update is known for {linear}", where=f"block {name}", fix="use nn.Linear or nn.Conv2d")
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+            linear.bias.requires_grad_(False)  # type: ignore[union-attr]
+        for part in block.modules():
+            if getattr(part, "inplace", False):
+                part.inplace = False  # type: ignore[assignment]
+        layers[name] = Layer(name, block, linear)
+    return layers
+
+
+def channel_sum(values: Tensor) -> Tensor:
+    """(N, K, ...) summed over examples and positions: (K,)."""
+    return values.sum([axis for axis in range(values.dim()) if axis != 1])
+
+
+def per_unit(values: Tensor, like: Tensor) -> Tensor:
+    """(K,) shaped so that it multiplies the rows of a weight (K, ...)."""
+    return values.view(-1, *[1] * (like.dim() - 1))

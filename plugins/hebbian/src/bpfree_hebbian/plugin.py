@@ -1,0 +1,28 @@
+"""The plugin: Hebbian rules and their networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bpfree import hookimpl
+from bpfree.network.builders import NetworkBuilder
+from bpfree.rule import Rule
+from bpfree_hebbian.networks import CNN, MLP
+from bpfree_hebbian.softhebb import SoftHebb
+
+bpfree_api = 1
+
+
+@hookimpl
+def bpfree_rules() -> dict[str, type[Rule]]:
+    return {"softhebb": SoftHebb}
+
+
+@hookimpl
+def bpfree_networks() -> dict[str, NetworkBuilder]:
+    return {"hebbian-mlp": MLP, "hebbian-cnn": CNN}
+
+
+@hookimpl
+def bpfree_studies() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}

@@ -1,0 +1,142 @@
+"""SoftHebb: soft winner-take-all with anti-Hebbian losers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bpfree import Card, TaskSpec, option
+from bpfree_hebbian.base import Defaults, Hebbian, HebbianConfig
+from bpfree_hebbian.layer import Layer, channel_sum, per_unit
+from bpfree_hebbian.networks import each
+
+__all__ = ["PRESETS", "SoftHebb", "SoftHebbConfig"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings that belong together; lists have an entry per block, the last one goes on."""
+
+    defaults: Defaults
+    t_invert: list[float]
+    anti_hebbian: bool = True
+    power_lr: float = 0.5
+    network: dict[str, Any] = field(default_factory=dict)
+
+
+PRESETS = {
+    "dense": Preset(Defaults([0.05], feature_batch_size=32), [1.0]),
+    "mnist": Preset(
+        Defaults([0.045], radius=35.0, init="positive", feature_epochs=1, feature_batch_size=32),
+        [12.0],
+        anti_hebbian=False,
+        power_lr=0.2,
+        network={"name": "hebbian-mlp", "widths": [2000], "activation": "softmax", "power": 5.0, "inputs": "pixels"},
+    ),
+    "cifar": Preset(
+        Defaults([0.08, 0.005, 0.01], radius=25.0, feature_epochs=1, feature_batch_size=10),
+        [1.0, 0.65, 0.25],
+        network={"name": "hebbian-cnn", "preset": "cifar"},
+    ),
+    # its rates are not in our sources: cifar's
+    "stl10": Preset(
+        Defaults([0.08, 0.005, 0.01], radius=25.0, feature_epochs=1, feature_batch_size=10),
+        [1.0, 0.65, 0.45, 0.25],
+        network={"name": "hebbian-cnn", "preset": "stl10"},
+    ),
+}
+
+
+@dataclass
+class SoftHebbConfig(HebbianConfig):
+    """Options of SoftHebb; what is not set comes from the preset."""
+
+    preset: Literal["auto", "dense", "mnist", "cifar", "stl10"] = option(
+        "auto",
+        "published settings with their network (mnist, cifar, stl10), or ours for dense layers; auto: dense, or cifar for colour images",
+    )
+    competition: Literal["soft", "hard"] = option("soft", "softmax of the units, or the winner alone (a control)")
+    anti_hebbian: bool | None = option(None, "losers learn with the opposite sign (soft competition only)")
+    t_invert: list[float] = option(factory=list, help="inverse temperatures of the blocks' competitions; the last one goes on", gt=0)
+    power_lr: float | None = option(None, "exponent q of the rate's factor |norm - 1|^q of each unit; 0: the same rate for all", ge=0)
+    normalise: bool = option(True, "divide each update by its largest entry")
+
+
+class SoftHebb(Hebbian):
+    """Units compete at each position by a softmax; each learns Oja-like in proportion to what it won.
+
+    Moraitis et al. 2022; Journe, Garcia Rodriguez, Guo, Moraitis: Hebbian deep learning without feedback. ICLR 2023.
+    """
+
+    Config = SoftHebbConfig
+    card = Card(
+        "soft winner-take-all with anti-Hebbian losers and per-unit rates, then a trained readout",
+        paper="Journe, Garcia Rodriguez, Guo, Moraitis: Hebbian deep learning without feedback. ICLR 2023, arXiv 2209.11883",
+        equation="y = softmax(t u) over units, losers' sign flipped;  dw_k = sum_n (y_k x - y_k u_k w_k) / max|dW|;  "
+        "w_k += lr | |w_k| - 1 |^0.5 dw_k",
+        notes="Every update is divided by its largest entry, so its size does not depend on the batch size, while the number of updates "
+        "does: with another batch size the rate is to be chosen anew. The authors report 99.4 % on MNIST for a deeper network "
+        "whose layout they do not give; on one hidden layer of MNIST the readout alone explains the accuracy.",
+    )
+    config: SoftHebbConfig
+
+    def __init__(self, network: Any, spec: TaskSpec, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        sharpness = each(self.config.t_invert or self.preset.t_invert, len(self.layers))
+        self.t_invert = dict(zip(self.layers, sharpness, strict=True))
+        anti = self.preset.anti_hebbian if self.config.anti_hebbian is None else self.config.anti_hebbian
+        self.anti_hebbian = anti and self.config.competition == "soft"
+        self.power_lr = self.preset.power_lr if self.config.power_lr is None else self.config.power_lr
+
+    @property
+    def preset(self) -> Preset:
+        """What holds where the configuration says nothing."""
+        return PRESETS[_preset_name(self.spec, self.config)]
+
+    @property
+    def defaults(self) -> Defaults:  # type: ignore[override]
+        return self.preset.defaults
+
+    @classmethod
+    def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
+        return PRESETS[_preset_name(spec, config)].network or super().network_options(spec, config)
+
+    @torch.no_grad()
+    def increment(self, layer: Layer, source: Tensor, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        winner = u.argmax(1, keepdim=True)
+        if self.config.competition == "hard":
+            y = torch.zeros_like(u).scatter_(1, winner, 1.0)
+        else:
+            y = (self.t_invert[layer.name] * u).softmax(1)
+            if self.anti_hebbian:
+                won = y.gather(1, winner)
+                y = y.neg_().scatter_(1, winner, won)
+        pull = channel_sum(y * u)
+        increment = layer.product(source, y).sub_(per_unit(pull, layer.weight) * layer.weight)
+        active = u.new_zeros(layer.units).index_fill_(0, winner.flatten(), 1.0).sum()
+        return increment, {"active_units": active, "rate": self._rates(layer.norms()).mean()}
+
+    def _rates(self, norms: Tensor) -> Tensor:
+        """(K,) the factor of each unit's rate."""
+        return (norms - 1).abs().pow(self.power_lr) + 1e-10
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Once per update, when ``.grad`` is complete: the division by its largest entry, and the rate of each unit."""
+        for layer in self.layers.values():
+            gradient = layer.weight.grad
+            if gradient is None:
+                continue
+            factor = self._rates(layer.norms())
+            if self.config.normalise:
+                factor = factor / torch.linalg.vector_norm(gradient, torch.inf).clamp_min(1e-30)
+            gradient.mul_(per_unit(factor, gradient))
+
+
+def _preset_name(spec: TaskSpec, config: SoftHebbConfig) -> str:
+    if config.preset != "auto":
+        return config.preset
+    return "cifar" if spec.is_image and spec.input_shape[0] > 1 else "dense"

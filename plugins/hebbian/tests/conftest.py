@@ -1,0 +1,1 @@
+"""Double precision where a test compares with a reference."""
