@@ -24,7 +24,7 @@ from bpfree.options import option, range_problems
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.rule import Rule
 from bpfree.tasks.task import Task, TaskSpec
-from bpfree.tracking.config import TrackingConfig
+from bpfree.tracking.config import PicturesConfig, TrackingConfig
 from bpfree.training.config import TrainConfig
 from bpfree.training.optimizers import check_optimizer
 from bpfree.training.schedules import check_schedule
@@ -62,6 +62,7 @@ class RunConfig(TrainConfig):
 
     data: DataConfig = field(default_factory=DataConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
     diagnostics: list[str] = option(factory=list, help="diagnostics to switch on, by name")
     output: str = option("runs", "folder in which each run gets a folder of its own")
 

@@ -11,7 +11,7 @@ observe, and none of them changes the mathematics. The trainer's loop, with the 
                 rule.learn(batch, step)
                 step_end(run, step)                   # skipped when nobody implements it
             evaluation (validation split)
-            epoch_end(run, metrics)
+            epoch_end(run, metrics, rule)
             checkpoint_saved(run, path)
         phase_end(run, phase)
     evaluation (test split, once)
@@ -110,8 +110,8 @@ def step_end(run: Run, step: Step) -> None:
 
 
 @hookspec
-def epoch_end(run: Run, metrics: Mapping[str, float]) -> None:
-    """A pass over the training split has ended: all its metrics, after the evaluation (which is not timed)."""
+def epoch_end(run: Run, metrics: Mapping[str, float], rule: Rule) -> None:
+    """A pass over the training split has ended: all its metrics, after the evaluation. Not timed. The rule is to be looked at only."""
 
 
 @hookspec

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 from bpfree.network.network import Network
+from bpfree.network.receptive_fields import receptive_fields
 from bpfree.network.split import split
 from bpfree.network.trace import Trace, Traces
 from bpfree.options import NoOptions, OptimizerConfig
@@ -203,6 +204,14 @@ class Rule(nn.Module, ABC):
         Shown before training and kept with the run; the empty string: there is nothing to say.
         """
         return ""
+
+    def pictures(self, count: int = 64) -> dict[str, Tensor]:
+        """What has been learned, to be drawn: by name (a block's, usually), up to ``count`` images (K, C, H, W), C 1 or 3.
+
+        Values are signed, zero is mid-grey, and each image is scaled by itself. Called after epochs, in eval mode under ``no_grad``;
+        it must change nothing. Here: the linear receptive fields of hidden units, where the network is a chain on images.
+        """
+        return receptive_fields(self.network, count, image=self.spec.input_shape)
 
     def learn(self, batch: Batch, step: Step) -> Metrics:
         """One step: by default ``credit``, then ``step.apply()``."""

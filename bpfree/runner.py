@@ -18,7 +18,19 @@ from bpfree.training.trainer import Trainer
 
 __all__ = ["resume", "run"]
 
-CHANGEABLE = {"budget", "evaluation", "checkpoint", "tracking", "data", "device", "threads", "log_interval", "diagnostics", "alignment"}
+CHANGEABLE = {
+    "budget",
+    "evaluation",
+    "checkpoint",
+    "tracking",
+    "pictures",
+    "data",
+    "device",
+    "threads",
+    "log_interval",
+    "diagnostics",
+    "alignment",
+}
 """Sections and keys that may change when a run is resumed."""
 
 RESIDENT = {"auto": None, "yes": True, "no": False}
@@ -155,9 +167,10 @@ def _train(
 
 
 def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> list[Any]:
-    """Journal, plots, tracking, progress display, the diagnostics asked for, and every plugin that observes."""
+    """Pictures, journal, plots, tracking, progress display, the diagnostics asked for, and every plugin that observes."""
     from bpfree.tracking.journal import Journal
     from bpfree.tracking.mlflow_tracker import MLflowTracker
+    from bpfree.tracking.pictures import Pictures
     from bpfree.tracking.plots import Plots
     from bpfree.tracking.progress import ProgressDisplay
 
@@ -165,7 +178,7 @@ def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> lis
     diagnostics = [recipe.registry.get("diagnostics", name)() for name in settings.diagnostics]
     tracker = [MLflowTracker(settings.tracking, Path(settings.output))] if settings.tracking.enabled else []
     modules = [module for name, module in recipe.registry.manager.list_name_plugin() if module is not None]
-    return [*diagnostics, Journal(), Plots(), *tracker, ProgressDisplay(quiet=quiet, label=label), *modules]
+    return [*diagnostics, Pictures(settings.pictures), Journal(), Plots(), *tracker, ProgressDisplay(quiet=quiet, label=label), *modules]
 
 
 def tags(recipe: Recipe, task: Task) -> dict[str, str]:

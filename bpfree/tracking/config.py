@@ -1,4 +1,4 @@
-"""The options of tracking."""
+"""The options of tracking, and of pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from pathlib import Path
 
 from bpfree.options import option
 
-__all__ = ["TrackingConfig"]
+__all__ = ["PicturesConfig", "TrackingConfig"]
+
+
+@dataclass
+class PicturesConfig:
+    """Grids of what the rule learns (``pictures/`` in the run's folder), drawn after the epoch's evaluation."""
+
+    every: int | None = option(
+        None, "draw after every so many epochs; 0: never (none: after each of the first 20, then fewer: 30, 40, ..., 200, 300, ...)", ge=0
+    )
+    count: int = option(64, "units drawn of each block: its first ones", ge=1)
 
 
 @dataclass
@@ -24,7 +34,7 @@ class TrackingConfig:
     system_interval: float = option(1.0, "seconds between system samples", ge=0.05)
     timeout: float = option(10.0, "seconds that one request may take, and that the start of a run waits for a server", gt=0)
     flush_timeout: float = option(30.0, "seconds that the end of a run waits for what is not sent yet", ge=0)
-    artifacts: bool = option(True, "upload configuration, environment and plots")
+    artifacts: bool = option(True, "upload configuration, environment, plots and pictures")
     checkpoint: bool = option(True, "upload the tested or last checkpoint too")
 
     def resolve_uri(self, output_folder: Path) -> str:

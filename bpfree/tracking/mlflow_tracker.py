@@ -3,7 +3,7 @@
 What goes there: the flat configuration as parameters; the run's tags, ``status`` and ``reason``; the metrics of each epoch
 (step: the epoch), those inside an epoch as ``step/...`` (step: the update), the final ones (step: the last epoch),
 ``system/...`` (step: milliseconds since the run first began); the data set's name and fingerprint; configuration,
-environment, plots and checkpoint as artifacts.
+environment, plots, pictures and checkpoint as artifacts, files that are made on the way within a minute.
 
 MLflow stores an infinite value as 1.8e308; it is logged as it is, and the tag ``infinite_metrics`` names it. A store that
 is slow, down or gone costs one warning; what is not sent by the end lies in ``tracking-unsent.jsonl`` in the run's folder
@@ -40,6 +40,9 @@ logger = logging.getLogger("bpfree.tracking")
 LOCAL_PATIENCE = 120.0
 """Seconds for a local database, which may have to be made first, or wait for others that make it."""
 
+BETWEEN_FILES = 60.0
+"""Seconds between uploads of new artifacts while a run trains: an upload takes some milliseconds of the processor."""
+
 PER_EVENT = 900
 ENDS = {"finished": "FINISHED", "interrupted": "KILLED"}
 
@@ -60,6 +63,8 @@ class MLflowTracker:
         self._infinite: dict[str, int] = {}
         self._began = 0
         self._looks = 0
+        self._uploaded: dict[Path, int] = {}  # artifacts that are queued already, and when they were last changed
+        self._files_at = 0.0
 
     # --- hooks ------------------------------------------------------------------------------------------------------
 
@@ -81,6 +86,7 @@ class MLflowTracker:
             return
         spool = Spool(run.folder / SPOOL_NAME if run.folder is not None else None)
         self._infinite, self._looks = {}, 0
+        self._uploaded, self._files_at = {}, time.monotonic()
         sender = self._open(run, store, spool)
         if not sender.start(max(self.config.timeout, LOCAL_PATIENCE) if store.database is not None else self.config.timeout):
             if self.config.required:
@@ -99,9 +105,13 @@ class MLflowTracker:
 
     @hookimpl
     def epoch_end(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """Queue the metrics of an epoch."""
+        """Queue the metrics of an epoch, and from time to time the files that have come since."""
         self._publish(run)
         self._put_metrics(metrics, step=int(metrics.get("epoch", run.epoch)))
+        if self._sender is not None and self.config.artifacts and time.monotonic() - self._files_at >= BETWEEN_FILES:
+            for event in self._new_artifacts(run):
+                self._sender.put(event)
+            self._files_at = time.monotonic()
 
     @hookimpl
     def progress(self, run: Run, metrics: Mapping[str, float]) -> None:
@@ -195,13 +205,21 @@ class MLflowTracker:
             yield Text("environment.json", environment_text())
             if run.folder is not None and (run.folder / "config.yaml").is_file():
                 yield Artifact(str(run.folder / "config.yaml"), "")
-            for path in run.artifacts.values():
-                yield Artifact(str(path), _folder_of(path, run))
+            yield from self._new_artifacts(run)
+            yield from (Artifact(str(path), _folder_of(path, run)) for path in run.artifacts.values() if not path.is_file())
         if self.config.checkpoint and run.folder is not None:
             for name in ("selected.pt", "last.pt"):
                 if (run.folder / "checkpoints" / name).is_file():
                     yield Artifact(str(run.folder / "checkpoints" / name), "checkpoints")
                     break
+
+    def _new_artifacts(self, run: Run) -> Iterator[Event]:
+        """The files that are new, or have changed since they were queued."""
+        for path in run.artifacts.values():
+            changed = path.stat().st_mtime_ns if path.is_file() else None
+            if changed is not None and self._uploaded.get(path) != changed:
+                self._uploaded[path] = changed
+                yield Artifact(str(path), _folder_of(path, run))
 
 
 def send_unsent(folder: Path, config: TrackingConfig, output_folder: Path) -> bool:

@@ -20,8 +20,8 @@ class Run:
     Attributes:
         id: unique, and the name of the run's folder.
         name: for people: rule, task, seed.
-        folder: holds ``config.yaml``, ``run.json``, ``metrics.jsonl``, ``checkpoints/`` and, where the rule has a plan,
-            ``plan.txt``; ``None``: nothing is written.
+        folder: holds ``config.yaml``, ``run.json``, ``metrics.jsonl``, ``checkpoints/`` and, where the rule has them,
+            ``plan.txt`` and ``pictures/``; ``None``: nothing is written.
         config: the resolved configuration, flat: ``{"rule.name": "dfa", "seed": 0, ...}`` of plain values.
         tags: rule, plugin and its version, task, data fingerprint, seed, device, versions, numerical settings.
         total_epochs: passes over the training split that the budget amounts to, where that is known beforehand.

@@ -207,7 +207,7 @@ class Trainer:
         if phase.evaluate and (last or epoch % self.config.evaluation.every == 0):
             metrics.update(self._evaluator.validate(epoch))
         self.run.history.append(metrics)
-        self._notify("epoch_end", metrics=metrics)
+        self._notify("epoch_end", metrics=metrics, rule=self.rule)
         self._check_finite(metrics)
         self._keep_best(metrics)
         every = self.config.checkpoint.every

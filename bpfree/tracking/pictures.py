@@ -1,0 +1,134 @@
+"""Pictures of what a rule learns: a grid per block and epoch, ``pictures/BLOCK/epoch-0001.png`` in the run's folder.
+
+They are drawn between the evaluation of an epoch and its checkpoint: outside the clock, in eval mode, without a graph, and with
+torch's global generators put back. So a run with pictures ends with the same bits as one without.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bpfree.hooks import hookimpl
+from bpfree.network.network import evaluating
+from bpfree.tracking.config import PicturesConfig
+from bpfree.training.run import Run
+from bpfree.training.seeds import preserved_global_state
+
+if TYPE_CHECKING:
+    from bpfree.rule import Rule
+
+__all__ = ["Pictures", "grid", "is_due"]
+
+logger = logging.getLogger("bpfree.tracking")
+
+WIDTH = 800
+"""Pixels that a grid is about as wide as; wider if its pictures are."""
+GAP, WHITE = 4, 255
+
+
+class Pictures:
+    """Draws :meth:`bpfree.Rule.pictures` and adds the files to the run's artifacts; a failure is a warning, and ends the drawing.
+
+    Args:
+        config: when, and how many.
+    """
+
+    def __init__(self, config: PicturesConfig | None = None) -> None:
+        self.config = config or PicturesConfig()
+        self._drawn: dict[str, Tensor] = {}
+        self._active = True
+
+    @hookimpl
+    def run_start(self, run: Run) -> None:
+        """Begin anew; a run that goes on keeps the pictures of the epochs behind it."""
+        self._drawn, self._active = {}, True
+        if run.resumed and run.folder is not None:
+            run.artifacts.update((name, path) for epoch, name, path in _found(run.folder) if epoch <= run.epoch)
+
+    @hookimpl
+    def epoch_end(self, run: Run, rule: Rule) -> None:
+        """Draw what has changed since it was last drawn, if it is time."""
+        if run.folder is None or not self._active or not is_due(run.epoch, self.config.every, run.total_epochs):
+            return
+        try:
+            for name, fields in self._pictures(rule).items():
+                if name in self._drawn and torch.equal(fields, self._drawn[name]):
+                    continue
+                path = run.folder / "pictures" / _file_name(name) / f"epoch-{run.epoch:04d}.png"
+                _save(grid(fields), path)
+                run.artifacts[path.relative_to(run.folder).as_posix()] = path
+                self._drawn[name] = fields
+        except Exception as error:
+            self._active = False
+            logger.warning("no pictures of %s from epoch %d on: %s: %s", run.name, run.epoch, type(error).__name__, error)
+
+    def _pictures(self, rule: Rule) -> dict[str, Tensor]:
+        device = next((parameter.device for parameter in rule.parameters()), torch.device("cpu"))
+        with torch.no_grad(), evaluating(rule), preserved_global_state(device):
+            pictures = rule.pictures(self.config.count)
+            # copied, as what is on the CPU may be the weights themselves
+            return {name: fields.detach().to("cpu", torch.float32, copy=True) for name, fields in pictures.items() if len(fields)}
+
+
+def is_due(epoch: int, every: int | None, total: int | None = None) -> bool:
+    """Whether an epoch is drawn: every so many, and the last of ``total``; never for 0.
+
+    ``None`` thins out: each of the first 20, then every 10th, from 200 on every 100th, and so on: 28 of 100 epochs, 41 of 500.
+    """
+    if every == 0:
+        return False
+    step = every or 10 ** (len(str(epoch // 2)) - 1)
+    return epoch % step == 0 or epoch == total
+
+
+def grid(fields: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Fields (K, C, h, w) beside each other, enlarged by a whole factor: bytes (H, W), or (H, W, 3) in colour.
+
+    Each is scaled by its own largest absolute value: that is white, its negative black, zero mid-grey (128). Frames are white.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    if fields.dim() != 4 or fields.shape[1] not in (1, 3) or 0 in fields.shape:
+        raise ValueError(f"a picture must have shape (K, 1 or 3, H, W), not {tuple(fields.shape)}")
+    values = np.nan_to_num(fields.permute(0, 2, 3, 1).float().numpy(), nan=0.0, posinf=0.0, neginf=0.0)
+    count, height, width, channels = values.shape
+    largest = np.abs(values).max((1, 2, 3), keepdims=True)
+    pixels = np.rint(127.5 + 127.5 * values / np.where(largest > 0, largest, 1)).astype(np.uint8)
+    columns = min(count, math.ceil(math.sqrt(count * height / width)))
+    rows = -(-count // columns)
+    factor = max(1, round((WIDTH / columns - GAP) / width))
+    across, down = width * factor + GAP, height * factor + GAP
+    whole = np.full((rows * down + GAP, columns * across + GAP, channels), WHITE, dtype=np.uint8)
+    for index, picture in enumerate(pixels):
+        top, left = index // columns * down + GAP, index % columns * across + GAP
+        whole[top : top + down - GAP, left : left + across - GAP] = picture.repeat(factor, 0).repeat(factor, 1)
+    return whole if channels == 3 else whole[..., 0]
+
+
+def _save(pixels: np.ndarray[Any, np.dtype[np.uint8]], path: Path) -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, compress_level=1)  # the others take several times as long for a tenth less
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_"
+
+
+def _found(folder: Path) -> Iterator[tuple[int, str, Path]]:
+    """Epoch, name and path of each picture that is there."""
+    for path in sorted(folder.glob("pictures/*/epoch-*.png")):
+        number = path.stem.removeprefix("epoch-")
+        if number.isdigit():
+            yield int(number), path.relative_to(folder).as_posix(), path
