@@ -8,7 +8,7 @@ from bpfree import baselines, hooks
 from bpfree.network import builders, foreign
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
-from bpfree.tasks import arrays, augment, vision
+from bpfree.tasks import arrays, augment, protocols, vision
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.task import DataSource
 
@@ -46,6 +46,15 @@ def bpfree_tasks() -> dict[str, DataSource]:
 @hooks.hookimpl
 def bpfree_augmentations() -> dict[str, augment.Augmentation]:
     return {"flip": augment.FLIP, "crop": augment.CROP}
+
+
+@hooks.hookimpl
+def bpfree_protocols() -> dict[str, protocols.EvaluationProtocol]:
+    return {
+        "linear-probe": protocols.LINEAR_PROBE,
+        "nearest-centroid": protocols.NEAREST_CENTROID,
+        "clustering": protocols.CLUSTERING,
+    }
 
 
 @hooks.hookimpl

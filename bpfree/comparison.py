@@ -14,6 +14,7 @@ from bpfree.config import Leaf, parse_words, resolve
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.rule import Rule
+from bpfree.tasks.protocols import result_key
 from bpfree.training.run import Run
 from bpfree.training.trainer import Interrupted
 
@@ -174,7 +175,9 @@ def _mean(runs: Sequence[Run], key: str) -> float:
 
 def _best_alternative(runs: Sequence[Run]) -> str:
     """Test accuracy of the rule's best other prediction (a single block, say), chosen on validation."""
-    names = [key.split("/")[1] for key in runs[0].result if key.startswith("test/") and key.count("/") == 2]
+    protocols = {result_key(name) for name in runs[0].config.get("evaluation.protocols", ())}  # which are no predictions of the rule
+    keys = [key for key in runs[0].result if key.startswith("test/") and key.count("/") == 2]
+    names = [name for name in (key.split("/")[1] for key in keys) if name not in protocols]
     if not names or not runs[0].history:
         return ""
 

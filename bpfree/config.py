@@ -229,7 +229,7 @@ class _Resolver:
         self._stop_if_problems()
         spec = self.spec or Recipe(self.names, options, common, settings, self.registry).spec()
         options["network"] = self._network(rule, spec, options["rule"])
-        self._check_settings(rule, common, settings)
+        self._check_settings(rule, spec, common, settings)
         self._stop_if_problems()
         return Recipe(self.names, options, common, settings, self.registry)
 
@@ -327,7 +327,7 @@ class _Resolver:
                 keys.update(dataclasses.asdict(self.registry.get(f"{section}s", self.names[section]).Config()))
         return [leaf.key for leaf in _leaves({**known, **dataclasses.asdict(RunConfig())}, "", "")]
 
-    def _check_settings(self, rule: type[Rule], common: TaskCommon, settings: RunConfig) -> None:
+    def _check_settings(self, rule: type[Rule], spec: TaskSpec, common: TaskCommon, settings: RunConfig) -> None:
         if common.validation == 0 and settings.select == "best-val":
             self.problems.append("task.validation=0 leaves nothing to choose by: it needs select=last")
         if settings.accumulate > settings.batch_size:
@@ -336,6 +336,10 @@ class _Resolver:
             )
         for name in common.augment:
             self._named("augmentations", name, "task.augment")
+        for name in settings.evaluation.protocols:
+            self._named("protocols", name, "evaluation.protocols")
+        if settings.evaluation.protocols and spec.targets != "classes":
+            self.problems.append(f"evaluation.protocols score integer classes, but task {spec.name!r} has {spec.targets!r} targets")
         for name in settings.diagnostics:
             self._named("diagnostics", name, "diagnostics")
         default = rule.optimizer

@@ -14,7 +14,7 @@ observe, and none of them changes the mathematics. The trainer's loop, with the 
             epoch_end(run, metrics, rule)
             checkpoint_saved(run, path)
         phase_end(run, phase)
-    evaluation (test split, once)
+    evaluation (test split, once; protocols on features)
     run_end(run)
 
 A plugin is a module (or object) named by an entry point in the group ``bpfree``. It states the interface version it was
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from bpfree.rule import Rule
     from bpfree.step import Phase, Step
     from bpfree.tasks.augment import Augmentation
+    from bpfree.tasks.protocols import EvaluationProtocol
     from bpfree.tasks.task import DataSource
     from bpfree.training.run import Run
 
@@ -79,6 +80,11 @@ def bpfree_tasks() -> Mapping[str, DataSource]:  # type: ignore[empty-body]
 @hookspec
 def bpfree_augmentations() -> Mapping[str, Augmentation]:  # type: ignore[empty-body]
     """Augmentations of training batches by name."""
+
+
+@hookspec
+def bpfree_protocols() -> Mapping[str, EvaluationProtocol]:  # type: ignore[empty-body]
+    """Protocols that score features by name, switched on with ``evaluation.protocols=[name]``."""
 
 
 @hookspec

@@ -19,7 +19,7 @@ __all__ = ["GROUP", "PluginRecord", "Plugins", "installed_plugins"]
 
 GROUP = "bpfree"
 DISABLE_VARIABLE = "BPFREE_DISABLE_PLUGINS"
-KINDS = ("rules", "networks", "tasks", "augmentations", "diagnostics", "studies")
+KINDS = ("rules", "networks", "tasks", "augmentations", "protocols", "diagnostics", "studies")
 Status = Literal["ok", "broken", "incompatible", "disabled"]
 
 
@@ -128,7 +128,7 @@ class Plugins:
         return dict(things)
 
     def names(self, kind: str) -> list[str]:
-        """Registered names of a kind (``rules``, ``networks``, ``tasks``, ``augmentations``, ``diagnostics``, ``studies``)."""
+        """Registered names of a kind, one of ``KINDS``."""
         return sorted(self._registered[kind])
 
     def get(self, kind: str, name: str, *, where: str = "") -> Any:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from bpfree.config import Leaf, recipe_of
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.rule import Rule
 from bpfree.saved import load
 from bpfree.tasks.loading import Loader
+from bpfree.tasks.protocols import EvaluationProtocol
+from bpfree.tasks.task import Split
 from bpfree.training import seeds
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
+from bpfree.training.config import TrainConfig
 from bpfree.training.environment import autocast, resolve_device
-from bpfree.training.evaluation import evaluate
+from bpfree.training.evaluation import check_protocols, evaluate, evaluate_features, flat_features
+from bpfree.training.features import feature_split
 
 __all__ = ["score"]
 
@@ -30,7 +36,8 @@ def score(
         output: folder of runs.
 
     Returns:
-        What was scored (checkpoint, rule, task, split, number of examples), and the metrics.
+        What was scored (checkpoint, rule, task, split, number of examples), and the metrics; also those of
+        ``evaluation.protocols``, which are fitted to the features of the task's training split.
 
     Raises:
         BpfreeError: no such checkpoint, a task that it does not fit, or a split that the task does not have.
@@ -54,11 +61,15 @@ def score(
     if examples is None:
         raise UsageError("the task has no validation split (task.validation=0)", fix="use --split test or --split train")
     config = recipe.settings.evaluation
+    protocols = check_protocols(config.protocols, rule)
     # Normalised as in training: a checkpoint is the same function on every task.
     loader = Loader(examples, saved.spec, batch_size=config.batch_size, device=device)
     generator = torch.Generator(device).manual_seed(seeds.derive(recipe.settings.seed, "evaluation", "score"))
     with autocast(device, recipe.settings.precision):
         scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, alternatives=config.alternatives)
+    if protocols:
+        train = loader if split == "train" else Loader(task.train, saved.spec, batch_size=config.batch_size, device=device)
+        scores |= _score_features(rule, protocols, train, loader, recipe.settings, path.parent)
     about: dict[str, str | int] = {
         "checkpoint": str(path),
         "rule": recipe.names["rule"],
@@ -67,3 +78,19 @@ def score(
         "examples": len(examples),
     }
     return about, scores
+
+
+def _score_features(
+    rule: Rule, protocols: Mapping[str, EvaluationProtocol], train: Loader, scored: Loader, settings: TrainConfig, folder: Path
+) -> dict[str, float]:
+    """``linear_probe/accuracy`` and so on: of protocols that are fitted to one split and score another, or the same."""
+
+    def compute(batches: Loader) -> Split:
+        return flat_features(feature_split(rule, batches, precision=settings.precision, folder=folder))
+
+    fitted = compute(train)
+    splits = {"": fitted if scored is train else compute(scored)}
+    result: dict[str, float] = {}
+    for name, protocol in protocols.items():
+        result |= evaluate_features(name, protocol, fitted, splits, rule.spec, seed=settings.seed, device=scored.device)
+    return result

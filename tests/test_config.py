@@ -55,8 +55,9 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_valid_name_or_ran
     ):
         assert expected in text, text
     text = problems_of(
-        "network.depth=two", "schedule=cosin", "task.augment=[flipp]", "accumulate=100", "optimizer=adamx", "diagnostics=[x]"
-    )
+        "network.depth=two", "schedule=cosin", "task.augment=[flipp]", "accumulate=100", "optimizer=adamx", "diagnostics=[x]",
+        "evaluation.protocols=[linear-probes]"
+    )  # fmt: skip
     for expected in (
         "network.depth='two'",
         "unknown schedule 'cosin'",
@@ -64,6 +65,7 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_valid_name_or_ran
         "accumulate=100",
         "unknown optimizer 'adamx'",
         "unknown diagnostic 'x'",
+        "unknown protocol 'linear-probes' in evaluation.protocols (did you mean 'linear-probe'?",
     ):
         assert expected in text, text
 

@@ -9,7 +9,8 @@ import click
 HELP = """Score a trained rule: CHECKPOINT is a run's folder, its name, or a checkpoint file.
 
 By default on the validation split, so that looking often does not wear out the test split. SETTINGS change the run's own
-configuration, for example `task=fashion-mnist`, `rule.inference=deterministic`, `evaluation.draws=20`, `device=cpu`.
+configuration, for example `task=fashion-mnist`, `rule.inference=deterministic`, `evaluation.draws=20`,
+`evaluation.protocols=[linear-probe]`, `device=cpu`.
 """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -50,6 +50,7 @@ def print_result(run: Run) -> None:
     validation = [metrics["val/accuracy"] for metrics in run.history if "val/accuracy" in metrics]
     if validation:
         lines.append(("validation accuracy", f"{validation[-1]:.2%} last, {max(validation):.2%} best"))
+    lines.extend(protocol_lines(run))
     if "train/seconds" in result:
         lines.append(
             (
@@ -66,6 +67,18 @@ def print_result(run: Run) -> None:
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
         click.echo(f"{name.ljust(width)}  {text}")
+
+
+def protocol_lines(run: Run) -> Iterator[tuple[str, str]]:
+    """What evaluation protocols found, a line each."""
+    from bpfree.plugins import installed_plugins
+    from bpfree.tasks.protocols import result_key
+
+    for name in installed_plugins().names("protocols"):
+        key = f"{result_key(name)}/accuracy"
+        if f"test/{key}" in run.result:
+            validation = f", {run.result[f'val/{key}']:.2%} on validation" if f"val/{key}" in run.result else ""
+            yield name, f"{run.result[f'test/{key}']:.2%}{validation}"
 
 
 def exit_code(run: Run) -> int:

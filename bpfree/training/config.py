@@ -50,6 +50,7 @@ class EvaluationConfig:
     batch_size: int = option(512, "examples per forward pass", ge=1)
     draws: int | None = option(None, "draws of a stochastic rule averaged in the final evaluation (none: what the rule says)", ge=1)
     alternatives: bool = option(True, "also score the rule's alternative predictions, such as its single blocks")
+    protocols: list[str] = option(factory=list, help="at the end also score the features: linear-probe, nearest-centroid, clustering")
 
 
 @dataclass

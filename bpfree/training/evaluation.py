@@ -1,7 +1,8 @@
-"""Scoring predictions. The rule's ``predict`` never sees a target."""
+"""Scoring predictions, and features by protocols. The rule's ``predict`` and ``features`` never see a target."""
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,16 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpfree.errors import BpfreeError, UsageError
 from bpfree.network.network import evaluating
+from bpfree.plugins import installed_plugins
 from bpfree.rule import Rule
 from bpfree.step import Batch
 from bpfree.tasks.loading import Loader, Resident
+from bpfree.tasks.protocols import EvaluationProtocol, Setting, chunks, result_key
 from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training import environment, seeds
 from bpfree.training.config import TrainConfig
-from bpfree.training.features import feature_loader
+from bpfree.training.features import feature_loader, feature_split
 
-__all__ = ["Evaluator", "evaluate"]
+__all__ = ["Evaluator", "check_protocols", "evaluate", "evaluate_features", "flat_features"]
+
+logger = logging.getLogger("bpfree")
 
 TRAIN_SAMPLE = 5000
 """Training examples that are scored where there is no validation split to take the number from."""
@@ -40,6 +46,7 @@ class Evaluator:
         order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seeds.derive("train sample")))
         self._sample = order[:count]
         self._splits = {"train": task.train.subset(self._sample), "val": task.validation}
+        self._protocols = check_protocols(config.evaluation.protocols, rule)
         self._loaders: dict[str, Loader] = {}
         self._features: dict[str, Loader] = {}
 
@@ -47,6 +54,11 @@ class Evaluator:
         """Batches of a split in its original order."""
         size = self._config.evaluation.batch_size
         return Loader(split, self._task.spec, batch_size=size, device=self._device, share=share, **self._data)
+
+    def _loader(self, name: str, split: Split) -> Loader:
+        if name not in self._loaders:
+            self._loaders[name] = self.raw(split)
+        return self._loaders[name]
 
     def take_features(self, train: Split, compute: Callable[[Loader], Split]) -> None:
         """Validate on features from now on: of the training split, and of the validation split as ``compute`` gives them."""
@@ -66,9 +78,7 @@ class Evaluator:
         if split is None:
             return {}
         read = name in self._features
-        if not read and name not in self._loaders:
-            self._loaders[name] = self.raw(split)
-        batches = self._features[name] if read else self._loaders[name]
+        batches = self._features[name] if read else self._loader(name, split)
         generator = torch.Generator(self._device).manual_seed(seeds.derive(self._config.seed, "evaluation", name, epoch))
         with environment.autocast(self._device, self._config.precision):
             scores = evaluate(self._rule, batches, generator, draws=draws, alternatives=alternatives and not read, on_features=read)
@@ -83,6 +93,123 @@ class Evaluator:
         """``test/...``, averaged over the draws of a stochastic rule."""
         draws = self._config.evaluation.draws or self._rule.draws
         return self._score("test", self._task.test, 0, draws=draws, alternatives=self._config.evaluation.alternatives)
+
+    def try_protocols(self) -> None:
+        """Refuse a rule without features before it is trained, rather than after.
+
+        Raises:
+            UsageError: protocols are to score its features, and it gives none.
+        """
+        if self._protocols:
+            few = self._task.train.subset(torch.arange(min(2, len(self._task.train))))
+            try_features(self._rule, self.raw(few), self._config.precision)
+
+    def protocols(self, compute: Callable[[Loader], Split], train: Resident | None = None) -> dict[str, float]:
+        """``test/linear_probe/accuracy``, ``val/...`` and so on: what the configured protocols say of the features.
+
+        A trained rule is worth more than a number about it: what fails here costs its own numbers, and is told in a warning.
+
+        Args:
+            compute: gives a split's features; what it raises ends the evaluation.
+            train: the training split on the device, if it is there already.
+        """
+        if not self._protocols:
+            return {}
+        result: dict[str, float] = {}
+        try:
+            fitted = flat_features(compute(self.raw(self._task.train, train)))
+            splits = {"val": self._task.validation, "test": self._task.test}
+            loaders = {f"{name}/": self._loader(name, split) for name, split in splits.items() if split is not None}
+            features = {prefix: flat_features(compute(loader)) for prefix, loader in loaders.items()}
+        except Exception as error:
+            _warn(f"evaluation.protocols={list(self._protocols)}", error)
+            return {}
+        for name, protocol in self._protocols.items():
+            try:
+                result |= evaluate_features(name, protocol, fitted, features, self._task.spec, seed=self._config.seed, device=self._device)
+            except Exception as error:
+                _warn(f"the protocol {name!r}", error)
+        return result
+
+
+def _warn(what: str, error: Exception) -> None:
+    reason = str(error) if isinstance(error, BpfreeError) else f"{type(error).__name__}: {error}"
+    logger.warning("without numbers of %s: %s", what, reason)
+
+
+def check_protocols(names: Iterable[str], rule: Rule) -> dict[str, EvaluationProtocol]:
+    """The protocols of these names, if they can work with this rule and its task.
+
+    Raises:
+        UsageError: an unknown name, targets other than classes, or a rule that says nowhere what its features are.
+    """
+    where = "evaluation.protocols"
+    found: dict[str, EvaluationProtocol] = {name: installed_plugins().get("protocols", name, where=where) for name in names}
+    spec = rule.spec
+    if found and spec.targets != "classes":
+        raise UsageError(
+            f"evaluation protocols score integer classes, but task {spec.name!r} has {spec.targets!r} targets",
+            where=where,
+            fix=f"{where}=[]",
+        )
+    if found and not rule.network.chain and type(rule).features is Rule.features:
+        raise UsageError(
+            f"{type(rule).__name__} gives no features: its network is no chain of blocks",
+            where=where,
+            fix=f"{where}=[], or override features",
+        )
+    return found
+
+
+def try_features(rule: Rule, batches: Loader, precision: str) -> None:
+    """Compute a few features, so that a rule that gives none is refused before the training; random states are given back.
+
+    Raises:
+        UsageError: it gives none.
+    """
+    try:
+        with seeds.preserved_global_state(batches.device):
+            feature_split(rule, batches, precision=precision).inputs.reshape(len(batches.split), -1)
+    except Exception as error:
+        raise UsageError(
+            f"{type(rule).__name__} gives no features that evaluation protocols can score: {type(error).__name__}: {error}",
+            where="evaluation.protocols",
+            fix="evaluation.protocols=[], or mend the rule's features",
+        ) from error
+
+
+def flat_features(split: Split) -> Split:
+    """A split of features (N, ...) as protocols take it, (N, F), without a copy.
+
+    Raises:
+        BpfreeError: a feature is not finite.
+    """
+    inputs = split.inputs.reshape(len(split), -1)
+    if not all(bool(rows.isfinite().all()) for _, rows in chunks(inputs, inputs.device)):
+        raise BpfreeError("features are not finite")
+    return Split(inputs, split.targets)
+
+
+def evaluate_features(
+    name: str, protocol: EvaluationProtocol, train: Split, splits: Mapping[str, Split], spec: TaskSpec, *, seed: int, device: torch.device
+) -> dict[str, float]:
+    """Fit a protocol to the training split's features, and score those of other splits.
+
+    Args:
+        name: of the protocol.
+        protocol: what to fit.
+        train: of features, as ``flat_features`` gives them.
+        splits: by the prefix of their metrics, such as ``test/``.
+        spec: of the task, whose targets are classes.
+        seed: of the run.
+        device: where to compute.
+
+    Returns:
+        ``test/linear_probe/accuracy`` and so on.
+    """
+    score = protocol.fit(train, Setting(spec.outputs, seeds.derive(seed, "protocol", name), device))
+    key = result_key(name)
+    return {f"{prefix}{key}/{metric}": float(value) for prefix, split in splits.items() for metric, value in score(split).items()}
 
 
 @torch.no_grad()

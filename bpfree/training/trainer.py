@@ -24,7 +24,7 @@ from bpfree.tasks.task import Split, Task
 from bpfree.training import environment, seeds
 from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
 from bpfree.training.config import TrainConfig
-from bpfree.training.evaluation import Evaluator
+from bpfree.training.evaluation import Evaluator, check_protocols
 from bpfree.training.features import FeatureLoader, feature_loader, feature_split
 from bpfree.training.observers import Observers
 from bpfree.training.phases import learning
@@ -105,6 +105,7 @@ class Trainer:
 
     def _check(self) -> None:
         config, update = self.config, self.rule.traits.update
+        check_protocols(config.evaluation.protocols, self.rule)
         if config.accumulate > 1 and update != "grad":
             raise UsageError(
                 f"this rule applies its updates itself ({update}), so gradients cannot be accumulated",
@@ -317,6 +318,8 @@ class Trainer:
         self.rule.to(self.device)
         state.updater.start_phase(phase)
         state.step.phase, state.begun = phase, index + 1
+        if index == 0 and saved is None:
+            self._evaluator.try_protocols()
         if saved is not None and index == state.at.phase and not state.restored:
             state.take_weights(saved["weights"], saved["training"])
 
@@ -355,6 +358,17 @@ class Trainer:
         if self.config.select == "best-val":
             self._take_best()
         self.run.result.update(self._evaluator.test() | state.costs())
+        shared = next((loader.resident for loader in self._loaders.values()), None)
+        self.run.result.update(self._evaluator.protocols(self._trained_features, shared))
+
+    def _trained_features(self, batches: Loader) -> Split:
+        """A split's features once the rule is trained, unless the run is asked to stop."""
+
+        def look(share: float) -> None:
+            if self._stop_reason:
+                raise BpfreeError(f"{self._stop_reason}; bpfree evaluate computes them")
+
+        return feature_split(self.rule, batches, precision=self.config.precision, folder=self.run.folder, look=look)
 
     def _take_best(self) -> None:
         if self._state.best is None:

@@ -84,6 +84,33 @@ def test_tracking_lands_in_one_sqlite_store(workplace: Path) -> None:
     assert [status for (status,) in store.execute("select status from runs")] == ["FINISHED"]
 
 
+def test_protocols_score_features_in_a_run_and_later(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle of the later scores: those of the run itself."""
+    names = ("linear_probe", "nearest_centroid", "clustering")
+    asked = "evaluation.protocols=[linear-probe,nearest-centroid,clustering]"
+    assert call("train", "rule=dfa", asked, *FAST) == 0
+    shown = capsys.readouterr().out
+    run = only_run(workplace)
+    result = json.loads((run / "run.json").read_text())["result"]
+    for name in names:
+        accuracies = [result[f"{split}/{name}/accuracy"] for split in ("test", "val")]
+        assert re.search(rf"{name.replace('_', '-')} +{accuracies[0]:.2%}, {accuracies[1]:.2%} on validation", shown)
+    store = sqlite3.connect(workplace / "mlflow.db")
+    assert {f"test/{name}/accuracy" for name in names} <= {key for (key,) in store.execute("select distinct key from metrics")}
+
+    for split, prefix in (("test", "test"), ("validation", "val")):
+        assert call("evaluate", str(run), "--json", "--split", split) == 0
+        scores = json.loads(capsys.readouterr().out)
+        assert [scores[f"{name}/accuracy"] for name in names] == [result[f"{prefix}/{name}/accuracy"] for name in names]
+    assert call("evaluate", str(run), "--split", "train", "evaluation.protocols=[linear-probe]") == 0
+    table = capsys.readouterr().out
+    assert "linear_probe/accuracy" in table
+    assert "clustering" not in table
+    assert "did you mean 'linear-probe'" in refused(capsys, 2, "evaluate", str(run), "evaluation.protocols=[linear-prob]")
+    assert "gives no features" in refused(capsys, 2, "train", "rule=noprop-dt", "rule.T=2", "evaluation.protocols=[clustering]", *FAST)
+    assert only_run(workplace) == run
+
+
 def test_tracking_can_be_off(workplace: Path) -> None:
     assert call("train", "rule=frozen", "tracking.enabled=false", *FAST) == 0
     assert not (workplace / "mlflow.db").exists()
