@@ -29,6 +29,7 @@ def source_hashes(recipe: Recipe) -> dict[str, str]:
     registry = recipe.registry
     named = [(f"{kind}s", recipe.names[kind]) for kind in ("rule", "network", "task")]
     named += [("augmentations", name) for name in recipe.task.augment]
+    named += [("protocols", name) for name in recipe.settings.evaluation.protocols]
     owners = {_root_of_plugin(registry, registry.owner(kind, name).name) for kind, name in named}
     plugins = {_root_of_plugin(registry, name) for name in registry.records}
     inherited = {_root(base.__module__) for base in registry.get("rules", recipe.names["rule"]).__mro__} & plugins

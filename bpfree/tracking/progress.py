@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ProgressDisplay"]
 
 BETWEEN_LINES = 2.0
+BETWEEN_FEATURES = 15.0
 FEW_PHASES = 8
 
 
@@ -108,6 +109,9 @@ class _Plain:
 
     def inside(self, run: Run, metrics: Mapping[str, float]) -> None:
         self._clock.note(metrics.get("progress", math.nan))
+        if "features" in metrics and time.monotonic() - self._shown >= BETWEEN_FEATURES:
+            self._shown = time.monotonic()
+            print_line(self._stream, f"{self._name}: computing features {100 * metrics['features']:.0f} %")
 
     def epoch(self, run: Run, metrics: Mapping[str, float]) -> None:
         share = metrics.get("epoch", 0) / run.total_epochs if run.total_epochs else math.nan
@@ -176,6 +180,9 @@ class _Live:
 
     def inside(self, run: Run, metrics: Mapping[str, float]) -> None:
         losses = [name for name in metrics if name.endswith("loss")]
+        if "features" in metrics:  # computed once, before the phase's first step
+            self._show(run, metrics, metrics.get("progress", math.nan), [f"computing features {100 * metrics['features']:.0f} %"])
+            return
         now = [f"loss {metrics[losses[0]]:.4g}"] if losses and not self._texts else []
         self._show(run, metrics, metrics.get("progress", math.nan), now + self._texts)
 

@@ -25,11 +25,11 @@ from bpfree.training import environment, seeds
 from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
 from bpfree.training.config import TrainConfig
 from bpfree.training.evaluation import Evaluator, check_protocols
-from bpfree.training.features import FeatureLoader, feature_loader, feature_split
 from bpfree.training.observers import Observers
 from bpfree.training.phases import learning
 from bpfree.training.run import Run, new_run_id
 from bpfree.training.state import State
+from bpfree.training.supply import Supply
 from bpfree.training.updater import accumulate
 from bpfree.version import __version__
 
@@ -99,9 +99,8 @@ class Trainer:
         self._check()
         self._observers = Observers(observers)
         self._augment, self._data = tuple(augment), dict(data or {})
-        self._loaders: dict[Any, Loader] = {}
-        self._feature_batches: Loader | FeatureLoader | None = None
         self._stop_reason = ""
+        self._next_look = math.inf
 
     def _check(self) -> None:
         config, update = self.config, self.rule.traits.update
@@ -142,7 +141,7 @@ class Trainer:
                         self._one_pass(phase)
                     if not self._state.at.phase_epoch:  # a phase without a pass
                         self.rule.end_phase(phase, self._state.step)
-                self._drop_features()
+                self._supply.end_phase()
                 self._notify("phase_end", phase=phase)
                 self._state.end_phase()
                 if self._limited and self._used() >= 1:
@@ -152,8 +151,8 @@ class Trainer:
 
     def _one_pass(self, phase: Phase) -> None:
         """A pass over the training split, or the rest of one that was interrupted."""
-        loader = self._features(phase) if phase.on_features else self._loader(phase)
         state, watched = self._state, self._observers.listens("step_end")
+        loader = self._supply.batches(phase, state.clock, self._while_computing_features)
         state.clock.start()
         with environment.autocast(self.device, self.config.precision):
             for batch in loader.batches(state.at.epoch, state.at.batch):
@@ -215,18 +214,28 @@ class Trainer:
         if (every and epoch % every == 0) or self._used() >= 1:
             self._save()
 
-    def _look(self, further: Mapping[str, float] | None = None) -> None:
+    def _while_computing_features(self, share: float) -> None:
+        """Show how far it is; weights do not change, so there is nothing to save."""
+        if self._stop_reason:
+            raise Interrupted(self._stop_reason, self.run.folder)
+        if time.perf_counter() >= self._next_look:
+            self._next_look = time.perf_counter() + self.config.log_interval
+            self._notify("progress", metrics=self._standing() | {"features": share})
+
+    def _look(self) -> None:
         """Read the step metrics, notice divergence, save if it is time."""
         self._next_look = time.perf_counter() + self.config.log_interval
-        at = self._state.at
         means = self._state.metrics.flush()
         self._check_losses(means)
-        standing = {"step": float(at.step), "epoch": at.epoch + at.share, "samples": float(at.samples)}
-        standing |= {"progress": self._state.step.progress, "seconds": self._state.clock.seconds}
-        self._notify("progress", metrics=standing | means | dict(further or {}))
+        self._notify("progress", metrics=self._standing() | means)
         if time.monotonic() - self._saved_at > 60 * self.config.checkpoint.minutes:
             with self._state.clock.stopped():
                 self._save()
+
+    def _standing(self) -> dict[str, float]:
+        state, at = self._state, self._state.at
+        standing = {"step": float(at.step), "epoch": at.epoch + at.share, "samples": float(at.samples)}
+        return standing | {"progress": state.step.progress, "seconds": state.clock.seconds}
 
     def _notify(self, hook: str, **arguments: Any) -> None:
         self._observers.notify(hook, run=self.run, **arguments)
@@ -295,6 +304,16 @@ class Trainer:
             self.rule.freeze_features()
         self._state = State(self.rule, self.config, self.device)
         self._evaluator = Evaluator(self.rule, self.task, self.config, self.device, self._data)
+        self._supply = Supply(
+            self.rule,
+            self.task,
+            self.config,
+            self.device,
+            self._evaluator,
+            augment=self._augment,
+            data=self._data,
+            folder=self.run.folder,
+        )
         self._passes = 0 if self.budget.seconds is not None else self._count_passes()
         self.run.total_epochs = self._passes or None
         self._next_look = time.perf_counter() + self.config.log_interval
@@ -358,8 +377,7 @@ class Trainer:
         if self.config.select == "best-val":
             self._take_best()
         self.run.result.update(self._evaluator.test() | state.costs())
-        shared = next((loader.resident for loader in self._loaders.values()), None)
-        self.run.result.update(self._evaluator.protocols(self._trained_features, shared))
+        self.run.result.update(self._evaluator.protocols(self._trained_features, self._supply.resident))
 
     def _trained_features(self, batches: Loader) -> Split:
         """A split's features once the rule is trained, unless the run is asked to stop."""
@@ -368,7 +386,7 @@ class Trainer:
             if self._stop_reason:
                 raise BpfreeError(f"{self._stop_reason}; bpfree evaluate computes them")
 
-        return feature_split(self.rule, batches, precision=self.config.precision, folder=self.run.folder, look=look)
+        return self._supply.features(batches, look)
 
     def _take_best(self) -> None:
         if self._state.best is None:
@@ -379,52 +397,6 @@ class Trainer:
             raise BpfreeError("the best epoch came before the network grew, so its weights do not fit", where="select", fix="select=last")
         self.rule.load_state_dict(weights)
         self.run.result["val/accuracy_selected" if score >= 0 else "val/loss_selected"] = abs(score)
-
-    def _features(self, phase: Phase) -> Loader | FeatureLoader:
-        """Batches of what the readout takes: computed once per phase, unless augmentations change them at every pass."""
-        if self._feature_batches is not None:
-            return self._feature_batches
-        loader = self._loader(phase)
-        if self._augment:
-            self._feature_batches = FeatureLoader(self.rule, loader)
-            return self._feature_batches
-
-        def look(share: float) -> None:
-            if self._stop_reason:
-                raise Interrupted(self._stop_reason, self.run.folder)
-            if time.perf_counter() >= self._next_look:
-                self._look({"features": share})
-
-        def compute(batches: Loader) -> Split:
-            return feature_split(self.rule, batches, precision=self.config.precision, folder=self.run.folder, look=look)
-
-        self._state.clock.start()
-        train = compute(self._evaluator.raw(self.task.train, loader.resident))
-        self._state.clock.stop()
-        self._evaluator.take_features(train, compute)
-        size = loader.batch_size
-        self._feature_batches = feature_loader(train, self.task.spec, batch_size=size, device=self.device, seed=self.config.seed)
-        return self._feature_batches
-
-    def _drop_features(self) -> None:
-        self._feature_batches = None
-        self._evaluator.drop_features()
-
-    def _loader(self, phase: Phase) -> Loader:
-        size = phase.batch_size or self.config.batch_size
-        if size not in self._loaders:
-            shared = next((loader.resident for loader in self._loaders.values()), None)
-            self._loaders[size] = Loader(
-                self.task.train,
-                self.task.spec,
-                batch_size=size,
-                device=self.device,
-                seed=self.config.seed,
-                augment=self._augment,
-                share=shared,
-                **self._data,
-            )
-        return self._loaders[size]
 
     # --- trouble ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,102 @@
+"""Where a run's batches come from: raw examples, or what the readout takes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from bpfree.rule import Rule
+from bpfree.step import Phase
+from bpfree.tasks.loading import Loader, Resident
+from bpfree.tasks.task import Split, Task
+from bpfree.training.config import TrainConfig
+from bpfree.training.evaluation import Evaluator
+from bpfree.training.features import FeatureLoader, feature_loader, feature_split
+from bpfree.training.meters import Clock
+
+__all__ = ["Supply"]
+
+Look = Callable[[float], None]
+
+
+class Supply:
+    """The batches of a run's phases; loaders of different sizes share the examples.
+
+    Args:
+        rule, task, config, device: the run's.
+        evaluator: validates on features as long as a phase does.
+        augment: augmentations of the training batches.
+        data: options of the loaders.
+        folder: where features that do not fit into the memory are kept.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        task: Task,
+        config: TrainConfig,
+        device: torch.device,
+        evaluator: Evaluator,
+        *,
+        augment: Iterable[Any] = (),
+        data: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self._rule, self._task, self._config, self._device, self._evaluator = rule, task, config, device, evaluator
+        self._augment, self._data, self._folder = tuple(augment), dict(data or {}), folder
+        self._loaders: dict[int | Literal["all"], Loader] = {}
+        self._on_features: Loader | FeatureLoader | None = None
+
+    @property
+    def resident(self) -> Resident | None:
+        """The training split on the device, if it is kept there."""
+        return next((loader.resident for loader in self._loaders.values()), None)
+
+    def batches(self, phase: Phase, clock: Clock, look: Look) -> Loader | FeatureLoader:
+        """Batches of a phase's passes; features are computed when they are first asked for, on the run's clock.
+
+        Args:
+            phase: the current one.
+            clock: of training; it stands still.
+            look: called with the share of the features that is done; what it raises ends the computation.
+        """
+        if not phase.on_features:
+            return self._raw(phase)
+        if self._on_features is None:
+            self._on_features = FeatureLoader(self._rule, self._raw(phase)) if self._augment else self._kept(phase, clock, look)
+        return self._on_features
+
+    def _kept(self, phase: Phase, clock: Clock, look: Look) -> Loader:
+        raw = self._raw(phase)
+        clock.start()
+        train = self.features(self._evaluator.raw(self._task.train, raw.resident), look)
+        clock.stop()
+        self._evaluator.take_features(train, lambda batches: self.features(batches, look))
+        return feature_loader(train, self._task.spec, batch_size=raw.batch_size, device=self._device, seed=self._config.seed)
+
+    def features(self, batches: Loader, look: Look) -> Split:
+        """The rule's features of a split."""
+        return feature_split(self._rule, batches, precision=self._config.precision, folder=self._folder, look=look)
+
+    def end_phase(self) -> None:
+        """Let go of the features."""
+        self._on_features = None
+        self._evaluator.drop_features()
+
+    def _raw(self, phase: Phase) -> Loader:
+        size = phase.batch_size or self._config.batch_size
+        if size not in self._loaders:
+            self._loaders[size] = Loader(
+                self._task.train,
+                self._task.spec,
+                batch_size=size,
+                device=self._device,
+                seed=self._config.seed,
+                augment=self._augment,
+                share=self.resident,
+                **self._data,
+            )
+        return self._loaders[size]
