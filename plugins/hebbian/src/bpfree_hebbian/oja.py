@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bpfree import Card, ScheduleConfig, TaskSpec
 from bpfree.network.closed_form import is_batch_norm
@@ -47,7 +47,12 @@ class Oja(Hebbian):
     @property
     def defaults(self) -> Defaults:  # type: ignore[override]
         rates = [RATE / size for size in _squared_lengths(self.layers)]
-        return Defaults(rates, radius=RADIUS, feature_batch_size=16, schedule=ScheduleConfig("linear"))
+        return Defaults(rates, radius=RADIUS, feature_batch_size=16, schedule=ScheduleConfig("linear"), readout_lr=self._readout_lr)
+
+    @property
+    def _readout_lr(self) -> float:
+        """Few components are read at a large rate, chosen on digits and MNIST; the maps of a convolution, which are many, at Adam's own."""
+        return 0.1 if isinstance(list(self.layers.values())[-1].linear, nn.Linear) else 1e-3
 
     @classmethod
     def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:

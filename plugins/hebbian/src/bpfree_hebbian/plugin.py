@@ -7,7 +7,10 @@ from pathlib import Path
 from bpfree import hookimpl
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
+from bpfree_hebbian.classes import CLASSES, HebbianNorm
+from bpfree_hebbian.krotov import KrotovHopfield
 from bpfree_hebbian.networks import CNN, MLP
+from bpfree_hebbian.oja import Oja, Sanger
 from bpfree_hebbian.softhebb import SoftHebb
 
 bpfree_api = 1
@@ -15,12 +18,18 @@ bpfree_api = 1
 
 @hookimpl
 def bpfree_rules() -> dict[str, type[Rule]]:
-    return {"softhebb": SoftHebb}
+    return {
+        "softhebb": SoftHebb,
+        "oja": Oja,
+        "sanger": Sanger,
+        "krotov-hopfield": KrotovHopfield,
+        "hebbian-norm": HebbianNorm,
+    }
 
 
 @hookimpl
 def bpfree_networks() -> dict[str, NetworkBuilder]:
-    return {"hebbian-mlp": MLP, "hebbian-cnn": CNN}
+    return {"hebbian-mlp": MLP, "hebbian-cnn": CNN, "hebbian-classes": CLASSES}
 
 
 @hookimpl
