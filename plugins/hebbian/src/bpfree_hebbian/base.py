@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from bpfree import Batch, Budget, Network, OptimizerConfig, Phase, Rule, ScheduleConfig, Split, Step, TaskSpec, Traits, UsageError, option
 from bpfree.network.closed_form import is_batch_norm
-from bpfree_hebbian.layer import Layer, layers_of
+from bpfree.network.network import evaluating
+from bpfree_hebbian.layer import Layer, layers_of, per_unit
 from bpfree_hebbian.networks import each
 
-__all__ = ["HALVINGS", "Defaults", "Hebbian", "HebbianConfig"]
+__all__ = ["HALVINGS", "Defaults", "Hebbian", "HebbianConfig", "Response"]
 
 HALVINGS = ScheduleConfig("milestones", milestones=[0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9], gamma=0.5)
 """The readout's schedule of Journe et al."""
@@ -58,6 +59,7 @@ class Defaults:
         feature_epochs: passes of the unsupervised phase; ``None``: half of the budget.
         feature_batch_size: examples per Hebbian update; ``None``: the run's.
         schedule: of the Hebbian rates over each unsupervised phase.
+        readout_lr: of Adam; ``None``: 0.4 / sqrt(features), for a readout that standardises them.
     """
 
     lr: list[float]
@@ -66,6 +68,22 @@ class Defaults:
     feature_epochs: int | None = None
     feature_batch_size: int | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    readout_lr: float | None = None
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a layer's units learn from a batch.
+
+    Attributes:
+        y: (N, K, ...) the post-synaptic factors of the input.
+        decay: (K,), or (K, K), of the weights: a sum over the examples (linear in them).
+        metrics: by name.
+    """
+
+    y: Tensor
+    decay: Tensor
+    metrics: dict[str, Tensor]
 
 
 class Hebbian(Rule):
@@ -76,7 +94,6 @@ class Hebbian(Rule):
 
     Config = HebbianConfig
     traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1, supervision="readout")
-    optimizer = OptimizerConfig("adam", lr=1e-3)
     defaults: Defaults = Defaults([0.01])
     """A class attribute, or a property where the configuration changes it."""
     config: Any
@@ -94,7 +111,7 @@ class Hebbian(Rule):
     def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
         if spec.is_image and spec.input_shape[0] > 1:
             return {"name": "hebbian-cnn"}
-        return {"name": "hebbian-mlp", "widths": [2000 if spec.input_size >= 256 else 16]}
+        return {"name": "hebbian-mlp", "widths": [2000 if spec.input_size >= 256 else 16]}  # few, or random features suffice
 
     @torch.no_grad()
     def _initialise(self, layer: Layer) -> None:
@@ -105,6 +122,12 @@ class Hebbian(Rule):
         nn.init.normal_(weight, std=(self.config.radius or self.defaults.radius) / math.sqrt(weight[0].numel()))
         if init == "positive":
             weight.abs_()
+
+    @property
+    def optimizer(self) -> OptimizerConfig:  # type: ignore[override]
+        """The readout's."""
+        last = list(self.layers)[-1]
+        return OptimizerConfig("adam", lr=self.defaults.readout_lr or 0.4 / math.sqrt(self.network.shapes[last].numel()))
 
     # --- phases -----------------------------------------------------------------------------------------------------
 
@@ -158,26 +181,23 @@ class Hebbian(Rule):
         x = self.spec.normalise(data.inputs[chosen].to(generator.device))
         for name in self.network.hidden:
             block = self.network.blocks[name]
+            parts = x.chunk(-(-len(x) // 250))  # of about the same size, since they count the same
             with _cumulative(block):
-                for part in x.split(500):
+                for part in parts:
                     block(part)
-            block.eval()
-            x = torch.cat([block(part) for part in x.split(500)])
-            block.train()
+            with evaluating(block):
+                x = torch.cat([block(part) for part in parts])
 
     # --- credit -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def increment(self, layer: Layer, source: Tensor, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The raw increment of a layer's weight and metrics.
+    def respond(self, layer: Layer, source: Tensor, u: Tensor) -> Response:
+        """What a layer's units learn from one execution: the raw increment ``sum y x^T - decay W``, linear in the examples.
 
         Args:
             layer: whose weight it is for.
             source: (N, ...) the linear map's input.
             u: (N, K, ...) its output.
-
-        Returns:
-            The increment, of the weight's shape: a sum over examples (linear in them) and positions; metrics by name.
         """
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -194,16 +214,23 @@ class Hebbian(Rule):
             x, source, u = layer.execute(x)
             if layer.learns:
                 learning.remove(name)
-                metrics |= {f"{name}/{key}": value for key, value in self._learn_layer(layer, source, u).items()}
+                metrics |= {f"{name}/{key}": value for key, value in self.learn_layer(layer, source, u).items()}
         return metrics | (self._readout_credit(x, batch) if read else {})
 
     @torch.no_grad()
-    def _learn_layer(self, layer: Layer, source: Tensor, u: Tensor) -> dict[str, Tensor]:
-        increment, metrics = self.increment(layer, source, u)
-        weight, descent = layer.weight, increment.mul_(-1.0 / len(u))
+    def learn_layer(self, layer: Layer, source: Tensor, u: Tensor) -> dict[str, Tensor]:
+        """Add a layer's raw increment to ``.grad``, negative and as a mean over the examples; returns metrics."""
+        norms = layer.measure()
+        response = self.respond(layer, source, u)
+        weight, share = layer.weight, -1.0 / len(u)
+        descent = layer.product(source, response.y * share)
+        decay = response.decay * -share
+        if decay.dim() == 1:
+            descent.addcmul_(weight, per_unit(decay, weight))
+        else:
+            descent.flatten(1).addmm_(decay, weight.flatten(1))
         weight.grad = descent if weight.grad is None else weight.grad.add_(descent)
-        norms = layer.norms()
-        return {"weight_norm": norms.mean(), "rows_near_unit": ((norms - 1).abs() <= 0.05).float().mean(), **metrics}
+        return {"weight_norm": norms.mean(), "rows_near_unit": ((norms - 1).abs() <= 0.05).float().mean(), **response.metrics}
 
     def _readout_credit(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
         with torch.enable_grad():

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bpfree import Card, ScheduleConfig, TaskSpec, UsageError, option
-from bpfree_hebbian.base import Defaults, Hebbian, HebbianConfig
-from bpfree_hebbian.layer import Layer, channel_sum, per_unit
+from bpfree_hebbian.base import Defaults, Hebbian, HebbianConfig, Response
+from bpfree_hebbian.layer import Layer, channel_sum
 
 __all__ = ["KrotovHopfield", "KrotovHopfieldConfig"]
 
@@ -84,18 +84,15 @@ class KrotovHopfield(Hebbian):
             super()._initialise(layer)
 
     @torch.no_grad()
-    def increment(self, layer: Layer, source: Tensor, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def respond(self, layer: Layer, source: Tensor, u: Tensor) -> Response:
         currents = self._currents(layer, source, u)
         ranked = currents.topk(self.config.rank, dim=1).indices
         winner, loser = ranked[:, :1], ranked[:, -1:]
         g = torch.zeros_like(currents).scatter_(1, winner, 1.0).scatter_(1, loser, -self._delta(layer))
-        pull = channel_sum(g * currents)
-        increment = layer.product(source, g).addcmul_(per_unit(pull, layer.weight), layer.weight, value=-1)
-        active = u.new_zeros(layer.units).index_fill_(0, winner.flatten(), 1.0).sum()
-        if self.config.p == 2:  # the base class reports it
-            return increment, {"active_units": active}
-        lengths = torch.linalg.vector_norm(layer.weight.flatten(1), self.config.p, dim=1)
-        return increment, {"active_units": active, "p_norm": lengths.mean()}
+        metrics = {"active_units": u.new_zeros(layer.units).index_fill_(0, winner.flatten(), 1.0).sum()}
+        if self.config.p != 2:  # else the base class reports it
+            metrics["p_norm"] = torch.linalg.vector_norm(layer.weight.flatten(1), self.config.p, dim=1).mean()
+        return Response(g, channel_sum(g * currents), metrics)
 
     def _delta(self, layer: Layer) -> float:
         if self.config.delta is not None:

@@ -22,11 +22,13 @@ class Layer:
         linear: a linear layer or convolution whose weight's rows are the units.
 
     Attributes:
-        positions: places per example that a unit answers at (1 in dense layers), as seen in the last execution.
+        measured: (K,) the norms of the rows when they were last measured, which is in each credit.
+
     """
 
     def __init__(self, name: str, block: nn.Module, linear: nn.Module) -> None:
         self.name, self.block, self.linear = name, block, linear
+        self.measured = torch.empty(0)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -47,6 +49,11 @@ class Layer:
         """(K,) euclidean norms of the rows."""
         norms: Tensor = torch.linalg.vector_norm(self.weight.detach().flatten(1), dim=1)
         return norms
+
+    def measure(self) -> Tensor:
+        """:meth:`norms`, kept as ``measured`` for the update that follows: they take as long as an update's own arithmetic."""
+        self.measured = self.norms()
+        return self.measured
 
     def execute(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block's output, its linear map's input (N, ...) and pre-activations u (N, K, ...), without a graph."""

@@ -72,17 +72,24 @@ class Pixels(nn.Module):
 
 
 class UnitLength(nn.Module):
-    """Each example divided by its euclidean norm (times a constant)."""
+    """Each example divided by its euclidean norm (times a constant), perhaps without its mean.
 
-    def __init__(self, length: float = 1.0) -> None:
+    Args:
+        length: of the result.
+        centred: subtract the example's mean first.
+    """
+
+    def __init__(self, length: float = 1.0, *, centred: bool = False) -> None:
         super().__init__()
-        self.length = length
+        self.length, self.centred = length, centred
 
     def extra_repr(self) -> str:
-        return f"length={self.length:g}"
+        return f"length={self.length:g}, centred={self.centred}"
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ...) to the same shape."""
+        if self.centred:
+            x = x - x.flatten(1).mean(1).view(-1, *[1] * (x.dim() - 1))
         norms = torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(1e-12)
         scaled: Tensor = x * (self.length / norms).view(-1, *[1] * (x.dim() - 1))
         return scaled
@@ -95,10 +102,12 @@ class MLPConfig:
     widths: list[int] = option(factory=lambda: [16], help="units of each hidden layer", ge=1)
     activation: Kind = option("triangle", "after each hidden layer: triangle is relu(u - mean over units) ** power")
     power: float = option(1.0, "exponent of triangle and relu, inverse temperature of softmax", gt=0)
-    inputs: Literal["normalised", "pixels", "unit"] = option(
-        "normalised", "what the first layer sees: the task's normalised inputs, pixels in [0, 1], or pixels scaled to length 1"
+    inputs: Literal["normalised", "pixels", "unit", "contrast"] = option(
+        "normalised",
+        "what the first layer sees: the task's normalised inputs; pixels in [0, 1]; these with length 1; without their mean, then length 1",
     )
     norm: Literal["none", "batch"] = option("none", "batch norm without weights before each hidden layer")
+    standardise: bool = option(True, "batch norm without weights before the readout, so that one rate suits features of any scale")
     dropout: float = option(0.0, "dropout before the readout", ge=0, lt=1)
 
 
@@ -140,8 +149,8 @@ def mlp(spec: TaskSpec, config: MLPConfig | None = None) -> Network:
         layers.append(Pixels(spec))
     if len(spec.input_shape) > 1:
         layers.append(nn.Flatten())
-    if config.inputs == "unit":
-        layers.append(UnitLength())
+    if config.inputs in ("unit", "contrast"):
+        layers.append(UnitLength(centred=config.inputs == "contrast"))
     blocks: dict[str, nn.Module] = {}
     width = spec.input_size
     for index, units in enumerate(config.widths, start=1):
@@ -149,7 +158,8 @@ def mlp(spec: TaskSpec, config: MLPConfig | None = None) -> Network:
         layers += [nn.Linear(width, units, bias=False), Activation(config.activation, config.power)]
         blocks[f"b{index}"] = nn.Sequential(*layers)
         layers, width = [], units
-    last = [nn.Dropout(config.dropout)] if config.dropout else []
+    last: list[nn.Module] = [nn.BatchNorm1d(width, affine=False)] if config.standardise else []
+    last += [nn.Dropout(config.dropout)] if config.dropout else []
     blocks["readout"] = nn.Sequential(*layers, *last, nn.Linear(width, spec.outputs))
     return Network(blocks, input_shape=spec.input_shape, readout="readout")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bpfree import Card, ScheduleConfig, TaskSpec
 from bpfree.network.closed_form import is_batch_norm
-from bpfree_hebbian.base import Defaults, Hebbian
+from bpfree_hebbian.base import Defaults, Hebbian, Response
 from bpfree_hebbian.layer import Layer
 
 __all__ = ["Oja", "Sanger"]
@@ -62,14 +62,12 @@ class Oja(Hebbian):
         return {"name": "hebbian-mlp", "widths": widths, "activation": "identity"}
 
     @torch.no_grad()
-    def increment(self, layer: Layer, source: Tensor, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        y = u.transpose(0, 1).flatten(1)  # (K, examples and positions)
+    def respond(self, layer: Layer, source: Tensor, u: Tensor) -> Response:
+        mean = u / (u[0, 0].numel())  # over positions
+        moments = mean.transpose(0, 1).flatten(1) @ u.transpose(0, 1).flatten(1).t()
         rows = layer.weight.flatten(1)
-        explained = self.subtracted(y @ y.t()) @ rows
-        positions = y.shape[1] / len(u)
-        increment = layer.product(source, u).sub_(explained.view_as(layer.weight)).div_(positions)
         overlap = rows @ rows.t() - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)
-        return increment, {"off_orthonormal": overlap.square().mean().sqrt()}
+        return Response(mean, self.subtracted(moments), {"off_orthonormal": overlap.square().mean().sqrt()})
 
     def subtracted(self, moments: Tensor) -> Tensor:
         """(K, K): which units' explanations each unit subtracts, of their second moments; here all of them."""
