@@ -183,10 +183,12 @@ class Recipe:
         )
 
     def build_rule(self, spec: TaskSpec) -> Rule:
-        """The rule on its network, initialised from the seed, on the CPU; the caller's random state stays as it is."""
+        """The rule (or its frozen twin) on its network, initialised from the seed, on the CPU; the caller's random state stays as it is."""
         with seeded(derive(self.settings.seed, "initialisation")):
             network = self.registry.get("networks", self.names["network"]).build(spec, self.options["network"])
             rule: Rule = self.registry.get("rules", self.names["rule"])(network, spec, self.options["rule"])
+        if self.settings.frozen_twin:
+            rule.freeze_features()
         return rule
 
 

@@ -314,3 +314,15 @@ def test_biases_stay_zero_and_activations_in_place_do_no_harm() -> None:
         if bias:
             assert not rule.layers["b1"].linear.bias.any()
     assert torch.equal(*results)
+
+
+def test_the_plan_says_what_each_layer_does() -> None:
+    recipe = resolve(parse_words(["rule=softhebb", "rule.preset=cifar", "network.widths=[16,12]", "network=hebbian-mlp", "task=digits"]))
+    rule = recipe.build_rule(recipe.spec())
+    lines = rule.plan().splitlines()
+    assert lines[0] == "features, without labels (together, in updates of 10 examples):"
+    assert lines[1] == "  b1: 16 units of 64 inputs; rate 0.08; inverse temperature 1, losers unlearn; |norm - 1|^0.5"
+    assert lines[2] == "  b2: 12 units of 16 inputs; rate 0.005; inverse temperature 0.65, losers unlearn; |norm - 1|^0.5"
+    assert lines[3] == "readout, with labels: on 12 features, computed once and kept; halved seven times"
+    rule.freeze_features()
+    assert "never" in rule.plan().splitlines()[0]

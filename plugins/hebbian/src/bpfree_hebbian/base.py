@@ -129,6 +129,24 @@ class Hebbian(Rule):
         last = list(self.layers)[-1]
         return OptimizerConfig("adam", lr=self.defaults.readout_lr or 0.4 / math.sqrt(self.network.shapes[last].numel()))
 
+    def plan(self) -> str:
+        size = self.config.feature_batch_size or self.defaults.feature_batch_size
+        order = "together" if self.config.order == "simultaneous" else "one after the other"
+        when = "never: the twin's stay as they are" if self.frozen else f"{order}, in updates of {size or 'batch_size'} examples"
+        lines = [f"features, without labels ({when}):"]
+        for name, layer in self.layers.items():
+            rate = self.group_options()[name]["lr"]
+            details = "; ".join(filter(None, [f"rate {rate:.3g}", self.describe(layer)]))
+            lines.append(f"  {name}: {layer.units} units of {layer.weight[0].numel()} inputs; {details}")
+        shape = "x".join(map(str, self.network.shapes[list(self.layers)[-1]]))
+        schedule = "halved seven times" if self.config.readout_schedule == "halving" else "the run's schedule"
+        lines.append(f"readout, with labels: on {shape} features, computed once and kept; {schedule}")
+        return "\n".join(lines)
+
+    def describe(self, layer: Layer) -> str:
+        """What the plan says of a layer beyond its size and rate."""
+        return ""
+
     # --- phases -----------------------------------------------------------------------------------------------------
 
     def group_options(self) -> dict[str, dict[str, Any]]:

@@ -122,6 +122,12 @@ class SoftHebb(Hebbian):
         active = u.new_zeros(layer.units).index_fill_(0, winner.flatten(), 1.0).sum()
         return Response(y, channel_sum(y * u), {"active_units": active, "rate": self._rates(layer.measured).mean()})
 
+    def describe(self, layer: Layer) -> str:
+        if self.config.competition == "hard":
+            return f"the winner alone learns; |norm - 1|^{self.power_lr:g}"
+        losers = "losers unlearn" if self.anti_hebbian else "losers learn too"
+        return f"inverse temperature {self.t_invert[layer.name]:g}, {losers}; |norm - 1|^{self.power_lr:g}"
+
     def _rates(self, norms: Tensor) -> Tensor:
         """(K,) the factor of each unit's rate."""
         return (norms - 1).abs().pow(self.power_lr) + 1e-10
