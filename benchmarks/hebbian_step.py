@@ -40,9 +40,7 @@ def bare(linear: nn.Module, source: Tensor, signal: Tensor) -> Callable[[], None
     @torch.no_grad()
     def work() -> None:
         linear(source)
-        torch.ops.aten.convolution_backward(
-            signal, source, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
-        )
+        torch.ops.aten.convolution_backward(signal, source, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])
 
     return work
 

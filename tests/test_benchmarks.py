@@ -124,6 +124,13 @@ def test_forward_gradient_memory(smoke: Run) -> None:
     assert all(rules[name]["growth"] > 1.05 for name in ("backprop", "activities", "weights"))
 
 
+def test_hebbian_step(smoke: Run) -> None:
+    result = smoke("hebbian_step")
+    assert list(result) == ["layer 1", "layer 2", "layer 3", "all layers", "rule.learn"]
+    for compared in result.values():
+        check_ratio(compared)
+
+
 def test_startup(smoke: Run) -> None:
     result = smoke("startup")
     check_ratio({**result["rules"], "reached": result["rules"]["median_ratio"] <= result["rules"]["target_ratio"]})
@@ -185,7 +192,7 @@ def test_oldest_covers_every_dependency(load: Callable[[str], Any]) -> None:
 
 def test_run_all_passes_options_on(load: Callable[[str], Any]) -> None:
     commands = load("run_all").commands(["--save", "--full", "--device", "cuda"])
-    speed = ["trainer_overhead", "streamed", "noprop_step", "forward_gradient_step", "forward_gradient_memory", "startup"]
+    speed = ["trainer_overhead", "streamed", "noprop_step", "forward_gradient_step", "forward_gradient_memory", "hebbian_step", "startup"]
     assert [Path(command[1]).stem for command in commands] == [*speed, "accuracy"]
     assert all(command[-3:] == ["--save", "--device", "cuda"] for command in commands)
     assert all(Path(command[1]).is_file() for command in commands)
@@ -207,7 +214,7 @@ def test_gpu_script_refuses_unknown_parts_and_skips_what_is_done(tmp_path: Path)
     environment = {**os.environ, "OUT": str(tmp_path), "STATE": str(tmp_path / "state"), "DEVICE": "tested", "PYTHON": sys.executable}
     script = ["bash", str(FOLDER / "gpu.sh")]
     assert subprocess.run([*script, "everything"], env=environment, capture_output=True).returncode == 2
-    names = ("trainer_overhead", "streamed", "noprop_step", "forward_gradient_step", "forward_gradient_memory")
+    names = ("trainer_overhead", "streamed", "noprop_step", "forward_gradient_step", "forward_gradient_memory", "hebbian_step")
     for name in names:
         (tmp_path / f"{name}-tested.json").touch()
     done = subprocess.run([*script, "bench"], env=environment, capture_output=True, text=True)

@@ -76,7 +76,7 @@ class Response:
     """What a layer's units learn from a batch.
 
     Attributes:
-        y: (N, K, ...) the post-synaptic factors of the input.
+        y: (N, K, ...) the post-synaptic factors of the input; overwritten.
         decay: (K,), or (K, K), of the weights: a sum over the examples (linear in them).
         metrics: by name.
     """
@@ -241,8 +241,8 @@ class Hebbian(Rule):
         norms = layer.measure()
         response = self.respond(layer, source, u)
         weight, share = layer.weight, -1.0 / len(u)
-        descent = layer.product(source, response.y * share)
-        decay = response.decay * -share
+        descent = layer.product(source, response.y.mul_(share))
+        decay = response.decay.mul(-share)
         if decay.dim() == 1:
             descent.addcmul_(weight, per_unit(decay, weight))
         else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bpfree import Card, ScheduleConfig, TaskSpec, UsageError, option
 from bpfree_hebbian.base import Defaults, Hebbian, HebbianConfig, Response
-from bpfree_hebbian.layer import Layer, channel_sum
+from bpfree_hebbian.layer import Layer, channel_sum, largest_entry, winners
 
 __all__ = ["KrotovHopfield", "KrotovHopfieldConfig"]
 
@@ -89,7 +89,7 @@ class KrotovHopfield(Hebbian):
         ranked = currents.topk(self.config.rank, dim=1).indices
         winner, loser = ranked[:, :1], ranked[:, -1:]
         g = torch.zeros_like(currents).scatter_(1, winner, 1.0).scatter_(1, loser, -self._delta(layer))
-        metrics = {"active_units": u.new_zeros(layer.units).index_fill_(0, winner.flatten(), 1.0).sum()}
+        metrics = {"active_units": winners(winner, layer.units)}
         if self.config.p != 2:  # else the base class reports it
             metrics["p_norm"] = torch.linalg.vector_norm(layer.weight.flatten(1), self.config.p, dim=1).mean()
         return Response(g, channel_sum(g * currents), metrics)
@@ -116,4 +116,4 @@ class KrotovHopfield(Hebbian):
         for layer in self.layers.values():
             gradient = layer.weight.grad
             if gradient is not None:
-                gradient.div_(torch.linalg.vector_norm(gradient, torch.inf).clamp_min(1e-30))
+                gradient.div_(largest_entry(gradient))
