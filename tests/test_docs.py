@@ -138,13 +138,13 @@ def test_make_targets_exist(page: Path) -> None:
             assert "=" in word or word in targets, word
 
 
-@pytest.mark.parametrize("kind", ["rules", "networks", "tasks", "studies"])
+@pytest.mark.parametrize("kind", ["rules", "networks", "tasks", "studies", "protocols"])
 def test_the_readme_lists_what_ships(kind: str) -> None:
     """Oracle: the registry."""
     row = re.search(rf"^\| {kind} \|(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert row is not None
     cells = [set(re.findall(r"`([^`]+)`", cell)) for cell in row[1].strip("|").split("|")]
-    for owner, named in zip(("core", "noprop", "forward-gradient"), cells, strict=True):
+    for owner, named in zip(("core", "noprop", "forward-gradient", "hebbian"), cells, strict=True):
         assert named == {name for name, _, plugin in installed_plugins().items(kind) if plugin.name == owner}, owner
 
 
