@@ -54,7 +54,7 @@ class Phase:
     Attributes:
         name: shown in progress and metrics; need not be unique.
         epochs: passes over the training split; ``None``: until the run's budget ends.
-        seconds: of training, as an alternative end.
+        seconds: of training, as an alternative end, perhaps in the middle of a pass.
         groups: names of the parameter groups that learn; ``None``: all. The others have ``requires_grad=False``,
             and blocks below the first learning one run in eval mode.
         batch_size: ``None``: the run's; ``"all"``: the training split as one batch.

@@ -26,8 +26,10 @@ from bpfree import (
     hookimpl,
 )
 from bpfree.baselines import Backprop
+from bpfree.errors import BpfreeError
 from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.config import BudgetConfig
+from bpfree.training.meters import Clock
 from bpfree.training.trainer import Interrupted
 
 
@@ -138,6 +140,24 @@ def test_a_phase_in_seconds_leaves_the_later_ones_their_epochs(digits: Task, dev
     assert seen == ["a", "b"]
 
 
+def test_a_phase_in_seconds_may_end_in_the_middle_of_a_pass(digits: Task, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one whose passes are long would leave none of a budget in seconds to the later ones. A step takes 1/16 of a second here."""
+    steps: list[str] = []
+
+    class Halves(Backprop):
+        def phases(self, budget: Budget) -> Iterable[Phase]:
+            return [Phase(name, seconds=0.5 * (budget.seconds or 0)) for name in ("a", "b")]
+
+        def credit(self, batch: Any, step: Step) -> dict[str, Tensor]:
+            steps.append(step.phase.name)
+            return super().credit(batch, step)
+
+    monkeypatch.setattr(Clock, "seconds", property(lambda clock: len(steps) / 16, lambda clock, value: None))
+    run = Trainer(rule_on(digits, Halves), digits, config_of(device, budget=BudgetConfig(seconds=1))).fit()
+    assert steps == ["a"] * 8 + ["b"] * 8
+    assert [metrics["steps"] for metrics in run.history] == [8, 16]
+
+
 def test_samples_are_drawn_in_full_although_passes_drop_a_single_example(digits: Task, device: torch.device) -> None:
     part = Task(digits.spec, digits.train.subset(torch.arange(65)), digits.validation, digits.test)
     run = Trainer(rule_on(part), part, config_of(device, batch_size=16, budget=BudgetConfig(samples=650))).fit()
@@ -193,6 +213,15 @@ def test_a_phase_on_features_is_the_phase_through_the_network(
             assert a[name] == pytest.approx(b[name], rel=1e-4)
     assert one.result["test/loss"] == pytest.approx(other.result["test/loss"], rel=1e-4)
     assert not list((tmp_path / "True").glob("features-*"))
+
+
+def test_a_phase_on_features_whose_makers_learn_is_refused(digits: Task, device: torch.device) -> None:
+    class Everything(ReadoutLater):
+        def phases(self, budget: Budget) -> Iterable[Phase]:
+            return [Phase("all", epochs=1, on_features=True)]
+
+    with pytest.raises(BpfreeError, match="'all' is on features, which change while b1, b2 learn"):
+        Trainer(rule_on(digits, Everything, depth=2), digits, config_of(device)).fit()
 
 
 def test_a_run_stopped_while_features_are_computed_goes_on(digits: Task, device: torch.device, tmp_path: Path) -> None:

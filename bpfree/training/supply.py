@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from bpfree.errors import BpfreeError
 from bpfree.rule import Rule
 from bpfree.step import Phase
 from bpfree.tasks.loading import Loader, Resident
@@ -62,12 +63,28 @@ class Supply:
             phase: the current one.
             clock: of training; it stands still.
             look: called with the share of the features that is done; what it raises ends the computation.
+
+        Raises:
+            BpfreeError: the phase is on features, but what makes them learns in it.
         """
         if not phase.on_features:
             return self._raw(phase)
         if self._on_features is None:
+            self._check(phase)
             self._on_features = FeatureLoader(self._rule, self._raw(phase)) if self._augment else self._kept(phase, clock, look)
         return self._on_features
+
+    def _check(self, phase: Phase) -> None:
+        network = self._rule.network
+        below = {id(p) for name in network.hidden for p in network.blocks[name].parameters()}
+        groups = self._rule.groups()
+        learning = [name for name, members in groups.items() if any(p.requires_grad and id(p) in below for p in members)]
+        if learning:
+            raise BpfreeError(
+                f"phase {phase.name!r} is on features, which change while {', '.join(learning)} learn",
+                where=f"{type(self._rule).__name__}.phases",
+                fix="name the readout's group alone in Phase.groups",
+            )
 
     def _kept(self, phase: Phase, clock: Clock, look: Look) -> Loader:
         raw = self._raw(phase)

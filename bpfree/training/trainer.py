@@ -163,11 +163,10 @@ class Trainer:
                     self._notify("step_end", step=state.step)
                 if time.perf_counter() >= self._next_look:
                     self._look()
-                if self._stop_reason or (self._limited and self._used() >= 1):
+                if self._stop_reason or self._is_used_up(phase):
                     break
         state.clock.stop()
-        used_up = self._limited and self._used() >= 1
-        if self._stop_reason and state.at.batch < len(loader) and not used_up:
+        if self._stop_reason and state.at.batch < len(loader) and not self._is_used_up(phase):
             raise Interrupted(self._stop_reason, self.run.folder)
         state.end_pass()
         if self._phase_is_over(phase):  # before the evaluation and the checkpoint, which are to see what it solves
@@ -257,10 +256,11 @@ class Trainer:
         return min(1.0, (at.phase_epoch + at.share) / phase.epochs) if phase.epochs else self._state.step.progress
 
     def _phase_is_over(self, phase: Phase) -> bool:
-        at = self._state.at
-        if phase.epochs is not None and at.phase_epoch >= phase.epochs:
-            return True
-        if phase.seconds is not None and self._state.clock.seconds - at.phase_seconds >= phase.seconds:
+        return self._is_used_up(phase) or (phase.epochs is not None and self._state.at.phase_epoch >= phase.epochs)
+
+    def _is_used_up(self, phase: Phase) -> bool:
+        """Whether the phase's seconds or the run's budget are, which may be in the middle of a pass."""
+        if phase.seconds is not None and self._state.clock.seconds - self._state.at.phase_seconds >= phase.seconds:
             return True
         return self._limited and self._used() >= 1
 

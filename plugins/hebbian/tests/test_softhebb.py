@@ -133,7 +133,8 @@ def trained(words: list[str], observers: tuple[Any, ...] = ()) -> tuple[Run, Tra
 
 def test_rows_come_to_unit_length() -> None:
     """The issue's probe: without anti-Hebbian losers and from norms near 1, at least 90 % of the rows end within 5 % of it."""
-    run, trainer = trained(["rule.anti_hebbian=false", "rule.radius=1", "budget.epochs=30"])
+    words = ["rule.anti_hebbian=false", "rule.radius=1", "rule.t_invert=[1]", "rule.lr=[0.1]", "network.inputs=normalised"]
+    run, trainer = trained([*words, "budget.epochs=30"])
     norms = trainer.rule.layers["b1"].norms()  # type: ignore[union-attr, operator]
     assert float(((norms - 1).abs() <= 0.05).float().mean()) >= 0.9
     first = run.history[0]
@@ -222,7 +223,8 @@ def test_successive_blocks_learn_one_after_the_other() -> None:
 
 def test_a_twins_batch_norms_take_their_statistics_from_the_data() -> None:
     """Oracle: mean and variance of the inputs of each block, computed from all chosen examples at once."""
-    recipe = resolve(parse_words(["rule=softhebb", "network.widths=[16,12]", "network.norm=batch", "frozen_twin=true", "device=cpu"]))
+    words = ["network.widths=[16,12]", "network.norm=batch", "network.inputs=normalised", "frozen_twin=true", "device=cpu"]
+    recipe = resolve(parse_words(["rule=softhebb", *words]))
     task = recipe.build_task()
     rule = recipe.build_rule(task.spec)
     rule.freeze_features()

@@ -103,6 +103,7 @@ class Hebbian(Rule):
         self.layers = layers_of(self.network)
         if not self.layers:
             raise UsageError(f"{type(self).__name__} has nothing to learn: the network has no hidden blocks")
+        self.rates = dict(zip(self.layers, each(self.config.lr, self.defaults.lr, len(self.layers), "rule.lr"), strict=True))
         self.frozen = False
         for layer in self.layers.values():
             self._initialise(layer)
@@ -135,8 +136,7 @@ class Hebbian(Rule):
         when = "never: the twin's stay as they are" if self.frozen else f"{order}, in updates of {size or 'batch_size'} examples"
         lines = [f"features, without labels ({when}):"]
         for name, layer in self.layers.items():
-            rate = self.group_options()[name]["lr"]
-            details = "; ".join(filter(None, [f"rate {rate:.3g}", self.describe(layer)]))
+            details = "; ".join(filter(None, [f"rate {self.rates[name]:.3g}", self.describe(layer)]))
             lines.append(f"  {name}: {layer.units} units of {layer.weight[0].numel()} inputs; {details}")
         shape = "x".join(map(str, self.network.shapes[list(self.layers)[-1]]))
         schedule = "halved seven times" if self.config.readout_schedule == "halving" else "the run's schedule"
@@ -150,8 +150,7 @@ class Hebbian(Rule):
     # --- phases -----------------------------------------------------------------------------------------------------
 
     def group_options(self) -> dict[str, dict[str, Any]]:
-        rates = each(self.config.lr or self.defaults.lr, len(self.layers))
-        return {name: {"lr": rate} for name, rate in zip(self.layers, rates, strict=True)}
+        return {name: {"lr": rate} for name, rate in self.rates.items()}
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """The layers' weights without their biases, which stay zero, and the readout."""
@@ -242,7 +241,7 @@ class Hebbian(Rule):
         response = self.respond(layer, source, u)
         weight, share = layer.weight, -1.0 / len(u)
         descent = layer.product(source, response.y.mul_(share))
-        decay = response.decay.mul(-share)
+        decay = response.decay.to(weight.dtype).mul(-share)  # autocast may have made less of it
         if decay.dim() == 1:
             descent.addcmul_(weight, per_unit(decay, weight))
         else:

@@ -158,7 +158,7 @@ class HebbianNorm(Rule):
             membership: (N, C) how much each example counts for each class. No rows are picked: shapes never depend on labels.
         """
         own = y * membership.unsqueeze(2)
-        increment = (own.flatten(1).t() @ x).view_as(weights)
+        increment = (own.flatten(1).t() @ x).to(weights.dtype).view_as(weights)  # autocast may have made less of it
         if self.config.update == "oja":
             moments = own.permute(1, 2, 0) @ y.transpose(0, 1)
             increment -= moments @ weights

@@ -83,6 +83,9 @@ class KrotovHopfield(Hebbian):
         else:
             super()._initialise(layer)
 
+    def describe(self, layer: Layer) -> str:
+        return f"rank {self.config.rank} unlearns {self._delta(layer):g} of what the first learns; norms of p = {self.config.p:g}"
+
     @torch.no_grad()
     def respond(self, layer: Layer, source: Tensor, u: Tensor) -> Response:
         currents = self._currents(layer, source, u)

@@ -56,11 +56,15 @@ class Layer:
         return self.measured
 
     def execute(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The block's output, its linear map's input (N, ...) and pre-activations u (N, K, ...), without a graph."""
-        seen: list[Tensor] = []
+        """The block's output, its linear map's input (N, ...) and pre-activations u (N, K, ...), without a graph.
+
+        Raises:
+            UsageError: the linear map is called several times, or is a dense layer on a sequence.
+        """
+        seen: list[tuple[Tensor, Tensor]] = []
 
         def note(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            seen.extend((arguments[0].detach(), output.detach()))
+            seen.append((arguments[0].detach(), output.detach()))
 
         handle = self.linear.register_forward_hook(note)
         try:
@@ -68,7 +72,15 @@ class Layer:
                 output = self.block(x)
         finally:
             handle.remove()
-        source, u = seen
+        if len(seen) != 1:
+            raise UsageError(f"a Hebbian rule needs a linear map that is called once, not {len(seen)} times", where=f"block {self.name}")
+        source, u = seen[0]
+        if u.dim() != 2 and isinstance(self.linear, nn.Linear):  # its units are the last axis: the second would be taken for them
+            raise UsageError(
+                f"no Hebbian update is known for a dense layer whose outputs are (N, {', '.join(map(str, u.shape[1:]))})",
+                where=f"block {self.name}",
+                fix="flatten its input, or use nn.Conv1d with a kernel of width 1",
+            )
         return output, source, u
 
     def product(self, source: Tensor, y: Tensor) -> Tensor:

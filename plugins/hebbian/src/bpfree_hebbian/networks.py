@@ -175,9 +175,9 @@ def cnn(spec: TaskSpec, config: CNNConfig | None = None) -> Network:
         raise UsageError(f"hebbian-cnn needs images (channels, height, width), not {spec.input_shape}", fix="use hebbian-mlp")
     preset = PRESETS[config.preset]
     channels = [max(1, round(config.scale * count)) for count in config.channels or preset.channels]
-    kernels = each(config.kernels or preset.kernels, len(channels))
-    powers = each(config.powers or preset.powers, len(channels))
-    pools = each(config.pools or preset.pools, len(channels))
+    kernels = each(config.kernels, preset.kernels, len(channels), "network.kernels")
+    powers = each(config.powers, preset.powers, len(channels), "network.powers")
+    pools = each(config.pools, preset.pools, len(channels), "network.pools")
     blocks: dict[str, nn.Module] = {}
     before, shape = spec.input_shape[0], torch.Size(spec.input_shape)
     for index, (count, kernel, power, pool) in enumerate(zip(channels, kernels, powers, pools, strict=True), start=1):
@@ -187,14 +187,14 @@ def cnn(spec: TaskSpec, config: CNNConfig | None = None) -> Network:
             raise UsageError(
                 f"maps of {shape[1]}x{shape[2]} are too small for a reflection padding of {kernel // 2}",
                 where=f"block b{index}",
-                fix="use fewer channels or poolings, or hebbian-mlp",
+                fix="use a smaller network.kernels, fewer network.channels or poolings, or hebbian-mlp",
             )
         layers: list[nn.Module] = [nn.BatchNorm2d(before, affine=False)]
         layers += [nn.ReflectionPad2d(kernel // 2)] if kernel > 1 else []
         layers += [nn.Conv2d(before, count, kernel, bias=False), Activation(config.activation, power), *_pooling(pool)]
-        blocks[f"b{index}"] = nn.Sequential(*layers)
-        before = count
-        shape = Network({"b": blocks[f"b{index}"]}, input_shape=shape).shapes["b"]
+        name = f"b{index}"
+        blocks[name] = nn.Sequential(*layers)
+        before, shape = count, Network({name: blocks[name]}, input_shape=shape).shapes[name]
     last = [nn.Dropout(config.dropout)] if config.dropout else []
     size = shape.numel()
     blocks["readout"] = nn.Sequential(nn.Flatten(), *last, nn.Linear(size, spec.outputs))
@@ -211,8 +211,15 @@ def _pooling(text: str) -> list[nn.Module]:
     return [nn.MaxPool2d(width, stride, padding) if kind == "max" else nn.AvgPool2d(width, stride, padding)]
 
 
-def each(values: list[Any], count: int) -> list[Any]:
-    """One value per layer; the last one goes on."""
+def each(chosen: list[Any], default: list[Any], count: int, where: str) -> list[Any]:
+    """One value per layer, of those that were chosen or else of the default; the last one goes on.
+
+    Raises:
+        UsageError: more were chosen than there are layers.
+    """
+    if len(chosen) > count:
+        raise UsageError(f"{len(chosen)} values for {count} layers", where=where, fix="one for each, or fewer: the last one goes on")
+    values = chosen or default
     return (values + values[-1:] * count)[:count]
 
 
