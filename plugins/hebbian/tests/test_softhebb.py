@@ -328,3 +328,13 @@ def test_the_plan_says_what_each_layer_does() -> None:
     assert lines[3] == "readout, with labels: on 12 features, computed once and kept; halved seven times"
     rule.freeze_features()
     assert "never" in rule.plan().splitlines()[0]
+
+
+def test_the_rate_reported_is_that_of_the_units() -> None:
+    """Oracle: the formula, on norms of 1.25 and 2."""
+    rule = rule_of(dense_network(), DENSE, lr=[0.2], power_lr=0.5)
+    weight = rule.layers["b1"].weight
+    with torch.no_grad():
+        weight.div_(weight.norm(dim=1, keepdim=True)).mul_(torch.tensor([1.25] * 3 + [2.0] * 4, dtype=torch.float64)[:, None])
+    metrics = one_update(rule, batch_of((12,)))
+    assert float(metrics["b1/rate"]) == pytest.approx(0.2 * (3 * 0.5 + 4 * 1.0) / 7)

@@ -127,7 +127,10 @@ class SoftHebb(Hebbian):
             y.mul_(share)
             if self.anti_hebbian:
                 y.neg_().scatter_(1, winner, share)
-        return Response(y, channel_sum(y * u), {"active_units": winners(winner, layer.units), "rate": self._rates(layer.measured).mean()})
+        rate = self.group_options()[layer.name]["lr"]
+        return Response(
+            y, channel_sum(y * u), {"active_units": winners(winner, layer.units), "rate": rate * self._rates(layer.measured).mean()}
+        )
 
     def describe(self, layer: Layer) -> str:
         if self.config.competition == "hard":
