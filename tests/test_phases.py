@@ -27,8 +27,11 @@ from bpfree import (
 )
 from bpfree.baselines import Backprop
 from bpfree.errors import BpfreeError
+from bpfree.network.network import evaluating
+from bpfree.tasks.loading import Loader
 from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.config import BudgetConfig
+from bpfree.training.features import FeatureLoader, feature_split
 from bpfree.training.meters import Clock
 from bpfree.training.trainer import Interrupted
 
@@ -213,6 +216,44 @@ def test_a_phase_on_features_is_the_phase_through_the_network(
             assert a[name] == pytest.approx(b[name], rel=1e-4)
     assert one.result["test/loss"] == pytest.approx(other.result["test/loss"], rel=1e-4)
     assert not list((tmp_path / "True").glob("features-*"))
+
+
+class Alternating(ReadoutLater):
+    """The features change between two phases on features."""
+
+    def phases(self, budget: Budget) -> Iterable[Phase]:
+        for index in range(2):
+            yield Phase(f"body {index}", epochs=1, groups=("b1", "b2"))
+            yield Phase(f"readout {index}", epochs=1, groups=("readout",), on_features=self.on_features)
+
+
+def test_features_are_computed_anew_for_each_phase(digits: Task, device: torch.device) -> None:
+    """Oracle: the same phases, each batch through the whole network; what is validated between them too."""
+    results = []
+    for on_features in (True, False):
+        rule = rule_on(digits, Alternating, norm="batch", depth=2)
+        rule.on_features, rule.seen = on_features, []
+        run = Trainer(rule, digits, config_of(device, budget=BudgetConfig(epochs=4))).fit()
+        results.append((run.history, rule.network.blocks["readout"].weight.detach()))
+    (one, kept), (other, through) = results
+    torch.testing.assert_close(kept, through, rtol=1e-4, atol=1e-5)
+    for a, b in zip(one, other, strict=True):
+        assert (a["train/loss"], a["val/loss"]) == pytest.approx((b["train/loss"], b["val/loss"]), rel=1e-4)
+
+
+def test_features_are_those_of_the_eval_mode(digits: Task, device: torch.device) -> None:
+    """Whatever mode the rule is in. Oracle: the network in eval mode; without dropout and with running statistics."""
+    rule = rule_on(digits, norm="batch", dropout=0.5).to(device)
+    rule.train()
+    rule.network(digits.spec.normalise(digits.train.inputs[:100].to(device)))
+    raw = Loader(digits.train, digits.spec, batch_size=100, device=device, seed=1)
+    anew = torch.cat([batch.inputs.cpu() for batch in FeatureLoader(rule, raw).batches(0)])
+    kept = feature_split(rule, Loader(digits.train, digits.spec, batch_size=100, device=device)).inputs
+    assert all(module.training for module in rule.modules())
+    with evaluating(rule), torch.no_grad():
+        expected = rule.network.features(digits.spec.normalise(digits.train.inputs.to(device))).cpu()
+    torch.testing.assert_close(kept, expected)
+    torch.testing.assert_close(anew, expected[raw.order(0)])
 
 
 def test_a_phase_on_features_whose_makers_learn_is_refused(digits: Task, device: torch.device) -> None:

@@ -71,6 +71,29 @@ def test_a_dense_step_is_the_literal_one(anti: bool, power: float) -> None:
 
 
 @pytest.mark.parametrize("competition", ["soft", "hard"])
+def test_without_the_division_a_step_is_the_mean_over_examples(competition: Any) -> None:
+    """Oracle: the literal increment, with the rates of the units; and the metrics, each by its definition."""
+    torch.manual_seed(0)
+    options = {"t_invert": [2.0], "lr": [0.03], "radius": 1.0, "normalise": False, "competition": competition}
+    rule, batch = rule_of(dense_network(), DENSE, **options), batch_of((12,))
+    before = rule.layers["b1"].weight.detach().clone()
+    before[:3] = F.normalize(before[:3], dim=1) * torch.tensor([[0.96], [1.04], [1.06]], dtype=torch.float64)
+    with torch.no_grad():
+        rule.layers["b1"].weight.copy_(before)
+    inputs = list(batch.inputs)
+    increment = softhebb_increment(inputs, before, 2.0, True) if competition == "soft" else hard_increment(inputs, before)
+    norms = before.norm(dim=1)
+    expected = before + 0.03 * ((norms - 1).abs() ** 0.5 + 1e-10)[:, None] * increment / len(batch)
+    metrics = one_update(rule, batch)
+    torch.testing.assert_close(rule.layers["b1"].weight.detach(), expected, rtol=1e-12, atol=1e-14)
+    assert float(metrics["b1/active_units"]) == len((batch.inputs @ before.T).argmax(1).unique())
+    near = [0.95 <= float(norm) <= 1.05 for norm in norms]
+    assert near[:3] == [True, True, False]
+    assert float(metrics["b1/rows_near_unit"]) == pytest.approx(sum(near) / 7)
+    assert float(metrics["b1/weight_norm"]) == pytest.approx(float(norms.mean()))
+
+
+@pytest.mark.parametrize("competition", ["soft", "hard"])
 def test_a_convolutional_step_is_the_literal_one(competition: Any) -> None:
     """Oracle: the same loops over windows; the second block sees the first one's output before the update."""
     torch.manual_seed(0)
@@ -232,6 +255,7 @@ def test_a_twins_batch_norms_take_their_statistics_from_the_data() -> None:
     rule.prepare(task.train, torch.Generator().manual_seed(0))  # fewer examples than it takes: all of them
     x = task.spec.normalise(task.train.inputs)
     norms = [part for part in rule.modules() if isinstance(part, nn.BatchNorm1d)]
+    assert [norm.momentum for norm in norms] == [0.1] * 3
     torch.testing.assert_close(norms[0].running_mean, x.flatten(1).mean(0), rtol=1e-3, atol=2e-2)
     rule.eval()
     with torch.no_grad():
