@@ -86,7 +86,7 @@ class SoftHebb(Hebbian):
         "w_k += lr | |w_k| - 1 |^0.5 dw_k",
         notes="Every update is divided by its largest entry, so its size does not depend on the batch size, while the number of updates "
         "does: with another batch size the rate is to be chosen anew. The authors report 99.4 % on MNIST for a deeper network "
-        "whose layout they do not give; on one hidden layer of MNIST the readout alone explains the accuracy.",
+        "whose layout they do not give; on one hidden layer of 2000 units the readout of random features alone comes within a point of it.",
     )
     config: SoftHebbConfig
 
