@@ -45,8 +45,9 @@ class KrotovHopfield(Hebbian):
         equation="I_k = sum_i sign(w_ki) |w_ki|^(p-1) x_i;  g = 1 for the largest I, -delta for the rank-th, else 0;  "
         "dw_k = sum_n (g_k x - g_k I_k w_k);  w_k += lr dw_k / max|dW|",
         notes="p, rank, delta, initial weights ~ N(0, 1) and a rate that falls linearly to zero are those of the authors' notebook (100 "
-        "units, rate 0.02, batches of 100, 200 passes); for 2000 units on MNIST the paper has rank 7. The rate of 0.2 (0.02 in layers "
-        "of fewer than 100 units) and batches of 20 are ours, for a few passes. Every update is divided by its largest entry, so its size does not depend on the batch size, while "
+        "units, rate 0.02, batches of 100, 200 passes); for 2000 units on MNIST the paper has rank 7. The rate of 0.2 (0.02 in "
+        "layers of fewer than 100 units) and batches of 20 are ours, for a few passes. Every update is divided by its largest entry, so "
+        "its size does not depend on the batch size, while "
         "the number of updates does. Rows begin at a norm of sqrt(fan-in) and shrink to p-norm one as they win, which lets others win "
         "next. On digits with 16 units one of them takes everything if weights begin small, with a delta of 0.4 (hence 0.1 in layers "
         "of fewer than 100), or with a rate of 0.2 (in one of five seeds). The readout takes relu(W x)^4.5, standardised, with softmax and "
