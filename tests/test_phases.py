@@ -241,6 +241,28 @@ def test_features_are_computed_anew_for_each_phase(digits: Task, device: torch.d
         assert (a["train/loss"], a["val/loss"]) == pytest.approx((b["train/loss"], b["val/loss"]), rel=1e-4)
 
 
+def test_features_are_computed_once_per_split_on_the_clock_and_in_the_runs_precision(digits: Task, device: torch.device) -> None:
+    """Oracle: counts. The training split's time is training's, the validation split's is not."""
+    calls: list[tuple[int, bool, bool]] = []
+    rule = rule_on(digits, ReadoutLater, depth=2)
+    rule.seen = []
+    trainer = Trainer(rule, digits, config_of(device, budget=BudgetConfig(epochs=3), precision="bf16"))
+    features = rule.features
+
+    def watched(inputs: Tensor) -> Tensor:
+        clock = trainer._state.clock
+        before = clock.seconds
+        calls.append((len(inputs), clock.seconds > before, torch.is_autocast_enabled(device.type)))
+        return features(inputs)
+
+    rule.features = watched  # type: ignore[method-assign]
+    trainer.fit()
+    assert sum(count for count, running, _ in calls if running) == len(digits.train)
+    assert digits.validation is not None
+    assert sum(count for count, running, _ in calls if not running) == len(digits.validation)
+    assert all(half for *_, half in calls)
+
+
 def test_features_are_those_of_the_eval_mode(digits: Task, device: torch.device) -> None:
     """Whatever mode the rule is in. Oracle: the network in eval mode; without dropout and with running statistics."""
     rule = rule_on(digits, norm="batch", dropout=0.5).to(device)
