@@ -122,6 +122,15 @@ def test_the_rate_falls_linearly_and_weights_begin_at_unit_variance() -> None:
     assert updates(rule, [batch_of((12,), 4)] * 4) == pytest.approx([0.02, 0.015, 0.01, 0.005])
 
 
+def test_the_metrics_name_winners_and_p_norms() -> None:
+    """Oracle: their definitions."""
+    rule, batch = rule_of(dense_network(), FLAT, p=3.0), batch_of((12,), 6)
+    w = rule.layers["b1"].weight.detach()
+    metrics = rule.credit(batch, new_step(rule))
+    assert float(metrics["b1/p_norm"]) == pytest.approx(float((w.abs() ** 3).sum(1).pow(1 / 3).mean()))
+    assert float(metrics["b1/active_units"]) == len((batch.inputs @ (w.sign() * w**2).T).argmax(1).unique())
+
+
 def test_a_rank_that_no_unit_has_is_refused() -> None:
     with pytest.raises(UsageError, match="7 units, so none of rank 8"):
         rule_of(dense_network(), FLAT, rank=8)

@@ -127,6 +127,15 @@ def test_a_dense_step_is_the_literal_one(kind: type[Oja]) -> None:
     torch.testing.assert_close(rule.layers["b1"].weight.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
+def test_the_metric_is_the_distance_from_orthonormal_rows() -> None:
+    """Oracle: root mean square of the entries of W W' - 1, one by one."""
+    rule = rule_of(Oja, dense_network(), FLAT)
+    w = rule.layers["b1"].weight.detach()
+    metrics = rule.credit(batch_of((12,), 6), new_step(rule))
+    entries = [(float(a @ b) - (i == j)) ** 2 for i, a in enumerate(w) for j, b in enumerate(w)]
+    assert float(metrics["b1/off_orthonormal"]) == pytest.approx((sum(entries) / len(entries)) ** 0.5)
+
+
 @pytest.mark.parametrize("kind", [Oja, Sanger])
 def test_a_convolution_learns_as_a_dense_layer_on_its_patches(kind: type[Oja]) -> None:
     """Oracle: the same loops over windows; the mean over examples and positions."""

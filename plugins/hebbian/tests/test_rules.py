@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bpfree_hebbian.networks import CNNConfig, cnn
+from bpfree_hebbian.networks import CNNConfig, MLPConfig, cnn, mlp
 from bpfree_hebbian.plugin import bpfree_rules
-from bpfree_hebbian.softhebb import SoftHebb
+from bpfree_hebbian.softhebb import SoftHebb, SoftHebbConfig
 from torch import Tensor, nn
 
-from bpfree import Batch, Network, Run, Step, TaskSpec, Trainer, UsageError, hookimpl, new_step
+from bpfree import Batch, Budget, Network, Run, Step, TaskSpec, Trainer, UsageError, hookimpl, new_step
 from bpfree.config import parse_words, resolve
+from bpfree.training.schedules import shape_of
 from bpfree.training.trainer import Interrupted
 
 RULES = sorted(bpfree_rules())
@@ -85,6 +87,22 @@ def test_a_run_that_was_stopped_in_any_phase_goes_on_bit_for_bit(extra: list[str
     assert run.result["test/loss"] == whole.run.result["test/loss"]
     for key, value in whole.rule.state_dict().items():
         assert torch.equal(value, resumed.rule.state_dict()[key]), key
+
+
+def test_the_readouts_rate_and_its_schedule() -> None:
+    """Oracle: halved at 20, 35, 50, 60, 70, 80 and 90 % of its phase; 0.4 / sqrt(features), or the published rate."""
+    spec = TaskSpec("flat", (12,), 3)
+    rule = SoftHebb(mlp(spec, MLPConfig(widths=[9, 25])), spec)
+    assert rule.optimizer.lr == pytest.approx(0.08)
+    assert SoftHebb(mlp(spec), spec, SoftHebbConfig(preset="mnist")).optimizer.lr == 1e-3
+    schedule = list(rule.phases(Budget(epochs=4)))[-1].schedule
+    assert schedule is not None
+    factor = shape_of(schedule)
+    assert factor is not None
+    points = [0.0, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    assert [factor((a + b) / 2) for a, b in itertools.pairwise(points)] == [0.5**index for index in range(8)]
+    other = SoftHebb(mlp(spec), spec, SoftHebbConfig(readout_schedule="run"))
+    assert list(other.phases(Budget(epochs=4)))[-1].schedule is None
 
 
 def test_budgets_in_seconds_leave_half_of_them_to_the_readout() -> None:
