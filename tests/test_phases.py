@@ -29,6 +29,7 @@ from bpfree.baselines import Backprop
 from bpfree.errors import BpfreeError
 from bpfree.network.network import evaluating
 from bpfree.tasks.loading import Loader
+from bpfree.training.alignment import AlignmentConfig
 from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.config import BudgetConfig
 from bpfree.training.features import FeatureLoader, feature_split
@@ -261,6 +262,13 @@ def test_features_are_computed_once_per_split_on_the_clock_and_in_the_runs_preci
     assert digits.validation is not None
     assert sum(count for count, running, _ in calls if not running) == len(digits.validation)
     assert all(half for *_, half in calls)
+
+
+def test_phases_on_features_are_not_compared_with_true_gradients(digits: Task, device: torch.device) -> None:
+    rule = rule_on(digits, ReadoutLater, depth=2)
+    rule.seen = []
+    run = Trainer(rule, digits, config_of(device, budget=BudgetConfig(epochs=3), alignment=AlignmentConfig(every=1))).fit()
+    assert [any(name.startswith("alignment/") for name in metrics) for metrics in run.history] == [True, False, False]
 
 
 def test_features_are_those_of_the_eval_mode(digits: Task, device: torch.device) -> None:

@@ -127,6 +127,16 @@ def test_a_dense_step_is_the_literal_one(kind: type[Oja]) -> None:
     torch.testing.assert_close(rule.layers["b1"].weight.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
+def test_the_default_rates_and_weights_are_within_their_bounds() -> None:
+    """Oracles: 1 / mean |x|^2 or its bound, by hand; singular values below sqrt(2), where the largest rate is still stable."""
+    blocks = {"b1": nn.Conv2d(2, 4, 3), "b2": nn.Conv2d(4, 5, 2), "b3": nn.Sequential(nn.BatchNorm2d(5), nn.Conv2d(5, 6, 2))}
+    network = Network({**blocks, "readout": nn.Sequential(nn.Flatten(), nn.Linear(12, 3))}, input_shape=(2, 6, 5), readout="readout")
+    rule = Oja(network, IMAGE)
+    assert list(rule.rates.values()) == pytest.approx([1 / (2 * 9), 1 / (4 * 18), 1 / (5 * 4)])
+    rule = Oja(Network({"b1": nn.Linear(200, 200), "readout": nn.Linear(200, 3)}, input_shape=(200,), readout="readout"), FLAT)
+    assert 1.3 < float(torch.linalg.svdvals(rule.layers["b1"].weight.detach()).max()) < 2**0.5
+
+
 def test_the_metric_is_the_distance_from_orthonormal_rows() -> None:
     """Oracle: root mean square of the entries of W W' - 1, one by one."""
     rule = rule_of(Oja, dense_network(), FLAT)

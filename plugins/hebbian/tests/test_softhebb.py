@@ -246,10 +246,12 @@ def test_successive_blocks_learn_one_after_the_other() -> None:
 
 def test_a_twins_batch_norms_take_their_statistics_from_the_data() -> None:
     """Oracle: mean and variance of the inputs of each block, computed from all chosen examples at once."""
-    words = ["network.widths=[16,12]", "network.norm=batch", "network.inputs=normalised", "frozen_twin=true", "device=cpu"]
+    words = ["network.widths=[16,12]", "network.norm=batch", "network.inputs=normalised", "device=cpu"]
     recipe = resolve(parse_words(["rule=softhebb", *words]))
     task = recipe.build_task()
     rule = recipe.build_rule(task.spec)
+    rule.prepare(task.train, torch.Generator().manual_seed(0))
+    assert not any(norm.num_batches_tracked for norm in rule.modules() if isinstance(norm, nn.BatchNorm1d)), "only a twin needs it"
     rule.freeze_features()
     start = {name: layer.weight.detach().clone() for name, layer in rule.layers.items()}  # type: ignore[union-attr, operator]
     rule.prepare(task.train, torch.Generator().manual_seed(0))  # fewer examples than it takes: all of them
