@@ -16,8 +16,8 @@ from bpfree_hebbian.networks import each
 
 __all__ = ["PRESETS", "SoftHebb", "SoftHebbConfig"]
 
-
 LEAST = math.log(1e-20)
+"""Exponent of what a unit that lost by far still has: nearly nothing, but no number that is too small for fast arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class SoftHebb(Hebbian):
         sharpness = each(self.config.t_invert, self.preset.t_invert, len(self.layers), "rule.t_invert")
         self.t_invert = dict(zip(self.layers, sharpness, strict=True))
         anti = self.preset.anti_hebbian if self.config.anti_hebbian is None else self.config.anti_hebbian
-        self.anti_hebbian = anti and self.config.competition == "soft"
+        self.anti_hebbian = anti  # of soft competition; where the winner alone learns, losers cannot unlearn
         self.power_lr = self.preset.power_lr if self.config.power_lr is None else self.config.power_lr
 
     @property
