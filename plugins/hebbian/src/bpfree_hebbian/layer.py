@@ -23,7 +23,6 @@ class Layer:
 
     Attributes:
         measured: (K,) the norms of the rows when they were last measured, which is in each credit.
-
     """
 
     def __init__(self, name: str, block: nn.Module, linear: nn.Module) -> None:

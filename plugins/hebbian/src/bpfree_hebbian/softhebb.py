@@ -127,10 +127,8 @@ class SoftHebb(Hebbian):
             y.mul_(share)
             if self.anti_hebbian:
                 y.neg_().scatter_(1, winner, share)
-        rate = self.group_options()[layer.name]["lr"]
-        return Response(
-            y, channel_sum(y * u), {"active_units": winners(winner, layer.units), "rate": rate * self._rates(layer.measured).mean()}
-        )
+        rate = self.rates[layer.name] * self._rates(layer.measured).mean()
+        return Response(y, channel_sum(y * u), {"active_units": winners(winner, layer.units), "rate": rate})
 
     def describe(self, layer: Layer) -> str:
         if self.config.competition == "hard":
