@@ -1,11 +1,16 @@
-"""Slow, literal references: one example, one position, one unit at a time."""
+"""Slow, literal references: one example, one position, one unit at a time; and the steps that are compared with them."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from bpfree_hebbian.base import Hebbian
 from torch import Tensor
+
+from bpfree import Batch, Budget, new_step
+from bpfree.training.phases import learning
+from bpfree.training.updater import accumulate
 
 
 def patches(x: Tensor, kernel: int) -> list[Tensor]:
@@ -46,3 +51,18 @@ def softhebb_step(increment: Tensor, weight: Tensor, lr: float, power: float) ->
         rate = lr * (abs(float(row.norm()) - 1) ** power + 1e-10)
         rows.append(row + rate * change / largest)
     return torch.stack(rows)
+
+
+def updates(rule: Hebbian, batches: list[Batch], parts: int = 1) -> list[float]:
+    """Steps of the first phase, over all of its progress; returns their rates in the first block."""
+    step = new_step(rule)
+    phase = next(iter(rule.phases(Budget(epochs=4))))
+    step.phase, rates = phase, []
+    updater = step.apply.__self__  # type: ignore[attr-defined]
+    with learning(rule, phase):
+        updater.start_phase(phase)
+        for index, batch in enumerate(batches):
+            updater.at(index / len(batches))
+            rates.append(step.lr("b1"))
+            accumulate(rule, batch, step, parts) if parts > 1 else rule.learn(batch, step)
+    return rates

@@ -8,12 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bpfree_hebbian.krotov import KrotovHopfield, KrotovHopfieldConfig
-from reference import patches
+from reference import patches, updates
 from torch import Tensor, nn
 
-from bpfree import Batch, Budget, Network, TaskSpec, UsageError, new_step
-from bpfree.training.phases import learning
-from bpfree.training.updater import accumulate
+from bpfree import Batch, Network, TaskSpec, UsageError, new_step
 
 FLAT = TaskSpec("flat", (12,), 3)
 IMAGE = TaskSpec("image", (2, 6, 5), 3)
@@ -35,21 +33,6 @@ def image_network() -> Network:
 def rule_of(network: Network, spec: TaskSpec, **options: Any) -> KrotovHopfield:
     torch.manual_seed(0)
     return KrotovHopfield(network, spec, KrotovHopfieldConfig(**options)).double()
-
-
-def updates(rule: KrotovHopfield, batches: list[Batch], parts: int = 1) -> list[float]:
-    """Steps of the first phase; returns their rates."""
-    step = new_step(rule)
-    phase = next(iter(rule.phases(Budget(epochs=4))))
-    step.phase, rates = phase, []
-    updater = step.apply.__self__  # type: ignore[attr-defined]
-    with learning(rule, phase):
-        updater.start_phase(phase)
-        for index, batch in enumerate(batches):
-            updater.at(index / len(batches))
-            rates.append(step.lr("b1"))
-            accumulate(rule, batch, step, parts) if parts > 1 else rule.learn(batch, step)
-    return rates
 
 
 def batch_of(shape: tuple[int, ...], count: int) -> Batch:

@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from bpfree_hebbian.base import HebbianConfig
 from bpfree_hebbian.oja import Oja, Sanger
-from reference import patches
+from reference import patches, updates
 from torch import Tensor, nn
 
-from bpfree import Batch, Budget, Network, TaskSpec, new_step
-from bpfree.training.phases import learning
-from bpfree.training.updater import accumulate
+from bpfree import Batch, Network, TaskSpec, new_step
 
 FLAT = TaskSpec("flat", (12,), 3)
 IMAGE = TaskSpec("image", (2, 6, 5), 3)
@@ -35,19 +33,6 @@ def image_network() -> Network:
 
 def rule_of(kind: type[Oja], network: Network, spec: TaskSpec, **options: Any) -> Oja:
     return kind(network, spec, HebbianConfig(**options)).double()
-
-
-def updates(rule: Oja, batches: list[Batch], parts: int = 1) -> None:
-    """Steps of the first phase, at a rate that falls linearly to zero."""
-    step = new_step(rule)
-    phase = next(iter(rule.phases(Budget(epochs=4))))
-    step.phase = phase
-    updater = step.apply.__self__  # type: ignore[attr-defined]
-    with learning(rule, phase):
-        updater.start_phase(phase)
-        for index, batch in enumerate(batches):
-            updater.at(index / len(batches))
-            accumulate(rule, batch, step, parts) if parts > 1 else rule.learn(batch, step)
 
 
 def batch_of(shape: tuple[int, ...], count: int) -> Batch:
