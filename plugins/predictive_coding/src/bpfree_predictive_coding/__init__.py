@@ -1,0 +1,1 @@
+"""Predictive coding as a bpfree plugin."""

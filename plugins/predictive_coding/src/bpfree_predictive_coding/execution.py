@@ -1,0 +1,268 @@
+"""Executions of blocks with their local Jacobian products: in closed form where the layers are known, else by the block's trace.
+
+Both kinds have the same three members, and nothing above them knows which one it has. In closed form there is no autograd graph at
+all: what a layer's derivative needs (its input, its output, a pooling's choices) is kept, and torch's own backward kernels are called
+on it. Known are linear layers, convolutions padded with zeros, elementwise activations, poolings, flattening, and the plugin's residual
+sums and scaled maps, in (nested) ``nn.Sequential``; nothing that is subclassed, parametrised, hooked or works in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bpfree import Network, Trace
+from bpfree.network.closed_form import is_batch_norm, is_linear, parameter_gradients
+from bpfree.network.trace import run_block
+from bpfree_predictive_coding.layers import Residual, Scaled
+
+__all__ = ["ClosedForm", "Execution", "Executor", "Traced", "known_layers", "still"]
+
+aten = torch.ops.aten
+Extra = Any
+"""What a layer's derivative needs beyond input and output."""
+
+
+class Execution(Protocol):
+    """One execution of a block.
+
+    Attributes:
+        output: (N, ...) without a graph.
+    """
+
+    output: Tensor
+
+    def pull(self, signal: Tensor) -> Tensor:
+        """``J^T signal``, (N, ...) of the input's shape, at the input of this execution; may be called again."""
+        ...
+
+    def backward(self, signal: Tensor) -> None:
+        """Add the parameters' vector-Jacobian product with ``signal`` (N, ...) to their ``.grad``; the last call."""
+        ...
+
+
+class Kind(NamedTuple):
+    """How a layer is executed, and how a cotangent of its output becomes one of its input."""
+
+    forward: Callable[[Any, Tensor], tuple[Tensor, Extra]]
+    pull: Callable[[Any, Tensor, Tensor, Extra, Tensor], Tensor]
+
+
+def _elementwise(pull: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> Kind:
+    return Kind(lambda layer, x: (layer(x), None), lambda layer, x, y, extra, signal: pull(layer, x, y, signal))
+
+
+def _max_pool(layer: nn.MaxPool2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    sizes = [_pair(value) for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)]
+    y, indices = aten.max_pool2d_with_indices(x, *sizes, layer.ceil_mode)
+    return y, indices
+
+
+def _pair(value: Any) -> list[int]:
+    return list(value) if isinstance(value, tuple | list) else [value, value]
+
+
+def _pull_max_pool(layer: Any, x: Tensor, y: Tensor, indices: Tensor, signal: Tensor) -> Tensor:
+    sizes = [_pair(value) for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)]
+    pulled: Tensor = aten.max_pool2d_with_indices_backward(signal.contiguous(), x, *sizes, layer.ceil_mode, indices)
+    return pulled
+
+
+def _pull_average_pool(layer: Any, x: Tensor, y: Tensor, signal: Tensor) -> Tensor:
+    sizes = [_pair(value) for value in (layer.kernel_size, layer.stride, layer.padding)]
+    pulled: Tensor = aten.avg_pool2d_backward(
+        signal.contiguous(), x, *sizes, layer.ceil_mode, layer.count_include_pad, layer.divisor_override
+    )
+    return pulled
+
+
+def _pull_convolution(layer: Any, x: Tensor, y: Tensor, signal: Tensor) -> Tensor:
+    weight = layer.weight.to(signal.dtype)
+    sizes = (list(layer.stride), list(layer.padding), list(layer.dilation), False, [0] * (x.dim() - 2), layer.groups)
+    pulled: Tensor = aten.convolution_backward(signal, x.to(signal.dtype), weight, None, *sizes, [True, False, False])[0]
+    return pulled
+
+
+def _pull_linear(layer: Any, x: Tensor, y: Tensor, signal: Tensor) -> Tensor:
+    pulled: Tensor = signal @ layer.weight.to(signal.dtype)
+    return pulled
+
+
+def _scaled(layer: Scaled, x: Tensor) -> tuple[Tensor, Extra]:
+    return layer(x), None
+
+
+def _pull_scaled(layer: Scaled, x: Tensor, y: Tensor, extra: Extra, signal: Tensor) -> Tensor:
+    return KINDS[type(layer.linear)].pull(layer.linear, x, y, None, signal) * layer.factor
+
+
+def _residual(layer: Residual, x: Tensor) -> tuple[Tensor, ClosedForm]:
+    inner = ClosedForm(known_layers(layer.inner) or [], x)
+    return x + inner.output, inner
+
+
+KINDS: dict[type[nn.Module], Kind] = {
+    nn.Linear: _elementwise(_pull_linear),
+    nn.Conv1d: _elementwise(_pull_convolution),
+    nn.Conv2d: _elementwise(_pull_convolution),
+    nn.Flatten: _elementwise(lambda layer, x, y, signal: signal.reshape(x.shape)),
+    nn.Identity: _elementwise(lambda layer, x, y, signal: signal),
+    nn.ReLU: _elementwise(lambda layer, x, y, signal: aten.threshold_backward(signal, y, 0)),
+    nn.LeakyReLU: _elementwise(lambda layer, x, y, signal: aten.leaky_relu_backward(signal, x, layer.negative_slope, False)),
+    nn.GELU: _elementwise(lambda layer, x, y, signal: aten.gelu_backward(signal, x, approximate=layer.approximate)),
+    nn.SiLU: _elementwise(lambda layer, x, y, signal: aten.silu_backward(signal, x)),
+    nn.ELU: _elementwise(lambda layer, x, y, signal: aten.elu_backward(signal, layer.alpha, 1, 1, False, x)),
+    nn.Tanh: _elementwise(lambda layer, x, y, signal: aten.tanh_backward(signal, y)),
+    nn.Sigmoid: _elementwise(lambda layer, x, y, signal: aten.sigmoid_backward(signal, y)),
+    nn.Hardtanh: _elementwise(lambda layer, x, y, signal: aten.hardtanh_backward(signal, x, layer.min_val, layer.max_val)),
+    nn.MaxPool2d: Kind(_max_pool, _pull_max_pool),
+    nn.AvgPool2d: _elementwise(_pull_average_pool),
+    Scaled: Kind(_scaled, _pull_scaled),
+    Residual: Kind(_residual, lambda layer, x, y, inner, signal: signal + inner.pull(signal)),
+}
+
+
+def known_layers(block: nn.Module) -> list[nn.Module] | None:
+    """The layers of a block in order of execution, if all of them are known; else ``None``."""
+    if _is_hooked(block):
+        return None
+    if type(block) is nn.Sequential:
+        parts = [known_layers(part) for part in block]
+        return None if any(part is None for part in parts) else [layer for part in parts for layer in part or []]
+    return [block] if _is_known(block) else None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _is_known(layer: Any) -> bool:
+    kind = type(layer)
+    if kind not in KINDS or getattr(layer, "inplace", False):
+        return False
+    if kind in (nn.Conv1d, nn.Conv2d):
+        return is_linear(layer) and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
+    if kind is nn.Linear:
+        return is_linear(layer)
+    if kind is nn.Flatten:
+        return bool(layer.start_dim > 0)
+    if kind is nn.MaxPool2d:
+        return not layer.return_indices
+    if kind is Scaled:
+        return _is_known(layer.linear) and not _is_hooked(layer.linear)
+    return kind is not Residual or known_layers(layer.inner) is not None
+
+
+class ClosedForm:
+    """An execution without a graph.
+
+    Args:
+        layers: of :func:`known_layers`.
+        x: (N, ...) the block's input.
+    """
+
+    def __init__(self, layers: list[nn.Module], x: Tensor) -> None:
+        self._steps: list[tuple[nn.Module, Kind, Tensor, Tensor, Extra]] = []
+        with torch.no_grad():
+            for layer in layers:
+                kind = KINDS[type(layer)]
+                y, extra = kind.forward(layer, x)
+                self._steps.append((layer, kind, x, y, extra))
+                x = y
+        self.output = x
+
+    @torch.no_grad()
+    def pull(self, signal: Tensor) -> Tensor:
+        """``J^T signal``."""
+        for layer, kind, x, y, extra in reversed(self._steps):
+            signal = kind.pull(layer, x, y, extra, signal if signal.dtype == y.dtype else signal.to(y.dtype))
+        return signal
+
+    @torch.no_grad()
+    def backward(self, signal: Tensor) -> None:
+        """Add to ``.grad``; stops at the lowest layer that learns."""
+        learning = [any(p.requires_grad for p in layer.parameters()) for layer, *_ in self._steps]
+        lowest = learning.index(True) if True in learning else len(learning)
+        for index in range(len(self._steps) - 1, lowest - 1, -1):
+            layer, kind, x, y, extra = self._steps[index]
+            signal = signal if signal.dtype == y.dtype else signal.to(y.dtype)
+            if learning[index]:
+                _add_gradients(layer, x, extra, signal)
+            if index > lowest:
+                signal = kind.pull(layer, x, y, extra, signal)
+
+
+def _add_gradients(layer: nn.Module, x: Tensor, extra: Extra, signal: Tensor) -> None:
+    if isinstance(layer, Residual):
+        extra.backward(signal)
+        return
+    for name, gradient in parameter_gradients(layer, x, signal).items():
+        parameter = layer.get_parameter(name)
+        if parameter.requires_grad:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+class Traced:
+    """An execution by autograd within the block.
+
+    Args:
+        trace: of the block; made with ``input_grad=True`` if it is to be pulled through.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self.output = trace.output.detach()
+
+    def pull(self, signal: Tensor) -> Tensor:
+        """``J^T signal``."""
+        return self._trace.pull(signal.to(self.output.dtype))
+
+    def backward(self, signal: Tensor) -> None:
+        """Add to ``.grad``."""
+        self._trace.backward(signal.to(self.output.dtype))
+
+
+class Executor:
+    """Executes the blocks of a network, each in closed form if it can be.
+
+    Args:
+        network: a chain.
+        path: ``auto``, or ``generic``: all by their traces.
+
+    Attributes:
+        closed: names of the blocks that are executed in closed form.
+    """
+
+    def __init__(self, network: Network, path: Literal["auto", "generic"] = "auto") -> None:
+        self._blocks = list(network.blocks.items())
+        layers = {name: known_layers(block) if path == "auto" else None for name, block in self._blocks}
+        self._layers = {name: found for name, found in layers.items() if found is not None}
+        self.closed = list(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __call__(self, index: int, x: Tensor) -> Execution:
+        """Execute block ``index`` on (N, ...); the first one cannot be pulled through, because its input is clamped."""
+        name, block = self._blocks[index]
+        if name in self._layers:
+            return ClosedForm(self._layers[name], x)
+        with torch.enable_grad():
+            return Traced(run_block(index, name, block, x, input_grad=index > 0))
+
+
+@contextmanager
+def still(module: nn.Module) -> Iterator[None]:
+    """Batch norms in train mode leave their running statistics alone inside: a relaxation meets the same batch many times."""
+    norms: list[Any] = [part for part in module.modules() if is_batch_norm(part) and part.training and part.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,70 @@
+"""Options of the rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bpfree import option
+
+__all__ = ["EPCConfig", "FixedPredictionConfig", "IPCConfig", "OutputConfig", "PredictiveCodingConfig", "RelaxedConfig", "ZILConfig"]
+
+
+@dataclass
+class OutputConfig:
+    """The energy at the output, and how blocks are executed."""
+
+    output: Literal["auto", "cross-entropy", "squared"] = option(
+        "auto", "energy of the scores: cross-entropy, or half the squared distance to the target; auto: the task's loss"
+    )
+    precision: float = option(1.0, "factor on the output's energy; towards 0 the update over it tends to back-propagation's", gt=0)
+    path: Literal["auto", "generic"] = option("auto", "closed-form derivatives where a block's layers are known, or autograd in all blocks")
+
+
+@dataclass
+class RelaxedConfig(OutputConfig):
+    """A relaxation of T steps."""
+
+    T: int = option(8, "inference steps per batch", ge=1)
+    state_lr: float = option(0.1, "rate of the relaxed variables (states, or epc's errors), per example", gt=0)
+    state_momentum: float = option(0.0, "their momentum", ge=0, lt=1)
+    scaling: Literal["none", "mupc"] = option(
+        "none", "mupc: weights N(0, 1) with multipliers that depend on width and depth, no biases (Innocenti et al. 2025)"
+    )
+    profile_every: int = option(100, "measure energies and the distance to equilibrium at every so many steps; 0: never", ge=0)
+
+
+@dataclass
+class PredictiveCodingConfig(RelaxedConfig):
+    """Relaxed states, from a chosen beginning, with the output clamped or nudged."""
+
+    init: Literal["forward", "zeros"] = option("forward", "states begin as predictions of a forward pass, or at zero")
+    nudge: Literal["none", "positive", "negative", "centred"] = option(
+        "none", "clamp the output to the target (none), or move it by beta towards it, away from it, or both in turn, epoch by epoch"
+    )
+    beta: float = option(0.3, "strength of the nudging in the first epoch", gt=0, le=1)
+    beta_ramp: float = option(0.02, "what each epoch adds to it, up to 1", ge=0)
+
+
+@dataclass
+class IPCConfig(RelaxedConfig):
+    """States and weights move at each inference step."""
+
+
+@dataclass
+class FixedPredictionConfig(OutputConfig):
+    """Errors relaxed with predictions held."""
+
+    T: int = option(20, "inference steps per batch; back-propagation's errors with state_lr=1 and as many steps as blocks", ge=1)
+    state_lr: float = option(0.1, "rate of the errors", gt=0)
+    profile_every: int = option(100, "measure energies and the distance to equilibrium at every so many steps; 0: never", ge=0)
+
+
+@dataclass
+class ZILConfig(OutputConfig):
+    """Nothing but the output's energy: rate and times are what makes it exact."""
+
+
+@dataclass
+class EPCConfig(RelaxedConfig):
+    """Errors relaxed instead of states."""

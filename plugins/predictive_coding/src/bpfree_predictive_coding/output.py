@@ -1,0 +1,52 @@
+"""The energy at the clamped output: squared or cross-entropy, with a precision, perhaps nudged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Output"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Energy of the last prediction u, per example.
+
+    ``squared``: pi/2 |h - u|^2.  ``cross-entropy``: -pi sum h log softmax(u). The clamped h is the target, or, nudged with
+    strength beta, p - beta (p - target), with p the initial prediction: u, or softmax(u).
+
+    Attributes:
+        kind: of energy.
+        target: (N, C) what the output is clamped to.
+        precision: pi.
+    """
+
+    kind: Literal["squared", "cross-entropy"]
+    target: Tensor
+    precision: float = 1.0
+
+    def nudged(self, scores: Tensor, beta: float) -> Output:
+        """With the target moved towards the initial prediction (beta < 1), or beyond it (beta < 0)."""
+        made = self._prediction(scores)
+        return replace(self, target=made.lerp(self.target.to(made.dtype), beta))
+
+    def _prediction(self, scores: Tensor) -> Tensor:
+        scores = scores.float() if scores.dtype.itemsize < 4 else scores
+        return scores if self.kind == "squared" else scores.softmax(1)
+
+    def error(self, scores: Tensor) -> Tensor:
+        """(N, C) minus the energy's derivative by the scores, of each example."""
+        error = self.target - self._prediction(scores)
+        return error if self.precision == 1.0 else error * self.precision
+
+    def energy(self, scores: Tensor) -> Tensor:
+        """The mean over the examples, a scalar."""
+        scores = scores.float() if scores.dtype.itemsize < 4 else scores
+        if self.kind == "squared":
+            value = 0.5 * (self.target - scores).square().flatten(1).sum(1).mean()
+        else:
+            value = -(self.target * F.log_softmax(scores, 1)).sum(1).mean()
+        return value * self.precision
