@@ -22,16 +22,18 @@ class Output:
         kind: of energy.
         target: (N, C) what the output is clamped to.
         precision: pi.
+        label: (N, C) the target before it was nudged; ``None``: it was not.
     """
 
     kind: Literal["squared", "cross-entropy"]
     target: Tensor
     precision: float = 1.0
+    label: Tensor | None = None
 
     def nudged(self, scores: Tensor, beta: float) -> Output:
         """With the target moved towards the initial prediction (beta < 1), or beyond it (beta < 0)."""
         made = self._prediction(scores)
-        return replace(self, target=made.lerp(self.target.to(made.dtype), beta))
+        return replace(self, target=made.lerp(self.target.to(made.dtype), beta), label=self.target)
 
     def _prediction(self, scores: Tensor) -> Tensor:
         scores = scores.float() if scores.dtype.itemsize < 4 else scores
@@ -44,9 +46,14 @@ class Output:
 
     def energy(self, scores: Tensor) -> Tensor:
         """The mean over the examples, a scalar."""
+        return self._distance(scores, self.target) * self.precision
+
+    def loss(self, scores: Tensor) -> Tensor:
+        """The energy with precision one and without nudging: what back-propagation would descend."""
+        return self._distance(scores, self.target if self.label is None else self.label)
+
+    def _distance(self, scores: Tensor, target: Tensor) -> Tensor:
         scores = scores.float() if scores.dtype.itemsize < 4 else scores
         if self.kind == "squared":
-            value = 0.5 * (self.target - scores).square().flatten(1).sum(1).mean()
-        else:
-            value = -(self.target * F.log_softmax(scores, 1)).sum(1).mean()
-        return value * self.precision
+            return 0.5 * (target - scores).square().sum() / len(scores)
+        return -(target * F.log_softmax(scores, 1)).sum() / len(scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -77,9 +78,9 @@ class Relaxed(Rule):
             lines.append(f"  an error reaches one more block with each step: {lost}")
         return lines
 
-    def _output(self, batch: Batch, scores: Tensor, precision: float = 1.0) -> Output:
+    def _output(self, batch: Batch, scores: Tensor) -> Output:
         dtype = scores.dtype if scores.dtype.itemsize >= 4 else torch.float32
-        return Output(self.output_kind, self.spec.target_rows(batch, dtype), precision)
+        return Output(self.output_kind, self.spec.target_rows(batch, dtype), self.config.precision)
 
     def _begin(self, batch: Batch, step: Step) -> Relaxation:
         """The states of a batch before the first inference step."""
@@ -87,16 +88,14 @@ class Relaxed(Rule):
         return self._relaxation(batch, lr=config.state_lr, momentum=config.state_momentum)
 
     def _relaxation(self, batch: Batch, kind: type[Relaxation] = Relaxation, **options: Any) -> Relaxation:
-        def clamped(scores: Tensor) -> Output:
-            return self._output(batch, scores, self.config.precision)
-
-        return kind(Executor(self.network, self.config.path), batch.inputs, options.pop("output", clamped), **options)
+        output = options.pop("output", partial(self._output, batch))
+        return kind(Executor(self.network, self.config.path), batch.inputs, output, **options)
 
     @torch.no_grad()
     def relax(self, batch: Batch, step: Step) -> tuple[Relaxation, dict[str, Tensor]]:
         """The states of a batch after the last inference step, and metrics."""
         relaxation = self._begin(batch, step)
-        metrics = {"loss": self._loss(relaxation.scores, batch)}
+        metrics = {"loss": relaxation.output.loss(relaxation.scores)}
         sampled = self.config.profile_every > 0 and step.index % self.config.profile_every == 0
         with still(self.network):
             if sampled:
@@ -125,13 +124,11 @@ class Relaxed(Rule):
             relaxation.backward(index, scale)
         return metrics
 
-    def _loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        return self._output(batch, scores).energy(scores)
-
     def objective(self, batch: Batch, step: Step) -> Tensor | None:
         """The output's energy of the forward pass with precision one: what back-propagation would descend."""
         if self.output_kind == "squared" and self.spec.targets != "real":
-            return self._loss(self.network(batch.inputs), batch)
+            scores = self.network(batch.inputs)
+            return self._output(batch, scores).loss(scores)
         return None
 
 
@@ -170,7 +167,7 @@ class PredictiveCoding(Relaxed):
         config, beta = self.config, self.beta(step.epoch)
 
         def output(scores: Tensor) -> Output:
-            clamped = self._output(batch, scores, config.precision)
+            clamped = self._output(batch, scores)
             return clamped if beta == 1.0 else clamped.nudged(scores, beta)
 
         zeros = None
@@ -279,7 +276,7 @@ class ZIL(Relaxed):
             if gradient is not None:
                 relaxation.move({index - 1: gradient})
                 relaxation.compare([index - 1])
-        return {"loss": self._loss(relaxation.scores, batch)}
+        return {"loss": relaxation.output.loss(relaxation.scores)}
 
 
 class ErrorPC(Relaxed):
