@@ -86,13 +86,15 @@ class Benchmark:
         print(f"written: {path.name}")
 
     def command(self) -> str:
-        """What was run, without the folders of this machine."""
+        """What was run, without the paths of this machine."""
         words, skip = [], False
         for word in self._words:
-            folder = word in ("--save", "--output")
-            if not folder and not (skip and not word.startswith("-")) and not word.startswith(("--save=", "--output=")):
+            path = word in ("--save", "--output", "--pcx")
+            if not path and not (skip and not word.startswith("-")) and not word.startswith(("--save=", "--output=", "--pcx=")):
                 words.append(word)
-            skip = folder
+            elif word.startswith("--pcx"):
+                words += ["--pcx", "PYTHON"]
+            skip = path
         return shlex.join(["python", f"benchmarks/{self.name}.py", *words])
 
     def facts(self) -> dict[str, Any]:
@@ -173,8 +175,8 @@ def interleaved(ours: Callable[[], Cost], other: Callable[[], Cost], count: int)
     return pairs
 
 
-def compared(pairs: Sequence[Pair], target: float) -> dict[str, Any]:
-    """All pairs, their ratios, and the median beside its target (which is one of wall time)."""
+def compared(pairs: Sequence[Pair], target: float | None) -> dict[str, Any]:
+    """All pairs, their ratios, and the median beside its target (which is one of wall time), if there is one."""
     ratios = [ours.wall / other.wall for ours, other in pairs]
     of_processor = [ours.processor / other.processor for ours, other in pairs]
     return {
@@ -186,7 +188,7 @@ def compared(pairs: Sequence[Pair], target: float) -> dict[str, Any]:
         "median_seconds": [statistics.median(pair[side].wall for pair in pairs) for side in (0, 1)],
         "median_processor_seconds": [statistics.median(pair[side].processor for pair in pairs) for side in (0, 1)],
         "target_ratio": target,
-        "reached": statistics.median(ratios) <= target,
+        "reached": None if target is None else statistics.median(ratios) <= target,
     }
 
 
@@ -198,7 +200,8 @@ def ratio_row(label: str, result: dict[str, Any]) -> list[str]:
     ours, other = (f"{1000 * seconds:.3f}" for seconds in result["median_seconds"])
     ratio, spread = f"{result['median_ratio']:.3f}", f"{min(result['ratios']):.3f} to {max(result['ratios']):.3f}"
     of_processor = f"{result['median_processor_ratio']:.3f}"
-    return [label, ours, other, ratio, spread, of_processor, str(len(result["ratios"])), f"<= {result['target_ratio']:g}"]
+    target = "" if result["target_ratio"] is None else f"<= {result['target_ratio']:g}"
+    return [label, ours, other, ratio, spread, of_processor, str(len(result["ratios"])), target]
 
 
 def show_ratios(results: dict[str, dict[str, Any]]) -> None:
