@@ -259,10 +259,10 @@ def test_small_precision_tends_to_back_propagation(kind: str, seed: int, energy:
     assert min(cosines[0]) < 0.99
 
 
-@pytest.mark.parametrize("kind", ["tanh", "gelu"])
-def test_small_errors_alone_do_not(kind: str) -> None:
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_small_errors_alone_do_not(seed: int) -> None:
     """At precision one the cosines stop at a plateau below one, the same for errors of 1e-4 and 1e-6."""
-    network, batch = network_of(kind, REAL, gain=2.0), batch_of(REAL)
+    network, batch = network_of("tanh", REAL, seed=seed, gain=2.0), batch_of(REAL)
     with torch.no_grad():
         scores = network(batch.inputs)
     plateaus = []
@@ -275,8 +275,8 @@ def test_small_errors_alone_do_not(kind: str) -> None:
     for small, smaller in zip(*plateaus, strict=True):
         assert small == pytest.approx(smaller, abs=1e-3)
     cosines, ratios = plateaus[1]
-    assert max(cosines[:2]) < 0.99
-    assert max(ratios) < 0.9
+    assert cosines[0] < 0.95
+    assert max(ratios) < 0.5
 
 
 @pytest.mark.parametrize("beta", [1e-3, -1e-3])
