@@ -9,7 +9,8 @@ ones; the two take turns. Before that, both take some steps from the same weight
 the weights alike. Targets: no slower than PCX; aim half its time. The others stand without a target.
 
 Memory: the peak of what ``rule.credit`` allocates, beyond parameters, buffers and ``.grad``, for hidden layers of width 128, batch
-64. Every layer has a state and a prediction, so it grows with depth, but not with T.
+64. Every layer has a state, a prediction and, once one has reached it, an error, so it grows with depth; with T only until errors have
+reached all layers.
 """
 
 from __future__ import annotations
@@ -44,8 +45,12 @@ from bpfree.training.updater import new_step
 SPEC = TaskSpec("vectors", (784,), 10)
 OPTIMIZER = OptimizerConfig("adamw", lr=3e-4, weight_decay=0.01)
 BATCHES, CHECKED = 32, 5
+"""Batches that both sides go through again and again, too many to be learned by heart soon, and those of the check."""
 TARGET, CLOSE = 1.0, 0.01
 DEPTHS, WIDTH = (4, 8, 16, 32), 128
+PATHS = {"closed form": "auto", "generic": "generic"}
+FACTORS = (1, 4, 8)
+"""On T: with the second one, errors reach all layers of the deepest network."""
 PEER = Path(__file__).resolve().parent / "pcx_step.py"
 
 
@@ -241,13 +246,13 @@ def memory(depths: Sequence[int], setting: Setting, device: torch.device) -> dic
     batch = Batch(inputs.to(device), targets.to(device))
     sizes: dict[str, dict[int, int]] = {}
     for depth in depths:
-        longer = replace(setting, T=4 * setting.T)
-        rules = {
-            "closed form": PredictiveCoding(network([WIDTH] * depth, spec), spec, setting.config()),
-            f"closed form, T={longer.T}": PredictiveCoding(network([WIDTH] * depth, spec), spec, longer.config()),
-            "generic": PredictiveCoding(network([WIDTH] * depth, spec), spec, setting.config(path="generic")),
-            "backprop": Backprop(network([WIDTH] * depth, spec), spec),
-        }
+
+        def made(factor: int, path: str = "auto", depth: int = depth) -> Rule:
+            config = replace(setting, T=factor * setting.T).config(path=path)
+            return PredictiveCoding(network([WIDTH] * depth, spec), spec, config)
+
+        rules = {f"{label}, T={factor * setting.T}": made(factor, path) for label, path in PATHS.items() for factor in FACTORS}
+        rules["backprop"] = Backprop(network([WIDTH] * depth, spec), spec)
         for name, rule in rules.items():
             sizes.setdefault(name, {})[depth] = peak(rule.to(device), batch, device)
     first, last = depths[0], depths[-1]
