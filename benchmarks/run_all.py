@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("trainer_overhead", "streamed", "noprop_step", "forward_gradient_step", "forward_gradient_memory", "hebbian_step", "startup")
+SCRIPTS = (
+    "trainer_overhead",
+    "streamed",
+    "noprop_step",
+    "forward_gradient_step",
+    "forward_gradient_memory",
+    "hebbian_step",
+    "predictive_coding_step",
+    "startup",
+)
 
 
 def commands(arguments: Sequence[str] | None = None) -> list[list[str]]:

@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
 Run = Callable[..., dict[str, Any]]
+STEPS = ("forward_gradient_step", "forward_gradient_memory", "hebbian_step", "predictive_coding_step")
 
 
 @pytest.fixture
@@ -131,6 +132,56 @@ def test_hebbian_step(smoke: Run) -> None:
         check_ratio(compared)
 
 
+def test_predictive_coding_step(smoke: Run) -> None:
+    """Without PCX, which is no requirement."""
+    result = smoke("predictive_coding_step")
+    assert list(result["speed"]) == ["back-propagation", "path=generic", "profile_every=100"]
+    for compared in result["speed"].values():
+        assert compared["median_ratio"] == compared["ratios"][0]
+        assert compared["target_ratio"] is compared["reached"] is None
+    assert all(rule["growth"] > 1 for rule in result["memory"]["rules"].values())
+
+
+PEER = """
+import json, sys
+import numpy as np
+
+print(json.dumps({"versions": {"pcx": "0", "jax": "1"}}), flush=True)
+for line in sys.stdin:
+    command, *words = line.split()
+    if command == "check":
+        given = dict(np.load(words[0]))
+        assert len(given.pop("inputs")) == len(given.pop("targets")) == 5
+        np.savez(words[1], **{name: value + 1 for name, value in given.items()})
+    print(json.dumps({"wall": 1.0, "processor": 1.0}), flush=True)
+"""
+
+
+def test_predictive_coding_beside_another_process(
+    load: Callable[[str], Any], smoke: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """With something that speaks pcx_step.py's protocol, and does another arithmetic. No path is written."""
+    if device.type != "cpu":
+        pytest.skip("PCX is compared on the CPU")
+    script = load("predictive_coding_step")
+    (tmp_path / "peer.py").write_text(PEER)
+    monkeypatch.setattr(script, "PEER", tmp_path / "peer.py")
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    result = smoke("predictive_coding_step", "--only", "speed", "--pcx", sys.executable)["speed"]["PCX 0, jax 1"]
+    assert cores is None or os.sched_getaffinity(0) == cores  # it takes PCX's, and gives them back
+    check_ratio(result)
+    assert result["pairs_seconds"][0][1] == 0.5  # of each of two steps
+    assert not result["same_arithmetic"]
+    text = (tmp_path / "predictive_coding_step-cpu.json").read_text()
+    assert "--pcx PYTHON" in text
+    assert sys.executable not in text
+
+
+def test_the_other_side_of_predictive_coding_needs_no_library_to_explain_itself() -> None:
+    done = subprocess.run([sys.executable, "-S", FOLDER / "pcx_step.py", "--help"], capture_output=True, text=True, check=True)
+    assert "--accuracy" in done.stdout
+
+
 def test_startup(smoke: Run) -> None:
     result = smoke("startup")
     check_ratio({**result["rules"], "reached": result["rules"]["median_ratio"] <= result["rules"]["target_ratio"]})
@@ -192,8 +243,9 @@ def test_oldest_covers_every_dependency(load: Callable[[str], Any]) -> None:
 
 def test_run_all_passes_options_on(load: Callable[[str], Any]) -> None:
     commands = load("run_all").commands(["--save", "--full", "--device", "cuda"])
-    speed = ["trainer_overhead", "streamed", "noprop_step", "forward_gradient_step", "forward_gradient_memory", "hebbian_step", "startup"]
-    assert [Path(command[1]).stem for command in commands] == [*speed, "accuracy"]
+    names = [Path(command[1]).stem for command in commands]
+    assert names[:-2] == ["trainer_overhead", "streamed", "noprop_step", *STEPS]
+    assert names[-2:] == ["startup", "accuracy"]
     assert all(command[-3:] == ["--save", "--device", "cuda"] for command in commands)
     assert all(Path(command[1]).is_file() for command in commands)
 
@@ -214,7 +266,7 @@ def test_gpu_script_refuses_unknown_parts_and_skips_what_is_done(tmp_path: Path)
     environment = {**os.environ, "OUT": str(tmp_path), "STATE": str(tmp_path / "state"), "DEVICE": "tested", "PYTHON": sys.executable}
     script = ["bash", str(FOLDER / "gpu.sh")]
     assert subprocess.run([*script, "everything"], env=environment, capture_output=True).returncode == 2
-    names = ("trainer_overhead", "streamed", "noprop_step", "forward_gradient_step", "forward_gradient_memory", "hebbian_step")
+    names = ("trainer_overhead", "streamed", "noprop_step", *STEPS)
     for name in names:
         (tmp_path / f"{name}-tested.json").touch()
     done = subprocess.run([*script, "bench"], env=environment, capture_output=True, text=True)
