@@ -26,7 +26,7 @@ class RelaxedConfig(OutputConfig):
     """A relaxation of T steps."""
 
     T: int = option(8, "inference steps per batch", ge=1)
-    state_lr: float = option(0.1, "rate of the relaxed variables (states, or epc's errors), per example", gt=0)
+    state_lr: float = option(0.05, "rate of the relaxed variables (states, or epc's errors), per example", gt=0)
     state_momentum: float = option(0.0, "their momentum", ge=0, lt=1)
     scaling: Literal["none", "mupc"] = option(
         "none", "mupc: weights N(0, 1) with multipliers that depend on width and depth, no biases (Innocenti et al. 2025)"
@@ -50,6 +50,8 @@ class PredictiveCodingConfig(RelaxedConfig):
 class IPCConfig(RelaxedConfig):
     """States and weights move at each inference step."""
 
+    state_lr: float = option(0.2, "rate of the states, per example", gt=0)
+
 
 @dataclass
 class FixedPredictionConfig(OutputConfig):
@@ -68,3 +70,5 @@ class ZILConfig(OutputConfig):
 @dataclass
 class EPCConfig(RelaxedConfig):
     """Errors relaxed instead of states."""
+
+    state_lr: float = option(0.02, "rate of the errors, per example", gt=0)

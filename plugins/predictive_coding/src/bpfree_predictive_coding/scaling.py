@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule, Tracer
 
 from bpfree import Network, UsageError
 from bpfree_predictive_coding.layers import Residual, Scaled
@@ -48,15 +49,21 @@ def mupc(network: Network) -> dict[str, float]:
 
 
 def _is_summed(block: nn.Module, path: str) -> bool:
-    """Whether the map at ``path`` lies in a residual sum: one of ours, or in a block whose traced graph adds two tensors."""
-    parts = path.split(".")
-    if any(isinstance(block.get_submodule(".".join(parts[:depth])), Residual) for depth in range(len(parts))):
-        return True
-    graph: Any = getattr(block, "graph", None)
-    return graph is not None and any(
-        (node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")) in SUMS and len(node.all_input_nodes) > 1
-        for node in graph.nodes
-    )
+    """Whether the map at ``path`` lies in a residual sum: in one of ours, or else in a block that adds two tensors anywhere."""
+    if any(isinstance(part, Residual) for part in block.modules()):
+        parts = path.split(".")
+        return any(isinstance(block.get_submodule(".".join(parts[:depth])), Residual) for depth in range(len(parts)))
+    return _adds(block)
+
+
+def _adds(block: Any) -> bool:
+    """Whether the block's traced graph adds two tensors; one that cannot be traced is taken not to."""
+    try:
+        graph = block.graph if isinstance(block, GraphModule) else Tracer().trace(block)
+    except Exception:
+        return False
+    names = ((node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""), node) for node in graph.nodes)
+    return any(name in SUMS and len(node.all_input_nodes) > 1 for name, node in names)
 
 
 def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
