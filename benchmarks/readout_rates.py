@@ -92,11 +92,13 @@ class Readouts(nn.Module):
         return (100 * right / count).tolist()
 
 
-def sweep(cell: Cell, rates: Sequence[float]) -> list[dict[str, float]]:
+def sweep(cell: Cell, rates: Sequence[float], examples: int | None) -> list[dict[str, float]]:
     """Accuracies of a readout per rate: on validation at the end and at its best look, on the training split at the end."""
     recipe = cell.recipe
     task = recipe.build_task()
     assert task.validation is not None
+    if examples is not None:
+        task = dataclasses.replace(task, train=task.train.subset(torch.arange(min(examples, len(task.train)))))
     rule, phase = trained(cell, task)
     print(f"  features learned {time.strftime('%H:%M:%S')}", flush=True)
     spec, size, seed = task.spec, recipe.settings.batch_size, recipe.settings.seed
@@ -133,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     benchmark.parser.add_argument("study", help="its name or file")
     benchmark.parser.add_argument("--rows", nargs="+", help="labels (default: all whose last phase is on features)")
     benchmark.parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3], help="candidates")
+    benchmark.parser.add_argument("--examples", type=int, help="take the first so many training examples only")
     benchmark.parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all rows")
     options = benchmark.start(arguments)
     words = ["task.validation=0.1", "tracking.enabled=false", *options.set]
@@ -142,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.rows is None and not has_features(cell):
             continue
         print(f"{cell.row} {time.strftime('%H:%M:%S')}", flush=True)
-        found[cell.row] = sweep(cell, options.rates)
+        found[cell.row] = sweep(cell, options.rates, options.examples)
         print_table(("row", "rate", "validation %", "best look", "training %"), [(cell.row, *shown(row)) for row in found[cell.row]])
     benchmark.finish({"study": options.study, "rows": found}, suffix=f"_{options.study}")
 
