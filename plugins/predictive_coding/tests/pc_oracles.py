@@ -57,7 +57,9 @@ def part(batch: Batch, start: int, end: int) -> Batch:
 
 
 def rule_of(factory: type[Rule], kind: str = "tanh", spec: TaskSpec = FLAT, *, network: Network | None = None, **options: Any) -> Any:
-    """A rule on a small network; ``options`` are its own."""
+    """A rule on a small network; ``options`` are its own, with states at rate 0.1 unless said otherwise."""
+    if hasattr(factory.Config, "state_lr"):
+        options = {"state_lr": 0.1, **options}
     return factory(network or network_of(kind, spec), spec, factory.Config(**options))
 
 
