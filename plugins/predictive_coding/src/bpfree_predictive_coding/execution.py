@@ -9,7 +9,7 @@ sums and scaled maps, in (nested) ``nn.Sequential``; nothing that is subclassed,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from bpfree_predictive_coding.layers import Residual, Scaled
 __all__ = ["ClosedForm", "Execution", "Executor", "Traced", "known_layers", "still"]
 
 aten = torch.ops.aten
+NOTHING = nullcontext()
 Extra = Any
 """What a layer's derivative needs beyond input and output."""
 
@@ -53,13 +54,18 @@ class Kind(NamedTuple):
 
 
 def _elementwise(pull: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> Kind:
-    return Kind(lambda layer, x: (layer(x), None), lambda layer, x, y, extra, signal: pull(layer, x, y, signal))
+    return Kind(lambda layer, x: (layer.forward(x), None), lambda layer, x, y, extra, signal: pull(layer, x, y, signal))
 
 
 def _max_pool(layer: nn.MaxPool2d, x: Tensor) -> tuple[Tensor, Tensor]:
     sizes = [_pair(value) for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)]
-    y, indices = aten.max_pool2d_with_indices(x, *sizes, layer.ceil_mode)
+    y, indices = aten.max_pool2d_with_indices.default(x, *sizes, layer.ceil_mode)
     return y, indices
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """In the type of the other, which autocast may have lowered."""
+    return x if x.dtype == other.dtype else x.to(other.dtype)
 
 
 def _pair(value: Any) -> list[int]:
@@ -68,32 +74,32 @@ def _pair(value: Any) -> list[int]:
 
 def _pull_max_pool(layer: Any, x: Tensor, y: Tensor, indices: Tensor, signal: Tensor) -> Tensor:
     sizes = [_pair(value) for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)]
-    pulled: Tensor = aten.max_pool2d_with_indices_backward(signal.contiguous(), x, *sizes, layer.ceil_mode, indices)
+    pulled: Tensor = aten.max_pool2d_with_indices_backward.default(signal.contiguous(), x, *sizes, layer.ceil_mode, indices)
     return pulled
 
 
 def _pull_average_pool(layer: Any, x: Tensor, y: Tensor, signal: Tensor) -> Tensor:
     sizes = [_pair(value) for value in (layer.kernel_size, layer.stride, layer.padding)]
-    pulled: Tensor = aten.avg_pool2d_backward(
+    pulled: Tensor = aten.avg_pool2d_backward.default(
         signal.contiguous(), x, *sizes, layer.ceil_mode, layer.count_include_pad, layer.divisor_override
     )
     return pulled
 
 
 def _pull_convolution(layer: Any, x: Tensor, y: Tensor, signal: Tensor) -> Tensor:
-    weight = layer.weight.to(signal.dtype)
+    weight = _like(layer.weight, signal)
     sizes = (list(layer.stride), list(layer.padding), list(layer.dilation), False, [0] * (x.dim() - 2), layer.groups)
-    pulled: Tensor = aten.convolution_backward(signal, x.to(signal.dtype), weight, None, *sizes, [True, False, False])[0]
+    pulled: Tensor = aten.convolution_backward.default(signal, _like(x, signal), weight, None, *sizes, [True, False, False])[0]
     return pulled
 
 
 def _pull_linear(layer: Any, x: Tensor, y: Tensor, signal: Tensor) -> Tensor:
-    pulled: Tensor = signal @ layer.weight.to(signal.dtype)
+    pulled: Tensor = signal @ _like(layer.weight, signal)
     return pulled
 
 
 def _scaled(layer: Scaled, x: Tensor) -> tuple[Tensor, Extra]:
-    return layer(x), None
+    return layer.forward(x), None
 
 
 def _pull_scaled(layer: Scaled, x: Tensor, y: Tensor, extra: Extra, signal: Tensor) -> Tensor:
@@ -111,14 +117,14 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.Conv2d: _elementwise(_pull_convolution),
     nn.Flatten: _elementwise(lambda layer, x, y, signal: signal.reshape(x.shape)),
     nn.Identity: _elementwise(lambda layer, x, y, signal: signal),
-    nn.ReLU: _elementwise(lambda layer, x, y, signal: aten.threshold_backward(signal, y, 0)),
-    nn.LeakyReLU: _elementwise(lambda layer, x, y, signal: aten.leaky_relu_backward(signal, x, layer.negative_slope, False)),
-    nn.GELU: _elementwise(lambda layer, x, y, signal: aten.gelu_backward(signal, x, approximate=layer.approximate)),
-    nn.SiLU: _elementwise(lambda layer, x, y, signal: aten.silu_backward(signal, x)),
-    nn.ELU: _elementwise(lambda layer, x, y, signal: aten.elu_backward(signal, layer.alpha, 1, 1, False, x)),
-    nn.Tanh: _elementwise(lambda layer, x, y, signal: aten.tanh_backward(signal, y)),
-    nn.Sigmoid: _elementwise(lambda layer, x, y, signal: aten.sigmoid_backward(signal, y)),
-    nn.Hardtanh: _elementwise(lambda layer, x, y, signal: aten.hardtanh_backward(signal, x, layer.min_val, layer.max_val)),
+    nn.ReLU: _elementwise(lambda layer, x, y, signal: aten.threshold_backward.default(signal, y, 0)),
+    nn.LeakyReLU: _elementwise(lambda layer, x, y, signal: aten.leaky_relu_backward.default(signal, x, layer.negative_slope, False)),
+    nn.GELU: _elementwise(lambda layer, x, y, signal: aten.gelu_backward.default(signal, x, approximate=layer.approximate)),
+    nn.SiLU: _elementwise(lambda layer, x, y, signal: aten.silu_backward.default(signal, x)),
+    nn.ELU: _elementwise(lambda layer, x, y, signal: aten.elu_backward.default(signal, layer.alpha, 1, 1, False, x)),
+    nn.Tanh: _elementwise(lambda layer, x, y, signal: aten.tanh_backward.default(signal, y)),
+    nn.Sigmoid: _elementwise(lambda layer, x, y, signal: aten.sigmoid_backward.default(signal, y)),
+    nn.Hardtanh: _elementwise(lambda layer, x, y, signal: aten.hardtanh_backward.default(signal, x, layer.min_val, layer.max_val)),
     nn.MaxPool2d: Kind(_max_pool, _pull_max_pool),
     nn.AvgPool2d: _elementwise(_pull_average_pool),
     Scaled: Kind(_scaled, _pull_scaled),
@@ -167,7 +173,7 @@ class ClosedForm:
 
     def __init__(self, layers: list[nn.Module], x: Tensor) -> None:
         self._steps: list[tuple[nn.Module, Kind, Tensor, Tensor, Extra]] = []
-        with torch.no_grad():
+        with _no_grad():
             for layer in layers:
                 kind = KINDS[type(layer)]
                 y, extra = kind.forward(layer, x)
@@ -175,25 +181,32 @@ class ClosedForm:
                 x = y
         self.output = x
 
-    @torch.no_grad()
     def pull(self, signal: Tensor) -> Tensor:
         """``J^T signal``."""
-        for layer, kind, x, y, extra in reversed(self._steps):
-            signal = kind.pull(layer, x, y, extra, signal if signal.dtype == y.dtype else signal.to(y.dtype))
-        return signal
+        with _no_grad():
+            for layer, kind, x, y, extra in reversed(self._steps):
+                signal = kind.pull(layer, x, y, extra, _like(signal, y))
+            return signal
 
-    @torch.no_grad()
     def backward(self, signal: Tensor) -> None:
         """Add to ``.grad``; stops at the lowest layer that learns."""
         learning = [any(p.requires_grad for p in layer.parameters()) for layer, *_ in self._steps]
-        lowest = learning.index(True) if True in learning else len(learning)
-        for index in range(len(self._steps) - 1, lowest - 1, -1):
-            layer, kind, x, y, extra = self._steps[index]
-            signal = signal if signal.dtype == y.dtype else signal.to(y.dtype)
-            if learning[index]:
-                _add_gradients(layer, x, extra, signal)
-            if index > lowest:
-                signal = kind.pull(layer, x, y, extra, signal)
+        if True not in learning:
+            return
+        lowest = learning.index(True)
+        with _no_grad():
+            for index in range(len(self._steps) - 1, lowest - 1, -1):
+                layer, kind, x, y, extra = self._steps[index]
+                signal = _like(signal, y)
+                if learning[index]:
+                    _add_gradients(layer, x, extra, signal)
+                if index > lowest:
+                    signal = kind.pull(layer, x, y, extra, signal)
+
+
+def _no_grad() -> AbstractContextManager[object]:
+    """``torch.no_grad()``, which takes as long as a small operation, where it is not in force yet."""
+    return torch.no_grad() if torch.is_grad_enabled() else NOTHING
 
 
 def _add_gradients(layer: nn.Module, x: Tensor, extra: Extra, signal: Tensor) -> None:
