@@ -194,6 +194,13 @@ def relaxed(relaxation: Relaxation, steps: int) -> Relaxation:
     return relaxation
 
 
+def placed(relaxation: Relaxation, states: Sequence[Tensor]) -> Relaxation:
+    """The same relaxation with its states elsewhere."""
+    with torch.no_grad():
+        relaxation.place(states)
+    return relaxation
+
+
 def weight_gradients(network: Network, relaxation: Relaxation, scale: float = 1.0) -> dict[str, Tensor]:
     """What the relaxation's errors teach all blocks."""
     network.zero_grad()

@@ -7,6 +7,9 @@ For blocks f_1 ... f_L, the input h_0 and states h_1 ... h_{L-1}: predictions mu
 per example, so that the rate of the states does not depend on the batch size (Whittington & Bogacz 2017). The weights' gradient,
 -(df_l/dW_l)^T e_l, is taken once the states are where they are wanted. Since the states begin as predictions, an error reaches one more
 block with each step; what it has not reached yet is not computed.
+
+Far from the output errors are small: with h and mu in single precision their difference would be rounding noise some four blocks down. So a
+state is kept as its beginning and an offset, and the error is the difference of the offsets.
 """
 
 from __future__ import annotations
@@ -71,9 +74,9 @@ class Relaxation:
         self.scores = x
         self.output = output(x)
         self.errors.append(self.output.error(x))
+        self._origins, self._offsets = list(self.states), dict[int, Tensor]()
         if states is not None:
-            self.states = list(states)
-            self.refresh(range(count - 1))
+            self.place(states)
 
     # --- the energy -------------------------------------------------------------------------------------------------
 
@@ -104,17 +107,24 @@ class Relaxation:
         self.move(gradients)
         self.refresh(gradients)
 
+    def place(self, states: Sequence[Tensor]) -> None:
+        """Begin anew at these states, (N, ...) for each hidden block."""
+        self.states, self._origins = list(states), list(states)
+        self._offsets.clear()
+        self.refresh(range(len(states)))
+
     def move(self, gradients: Gradients) -> None:
         """States step down, and nothing else."""
         for index, gradient in gradients.items():
-            self.states[index] = self._stepped(index, self.states[index], gradient)
+            offset = self._offsets[index] = self._stepped(index, self._offsets.get(index), gradient)
+            self.states[index] = self._origins[index] + offset
 
-    def _stepped(self, index: int, value: Tensor, gradient: Tensor) -> Tensor:
+    def _stepped(self, index: int, value: Tensor | None, gradient: Tensor) -> Tensor:
         if self._momentum:
             velocity = self._velocities.get(index)
             gradient = gradient if velocity is None else velocity.mul_(self._momentum).add_(gradient)
             self._velocities[index] = gradient
-        return torch.sub(value, gradient, alpha=self._lr)
+        return gradient * -self._lr if value is None else torch.sub(value, gradient, alpha=self._lr)
 
     def refresh(self, moved: Iterable[int]) -> None:
         """Predict anew from the states that moved, and take the errors that changed."""
@@ -134,7 +144,13 @@ class Relaxation:
         """Take the errors of blocks anew, by index."""
         for index in indices:
             made = self.executions[index].output
-            self.errors[index] = self.states[index] - made if index < len(self.states) else self.output.error(made)
+            self.errors[index] = self._error(index, made) if index < len(self.states) else self.output.error(made)
+
+    def _error(self, index: int, made: Tensor) -> Tensor:
+        """h - mu as (h - origin) - (mu - origin): the former is known to its own precision, however small it is beside h."""
+        origin, offset = self._origins[index], self._offsets.get(index)
+        difference = origin - made
+        return difference if offset is None else difference.add_(offset)
 
     # --- the weights ------------------------------------------------------------------------------------------------
 
@@ -168,10 +184,8 @@ class ErrorRelaxation(Relaxation):
     def step(self) -> None:
         """All errors take a step at once; then the states follow, from the bottom up."""
         gradients = self.gradients()
-        for index, state in enumerate(self.states):
-            error = self.errors[index]
-            error = self._stepped(index, torch.zeros_like(state) if error is None else error, gradients[index])
-            self.errors[index] = error
+        for index in range(len(self.states)):
+            error = self.errors[index] = self._stepped(index, self.errors[index], gradients[index])
             self.states[index] = self.executions[index].output + error
             self.executions[index + 1] = self._execute(index + 1, self.states[index])
         self.compare([len(self.states)])
