@@ -27,6 +27,7 @@ from pc_oracles import (
     gradients_of,
     moved,
     network_of,
+    placed,
     predictions,
     relaxed,
     rows,
@@ -118,7 +119,7 @@ def literal_z_il(
     for time in range(len(blocks) + late):
         learner = len(blocks) - 1 - (time - late)  # its index
         with torch.no_grad():
-            ours = Relaxation(Executor(network), batch.inputs, lambda s: Output("cross-entropy", target), lr=rate, states=states)
+            ours = placed(Relaxation(Executor(network), batch.inputs, lambda s: Output("cross-entropy", target), lr=rate), states)
             gradients = ours.gradients() if before else {}
             if 0 <= learner < len(blocks):
                 network.zero_grad()

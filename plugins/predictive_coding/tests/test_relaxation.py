@@ -27,6 +27,7 @@ from pc_oracles import (
     energies,
     network_of,
     part,
+    placed,
     predictions,
     relaxed,
     rows,
@@ -94,7 +95,7 @@ def test_states_begun_elsewhere(case: str) -> None:
     torch.manual_seed(3)
     begun = [torch.randn_like(state) for state in predictions(network, batch.inputs)]
     states, gradients, _ = by_the_book(network, batch.inputs, top_of(spec, batch), T=3, lr=0.1, momentum=0.5, states=begun)
-    ours = relaxed(relaxation_of(network, batch, spec, lr=0.1, momentum=0.5, states=begun), 3)
+    ours = relaxed(placed(relaxation_of(network, batch, spec, lr=0.1, momentum=0.5), begun), 3)
     assert_close(ours.states, states)
     assert_same(weight_gradients(network, ours), gradients)
     with torch.no_grad():

@@ -50,7 +50,7 @@ class Relaxed(Rule):
             return {"name": "residual-mlp"}
         if spec.is_image and spec.input_shape[0] > 1:
             return {"name": "pc-vgg"}
-        return {"name": "mlp", "activation": "gelu"}
+        return {"name": "mlp"}
 
     @property
     def output_kind(self) -> Literal["squared", "cross-entropy"]:
