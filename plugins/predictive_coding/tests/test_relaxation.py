@@ -374,6 +374,37 @@ def test_states_are_kept_in_single_precision_at_least() -> None:
             assert float((precise - rough).norm() / precise.norm()) < 0.1
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("kind", [Relaxation, ErrorRelaxation])
+def test_errors_far_from_the_output_are_known_in_single_precision(kind: type[Relaxation], momentum: float) -> None:
+    """Down to 1e-15 beside states of size one. Oracle: double precision, within 15 %: errors, energies, and what the weights learn."""
+    made = []
+    for dtype in (torch.float64, torch.float32):
+        network, batch = network_of("tanh", depth=11, width=16).to(dtype), batch_of(count=16)
+        target = rows(batch).to(dtype)
+        with torch.no_grad():
+            ours = kind(
+                Executor(network), batch.inputs.to(dtype), lambda _, t=target: Output("cross-entropy", t), lr=0.05, momentum=momentum
+            )
+        relaxed(ours, 12)
+        made.append([*ours.errors, *ours.energies(), *weight_gradients(network, ours).values()])
+    if kind is Relaxation:
+        assert made[0][0].norm() < 1e-10
+    for precise, rough in zip(*made, strict=True):
+        assert rough.dtype == torch.float32
+        assert float((precise - rough).norm() / precise.norm()) < 0.15
+
+
+def test_placed_states_begin_anew() -> None:
+    """Oracle: the same states placed at once."""
+    network, batch = network_of("tanh"), batch_of()
+    torch.manual_seed(3)
+    begun = [torch.randn_like(state) for state in predictions(network, batch.inputs)]
+    late = placed(relaxed(relaxation_of(network, batch, lr=0.2), 3), begun)
+    for one, two in zip(relaxed(late, 2).states, relaxed(placed(relaxation_of(network, batch, lr=0.2), begun), 2).states, strict=True):
+        assert torch.equal(one, two)
+
+
 class Sum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.sum(1, keepdim=True)

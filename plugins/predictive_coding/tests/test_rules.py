@@ -268,7 +268,7 @@ def test_the_network_that_rules_take() -> None:
     config = PredictiveCoding.Config
     image, grey = TaskSpec("image", (3, 32, 32), 10), TaskSpec("grey", (1, 28, 28), 10)
     assert PredictiveCoding.network_options(image, config())["name"] == "pc-vgg"
-    assert PredictiveCoding.network_options(grey, config()) == {"name": "mlp", "activation": "gelu"}
+    assert PredictiveCoding.network_options(grey, config()) == {"name": "mlp"}
     assert PredictiveCoding.network_options(image, config(scaling="mupc")) == {"name": "residual-mlp"}
     assert ZIL.network_options(FLAT, ZIL.Config())["name"] == "mlp"
 
