@@ -116,7 +116,9 @@ def test_known_layers_in_closed_form(name: str, monkeypatch: pytest.MonkeyPatch)
         assert layers is not None
         execution = ClosedForm(layers, x)
         for _ in range(2):
-            close(execution.pull(signal), exact[0])
+            pulled = execution.pull(signal)
+            close(pulled, exact[0])
+            assert not pulled.requires_grad  # though gradients are enabled here
         execution.backward(signal)
         again = ClosedForm(layers, x)
         again.backward(signal)
@@ -126,6 +128,7 @@ def test_known_layers_in_closed_form(name: str, monkeypatch: pytest.MonkeyPatch)
     assert found.keys() == parameters.keys()
     for key, value in zip(parameters, exact[1:], strict=True):
         close(found[key], 2 * value)
+        assert not found[key].requires_grad
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -334,7 +337,8 @@ def test_half_precision_takes_signals_of_single_precision(name: str, kind: str) 
         pulled = made.pull(signal)
         made.backward(signal)
     assert name == "residual" or made.output.dtype == torch.bfloat16
-    for ours, true in zip([made.output, pulled, *gradients_of(block).values()], expected, strict=True):
+    outside = made.pull(signal) if kind == "closed" else pulled
+    for ours, true in zip([made.output, pulled, *gradients_of(block).values(), outside], [*expected, expected[1]], strict=True):
         assert float((ours.float() - true).norm() / true.norm()) < (0.2 if name == "pooled" else 0.03)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
 

@@ -240,7 +240,9 @@ class Traced:
 
 
 class Executor:
-    """Executes the blocks of a network, each in closed form if it can be.
+    """Executes the blocks of a network on one batch, each in closed form if it can be.
+
+    Running statistics of batch norms move with the first execution of a block and stay still in those that follow.
 
     Args:
         network: a chain.
@@ -255,6 +257,7 @@ class Executor:
         layers = {name: known_layers(block) if path == "auto" else None for name, block in self._blocks}
         self._layers = {name: found for name, found in layers.items() if found is not None}
         self.closed = list(self._layers)
+        self._executed: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -264,7 +267,9 @@ class Executor:
         name, block = self._blocks[index]
         if name in self._layers:
             return ClosedForm(self._layers[name], x)
-        with torch.enable_grad():
+        again = index in self._executed
+        self._executed.add(index)
+        with torch.enable_grad(), still(block) if again else NOTHING:
             return Traced(run_block(index, name, block, x, input_grad=index > 0))
 
 

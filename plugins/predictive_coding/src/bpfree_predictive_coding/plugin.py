@@ -44,6 +44,5 @@ def epoch_end(run: Run, rule: Rule) -> None:
 @hookimpl(tryfirst=True)
 def run_end(run: Run) -> None:
     """Draw them."""
-    path = run.artifacts.get("relaxation.json")
-    if path is not None:
+    if run.folder is not None and (path := run.folder / "relaxation.json").exists():
         profile.add_plot(run, path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bpfree_predictive_coding.relaxation import Relaxation
 
@@ -23,14 +23,17 @@ __all__ = ["Profile", "add_plot", "draw", "keep"]
 logger = logging.getLogger("bpfree.predictive_coding")
 
 
-class Profile:
+class Profile(nn.Module):
     """Energies of each block (columns, first to last) before and after each inference step (rows): means over sampled batches.
+
+    A module, so that measurements on the side of a run put it back with the rest of the rule.
 
     Args:
         names: of the blocks.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
         self._names = list(names)
         self._sum: Tensor | None = None
         self._count = 0
@@ -88,7 +91,7 @@ def keep(folder: Path, epoch: int, names: Sequence[str], table: list[list[float]
 def add_plot(run: Run, path: Path) -> None:
     """Draw ``relaxation.json`` and add the plots to the run's artifacts; a failure is a warning."""
     try:
-        run.artifacts.update(draw(path, f"{run.name}: where the energy is"))
+        run.artifacts |= {"relaxation.json": path, **draw(path, f"{run.name}: where the energy is")}
     except Exception as error:
         logger.warning("no plot of the relaxation of %s: %s: %s", run.name, type(error).__name__, error)
 
@@ -141,6 +144,8 @@ def _panel(axis: Any, names: Sequence[str], table: list[list[float]], title: str
 
 
 def _explain(figure: Figure, axis: Any, names: Sequence[str]) -> None:
+    if not axis.lines:
+        return
     if len(names) <= 12:
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree import Batch, Card, Network, OptimizerConfig, Rule, Step, TaskSpec, Traits, UsageError
-from bpfree_predictive_coding.execution import Executor, still
+from bpfree_predictive_coding.execution import Executor
 from bpfree_predictive_coding.options import (
     EPCConfig,
     FixedPredictionConfig,
@@ -73,10 +73,15 @@ class Relaxed(Rule):
     def _steps(self) -> list[str]:
         config, hidden = self.config, len(self.network.hidden)
         lines = [f"relaxation: {config.T} steps at rate {config.state_lr:g} over {hidden} hidden blocks"]
-        if hidden > config.T and not isinstance(self, ErrorPC):
-            lost = f"the first {hidden - config.T} get no credit; rule.T={hidden} reaches all"
+        if hidden > self.reach:
+            lost = f"the first {hidden - self.reach} get no credit; rule.T={hidden + config.T - self.reach} reaches all"
             lines.append(f"  an error reaches one more block with each step: {lost}")
         return lines
+
+    @property
+    def reach(self) -> int:
+        """How many hidden blocks, from the last one down, learn from a batch."""
+        return int(self.config.T)
 
     def _output(self, batch: Batch, scores: Tensor) -> Output:
         dtype = scores.dtype if scores.dtype.itemsize >= 4 else torch.float32
@@ -97,15 +102,14 @@ class Relaxed(Rule):
         relaxation = self._begin(batch, step)
         metrics = {"loss": relaxation.output.loss(relaxation.scores)}
         sampled = self.config.profile_every > 0 and step.index % self.config.profile_every == 0
-        with still(self.network):
+        if sampled:
+            self.profile.note(relaxation)
+        for t in range(1, self.config.T + 1):
+            self._infer(relaxation, step, watched=sampled or t < self.config.T)
             if sampled:
                 self.profile.note(relaxation)
-            for t in range(1, self.config.T + 1):
-                self._infer(relaxation, step, watched=sampled or t < self.config.T)
-                if sampled:
-                    self.profile.note(relaxation)
-            if sampled:
-                metrics |= self.profile.end(relaxation)
+        if sampled:
+            metrics |= self.profile.end(relaxation)
         return relaxation, metrics
 
     def _infer(self, relaxation: Relaxation, step: Step, *, watched: bool) -> None:
@@ -195,7 +199,12 @@ class IncrementalPC(Relaxed):
 
     @property
     def traits(self) -> Traits:  # type: ignore[override]
-        return Traits("all", downstream_weights=self.config.T, reverse_span=1, update="own-steps", passes=1 + self.config.T)
+        return Traits("all", downstream_weights=self.reach, reverse_span=1, update="own-steps", passes=self.config.T)
+
+    @property
+    def reach(self) -> int:
+        """One less: the first of the weights' gradients is taken before the states have moved."""
+        return self.config.T - 1
 
     @property
     def optimizer(self) -> OptimizerConfig:  # type: ignore[override]
@@ -296,6 +305,11 @@ class ErrorPC(Relaxed):
     @property
     def traits(self) -> Traits:  # type: ignore[override]
         return Traits("all", "all", reverse_span="all", passes=1 + self.config.T)
+
+    @property
+    def reach(self) -> int:
+        """All of them."""
+        return len(self.network.hidden)
 
     @property
     def optimizer(self) -> OptimizerConfig:  # type: ignore[override]
