@@ -61,6 +61,35 @@ def test_multipliers_in_residual_blocks_of_others() -> None:
     assert list(found.values()) == pytest.approx([6**-0.5, (8 * 4) ** -0.5, 8**-0.5, 1 / 8])
 
 
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.map(torch.tanh(x)), x)
+
+
+class Chosen(Sum):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.map(x) + x if x.mean() > 0 else self.map(x)
+
+
+def test_multipliers_in_blocks_of_ones_own() -> None:
+    """A sum in any module that can be traced; a map beside a sum of ours is in none; what cannot be traced is taken for no sum."""
+    beside = nn.Sequential(nn.Linear(6, 6), Residual(nn.Sequential(nn.Tanh(), nn.Linear(6, 6))))
+    blocks = {"first": nn.Linear(6, 6), "own": Sum(), "beside": beside, "chosen": Chosen(), "last": nn.Linear(6, 3)}
+    found = mupc(Network(blocks, input_shape=(6,), readout="last"))
+    plain, summed = 6**-0.5, 30**-0.5
+    expected = {"first": plain, "own.map": summed, "beside.0": plain, "beside.1.inner.1": summed, "chosen.map": plain, "last": 1 / 6}
+    assert found == pytest.approx(expected)
+
+
+def test_a_first_map_in_a_sum_is_scaled_as_the_first() -> None:
+    found = mupc(Network({"sum": Residual(nn.Linear(6, 6)), "last": nn.Linear(6, 3)}, input_shape=(6,), readout="last"))
+    assert found == pytest.approx({"sum.inner": 6**-0.5, "last": 1 / 6})
+
+
 def test_weights_are_standard_normal_without_biases() -> None:
     """Mean and standard deviation over 20,000 weights; the function is the maps' times their multipliers."""
     rule = rule_of(PredictiveCoding, network=network_of("residual-mlp", depth=4, width=100), scaling="mupc")

@@ -127,7 +127,8 @@ def test_the_output_can_be_squared_for_classes() -> None:
     assert objective is not None
     assert objective.requires_grad
     torch.testing.assert_close(objective, loss)
-    assert rule_of(PredictiveCoding).objective(batch, new_step(rule)) is None
+    for spec in (FLAT, REAL, SOFT):  # None: it is the task's loss
+        assert rule_of(PredictiveCoding, spec=spec).objective(batch_of(spec), new_step(rule)) is None
 
 
 def test_real_targets_can_be_distributions_of_softmax() -> None:
@@ -185,9 +186,24 @@ def test_nudging(energy: str, nudge: str, epoch: int, beta: float) -> None:
     _, gradients, _ = by_the_book(rule.network, batch.inputs, top, T=3, lr=0.1)
     step = new_step(rule)
     step.epoch = epoch
-    rule.credit(batch, step)
+    metrics = rule.credit(batch, step)
     found = {name: p.grad for name, p in rule.network.named_parameters()}
     assert_same(found, {name: value / beta for name, value in gradients.items()})
+    loss = (squared if energy == "squared" else cross_entropy)(rows(batch))(scores) / len(batch)
+    torch.testing.assert_close(metrics["loss"], loss)  # of the target itself
+
+
+@pytest.mark.parametrize("energy", ["squared", "cross-entropy"])
+def test_the_output_is_precise_where_scores_are_not(energy: str) -> None:
+    """Oracle: the same scores in single precision, with the same bits."""
+    torch.manual_seed(0)
+    scores, target = torch.randn(5, 3).bfloat16(), torch.rand(5, 3)
+    for output in (Output(energy, target, 0.5), Output(energy, target).nudged(scores, 0.3)):  # type: ignore[arg-type]
+        assert torch.equal(output.error(scores), output.error(scores.float()))
+        assert torch.equal(output.energy(scores), output.energy(scores.float()))
+        assert torch.equal(output.loss(scores), output.loss(scores.float()))
+        assert output.error(scores).dtype == output.target.dtype == torch.float32
+    assert torch.equal(Output(energy, target).nudged(scores, 1.0).target, target)  # type: ignore[arg-type]
 
 
 # --- the energy goes down ------------------------------------------------------------------------------------------------
@@ -365,6 +381,7 @@ def test_states_are_kept_in_single_precision_at_least() -> None:
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half), torch.no_grad():
                 ours = kind(Executor(network), inputs, lambda scores: Output("cross-entropy", target), lr=0.1)
                 for _ in range(4):
+                    assert all(value.dtype == torch.float32 for value in [*ours.gradients().values(), *ours.energies()])
                     ours.step()
                 found.append([*ours.states, *[error for error in ours.errors if error is not None], *ours.energies()])
                 if half:
