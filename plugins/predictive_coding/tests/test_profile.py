@@ -42,6 +42,9 @@ def test_the_table_is_that_by_the_book() -> None:
     torch.testing.assert_close(torch.tensor(taken), mean, rtol=1e-5, atol=1e-12)
     assert torch.tensor(taken).shape == (5, 4)
     assert rule.profile.take() is None
+    step.index = 4  # the next epoch's table is its own
+    rule.credit(batch_of(seed=0), step)
+    torch.testing.assert_close(torch.tensor(rule.profile.take()), torch.tensor(tables[0]), rtol=1e-5, atol=1e-12)
 
 
 def test_the_distance_to_equilibrium() -> None:

@@ -16,6 +16,7 @@ from pc_oracles import (
     FLAT,
     IMAGE,
     REAL,
+    SOFT,
     assert_same,
     batch_of,
     by_the_book,
@@ -372,6 +373,31 @@ def test_without_hidden_blocks_it_is_the_linear_classifier(name: str) -> None:
         FLAT.loss(other(batch.inputs), batch).backward()
         exact.step()
     assert_same(change, {key: before[key] - p.detach() for key, p in other.named_parameters()})
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_blocks_without_parameters(name: str) -> None:
+    """They have a state but nothing to learn. Oracle for z-il and fixed-prediction: back-propagation; for all, that the rest moves."""
+    torch.manual_seed(0)
+    blocks = {"b1": nn.Linear(6, 5), "b2": nn.Tanh(), "b3": nn.Linear(5, 5), "b4": nn.Softplus(), "readout": nn.Linear(5, 3)}
+    network, batch = Network(blocks, input_shape=(6,), readout="readout").to(DEVICE, torch.float64), batch_of()
+    options = {} if name == "z-il" else {"T": 5, "state_lr": 1.0 if name == "fixed-prediction" else 0.1}
+    change = moved(rule_of(bpfree_rules()[name], network=network, **options), batch, OptimizerConfig("sgd", lr=1.0))
+    exact = true_gradients(network, lambda scores: FLAT.loss(scores, batch), batch.inputs)
+    if name in ("z-il", "fixed-prediction"):
+        assert_same(change, exact)
+    assert all(bool(value.any()) for value in change.values())
+
+
+def test_soft_targets_keep_their_precision_under_autocast() -> None:
+    """Oracle: the batch's targets, bit for bit."""
+    rule, batch = rule_of(PredictiveCoding, spec=SOFT), batch_of(SOFT)
+    rule.float()
+    single = Batch(batch.inputs.float(), batch.targets.float())  # type: ignore[union-attr]
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        relaxation, _ = rule.relax(single, new_step(rule))
+    assert relaxation.scores.dtype == torch.bfloat16
+    assert torch.equal(relaxation.output.target, single.targets)
 
 
 def test_a_network_without_readout_is_refused() -> None:
