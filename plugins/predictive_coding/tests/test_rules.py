@@ -76,13 +76,13 @@ def literal_ipc(network: Network, batch: Batch, T: int, lr: float, momentum: flo
 @pytest.mark.parametrize("profile_every", [0, 1])
 @pytest.mark.parametrize(("kind", "T", "momentum"), [("tanh", 1, 0.0), ("tanh", 5, 0.6), ("residual-mlp", 5, 0.6)])
 def test_ipc_moves_states_and_weights_from_the_same_point(kind: str, T: int, momentum: float, profile_every: int, path: str) -> None:
-    """Oracle: a literal loop with autograd, momentum on the states, SGD on the weights, over two batches. T optimiser steps for each."""
+    """Oracle: a literal loop with autograd, SGD with momentum and decay on the weights, over two batches. T optimiser steps for each."""
     ours, other = network_of(kind), network_of(kind)
     rule = rule_of(
         IncrementalPC, network=ours, T=T, state_lr=0.2, state_momentum=momentum, precision=0.7, profile_every=profile_every, path=path
     )
-    step = new_step(rule, OptimizerConfig("sgd", lr=0.3))
-    exact = torch.optim.SGD(other.parameters(), lr=0.3)
+    step = new_step(rule, OptimizerConfig("sgd", lr=0.3, momentum=0.9, weight_decay=0.01))
+    exact = torch.optim.SGD(other.parameters(), lr=0.3, momentum=0.9, weight_decay=0.01)
     apply, applied = step.apply, []
     step.apply = lambda *names: (applied.append(names), apply(*names))  # type: ignore[func-returns-value]
     for seed in (1, 2):
