@@ -35,6 +35,8 @@ from torch import Tensor, nn
 
 from bpfree import Batch, Network, OptimizerConfig, Rule, Run, Step, TaskSpec, Trainer, UsageError, hookimpl, new_step
 from bpfree.config import parse_words, resolve
+from bpfree.network import VGGConfig as CoreVGGConfig
+from bpfree.network import vgg as core_vgg
 from bpfree.runner import resume, run
 from bpfree.training.trainer import Interrupted
 
@@ -151,6 +153,25 @@ def test_batch_norm_normalises_by_the_batch_while_states_relax() -> None:
     network, batch = network_of("tanh", norm="batch"), batch_of()
     _, gradients, _ = by_the_book(network, batch.inputs, cross_entropy(rows(batch)), T=4, lr=0.1)
     assert_same(credited(rule_of(PredictiveCoding, network=network, T=4), batch), gradients)
+
+
+@pytest.mark.parametrize("T", [1, 7])
+def test_the_cores_vgg_with_batch_norm(T: int) -> None:
+    """Oracle: by the book for the gradients, one forward pass for the statistics, however large T is."""
+    made = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        made.append(core_vgg(IMAGE, CoreVGGConfig(channels=[4, 6], pool_after=[1, 2], norm="batch")).to(DEVICE, torch.float64))
+    network, book, once = made
+    batch = batch_of(IMAGE)
+    rule = rule_of(PredictiveCoding, network=network, spec=IMAGE, T=T)
+    _, gradients, _ = by_the_book(book, batch.inputs, cross_entropy(rows(batch, IMAGE)), T=T, lr=0.1)
+    found = credited(rule, batch)
+    assert_same({name: found.get(name, torch.zeros_like(value)) for name, value in gradients.items()}, gradients)
+    once(batch.inputs)
+    for name, value in statistics(once).items():
+        torch.testing.assert_close(statistics(network)[name], value, rtol=1e-12, atol=1e-14, msg=name)
+    assert "derivatives by autograd within the block: b1, b2" in rule.plan()
 
 
 def test_z_il_with_dropout() -> None:
