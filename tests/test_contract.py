@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -370,3 +371,25 @@ def test_micro_batches_have_keyed_noise_of_their_own(device: torch.device) -> No
     assert len(set(seen)) == 3
     rule.credit(toy_batch(device, FLAT, dtype=torch.float32), step)
     assert seen[3] == seen[0]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop"])
+def test_gradients_that_come_late(name: str) -> None:
+    """A block that first learns in the second step, beside one that learns in both. Oracle: torch's plain loop (fused SGD raises here)."""
+    torch.manual_seed(0)
+    rule = Backprop(mlp(FLAT, MLPConfig(depth=1, width=3)), FLAT)
+    twin = copy.deepcopy(rule)
+    options: dict[str, float] = {"lr": 0.1, "weight_decay": 0.01, **({} if name.startswith("adam") else {"momentum": 0.9})}
+    step = new_step(rule, OptimizerConfig(name, **options))
+    classes = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+    exact = classes[name](twin.parameters(), foreach=False, **options)
+    for late in (True, False, False):
+        for one, other in zip(rule.parameters(), twin.parameters(), strict=True):
+            one.grad, other.grad = torch.ones_like(one), torch.ones_like(other)
+        if late:
+            for module in (rule, twin):
+                module.network.blocks["b1"].zero_grad()
+        step.apply()
+        exact.step()
+    for one, other in zip(rule.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other)

@@ -54,7 +54,9 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, special: Special) ->
         if key not in accepted:
             raise unknown_name(f"option of {config.name}", key, [k for k in accepted if k != "params"], where=f"optimizer.{key}")
     if "fused" in accepted and "fused" not in arguments and "foreach" not in arguments:
-        arguments["fused"] = all(p.is_floating_point() for params in groups.values() for p in params)
+        # torch's fused SGD fails where parameters meet their first gradient at different steps, since their momentum begins then
+        late = factory is torch.optim.SGD and bool(arguments.get("momentum"))
+        arguments["fused"] = not late and all(p.is_floating_point() for params in groups.values() for p in params)
     try:
         optimizer = factory(list(merged(groups, special).values()), **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
