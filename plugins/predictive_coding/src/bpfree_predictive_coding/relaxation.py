@@ -8,7 +8,7 @@ per example, so that the rate of the states does not depend on the batch size (W
 -(df_l/dW_l)^T e_l, is taken once the states are where they are wanted. Since the states begin as predictions, an error reaches one more
 block with each step; what it has not reached yet is not computed.
 
-Far from the output errors are small: with h and mu in single precision their difference would be rounding noise some four blocks down. So a
+Far from the output errors are small: with h and mu in single precision their difference would be rounding noise a few blocks down. So a
 state is kept as its beginning and an offset, and the error is the difference of the offsets.
 """
 
