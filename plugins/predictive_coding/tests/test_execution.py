@@ -71,6 +71,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: nn.Sequential(nn.Sequential(conv(), nn.SiLU()), nn.Sequential(nn.MaxPool2d(2), nn.Sequential(nn.Flatten()))),
         PICTURE,
     ),
+    "two maps": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), VECTOR),
     "nothing": (nn.Sequential, VECTOR),
     "frozen below": (lambda: nn.Sequential(nn.Linear(6, 5).requires_grad_(False), nn.Tanh(), nn.Linear(5, 4)), VECTOR),
     "frozen above": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4).requires_grad_(False)), VECTOR),

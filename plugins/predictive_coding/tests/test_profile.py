@@ -197,8 +197,8 @@ def test_the_plugins_hooks(tmp_path: Path) -> None:
     assert again.artifacts.keys() == wanted
 
 
-def test_runs_that_have_no_table(tmp_path: Path) -> None:
-    """Without a folder, of another rule, or of z-il."""
+def test_runs_that_have_no_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a folder, of another rule, or of z-il; and without a warning."""
     from bpfree.baselines import Backprop
 
     rule = rule_of(PredictiveCoding, T=2, profile_every=1)
@@ -208,6 +208,7 @@ def test_runs_that_have_no_table(tmp_path: Path) -> None:
         plugin.epoch_end(made, other)
         plugin.run_end(made)
         assert made.artifacts == {}
+    assert not caplog.records
 
 
 def test_a_plot_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
