@@ -273,6 +273,9 @@ def test_what_is_not_known_goes_the_generic_way(name: str) -> None:
 def test_more_that_is_not_known() -> None:
     """A flattening that takes the batch axis along, and a pooling that returns its choices."""
     assert known_layers(nn.Flatten(0)) is None
+    other = nn.Linear(2, 2)
+    other.forward = lambda x: x  # type: ignore[method-assign]
+    assert known_layers(other) is None
     assert known_layers(nn.Flatten(-2)) is None
     assert known_layers(nn.MaxPool2d(2, return_indices=True)) is None
     assert known_layers(nn.Linear(2, 2)) is not None

@@ -436,3 +436,13 @@ def test_blocks_without_parameters_are_states_too() -> None:
     ours = relaxed(relaxation_of(network, batch, lr=0.2), 4)
     assert_close(ours.states, states)
     assert_same(weight_gradients(network, ours), gradients)
+
+
+def test_cross_entropy_of_rows_that_do_not_sum_to_one() -> None:
+    """Oracle: autograd of the energy."""
+    torch.manual_seed(0)
+    scores = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    for target in (torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64)):
+        output = Output("cross-entropy", target, 0.7)
+        (gradient,) = torch.autograd.grad(4 * output.energy(scores), scores)
+        torch.testing.assert_close(output.error(scores.detach()), -gradient, rtol=1e-12, atol=1e-14)

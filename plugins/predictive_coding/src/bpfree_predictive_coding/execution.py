@@ -143,7 +143,9 @@ def known_layers(block: nn.Module) -> list[nn.Module] | None:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return "forward" in vars(module) or bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _is_known(layer: Any) -> bool:

@@ -41,7 +41,10 @@ class Output:
 
     def error(self, scores: Tensor) -> Tensor:
         """(N, C) minus the energy's derivative by the scores, of each example."""
-        error = self.target - self._prediction(scores)
+        made = self._prediction(scores)
+        if self.kind == "cross-entropy":  # rows of soft or real targets need not sum to one
+            made = made * self.target.sum(1, keepdim=True)
+        error = self.target - made
         return error if self.precision == 1.0 else error * self.precision
 
     def energy(self, scores: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class Relaxation:
         """dF/dh of a state, per example; ``None`` is zero."""
         error, above = self.errors[index], self.errors[index + 1]
         if above is None:
-            return error
+            return None
         pulled = _precise(self.executions[index + 1].pull(above))
         return pulled.neg() if error is None else error - pulled
 
@@ -111,6 +111,7 @@ class Relaxation:
         """Begin anew at these states, (N, ...) for each hidden block."""
         self.states, self._origins = list(states), list(states)
         self._offsets.clear()
+        self._velocities.clear()
         self.refresh(range(len(states)))
 
     def move(self, gradients: Gradients) -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from bpfree import Batch, Card, Network, OptimizerConfig, Rule, Step, TaskSpec, Traits, UsageError
 from bpfree_predictive_coding.execution import Executor
@@ -67,6 +68,8 @@ class Relaxed(Rule):
         lines.append(f"derivatives in closed form: {', '.join(executor.closed) or 'none'}")
         if generic:
             lines.append(f"derivatives by autograd within the block: {', '.join(generic)}")
+        if any(isinstance(part, _DropoutNd) and part.p > 0 for part in self.network.modules()):
+            lines.append("dropout draws a new mask whenever a block is executed, so at each inference step")
         lines += [f"  {path}: multiplier {factor:.3g}" for path, factor in self.factors.items()]
         return "\n".join(lines)
 
