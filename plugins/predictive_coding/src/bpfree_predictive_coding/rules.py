@@ -37,7 +37,8 @@ class Relaxed(Rule):
     """What the rules share: the output's energy, the relaxation's loop, its profile, and the weights' gradients at its end."""
 
     Config: ClassVar[type[OutputConfig]] = RelaxedConfig
-    optimizer = OptimizerConfig("adam", lr=1e-3)
+    weight_lr: ClassVar[float] = 1e-3
+    """Adam's default rate; with muPC's scaling it is the paper's, 0.1."""
     config: Any
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
@@ -52,6 +53,10 @@ class Relaxed(Rule):
         if spec.is_image and spec.input_shape[0] > 1:
             return {"name": "pc-vgg"}
         return {"name": "mlp"}
+
+    @property
+    def optimizer(self) -> OptimizerConfig:  # type: ignore[override]
+        return OptimizerConfig("adam", lr=0.1 if self.factors else self.weight_lr)
 
     @property
     def output_kind(self) -> Literal["squared", "cross-entropy"]:
@@ -157,11 +162,6 @@ class PredictiveCoding(Relaxed):
     def traits(self) -> Traits:  # type: ignore[override]
         return Traits("all", downstream_weights=self.config.T, reverse_span=1, passes=1 + self.config.T)
 
-    @property
-    def optimizer(self) -> OptimizerConfig:  # type: ignore[override]
-        """The paper's rate for weights N(0, 1) with multipliers."""
-        return OptimizerConfig("adam", lr=0.1 if self.config.scaling == "mupc" else 1e-3)
-
     def beta(self, epoch: int) -> float:
         """Signed strength of the nudging; 1 clamps."""
         if self.config.nudge == "none":
@@ -190,6 +190,7 @@ class IncrementalPC(Relaxed):
     """States and weights step together, T times per batch."""
 
     Config = IPCConfig
+    weight_lr = 3e-4
     config: IPCConfig
     card = Card(
         "incremental predictive coding: states and weights both step at each inference step",
@@ -208,10 +209,6 @@ class IncrementalPC(Relaxed):
     def reach(self) -> int:
         """One less: the first of the weights' gradients is taken before the states have moved."""
         return self.config.T - 1
-
-    @property
-    def optimizer(self) -> OptimizerConfig:  # type: ignore[override]
-        return OptimizerConfig("adam", lr=0.1 if self.config.scaling == "mupc" else 3e-4)
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         raise UsageError("ipc applies its updates itself", fix="call learn(batch, step)")
@@ -316,10 +313,6 @@ class ErrorPC(Relaxed):
     def reach(self) -> int:
         """All of them."""
         return len(self.network.hidden)
-
-    @property
-    def optimizer(self) -> OptimizerConfig:  # type: ignore[override]
-        return OptimizerConfig("adam", lr=0.1 if self.config.scaling == "mupc" else 1e-3)
 
     def _begin(self, batch: Batch, step: Step) -> Relaxation:
         return self._relaxation(batch, ErrorRelaxation, lr=self.config.state_lr, momentum=self.config.state_momentum)
