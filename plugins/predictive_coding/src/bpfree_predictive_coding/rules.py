@@ -61,10 +61,12 @@ class Relaxed(Rule):
     @property
     def output_kind(self) -> Literal["squared", "cross-entropy"]:
         """Kind of the output's energy."""
-        if self.config.output == "auto":
-            return "squared" if self.spec.targets == "real" else "cross-entropy"
-        kind: Literal["squared", "cross-entropy"] = self.config.output
+        kind: Literal["squared", "cross-entropy"] = self._task_kind if self.config.output == "auto" else self.config.output
         return kind
+
+    @property
+    def _task_kind(self) -> Literal["squared", "cross-entropy"]:
+        return "squared" if self.spec.targets == "real" else "cross-entropy"
 
     def plan(self) -> str:
         executor = Executor(self.network, self.config.path)
@@ -138,10 +140,10 @@ class Relaxed(Rule):
 
     def objective(self, batch: Batch, step: Step) -> Tensor | None:
         """The output's energy of the forward pass with precision one: what back-propagation would descend."""
-        if self.output_kind == "squared" and self.spec.targets != "real":
-            scores = self.network(batch.inputs)
-            return self._output(batch, scores).loss(scores)
-        return None
+        if self.output_kind == self._task_kind:  # the task's loss needs no second name
+            return None
+        scores = self.network(batch.inputs)
+        return self._output(batch, scores).loss(scores)
 
 
 class PredictiveCoding(Relaxed):
