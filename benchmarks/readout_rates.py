@@ -157,7 +157,7 @@ def shown(row: dict[str, float]) -> list[str]:
 
 def has_features(cell: Cell) -> bool:
     """Whether the row's last phase is on features."""
-    rule = cell.recipe.build_rule(cell.recipe.build_spec())
+    rule = cell.recipe.build_rule(cell.recipe.spec())
     return list(rule.phases(cell.recipe.settings.budget))[-1].on_features
 
 

@@ -132,6 +132,17 @@ def test_hebbian_step(smoke: Run) -> None:
         check_ratio(compared)
 
 
+def test_readout_rates(smoke: Run) -> None:
+    """All rows of a study that have a readout on features, one epoch each. Oracle: chance, and a rate at which nothing is learned."""
+    words = ("hebbian-digits", "--rates", "1e-9", "0.1", "--set", "budget.epochs=4")
+    rows = smoke("readout_rates", *words, suffix="_hebbian-digits")["rows"]
+    assert set(rows) >= {"SoftHebb", "frozen twin", "Sanger"}
+    assert not set(rows) & {"Itoh's norm", "back-propagation"}
+    for still, learned in rows.values():
+        assert (still["rate"], learned["rate"]) == (1e-9, 0.1)
+        assert learned["training"] > still["training"] + 10
+
+
 def test_predictive_coding_step(smoke: Run) -> None:
     """Without PCX, which is no requirement."""
     result = smoke("predictive_coding_step")
