@@ -87,6 +87,10 @@ class Linear(Backprop):
     def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
         return {"name": "mlp", "depth": 0}
 
+    @classmethod
+    def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
+        return {"network.name": "mlp", "network.depth": 0} if kind == "dense" else None
+
 
 @dataclass
 class DFAConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import os
 import traceback
@@ -144,6 +145,14 @@ class Plugins:
         if ill:
             raise UsageError(error.what, where=error.where, fix=f"{error.fix}; not loaded: {'; '.join(ill)}")
         raise error
+
+    def including(self, rule: type[Any]) -> Plugins:
+        """A copy that also knows a rule by its class's name, as if a plugin of its module had registered it."""
+        copied = copy.copy(self)
+        name, module = rule.__name__, rule.__module__
+        record = PluginRecord(module, module, "?", provides={"rules": [name]})
+        copied._registered = {**self._registered, "rules": {**self._registered["rules"], name: (rule, record)}}
+        return copied
 
     def owner(self, kind: str, name: str) -> PluginRecord:
         """The plugin that registered a name."""

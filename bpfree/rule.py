@@ -108,6 +108,8 @@ class Rule(nn.Module, ABC):
     """The default optimiser; a class attribute, or a property where the configuration changes it."""
     draws: int = 1
     """How many draws of a stochastic ``predict`` the final evaluation averages over."""
+    waivers: ClassVar[dict[str, str]] = {}
+    """Checks of the certificate that are expected to fail, by id, each with its reason: they are shown as waived, never as passed."""
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__()
@@ -136,6 +138,26 @@ class Rule(nn.Module, ABC):
         A rule with a network of its own returns its builder's name and the sizes that its configuration implies.
         """
         return {"name": "vgg" if spec.is_image and spec.input_shape[0] > 1 else "mlp"}
+
+    @classmethod
+    def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
+        """Settings of a small instance, on which the certificate takes its measurements: flat keys of ``network`` and ``rule``.
+
+        Without normalisation and dropout if the rule can do without, so that batches of one and random generators can be examined.
+        A rule with a network of its own returns the settings that make it so small.
+
+        Args:
+            kind: ``dense`` or ``convolutional``.
+            depth: number of hidden blocks; a rule whose number of blocks is given by something else ignores it.
+            width: units, or channels, of each.
+
+        Returns:
+            ``None``: the rule has no network of this kind.
+        """
+        plain: dict[str, Any] = {"network.activation": "tanh", "network.norm": "none", "network.dropout": 0.0}
+        if kind == "dense":
+            return {"network.name": "mlp", "network.widths": [width] * depth, "network.depth": depth, **plain}
+        return {"network.name": "vgg", "network.channels": [width] * depth, "network.pool_after": [], **plain}
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by group: one per block, and one per child of the rule (``heads.b1`` in containers)."""

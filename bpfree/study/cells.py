@@ -21,8 +21,8 @@ from bpfree import runner
 from bpfree.config import NAMED, Leaf, Recipe, resolve
 from bpfree.errors import UsageError, nearest
 from bpfree.plugins import Plugins
+from bpfree.sources import source_hashes
 from bpfree.study.file import Column, Row, Study
-from bpfree.study.sources import source_hashes
 from bpfree.training.environment import resolve_device
 
 __all__ = ["Cell", "Plan", "is_scientific", "plan", "word"]

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bpfree import sources
 from bpfree.cli.main import main
 from bpfree.plugins import installed_plugins
-from bpfree.study import sources
 from bpfree.study.state import State
 
 PLUGIN = '''
@@ -404,13 +404,13 @@ def test_the_core_is_hashed_without_what_only_shows_results(tmp_path: Path) -> N
     (core / "cli").mkdir(parents=True)
     (core / "rule.py").write_text("a = 1")
     (core / "cli" / "main.py").write_text("a = 1")
-    first = sources.hash_of(core)
+    first = sources.hash_of(core, sources.WITHOUT_EFFECT)
     (core / "cli" / "main.py").write_text("a = 2")
     sources.hash_of.cache_clear()
-    assert sources.hash_of(core) == first
+    assert sources.hash_of(core, sources.WITHOUT_EFFECT) == first
     (core / "rule.py").write_text("a = 2")
     sources.hash_of.cache_clear()
-    assert sources.hash_of(core) != first
+    assert sources.hash_of(core, sources.WITHOUT_EFFECT) != first
 
 
 def test_the_content_of_a_data_file_counts_and_not_its_path(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,13 @@ class Hebbian(Rule):
             return {"name": "hebbian-cnn"}
         return {"name": "hebbian-mlp", "widths": [2000 if spec.input_size >= 256 else 16]}  # few, or random features suffice
 
+    @classmethod
+    def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
+        """On the plugin's dense network, whose activation these rules are made for; the convolutional one is everybody's."""
+        if kind != "dense":
+            return super().specimen(kind, depth, width)
+        return {"network.name": "hebbian-mlp", "network.widths": [width] * depth, "network.standardise": True}
+
     @torch.no_grad()
     def _initialise(self, layer: Layer) -> None:
         init = self.defaults.init if self.config.init == "auto" else self.config.init

@@ -116,6 +116,11 @@ class HebbianNorm(Rule):
         return OptimizerConfig("sgd", lr=0.1 if self.config.update == "hebb" else 1.0)
 
     @classmethod
+    def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
+        """A network of so many units for each class."""
+        return {"network.name": "hebbian-classes", "network.units": width} if kind == "dense" else None
+
+    @classmethod
     def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
         return {"name": "hebbian-classes"}
 

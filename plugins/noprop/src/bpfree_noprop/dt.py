@@ -100,6 +100,13 @@ class NoPropDT(Rule):
         path = {"label": "input"} if config.embedding == "prototype" else {}
         return {"name": "noprop-cnn" if spec.is_image else "noprop-mlp", "blocks": config.T, "state_dim": d, **path}
 
+    @classmethod
+    def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
+        """Narrow blocks on vectors; their convolutional siblings are for images of 16 pixels and more."""
+        if kind != "dense":
+            return None
+        return {"rule.T": depth, "network.name": "noprop-mlp", "network.blocks": depth, "network.width": width, "network.depth": 1}
+
     def freeze_features(self) -> None:
         """Each block's body stays as initialised; its last linear map, the head and the embedding learn."""
         for _, block in self.denoisers():

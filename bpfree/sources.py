@@ -14,11 +14,25 @@ from pathlib import Path
 from bpfree.config import Recipe
 from bpfree.plugins import Plugins
 
-__all__ = ["source_hashes"]
+__all__ = ["rule_hashes", "source_hashes"]
 
 SUFFIXES = {".py", ".pyx", ".c", ".cpp", ".cu", ".cuh", ".h", ".so"}
-WITHOUT_EFFECT = {"bpfree": ("cli", "study", "tracking", "comparison.py", "comparison_page.py")}
+SHOWING = (
+    "__init__.py",
+    "cli",
+    "comparison.py",
+    "comparison_page.py",
+    "registry",
+    "sources.py",
+    "study",
+    "template",
+    "tracking",
+    "version.py",
+)
+WITHOUT_EFFECT = (*SHOWING, "certify")
 """Parts of the core that show and record results. Editing a table's page must not cost a week of computing."""
+NOT_EXAMINED = (*SHOWING, "certify/page.py", "certify/show.py", "runner.py", "saved.py", "scoring.py", "yaml_values.py")
+"""Parts of the core that a certificate does not depend on."""
 
 
 def source_hashes(recipe: Recipe) -> dict[str, str]:
@@ -26,15 +40,26 @@ def source_hashes(recipe: Recipe) -> dict[str, str]:
 
     Plugins that own a class which the rule inherits from count too.
     """
-    registry = recipe.registry
     named = [(f"{kind}s", recipe.names[kind]) for kind in ("rule", "network", "task")]
     named += [("augmentations", name) for name in recipe.task.augment]
     named += [("protocols", name) for name in recipe.settings.evaluation.protocols]
+    return _hashes(recipe.registry, recipe.names["rule"], named, WITHOUT_EFFECT)
+
+
+def rule_hashes(registry: Plugins, rule: str, networks: Iterable[str] = ()) -> dict[str, str]:
+    """The same for what is measured of a rule on the named networks; of the core, what an examination executes."""
+    return _hashes(registry, rule, [("rules", rule), *(("networks", name) for name in networks)], NOT_EXAMINED)
+
+
+def _hashes(registry: Plugins, rule: str, named: Iterable[tuple[str, str]], skipped: tuple[str, ...]) -> dict[str, str]:
     owners = {_root_of_plugin(registry, registry.owner(kind, name).name) for kind, name in named}
     plugins = {_root_of_plugin(registry, name) for name in registry.records}
-    inherited = {_root(base.__module__) for base in registry.get("rules", recipe.names["rule"]).__mro__} & plugins
-    roots = {_root("bpfree"), *owners, *inherited}
-    return {root.stem: hash_of(root) for root in sorted(root for root in roots if root is not None)}
+    bases = {_root(base.__module__) for base in registry.get("rules", rule).__mro__}
+    own = _root(registry.get("rules", rule).__module__)
+    roots = {_root("bpfree"), *owners, *(bases & plugins), own}
+    return {
+        root.stem: hash_of(root, skipped if root.name == "bpfree" else ()) for root in sorted(root for root in roots if root is not None)
+    }
 
 
 def _root_of_plugin(registry: Plugins, name: str) -> Path | None:
@@ -54,18 +79,20 @@ def _root(module: str) -> Path | None:
 
 
 @lru_cache(maxsize=64)
-def hash_of(root: Path) -> str:
-    """SHA-256 over names and contents, 16 hex digits. Once per process: what runs is what was there when it began."""
+def hash_of(root: Path, skipped: tuple[str, ...] = ()) -> str:
+    """SHA-256 over names and contents but those skipped (paths below the root), 16 hex digits.
+
+    Once per process: what runs is what was there when it began.
+    """
     digest = hashlib.sha256()
-    for name, path in sorted(_files(root)):
+    for name, path in sorted(_files(root, skipped)):
         digest.update(f"{name}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _files(root: Path) -> Iterable[tuple[str, Path]]:
+def _files(root: Path, skipped: tuple[str, ...]) -> Iterable[tuple[str, Path]]:
     if root.is_file():
         return [(root.name, root)]
-    skipped = WITHOUT_EFFECT.get(root.name, ())
     found = ((path.relative_to(root), path) for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    return ((place.as_posix(), path) for place, path in found if place.parts[0] not in skipped)
+    return ((place.as_posix(), path) for place, path in found if place.parts[0] not in skipped and place.as_posix() not in skipped)

@@ -1,0 +1,1 @@
+"""Certificates: what a rule really does, measured."""

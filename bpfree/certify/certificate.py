@@ -1,0 +1,124 @@
+"""The certificate: the measured properties of a rule at one configuration, and the findings of all checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bpfree.certify.findings import Finding
+from bpfree.errors import BpfreeError
+
+__all__ = ["FORMAT", "Certificate", "read_certificate"]
+
+FORMAT = 1
+"""Version of the file's layout."""
+
+
+@dataclass
+class Certificate:
+    """What was measured of a rule.
+
+    Attributes:
+        rule: its registered name.
+        plugin, distribution, version: who registered it.
+        settings: ``KEY=VALUE`` words that it was examined with.
+        config: its whole configuration.
+        traits: what it declares, at this configuration.
+        kind: ``full`` or ``quick`` (without learning and permuted labels), or ``partial`` (single checks).
+        date: ISO day.
+        properties: what was measured, by name; plain values.
+        findings: of all checks, in order.
+        sources: hashes of the sources that the result depends on, by package.
+        environment: versions and machine.
+        seconds: of the whole examination.
+    """
+
+    rule: str
+    plugin: str
+    distribution: str
+    version: str
+    settings: list[str]
+    config: dict[str, Any]
+    traits: dict[str, Any]
+    kind: str
+    date: str
+    properties: dict[str, Any] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    api: int = 1
+    format: int = FORMAT
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of findings by status."""
+        return dict(Counter(finding.status for finding in self.findings))
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed (waived ones are shown as such, and fail nothing)."""
+        return not any(finding.status == "failed" for finding in self.findings)
+
+    @property
+    def status(self) -> str:
+        """``certified``, ``certified with waivers``, or ``failed``; a quick or partial one is never called certified."""
+        if not self.passed:
+            return "failed"
+        if self.kind != "full":
+            return f"passed ({self.kind})"
+        return "certified with waivers" if self.counts.get("waived") else "certified"
+
+    @property
+    def command(self) -> str:
+        """What renews it."""
+        return " ".join(["bpfree certify", self.rule, *self.settings])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**dataclasses.asdict(self), "status": self.status, "command": self.command}
+
+    def to_json(self) -> str:
+        """As a file holds it."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Certificate:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            BpfreeError: another format, or something is missing.
+        """
+        if content.get("format") != FORMAT:
+            raise BpfreeError(
+                f"this certificate has format {content.get('format')!r}; this version reads {FORMAT}", fix="renew it with bpfree certify"
+            )
+        known = {item.name for item in dataclasses.fields(cls)}
+        try:
+            values = {key: value for key, value in content.items() if key in known}
+            return cls(**{**values, "findings": [Finding(**finding) for finding in content["findings"]]})
+        except (KeyError, TypeError) as error:
+            raise BpfreeError(f"this is no certificate: {error}", fix="write it with bpfree certify RULE --output FILE") from error
+
+
+def read_certificate(path: Path) -> Certificate:
+    """Read a file that :meth:`Certificate.to_json` wrote.
+
+    Raises:
+        BpfreeError: it cannot be read, or is no certificate.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BpfreeError(f"cannot read the certificate: {error}", where=str(path)) from error
+    if not isinstance(content, dict):
+        raise BpfreeError("this is no certificate", where=str(path))
+    try:
+        return Certificate.from_dict(content)
+    except BpfreeError as error:
+        raise BpfreeError(error.what, where=str(path), fix=error.fix) from error

@@ -1,0 +1,84 @@
+"""What checks find: passed, failed, waived, unmeasured, or not applicable; each with what, where, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from bpfree.certify.measurements import Measurements
+
+__all__ = ["Check", "CheckFailed", "Finding", "NotApplicable", "Status", "Unmeasured"]
+
+Status = Literal["passed", "failed", "waived", "unmeasured", "not applicable"]
+
+
+class CheckFailed(Exception):
+    """A check found something wrong.
+
+    Args:
+        what: one sentence on what is wrong.
+        where: the block, line or option concerned.
+        fix: what the author can do.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str) -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(what)
+
+
+class Unmeasured(Exception):
+    """A check could not be carried out; says why. It is not passed, and what it judges is not claimed."""
+
+
+class NotApplicable(Exception):
+    """A check says nothing of this rule; says why."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question that a certificate answers.
+
+    Attributes:
+        id: short, with hyphens; what waivers and ``--only`` name.
+        title: what holds if it passes, in one line.
+        run: raises ``CheckFailed``, ``Unmeasured`` or ``NotApplicable``, else it has passed; may return a remark.
+        quick: whether ``--quick`` includes it.
+        waivable: whether an expected failure can be waived with a reason.
+    """
+
+    id: str
+    title: str
+    run: Callable[[Measurements], str | None]
+    quick: bool = True
+    waivable: bool = True
+
+
+@dataclass
+class Finding:
+    """What a check found.
+
+    Attributes:
+        id, title: the check's.
+        status: how it ended.
+        what, where, fix: of a failure (also a waived one); ``what`` alone: a remark, or why it was not measured.
+        waiver: the written reason, if it was expected to fail.
+        seconds: it took.
+    """
+
+    id: str
+    title: str
+    status: Status
+    what: str = ""
+    where: str = ""
+    fix: str = ""
+    waiver: str = ""
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{self.status}: {self.title} ({self.id})"]
+        lines += [f"  {name + ':':7}{value}" for name, value in (("what", self.what), ("where", self.where), ("fix", self.fix)) if value]
+        if self.waiver:
+            lines.append(f"  waived: {self.waiver}")
+        return "\n".join(lines)

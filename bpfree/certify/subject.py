@@ -1,0 +1,158 @@
+"""What is examined: a rule with its settings, and the small instances of it that measurements need."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from bpfree.config import Leaf, Recipe, parse_words, resolve
+from bpfree.errors import BpfreeError, UsageError
+from bpfree.plugins import PluginRecord, Plugins, installed_plugins
+from bpfree.rule import Rule
+from bpfree.step import Batch
+from bpfree.tasks.task import Split, TaskSpec
+from bpfree.training.seeds import seeded
+
+__all__ = ["KINDS", "Specimen", "Subject", "examples"]
+
+KINDS = ("dense", "convolutional")
+"""Kinds of networks that a rule's specimens may have."""
+OUTPUTS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Specimen:
+    """Which small instance of a rule.
+
+    Attributes:
+        kind: of network, one of ``KINDS``.
+        depth: hidden blocks.
+        width: units, or channels, of each.
+        image: width of its square inputs of one channel.
+    """
+
+    kind: str = "dense"
+    depth: int = 4
+    width: int = 32
+    image: int = 8
+
+    @property
+    def spec(self) -> TaskSpec:
+        """A task of made-up images and five classes."""
+        return TaskSpec("probe", (1, self.image, self.image), OUTPUTS)
+
+
+class Subject:
+    """A rule under examination.
+
+    Args:
+        rule: its registered name, or a class.
+        settings: ``KEY=VALUE`` words over the rule's configuration; the certificate names them.
+        registry: of names; the installed plugins by default.
+
+    Attributes:
+        name: of the rule.
+        rule: its class.
+        owner: the plugin that registered it.
+        settings: as given.
+
+    Raises:
+        UsageError: an unknown rule or key.
+    """
+
+    def __init__(self, rule: str | type[Rule], settings: Iterable[str] = (), registry: Plugins | None = None) -> None:
+        self.registry = registry or installed_plugins()
+        if not isinstance(rule, str):
+            self.registry = self.registry.including(rule)
+            rule = rule.__name__
+        self.name = rule
+        self.rule: type[Rule] = self.registry.get("rules", rule)
+        self.owner: PluginRecord = self.registry.owner("rules", rule)
+        self.settings = tuple(settings)
+        self._leaves = parse_words(self.settings)
+        foreign = [leaf.key for leaf in self._leaves if leaf.key.split(".")[0] not in ("rule", "network")]
+        if foreign:
+            raise UsageError(
+                "a certificate is of a rule, so only its own settings can be given", where=", ".join(foreign), fix="rule.KEY=VALUE"
+            )
+        self.recipe = self.resolve({})
+
+    def resolve(self, settings: Mapping[str, Any], spec: TaskSpec | None = None) -> Recipe:
+        """The recipe of this rule with its settings, under further ones."""
+        more = [Leaf(key, value, "certificate") for key, value in settings.items()]
+        return resolve([Leaf("rule.name", self.name, "certificate"), *self._leaves, *more], self.registry, spec=spec)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The rule's configuration in full, as plain values."""
+        return dataclasses.asdict(self.recipe.options["rule"])
+
+    def specimen_settings(self, specimen: Specimen) -> dict[str, Any]:
+        """The settings that make the specimen.
+
+        Raises:
+            UsageError: the rule has none of this kind.
+        """
+        settings = self.rule.specimen(specimen.kind, specimen.depth, specimen.width)
+        if settings is None:
+            raise UsageError(f"{self.name} has no specimen of kind {specimen.kind!r}")
+        return dict(settings)
+
+    def build(self, specimen: Specimen, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Rule:
+        """A freshly initialised small instance, on the CPU, in train mode.
+
+        Raises:
+            UsageError: the rule does not take such a network.
+        """
+        recipe = self.resolve({**self.specimen_settings(specimen), "seed": seed}, specimen.spec)
+        return recipe.build_rule(specimen.spec).to(dtype).train()
+
+    def kinds(self) -> list[str]:
+        """The kinds of networks that the rule takes."""
+        found = []
+        for kind in KINDS:
+            try:
+                self.build(Specimen(kind, depth=2, width=8, image=8))
+            except UsageError:
+                continue
+            found.append(kind)
+        return found
+
+    def kind(self) -> str:
+        """The first kind of network that the rule takes.
+
+        Raises:
+            BpfreeError: there is none.
+        """
+        kinds = self.kinds()
+        if kinds:
+            return kinds[0]
+        try:
+            self.build(Specimen(depth=2, width=8))
+        except UsageError as error:
+            raise BpfreeError(
+                f"no small instance of {self.name!r} can be built, so nothing can be measured: {error.what}",
+                where=f"{self.rule.__module__}.{self.rule.__qualname__}.specimen",
+                fix="return settings of a network that the rule takes from Rule.specimen",
+            ) from error
+        raise AssertionError("unreachable")
+
+
+def examples(spec: TaskSpec, count: int, *, seed: int = 0) -> Split:
+    """Made-up examples: noise around a mean for each class, in single precision."""
+    with seeded(seed):
+        targets = torch.arange(count) % spec.outputs
+        centres = torch.randn(spec.outputs, *spec.input_shape)
+        inputs = centres[targets] + 0.5 * torch.randn(count, *spec.input_shape)
+    return Split(inputs, targets)
+
+
+def batches(spec: TaskSpec, size: int, count: int, *, dtype: torch.dtype, seed: int = 1) -> list[Batch]:
+    """So many different batches of made-up examples."""
+    split = examples(spec, size * count, seed=seed)
+    assert split.targets is not None
+    cut = zip(split.inputs.to(dtype).split(size), split.targets.split(size), strict=True)
+    return [Batch(inputs, targets) for inputs, targets in cut]
