@@ -33,6 +33,7 @@ Examples:
   bpfree evaluate runs/RUN --split test
   bpfree compare noprop-dt dfa --seeds 3              beside floor and ceiling
   bpfree study list                                   tables of papers, to run
+  bpfree plugins new my-rule                          begin a rule of your own
 """
 
 
@@ -48,6 +49,7 @@ class Commands(click.Group):
         "networks": "listing",
         "tasks": "listing",
         "plugins": "plugins",
+        "registry": "registry",
         "track": "track",
     }
 

@@ -1,34 +1,159 @@
-"""``bpfree plugins``."""
+"""``bpfree plugins``: those installed, and a new one."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from bpfree.errors import BpfreeError, unknown_name
 
-@click.group(short_help="Look at installed plugins.")
+if TYPE_CHECKING:
+    from bpfree.certify.certificate import Certificate
+    from bpfree.plugins import PluginRecord, Plugins
+
+REGISTERS = ("rules", "networks", "tasks", "augmentations", "protocols", "diagnostics", "studies")
+
+
+@click.group(short_help="Look at installed plugins, or begin one.")
 def plugins() -> None:
-    """Look at the installed plugins. The environment variable BPFREE_DISABLE_PLUGINS=NAME,NAME leaves some out."""
+    """Look at the installed plugins, or begin one. `bpfree --disable NAME ...` leaves one out, and so does the environment variable
+    BPFREE_DISABLE_PLUGINS=NAME,NAME.
+    """
 
 
 @plugins.command("list", short_help="All plugins, also broken ones, with their state.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def list_plugins(as_json: bool) -> None:
-    """All installed plugins: version, state, what they register, and why one is not usable."""
+    """All installed plugins: version, interface version, state, rules, how many of these are certified, and why one is not usable."""
     from bpfree.cli.output import print_table
     from bpfree.plugins import installed_plugins
 
-    records = list(installed_plugins().records.values())
+    installed, known = installed_plugins(), known_certificates()
+    described = [plain(record, known, installed) for record in installed.records.values()]
     if as_json:
-        plain = [{key: value for key, value in dataclasses.asdict(record).items() if key != "trace"} for record in records]
-        click.echo(json.dumps(plain, indent=2))
+        click.echo(json.dumps(described, indent=2))
         return
     rows = [
-        [r.name, r.distribution, r.version, r.status, ", ".join(name for names in r.provides.values() for name in names)] for r in records
+        [
+            record["name"],
+            record["version"],
+            "-" if record["api"] is None else record["api"],
+            record["status"],
+            ", ".join(record["certificates"]),
+            count(record["certificates"]),
+        ]
+        for record in described
     ]
-    print_table(["plugin", "distribution", "version", "status", "provides"], rows)
-    for record in records:
-        if record.reason:
-            click.echo(f"\n{record.name} is {record.status}: {record.reason}")
+    print_table(["plugin", "version", "api", "status", "rules", "certified"], rows)
+    for record in described:
+        if record["reason"]:
+            click.echo(f"\n{record['name']} is {record['status']}: {record['reason']}")
+            if record["status"] != "disabled":
+                click.echo(f"leave it out: bpfree --disable {record['name']} ...")
+
+
+@plugins.command(short_help="All about one plugin.")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def info(name: str, as_json: bool) -> None:
+    """What is known of the plugin NAME: package, what it registers, hooks, interface version, certificates, its entry in the registry."""
+    from bpfree.plugins import installed_plugins
+
+    installed = installed_plugins()
+    if name not in installed.records:
+        raise unknown_name("plugin", name, installed.records, where="command line")
+    described = plain(installed.records[name], known_certificates(), installed)
+    described["registry_entry"] = entry_file(name)
+    if as_json:
+        click.echo(json.dumps(described, indent=2))
+        return
+    show(described)
+
+
+def show(described: dict[str, Any]) -> None:
+    from bpfree.cli.output import print_table
+    from bpfree.hooks import API_VERSION
+
+    api = "unknown" if described["api"] is None else f"{described['api']} (this bpfree: {API_VERSION})"
+    lines = {
+        "name": described["name"],
+        "distribution": f"{described['distribution']} {described['version']}",
+        "status": ": ".join(filter(None, [described["status"], described["reason"]])),
+        "interface": api,
+        "source": described["path"] or "not imported",
+        "entry": described["registry_entry"] or "not in the registry",
+        "hooks": ", ".join(described["hooks"]),
+        **{kind: ", ".join(described["provides"].get(kind, [])) for kind in REGISTERS},
+    }
+    for key, text in lines.items():
+        if text:
+            click.echo(f"{key.ljust(14)}{text}")
+    if described["certificates"]:
+        click.echo()
+        print_table(["rule", "certificate", "date"], [[rule, c["state"], c["date"]] for rule, c in described["certificates"].items()])
+
+
+def known_certificates() -> Mapping[str, Certificate]:
+    """Those of the registry that came with bpfree; none, with a word about it, where they cannot be read."""
+    from bpfree.registry import certificates, registry_folder
+
+    try:
+        return certificates(registry_folder())
+    except BpfreeError as error:
+        click.echo(f"certificates are not shown: {error}", err=True)
+        return {}
+
+
+def entry_file(name: str) -> str:
+    """The plugin's entry in the registry that came with bpfree; empty if there is none."""
+    from bpfree.registry import registry_folder
+
+    try:
+        path = registry_folder() / "plugins" / f"{name}.toml"
+    except BpfreeError:
+        return ""
+    return str(path) if path.exists() else ""
+
+
+def plain(record: PluginRecord, known: Mapping[str, Certificate], installed: Plugins) -> dict[str, Any]:
+    """A plugin as plain values, with the state of each rule's certificate."""
+    from bpfree.registry import state
+
+    values = {key: value for key, value in dataclasses.asdict(record).items() if key != "trace"}
+    rules = record.provides.get("rules", [])
+    values["certificates"] = {
+        rule: {"state": state(rule, known, installed), "date": known[rule].date if rule in known else ""} for rule in rules
+    }
+    return values
+
+
+def count(states: Mapping[str, Mapping[str, str]]) -> str:
+    """``4 of 5``, and how many are stale."""
+    if not states:
+        return "-"
+    good = sum(entry["state"].startswith("certified") for entry in states.values())
+    old = sum(entry["state"].startswith("stale") for entry in states.values())
+    return f"{good} of {len(states)}{f' ({old} stale)' if old else ''}"
+
+
+@plugins.command(short_help="Write a package with a rule of your own.")
+@click.argument("name")
+@click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where to write it.  [default: ./NAME]")
+@click.option("--class-name", help="Of the rule.  [default: made from NAME]")
+def new(name: str, folder: Path | None, class_name: str | None) -> None:
+    """Write a package with a working rule NAME: its source, a test that runs the conformance checks, a method card, and an entry for the
+    registry. It is written outside of bpfree, and is yours.
+    """
+    from bpfree.template import next_commands, write_plugin
+
+    target = Path(name) if folder is None else folder
+    for path in write_plugin(name, target, class_name=class_name):
+        click.echo(f"wrote {path}")
+    click.echo("\nNext:")
+    for command in next_commands(name, target):
+        click.echo(f"  {command}")

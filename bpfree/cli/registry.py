@@ -1,0 +1,225 @@
+"""``bpfree registry``: the index of known plugins, their certificates and reference results."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bpfree.errors import BpfreeError, UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from bpfree.certify.certificate import Certificate
+    from bpfree.plugins import PluginRecord, Plugins
+    from bpfree.registry import Entry
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group(short_help="Look at the index of known plugins, and add to it.")
+def registry() -> None:
+    """The index of known plugins: their rules, what was measured of them, and their reference results. It comes with bpfree."""
+
+
+def reading(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say which index is read."""
+    command = click.option("--index", type=FILE, help="Read this index file in place of the one that came with bpfree.")(command)
+    return click.option("--folder", type=FOLDER, help="Read the entries and certificates of this registry folder.")(command)
+
+
+def records(index: Path | None, folder: Path | None) -> list[dict[str, Any]]:
+    """The plugins of the chosen index.
+
+    Raises:
+        BpfreeError: it cannot be read.
+    """
+    from bpfree.registry import build_index, read_index, registry_folder
+
+    if index is not None and folder is not None:
+        raise UsageError("both an index and a folder are given", where="--index, --folder", fix="give one of them")
+    if folder is not None:
+        return build_index(existing(folder))["plugins"]  # type: ignore[no-any-return]
+    return read_index(index or registry_folder() / "index.json")
+
+
+def existing(folder: Path) -> Path:
+    """The folder, if it is a registry's.
+
+    Raises:
+        UsageError: it has no entries.
+    """
+    if not (folder / "plugins").is_dir():
+        raise UsageError(
+            "this is no registry: there is no folder plugins in it", where=str(folder), fix="bpfree registry add PLUGIN makes one"
+        )
+    return folder
+
+
+@registry.command("list", short_help="All known plugins.")
+@reading
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def list_known(index: Path | None, folder: Path | None, as_json: bool) -> None:
+    """All known plugins: their rules, and how many of these are certified, with the day of the oldest certificate."""
+    from bpfree.cli.output import print_table
+    from bpfree.registry.index import certified
+
+    found = records(index, folder)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    print_table(
+        ["plugin", "rules", "status", "certified"],
+        [[record["name"], ", ".join(record["rules"]), record["status"], certified(record)] for record in found],
+    )
+
+
+@registry.command(short_help="One plugin: its entry, certificates and results.")
+@click.argument("name")
+@reading
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def show(name: str, index: Path | None, folder: Path | None, as_json: bool) -> None:
+    """What the registry says of a plugin. NAME is the plugin's, or that of one of its rules."""
+    found = records(index, folder)
+    chosen = [record for record in found if record["name"] == name] or [record for record in found if name in record["rules"]]
+    if not chosen:
+        raise unknown_name("plugin", name, {record["name"] for record in found} | {rule for record in found for rule in record["rules"]})
+    if as_json:
+        click.echo(json.dumps(chosen[0], indent=2, ensure_ascii=False))
+        return
+    show_record(chosen[0])
+
+
+def show_record(record: dict[str, Any]) -> None:
+    from bpfree.cli.output import print_table
+    from bpfree.registry.index import value_of
+
+    first, last = record["api"]
+    versions = str(first) if first == last else f"{first} to {last}"
+    for key in ("name", "distribution", "summary", "licence", "repository", "status", "added"):
+        if record[key]:
+            click.echo(f"{key.ljust(13)}{record[key]}")
+    click.echo(f"{'interface'.ljust(13)}{versions}")
+    for number, paper in enumerate(record["papers"]):
+        click.echo(f"{('' if number else 'papers').ljust(13)}{paper}")
+    click.echo()
+    short = record["certificates"]
+    measured = [[rule, *([short[rule][key] for key in ("status", "date")] if rule in short else ["none", ""])] for rule in record["rules"]]
+    print_table(["rule", "certificate", "date"], measured)
+    if record["results"]:
+        click.echo()
+        rows = [[r["rule"], r.get("row", ""), r["task"], r["metric"], value_of(r), r["seeds"]] for r in record["results"]]
+        print_table(["rule", "row", "task", "metric", "mean", "seeds"], rows, right=[5])
+
+
+@registry.command(short_help="Write the entry of an installed plugin.")
+@click.argument("plugin")
+@click.option("--certificate", "files", type=FILE, multiple=True, help="Written by bpfree certify RULE --output FILE; may be repeated.")
+@click.option("--entry", "entry_file", type=FILE, help="Take summary, repository, status and results from this entry.")
+@click.option("--folder", type=FOLDER, default="registry", show_default=True, help="The registry's folder; made if it is not there.")
+def add(plugin: str, files: tuple[Path, ...], entry_file: Path | None, folder: Path) -> None:
+    """Write the entry of an installed PLUGIN into a registry's folder, copy the given certificates there, and renew index and tables.
+
+    What only people can say is kept from an entry that is there already.
+    """
+    from bpfree.plugins import installed_plugins
+    from bpfree.registry import entry_of, read_entry, renew, to_toml
+    from bpfree.registry.certificates import certificate_file
+
+    plugins = installed_plugins()
+    if plugin not in plugins.records:
+        raise unknown_name("plugin", plugin, plugins.records, where="command line")
+    record = plugins.records[plugin]
+    place = folder / "plugins" / f"{plugin}.toml"
+    there = read_entry(place) if place.exists() else None
+    known = said_by(entry_file, record) if entry_file else there
+    entry = entry_of(record, plugins, added=there.added if there else datetime.date.today().isoformat(), known=known)
+    accepted = [(path, accept(path, record, plugins)) for path in files]
+    for path in (place, folder / "certificates" / "any"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(to_toml(entry), encoding="utf-8")
+    for path, certificate in accepted:
+        target = certificate_file(folder, certificate.rule)
+        if path.resolve() != target.resolve():
+            shutil.copyfile(path, target)
+    renew(folder)
+    without = [rule for rule in entry.rules if not certificate_file(folder, rule).exists()]
+    click.echo(f"{place}: {len(entry.rules)} rules, {len(entry.rules) - len(without)} with a certificate")
+    for rule in without:
+        click.echo(f"no certificate of {rule} yet: bpfree certify {rule} --output {certificate_file(folder, rule)}")
+
+
+def said_by(path: Path, record: PluginRecord) -> Entry:
+    """The entry that an author wrote.
+
+    Raises:
+        BpfreeError: it cannot be read, or is another plugin's.
+    """
+    from bpfree.registry import read_entry
+
+    entry = read_entry(path)
+    if entry.name != record.name:
+        raise UsageError(
+            f"this is the entry of {entry.name!r}, not of {record.name!r}", where=str(path), fix=f"bpfree registry add {entry.name}"
+        )
+    return entry
+
+
+def accept(path: Path, record: PluginRecord, plugins: Plugins) -> Certificate:
+    """Read a certificate that may be in a registry as one of this plugin's.
+
+    Raises:
+        BpfreeError: it is another plugin's, failed, not full, stale, or cannot be read.
+    """
+    from bpfree.certify.certificate import read_certificate
+    from bpfree.registry.validation import acceptable
+
+    certificate = read_certificate(path)
+    if certificate.rule not in record.provides.get("rules", []):
+        raise UsageError(f"this is the certificate of {certificate.rule!r}, which {record.name!r} does not register", where=str(path))
+    for fault in acceptable(certificate, plugins, path):
+        raise fault
+    return certificate
+
+
+@registry.command(short_help="Check entries, certificates and index.")
+@click.option("--folder", type=FOLDER, help="The registry's folder; by default the one that came with bpfree.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def validate(folder: Path | None, as_json: bool) -> int:
+    """Check a registry's folder: entries against the schema and the installed plugins, certificates (readable, passed, full, not stale),
+    and whether index and tables are up to date. Exit code 1 if anything is wrong; a rule without a certificate is only mentioned.
+    """
+    from bpfree.plugins import installed_plugins
+    from bpfree.registry import missing, problems, registry_folder
+
+    folder = registry_folder() if folder is None else existing(folder)
+    found = problems(folder, installed_plugins())
+    try:
+        without = missing(folder)
+    except BpfreeError:  # an entry that cannot be read is among the problems
+        without = []
+    if as_json:
+        plain = [{"what": problem.what, "where": problem.where, "fix": problem.fix} for problem in found]
+        click.echo(json.dumps({"problems": plain, "without_certificate": without}, indent=2, ensure_ascii=False))
+        return int(bool(found))
+    for problem in found:
+        click.echo(f"error: {problem}\n")
+    if without:
+        click.echo(f"without a certificate: {', '.join(without)}")
+    click.echo(f"{folder}: {f'{len(found)} problems' if found else 'valid'}")
+    return int(bool(found))
+
+
+@registry.command("index", short_help="Write index and tables anew.")
+@click.option("--folder", type=FOLDER, default="registry", show_default=True, help="The registry's folder.")
+def write_index(folder: Path) -> None:
+    """Write index.json and the tables in README.md from the entries and certificates of a registry's folder."""
+    from bpfree.registry import renew
+
+    changed = renew(existing(folder))
+    click.echo("\n".join(f"wrote {path}" for path in changed) or "index and tables were up to date")

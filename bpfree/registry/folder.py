@@ -1,0 +1,26 @@
+"""Where the registry that comes with this installation is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bpfree
+from bpfree.errors import BpfreeError
+
+__all__ = ["registry_folder"]
+
+
+def registry_folder() -> Path:
+    """The folder of the registry that came with bpfree: inside an installed wheel, or beside the package in a checkout.
+
+    Raises:
+        BpfreeError: it is in neither place.
+    """
+    package = Path(bpfree.__file__).parent
+    places = (package / "_registry", package.parent / "registry")
+    for place in places:
+        if (place / "schema.json").is_file():
+            return place
+    raise BpfreeError(
+        "this installation of bpfree has no registry", where=" or ".join(map(str, places)), fix="install bpfree anew, or give --folder"
+    )

@@ -1,0 +1,133 @@
+"""What is wrong with a registry's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bpfree.errors import BpfreeError
+from bpfree.plugins import Plugins
+from bpfree.registry.certificates import certificate_file, stale
+from bpfree.registry.entries import Entry, read_entry
+from bpfree.registry.index import out_of_date
+
+if TYPE_CHECKING:
+    from bpfree.certify.certificate import Certificate
+
+__all__ = ["acceptable", "missing", "problems"]
+
+
+def problems(folder: Path, plugins: Plugins) -> list[BpfreeError]:
+    """All faults of a registry's folder; a rule without a certificate is none (see :func:`missing`).
+
+    Args:
+        folder: with ``plugins/``, ``certificates/``, ``index.json`` and ``README.md``.
+        plugins: those installed: entries and certificates of others are checked only by themselves.
+    """
+    from bpfree.certify.certificate import read_certificate
+
+    found: list[BpfreeError] = []
+    entries: list[Entry] = []
+    known: list[Certificate] = []
+    for path in sorted((folder / "plugins").glob("*.toml")):
+        try:
+            entries.append(read_entry(path))
+        except BpfreeError as error:
+            found.append(error)
+            continue
+        found += _of_entry(entries[-1], path, plugins)
+    found += _of_names(entries)
+    for path in sorted((folder / "certificates").glob("*.json")):
+        try:
+            known.append(read_certificate(path))
+        except BpfreeError as error:
+            found.append(error)
+            continue
+        found += _of_certificate(known[-1], path, entries, plugins)
+    return found or list(_of_made_files(folder))
+
+
+def missing(folder: Path) -> list[str]:
+    """The rules of all entries that have no certificate.
+
+    Raises:
+        BpfreeError: an entry cannot be read.
+    """
+    entries = [read_entry(path) for path in sorted((folder / "plugins").glob("*.toml"))]
+    return [rule for entry in entries for rule in entry.rules if not certificate_file(folder, rule).exists()]
+
+
+def acceptable(certificate: Certificate, plugins: Plugins, where: Path) -> Iterator[BpfreeError]:
+    """Why a certificate cannot be in a registry: failed, not a full one, or stale."""
+    renewal = f"{certificate.command} --output {where}"
+    if not certificate.passed:
+        failed = ", ".join(finding.id for finding in certificate.findings if finding.status == "failed")
+        yield BpfreeError(f"{certificate.rule} failed its examination: {failed}", where=str(where), fix=f"mend the rule, then {renewal}")
+    elif certificate.kind != "full":
+        yield BpfreeError(f"the certificate of {certificate.rule} is {certificate.kind}, not full", where=str(where), fix=renewal)
+    if certificate.rule in plugins.names("rules") and (changed := stale(certificate, plugins)):
+        yield BpfreeError(
+            f"the certificate of {certificate.rule} is stale: the sources of {', '.join(changed)} have changed since",
+            where=str(where),
+            fix=f"{renewal} (make certify renews all)",
+        )
+
+
+def _of_entry(entry: Entry, path: Path, plugins: Plugins) -> Iterator[BpfreeError]:
+    if path.stem != entry.name:
+        yield BpfreeError(f"the entry of {entry.name!r} is in {path.name}", where=str(path), fix=f"rename the file to {entry.name}.toml")
+    if entry.api[0] > entry.api[1]:
+        yield BpfreeError(f"no interface version is in {entry.api}", where=str(path), fix="api = [FIRST, LAST]")
+    for result in entry.results:
+        if result["rule"] not in entry.rules:
+            yield BpfreeError(f"a result is of {result['rule']!r}, which is none of the plugin's rules", where=str(path))
+        if (result["seeds"] > 1) != ("deviation" in result):
+            yield BpfreeError(
+                f"the result of {result['rule']} on {result['task']}: a deviation belongs to several seeds, and to these alone",
+                where=str(path),
+            )
+    record = plugins.records.get(entry.name)
+    if record is None or record.status != "ok":
+        return
+    if sorted(entry.rules) != record.provides["rules"]:
+        yield BpfreeError(
+            f"the entry lists {', '.join(sorted(entry.rules))}; the plugin registers {', '.join(record.provides['rules'])}",
+            where=str(path),
+            fix=f"bpfree registry add {entry.name} --folder {path.parents[1]}",
+        )
+    if record.api is not None and not entry.api[0] <= record.api <= entry.api[1]:
+        yield BpfreeError(f"the plugin is written for interface version {record.api}, which is not in {entry.api}", where=str(path))
+
+
+def _of_names(entries: Sequence[Entry]) -> Iterator[BpfreeError]:
+    owners: dict[str, str] = {}
+    for entry in entries:
+        for rule in entry.rules:
+            if rule in owners:
+                yield BpfreeError(f"both {owners[rule]} and {entry.name} list the rule {rule!r}", fix="rename one of them")
+            owners[rule] = entry.name
+
+
+def _of_certificate(certificate: Certificate, path: Path, entries: Sequence[Entry], plugins: Plugins) -> Iterator[BpfreeError]:
+    owners = [entry.name for entry in entries if certificate.rule in entry.rules]
+    if path.stem != certificate.rule:
+        yield BpfreeError(
+            f"the certificate of {certificate.rule!r} is in {path.name}", where=str(path), fix=f"rename it to {certificate.rule}.json"
+        )
+    if certificate.plugin not in owners:
+        listed = f"the registry has that rule under {owners[0]}" if owners else "no entry lists the rule"
+        yield BpfreeError(f"the certificate is of {certificate.rule!r} of plugin {certificate.plugin!r}; {listed}", where=str(path))
+    yield from acceptable(certificate, plugins, path)
+
+
+def _of_made_files(folder: Path) -> Iterator[BpfreeError]:
+    try:
+        changed = out_of_date(folder)
+    except BpfreeError as error:
+        yield error
+        return
+    for path in changed:
+        yield BpfreeError(
+            f"{path.name} is not what entries and certificates make", where=str(path), fix=f"bpfree registry index --folder {folder}"
+        )
