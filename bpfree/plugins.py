@@ -36,6 +36,8 @@ class PluginRecord:
         reason: why it is not ok.
         provides: registered names by kind.
         hooks: the hooks that it implements.
+        api: the interface version that it states; ``None``: none, or it was not imported.
+        path: of its module's source; empty if it was not imported.
     """
 
     name: str
@@ -46,6 +48,8 @@ class PluginRecord:
     provides: dict[str, list[str]] = field(default_factory=dict)
     hooks: list[str] = field(default_factory=list)
     trace: str = ""
+    api: int | None = None
+    path: str = ""
 
 
 class Plugins:
@@ -70,7 +74,7 @@ class Plugins:
     def _load_builtin(self) -> None:
         from bpfree import builtin, version
 
-        record = PluginRecord("core", "bpfree", version.__version__)
+        record = PluginRecord("core", "bpfree", version.__version__, api=builtin.bpfree_api, path=builtin.__file__)
         self.records["core"] = record
         self._register(builtin, record)
 
@@ -92,6 +96,7 @@ class Plugins:
             self._fail(record, "broken", f"fails to import: {type(error).__name__}: {error}")
             return
         api = getattr(module, "bpfree_api", None)
+        record.api, record.path = api if isinstance(api, int) else None, getattr(module, "__file__", None) or ""
         if api != hooks.API_VERSION:
             said = "states no bpfree_api" if api is None else f"is written for interface version {api}"
             self._fail(record, "incompatible", f"{said}; this is version {hooks.API_VERSION}: install a matching {record.distribution}")

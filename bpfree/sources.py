@@ -14,7 +14,7 @@ from pathlib import Path
 from bpfree.config import Recipe
 from bpfree.plugins import Plugins
 
-__all__ = ["rule_hashes", "source_hashes"]
+__all__ = ["certificate_hashes", "rule_hashes", "source_hashes"]
 
 SUFFIXES = {".py", ".pyx", ".c", ".cpp", ".cu", ".cuh", ".h", ".so"}
 SHOWING = (
@@ -49,6 +49,14 @@ def source_hashes(recipe: Recipe) -> dict[str, str]:
 def rule_hashes(registry: Plugins, rule: str, networks: Iterable[str] = ()) -> dict[str, str]:
     """The same for what is measured of a rule on the named networks; of the core, what an examination executes."""
     return _hashes(registry, rule, [("rules", rule), *(("networks", name) for name in networks)], NOT_EXAMINED)
+
+
+def certificate_hashes(registry: Plugins, rule: str) -> dict[str, str]:
+    """The same for what a certificate is measured on: the rule, and the networks of its specimens."""
+    shapes = (("dense", 2, 16), ("convolutional", 2, 8))
+    settings = [registry.get("rules", rule).specimen(*shape) or {} for shape in shapes]
+    named = {words["network.name"] for words in settings if "network.name" in words}
+    return rule_hashes(registry, rule, sorted(named & set(registry.names("networks"))))
 
 
 def _hashes(registry: Plugins, rule: str, named: Iterable[tuple[str, str]], skipped: tuple[str, ...]) -> dict[str, str]:
