@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: help install quickstart test test-slow test-oldest lint types bench gpu clean
+.PHONY: help install quickstart test test-slow test-oldest lint types bench gpu certify downstream clean
 
 help:
 	@echo "make quickstart    install, then compare NoProp and local forward gradients with floor and ceiling on digits (no download)"
 	@echo "make test          install, then lint, types and tests"
 	@echo "make test-slow     the longer checks"
 	@echo "make test-oldest   the tests on the oldest supported versions of the dependencies"
+	@echo "make certify       renew the registry's missing or stale certificates (ALL=1: all), its index and tables"
+	@echo "make downstream    install each plugin against this core in a clean environment, and certify it there (PLUGINS=\"noprop hebbian\")"
 	@echo "make bench         speed and memory, as ratios (benchmarks/)"
 	@echo "make gpu           tests, benchmarks and studies on CUDA, in resumable parts (PART=tests|bench|studies)"
 
@@ -50,6 +52,12 @@ types: install
 
 bench: install
 	$(BIN)/python benchmarks/run_all.py
+
+certify: install
+	$(BIN)/python .ci/certify.py $(if $(ALL),--all)
+
+downstream: install
+	$(BIN)/python .ci/downstream.py $(PLUGINS)
 
 gpu:
 	bash benchmarks/gpu.sh $(or $(PART),all)
