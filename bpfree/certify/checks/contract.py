@@ -1,0 +1,307 @@
+"""What a rule promises by being one: its configuration, the networks it takes, batches of any shape, bf16, and that NaN is reported."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bpfree import yaml_values
+from bpfree.certify import practice
+from bpfree.certify.checks.networks import CATALOGUE, Offer
+from bpfree.certify.checks.places import place_of, place_of_error
+from bpfree.certify.findings import Check, CheckFailed
+from bpfree.certify.loop import Loop, predict
+from bpfree.certify.measurements import Measurements
+from bpfree.certify.subject import Specimen, Subject, batches, examples
+from bpfree.config import resolve
+from bpfree.errors import BpfreeError, UsageError
+from bpfree.options import OptimizerConfig
+from bpfree.rule import Card, Rule
+from bpfree.step import Batch
+from bpfree.tasks.task import Split, Task, TaskSpec
+from bpfree.training.environment import autocast
+from bpfree.training.seeds import seeded
+
+__all__ = ["CHECKS"]
+
+SGD = OptimizerConfig("sgd", lr=0.1, weight_decay=0.0, momentum=0.0)
+TOLERANCE = 1e-3
+"""Of an update, relative to its largest entry: float32, summed in another order."""
+
+
+def _crash(error: Exception, rule: type[Rule], when: str, fix: str) -> CheckFailed:
+    said = (str(error).splitlines() or [""])[0]
+    return CheckFailed(f"{when} it fails with {type(error).__name__}: {said}", where=place_of_error(error, rule), fix=fix)
+
+
+# --- configuration --------------------------------------------------------------------------------------------------------
+
+
+def config_roundtrip(m: Measurements) -> str | None:
+    """Configuration to YAML and back, into the rule, unknown keys, help texts, and the card."""
+    subject = m.subject
+    _through_yaml(subject)
+    _into_the_rule(m)
+    _refuses_unknown_keys(subject)
+    _has_texts(subject.rule)
+    return None
+
+
+def _where(subject: Subject) -> str:
+    return f"{subject.rule.Config.__module__}.{subject.rule.Config.__qualname__}"
+
+
+def _through_yaml(subject: Subject) -> None:
+    try:
+        saved = subject.recipe.to_dict()
+        again = resolve(yaml_values.read(subject.recipe.to_yaml()), subject.registry).to_dict()
+    except Exception as error:
+        raise _crash(
+            error, subject.rule, "written as YAML and read again", "plain values in Config: numbers, text, lists, mappings"
+        ) from error
+    key = _first_difference(saved, again)
+    if key:
+        raise CheckFailed(
+            f"the configuration is another one when written as YAML and read again: {key}",
+            where=_where(subject),
+            fix="let Config hold what it was given, and derive other values in the rule",
+        )
+
+
+def _first_difference(one: Any, other: Any, key: str = "") -> str:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        found = (_first_difference(one.get(k), other.get(k), f"{key}.{k}" if key else str(k)) for k in {**one, **other})
+        return next((difference for difference in found if difference), "")
+    return "" if one == other else f"{key}={one!r} became {other!r}"
+
+
+def _into_the_rule(m: Measurements) -> None:
+    """The built rule has the configuration that it was given, which checkpoints record."""
+    subject, specimen = m.subject, Specimen(m.kind, depth=2, width=16)
+    recipe = subject.resolve(subject.specimen_settings(specimen), specimen.spec)
+    given = dataclasses.asdict(recipe.options["rule"])
+    rule = recipe.build_rule(specimen.spec)
+    key = _first_difference(given, dataclasses.asdict(rule.config))
+    if key:
+        raise CheckFailed(
+            f"the rule does not keep the configuration it was given: rule.{key}",
+            where=place_of(subject.rule.__init__),
+            fix="leave self.config as it is: it is what checkpoints and tables record",
+        )
+
+
+def _refuses_unknown_keys(subject: Subject) -> None:
+    try:
+        subject.resolve({"rule.no_such_option": 1})
+    except UsageError:
+        return
+    raise CheckFailed(
+        "an unknown option, rule.no_such_option, is taken without a word",
+        where=_where(subject),
+        fix="make Config a dataclass with a field for each option",
+    )
+
+
+def _has_texts(rule: type[Rule]) -> None:
+    silent = list(_without_help(rule.Config))
+    if silent:
+        raise CheckFailed(
+            f"options without a help text: {', '.join(silent)}",
+            where=f"{rule.Config.__module__}.{rule.Config.__qualname__}",
+            fix='give each field one: name: float = option(0.1, "what it is, and in which unit")',
+        )
+    missing = [name for name in ("summary", "equation") if not getattr(rule.card, name).strip()]
+    if missing or rule.card.summary == Rule.card.summary:
+        raise CheckFailed(
+            f"the method card has no {' and no '.join(missing) or 'summary'}",
+            where=f"{rule.__module__}.{rule.__qualname__}.card",
+            fix=f"card = {Card.__name__}(summary, paper=..., equation=..., notes=...)",
+        )
+
+
+def _without_help(config: type, prefix: str = "") -> Iterator[str]:
+    made = config()
+    for item in dataclasses.fields(config):
+        value = getattr(made, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _without_help(type(value), f"{prefix}{item.name}.")
+        elif not str(item.metadata.get("help", "")).strip():
+            yield prefix + item.name
+
+
+# --- networks -------------------------------------------------------------------------------------------------------------
+
+
+def networks_refused(m: Measurements) -> str | None:
+    """A catalogue of networks and targets: each works for two steps of each phase, or is refused with a reason."""
+    outcomes = {offer.name: _try(m.subject, offer) for offer in CATALOGUE}
+    works = [name for name, reason in outcomes.items() if not reason]
+    refused = [f"{name} ({reason})" for name, reason in outcomes.items() if reason]
+    return "; ".join(
+        part for part in (f"works on {', '.join(works)}" * bool(works), f"refuses {', '.join(refused)}" * bool(refused)) if part
+    )
+
+
+def _try(subject: Subject, offer: Offer) -> str:
+    """The empty string if it works, the reason if the rule refuses.
+
+    Raises:
+        CheckFailed: neither.
+    """
+    fix = "support it, or refuse it in __init__: raise UsageError(what, fix=...); traits.chain, readout and targets do it for you"
+    loop = None
+    try:
+        with seeded(0):
+            rule = subject.rule(offer.build(offer.spec), offer.spec, copy.deepcopy(subject.recipe.options["rule"]))
+        before = [p.detach().clone() for p in rule.parameters()]
+        loop = Loop(rule)
+        for batch in loop.turns(offer.batches(2), each=2):
+            loop.learn(batch)
+    except BpfreeError as error:
+        if loop is None or loop.step.index == 0:
+            return error.what
+        raise _crash(error, subject.rule, f"on {offer.name}, after {loop.step.index} steps,", fix) from error
+    except Exception as error:
+        raise _crash(error, subject.rule, f"on {offer.name}", fix) from error
+    _judge(rule, before, offer, fix)
+    return ""
+
+
+def _judge(rule: Rule, before: list[Tensor], offer: Offer, fix: str) -> None:
+    after = list(rule.parameters())
+    names = [name for name, p in rule.named_parameters() if not bool(torch.isfinite(p).all())]
+    if names:
+        raise CheckFailed(f"on {offer.name} weights are not finite after two steps: {names[0]}", where=place_of(type(rule).learn), fix=fix)
+    if len(after) == len(before) and all(torch.equal(a, b) for a, b in zip(after, before, strict=True)):
+        raise CheckFailed(f"on {offer.name} nothing is learned, and nothing is said", where=place_of(type(rule).learn), fix=fix)
+
+
+# --- batches --------------------------------------------------------------------------------------------------------------
+
+
+def batch_shapes(m: Measurements) -> str | None:
+    """Partial batches, a single example, and inputs that lie in memory in other ways."""
+    remark = _sizes(m)
+    _layouts(m, Specimen(m.kind, depth=2, width=16).spec, "non-contiguous", _non_contiguous)
+    kinds = m.subject.kinds()
+    if "convolutional" in kinds:
+        colours = dataclasses.replace(Specimen().spec, input_shape=(3, 8, 8))
+        _layouts(m, colours, "channels-last", lambda x: x.contiguous(memory_format=torch.channels_last), kind="convolutional")
+    return remark
+
+
+def _sizes(m: Measurements) -> str | None:
+    spec, remark = Specimen(m.kind).spec, None
+    for count, name in ((5, "a partial batch of 5"), (1, "a batch of one example")):
+        rule = m.build()
+        whole = batches(spec, 16, 2, dtype=torch.float32)
+        part = Batch(whole[1].inputs[:count], None if whole[1].targets is None else whole[1].targets[:count])
+        try:
+            _learn(Loop(rule), [whole[0], part])
+        except Exception as error:
+            if count == 1 and _has_batch_norm(rule) and "more than 1 value per channel" in str(error):
+                remark = "a batch of one example does not apply: the specimen has batch norm, which torch refuses then"
+                continue
+            raise _crash(error, type(rule), f"on {name}", "take any number of examples: no squeeze(), no division by N - 1") from error
+        bad = [name for name, p in rule.named_parameters() if not bool(torch.isfinite(p).all())]
+        if bad:
+            raise CheckFailed(
+                f"on {name} weights become NaN or infinite: {bad[0]}",
+                where=place_of(type(rule).learn),
+                fix="take any number of examples: no deviation over the batch of one, no division by N - 1",
+            )
+    return remark
+
+
+def _has_batch_norm(rule: Rule) -> bool:
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in rule.modules())
+
+
+def _learn(loop: Loop, given: list[Batch]) -> None:
+    for batch in loop.turns(given, each=len(given)):
+        loop.learn(batch)
+
+
+def _non_contiguous(x: Tensor) -> Tensor:
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _layouts(m: Measurements, spec: TaskSpec, name: str, lay: Callable[[Tensor], Tensor], kind: str | None = None) -> None:
+    """The update from inputs in another layout is the same."""
+    given = batches(spec, 16, 1, dtype=torch.float32)
+    laid = [Batch(lay(batch.inputs), batch.targets) for batch in given]
+    updates = []
+    for some in (given, laid):
+        rule = practice.build(m.subject, spec, specimen=Specimen(kind or m.kind, depth=2, width=8)).train()
+        before = {key: p.detach().clone() for key, p in rule.named_parameters()}
+        try:
+            _learn(Loop(rule, optimizer=SGD), some)
+        except Exception as error:
+            raise _crash(error, type(rule), f"on {name} inputs", "use reshape or flatten where you use view") from error
+        updates.append({key: p.detach() - before[key] for key, p in rule.named_parameters() if key in before})
+    for key, update in updates[0].items():
+        if not torch.allclose(update, updates[1][key], rtol=0, atol=TOLERANCE * float(update.abs().max()) + 1e-7, equal_nan=True):
+            raise CheckFailed(
+                f"{name} inputs give another update of {key}, by up to {float((update - updates[1][key]).abs().max()):.2g}",
+                where=place_of(m.subject.rule.learn),
+                fix="read tensors by index and not by memory order: no as_strided, no view of what may be transposed",
+            )
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------------
+
+
+def bf16(m: Measurements) -> str | None:
+    """Two steps of each phase and a prediction under autocast."""
+    rule = m.build()
+    given = batches(Specimen(m.kind).spec, 16, 2, dtype=torch.float32)
+    fix = "cast where kinds meet: x.to(weight.dtype), or torch.autocast(..., enabled=False) around what needs float32"
+    try:
+        with autocast(torch.device("cpu"), "bf16"):
+            _learn(Loop(rule), given)
+            scores = predict(rule, given[0].inputs)
+    except Exception as error:
+        raise _crash(error, type(rule), "under bf16 autocast", fix) from error
+    parameters = dict(rule.named_parameters())
+    wrong = [f"{name} is {p.dtype}" for name, p in parameters.items() if p.is_floating_point() and p.dtype != torch.float32]
+    wrong += [
+        f"{name} is not finite" for name, value in {**parameters, "the prediction": scores}.items() if not bool(value.isfinite().all())
+    ]
+    if wrong:
+        raise CheckFailed(f"under bf16 autocast {wrong[0]} after two steps", where=place_of(type(rule).learn), fix=fix)
+    return None
+
+
+def nan_reported(m: Measurements) -> str | None:
+    """A run on inputs of which half hold a NaN."""
+    spec = Specimen(m.kind).spec
+    clean, spoilt = examples(spec, 32, seed=3), examples(spec, 64)
+    spoilt.inputs[::2].view(32, -1)[:, 0] = torch.nan
+    task = Task(spec, Split(spoilt.inputs, spoilt.targets), clean, clean)
+    rule = practice.build(m.subject, spec, specimen=Specimen(m.kind, depth=2, width=16))
+    fix = "let NaN pass into the loss or the weights: no nan_to_num, no clamp of what may be NaN, no skipped update"
+    try:
+        run = practice.train(m.subject, task, rule=rule, epochs=2)
+    except BpfreeError as error:
+        return f"refused: {error.what}"
+    except Exception as error:
+        raise _crash(error, type(rule), "on inputs that hold NaN", "let NaN pass, or raise BpfreeError") from error
+    if run.status != "diverged":
+        raise CheckFailed(
+            f"a run on inputs that hold NaN ends as {run.status!r} and not as 'diverged'", where=place_of(type(rule).learn), fix=fix
+        )
+    return run.reason
+
+
+CHECKS = [
+    Check("config-roundtrip", "its configuration is kept, checked and explained", config_roundtrip),
+    Check("networks-refused", "networks and targets are learned from, or refused with a reason", networks_refused),
+    Check("batch-shapes", "batches of any size and layout work", batch_shapes),
+    Check("bf16", "two steps under bf16 autocast stay finite", bf16),
+    Check("nan-reported", "a run on inputs that hold NaN is called diverged", nan_reported),
+]

@@ -1,0 +1,63 @@
+"""Where in a rule's source something happens: from the stack, from a traceback, or from a method."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+from bpfree.rule import Rule
+
+__all__ = ["is_inside", "line_of", "place_now", "place_of", "place_of_error"]
+
+EXAMINERS = ("bpfree.certify", "bpfree.training")
+
+
+def line_of(module: str, line: int, name: str) -> str:
+    """``package/module.py:12 (Class.method)``: without the folder, which differs from machine to machine."""
+    return f"{module.replace('.', '/')}.py:{line} ({name})"
+
+
+def place_of(method: Callable[..., Any]) -> str:
+    """Where a method is defined."""
+    found = inspect.unwrap(getattr(method, "__func__", method))
+    code = getattr(found, "__code__", None)
+    return line_of(found.__module__, code.co_firstlineno, found.__qualname__) if code else str(found)
+
+
+def place_now(rule: type[Rule]) -> str:
+    """The innermost line of the rule's own source on the stack; else of what it calls outside torch."""
+    return _choose(traceback.walk_stack(sys._getframe(1)), rule)
+
+
+def place_of_error(error: BaseException, rule: type[Rule]) -> str:
+    """The same for the place where an exception came from."""
+    return _choose(reversed(list(traceback.walk_tb(error.__traceback__))), rule)
+
+
+def _choose(frames: Iterable[tuple[FrameType, int]], rule: type[Rule]) -> str:
+    """Args: frames, the innermost first."""
+    lines = [(str(frame.f_globals.get("__name__", "?")), line, frame.f_code.co_qualname) for frame, line in frames]
+    own = _own_sources(rule)
+    inside = (found for found in lines if any(_is_in(found[0], part) for part in own))
+    outside = (found for found in lines if _is_in(found[0], "bpfree") and not any(_is_in(found[0], part) for part in EXAMINERS))
+    found = next(inside, None) or next(outside, None)
+    return line_of(*found) if found else place_of(rule.learn)
+
+
+def _own_sources(rule: type[Rule]) -> list[str]:
+    """The rule's module and that of the classes it inherits from, with their packages; of the core, the modules alone."""
+    modules = [base.__module__ for base in rule.__mro__ if issubclass(base, Rule) and base is not Rule]
+    return [module if _is_in(module, "bpfree") else module.partition(".")[0] for module in modules if module != Rule.__module__]
+
+
+def _is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def is_inside(package: str) -> bool:
+    """Whether the stack leads through a package."""
+    return any(_is_in(str(frame.f_globals.get("__name__")), package) for frame, _ in traceback.walk_stack(None))

@@ -1,0 +1,121 @@
+"""Training step by step on given batches: a rule's phases as the trainer goes through them, with room between the steps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bpfree.network.network import evaluating
+from bpfree.options import OptimizerConfig
+from bpfree.rule import Metrics, Rule
+from bpfree.step import Batch, Budget, Phase, Step
+from bpfree.tasks.task import Split
+from bpfree.training.phases import learning
+from bpfree.training.seeds import KeyedGenerators, derive
+from bpfree.training.updater import Updater
+
+__all__ = ["EPOCHS", "Loop", "predict", "trained"]
+
+EPOCHS = 8
+MOST_PHASES = 6
+"""A rule may have endless phases; the first ones stand for all."""
+
+
+class Loop:
+    """A rule on its way through its phases.
+
+    Torch's global generator belongs to the loop while the rule has its turn, and is the caller's again between the turns, so that
+    loops can be interleaved.
+
+    Args:
+        rule: freshly built.
+        seed: of its noise.
+        optimizer: in place of the rule's and its phases' own.
+
+    Attributes:
+        rule: as given.
+        updater: applies its updates.
+        step: what it is handed; advanced after each turn.
+    """
+
+    def __init__(self, rule: Rule, *, seed: int = 0, optimizer: OptimizerConfig | None = None) -> None:
+        self.rule = rule
+        self._keep_optimizers = optimizer is None
+        self.updater = Updater(rule, optimizer)
+        device = next(rule.parameters()).device
+        generator = torch.Generator(device).manual_seed(derive(seed, "noise"))
+        keyed = KeyedGenerators(seed, device, lambda: (self.step.index, self.step.part))
+        self.step = Step(generator, keyed, self.updater.apply, self.updater.lr, Phase())
+        self._global = torch.Generator().manual_seed(derive(seed, "global")).get_state()
+
+    def phases(self) -> list[Phase]:
+        """The first phases of a run."""
+        found = itertools.islice(self.rule.phases(Budget(epochs=EPOCHS)), MOST_PHASES)
+        return [phase if self._keep_optimizers else replace(phase, optimizer=None) for phase in found]
+
+    def turns(self, batches: Sequence[Batch], *, each: int) -> Iterator[Batch]:
+        """The batch of each step to come, for :meth:`learn`: so many steps per phase, going round the given batches.
+
+        A phase on features gets the rule's features of the batch.
+        """
+        with self._world():
+            self.rule.prepare(_split(batches), self.step.generator)
+        phases = self.phases()
+        for index, phase in enumerate(phases):
+            self._enter(phase)
+            with learning(self.rule, phase):
+                for turn, batch in enumerate(itertools.islice(itertools.cycle(batches), each)):
+                    self.step.progress = (index + turn / each) / len(phases)
+                    self.updater.at(turn / each if phase.schedule else self.step.progress)
+                    yield self._of_features(batch) if phase.on_features else batch
+                    self.step.index += 1
+                self.step.epoch += 1
+                with self._world():
+                    self.rule.end_phase(phase, self.step)
+
+    def learn(self, batch: Batch) -> Metrics:
+        """Take the step."""
+        with self._world():
+            return self.rule.learn(batch, self.step)
+
+    def _enter(self, phase: Phase) -> None:
+        with self._world():
+            self.rule.start_phase(phase)
+        self.updater.start_phase(phase)
+        self.step.phase = phase
+
+    def _of_features(self, batch: Batch) -> Batch:
+        with evaluating(self.rule), torch.no_grad():
+            return Batch(self.rule.features(batch.inputs), batch.targets)
+
+    @contextmanager
+    def _world(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._global)
+            yield
+            self._global = torch.get_rng_state()
+
+
+def _split(batches: Sequence[Batch]) -> Split:
+    targets = [batch.targets for batch in batches if batch.targets is not None]
+    return Split(torch.cat([batch.inputs for batch in batches]), torch.cat(targets) if targets else None)
+
+
+def trained(rule: Rule, batches: Sequence[Batch], *, each: int, seed: int = 0) -> Rule:
+    """The rule after so many steps of each of its phases."""
+    loop = Loop(rule, seed=seed)
+    for batch in loop.turns(batches, each=each):
+        loop.learn(batch)
+    return rule
+
+
+@torch.no_grad()
+def predict(rule: Rule, inputs: Tensor, *, seed: int = 0) -> Tensor:
+    """The rule's predictions in eval mode, with noise from the seed."""
+    with evaluating(rule):
+        return rule.predict(inputs, torch.Generator(inputs.device).manual_seed(seed))
