@@ -1,0 +1,88 @@
+"""The registry of this repository: entries, index and tables, certificates, reference results."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bpfree.cli.main import cli
+from bpfree.plugins import installed_plugins
+from bpfree.registry import certificates, missing, problems, read_entries, registry_folder
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "registry"
+ENTRIES = read_entries(FOLDER)
+RESULTS = [
+    pytest.param(result, id=f"{result['rule']}-{result['source'].rpartition('/')[2]}") for entry in ENTRIES for result in entry.results
+]
+
+
+def test_it_is_the_one_that_comes_with_the_package() -> None:
+    assert registry_folder() == FOLDER
+
+
+def test_it_is_valid() -> None:
+    """Schema, installed plugins, sources, generated files; each fault names the command that mends it."""
+    found = problems(FOLDER, installed_plugins())
+    assert not found, "\n".join(map(str, found))
+
+
+def test_every_plugin_and_the_baselines_have_entries() -> None:
+    """Oracle: the folders in plugins/ and the rules that they register."""
+    named = {}
+    for path in ROOT.glob("plugins/*/pyproject.toml"):
+        project = tomllib.loads(path.read_text())["project"]
+        (name,) = project["entry-points"]["bpfree"]
+        named[name] = project["name"]
+    assert {entry.name: entry.distribution for entry in ENTRIES} == {"core": "bpfree", **named}
+    registered = {name: owner.name for name, _, owner in installed_plugins().items("rules") if owner.name in {"core", *named}}
+    assert {rule: entry.name for entry in ENTRIES for rule in entry.rules} == registered
+
+
+def test_every_rule_has_a_certificate() -> None:
+    if not certificates(FOLDER):
+        pytest.skip("no rule has a certificate yet: make certify")
+    assert missing(FOLDER) == [], "make certify"
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_reference_results_are_those_of_their_files(result: dict[str, Any]) -> None:
+    """Oracle: the recorded figures of each seed, from which mean and deviation are computed anew."""
+    name, _, pointer = result["source"].partition("#")
+    found: Any = json.loads((ROOT / name).read_text())
+    for key in pointer.split("/")[1:]:
+        key = key.replace("~1", "/").replace("~0", "~")
+        found = found[int(key)] if isinstance(found, list) else found[key]
+    figures = [percent(figure) for figure in found]
+    assert len(figures) == result["seeds"]
+    assert result["mean"] == pytest.approx(statistics.mean(figures), abs=0.0051)
+    if len(figures) > 1:
+        assert result["deviation"] == pytest.approx(statistics.stdev(figures), abs=0.0051)
+
+
+def percent(figure: Any) -> float:
+    """Test accuracy in per cent: files hold shares, percentages, or errors in per cent."""
+    if isinstance(figure, dict):
+        return float(figure["test_accuracy"]) if "test_accuracy" in figure else 100 - float(figure["test_error"])
+    return 100 * figure if figure <= 1 else float(figure)
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_commands_of_results_are_commands(result: dict[str, Any]) -> None:
+    """They pass the command line's parser, and name a rule or study that is there."""
+    program, command, *words = shlex.split(result["command"])
+    assert program == "bpfree"
+    with cli.make_context("bpfree", [command], resilient_parsing=True) as context:
+        found = cli.get_command(context, command)
+        assert found is not None
+        found.make_context(command, list(words), parent=context, resilient_parsing=True)
+    if command == "study":
+        assert words[1] in installed_plugins().names("studies")
+    else:
+        assert any(result["rule"] in word.split(",")[0].removeprefix("rule=") for word in words)
