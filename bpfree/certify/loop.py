@@ -19,7 +19,7 @@ from bpfree.training.phases import learning
 from bpfree.training.seeds import KeyedGenerators, derive
 from bpfree.training.updater import Updater
 
-__all__ = ["EPOCHS", "Loop", "predict", "trained"]
+__all__ = ["EPOCHS", "Loop", "numbered", "predict", "trained"]
 
 EPOCHS = 8
 MOST_PHASES = 6
@@ -104,6 +104,11 @@ class Loop:
 def _split(batches: Sequence[Batch]) -> Split:
     targets = [batch.targets for batch in batches if batch.targets is not None]
     return Split(torch.cat([batch.inputs for batch in batches]), torch.cat(targets) if targets else None)
+
+
+def numbered(loop: Loop, batches: Sequence[Batch], *, each: int) -> Iterator[tuple[int, Batch]]:
+    """The loop's turns, each with its number in its phase, from 0."""
+    return ((turn % each, batch) for turn, batch in enumerate(loop.turns(batches, each=each)))
 
 
 def trained(rule: Rule, batches: Sequence[Batch], *, each: int, seed: int = 0) -> Rule:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -15,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from bpfree.certify.checks.places import is_inside, place_now, place_of
 from bpfree.certify.findings import Check, CheckFailed
-from bpfree.certify.loop import Loop
+from bpfree.certify.loop import Loop, numbered
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Specimen, batches
 from bpfree.network.network import evaluating
@@ -27,7 +29,6 @@ __all__ = ["CHECKS"]
 STEPS, WINDOW = 200, 5
 WINDOWS = (50, 100)
 """First steps of the windows: what is left of both at the last step was piled up, and not made once."""
-PHASES_WATCHED = 3
 WARM = 2
 """Steps of a phase that may set things up."""
 
@@ -50,7 +51,7 @@ def _is_restored(rule: Rule, before: Mapping[str, bool], method: str) -> None:
     if moved:
         raise CheckFailed(
             f"{method} does not put back {', '.join(moved[:3])}{' and more' if len(moved) > 3 else ''}",
-            where=place_of(getattr(type(rule), method)),
+            where=place_of(type(rule), method),
             fix="restore it in a finally clause, or use bpfree.network's evaluating(module)",
         )
 
@@ -67,7 +68,7 @@ def state_restored(m: Measurements) -> str | None:
         if left:
             raise CheckFailed(
                 f"learn leaves a .grad on {', '.join(left[:3])}{' and more' if len(left) > 3 else ''}",
-                where=place_of(type(rule).learn),
+                where=place_of(type(rule), "learn"),
                 fix="name the parameter in groups(), so that step.apply() drops it, or give it no .grad",
             )
     with evaluating(rule), torch.no_grad():
@@ -94,7 +95,7 @@ def updates_something(m: Measurements) -> str | None:
     if not moved:
         raise CheckFailed(
             f"after {loop.step.index} steps no parameter has moved",
-            where=place_of(type(rule).learn),
+            where=place_of(type(rule), "learn"),
             fix="fill .grad of the parameters in groups() and call step.apply(), or update them in place and say so in traits.update",
         )
     still = [name for name in groups if name not in moved]
@@ -105,35 +106,68 @@ def updates_something(m: Measurements) -> str | None:
 
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
 TO_HOST = {Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.cpu: "cpu", Tensor.__array__: "numpy"}
+HARMLESS = {F.one_hot}
+"""Reads its values on a CPU only, where the number of classes is given."""
 CALLED = {"_local_scalar_dense": "a number read from a tensor (item, float, bool, if)"}
 
 
 class _Synchronisations(TorchDispatchMode):
     """Notes operations whose result a GPU would have to wait for."""
 
-    def __init__(self, rule: type[Rule], found: list[tuple[str, str]]) -> None:
+    def __init__(self, note: Callable[[str], None]) -> None:
         super().__init__()
-        self._rule, self._found = rule, found
+        self._note = note
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         name = func.overloadpacket.__name__
         picks = name in ("index", "index_put", "index_put_") and _is_mask(args[1])
-        if (name in SYNCHRONISING or picks) and not is_inside("torch.optim"):
-            self._found.append((CALLED.get(name, "indexing by a mask" if picks else name), place_now(self._rule)))
+        if name in SYNCHRONISING or picks:
+            self._note("indexing by a mask" if picks else CALLED.get(name, name))
         return func(*args, **(kwargs or {}))
 
 
 class _ToHost(TorchFunctionMode):
-    """Notes what no operation shows on a CPU, where tensors are on the host already."""
+    """Notes what no operation shows on a CPU, where tensors are on the host already.
 
-    def __init__(self, rule: type[Rule], found: list[tuple[str, str]]) -> None:
+    Attributes:
+        harmless: whether a function is being called that would not wait on a GPU.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
         super().__init__()
-        self._rule, self._found = rule, found
+        self._note = note
+        self.harmless = False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func in TO_HOST and not is_inside("torch.optim"):
-            self._found.append((TO_HOST[func], place_now(self._rule)))
-        return func(*args, **(kwargs or {}))
+        if func in TO_HOST:
+            self._note(TO_HOST[func])
+        self.harmless = func in HARMLESS and len(args) + len(kwargs or {}) > 1
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.harmless = False
+
+
+class _Watch:
+    """What makes the host wait, each with its line.
+
+    Attributes:
+        found: what and where, each pair once.
+    """
+
+    def __init__(self, rule: type[Rule]) -> None:
+        self.found: dict[tuple[str, str], None] = {}
+        self._rule = rule
+        self._functions = _ToHost(self._note)
+
+    def _note(self, what: str) -> None:
+        if not self._functions.harmless and not is_inside("torch.optim"):
+            self.found[what, place_now(self._rule)] = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with self._functions, _Synchronisations(self._note):
+            yield
 
 
 def _is_mask(indices: Sequence[Tensor | None]) -> bool:
@@ -143,20 +177,15 @@ def _is_mask(indices: Sequence[Tensor | None]) -> bool:
 def no_host_sync(m: Measurements) -> str | None:
     """Operations in ``learn``, from each phase's third step on, that would make the host wait for a GPU; the optimiser's do not count."""
     rule = m.build()
-    loop, found = Loop(rule), []  # type: tuple[Loop, list[tuple[str, str]]]
-    begun: dict[str, int] = {}
-    for batch in loop.turns(_batches(m, 4), each=WARM + 2):
-        begun[loop.step.phase.name] = begun.get(loop.step.phase.name, 0) + 1
-        if begun[loop.step.phase.name] <= WARM:
-            loop.learn(batch)
-            continue
-        with _ToHost(type(rule), found), _Synchronisations(type(rule), found):
+    loop, watch = Loop(rule), _Watch(type(rule))
+    for turn, batch in numbered(loop, _batches(m, 4), each=WARM + 2):
+        with watch.watching() if turn >= WARM else nullcontext():
             rule.learn(batch, loop.step)
-    if found:
-        places = list(dict.fromkeys(found))
+    if watch.found:
+        what = list(dict.fromkeys(what for what, _ in watch.found))
         raise CheckFailed(
-            f"a step makes the host wait for the device: {places[0][0]}{f', and {len(places) - 1} more' if len(places) > 1 else ''}",
-            where="; ".join(place for _, place in places[:4]),
+            f"a step makes the host wait for the device: {', '.join(what)}",
+            where="; ".join([place for _, place in watch.found][:4]),
             fix="keep it a tensor (torch.where, masks as factors), read it once per epoch, or compute it in __init__",
         )
     return None
@@ -195,23 +224,13 @@ def memory_constant(m: Measurements) -> str | None:
     """Storages made in two windows of steps that are still alive at step 200."""
     rule = m.build()
     loop = Loop(rule)
-    given = _batches(m, 4)
-    turn, phase, windows = 0, loop.step.phase, {}  # type: int, Any, dict[int, _Births]
-    phases = 0
-    for batch in loop.turns(given, each=STEPS):
-        if loop.step.phase is not phase:
-            turn, phase, windows, phases = 0, loop.step.phase, {first: _Births() for first in WINDOWS}, phases + 1
-            if phases > PHASES_WATCHED:
-                break
-        window = next((births for first, births in windows.items() if first <= turn < first + WINDOW), None)
-        if window is None:
-            loop.learn(batch)
-        else:
-            with window:
-                rule.learn(batch, loop.step)
-        turn += 1
-        if turn == STEPS:
-            _judge(rule, [births.alive() for births in windows.values()], phase.name)
+    windows: dict[int, _Births] = {}
+    for turn, batch in numbered(loop, _batches(m, 4), each=STEPS):
+        windows = windows if turn else {first: _Births() for first in WINDOWS}
+        with next((births for first, births in windows.items() if first <= turn < first + WINDOW), nullcontext()):
+            rule.learn(batch, loop.step)
+        if turn == STEPS - 1:
+            _judge(rule, [births.alive() for births in windows.values()], loop.step.phase.name)
     return None
 
 
@@ -223,7 +242,7 @@ def _judge(rule: Rule, alive: list[dict[int, int]], phase: str) -> None:
     raise CheckFailed(
         f"memory grows in phase {phase!r}: of steps {WINDOWS[-1]} to {WINDOWS[-1] + WINDOW - 1}, "
         f"{sum(alive[-1].values()) / WINDOW:.0f} bytes per step are still alive at step {STEPS}",
-        where=f"held by {', '.join(holders)}" if holders else place_of(type(rule).learn),
+        where=f"held by {', '.join(holders)}" if holders else place_of(type(rule), "learn"),
         fix="keep detached sums instead of lists, and no tensor with its graph beyond the step",
     )
 

@@ -90,7 +90,7 @@ def _into_the_rule(m: Measurements) -> None:
     if key:
         raise CheckFailed(
             f"the rule does not keep the configuration it was given: rule.{key}",
-            where=place_of(subject.rule.__init__),
+            where=place_of(subject.rule, "__init__"),
             fix="leave self.config as it is: it is what checkpoints and tables record",
         )
 
@@ -141,10 +141,9 @@ def networks_refused(m: Measurements) -> str | None:
     """A catalogue of networks and targets: each works for two steps of each phase, or is refused with a reason."""
     outcomes = {offer.name: _try(m.subject, offer) for offer in CATALOGUE}
     works = [name for name, reason in outcomes.items() if not reason]
-    refused = [f"{name} ({reason})" for name, reason in outcomes.items() if reason]
-    return "; ".join(
-        part for part in (f"works on {', '.join(works)}" * bool(works), f"refuses {', '.join(refused)}" * bool(refused)) if part
-    )
+    reasons = {reason: [name for name, other in outcomes.items() if other == reason] for reason in outcomes.values() if reason}
+    refused = [f"refuses {', '.join(names)} ({reason})" for reason, names in reasons.items()]
+    return "; ".join([f"works on {', '.join(works)}", *refused] if works else refused)
 
 
 def _try(subject: Subject, offer: Offer) -> str:
@@ -173,12 +172,12 @@ def _try(subject: Subject, offer: Offer) -> str:
 
 
 def _judge(rule: Rule, before: list[Tensor], offer: Offer, fix: str) -> None:
-    after = list(rule.parameters())
+    after, where = list(rule.parameters()), place_of(type(rule), "learn")
     names = [name for name, p in rule.named_parameters() if not bool(torch.isfinite(p).all())]
     if names:
-        raise CheckFailed(f"on {offer.name} weights are not finite after two steps: {names[0]}", where=place_of(type(rule).learn), fix=fix)
+        raise CheckFailed(f"on {offer.name} weights are not finite after two steps: {names[0]}", where=where, fix=fix)
     if len(after) == len(before) and all(torch.equal(a, b) for a, b in zip(after, before, strict=True)):
-        raise CheckFailed(f"on {offer.name} nothing is learned, and nothing is said", where=place_of(type(rule).learn), fix=fix)
+        raise CheckFailed(f"on {offer.name} nothing is learned, and nothing is said", where=where, fix=fix)
 
 
 # --- batches --------------------------------------------------------------------------------------------------------------
@@ -212,7 +211,7 @@ def _sizes(m: Measurements) -> str | None:
         if bad:
             raise CheckFailed(
                 f"on {name} weights become NaN or infinite: {bad[0]}",
-                where=place_of(type(rule).learn),
+                where=place_of(type(rule), "learn"),
                 fix="take any number of examples: no deviation over the batch of one, no division by N - 1",
             )
     return remark
@@ -233,7 +232,7 @@ def _non_contiguous(x: Tensor) -> Tensor:
 
 def _layouts(m: Measurements, spec: TaskSpec, name: str, lay: Callable[[Tensor], Tensor], kind: str | None = None) -> None:
     """The update from inputs in another layout is the same."""
-    given = batches(spec, 16, 1, dtype=torch.float32)
+    given = batches(spec, 16, 3, dtype=torch.float32)
     laid = [Batch(lay(batch.inputs), batch.targets) for batch in given]
     updates = []
     for some in (given, laid):
@@ -248,8 +247,8 @@ def _layouts(m: Measurements, spec: TaskSpec, name: str, lay: Callable[[Tensor],
         if not torch.allclose(update, updates[1][key], rtol=0, atol=TOLERANCE * float(update.abs().max()) + 1e-7, equal_nan=True):
             raise CheckFailed(
                 f"{name} inputs give another update of {key}, by up to {float((update - updates[1][key]).abs().max()):.2g}",
-                where=place_of(m.subject.rule.learn),
-                fix="read tensors by index and not by memory order: no as_strided, no view of what may be transposed",
+                where=place_of(m.subject.rule, "learn"),
+                fix="give .grad the parameter's memory layout, which fused optimisers take for granted, and write into no flatten() or reshape()",
             )
 
 
@@ -273,7 +272,7 @@ def bf16(m: Measurements) -> str | None:
         f"{name} is not finite" for name, value in {**parameters, "the prediction": scores}.items() if not bool(value.isfinite().all())
     ]
     if wrong:
-        raise CheckFailed(f"under bf16 autocast {wrong[0]} after two steps", where=place_of(type(rule).learn), fix=fix)
+        raise CheckFailed(f"under bf16 autocast {wrong[0]} after two steps", where=place_of(type(rule), "learn"), fix=fix)
     return None
 
 
@@ -293,7 +292,7 @@ def nan_reported(m: Measurements) -> str | None:
         raise _crash(error, type(rule), "on inputs that hold NaN", "let NaN pass, or raise BpfreeError") from error
     if run.status != "diverged":
         raise CheckFailed(
-            f"a run on inputs that hold NaN ends as {run.status!r} and not as 'diverged'", where=place_of(type(rule).learn), fix=fix
+            f"a run on inputs that hold NaN ends as {run.status!r} and not as 'diverged'", where=place_of(type(rule), "learn"), fix=fix
         )
     return run.reason
 

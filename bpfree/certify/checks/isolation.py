@@ -107,14 +107,14 @@ def labels_unseen(m: Measurements) -> str | None:
     if not _same(true, moved):
         raise CheckFailed(
             "predictions change when the labels of the evaluation splits are permuted",
-            where=place_of(type(rule).predict),
+            where=place_of(type(rule), "predict"),
             fix="compute predictions from the inputs alone: look for targets neither in callers' frames nor in what refers to the inputs",
         )
     del rule, task
     if not _same(true, _in_other_world(subject)):
         raise CheckFailed(
             "predictions differ if the labels of the evaluation splits were permuted before the rule was built: it has kept them",
-            where=f"{place_of(subject.rule.__init__)}, or prepare, or {place_of(subject.rule.predict)}",
+            where=f"{place_of(subject.rule, '__init__')}, or prepare, or {place_of(subject.rule, 'predict')}",
             fix="learn from the batches and from the training split that prepare is given, and look for no other data",
         )
     return None
@@ -201,7 +201,7 @@ def _compare(rule: Rule, whole: Tensor, scores: Tensor, cut: str) -> None:
         worst = int(difference.nan_to_num(torch.inf).argmax())
         raise CheckFailed(
             f"example {worst}'s prediction moves by {float(difference[worst]):.3g} when the batch of {len(whole)} is cut into {cut}",
-            where=place_of(type(rule).predict),
+            where=place_of(type(rule), "predict"),
             fix="predict each example for itself: take statistics in training, and use the kept ones in eval mode",
         )
 
@@ -239,7 +239,7 @@ def no_state_in_predict(m: Measurements) -> str | None:
     if changed:
         raise CheckFailed(
             f"predict changes the rule's state: {', '.join(changed[:4])}{' and more' if len(changed) > 4 else ''}",
-            where=place_of(type(rule).predict),
+            where=place_of(type(rule), "predict"),
             fix="compute on copies, and keep what is learned to learn()",
         )
     return None

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import FrameType
-from typing import Any
 
 from bpfree.rule import Rule
 
 __all__ = ["is_inside", "line_of", "place_now", "place_of", "place_of_error"]
 
+LEADS_TO = {"learn": ("learn", "credit", "local_loss", "signals")}
 EXAMINERS = ("bpfree.certify", "bpfree.training")
 
 
@@ -21,11 +21,14 @@ def line_of(module: str, line: int, name: str) -> str:
     return f"{module.replace('.', '/')}.py:{line} ({name})"
 
 
-def place_of(method: Callable[..., Any]) -> str:
-    """Where a method is defined."""
-    found = inspect.unwrap(getattr(method, "__func__", method))
-    code = getattr(found, "__code__", None)
-    return line_of(found.__module__, code.co_firstlineno, found.__qualname__) if code else str(found)
+def place_of(rule: type[Rule], name: str) -> str:
+    """Where a method is defined; if the contract's own is inherited, the method that it leads to."""
+    for candidate in LEADS_TO.get(name, (name,)):
+        found = inspect.unwrap(getattr(rule, candidate, Rule.learn))
+        code = getattr(found, "__code__", None)
+        if code is not None and found.__module__ != Rule.__module__:
+            return line_of(found.__module__, code.co_firstlineno, found.__qualname__)
+    return f"{rule.__module__.replace('.', '/')}.py ({rule.__qualname__}.{name}, which is inherited)"
 
 
 def place_now(rule: type[Rule]) -> str:
@@ -45,7 +48,7 @@ def _choose(frames: Iterable[tuple[FrameType, int]], rule: type[Rule]) -> str:
     inside = (found for found in lines if any(_is_in(found[0], part) for part in own))
     outside = (found for found in lines if _is_in(found[0], "bpfree") and not any(_is_in(found[0], part) for part in EXAMINERS))
     found = next(inside, None) or next(outside, None)
-    return line_of(*found) if found else place_of(rule.learn)
+    return line_of(*found) if found else place_of(rule, "learn")
 
 
 def _own_sources(rule: type[Rule]) -> list[str]:

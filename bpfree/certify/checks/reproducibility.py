@@ -70,13 +70,13 @@ def same_seed(m: Measurements) -> str | None:
     if difference:
         raise CheckFailed(
             f"two runs from the same seed differ in {difference}",
-            where=place_of(m.subject.rule.learn),
+            where=place_of(m.subject.rule, "learn"),
             fix="draw from step.generator or step.generator_for(name), and keep nothing between instances",
         )
     if not _difference(first, bits(1)):
         raise CheckFailed(
             "runs from different seeds are the same, so errors over seeds would mean nothing",
-            where=place_of(m.subject.rule.__init__),
+            where=place_of(m.subject.rule, "__init__"),
             fix="initialise parameters from torch's global generator in __init__, which the run has seeded",
         )
     return None
@@ -144,7 +144,7 @@ def _compare(m: Measurements, weights: dict[str, Tensor], loss: float, place: st
     if difference:
         raise CheckFailed(
             f"a run that was interrupted {place} and resumed ends with another {difference}",
-            where=_attributes(m) or place_of(m.subject.rule.learn),
+            where=_attributes(m) or place_of(m.subject.rule, "learn"),
             fix="keep what must outlive a step in a buffer or parameter (made in __init__ or start_phase), which checkpoints hold",
         )
 
@@ -185,7 +185,7 @@ def two_instances(m: Measurements) -> str | None:
     if difference:
         raise CheckFailed(
             f"an instance that learns beside another one of its class ends with another {difference}",
-            where=_shared(type(one.rule)) or place_of(type(one.rule).learn),
+            where=_shared(type(one.rule)) or place_of(type(one.rule), "learn"),
             fix="make it in __init__, as a buffer of each instance",
         )
     return None
@@ -215,7 +215,7 @@ def _is_untouched(rule: Rule, name: str, call: Callable[[], object]) -> None:
     if moved:
         raise CheckFailed(
             f"{name} draws from the global generator of {' and '.join(moved)}",
-            where=first_draw(type(rule), call) or place_of(getattr(type(rule), name)),
+            where=first_draw(type(rule), call) or place_of(type(rule), name),
             fix="draw from the generator it is given: step.generator or step.generator_for(name) in learn, the argument in predict",
         )
 
@@ -269,7 +269,7 @@ def caller_state(m: Measurements) -> str | None:
     if left:
         raise CheckFailed(
             f"after a run the caller's state is another one: {', '.join(left)}",
-            where=place_of(type(trainer.rule).learn),
+            where=place_of(type(trainer.rule), "learn"),
             fix="change settings of the process in a with block only, which puts them back",
         )
     return None
