@@ -1,1 +1,39 @@
-"""Certificates: what a rule really does, measured."""
+"""Certificates: what a rule really does, measured; and the same checks as test cases.
+
+::
+
+    from bpfree.certify import certify, parametrize_with_checks
+
+    certificate = certify("dfa", quick=True)
+    certificate.properties["credit"]        # "local"
+
+    @parametrize_with_checks("my-rule")     # in a plugin's own tests
+    def test_conformance(check):
+        check()
+"""
+
+from bpfree.certify.cases import Case, cases, parametrize_with_checks
+from bpfree.certify.certificate import Certificate, read_certificate
+from bpfree.certify.findings import Check, CheckFailed, Finding, NotApplicable, Unmeasured
+from bpfree.certify.kit import CHECKS, certify, examine
+from bpfree.certify.measurements import Measurements
+from bpfree.certify.subject import Specimen, Subject
+
+__all__ = [
+    "CHECKS",
+    "Case",
+    "Certificate",
+    "Check",
+    "CheckFailed",
+    "Finding",
+    "Measurements",
+    "NotApplicable",
+    "Specimen",
+    "Subject",
+    "Unmeasured",
+    "cases",
+    "certify",
+    "examine",
+    "parametrize_with_checks",
+    "read_certificate",
+]

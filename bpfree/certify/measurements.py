@@ -1,15 +1,74 @@
-"""What is measured of a rule, each thing once."""
+"""What is measured of a rule, each thing once, when it is first asked for."""
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from bpfree.certify import practice
+from bpfree.certify.cost import MemoryCurve, measure_memory, measure_time
+from bpfree.certify.interventions import Matrix, dependence, downstream_weights, name_of_dependence
+from bpfree.certify.lesson import Lesson, learn_lesson
+from bpfree.certify.probe import Moment, Probe, Sampling
+from bpfree.certify.reverse import Execution, observed
 from bpfree.certify.subject import Specimen, Subject
-from bpfree.rule import Rule
+from bpfree.rule import Rule, Traits
+from bpfree.step import Batch, Step
 
-__all__ = ["Measurements"]
+__all__ = ["SPECIMENS", "Measurements", "Observation"]
+
+SPECIMENS = {"dense": Specimen("dense", depth=4, width=32), "convolutional": Specimen("convolutional", depth=3, width=16, image=4)}
+"""What structure is measured on, by kind of network: small, because the null space of a layer's inputs must not be empty."""
+EXACT = 1 - 1e-6
+"""Cosine from which an update is the gradient."""
+PRACTICE_EPOCHS = 6
+DEPENDENCES = ("independent", "upstream", "neighbours", "all")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A trajectory with what it executed.
+
+    Attributes:
+        moments: its steps, with true gradients where there are some.
+        steps: what each step executed; the same order.
+    """
+
+    moments: list[Moment]
+    steps: list[Execution]
+
+    def total(self) -> Execution:
+        """All steps together."""
+        whole = Execution()
+        for step in self.steps:
+            whole.merge(step)
+        return whole
+
+    def passes(self) -> dict[str, float]:
+        """By block: forward passes per example in a usual step (sampled extras do not count) of the phase that has most."""
+        phases: dict[str, list[Execution]] = {}
+        for moment, step in zip(self.moments, self.steps, strict=True):
+            phases.setdefault(moment.phase, []).append(step)
+        names = self.moments[0].updates
+        return {name: max(statistics.median(step.passes(name) for step in steps) for steps in phases.values()) for name in names}
+
+    def cosines(self) -> dict[str, float]:
+        """By block that learns: the smallest cosine of what descends (minus the update) with the true gradient of the task's loss."""
+        found: dict[str, float] = {}
+        for moment in self.moments:
+            for name, gradient in moment.gradients.items():
+                update = moment.updates[name]
+                if bool(update.any()) and bool(gradient.any()):
+                    found[name] = min(found.get(name, 1.0), float(F.cosine_similarity(-update, gradient, dim=0)))
+        return found
 
 
 class Measurements:
@@ -26,10 +85,176 @@ class Measurements:
         self.subject = subject
 
     @cached_property
+    def kinds(self) -> list[str]:
+        """The kinds of networks that structure is measured on: those on which the rule takes its steps."""
+        built = self.subject.kinds() or [self.subject.kind()]
+        return [kind for kind in built if self._works(kind)] or built[:1]
+
+    def _works(self, kind: str) -> bool:
+        """That a rule breaks on a network which it did not refuse is another check's finding."""
+        try:
+            Probe(self.subject, SPECIMENS[kind], Sampling(samples=2, steps=1), dtype=torch.float32).run()
+        except Exception:
+            return False
+        return True
+
+    @property
     def kind(self) -> str:
-        """The kind of network that measurements are taken on."""
-        return self.subject.kind()
+        """The first of them."""
+        return self.kinds[0]
 
     def build(self, *, seed: int = 0, depth: int = 2, width: int = 16, dtype: torch.dtype = torch.float32) -> Rule:
         """A small instance for images of 8 times 8 pixels and five classes."""
         return self.subject.build(Specimen(self.kind, depth, width), seed=seed, dtype=dtype)
+
+    def traits(self, kind: str | None = None) -> Traits:
+        """What the rule declares, on the network that is measured."""
+        return self.subject.build(SPECIMENS[kind or self.kind]).traits
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Double precision, or single where the rule's own tensors do not follow."""
+        try:
+            Probe(self.subject, SPECIMENS[self.kind]).run()
+        except RuntimeError:
+            return torch.float32
+        return torch.float64
+
+    # --- whose weights ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def dependence(self) -> dict[str, Matrix]:
+        """By kind of network."""
+        return {kind: dependence(self.subject, SPECIMENS[kind], dtype=self.dtype) for kind in self.kinds}
+
+    @cached_property
+    def downstream(self) -> dict[str, Matrix]:
+        """By kind of network."""
+        found = self.dependence
+        return {kind: downstream_weights(self.subject, SPECIMENS[kind], found[kind], dtype=self.dtype) for kind in self.kinds}
+
+    @property
+    def dependence_name(self) -> str:
+        """The widest over the kinds of networks."""
+        return max((name_of_dependence(matrix) for matrix in self.dependence.values()), key=DEPENDENCES.index)
+
+    @property
+    def silent(self) -> list[str]:
+        """Blocks whose update is identically zero, on any kind of network."""
+        return sorted({name for matrix in self.dependence.values() for name in matrix.silent})
+
+    # --- what is executed -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def observations(self) -> dict[str, Observation]:
+        """By kind of network."""
+        return {kind: self._observe(kind) for kind in self.kinds}
+
+    def _observe(self, kind: str) -> Observation:
+        steps: list[Execution] = []
+
+        @contextmanager
+        def watch(rule: Rule, batch: Batch, step: Step) -> Iterator[None]:
+            with observed(rule, batch, step) as execution:
+                yield
+            steps.append(execution)
+
+        probe = Probe(self.subject, SPECIMENS[kind], dtype=self.dtype, gradients=True)
+        return Observation(probe.run(watch=watch), steps)
+
+    @cached_property
+    def label_sensitive(self) -> dict[str, bool]:
+        """By block: whether its update changes when the batch's labels do."""
+        probe = Probe(self.subject, SPECIMENS[self.kind], dtype=self.dtype)
+        base, other = probe.run(), probe.with_other_labels().run()
+        names = base[0].updates
+        return {name: any(not torch.equal(a.updates[name], b.updates[name]) for a, b in zip(base, other, strict=True)) for name in names}
+
+    @property
+    def span(self) -> int:
+        """Blocks that the widest reverse-mode call crossed."""
+        return max(observation.total().span for observation in self.observations.values())
+
+    @property
+    def equals_backprop(self) -> bool:
+        """Whether every block of a network of several learns, and by the true gradient."""
+        for observation in self.observations.values():
+            cosines = observation.cosines()
+            if len(cosines) < 2 or len(cosines) < len(observation.moments[0].updates) or min(cosines.values()) < EXACT:
+                return False
+        return True
+
+    # --- what it costs, how it aligns -------------------------------------------------------------------------------
+
+    @cached_property
+    def memory(self) -> MemoryCurve:
+        """Against depth."""
+        return measure_memory(self.subject, SPECIMENS[self.kind])
+
+    @cached_property
+    def time(self) -> dict[str, float]:
+        """Of a step, over back-propagation's on the same network, by phase."""
+        return measure_time(self.subject, Specimen(self.kind, depth=4, width=128 if self.kind == "dense" else 16))
+
+    @cached_property
+    def alignment(self) -> dict[str, dict[str, float]]:
+        """``early`` and ``late`` in training on digits: each block's mean cosine with the true gradient; empty where there is none."""
+        run = practice.train(self.subject, epochs=PRACTICE_EPOCHS, alignment_every=4)
+        seen: dict[str, dict[str, list[float]]] = {"early": {}, "late": {}}
+        for name in sorted({key for epoch in run.history for key in epoch if key.startswith("alignment/") and key.endswith("/cosine")}):
+            values = [epoch[name] for epoch in run.history if name in epoch and math.isfinite(epoch[name])]
+            block = name.split("/")[1]
+            if values:
+                seen["early"][block], seen["late"][block] = values[:1], values[-1:]
+        return {when: {block: round(value[0], 4) for block, value in blocks.items()} for when, blocks in seen.items()}
+
+    @cached_property
+    def lesson(self) -> Lesson:
+        """The rule, its twin and back-propagation on digits."""
+        return learn_lesson(self.subject)
+
+    # --- in words ---------------------------------------------------------------------------------------------------
+
+    @property
+    def credit(self) -> str:
+        """How far credit travels, in words: the first line of the certificate."""
+        if self.equals_backprop:
+            return "equivalent to back-propagation"
+        if any(matrix.unmeasured() for matrix in self.downstream.values()):
+            return "unmeasured"
+        reach = max(matrix.reach() or 0 for matrix in self.downstream.values())
+        if not reach:
+            return "local"
+        everything = any(matrix.reach() == len(matrix.blocks) - 1 for matrix in self.downstream.values())
+        return "uses the weights of all blocks above" if everything else f"uses the weights of {reach} block{'s' * (reach > 1)} above"
+
+    def properties(self) -> dict[str, Any]:
+        """Plain values, for the certificate."""
+        total = {kind: observation.total() for kind, observation in self.observations.items()}
+        widest = max(total.values(), key=lambda execution: execution.span)
+        blocks = len(self.dependence[self.kind].blocks)
+        return {
+            "credit": self.credit,
+            "precision": str(self.dtype).removeprefix("torch."),
+            "dependence": {"name": self.dependence_name, "matrices": {k: m.to_dict() for k, m in self.dependence.items()}},
+            "downstream_weights": {
+                "reach": max((m.reach() or 0 for m in self.downstream.values()), default=0),
+                "matrices": {k: m.to_dict() for k, m in self.downstream.items()},
+            },
+            "silent_blocks": self.silent,
+            "reverse": {
+                "span": self.span,
+                "of_blocks": blocks,
+                "calls_per_step": round(len(widest.calls) / max(1, widest.steps), 2),
+                "widest_call": widest.widest.where if widest.widest else "",
+                "unattributed": sum(len(execution.unattributed) for execution in total.values()),
+                "status": "observed",
+            },
+            "forward_mode": any(execution.forward_mode for execution in total.values()),
+            "labels_change": self.label_sensitive,
+            "gradient_cosine": {k: {b: round(c, 6) for b, c in o.cosines().items()} for k, o in self.observations.items()},
+            "passes": {k: o.passes() for k, o in self.observations.items()},
+            "memory": self.memory.to_dict(),
+            "time": {"over_backprop": self.time},
+            "alignment": {"task": "digits", "epochs": PRACTICE_EPOCHS, **self.alignment},
+        }

@@ -33,6 +33,7 @@ Examples:
   bpfree evaluate runs/RUN --split test
   bpfree compare noprop-dt dfa --seeds 3              beside floor and ceiling
   bpfree study list                                   tables of papers, to run
+  bpfree certify dfa                                  what a rule really does, measured
   bpfree plugins new my-rule                          begin a rule of your own
 """
 
@@ -45,6 +46,7 @@ class Commands(click.Group):
         "evaluate": "evaluate",
         "compare": "compare",
         "study": "study",
+        "certify": "certify",
         "rules": "listing",
         "networks": "listing",
         "tasks": "listing",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree import Batch, Card, Network, Rule, Step, Traits
+from bpfree.network.closed_form import is_linear
 from bpfree.network.perturb import frozen_statistics
 from bpfree.network.reach import channel_axis
 from bpfree.tasks.task import TaskSpec
@@ -38,8 +39,12 @@ class ForwardGradient(Rule):
         "parameters (weights). The readout's last "
         "linear map takes its exact gradient in closed form, as in the published code of Ren et al.",
     )
-    traits = Traits(dependence="all", downstream_weights="all", reverse_span=0)
     config: ForwardGradientConfig
+
+    @property
+    def traits(self) -> Traits:  # type: ignore[override]
+        """A forward pass, and one of each tangent."""
+        return Traits("all", downstream_weights="all", reverse_span=0, passes=1 + self.config.tangents)
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -92,8 +97,13 @@ class LocalForwardGradient(ForwardGradient):
         "output behind a stop-gradient. Where a site reaches several of these losses (a dense layer inside a block, token mixing), its "
         "derivative is their sum: bpfree train --print-plan says which.",
     )
-    traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=0)
     config: LocalForwardGradientConfig
+
+    @property
+    def traits(self) -> Traits:  # type: ignore[override]
+        """Tangents begin behind a block's first linear map, so that in a block with one of them none goes through weights."""
+        deep = any(sum(map(is_linear, self.network.blocks[name].modules())) > 1 for name in self.network.hidden)
+        return Traits("upstream", downstream_weights=0, reverse_span=0, passes=1 + self.config.tangents * deep)
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)

@@ -93,6 +93,11 @@ class Relaxed(Rule):
         """How many hidden blocks, from the last one down, learn from a batch."""
         return int(self.config.T)
 
+    def _span(self, otherwise: int | Literal["all"]) -> int | Literal["all"]:
+        """Blocks that a reverse-mode call crosses: none where all derivatives are taken in closed form."""
+        closed = Executor(self.network, self.config.path).closed
+        return 0 if len(closed) == len(self.network.blocks) else otherwise
+
     def _output(self, batch: Batch, scores: Tensor) -> Output:
         dtype = scores.dtype if scores.dtype.itemsize >= 4 else torch.float32
         return Output(self.output_kind, self.spec.target_rows(batch, dtype), self.config.precision)
@@ -162,7 +167,7 @@ class PredictiveCoding(Relaxed):
 
     @property
     def traits(self) -> Traits:  # type: ignore[override]
-        return Traits("all", downstream_weights=self.config.T, reverse_span=1, passes=1 + self.config.T)
+        return Traits("all", downstream_weights=self.config.T, reverse_span=self._span(1), passes=1 + self.config.T)
 
     def beta(self, epoch: int) -> float:
         """Signed strength of the nudging; 1 clamps."""
@@ -205,7 +210,7 @@ class IncrementalPC(Relaxed):
 
     @property
     def traits(self) -> Traits:  # type: ignore[override]
-        return Traits("all", downstream_weights=self.reach, reverse_span=1, update="own-steps", passes=self.config.T)
+        return Traits("all", downstream_weights=self.reach, reverse_span=self._span(1), update="own-steps", passes=self.config.T)
 
     @property
     def reach(self) -> int:
@@ -248,7 +253,7 @@ class FixedPrediction(Relaxed):
 
     @property
     def traits(self) -> Traits:  # type: ignore[override]
-        return Traits("all", downstream_weights=self.config.T, reverse_span=1, passes=1)
+        return Traits("all", downstream_weights=self.config.T, reverse_span=self._span(1), passes=1)
 
     def _begin(self, batch: Batch, step: Step) -> Relaxation:
         return self._relaxation(batch, lr=self.config.state_lr, hold=True)
@@ -270,7 +275,9 @@ class ZIL(Relaxed):
         equation="forward initialisation; h_l -= dF/dh_l (rate 1); W_l learns at inference step t = L - l only",
         notes="Local calls, global dependence: chained products of single blocks are back-propagation. An oracle, not a proposal.",
     )
-    traits = Traits("all", "all", reverse_span=1, update="own-steps")
+    @property
+    def traits(self) -> Traits:  # type: ignore[override]
+        return Traits("all", "all", reverse_span=self._span(1), update="own-steps")
 
     def _steps(self) -> list[str]:
         return ["relaxation: rate 1, from the forward pass; each block learns when the error has reached it"]
@@ -309,7 +316,7 @@ class ErrorPC(Relaxed):
 
     @property
     def traits(self) -> Traits:  # type: ignore[override]
-        return Traits("all", "all", reverse_span="all", passes=1 + self.config.T)
+        return Traits("all", "all", reverse_span=self._span("all"), passes=1 + self.config.T)
 
     @property
     def reach(self) -> int:

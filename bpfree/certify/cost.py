@@ -1,0 +1,186 @@
+"""What a step costs: memory against depth, and time beside back-propagation on the same network."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bpfree.baselines import Backprop
+from bpfree.certify.probe import PLAIN, Probe, Sampling
+from bpfree.certify.subject import Specimen, Subject
+from bpfree.errors import UsageError
+from bpfree.rule import Rule
+from bpfree.step import Batch, Step
+from bpfree.training.meters import StepMemory
+from bpfree.training.updater import new_step
+
+__all__ = ["MemoryCurve", "measure_memory", "measure_time"]
+
+DEPTHS = (2, 4, 8, 16)
+MANY, FEW = 512, 64
+WATCHED = 2
+"""The step that is watched: lazy set-up is over by then."""
+GROWING = 0.5
+"""Activations per block from which memory is said to grow."""
+
+
+@dataclass(frozen=True)
+class MemoryCurve:
+    """Memory of a step at several depths.
+
+    Attributes:
+        depths: hidden blocks.
+        saved: bytes held for backward at the worst moment; empty if it could not be seen (functional transforms).
+        peak: bytes that a step allocates at the worst moment.
+        activation: bytes of one block's output.
+    """
+
+    depths: list[int]
+    saved: list[int]
+    peak: list[int]
+    activation: int
+
+    def slope(self, values: list[int]) -> float | None:
+        """Activations per block: of a line fitted to the values."""
+        if len(values) < 2:
+            return None
+        return float(np.polyfit(self.depths, values, 1)[0]) / self.activation
+
+    @property
+    def growth(self) -> str:
+        """``flat`` or ``growing``, by the peak; ``unmeasured`` where the depth is not to be chosen."""
+        slope = self.slope(self.peak)
+        return "unmeasured" if slope is None else "growing" if slope >= GROWING else "flat"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        slopes = {name: None if value is None else round(value, 2) for name, value in self._slopes()}
+        sizes = {"depths": self.depths, "saved_bytes": self.saved, "peak_bytes": self.peak, "activation_bytes": self.activation}
+        return {**sizes, "activations_per_block": slopes, "growth": self.growth}
+
+    def _slopes(self) -> Iterator[tuple[str, float | None]]:
+        yield "saved", self.slope(self.saved)
+        yield "peak", self.slope(self.peak)
+
+
+def measure_memory(subject: Subject, specimen: Specimen) -> MemoryCurve:
+    """Watch a step at several depths, in single precision, with so many examples that weights are small beside activations."""
+    depths: list[int] = []
+    saved: list[int] = []
+    peak: list[int] = []
+    found = [_memory(subject, replace(specimen, depth=depth)) for depth in DEPTHS]
+    if len({blocks for blocks, _, _ in found}) == len(found):  # else the number of blocks is given by something else
+        depths = list(DEPTHS)
+        peak = [most for _, _, most in found]
+        saved = [held for _, held, _ in found if held is not None]
+    size = specimen.width * (specimen.image**2 if specimen.kind == "convolutional" else 1)
+    return MemoryCurve(depths, saved if len(saved) == len(depths) else [], peak, 4 * MANY * size)
+
+
+def _memory(subject: Subject, specimen: Specimen) -> tuple[int, int | None, int]:
+    """Blocks; bytes saved for backward, and peak, in the step that needs most."""
+    meter = StepMemory(torch.device("cpu"))
+    probe = Probe(subject, specimen, Sampling(samples=MANY, steps=WATCHED + 1), dtype=torch.float32)
+    held: list[int | None] = []
+    blocks = 0
+
+    @contextmanager
+    def watch(rule: Rule, batch: Batch, step: Step) -> Iterator[None]:
+        nonlocal blocks
+        blocks = len(rule.network.blocks)
+        turn = step.index % (WATCHED + 1)
+        if turn == WATCHED:
+            with meter.watch():
+                yield
+        elif turn == WATCHED - 1:
+            with saved_for_backward() as size:
+                yield
+            held.append(size.peak if size.works else None)
+        else:
+            yield
+
+    probe.run(watch=watch)
+    return blocks, None if None in held else max((size for size in held if size is not None), default=0), meter.step_bytes
+
+
+class _Size:
+    """Bytes alive, and the most that were."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self.works = True
+
+    def change(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class _Held:
+    """A tensor that backward will need."""
+
+    def __init__(self, tensor: Tensor, size: _Size) -> None:
+        self.tensor, self._size = tensor, size
+        self._bytes = tensor.numel() * tensor.element_size()
+        size.change(self._bytes)
+
+    def __del__(self) -> None:
+        self._size.change(-self._bytes)
+
+
+@contextmanager
+def saved_for_backward() -> Iterator[_Size]:
+    """Bytes of tensors that autograd holds for backward, at the worst moment inside; ``works`` is false where torch forbids to look."""
+    size = _Size()
+
+    def pack(tensor: Tensor) -> _Held:
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            size.works = False
+        return _Held(tensor, size)
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+            yield size
+    except RuntimeError as error:
+        if "hooks" not in str(error):
+            raise
+        size.works = False
+
+
+def measure_time(subject: Subject, specimen: Specimen) -> dict[str, float]:
+    """Seconds of a step over those of back-propagation on the same network, side by side, by phase.
+
+    Empty where back-propagation cannot train the network.
+    """
+    probe = Probe(subject, specimen, Sampling(samples=FEW, steps=10), dtype=torch.float32)
+    ours: dict[str, list[float]] = {}
+    theirs: dict[str, list[float]] = {}
+    reference: list[tuple[Backprop, Step]] = []
+
+    @contextmanager
+    def watch(rule: Rule, batch: Batch, step: Step) -> Iterator[None]:
+        if not reference:
+            other = Backprop(copy.deepcopy(rule.network).requires_grad_(True), rule.spec)
+            reference.append((other, new_step(other, PLAIN)))
+        if not step.phase.on_features:
+            began = time.perf_counter()
+            reference[0][0].learn(batch, reference[0][1])
+            theirs.setdefault("", []).append(time.perf_counter() - began)
+        began = time.perf_counter()
+        yield
+        ours.setdefault(step.phase.name, []).append(time.perf_counter() - began)
+
+    try:
+        probe.run(watch=watch)
+    except UsageError:  # no chain, or no readout
+        return {}
+    usual = statistics.median(theirs[""]) if theirs else 0.0
+    return {phase: round(statistics.median(times) / usual, 2) for phase, times in ours.items()} if usual else {}

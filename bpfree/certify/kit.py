@@ -1,0 +1,178 @@
+"""The examination: every check on a rule, and the certificate of what they found."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from bpfree import sources
+from bpfree.certify.certificate import Certificate
+from bpfree.certify.checks import contract, isolation, learning, reproducibility, traits
+from bpfree.certify.findings import Check, CheckFailed, Finding, NotApplicable, Unmeasured
+from bpfree.certify.measurements import Measurements
+from bpfree.certify.subject import Subject
+from bpfree.errors import BpfreeError, UsageError, unknown_name
+from bpfree.hooks import API_VERSION
+from bpfree.plugins import Plugins
+from bpfree.rule import Rule
+from bpfree.training import environment
+from bpfree.training.seeds import preserved_global_state
+
+__all__ = ["CHECKS", "certify", "check_waivers", "examine", "select", "set_aside"]
+
+CHECKS: list[Check] = [*traits.CHECKS, *isolation.CHECKS, *reproducibility.CHECKS, *contract.CHECKS, *learning.CHECKS]
+"""All checks, in order."""
+Progress = Callable[[Check, int, int, Finding | None], None]
+
+
+def certify(
+    rule: str | type[Rule],
+    settings: Iterable[str] = (),
+    *,
+    quick: bool = False,
+    only: Iterable[str] = (),
+    waive: Mapping[str, str] | None = None,
+    registry: Plugins | None = None,
+    progress: Progress | None = None,
+) -> Certificate:
+    """Examine a rule and write down what was measured. On one thread of the CPU; the caller's state stays as it is.
+
+    Args:
+        rule: its registered name, or a class.
+        settings: ``KEY=VALUE`` words over its configuration.
+        quick: without learning and permuted labels.
+        only: ids of single checks; the certificate is then partial, and has no properties.
+        waive: expected failures by check, each with its written reason, beside the rule's own ``waivers``.
+        registry: of names; the installed plugins by default.
+        progress: told of each check before and after it runs, with its number, how many there are, and what it found.
+
+    Raises:
+        UsageError: an unknown rule, key or check, or a waiver without a reason.
+        BpfreeError: no small instance of the rule can be built.
+    """
+    subject = Subject(rule, settings, registry)
+    chosen = select(quick=quick, only=only)
+    waivers = check_waivers({**subject.rule.waivers, **(waive or {})})
+    tell = progress or (lambda check, number, count, finding: None)
+    began = time.perf_counter()
+    with set_aside():
+        m = Measurements(subject)
+        findings = []
+        for number, check in enumerate(chosen, start=1):
+            tell(check, number, len(chosen), None)
+            findings.append(examine(m, check, waivers))
+            tell(check, number, len(chosen), findings[-1])
+        properties = {} if only else _properties(m, quick=quick)
+        return _certificate(m, "partial" if only else "quick" if quick else "full", findings, properties, began)
+
+
+def select(*, quick: bool = False, only: Iterable[str] = ()) -> list[Check]:
+    """The checks that are asked for.
+
+    Raises:
+        UsageError: there is no such check.
+    """
+    known = {check.id: check for check in CHECKS}
+    for name in only:
+        if name not in known:
+            raise unknown_name("check", name, known)
+    wanted = set(only)
+    return [check for check in CHECKS if (check.id in wanted if wanted else check.quick or not quick)]
+
+
+def check_waivers(waivers: Mapping[str, str]) -> dict[str, str]:
+    """Expected failures by check.
+
+    Raises:
+        UsageError: an unknown check, or no reason.
+    """
+    known = {check.id for check in CHECKS}
+    for name, reason in waivers.items():
+        if name not in known:
+            raise unknown_name("check", name, known, where="waivers")
+        if not reason.strip():
+            raise UsageError(f"the waiver of {name!r} gives no reason", where="waivers", fix=f"--waive '{name}=why this is expected'")
+    return dict(waivers)
+
+
+def examine(m: Measurements, check: Check, waivers: Mapping[str, str] | None = None) -> Finding:
+    """Run one check; whatever it raises becomes a finding."""
+    began = time.perf_counter()
+    finding = _run(m, check)
+    finding.seconds = round(time.perf_counter() - began, 2)
+    reason = (waivers or {}).get(check.id, "")
+    if reason and finding.status == "failed":
+        if check.waivable:
+            finding.status, finding.waiver = "waived", reason
+        else:
+            finding.what += "; this check cannot be waived"
+    elif reason and finding.status == "passed":
+        finding.what = f"{finding.what + '; ' if finding.what else ''}the waiver is not needed"
+    return finding
+
+
+def _run(m: Measurements, check: Check) -> Finding:
+    try:
+        return Finding(check.id, check.title, "passed", what=check.run(m) or "")
+    except CheckFailed as error:
+        return Finding(check.id, check.title, "failed", error.what, error.where, error.fix)
+    except Unmeasured as error:
+        return Finding(check.id, check.title, "unmeasured", str(error))
+    except NotApplicable as error:
+        return Finding(check.id, check.title, "not applicable", str(error))
+    except BpfreeError as error:
+        return Finding(check.id, check.title, "failed", error.what, error.where, error.fix or "see the message")
+    except Exception as error:
+        return Finding(
+            check.id, check.title, "failed", f"{type(error).__name__}: {' '.join(str(error).split())}", _place(error), "mend the rule"
+        )
+
+
+def _place(error: BaseException) -> str:
+    """The innermost frame."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+
+
+def _properties(m: Measurements, *, quick: bool) -> dict[str, Any]:
+    """What could be measured; a rule that breaks the measurement has failed its checks already."""
+    try:
+        return m.properties() if quick else {**m.properties(), "learning": m.lesson.to_dict()}
+    except Exception as error:
+        return {"credit": "unmeasured", "error": f"{type(error).__name__}: {error}"}
+
+
+def _certificate(m: Measurements, kind: str, findings: list[Finding], properties: dict[str, Any], began: float) -> Certificate:
+    subject = m.subject
+    return Certificate(
+        rule=subject.name,
+        plugin=subject.owner.name,
+        distribution=subject.owner.distribution,
+        version=subject.owner.version,
+        settings=list(subject.settings),
+        config=subject.config,
+        traits=dataclasses.asdict(m.traits()),
+        kind=kind,
+        date=datetime.date.today().isoformat(),
+        properties=properties,
+        findings=findings,
+        sources=sources.certificate_hashes(subject.registry, subject.name),
+        environment={k: v for k, v in environment.describe(torch.device("cpu")).items() if v},
+        seconds=round(time.perf_counter() - began, 1),
+        api=API_VERSION,
+    )
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """One thread inside; the caller's generators and settings as they were afterwards."""
+    with environment.numerics(threads=1, deterministic=False), preserved_global_state(torch.device("cpu")):
+        yield

@@ -1,0 +1,306 @@
+"""What a step executes: reverse-mode calls and the blocks they cross, forward-mode use, forward passes.
+
+An identity on every block's output and hooks on the parameters, keyed by the engine's graph task, find what goes through modules; a
+dispatch mode attributes each operation inside a reverse-mode call to the block whose weights it reads, and counts those that belong to
+none. It is observed, not proved: copies of weights inside an otherwise honest call are not seen here. The causal test is
+``interventions.downstream_weights``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bpfree.rule import Rule
+from bpfree.step import Batch, Step
+
+__all__ = ["Execution", "ReverseCall", "observed", "place_of_caller"]
+
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear", "convolution", "_convolution", "convolution_backward", "einsum"}
+RIGHT = {"mm": 1, "addmm": 2, "bmm": 1, "baddbmm": 2}
+OWN = ""
+"""Stands for the rule's own parameters (heads and so on), which belong to no block."""
+HERE = Path(__file__).parent
+TORCH = Path(torch.__file__).parent
+
+
+@dataclass
+class ReverseCall:
+    """One reverse-mode call.
+
+    Attributes:
+        blocks: that it crossed.
+        own: whether it reached the rule's own parameters.
+        products: matrix products and convolutions inside it.
+        where: file and line that made it.
+    """
+
+    blocks: set[str] = field(default_factory=set)
+    own: bool = False
+    products: int = 0
+    where: str = ""
+
+
+@dataclass
+class Execution:
+    """What the observed steps did.
+
+    Attributes:
+        calls: reverse-mode calls.
+        forward_mode: uses of dual numbers.
+        products: examples that went forward through each weight matrix, by block and parameter, summed over the steps.
+        examples: of all steps.
+        steps: observed.
+    """
+
+    calls: list[ReverseCall] = field(default_factory=list)
+    forward_mode: int = 0
+    products: dict[str, Counter[str]] = field(default_factory=dict)
+    examples: int = 0
+    steps: int = 0
+
+    @property
+    def span(self) -> int:
+        """Blocks that the widest reverse-mode call crossed."""
+        return max((len(call.blocks) for call in self.calls), default=0)
+
+    @property
+    def widest(self) -> ReverseCall | None:
+        """The call that crossed most."""
+        return max(self.calls, key=lambda call: len(call.blocks), default=None)
+
+    @property
+    def unattributed(self) -> list[ReverseCall]:
+        """Calls with products in them that reached neither a block nor the rule's own parameters."""
+        return [call for call in self.calls if call.products and not call.blocks and not call.own]
+
+    def passes(self, block: str) -> float:
+        """Forward passes through a block's most used weights, per example."""
+        return max(self.products.get(block, Counter()).values(), default=0) / self.examples if self.examples else 0.0
+
+    def merge(self, other: Execution) -> None:
+        """Add another step's."""
+        self.calls += other.calls
+        self.forward_mode += other.forward_mode
+        self.examples += other.examples
+        self.steps += other.steps
+        for name, counts in other.products.items():
+            self.products.setdefault(name, Counter()).update(counts)
+
+
+@contextmanager
+def observed(rule: Rule, batch: Batch, step: Step) -> Iterator[Execution]:
+    """Observe one ``learn``; the result is complete at the end."""
+    result = Execution(examples=len(batch), steps=1)
+    watch = _Watch(rule, result)
+    names = {id(block): name for name, block in rule.network.blocks.items()}
+    with ExitStack() as stack:
+        stack.enter_context(_hooked_outputs(names, watch))
+        stack.enter_context(_hooked_parameters(rule, watch))
+        stack.enter_context(mock.patch.object(forward_ad, "make_dual", watch.counting(forward_ad.make_dual)))
+        if hasattr(torch.autograd, "_engine_run_backward"):
+            engine = torch.autograd._engine_run_backward
+            stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", watch.nested(engine)))
+        stack.enter_context(watch)
+        yield result
+    watch.finish()
+
+
+class _Watch(TorchDispatchMode):
+    """Attributes every operation."""
+
+    def __init__(self, rule: Rule, result: Execution) -> None:
+        super().__init__()
+        self._result = result
+        self._owners: dict[int, tuple[str, str, Tensor]] = {}
+        blocks = {id(p): name for name, block in rule.network.blocks.items() for p in block.parameters()}
+        for name, p in rule.named_parameters():
+            self._owners[p.untyped_storage().data_ptr()] = (blocks.get(id(p), OWN), name, p)
+        self._calls: dict[int, ReverseCall] = {}
+        self._parents: dict[int, int] = {}
+        self._pending: int | None = None
+        self._intervals: dict[int, list[int]] = {}
+        self._clock = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        task = current_task()
+        if task is not None:
+            call = self.call(task)
+            call.products += name in PRODUCTS
+        if name in PRODUCTS:
+            owners = {place: owner for place, tensor in enumerate(args) if (owner := self._owner(tensor)) and owner[2].dim() > 1}
+            for place, owner in owners.items():
+                if task is not None:
+                    self.reached(owner[0])
+                elif len(owners) == 1:  # a product of weights with weights is no pass
+                    self._forward(name, place, args, owner)
+        return func(*args, **(kwargs or {}))
+
+    def _owner(self, tensor: Any) -> tuple[str, str, Tensor] | None:
+        if not isinstance(tensor, Tensor):
+            return None
+        try:
+            return self._owners.get(tensor.untyped_storage().data_ptr())
+        except (RuntimeError, NotImplementedError):  # without storage
+            return None
+
+    def _forward(self, name: str, place: int, args: Any, owner: tuple[str, str, Tensor]) -> None:
+        """Note the examples of a product in which the weights stand as in a forward pass."""
+        block, parameter, weight = owner
+        rows = 0
+        if name in ("convolution", "_convolution"):
+            rows = args[0].shape[0] if place == 1 else 0
+        elif name in RIGHT:
+            given, straight = args[place], weight.detach().flatten(1).stride()
+            if place == RIGHT[name] and tuple(given.stride()[-2:]) == (straight[1], straight[0]):
+                rows = args[place - 1].shape[:-1].numel()
+            elif place == RIGHT[name] - 1 and tuple(given.stride()[-2:]) == straight:
+                rows = args[place + 1].shape[-1] * args[place + 1].shape[:-2].numel()
+        if rows:
+            self._result.products.setdefault(block, Counter())[parameter] += rows
+
+    # --- reverse-mode calls -----------------------------------------------------------------------------------------
+
+    def call(self, task: int) -> ReverseCall:
+        """The call that a graph task belongs to."""
+        self._clock += 1
+        if task not in self._calls:
+            self._calls[task] = ReverseCall(where=place_of_caller())
+            self._intervals[task] = [self._clock, self._clock]
+            if self._pending is not None and self._pending != task:
+                self._parents[task] = self._pending
+            self._pending = None
+        self._intervals[task][1] = self._clock
+        return self._calls[task]
+
+    def reached(self, block: str) -> None:
+        """The current graph task is at a block."""
+        task = current_task()
+        if task is not None:
+            call = self.call(task)
+            call.own |= block == OWN
+            if block != OWN:
+                call.blocks.add(block)
+
+    def nested(self, engine: Callable[..., Any]) -> Callable[..., Any]:
+        """The engine's entry; a call from inside another one (checkpointing) is part of it."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._pending = current_task()
+            return engine(*args, **kwargs)
+
+        return run
+
+    def counting(self, make_dual: Callable[..., Any]) -> Callable[..., Any]:
+        """Forward mode is in use."""
+
+        def make(*args: Any, **kwargs: Any) -> Any:
+            self._result.forward_mode += 1
+            return make_dual(*args, **kwargs)
+
+        return make
+
+    def finish(self) -> None:
+        """Fold calls into those that contain them."""
+        for inner, outer in [(a, b) for a in self._calls for b in self._calls if a != b]:
+            (first, last), (begin, end) = self._intervals[inner], self._intervals[outer]
+            if begin < first and last < end:
+                self._parents.setdefault(inner, outer)
+        for task, call in self._calls.items():
+            top = task
+            while top in self._parents and self._parents[top] in self._calls:
+                top = self._parents[top]
+            if top != task:
+                whole = self._calls[top]
+                whole.blocks |= call.blocks
+                whole.own |= call.own
+                whole.products += call.products
+        self._result.calls = [call for task, call in self._calls.items() if task not in self._parents]
+
+
+def current_task() -> int | None:
+    """The engine's graph task, inside a reverse-mode call."""
+    task = torch._C._current_graph_task_id()
+    return None if task == -1 else task
+
+
+class _Identity(torch.autograd.Function):
+    """Hands its input on, and says when a cotangent passes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, passed: Callable[[], None]) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.passed = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.passed()
+        return gradient, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, passed: Any) -> Tensor:
+        return tangent.view_as(tangent)
+
+
+@contextmanager
+def _hooked_outputs(names: dict[int, str], watch: _Watch) -> Iterator[None]:
+    """Through torch's hook for all modules, because rules may treat modules with hooks of their own differently."""
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        name = names.get(id(module))
+        if name is None:
+            return None
+
+        def wrap(x: Any) -> Any:
+            return _Identity.apply(x, lambda: watch.reached(name)) if isinstance(x, Tensor) and x.requires_grad else x
+
+        return torch.utils._pytree.tree_map(wrap, output)
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _hooked_parameters(rule: Rule, watch: _Watch) -> Iterator[None]:
+    blocks = {id(p): name for name, block in rule.network.blocks.items() for p in block.parameters()}
+
+    def hook(name: str) -> Callable[[Tensor], None]:
+        return lambda gradient: watch.reached(name)
+
+    handles = [p.register_hook(hook(blocks.get(id(p), OWN))) for p in rule.parameters() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def place_of_caller() -> str:
+    """File and line of the innermost frame outside torch and this package."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if TORCH not in path.parents and HERE not in path.parents and path.name not in ("mock.py", "contextlib.py"):
+            return f"{path.name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""

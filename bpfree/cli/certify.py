@@ -1,0 +1,119 @@
+"""``bpfree certify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from bpfree.certify.certificate import Certificate
+    from bpfree.certify.findings import Finding
+
+HELP = """Examine a learning rule, and measure what it really does.
+
+How far credit travels, whose weights it needs, what it costs, whether labels leak into predictions, whether a seed repeats it, whether
+it learns: measured on small networks and the bundled digits, on one thread of the CPU. SETTINGS are KEY=VALUE words of the sections rule
+and network. Exit status 1: a check failed; each failure says what, where, and what to do.
+
+\b
+  bpfree certify dfa --quick
+  bpfree certify predictive-coding rule.T=2 --page certificate.html
+  bpfree certify my-rule --output my-rule.json       what bpfree registry add takes
+  bpfree certify my-rule --only learning --waive 'learning=needs 60 epochs'
+  bpfree certify --list                              the checks
+"""
+
+
+@click.command(short_help="Examine a rule: measured properties, conformance, a certificate.", help=HELP)
+@click.argument("rule", required=False)
+@click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
+@click.option("--quick", is_flag=True, help="Everything but learning and permuted labels.")
+@click.option("--only", multiple=True, metavar="CHECK", help="Single checks (repeatable); the certificate is then partial.")
+@click.option("--waive", multiple=True, metavar="CHECK=REASON", help="Expect a check to fail, with the reason (repeatable).")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the certificate as JSON.")
+@click.option("--page", type=click.Path(path_type=Path, dir_okay=False), help="Write it as an HTML page with heat maps.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, and nothing else.")
+@click.option("--list", "list_only", is_flag=True, help="List the checks.")
+def certify(
+    rule: str | None,
+    settings: tuple[str, ...],
+    quick: bool,
+    only: tuple[str, ...],
+    waive: tuple[str, ...],
+    output: Path | None,
+    page: Path | None,
+    as_json: bool,
+    list_only: bool,
+) -> int:
+    if list_only:
+        return _list()
+    if rule is None:
+        raise click.UsageError("name a rule (bpfree rules lists them)")
+    for path in filter(None, (output, page)):  # now, not after two minutes
+        _check_writable(path)
+    from bpfree.certify.kit import certify as examine
+
+    certificate = examine(rule, settings, quick=quick, only=only, waive=_waivers(waive), progress=None if as_json else _progress)
+    if output is not None:
+        output.write_text(certificate.to_json(), encoding="utf-8")
+    if page is not None:
+        from bpfree.certify.page import write_page
+
+        write_page(page, certificate)
+    _show(certificate, as_json, [path for path in (output, page) if path is not None])
+    return 0 if certificate.passed else 1
+
+
+def _list() -> int:
+    from bpfree.certify.kit import CHECKS
+    from bpfree.cli.output import print_table
+
+    def remarks(check: Any) -> str:
+        return ", ".join(word for word, holds in (("not in --quick", not check.quick), ("cannot be waived", not check.waivable)) if holds)
+
+    print_table(["check", "what holds if it passes", ""], [[check.id, check.title, remarks(check)] for check in CHECKS])
+    return 0
+
+
+def _check_writable(path: Path) -> None:
+    from bpfree.errors import UsageError
+
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {str(path.parent)!r}", where=str(path), fix="make it first, or choose another place")
+
+
+def _waivers(words: tuple[str, ...]) -> dict[str, str]:
+    from bpfree.errors import UsageError
+
+    waivers = {}
+    for word in words:
+        name, sign, reason = word.partition("=")
+        if not sign:
+            raise UsageError(f"a waiver is CHECK=REASON, not {word!r}", where="--waive", fix=f"--waive '{name}=why this is expected'")
+        waivers[name] = reason
+    return waivers
+
+
+def _progress(check: Any, number: int, count: int, finding: Finding | None) -> None:
+    """On a terminal the running check, replaced by its result; elsewhere the results alone."""
+    live = click.get_text_stream("stderr").isatty()
+    if finding is None:
+        if live:
+            click.echo(f"{number:>3}/{count} {check.id} ...", nl=False, err=True)
+        return
+    click.echo(f"{chr(13) if live else ''}{number:>3}/{count} {check.id.ljust(26)} {finding.status} ({finding.seconds:.1f} s)", err=True)
+
+
+def _show(certificate: Certificate, as_json: bool, written: list[Path]) -> None:
+    if as_json:
+        click.echo(certificate.to_json(), nl=False)
+        return
+    from bpfree.certify.show import render
+
+    click.echo("", err=True)
+    for line in render(certificate):
+        click.echo(line)
+    for path in written:
+        click.echo(f"written: {path}")
