@@ -393,3 +393,17 @@ def test_gradients_that_come_late(name: str) -> None:
         exact.step()
     for one, other in zip(rule.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_gradient_in_another_memory_layout_moves_the_right_entries(device: torch.device) -> None:
+    """Oracle: W - lr G. Torch's fused optimisers walk weights and gradients in memory order, whatever their strides."""
+    network = residual_network(device)
+    rule = Backprop(network, SPEC)
+    updater = Updater(rule, OptimizerConfig("sgd", lr=1.0))
+    weight = network.blocks["r1"].conv.weight
+    gradient = torch.randn_like(weight).contiguous(memory_format=torch.channels_last)
+    assert gradient.stride() != weight.stride()
+    expected = weight.detach() - gradient
+    weight.grad = gradient
+    updater.apply("r1")
+    torch.testing.assert_close(weight.detach(), expected)

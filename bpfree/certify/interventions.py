@@ -193,7 +193,8 @@ def _row_space(rows: Tensor) -> Tensor:
     """(D, r) an orthonormal basis of the rows (R, D)."""
     _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
     rank = int((sizes > RANK_TOLERANCE * sizes.max().clamp_min(1e-300)).sum()) if len(sizes) else 0
-    return directions[:rank].T
+    basis: Tensor = directions[:rank].T
+    return basis
 
 
 # --- what the linear maps meet ----------------------------------------------------------------------------------------

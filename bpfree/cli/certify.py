@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ def _waivers(words: tuple[str, ...]) -> dict[str, str]:
 
 def _progress(check: Any, number: int, count: int, finding: Finding | None) -> None:
     """On a terminal the running check, replaced by its result; elsewhere the results alone."""
-    live = click.get_text_stream("stderr").isatty()
+    live = sys.stderr.isatty()
     if finding is None:
         if live:
             click.echo(f"{number:>3}/{count} {check.id} ...", nl=False, err=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,6 +77,8 @@ class Updater:
     def apply(self, *names: str) -> None:
         """Update all groups, or the named ones: normalise, clip, optimiser step, drop their ``.grad``."""
         self.rule.before_update()
+        for name in names or self.groups:
+            _lay_out_as_parameters(self._members(name))
         groups = self._current.param_groups
         if self.clip.norm is not None:
             self._clip(names or tuple(self.groups))
@@ -165,6 +167,17 @@ class Updater:
             optimizer.load_state_dict({"state": state, "param_groups": groups})
             if part["scheduler"] is not None:
                 self._schedulers[key].load_state_dict(part["scheduler"])
+
+
+def _lay_out_as_parameters(parameters: Iterable[nn.Parameter]) -> None:
+    """Give each ``.grad`` its parameter's strides: fused optimisers walk both in memory order and would mix up the entries.
+
+    Autograd sees to it itself; gradients that a rule has computed in closed form may be laid out otherwise (channels last).
+    """
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout is torch.strided and gradient.stride() != parameter.stride():
+            parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
 def _trainable_groups(rule: Rule) -> dict[str, list[nn.Parameter]]:
