@@ -67,6 +67,12 @@ def test_broken_plugins_are_named_with_their_reason_and_the_others_work() -> Non
     assert registry.records["good"].status == "ok"
     assert registry.records["good"].provides["rules"] == ["mine"]
     assert registry.records["good"].hooks == ["bpfree_rules"]
+    assert {name: registry.records[name].api for name in ("good", "future", "silent", "imports")} == {
+        "good": 1,
+        "future": 99,
+        "silent": None,
+        "imports": None,
+    }
     for name, (_, status, reason) in BAD.items():
         assert registry.records[name].status == status, name
         assert reason in registry.records[name].reason, registry.records[name].reason

@@ -33,6 +33,17 @@ def test_a_broken_plugin_is_listed_with_its_reason(broken: dict[str, str]) -> No
     assert (record["status"], record["distribution"], record["version"]) == ("broken", "bpfree-broken", "0.3")
     assert "a_library_that_is_not_there" in record["reason"]
     assert "broken" in call(broken, "rules").stderr
+    shown = call(broken, "plugins", "info", "broken")
+    assert shown.returncode == 0
+    assert "a_library_that_is_not_there" in shown.stdout
+    assert "not in the registry" in shown.stdout
+
+
+def test_a_broken_plugin_gets_no_entry(broken: dict[str, str], tmp_path: Path) -> None:
+    added = call(broken, "registry", "add", "broken", "--folder", str(tmp_path / "registry"))
+    assert added.returncode == 1
+    assert "plugin 'broken' is broken" in added.stderr
+    assert not (tmp_path / "registry").exists()
 
 
 def test_it_fails_only_the_run_that_asks_for_it(broken: dict[str, str], tmp_path: Path) -> None:
