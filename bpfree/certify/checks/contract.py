@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from bpfree import yaml_values
 from bpfree.certify import practice
+from bpfree.certify.checks import conduct
+from bpfree.certify.checks.guard import guarded
 from bpfree.certify.checks.networks import CATALOGUE, Offer
 from bpfree.certify.checks.places import place_of, place_of_error
 from bpfree.certify.findings import Check, CheckFailed
@@ -248,7 +250,7 @@ def _layouts(m: Measurements, spec: TaskSpec, name: str, lay: Callable[[Tensor],
             raise CheckFailed(
                 f"{name} inputs give another update of {key}, by up to {float((update - updates[1][key]).abs().max()):.2g}",
                 where=place_of(m.subject.rule, "learn"),
-                fix="give .grad the parameter's memory layout, which fused optimisers take for granted, and write into no flatten() or reshape()",
+                fix="give .grad the parameter's memory layout, which fused optimisers rely on, and write into no flatten() or reshape()",
             )
 
 
@@ -298,9 +300,10 @@ def nan_reported(m: Measurements) -> str | None:
 
 
 CHECKS = [
-    Check("config-roundtrip", "its configuration is kept, checked and explained", config_roundtrip),
-    Check("networks-refused", "networks and targets are learned from, or refused with a reason", networks_refused),
-    Check("batch-shapes", "batches of any size and layout work", batch_shapes),
-    Check("bf16", "two steps under bf16 autocast stay finite", bf16),
-    Check("nan-reported", "a run on inputs that hold NaN is called diverged", nan_reported),
+    Check("config-roundtrip", "its configuration is kept, checked and explained", guarded(config_roundtrip)),
+    Check("networks-refused", "networks and targets are learned from, or refused with a reason", guarded(networks_refused)),
+    Check("batch-shapes", "batches of any size and layout work", guarded(batch_shapes)),
+    Check("bf16", "two steps under bf16 autocast stay finite", guarded(bf16)),
+    Check("nan-reported", "a run on inputs that hold NaN is called diverged", guarded(nan_reported)),
+    *conduct.CHECKS,
 ]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bpfree.certify.checks.places import place_now
+from bpfree.certify.checks.places import is_own, line_of, place_now
 from bpfree.rule import Rule
 
 __all__ = ["changed", "first_draw", "states"]
@@ -51,27 +51,39 @@ class _Draws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def _calls_of_hosts(rule: type[Rule], found: list[str]) -> Iterator[None]:
-    """Notes calls of the methods of Python's and numpy's hidden instances."""
-    owners = (getattr(random, "_inst", None), getattr(np.random.mtrand, "_rand", None))
+class _Lines:
+    """Follows the lines of the rule's own source, and notes those after which Python's or numpy's generator is another."""
 
-    def note(frame: FrameType, event: str, called: Any) -> None:
-        owner = getattr(called, "__self__", None) if event == "c_call" else None
-        if owner is not None and any(owner is known for known in owners):
-            found.append(f"{place_now(rule)}: {called.__name__}")
+    def __init__(self, rule: type[Rule], found: list[str]) -> None:
+        self._rule, self._found = rule, found
+        self._line, self._before = "", states()
 
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
+    def _look(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
+        """A trace function, called at a function's begin and end and before each of its lines."""
+        module = str(frame.f_globals.get("__name__"))
+        if not is_own(self._rule, module):
+            return None
+        moved = [name for name in changed(self._before) if name != "torch"]
+        if moved:
+            self._found.append(f"{self._line}: {' and '.join(moved)}")
+            self._before = states()
+        self._line = line_of(module, frame.f_lineno, frame.f_code.co_qualname)
+        return self._look
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        before = sys.gettrace()
+        sys.settrace(self._look)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
 
 
 def first_draw(rule: type[Rule], call: Callable[[], object]) -> str | None:
     """The line of the rule's source where the call first draws from a global generator, with the operation."""
     draws = _Draws(rule)
-    with _calls_of_hosts(rule, draws.found), draws:
+    with _Lines(rule, draws.found).followed(), draws:
         call()
+        call()  # normal numbers are made in pairs: every other call may have one in hand
     return next(iter(draws.found), None)

@@ -10,7 +10,7 @@ from types import FrameType
 
 from bpfree.rule import Rule
 
-__all__ = ["is_inside", "line_of", "place_now", "place_of", "place_of_error"]
+__all__ = ["is_inside", "is_own", "line_of", "place_now", "place_of", "place_of_error"]
 
 LEADS_TO = {"learn": ("learn", "credit", "local_loss", "signals")}
 EXAMINERS = ("bpfree.certify", "bpfree.training")
@@ -44,17 +44,16 @@ def place_of_error(error: BaseException, rule: type[Rule]) -> str:
 def _choose(frames: Iterable[tuple[FrameType, int]], rule: type[Rule]) -> str:
     """Args: frames, the innermost first."""
     lines = [(str(frame.f_globals.get("__name__", "?")), line, frame.f_code.co_qualname) for frame, line in frames]
-    own = _own_sources(rule)
-    inside = (found for found in lines if any(_is_in(found[0], part) for part in own))
+    inside = (found for found in lines if is_own(rule, found[0]))
     outside = (found for found in lines if _is_in(found[0], "bpfree") and not any(_is_in(found[0], part) for part in EXAMINERS))
     found = next(inside, None) or next(outside, None)
     return line_of(*found) if found else place_of(rule, "learn")
 
 
-def _own_sources(rule: type[Rule]) -> list[str]:
-    """The rule's module and that of the classes it inherits from, with their packages; of the core, the modules alone."""
-    modules = [base.__module__ for base in rule.__mro__ if issubclass(base, Rule) and base is not Rule]
-    return [module if _is_in(module, "bpfree") else module.partition(".")[0] for module in modules if module != Rule.__module__]
+def is_own(rule: type[Rule], module: str) -> bool:
+    """Whether a module is the rule's, or that of a class it inherits from, or of their packages; of the core, the modules alone."""
+    modules = {base.__module__ for base in rule.__mro__ if issubclass(base, Rule) and base.__module__ != Rule.__module__}
+    return any(_is_in(module, own if _is_in(own, "bpfree") else own.partition(".")[0]) for own in modules)
 
 
 def _is_in(module: str, package: str) -> bool:

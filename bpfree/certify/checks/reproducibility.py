@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bpfree.certify import practice
 from bpfree.certify.checks.draws import changed, first_draw, states
+from bpfree.certify.checks.guard import guarded
 from bpfree.certify.checks.places import place_of
 from bpfree.certify.findings import Check, CheckFailed, NotApplicable, Unmeasured
 from bpfree.certify.loop import Loop, predict, trained
@@ -63,7 +64,8 @@ def same_seed(m: Measurements) -> str | None:
 
     def bits(seed: int) -> dict[str, Tensor]:
         rule = trained(m.build(seed=seed), given, each=EACH, seed=seed)
-        return {**_weights(rule), "the prediction": predict(rule, given[0].inputs)}
+        with seeded(seed):
+            return {**_weights(rule), "the prediction": predict(rule, given[0].inputs)}
 
     first = bits(0)
     difference = _difference(first, bits(0))
@@ -256,15 +258,9 @@ def caller_state(m: Measurements) -> str | None:
     """The process's settings before and after a run."""
     task = practice.cut(practice.digits(), EXAMPLES)
     trainer = practice.trainer(m.subject, task, epochs=2)
-    grad, dtype, anomaly = torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_anomaly_enabled()
     before = _settings()
-    try:
-        trainer.fit()
-        after = _settings()
-    finally:  # whoever comes next is to find what we have found
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        torch.autograd.set_detect_anomaly(anomaly)
+    trainer.fit()
+    after = _settings()
     left = [name for name, value in before.items() if after[name] != value]
     if left:
         raise CheckFailed(
@@ -276,9 +272,9 @@ def caller_state(m: Measurements) -> str | None:
 
 
 CHECKS = [
-    Check("same-seed", "the same seed gives the same bits, another seed others", same_seed, waivable=False),
-    Check("resume", "a run that was interrupted and resumed ends with the same bits", resume, waivable=False),
-    Check("two-instances", "two instances do not influence each other", two_instances, waivable=False),
-    Check("global-generators", "learn and predict leave the global generators alone", global_generators, waivable=False),
-    Check("caller-state", "a run gives back the caller's state", caller_state, waivable=False),
+    Check("same-seed", "the same seed gives the same bits, another seed others", guarded(same_seed), waivable=False),
+    Check("resume", "a run that was interrupted and resumed ends with the same bits", guarded(resume), waivable=False),
+    Check("two-instances", "two instances do not influence each other", guarded(two_instances), waivable=False),
+    Check("global-generators", "learn and predict leave the global generators alone", guarded(global_generators), waivable=False),
+    Check("caller-state", "a run gives back the caller's state", guarded(caller_state), waivable=False),
 ]
