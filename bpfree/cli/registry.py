@@ -108,13 +108,19 @@ def show_record(record: dict[str, Any]) -> None:
     for number, paper in enumerate(record["papers"]):
         click.echo(f"{('' if number else 'papers').ljust(13)}{paper}")
     click.echo()
-    short = record["certificates"]
-    measured = [[rule, *([short[rule][key] for key in ("status", "date")] if rule in short else ["none", ""])] for rule in record["rules"]]
-    print_table(["rule", "certificate", "date"], measured)
+    print_table(["rule", "certificate", "date", "credit", "waived"], [certificate_row(rule, record) for rule in record["rules"]])
     if record["results"]:
         click.echo()
         rows = [[r["rule"], r.get("row", ""), r["task"], r["metric"], value_of(r), r["seeds"]] for r in record["results"]]
         print_table(["rule", "row", "task", "metric", "mean", "seeds"], rows, right=[5])
+
+
+def certificate_row(rule: str, record: dict[str, Any]) -> list[str]:
+    """A rule's certificate in short."""
+    short = record["certificates"].get(rule)
+    if short is None:
+        return [rule, "none", "", "", ""]
+    return [rule, short["status"], short["date"], str(short["properties"].get("credit", "")), ", ".join(short["waived"])]
 
 
 @registry.command(short_help="Write the entry of an installed plugin.")

@@ -1,0 +1,62 @@
+"""`make certify`: which certificates are renewed. Oracle: a registry with fresh, stale, quick, unreadable and missing ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from made_certificates import certificate, write
+
+from bpfree.plugins import installed_plugins
+from bpfree.registry import certificates, problems, registry_folder, stale
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script over a copy of our registry, with an examination that takes no time."""
+    spec = importlib.util.spec_from_file_location("bpfree_certify_all", ROOT / ".ci" / "certify.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shutil.copytree(registry_folder(), tmp_path / "registry", ignore=shutil.ignore_patterns("certificates"))
+    monkeypatch.setattr(module, "REGISTRY", tmp_path / "registry")
+    module.renewed = []  # type: ignore[attr-defined]
+
+    def examined(rule: str) -> bool:
+        module.renewed.append(rule)
+        write(module.REGISTRY / "certificates" / f"{rule}.json", certificate(rule))
+        return True
+
+    monkeypatch.setattr(module, "certify", examined)
+    return module
+
+
+def test_missing_stale_and_unusable_ones_are_renewed(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    place = script.REGISTRY / "certificates"
+    write(place / "dfa.json", certificate("dfa"))
+    write(place / "frozen.json", certificate("frozen", sources={"bpfree": "0"}))
+    write(place / "linear.json", certificate("linear", kind="quick"))
+    write(place / "oja.json", certificate("oja")).write_text("{")
+    assert script.main(["dfa", "frozen", "linear", "oja", "sanger"]) == 0
+    assert sorted(script.renewed) == ["frozen", "linear", "oja", "sanger"]
+    assert "fresh" in capsys.readouterr().out
+    found = certificates(script.REGISTRY)
+    assert sorted(found) == ["dfa", "frozen", "linear", "oja", "sanger"]
+    assert not any(stale(made, installed_plugins()) for made in found.values())
+    assert problems(script.REGISTRY, installed_plugins()) == []  # index and tables were renewed too
+
+
+def test_all_renews_also_fresh_ones(script: ModuleType) -> None:
+    write(script.REGISTRY / "certificates/dfa.json", certificate("dfa"))
+    assert script.main(["dfa"]) == 0
+    assert script.renewed == []
+    assert script.main(["--all", "dfa"]) == 0
+    assert script.renewed == ["dfa"]
+    with pytest.raises(SystemExit):
+        script.main(["nonsense"])
