@@ -51,7 +51,8 @@ class Traits:
         update: ``grad`` (credit fills ``.grad``), ``own-steps`` (``learn`` decides when to apply), or ``in-place``.
             The latter two exclude gradient accumulation, ``in-place`` also clipping.
         supervision: ``labels``, ``none``, or ``readout`` (only the readout sees labels).
-        passes: forward passes through each block per example and step.
+        passes: forward passes per example through the block that has most, in a step of a phase in which it takes part; the tangent of
+            forward mode is a pass of its own.
         chain: whether the rule needs a network that is a chain.
         readout: whether the rule needs a network with a readout.
         targets: kinds of targets that it can learn from.

@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["heat_map", "text_map"]
 
-CELL, LABEL, HEAD = 44, 74, 46
+CELL, LABEL, HEAD = 44, 74, 58
 NONE, UNMEASURED = "#f1f2f4", "#ffffff"
 DARK, LIGHT = (8, 69, 148), (222, 235, 247)
 LEAST = 1e-9
@@ -18,11 +18,12 @@ LEAST = 1e-9
 Rows = Sequence[Sequence[float | None]]
 
 
-def heat_map(title: str, blocks: Sequence[str], rows: Rows, *, silent: Sequence[str] = (), above: bool = False) -> str:
+def heat_map(title: str, changed: str, blocks: Sequence[str], rows: Rows, *, silent: Sequence[str] = (), above: bool = False) -> str:
     """An SVG element: one row per update, one column per block whose weights were changed.
 
     Args:
         title: above it.
+        changed: what was done to the columns' blocks.
         blocks: names, first to last.
         rows: relative changes; 0: none, ``None``: not measured.
         silent: blocks whose update is zero; their rows say so.
@@ -32,9 +33,10 @@ def heat_map(title: str, blocks: Sequence[str], rows: Rows, *, silent: Sequence[
     width, height = LABEL + size + 8, HEAD + size + 30
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'aria-label="{html.escape(title)}" font-family="system-ui,sans-serif" font-size="11">',
+        f'aria-label="{html.escape(f"{title}: {changed}")}" font-family="system-ui,sans-serif" font-size="11">',
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
-        f'<text x="4" y="15" font-size="12" font-weight="600" fill="#1c1e21">{html.escape(title)}</text>',
+        f'<text x="4" y="14" font-size="12" font-weight="600" fill="#1c1e21">{html.escape(title)}</text>',
+        f'<text x="4" y="29" font-size="11" fill="#5b616b">{html.escape(changed)}</text>',
         *_cells(blocks, rows, above=above),
         *_labels(blocks, silent, size),
         "</svg>",

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,9 +17,10 @@ from bpfree.certify import practice
 from bpfree.certify.cost import MemoryCurve, measure_memory, measure_time
 from bpfree.certify.interventions import Matrix, dependence, downstream_weights, name_of_dependence
 from bpfree.certify.lesson import Lesson, learn_lesson
-from bpfree.certify.probe import Moment, Probe, Sampling
+from bpfree.certify.loop import Loop
+from bpfree.certify.probe import PLAIN, Moment, Probe, Sampling
 from bpfree.certify.reverse import Execution, observed
-from bpfree.certify.subject import Specimen, Subject
+from bpfree.certify.subject import Specimen, Subject, batches
 from bpfree.rule import Rule, Traits
 from bpfree.step import Batch, Step
 
@@ -142,6 +143,21 @@ class Measurements:
     def silent(self) -> list[str]:
         """Blocks whose update is identically zero, on any kind of network."""
         return sorted({name for matrix in self.dependence.values() for name in matrix.silent})
+
+    @cached_property
+    def moving(self) -> dict[str, set[str]]:
+        """By kind of network: the blocks that plain training of the same specimen moves, in single precision."""
+        return {kind: self._moving(kind) for kind in self.kinds}
+
+    def _moving(self, kind: str) -> set[str]:
+        specimen = SPECIMENS[kind]
+        rule = self.subject.build(specimen)
+        before = {name: p.detach().clone() for name, p in rule.network.blocks.named_parameters()}
+        loop = Loop(rule, optimizer=replace(PLAIN, lr=0.01))  # without decay, which moves what has no update
+        for batch in loop.turns(batches(specimen.spec, 16, 3, dtype=torch.float32), each=3):
+            loop.learn(batch)
+        after = rule.network.blocks.named_parameters()
+        return {name.split(".")[0] for name, p in after if name in before and not torch.equal(p, before[name])}
 
     # --- what is executed -------------------------------------------------------------------------------------------
 

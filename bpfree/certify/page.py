@@ -27,7 +27,7 @@ code{font-size:.92em;background:#f1f2f4;padding:.05rem .3rem;border-radius:3px;
 overflow-wrap:anywhere}
 footer{margin-top:2rem;color:#5b616b;font-size:.9rem}
 """
-TITLES = {"dependence": "changes with any parameter", "downstream_weights": "changes with weights alone, forward values held"}
+TITLES = {"dependence": "all parameters changed", "downstream_weights": "weights changed, values held"}
 COLOURS = {"passed": "passed", "failed": "failed", "waived": "waived"}
 
 
@@ -58,7 +58,9 @@ def maps(properties: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for kind, matrix in properties.get(key, {}).get("matrices", {}).items():
             yield (
                 f"{key}-{kind}",
-                heat_map(f"{kind}: {title}", matrix["blocks"], matrix["rows"], silent=matrix["silent"], above=key == "downstream_weights"),
+                heat_map(
+                    f"{kind} network", title, matrix["blocks"], matrix["rows"], silent=matrix["silent"], above=key == "downstream_weights"
+                ),
             )
 
 

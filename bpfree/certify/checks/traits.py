@@ -66,6 +66,8 @@ def _downstream(m: Measurements) -> str | None:
         window = most if declared == "all" else min(int(declared), most)
         if open_pairs := matrix.unmeasured(window):
             raise Unmeasured(f"not called local: {_why(matrix, open_pairs)}")
+        if shy := [name for name in matrix.silent if name in m.moving[kind]]:
+            raise Unmeasured(f"not called local: blocks {', '.join(shy)} learn in training, and have no update in the probe")
         _compare_reach(m, kind, matrix, declared, window)
     return None
 
@@ -85,7 +87,7 @@ def _compare_reach(m: Measurements, kind: str, matrix: Matrix, declared: int | s
             where=_place(m, kind, pair, matrix),
             fix=f"declare downstream_weights={_declared(measured, matrix)}, or cut what carries these weights to block {pair[0]!r}",
         )
-    if measured < window:
+    if measured < window - (declared == "all"):  # all, or all but the readout, whose loss a rule may keep to itself
         raise CheckFailed(
             f"it declares downstream_weights={declared!r}, measured is {measured} on a network of {len(matrix.blocks)} blocks",
             where=f"{_declaration(m)}; {matrix.specimen}",

@@ -85,10 +85,7 @@ class NoPropDT(Rule):
         self.embed = ClassEmbedding(spec.outputs, d, self.config.embedding)
         self.head = make_head(self.config.head, self.embed, self.config.sigma)
 
-    @property
-    def traits(self) -> Traits:  # type: ignore[override]
-        passes = 1.0 if self.config.updates == "simultaneous" else 1 / self.config.T
-        return Traits("independent", 0, 1, passes=passes, chain=False, readout=False, targets=("classes", "soft"))
+    traits = Traits("independent", 0, 1, chain=False, readout=False, targets=("classes", "soft"))
 
     @property
     def draws(self) -> int:  # type: ignore[override]

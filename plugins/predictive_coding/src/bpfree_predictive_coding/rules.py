@@ -275,6 +275,7 @@ class ZIL(Relaxed):
         equation="forward initialisation; h_l -= dF/dh_l (rate 1); W_l learns at inference step t = L - l only",
         notes="Local calls, global dependence: chained products of single blocks are back-propagation. An oracle, not a proposal.",
     )
+
     @property
     def traits(self) -> Traits:  # type: ignore[override]
         return Traits("all", "all", reverse_span=self._span(1), update="own-steps")
@@ -316,7 +317,7 @@ class ErrorPC(Relaxed):
 
     @property
     def traits(self) -> Traits:  # type: ignore[override]
-        return Traits("all", "all", reverse_span=self._span("all"), passes=1 + self.config.T)
+        return Traits("all", "all", reverse_span=self._span(1), passes=1 + self.config.T)
 
     @property
     def reach(self) -> int:
