@@ -123,7 +123,7 @@ class CountsPredictions(Backprop):
 
 
 class AdaptsInPredict(Backprop):
-    """Leaves the network in train mode, and a gradient."""
+    """Leaves the network in train mode."""
 
     def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
         self.network.train()
@@ -359,6 +359,15 @@ class ReadsMemoryOrder(Backprop):
         return super().credit(Batch(rows, batch.targets), step)
 
 
+class ReadsColoursByMemoryOrder(Backprop):
+    """The same, of images with several channels only."""
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        if self.spec.input_shape[0] == 1:
+            return super().credit(batch, step)
+        return super().credit(Batch(batch.inputs.as_strided(batch.inputs.shape, (192, 64, 8, 1)), batch.targets), step)
+
+
 class MixesTypes(Backprop):
     """Multiplies what autocast has made by what it has not."""
 
@@ -470,6 +479,18 @@ class Leaks(Backprop):
         self.losses.append(loss)
         loss.backward(retain_graph=True)
         return {"loss": loss.detach()}
+
+
+class KeepsNumbers(Backprop):
+    """Keeps a number of each step, and no tensor."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.history: dict[str, list[int]] = {"steps": []}
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        self.history["steps"].append(step.index)
+        return super().credit(batch, step)
 
 
 class Averages(Backprop):

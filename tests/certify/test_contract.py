@@ -27,6 +27,7 @@ OTHERS = [check for check in CHECKS if check.id != SLOWEST]
         (cheaters.DividesByDeviation, {"batch-shapes"}, "a batch of one example"),
         (cheaters.Squeezes, {"batch-shapes"}, "(Squeezes.credit)"),
         (cheaters.ReadsMemoryOrder, {"batch-shapes"}, "non-contiguous inputs"),
+        (cheaters.ReadsColoursByMemoryOrder, {"batch-shapes"}, "channels-last inputs"),
         (cheaters.MixesTypes, {"bf16"}, "(MixesTypes.credit)"),
         (cheaters.SwallowsNaN, {"nan-reported"}, "ends as 'finished'"),
         (cheaters.FlipsModes, {"state-restored"}, "train mode of network.blocks.b1"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -30,6 +30,7 @@ __all__ = ["CHECKS"]
 STEPS, WINDOW = 200, 5
 WINDOWS = (50, 100)
 """First steps of the windows: what is left of both at the last step was piled up, and not made once."""
+CONTAINERS = (dict, list, tuple, set, deque)
 WARM = 2
 """Steps of a phase that may set things up."""
 
@@ -222,20 +223,24 @@ def _storages(things: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def memory_constant(m: Measurements) -> str | None:
-    """Storages made in two windows of steps that are still alive at step 200."""
+    """Storages made in two windows of steps that are still alive at step 200, and containers that have grown from window to window."""
     rule = m.build()
     loop = Loop(rule)
     windows: dict[int, _Births] = {}
+    sizes: dict[int, Counter[str]] = {}
     for turn, batch in numbered(loop, _batches(m, 4), each=STEPS):
         windows = windows if turn else {first: _Births() for first in WINDOWS}
         with next((births for first, births in windows.items() if first <= turn < first + WINDOW), nullcontext()):
             rule.learn(batch, loop.step)
+        if turn in (*WINDOWS, STEPS - 1):
+            sizes[turn] = _sizes(rule)
         if turn == STEPS - 1:
-            _judge(rule, [births.alive() for births in windows.values()], loop.step.phase.name)
+            _no_survivors(rule, [births.alive() for births in windows.values()], loop.step.phase.name)
+            _no_piles([sizes[at] for at in sorted(sizes)], loop.step.phase.name)
     return None
 
 
-def _judge(rule: Rule, alive: list[dict[int, int]], phase: str) -> None:
+def _no_survivors(rule: Rule, alive: list[dict[int, int]], phase: str) -> None:
     if not all(alive):
         return
     left = {address for survivors in alive for address in survivors}
@@ -248,15 +253,44 @@ def _judge(rule: Rule, alive: list[dict[int, int]], phase: str) -> None:
     )
 
 
-def _held(rule: Rule) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in attributes of the rule, its submodules and its classes, by attribute."""
+def _no_piles(sizes: list[Counter[str]], phase: str) -> None:
+    """Containers that grow by half an item per step, from the first look to the second and from there to the third."""
+    spans = [WINDOWS[1] - WINDOWS[0], STEPS - 1 - WINDOWS[1]]
+    for path in sizes[-1]:
+        grown = [sizes[1][path] - sizes[0][path], sizes[2][path] - sizes[1][path]]
+        if all(items >= span / 2 for items, span in zip(grown, spans, strict=True)):
+            seen = f"{sizes[-1][path]} items after {STEPS} steps, and {sizes[0][path]} after {WINDOWS[0]}"
+            raise CheckFailed(
+                f"memory grows in phase {phase!r}: {path} has {seen}",
+                where=path,
+                fix="keep sums or the last few values: a run has millions of steps",
+            )
+
+
+def _sizes(rule: Rule) -> Counter[str]:
+    """Items in the containers that attributes of the rule, its submodules and its classes hold, by attribute."""
+    return Counter({path: _items(value) for path, value in _attributes(rule) if isinstance(value, CONTAINERS)})
+
+
+def _items(value: Any, depth: int = 3) -> int:
+    if not isinstance(value, CONTAINERS) or not depth:
+        return 0
+    inside = value.values() if isinstance(value, dict) else value
+    return len(value) + sum(_items(item, depth - 1) for item in inside)
+
+
+def _attributes(rule: Rule) -> Iterator[tuple[str, Any]]:
     for path, part in rule.named_modules():
-        for name, value in vars(part).items():
-            yield from _inside(f"{path or 'self'}.{name}", value)
+        yield from ((f"{path or 'self'}.{name}", value) for name, value in vars(part).items())
     for base in type(rule).__mro__:
         if issubclass(base, Rule) and base is not Rule:
-            for name, value in vars(base).items():
-                yield from _inside(f"{base.__qualname__}.{name}", value)
+            yield from ((f"{base.__qualname__}.{name}", value) for name, value in vars(base).items())
+
+
+def _held(rule: Rule) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that the attributes hold, by attribute."""
+    for path, value in _attributes(rule):
+        yield from _inside(path, value)
 
 
 def _inside(path: str, value: Any, depth: int = 4) -> Iterator[tuple[str, Tensor]]:
@@ -267,7 +301,7 @@ def _inside(path: str, value: Any, depth: int = 4) -> Iterator[tuple[str, Tensor
     elif isinstance(value, dict):
         for item in value.values():
             yield from _inside(path, item, depth - 1)
-    elif isinstance(value, (list, tuple, set, deque)):
+    elif isinstance(value, CONTAINERS):
         for item in value:
             yield from _inside(path, item, depth - 1)
     elif hasattr(value, "__dict__") and not isinstance(value, type):

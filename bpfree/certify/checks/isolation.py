@@ -27,7 +27,7 @@ from bpfree.training.evaluation import Evaluator
 
 __all__ = ["CHECKS"]
 
-EXAMPLES, EPOCHS = 160, 2
+EXAMPLES, EPOCHS = 160, 4
 RECUTS = {"halves": (6, 6), "odd sizes": (5, 3, 1, 2, 1), "single examples": (1,) * 12}
 TOLERANCE = 1e-4
 PERMUTATIONS, STANDARD_ERRORS = 3, 4

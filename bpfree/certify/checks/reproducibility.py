@@ -257,7 +257,7 @@ def _settings() -> dict[str, object]:
 def caller_state(m: Measurements) -> str | None:
     """The process's settings before and after a run."""
     task = practice.cut(practice.digits(), EXAMPLES)
-    trainer = practice.trainer(m.subject, task, epochs=2)
+    trainer = practice.trainer(m.subject, task, epochs=EPOCHS)
     before = _settings()
     trainer.fit()
     after = _settings()
