@@ -159,7 +159,7 @@ def _certificate(m: Measurements, kind: str, findings: list[Finding], properties
         version=subject.owner.version,
         settings=list(subject.settings),
         config=subject.config,
-        traits=dataclasses.asdict(m.traits()),
+        traits={**dataclasses.asdict(m.traits()), "targets": list(m.traits().targets)},
         kind=kind,
         date=datetime.date.today().isoformat(),
         properties=properties,

@@ -10,16 +10,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bpfree.certify import practice
+from bpfree.certify.subject import Specimen, Subject
 from bpfree.network.network import evaluating
 from bpfree.options import OptimizerConfig
 from bpfree.rule import Metrics, Rule
 from bpfree.step import Batch, Budget, Phase, Step
-from bpfree.tasks.task import Split
+from bpfree.tasks.task import Split, TaskSpec
 from bpfree.training.phases import learning
 from bpfree.training.seeds import KeyedGenerators, derive
 from bpfree.training.updater import Updater
 
-__all__ = ["EPOCHS", "Loop", "numbered", "predict", "trained"]
+__all__ = ["EPOCHS", "Loop", "numbered", "predict", "small_rule", "trained"]
 
 EPOCHS = 8
 MOST_PHASES = 6
@@ -104,6 +106,11 @@ class Loop:
 def _split(batches: Sequence[Batch]) -> Split:
     targets = [batch.targets for batch in batches if batch.targets is not None]
     return Split(torch.cat([batch.inputs for batch in batches]), torch.cat(targets) if targets else None)
+
+
+def small_rule(subject: Subject, kind: str, spec: TaskSpec, *, seed: int = 0) -> Rule:
+    """A small instance for a task, on a network of the kind that the rule takes."""
+    return practice.build(subject, spec, seed=seed, specimen=Specimen(kind, depth=2, width=16))
 
 
 def numbered(loop: Loop, batches: Sequence[Batch], *, each: int) -> Iterator[tuple[int, Batch]]:

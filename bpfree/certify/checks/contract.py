@@ -17,7 +17,7 @@ from bpfree.certify.checks.guard import guarded
 from bpfree.certify.checks.networks import CATALOGUE, Offer
 from bpfree.certify.checks.places import place_of, place_of_error
 from bpfree.certify.findings import Check, CheckFailed, Unmeasured
-from bpfree.certify.loop import Loop, predict
+from bpfree.certify.loop import Loop, predict, small_rule
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Specimen, Subject, batches, examples
 from bpfree.config import resolve
@@ -303,8 +303,7 @@ def nan_reported(m: Measurements) -> str | None:
 
 
 def _run_on(m: Measurements, task: Task) -> Run:
-    rule = practice.build(m.subject, task.spec, specimen=Specimen(m.kind, depth=2, width=16))
-    return practice.train(m.subject, task, rule=rule, epochs=EPOCHS)
+    return practice.train(m.subject, task, rule=small_rule(m.subject, m.kind, task.spec), epochs=EPOCHS)
 
 
 CHECKS = [

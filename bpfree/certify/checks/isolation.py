@@ -17,9 +17,9 @@ from bpfree.certify.checks.frozen_noise import FrozenNoise
 from bpfree.certify.checks.guard import guarded
 from bpfree.certify.checks.places import place_of
 from bpfree.certify.findings import Check, CheckFailed
-from bpfree.certify.loop import predict, trained
+from bpfree.certify.loop import predict, small_rule, trained
 from bpfree.certify.measurements import Measurements
-from bpfree.certify.subject import Specimen, Subject, batches
+from bpfree.certify.subject import Specimen, batches
 from bpfree.network.network import evaluating
 from bpfree.rule import Rule
 from bpfree.tasks.task import Split, Task, TaskSpec
@@ -66,9 +66,9 @@ def _permuted(splits: list[Split]) -> Iterator[None]:
             targets.copy_(true)
 
 
-def _predictions(subject: Subject, rule: Rule, task: Task) -> list[Tensor]:
+def _predictions(m: Measurements, rule: Rule, task: Task) -> list[Tensor]:
     """All scores of an evaluation of the validation and the test split, as a run makes it."""
-    config = practice.trainer(subject, task, rule=rule).config
+    config = practice.trainer(m.subject, task, rule=rule).config
     spec, recorder = rule.spec, Recorder(**{item.name: getattr(rule.spec, item.name) for item in fields(TaskSpec)})
     rule.spec = recorder
     try:
@@ -93,34 +93,34 @@ def _unique_task(seed: int) -> Task:
     return Task(replace(task.spec, mean=(0.0,), std=(1.0,)), noised(task.train), held, noised(task.test))
 
 
-def _learned(subject: Subject, task: Task) -> Rule:
+def _learned(m: Measurements, task: Task) -> Rule:
     """A rule that was built beside the task, and trained for a few steps."""
-    rule = practice.build(subject, task.spec)
-    practice.train(subject, task, rule=rule, epochs=EPOCHS)
+    rule = small_rule(m.subject, m.kind, task.spec)
+    practice.train(m.subject, task, rule=rule, epochs=EPOCHS)
     return rule
 
 
-def _in_this_world(subject: Subject, seed: int) -> list[Tensor]:
+def _in_this_world(m: Measurements, seed: int) -> list[Tensor]:
     """Predictions; they are the same with other labels in the task's memory."""
     task = _unique_task(seed)
-    rule = _learned(subject, task)
-    true = _predictions(subject, rule, task)
+    rule = _learned(m, task)
+    true = _predictions(m, rule, task)
     with _permuted(_evaluations(task)):
-        moved = _predictions(subject, rule, task)
+        moved = _predictions(m, rule, task)
     if not _same(true, moved):
         raise CheckFailed(
             "predictions change when the labels of the evaluation splits are permuted",
-            where=place_of(subject.rule, "predict"),
+            where=place_of(m.subject.rule, "predict"),
             fix="compute predictions from the inputs alone: look for targets neither in callers' frames nor in what refers to the inputs",
         )
     return true
 
 
-def _in_other_world(subject: Subject, seed: int) -> list[Tensor]:
+def _in_other_world(m: Measurements, seed: int) -> list[Tensor]:
     """Predictions of a rule that was built when the labels of the evaluation had been permuted."""
     task = _unique_task(seed)
     with _permuted(_evaluations(task)):
-        return _predictions(subject, _learned(subject, task), task)
+        return _predictions(m, _learned(m, task), task)
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -130,9 +130,9 @@ def _same(one: list[Tensor], other: list[Tensor]) -> bool:
 def labels_unseen(m: Measurements) -> str | None:
     """Predictions with the labels of the evaluation permuted: after training, and before the rule was built."""
     seed = secrets.randbits(62)
-    true = _in_this_world(m.subject, seed)
+    true = _in_this_world(m, seed)
     gc.collect()  # so that nobody finds the other world's task
-    if not _same(true, _in_other_world(m.subject, seed)):
+    if not _same(true, _in_other_world(m, seed)):
         raise CheckFailed(
             "predictions differ if the labels of the evaluation splits were permuted before the rule was built: it has kept them",
             where=f"{place_of(m.subject.rule, '__init__')}, or prepare, or {place_of(m.subject.rule, 'predict')}",
@@ -143,7 +143,7 @@ def labels_unseen(m: Measurements) -> str | None:
 
 def permuted_labels(m: Measurements) -> str | None:
     """What is learned from permuted training labels says nothing of the true ones; the mean over a few permutations."""
-    found = [_from_permuted(m.subject, seed) for seed in range(PERMUTATIONS)]
+    found = [_from_permuted(m, seed) for seed in range(PERMUTATIONS)]
     accuracy = sum(float(confusion.trace()) for confusion in found) / PERMUTATIONS
     chance = 1 / len(found[0])
     error = sum(_variance_of_chance(confusion, len(practice.digits().test)) for confusion in found) ** 0.5 / PERMUTATIONS
@@ -157,14 +157,14 @@ def permuted_labels(m: Measurements) -> str | None:
     return f"{accuracy:.1%} on the digits' test split; chance is {chance:.0%}, the bound {bound:.1%}"
 
 
-def _from_permuted(subject: Subject, seed: int) -> Tensor:
+def _from_permuted(m: Measurements, seed: int) -> Tensor:
     """The confusion matrix on the test split of a rule that was trained on permuted labels."""
     digits = practice.digits()
     assert digits.train.targets is not None
     order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(seed))
     task = replace(digits, train=Split(digits.train.inputs, digits.train.targets[order]), _fingerprint=[])
-    rule = practice.build(subject, task.spec, seed=seed)
-    practice.train(subject, task, rule=rule, seed=seed)
+    rule = small_rule(m.subject, m.kind, task.spec, seed=seed)
+    practice.train(m.subject, task, rule=rule, seed=seed)
     return _confusion(rule, digits)
 
 

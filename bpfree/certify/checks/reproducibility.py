@@ -15,7 +15,7 @@ from bpfree.certify.checks.draws import changed, first_draw, states
 from bpfree.certify.checks.guard import guarded
 from bpfree.certify.checks.places import place_of
 from bpfree.certify.findings import Check, CheckFailed, NotApplicable, Unmeasured
-from bpfree.certify.loop import Loop, predict, trained
+from bpfree.certify.loop import Loop, predict, small_rule, trained
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Specimen, batches
 from bpfree.hooks import hookimpl
@@ -103,10 +103,14 @@ class _Stop:
             self.trainer.stop("the certificate asked")
 
 
+def _trainer(m: Measurements, task: Task, **options: Any) -> Trainer:
+    return practice.trainer(m.subject, task, rule=small_rule(m.subject, m.kind, task.spec), epochs=EPOCHS, **options)
+
+
 def _interrupted(m: Measurements, task: Task, epoch: int, folder: Path) -> str | None:
     """Where the run was interrupted, in words; ``None`` if it ended before."""
     watch = _Stop(epoch)
-    watch.trainer = practice.trainer(m.subject, task, epochs=EPOCHS, folder=folder, observers=[watch])
+    watch.trainer = _trainer(m, task, folder=folder, observers=[watch])
     with seeded(1):
         try:
             watch.trainer.fit()
@@ -116,7 +120,7 @@ def _interrupted(m: Measurements, task: Task, epoch: int, folder: Path) -> str |
 
 
 def _resumed(m: Measurements, task: Task, folder: Path) -> tuple[dict[str, Tensor], float]:
-    trainer = practice.trainer(m.subject, task, epochs=EPOCHS, folder=folder)
+    trainer = _trainer(m, task, folder=folder)
     with seeded(2):
         run = trainer.fit(folder / "checkpoints" / "last.pt")
     return _weights(trainer.rule), run.result["test/loss"]
@@ -125,7 +129,7 @@ def _resumed(m: Measurements, task: Task, folder: Path) -> tuple[dict[str, Tenso
 def resume(m: Measurements) -> str | None:
     """A run that was interrupted in the middle of a pass and resumed by a fresh trainer, against one that was not."""
     task = practice.cut(practice.digits(), EXAMPLES)
-    straight = practice.trainer(m.subject, task, epochs=EPOCHS)
+    straight = _trainer(m, task)
     loss = straight.fit().result["test/loss"]
     found = []
     for epoch in INTERRUPTED_IN:
@@ -257,7 +261,7 @@ def _settings() -> dict[str, object]:
 def caller_state(m: Measurements) -> str | None:
     """The process's settings before and after a run."""
     task = practice.cut(practice.digits(), EXAMPLES)
-    trainer = practice.trainer(m.subject, task, epochs=EPOCHS)
+    trainer = _trainer(m, task)
     before = _settings()
     trainer.fit()
     after = _settings()
