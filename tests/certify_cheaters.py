@@ -525,6 +525,19 @@ class LocalHeads(Streamed):
         return self.spec.loss(self.heads[trace.name](trace.output.flatten(1)), batch)
 
 
+class OnlyConvolutions(LocalHeads):
+    """Takes images alone."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        if not any(isinstance(part, nn.Conv2d) for part in self.network.modules()):
+            raise UsageError("nothing to convolve", fix="use network=vgg")
+
+    @classmethod
+    def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
+        return super().specimen(kind, depth, width) if kind == "convolutional" else None
+
+
 # --- how tests run checks -------------------------------------------------------------------------------------------------
 
 

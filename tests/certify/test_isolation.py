@@ -41,7 +41,9 @@ def test_each_cheater_is_caught_by_its_check_and_by_no_other(rule: type[Rule], c
     assert all(failure.fix and failure.where for failure in found.values())
 
 
-@pytest.mark.parametrize("rule", [Backprop, DFA, Frozen, Linear, cheaters.LocalHeads, cheaters.NoisyPredictions, cheaters.BatchNormed])
+@pytest.mark.parametrize(
+    "rule", [Backprop, DFA, Frozen, Linear, cheaters.LocalHeads, cheaters.NoisyPredictions, cheaters.BatchNormed, cheaters.OnlyConvolutions]
+)
 def test_honest_rules_pass(rule: type[Rule]) -> None:
     assert cheaters.outcomes(rule, QUICK) == dict.fromkeys([check.id for check in QUICK])
 

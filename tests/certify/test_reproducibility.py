@@ -38,7 +38,18 @@ def test_each_cheater_is_caught(rule: type[Rule], caught: set[str], said: str) -
 
 
 @pytest.mark.parametrize(
-    "rule", [Backprop, DFA, Frozen, Linear, cheaters.LocalHeads, cheaters.NoisyPredictions, cheaters.Noisy, cheaters.TwoPhases]
+    "rule",
+    [
+        Backprop,
+        DFA,
+        Frozen,
+        Linear,
+        cheaters.LocalHeads,
+        cheaters.NoisyPredictions,
+        cheaters.Noisy,
+        cheaters.TwoPhases,
+        cheaters.OnlyConvolutions,
+    ],
 )
 def test_honest_rules_pass(rule: type[Rule]) -> None:
     found = cheaters.outcomes(rule, CHECKS)
