@@ -53,6 +53,12 @@ def test_a_leak_is_found_with_its_attribute_and_its_bytes() -> None:
     assert float(failure.what.split(" bytes per step")[0].split()[-1]) >= 4
 
 
+def test_a_list_that_grows_is_found_though_it_holds_no_tensors() -> None:
+    failure = cheaters.failures(cheaters.outcomes(cheaters.KeepsNumbers, [BY_NAME[SLOWEST]]))[SLOWEST]
+    assert failure.where == "self.history"
+    assert "201 items after 200 steps" in failure.what
+
+
 HONEST = [
     Backprop,
     DFA,
@@ -63,6 +69,7 @@ HONEST = [
     cheaters.SetsUpOnce,
     cheaters.Averages,
     cheaters.RefusesKindly,
+    cheaters.OnlyConvolutions,
 ]
 
 
