@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -235,6 +236,7 @@ def memory_constant(m: Measurements) -> str | None:
         if turn in (*WINDOWS, STEPS - 1):
             sizes[turn] = _sizes(rule)
         if turn == STEPS - 1:
+            gc.collect()  # cycles that wait for it do not pile up
             _no_survivors(rule, [births.alive() for births in windows.values()], loop.step.phase.name)
             _no_piles([sizes[at] for at in sorted(sizes)], loop.step.phase.name)
     return None
