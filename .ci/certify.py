@@ -1,4 +1,4 @@
-"""Renews the certificates of the registry that are missing or stale, then its index and tables.
+"""Renews the certificates of the registry that are missing or stale, then its index and tables, and the table in the docs.
 
     python .ci/certify.py [RULE ...] [--all] [--jobs 2]
 
@@ -17,12 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bpfree.certify.certificate import Certificate, read_certificate
+from bpfree.certify.table import write_docs
 from bpfree.errors import BpfreeError
 from bpfree.plugins import installed_plugins
 from bpfree.registry import read_entries, renew, state
-from bpfree.registry.certificates import certificate_file
+from bpfree.registry.certificates import certificate_file, certificates
 
 REGISTRY = Path(__file__).resolve().parent.parent / "registry"
+DOCS = REGISTRY.parent / "docs" / "certificates.md"
 
 
 def present(rule: str) -> dict[str, Certificate]:
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (REGISTRY / "certificates").mkdir(exist_ok=True)
     with ThreadPoolExecutor(given.jobs) as pool:
         outcomes = list(pool.map(certify, chosen))
-    for path in renew(REGISTRY):
+    for path in [*renew(REGISTRY), *write_docs(DOCS, certificates(REGISTRY))]:
         print(f"wrote {path.relative_to(REGISTRY.parent)}")
     return 0 if all(outcomes) else 1
 

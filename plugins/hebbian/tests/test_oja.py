@@ -169,3 +169,15 @@ def test_deeper_layers_without_batch_norm_do_not_diverge() -> None:
     first, second = (layer.weight.detach() for layer in rule.layers.values())
     assert float((first @ axis).norm()) == pytest.approx(1, abs=1e-3)
     assert float((second @ first @ axis).norm()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", [Oja, Sanger])
+def test_channels_last_images_teach_the_same(kind: type[Oja]) -> None:
+    """Oracle: the same images in torch's usual layout; the convolution's gradient then comes in another one, decay and all."""
+    batch, weights = batch_of((2, 6, 5), 6), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        rule = rule_of(kind, image_network(), IMAGE, lr=[0.03], radius=2.0)
+        updates(rule, [Batch(batch.inputs.contiguous(memory_format=layout), batch.targets)])
+        weights.append(rule.layers["b1"].weight.detach())
+    torch.testing.assert_close(weights[1], weights[0])
