@@ -39,7 +39,7 @@ def rules(name: str | None, as_json: bool) -> None:
     registry = installed_plugins()
     if name is not None:
         rule = registry.get("rules", name)
-        card = dict(rule_card(name, rule, registry.owner("rules", name)))
+        card = dict(rule_card(name, rule, registry.owner("rules", name)), certificate=certificate_of(name, registry))
         click.echo(json.dumps(card, indent=2)) if as_json else show_card(card, rule)
         return
     found = list(registry.items("rules"))
@@ -71,17 +71,28 @@ def rule_card(name: str, rule: Any, owner: Any) -> Iterator[tuple[str, Any]]:
     yield "options", [dict(zip(("key", "type", "default", "meaning"), row, strict=True)) for row in options_table(rule.Config)]
 
 
+def certificate_of(name: str, registry: Any) -> str:
+    """Status of the rule's certificate in the registry, its day, and how far it found credit to travel."""
+    from bpfree.cli.plugins import known_certificates
+    from bpfree.registry import state
+
+    known = known_certificates()
+    if name not in known:
+        return f"none; bpfree certify {name} measures what it does"
+    return f"{state(name, known, registry)}, {known[name].date}; credit: {known[name].properties.get('credit', 'not measured')}"
+
+
 def show_card(card: dict[str, Any], rule: Any) -> None:
     for key in ("name", "plugin", "summary", "paper", "equation", "notes"):
         if card[key]:
             lines = str(card[key]).strip().splitlines()
-            click.echo(f"{key.ljust(10)}{lines[0]}")
+            click.echo(f"{key.ljust(12)}{lines[0]}")
             for line in lines[1:]:
-                click.echo(f"{'':10}{line}")
-    for key in ("optimizer", "traits"):
+                click.echo(f"{'':12}{line}")
+    for key in ("optimizer", "traits", "certificate"):
         value = card[key]
         text = value if isinstance(value, str) else ", ".join(f"{k}={plain(v)}" for k, v in value.items())
-        click.echo(f"{key.ljust(10)}{text}")
+        click.echo(f"{key.ljust(12)}{text}")
     show_options(rule.Config, "rule")
 
 
