@@ -126,7 +126,12 @@ def certificate_row(rule: str, record: dict[str, Any]) -> list[str]:
 @registry.command(short_help="Write the entry of an installed plugin.")
 @click.argument("plugin")
 @click.option("--certificate", "files", type=FILE, multiple=True, help="Written by bpfree certify RULE --output FILE; may be repeated.")
-@click.option("--entry", "entry_file", type=FILE, help="Take summary, repository, status and results from this entry.")
+@click.option(
+    "--entry",
+    "entry_file",
+    type=FILE,
+    help="Take repository, status and results from this entry; the summary too, if there are several rules.",
+)
 @click.option("--folder", type=FOLDER, default="registry", show_default=True, help="The registry's folder; made if it is not there.")
 def add(plugin: str, files: tuple[Path, ...], entry_file: Path | None, folder: Path) -> None:
     """Write the entry of an installed PLUGIN into a registry's folder, copy the given certificates there, and renew index and tables.

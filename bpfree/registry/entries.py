@@ -96,7 +96,8 @@ def entry_of(record: PluginRecord, plugins: Plugins, *, added: str, known: Entry
         record: the plugin.
         plugins: those installed.
         added: ISO day.
-        known: an entry from which is taken what only people can say: ``SAID_BY_PEOPLE``, and a wider range of interface versions.
+        known: an entry from which is taken what only people can say: ``SAID_BY_PEOPLE`` (the summary where there are several rules; a
+            single one's card has it), and a wider range of interface versions.
 
     Raises:
         BpfreeError: the plugin does not work here, or something that an entry needs cannot be found.
@@ -121,7 +122,7 @@ def entry_of(record: PluginRecord, plugins: Plugins, *, added: str, known: Entry
         "results": [],
     }
     if known is not None:
-        values |= {name: getattr(known, name) for name in SAID_BY_PEOPLE}
+        values |= {name: getattr(known, name) for name in SAID_BY_PEOPLE if name != "summary" or len(cards) != 1}
         values["api"] = [min(known.api[0], api), max(known.api[1], api)]
     return Entry.from_dict(values, where=f"plugin {record.name}")
 

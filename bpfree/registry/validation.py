@@ -70,7 +70,7 @@ def acceptable(certificate: Certificate, plugins: Plugins, where: Path) -> Itera
         yield BpfreeError(
             f"the certificate of {certificate.rule} is stale: the sources of {', '.join(changed)} have changed since",
             where=str(where),
-            fix=f"{renewal} (make certify renews all)",
+            fix=f"{renewal}; in a checkout of bpfree, make certify renews all",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,11 @@ def test_add_keeps_what_only_people_can_say(workplace: Path, capsys: pytest.Capt
     assert "bpfree certify noprop-dt --output" in capsys.readouterr().out
     there = workplace / "registry/plugins/noprop.toml"
     assert read_entry(there).results == read_entry(ours).results
-    there.write_text(there.read_text().replace('repository = ""', 'repository = "https://example.org/x"').replace("2026-11", "2025-01"))
+    there.write_text(there.read_text().replace('repository = ""', 'repository = "https://example.org/x"'))
+    there.write_text(re.sub(r'added = ".*"', 'added = "2025-01-02"', there.read_text()))
     assert call("registry", "add", "noprop") == 0
     assert read_entry(there).repository == "https://example.org/x"
-    assert read_entry(there).added == "2025-01-21"
+    assert read_entry(there).added == "2025-01-02"
     assert call("registry", "add", "hebbian", "--entry", ours) == 2
     assert "the entry of 'noprop', not of 'hebbian'" in capsys.readouterr().err
 
