@@ -27,6 +27,7 @@ __all__ = ["MemoryCurve", "measure_memory", "measure_time"]
 
 DEPTHS = (2, 4, 8, 16)
 MANY, FEW = 512, 64
+PHASES = 8
 WATCHED = 2
 """The step that is watched: lazy set-up is over by then."""
 GROWING = 0.5
@@ -89,7 +90,7 @@ def measure_memory(subject: Subject, specimen: Specimen) -> MemoryCurve:
 def _memory(subject: Subject, specimen: Specimen) -> tuple[int, int | None, int]:
     """Blocks; bytes saved for backward, and peak, in the step that needs most."""
     meter = StepMemory(torch.device("cpu"))
-    probe = Probe(subject, specimen, Sampling(samples=MANY, steps=WATCHED + 1), dtype=torch.float32)
+    probe = Probe(subject, specimen, Sampling(samples=MANY, steps=WATCHED + 1, phases=PHASES), dtype=torch.float32)
     held: list[int | None] = []
     blocks = 0
 
@@ -158,7 +159,7 @@ def measure_time(subject: Subject, specimen: Specimen) -> dict[str, float]:
 
     Empty where back-propagation cannot train the network.
     """
-    probe = Probe(subject, specimen, Sampling(samples=FEW, steps=10), dtype=torch.float32)
+    probe = Probe(subject, specimen, Sampling(samples=FEW, steps=10, phases=PHASES), dtype=torch.float32)
     ours: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}
     reference: list[tuple[Backprop, Step]] = []

@@ -14,13 +14,14 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bpfree.certify.findings import Unmeasured
 from bpfree.certify.probe import Moment, Probe, Sampling
 from bpfree.certify.subject import Specimen, Subject
 from bpfree.rule import Rule
@@ -28,8 +29,11 @@ from bpfree.step import Batch, Step
 
 __all__ = ["Matrix", "dependence", "downstream_weights", "name_of_dependence"]
 
+ROUNDS = 32
+"""How often all phases together go round their batches where credit is sought that comes late: by weights copied every so many steps."""
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative changes below it are rounding: honest rules stay below 1e-13 in double precision."""
+BLIND = {torch.float64: 1e-10, torch.float32: 1e-4}
 RANK_TOLERANCE = 1e-10
 Values = dict[str, dict[str, float | None]]
 
@@ -89,9 +93,17 @@ def _plain(value: float | None) -> float | None:
 
 
 def dependence(subject: Subject, specimen: Specimen, *, dtype: torch.dtype = torch.float64) -> Matrix:
-    """Move all parameters of each block by a tenth of their size, and compare the updates."""
+    """Move all parameters of each block by a tenth of their size, and compare the updates.
+
+    Raises:
+        Unmeasured: two runs without any change differ, or updates are not finite.
+    """
     probe = Probe(subject, specimen, dtype=dtype)
     base = probe.run()
+    if broken := [name for moment in base for name, update in moment.updates.items() if not bool(update.isfinite().all())]:
+        raise Unmeasured(f"the update of block {broken[0]!r} is not finite on {describe(specimen, probe.sampling)}")
+    if any(change for change, _ in _compare(base, probe.run(), dtype).values()):
+        raise Unmeasured("two runs from the same seeds differ: its steps depend on something besides weights, batches and generators")
     rule = probe.build()
     found = {name: _compare(base, probe.run(_noise(rule, name), base=base), dtype) for name in rule.network.blocks}
     return _matrix(list(rule.network.blocks), base, found, describe(specimen, probe.sampling), {})
@@ -103,31 +115,33 @@ def downstream_weights(subject: Subject, specimen: Specimen, depends: Matrix, *,
     A block whose null space is empty is tried again with fewer samples, a smaller image, wider layers. Where that does not help, an update
     that nothing at all done to the block's parameters could change (``depends``) does not need its weights either.
     """
-    found: dict[str, _Changes] = {}
-    reasons: dict[str, str] = {}
+    found: dict[str, _Column] = {}
     words: list[str] = []
     blocks: list[str] = []
     silent: list[Moment] = []
     for smaller, sampling in _ladder(specimen):
         probe = Probe(subject, smaller, sampling, dtype=dtype)
-        base = probe.run()
+        base, seen = _inputs(probe)
         rule = probe.build()
         blocks, silent = list(rule.network.blocks), silent or base
-        seen = _inputs(probe)
-        fresh = {name: value for name in blocks if name not in found and (value := _intervene(probe, base, rule, seen, name, reasons))}
+        wanted = [name for name in blocks if name not in found or found[name].why]
+        columns = {name: _intervene(probe, base, rule, seen, name) for name in wanted}
+        _look_again_later(probe, columns, len(base))
+        fresh = [name for name in wanted if not columns[name].why]
         if fresh:
             words.append(
                 f"{', '.join(fresh)} on {describe(smaller, sampling)}" if found or len(fresh) < len(blocks) else describe(smaller, sampling)
             )
-        found |= fresh
-        if all(name in found for name in blocks[1:]):
+        found |= {name: columns[name].over(found.get(name)) for name in wanted}
+        if not any(found[name].why for name in blocks[1:]):
             break
-    matrix = _matrix(blocks, silent, found, "; ".join(words), reasons)
+    changes = {name: column.changes for name, column in found.items()}
+    matrix = _matrix(blocks, silent, changes, "; ".join(words), {})
     for row, column in itertools.product(blocks, blocks):
         if matrix.values[row][column] is None and depends.values[row][column] == 0:
             matrix.values[row][column] = 0.0
     open_columns = {column for _, column in matrix.unmeasured()}
-    return replace(matrix, reasons={name: reason for name, reason in reasons.items() if name in open_columns})
+    return replace(matrix, reasons={name: found[name].why for name in blocks if name in open_columns})
 
 
 def describe(specimen: Specimen, sampling: Sampling) -> str:
@@ -154,39 +168,112 @@ def _noise(rule: Rule, block: str) -> dict[str, Tensor]:
     return added
 
 
-def _intervene(
-    probe: Probe, base: list[Moment], rule: Rule, seen: Mapping[str, Tensor], block: str, reasons: dict[str, str]
-) -> _Changes | None:
+@dataclass
+class _Column:
+    """What changes with the weights of one block.
+
+    Attributes:
+        changes: by block whose update it is; without what could not be measured.
+        added: to the block's parameters, by name.
+        why: what of the block could not be changed, so that no change of an update means nothing; empty: all of it was.
+    """
+
+    changes: _Changes = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
+    why: str = ""
+
+    def over(self, earlier: _Column | None) -> _Column:
+        """This one, with what an earlier, incomplete one has found."""
+        seen = {} if earlier is None else earlier.changes
+        return replace(self, changes={**seen, **self.changes})
+
+
+def _intervene(probe: Probe, base: list[Moment], rule: Rule, seen: Mapping[str, Tensor], block: str) -> _Column:
     added, why = _invisible(rule, block, seen)
     if not added:
-        reasons[block] = why
-        return None
-    moments = probe.run(added, base=base)
-    moved = max((_distance(a.output, b.output) for a, b in zip(base, moments, strict=True)), default=0.0)
-    if moved > FLOOR[probe.dtype]:
-        reasons[block] = f"its forward values did not stay (relative change {moved:.1e})"
-        return None
-    return _compare(base, moments, probe.dtype)
+        return _Column(why=why)
+    for late in (False, True):
+        moments = probe.run(added, base=base, late=late)
+        moved = max((_distance(a.output, b.output) for a, b in zip(base, moments, strict=True)), default=0.0)
+        if moved <= FLOOR[probe.dtype]:
+            break
+    else:
+        return _Column(why=f"its forward values did not stay (relative change {moved:.1e})")
+    if _is_overwritten(base, moments, added, block):
+        why = why or "its weights are overwritten in a step, by what the rule keeps elsewhere"
+    changes = _compare(base, moments, probe.dtype)
+    return _Column({name: change for name, change in changes.items() if change[0] or not why}, added, why)
+
+
+def _is_overwritten(base: list[Moment], moments: list[Moment], added: Mapping[str, Tensor], block: str) -> bool:
+    """Whether what was added is gone after a step."""
+    size = sum(float(change.square().sum()) for change in added.values()) ** 0.5
+    moved = (float((b.updates[block] - a.updates[block]).norm()) for a, b in zip(base, moments, strict=True))
+    return any(value > 0.9 * size for value in moved)
+
+
+def _look_again_later(probe: Probe, columns: Mapping[str, _Column], steps: int) -> None:
+    """Add to the columns what changes after many steps only: first with all of them changed at once, then, if need be, one by one."""
+    together = {name: change for column in columns.values() for name, change in column.added.items()}
+    if not together:
+        return
+    rounds = max(2, ROUNDS * probe.sampling.steps // steps)
+    long = Probe(probe.subject, probe.specimen, replace(probe.sampling, rounds=rounds), dtype=probe.dtype)
+    base, seen = _inputs(long)
+    if not all(_is_blind(seen, name, together) for name in together if name in seen):
+        return  # other noise at each step
+    changed = _compare(base, long.run(together, base=base), probe.dtype)
+    rows = list(changed)
+    known = {row for name, column in columns.items() for row in rows[: rows.index(name)] if column.changes.get(row, (0.0, ""))[0]}
+    if any(change for row, (change, _) in changed.items() if row not in known):
+        for column in columns.values():
+            later = _compare(base, long.run(column.added, base=base), probe.dtype) if column.added else {}
+            for row, change in later.items():
+                if change[0] > column.changes.get(row, (0.0, ""))[0]:
+                    column.changes[row] = change
+
+
+def _is_blind(seen: Mapping[str, Tensor], name: str, added: Mapping[str, Tensor]) -> bool:
+    """Whether these inputs, too, do not see what was added."""
+    parts = [added[name].flatten(1), *([added[_bias_of(name)][:, None]] if _bias_of(name) in added else [])]
+    change = torch.cat(parts, 1)
+    rows = seen[name][:, : change.shape[1]]
+    return float((rows @ change.T).norm()) <= BLIND[change.dtype] * float(rows.norm() * change.norm())
 
 
 def _invisible(rule: Rule, block: str, seen: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """For each linear map of the block a change of its own size in the null space of its inputs."""
+    """For each linear map of the block a change of its own size in the null space of its inputs; and what of the block has none."""
     generator = torch.Generator().manual_seed(2)
-    added, why = {}, "it has no linear map (nn.Linear or a convolution without groups) that was executed"
-    for own, p in rule.network.blocks[block].named_parameters():
-        name = f"network.blocks.{block}.{own}"
+    added: dict[str, Tensor] = {}
+    parameters = {f"network.blocks.{block}.{own}": p for own, p in rule.network.blocks[block].named_parameters()}
+    full = []
+    for name, p in parameters.items():
         if name not in seen:
             continue
-        size = p[0].numel()
         basis = _row_space(seen[name])
-        if basis.shape[1] >= size:
-            why = f"its inputs have as many independent directions ({size}) as it has weights per unit: nothing is invisible to them"
+        if basis.shape[1] >= len(basis):
+            full.append(name)
             continue
-        change = torch.randn(p.shape, generator=generator, dtype=p.dtype).flatten(1)
+        bias = parameters.get(_bias_of(name))
+        flat = p.detach().flatten(1)
+        change = torch.randn((len(p), len(basis)), generator=generator, dtype=p.dtype)
         for _ in range(2):  # twice, for the last digits
             change = change - (change @ basis) @ basis.T
-        added[name] = (change * (p.detach().norm() / change.norm())).view_as(p)
-    return added, why
+        change *= flat.norm() / change.norm()
+        added[name] = change[:, : flat.shape[1]].reshape(p.shape)
+        if bias is not None and len(basis) > flat.shape[1]:
+            added[_bias_of(name)] = change[:, -1].clone()
+    if full:
+        size = parameters[full[0]][0].numel()
+        return added, f"its inputs have as many independent directions ({size}) as it has weights per unit: nothing is invisible to them"
+    left = [name.removeprefix(f"network.blocks.{block}.") for name in parameters if name not in added]
+    if left:
+        return added, f"{', '.join(left)} of it belong to no linear map (nn.Linear or a convolution without groups) that was executed"
+    return added, "" if parameters else "it has no parameters"
+
+
+def _bias_of(weight: str) -> str:
+    return f"{weight.removesuffix('weight')}bias"
 
 
 def _row_space(rows: Tensor) -> Tensor:
@@ -200,45 +287,44 @@ def _row_space(rows: Tensor) -> Tensor:
 # --- what the linear maps meet ----------------------------------------------------------------------------------------
 
 
-def _inputs(probe: Probe) -> dict[str, Tensor]:
-    """(R, D) the inputs of each linear map, by its weight's name: of a plain forward pass before each step.
+def _inputs(probe: Probe) -> tuple[list[Moment], dict[str, Tensor]]:
+    """A trajectory, and (R, D) the inputs of each linear map in it, by its weight's name, with a one for the bias.
 
-    Networks that only their rule can execute are watched during its own steps.
+    These are the inputs in the plain forward pass before each step, and when the step first executes the map (which may add noise to them).
+    What a rule executes its blocks on besides is its way of reading their weights. Networks that only their rule can execute are watched
+    all the time.
     """
     seen: dict[str, list[Tensor]] = {}
+    names: dict[int, str] = {}
+    met: set[int] | None = None
 
     @contextmanager
     def watch(rule: Rule, batch: Batch, step: Step) -> Iterator[None]:
-        names = {id(p): name for name, p in rule.named_parameters()}
-        if rule.network.chain:
-            with torch.no_grad(), _listening(names, seen):
-                if step.phase.on_features:
-                    rule.network.blocks[rule.network.readout or ""](batch.inputs)
-                else:
-                    rule.network(batch.inputs)
-            yield
-        else:
-            with _listening(names, seen):
-                yield
+        nonlocal met
+        met = set() if rule.network.chain else None
+        names.update({id(p): name for name, p in rule.named_parameters()})
+        yield
+        met = None
 
-    probe.run(watch=watch)
-    return {name: torch.cat(rows) for name, rows in seen.items()}
-
-
-@contextmanager
-def _listening(names: Mapping[int, str], seen: dict[str, list[Tensor]]) -> Iterator[None]:
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         weight = getattr(module, "weight", None)
-        if id(weight) in names and arguments and isinstance(arguments[0], Tensor):
+        if id(weight) in names and (met is None or id(weight) not in met) and arguments and isinstance(arguments[0], Tensor):
             rows = _rows(module, arguments[0].detach())
             if rows is not None:
-                seen.setdefault(names[id(weight)], []).append(rows)
+                seen.setdefault(names[id(weight)], []).append(_with_ones(rows, module))
+                if met is not None:
+                    met.add(id(weight))
 
     handle = nn.modules.module.register_module_forward_pre_hook(hook)
     try:
-        yield
+        moments = probe.run(watch=watch, ready=lambda rule: names.update({id(p): name for name, p in rule.named_parameters()}))
     finally:
         handle.remove()
+    return moments, {name: torch.cat(rows) for name, rows in seen.items()}
+
+
+def _with_ones(rows: Tensor, module: nn.Module) -> Tensor:
+    return rows if module.bias is None else torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
 
 
 def _rows(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -277,13 +363,15 @@ def _distance(a: Tensor | None, b: Tensor | None) -> float:
     if a is None or b is None:
         return 0.0
     size = max(float(a.norm()), float(b.norm()))
+    if not math.isfinite(size):
+        return 1.0
     value = float((a - b).norm()) / size if size > 0 else 0.0
     return value if math.isfinite(value) else 1.0
 
 
 def _matrix(blocks: list[str], base: list[Moment], found: Mapping[str, _Changes], specimen: str, reasons: dict[str, str]) -> Matrix:
-    values: Values = {row: {column: found[column][row][0] if column in found else None for column in blocks} for row in blocks}
-    moments = {row: {column: found[column][row][1] if column in found else "" for column in blocks} for row in blocks}
+    values: Values = {row: {column: found[column].get(row, (None, ""))[0] for column in blocks} for row in blocks}
+    moments = {row: {column: found[column].get(row, (None, ""))[1] for column in blocks} for row in blocks}
     silent = [name for name in blocks if not any(bool(moment.updates[name].any()) for moment in base)]
     return Matrix(blocks, values, moments, silent, specimen, reasons)
 

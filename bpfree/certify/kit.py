@@ -14,6 +14,7 @@ import torch
 from bpfree import sources
 from bpfree.certify.certificate import Certificate
 from bpfree.certify.checks import contract, isolation, learning, reproducibility, traits
+from bpfree.certify.checks.places import place_of_error
 from bpfree.certify.findings import Check, CheckFailed, Finding, NotApplicable, Unmeasured
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Subject
@@ -130,16 +131,13 @@ def _run(m: Measurements, check: Check) -> Finding:
         return Finding(check.id, check.title, "failed", error.what, error.where, error.fix or "see the message")
     except Exception as error:
         return Finding(
-            check.id, check.title, "failed", f"{type(error).__name__}: {' '.join(str(error).split())}", _place(error), "mend the rule"
+            check.id,
+            check.title,
+            "failed",
+            f"{type(error).__name__}: {' '.join(str(error).split())}",
+            place_of_error(error, m.subject.rule),
+            "mend the rule",
         )
-
-
-def _place(error: BaseException) -> str:
-    """The innermost frame."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
 
 
 def _properties(m: Measurements, *, quick: bool) -> dict[str, Any]:
@@ -148,6 +146,16 @@ def _properties(m: Measurements, *, quick: bool) -> dict[str, Any]:
         return m.properties() if quick else {**m.properties(), "learning": m.lesson.to_dict()}
     except Exception as error:
         return {"credit": "unmeasured", "error": f"{type(error).__name__}: {error}"}
+
+
+def _declared(m: Measurements) -> dict[str, Any]:
+    """The traits; empty for a rule that breaks when it is built, which all checks have said."""
+    try:
+        return {**dataclasses.asdict(m.traits()), "targets": list(m.traits().targets)}
+    except BpfreeError:
+        raise
+    except Exception:
+        return {}
 
 
 def _certificate(m: Measurements, kind: str, findings: list[Finding], properties: dict[str, Any], began: float) -> Certificate:
@@ -159,7 +167,7 @@ def _certificate(m: Measurements, kind: str, findings: list[Finding], properties
         version=subject.owner.version,
         settings=list(subject.settings),
         config=subject.config,
-        traits={**dataclasses.asdict(m.traits()), "targets": list(m.traits().targets)},
+        traits=_declared(m),
         kind=kind,
         date=datetime.date.today().isoformat(),
         properties=properties,

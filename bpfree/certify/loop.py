@@ -38,6 +38,7 @@ class Loop:
         rule: freshly built.
         seed: of its noise.
         optimizer: in place of the rule's and its phases' own.
+        phases: how many to go through at most.
 
     Attributes:
         rule: as given.
@@ -45,8 +46,8 @@ class Loop:
         step: what it is handed; advanced after each turn.
     """
 
-    def __init__(self, rule: Rule, *, seed: int = 0, optimizer: OptimizerConfig | None = None) -> None:
-        self.rule = rule
+    def __init__(self, rule: Rule, *, seed: int = 0, optimizer: OptimizerConfig | None = None, phases: int = MOST_PHASES) -> None:
+        self.rule, self._most_phases = rule, phases
         self._keep_optimizers = optimizer is None
         self.updater = Updater(rule, optimizer)
         device = next(rule.parameters()).device
@@ -57,7 +58,7 @@ class Loop:
 
     def phases(self) -> list[Phase]:
         """The first phases of a run."""
-        found = itertools.islice(self.rule.phases(Budget(epochs=EPOCHS)), MOST_PHASES)
+        found = itertools.islice(self.rule.phases(Budget(epochs=EPOCHS)), self._most_phases)
         return [phase if self._keep_optimizers else replace(phase, optimizer=None) for phase in found]
 
     def turns(self, batches: Sequence[Batch], *, each: int) -> Iterator[Batch]:

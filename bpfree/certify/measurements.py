@@ -18,8 +18,8 @@ from bpfree.certify.cost import MemoryCurve, measure_memory, measure_time
 from bpfree.certify.interventions import Matrix, dependence, downstream_weights, name_of_dependence
 from bpfree.certify.lesson import Lesson, learn_lesson
 from bpfree.certify.loop import Loop
-from bpfree.certify.probe import PLAIN, Moment, Probe, Sampling
-from bpfree.certify.reverse import Execution, observed
+from bpfree.certify.probe import MOST_PHASES, PLAIN, Moment, Probe, Sampling
+from bpfree.certify.reverse import OWN, Execution, observed
 from bpfree.certify.subject import Specimen, Subject, batches
 from bpfree.rule import Rule, Traits
 from bpfree.step import Batch, Step
@@ -30,6 +30,7 @@ SPECIMENS = {"dense": Specimen("dense", depth=4, width=32), "convolutional": Spe
 """What structure is measured on, by kind of network: small, because the null space of a layer's inputs must not be empty."""
 EXACT = 1 - 1e-6
 """Cosine from which an update is the gradient."""
+IN_BLOCKS = "network.blocks."
 PRACTICE_EPOCHS = 6
 DEPENDENCES = ("independent", "upstream", "neighbours", "all")
 
@@ -68,7 +69,8 @@ class Observation:
             for name, gradient in moment.gradients.items():
                 update = moment.updates[name]
                 if bool(update.any()) and bool(gradient.any()):
-                    found[name] = min(found.get(name, 1.0), float(F.cosine_similarity(-update, gradient, dim=0)))
+                    cosine = float(F.cosine_similarity(-update, gradient, dim=0))
+                    found[name] = min(found.get(name, 1.0), cosine if math.isfinite(cosine) else -1.0)
         return found
 
 
@@ -146,18 +148,28 @@ class Measurements:
 
     @cached_property
     def moving(self) -> dict[str, set[str]]:
-        """By kind of network: the blocks that plain training of the same specimen moves, in single precision."""
+        """By kind of network: the blocks that plain training of the same specimen moves, in single precision; ``OWN``: the rule's."""
         return {kind: self._moving(kind) for kind in self.kinds}
 
     def _moving(self, kind: str) -> set[str]:
         specimen = SPECIMENS[kind]
         rule = self.subject.build(specimen)
-        before = {name: p.detach().clone() for name, p in rule.network.blocks.named_parameters()}
-        loop = Loop(rule, optimizer=replace(PLAIN, lr=0.01))  # without decay, which moves what has no update
+        before = {name: p.detach().clone() for name, p in rule.named_parameters()}
+        loop = Loop(rule, optimizer=replace(PLAIN, lr=0.01), phases=MOST_PHASES)  # without decay, which moves what has no update
         for batch in loop.turns(batches(specimen.spec, 16, 3, dtype=torch.float32), each=3):
             loop.learn(batch)
-        after = rule.network.blocks.named_parameters()
-        return {name.split(".")[0] for name, p in after if name in before and not torch.equal(p, before[name])}
+        moved = [name for name, p in rule.named_parameters() if name in before and not torch.equal(p, before[name])]
+        return {name.split(".")[2] if name.startswith(IN_BLOCKS) else OWN for name in moved}
+
+    def doubts(self, kind: str) -> str:
+        """Why a kind of network on which no transport was seen does not make the rule local all the same; empty: nothing does."""
+        matrix = self.downstream[kind]
+        if shy := [name for name in matrix.silent if name in self.moving[kind]]:
+            return f"blocks {', '.join(shy)} learn in training, and have no update in the probe"
+        hidden = self.subject.build(SPECIMENS[kind]).network.hidden
+        if hidden and set(hidden) <= set(matrix.silent) and OWN in self.moving[kind]:
+            return "no hidden block of its network learns: what learns are parameters of the rule itself, which are not probed"
+        return ""
 
     # --- what is executed -------------------------------------------------------------------------------------------
 
@@ -236,7 +248,7 @@ class Measurements:
         """How far credit travels, in words: the first line of the certificate."""
         if self.equals_backprop:
             return "equivalent to back-propagation"
-        if any(matrix.unmeasured() for matrix in self.downstream.values()):
+        if any(matrix.unmeasured() or self.doubts(kind) for kind, matrix in self.downstream.items()):
             return "unmeasured"
         reach = max(matrix.reach() or 0 for matrix in self.downstream.values())
         if not reach:

@@ -2,7 +2,8 @@
 
 It begins near the rule's own initialisation, every parameter moved a little. After each step the parameters go back to where they were, so
 that steps at other batches and in other phases are all taken from the same weights, and two trajectories differ by what was done to these
-and by nothing else. A rule's other state (buffers, copies of weights that it made when a phase began) goes on.
+and by nothing else. A rule's other state (buffers, copies of weights that it made at some time) goes on. What is done to the weights
+is done as soon as the rule has its network, so that its copies of them, made when it is built, differ as well.
 
 The update of a block is what ``learn`` does to its parameters: under SGD of rate 1 without decay or clipping; for a rule that
 decides by itself when to apply, what it applied, with weights that stay (rate zero), plus what it moved in place.
@@ -12,15 +13,19 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bpfree.certify.subject import Specimen, Subject, batches, examples
+from bpfree.errors import BpfreeError
 from bpfree.network.network import evaluating
 from bpfree.options import OptimizerConfig
 from bpfree.rule import Rule
@@ -32,7 +37,8 @@ from bpfree.training.updater import Updater, new_step
 __all__ = ["PLAIN", "Moment", "Probe", "Sampling", "task_gradients"]
 
 PLAIN = OptimizerConfig("sgd", lr=1.0, weight_decay=0.0, momentum=0.0, options={"nesterov": False, "dampening": 0.0, "maximize": False})
-MOST_PHASES = 8
+MOST_PHASES = 24
+"""A rule may have endless phases; the first ones stand for all."""
 Watch = Callable[[Rule, Batch, Step], AbstractContextManager[Any]]
 
 
@@ -42,11 +48,15 @@ class Sampling:
 
     Attributes:
         samples: per batch.
-        steps: of each phase.
+        steps: of each phase, each with another batch; the batches are the same in every phase.
+        rounds: how often a phase goes round its batches.
+        phases: how many at most.
     """
 
     samples: int = 4
     steps: int = 2
+    rounds: int = 1
+    phases: int = MOST_PHASES
 
 
 @dataclass
@@ -93,8 +103,7 @@ class Probe:
         self.subject, self.specimen, self.dtype = subject, specimen, dtype
         self.sampling = sampling or Sampling()
         self._gradients = gradients
-        count = MOST_PHASES * self.sampling.steps
-        self._batches = batches(specimen.spec, self.sampling.samples, count, dtype=dtype)
+        self._batches = batches(specimen.spec, self.sampling.samples, self.sampling.steps, dtype=dtype)
 
     def with_other_labels(self) -> Probe:
         """The same with labels that belong to other examples."""
@@ -102,55 +111,65 @@ class Probe:
         other._batches = [replace(batch, targets=batch.targets.roll(1)) for batch in self._batches if batch.targets is not None]
         return other
 
-    def build(self) -> Rule:
-        """A fresh instance, prepared as a run would."""
-        rule = self.subject.build(self.specimen, dtype=self.dtype)
+    def build(self, added: Mapping[str, Tensor] | None = None) -> Rule:
+        """A fresh instance, prepared as a run would.
+
+        Args:
+            added: to parameters, by name, as soon as the rule has its network.
+        """
+        with _shaken(added or {}, self.dtype) as early:
+            rule = self.subject.build(self.specimen, dtype=self.dtype)
+        _shake(
+            p for p in rule.parameters() if id(p) not in early or not torch.equal(p, early[id(p)].to(p.dtype))
+        )  # new ones, and what was filled anew
         rule.prepare(examples(self.specimen.spec, 64), torch.Generator().manual_seed(0))
-        _shake(rule)
         return rule
 
     def run(
-        self, added: Mapping[str, Tensor] | None = None, *, base: list[Moment] | None = None, watch: Watch | None = None
+        self,
+        added: Mapping[str, Tensor] | None = None,
+        *,
+        base: list[Moment] | None = None,
+        watch: Watch | None = None,
+        late: bool = False,
+        ready: Callable[[Rule], object] | None = None,
     ) -> list[Moment]:
         """Go through the rule's phases.
 
         Args:
-            added: to parameters, by name, before the first phase begins; once more after a phase began that had put them back.
-            base: the trajectory without it, to know what a phase puts back.
+            added: to parameters, by name, as soon as the rule has its network; once more after whatever had put them back.
+            base: the trajectory without it, to know what was put back.
             watch: entered around every ``learn``.
+            late: whether ``added`` waits until the rule was built and prepared, which may depend on its weights.
+            ready: told of the rule before its first phase.
         """
-        with seeded(0):
-            rule = self.build()
+        with seeded(0), _other_generators_seeded():
+            rule = self.build(None if late else added)
             parameters = dict(rule.named_parameters())
-            self._add(parameters, added)
-            return list(self._moments(rule, parameters, added or {}, base, watch or _unwatched))
+            if late:
+                _add(parameters, added or {})
+            if ready is not None:
+                ready(rule)
+            return list(self._moments(rule, added or {}, base, watch or _unwatched))
 
-    def _add(self, parameters: Mapping[str, nn.Parameter], added: Mapping[str, Tensor] | None) -> None:
-        with torch.no_grad():
-            for name, change in (added or {}).items():
-                parameters[name].add_(change)
-
-    def _moments(
-        self, rule: Rule, parameters: dict[str, nn.Parameter], added: Mapping[str, Tensor], base: list[Moment] | None, watch: Watch
-    ) -> Iterator[Moment]:
+    def _moments(self, rule: Rule, added: Mapping[str, Tensor], base: list[Moment] | None, watch: Watch) -> Iterator[Moment]:
         rule.group_options = dict  # type: ignore[method-assign,assignment]  # rate 1 for all
         updater = Updater(rule, PLAIN)
         step = new_step(rule, PLAIN)
         step.lr = lambda name: 1.0
-        supply = iter(self._batches)
         place = 0
         for phase in self._phases(rule):
             rule.start_phase(phase)
             parameters = dict(rule.named_parameters())
             before = base[place].entries if base is not None else {}
             undone = {n: change for n, change in added.items() if n in before and torch.equal(parameters[n], before[n])}
-            self._add(parameters, undone)
+            _add(parameters, undone)
             updater.start_phase(replace(phase, optimizer=None, schedule=None))
             step.phase = phase
             entries = {name: p.detach().clone() for name, p in parameters.items()}
             with learning(rule, phase):
-                for _ in range(self.sampling.steps):
-                    moment = self._moment(rule, updater, step, next(supply), watch)
+                for batch in self._batches * self.sampling.rounds:
+                    moment = self._moment(rule, updater, step, batch, watch)
                     moment.entries, entries = entries, {}
                     yield moment
                     place += 1
@@ -159,7 +178,11 @@ class Probe:
 
     def _phases(self, rule: Rule) -> list[Phase]:
         """The first ones; a single one comes twice, so that there is a border."""
-        found = list(itertools.islice(rule.phases(Budget(epochs=8)), MOST_PHASES))
+        found = list(itertools.islice(rule.phases(Budget(epochs=8)), self.sampling.phases))
+        if not found:
+            raise BpfreeError(
+                "the rule has no phases, so it never takes a step", where=f"{type(rule).__name__}.phases", fix="yield a Phase"
+            )
         return found * 2 if len(found) == 1 else found
 
     def _moment(self, rule: Rule, updater: Updater, step: Step, batch: Batch, watch: Watch) -> Moment:
@@ -186,13 +209,59 @@ class Probe:
         return moment
 
 
-def _shake(rule: Rule) -> None:
+@contextmanager
+def _shaken(added: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[dict[int, Tensor]]:
+    """A rule that is built inside is of this precision from the first, and has its network shaken, and changed, before it can copy it.
+
+    Yields:
+        The network's parameters as they then are, by identity.
+    """
+    original = Rule.__init__
+    early: dict[int, Tensor] = {}
+
+    def initialise(rule: Rule, *args: Any, **kwargs: Any) -> None:
+        original(rule, *args, **kwargs)
+        if not early:
+            parameters = {f"network.{name}": p for name, p in rule.network.named_parameters()}
+            _shake(parameters.values())
+            _add(parameters, {name: change for name, change in added.items() if name in parameters})
+            early.update({id(p): p.detach().clone() for p in parameters.values()})
+
+    precision = torch.get_default_dtype()
+    with mock.patch.object(Rule, "__init__", initialise):
+        try:
+            torch.set_default_dtype(dtype)
+            yield early
+        finally:
+            torch.set_default_dtype(precision)
+
+
+def _shake(parameters: Iterable[nn.Parameter]) -> None:
     """Move every parameter a little: heads and readouts that begin at zero would hide what depends on them."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in rule.parameters():
+        for p in parameters:
             scale = 0.1 * max(float(p.square().mean().sqrt()), 0.05)
             p.add_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+
+
+def _add(parameters: Mapping[str, nn.Parameter], added: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, change in added.items():
+            parameters[name].add_(change)
+
+
+@contextmanager
+def _other_generators_seeded() -> Iterator[None]:
+    """Those of Python and numpy, which another check forbids: their noise is not to be taken for a dependence."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _unwatched(rule: Rule, batch: Batch, step: Step) -> AbstractContextManager[None]:

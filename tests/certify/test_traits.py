@@ -247,7 +247,7 @@ class Narrow(DFA):
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
-        return {"network.name": "mlp", "network.widths": [2] * depth, "network.activation": "tanh"} if kind == "dense" else None
+        return {"network.name": "mlp", "network.widths": [1] * depth, "network.activation": "tanh"} if kind == "dense" else None
 
 
 def test_without_a_null_space_a_rule_is_not_called_local() -> None:

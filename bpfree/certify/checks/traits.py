@@ -66,8 +66,8 @@ def _downstream(m: Measurements) -> str | None:
         window = most if declared == "all" else min(int(declared), most)
         if open_pairs := matrix.unmeasured(window):
             raise Unmeasured(f"not called local: {_why(matrix, open_pairs)}")
-        if shy := [name for name in matrix.silent if name in m.moving[kind]]:
-            raise Unmeasured(f"not called local: blocks {', '.join(shy)} learn in training, and have no update in the probe")
+        if doubts := m.doubts(kind):
+            raise Unmeasured(f"not called local: {doubts}")
         _compare_reach(m, kind, matrix, declared, window)
     return None
 
