@@ -33,6 +33,7 @@ ROUNDS = 32
 """How often all phases together go round their batches where credit is sought that comes late: by weights copied every so many steps."""
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative changes below it are rounding: honest rules stay below 1e-13 in double precision."""
+OVERWRITTEN = "its weights are overwritten in a step, by what the rule keeps elsewhere"
 BLIND = {torch.float64: 1e-10, torch.float32: 1e-4}
 RANK_TOLERANCE = 1e-10
 Values = dict[str, dict[str, float | None]]
@@ -138,7 +139,7 @@ def downstream_weights(subject: Subject, specimen: Specimen, depends: Matrix, *,
     changes = {name: column.changes for name, column in found.items()}
     matrix = _matrix(blocks, silent, changes, "; ".join(words), {})
     for row, column in itertools.product(blocks, blocks):
-        if matrix.values[row][column] is None and depends.values[row][column] == 0:
+        if matrix.values[row][column] is None and depends.values[row][column] == 0 and found[column].why != OVERWRITTEN:
             matrix.values[row][column] = 0.0
     open_columns = {column for _, column in matrix.unmeasured()}
     return replace(matrix, reasons={name: found[name].why for name in blocks if name in open_columns})
@@ -200,7 +201,7 @@ def _intervene(probe: Probe, base: list[Moment], rule: Rule, seen: Mapping[str, 
     else:
         return _Column(why=f"its forward values did not stay (relative change {moved:.1e})")
     if _is_overwritten(base, moments, added, block):
-        why = why or "its weights are overwritten in a step, by what the rule keeps elsewhere"
+        return _Column({}, added, OVERWRITTEN)
     changes = _compare(base, moments, probe.dtype)
     return _Column({name: change for name, change in changes.items() if change[0] or not why}, added, why)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bpfree.certify.subject import Specimen, Subject, batches, examples
 from bpfree.errors import BpfreeError
-from bpfree.network.network import evaluating
+from bpfree.network.network import Network, evaluating
 from bpfree.options import OptimizerConfig
 from bpfree.rule import Rule
 from bpfree.step import Batch, Budget, Phase, Step
@@ -117,7 +117,7 @@ class Probe:
         Args:
             added: to parameters, by name, as soon as the rule has its network.
         """
-        with _shaken(added or {}, self.dtype) as early:
+        with _shaken(self.subject.rule, added or {}, self.dtype) as early:
             rule = self.subject.build(self.specimen, dtype=self.dtype)
         _shake(
             p for p in rule.parameters() if id(p) not in early or not torch.equal(p, early[id(p)].to(p.dtype))
@@ -210,25 +210,33 @@ class Probe:
 
 
 @contextmanager
-def _shaken(added: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[dict[int, Tensor]]:
-    """A rule that is built inside is of this precision from the first, and has its network shaken, and changed, before it can copy it.
+def _shaken(kind: type[Rule], added: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[dict[int, Tensor]]:
+    """A rule that is built inside is of this precision from the first, and has its network shaken, and changed, before it sees it.
 
     Yields:
         The network's parameters as they then are, by identity.
     """
-    original = Rule.__init__
     early: dict[int, Tensor] = {}
+
+    def change(network: object) -> None:
+        if isinstance(network, Network):
+            fresh = {f"network.{name}": p for name, p in network.named_parameters() if id(p) not in early}
+            _shake(fresh.values())
+            _add(fresh, {name: value for name, value in added.items() if name in fresh})
+            early.update({id(p): p.detach().clone() for p in fresh.values()})
+
+    original, own = Rule.__init__, kind.__init__
 
     def initialise(rule: Rule, *args: Any, **kwargs: Any) -> None:
         original(rule, *args, **kwargs)
-        if not early:
-            parameters = {f"network.{name}": p for name, p in rule.network.named_parameters()}
-            _shake(parameters.values())
-            _add(parameters, {name: change for name, change in added.items() if name in parameters})
-            early.update({id(p): p.detach().clone() for p in parameters.values()})
+        change(rule.network)  # one that the rule has made itself
+
+    def begin(rule: Rule, *args: Any, **kwargs: Any) -> None:
+        change(args[0] if args else kwargs.get("network"))
+        own(rule, *args, **kwargs)
 
     precision = torch.get_default_dtype()
-    with mock.patch.object(Rule, "__init__", initialise):
+    with mock.patch.object(Rule, "__init__", initialise), mock.patch.object(kind, "__init__", begin):
         try:
             torch.set_default_dtype(dtype)
             yield early

@@ -66,6 +66,13 @@ class CopiesWhenBuilt(Copies):
         pass
 
 
+class CopiesBeforeAnything(CopiesWhenBuilt):
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        copies = [part.weight.detach().clone() for part in network.modules() if isinstance(part, nn.Linear)]
+        super().__init__(network, spec, config)
+        self.copies = copies
+
+
 class CopiesIntoBuffers(Copies):
     def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -129,6 +136,23 @@ class MasterWeights(Backprop):
         return {"loss": loss.detach()}
 
 
+class WritesWhatItKeeps(MasterWeights):
+    """Its own weights are not the network's, until it overwrites these."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        with torch.no_grad():
+            for p in self.master.parameters():
+                p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+
+
+def test_weights_that_are_overwritten_from_elsewhere_are_unmeasured() -> None:
+    finding, credit = judged(WritesWhatItKeeps)
+    assert finding.status == "unmeasured"
+    assert "overwritten in a step" in finding.what
+    assert credit == "unmeasured"
+
+
 class InTheTenthPhase(disguises.HandWritten):
     """The weights themselves, but only in one of many phases."""
 
@@ -161,8 +185,8 @@ class LayerwiseTwice(Streamed):
 @pytest.mark.parametrize(
     "rule",
     [
-        *(CopiesWhenBuilt, CopiesIntoBuffers, CopiesInPrepare, CopiesAtTheEnd, CopiesAfterUpdates, CopiesEveryTenSteps),
-        *(CopiesEveryThirtySteps, DecaysAndCopiesEveryTenSteps, MasterWeights, InTheTenthPhase),
+        *(CopiesWhenBuilt, CopiesBeforeAnything, CopiesIntoBuffers, CopiesInPrepare, CopiesAtTheEnd, CopiesAfterUpdates),
+        *(CopiesEveryTenSteps, CopiesEveryThirtySteps, DecaysAndCopiesEveryTenSteps, MasterWeights, InTheTenthPhase),
     ],
     ids=lambda rule: rule.__name__,
 )
