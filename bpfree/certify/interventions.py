@@ -200,17 +200,18 @@ def _intervene(probe: Probe, base: list[Moment], rule: Rule, seen: Mapping[str, 
             break
     else:
         return _Column(why=f"its forward values did not stay (relative change {moved:.1e})")
-    if _is_overwritten(base, moments, added, block):
+    if _is_overwritten(base, moments, added, rule, block):
         return _Column({}, added, OVERWRITTEN)
     changes = _compare(base, moments, probe.dtype)
     return _Column({name: change for name, change in changes.items() if change[0] or not why}, added, why)
 
 
-def _is_overwritten(base: list[Moment], moments: list[Moment], added: Mapping[str, Tensor], block: str) -> bool:
+def _is_overwritten(base: list[Moment], moments: list[Moment], added: Mapping[str, Tensor], rule: Rule, block: str) -> bool:
     """Whether what was added is gone after a step."""
-    size = sum(float(change.square().sum()) for change in added.values()) ** 0.5
-    moved = (float((b.updates[block] - a.updates[block]).norm()) for a, b in zip(base, moments, strict=True))
-    return any(value > 0.9 * size for value in moved)
+    named = rule.network.blocks[block].named_parameters()
+    whole = torch.cat([added.get(f"network.blocks.{block}.{own}", torch.zeros_like(p)).detach().flatten() for own, p in named])
+    left = (float((b.updates[block] - a.updates[block] + whole).norm()) for a, b in zip(base, moments, strict=True))
+    return any(value < 0.1 * float(whole.norm()) for value in left)
 
 
 def _look_again_later(probe: Probe, columns: Mapping[str, _Column], steps: int) -> None:

@@ -22,6 +22,7 @@ from bpfree import Batch, Budget, Card, Network, Phase, Rule, Step, Streamed, Tr
 from bpfree.baselines import DFA, Backprop
 from bpfree.certify import Finding, Measurements, Subject, examine
 from bpfree.certify.checks import traits
+from bpfree.certify.interventions import Matrix, name_of_dependence
 
 CHECKS = {check.id: check for check in traits.CHECKS}
 
@@ -512,6 +513,37 @@ def test_weights_that_are_found_out_by_executing_layers_are_not_called_local() -
     assert credit != "local"
 
 
+class FiniteDifferences(DFA):
+    """Node perturbation: a second forward pass with noise on one block's output, and how much the loss has changed."""
+
+    @classmethod
+    def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
+        return super().specimen(kind, depth, width) if kind == "dense" else None
+
+    @torch.no_grad()
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        metrics = super().credit(batch, step)
+        x = batch.inputs.flatten(1)
+        for place, name in enumerate(self.network.hidden):
+            clean = self.network.blocks[name](x.view_as(batch.inputs) if place == 0 else x)
+            noise = 0.1 * torch.randn(clean.shape, generator=step.generator_for(name), dtype=clean.dtype)
+            moved = clean + noise
+            for above in self.network.names[place + 1 :]:
+                moved = self.network.blocks[above](moved)
+            change = self.spec.loss(moved, batch) - metrics["loss"]
+            for p in self.network.blocks[name].parameters():
+                if p.dim() > 1:
+                    p.grad = (noise * change * (1 - clean.square())).T @ x
+            x = clean
+        return metrics
+
+
+def test_perturbed_forward_passes_read_the_weights_above_as_forward_mode_does() -> None:
+    finding, _ = judged(FiniteDifferences)
+    assert finding.status == "failed"
+    assert "'b1' changes with the weights of block 'readout'" in finding.what
+
+
 class Unpredictable(NoisyInputs):
     def noise(self, batch: Batch, step: Step) -> Any:
         return os.urandom(1)[0] / 255
@@ -537,6 +569,17 @@ def test_updates_that_are_not_finite_are_no_evidence() -> None:
     assert finding.status == "unmeasured"
     assert "not finite" in finding.what
     assert not m.equals_backprop
+
+
+@pytest.mark.parametrize(
+    ("pairs", "name"),
+    [([], "independent"), ([(2, 0)], "upstream"), ([(0, 1), (2, 0)], "neighbours"), ([(0, 2)], "all"), ([(0, 1), (1, 3)], "all")],
+)
+def test_a_dependence_has_the_narrowest_name_that_holds_it(pairs: list[tuple[int, int]], name: str) -> None:
+    """Pairs: update of, parameters of."""
+    blocks = ["b1", "b2", "b3", "b4"]
+    values = {row: {column: float(row == column or (i, j) in pairs) for j, column in enumerate(blocks)} for i, row in enumerate(blocks)}
+    assert name_of_dependence(Matrix(blocks, values, {}, [], "", {})) == name
 
 
 class WithoutPhases(DFA):
