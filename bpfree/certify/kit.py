@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from bpfree import sources
 from bpfree.certify.certificate import Certificate
 from bpfree.certify.checks import contract, isolation, learning, reproducibility, traits
-from bpfree.certify.checks.places import place_of_error
+from bpfree.certify.checks.places import is_own, place_of_error
 from bpfree.certify.findings import Check, CheckFailed, Finding, NotApplicable, Unmeasured
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Subject
@@ -138,6 +139,14 @@ def _run(m: Measurements, check: Check) -> Finding:
             place_of_error(error, m.subject.rule),
             "mend the rule",
         )
+
+
+def _place(error: BaseException, rule: type[Rule]) -> str:
+    """The innermost line of the rule's own source; without one, the innermost of all."""
+    frames = [(str(frame.f_globals.get("__name__", "?")), line, frame.f_code) for frame, line in traceback.walk_tb(error.__traceback__)]
+    if any(is_own(rule, module) for module, _, _ in frames):
+        return place_of_error(error, rule)
+    return f"{frames[-1][2].co_filename}:{frames[-1][1]}" if frames else ""
 
 
 def _properties(m: Measurements, *, quick: bool) -> dict[str, Any]:

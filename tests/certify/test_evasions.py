@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bpfree import Batch, Budget, Card, Network, Phase, Rule, Step, Streamed, Trace, Traits
 from bpfree.baselines import DFA, Backprop
-from bpfree.certify import Finding, Measurements, Subject, examine
+from bpfree.certify import Finding, Measurements, Subject, certify, examine
 from bpfree.certify.checks import traits
 from bpfree.certify.interventions import Matrix, name_of_dependence
 
@@ -592,3 +592,24 @@ def test_a_rule_without_phases_is_told_so() -> None:
     assert finding.status == "failed"
     assert "no phases" in finding.what
     assert finding.where == "WithoutPhases.phases"
+
+
+class BreaksWhenBuilt(DFA):
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        raise TypeError("not so")
+
+
+def test_a_rule_that_breaks_when_it_is_built_gets_a_certificate_that_says_where() -> None:
+    certificate = certify(BreaksWhenBuilt, quick=True)
+    assert certificate.status == "failed"
+    assert certificate.traits == {}
+    assert {finding.status for finding in certificate.findings} == {"failed"}
+    assert certificate.findings[0].what == "TypeError: not so"
+    assert "BreaksWhenBuilt.__init__" in certificate.findings[0].where
+
+
+@pytest.mark.parametrize("rule", [disguises.Checkpointed, disguises.NestedFunctions])
+def test_what_reverse_mode_executes_again_is_no_forward_pass(rule: type[Rule]) -> None:
+    """Oracle: one pass for the gradient, and one for the loss that is reported."""
+    assert set(Measurements(Subject(rule)).observations["dense"].passes().values()) == {2.0}
