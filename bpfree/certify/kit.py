@@ -136,7 +136,7 @@ def _run(m: Measurements, check: Check) -> Finding:
             check.title,
             "failed",
             f"{type(error).__name__}: {' '.join(str(error).split())}",
-            place_of_error(error, m.subject.rule),
+            _place(error, m.subject.rule),
             "mend the rule",
         )
 
