@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from bpfree.certify.measurements import Measurements
 
-__all__ = ["Check", "CheckFailed", "Finding", "NotApplicable", "Status", "Unmeasured"]
+__all__ = ["NEEDLESS", "Check", "CheckFailed", "Finding", "NotApplicable", "Status", "Unmeasured"]
 
+NEEDLESS = "the waiver is not needed"
+"""What is said of a check that passes though it was expected to fail."""
 Status = Literal["passed", "failed", "waived", "unmeasured", "not applicable"]
 
 

@@ -16,7 +16,7 @@ from bpfree import sources
 from bpfree.certify.certificate import Certificate
 from bpfree.certify.checks import contract, isolation, learning, reproducibility, traits
 from bpfree.certify.checks.places import is_own, place_of_error
-from bpfree.certify.findings import Check, CheckFailed, Finding, NotApplicable, Unmeasured
+from bpfree.certify.findings import NEEDLESS, Check, CheckFailed, Finding, NotApplicable, Unmeasured
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Subject
 from bpfree.errors import BpfreeError, UsageError, unknown_name
@@ -115,7 +115,7 @@ def examine(m: Measurements, check: Check, waivers: Mapping[str, str] | None = N
         else:
             finding.what += "; this check cannot be waived"
     elif reason and finding.status == "passed":
-        finding.what = f"{finding.what + '; ' if finding.what else ''}the waiver is not needed"
+        finding.what = f"{finding.what + '; ' if finding.what else ''}{NEEDLESS}"
     return finding
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bpfree.certify.certificate import Certificate
+from bpfree.certify.findings import NEEDLESS
 from bpfree.certify.heat import text_map
 
 __all__ = ["render", "summary_rows"]
@@ -60,9 +61,10 @@ def _reverse(p: dict[str, Any]) -> str:
 def _memory(memory: dict[str, Any]) -> str:
     if memory["growth"] == "unmeasured":
         return "not measured against depth: the number of blocks is given by something else"
-    slope = memory["activations_per_block"]["peak"]
-    depths = memory["depths"]
-    return f"{memory['growth']} with depth: {slope:g} activations per block (peak of a step, {depths[0]} to {depths[-1]} blocks)"
+    slopes, depths = memory["activations_per_block"], memory["depths"]
+    saved = "" if slopes["saved"] is None else f"; {abs(slopes['saved']):g} saved for backward"
+    words = f"{memory['growth']} with depth: {abs(slopes['peak']):g} activations per block at the peak of a step{saved}"
+    return f"{words} ({depths[0]} to {depths[-1]} blocks)"
 
 
 def _time(times: dict[str, float]) -> str:
@@ -90,9 +92,9 @@ def render(certificate: Certificate) -> Iterator[str]:
         yield ""
         yield f"relative change of an update (row) with the weights of a block (column), forward values held; {kind}:"
         yield from text_map(matrix)
-    for status in ("unmeasured", "not applicable", "waived", "failed"):
+    for status in ("passed", "unmeasured", "not applicable", "waived", "failed"):
         for finding in certificate.findings:
-            if finding.status == status:
+            if finding.status == status and (status != "passed" or finding.what.endswith(NEEDLESS)):
                 yield ""
                 yield from str(finding).splitlines()
     yield ""

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bpfree import Rule
+from bpfree import Card, Rule
 from bpfree.baselines import DFA, Backprop, Frozen, Linear
-from bpfree.certify import practice
+from bpfree.certify import Measurements, examine, practice
 from bpfree.certify.checks.frozen_noise import HANDLERS, FrozenNoise
 from bpfree.certify.checks.isolation import CHECKS, _variance_of_chance
 from bpfree.certify.subject import Subject
@@ -152,3 +152,17 @@ def test_the_keeper_of_labels_does_find_them() -> None:
     rule = practice.build(Subject(cheaters.KeepsLabels), digits.spec)
     scores = rule.predict(digits.spec.normalise(digits.test.inputs), torch.Generator())
     assert torch.equal(scores.argmax(1), digits.test.targets)
+
+
+class WrongShape(Backprop):
+    card = Card("forgets the classes", equation="none")
+
+    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+        return super().predict(inputs, generator).amax(1)
+
+
+def test_scores_of_another_shape_are_named() -> None:
+    finding = examine(Measurements(Subject(WrongShape)), next(check for check in CHECKS if check.id == "prediction-per-example"))
+    assert finding.status == "failed"
+    assert "predict returns (" in finding.what
+    assert "return scores (N, C)" in finding.fix

@@ -67,7 +67,16 @@ def test_the_call_that_carries_the_gradient_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("disguise", "span"),
-    [("Autograd", 5), ("FuncGrad", 5), ("Vmapped", 5), ("RawEngine", 5), ("Checkpointed", 5), ("NestedFunctions", 5), ("Chained", 1)],
+    [
+        ("Autograd", 5),
+        ("FuncGrad", 5),
+        ("Vmapped", 5),
+        ("RawEngine", 5),
+        ("Checkpointed", 5),
+        ("NestedFunctions", 5),
+        ("NestedEngine", 5),
+        ("Chained", 1),
+    ],
 )
 def test_the_reverse_span_counts_the_blocks_of_the_widest_call(disguise: str, span: int) -> None:
     """Oracle: what these rules call. Five blocks; checkpoints and functions within functions are one call."""

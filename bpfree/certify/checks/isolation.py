@@ -207,6 +207,12 @@ def prediction_per_example(m: Measurements) -> str | None:
     rule = trained(m.build(), batches(spec, 16, 4, dtype=torch.float32), each=4)
     inputs = batches(spec, sum(RECUTS["halves"]), 1, dtype=torch.float32, seed=2)[0].inputs
     whole = _scores(rule, inputs)
+    if whole.shape != (len(inputs), spec.outputs):
+        raise CheckFailed(
+            f"predict returns {tuple(whole.shape)} for {len(inputs)} examples of {spec.outputs} classes",
+            where=place_of(type(rule), "predict"),
+            fix=f"return scores (N, C), here {(len(inputs), spec.outputs)}, higher is better",
+        )
     order = torch.arange(len(inputs)).flip(0).roll(5)
     others = {cut: _recut(rule, inputs, sizes) for cut, sizes in RECUTS.items()}
     others["another order"] = _scores(rule, inputs[order])[order.argsort()]

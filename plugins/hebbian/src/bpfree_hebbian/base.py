@@ -252,7 +252,8 @@ class Hebbian(Rule):
         if decay.dim() == 1:
             descent.addcmul_(weight, per_unit(decay, weight))
         else:
-            descent = torch.addmm(descent.flatten(1), decay, weight.flatten(1)).view_as(weight)  # flatten may have copied
+            descent = descent.contiguous()  # or flatten would copy
+            descent.flatten(1).addmm_(decay, weight.flatten(1))
         weight.grad = descent if weight.grad is None else weight.grad.add_(descent)
         return {"weight_norm": norms.mean(), "rows_near_unit": ((norms - 1).abs() <= 0.05).float().mean(), **response.metrics}
 
