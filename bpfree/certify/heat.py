@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["heat_map", "text_map"]
 
-CELL, LABEL, HEAD = 44, 74, 58
+CELL, LABEL, HEAD, LEGEND = 44, 74, 58, 190
 NONE, UNMEASURED = "#f1f2f4", "#ffffff"
 DARK, LIGHT = (8, 69, 148), (222, 235, 247)
 LEAST = 1e-9
@@ -30,7 +30,7 @@ def heat_map(title: str, changed: str, blocks: Sequence[str], rows: Rows, *, sil
         above: only draw what lies above the diagonal: weights of blocks that come later.
     """
     size = len(blocks) * CELL
-    width, height = LABEL + size + 8, HEAD + size + 30
+    width, height = LABEL + max(size, LEGEND) + 8, HEAD + size + 30
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="{html.escape(f"{title}: {changed}")}" font-family="system-ui,sans-serif" font-size="11">',
