@@ -224,7 +224,7 @@ def test_listing_and_showing(site: Path, capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     assert ["theirs", "Theirs", "3", "troubled"] in [line.split() for line in text.splitlines()]
     assert "broken: cannot read the study" in text
-    assert call("plugins", "list") == 0
+    assert call("plugins", "info", "core") == 0
     assert "digits-floor-ceiling" in capsys.readouterr().out
     assert call("study", "show", study(TABLE)) == 0
     shown = capsys.readouterr().out
