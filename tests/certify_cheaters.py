@@ -562,3 +562,11 @@ def failures(found: dict[str, Any]) -> dict[str, Any]:
     from bpfree.certify.findings import CheckFailed
 
     return {name: outcome for name, outcome in found.items() if isinstance(outcome, CheckFailed)}
+
+
+def assert_caught(rule: type[Rule], checks: Iterable[Any], caught: set[str], said: str) -> None:
+    """These of the checks fail and no others; one of them says so, and all of them say where and what to do."""
+    found = failures(outcomes(rule, checks))
+    assert found.keys() == caught
+    assert any(said in f"{failure.what} {failure.where}" for failure in found.values())
+    assert all(failure.fix and failure.where for failure in found.values())

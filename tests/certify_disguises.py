@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from certify_cheaters import LocalHeads
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from bpfree import Batch, Card, Phase, Rule, Step, Streamed, Trace, Traits
+from bpfree import Batch, Card, Phase, Rule, Step, Trace, Traits
 
 LOCAL = Traits(dependence="all", downstream_weights=0, reverse_span=1)
 
@@ -230,17 +231,8 @@ class ForwardBasis(Liar):
         result[f"{own}.weight"], result[f"{own}.bias"] = delta.T @ source, delta.sum(0)
 
 
-class OneTooMany(Streamed):
+class OneTooMany(LocalHeads):
     """Local losses, but each block's reaches one block below: it forgets to detach where it should."""
-
-    card = Card("detaches wrongly by one", equation="none")
-
-    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
-        super().__init__(network, spec, config)
-        self.heads = nn.ModuleDict({name: nn.Linear(self.network.shapes[name].numel(), spec.outputs) for name in self.network.hidden})
-
-    def local_loss(self, trace: Trace, batch: Batch, step: Step) -> Tensor:
-        return self.spec.loss(self.heads[trace.name](trace.output.flatten(1)), batch)
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         x, previous = batch.inputs, None

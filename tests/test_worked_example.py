@@ -9,7 +9,6 @@ Oracles: the page; the certificate's own verdict; the registry's validation.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -18,8 +17,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
+import ci_scripts
 import pytest
 from test_docs import Block, blocks
 
@@ -28,19 +27,9 @@ PAGE = ROOT / "docs" / "worked-example.md"
 NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?(e[-+]\d+)?")
 
 
-def downstream() -> ModuleType:
-    """The script that makes clean environments."""
-    spec = importlib.util.spec_from_file_location("bpfree_downstream", ROOT / ".ci" / "downstream.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def environment(folder: Path) -> dict[str, str]:
     """The variables of a shell in which a fresh venv with bpfree in it is active."""
-    script = downstream()
+    script = ci_scripts.load("downstream")
     interpreter = script.clean_environment(folder)
     script.install(interpreter, ROOT, folder / "sources")
     for name, words in {"pip": '-m pip "$@" --no-index --no-build-isolation', "pytest": '-m pytest -p no:cacheprovider "$@"'}.items():

@@ -40,10 +40,7 @@ OTHERS = [check for check in CHECKS if check.id != SLOWEST]
     ],
 )
 def test_each_cheater_is_caught(rule: type[Rule], caught: set[str], said: str) -> None:
-    found = cheaters.failures(cheaters.outcomes(rule, OTHERS))
-    assert found.keys() == caught
-    assert any(said in f"{failure.what} {failure.where}" for failure in found.values())
-    assert all(failure.fix and failure.where for failure in found.values())
+    cheaters.assert_caught(rule, OTHERS, caught, said)
 
 
 def test_a_leak_is_found_with_its_attribute_and_its_bytes() -> None:

@@ -31,10 +31,7 @@ from bpfree.certify.findings import NotApplicable
     ],
 )
 def test_each_cheater_is_caught(rule: type[Rule], caught: set[str], said: str) -> None:
-    found = cheaters.failures(cheaters.outcomes(rule, CHECKS))
-    assert found.keys() == caught
-    assert any(said in f"{failure.what} {failure.where}" for failure in found.values())
-    assert all(failure.fix and failure.where for failure in found.values())
+    cheaters.assert_caught(rule, CHECKS, caught, said)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from typing import Any
 import certify_disguises as disguises
 import pytest
 import torch
-from torch import Tensor, nn
+from certify_cheaters import LocalHeads
+from torch import Tensor
 
-from bpfree import Batch, Card, Network, Rule, Step, Streamed, Trace, Traits
+from bpfree import Batch, Rule, Step, Traits
 from bpfree.baselines import DFA, Backprop, Frozen, Linear
 from bpfree.certify import Finding, Measurements, Specimen, Subject, examine
 from bpfree.certify.checks import traits
@@ -25,20 +26,7 @@ def find(rule: Any, *ids: str, settings: tuple[str, ...] = ()) -> dict[str, Find
     return {name: examine(m, CHECKS[name]) for name in ids or CHECKS}
 
 
-class Heads(Streamed):
-    """An honest local rule."""
-
-    card = Card("local heads", equation="grad W_l = dL_l/dW_l")
-
-    def __init__(self, network: Network, spec: Any, config: Any = None) -> None:
-        super().__init__(network, spec, config)
-        self.heads = nn.ModuleDict({name: nn.Linear(self.network.shapes[name].numel(), spec.outputs) for name in self.network.hidden})
-
-    def local_loss(self, trace: Trace, batch: Batch, step: Step) -> Tensor:
-        return self.spec.loss(self.heads[trace.name](trace.output.flatten(1)), batch)
-
-
-@pytest.mark.parametrize("rule", [Backprop, DFA, Frozen, Linear, Heads], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", [Backprop, DFA, Frozen, Linear, LocalHeads], ids=lambda rule: rule.__name__)
 def test_honest_rules_are_what_they_say(rule: type[Rule]) -> None:
     for name, finding in find(rule).items():
         assert finding.status == "passed", f"{name}: {finding}"
@@ -295,7 +283,7 @@ def test_a_rule_that_holds_still_while_it_is_probed_is_not_called_local() -> Non
 
 def test_an_update_changes_with_its_own_and_all_lower_blocks() -> None:
     """Oracle: a local loss's gradient contains its block's parameters and its input."""
-    matrix = dependence(Subject(Heads), Specimen())
+    matrix = dependence(Subject(LocalHeads), Specimen())
     assert name_of_dependence(matrix) == "upstream"
     for i in range(5):
         for j in range(5):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import ci_scripts
 import pytest
 
 from bpfree.cli.main import main
@@ -99,20 +99,10 @@ def test_another_place_and_class(workplace: Path) -> None:
     assert "class NoRule(bpfree.Streamed)" in (workplace / "empty/src/bpfree_none/plugin.py").read_text()
 
 
-def downstream() -> ModuleType:
-    """The script that makes clean environments."""
-    spec = importlib.util.spec_from_file_location("bpfree_downstream", ROOT / ".ci" / "downstream.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path, Path]:
     """The script, an environment in which the core and a new plugin are installed, and the folder of both."""
-    script, folder = downstream(), tmp_path_factory.mktemp("clean")
+    script, folder = ci_scripts.load("downstream"), tmp_path_factory.mktemp("clean")
     write_plugin("my-rule", folder / "my-rule")
     interpreter = script.clean_environment(folder / "environment")
     script.install(interpreter, ROOT, folder / "sources")

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 from types import ModuleType
 
+import ci_scripts
 import pytest
 from made_certificates import certificate, write
 
 from bpfree.plugins import installed_plugins
 from bpfree.registry import certificates, problems, registry_folder, stale
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script over a copy of our registry, with an examination that takes no time."""
-    spec = importlib.util.spec_from_file_location("bpfree_certify_all", ROOT / ".ci" / "certify.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ci_scripts.load("certify")
     shutil.copytree(registry_folder(), tmp_path / "registry", ignore=shutil.ignore_patterns("certificates"))
     monkeypatch.setattr(module, "REGISTRY", tmp_path / "registry")
     monkeypatch.setattr(module, "write_docs", lambda page, known: [])  # made-up certificates have nothing to draw
