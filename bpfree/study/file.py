@@ -80,6 +80,7 @@ class Study:
         columns: at least one; a single one without a label where the file has none.
         rows: in the order of the table.
         controls: labels of the rows beside which the others are put, such as random features.
+        targets: by column, the validation accuracy in per cent (or loss, for a task without classes) whose time is taken.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Study:
     columns: Sequence[Column]
     rows: Sequence[Row]
     controls: Sequence[str]
+    targets: Mapping[str, float] = field(default_factory=dict)
 
     def metric(self, split: str) -> str:
         """What is reported of a split: the kind that is published, the error if nothing is."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from bpfree.study.cells import Cell
 from bpfree.study.file import Published, Row
 from bpfree.study.state import Outcome
+from bpfree.study.trials import Tuned
 
 __all__ = ["Line", "percent", "value_of"]
 
@@ -20,12 +21,14 @@ class Line:
         column: its label.
         cells: one per seed.
         outcomes: of those cells, where anything is known.
+        tuned: the trials of its tuning; ``None`` where the study does not tune.
     """
 
     row: Row
     column: str
     cells: list[Cell] = field(default_factory=list)
     outcomes: list[Outcome | None] = field(default_factory=list)
+    tuned: Tuned | None = None
 
     @property
     def label(self) -> str:

@@ -18,7 +18,7 @@ from bpfree.tracking.events import strict, write_text
 
 __all__ = ["Outcome", "State"]
 
-Status = Literal["running", "interrupted", "finished", "diverged", "failed", "refused"]
+Status = Literal["running", "interrupted", "finished", "diverged", "failed", "timeout", "refused"]
 
 
 @dataclass
@@ -28,12 +28,14 @@ class Outcome:
     Attributes:
         cell: its hash.
         row, column, seed: its place in the table that asked for it first.
-        status: ``finished``, ``diverged``, ``failed``; ``running`` and ``interrupted`` go on from their checkpoint; ``refused`` never
-            began (its data are not there, say) and is tried again.
+        status: ``finished``, ``diverged``, ``failed``, ``timeout``; ``running`` and ``interrupted`` go on from their checkpoint; ``refused``
+            never began (its data are not there, say) and is tried again.
         reason: why it did not finish, or what of it could not be measured.
         run: name of the run's folder in the output folder.
         result: metrics of the end.
+        history: metrics of each epoch, as the run noted them.
         tags: of the run: device, versions, data fingerprint.
+        parallel: the most cells that ran at the same time on its machine; its timings can be compared only if that is 1.
         identity: what the numbers depend on.
     """
 
@@ -47,13 +49,15 @@ class Outcome:
     started: str = ""
     updated: str = ""
     result: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    parallel: int = 1
     tags: dict[str, str] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_final(self) -> bool:
         """Whether it is left alone unless asked for again."""
-        return self.status in ("finished", "diverged", "failed")
+        return self.status in ("finished", "diverged", "failed", "timeout")
 
 
 class State:
@@ -76,6 +80,7 @@ class State:
             content = json.loads(self._path(cell).read_text(encoding="utf-8"))
             known = Outcome(**content)
             known.result = {key: float(value) for key, value in known.result.items()}
+            known.history = [{key: float(value) for key, value in metrics.items()} for metrics in known.history]
         except (OSError, ValueError, TypeError, AttributeError):
             return None
         return known
