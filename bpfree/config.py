@@ -28,7 +28,7 @@ from bpfree.tracking.config import PicturesConfig, TrackingConfig
 from bpfree.training.config import TrainConfig
 from bpfree.training.optimizers import check_optimizer
 from bpfree.training.schedules import check_schedule
-from bpfree.training.seeds import derive, seeded
+from bpfree.training.seeds import derive_in, seeded
 
 __all__ = ["DataConfig", "Leaf", "Recipe", "RunConfig", "load_task", "parse_words", "read_yaml", "resolve"]
 
@@ -183,8 +183,8 @@ class Recipe:
         )
 
     def build_rule(self, spec: TaskSpec) -> Rule:
-        """The rule (or its frozen twin) on its network, initialised from the seed, on the CPU; the caller's random state stays as it is."""
-        with seeded(derive(self.settings.seed, "initialisation")):
+        """The rule (or its frozen twin) on its network, initialised from seed and stream, on the CPU; the caller's random state stays."""
+        with seeded(derive_in(self.settings.stream, self.settings.seed, "initialisation")):
             network = self.registry.get("networks", self.names["network"]).build(spec, self.options["network"])
             rule: Rule = self.registry.get("rules", self.names["rule"])(network, spec, self.options["rule"])
         if self.settings.frozen_twin:

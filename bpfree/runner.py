@@ -85,7 +85,7 @@ def resume(place: str, *, output: str = "runs", changes: Iterable[Leaf] = (), qu
     if finished and not changes:
         record.status, record.result, record.resumed = "finished", ended["result"], True
         return record
-    record.tags["test_evaluations"] = str(int(ended.get("tags", {}).get("test_evaluations", 1)) + finished)
+    record.tags["test_evaluations"] = str(tests_before(ended) + recipe.settings.evaluation.test)
     return _train(recipe, record, path, quiet=quiet, label=None, observers=observers, task=None)
 
 
@@ -108,6 +108,13 @@ def ended_as(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def tests_before(ended: Mapping[str, Any]) -> int:
+    """How often a run has seen the test split, given its journal: one that has not finished only meant to."""
+    meant = bool(ended.get("config", {}).get("evaluation.test", True))
+    counted = int(ended.get("tags", {}).get("test_evaluations", int(meant)))
+    return counted - (meant and ended.get("status") != "finished")
 
 
 def make_folder(output: Path, name: str) -> Path:
@@ -191,7 +198,7 @@ def tags(recipe: Recipe, task: Task) -> dict[str, str]:
         "data_fingerprint": task.fingerprint(),
         "seed": str(recipe.settings.seed),
         "optimizer": recipe.settings.optimizer.name,
-        "test_evaluations": "1",
+        "test_evaluations": str(int(recipe.settings.evaluation.test)),
         "frozen_twin": str(recipe.settings.frozen_twin),
         "validation": str(recipe.task.validation),
         "select": recipe.settings.select,

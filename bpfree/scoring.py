@@ -64,7 +64,7 @@ def score(
     protocols = check_protocols(config.protocols, rule)
     # Normalised as in training: a checkpoint is the same function on every task.
     loader = Loader(examples, saved.spec, batch_size=config.batch_size, device=device)
-    generator = torch.Generator(device).manual_seed(seeds.derive(recipe.settings.seed, "evaluation", "score"))
+    generator = torch.Generator(device).manual_seed(seeds.derive_in(recipe.settings.stream, recipe.settings.seed, "evaluation", "score"))
     with autocast(device, recipe.settings.precision):
         scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, alternatives=config.alternatives)
     if protocols:

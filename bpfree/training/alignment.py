@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bpfree.options import option
 from bpfree.rule import Metrics, Rule
 from bpfree.step import Batch, Step
-from bpfree.training.seeds import KeyedGenerators, derive
+from bpfree.training.seeds import KeyedGenerators, derive, derive_in
 from bpfree.training.snapshot import Snapshot
 from bpfree.training.updater import Updater, gather
 
@@ -47,16 +47,24 @@ class Alignment:
         rule: on its device.
         updater: which applies its updates.
         config: how often and how many draws.
-        seed: of the run.
+        seed, stream: of the run.
         parts: micro-batches per update; both estimate and gradients are accumulated over them.
         device: the run's.
     """
 
     def __init__(
-        self, rule: Rule, updater: Updater, config: AlignmentConfig, *, seed: int = 0, parts: int = 1, device: torch.device | None = None
+        self,
+        rule: Rule,
+        updater: Updater,
+        config: AlignmentConfig,
+        *,
+        seed: int = 0,
+        stream: str | None = None,
+        parts: int = 1,
+        device: torch.device | None = None,
     ) -> None:
         self._rule, self._updater, self._config = rule, updater, config
-        self._seed, self._parts = seed, parts
+        self._seed, self._stream, self._parts = seed, stream, parts
         self._device = device or next(rule.parameters()).device
 
     def wants(self, step: Step) -> bool:
@@ -104,12 +112,12 @@ class Alignment:
         """A copy of the step: with its noise (draw 0), or with other noise."""
         generator = torch.Generator(self._device)
         if draw:
-            generator.manual_seed(derive(self._seed, "alignment", step.index, draw))
+            generator.manual_seed(derive_in(self._stream, self._seed, "alignment", step.index, draw))
         else:
             generator.set_state(step.generator.get_state())
         seed = derive(self._seed, "alignment", draw) if draw else self._seed
         own = replace(step, generator=generator)
-        own.generator_for = KeyedGenerators(seed, self._device, lambda: (own.index, own.part))
+        own.generator_for = KeyedGenerators(seed, self._device, lambda: (own.index, own.part), stream=self._stream)
         return own
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:

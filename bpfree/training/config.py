@@ -49,6 +49,7 @@ class EvaluationConfig:
     every: int = option(1, "evaluate after every so many epochs, and after the last", ge=1)
     batch_size: int = option(512, "examples per forward pass", ge=1)
     draws: int | None = option(None, "draws of a stochastic rule averaged in the final evaluation (none: what the rule says)", ge=1)
+    test: bool = option(True, "evaluate the test split at the end; false for trials of tuning, which must not see it")
     alternatives: bool = option(True, "also score the rule's alternative predictions, such as its single blocks")
     protocols: list[str] = option(factory=list, help="at the end also score the features: linear-probe, nearest-centroid, clustering")
 
@@ -66,6 +67,10 @@ class TrainConfig:
     """Everything about training that is neither the rule, the network nor the task."""
 
     seed: int = option(0, "drives initialisation, order of the data, and noise", ge=0)
+    stream: str | None = option(
+        None,
+        "further word of the seeds of initialisation and noise; the order of the data does not depend on it (a study says the rule's name)",
+    )
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     batch_size: int = option(64, "examples per update", ge=1)
     accumulate: int = option(1, "micro-batches per update; the update equals the whole batch's", ge=1)

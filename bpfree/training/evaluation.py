@@ -33,7 +33,7 @@ TRAIN_SAMPLE = 5000
 class Evaluator:
     """The evaluations of a run: training sample and validation split after epochs, the test split once.
 
-    Its noise is a pure function of (seed, split, epoch), so that evaluating changes nothing in training.
+    Its noise is a pure function of (seed, stream, split, epoch), so that evaluating changes nothing in training.
 
     Args:
         rule, task, config, device: the run's.
@@ -79,7 +79,8 @@ class Evaluator:
             return {}
         read = name in self._features
         batches = self._features[name] if read else self._loader(name, split)
-        generator = torch.Generator(self._device).manual_seed(seeds.derive(self._config.seed, "evaluation", name, epoch))
+        seed = seeds.derive_in(self._config.stream, self._config.seed, "evaluation", name, epoch)
+        generator = torch.Generator(self._device).manual_seed(seed)
         with environment.autocast(self._device, self._config.precision):
             scores = evaluate(self._rule, batches, generator, draws=draws, alternatives=alternatives and not read, on_features=read)
         return {f"{name}/{key}": value for key, value in scores.items()}
@@ -90,7 +91,9 @@ class Evaluator:
         return train | self._score("val", self._splits["val"], epoch, alternatives=self._config.evaluation.alternatives)
 
     def test(self) -> dict[str, float]:
-        """``test/...``, averaged over the draws of a stochastic rule."""
+        """``test/...``, averaged over the draws of a stochastic rule; nothing where the test split is not to be seen."""
+        if not self._config.evaluation.test:
+            return {}
         draws = self._config.evaluation.draws or self._rule.draws
         return self._score("test", self._task.test, 0, draws=draws, alternatives=self._config.evaluation.alternatives)
 
@@ -107,18 +110,20 @@ class Evaluator:
     def protocols(self, compute: Callable[[Loader], Split], train: Resident | None = None) -> dict[str, float]:
         """``test/linear_probe/accuracy``, ``val/...`` and so on: what the configured protocols say of the features.
 
+        Of the test split only where that is to be seen.
+
         A trained rule is worth more than a number about it: what fails here costs its own numbers, and is told in a warning.
 
         Args:
             compute: gives a split's features; what it raises ends the evaluation.
             train: the training split on the device, if it is there already.
         """
-        if not self._protocols:
+        splits = {"val": self._task.validation, "test": self._task.test if self._config.evaluation.test else None}
+        if not self._protocols or all(split is None for split in splits.values()):
             return {}
         result: dict[str, float] = {}
         try:
             fitted = flat_features(compute(self.raw(self._task.train, train)))
-            splits = {"val": self._task.validation, "test": self._task.test}
             loaders = {f"{name}/": self._loader(name, split) for name, split in splits.items() if split is not None}
             features = {prefix: flat_features(compute(loader)) for prefix, loader in loaders.items()}
         except Exception as error:

@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 
-__all__ = ["KeyedGenerators", "derive", "preserved_global_state", "seeded"]
+__all__ = ["KeyedGenerators", "derive", "derive_in", "preserved_global_state", "seeded"]
 
 
 def derive(*parts: object) -> int:
     """A 63-bit seed that is a pure function of its parts, such as ``(seed, "order", epoch)``."""
     text = "\0".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def derive_in(stream: str | None, seed: int, *parts: object) -> int:
+    """The seed of something that a run's ``stream`` keeps apart; without a stream it is ``derive(seed, *parts)``.
+
+    Initialisation and all noise are kept apart so, the order of the data is not: runs of several streams share it.
+    """
+    return derive(seed, *parts, stream) if stream else derive(seed, *parts)
 
 
 class KeyedGenerators:
@@ -25,16 +33,17 @@ class KeyedGenerators:
         seed: of the run.
         device: on which the generators draw.
         place: the current step's index and part.
+        stream: of the run.
     """
 
-    def __init__(self, seed: int, device: torch.device, place: Callable[[], tuple[int, int]]) -> None:
-        self._seed, self._device, self._place = seed, device, place
+    def __init__(self, seed: int, device: torch.device, place: Callable[[], tuple[int, int]], *, stream: str | None = None) -> None:
+        self._seed, self._device, self._place, self._stream = seed, device, place, stream
         self._generators: dict[str, tuple[torch.Generator, int]] = {}
 
     def __call__(self, name: str) -> torch.Generator:
         known = self._generators.get(name)
         if known is None:
-            known = self._generators[name] = (torch.Generator(self._device), derive(self._seed, "keyed", name))
+            known = self._generators[name] = (torch.Generator(self._device), derive_in(self._stream, self._seed, "keyed", name))
         generator, base = known
         index, part = self._place()
         # Odd multipliers spread consecutive indices; the sum is taken modulo 2**63.

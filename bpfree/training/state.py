@@ -67,11 +67,12 @@ class State:
         self.at = Position()
         self.clock, self.metrics, self.memory = Clock(device), StepMetrics(), StepMemory(device)
         self.updater = Updater(rule, config.optimizer, schedule=config.schedule, clip=config.clip)
-        generator = torch.Generator(device).manual_seed(seeds.derive(config.seed, "noise"))
-        keyed = seeds.KeyedGenerators(config.seed, device, lambda: (self.step.index, self.step.part))
+        generator = torch.Generator(device).manual_seed(seeds.derive_in(config.stream, config.seed, "noise"))
+        keyed = seeds.KeyedGenerators(config.seed, device, lambda: (self.step.index, self.step.part), stream=config.stream)
         self.step = Step(generator, keyed, self.updater.apply, self.updater.lr, Phase())
-        parts = config.accumulate
-        self.alignment = Alignment(rule, self.updater, config.alignment, seed=config.seed, parts=parts, device=device)
+        self.alignment = Alignment(
+            rule, self.updater, config.alignment, seed=config.seed, stream=config.stream, parts=config.accumulate, device=device
+        )
         self.best: tuple[float, dict[str, Any]] | None = None
         self.restored = False
         self.begun = 0

@@ -298,7 +298,7 @@ class Trainer:
                 self._notify("run_end")
 
     def _begin(self, resume: str | Path | None) -> Mapping[str, Any] | None:
-        torch.manual_seed(seeds.derive(self.config.seed, "global"))
+        torch.manual_seed(seeds.derive_in(self.config.stream, self.config.seed, "global"))
         self.rule.to(self.device)
         if self.config.frozen_twin:
             self.rule.freeze_features()
@@ -368,7 +368,7 @@ class Trainer:
         self._stop_reason = reason
 
     def _finish(self, saved: Mapping[str, Any] | None) -> None:
-        """Take the weights that were selected, and test them: once."""
+        """Take the weights that were selected, and test them: once, or not at all where the configuration says so."""
         state = self._state
         if saved is not None and not state.restored:  # all phases were over
             state.take_weights(saved["weights"], saved["training"])
