@@ -1,0 +1,7 @@
+"""The report of a study: tables and figures as one page, as Markdown, and each cell's numbers as CSV."""
+
+from __future__ import annotations
+
+from bpfree.study.report.made import Report, report_on
+
+__all__ = ["Report", "report_on"]

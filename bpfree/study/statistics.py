@@ -1,0 +1,195 @@
+"""What a report says of samples: intervals, time to a target, performance profiles, probability of improvement.
+
+Sources. Percentile bootstrap: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13. Performance profiles: Dolan and
+Moré, Mathematical Programming 91, 2002; their integral: Dahl et al., "Benchmarking neural network training algorithms" (AlgoPerf),
+2023. Score distributions and the probability of improvement, with a bootstrap that is stratified by task: Agarwal et al., "Deep
+reinforcement learning at the edge of the statistical precipice" (rliable), NeurIPS 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "Interval",
+    "Improvement",
+    "bootstrap_interval",
+    "first_reached",
+    "interval",
+    "median_with_misses",
+    "performance_profile",
+    "probability_of_improvement",
+    "profile_integral",
+    "score_profile",
+    "t_interval",
+]
+
+LEVEL = 0.95
+RESAMPLES = 10_000
+FEW = 10
+"""Below so many values an interval is Student's: percentiles of a bootstrap over a handful of values are far too narrow."""
+
+Array = NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """Of a mean, or of a probability."""
+
+    low: float
+    high: float
+
+
+class Improvement(NamedTuple):
+    """The probability that a run of one row is better than a run of another, with its interval."""
+
+    probability: float
+    interval: Interval
+
+
+# --- the mean ---------------------------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> Interval | None:
+    """95 % interval of the mean: Student's t below ten values, percentile bootstrap from ten on; ``None`` for fewer than two values,
+    and where any is not finite."""
+    return t_interval(values) if len(values) < FEW else bootstrap_interval(values)
+
+
+def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
+    """``mean ± t_{n-1} stdev / sqrt(n)``, with the quantile of Student's distribution with n - 1 degrees of freedom."""
+    if not _measurable(values):
+        return None
+    from scipy.special import stdtrit
+
+    array, n = np.asarray(values, float), len(values)
+    half = float(stdtrit(n - 1, (1 + level) / 2)) * float(array.std(ddof=1)) / math.sqrt(n)
+    return Interval(float(array.mean()) - half, float(array.mean()) + half)
+
+
+def bootstrap_interval(values: Sequence[float], level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval | None:
+    """Percentiles of the means of samples drawn with replacement; always the same for the same values."""
+    if not _measurable(values):
+        return None
+    array = np.asarray(values, float)
+    drawn = np.random.default_rng(seed).integers(0, len(array), (resamples, len(array)))
+    return _percentiles(array[drawn].mean(1), level)
+
+
+def _measurable(values: Sequence[float]) -> bool:
+    return len(values) > 1 and all(map(math.isfinite, values))
+
+
+def _percentiles(drawn: Array, level: float) -> Interval:
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
+# --- time to a target ---------------------------------------------------------------------------------------------------
+
+
+def first_reached(
+    history: Sequence[Mapping[str, float]], metric: str, target: float, *, greater: bool = True
+) -> Mapping[str, float] | None:
+    """The first epoch whose metric is at the target or beyond it; ``None`` if there is none.
+
+    Args:
+        history: metrics of each epoch, in order.
+        metric: such as ``val/accuracy``; epochs without it are passed over.
+        target: in the metric's own unit.
+        greater: whether beyond is above (an accuracy) or below (a loss).
+    """
+    sign, slack = (1 if greater else -1), 1e-9 * max(1.0, abs(target))  # 0.9 is reached by 90 of 100, however that is rounded
+    return next((epoch for epoch in history if metric in epoch and sign * (epoch[metric] - target) >= -slack), None)
+
+
+def median_with_misses(times: Sequence[float]) -> float:
+    """Where a run that misses its target takes infinitely long: infinite if half of the runs or more miss; NaN without runs."""
+    if not times:
+        return math.nan
+    ordered = sorted(times)
+    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return math.inf if math.isinf(high) else (low + high) / 2
+
+
+# --- profiles -----------------------------------------------------------------------------------------------------------
+
+
+def performance_profile(times: Sequence[Sequence[float]], taus: Sequence[float]) -> Array:
+    """``rho[row, i]``: the share of tasks on which the row takes at most ``taus[i]`` times as long as the fastest row there.
+
+    Args:
+        times: by row and task; infinite where the target is missed. A task that nobody solves counts, for none.
+        taus: ratios, from 1.
+    """
+    array = np.asarray(times, float)
+    best = array.min(0, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = np.where(np.isfinite(array), array / best, math.inf)
+    return (ratios[:, :, None] <= np.asarray(taus, float) * (1 + 1e-12)).mean(1)
+
+
+def profile_integral(times: Sequence[Sequence[float]], limit: float = 4.0) -> Array:
+    """For each row the integral of its profile over [1, limit], over ``limit - 1``: 1 is fastest everywhere, 0 never within reach.
+
+    Exact: a task whose ratio is r <= limit adds ``limit - r``.
+    """
+    array = np.asarray(times, float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = np.where(np.isfinite(array), array / array.min(0, keepdims=True), math.inf)
+    gained: Array = np.clip(limit - ratios, 0, None).mean(1) / (limit - 1)
+    return gained
+
+
+def score_profile(scores: Sequence[Sequence[float]], taus: Sequence[float]) -> Array:
+    """The share of runs with a score above each tau, averaged over tasks, so that each task counts the same.
+
+    Args:
+        scores: of one row: the scores of its runs, for each task, greater is better. NaN is below everything.
+        taus: scores.
+    """
+    steps = np.asarray(taus, float)
+    shares: Array = np.mean([(np.asarray(runs, float)[:, None] > steps).mean(0) for runs in scores], axis=0)
+    return shares
+
+
+# --- probability of improvement -----------------------------------------------------------------------------------------
+
+
+def probability_of_improvement(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], resamples: int = 2000, seed: int = 0
+) -> Improvement:
+    """``P(X > Y)``, ties counting one half, averaged over tasks; runs are resampled within each task.
+
+    On a task with n and m runs it is the Mann-Whitney statistic U over n m.
+
+    Args:
+        ours, theirs: scores of the runs for each task, greater is better. NaN is below everything, and equal to NaN.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+    """
+    generator = np.random.default_rng(seed)
+    wins, drawn = [], np.zeros(resamples)
+    for x, y in zip(ours, theirs, strict=True):
+        table = _wins(np.asarray(x, float), np.asarray(y, float))
+        wins.append(float(table.mean()))
+        rows = _resampled(generator, resamples, len(x))
+        columns = _resampled(generator, resamples, len(y))
+        drawn += np.einsum("ri,ij,rj->r", rows, table, columns, optimize=True)
+    return Improvement(float(np.mean(wins)), _percentiles(drawn / len(wins), LEVEL))
+
+
+def _wins(x: Array, y: Array) -> Array:
+    """(n, m): 1 where x is greater, 1/2 where they are equal."""
+    x, y = (np.where(np.isnan(values), -math.inf, values) for values in (x, y))
+    return np.greater.outer(x, y) + 0.5 * np.equal.outer(x, y)
+
+
+def _resampled(generator: np.random.Generator, resamples: int, count: int) -> Array:
+    """(resamples, count): how often each of ``count`` runs was drawn, over ``count``."""
+    drawn: Array = generator.multinomial(count, [1 / count] * count, size=resamples) / count
+    return drawn
