@@ -12,11 +12,12 @@ from typing import Any
 from bpfree.config import Leaf, Recipe, recipe_of
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.tasks.task import Task
+from bpfree.tracking.journal import recorded
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.run import Run, new_run_id
 from bpfree.training.trainer import Trainer
 
-__all__ = ["resume", "run"]
+__all__ = ["complete_tracking", "resume", "run"]
 
 CHANGEABLE = {
     "budget",
@@ -33,10 +34,22 @@ CHANGEABLE = {
 }
 """Sections and keys that may change when a run is resumed."""
 
+LEFTOVERS = ("config.yaml", "plan.txt", "run.json", "metrics.jsonl", "checkpoints", "plots", "pictures")
+"""What a run that begins again finds of itself, and replaces."""
+
 RESIDENT = {"auto": None, "yes": True, "no": False}
 
 
-def run(recipe: Recipe, *, quiet: bool = False, label: str | None = None, observers: Iterable[Any] = (), task: Task | None = None) -> Run:
+def run(
+    recipe: Recipe,
+    *,
+    quiet: bool = False,
+    label: str | None = None,
+    observers: Iterable[Any] = (),
+    task: Task | None = None,
+    run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Run:
     """Train and test what the recipe says.
 
     Args:
@@ -45,23 +58,44 @@ def run(recipe: Recipe, *, quiet: bool = False, label: str | None = None, observ
         label: shown in the progress display in place of the run's name.
         observers: further ones.
         task: already loaded, when several runs share it.
+        run_id: the run's identifier, and name of its folder. What an attempt left behind that was killed before its first checkpoint
+            is replaced, and its run in the tracking store is gone on with.
+        tags: further ones, beside or in place of the standard ones.
 
     Raises:
+        UsageError: the run of this identifier has a checkpoint, from which it can be resumed.
         BpfreeError: whatever ends it before its result.
     """
     name = f"{recipe.names['rule']}{'-twin' if recipe.settings.frozen_twin else ''}-{recipe.names['task']}-s{recipe.settings.seed}"
-    record = Run(new_run_id(name), name)
-    record.folder = make_folder(Path(recipe.settings.output), record.id)
-    return _train(recipe, record, None, quiet=quiet, label=label, observers=observers, task=task)
+    record = Run(run_id or new_run_id(name), name, reopened=run_id is not None)
+    record.folder = Path(recipe.settings.output) / record.id
+    if run_id is not None:
+        if run_id != record.folder.name or run_id == "..":
+            raise UsageError("a run's identifier is the name of its folder", where=run_id, fix="use letters, digits, dots and hyphens")
+        record.tracking = clear_attempt(record.folder)
+    make_folder(record.folder, again=record.reopened)
+    return _train(recipe, record, None, quiet=quiet, label=label, observers=observers, task=task, further=tags or {})
 
 
-def resume(place: str, *, output: str = "runs", changes: Iterable[Leaf] = (), quiet: bool = False, observers: Iterable[Any] = ()) -> Run:
+def resume(
+    place: str,
+    *,
+    output: str = "runs",
+    changes: Iterable[Leaf] = (),
+    quiet: bool = False,
+    label: str | None = None,
+    observers: Iterable[Any] = (),
+    task: Task | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Run:
     """Go on with an interrupted run, in its own folder and its own MLflow run.
 
     Args:
         place: a run's folder, its name under ``output``, or its checkpoint.
         output: folder of runs.
         changes: of the configuration; a longer budget, for example.
+        quiet, label, observers, task: as in :func:`run`.
+        tags: further ones, beside those that the run has.
 
     Raises:
         BpfreeError: no such run, a corrupt checkpoint, or one that does not fit the changes.
@@ -77,16 +111,16 @@ def resume(place: str, *, output: str = "runs", changes: Iterable[Leaf] = (), qu
     if saved.get("training") is None:
         raise BpfreeError("the checkpoint holds weights only: a run cannot go on from it", where=str(path), fix="use last.pt")
     about, folder = saved["training"]["run"], path.parent.parent
-    record = Run(about["id"], about["name"], folder=folder, history=list(saved["training"]["history"]))
     ended = ended_as(folder)
     if path.parent.name != "checkpoints" or ended.get("id", about["id"]) != about["id"]:
         raise UsageError("the checkpoint lies outside its run's folder", where=str(path), fix="resume the run by its folder or name")
     finished = ended.get("status") == "finished"
     if finished and not changes:
-        record.status, record.result, record.resumed = "finished", ended["result"], True
-        return record
-    record.tags["test_evaluations"] = str(tests_before(ended) + recipe.settings.evaluation.test)
-    return _train(recipe, record, path, quiet=quiet, label=None, observers=observers, task=None)
+        complete_tracking(folder)
+        return recorded(folder)
+    record = Run(about["id"], about["name"], folder=folder, history=list(saved["training"]["history"]), tags=ended.get("tags", {}))
+    count = {"test_evaluations": str(tests_before(ended) + recipe.settings.evaluation.test)}
+    return _train(recipe, record, path, quiet=quiet, label=label, observers=observers, task=task, further=count | dict(tags or {}))
 
 
 def refuse_changes(changes: Iterable[Leaf], saved: Mapping[str, Any]) -> None:
@@ -117,27 +151,79 @@ def tests_before(ended: Mapping[str, Any]) -> int:
     return counted - (meant and ended.get("status") != "finished")
 
 
-def make_folder(output: Path, name: str) -> Path:
-    """A new folder for a run.
+def clear_attempt(folder: Path) -> dict[str, str]:
+    """Remove what an attempt that came to no checkpoint left in a run's folder, but for what it had to tell the tracking store.
+
+    Raises:
+        UsageError: it came to one.
+
+    Returns:
+        Where the attempt was tracked.
+    """
+    if (folder / "checkpoints" / "last.pt").is_file():
+        raise UsageError("the run has a checkpoint", where=str(folder), fix="resume it, or remove its folder")
+    tracking = ended_as(folder).get("tracking", {})
+    for path in (folder / name for name in LEFTOVERS):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return dict(tracking)
+
+
+def remove_untrained(folder: Path) -> None:
+    """Remove a run's folder in which nothing has happened."""
+    if {path.name for path in folder.iterdir()} <= {"config.yaml", "plan.txt"}:
+        shutil.rmtree(folder)
+
+
+def complete_tracking(folder: str | Path) -> bool:
+    """Tell the tracking store all of a run that has ended, in case its process was killed while it did so.
+
+    The run in the store is the same, and each metric keeps one value per step. Nothing happens where the store has it all, where tracking
+    is disabled, or to a run that has not ended; an outage is a warning, and one can try again.
+
+    Args:
+        folder: the run's.
+
+    Raises:
+        BpfreeError: there is no record of a run.
+
+    Returns:
+        Whether nothing is left to tell.
+    """
+    from bpfree.tracking.completion import complete
+
+    return complete(Path(folder))
+
+
+def make_folder(folder: Path, *, again: bool = False) -> None:
+    """A folder for a run: a new one, unless it begins again.
 
     Raises:
         BpfreeError: it cannot be written.
     """
-    folder = output / name
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=again)
         probe = folder / ".probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise BpfreeError(
-            f"cannot write to the output folder: {error.strerror}", where=str(output), fix="choose another with output=FOLDER"
+            f"cannot write to the output folder: {error.strerror}", where=str(folder.parent), fix="choose another with output=FOLDER"
         ) from error
-    return folder
 
 
 def _train(
-    recipe: Recipe, record: Run, checkpoint: Path | None, *, quiet: bool, label: str | None, observers: Iterable[Any], task: Task | None
+    recipe: Recipe,
+    record: Run,
+    checkpoint: Path | None,
+    *,
+    quiet: bool,
+    label: str | None,
+    observers: Iterable[Any],
+    task: Task | None,
+    further: Mapping[str, str],
 ) -> Run:
     assert record.folder is not None
     try:
@@ -156,11 +242,11 @@ def _train(
         )
         plan = rule.plan()
     except BaseException:
-        if checkpoint is None:  # nothing was trained: leave nothing behind
-            record.folder.rmdir()
+        if checkpoint is None:
+            remove_untrained(record.folder)
         raise
     record.config = recipe.flat()
-    record.tags = tags(recipe, task) | record.tags
+    record.tags = record.tags | standard_tags(recipe, task) | further
     (record.folder / "config.yaml").write_text(recipe.to_yaml())
     if plan:
         record.artifacts["plan.txt"] = record.folder / "plan.txt"
@@ -168,8 +254,7 @@ def _train(
     try:
         return trainer.fit(checkpoint)
     except BaseException:
-        if {path.name for path in record.folder.iterdir()} <= {"config.yaml", "plan.txt"}:  # it had not begun
-            shutil.rmtree(record.folder)
+        remove_untrained(record.folder)
         raise
 
 
@@ -188,7 +273,7 @@ def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> lis
     return [*diagnostics, Pictures(settings.pictures), Journal(), Plots(), *tracker, ProgressDisplay(quiet=quiet, label=label), *modules]
 
 
-def tags(recipe: Recipe, task: Task) -> dict[str, str]:
+def standard_tags(recipe: Recipe, task: Task) -> dict[str, str]:
     """What a run can be found by."""
     owner = recipe.registry.owner("rules", recipe.names["rule"])
     return {

@@ -14,13 +14,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bpfree.errors import BpfreeError
 from bpfree.hooks import hookimpl
 from bpfree.tracking.events import strict, write_text
 from bpfree.training.run import Run
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "recorded"]
 
 BETWEEN_WRITES = 1.0
+
+
+def recorded(folder: Path) -> Run:
+    """A run as its journal has it, to be looked at or told of; not to be trained.
+
+    Raises:
+        BpfreeError: there is no record in this folder.
+    """
+    content = _read(folder / "run.json")
+    if "id" not in content or "name" not in content:
+        raise BpfreeError("there is no record of a run", where=str(folder), fix="give a run's folder")
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return Run(
+        content["id"],
+        content["name"],
+        folder=folder,
+        config=content["config"],
+        tags=content["tags"],
+        total_epochs=content["total_epochs"],
+        resumed=True,
+        status=content["status"],
+        reason=content["reason"],
+        epoch=content["epoch"],
+        history=[_numbers(json.loads(line)) for line in lines if _epoch(line) is not None],
+        result=_numbers(content["result"]),
+        artifacts={name: folder / place for name, place in content["artifacts"].items()},
+        tracking=content["tracking"],
+    )
 
 
 class Journal:
@@ -99,6 +129,11 @@ def _epoch(line: str) -> float | None:
         return float(json.loads(line)["epoch"])
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Inverse of ``strict``."""
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _line(metrics: Mapping[str, float]) -> str:

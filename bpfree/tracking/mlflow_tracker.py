@@ -19,7 +19,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class MLflowTracker:
         self._sender: Sender | None = None
         self._system: SystemMetrics | None = None
         self._store: Store | None = None
+        self._opening: Opening | None = None
         self._infinite: dict[str, int] = {}
         self._began = 0
         self._looks = 0
@@ -85,7 +86,7 @@ class MLflowTracker:
             self._without_mlflow(error)
             return
         spool = Spool(run.folder / SPOOL_NAME if run.folder is not None else None)
-        self._infinite, self._looks = {}, 0
+        self._infinite, self._looks = _infinite(run.history), 0
         self._uploaded, self._files_at = {}, time.monotonic()
         sender = self._open(run, store, spool)
         if not sender.start(max(self.config.timeout, LOCAL_PATIENCE) if store.database is not None else self.config.timeout):
@@ -98,7 +99,7 @@ class MLflowTracker:
             sender.warn(sender.reason)
         self._sender = sender
         self._publish(run)
-        sender.put(Tags(_standing(run, "running")))
+        sender.put(Tags(_standing(run, "running") | self._infinite_tag()))
         if self.config.system:
             self._system = SystemMetrics(self._take_sample, self.config.system_interval)
             self._system.start()
@@ -123,6 +124,10 @@ class MLflowTracker:
     @hookimpl(trylast=True)
     def run_end(self, run: Run) -> None:
         """Queue the results and files, wait for them for a while, and end the run in the store."""
+        self.finish(run, _now())
+
+    def finish(self, run: Run, ended: int) -> None:
+        """The same for a run that ended at another time (milliseconds since 1970)."""
         if self._system is not None:
             self._system.stop()
         sender = self._sender
@@ -133,7 +138,7 @@ class MLflowTracker:
         sender.put(Tags(_standing(run, run.status)))
         for event in self._files(run):
             sender.put(event)
-        sender.put(End(ENDS.get(run.status, "FAILED"), _now()))
+        sender.put(End(ENDS.get(run.status, "FAILED"), ended))
         sender.finish(self.config.flush_timeout)
         self._publish(run)
         self._sender = self._system = None
@@ -146,14 +151,13 @@ class MLflowTracker:
     # --- beginning --------------------------------------------------------------------------------------------------
 
     def _open(self, run: Run, store: Store, spool: Spool) -> Sender:
-        left_opening, left = spool.read() if run.resumed else (None, [])
-        began = run.tracking.get("mlflow_started") or (str(left_opening.time) if left_opening else str(_now()))
-        self._began = int(began)
-        run.tracking["mlflow_started"] = began
-        opening = Opening(store.shown, self.config.experiment, run.name, self._began, _tags(run), _params(run.config), _dataset(run))
-        opening.run_id = run.tracking.get("mlflow_run_id") or (left_opening.run_id if left_opening else None)
-        earlier = list(self._known(run, without_end(left))) if run.resumed else []
-        return Sender(store, opening, spool, interval=self.config.interval, earlier=earlier, again=run.resumed)
+        again = run.resumed or run.reopened
+        left_opening, left = spool.read() if again else (None, [])
+        self._began = int(run.tracking.get("mlflow_started") or (left_opening.time if left_opening else _now()))
+        opening = self._opening = opening_of(run, store, self.config, self._began)
+        opening.run_id = opening.run_id or (left_opening.run_id if left_opening else None)
+        earlier = list(self._known(run, without_end(left))) if again else []
+        return Sender(store, opening, spool, interval=self.config.interval, earlier=earlier, again=again)
 
     def _known(self, run: Run, left: list[Event]) -> Iterator[Event]:
         """What is known of the epochs behind a resumed run: its history, and in between what was left unsent.
@@ -172,9 +176,14 @@ class MLflowTracker:
                 yield from parts
 
     def _publish(self, run: Run) -> None:
-        """Note in the run where it is tracked, as soon as that is known."""
+        """Note in the run where it is tracked, as soon as that is known, and since when."""
         sender, store = self._sender, self._store
-        if sender is None or store is None or sender.run_id is None or run.tracking.get("mlflow_run_id") == sender.run_id:
+        if sender is None or store is None:
+            return
+        if sender.run_id is not None and self._opening is not None:
+            self._began = self._opening.time  # the store's, for a run that was there
+        run.tracking["mlflow_started"] = str(self._began)
+        if sender.run_id is None or run.tracking.get("mlflow_run_id") == sender.run_id:
             return
         run.tracking.update(mlflow_run_id=sender.run_id, mlflow_uri=store.shown, mlflow_experiment_id=store.experiment_id)
 
@@ -193,7 +202,11 @@ class MLflowTracker:
         infinite = [name for name, value in metrics.items() if math.isinf(value) and name not in self._infinite]
         if infinite:
             self._infinite.update(dict.fromkeys(infinite, step))
-            self._sender.put(Tags({"infinite_metrics": ", ".join(f"{name} at {first}" for name, first in self._infinite.items())}))
+            self._sender.put(Tags(self._infinite_tag()))
+
+    def _infinite_tag(self) -> dict[str, str]:
+        text = ", ".join(f"{name} at {first}" for name, first in self._infinite.items())
+        return {"infinite_metrics": text} if text else {}
 
     def _metrics(self, metrics: Mapping[str, float], step: int, now: int) -> list[Event]:
         """Events of a size that one call takes; ``epoch`` comes last, so that it tells that the others are there."""
@@ -239,6 +252,29 @@ def send_unsent(folder: Path, config: TrackingConfig, output_folder: Path) -> bo
     sender = Sender(store, opening, spool, interval=config.interval, earlier=events, again=True)
     sender.start(0.0)
     return sender.finish(config.flush_timeout)
+
+
+def opening_of(run: Run, store: Store, config: TrackingConfig, began: int) -> Opening:
+    """How a run is created in the store, or found again there, by the tag with its own identifier if not by MLflow's.
+
+    Args:
+        run: with configuration and tags.
+        store: where to.
+        config: whose experiment it is in.
+        began: milliseconds since 1970.
+    """
+    opening = Opening(store.shown, config.experiment, run.name, began, _tags(run), _params(run.config), _dataset(run))
+    opening.run_id = run.tracking.get("mlflow_run_id")
+    return opening
+
+
+def _infinite(history: Iterable[Mapping[str, float]]) -> dict[str, int]:
+    """Metrics that have been infinite, and in which epoch first."""
+    first: dict[str, int] = {}
+    for metrics in history:
+        for name in (name for name, value in metrics.items() if math.isinf(value)):
+            first.setdefault(name, int(metrics.get("epoch", 0)))
+    return first
 
 
 def _now() -> int:

@@ -46,6 +46,7 @@ class Sender:
         self._pending: deque[Event] = deque(earlier)
         self._rejected: list[tuple[Event, str]] = []
         self._again = again
+        self._known = True  # whether the store may have metrics that were not sent from here
         self._steps: dict[str, int] = {}  # last step of each key in the store, for a run that goes on
         self._failures = 0
         self._warned = self._abandoned = self._closing = self._hopeless = False
@@ -150,7 +151,7 @@ class Sender:
         if self.run_id is not None:
             return
         wanted = self._opening.run_id
-        self._store.open(self._opening, search=self._again or self._failures > 0)
+        self._known = self._store.open(self._opening, search=self._again or self._failures > 0)
         if wanted is not None and wanted != self._opening.run_id:
             logger.info("MLflow at %s has no run %s: a new one begins", self._store.shown, wanted)
         self.run_id = self._opening.run_id
@@ -223,7 +224,7 @@ class Sender:
     def _last_step(self, key: str) -> int:
         if key not in self._steps:
             assert self.run_id is not None
-            self._steps[key] = self._store.last_step(self.run_id, key)
+            self._steps[key] = self._store.last_step(self.run_id, key) if self._known else -1
         return self._steps[key]
 
     def _keep(self) -> None:

@@ -11,7 +11,7 @@ import socket
 import sqlite3
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
@@ -223,8 +223,8 @@ class Store:
 
     # --- a run ------------------------------------------------------------------------------------------------------
 
-    def open(self, opening: Opening, *, search: bool) -> None:
-        """Create the run, or go on with ``opening.run_id``, which is set.
+    def open(self, opening: Opening, *, search: bool) -> bool:
+        """Create the run, or go on with the one that is there; ``opening.run_id`` and ``opening.time`` are set.
 
         Args:
             opening: the run.
@@ -232,6 +232,9 @@ class Store:
 
         Raises:
             RefusedError: the store will never take it.
+
+        Returns:
+            Whether the run was there.
         """
         with self._judged():
             client = self.connect()
@@ -240,15 +243,33 @@ class Store:
             if existing is None:
                 tags = opening.tags | {"mlflow.source.type": "LOCAL", "mlflow.source.name": "bpfree"}
                 made = client.create_run(self.experiment_id, start_time=opening.time, tags=_tags(tags), run_name=opening.name)
-                opening.run_id = made.info.run_id
-                if opening.dataset is not None:
-                    client.log_inputs(opening.run_id, datasets=[_dataset(*opening.dataset)])
-                self._params(client, opening, {})
-                return
-            opening.run_id = existing.info.run_id
-            self.experiment_id = existing.info.experiment_id
-            client.update_run(opening.run_id, status="RUNNING")
-            self._params(client, opening, existing.data.params)
+                opening.run_id, known = made.info.run_id, {}
+            else:
+                opening.run_id, opening.time, known = existing.info.run_id, existing.info.start_time, existing.data.params
+                self.experiment_id = existing.info.experiment_id
+                client.update_run(opening.run_id, status="RUNNING")
+                self._change_tags(client, opening, existing.data.tags)
+            if opening.dataset is not None:  # once more does no harm, and who made the run may have been killed here
+                client.log_inputs(opening.run_id, datasets=[_dataset(*opening.dataset)])
+            self._params(client, opening, known)
+            return existing is not None
+
+    def has(self, opening: Opening, status: str, metrics: Mapping[str, float]) -> bool:
+        """Whether the run has ended in this way, and has metrics of these names; changes nothing.
+
+        Args:
+            opening: the run.
+            status: MLflow's.
+            metrics: also the values of those whose last one is known: where there is none it is NaN.
+        """
+        client = self.connect()
+        experiment = client.get_experiment_by_name(opening.experiment)
+        self.experiment_id = "" if experiment is None else str(experiment.experiment_id)
+        found = self._find(client, opening, search=experiment is not None)
+        if found is None or found.info.status != status:
+            return False
+        known = found.data.metrics
+        return all(_name(key) in known and (math.isnan(value) or known[_name(key)] == value) for key, value in metrics.items())
 
     def _find(self, client: MlflowClient, opening: Opening, search: bool) -> Any:
         from mlflow.exceptions import MlflowException
@@ -266,6 +287,15 @@ class Store:
         name = opening.tags[RUN_TAG].replace("'", "")
         found = client.search_runs([self.experiment_id], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
         return found[0] if found else None
+
+    def _change_tags(self, client: MlflowClient, opening: Opening, known: dict[str, str]) -> None:
+        """Set the tags that a run which goes on has otherwise; its user stays the one who began it."""
+        from mlflow.entities import RunTag
+
+        assert opening.run_id is not None
+        tags = {key: value for key, value in _tags(opening.tags).items() if known.get(key) != value and key != "mlflow.user"}
+        if tags:
+            client.log_batch(opening.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _params(self, client: MlflowClient, opening: Opening, known: dict[str, str]) -> None:
         """Log those that are not there; one that a resumed run has changed becomes a tag, as a parameter cannot change."""

@@ -25,7 +25,9 @@ class Run:
         config: the resolved configuration, flat: ``{"rule.name": "dfa", "seed": 0, ...}`` of plain values.
         tags: rule, plugin and its version, task, data fingerprint, seed, device, versions, numerical settings.
         total_epochs: passes over the training split that the budget amounts to, where that is known beforehand.
-        resumed: whether the run goes on after an interruption.
+        resumed: whether the run goes on after an interruption, from a checkpoint.
+        reopened: whether the run begins under an identity that it was given: an earlier attempt, which was killed before its first
+            checkpoint, may have left traces of it in its folder and in the tracking store.
         status: ``finished``, ``diverged`` (non-finite loss or weights), ``interrupted`` (resumable), ``failed``.
         reason: why it did not finish.
         epoch: passes over the training split completed.
@@ -42,6 +44,7 @@ class Run:
     tags: dict[str, str] = field(default_factory=dict)
     total_epochs: int | None = None
     resumed: bool = False
+    reopened: bool = False
     status: Status = "created"
     reason: str = ""
     epoch: int = 0

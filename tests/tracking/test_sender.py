@@ -24,8 +24,9 @@ class FakeStore:
 
     def probe(self) -> None: ...
 
-    def open(self, opening: Opening, *, search: bool) -> None:
+    def open(self, opening: Opening, *, search: bool) -> bool:
         opening.run_id = "run"
+        return bool(self.known)
 
     def last_step(self, run_id: str, key: str) -> int:
         return self.known.get(key, -1)
