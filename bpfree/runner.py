@@ -246,7 +246,7 @@ def _train(
             remove_untrained(record.folder)
         raise
     record.config = recipe.flat()
-    record.tags = record.tags | standard_tags(recipe, task) | further
+    record.tags = {**record.tags, **standard_tags(recipe, task), **further}
     (record.folder / "config.yaml").write_text(recipe.to_yaml())
     if plan:
         record.artifacts["plan.txt"] = record.folder / "plan.txt"

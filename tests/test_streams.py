@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,29 @@ def test_a_stream_changes_the_noise_of_evaluations(digits: Task, device: torch.d
         return Trainer(rule, digits, config_of(device, stream=stream, budget=BudgetConfig(epochs=1))).fit().result["test/accuracy"]
 
     assert score(None) == score("") != score("a")
+
+
+def test_each_draw_of_a_stochastic_rule_is_reported_of_the_test_split_alone(digits: Task, device: torch.device) -> None:
+    """Mean and standard error of the draws are what is reported of them together; drawn once there is one accuracy."""
+
+    class Guessing(Backprop):
+        def predict(self, inputs: Any, generator: torch.Generator) -> torch.Tensor:
+            return torch.rand(len(inputs), 10, generator=generator, device=generator.device)
+
+    def result(draws: int) -> dict[str, float]:
+        rule = Guessing(noisy(digits).network, digits.spec)
+        config = config_of(device, evaluation=EvaluationConfig(draws=draws), budget=BudgetConfig(epochs=1))
+        run = Trainer(rule, digits, config).fit()
+        assert not any("draw" in key for key in run.history[-1])
+        return run.result
+
+    four = result(4)
+    each = [four[f"test/accuracy_draw_{number}"] for number in (1, 2, 3, 4)]
+    assert len(set(each)) > 1
+    assert four["test/accuracy"] == pytest.approx(statistics.fmean(each), rel=1e-12)
+    assert four["test/accuracy_se"] == pytest.approx(statistics.stdev(each) / 2, rel=1e-12)
+    assert "test/accuracy_draw_5" not in four
+    assert not any("draw" in key for key in result(1))
 
 
 class NotToBeSeen(Split):

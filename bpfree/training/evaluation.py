@@ -74,7 +74,9 @@ class Evaluator:
         """Validate on raw inputs again."""
         self._features = {}
 
-    def _score(self, name: str, split: Split | None, epoch: int, *, draws: int = 1, alternatives: bool = False) -> dict[str, float]:
+    def _score(
+        self, name: str, split: Split | None, epoch: int, *, draws: int = 1, alternatives: bool = False, each_draw: bool = False
+    ) -> dict[str, float]:
         if split is None:
             return {}
         read = name in self._features
@@ -82,7 +84,8 @@ class Evaluator:
         seed = seeds.derive_in(self._config.stream, self._config.seed, "evaluation", name, epoch)
         generator = torch.Generator(self._device).manual_seed(seed)
         with environment.autocast(self._device, self._config.precision):
-            scores = evaluate(self._rule, batches, generator, draws=draws, alternatives=alternatives and not read, on_features=read)
+            further = {"alternatives": alternatives and not read, "on_features": read, "each_draw": each_draw}
+            scores = evaluate(self._rule, batches, generator, draws=draws, **further)
         return {f"{name}/{key}": value for key, value in scores.items()}
 
     def validate(self, epoch: int) -> dict[str, float]:
@@ -91,11 +94,14 @@ class Evaluator:
         return train | self._score("val", self._splits["val"], epoch, alternatives=self._config.evaluation.alternatives)
 
     def test(self) -> dict[str, float]:
-        """``test/...``, averaged over the draws of a stochastic rule; nothing where the test split is not to be seen."""
+        """``test/...``, averaged over the draws of a stochastic rule, and each draw's accuracy (``test/accuracy_draw_1``).
+
+        Nothing where the test split is not to be seen.
+        """
         if not self._config.evaluation.test:
             return {}
         draws = self._config.evaluation.draws or self._rule.draws
-        return self._score("test", self._task.test, 0, draws=draws, alternatives=self._config.evaluation.alternatives)
+        return self._score("test", self._task.test, 0, draws=draws, alternatives=self._config.evaluation.alternatives, each_draw=True)
 
     def try_protocols(self) -> None:
         """Refuse a rule without features before it is trained, rather than after.
@@ -226,6 +232,7 @@ def evaluate(
     draws: int = 1,
     alternatives: bool = False,
     on_features: bool = False,
+    each_draw: bool = False,
 ) -> dict[str, float]:
     """Mean loss, and accuracy where targets are classes, over all examples.
 
@@ -236,6 +243,7 @@ def evaluate(
         draws: passes to average over; their standard error is reported as ``accuracy_se`` if there are several.
         alternatives: also score ``rule.alternatives``, as ``<name>/accuracy``.
         on_features: the batches hold the rule's features in place of its inputs.
+        each_draw: also report the accuracy of each of several draws, as ``accuracy_draw_1`` and so on.
 
     Returns:
         ``loss``, ``accuracy`` (share, 0 to 1) and so on. Empty for a task without targets.
@@ -246,6 +254,8 @@ def evaluate(
     result = {name: statistics.fmean(r[name] for r in rounds if name in r) for name in rounds[0]}
     if draws > 1 and "accuracy" in result:
         result["accuracy_se"] = statistics.stdev(r["accuracy"] for r in rounds) / draws**0.5
+        if each_draw:
+            result.update({f"accuracy_draw_{number}": r["accuracy"] for number, r in enumerate(rounds, start=1)})
     return result
 
 

@@ -145,6 +145,14 @@ class StepMemory:
     def _note(self, size: int) -> None:
         self.step_bytes = max(self.step_bytes, size)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The largest step so far, and how many steps of each phase were seen: a run that goes on watches none twice."""
+        return {"step_bytes": self.step_bytes, "seen": dict(self._seen)}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.step_bytes, self._seen = saved["step_bytes"], dict(saved["seen"])
+
     def total(self, kept: Iterable[Tensor]) -> float:
         """MiB: the largest step seen, and the tensors that are kept between steps; 0 before a step was seen."""
         return (self.step_bytes + sum(t.numel() * t.element_size() for t in kept)) / 2**20 if self.step_bytes else 0.0

@@ -136,7 +136,7 @@ class State:
         return {
             "position": dataclasses.asdict(self.at),
             "seconds": self.clock.seconds,
-            "step_bytes": self.memory.step_bytes,
+            "memory": self.memory.state_dict(),
             "optimizers": self.updater.state_dict(),
             "generator": self.step.generator.get_state(),
             "global": seeds.global_state(self.device),
@@ -149,7 +149,7 @@ class State:
         """Take up a saved position; parameters and optimisers follow when the phases have been replayed."""
         self.at = Position(**saved["position"])
         self.clock.seconds = saved["seconds"]
-        self.memory.step_bytes = saved["step_bytes"]
+        self.memory.load_state_dict(saved.get("memory") or {"step_bytes": saved["step_bytes"], "seen": {}})  # older checkpoints: no counts
         self.metrics.load_state_dict(saved["metrics"])
         self.step.index, self.step.epoch = self.at.step, self.at.epoch
         if saved["best"] is not None:
