@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bpfree.study.cells import Plan
-from bpfree.study.line import Line, percent
+from bpfree.study.line import Line, percent, table_metric
 
-__all__ = ["Comparison", "Section", "comparisons", "section_on"]
+__all__ = ["Comparison", "Section", "compare", "comparisons", "section_on"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Comparison:
 
 def comparisons(plan: Plan, lines: Sequence[Line]) -> list[Comparison]:
     """Each column's rows beside each of its controls, where both have results of a seed."""
-    metric, controls = plan.study.metric("test"), plan.study.controls
+    metric, controls = table_metric(plan.study, lines), plan.study.controls
     places = {(line.column, line.row.label): line for line in lines}
     pairs = [
         (places[column.label, row.label], places[column.label, control])
@@ -65,10 +65,11 @@ def comparisons(plan: Plan, lines: Sequence[Line]) -> list[Comparison]:
         for control in controls
         if row.label not in controls and {(column.label, row.label), (column.label, control)} <= places.keys()
     ]
-    return [found for row, control in pairs if (found := _compare(row, control, metric))]
+    return [found for row, control in pairs if (found := compare(row, control, metric))]
 
 
-def _compare(row: Line, control: Line, metric: str) -> Comparison | None:
+def compare(row: Line, control: Line, metric: str) -> Comparison | None:
+    """A row beside a control of its column; ``None`` if no seed has finite results of both."""
     ours, theirs = row.by_seed(metric), control.by_seed(metric)
     seeds = [seed for seed in ours if seed in theirs and math.isfinite(ours[seed] - theirs[seed])]
     if not seeds:
@@ -115,7 +116,7 @@ class Section:
 
 def section_on(plan: Plan, lines: Sequence[Line]) -> Section | None:
     """The comparisons as text; ``None`` as long as there are none."""
-    found, metric = comparisons(plan, lines), plan.study.metric("test")
+    found, metric = comparisons(plan, lines), table_metric(plan.study, lines)
     if not found:
         return None
     labelled, shares = any(column.label for column in plan.study.columns), any(each.share is not None for each in found)

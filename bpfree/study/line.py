@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from bpfree.study.cells import Cell
-from bpfree.study.file import Published, Row
+from bpfree.study.file import Published, Row, Study
 from bpfree.study.state import Outcome
 from bpfree.study.trials import Tuned
 
-__all__ = ["Line", "percent", "value_of"]
+__all__ = ["Line", "percent", "table_metric", "value_of"]
 
 
 @dataclass
@@ -67,3 +68,12 @@ def value_of(outcome: Outcome, metric: str) -> float | None:
     if measured is None or kind == "loss":
         return measured
     return 100 * measured if kind == "accuracy" else 100 - 100 * measured
+
+
+def table_metric(study: Study, lines: Iterable[Line], split: str = "test") -> str:
+    """What is reported of a split: the kind that is published; otherwise the error, or the loss where no run has an accuracy."""
+    if study.publishes(split):
+        return study.metric(split)
+    measured = {key for line in lines for outcome in line.finished for key in outcome.result}
+    only_loss = f"{split}/loss" in measured and f"{split}/accuracy" not in measured
+    return f"{split}/loss" if only_loss else study.metric(split)

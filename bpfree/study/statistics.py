@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "Interval",
     "Improvement",
+    "Interval",
     "bootstrap_interval",
     "first_reached",
     "interval",
@@ -130,7 +130,8 @@ def performance_profile(times: Sequence[Sequence[float]], taus: Sequence[float])
     best = array.min(0, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios = np.where(np.isfinite(array), array / best, math.inf)
-    return (ratios[:, :, None] <= np.asarray(taus, float) * (1 + 1e-12)).mean(1)
+    shares: Array = (ratios[:, :, None] <= np.asarray(taus, float) * (1 + 1e-12)).mean(1)
+    return shares
 
 
 def profile_integral(times: Sequence[Sequence[float]], limit: float = 4.0) -> Array:

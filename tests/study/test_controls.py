@@ -274,7 +274,7 @@ def test_terminal_and_page(workplace: Path, capsys: pytest.CaptureFixture[str]) 
     page = Path(output.strip().splitlines()[-1]).read_text()
     cells = ["&lt;dfa&gt;", "frozen", "+15.00", "2.89", "3", "72.7", "row better"]
     assert "".join(f"<td>{cell}</td>" for cell in cells) in page.replace(' class="words"', "")
-    assert page.count("Against the controls") == 1
+    assert page.count(">Against the controls</h2>") == 1
     assert "<td>random (control)</td>" in page
     assert "(control - chance) / (row - chance)" in page
 

@@ -48,10 +48,8 @@ def linear(values: Iterable[float], label: str, *, bounds: tuple[float, float] =
     """
     found = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(found), max(found)
-    if high - low <= 1e-12 * max(1.0, abs(high)):  # a single value lies in the middle
-        room = abs(high) * 0.05 or 1.0
-    else:
-        room = pad * (high - low)
+    single = high - low <= 1e-12 * max(1.0, abs(high))  # which then lies in the middle
+    room = (abs(high) * 0.05 or 1.0) if single else pad * (high - low)
     low, high = max(low - room, min(bounds[0], low)), min(high + room, max(bounds[1], high))
     return Axis(low, high, label, _linear_ticks(low, high))
 

@@ -1,0 +1,129 @@
+"""What happens inside: the accuracy of each block's own prediction, and how its credit agrees with the true gradient."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+
+from bpfree.study.line import Line
+from bpfree.study.report.axes import linear
+from bpfree.study.report.content import Figure, Part, Section, Text
+from bpfree.study.report.svg import Point, Series, legend, panel
+from bpfree.study.report.view import View
+from bpfree.tasks.protocols import result_key
+
+__all__ = ["blocks"]
+
+SHALLOW, DEEP = (0xE6, 0x9F, 0x00), (0x00, 0x72, 0xB2)
+"""Ends of the colours of blocks, which both a light and a dark page show."""
+COSINES = {"cosine": "the task's loss", "objective_cosine": "the rule's own objective"}
+
+
+def blocks(view: View) -> Iterator[Section]:
+    """A section where anything was measured of single blocks."""
+    made = [(column, [*_accuracies(view, column), *_alignments(view, column)]) for column in view.columns]
+    found: list[tuple[str, list[Part]]] = [(column, parts) for column, parts in made if parts]
+    if not found:
+        return
+    if not view.labelled:
+        yield Section("Block by block", found[0][1])
+        return
+    yield Section("Block by block", [])
+    for column, parts in found:
+        yield Section(column, parts, level=3)
+
+
+# --- accuracy -----------------------------------------------------------------------------------------------------------
+
+
+def block_names(line: Line) -> list[str]:
+    """Blocks with a validation accuracy of their own, in the order of the network.
+
+    Names of blocks end in a number (``b1``, ``t10``); other predictions (``mean``, ``sampled``) and protocols are none.
+    """
+    protocols = {result_key(name) for name in line.cells[0].recipe.settings.evaluation.protocols}
+    keys = {key: None for outcome in line.finished for metrics in outcome.history[-1:] for key in metrics}
+    names = [parts[1] for key in keys if len(parts := key.split("/")) == 3 and parts[0] == "val" and parts[2] == "accuracy"]
+    return sorted((name for name in names if name not in protocols and re.search(r"\d$", name)), key=_natural)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """``b2`` before ``b10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _accuracies(view: View, column: str) -> Iterator[Part]:
+    drawn = [(line, names) for line in view.of(column) if (names := block_names(line))]
+    series = [_accuracy(view, line, names) for line, names in drawn]
+    if not series:
+        return
+    x = linear([1, max(len(names) for _, names in drawn)], "block, from the input", pad=0.04)
+    x = type(x)(x.low, x.high, x.label, [(value, text) for value, text in x.ticks if float(text).is_integer()])
+    heights = [value for one in series for point in one.points for value in (point.y_range or (point.y,))]
+    made = panel("validation accuracy of single blocks, %", x, linear(heights, "validation accuracy, %", bounds=(0, 100)), series)
+    caption = "Accuracy of each block's own prediction after the last epoch; mean over seeds, bars from the least to the greatest."
+    yield Figure([made], caption, legend((view.style(line), view.label(line)) for line, _ in drawn))
+
+
+def _accuracy(view: View, line: Line, names: Sequence[str]) -> Series:
+    points = []
+    for place, name in enumerate(names, start=1):
+        values = [
+            100 * outcome.history[-1][f"val/{name}/accuracy"]
+            for outcome in line.finished
+            if outcome.history and f"val/{name}/accuracy" in outcome.history[-1]
+        ]
+        mean = statistics.fmean(values)
+        bars = (min(values), max(values)) if len(values) > 1 else None
+        points.append(Point(place, mean, f"{view.label(line)}, {name}: {mean:.2f}", y_range=bars))
+    return Series(view.style(line), view.label(line), [(point.x, point.y) for point in points], points=points)
+
+
+# --- alignment ----------------------------------------------------------------------------------------------------------
+
+
+def _alignments(view: View, column: str) -> Iterator[Part]:
+    panels, kinds = [], set()
+    for line in view.of(column):
+        for kind in COSINES:
+            series = _cosines(line, kind)
+            if series:
+                kinds.add(kind)
+                panels.append(_aligned(view, line, kind, series))
+                break
+    if panels:
+        told = " or ".join(f"of {COSINES[kind]}" for kind in COSINES if kind in kinds)
+        yield Text(
+            f"Cosine between a rule's credit and the gradient {told} by reverse mode, block by block, over the epochs; mean over "
+            "seeds. 1: the same direction; 0: none in common. Colours go from the first block (orange) to the last (blue)."
+        )
+        yield Figure(panels, "", "")
+
+
+def _aligned(view: View, line: Line, kind: str, series: Sequence[Series]) -> str:
+    values = [y for one in series for _, y in one.line]
+    epochs = [x for one in series for x, _ in one.line]
+    y = linear([0.0, 1.0, *values], "cosine", bounds=(-1, 1), pad=0.02)
+    title = f"{view.label(line)}: cosine with the gradient" + ("" if kind == "cosine" else " of its objective")
+    return panel(title, linear(epochs, "epochs", pad=0.02), y, series)
+
+
+def _cosines(line: Line, kind: str) -> list[Series]:
+    """A curve for each block that has any."""
+    pattern = re.compile(rf"alignment/(.+)/{kind}")
+    keys = {key: None for outcome in line.finished for metrics in outcome.history for key in metrics if pattern.fullmatch(key)}
+    series = []
+    for place, key in enumerate(keys):
+        curves = [[(m["epoch"], m[key]) for m in outcome.history if key in m and "epoch" in m] for outcome in line.finished]
+        together = zip(*(curve for curve in curves if curve), strict=False)
+        mean = [(statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points)) for points in together]
+        share = place / (len(keys) - 1) if len(keys) > 1 else 1.0
+        name = key.split("/", 1)[1].removesuffix(f"/{kind}")
+        if mean:
+            series.append(Series(0, f"block {name}", mean, colour=_colour(share)))
+    return series
+
+
+def _colour(share: float) -> str:
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(SHALLOW, DEEP, strict=True))

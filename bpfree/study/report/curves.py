@@ -1,0 +1,159 @@
+"""Learning curves, and accuracy against time and memory."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from bpfree.study.line import Line, percent
+from bpfree.study.report.axes import Axis, linear, logarithmic
+from bpfree.study.report.content import Figure, Part, Section, Text
+from bpfree.study.report.svg import Point, Series, legend, panel
+from bpfree.study.report.view import View, most_parallel, timed
+from bpfree.study.state import Outcome
+from bpfree.study.statistics import interval
+
+__all__ = ["costs", "learning_curves"]
+
+AGAINST = (("epoch", "epochs"), ("samples", "examples drawn"), ("seconds", "seconds of training"))
+NOT_TIMED = "Cells that shared their machine with others are left out of what is drawn over seconds: run with --jobs 1 for comparable ones."
+
+Curve = list[tuple[float, float, float, float]]
+"""Mean x, mean y, least y, greatest y."""
+
+
+def learning_curves(view: View) -> Iterator[Section]:
+    """Validation accuracy (or loss) over epochs, examples and seconds, for each column."""
+    figures = [(column, figure) for column in view.columns if (figure := _figure(view, column)) is not None]
+    if not figures:
+        return
+    parts: list[Part] = []
+    if most_parallel(view.lines) > 1:
+        parts.append(Text(NOT_TIMED, "note"))
+    if not view.labelled:
+        yield Section("Learning curves", [figures[0][1], *parts])
+        return
+    yield Section("Learning curves", parts)
+    for column, figure in figures:
+        yield Section(column, [figure], level=3)
+
+
+def _figure(view: View, column: str) -> Figure | None:
+    lines = view.of(column)
+    metric = view.validation(lines)
+    if not metric:
+        return None
+    factor = 100 if metric.endswith("accuracy") else 1
+    name = "validation accuracy, %" if factor == 100 else "validation loss"
+    panels = []
+    for key, label in AGAINST:
+        curves = {number: curve for number, line in enumerate(lines) if (curve := _curve(_chosen(line, key), key, metric, factor))}
+        if not curves:
+            continue
+        x = _x_axis(key, label, curves.values())
+        y = _y_axis(name, [value for curve in curves.values() for point in curve for value in point[2:]], percents=factor == 100)
+        panels.append(panel(f"{name}, over {label}", x, y, [_series(view, lines[number], curve) for number, curve in curves.items()]))
+    if not panels:
+        return None
+    drawn = [(view.style(line), view.label(line)) for line in lines if any(_chosen(line, key) for key, _ in AGAINST)]
+    caption = "Mean over seeds; the band goes from the least to the greatest of them, up to the last epoch that all of them reached."
+    target = view.plan.study.targets.get(column)
+    return Figure(panels, caption + (f" Target: {target:g}." if target is not None else ""), legend(drawn))
+
+
+def _chosen(line: Line, key: str) -> list[Outcome]:
+    return timed(line) if key == "seconds" else line.finished
+
+
+def _curve(outcomes: Sequence[Outcome], key: str, metric: str, factor: float) -> Curve:
+    """Over the outcomes, epoch by epoch, as long as all of them go on; nothing of runs without a curve."""
+    every = [_points(outcome.history, key, metric, factor) for outcome in outcomes]
+    made: Curve = []
+    for together in zip(*(points for points in every if points), strict=False):
+        values = [y for _, y in together]
+        made.append((statistics.fmean(x for x, _ in together), statistics.fmean(values), min(values), max(values)))
+    return made
+
+
+def _points(history: Iterable[Mapping[str, float]], key: str, metric: str, factor: float) -> list[tuple[float, float]]:
+    found = ((epoch[key], factor * epoch[metric]) for epoch in history if key in epoch and metric in epoch)
+    return [(x, y) for x, y in found if math.isfinite(x) and math.isfinite(y)]
+
+
+def _x_axis(key: str, label: str, curves: Iterable[Curve]) -> Axis:
+    values = [point[0] for curve in curves for point in curve]
+    positive = [value for value in values if value > 0]
+    if key == "seconds" and positive and max(positive) > 20 * min(positive):
+        return logarithmic(positive, f"{label} (logarithmic)")
+    return linear([0.0, *values] if key != "epoch" else values, label, bounds=(0, math.inf), pad=0.02)
+
+
+def _y_axis(name: str, values: Sequence[float], *, percents: bool) -> Axis:
+    if not percents and min(values) > 0 and max(values) > 50 * min(values):
+        return logarithmic(values, name)
+    return linear(values, name, bounds=(0, 100) if percents else (-math.inf, math.inf))
+
+
+def _series(view: View, line: Line, curve: Curve) -> Series:
+    band = [(x, low, high) for x, _, low, high in curve] if len(line.finished) > 1 else []
+    return Series(view.style(line), view.label(line), [(x, y) for x, y, _, _ in curve], band)
+
+
+# --- accuracy against costs ---------------------------------------------------------------------------------------------
+
+COSTS = (
+    ("train/seconds", "seconds of training"),
+    ("train/peak_memory_mb", "peak memory, MiB"),
+    ("train/forwards", "passes (forward equivalents)"),
+)
+
+
+def costs(view: View) -> Iterator[Section]:
+    """Score against seconds, memory and passes, a point for each row."""
+    figures = [(column, figure) for column in view.columns if (figure := _scatter(view, column)) is not None]
+    if not figures:
+        return
+    parts: list[Part] = [Text(NOT_TIMED, "note")] if most_parallel(view.lines) > 1 else []
+    if not view.labelled:
+        yield Section("Score against cost", [figures[0][1], *parts])
+        return
+    yield Section("Score against cost", parts)
+    for column, figure in figures:
+        yield Section(column, [figure], level=3)
+
+
+def _scatter(view: View, column: str) -> Figure | None:
+    lines = [line for line in view.of(column) if (mean := view.mean(line)) is not None and math.isfinite(mean)]
+    if len(lines) < 2:
+        return None
+    panels = []
+    for key, label in COSTS:
+        found = [(line, point) for line in lines if (point := _point(view, line, key, label)) is not None]
+        if len(found) < 2:
+            continue
+        x = logarithmic([value for _, point in found for value in (point.x_range or (point.x,))], f"{label} (logarithmic)")
+        heights = [value for _, point in found for value in (point.y, *_within(view, point.y_range))]
+        y = linear(heights, view.metric_name, bounds=(0, 100) if percent(view.metric) else (-math.inf, math.inf))
+        series = [Series(view.style(line), view.label(line), points=[point]) for line, point in found]
+        panels.append(panel(f"{view.metric_name}, over {label.split(' (')[0].split(',')[0]}", x, y, series))
+    if not panels:
+        return None
+    caption = "A point for each row: means over seeds; bars: 95 % interval of the score, least to greatest cost."
+    return Figure(panels, caption, legend((view.style(line), view.label(line)) for line in lines))
+
+
+def _within(view: View, bounds: tuple[float, float] | None) -> tuple[float, ...]:
+    return () if bounds is None else bounds
+
+
+def _point(view: View, line: Line, key: str, label: str) -> Point | None:
+    outcomes = timed(line) if key == "train/seconds" else line.finished
+    values = [outcome.result[key] for outcome in outcomes if outcome.result.get(key, 0) > 0]
+    scores = view.scores(line)
+    if not values:
+        return None
+    x, y = statistics.fmean(values), statistics.fmean(scores)
+    known = interval(scores)
+    title = f"{view.label(line)}: {y:.{view.digits}f} at {x:,.4g} {label.split(' (')[0]}"
+    return Point(x, y, title, (min(values), max(values)) if len(values) > 1 else None, (known.low, known.high) if known else None)

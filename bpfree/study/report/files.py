@@ -1,0 +1,27 @@
+"""Writing a report: page, Markdown, and each cell's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bpfree.study.report.made import Report
+from bpfree.study.report.markdown import markdown
+from bpfree.study.report.page import html_page
+from bpfree.study.report.results import results_csv
+from bpfree.tracking.events import write_text
+
+__all__ = ["write_report"]
+
+
+def write_report(report: Report, folder: Path, name: str = "report") -> Path:
+    """Write ``NAME.html``, ``NAME.md`` and ``NAME-results.csv`` (``results.csv`` for the name ``report``), each at once.
+
+    Returns:
+        The page.
+    """
+    title, sections = report.plan.study.title, report.sections()
+    page = folder / f"{name}.html"
+    write_text(page, html_page(title, sections))
+    write_text(folder / f"{name}.md", markdown(title, sections))
+    write_text(folder / ("results.csv" if name == "report" else f"{name}-results.csv"), results_csv(report.lines))
+    return page

@@ -1,0 +1,234 @@
+"""The leaderboard of each column: scores with intervals, and what they cost by what means."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+
+from bpfree.study.line import Line
+from bpfree.study.report.content import Part, Picture, Section, Table, Text
+from bpfree.study.report.strip import Strip, shared_axis, strip, strip_axis
+from bpfree.study.report.view import View, aligned, compact, counted, mean_of, most_parallel, spread, values_of
+from bpfree.study.state import Outcome
+from bpfree.study.statistics import FEW, interval
+from bpfree.tasks.protocols import result_key
+
+__all__ = ["best_alternative", "leaderboards"]
+
+WORDS = ("row", "over draws", "best other prediction", "network", "credit")
+SPANS = {"0": "none", "1": "inside a block", "all": "end to end"}
+
+
+def leaderboards(view: View) -> Iterator[Section]:
+    """A section for all columns, and one for each of them where the study has several."""
+    ours = "Results" if view.labelled else "Leaderboard"
+    sections = [_of_column(view, column) for column in view.columns]
+    if view.labelled:
+        yield Section(ours, [Text(_legend(view), "note")])
+        for column, parts in zip(view.columns, sections, strict=True):
+            yield Section(column, parts, level=3)
+    elif sections:
+        yield Section(ours, [*sections[0], Text(_legend(view), "note")])
+
+
+def _of_column(view: View, column: str) -> list[Part]:
+    lines = view.ranked(column)
+    parts: list[Part] = [_scores(view, column, lines)]
+    if any(line.finished for line in lines):
+        parts.append(_costs(view, column, lines))
+        parallel = most_parallel(lines)
+        if parallel > 1:
+            parts.append(
+                Text(
+                    f"* Up to {parallel} cells ran at once: these seconds cannot be compared. Run with --jobs 1 for some that can.", "note"
+                )
+            )
+    return parts
+
+
+def _legend(view: View) -> str:
+    kind = "bootstrap (percentile)" if all(len(view.scores(line)) >= FEW for line in view.lines if line.finished) else "Student's t"
+    mixed = kind != "bootstrap (percentile)" and any(len(view.scores(line)) >= FEW for line in view.lines)
+    how = "Student's t below ten seeds, bootstrap from ten on" if mixed else kind
+    parts = [
+        f"Sorted by the mean {view.metric_name.split(',')[0]} over seeds, best first. 95 % interval of the mean: {how}; none from one "
+        "seed. In the strip: a dot for each seed, a bar for the interval, a stroke for the mean; a triangle at the edge stands for runs "
+        "beyond the axis.",
+    ]
+    if view.plan.study.publishes("test"):
+        parts.append("The diamond is the published number; difference: our mean minus it.")
+    if any(best_alternative(line) for line in view.lines):
+        parts.append(
+            "Best other prediction: of a single block, the mean of blocks, another inference; chosen by the validation accuracy of the "
+            "last epoch."
+        )
+    if any(_draws(line) for line in view.lines):
+        parts.append(
+            "Over draws: for stochastic predictors, mean and standard error over all seeds and inference draws, as papers report it; "
+            "draws of one seed share their weights, so that this error is smaller than one over seeds."
+        )
+    parts.append(
+        "Seconds: training only. Memory: tensors at the peak of a step, without the data set. Passes: forward-pass equivalents of one "
+        "example; passes per example: over the examples drawn. Credit: how far one reverse-mode call reaches."
+    )
+    return " ".join(parts)
+
+
+# --- scores -------------------------------------------------------------------------------------------------------------
+
+
+def _scores(view: View, column: str, lines: Sequence[Line]) -> Table:
+    strips = {line.row.label: _strip(view, line) for line in lines if view.scores(line)}
+    axis = shared_axis(list(strips.values()), greater=view.greater)
+    publishes = any(line.published(view.metric) for line in lines)
+    others, draws = any(map(best_alternative, lines)), any(map(_draws, lines))
+    headers: list[str | Picture] = ["row", "rank", view.metric_name, "95 % interval"]
+    headers += [Picture(strip_axis(axis))] if strips else []
+    headers += ["n", *(["published", "difference"] if publishes else [])]
+    headers += [*(["over draws"] if draws else []), *(["best other prediction"] if others else [])]
+    rows: list[list[str | Picture]] = []
+    for place, line in enumerate(lines, start=1):
+        mean = view.mean(line)
+        ranked = mean is not None and math.isfinite(mean)
+        known = interval(view.scores(line))
+        cells: list[str | Picture] = [view.label(line), f"{place}" if ranked else ""]
+        cells.append(f"{mean:.{view.digits}f}" if mean is not None else "" if line.finished else line.standing())
+        cells.append(f"{known.low:.{view.digits}f} to {known.high:.{view.digits}f}" if known else "")
+        if strips:
+            cells.append(Picture(strip(strips[line.row.label], axis)) if line.row.label in strips else "")
+        cells.append(counted(line))
+        cells += _published(view, line) if publishes else []
+        cells += [_draws(line)] if draws else []
+        cells += [best_alternative(line)] if others else []
+        rows.append(cells)
+    words = [place for place, header in enumerate(headers) if isinstance(header, Picture) or header in WORDS]
+    return Table(headers, rows, words, f"Leaderboard {column}".strip(), [view.style(line) for line in lines])
+
+
+def _strip(view: View, line: Line) -> Strip:
+    by_seed, published = line.by_seed(view.metric), line.published(view.metric)
+    values = list(by_seed.values())
+    single = ", ".join(f"seed {seed}: {value:.{view.digits}f}" for seed, value in by_seed.items())
+    said = f"{line.row.label}: mean {statistics.fmean(values):.{view.digits}f}; {single}"
+    said += f"; published {published.mean:.{view.digits}f}" if published else ""
+    return Strip(view.style(line), values, interval(values), published.mean if published else None, said)
+
+
+def _published(view: View, line: Line) -> list[str]:
+    theirs, mean = line.published(view.metric), view.mean(line)
+    if theirs is None:
+        return ["", ""]
+    difference = "" if mean is None else f"{mean - theirs.mean:+.{view.digits}f}"
+    return [spread(theirs.mean, theirs.spread, view.digits), difference]
+
+
+def _draws(line: Line) -> str:
+    """Accuracy over all seeds and inference draws with its standard error; blank without several draws."""
+    found = [
+        [100 * value for key, value in outcome.result.items() if key.removeprefix("test/accuracy_draw_").isdigit()]
+        for outcome in line.finished
+    ]
+    values = [value for draws in found for value in draws]
+    if not any(len(draws) > 1 for draws in found) or not all(map(math.isfinite, values)):
+        return ""
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"accuracy {statistics.fmean(values):.2f} +- {error:.2f} ({len(values)} draws)"
+
+
+def best_alternative(line: Line) -> str:
+    """Test accuracy of the rule's best other prediction (a single block, say), chosen on validation; protocols are no predictions."""
+    protocols = {result_key(name) for name in line.cells[0].recipe.settings.evaluation.protocols}
+    keys = {key: None for outcome in line.finished for key in outcome.result}
+    names = [parts[1] for key in keys if len(parts := key.split("/")) == 3 and parts[0] == "test" and parts[2] == "accuracy"]
+    names = [name for name in names if name not in protocols]
+    scored = {name: [score for outcome in line.finished if (score := _last(outcome, f"val/{name}/accuracy")) is not None] for name in names}
+    known = [name for name, scores in scored.items() if scores]
+    if not known:
+        return ""
+    best = max(known, key=lambda name: statistics.fmean(scored[name]))
+    return f"accuracy {100 * statistics.fmean(values_of(line, f'test/{best}/accuracy')):.2f} ({best})"
+
+
+def _last(outcome: Outcome, key: str) -> float | None:
+    return next((metrics[key] for metrics in reversed(outcome.history) if key in metrics), None)
+
+
+# --- costs --------------------------------------------------------------------------------------------------------------
+
+
+def _costs(view: View, column: str, lines: Sequence[Line]) -> Table:
+    headers: list[str] = ["row"]
+    columns: list[list[str]] = [[view.label(line) for line in lines]]
+
+    def add(name: str, cells: list[str]) -> None:
+        if any(cells):
+            headers.append(name)
+            columns.append(cells)
+
+    seconds = aligned([mean_of(line, "train/seconds") for line in lines])
+    starred = any(outcome.parallel > 1 for line in lines for outcome in line.finished)
+    marks = ["*" if any(outcome.parallel > 1 for outcome in line.finished) else "\u2007" if starred else "" for line in lines]
+    add("seconds", [text and text + mark for text, mark in zip(seconds, marks, strict=True)])
+    add("memory, MiB", aligned([mean_of(line, "train/peak_memory_mb") for line in lines]))
+    add("passes per example", aligned([_ratio(line, "train/forwards", "train/samples") for line in lines]))
+    add("passes", [_compact(line, "train/forwards") for line in lines])
+    add("multiply-adds", [_compact(line, "train/operations") for line in lines])
+    add("parameters", [_whole(line, "parameters") for line in lines])
+    add("trained", [_whole(line, "parameters_trained") for line in lines])
+    add("network", [_network(line) for line in lines])
+    add("credit", [_credit(line) for line in lines])
+    for name, cells in (("lines of code", [_tag(line, "rule_lines") for line in lines]), ("tuned", [_tuned(line) for line in lines])):
+        add(name, cells)
+    words = [place for place, header in enumerate(headers) if header in WORDS]
+    rows = [list(cells) for cells in zip(*columns, strict=True)]
+    return Table(headers, rows, words, f"Costs {column}".strip(), [view.style(line) for line in lines])
+
+
+def _ratio(line: Line, key: str, over: str) -> float | None:
+    ratios = [outcome.result[key] / outcome.result[over] for outcome in line.finished if key in outcome.result and outcome.result.get(over)]
+    return statistics.fmean(ratios) if ratios else None
+
+
+def _compact(line: Line, key: str) -> str:
+    mean = mean_of(line, key)
+    return "" if mean is None else compact(mean)
+
+
+def _whole(line: Line, key: str) -> str:
+    mean = mean_of(line, key)
+    return "" if mean is None else f"{mean:,.0f}"
+
+
+def _tag(line: Line, key: str) -> str:
+    return ", ".join(dict.fromkeys(outcome.tags[key] for outcome in line.finished if outcome.tags.get(key)))
+
+
+def _network(line: Line) -> str:
+    """By its name, with a word where the rule has it of its own: it must not be taken for the one that the others share."""
+    name = _tag(line, "network") or line.cells[0].recipe.names["network"]
+    return f"{name} (its own)" if _own_network(line) else name
+
+
+def _own_network(line: Line) -> bool:
+    tag = _tag(line, "own_network")
+    if tag:
+        return tag.lower() in ("true", "1", "yes")
+    from bpfree.comparison import has_own_network
+
+    recipe = line.cells[0].recipe
+    return has_own_network(recipe.registry.get("rules", recipe.names["rule"]))
+
+
+def _credit(line: Line) -> str:
+    span, weights = _tag(line, "reverse_span"), _tag(line, "downstream_weights")
+    if not span:
+        return ""
+    text = SPANS.get(span, f"{span} blocks")
+    return f"{text}, weights from above" if weights not in ("", "0") and span != "all" else text
+
+
+def _tuned(line: Line) -> str:
+    if line.tuned is None or not line.tuned.keys:
+        return ""
+    return f"{len(line.tuned.keys)} ({len(line.tuned.trials)} trials)"

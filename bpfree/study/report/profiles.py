@@ -1,0 +1,166 @@
+"""Rows over several tasks at once: performance profiles and the probability of improvement.
+
+Only of rows with at least five finished seeds in each of at least three columns: below that they say nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from bpfree.study.line import Line
+from bpfree.study.report.axes import linear
+from bpfree.study.report.content import Figure, Part, Section, Table, Text
+from bpfree.study.report.svg import Series, legend, panel
+from bpfree.study.report.targets import ended, times
+from bpfree.study.report.view import View
+from bpfree.study.statistics import median_with_misses, performance_profile, probability_of_improvement, profile_integral, score_profile
+
+__all__ = ["across_columns", "why_not"]
+
+COLUMNS, SEEDS = 3, 5
+LIMIT = 4.0
+"""Of the ratios to the fastest row, as in AlgoPerf."""
+
+Rows = list[list[Line]]
+"""A line for each column, row by row."""
+
+
+def across_columns(view: View) -> Iterator[Section]:
+    """Profiles and probabilities, where there is enough to compare."""
+    rows = _rows(view)
+    if len(rows) < 2:
+        return
+    parts: list[Part] = []
+    timed = _timed(view, rows)
+    parts.extend(timed or _scored(view, rows))
+    parts.extend(_improvements(view, rows))
+    yield Section("Across columns", parts)
+
+
+def why_not(view: View) -> str:
+    """A sentence for a study of several columns that has too little for this section; empty for others."""
+    if len(view.columns) < 2 or len(_rows(view)) >= 2:
+        return ""
+    return (
+        f"Performance profiles and probabilities of improvement need rows with {SEEDS} finished seeds in each of {COLUMNS} columns or "
+        "more, and two such rows."
+    )
+
+
+def _rows(view: View) -> Rows:
+    """The rows with enough seeds in every column of the study, if it has enough of these."""
+    if len(view.columns) < COLUMNS:
+        return []
+    by_row = [[line for line in view.lines if line.row is row] for row in view.plan.study.rows]
+    return [lines for lines in by_row if len(lines) == len(view.columns) and all(len(_finite(view, line)) >= SEEDS for line in lines)]
+
+
+def _finite(view: View, line: Line) -> list[float]:
+    return [score for score in view.scores(line) if math.isfinite(score)]
+
+
+def _legend(view: View, rows: Rows) -> str:
+    return legend((view.style(lines[0]), view.label(lines[0])) for lines in rows)
+
+
+# --- profiles -----------------------------------------------------------------------------------------------------------
+
+
+def _timed(view: View, rows: Rows) -> list[Part]:
+    """Over the time to the target, where every column has one."""
+    if not all(view.plan.study.targets.get(column) is not None for column in view.columns):
+        return []
+    shared = any(outcome.parallel > 1 for lines in rows for line in lines for outcome in ended(line))
+    key, name = ("samples", "examples drawn") if shared else ("seconds", "seconds")
+    table = [[median_with_misses(times(view, line, key)) for line in lines] for lines in rows]
+    table = [[math.inf if math.isnan(value) or value <= 0 else value for value in line] for line in table]
+    if not any(math.isfinite(value) for line in table for value in line):
+        return []
+    taus = [1 + i * (LIMIT - 1) / 119 for i in range(120)]
+    profile, integral = performance_profile(table, taus), profile_integral(table)
+    series = [
+        Series(view.style(lines[0]), view.label(lines[0]), list(zip(taus, shares.tolist(), strict=True)))
+        for lines, shares in zip(rows, profile, strict=True)
+    ]
+    title = f"share of columns reached within tau times the least {name}"
+    drawn = panel(title, linear([1, LIMIT], "tau", pad=0), linear([0, 1], "share of columns", pad=0.02), series, width=520, height=320)
+    caption = (
+        f"Performance profile (Dolan and Moré 2002): the share of columns on which a row's median time to target, in {name}, is at most "
+        "tau times that of the fastest row there. Misses are infinite."
+    )
+    if shared:
+        caption += " Examples drawn stand for seconds, as cells shared their machine with others."
+    order = sorted(range(len(rows)), key=lambda place: -integral[place])
+    cells = [[view.label(rows[place][0]), f"{integral[place]:.3f}"] for place in order]
+    score = Table(
+        ["row", "integral of the profile, 0 to 1"], cells, name="Integrals", styles=[view.style(rows[place][0]) for place in order]
+    )
+    return [Figure([drawn], caption, _legend(view, rows)), score]
+
+
+def _scored(view: View, rows: Rows) -> list[Part]:
+    """Over scores, scaled on each column from its worst run to its best."""
+    sign = 1 if view.greater else -1
+    scores = [[[sign * score for score in _finite(view, line)] for line in lines] for lines in rows]
+    for place in range(len(view.columns)):
+        values = [score for lines in scores for score in lines[place]]
+        low, wide = min(values), max(values) - min(values) or 1.0
+        for lines in scores:
+            lines[place] = [(score - low) / wide for score in lines[place]]
+    taus = np.linspace(0, 1, 120).tolist()
+    series = [
+        Series(view.style(lines[0]), view.label(lines[0]), list(zip(taus, score_profile(own, taus).tolist(), strict=True)))
+        for lines, own in zip(rows, scores, strict=True)
+    ]
+    drawn = panel(
+        "share of runs with a scaled score above tau",
+        linear([0, 1], "tau", pad=0),
+        linear([0, 1], "share of runs", pad=0.02),
+        series,
+        width=520,
+        height=320,
+    )
+    caption = (
+        "Score distributions (Agarwal et al. 2021): the share of runs with a score above tau, averaged over columns; the scores of each "
+        "column are scaled from its worst run (0) to its best (1). Higher is better."
+    )
+    return [Figure([drawn], caption, _legend(view, rows))]
+
+
+# --- probability of improvement -------------------------------------------------------------------------------------------
+
+
+def _improvements(view: View, rows: Rows) -> list[Part]:
+    sign = 1 if view.greater else -1
+    scores = [[[sign * score for score in _finite(view, line)] for line in lines] for lines in rows]
+    order = sorted(range(len(rows)), key=lambda place: -_mean_probability(scores, place))
+    labels = [view.label(rows[place][0]) for place in order]
+    table: list[list[str]] = []
+    tints: list[list[float | None]] = []
+    for i in order:
+        found = [None if i == j else probability_of_improvement(scores[i], scores[j]) for j in order]
+        table.append(
+            [view.label(rows[i][0])]
+            + ["" if one is None else f"{one.probability:.2f} ({one.interval.low:.2f} to {one.interval.high:.2f})" for one in found]
+        )
+        tints.append([None, *(None if one is None else one.probability for one in found)])
+    text = Text(
+        "Probability of improvement: that a run of the row (left) scores better than a run of the one above, averaged over columns; ties "
+        "count one half (Agarwal et al. 2021). In brackets: 95 % interval of a bootstrap over the runs within each column. It says how "
+        "often, not by how much.",
+        "note",
+    )
+    return [
+        Table(
+            ["better than", *labels], table, name="Probability of improvement", styles=[view.style(rows[i][0]) for i in order], tints=tints
+        ),
+        text,
+    ]
+
+
+def _mean_probability(scores: Sequence[Sequence[Sequence[float]]], place: int) -> float:
+    others = [probability_of_improvement(scores[place], other, resamples=1).probability for i, other in enumerate(scores) if i != place]
+    return sum(others) / len(others)

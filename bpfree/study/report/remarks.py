@@ -1,0 +1,180 @@
+"""What a reader must know of a study, in sentences: what was compared, what came out, how it differs from what is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from bpfree.study.cells import Plan
+from bpfree.study.controls import compare
+from bpfree.study.line import Line, percent
+from bpfree.study.report.view import View, compact
+
+__all__ = ["compared", "environments", "failures", "findings", "remarks"]
+
+ENVIRONMENT = ("device_name", "threads", "torch", "python", "bpfree")
+
+
+# --- what was compared --------------------------------------------------------------------------------------------------
+
+
+def compared(view: View) -> str:
+    """Rules, tasks, seeds, budget, tuning and selection in a paragraph."""
+    plan, lines = view.plan, view.lines
+    rules = _distinct(line.cells[0].recipe.names["rule"] for line in lines)
+    tasks = _distinct(line.cells[0].recipe.names["task"] for line in lines)
+    rows = len({line.row.label for line in lines})
+    seeds = "one seed" if len(plan.seeds) == 1 else f"{len(plan.seeds)} seeds each"
+    what = f"{_count(rows, 'row')} with the {'rule' if len(rules) == 1 else 'rules'} {_listed(rules)} on {_listed(tasks)}"
+    columns = f" in {_count(len(view.columns), 'column')}" if view.labelled else ""
+    budgets = _distinct(_budget(line) for line in lines)
+    parts = [f"{what[0].upper()}{what[1:]}{columns}, {seeds} ({', '.join(map(str, plan.seeds))})."]
+    parts.append(f"Training budget: {_listed(budgets)}." if len(budgets) < 4 else f"Training budgets from {budgets[0]} on; they differ.")
+    tuned = [line.tuned for line in lines if line.tuned is not None and line.tuned.keys]
+    if tuned:
+        keys, trials = _distinct(key for one in tuned for key in one.keys), _distinct(str(one.planned) for one in tuned)
+        parts.append(f"Tuned on the validation split, with {_listed(trials)} trials for each row and column: {_listed(keys)}.")
+    parts.append("The test split was evaluated once per run, after every choice was made.")
+    return " ".join(parts)
+
+
+def _budget(line: Line) -> str:
+    budget = line.cells[0].recipe.settings.budget
+    if budget.samples is not None:
+        return f"{budget.samples:,} examples drawn"
+    forwards = getattr(budget, "forwards", None)
+    if forwards is not None:
+        return f"{compact(forwards)} forward-pass equivalents"
+    if budget.seconds is not None:
+        return f"{budget.seconds:g} seconds"
+    return _count(10 if budget.epochs is None else budget.epochs, "epoch")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _distinct(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
+# --- what came out ------------------------------------------------------------------------------------------------------
+
+
+def findings(view: View) -> Iterator[str]:
+    """A sentence for each column: the best mean, and whether the next one can be told from it."""
+    for column in view.columns:
+        lines = [line for line in view.ranked(column) if (mean := view.mean(line)) is not None and math.isfinite(mean)]
+        if len(lines) > 1:
+            yield (f"{column}: " if column else "") + _first_two(view, lines[0], lines[1])
+    for control in view.plan.study.controls:
+        yield from _over_control(view, control)
+
+
+def _first_two(view: View, best: Line, second: Line) -> str:
+    kind, unit = view.metric.split("/")[1], " %" if percent(view.metric) else ""
+    a, b = (f"{view.mean(line) or 0.0:.{view.digits}f}{unit}" for line in (best, second))
+    extreme = "highest" if view.greater else "lowest"
+    text = f"{best.row.label} has the {extreme} mean test {kind}, {a}; {second.row.label} follows with {b}"
+    found = compare(best, second, view.metric)
+    if found is None:
+        return f"{text}. They share no seed, so that nothing is said of the difference."
+    if found.standard_error is None:
+        return f"{text}. Only one seed is shared: the order may be chance."
+    said = f"{abs(found.gain):.{view.digits}f} +- {found.standard_error:.{view.digits}f}"
+    if found.verdict == "not distinguishable":
+        return f"{text}. The two cannot be told apart: the difference over {len(found.gains)} shared seeds is {said} (standard error)."
+    if found.gain > 0:
+        return f"{text}. The difference over {len(found.gains)} shared seeds is {said} (standard error)."
+    return f"{text}; but over the {len(found.gains)} seeds that both have, {second.row.label} is better."
+
+
+def _over_control(view: View, control: str) -> Iterator[str]:
+    verdicts: dict[str, list[str]] = {}
+    for column in view.columns:
+        lines = {line.row.label: line for line in view.of(column)}
+        for label, line in lines.items():
+            found = compare(line, lines[control], view.metric) if control in lines and label not in view.plan.study.controls else None
+            if found is not None:
+                verdicts.setdefault(found.verdict, []).append(line.label)
+    phrases = {
+        "row better": "better",
+        "not distinguishable": "not distinguishable",
+        "control better": "worse",
+        "one seed only": "one seed only",
+    }
+    told = [f"{phrases[verdict]}: {_listed(verdicts[verdict])}" for verdict in phrases if verdict in verdicts]
+    if told:
+        yield f"Against the control {control}: {'; '.join(told)}."
+
+
+# --- what must be known -------------------------------------------------------------------------------------------------
+
+
+def remarks(plan: Plan, lines: Sequence[Line], *, hidden: int = 0, folder: str = "") -> Iterator[str]:
+    """How this differs from the study as written, how far it is, what was selected, whether the data are the same."""
+    if plan.changes:
+        word = "shortened: this is not" if plan.shortened else "changed: this is not"
+        yield f"The study was {word} the study as written. {'; '.join(plan.changes)}."
+    finished, cells = sum(len(line.finished) for line in lines), sum(len(line.cells) for line in lines)
+    if finished < cells:
+        yield f"{finished} of {cells} cells are finished."
+    yield from _selection(lines)
+    if plan.study.publishes("train"):
+        yield "Training split: all its examples, scored by the weights that were tested."
+    yield from _data(lines)
+    if hidden:
+        yield f"Not shown: {hidden} finished cells{folder and f' in {folder}'} of other settings, seeds, versions or sources."
+
+
+def _selection(lines: Sequence[Line]) -> Iterable[str]:
+    """On how much the cells were trained, and what chose the weights that were tested."""
+    told: dict[str, list[str]] = {}
+    for line in lines:
+        recipe = line.cells[0].recipe
+        told.setdefault(_selected(recipe.task.validation, recipe.settings.select), []).append(line.label)
+    for text, labels in told.items():
+        yield f"{text}." if len(told) == 1 else f"{', '.join(labels)}: {text[0].lower()}{text[1:]}."
+
+
+def _selected(validation: float, select: str) -> str:
+    if not validation:
+        return "Trained on the whole training set; nothing was selected: the last weights are tested"
+    chosen = "the weights best on them are tested" if select == "best-val" else "the last weights are tested"
+    return f"{100 * validation:g} % of the training examples are held out for validation; {chosen}"
+
+
+def _data(lines: Sequence[Line]) -> Iterable[str]:
+    """Cells on one task must have seen the same data; a fingerprint is known once they have run."""
+    seen: dict[str, set[str]] = {}
+    for line in lines:
+        recipe = line.cells[0].recipe
+        key = str((recipe.names["task"], recipe.options["task"], recipe.task.validation, recipe.task.split_seed))
+        seen.setdefault(key, set()).update(
+            outcome.tags["data_fingerprint"] for outcome in line.finished if "data_fingerprint" in outcome.tags
+        )
+    if any(len(fingerprints) > 1 for fingerprints in seen.values()):
+        yield "Not all cells of one task saw the same data: their fingerprints differ."
+
+
+def failures(lines: Sequence[Line]) -> Iterator[tuple[Line, int, str, str]]:
+    """Line, seed, status and reason of each cell that ended without a result, or with a part of it missing."""
+    for line in lines:
+        for cell, outcome in zip(line.cells, line.outcomes, strict=True):
+            if outcome is not None and (outcome.reason or outcome.status in ("diverged", "failed", "timeout", "refused")):
+                yield line, cell.seed, outcome.status, outcome.reason
+
+
+def environments(lines: Sequence[Line]) -> dict[str, int]:
+    """Each place in which finished cells ran, and how many did."""
+    tags: list[Mapping[str, str]] = [outcome.tags for line in lines for outcome in line.finished]
+    counts: dict[str, int] = {}
+    for place in tags:
+        text = ", ".join(f"{key.removeprefix('device_name')} {place[key]}".strip() for key in ENVIRONMENT if place.get(key))
+        if text:
+            counts[text] = counts.get(text, 0) + 1
+    return counts

@@ -1,0 +1,77 @@
+"""The table of a study in its own order: our means and deviations beside what was published."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from bpfree.study.line import Line, percent, table_metric
+from bpfree.study.report.view import View, counted, mean_of, spread
+
+__all__ = ["headers", "lines_of_text", "texts"]
+
+COSTS = (
+    ("seconds", "train/seconds", ".1f"),
+    ("samples/s", "train/samples_per_second", ",.0f"),
+    ("parameters", "parameters", ",.0f"),
+    ("trained", "parameters_trained", ",.0f"),
+)
+
+
+def headers(view: View) -> list[str]:
+    """Of the columns that the study needs."""
+    study = view.plan.study
+    beside = ["published", "difference"]
+    return [
+        *(["row", "column"] if view.labelled else ["row"]),
+        *[_header(view.metric), *(beside if study.publishes("test") else []), "n"],
+        *([_header(table_metric(study, view.lines, "train")), *beside] if study.publishes("train") else []),
+        *[name for name, _, _ in COSTS],
+    ]
+
+
+def _header(metric: str) -> str:
+    name = metric.replace("/", " ")
+    return f"{name} %" if percent(metric) else name
+
+
+def texts(view: View, line: Line) -> list[str]:
+    """The cells of a line."""
+    study = view.plan.study
+    cells = [view.label(line), *([line.column] if view.labelled else [])]
+    cells += _beside(line, view.metric, published=study.publishes("test"), empty=line.standing())
+    cells.append(counted(line))
+    cells += _beside(line, study.metric("train"), published=True) if study.publishes("train") else []
+    for _, key, form in COSTS:
+        mean = mean_of(line, key)
+        cells.append("" if mean is None else f"{mean:{form}}")
+    return cells
+
+
+def _beside(line: Line, metric: str, *, published: bool, empty: str = "") -> list[str]:
+    """Ours; and where the table has them, the published number and the difference. What is not known stays blank."""
+    digits = 2 if percent(metric) else 4
+    values = list(line.by_seed(metric).values())
+    measurable = len(values) > 1 and all(map(math.isfinite, values))  # the loss of a finished run can be infinite
+    ours = spread(statistics.fmean(values), statistics.stdev(values) if measurable else None, digits) if values else ""
+    if not published:
+        return [ours or ("" if line.finished else empty)]
+    theirs = line.published(metric)
+    return [
+        ours or ("" if line.finished else empty),
+        spread(theirs.mean, theirs.spread, digits) if theirs else "",
+        f"{statistics.fmean(values) - theirs.mean:+.{digits}f}" if values and theirs else "",
+    ]
+
+
+def lines_of_text(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
+    """A table for a terminal, aligned; the columns in ``right`` to the right."""
+    everything = [list(head), *map(list, rows)]
+    widths = [max(len(cells[place]) for cells in everything) for place in range(len(head))]
+    aligned = [
+        [cell.rjust(width) if place in right else cell.ljust(width) for place, (cell, width) in enumerate(zip(cells, widths, strict=True))]
+        for cells in everything
+    ]
+    made = ["  ".join(cells).rstrip() for cells in aligned]
+    return [made[0], "  ".join("-" * width for width in widths), *made[1:]]

@@ -1,0 +1,146 @@
+"""What was tried before the seeds of the table: how scores depend on what was tuned, and what was chosen."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from bpfree.study.cells import word
+from bpfree.study.line import Line
+from bpfree.study.report.axes import linear, logarithmic
+from bpfree.study.report.content import Figure, Part, Section, Table, Text
+from bpfree.study.report.svg import Point, Series, legend, panel
+from bpfree.study.report.view import View, aligned
+from bpfree.study.trials import Trial, Tuned
+
+__all__ = ["tuning"]
+
+FIRST = "optimizer.lr"
+
+
+def tuning(view: View) -> Iterator[Section]:
+    """A figure over each tuned key, and the table of trials, for each column."""
+    columns = [column for column in view.columns if _tuned(view, column)]
+    if not columns:
+        return
+    legend = Text(
+        "Each trial is trained on the tuning seeds and scored on the validation split; the first has the settings of the study's file. "
+        "A trial that failed counts as one. The best on validation was chosen, the earliest of equals; the test split has no part in it.",
+        "note",
+    )
+    if not view.labelled:
+        yield Section("Tuning", [*_parts(view, columns[0]), legend])
+        return
+    yield Section("Tuning", [legend])
+    for column in columns:
+        yield Section(column, _parts(view, column), level=3)
+
+
+def _tuned(view: View, column: str) -> list[tuple[Line, Tuned]]:
+    return [(line, line.tuned) for line in view.of(column) if line.tuned is not None and line.tuned.trials]
+
+
+def _parts(view: View, column: str) -> list[Part]:
+    found = _tuned(view, column)
+    figure = _figure(view, found)
+    return [*([figure] if figure else []), _table(view, column, found)]
+
+
+# --- figures ------------------------------------------------------------------------------------------------------------
+
+
+def _figure(view: View, found: Sequence[tuple[Line, Tuned]]) -> Figure | None:
+    keys = sorted(dict.fromkeys(key for _, tuned in found for key in tuned.keys), key=lambda key: key != FIRST)
+    panels = [made for key in keys if (made := _panel(view, found, key))]
+    if not panels:
+        return None
+    caption = "Validation score of each trial that ended with one."
+    if any(len(tuned.keys) == 1 for _, tuned in found):
+        caption += " Lines join the trials of a row where a single key was tuned."
+    if any(len(tuned.keys) > 1 for _, tuned in found):
+        caption += " Where several keys were tuned together, each panel shows all trials over one of them."
+    return Figure(panels, caption, legend((view.style(line), view.label(line)) for line, _ in found))
+
+
+def _panel(view: View, found: Sequence[tuple[Line, Tuned]], key: str) -> str:
+    drawn = [(line, tuned, points) for line, tuned in found if (points := _points(tuned, key))]
+    if not drawn:
+        return ""
+    values = [x for _, _, points in drawn for x, _ in points]
+    scale_log = any(key in tuned.logarithmic for _, tuned, _ in drawn) or (key == FIRST and max(values) > 5 * min(values))
+    log = scale_log and min(values) > 0
+    x = logarithmic(values, f"{key} (logarithmic)") if log else linear(values, key)
+    name = "validation accuracy, %" if drawn[0][1].greater else "validation loss"
+    y = linear([score for _, _, points in drawn for _, score in points], name)
+    return panel(f"{name}, over {key}", x, y, [_series(view, line, tuned, points, key) for line, tuned, points in drawn])
+
+
+def _points(tuned: Tuned, key: str) -> list[tuple[float, float]]:
+    found = ((_number(trial.settings.get(key)), trial.score) for trial in tuned.trials)
+    return sorted((x, y) for x, y in found if x is not None and y is not None and math.isfinite(y))
+
+
+def _number(value: Any) -> float | None:
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None
+
+
+def _series(view: View, line: Line, tuned: Tuned, points: Sequence[tuple[float, float]], key: str) -> Series:
+    marks = [Point(x, y, f"{view.label(line)}: {y:.{_digits(tuned)}f} at {key} = {x:.3g}") for x, y in points]
+    return Series(view.style(line), view.label(line), points if len(tuned.keys) == 1 else [], points=marks)
+
+
+# --- table --------------------------------------------------------------------------------------------------------------
+
+
+def _table(view: View, column: str, found: Sequence[tuple[Line, Tuned]]) -> Table:
+    unit = "%" if found[0][1].greater else "loss"
+    headers = ["row", "trials", "without a score", f"default, {unit}", f"chosen, {unit}", "gain", "seconds", "chosen settings"]
+    seconds = aligned([sum(trial.seconds for trial in tuned.trials) or None for _, tuned in found])
+    rows = [[view.label(line), *_cells(tuned, spent)] for (line, tuned), spent in zip(found, seconds, strict=True)]
+    return Table(headers, rows, [2, 7], f"Tuning {column}".strip(), [view.style(line) for line, _ in found])
+
+
+def _cells(tuned: Tuned, spent: str) -> list[str]:
+    scores = [_score(tuned, tuned.default), _score(tuned, tuned.best), _gain(tuned)]
+    return [_trials(tuned), _failures(tuned), *scores, spent, _settings(tuned)]
+
+
+def _digits(tuned: Tuned) -> int:
+    return 2 if tuned.greater else 4
+
+
+def _score(tuned: Tuned, trial: Trial | None) -> str:
+    return "" if trial is None or trial.score is None else f"{trial.score:.{_digits(tuned)}f}"
+
+
+def _gain(tuned: Tuned) -> str:
+    """By what the chosen configuration is better than the default."""
+    default, best = tuned.default, tuned.best
+    if default is None or default.score is None or best is None or best.score is None or not math.isfinite(default.score):
+        return ""
+    return f"{(best.score - default.score) * (1 if tuned.greater else -1):+z.{_digits(tuned)}f}"
+
+
+def _trials(tuned: Tuned) -> str:
+    ended = sum(trial.status != "not run" for trial in tuned.trials)
+    return f"{ended}" if ended == tuned.planned else f"{ended} of {tuned.planned}"
+
+
+def _failures(tuned: Tuned) -> str:
+    """Those without a score, by what became of them."""
+    counts = Counter(trial.status for trial in tuned.trials if trial.status not in ("finished", "not run"))
+    return ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+
+
+def _settings(tuned: Tuned) -> str:
+    best = tuned.best
+    if best is None:
+        return "none: no trial has a score"
+    return " ".join(word(key, _rounded(value)) for key, value in best.settings.items()) or "the default"
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) and math.isfinite(value) else value

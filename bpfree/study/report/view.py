@@ -1,0 +1,179 @@
+"""What the sections of a report share: the study's lines by column, their metrics, colours, and numbers as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from bpfree.study.cells import Plan
+from bpfree.study.line import Line, percent, table_metric
+from bpfree.study.state import Outcome
+
+__all__ = [
+    "View",
+    "aligned",
+    "compact",
+    "counted",
+    "mean_of",
+    "most_parallel",
+    "spread",
+    "timed",
+    "values_of",
+    "with_histories",
+]
+
+
+@dataclass(frozen=True)
+class View:
+    """A study's plan and lines, as the sections look at them."""
+
+    plan: Plan
+    lines: Sequence[Line]
+
+    @cached_property
+    def metric(self) -> str:
+        """What is reported of the test split."""
+        return table_metric(self.plan.study, self.lines)
+
+    @property
+    def greater(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.metric.endswith("accuracy")
+
+    @property
+    def digits(self) -> int:
+        """Decimals of the metric."""
+        return 2 if percent(self.metric) else 4
+
+    @property
+    def metric_name(self) -> str:
+        """With its unit."""
+        name = self.metric.replace("/", " ")
+        return f"{name}, %" if percent(self.metric) else name
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """Labels of those that have lines."""
+        return [column.label for column in self.plan.study.columns if any(line.column == column.label for line in self.lines)]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the study has columns."""
+        return any(self.columns)
+
+    def of(self, column: str) -> list[Line]:
+        """The lines of a column, in the order of the study."""
+        return [line for line in self.lines if line.column == column]
+
+    def style(self, line: Line) -> int:
+        """The number of a line's row, which decides on its colour."""
+        return self._styles[line.row.label]
+
+    @cached_property
+    def _styles(self) -> dict[str, int]:
+        return {row.label: number for number, row in enumerate(self.plan.study.rows)}
+
+    def label(self, line: Line) -> str:
+        """A row's label, with a word at controls."""
+        return f"{line.row.label} (control)" if line.row.label in self.plan.study.controls else line.row.label
+
+    def scores(self, line: Line) -> list[float]:
+        """The metric of each finished cell that measured it."""
+        return list(line.by_seed(self.metric).values())
+
+    def mean(self, line: Line) -> float | None:
+        """Of the scores."""
+        scores = self.scores(line)
+        return statistics.fmean(scores) if scores else None
+
+    def ranked(self, column: str) -> list[Line]:
+        """Best mean first; what has no finite mean comes last, in the order of the study."""
+
+        def key(line: Line) -> tuple[bool, float]:
+            mean = self.mean(line)
+            known = mean is not None and math.isfinite(mean)
+            return (not known, (-mean if self.greater else mean) if known and mean is not None else 0.0)
+
+        return sorted(self.of(column), key=key)
+
+    def validation(self, lines: Iterable[Line]) -> str:
+        """What learning curves show: ``val/accuracy``, or ``val/loss`` where no epoch has an accuracy; empty without either."""
+        keys = {key for line in lines for outcome in line.outcomes if outcome for metrics in outcome.history for key in metrics}
+        return next((name for name in ("val/accuracy", "val/loss") if name in keys), "")
+
+
+# --- outcomes -----------------------------------------------------------------------------------------------------------
+
+
+def values_of(line: Line, key: str) -> list[float]:
+    """An entry of the finished cells' results, where it is there."""
+    return [outcome.result[key] for outcome in line.finished if key in outcome.result]
+
+
+def mean_of(line: Line, key: str) -> float | None:
+    """Of :func:`values_of`."""
+    values = values_of(line, key)
+    return statistics.fmean(values) if values else None
+
+
+def timed(line: Line) -> list[Outcome]:
+    """Finished cells that had the machine for themselves, so that their seconds can be compared."""
+    return [outcome for outcome in line.finished if outcome.parallel <= 1]
+
+
+def most_parallel(lines: Iterable[Line]) -> int:
+    """The most cells that ran at once."""
+    return max((outcome.parallel for line in lines for outcome in line.finished), default=1)
+
+
+def with_histories(lines: Iterable[Line], runs: Path) -> list[Line]:
+    """Lines whose outcomes have their learning curves, from the runs' own folders where the records have none."""
+    return [dataclasses.replace(line, outcomes=[outcome and _with_history(outcome, runs) for outcome in line.outcomes]) for line in lines]
+
+
+def _with_history(outcome: Outcome, runs: Path) -> Outcome:
+    if outcome.history or not outcome.run:
+        return outcome
+    try:
+        texts = (runs / outcome.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        history = [{key: float(value) for key, value in json.loads(text).items()} for text in texts]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return outcome
+    return dataclasses.replace(outcome, history=history)
+
+
+# --- texts --------------------------------------------------------------------------------------------------------------
+
+
+def spread(mean: float, deviation: float | None, digits: int) -> str:
+    """``97.65 +- 0.21``."""
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" +- {deviation:.{digits}f}")
+
+
+def counted(line: Line) -> str:
+    """How many of its cells are finished."""
+    finished, planned = len(line.finished), len(line.cells)
+    return f"{finished}" if finished == planned else f"{finished} of {planned}"
+
+
+def compact(value: float) -> str:
+    """Three digits and a letter: 43.1k, 5.20M, 318."""
+    for limit, suffix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * limit:
+            scaled = value / limit
+            return f"{scaled:.{2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0}f}{suffix}"
+    return f"{value:.3g}"
+
+
+def aligned(values: Sequence[float | None]) -> list[str]:
+    """A column of numbers with the same decimals: as many as the smallest needs for two digits, at most three; blank for ``None``."""
+    sizes = [abs(value) for value in values if value is not None and math.isfinite(value) and value]
+    least = min(sizes, default=1.0)
+    decimals = 0 if least >= 10 or max(sizes, default=1.0) >= 100_000 else 1 if least >= 1 else 2 if least >= 0.1 else 3
+    return ["" if value is None else f"{value:,.{decimals}f}" for value in values]
