@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bpfree.code_lines import class_lines
 from bpfree.config import Leaf, Recipe, recipe_of
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.rule import Rule
 from bpfree.tasks.task import Task
 from bpfree.tracking.journal import recorded
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
@@ -246,7 +248,7 @@ def _train(
             remove_untrained(record.folder)
         raise
     record.config = recipe.flat()
-    record.tags = {**record.tags, **standard_tags(recipe, task), **further}
+    record.tags = {**record.tags, **standard_tags(recipe, task, rule), **further}
     (record.folder / "config.yaml").write_text(recipe.to_yaml())
     if plan:
         record.artifacts["plan.txt"] = record.folder / "plan.txt"
@@ -273,8 +275,9 @@ def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> lis
     return [*diagnostics, Pictures(settings.pictures), Journal(), Plots(), *tracker, ProgressDisplay(quiet=quiet, label=label), *modules]
 
 
-def standard_tags(recipe: Recipe, task: Task) -> dict[str, str]:
-    """What a run can be found by."""
+def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
+    """What a run can be found by; also what the rule declares of itself, and how many lines of code it is."""
+    lines = class_lines(type(rule))
     owner = recipe.registry.owner("rules", recipe.names["rule"])
     return {
         **{kind: recipe.names[kind] for kind in ("rule", "network", "task")},
@@ -287,5 +290,11 @@ def standard_tags(recipe: Recipe, task: Task) -> dict[str, str]:
         "frozen_twin": str(recipe.settings.frozen_twin),
         "validation": str(recipe.task.validation),
         "select": recipe.settings.select,
+        "reverse_span": str(rule.traits.reverse_span),
+        "dependence": rule.traits.dependence,
+        "downstream_weights": str(rule.traits.downstream_weights),
+        "supervision": rule.traits.supervision,
+        "own_network": str(rule.own_network),
+        **({} if lines is None else {"rule_lines": str(lines)}),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
     }
