@@ -22,11 +22,11 @@ class Snapshot:
     lists, deques, sets and tuples. What lies inside other objects is not seen.
 
     Args:
-        roots: modules and optimisers.
+        roots: modules, optimisers and generators.
         device: whose global generator is kept beside the CPU's.
     """
 
-    def __init__(self, *roots: nn.Module | torch.optim.Optimizer, device: torch.device) -> None:
+    def __init__(self, *roots: nn.Module | torch.optim.Optimizer | torch.Generator, device: torch.device) -> None:
         self._undo: list[Callable[[], object]] = []
         self._seen: dict[int, Any] = {}  # holds its objects, so that no id is given away again
         self._storages: set[tuple[torch.device, int]] = set()

@@ -16,6 +16,7 @@ from bpfree.training import seeds
 from bpfree.training.alignment import Alignment
 from bpfree.training.config import TrainConfig
 from bpfree.training.meters import Clock, StepMemory, StepMetrics
+from bpfree.training.operations import Operations
 from bpfree.training.updater import Updater
 
 __all__ = ["Position", "State"]
@@ -26,7 +27,8 @@ class Position:
     """How far a run has come; all of it is saved.
 
     Attributes:
-        phase: index of the current phase; ``phase_epoch`` passes of it are complete, it began at ``phase_seconds``.
+        phase: index of the current phase; ``phase_epoch`` passes of it are complete.
+        phase_seconds, phase_operations: where it began.
         epoch: passes completed in all; ``batch`` batches of the next one are done, which are ``share`` of it.
         step: updates.
         samples: examples drawn.
@@ -36,6 +38,7 @@ class Position:
     phase: int = 0
     phase_epoch: int = 0
     phase_seconds: float = 0.0
+    phase_operations: int = 0
     epoch: int = 0
     batch: int = 0
     share: float = 0.0
@@ -56,7 +59,7 @@ class State:
 
     Attributes:
         at: how far the run has come.
-        clock, metrics, memory, alignment: what it measures.
+        clock, metrics, memory, operations, alignment: what it measures.
         updater, step: optimisers, and the step that rules are handed.
         begun: phases that have begun, which is what a loaded rule must replay.
         best: validation score and weights (on the CPU) of the best epoch, where weights are selected so.
@@ -67,6 +70,7 @@ class State:
         self.at = Position()
         self.clock, self.metrics, self.memory = Clock(device), StepMetrics(), StepMemory(device)
         self.updater = Updater(rule, config.optimizer, schedule=config.schedule, clip=config.clip)
+        self.operations = Operations(rule, self.updater, device)
         generator = torch.Generator(device).manual_seed(seeds.derive_in(config.stream, config.seed, "noise"))
         keyed = seeds.KeyedGenerators(config.seed, device, lambda: (self.step.index, self.step.part), stream=config.stream)
         self.step = Step(generator, keyed, self.updater.apply, self.updater.lr, Phase())
@@ -94,6 +98,7 @@ class State:
     def end_phase(self) -> None:
         """The current phase is complete."""
         self.at.phase, self.at.phase_epoch, self.at.phase_seconds = self.at.phase + 1, 0, self.clock.seconds
+        self.at.phase_operations = self.operations.total
 
     def peak_memory(self) -> float:
         """MiB: peak of a step, parameters, buffers and optimiser state."""
@@ -104,6 +109,7 @@ class State:
         at, seconds = self.at, self.clock.seconds
         spent, samples, steps = seconds - at.epoch_seconds, at.samples - at.epoch_samples, at.step - at.epoch_step
         at.epoch_seconds, at.epoch_samples, at.epoch_step = seconds, at.samples, at.step
+        forwards = self.operations.forwards
         return {
             "epoch": float(at.epoch),
             "samples": float(at.samples),
@@ -112,6 +118,7 @@ class State:
             "samples_per_second": samples / spent if spent else 0.0,
             "step_ms": 1000 * spent / steps if steps else 0.0,
             "peak_memory_mb": self.peak_memory(),
+            **({} if forwards is None else {"forwards": forwards}),
             **self.metrics.epoch(),
         }
 
@@ -125,6 +132,7 @@ class State:
             "train/steps": float(self.at.step),
             "train/samples_per_second": self.at.samples / seconds if seconds else 0.0,
             "train/peak_memory_mb": self.peak_memory(),
+            **self.operations.costs(),
             "parameters": float(sum(p.numel() for p in parameters)),
             "parameters_trained": float(sum(p.numel() for p in parameters if p.requires_grad)),
         }
@@ -137,6 +145,7 @@ class State:
             "position": dataclasses.asdict(self.at),
             "seconds": self.clock.seconds,
             "memory": self.memory.state_dict(),
+            "operations": self.operations.state_dict(),
             "optimizers": self.updater.state_dict(),
             "generator": self.step.generator.get_state(),
             "global": seeds.global_state(self.device),
@@ -150,6 +159,7 @@ class State:
         self.at = Position(**saved["position"])
         self.clock.seconds = saved["seconds"]
         self.memory.load_state_dict(saved.get("memory") or {"step_bytes": saved["step_bytes"], "seen": {}})  # older checkpoints: no counts
+        self.operations.load_state_dict(saved.get("operations"))
         self.metrics.load_state_dict(saved["metrics"])
         self.step.index, self.step.epoch = self.at.step, self.at.epoch
         if saved["best"] is not None:

@@ -25,6 +25,7 @@ from bpfree.training import environment, seeds
 from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
 from bpfree.training.config import TrainConfig
 from bpfree.training.evaluation import Evaluator, check_protocols
+from bpfree.training.features import FeatureLoader
 from bpfree.training.observers import Observers
 from bpfree.training.phases import learning
 from bpfree.training.run import Run, new_run_id
@@ -95,7 +96,7 @@ class Trainer:
         if folder is not None:
             self.run.folder = Path(folder)
         self.budget = self.config.budget.resolve(len(task.train))
-        self._limited = self.budget.samples is not None or self.budget.seconds is not None
+        self._limited = self.budget.epochs is None or self.budget.samples is not None
         self._check()
         self._observers = Observers(observers)
         self._augment, self._data = tuple(augment), dict(data or {})
@@ -153,11 +154,13 @@ class Trainer:
         """A pass over the training split, or the rest of one that was interrupted."""
         state, watched = self._state, self._observers.listens("step_end")
         loader = self._supply.batches(phase, state.clock, self._while_computing_features)
+        self._count_forward(phase, loader)
         state.clock.start()
         with environment.autocast(self.device, self.config.precision):
             for batch in loader.batches(state.at.epoch, state.at.batch):
                 self._aim(phase)
                 state.metrics.add(self._learn(batch), len(batch))
+                state.operations.add_step(phase, batch, features=isinstance(loader, FeatureLoader))
                 state.advance(len(batch), len(loader))
                 if watched:
                     self._notify("step_end", step=state.step)
@@ -181,17 +184,37 @@ class Trainer:
         if state.alignment.wants(state.step):
             with state.clock.stopped():
                 metrics = state.alignment.measure(batch, state.step)
-        if state.memory.wants(state.step.phase.name):
-            with state.clock.stopped(), state.memory.watch():  # a watched step is a slow one
-                learned = self._update(batch)
+        take = self._watched_update if state.memory.wants(state.step.phase.name) else self._update
+        if state.operations.wants(state.step.phase, batch):
+            with state.clock.stopped():  # a step that is measured is a slow one
+                learned = state.operations.count(batch, state.step, take)
         else:
-            learned = self._update(batch)
+            learned = take(batch)
         return metrics | {f"rule/{name}": value for name, value in learned.items()}
+
+    def _watched_update(self, batch: Batch) -> Metrics:
+        with self._state.clock.stopped(), self._state.memory.watch():
+            return self._update(batch)
 
     def _update(self, batch: Batch) -> Metrics:
         if self.config.accumulate > 1:
             return accumulate(self.rule, batch, self._state.step, self.config.accumulate)
         return self.rule.learn(batch, self._state.step)
+
+    def _count_forward(self, phase: Phase, loader: Loader | FeatureLoader) -> None:
+        """Count the operations of a forward pass, once, and of features that a phase is on, on the first training examples."""
+        operations, at = self._state.operations, self._state.at
+        few = phase.on_features and operations.features is None
+        if not operations.trouble and (operations.forward is None or few):
+            count = min(self.config.batch_size, len(self.task.train))
+            batch = next(iter(self._evaluator.raw(self.task.train.subset(torch.arange(count)))))
+            with environment.autocast(self.device, self.config.precision):
+                if operations.forward is None:
+                    operations.count_forward(batch.inputs, len(batch))
+                if few:
+                    operations.count_features(batch.inputs)
+        if isinstance(loader, Loader) and phase.on_features and not at.phase_epoch and not at.batch:  # they were computed here
+            operations.add_features(len(self.task.train))
 
     def _aim(self, phase: Phase) -> None:
         """Set progress and learning rates for the step that comes."""
@@ -247,20 +270,27 @@ class Trainer:
             return self._state.at.samples / self.budget.samples
         if self.budget.seconds is not None:
             return self._state.clock.seconds / self.budget.seconds
+        if self.budget.forwards is not None:
+            return self._state.operations.spent() / self.budget.forwards
         return (self._state.at.epoch + self._state.at.share) / max(1, self._passes)
 
     def _phase_progress(self, phase: Phase) -> float:
         at = self._state.at
         if phase.seconds is not None:
             return min(1.0, (self._state.clock.seconds - at.phase_seconds) / phase.seconds)
+        if phase.forwards is not None:
+            return min(1.0, self._state.operations.spent(at.phase_operations) / phase.forwards)
         return min(1.0, (at.phase_epoch + at.share) / phase.epochs) if phase.epochs else self._state.step.progress
 
     def _phase_is_over(self, phase: Phase) -> bool:
         return self._is_used_up(phase) or (phase.epochs is not None and self._state.at.phase_epoch >= phase.epochs)
 
     def _is_used_up(self, phase: Phase) -> bool:
-        """Whether the phase's seconds or the run's budget are, which may be in the middle of a pass."""
-        if phase.seconds is not None and self._state.clock.seconds - self._state.at.phase_seconds >= phase.seconds:
+        """Whether the phase's seconds or forwards, or the run's budget are, which may be in the middle of a pass."""
+        state = self._state
+        if phase.seconds is not None and state.clock.seconds - state.at.phase_seconds >= phase.seconds:
+            return True
+        if phase.forwards is not None and state.operations.spent(state.at.phase_operations) >= phase.forwards:
             return True
         return self._limited and self._used() >= 1
 
@@ -314,7 +344,7 @@ class Trainer:
             data=self._data,
             folder=self.run.folder,
         )
-        self._passes = 0 if self.budget.seconds is not None else self._count_passes()
+        self._passes = 0 if self.budget.epochs is None else self._count_passes()
         self.run.total_epochs = self._passes or None
         self._next_look = time.perf_counter() + self.config.log_interval
         self._saved_at, self._saved_epoch = time.monotonic(), -1
@@ -323,7 +353,7 @@ class Trainer:
     def _count_passes(self) -> int:
         """Passes that the phases amount to. Where they are open or endless, the budget's epochs, which then end the run."""
         phases = list(itertools.islice(self.rule.phases(self.budget), MOST_PHASES))
-        if len(phases) == MOST_PHASES or any(phase.epochs is None and phase.seconds is None for phase in phases):
+        if len(phases) == MOST_PHASES or any(phase.epochs is phase.seconds is phase.forwards is None for phase in phases):
             self._limited = True
             return self.budget.epochs or 0
         return sum(phase.epochs or 0 for phase in phases)

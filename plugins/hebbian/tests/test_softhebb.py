@@ -219,6 +219,9 @@ def test_phases(order: str, frozen: bool) -> None:
     assert readout.groups == ("readout",)
     seconds = list(rule.phases(Budget(seconds=8.0)))
     assert sum(phase.seconds or 0 for phase in seconds) == pytest.approx(4.0 if frozen else 8.0)
+    forwards = list(rule.phases(Budget(forwards=800)))
+    assert [phase.forwards for phase in forwards] == pytest.approx([100 * (phase.seconds or 0) for phase in seconds])
+    assert all(phase.seconds is phase.epochs is None for phase in forwards)
     with pytest.raises(UsageError, match="none is left for the readout"):
         rule.phases(Budget(epochs=2 * len(stages)))
 

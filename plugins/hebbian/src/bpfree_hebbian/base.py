@@ -173,11 +173,11 @@ class Hebbian(Rule):
             schedule=HALVINGS if self.config.readout_schedule == "halving" else None,
             on_features=True,
         )
-        if budget.epochs is None:  # seconds: half of them, which are measured and not planned
-            assert budget.seconds is not None
-            share = 0.5 * budget.seconds
-            stages_of = [_features(self, groups, seconds=share / len(stages)) for groups in stages]
-            return [*([] if self.frozen else stages_of), replace(readout, seconds=share)]
+        if budget.epochs is None:  # half of the seconds or forward passes, which are measured and not planned
+            kind = "seconds" if budget.seconds is not None else "forwards"
+            share = 0.5 * getattr(budget, kind)
+            stages_of = [_features(self, groups, **{kind: share / len(stages)}) for groups in stages]
+            return [*([] if self.frozen else stages_of), replace(readout, **{kind: share})]
         passes = self._feature_epochs(budget.epochs, len(stages))
         left = budget.epochs - passes * len(stages)
         if left < 1:
