@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import math
 import signal
@@ -26,6 +25,7 @@ from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
 from bpfree.training.config import TrainConfig
 from bpfree.training.evaluation import Evaluator, check_protocols
 from bpfree.training.features import FeatureLoader
+from bpfree.training.limits import Limits
 from bpfree.training.observers import Observers
 from bpfree.training.phases import learning
 from bpfree.training.run import Run, new_run_id
@@ -37,9 +37,6 @@ from bpfree.version import __version__
 __all__ = ["Interrupted", "Trainer"]
 
 logger = logging.getLogger("bpfree")
-
-MOST_PHASES = 1_000_000
-"""Phases of a plan are counted up to here; one with more is endless."""
 
 
 class Interrupted(BpfreeError):
@@ -96,7 +93,6 @@ class Trainer:
         if folder is not None:
             self.run.folder = Path(folder)
         self.budget = self.config.budget.resolve(len(task.train))
-        self._limited = self.budget.epochs is None or self.budget.samples is not None
         self._check()
         self._observers = Observers(observers)
         self._augment, self._data = tuple(augment), dict(data or {})
@@ -138,14 +134,14 @@ class Trainer:
                     continue
                 with learning(self.rule, phase):
                     self._notify("phase_start", phase=phase)
-                    while not self._phase_is_over(phase):
+                    while not self._limits.phase_is_over(phase):
                         self._one_pass(phase)
                     if not self._state.at.phase_epoch:  # a phase without a pass
                         self.rule.end_phase(phase, self._state.step)
                 self._supply.end_phase()
                 self._notify("phase_end", phase=phase)
                 self._state.end_phase()
-                if self._limited and self._used() >= 1:
+                if self._limits.is_over():
                     break
             self._finish(saved)
         return self.run
@@ -166,13 +162,13 @@ class Trainer:
                     self._notify("step_end", step=state.step)
                 if time.perf_counter() >= self._next_look:
                     self._look()
-                if self._stop_reason or self._is_used_up(phase):
+                if self._stop_reason or self._limits.is_used_up(phase):
                     break
         state.clock.stop()
-        if self._stop_reason and state.at.batch < len(loader) and not self._is_used_up(phase):
+        if self._stop_reason and state.at.batch < len(loader) and not self._limits.is_used_up(phase):
             raise Interrupted(self._stop_reason, self.run.folder)
         state.end_pass()
-        if self._phase_is_over(phase):  # before the evaluation and the checkpoint, which are to see what it solves
+        if self._limits.phase_is_over(phase):  # before the evaluation and the checkpoint, which are to see what it solves
             self.rule.end_phase(phase, state.step)
         self._end_epoch(phase)
         if self._stop_reason:
@@ -219,13 +215,13 @@ class Trainer:
     def _aim(self, phase: Phase) -> None:
         """Set progress and learning rates for the step that comes."""
         step = self._state.step
-        step.progress = min(1.0, self._used())
-        self._state.updater.at(step.progress if phase.schedule is None else self._phase_progress(phase))
+        step.progress = min(1.0, self._limits.used())
+        self._state.updater.at(step.progress if phase.schedule is None else self._limits.phase_progress(phase))
 
     def _end_epoch(self, phase: Phase) -> None:
         epoch = self.run.epoch = self._state.at.epoch
         metrics = self._state.epoch_metrics()
-        last = self._used() >= 1 or self._phase_is_over(phase)
+        last = self._limits.used() >= 1 or self._limits.phase_is_over(phase)
         if phase.evaluate and (last or epoch % self.config.evaluation.every == 0):
             metrics.update(self._evaluator.validate(epoch))
         self.run.history.append(metrics)
@@ -233,7 +229,7 @@ class Trainer:
         self._check_finite(metrics)
         self._keep_best(metrics)
         every = self.config.checkpoint.every
-        if (every and epoch % every == 0) or self._used() >= 1:
+        if (every and epoch % every == 0) or self._limits.used() >= 1:
             self._save()
 
     def _while_computing_features(self, share: float) -> None:
@@ -261,38 +257,6 @@ class Trainer:
 
     def _notify(self, hook: str, **arguments: Any) -> None:
         self._observers.notify(hook, run=self.run, **arguments)
-
-    # --- how far ----------------------------------------------------------------------------------------------------
-
-    def _used(self) -> float:
-        """Share of the budget that is used."""
-        if self.budget.samples is not None:
-            return self._state.at.samples / self.budget.samples
-        if self.budget.seconds is not None:
-            return self._state.clock.seconds / self.budget.seconds
-        if self.budget.forwards is not None:
-            return self._state.operations.spent() / self.budget.forwards
-        return (self._state.at.epoch + self._state.at.share) / max(1, self._passes)
-
-    def _phase_progress(self, phase: Phase) -> float:
-        at = self._state.at
-        if phase.seconds is not None:
-            return min(1.0, (self._state.clock.seconds - at.phase_seconds) / phase.seconds)
-        if phase.forwards is not None:
-            return min(1.0, self._state.operations.spent(at.phase_operations) / phase.forwards)
-        return min(1.0, (at.phase_epoch + at.share) / phase.epochs) if phase.epochs else self._state.step.progress
-
-    def _phase_is_over(self, phase: Phase) -> bool:
-        return self._is_used_up(phase) or (phase.epochs is not None and self._state.at.phase_epoch >= phase.epochs)
-
-    def _is_used_up(self, phase: Phase) -> bool:
-        """Whether the phase's seconds or forwards, or the run's budget are, which may be in the middle of a pass."""
-        state = self._state
-        if phase.seconds is not None and state.clock.seconds - state.at.phase_seconds >= phase.seconds:
-            return True
-        if phase.forwards is not None and state.operations.spent(state.at.phase_operations) >= phase.forwards:
-            return True
-        return self._limited and self._used() >= 1
 
     # --- begin and end ----------------------------------------------------------------------------------------------
 
@@ -344,19 +308,11 @@ class Trainer:
             data=self._data,
             folder=self.run.folder,
         )
-        self._passes = 0 if self.budget.epochs is None else self._count_passes()
-        self.run.total_epochs = self._passes or None
+        self._limits = Limits(self.rule, self.budget, self._state)
+        self.run.total_epochs = self._limits.passes or None
         self._next_look = time.perf_counter() + self.config.log_interval
         self._saved_at, self._saved_epoch = time.monotonic(), -1
         return None if resume is None else self._read(Path(resume))
-
-    def _count_passes(self) -> int:
-        """Passes that the phases amount to. Where they are open or endless, the budget's epochs, which then end the run."""
-        phases = list(itertools.islice(self.rule.phases(self.budget), MOST_PHASES))
-        if len(phases) == MOST_PHASES or any(phase.epochs is phase.seconds is phase.forwards is None for phase in phases):
-            self._limited = True
-            return self.budget.epochs or 0
-        return sum(phase.epochs or 0 for phase in phases)
 
     def _enter(self, index: int, phase: Phase, saved: Mapping[str, Any] | None) -> None:
         """Make the phase's parameters and optimiser; a resumed run replays the phases that it has behind it."""

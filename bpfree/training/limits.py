@@ -1,0 +1,82 @@
+"""How far a run has come in its budget, and a phase in its own share: what ends when."""
+
+from __future__ import annotations
+
+import itertools
+
+from bpfree.rule import Rule
+from bpfree.step import Budget, Phase
+from bpfree.training.state import State
+
+__all__ = ["Limits"]
+
+MOST_PHASES = 1_000_000
+"""Phases of a plan are counted up to here; one with more is endless."""
+
+
+class Limits:
+    """The budget against the run's state.
+
+    Args:
+        rule: whose phases share the budget.
+        budget: of the run.
+        state: how far the run has come.
+
+    Attributes:
+        passes: over the training split that the budget amounts to; 0 where that is not known beforehand.
+    """
+
+    def __init__(self, rule: Rule, budget: Budget, state: State) -> None:
+        self._budget, self._state = budget, state
+        # whether the budget ends the run, rather than the last of its phases
+        self._ends = budget.epochs is None or budget.samples is not None
+        self.passes = 0 if budget.epochs is None else self._count_passes(rule)
+
+    def _count_passes(self, rule: Rule) -> int:
+        """Passes that the phases amount to. Where they are open or endless, the budget's epochs, which then end the run."""
+        phases = list(itertools.islice(rule.phases(self._budget), MOST_PHASES))
+        if len(phases) == MOST_PHASES or any(phase.epochs is phase.seconds is phase.forwards is None for phase in phases):
+            self._ends = True
+            return self._budget.epochs or 0
+        return sum(phase.epochs or 0 for phase in phases)
+
+    def used(self) -> float:
+        """Share of the budget that is used.
+
+        Raises:
+            UsageError: it is in forward-pass equivalents, which are not known.
+        """
+        budget, at = self._budget, self._state.at
+        if budget.samples is not None:
+            return at.samples / budget.samples
+        if budget.seconds is not None:
+            return self._state.clock.seconds / budget.seconds
+        if budget.forwards is not None:
+            return self._state.operations.spent() / budget.forwards
+        return (at.epoch + at.share) / max(1, self.passes)
+
+    def is_over(self) -> bool:
+        """Whether the budget ends the run now."""
+        return self._ends and self.used() >= 1
+
+    def phase_progress(self, phase: Phase) -> float:
+        """Share of the phase that is over, 0 to 1; of an open one, the run's progress."""
+        at = self._state.at
+        if phase.seconds is not None:
+            return min(1.0, (self._state.clock.seconds - at.phase_seconds) / phase.seconds)
+        if phase.forwards is not None:
+            return min(1.0, self._state.operations.spent(at.phase_operations) / phase.forwards)
+        return min(1.0, (at.phase_epoch + at.share) / phase.epochs) if phase.epochs else self._state.step.progress
+
+    def phase_is_over(self, phase: Phase) -> bool:
+        """Whether it is, at the end of a pass or before the first."""
+        return self.is_used_up(phase) or (phase.epochs is not None and self._state.at.phase_epoch >= phase.epochs)
+
+    def is_used_up(self, phase: Phase) -> bool:
+        """Whether the phase's seconds or forwards, or the run's budget are, which may be in the middle of a pass."""
+        state = self._state
+        if phase.seconds is not None and state.clock.seconds - state.at.phase_seconds >= phase.seconds:
+            return True
+        if phase.forwards is not None and state.operations.spent(state.at.phase_operations) >= phase.forwards:
+            return True
+        return self.is_over()
