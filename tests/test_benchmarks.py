@@ -252,6 +252,22 @@ def test_oldest_covers_every_dependency(load: Callable[[str], Any]) -> None:
         assert pins[name].count(".") >= 2
 
 
+def test_study_report(smoke: Run) -> None:
+    result = smoke("study_report")
+    assert (result["cells"], result["epochs"]) == (30, 5)
+    assert result["bytes"]["page"] > result["bytes"]["markdown"] > 0
+
+
+def test_the_page_of_200_cells_is_small(load: Callable[[str], Any], tmp_path: Path) -> None:
+    script = load("study_report")
+    made = script.planned(tmp_path, script.ROWS)
+    assert len(made.cells) == 200
+    lines = script.made_lines(made, script.EPOCHS)
+    page = script.write_report(script.report_on(made, lines, ["study", "run", "study.yaml"]), tmp_path)
+    assert page.stat().st_size < script.MEGABYTES * 1e6
+    assert page.read_text(encoding="utf-8").count("<svg class=\"panel\"") > 2 * (3 + 3)
+
+
 def test_run_all_passes_options_on(load: Callable[[str], Any]) -> None:
     commands = load("run_all").commands(["--save", "--full", "--device", "cuda"])
     names = [Path(command[1]).stem for command in commands]

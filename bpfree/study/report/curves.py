@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from bpfree.study.line import Line, percent
 from bpfree.study.report.axes import Axis, linear, logarithmic
 from bpfree.study.report.content import Figure, Part, Section, Text
+from bpfree.study.report.strip import near_the_best
 from bpfree.study.report.svg import Point, Series, legend, panel
 from bpfree.study.report.view import View, most_parallel, timed
 from bpfree.study.state import Outcome
-from bpfree.study.statistics import interval
 
 __all__ = ["costs", "learning_curves"]
 
@@ -46,6 +46,7 @@ def _figure(view: View, column: str) -> Figure | None:
         return None
     factor = 100 if metric.endswith("accuracy") else 1
     name = "validation accuracy, %" if factor == 100 else "validation loss"
+    target = view.plan.study.targets.get(column)
     panels = []
     for key, label in AGAINST:
         curves = {number: curve for number, line in enumerate(lines) if (curve := _curve(_chosen(line, key), key, metric, factor))}
@@ -53,13 +54,14 @@ def _figure(view: View, column: str) -> Figure | None:
             continue
         x = _x_axis(key, label, curves.values())
         y = _y_axis(name, [value for curve in curves.values() for point in curve for value in point[2:]], percents=factor == 100)
-        panels.append(panel(f"{name}, over {label}", x, y, [_series(view, lines[number], curve) for number, curve in curves.items()]))
+        series = [_series(view, lines[number], curve) for number, curve in curves.items()]
+        rules = [(target, "target")] if target is not None and y.low <= target <= y.high else []
+        panels.append(panel(f"{name}, over {label}", x, y, series, rules=rules))
     if not panels:
         return None
     drawn = [(view.style(line), view.label(line)) for line in lines if any(_chosen(line, key) for key, _ in AGAINST)]
     caption = "Mean over seeds; the band goes from the least to the greatest of them, up to the last epoch that all of them reached."
-    target = view.plan.study.targets.get(column)
-    return Figure(panels, caption + (f" Target: {target:g}." if target is not None else ""), legend(drawn))
+    return Figure(panels, caption, legend(drawn))
 
 
 def _chosen(line: Line, key: str) -> list[Outcome]:
@@ -128,23 +130,25 @@ def _scatter(view: View, column: str) -> Figure | None:
     if len(lines) < 2:
         return None
     panels = []
+    beyond: dict[int, str] = {}
     for key, label in COSTS:
         found = [(line, point) for line in lines if (point := _point(view, line, key, label)) is not None]
         if len(found) < 2:
             continue
         x = logarithmic([value for _, point in found for value in (point.x_range or (point.x,))], f"{label} (logarithmic)")
-        heights = [value for _, point in found for value in (point.y, *_within(view, point.y_range))]
-        y = linear(heights, view.metric_name, bounds=(0, 100) if percent(view.metric) else (-math.inf, math.inf))
+        heights = [value for _, point in found for value in (point.y, *(point.y_range or ()))]
+        kept = near_the_best(heights, [point.y for _, point in found], greater=view.greater)
+        y = linear(kept, view.metric_name, bounds=(0, 100) if percent(view.metric) else (-math.inf, math.inf))
+        beyond |= {
+            view.style(line): f"{view.label(line)} ({point.y:.{view.digits}f})" for line, point in found if not y.low <= point.y <= y.high
+        }
         series = [Series(view.style(line), view.label(line), points=[point]) for line, point in found]
         panels.append(panel(f"{view.metric_name}, over {label.split(' (')[0].split(',')[0]}", x, y, series))
     if not panels:
         return None
     caption = "A point for each row: means over seeds; bars: 95 % interval of the score, least to greatest cost."
+    caption += f" Drawn at the edge, as they lie beyond it: {', '.join(beyond.values())}." if beyond else ""
     return Figure(panels, caption, legend((view.style(line), view.label(line)) for line in lines))
-
-
-def _within(view: View, bounds: tuple[float, float] | None) -> tuple[float, ...]:
-    return () if bounds is None else bounds
 
 
 def _point(view: View, line: Line, key: str, label: str) -> Point | None:
@@ -154,6 +158,6 @@ def _point(view: View, line: Line, key: str, label: str) -> Point | None:
     if not values:
         return None
     x, y = statistics.fmean(values), statistics.fmean(scores)
-    known = interval(scores)
+    known = view.interval(line)
     title = f"{view.label(line)}: {y:.{view.digits}f} at {x:,.4g} {label.split(' (')[0]}"
     return Point(x, y, title, (min(values), max(values)) if len(values) > 1 else None, (known.low, known.high) if known else None)

@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from bpfree.study.line import Line
-from bpfree.study.report.content import Part, Picture, Section, Table, Text
+from bpfree.study.report.content import Folded, Part, Picture, Section, Table, Text
 from bpfree.study.report.strip import Strip, shared_axis, strip, strip_axis
 from bpfree.study.report.view import View, aligned, compact, counted, mean_of, most_parallel, spread, values_of
 from bpfree.study.state import Outcome
-from bpfree.study.statistics import FEW, interval
+from bpfree.study.statistics import FEW
 from bpfree.tasks.protocols import result_key
 
 __all__ = ["best_alternative", "leaderboards"]
@@ -25,7 +25,7 @@ def leaderboards(view: View) -> Iterator[Section]:
     ours = "Results" if view.labelled else "Leaderboard"
     sections = [_of_column(view, column) for column in view.columns]
     if view.labelled:
-        yield Section(ours, [Text(_legend(view), "note")])
+        yield Section(ours, [Folded("How to read these tables", [Text(_legend(view), "note")])])
         for column, parts in zip(view.columns, sections, strict=True):
             yield Section(column, parts, level=3)
     elif sections:
@@ -37,13 +37,8 @@ def _of_column(view: View, column: str) -> list[Part]:
     parts: list[Part] = [_scores(view, column, lines)]
     if any(line.finished for line in lines):
         parts.append(_costs(view, column, lines))
-        parallel = most_parallel(lines)
-        if parallel > 1:
-            parts.append(
-                Text(
-                    f"* Up to {parallel} cells ran at once: these seconds cannot be compared. Run with --jobs 1 for some that can.", "note"
-                )
-            )
+        if most_parallel(lines) > 1:
+            parts.append(Text("* Not comparable: cells shared their machine. Run with --jobs 1 for seconds that are.", "note"))
     return parts
 
 
@@ -91,7 +86,7 @@ def _scores(view: View, column: str, lines: Sequence[Line]) -> Table:
     for place, line in enumerate(lines, start=1):
         mean = view.mean(line)
         ranked = mean is not None and math.isfinite(mean)
-        known = interval(view.scores(line))
+        known = view.interval(line)
         cells: list[str | Picture] = [view.label(line), f"{place}" if ranked else ""]
         cells.append(f"{mean:.{view.digits}f}" if mean is not None else "" if line.finished else line.standing())
         cells.append(f"{known.low:.{view.digits}f} to {known.high:.{view.digits}f}" if known else "")
@@ -112,7 +107,7 @@ def _strip(view: View, line: Line) -> Strip:
     single = ", ".join(f"seed {seed}: {value:.{view.digits}f}" for seed, value in by_seed.items())
     said = f"{line.row.label}: mean {statistics.fmean(values):.{view.digits}f}; {single}"
     said += f"; published {published.mean:.{view.digits}f}" if published else ""
-    return Strip(view.style(line), values, interval(values), published.mean if published else None, said)
+    return Strip(view.style(line), values, view.interval(line), published.mean if published else None, said)
 
 
 def _published(view: View, line: Line) -> list[str]:

@@ -13,7 +13,7 @@ from bpfree.study.controls import Section as Controls
 from bpfree.study.controls import section_on
 from bpfree.study.line import Line
 from bpfree.study.report import about, blocks, curves, leaderboard, profiles, table, targets, tuning
-from bpfree.study.report.content import Bullets, Part, Section, Table, Text
+from bpfree.study.report.content import Bullets, Folded, Part, Section, Table, Text
 from bpfree.study.report.remarks import compared, environments, failures, findings, remarks
 from bpfree.study.report.view import View, with_histories
 from bpfree.study.state import State
@@ -109,7 +109,10 @@ class Report:
         if self.plan.study.publishes("test") or self.plan.study.publishes("train"):
             text += " Difference: our mean minus the published number."
         rows = [list(cells) for cells in self.table]
-        return Section("The table as the study has it", [Table(self.headers, rows, words, "The study's table"), Text(text, "note")])
+        parts: list[Part] = [Table(self.headers, rows, words, "The study's table"), Text(text, "note")]
+        if not self.plan.study.publishes("test"):
+            parts = [Folded("All rows in the order of the study", parts)]
+        return Section("The table as the study has it", parts)
 
     def _against_controls(self) -> list[Section]:
         found = self.controls
@@ -126,7 +129,7 @@ def report_on(plan: Plan, lines: Sequence[Line] | State, words: Sequence[str], *
     Args:
         plan: the study, resolved.
         lines: its rows in their columns, with what is known of their cells.
-        words: those of the command line after ``bpfree study run``.
+        words: those of the command line after ``bpfree``.
         hidden: finished cells of other settings, which are not shown.
         runs: where the runs' folders are, for learning curves that the cells' records lack; by default the plan's output.
     """
@@ -139,7 +142,7 @@ def report_on(plan: Plan, lines: Sequence[Line] | State, words: Sequence[str], *
     return Report(
         plan,
         shown,
-        shlex.join(["bpfree", "study", "run", *words]),
+        shlex.join(["bpfree", *words]),
         table.headers(view),
         [table.texts(view, line) for line in shown],
         section_on(plan, shown),

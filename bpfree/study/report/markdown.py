@@ -10,15 +10,34 @@ __all__ = ["markdown"]
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """The whole as one text. A section of which only figures are left is left out."""
+    """The whole as one text. Sections of figures, with nothing but a few words to them, are left out."""
     blocks = [f"# {_plain(title)}"]
-    for number, section in enumerate(sections):
-        parts = [text for part in section.parts for text in _part(part)]
-        has_more = number + 1 < len(sections) and sections[number + 1].level > section.level
-        if section.title and (parts or has_more) and any(not isinstance(part, Figure) for part in section.parts):
-            blocks.append(f"{'#' * section.level} {_plain(section.title)}")
-        blocks += parts
+    for group in _groups(sections):
+        if all(map(_is_drawn, group)):
+            continue
+        for section in group:
+            if section is group[0] or not _is_drawn(section):
+                blocks += [f"{'#' * section.level} {_plain(section.title)}"] if section.title else []
+                blocks += [text for part in section.parts for text in _part(part)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _groups(sections: Sequence[Section]) -> list[list[Section]]:
+    """Each section with those that are parts of it."""
+    groups: list[list[Section]] = []
+    for section in sections:
+        if section.level > 2 and groups:
+            groups[-1].append(section)
+        else:
+            groups.append([section])
+    return groups
+
+
+def _is_drawn(section: Section) -> bool:
+    """Whether nothing but figures and their small print is in it."""
+    return all(isinstance(part, Figure) or (isinstance(part, Text) and part.kind != "notes") for part in section.parts) and bool(
+        section.title
+    )
 
 
 def _part(part: Part) -> Iterator[str]:

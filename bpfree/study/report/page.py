@@ -10,8 +10,8 @@ from bpfree.study.report.svg import escape, marker, style_of
 
 __all__ = ["html_page"]
 
-LONG = 40
-"""Characters from which a cell of words may break its line."""
+LONG, LONG_LABEL = 40, 30
+"""Characters from which a cell of words, and a row's label, may break their lines."""
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
@@ -94,7 +94,8 @@ def _row(table: Table, number: int) -> str:
         if isinstance(cell, Picture):
             cells.append(f"<td{_kind(words)}>{cell.svg}</td>")
         else:
-            cells.append(f"<td{_kind(words, long=words and len(cell) > LONG, tint=tint)}>{key}{_words(cell)}</td>")
+            long = len(cell) > (LONG_LABEL if place == 0 else LONG) and (words or place == 0)
+            cells.append(f"<td{_kind(words, long=long, tint=tint)}>{key}{_words(cell)}</td>")
     return f"<tr>{''.join(cells)}</tr>\n"
 
 
@@ -102,7 +103,8 @@ def _kind(words: bool, *, long: bool = False, tint: float | None = None) -> str:
     """Attributes of a cell: words stand to the left; a tint is blue above one half and orange below."""
     if tint is not None:
         return f' class="{"up" if tint >= 0.5 else "down"}" style="--t:{abs(2 * tint - 1):.2f}"'
-    return f' class="words{" long" if long else ""}"' if words else ""
+    kinds = [*(["words"] if words else []), *(["long"] if long else [])]
+    return f' class="{" ".join(kinds)}"' if kinds else ""
 
 
 def _key(style: int) -> str:

@@ -37,6 +37,10 @@ def across_columns(view: View) -> Iterator[Section]:
     timed = _timed(view, rows)
     parts.extend(timed or _scored(view, rows))
     parts.extend(_improvements(view, rows))
+    compared = {lines[0].row.label for lines in rows}
+    left = [row.label for row in view.plan.study.rows if row.label not in compared]
+    if left:
+        parts.append(Text(f"Left out, as they have fewer than {SEEDS} finished seeds in some column: {', '.join(left)}.", "note"))
     yield Section("Across columns", parts)
 
 
@@ -85,8 +89,8 @@ def _timed(view: View, rows: Rows) -> list[Part]:
         Series(view.style(lines[0]), view.label(lines[0]), list(zip(taus, shares.tolist(), strict=True)))
         for lines, shares in zip(rows, profile, strict=True)
     ]
-    title = f"share of columns reached within tau times the least {name}"
-    drawn = panel(title, linear([1, LIMIT], "tau", pad=0), linear([0, 1], "share of columns", pad=0.02), series, width=520, height=320)
+    title = "columns solved within tau times the least time"
+    drawn = panel(title, linear([1, LIMIT], "tau", pad=0), linear([0, 1], "share of columns", pad=0.02), series)
     caption = (
         f"Performance profile (Dolan and Moré 2002): the share of columns on which a row's median time to target, in {name}, is at most "
         "tau times that of the fastest row there. Misses are infinite."
@@ -116,12 +120,7 @@ def _scored(view: View, rows: Rows) -> list[Part]:
         for lines, own in zip(rows, scores, strict=True)
     ]
     drawn = panel(
-        "share of runs with a scaled score above tau",
-        linear([0, 1], "tau", pad=0),
-        linear([0, 1], "share of runs", pad=0.02),
-        series,
-        width=520,
-        height=320,
+        "share of runs with a scaled score above tau", linear([0, 1], "tau", pad=0), linear([0, 1], "share of runs", pad=0.02), series
     )
     caption = (
         "Score distributions (Agarwal et al. 2021): the share of runs with a score above tau, averaged over columns; the scores of each "

@@ -8,10 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from bpfree.study.cells import Plan
 from bpfree.study.controls import compare
 from bpfree.study.line import Line, percent
-from bpfree.study.report.view import View, compact
+from bpfree.study.report.view import View, compact, most_parallel
 
 __all__ = ["compared", "environments", "failures", "findings", "remarks"]
 
+PHRASES = {
+    "row better": "better",
+    "not distinguishable": "not distinguishable",
+    "control better": "worse",
+    "one seed only": "not known from one seed",
+}
 ENVIRONMENT = ("device_name", "threads", "torch", "python", "bpfree")
 
 
@@ -34,7 +40,12 @@ def compared(view: View) -> str:
     if tuned:
         keys, trials = _distinct(key for one in tuned for key in one.keys), _distinct(str(one.planned) for one in tuned)
         parts.append(f"Tuned on the validation split, with {_listed(trials)} trials for each row and column: {_listed(keys)}.")
-    parts.append("The test split was evaluated once per run, after every choice was made.")
+    again = sum(outcome.tags.get("test_evaluations", "1") != "1" for line in lines for outcome in line.finished)
+    parts.append(
+        f"The test split was evaluated more than once in {_count(again, 'run')}."
+        if again
+        else "The test split is evaluated once per run, after every choice was made."
+    )
     return " ".join(parts)
 
 
@@ -94,22 +105,33 @@ def _first_two(view: View, best: Line, second: Line) -> str:
 
 
 def _over_control(view: View, control: str) -> Iterator[str]:
-    verdicts: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
+    verdicts = _verdicts(view, control)
+    kinds = {verdict for by_column in verdicts.values() for verdict in by_column.values()}
+    if len(kinds) == 1 and len(verdicts) > 2:
+        everywhere = " in every column" if view.labelled else ""
+        yield f"Against the control {control}: {PHRASES[kinds.pop()]}{everywhere}: all {len(verdicts)} other rows."
+        return
+    for label, by_column in verdicts.items():
+        for verdict in dict.fromkeys(by_column.values()):
+            columns = [column for column in by_column if by_column[column] == verdict]
+            whole = len(columns) == len(by_column)
+            texts.setdefault(verdict, []).append(label if whole else f"{label} [{', '.join(columns)}]")
+    told = [f"{PHRASES[verdict]}: {_listed(texts[verdict])}" for verdict in PHRASES if verdict in texts]
+    if told:
+        yield f"Against the control {control}: {'; '.join(told)}."
+
+
+def _verdicts(view: View, control: str) -> dict[str, dict[str, str]]:
+    """By row and column, where both have a result."""
+    found: dict[str, dict[str, str]] = {}
     for column in view.columns:
         lines = {line.row.label: line for line in view.of(column)}
         for label, line in lines.items():
-            found = compare(line, lines[control], view.metric) if control in lines and label not in view.plan.study.controls else None
-            if found is not None:
-                verdicts.setdefault(found.verdict, []).append(line.label)
-    phrases = {
-        "row better": "better",
-        "not distinguishable": "not distinguishable",
-        "control better": "worse",
-        "one seed only": "one seed only",
-    }
-    told = [f"{phrases[verdict]}: {_listed(verdicts[verdict])}" for verdict in phrases if verdict in verdicts]
-    if told:
-        yield f"Against the control {control}: {'; '.join(told)}."
+            known = compare(line, lines[control], view.metric) if control in lines and label not in view.plan.study.controls else None
+            if known is not None:
+                found.setdefault(label, {})[column] = known.verdict
+    return found
 
 
 # --- what must be known -------------------------------------------------------------------------------------------------
@@ -127,6 +149,9 @@ def remarks(plan: Plan, lines: Sequence[Line], *, hidden: int = 0, folder: str =
     if plan.study.publishes("train"):
         yield "Training split: all its examples, scored by the weights that were tested."
     yield from _data(lines)
+    parallel = most_parallel(lines)
+    if parallel > 1:
+        yield f"* Up to {parallel} cells ran at once: seconds cannot be compared. Run with --jobs 1 for some that can."
     if hidden:
         yield f"Not shown: {hidden} finished cells{folder and f' in {folder}'} of other settings, seeds, versions or sources."
 

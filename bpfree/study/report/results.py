@@ -23,7 +23,7 @@ def results_csv(lines: Sequence[Line]) -> str:
     writer.writerow([*HEADERS, *keys])
     for line in lines:
         for cell, outcome in zip(line.cells, line.outcomes, strict=True):
-            words = shlex.join(cell.words)
+            words = shlex.join(word for word in cell.words if not word.startswith(("output=", "seed=")))
             writer.writerow([line.row.label, line.column, cell.seed, *_standing(outcome), words, *_numbers(outcome, keys)])
     return buffer.getvalue()
 

@@ -11,7 +11,7 @@ from bpfree.study.report.axes import Axis, linear
 from bpfree.study.report.svg import escape, number, style_of
 from bpfree.study.statistics import Interval
 
-__all__ = ["Strip", "shared_axis", "strip", "strip_axis"]
+__all__ = ["Strip", "near_the_best", "shared_axis", "strip", "strip_axis"]
 
 WIDTH, HEIGHT, MARGIN = 200, 26, 8
 
@@ -38,18 +38,22 @@ class Strip:
 def shared_axis(rows: Sequence[Strip], *, greater: bool) -> Axis:
     """Over all rows; but where one lies far off (a floor, a run that failed to learn), the others keep their room.
 
-    The axis ends at five times the distance from the best mean to the median one, if anything lies beyond.
+    See :func:`near_the_best`.
     """
     means = [statistics.fmean(row.values) for row in rows if row.values and all(map(math.isfinite, row.values))]
     drawn = [value for row in rows for value in (*row.values, *(row.interval or ())) if math.isfinite(value)]
     drawn += [row.published for row in rows if row.published is not None]
-    if len(means) > 2:
-        best, sign = (max(means), 1) if greater else (min(means), -1)
-        limit = best - sign * 5 * abs(best - statistics.median(means))
-        kept = [value for value in drawn if sign * (value - limit) >= 0]
-        if kept and limit != best:
-            drawn = [*kept, limit] if len(kept) < len(drawn) else kept
-    return linear(drawn, "", pad=0.02)
+    return linear(near_the_best(drawn, means, greater=greater), "", pad=0.02)
+
+
+def near_the_best(values: Sequence[float], means: Sequence[float], *, greater: bool) -> list[float]:
+    """The values without those farther from the best mean than four times the distance between it and the median one."""
+    if len(means) < 3:
+        return list(values)
+    best, sign = (max(means), 1) if greater else (min(means), -1)
+    room = 4 * abs(best - statistics.median(means))
+    kept = [value for value in values if sign * (best - value) <= room]
+    return kept if room and kept else list(values)
 
 
 def strip_axis(axis: Axis) -> str:

@@ -24,17 +24,17 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem
 th,td{padding:.35rem .7rem;text-align:right;border-bottom:1px solid var(--edge);white-space:nowrap}
 th{font-weight:600;vertical-align:bottom} thead th{border-bottom:2px solid var(--ink)}
 th.words,td.words,th:first-child,td:first-child{text-align:left}
-th:first-child,td:first-child{padding-left:0;position:sticky;left:0;background:var(--paper);z-index:1;max-width:20rem;white-space:normal;
-overflow-wrap:break-word;min-width:7rem}
-td.long{white-space:normal;min-width:16rem;overflow-wrap:anywhere}
+th:first-child,td:first-child{padding-left:0;position:sticky;left:0;background:var(--paper);z-index:1}
+td.long{white-space:normal;min-width:16rem;max-width:34rem;overflow-wrap:anywhere}
+td.long:first-child{min-width:13rem;max-width:18rem}
 td.up{background:color-mix(in srgb,var(--c0) calc(var(--t)*45%),transparent)}
 td.down{background:color-mix(in srgb,var(--c4) calc(var(--t)*45%),transparent)}
 code,pre{font:.85rem/1.5 ui-monospace,monospace;background:var(--panel);border-radius:4px} code{padding:.1rem .3rem;overflow-wrap:anywhere}
 pre{padding:.6rem .8rem;white-space:pre-wrap;overflow-wrap:anywhere;margin:.6rem 0} summary{cursor:pointer;color:var(--soft)}
 figure{margin:.8rem 0 1.4rem} figcaption{color:var(--soft);font-size:.875rem;max-width:52rem;margin-top:.3rem}
-.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:.8rem 1rem;align-items:start}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.8rem 1rem;align-items:start}
 .panels svg{width:100%;height:auto;max-width:34rem}
-svg text{font-family:system-ui,sans-serif;fill:var(--ink)} .head{font-size:12.5px;font-weight:600} .tick{font-size:11px}
+svg text{font-family:system-ui,sans-serif;fill:var(--ink)} .head{font-size:12.5px;font-weight:600} .tick{font-size:11px;font-weight:400}
 .panel .tick,.strip .tick,svg .name,svg .note{fill:var(--soft)} .name{font-size:11.5px} svg .note{font-size:10.5px}
 .grid{stroke:var(--edge);stroke-width:1;fill:none} .axis{stroke:var(--soft);stroke-width:1;fill:none}
 .rule{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 3;fill:none}
@@ -49,7 +49,8 @@ svg text{font-family:system-ui,sans-serif;fill:var(--ink)} .head{font-size:12.5p
 .legend [role=button]{cursor:pointer;border-radius:3px} .legend [aria-pressed=false]{opacity:.35} .gone{display:none}
 .key{vertical-align:-1px;margin-right:.35rem}
 @media (max-width:600px){body{padding-top:1rem} h1{font-size:1.35rem}
-th,td{padding:.35rem .5rem} th:first-child,td:first-child{max-width:9rem}}
+th,td{padding:.35rem .5rem}
+th:first-child,td:first-child{min-width:7.5rem;max-width:9rem;white-space:normal} td.long:first-child{min-width:9rem}}
 @media print{:root{color-scheme:light;--paper:#fff;--ink:#000;--soft:#444;--edge:#ccc;--panel:#f4f4f4;--warn:#fff}
 body{max-width:none;font-size:10.5pt;padding:0} nav{display:none} .scroll{overflow:visible} table{font-size:8pt}
 th:first-child,td:first-child{position:static} figure,tr,svg{break-inside:avoid} h2,h3{break-after:avoid}

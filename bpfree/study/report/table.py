@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from bpfree.study.line import Line, percent, table_metric
-from bpfree.study.report.view import View, counted, mean_of, spread
+from bpfree.study.report.view import View, counted, mean_of, most_parallel, spread
 
 __all__ = ["headers", "lines_of_text", "texts"]
 
@@ -45,7 +45,8 @@ def texts(view: View, line: Line) -> list[str]:
     cells += _beside(line, study.metric("train"), published=True) if study.publishes("train") else []
     for _, key, form in COSTS:
         mean = mean_of(line, key)
-        cells.append("" if mean is None else f"{mean:{form}}")
+        mark = "*" if key == "train/seconds" and most_parallel([line]) > 1 else ""
+        cells.append("" if mean is None else f"{mean:{form}}{mark}")
     return cells
 
 

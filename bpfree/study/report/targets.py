@@ -98,7 +98,10 @@ def _reached(view: View, line: Line) -> str:
 def _texts(medians: Sequence[float], lines: Sequence[Line], key: str) -> list[str]:
     finite = [median if math.isfinite(median) else None for median in medians]
     large = key in ("samples", "forwards")
-    texts = ["" if value is None else compact(value) for value in finite] if large else aligned(finite)
+    if key == "epoch":
+        texts = ["" if value is None else f"{value:g}" for value in finite]
+    else:
+        texts = ["" if value is None else compact(value) for value in finite] if large else aligned(finite)
     texts = [text or ("inf" if math.isinf(median) else "") for text, median in zip(texts, medians, strict=True)]
     if key != "seconds":
         return texts

@@ -14,6 +14,7 @@ from pathlib import Path
 from bpfree.study.cells import Plan
 from bpfree.study.line import Line, percent, table_metric
 from bpfree.study.state import Outcome
+from bpfree.study.statistics import Interval, interval
 
 __all__ = [
     "View",
@@ -91,6 +92,13 @@ class View:
         """Of the scores."""
         scores = self.scores(line)
         return statistics.fmean(scores) if scores else None
+
+    def interval(self, line: Line) -> Interval | None:
+        """Of the mean score; accuracies and errors end at 0 and 100 per cent, which Student's over two or three seeds does not know."""
+        known = interval(self.scores(line))
+        if known is None or not percent(self.metric):
+            return known
+        return Interval(max(0.0, known.low), min(100.0, known.high))
 
     def ranked(self, column: str) -> list[Line]:
         """Best mean first; what has no finite mean comes last, in the order of the study."""
