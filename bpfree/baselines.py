@@ -74,6 +74,7 @@ class Linear(Backprop):
 
     card = Card("a linear classifier on the raw inputs", equation="grad W = (softmax(W x) - y) x^T")
     traits = Traits(dependence="independent", downstream_weights=0, reverse_span=1)
+    own_network = True
     optimizer = Backprop.optimizer
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:

@@ -93,6 +93,15 @@ def bpfree_diagnostics() -> Mapping[str, Callable[[], Any]]:  # type: ignore[emp
 
 
 @hookspec
+def bpfree_presets() -> Mapping[str, Mapping[str, Any]]:  # type: ignore[empty-body]
+    """Settings of a row of a study by name: ``{"noprop/mnist": {"rule": "noprop-dt", "rule.T": 10}}``.
+
+    Names begin with what they are for, or with the plugin's. The study ``quickstart`` has a row for each preset
+    ``quickstart/NAME``: a plugin marks one rule with it, small enough for a minute on one core with the digits.
+    """
+
+
+@hookspec
 def bpfree_studies() -> Mapping[str, str | PathLike[str]]:  # type: ignore[empty-body]
     """Study files (YAML, see ``docs/studies.md``) by name."""
 

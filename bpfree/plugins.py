@@ -20,7 +20,7 @@ __all__ = ["GROUP", "PluginRecord", "Plugins", "installed_plugins"]
 
 GROUP = "bpfree"
 DISABLE_VARIABLE = "BPFREE_DISABLE_PLUGINS"
-KINDS = ("rules", "networks", "tasks", "augmentations", "protocols", "diagnostics", "studies")
+KINDS = ("rules", "networks", "tasks", "augmentations", "protocols", "diagnostics", "presets", "studies")
 Status = Literal["ok", "broken", "incompatible", "disabled"]
 
 

@@ -107,6 +107,8 @@ class Rule(nn.Module, ABC):
     """A class attribute, or a property where the configuration changes it."""
     optimizer: OptimizerConfig = OptimizerConfig("adam", lr=1e-3)
     """The default optimiser; a class attribute, or a property where the configuration changes it."""
+    own_network: ClassVar[bool] = False
+    """Whether the rule brings its network, so that the common one of a comparison is not for it."""
     draws: int = 1
     """How many draws of a stochastic ``predict`` the final evaluation averages over."""
     waivers: ClassVar[dict[str, str]] = {}

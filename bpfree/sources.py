@@ -14,7 +14,7 @@ from pathlib import Path
 from bpfree.config import Recipe
 from bpfree.plugins import Plugins
 
-__all__ = ["certificate_hashes", "rule_hashes", "source_hashes"]
+__all__ = ["all_roots", "certificate_hashes", "rule_hashes", "source_hashes"]
 
 SUFFIXES = {".py", ".pyx", ".c", ".cpp", ".cu", ".cuh", ".h", ".so"}
 SHOWING = (
@@ -61,6 +61,12 @@ def certificate_hashes(registry: Plugins, rule: str) -> dict[str, str]:
     settings = [registry.get("rules", rule).specimen(*shape) or {} for shape in shapes]
     named = {words["network.name"] for words in settings if "network.name" in words}
     return rule_hashes(registry, rule, sorted(named & set(registry.names("networks"))))
+
+
+def all_roots(registry: Plugins) -> list[Path]:
+    """Folders (or files) of the core's package and of all plugins'."""
+    roots = {_root("bpfree"), *(_root_of_plugin(registry, name) for name, record in registry.records.items() if record.status == "ok")}
+    return sorted(root for root in roots if root is not None)
 
 
 def _hashes(registry: Plugins, rule: str, named: Iterable[tuple[str, str]], skipped: tuple[str, ...]) -> dict[str, str]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import click
-
-ENVIRONMENT = ("device_name", "threads", "torch", "python", "bpfree")
 
 HELP = """Train several rules over several seeds, and put them into one table and one page.
 
@@ -16,9 +13,11 @@ the inputs, the frozen twin of each rule (random features, the same readout reci
 the ceiling without which an accuracy says little. Settings of `network` reach the rules that take any network; one with a network of its
 own (and the linear classifier) takes them in its own WORD.
 
+It is a study made of words: interrupt it at any time, the same command goes on; what is finished is not run again.
+
 \b
   bpfree compare noprop-dt dfa --seeds 3 budget.epochs=30
-  bpfree compare noprop-dt noprop-dt,rule.T=1 task=mnist budget.epochs=2
+  bpfree compare noprop-dt noprop-dt,rule.T=1 task=mnist budget.epochs=2 --jobs 2
 """
 
 
@@ -26,33 +25,34 @@ own (and the linear classifier) takes them in its own WORD.
 @click.argument("words", nargs=-1, required=True, metavar="WORD...")
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Repetitions, with seeds 0, 1, ...")
 @click.option("--only", is_flag=True, help="Only the rules named: no linear classifier, frozen twins and back-propagation.")
-@click.option("--page", type=click.Path(path_type=Path, dir_okay=False), help="Where to write the page.  [default: in the output folder]")
+@click.option("--jobs", "-j", type=click.IntRange(min=1), help="Cells at a time.  [default: 1, or one per GPU]")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Longest time of a cell.")
+@click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: beside the cells]")
 @click.option("--quiet", "-q", is_flag=True, help="No progress display.")
-def compare(words: tuple[str, ...], seeds: int, only: bool, page: Path | None, quiet: bool) -> int:
-    from bpfree import comparison
-    from bpfree.cli.output import print_table
-    from bpfree.comparison_page import write_page
-    from bpfree.config import parse_words, resolve
+def compare(words: tuple[str, ...], seeds: int, only: bool, jobs: int | None, timeout: float | None, to: Path | None, quiet: bool) -> int:
+    from bpfree.cli.study_progress import StudyProgress
+    from bpfree.config import parse_words
     from bpfree.errors import UsageError
+    from bpfree.study import cells, command
+    from bpfree.study.agenda import Agenda
+    from bpfree.study.comparing import comparison
+    from bpfree.study.state import State
+    from bpfree.training.trainer import Interrupted
 
     rules = [word for word in words if "=" not in word.split(",")[0]]
     common = parse_words(word for word in words if word not in rules)
     if any(leaf.key in ("seed", "seeds") for leaf in common):
         raise UsageError("a comparison repeats each rule with the seeds 0, 1, ...", where="seed", fix="say how many with --seeds N")
-    rows = comparison.rows_for(rules, references=not only)
-    recipe = resolve([*comparison.reaching(rows[0], common), *rows[0].leaves])
-    repetitions = list(range(seeds))
-    comparison.compare(rows, common, repetitions, quiet=quiet, say=lambda text: click.echo(text, err=True))
-    click.echo()
-    print_table(comparison.HEADERS, comparison.summary(rows), right=range(1, len(comparison.HEADERS)))
-    tags = next((run.tags for row in rows for run in row.finished), {})
-    place = write_page(
-        page or comparison.default_page(recipe.settings.output),
-        rows,
-        title=f"{', '.join(rules)} on {recipe.names['task']}",
-        settings=comparison.settings_line(common, repetitions),
-        command=shlex.join(["bpfree", "compare", *words, "--seeds", str(seeds), *(["--only"] if only else [])]),
-        environment=", ".join(f"{key.removeprefix('device_name')} {tags[key]}".strip() for key in ENVIRONMENT if tags.get(key)),
-    )
-    click.echo(f"\n{place.resolve()}")
-    return 0 if all(row.finished for row in rows) else 1
+    study = comparison(rules, [leaf for leaf in common if leaf.key != "output"], seeds=seeds, references=not only)
+    plan = cells.plan(study, [leaf for leaf in common if leaf.key == "output"])
+    agenda = Agenda(plan, State(plan.output, study.name))
+    again = ["compare", *words, "--seeds", str(seeds), *(["--only"] if only else [])]
+    options = command.Options(jobs=jobs, timeout=timeout, folder=to, quiet=quiet)
+    with StudyProgress(agenda.count(), agenda.left(), quiet=quiet) as progress:
+        try:
+            made, page = command.run(plan, agenda, common, again, options, progress.of)
+        except (Interrupted, KeyboardInterrupt):
+            click.echo("the comparison was interrupted: the same command goes on with it", err=True)
+            raise
+    click.echo(f"{made.text()}\n\n{page.resolve()}")
+    return 0 if agenda.complete() else 1

@@ -2,43 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from bpfree.study.agenda import Agenda
     from bpfree.study.cells import Cell, Plan
     from bpfree.study.file import Published, Row, Study
-    from bpfree.study.state import State
 
 RUN_HELP = """Run what is not finished of a study, and report on it.
 
 STUDY is the name of an installed study or the path of a study file. SETTINGS are KEY=VALUE words over the settings of all cells, such as
 `budget.epochs=1` for a try; the report says that the study is not as written. Interrupt it at any time: the same command goes on. Finished
-cells are not run again, and a cell that crashes or diverges is a row with its reason. Several processes may run the same study.
+cells are not run again, and a cell that crashes, diverges or takes too long is a row with its reason. Several processes may run the same
+study.
 
 \b
-  bpfree study run digits-floor-ceiling
+  bpfree study run quickstart
   bpfree study run digits-floor-ceiling budget.epochs=1 --seeds 1 --rows dfa,backprop
-  bpfree study run mine.yaml --dry-run
+  bpfree study run mine.yaml --jobs 4                      # four processes; one per GPU where there are several
+  bpfree study run mine.yaml --executor ray --address auto # on a Ray cluster
+  bpfree study run mine.yaml --dry-run                     # the cells, and what they will cost
+
+A cell computes with one thread unless `threads` says otherwise, so that its numbers do not depend on --jobs. Timings of cells that ran at
+the same time are marked, and left out of plots of speed: for those, --jobs 1.
 """
 REPORT_HELP = """Report on what is finished of a study. Give the SETTINGS and --seeds that it was run with.
 
 \b
-  bpfree study report digits-floor-ceiling
-  bpfree study report digits-floor-ceiling budget.epochs=1 --seeds 1
+  bpfree study report quickstart
+  bpfree study report digits-floor-ceiling budget.epochs=1 --seeds 1 --to paper/
 """
+STATUS_HELP = """How the cells of a study stand, also while it runs. Give the SETTINGS and --seeds that it was run with.
+
+\b
+  bpfree study status quickstart
+"""
+RETRY_HELP = """Run cells again that did not finish: WHICH is `failed` (crashed, diverged or timed out), or one of `diverged` and `timeout`.
+
+What crashed or diverged begins anew; what timed out goes on from its checkpoint. Other cells that are not finished are run too.
+
+\b
+  bpfree study retry failed quickstart
+  bpfree study retry timeout mine.yaml --timeout 3600
+"""
+Command = Callable[..., int]
+WHICH = {"failed": ("failed", "diverged", "timeout"), "diverged": ("diverged",), "timeout": ("timeout",)}
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def apply(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
 
 settings = click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
 seeds = click.option("--seeds", type=click.IntRange(min=1), help="How many repetitions.  [default: what the study says]")
-page = click.option("--page", type=click.Path(path_type=Path, dir_okay=False), help="Where to write the page.  [default: beside the cells]")
+to = click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: beside the cells]")
+running = _options(
+    seeds,
+    click.option("--rows", metavar="LABEL,...", help="Run only these rows."),
+    click.option("--columns", metavar="LABEL,...", help="Run only these columns."),
+    click.option("--jobs", "-j", type=click.IntRange(min=1), help="Cells at a time.  [default: what the study says, or one per GPU]"),
+    click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where cells run."),
+    click.option("--address", help="Of a Ray cluster, or `auto`.  [default: RAY_ADDRESS, else one of its own here]"),
+    click.option("--gpus", type=click.FloatRange(min=0), help="GPUs that a cell asks of Ray, perhaps a share.  [default: 1 on GPUs]"),
+    click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Longest time of a cell."),
+    to,
+    click.option("--quiet", "-q", is_flag=True, help="No progress display."),
+)
 
 
-@click.group(short_help="Run a paper's table, and put ours beside it.")
+@click.group(short_help="Compare rules over networks, tasks and seeds; or repeat a paper's table.")
 def study() -> None:
-    """Studies: files that describe a table of a paper, row by row. Plugins bring some; a path to a file of your own works as well."""
+    """Comparative studies: files that say which rules, networks, tasks and seeds. Plugins bring some; a file of your own works as well.
+
+    \b
+      bpfree study list
+      bpfree study run quickstart
+    """
 
 
 @study.command("list", short_help="The installed studies.")
@@ -60,7 +108,13 @@ def _listed(name: str) -> tuple[str, str]:
         found = find_study(name)
     except UsageError as error:
         return f"broken: {' '.join(error.what.split())}", ""
-    return found.title, str(len(list(found.cells())) * len(found.seeds))
+    return found.title, str(_count(found))
+
+
+def _count(found: Study) -> int:
+    cells = list(found.cells())
+    tuned = sum(bool(row.space) for row, _ in cells) * len(found.tune.seeds) * found.tune.trials if found.tune is not None else 0
+    return len(cells) * len(found.seeds) + tuned
 
 
 @study.command("show", short_help="What a study runs, and what was published.")
@@ -74,9 +128,11 @@ def show(name: str) -> None:
     cells = len(list(found.cells()))
     lines = [("study", found.name), ("title", found.title), ("paper", found.paper), ("settings", _words(found.settings))]
     lines.append(("cells", f"{cells * len(found.seeds)}: {cells} with the seeds {', '.join(map(str, found.seeds))}"))
+    lines.append(("tuning", _tuning(found)))
     lines.append(("controls", ", ".join(found.controls)))
     lines += [(f"column {column.label}", _words(column.settings)) for column in found.columns if column.label]
-    width = max(len(key) for key, _ in lines)
+    lines += [("target", ", ".join(f"{value:g}{f' ({label})' if label else ''}" for label, value in found.targets.items()))]
+    width = max(len(key) for key, text in lines if text)
     for key, text in lines:
         if text:
             click.echo(f"{key.ljust(width)}  {text}")
@@ -84,6 +140,13 @@ def show(name: str) -> None:
     print_table(*_shown(found))
     if found.notes:
         click.echo(f"\n{found.notes}")
+
+
+def _tuning(found: Study) -> str:
+    if found.tune is None:
+        return ""
+    keys = dict.fromkeys(key for row in found.rows for key in row.space)
+    return f"{found.tune.trials} trials of each row, {found.tune.search}, of {', '.join(keys)}; chosen on validation"
 
 
 def _words(values: Any) -> str:
@@ -116,70 +179,120 @@ def _published(row: Row, column: str) -> str:
 @study.command("run", help=RUN_HELP, short_help="Run what is not finished, and report.")
 @click.argument("name", metavar="STUDY")
 @settings
-@seeds
-@click.option("--rows", metavar="LABEL,...", help="Run only these rows.")
-@click.option("--columns", metavar="LABEL,...", help="Run only these columns.")
-@click.option("--dry-run", is_flag=True, help="Show the cells and how they stand; run nothing.")
-@click.option("--retry-failed", is_flag=True, help="Run failed and diverged cells again.")
-@page
-@click.option("--quiet", "-q", is_flag=True, help="No progress display.")
-def run(
-    name: str,
-    settings: tuple[str, ...],
-    seeds: int | None,
-    rows: str | None,
-    columns: str | None,
-    dry_run: bool,
-    retry_failed: bool,
-    page: Path | None,
-    quiet: bool,
-) -> int:
-    from bpfree.config import parse_words
-    from bpfree.study import engine
-    from bpfree.training.trainer import Interrupted
-
-    plan, state = _prepared(name, settings, seeds)
-    cells = plan.chosen(_labels(rows), _labels(columns))
+@running
+@click.option("--dry-run", is_flag=True, help="Show the cells, how they stand and what they will cost; run nothing.")
+def run(name: str, settings: tuple[str, ...], dry_run: bool, **options: Any) -> int:
     if dry_run:
-        return _dry_run(plan, cells, state, retry_failed)
-    left = [cell for cell in cells if engine.to_do(state.read(cell.id), retry_failed=retry_failed)]
-    click.echo(f"{plan.study.name}: {len(left)} of {len(cells)} cells to run, the others are done", err=True)
-    try:
-        engine.execute(
-            plan.study,
-            left,
-            state,
-            overrides=parse_words(settings),
-            retry_failed=retry_failed,
-            quiet=quiet,
-            say=lambda text: click.echo(text, err=True),
-        )
-    except (Interrupted, KeyboardInterrupt):
-        click.echo("the study was interrupted: the same command goes on with it", err=True)
-        raise
-    _report(plan, state, _again(name, settings, seeds), page)
-    return 0 if all((known := state.read(cell.id)) is not None and known.status == "finished" for cell in cells) else 1
+        return _dry_run(*_prepared(name, settings, options["seeds"], load=False, rows=options["rows"], columns=options["columns"]))
+    return _run(name, settings, options)
+
+
+@study.command("retry", help=RETRY_HELP, short_help="Run cells again that failed.")
+@click.argument("which", type=click.Choice(list(WHICH)))
+@click.argument("name", metavar="STUDY")
+@settings
+@running
+def retry(which: str, name: str, settings: tuple[str, ...], **options: Any) -> int:
+    return _run(name, settings, options, retry=WHICH[which])
 
 
 @study.command("report", help=REPORT_HELP, short_help="Report on what is finished so far.")
 @click.argument("name", metavar="STUDY")
 @settings
 @seeds
-@page
-def report(name: str, settings: tuple[str, ...], seeds: int | None, page: Path | None) -> int:
-    plan, state = _prepared(name, settings, seeds)
-    _report(plan, state, _again(name, settings, seeds), page)
+@to
+def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | None) -> int:
+    from bpfree.study import command
+
+    plan, agenda = _prepared(name, settings, seeds, load=False)
+    made, page = command.report(plan, agenda, ["study", "run", *_again(name, settings, seeds)], to)
+    click.echo(f"{made.text()}\n\n{page.resolve()}")
     return 0
 
 
-def _prepared(name: str, settings: Sequence[str], seeds: int | None) -> tuple[Plan, State]:
+@study.command("status", help=STATUS_HELP, short_help="How the cells stand, also while it runs.")
+@click.argument("name", metavar="STUDY")
+@settings
+@seeds
+def status(name: str, settings: tuple[str, ...], seeds: int | None) -> int:
+    from bpfree.cli.output import print_table
+    from bpfree.study.standing import standing
+
+    _, agenda = _prepared(name, settings, seeds, load=False)
+    table, summary = standing(agenda)
+    print_table(["row", "column", "seed", "state", "epoch", "minutes", "validation", "cell"], table, right=[2, 4, 5, 6])
+    click.echo(f"\n{summary}")
+    return 0
+
+
+# --- what they share --------------------------------------------------------------------------------------------------
+
+
+def _run(name: str, settings: tuple[str, ...], options: dict[str, Any], retry: Sequence[str] = ()) -> int:
+    from bpfree.study import receipt
+
+    words = ["study", "run", *_again(name, settings, options["seeds"])]
+    whole = not (retry or options["rows"] or options["columns"])
+    asked = [*words, *(["--to", str(options["to"])] if options["to"] else [])]
+    if whole and (text := receipt.read_receipt(_folder(name, settings), asked)) is not None:
+        click.echo("everything is finished already", err=True)
+        click.echo(text)
+        return 0
+    return _run_now(name, settings, options, retry, words, asked if whole else None)
+
+
+def _run_now(
+    name: str, settings: tuple[str, ...], options: dict[str, Any], retry: Sequence[str], words: list[str], asked: list[str] | None
+) -> int:
+    from bpfree.cli.study_progress import StudyProgress
+    from bpfree.config import parse_words
+    from bpfree.study import command, receipt
+    from bpfree.training.trainer import Interrupted
+
+    plan, agenda = _prepared(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"], retry=retry)
+    left, count = agenda.left(), agenda.count()
+    click.echo(f"{plan.study.name}: {left} of {count} cells to run, the others are done", err=True)
+    chosen = command.Options(
+        options["executor"], options["jobs"], options["address"], options["gpus"], options["timeout"], options["to"], options["quiet"]
+    )
+    with StudyProgress(count, left, quiet=options["quiet"]) as progress:
+        try:
+            made, page = command.run(plan, agenda, parse_words(settings), words, chosen, progress.of)
+        except (Interrupted, KeyboardInterrupt):
+            click.echo("the study was interrupted: the same command goes on with it", err=True)
+            raise
+    text = f"{made.text()}\n\n{page.resolve()}"
+    click.echo(text)
+    complete = agenda.complete()
+    if complete and asked is not None:
+        receipt.write_receipt(_folder(name, settings), asked, text, page, *command.watched_files(plan, agenda))
+    return 0 if complete else 1
+
+
+def _folder(name: str, settings: Sequence[str]) -> Path:
+    """Where receipts are: known before anything is resolved, and the same for the same words."""
+    output = next((word.partition("=")[2] for word in reversed(settings) if word.startswith("output=")), "runs")
+    return Path(output) / "studies"
+
+
+def _prepared(
+    name: str,
+    settings: Sequence[str],
+    seeds: int | None,
+    *,
+    load: bool = True,
+    rows: str | None = None,
+    columns: str | None = None,
+    retry: Sequence[str] = (),
+) -> tuple[Plan, Agenda]:
     from bpfree.config import parse_words
     from bpfree.study import cells
+    from bpfree.study.agenda import Agenda
     from bpfree.study.file import find_study
     from bpfree.study.state import State
 
-    plan = cells.plan(find_study(name), parse_words(settings), seeds=seeds)
-    return plan, State(plan.output, plan.study.name)
+    plan = cells.plan(find_study(name), parse_words(settings), seeds=seeds, load=load)
+    return plan, Agenda(plan, State(plan.output, plan.study.name), rows=_labels(rows), columns=_labels(columns), retry=retry)
 
 
 def _labels(text: str | None) -> list[str] | None:
@@ -190,37 +303,14 @@ def _again(name: str, settings: Sequence[str], seeds: int | None) -> list[str]:
     return [name, *settings, *([] if seeds is None else ["--seeds", str(seeds)])]
 
 
-def _dry_run(plan: Plan, cells: Sequence[Cell], state: State, retry_failed: bool) -> int:
+def _dry_run(plan: Plan, agenda: Agenda) -> int:
     from bpfree.cli.output import print_table
-    from bpfree.study import engine
+    from bpfree.study.standing import costs
 
-    known = [(cell, state.read(cell.id)) for cell in cells]
-    table = [[cell.row, cell.column, cell.seed, "not run" if outcome is None else outcome.status, cell.id] for cell, outcome in known]
-    print_table(["row", "column", "seed", "state", "cell"], table, right=[2])
-    left = sum(engine.to_do(outcome, retry_failed=retry_failed) for _, outcome in known)
     for change in plan.changes:
         click.echo(f"not as written: {change}")
-    click.echo(f"{left} of {len(cells)} cells would be run")
+    cells: list[Cell] = agenda.cells()
+    table, summary = costs(agenda, cells)
+    print_table(["row", "column", "seed", "state", "minutes", "cell"], table, right=[2, 4])
+    click.echo(f"\n{summary}")
     return 0
-
-
-def _report(plan: Plan, state: State, words: Sequence[str], page: Path | None) -> None:
-    from bpfree.cli.output import print_table
-    from bpfree.study.page import write_page
-    from bpfree.study.report import report_on
-
-    made = report_on(plan, state, words)
-    click.echo(f"\n{plan.study.title}")
-    if plan.study.paper:
-        click.echo(f"Published: {plan.study.paper}")
-    click.echo()
-    print_table(made.headers, made.table, right=range(made.headers.index("n") - 1, len(made.headers)))
-    if made.controls:
-        click.echo("\nAgainst the controls\n")
-        print_table(made.controls.headers, made.controls.table, right=made.controls.numeric)
-        click.echo(f"\n{made.controls.legend}")
-    click.echo()
-    for text in (*made.remarks, *made.failures, plan.study.notes, made.environment, f"Again: {made.command}"):
-        if text:
-            click.echo(text)
-    click.echo(f"\n{write_page(page or state.folder / made.page_name, made).resolve()}")

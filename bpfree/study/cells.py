@@ -1,8 +1,11 @@
 """The cells of a study: a row, a column and a seed each, resolved, and known by what their numbers depend on.
 
-A cell's identity is a hash of its whole scientific configuration (what a run computes and how long, not where it is written or how it
-is watched), torch's version, the kind of device, the number of threads, the contents of a data file of one's own, and the sources of
-the core and of the plugins concerned. Labels do not count, nor does the study: it is the computation that is done once.
+A cell's identity is a hash of its whole scientific configuration (what a run computes and how long, not where it is written, how it
+is watched or who executes it), torch's version, the kind of device, the number of threads, the fingerprint of the data, and the sources
+of the core and of the plugins concerned. Labels do not count.
+
+Seeds go by axis: the order of the data and the split are the same for all rules of a repetition, initialisation and noise are those of
+the rule and the repetition (the setting ``stream``, which a study sets to the rule's name).
 """
 
 from __future__ import annotations
@@ -19,16 +22,20 @@ import torch
 
 from bpfree import runner
 from bpfree.config import NAMED, Leaf, Recipe, resolve
-from bpfree.errors import UsageError, nearest
+from bpfree.errors import UsageError
 from bpfree.plugins import Plugins
 from bpfree.sources import source_hashes
+from bpfree.study.data import Data, DataBook
 from bpfree.study.file import Column, Row, Study
 from bpfree.training.environment import resolve_device
 
-__all__ = ["Cell", "Plan", "is_scientific", "plan", "word"]
+__all__ = ["Cell", "Place", "Plan", "is_scientific", "plan", "word"]
 
 NOT_SCIENTIFIC = (runner.CHANGEABLE - {"budget", "evaluation"}) | {"output"}
 """How long is part of the result, and so are the draws of an evaluation and which epochs ``best-val`` chooses among."""
+
+DEFAULT = "default"
+"""Origin of settings that say only where and how, and are not written out as words."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,9 @@ class Cell:
         words: ``KEY=VALUE`` words that give the same recipe.
         identity: what its numbers depend on.
         id: hash of the identity, 16 hex digits.
+        leaves: the settings that gave the recipe, for another process to do the same.
+        examples: for training, before a validation split is cut; ``None`` where the data are not here.
+        trial: number of the trial, for a cell of tuning, which never sees the test split.
     """
 
     row: str
@@ -51,11 +61,31 @@ class Cell:
     words: Sequence[str]
     identity: Mapping[str, Any]
     id: str
+    leaves: Sequence[Leaf] = ()
+    examples: int | None = None
+    trial: int | None = None
 
     @property
     def label(self) -> str:
         """As shown while it runs."""
-        return " ".join(filter(None, [self.row, self.column and f"[{self.column}]", f"seed {self.seed}"]))
+        number = f"seed {self.seed}" if self.trial is None else f"trial {self.trial}"
+        return " ".join(filter(None, [self.row, self.column and f"[{self.column}]", number]))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A row in one of its columns, resolved; its cells differ in the seed, and in what tuning tries.
+
+    Attributes:
+        row, column: of the study.
+        recipe: with the settings of the file and the command line.
+        leaves: these settings.
+    """
+
+    row: Row
+    column: Column
+    recipe: Recipe
+    leaves: Sequence[Leaf]
 
 
 @dataclass(frozen=True)
@@ -64,53 +94,38 @@ class Plan:
 
     Attributes:
         study: as written.
-        cells: of all rows and columns; seeds are the outer loop, so that every row has its first number early.
+        places: of all rows and columns.
+        cells: of the configurations as written; seeds are the outer loop, so that every row has its first number early.
         seeds: the repetitions.
         changes: how this differs from the study as written, a phrase each.
         shortened: whether it computes less than is written.
+        book: what is known of the data.
     """
 
     study: Study
+    places: Sequence[Place]
     cells: Sequence[Cell]
     seeds: Sequence[int]
     changes: Sequence[str]
     shortened: bool
+    book: DataBook
 
     @property
     def output(self) -> Path:
         """The folder of runs."""
         return Path(self.cells[0].recipe.settings.output)
 
-    def chosen(self, rows: Sequence[str] | None, columns: Sequence[str] | None) -> list[Cell]:
-        """The cells of some rows and columns.
 
-        Raises:
-            UsageError: labels that the study does not have.
-        """
-        for given, labels, kind in (
-            (rows, [row.label for row in self.study.rows], "rows"),
-            (columns, [column.label for column in self.study.columns], "columns"),
-        ):
-            _check_labels(given, labels, kind)
-        return [cell for cell in self.cells if (rows is None or cell.row in rows) and (columns is None or cell.column in columns)]
-
-
-def _check_labels(given: Sequence[str] | None, labels: Sequence[str], kind: str) -> None:
-    wrong = [label for label in given or () if label not in labels]
-    if wrong:
-        guesses = [guess for label in wrong if (guess := nearest(label, labels))]
-        fix = f"did you mean {', '.join(map(repr, guesses))}? " if guesses else ""
-        what = f"the study has no {kind} {', '.join(map(repr, wrong))}"
-        raise UsageError(what, where=f"--{kind}", fix=f"{fix}known: {', '.join(filter(None, labels)) or 'none'}")
-
-
-def plan(study: Study, overrides: Sequence[Leaf] = (), *, seeds: int | None = None, registry: Plugins | None = None) -> Plan:
+def plan(
+    study: Study, overrides: Sequence[Leaf] = (), *, seeds: int | None = None, load: bool = True, registry: Plugins | None = None
+) -> Plan:
     """Resolve every cell of a study.
 
     Args:
         study: as written.
         overrides: settings of all cells, over those of the file.
         seeds: how many, instead of those of the file.
+        load: whether data may be loaded (and downloaded) to know their fingerprints; otherwise sets that are not here count as unknown.
         registry: of names; the installed plugins by default.
 
     Raises:
@@ -120,17 +135,14 @@ def plan(study: Study, overrides: Sequence[Leaf] = (), *, seeds: int | None = No
     if taken:
         raise UsageError("a study repeats each cell with its seeds", where=taken[0], fix="say how many with --seeds N")
     repetitions = list(study.seeds) if seeds is None else [*study.seeds, *(s for s in range(seeds) if s not in study.seeds)][:seeds]
-    recipes = _resolve_all(study, overrides, registry)
-    cells = [
-        _cell(row, column, seed, recipe, leaves)
-        for seed in repetitions
-        for (row, column), (recipe, leaves) in zip(study.cells(), recipes, strict=True)
-    ]
-    changes, shortened = _changes(study, overrides, [recipe for recipe, _ in recipes], registry) if overrides else ([], False)
+    places = _resolve_all(study, overrides, registry)
+    book = DataBook(Path(places[0].recipe.settings.output) / "studies", load=load)
+    cells = [cell_of(place, seed, book) for seed in repetitions for place in places]
+    changes, shortened = _changes(study, overrides, [place.recipe for place in places], registry) if overrides else ([], False)
     if repetitions != list(study.seeds):
         changes.append(f"seeds {_listed(repetitions)} instead of {_listed(study.seeds)}")
         shortened = shortened or len(repetitions) < len(study.seeds)
-    return Plan(study, cells, repetitions, changes, shortened)
+    return Plan(study, places, cells, repetitions, changes, shortened, book)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -138,9 +150,11 @@ def plan(study: Study, overrides: Sequence[Leaf] = (), *, seeds: int | None = No
 
 def _leaves(study: Study, row: Row, column: Column, overrides: Sequence[Leaf]) -> list[Leaf]:
     """Later ones win: all cells, the column, the row, the cell alone, the command line."""
-    layers = [
-        # a default, so that a store shows the study's runs together
-        ({"tracking.experiment": study.name}, "default"),
+    layers: list[tuple[Mapping[str, Any], str]] = [
+        # so that a store shows the study's runs together
+        ({"tracking.experiment": study.name}, DEFAULT),
+        # the same numbers with any number of workers, who do not fight for processors
+        ({"threads": 1}, "every study"),
         (study.settings, "settings of the study"),
         (column.settings, f"column {column.label}"),
         (row.settings, f"row {row.label}"),
@@ -149,11 +163,21 @@ def _leaves(study: Study, row: Row, column: Column, overrides: Sequence[Leaf]) -
     merged: dict[str, Leaf] = {}
     for leaf in (Leaf(key, value, origin) for settings, origin in layers for key, value in settings.items()):
         merged[_key(leaf)] = leaf
-    if any(leaf.key.startswith("budget.") for leaf in overrides):  # a budget has one limit, which is now another
-        merged = {key: leaf for key, leaf in merged.items() if not key.startswith("budget.")}
-    for leaf in overrides:
-        merged[_key(leaf)] = leaf
+    replace_in(merged, overrides)
+    if "stream" not in merged:
+        named = merged.get("rule.name", Leaf("rule", "backprop", ""))
+        merged["stream"] = Leaf("stream", str(named.value), "every study")
     return list(merged.values())
+
+
+def replace_in(merged: dict[str, Leaf], later: Iterable[Leaf]) -> None:
+    """Put later settings over earlier ones. A budget has one limit, so that a later one of another kind replaces it."""
+    later = list(later)
+    if any(leaf.key.startswith("budget.") for leaf in later):
+        for key in [key for key in merged if key.startswith("budget.")]:
+            del merged[key]
+    for leaf in later:
+        merged[_key(leaf)] = leaf
 
 
 def _key(leaf: Leaf) -> str:
@@ -165,20 +189,20 @@ def is_scientific(key: str) -> bool:
     return key.split(".")[0] not in NOT_SCIENTIFIC
 
 
-def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | None) -> list[tuple[Recipe, list[Leaf]]]:
-    """A recipe for each cell of one repetition.
+def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | None) -> list[Place]:
+    """The cells of one repetition, resolved.
 
     Raises:
         UsageError: with everything that is wrong, each thing once.
     """
     problems: dict[str, list[str]] = {}
-    recipes = []
+    places = []
     for row, column in study.cells():
         leaves = _leaves(study, row, column, overrides)
         try:
             recipe = resolve(leaves, registry)
             resolve_device(recipe.settings.device)
-            recipes.append((recipe, leaves))
+            places.append(Place(row, column, recipe, leaves))
         except UsageError as error:
             for problem in _problems(error):
                 problems.setdefault(problem, []).append(row.label)
@@ -187,7 +211,7 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
         listed = [_where(problem, rows, every) for problem, rows in problems.items()]
         what = listed[0] if len(listed) == 1 else f"{len(listed)} things are wrong in the study:\n" + "\n".join(f"  - {p}" for p in listed)
         raise UsageError(what, where=f"study {study.name}")
-    return recipes
+    return places
 
 
 def _problems(error: UsageError) -> list[str]:
@@ -207,12 +231,41 @@ def _where(problem: str, rows: Sequence[str], every: int) -> str:
 # --- identity ---------------------------------------------------------------------------------------------------------
 
 
-def _cell(row: Row, column: Column, seed: int, recipe: Recipe, leaves: Iterable[Leaf]) -> Cell:
+def cell_of(place: Place, seed: int, book: DataBook, more: Sequence[Leaf] = (), *, trial: int | None = None) -> Cell:
+    """A cell of a place.
+
+    Args:
+        place: whose.
+        seed: of the repetition.
+        book: what is known of the data.
+        more: settings that tuning tries, or has chosen.
+        trial: its number, for a trial.
+
+    Raises:
+        UsageError: the further settings do not fit.
+    """
+    recipe, leaves = place.recipe, list(place.leaves)
+    if more:
+        merged = {_key(leaf): leaf for leaf in leaves}
+        replace_in(merged, more)
+        leaves = list(merged.values())
+        recipe = resolve(leaves, recipe.registry)
     recipe = dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, seed=seed))
-    identity = _identity(recipe)
+    data = book.of(recipe)
+    identity = _identity(recipe, data)
     text = json.dumps(identity, sort_keys=True, default=str)
-    words = [word(leaf.key, leaf.value) for leaf in leaves if leaf.origin != "default"]
-    return Cell(row.label, column.label, seed, recipe, [*words, f"seed={seed}"], identity, hashlib.sha256(text.encode()).hexdigest()[:16])
+    return Cell(
+        place.row.label,
+        place.column.label,
+        seed,
+        recipe,
+        [*(word(leaf.key, leaf.value) for leaf in leaves if leaf.origin != DEFAULT), f"seed={seed}"],
+        identity,
+        hashlib.sha256(text.encode()).hexdigest()[:16],
+        [*leaves, Leaf("seed", seed, "seeds of the study")],
+        None if data is None else data.examples,
+        trial,
+    )
 
 
 def word(key: str, value: Any) -> str:
@@ -224,25 +277,23 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _identity(recipe: Recipe) -> dict[str, Any]:
+def _identity(recipe: Recipe, data: Data | None) -> dict[str, Any]:
     settings = recipe.settings
     return {
-        "config": {key: _content(key, value, recipe.root()) for key, value in recipe.flat().items() if is_scientific(key)},
+        "config": {key: _without_place(key, value, recipe, data) for key, value in recipe.flat().items() if is_scientific(key)},
         "torch": str(torch.__version__),
         "device": resolve_device(settings.device).type,
         "threads": settings.threads or torch.get_num_threads(),
+        "data": None if data is None else data.fingerprint,
         "sources": source_hashes(recipe),
     }
 
 
-def _content(key: str, value: Any, root: Path | None) -> Any:
-    """For a file of data its content: the path is not what counts."""
-    if not key.startswith("task.") or not isinstance(value, str):
-        return value
-    for path in (Path(value), (root or Path()) / value):
-        if path.is_file():
-            with path.open("rb") as file:
-                return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+def _without_place(key: str, value: Any, recipe: Recipe, data: Data | None) -> Any:
+    """A data file's place does not count, as its content does."""
+    places = (Path(), recipe.root() or Path())
+    if data is not None and key.startswith("task.") and isinstance(value, str) and any((place / value).is_file() for place in places):
+        return "a file"
     return value
 
 
@@ -258,8 +309,8 @@ def _changes(study: Study, overrides: Sequence[Leaf], now: Sequence[Recipe], reg
     before: dict[str, list[Any]] = {}
     after: dict[str, list[Any]] = {}
     shortened = False
-    for recipe, (other, _) in zip(now, written, strict=True):
-        values, others = recipe.flat(), other.flat()
+    for recipe, place in zip(now, written, strict=True):
+        values, others = recipe.flat(), place.recipe.flat()
         for key in dict.fromkeys([*values, *others]):
             new, old = values.get(key), others.get(key)
             if new != old and is_scientific(key):

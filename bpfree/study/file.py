@@ -19,15 +19,20 @@ import yaml
 from bpfree import yaml_values
 from bpfree.errors import UsageError, nearest
 from bpfree.plugins import Plugins, installed_plugins
+from bpfree.study.grid import expand
+from bpfree.study.space import Domain, Tune, read_domain
 
 __all__ = ["METRICS", "Column", "Published", "Row", "Study", "find_study", "read_study"]
 
 METRICS = tuple(f"{split}/{kind}" for split in ("test", "train") for kind in ("error", "accuracy", "loss"))
 """What can be published: errors and accuracies in per cent, losses as they are."""
 
-STUDY_KEYS = ("title", "paper", "notes", "settings", "seeds", "columns", "rows", "controls")
-COLUMN_KEYS = ("label", "settings")
-ROW_KEYS = ("label", "settings", "columns", "published")
+STUDY_KEYS = ("title", "paper", "notes", "settings", "seeds", "columns", "rows", "controls", "target", "tune", "jobs", "timeout")
+COLUMN_KEYS = ("label", "settings", "target")
+ROW_KEYS = ("label", "settings", "columns", "published", "tune")
+TUNE_KEYS = ("trials", "search", "seeds", "space", "settings")
+SEARCHES = ("quasi-random", "tpe")
+FIRST_TUNING_SEED = 1000
 NOT_HERE = {
     "seed": "the seeds of a study are its key seeds",
     "seeds": "it is a key of the study, not a setting",
@@ -45,10 +50,11 @@ class Published:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: its label (empty where a study has no columns) and its settings."""
+    """A column of the table: its label (empty where a study has no columns), its settings, and its own target."""
 
     label: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    target: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,14 @@ class Row:
         settings: of its cells.
         columns: those in which it has a cell, each with settings of that cell alone.
         published: by column and metric; what is absent is not known.
+        space: what is tuned, by setting; empty: nothing.
     """
 
     label: str
     settings: Mapping[str, Any]
     columns: Mapping[str, Mapping[str, Any]]
     published: Mapping[str, Mapping[str, Published]]
+    space: Mapping[str, Domain] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,10 @@ class Study:
         rows: in the order of the table.
         controls: labels of the rows beside which the others are put, such as random features.
         targets: by column, the validation accuracy in per cent (or loss, for a task without classes) whose time is taken.
+        tune: how rows are tuned; ``None``: they are not.
+        jobs: cells that run at the same time, unless the command line says otherwise.
+        timeout: seconds that a cell may take; ``None``: as long as it needs.
+        path: of the file; ``None`` for a study made in Python.
     """
 
     name: str
@@ -93,6 +105,10 @@ class Study:
     rows: Sequence[Row]
     controls: Sequence[str]
     targets: Mapping[str, float] = field(default_factory=dict)
+    tune: Tune | None = None
+    jobs: int = 1
+    timeout: float | None = None
+    path: Path | None = None
 
     def metric(self, split: str) -> str:
         """What is reported of a split: the kind that is published, the error if nothing is."""
@@ -116,9 +132,9 @@ def find_study(name: str, registry: Plugins | None = None) -> Study:
     """
     registry = registry or installed_plugins()
     if name in registry.names("studies"):
-        return _registered(name, registry.get("studies", name), registry.owner("studies", name).name)
+        return _registered(name, registry)
     if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
-        return read_study(Path(name))
+        return read_study(Path(name), registry=registry)
     try:
         registry.get("studies", name)
     except UsageError as error:
@@ -126,20 +142,22 @@ def find_study(name: str, registry: Plugins | None = None) -> Study:
     raise AssertionError("a name that is registered was found before")
 
 
-def _registered(name: str, place: Any, plugin: str) -> Study:
+def _registered(name: str, registry: Plugins) -> Study:
+    place, plugin = registry.get("studies", name), registry.owner("studies", name).name
     try:
         path = Path(os.fspath(place))
     except TypeError:
         raise UsageError(f"plugin {plugin!r} registers the study {name!r} with no path", where=repr(place)) from None
-    return read_study(path, name)
+    return read_study(path, name, registry)
 
 
-def read_study(path: Path, name: str | None = None) -> Study:
+def read_study(path: Path, name: str | None = None, registry: Plugins | None = None) -> Study:
     """A study of a YAML file (safe tags only).
 
     Args:
         path: of the file.
         name: the registered one; by default the file's.
+        registry: of rules and presets, for a grid; the installed plugins by default.
 
     Raises:
         UsageError: no such file, no YAML, or with everything that is wrong in it.
@@ -152,7 +170,9 @@ def read_study(path: Path, name: str | None = None) -> Study:
     except yaml.YAMLError as error:
         raise UsageError("the study is not valid YAML", where=f"{path}: {' '.join(str(error).split())}") from error
     reader = _Reader(repeated)
-    study = reader.study(content, name or re.sub(r"[^\w.-]+", "-", path.stem))
+    if isinstance(content, dict):
+        content = expand(content, registry or installed_plugins(), reader.problems.append)
+    study = reader.study(content, name or re.sub(r"[^\w.-]+", "-", path.stem), path)
     if reader.problems:
         listed = list(dict.fromkeys(reader.problems))
         what = listed[0] if len(listed) == 1 else f"{len(listed)} things are wrong in the study:\n" + "\n".join(f"  - {p}" for p in listed)
@@ -180,11 +200,12 @@ class _Reader:
     def __init__(self, problems: Iterable[str] = ()) -> None:
         self.problems: list[str] = list(problems)
 
-    def study(self, content: Any, name: str) -> Study:
+    def study(self, content: Any, name: str, path: Path) -> Study:
         node = self._mapping(content, "the study", STUDY_KEYS)
         columns = [self._column(entry, number) for number, entry in enumerate(self._list(node, "columns"), start=1)] or [Column()]
         self._unique([column.label for column in columns], "columns")
-        rows = [self._row(entry, number, columns) for number, entry in enumerate(self._list(node, "rows"), start=1)]
+        tune = self._tune(node.get("tune"))
+        rows = [self._row(entry, number, columns, tune) for number, entry in enumerate(self._list(node, "rows"), start=1)]
         self._unique([row.label for row in rows], "rows")
         if not rows:
             self.problems.append("a study needs rows: a list, each with a label and settings")
@@ -198,23 +219,29 @@ class _Reader:
             columns=columns,
             rows=rows,
             controls=self._controls(node, [row.label for row in rows]),
+            targets=self._targets(node, columns),
+            tune=tune,
+            jobs=self._positive(node, "jobs", whole=True) or 1,
+            timeout=self._positive(node, "timeout"),
+            path=path,
         )
         self._one_kind(study)
+        self._tuning_fits(study)
         return study
 
     def _column(self, entry: Any, number: int) -> Column:
         node = self._mapping(entry, f"column {number}", COLUMN_KEYS)
         label = self._label(node, f"column {number}")
-        return Column(label, self._settings(node.get("settings"), f"column {label or number}: settings"))
+        target = self._positive(node, "target", f"column {label or number}")
+        return Column(label, self._settings(node.get("settings"), f"column {label or number}: settings"), target)
 
-    def _row(self, entry: Any, number: int, columns: Sequence[Column]) -> Row:
+    def _row(self, entry: Any, number: int, columns: Sequence[Column], tune: Tune | None) -> Row:
         node = self._mapping(entry, f"row {number}", ROW_KEYS)
         label = self._label(node, f"row {number}")
         where = f"row {label or number}"
         cells = self._cells(node.get("columns"), where, [column.label for column in columns])
-        return Row(
-            label, self._settings(node.get("settings"), f"{where}: settings"), cells, self._published(node.get("published"), where, cells)
-        )
+        settings = self._settings(node.get("settings"), f"{where}: settings")
+        return Row(label, settings, cells, self._published(node.get("published"), where, cells), self._row_space(node, where, tune))
 
     def _cells(self, node: Any, where: str, labels: Sequence[str]) -> dict[str, Mapping[str, Any]]:
         """The columns of a row: all, those listed, or those named with settings of their own."""
@@ -240,6 +267,66 @@ class _Reader:
         if rows and set(rows) <= set(labels):
             self.problems.append("controls: names every row: none is left to compare with them")
         return labels
+
+    def _targets(self, node: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, float]:
+        common = self._positive(node, "target")
+        targets = {column.label: common if column.target is None else column.target for column in columns}
+        return {label: target for label, target in targets.items() if target is not None}
+
+    # --- tuning -----------------------------------------------------------------------------------------------------
+
+    def _tune(self, value: Any) -> Tune | None:
+        if value is None:
+            return None
+        node = self._mapping(value, "tune", TUNE_KEYS)
+        trials, search = self._positive(node, "trials", "tune", whole=True), node.get("search", SEARCHES[0])
+        if not trials:
+            self.problems.append("tune: trials: must say how many, the default configuration included")
+        if search not in SEARCHES:
+            self._unknown("search", search, SEARCHES, "tune: search")
+        seeds = node.get("seeds", 1)
+        listed = self._seeds(seeds, "tune: seeds")
+        if _is_integer(seeds):
+            listed = [FIRST_TUNING_SEED + seed for seed in listed]
+        return Tune(
+            trials or 1, search, listed, self._space(node.get("space"), "tune: space"), self._settings(node.get("settings"), "tune")
+        )
+
+    def _space(self, value: Any, where: str) -> dict[str, Domain]:
+        """By dotted key; domains that are ``null`` or wrong are left out."""
+        found: dict[str, Domain] = {}
+        for key, domain in self._plain(value, where).items():
+            read = None if domain is None else read_domain(domain)
+            if isinstance(read, str):
+                self.problems.append(f"{where}: {key}: {read}, not {domain!r}")
+            elif read is not None:
+                found[key] = read
+            if key in NOT_HERE:
+                self.problems.append(f"{where}: {key} has no place here: {NOT_HERE[key]}")
+        return found
+
+    def _row_space(self, node: Mapping[str, Any], where: str, tune: Tune | None) -> dict[str, Domain]:
+        """The study's space with the row's changes: ``tune: {KEY: DOMAIN}``, ``{KEY: null}`` takes one away, ``false`` all."""
+        own = node.get("tune")
+        if own is False or tune is None:
+            if own and tune is None:
+                self.problems.append(f"{where}: tune: the study tunes nothing: it needs tune with trials")
+            return {}
+        own = {} if own is None else own
+        kept = {key: domain for key, domain in tune.space.items() if not isinstance(own, dict) or key not in own}
+        return {**kept, **self._space(own, f"{where}: tune")}
+
+    def _tuning_fits(self, study: Study) -> None:
+        """Validation chooses, and the seeds that it chooses by are not those that are tested."""
+        if study.tune is None:
+            return
+        shared = sorted(set(study.tune.seeds) & set(study.seeds))
+        if shared:
+            self.problems.append(
+                f"tune: seeds: {', '.join(map(str, shared))} are seeds of the study: what is tested must be trained afresh"
+            )
+        if not any(row.space for row in study.rows):
+            self.problems.append("tune: space: names nothing to tune, and no row does")
 
     # --- published numbers ------------------------------------------------------------------------------------------
 
@@ -316,12 +403,23 @@ class _Reader:
             f"{where}: {label!r} is given twice" for label in dict.fromkeys(labels) if label != "" and labels.count(label) > 1
         )
 
-    def _seeds(self, value: Any) -> list[int]:
+    def _positive(self, node: Mapping[str, Any], key: str, where: str = "", *, whole: bool = False) -> Any:
+        """A positive number, ``None`` where there is none."""
+        value = node.get(key)
+        if value is None:
+            return None
+        if not (_is_integer(value) if whole else _is_number(value)) or value <= 0:
+            kind = "whole number" if whole else "number"
+            self.problems.append(f"{f'{where}: ' if where else ''}{key}: must be a {kind} above 0, not {value!r}")
+            return None
+        return value
+
+    def _seeds(self, value: Any, where: str = "seeds") -> list[int]:
         listed = list(range(value)) if _is_integer(value) else value
         if not isinstance(listed, list) or not listed or not all(_is_integer(seed) and seed >= 0 for seed in listed):
-            self.problems.append(f"seeds: must be how many (1 or more), or a list of seeds, not {value!r}")
+            self.problems.append(f"{where}: must be how many (1 or more), or a list of seeds, not {value!r}")
             return []
-        self._unique(listed, "seeds")
+        self._unique(listed, where)
         return listed
 
     def _settings(self, node: Any, where: str) -> dict[str, Any]:

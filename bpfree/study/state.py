@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bpfree.errors import BpfreeError
-from bpfree.study.cells import Cell
 from bpfree.tracking.events import strict, write_text
+
+if TYPE_CHECKING:
+    from bpfree.study.worker import Job
 
 __all__ = ["Outcome", "State"]
 
@@ -35,6 +37,9 @@ class Outcome:
         result: metrics of the end.
         history: metrics of each epoch, as the run noted them.
         tags: of the run: device, versions, data fingerprint.
+        elapsed: seconds that it took in all, evaluation and everything else included.
+        tracking: where its MLflow run is.
+        trial: number of the trial, for a cell of tuning.
         parallel: the most cells that ran at the same time on its machine; its timings can be compared only if that is 1.
         identity: what the numbers depend on.
     """
@@ -50,7 +55,10 @@ class Outcome:
     updated: str = ""
     result: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+    elapsed: float = 0.0
     parallel: int = 1
+    trial: int | None = None
+    tracking: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
 
@@ -69,15 +77,17 @@ class State:
     """
 
     def __init__(self, output: Path, study: str) -> None:
-        self.folder = output / "studies" / study
+        self.folder_of_all = output / "studies"
+        self.folder = self.folder_of_all / study
 
-    def _path(self, cell: str) -> Path:
+    def path_of(self, cell: str) -> Path:
+        """The file of a cell."""
         return self.folder / "cells" / f"{cell}.json"
 
     def read(self, cell: str) -> Outcome | None:
         """What is known of a cell; ``None`` for nothing, or a file that cannot be read."""
         try:
-            content = json.loads(self._path(cell).read_text(encoding="utf-8"))
+            content = json.loads(self.path_of(cell).read_text(encoding="utf-8"))
             known = Outcome(**content)
             known.result = {key: float(value) for key, value in known.result.items()}
             known.history = [{key: float(value) for key, value in metrics.items()} for metrics in known.history]
@@ -101,7 +111,7 @@ class State:
         """
         outcome.updated = now()
         try:
-            write_text(self._path(outcome.cell), json.dumps(strict(dataclasses.asdict(outcome)), indent=2, default=str) + "\n")
+            write_text(self.path_of(outcome.cell), json.dumps(strict(dataclasses.asdict(outcome)), indent=2, default=str) + "\n")
         except OSError as error:
             raise BpfreeError(
                 f"cannot write the state of the study: {error.strerror}", where=str(self.folder), fix="choose another with output=FOLDER"
@@ -131,17 +141,20 @@ class State:
         found = (self.read(path.stem) for path in self.folder.glob("cells/*.json") if path.stem not in cells)
         return sum(outcome is not None and outcome.status == "finished" for outcome in found)
 
-    def begin(self, cell: Cell, before: Outcome | None, *, anew: bool = False) -> Outcome:
-        """The record of a cell that is about to run; with the run that it goes on with, unless that is over or not wanted."""
-        going_on = before is not None and not before.is_final and not anew
+    def begin(self, job: Job, before: Outcome | None) -> Outcome:
+        """The record of a cell that is about to run; with what is known of the run that it goes on with."""
+        kept = before if before is not None and not before.is_final else None
         return Outcome(
-            cell.id,
-            cell.row,
-            cell.column,
-            cell.seed,
-            run=before.run if before is not None and going_on else "",
-            started=before.started if before is not None and going_on else now(),
-            identity=dict(cell.identity),
+            job.cell,
+            job.row,
+            job.column,
+            job.seed,
+            run=job.run_id,
+            started=kept.started if kept is not None else now(),
+            elapsed=kept.elapsed if kept is not None else 0.0,
+            parallel=kept.parallel if kept is not None else 1,
+            trial=job.trial,
+            identity=dict(job.identity),
         )
 
 

@@ -230,4 +230,6 @@ def cut(everything: Split) -> tuple[Split, Split]:
     return everything.subset((~mask).nonzero().flatten()), everything.subset(mask.nonzero().flatten())
 
 
-NPZ = DataSource(spec, load, ArraysConfig, "arrays of your own: task.path=FILE.npz")
+NPZ = DataSource(
+    spec, load, ArraysConfig, "arrays of your own: task.path=FILE.npz", files=lambda config, root: [locate(config, root)]
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -134,12 +134,15 @@ class DataSource:
         load: ``(config, root) -> (train, test)``.
         Config: dataclass of its own options.
         summary: one line for listings.
+        files: ``(config, root) -> paths`` of the files that ``load`` would read, whether they are there or not; empty for data that
+            come with a package. With it a study knows the data's fingerprint without reading them again.
     """
 
     spec: Callable[[Any, Path | None], TaskSpec]
     load: Callable[[Any, Path | None], tuple[Split, Split]]
     Config: type = NoOptions
     summary: str = ""
+    files: Callable[[Any, Path | None], Sequence[Path]] | None = None
 
 
 @dataclass(frozen=True)

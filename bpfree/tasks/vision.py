@@ -59,6 +59,14 @@ class VisionSet:
         return all((root / self.folder / name).is_file() for name in self.files)
 
 
+def files(known: VisionSet, config: NoOptions, root: Path | None) -> list[Path]:
+    """What :func:`load` reads."""
+    root = (root or DEFAULT_ROOT).expanduser()
+    if known.single and (root / known.single).is_file() and not known.present(root):
+        return [root / known.single]
+    return [root / known.folder / name for name in known.files]
+
+
 def load(known: VisionSet, config: NoOptions, root: Path | None) -> tuple[Split, Split]:
     """Training and test examples: uint8 (N, C, H, W) and int64 (N,).
 
@@ -160,7 +168,7 @@ def where_to_put(known: VisionSet) -> str:
 
 
 def _source(known: VisionSet, summary: str) -> DataSource:
-    return DataSource(lambda config, root: known.spec, partial(load, known), summary=summary)
+    return DataSource(lambda config, root: known.spec, partial(load, known), summary=summary, files=partial(files, known))
 
 
 MNIST = _source(

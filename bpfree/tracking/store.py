@@ -132,6 +132,27 @@ def _on_network(folder: Path) -> bool:
     return bool(mounts) and max(mounts, key=lambda part: len(part.mountpoint)).fstype in NETWORK_FILE_SYSTEMS
 
 
+def _client_of(uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's tables under another name: a process that is killed meanwhile leaves no half of a database behind."""
+    made = path.with_name(f".{path.name}.new")
+    for part in (made, *(made.with_name(f"{made.name}-{kind}") for kind in ("journal", "wal", "shm"))):
+        part.unlink(missing_ok=True)
+    client = _client_of(f"sqlite:///{made.as_posix()}")
+    with contextlib.suppress(AttributeError):  # its connections would keep the file under its first name
+        client._tracking_client.store.engine.dispose()
+    if not _on_network(path.absolute().parent):
+        # Readers do not wait for writers then; it is remembered in the file. Needs shared memory.
+        with contextlib.closing(sqlite3.connect(made)) as database:
+            database.execute("PRAGMA journal_mode=WAL")
+    os.replace(made, path)
+
+
 class Store:
     """A connection to an MLflow store.
 
@@ -191,9 +212,7 @@ class Store:
         return self._client
 
     def _new_client(self) -> MlflowClient:
-        from mlflow import MlflowClient
-
-        return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        return _client_of(self.uri)
 
     @contextlib.contextmanager
     def _creation(self) -> Iterator[None]:
@@ -201,10 +220,8 @@ class Store:
             yield
             return
         with file_lock(self.database.with_name(f"{self.database.name}.lock")):
-            if not self.database.exists() and not _on_network(self.database.absolute().parent):
-                # Readers do not wait for writers then; it is remembered in the file. Needs shared memory.
-                with contextlib.closing(sqlite3.connect(self.database)) as database:
-                    database.execute("PRAGMA journal_mode=WAL")
+            if not self.database.exists():
+                _make_database(self.database)
             yield
 
     def _experiment(self, name: str) -> str:

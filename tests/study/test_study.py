@@ -5,10 +5,12 @@ Oracles: the number of run folders; the weights of an undisturbed run, bit for b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,7 +172,7 @@ def test_a_table_end_to_end_and_once(workplace: Path, capsys: pytest.CaptureFixt
     # again: nothing is computed
     assert call("study", "run", name, "--quiet") == 0
     again = capsys.readouterr()
-    assert "0 of 8 cells to run" in again.err
+    assert "everything is finished already" in again.err
     assert len(runs()) == 8
     assert again.out == output.out
 
@@ -258,8 +260,12 @@ def test_trouble_is_a_row_with_its_reason_and_the_rest_goes_on(site: Path, capsy
     before = len(runs())
     assert call("study", "run", name, "--quiet") == 1
     assert len(runs()) == before
-    assert call("study", "run", name, "--quiet", "--retry-failed") == 1
-    assert len(runs()) == before + 2
+    times = {outcome["row"]: outcome["started"] for outcome in outcomes()}
+    assert call("study", "retry", "diverged", name, "--quiet") == 1
+    assert call("study", "retry", "failed", name, "--quiet") == 1
+    assert len(runs()) == before  # in their own folders, and under their own names in MLflow
+    assert {outcome["row"]: outcome["status"] for outcome in outcomes()} == {"crash": "failed", "diverge": "diverged", "fine": "finished"}
+    assert next(outcome["started"] for outcome in outcomes() if outcome["row"] == "fine") == times["fine"]
 
 
 def test_a_cell_that_cannot_begin_is_tried_again(
@@ -300,10 +306,10 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(site: Path, capsys: pyt
     assert "the same command goes on with it" in capsys.readouterr().err
     (known,) = outcomes()
     assert known["status"] == "interrupted"
-    State(Path("runs"), "table")._path(str(known["cell"])).write_text(json.dumps({**known, "status": status}))
+    State(Path("runs"), "table").path_of(str(known["cell"])).write_text(json.dumps({**known, "status": status}))
     assert call("study", "report", name) == 0
     assert table_lines(capsys.readouterr().out, "stop")[0] == ["stop", "interrupted", "0", "of", "2"]
-    assert call("study", "run", name, "--quiet") == 0
+    assert call("study", "run", name) == 0
     assert "goes on with" in capsys.readouterr().err
     assert len(runs()) == 2
     first = next(outcome for outcome in outcomes() if outcome["seed"] == 0)
@@ -321,10 +327,13 @@ def test_a_run_that_finished_before_it_was_noted_is_not_tested_again(workplace: 
     name = study(f"title: One\n{COMMON}seeds: 1\nrows: [{{label: one, settings: {{rule: dfa, budget.epochs: 1}}}}]\n")
     assert call("study", "run", name, "--quiet") == 0
     (known,) = outcomes()
-    State(Path("runs"), "table")._path(str(known["cell"])).write_text(json.dumps({**known, "status": "running", "result": {}, "tags": {}}))
+    State(Path("runs"), "table").path_of(str(known["cell"])).write_text(
+        json.dumps({**known, "status": "running", "result": {}, "tags": {}})
+    )
     assert call("study", "run", name, "--quiet", "log_interval=2") == 0
     (again,) = outcomes()
-    assert {**again, "updated": ""} == {**known, "updated": ""}
+    timings = {"updated": "", "elapsed": 0}
+    assert {**again, **timings} == {**known, **timings}
     assert json.loads((runs()[0] / "run.json").read_text())["tags"]["test_evaluations"] == "1"
 
 
@@ -346,15 +355,25 @@ def test_an_interruption_between_training_and_the_last_number_loses_neither(work
     assert len(runs()) == 1
 
 
-def test_a_cell_that_another_process_runs_is_left_to_it(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cell_that_another_process_runs_is_left_to_it(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = study(f"title: Two\n{COMMON}seeds: 2\nrows: [{{label: one, settings: {{rule: dfa, budget.epochs: 1}}}}]\n")
     assert call("study", "run", name, "--dry-run") == 0
-    first = capsys.readouterr().out.splitlines()[2].split()[-1]
-    with State(Path("runs"), "table").lock(first) as mine:
-        assert mine
-        assert call("study", "run", name, "--quiet") == 1
+    first = next(line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("one"))
+    with contextlib.ExitStack() as other:
+        assert other.enter_context(State(Path("runs"), "table").lock(first))
+        waits = []
+
+        def wait(seconds: float) -> None:
+            waits.append(len(runs()))
+            other.close()  # the other process dies
+
+        monkeypatch.setattr(time, "sleep", wait)
+        assert call("study", "run", name) == 0
+    assert waits == [1]  # what nobody else has comes first
     assert "another process runs it" in capsys.readouterr().err
-    assert len(runs()) == 1
+    assert len(runs()) == 2
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
@@ -364,7 +383,7 @@ def cell_ids(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
     sources.hash_of.cache_clear()
     assert call("study", "run", *words, "--dry-run") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    return {line[0]: line[-1] for line in lines if re.fullmatch("[0-9a-f]{16}", line[-1])}
+    return {line[0]: line[-1] for line in lines if line and re.fullmatch("[0-9a-f]{16}", line[-1])}
 
 
 IDENTITY = f"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from bpfree.hooks import hookimpl
 from bpfree.network.builders import NetworkBuilder
@@ -26,3 +27,8 @@ def bpfree_networks() -> dict[str, NetworkBuilder]:
 @hookimpl
 def bpfree_studies() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}
+
+
+@hookimpl
+def bpfree_presets() -> dict[str, dict[str, Any]]:
+    return {"quickstart/local-forward-gradient": {"rule": "local-forward-gradient"}}

@@ -97,6 +97,7 @@ class HebbianNorm(Rule):
         "norm is that of the projection on the class's principal components. Updates are means over the batch times the number of "
         "classes, so a rare class learns more slowly. The reported loss takes norms for logits and means little.",
     )
+    own_network = True
     traits = Traits("independent", 0, 0, supervision="labels", chain=False, readout=False, targets=("classes", "soft"))
     config: HebbianNormConfig
 

@@ -85,6 +85,7 @@ class NoPropDT(Rule):
         self.embed = ClassEmbedding(spec.outputs, d, self.config.embedding)
         self.head = make_head(self.config.head, self.embed, self.config.sigma)
 
+    own_network = True
     traits = Traits("independent", 0, 1, chain=False, readout=False, targets=("classes", "soft"))
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bpfree.hooks import hookimpl
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
@@ -19,3 +21,8 @@ def bpfree_rules() -> dict[str, type[Rule]]:
 @hookimpl
 def bpfree_networks() -> dict[str, NetworkBuilder]:
     return dict(NETWORKS)
+
+
+@hookimpl
+def bpfree_presets() -> dict[str, dict[str, Any]]:
+    return {"quickstart/noprop-dt": {"rule": "noprop-dt"}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from bpfree import Rule, Run, hookimpl
 from bpfree.network.builders import NetworkBuilder
@@ -46,3 +47,8 @@ def run_end(run: Run) -> None:
     """Draw them."""
     if run.folder is not None and (path := run.folder / "relaxation.json").exists():
         profile.add_plot(run, path)
+
+
+@hookimpl
+def bpfree_presets() -> dict[str, dict[str, Any]]:
+    return {"quickstart/predictive-coding": {"rule": "predictive-coding"}}

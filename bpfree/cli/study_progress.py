@@ -1,0 +1,86 @@
+"""The progress of a study on the terminal: a line per cell that has ended, and how long the rest will take."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from bpfree.study.cells import Cell
+    from bpfree.study.state import Outcome
+
+__all__ = ["StudyProgress"]
+
+
+class StudyProgress:
+    """Shows what runs and what has ended, on standard error.
+
+    Args:
+        count: cells of the study.
+        left: those that are to be run.
+        quiet: show failures alone.
+    """
+
+    def __init__(self, count: int, left: int, *, quiet: bool) -> None:
+        self._count, self._left, self._first, self._quiet = count, left, left, quiet
+        self._since = time.monotonic()
+        self._elsewhere: set[str] = set()
+
+    def __enter__(self) -> StudyProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Nothing stays behind."""
+
+    def of(self, workers: int) -> StudyProgress:
+        """The same for so many workers."""
+        if workers > 1 and not self._quiet:
+            click.echo(f"{workers} workers", err=True)
+        return self
+
+    def started(self, cell: Cell, before: Outcome | None) -> None:
+        """Told where a cell goes on that was interrupted."""
+        if before is not None and before.run and not before.is_final:
+            self.say(f"{cell.label}: goes on with {before.run}")
+
+    def ended(self, cell: Cell, outcome: Outcome | None, left: int) -> None:
+        """A line: place, what became of it, what is left."""
+        self._left = left
+        if outcome is None:
+            if cell.id not in self._elsewhere:
+                self.say(f"{cell.label}: another process runs it")
+            self._elsewhere.add(cell.id)
+            return
+        if outcome.status != "finished":
+            self._show(f"{cell.label}: {outcome.status}: {outcome.reason}")
+        elif not self._quiet:
+            self._show(f"{cell.label}: {_score(outcome)}, {outcome.elapsed:.0f} s{self._rest()}")
+
+    def _show(self, text: str) -> None:
+        width = len(str(self._count))
+        click.echo(f"[{self._count - self._left:{width}}/{self._count}] {text}", err=True)
+
+    def _rest(self) -> str:
+        done = self._first - self._left
+        if not self._left or done < 1:
+            return ""
+        seconds = (time.monotonic() - self._since) / done * self._left
+        return f"   (about {f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min'} left)"
+
+    def say(self, text: str) -> None:
+        """Anything else."""
+        if not self._quiet:
+            click.echo(text, err=True)
+
+
+def _score(outcome: Outcome) -> str:
+    result, last = outcome.result, outcome.history[-1] if outcome.history else {}
+    for name, source in (("test", result), ("val", last)):
+        if f"{name}/accuracy" in source:
+            return f"{name} accuracy {100 * source[f'{name}/accuracy']:.2f} %"
+        if f"{name}/loss" in source:
+            return f"{name} loss {source[f'{name}/loss']:.4g}"
+    return "finished"

@@ -1,0 +1,160 @@
+"""What of a study is to be run: all of it, in order, as far as it is known; tuning makes more of it as it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bpfree.errors import UsageError, nearest
+from bpfree.study.cells import Cell, Place, Plan
+from bpfree.study.line import Line
+from bpfree.study.state import Outcome, State
+from bpfree.study.tuning import Tuner
+
+__all__ = ["FAILED", "Agenda"]
+
+FAILED = ("failed", "diverged", "timeout")
+"""What ``retry failed`` runs again."""
+
+
+@dataclass
+class _Post:
+    """A place with its cells, and its trials if it is tuned."""
+
+    place: Place
+    cells: list[Cell]
+    tuner: Tuner | None
+
+
+class Agenda:
+    """The cells of a study and how they stand.
+
+    Args:
+        plan: the study, resolved.
+        state: where outcomes are noted; it is read again at each question.
+        rows, columns: only these are run; ``None``: all.
+        retry: statuses that are run again.
+
+    Raises:
+        UsageError: labels that the study does not have.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        state: State,
+        *,
+        rows: Sequence[str] | None = None,
+        columns: Sequence[str] | None = None,
+        retry: Iterable[str] = (),
+    ) -> None:
+        study = plan.study
+        _check_labels(rows, [row.label for row in study.rows], "rows")
+        _check_labels(columns, [column.label for column in study.columns], "columns")
+        self.plan, self.state, self.retry = plan, state, frozenset(retry)
+        self._rows, self._columns = rows, columns
+        self._done: dict[str, Outcome] = {}
+        self._tried: set[str] = set()
+        self._posts = [self._post(place) for place in plan.places]
+
+    def _post(self, place: Place) -> _Post:
+        cells = [cell for cell in self.plan.cells if (cell.row, cell.column) == (place.row.label, place.column.label)]
+        tune = self.plan.study.tune
+        return _Post(place, cells, Tuner(self.plan, place, tune, self._known) if tune is not None and place.row.space else None)
+
+    def _known(self, cell: str) -> Outcome | None:
+        """The outcome of a cell; a finished one is read once."""
+        if cell in self._done:
+            return self._done[cell]
+        outcome = self.state.read(cell)
+        if outcome is not None and outcome.status == "finished":
+            self._done[cell] = outcome
+        return outcome
+
+    def _chosen(self) -> list[_Post]:
+        return [
+            post
+            for post in self._posts
+            if (self._rows is None or post.place.row.label in self._rows)
+            and (self._columns is None or post.place.column.label in self._columns)
+        ]
+
+    # --- questions --------------------------------------------------------------------------------------------------
+
+    def cells(self) -> list[Cell]:
+        """All cells that are settled so far: trials first, then seeds as the outer loop. Those of a row that is still being tuned come
+        when its trials have ended."""
+        trials = [cell for post in self._chosen() if post.tuner is not None for cell in post.tuner.cells()]
+        final = [self._final(post) for post in self._chosen()]
+        return trials + [cells[number] for number in range(len(self.plan.seeds)) for cells in final if cells]
+
+    def _final(self, post: _Post) -> list[Cell]:
+        if post.tuner is None:
+            return post.cells
+        return post.tuner.final(self.plan.seeds) if post.tuner.tuned().complete else []
+
+    def count(self) -> int:
+        """Cells in all, those included that tuning will make."""
+        tune = self.plan.study.tune
+        trials = sum(tune.trials * len(tune.seeds) for post in self._chosen() if post.tuner is not None) if tune else 0
+        return trials + len(self.plan.seeds) * len(self._chosen())
+
+    def to_do(self, cell: Cell) -> bool:
+        """Whether a cell is to be run."""
+        outcome = self._known(cell.id)
+        return cell.id not in self._tried and (outcome is None or not outcome.is_final or outcome.status in self.retry)
+
+    def ready(self) -> list[Cell]:
+        """The cells that can be run now."""
+        found: dict[str, Cell] = {}
+        for cell in self.cells():
+            if cell.id not in found and self.to_do(cell):
+                found[cell.id] = cell
+        return list(found.values())
+
+    def take(self, outcome: Outcome) -> None:
+        """Note an outcome that comes from a machine which does not share the folder."""
+        known = self.state.read(outcome.cell)
+        if known is None or (outcome.is_final and known.status != outcome.status):
+            self.state.write(outcome)
+
+    def tried(self, cell: str) -> None:
+        """This call has done with a cell, whatever became of it."""
+        self._tried.add(cell)
+
+    def left(self) -> int:
+        """How many cells are still to be run, those included that tuning will make."""
+        return self.count() - sum(not self.to_do(cell) for cell in self.cells())
+
+    def finished(self, cells: Iterable[Cell]) -> bool:
+        """Whether all of these are finished."""
+        return all((known := self._known(cell.id)) is not None and known.status == "finished" for cell in cells)
+
+    def complete(self) -> bool:
+        """Whether every cell that was chosen is finished; of trials it is enough that they have ended."""
+        final = [self._final(post) for post in self._chosen()]
+        return all(cells and self.finished(cells) for cells in final)
+
+    def lines(self) -> list[Line]:
+        """The lines of the table, of all rows and columns, with what is known of them now."""
+        return [self._line(post) for post in self._posts]
+
+    def _line(self, post: _Post) -> Line:
+        tuned = None if post.tuner is None else post.tuner.tuned()
+        cells = self._final(post) or post.cells
+        known = [self.state.seen(cell.id) if tuned is None or tuned.complete else None for cell in cells]
+        return Line(post.place.row, post.place.column.label, cells, known, tuned)
+
+    def hidden(self) -> int:
+        """Finished cells that lie here and are none of these."""
+        trials = [cell.id for post in self._posts if post.tuner is not None for cell in post.tuner.cells()]
+        return self.state.others({*trials, *(cell.id for post in self._posts for cell in [*post.cells, *self._final(post)])})
+
+
+def _check_labels(given: Sequence[str] | None, labels: Sequence[str], kind: str) -> None:
+    wrong = [label for label in given or () if label not in labels]
+    if wrong:
+        guesses = [guess for label in wrong if (guess := nearest(label, labels))]
+        fix = f"did you mean {', '.join(map(repr, guesses))}? " if guesses else ""
+        what = f"the study has no {kind} {', '.join(map(repr, wrong))}"
+        raise UsageError(what, where=f"--{kind}", fix=f"{fix}known: {', '.join(filter(None, labels)) or 'none'}")

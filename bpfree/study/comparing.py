@@ -1,0 +1,87 @@
+"""A comparison of rules as a study: each beside the linear classifier, its frozen twin, and back-propagation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bpfree.config import Leaf, parse_words
+from bpfree.errors import UsageError
+from bpfree.plugins import Plugins, installed_plugins
+from bpfree.rule import Rule
+from bpfree.study.file import Column, Row, Study
+
+__all__ = ["comparison"]
+
+
+def comparison(
+    words: Sequence[str], common: Sequence[Leaf], *, seeds: int = 3, references: bool = True, jobs: int = 1, registry: Plugins | None = None
+) -> Study:
+    """The study that compares these rules, floor first and ceiling last.
+
+    Settings of ``network`` reach the rules that take a network; one with a network of its own takes them in its own word.
+
+    Args:
+        words: ``RULE`` or ``RULE,KEY=VALUE,...`` for settings of that row alone.
+        common: settings of all rows.
+        seeds: how many.
+        references: add the linear classifier, the frozen twin of each rule, and back-propagation.
+        jobs: cells at a time.
+
+    Raises:
+        UsageError: an unknown rule, or none.
+    """
+    registry = registry or installed_plugins()
+    asked = {word: _settings(word, registry) for word in words}
+    if not asked:
+        raise UsageError("no rule to compare", fix="name some; bpfree rules lists them")
+    rows, controls = dict(asked), list[str]()
+    if references:
+        own = {label: settings for label, settings in asked.items() if label not in ("linear", "frozen", "backprop")}
+        twins = dict(_twin(label, settings, registry) for label, settings in own.items())
+        rows = {"linear": {"rule": "linear"}, "frozen": {"rule": "frozen"}, **twins, **own, "backprop": {"rule": "backprop"}}
+        controls = ["frozen", *(label for label in twins if label != "frozen")]
+    shared = {leaf.key: leaf.value for leaf in common if leaf.key.split(".")[0] != "network"}
+    networks = {leaf.key: leaf.value for leaf in common if leaf.key not in shared}
+    return Study(
+        name=f"compare-{_digest(rows, shared, networks)}",
+        title=f"{', '.join(asked)} on {shared.get('task', shared.get('task.name', 'digits'))}",
+        paper="",
+        notes="",
+        settings=shared,
+        seeds=list(range(seeds)),
+        columns=[Column()],
+        rows=[
+            Row(label, {**({} if _rule(settings, registry).own_network else networks), **settings}, {"": {}}, {})
+            for label, settings in rows.items()
+        ],
+        controls=controls,
+        jobs=jobs,
+    )
+
+
+def _settings(word: str, registry: Plugins) -> dict[str, Any]:
+    name, *settings = re.split(r",(?![^\[{]*[\]}])", word)  # not at commas inside brackets
+    registry.get("rules", name, where="command line")
+    return {"rule": name, **{leaf.key: leaf.value for leaf in parse_words(settings)}}
+
+
+def _rule(settings: Mapping[str, Any], registry: Plugins) -> type[Rule]:
+    rule: type[Rule] = registry.get("rules", settings["rule"])
+    return rule
+
+
+def _twin(label: str, settings: Mapping[str, Any], registry: Plugins) -> tuple[str, dict[str, Any]]:
+    """Rules on the common network share one twin, the rule ``frozen``; others, and those with settings, have their own."""
+    rule = _rule(settings, registry)
+    own = getattr(rule.network_options, "__func__", None) is not Rule.network_options.__func__  # type: ignore[attr-defined]
+    if not own and len(settings) == 1:
+        return "frozen", {"rule": "frozen"}
+    return f"{label} (frozen twin)", {**settings, "frozen_twin": True}
+
+
+def _digest(*parts: Iterable[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]

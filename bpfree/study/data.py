@@ -1,0 +1,102 @@
+"""What a study must know of its data before it trains: their fingerprint and number of examples.
+
+Both are computed once from the loaded set, and kept beside the studies' cells together with size and time of the files that were
+read, so that the next plan need not read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bpfree.config import Recipe
+from bpfree.errors import BpfreeError
+from bpfree.tasks.task import Task
+from bpfree.tracking.events import write_text
+
+__all__ = ["Data", "DataBook"]
+
+NAME = "data.json"
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set as it lies here.
+
+    Attributes:
+        fingerprint: of the training and test examples, whatever the validation split.
+        examples: for training, before a validation split is cut.
+    """
+
+    fingerprint: str
+    examples: int
+
+
+class DataBook:
+    """Fingerprints of data sets.
+
+    Args:
+        folder: where they are kept, that of all studies; ``None``: nowhere.
+        load: whether a set may be loaded (and downloaded) to know them.
+    """
+
+    def __init__(self, folder: Path | None, *, load: bool) -> None:
+        self._path, self._load = None if folder is None else folder / NAME, load
+        self._known: dict[str, Data | None] = {}
+        self.files: set[Path] = set()
+
+    def of(self, recipe: Recipe) -> Data | None:
+        """What is known of the recipe's data; ``None`` if they cannot be had, or are not here and must not be loaded."""
+        source = recipe.registry.get("tasks", recipe.names["task"])
+        options = dataclasses.asdict(recipe.options["task"])
+        files = None if source.files is None else list(source.files(recipe.options["task"], recipe.root()))
+        self.files.update(files or ())
+        state = None if files is None else [_state(path) for path in files]
+        key = _hash([recipe.names["task"], options, str(recipe.root()), state])
+        if key not in self._known:
+            self._known[key] = self._find(recipe, source, key, there=state is not None and all(part[1] is not None for part in state))
+        return self._known[key]
+
+    def _find(self, recipe: Recipe, source: Any, key: str, *, there: bool) -> Data | None:
+        kept = self._kept().get(key) if there and source.files(recipe.options["task"], recipe.root()) else None
+        if kept is not None:
+            return Data(str(kept["fingerprint"]), int(kept["examples"]))
+        if not there and not self._load:
+            return None
+        try:
+            task = Task.from_source(source, recipe.options["task"], root=recipe.root(), validation=0)
+        except BpfreeError:  # the cells will say so
+            return None
+        found = Data(task.fingerprint(), len(task.train))
+        if source.files is not None:
+            files = [_state(path) for path in source.files(recipe.options["task"], recipe.root())]  # a download has changed them
+            self._keep(_hash([recipe.names["task"], dataclasses.asdict(recipe.options["task"]), str(recipe.root()), files]), found)
+        return found
+
+    def _kept(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8")) if self._path else {}
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _keep(self, key: str, data: Data) -> None:
+        if self._path is not None and self._load:
+            content = self._kept() | {key: dataclasses.asdict(data)}
+            write_text(self._path, json.dumps(content, indent=2) + "\n")
+
+
+def _state(path: Path) -> tuple[str, int | None, int | None]:
+    try:
+        found = path.stat()
+    except OSError:
+        return str(path), None, None
+    return str(path), found.st_size, found.st_mtime_ns
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,123 @@
+"""What a study will cost: from cells that are done, or from a few steps on random numbers of the task's shape.
+
+No data are read and nothing is written. Training alone is counted, without evaluation and loading.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import torch
+
+from bpfree.config import Recipe
+from bpfree.errors import BpfreeError
+from bpfree.rule import Rule
+from bpfree.step import Batch, Budget, Phase
+from bpfree.study.cells import Cell
+from bpfree.study.state import Outcome
+from bpfree.tasks.task import TaskSpec
+from bpfree.training import environment
+from bpfree.training.phases import learning
+from bpfree.training.updater import new_step
+
+__all__ = ["Estimate", "estimate"]
+
+WARM_UP, TIMED = 2, 3
+MOST_PHASES = 10_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of training of one cell.
+
+    Attributes:
+        seconds: ``None`` where nothing can be said.
+        source: ``budget`` (it is given in seconds), ``cells`` (mean of those that are done), or ``steps`` (timed here).
+        reason: why nothing can be said.
+    """
+
+    seconds: float | None
+    source: Literal["budget", "cells", "steps", ""] = ""
+    reason: str = ""
+
+
+def estimate(cell: Cell, done: Sequence[Outcome]) -> Estimate:
+    """The cost of a cell.
+
+    Args:
+        cell: to be run.
+        done: finished cells of the same row and column.
+    """
+    budget = cell.recipe.settings.budget
+    if budget.seconds is not None:
+        return Estimate(budget.seconds, "budget")
+    known = [outcome.result["train/seconds"] for outcome in done if "train/seconds" in outcome.result]
+    if known:
+        return Estimate(statistics.fmean(known), "cells")
+    if cell.examples is None:
+        return Estimate(None, reason="the data are not here")
+    if budget.forwards is not None:
+        return Estimate(None, reason="a budget in forward-pass equivalents is measured as it runs")
+    try:
+        return Estimate(_from_steps(cell.recipe, cell.examples), "steps")
+    except (BpfreeError, RuntimeError, ValueError) as error:
+        return Estimate(None, reason=str(error).splitlines()[0])
+
+
+def _from_steps(recipe: Recipe, examples: int) -> float:
+    """Steps of the first phase, timed, times the number of steps."""
+    spec, settings = recipe.spec(), recipe.settings
+    device = environment.resolve_device(settings.device)
+    kept = examples - round(recipe.task.validation * examples)
+    with environment.numerics(threads=settings.threads, deterministic=settings.deterministic), torch.random.fork_rng(devices=[]):
+        rule = recipe.build_rule(spec).to(device)
+        budget = settings.budget.resolve(kept)
+        phases = list(islice(rule.phases(budget), MOST_PHASES))
+        wanted = phases[0].batch_size or settings.batch_size
+        size = kept if wanted == "all" else min(wanted, kept)
+        batch = _batch(spec, size, device)
+        if phases[0].on_features:
+            batch = Batch(rule.features(batch.inputs).detach(), batch.targets)
+        per_step = _time_step(rule, phases[0], batch, recipe)
+    return per_step * _steps(budget, phases, kept, size)
+
+
+def _steps(budget: Budget, phases: Sequence[Phase], examples: int, size: int) -> float:
+    if budget.samples is not None:
+        return budget.samples / size
+    passes = sum(phase.epochs or 0 for phase in phases) or budget.epochs or 0
+    return passes * math.ceil(examples / size)
+
+
+def _batch(spec: TaskSpec, size: int, device: torch.device) -> Batch:
+    inputs = torch.randn(size, *spec.input_shape, device=device)
+    if spec.targets == "none":
+        return Batch(inputs)
+    if spec.targets == "classes":
+        return Batch(inputs, torch.randint(spec.outputs, (size,), device=device))
+    rows = torch.randn(size, spec.outputs, device=device)
+    return Batch(inputs, rows.softmax(1) if spec.targets == "soft" else rows)
+
+
+def _time_step(rule: Rule, phase: Phase, batch: Batch, recipe: Recipe) -> float:
+    """The fastest of a few."""
+    rule.start_phase(phase)
+    step = new_step(rule, recipe.settings.optimizer.over(rule.optimizer), seed=0)
+    step.phase = phase
+    device = batch.inputs.device
+    times = []
+    with learning(rule, phase), environment.autocast(device, recipe.settings.precision):
+        for index in range(WARM_UP + TIMED):
+            since = time.perf_counter()
+            rule.learn(batch, step)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - since)
+            step.index = index + 1
+    return min(times[WARM_UP:])

@@ -1,0 +1,240 @@
+"""Where cells run: in this process, or in a pool of processes on this machine. (On many machines: :mod:`bpfree.study.ray_executor`.)"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+from bpfree.study.state import Outcome
+from bpfree.study.worker import Job, Worker
+from bpfree.training.trainer import Interrupted
+
+__all__ = ["Ended", "Executor", "InProcess", "Pool", "serve", "stoppable"]
+
+GRACE = 60.0
+"""Seconds that workers have to save what they are doing, and that a cell has beyond its time before its worker is killed."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended.
+
+    Attributes:
+        cell: its hash.
+        outcome: ``None``: another process runs it, or the worker has died.
+        died: what became of the worker, if it died.
+        final: whether it makes no sense to try again.
+    """
+
+    cell: str
+    outcome: Outcome | None
+    died: str = ""
+    final: bool = False
+
+
+class Executor(Protocol):
+    """Runs jobs.
+
+    Attributes:
+        slots: how many at a time.
+    """
+
+    slots: int
+
+    def start(self, job: Job) -> None:
+        """Give a job to a worker that is free."""
+
+    def wait(self) -> list[Ended]:
+        """Wait until something has ended.
+
+        Raises:
+            Interrupted: asked to stop.
+        """
+
+    def close(self) -> None:
+        """End the workers: those that still run a cell save it first."""
+
+
+class InProcess:
+    """One cell after the other, here."""
+
+    slots = 1
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._worker, self._ended = Worker(say), list[Ended]()
+
+    def start(self, job: Job) -> None:
+        """Run it."""
+        self._ended.append(Ended(job.cell, self._worker.run(job)))
+
+    def wait(self) -> list[Ended]:
+        """What has run."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def close(self) -> None:
+        """Nothing is left to end."""
+
+
+@dataclass
+class _Hand:
+    """A process of the pool."""
+
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    number: int
+    job: Job | None = None
+    since: float = field(default_factory=time.monotonic)
+
+
+class Pool:
+    """Processes on this machine, made when they are needed; one that dies is replaced.
+
+    Where there are GPUs, each process sees one of them, in turn. Processes are told to end when this one dies, however it does.
+
+    Args:
+        jobs: how many.
+        gpus: as ``CUDA_VISIBLE_DEVICES`` names them; empty for the CPU.
+    """
+
+    def __init__(self, jobs: int, gpus: Sequence[str] = ()) -> None:
+        self.slots, self._gpus = jobs, list(gpus)
+        self._hands: list[_Hand] = []
+
+    def start(self, job: Job) -> None:
+        """Give it to a free process."""
+        hand = next((hand for hand in self._hands if hand.job is None and hand.process.poll() is None), None) or self._new()
+        hand.job, hand.since = job, time.monotonic()
+        with contextlib.suppress(OSError):  # it has just died, which the next wait finds
+            hand.connection.send(job)
+
+    def wait(self) -> list[Ended]:
+        """Wait for results, deaths, and cells whose time is long up."""
+        while True:
+            busy = [hand for hand in self._hands if hand.job is not None]
+            wait([hand.connection for hand in busy], timeout=1.0)  # a connection ends when its process does
+            ended = [found for hand in busy if (found := self._look(hand)) is not None]
+            if ended:
+                return ended
+
+    def close(self) -> None:
+        """Stop what runs, with its checkpoints."""
+        for hand in self._hands:
+            with contextlib.suppress(OSError):
+                if hand.job is not None:
+                    hand.process.terminate()
+                else:
+                    hand.connection.send(None)
+        deadline = time.monotonic() + GRACE
+        for hand in self._hands:
+            _end(hand, max(0.0, deadline - time.monotonic()))
+        self._hands.clear()
+
+    def _new(self) -> _Hand:
+        taken = {hand.number for hand in self._hands}
+        number = next(number for number in range(len(taken) + 1) if number not in taken)
+        ours, theirs = socket.socketpair()
+        variables = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # who waits keeps nobody from work
+        if self._gpus:
+            variables["CUDA_VISIBLE_DEVICES"] = self._gpus[number % len(self._gpus)]
+        # a process group of its own: a keyboard's interrupt is for us, who tell the workers to stop
+        command = [sys.executable, "-c", f"from bpfree.study.executors import serve; serve({theirs.fileno()}, {os.getpid()})"]
+        process = subprocess.Popen(command, env=variables, pass_fds=[theirs.fileno()], process_group=0, stdin=subprocess.DEVNULL)
+        theirs.close()
+        hand = _Hand(process, Connection(ours.detach()), number)
+        hand.connection.send(list(sys.path))
+        self._hands.append(hand)
+        return hand
+
+    def _look(self, hand: _Hand) -> Ended | None:
+        assert hand.job is not None
+        job = hand.job
+        try:
+            if hand.connection.poll():
+                outcome = hand.connection.recv()
+                hand.job = None
+                return Ended(job.cell, outcome)
+        except (EOFError, OSError):
+            self._hands.remove(hand)
+            _end(hand, 1.0)
+            return Ended(job.cell, None, f"its worker died ({_how(hand.process.returncode)})")
+        if job.timeout is not None and time.monotonic() - hand.since > 1.5 * job.timeout + GRACE:
+            self._hands.remove(hand)
+            _end(hand, 0.0)
+            return Ended(job.cell, None, f"killed: it did not stop after its {job.timeout:g} s", final=True)
+        return None
+
+
+def _end(hand: _Hand, patience: float) -> None:
+    """Wait for a process so many seconds, then kill it."""
+    try:
+        hand.process.wait(patience)
+    except subprocess.TimeoutExpired:
+        hand.process.kill()
+        hand.process.wait()
+    hand.connection.close()
+
+
+def _how(code: int | None) -> str:
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-code).name
+    return f"exit code {code}"
+
+
+def serve(handle: int, parent: int) -> None:
+    """What a process of the pool does: jobs, until it is told to end.
+
+    Args:
+        handle: of the connection.
+        parent: process that must live.
+    """
+    _end_with(parent)
+    connection = Connection(handle)
+    worker = Worker(lambda text: None)  # the outcome says it
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt, Interrupted):
+        sys.path[:] = connection.recv()
+        while (job := connection.recv()) is not None:
+            connection.send(worker.run(job))
+
+
+def _end_with(parent: int) -> None:
+    """Be told to stop when the parent dies, even if that is killed (Linux)."""
+    set_death_signal = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGTERM)
+    if os.getppid() != parent:  # it was faster
+        os._exit(1)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM end what is done inside, in an orderly way.
+
+    Raises:
+        Interrupted: one of them came.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int, frame: Any) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_DFL)  # the second one ends it at once
+        raise Interrupted(f"stopped by {signal.Signals(number).name}", None)
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,179 @@
+"""Grids: rules x networks x tasks, written out as the rows and columns of a table.
+
+A rule that takes a network has a row for each of the study's networks; one with a network of its own (``Rule.own_network``, or settings
+of ``network`` in its entry) has one. A task is a column. A *preset* stands for a rule with settings that a plugin ships for it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bpfree.errors import UsageError, nearest
+from bpfree.plugins import Plugins
+
+__all__ = ["GRID_KEYS", "expand"]
+
+GRID_KEYS = ("rules", "networks", "tasks", "exclude")
+RULE_KEYS = ("rule", "preset", "presets", "label", "settings", "published", "tune")
+NETWORK_KEYS = ("label", "settings")
+TASK_KEYS = ("label", "settings", "target")
+
+Note = Callable[[str], None]
+
+
+@dataclass
+class _Entry:
+    """A rule, network or task of the grid."""
+
+    label: str
+    settings: dict[str, Any]
+    more: dict[str, Any] = field(default_factory=dict)
+    own_network: bool = False
+
+
+def expand(content: Mapping[str, Any], registry: Plugins, note: Note) -> dict[str, Any]:
+    """The file with ``rows`` and ``columns`` in place of its grid; as it is, if it has none.
+
+    Args:
+        content: of the study file.
+        registry: of rules and presets.
+        note: told of each thing that is wrong.
+    """
+    if not any(key in content for key in GRID_KEYS):
+        return dict(content)
+    both = [key for key in ("rows", "columns") if key in content]
+    if both:
+        note(f"a study has rows and columns, or rules, networks and tasks; this has {' and '.join(both)} beside a grid")
+    grid = _Grid(registry, note)
+    rules = [entry for node in _listed(content, "rules", note) for entry in grid.rules(node)]
+    networks = [grid.entry(node, "network", NETWORK_KEYS) for node in _listed(content, "networks", note)]
+    tasks = [grid.entry(node, "task", TASK_KEYS) for node in _listed(content, "tasks", note)]
+    if not rules:
+        note("a grid needs rules: a list of names, or of mappings with the key rule, preset or presets")
+    excluded = _Excluded(content, [rules, networks, tasks], note)
+    kept = {key: value for key, value in content.items() if key not in GRID_KEYS}
+    kept["columns"] = [{"label": task.label, "settings": task.settings, **task.more} for task in tasks] or None
+    kept["rows"] = list(_rows(rules, networks, tasks, excluded))
+    return kept
+
+
+def _listed(content: Mapping[str, Any], key: str, note: Note) -> list[Any]:
+    value = content.get(key)
+    if value is not None and not isinstance(value, list):
+        note(f"{key}: must be a list, not {value!r}")
+    return value if isinstance(value, list) else []
+
+
+def _rows(rules: Sequence[_Entry], networks: Sequence[_Entry], tasks: Sequence[_Entry], excluded: _Excluded) -> Iterator[dict[str, Any]]:
+    for rule in rules:
+        own = rule.own_network or not networks
+        for network in [None] if own else networks:
+            label = rule.label if network is None or len(networks) == 1 else f"{rule.label} ({network.label})"
+            row = {"label": label, "settings": {**(network.settings if network else {}), **rule.settings}, **rule.more}
+            if tasks:
+                row["columns"] = [t.label for t in tasks if not excluded.holds(rule.label, network.label if network else None, t.label)]
+                if isinstance(published := row.get("published"), dict):
+                    row["published"] = {column: numbers for column, numbers in published.items() if column in row["columns"]}
+            elif excluded.holds(rule.label, network.label if network else None, None):
+                continue
+            if row.get("columns") != []:
+                yield row
+
+
+class _Grid:
+    """Reads the entries of a grid."""
+
+    def __init__(self, registry: Plugins, note: Note) -> None:
+        self._registry, self._note = registry, note
+
+    def entry(self, node: Any, kind: str, keys: Sequence[str]) -> _Entry:
+        """A name, or a mapping with a label and settings."""
+        if isinstance(node, str):
+            return _Entry(node, {kind: node})
+        if not isinstance(node, dict):
+            self._note(f"{kind}s: must be a name, or a mapping of {', '.join(keys)}, not {node!r}")
+            return _Entry("", {})
+        self._check(node, f"{kind} {node.get('label', '')}".strip(), keys)
+        settings = self._settings(node, f"{kind} {node.get('label', '')}".strip())
+        named = settings.get(kind, settings.get(f"{kind}.name", ""))
+        return _Entry(str(node.get("label", named)), settings, {key: node[key] for key in keys[2:] if key in node})
+
+    def rules(self, node: Any) -> Iterator[_Entry]:
+        """The rule, or the rules, that an entry stands for."""
+        if isinstance(node, str):
+            node = {"rule": node}
+        if not isinstance(node, dict) or sum(key in node for key in ("rule", "preset", "presets")) != 1:
+            self._note(f"rules: must be a name, or a mapping with one of rule, preset and presets, not {node!r}")
+            return
+        where = f"rule {node.get('label') or node.get('rule') or node.get('preset') or node.get('presets')}"
+        self._check(node, where, RULE_KEYS)
+        own = self._settings(node, where)
+        for name, settings in self._named(node, where):
+            merged = {**settings, **own}
+            rule = str(merged.get("rule", merged.get("rule.name", "")))
+            label = str(node.get("label") or (rule if "presets" in node else name))
+            more = {key: node[key] for key in ("published", "tune") if key in node}
+            yield _Entry(label, merged, more, self._own_network(rule, merged, where))
+
+    def _named(self, node: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """``(name, settings)`` of the rule, the preset, or of every installed preset that the pattern fits."""
+        if "rule" in node:
+            yield str(node["rule"]), {"rule": str(node["rule"])}
+            return
+        known = self._registry.names("presets")
+        if "presets" in node:
+            found = [name for name in known if fnmatch.fnmatchcase(name, str(node["presets"]))]
+            yield from ((name, dict(self._registry.get("presets", name))) for name in found)
+            return
+        try:
+            yield str(node["preset"]), dict(self._registry.get("presets", str(node["preset"]), where=where))
+        except UsageError as error:
+            self._note(f"{where}: {error.what}: {error.fix}")
+
+    def _own_network(self, name: str, settings: Mapping[str, Any], where: str) -> bool:
+        try:
+            rule = self._registry.get("rules", name, where=where)
+        except UsageError as error:
+            self._note(f"{where}: {error.what} ({error.fix})")
+            return True
+        return bool(rule.own_network) or any(key.split(".")[0] == "network" for key in settings)
+
+    def _settings(self, node: Mapping[str, Any], where: str) -> dict[str, Any]:
+        settings = node.get("settings")
+        if settings is not None and not isinstance(settings, dict):
+            self._note(f"{where}: settings: must be a mapping of settings to values, not {settings!r}")
+        return dict(settings) if isinstance(settings, dict) else {}
+
+    def _check(self, node: Mapping[str, Any], where: str, keys: Sequence[str]) -> None:
+        for key in node:
+            if key not in keys:
+                guess = nearest(str(key), keys)
+                self._note(f"{where}: unknown key {key!r}: " + (f"did you mean {guess!r}?" if guess else f"known here: {', '.join(keys)}"))
+
+
+class _Excluded:
+    """Combinations that the grid leaves out: mappings of any of rule, network and task to labels."""
+
+    def __init__(self, content: Mapping[str, Any], axes: Sequence[Sequence[_Entry]], note: Note) -> None:
+        labels = dict(zip(("rule", "network", "task"), ([entry.label for entry in axis] for axis in axes), strict=True))
+        self._combinations: list[dict[str, list[str]]] = []
+        for node in _listed(content, "exclude", note):
+            if not isinstance(node, dict) or not node or not node.keys() <= labels.keys():
+                note(f"exclude: must be mappings of rule, network and task to labels, not {node!r}")
+                continue
+            chosen = {axis: list(map(str, value if isinstance(value, list) else [value])) for axis, value in node.items()}
+            for axis, names in chosen.items():
+                for name in names:
+                    if name not in labels[axis]:
+                        guess = nearest(name, labels[axis])
+                        hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(labels[axis]) or 'none'}"
+                        note(f"exclude: the grid has no {axis} {name!r}: {hint}")
+            self._combinations.append(chosen)
+
+    def holds(self, rule: str, network: str | None, task: str | None) -> bool:
+        """Whether a cell is left out."""
+        cell = {"rule": rule, "network": network, "task": task}
+        return any(all(cell[axis] in names for axis, names in chosen.items()) for chosen in self._combinations)

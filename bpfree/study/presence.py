@@ -1,0 +1,70 @@
+"""Who else computes on this machine: each worker holds a file's lock while it runs a cell, and the held ones are counted.
+
+Two cells that run at the same time slow each other down, so their timings cannot be compared with those of a cell that ran alone.
+A crash releases the lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["Presence", "present"]
+
+
+class Presence:
+    """Counts the cells that run here at the same time.
+
+    Attributes:
+        most: the most that were seen, this one included.
+    """
+
+    def __init__(self, folder: Path, own: Path) -> None:
+        self._folder, self._own = folder, own
+        self.most = 1
+        self.look()
+
+    def look(self) -> None:
+        """Count again."""
+        others = [path for path in self._folder.glob(f"{_host()}-*") if path != self._own]
+        self.most = max(self.most, 1 + sum(map(_is_held, others)))
+
+
+@contextmanager
+def present(folder: Path) -> Iterator[Presence]:
+    """Be seen while a cell runs.
+
+    Args:
+        folder: common to all studies whose cells may run at the same time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / f"{_host()}-{os.getpid()}"
+    with own.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield Presence(folder, own)
+        finally:
+            own.unlink(missing_ok=True)
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with path.open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            with contextlib.suppress(OSError):
+                path.unlink()  # its process has died
+    except OSError:
+        pass
+    return False
+
+
+def _host() -> str:
+    return platform.node().replace("/", "_") or "here"

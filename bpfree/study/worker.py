@@ -1,0 +1,232 @@
+"""Running one cell, in whatever process: what is finished stays, what was interrupted goes on, what fails is a row.
+
+A cell's run has a name that follows from study and cell, so that whoever comes after a killed process finds the run's folder, its
+checkpoint and its MLflow run again: in the end there is one of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bpfree import runner, scoring
+from bpfree.config import Leaf, Recipe, resolve
+from bpfree.errors import BpfreeError
+from bpfree.hooks import hookimpl
+from bpfree.study.presence import Presence, present
+from bpfree.study.state import Outcome, State
+from bpfree.tasks.task import Task
+from bpfree.training import environment
+from bpfree.training.run import Run
+from bpfree.training.trainer import Interrupted
+
+__all__ = ["Job", "Worker"]
+
+WORKERS = ".workers"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell to run, as it travels to another process.
+
+    Attributes:
+        study: its name.
+        cell, row, column, seed, trial, identity, leaves: of the cell.
+        output: folder of runs.
+        changes: settings of the command line that say where and how; they reach a resumed run too.
+        label: shown while it runs.
+        tags: of its run; those of its MLflow run name the study's as its parent.
+        timeout: seconds.
+        training: whether the training split is scored too.
+        again: although it failed before.
+        anew: from the beginning, whatever checkpoint there is.
+        quiet: no progress display.
+    """
+
+    study: str
+    cell: str
+    row: str
+    column: str
+    seed: int
+    trial: int | None
+    identity: Mapping[str, Any]
+    leaves: Sequence[Leaf]
+    output: str
+    changes: Sequence[Leaf]
+    label: str
+    tags: Mapping[str, str]
+    timeout: float | None = None
+    training: bool = False
+    again: bool = False
+    anew: bool = False
+    quiet: bool = True
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run's folder: the same whoever runs the cell."""
+        config = self.identity["config"]
+        twin = "-twin" if config.get("frozen_twin") else ""
+        digest = hashlib.sha256(f"{self.study}\0{self.cell}".encode()).hexdigest()[:12]
+        return f"{config['rule.name']}{twin}-{config['task.name']}-s{self.seed}-{digest}"
+
+
+class TimedOut(BpfreeError):
+    """The cell took longer than it may."""
+
+
+class Worker:
+    """Runs jobs, one after the other.
+
+    Args:
+        say: told of what is not shown by a run itself.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+        self._say = say
+        self._tasks = _Tasks()
+
+    def run(self, job: Job) -> Outcome | None:
+        """Run a cell and note how it ended, whatever a plugin's rule may raise.
+
+        Returns:
+            ``None``: another process has it.
+
+        Raises:
+            Interrupted: it was asked to stop, and has saved a checkpoint.
+        """
+        state = State(Path(job.output), job.study)
+        with state.lock(job.cell) as mine:
+            if not mine:
+                return None
+            before = state.read(job.cell)
+            if before is not None and before.is_final and (before.status == "finished" or not job.again):
+                return before  # somebody was faster
+            outcome = state.begin(job, before)
+            with present(state.folder_of_all / WORKERS) as presence:
+                self._run(job, outcome, _Watch(job, outcome, presence), state)
+            return outcome
+
+    def _run(self, job: Job, outcome: Outcome, watch: _Watch, state: State) -> None:
+        state.write(outcome)
+        try:
+            run = self._train(job, watch)
+            outcome.result, outcome.reason, outcome.history = dict(run.result), run.reason, list(run.history)
+            ended = runner.ended_as(Path(job.output) / job.run_id)
+            outcome.tags = run.tags | ended.get("tags", {})
+            outcome.tracking = dict(run.tracking or ended.get("tracking", {}))
+            if run.status == "finished" and job.training:
+                self._score_training(job, outcome)
+            outcome.status = "finished" if run.status == "finished" else "diverged"
+        except (Interrupted, KeyboardInterrupt) as error:
+            outcome.status, outcome.reason = "interrupted", getattr(error, "what", "stopped")
+            raise
+        except TimedOut as error:
+            outcome.status, outcome.reason = "timeout", error.what
+        except Exception as error:
+            outcome.status = "refused" if isinstance(error, BpfreeError) and not watch.began else "failed"
+            outcome.reason = reason_of(error)
+            self._say(f"{job.label}: {outcome.reason}")
+        finally:
+            watch.note()
+            state.write(outcome)
+
+    def _train(self, job: Job, watch: _Watch) -> Run:
+        folder = Path(job.output) / job.run_id
+        options: dict[str, Any] = {"quiet": job.quiet, "label": job.label, "observers": [watch], "tags": job.tags}
+        if not job.anew and (folder / "checkpoints" / "last.pt").is_file():
+            if runner.ended_as(folder).get("status") == "finished":  # the process was killed before it could note so
+                runner.complete_tracking(folder)
+                return runner.resume(str(folder), output=job.output, quiet=job.quiet)
+            return runner.resume(str(folder), output=job.output, changes=job.changes, task=self._tasks.get(_recipe(job)), **options)
+        recipe = _recipe(job)
+        return runner.run(recipe, run_id=job.run_id, task=self._tasks.get(recipe), **options)
+
+    def _score_training(self, job: Job, outcome: Outcome) -> None:
+        """Loss and accuracy over all examples of the training split, by the weights that were tested."""
+        settings = _recipe(job).settings
+        try:
+            with environment.numerics(threads=settings.threads, deterministic=settings.deterministic):
+                _, scores = scoring.score(str(Path(job.output) / job.run_id), split="train", output=job.output)
+            outcome.result.update({f"train/{name}": scores[name] for name in ("loss", "accuracy") if name in scores})
+        except Exception as error:  # the test result stands without it
+            outcome.reason = f"the training split could not be scored: {reason_of(error)}"
+            self._say(f"{job.label}: {outcome.reason}")
+
+
+def _recipe(job: Job) -> Recipe:
+    return resolve(job.leaves)
+
+
+class _Watch:
+    """Follows a run: whether it has begun, how far it is, whether its time is up, and who runs beside it."""
+
+    def __init__(self, job: Job, outcome: Outcome, presence: Presence) -> None:
+        self._job, self._outcome, self._presence = job, outcome, presence
+        self._since, self._before = time.monotonic(), outcome.elapsed
+        self.began = False
+
+    @hookimpl
+    def phase_start(self, run: Run) -> None:
+        """Training begins: what fails from here on is a failure of the cell."""
+        self.began = True
+
+    @hookimpl
+    def progress(self, run: Run) -> None:
+        """Look at the time.
+
+        Raises:
+            TimedOut: it is up.
+        """
+        self.note()
+        if self._job.timeout is not None and self._outcome.elapsed > self._job.timeout:
+            raise TimedOut(f"not done after {self._job.timeout:g} s, in epoch {run.epoch + 1}")
+
+    @hookimpl
+    def epoch_end(self, run: Run) -> None:
+        """The same after an epoch."""
+        self.progress(run)
+
+    def note(self) -> None:
+        """Time and company so far."""
+        self._presence.look()
+        self._outcome.elapsed = self._before + time.monotonic() - self._since
+        self._outcome.parallel = max(self._outcome.parallel, self._presence.most)
+
+
+class _Tasks:
+    """The task that was used last, as cells that follow each other often share it; and the sets that cannot be had."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._task: Task | None = None
+        self._missing: list[tuple[Any, BpfreeError]] = []
+
+    def get(self, recipe: Recipe) -> Task:
+        """Load it, unless it is there.
+
+        Raises:
+            BpfreeError: it cannot be loaded; asked again, it is not tried again.
+        """
+        key = (recipe.names["task"], recipe.options["task"], recipe.task, recipe.root())
+        for other, error in self._missing:
+            if other == key:
+                raise error
+        if self._task is None or self._key != key:
+            self._task = None  # two large sets need not be in memory at once
+            try:
+                self._key, self._task = key, recipe.build_task()
+            except BpfreeError as error:
+                self._missing.append((key, error))
+                raise
+        return self._task
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, BpfreeError):
+        return " ".join(f"{error.what} ({error.where})".split()) if error.where else " ".join(error.what.split())
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
