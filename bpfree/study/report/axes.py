@@ -77,7 +77,7 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """Powers of ten; 1, 2 and 5 times them over a short range; round steps over a very short one."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = max(1, math.ceil((last - first) / MOST_TICKS))
-    decades = [10.0**power for power in range(first, last + 1, every)]
+    decades = [10.0**power for power in range(first, last + 1) if power % every == 0]
     finer = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
     for choice in (decades, finer):
         within = [value for value in choice if low <= value <= high]

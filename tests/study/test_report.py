@@ -1,0 +1,451 @@
+"""Reports on results that nobody trained (``made_studies``). Oracles: numbers computed here, an HTML parser, the csv module."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from made_studies import lines_of, outcome, planned, tuned
+from scipy import stats
+
+from bpfree.study.cells import Plan
+from bpfree.study.line import Line
+from bpfree.study.report import Report, report_on, write_report
+from bpfree.study.report.content import Section, Table
+from bpfree.study.report.leaderboard import best_alternative
+from bpfree.study.report.view import aligned, compact
+from bpfree.study.state import Outcome
+from bpfree.study.trials import Trial, Tuned
+
+WORDS = ["study", "run", "made.yaml"]
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed, and keeps tags with attributes, and texts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def written(folder: Path, made: Plan, lines: Sequence[Line]) -> tuple[Report, str, str]:
+    report = report_on(made, lines, WORDS)
+    page = write_report(report, folder)
+    return report, page.read_text(), page.with_suffix(".md").read_text()
+
+
+def titles(report: Report) -> list[str]:
+    return [section.title for section in report.sections() if section.level == 2]
+
+
+def table(report: Report, name: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Headers, and rows by their first cell, of words only."""
+    tables = [part for section in report.sections() for part in _tables(section) if part.name == name]
+    (found,) = tables
+    kept = [place for place, header in enumerate(found.headers) if isinstance(header, str)]
+    rows = [[str(row[place]) for place in kept] for row in found.rows]
+    return [str(found.headers[place]) for place in kept], {row[0]: row for row in rows}
+
+
+def _tables(section: Section) -> list[Table]:
+    return [part for part in section.parts if isinstance(part, Table)]
+
+
+# --- the files ----------------------------------------------------------------------------------------------------------
+
+SCRIPT = '<script>alert("1")</script>'
+
+
+def rich(folder: Path) -> tuple[Plan, list[Line]]:
+    rows = ["BP", SCRIPT, "DFA | *two*", "frozen"]
+    columns = ["first", "<b>second</b>", "third"]
+    made = planned(
+        folder, rows=rows, columns=columns, seeds=5, controls=["frozen"], targets=dict.fromkeys(columns, 90.0), title=f"A {SCRIPT}"
+    )
+    lines = lines_of(made, {})
+    for line in lines:
+        number = rows.index(line.row.label)
+        line.outcomes = [outcome(cell, number, blocks=3 if number == 1 else 0) for cell in line.cells]
+        line.tuned = tuned(number)
+    return made, lines
+
+
+def test_a_page_is_well_formed_and_opens_offline(tmp_path: Path) -> None:
+    made, lines = rich(tmp_path)
+    lines[3].outcomes[0] = dataclasses.replace(lines[3].outcomes[0], status="failed", reason=f"in {SCRIPT}", result={})  # type: ignore[type-var]
+    _, page, _ = written(tmp_path, made, lines)
+    parsed = Page(page)
+    assert "alert" not in re.sub(r"&lt;script&gt;alert\(&quot;1&quot;\)&lt;/script&gt;", "", page)
+    assert "<b>" not in page
+    for tag, attributes in parsed.seen:
+        assert tag not in ("link", "iframe", "object", "img", "base")
+        assert not {"src", "srcset", "data"} & attributes.keys()
+        assert (attributes.get("href") or "#").startswith("#")
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "http" not in page
+    assert [tag for tag, _ in parsed.seen].count("script") == 1
+    drawn = [attributes for tag, attributes in parsed.seen if tag == "svg"]
+    assert all(one.get("role") == "img" or one.get("aria-hidden") == "true" for one in drawn)
+    assert all(one["aria-label"] for one in drawn if one.get("role") == "img")
+
+
+def test_sections_and_their_order(tmp_path: Path) -> None:
+    made, lines = rich(tmp_path)
+    report, page, text = written(tmp_path, made, lines)
+    assert titles(report) == [
+        "",
+        "Results",
+        "The table as the study has it",
+        "Time to target",
+        "Learning curves",
+        "Score against cost",
+        "Tuning",
+        "Across columns",
+        "Against the controls",
+        "Block by block",
+        "How the rows differ",
+        "Environment",
+        "Notes",
+        "Run it again",
+    ]
+    for name in titles(report)[1:]:
+        assert f">{name}</h2>" in page
+    assert "## Learning curves" not in text  # nothing but figures
+    assert "## Time to target" in text
+
+
+def test_markdown_has_the_tables_and_no_markup_of_labels(tmp_path: Path) -> None:
+    made, lines = rich(tmp_path)
+    _, _, text = written(tmp_path, made, lines)
+    assert "<svg" not in text
+    assert "\\<script>" in text
+    assert not re.search(r"(?<!\\)<script", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    assert "DFA \\| \\*two\\*" in text
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({len(re.split(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+
+
+def test_results_hold_every_cell(tmp_path: Path) -> None:
+    made = planned(tmp_path, seeds=2)
+    lines = lines_of(made)
+    first = lines[0].outcomes[0]
+    assert first is not None
+    lines[1].outcomes = [None, dataclasses.replace(first, status="diverged", reason="not\nfinite", result={}, parallel=3)]
+    write_report(report_on(made, lines, WORDS), tmp_path)
+    write_report(report_on(made, lines, WORDS), tmp_path, "report-1234")
+    with (tmp_path / "results.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert (tmp_path / "report-1234-results.csv").read_text() == (tmp_path / "results.csv").read_text()
+    assert len(found) == 6
+    assert float(found[0]["test/accuracy"]) == first.result["test/accuracy"]
+    assert (found[0]["row"], found[0]["seed"], found[0]["status"], found[0]["run"]) == ("BP", "0", "finished", "run-BP-0")
+    assert "rule=backprop" in found[0]["settings"]
+    assert "output=" not in found[0]["settings"]
+    assert (found[2]["status"], found[2]["test/accuracy"]) == ("not run", "")
+    assert (found[3]["status"], found[3]["reason"], found[3]["parallel"]) == ("diverged", "not finite", "3")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("made.yaml", "report.html", "report.md", "results.csv"),
+        *("report-1234.html", "report-1234.md", "report-1234-results.csv"),
+        *(path.name for path in tmp_path.iterdir() if path.is_dir()),
+    }
+
+
+def test_a_changed_study_has_names_of_its_own(tmp_path: Path) -> None:
+    made = planned(tmp_path)
+    changed = planned(tmp_path, words=["budget.epochs=1"])
+    assert report_on(made, lines_of(made), WORDS).name == "report"
+    assert re.fullmatch("report-[0-9a-f]{8}", report_on(changed, lines_of(changed), WORDS).name)
+
+
+# --- what it says ---------------------------------------------------------------------------------------------------------
+
+
+def scored(made: Plan, accuracies: dict[str, list[float | None]]) -> list[Line]:
+    """Lines whose cells have only a test accuracy; ``None``: not run."""
+    lines = lines_of(made, {})
+    for line in lines:
+        pairs = zip(line.cells, accuracies[line.row.label], strict=True)
+        line.outcomes = [
+            None
+            if value is None
+            else Outcome(cell.id, cell.row, cell.column, cell.seed, status="finished", result={"test/accuracy": value})
+            for cell, value in pairs
+        ]
+    return lines
+
+
+def test_the_leaderboard_is_sorted_and_has_intervals(tmp_path: Path) -> None:
+    made = planned(tmp_path, metric="test/accuracy", published={"DFA": 96.5}, controls=["frozen"])
+    values: dict[str, list[float | None]] = {"BP": [0.91, 0.92, 0.93], "DFA": [0.96, 0.97, 0.98], "frozen": [0.5, None, None]}
+    lines = scored(made, values)
+    report, page, _ = written(tmp_path, made, lines)
+    headers, rows = table(report, "Leaderboard")
+    assert headers == ["row", "rank", "test accuracy, %", "95 % interval", "n", "published", "difference"]
+    low, high = stats.t.interval(0.95, 2, loc=97, scale=1 / math.sqrt(3))
+    assert list(rows) == ["DFA", "BP", "frozen (control)"]
+    assert rows["DFA"] == ["DFA", "1", "97.00", f"{low:.2f} to {high:.2f}", "3", "96.50", "+0.50"]
+    assert rows["frozen (control)"] == ["frozen (control)", "3", "50.00", "", "1 of 3", "", ""]
+    assert "DFA has the highest mean test accuracy, 97.00 %; BP follows with 92.00 %." in page
+    assert "5 of" not in page
+    assert "7 of 9 cells are finished." in page
+
+
+def test_what_is_said_of_the_first_two(tmp_path: Path) -> None:
+    """Gains of 1, 2 and 3 lie more than two standard errors above zero; of -4, 1 and 6 do not; and one seed says nothing."""
+    made = planned(tmp_path, rows=("BP", "DFA"), metric="test/accuracy", published={"BP": 1})
+    for first, second, said in (
+        ([0.91, 0.93, 0.95], [0.90, 0.91, 0.92], "The difference over 3 shared seeds is 2.00 ± 0.58 (standard error)."),
+        ([0.90, 0.92, 0.96], [0.94, 0.91, 0.90], "The two cannot be told apart: the difference over 3 shared seeds is 1.00 ± 2.89"),
+        ([0.90, None, None], [0.80, 0.81, 0.82], "Only one seed is shared: the order may be chance."),
+        ([0.90, None, None], [None, 0.80, None], "They share no seed"),
+        ([0.90, 0.91, 0.99], [0.92, 0.93, None], "but over the 2 seeds that both have, DFA is better."),
+    ):
+        _, page, _ = written(tmp_path, made, scored(made, {"BP": first, "DFA": second}))  # type: ignore[dict-item]
+        assert said in page
+
+
+def test_losses_decide_where_there_are_no_accuracies(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows=("BP", "DFA"), seeds=12)
+    lines = lines_of(made, {})
+    for number, line in enumerate(reversed(lines)):
+        line.outcomes = [outcome(cell, number, loss=True) for cell in line.cells]
+    report, page, _ = written(tmp_path, made, lines)
+    headers, rows = table(report, "Leaderboard")
+    assert headers[2] == "test loss"
+    assert list(rows) == ["DFA", "BP"]
+    assert "bootstrap (percentile)" in page
+    assert "validation loss, over epochs" in page
+
+
+def test_results_that_are_not_finite(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows=("BP", "DFA", "frozen"), metric="test/loss", published={"BP": 1.0})
+    lines = lines_of(made)
+    for loss, line in zip((math.nan, math.inf, 0.5), lines, strict=True):
+        for known in line.outcomes:
+            assert known is not None
+            known.result["test/loss"] = loss
+    report, page, _ = written(tmp_path, made, lines)
+    _, rows = table(report, "Leaderboard")
+    assert list(rows) == ["frozen", "BP", "DFA"]
+    assert [row[1] for row in rows.values()] == ["1", "", ""]
+    Page(page)
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_the_least_study(tmp_path: Path, finished: int) -> None:
+    made = planned(tmp_path, rows=("BP",), seeds=1)
+    report, page, _ = written(tmp_path, made, lines_of(made, None if finished else {}))
+    Page(page)
+    assert ("Learning curves" in titles(report)) == bool(finished)
+    assert ("0 of 1 cells are finished." in page) == (not finished)
+    assert ("not run" in page) == (not finished)
+    assert "Score against cost" not in page
+
+
+def test_draws_of_stochastic_predictors(tmp_path: Path) -> None:
+    """Mean and standard error over all draws of all seeds."""
+    made = planned(tmp_path, rows=("BP", "DFA"), seeds=2)
+    lines = scored(made, {"BP": [0.9, 0.92], "DFA": [0.8, 0.8]})
+    draws = [[0.89, 0.90, 0.91], [0.91, 0.92, 0.94]]
+    for known, values in zip(lines[0].outcomes, draws, strict=True):
+        assert known is not None
+        known.result |= {f"test/accuracy_draw_{place}": value for place, value in enumerate(values, start=1)} | {"test/accuracy_se": 0.01}
+    _, rows = table(report_on(made, lines, WORDS), "Leaderboard")
+    every = [100 * value for values in draws for value in values]
+    error = statistics.stdev(every) / math.sqrt(6)
+    assert rows["BP"][-1] == f"accuracy {statistics.fmean(every):.2f} +- {error:.2f} (6 draws)"
+    assert rows["DFA"][-1] == ""
+
+
+def test_the_best_other_prediction_is_chosen_on_validation_and_is_no_protocol(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows=("BP",), seeds=1, words=["evaluation.protocols=[linear-probe]"])
+    (line,) = lines_of(made)
+    known = line.outcomes[0]
+    assert known is not None
+    known.result |= {"test/b1/accuracy": 0.99, "test/mean/accuracy": 0.9, "test/linear_probe/accuracy": 1.0}
+    known.history = [{"epoch": 1.0, "val/b1/accuracy": 0.95, "val/mean/accuracy": 0.1}]
+    known.history.append({"epoch": 2.0, "val/b1/accuracy": 0.8, "val/mean/accuracy": 0.85, "val/linear_probe/accuracy": 1.0})
+    assert best_alternative(line) == "accuracy 90.00 (mean)"
+
+
+# --- time -----------------------------------------------------------------------------------------------------------------
+
+
+def with_curves(made: Plan, curves: dict[str, list[list[float]]]) -> list[Line]:
+    """Validation accuracies by epoch, an epoch taking a second and a hundred examples."""
+    lines = lines_of(made, {})
+    for line in lines:
+        line.outcomes = []
+        for cell, curve in zip(line.cells, curves[line.row.label], strict=True):
+            history = [
+                {"epoch": float(place), "seconds": float(place), "samples": 100.0 * place, "val/accuracy": value}
+                for place, value in enumerate(curve, start=1)
+            ]
+            line.outcomes.append(
+                Outcome(cell.id, cell.row, "", cell.seed, status="finished", result={"test/accuracy": curve[-1]}, history=history)
+            )
+    return lines
+
+
+def test_time_to_target(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows=("BP", "DFA", "frozen"), targets={"": 90.0})
+    curves = {
+        "BP": [[0.5, 0.9, 0.8], [0.95, 0.5, 0.5], [0.1, 0.1, 0.9]],
+        "DFA": [[0.9, 0.9, 0.9], [0.5, 0.5, 0.91], [0.1, 0.2, 0.3]],
+        "frozen": [[0.9, 0.9, 0.9], [0.5, 0.5, 0.5], [0.1, 0.2, 0.3]],
+    }
+    lines = with_curves(made, curves)
+    headers, rows = table(report_on(made, lines, WORDS), "Time to target")
+    assert headers == ["row", "reached", "seconds", "examples drawn", "epochs"]
+    assert rows == {
+        "BP": ["BP", "all 3", "2.0", "200", "2"],
+        "DFA": ["DFA", "not reached (1 of 3)", "3.0", "300", "3"],
+        "frozen": ["frozen", "not reached (2 of 3)", "inf", "inf", "inf"],
+    }
+    known = lines[1].outcomes[2]
+    assert known is not None
+    known.status, known.result, known.parallel = "diverged", {}, 2
+    _, rows = table(report_on(made, lines, WORDS), "Time to target")
+    assert rows["DFA"][1:3] == ["not reached (1 of 3)", "3.0*"]  # a cell that diverged misses; seconds of shared machines are marked
+    known.status = "interrupted"
+    _, rows = table(report_on(made, lines, WORDS), "Time to target")
+    assert rows["DFA"][1:5] == ["all 2", "2.0", "200", "2"]  # it may still reach it
+
+
+def test_seconds_of_cells_that_shared_their_machine_are_marked_and_not_drawn(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows=("BP", "DFA"))
+    lines = lines_of(made)
+    for line in lines:
+        for known in line.outcomes:
+            assert known is not None
+            known.parallel = 4
+    report, page, _ = written(tmp_path, made, lines)
+    assert "over seconds of training" not in page
+    assert "validation accuracy, %, over epochs" in page
+    assert page.count("run with --jobs 1") == 2
+    _, rows = table(report, "Costs")
+    assert all(row[1].endswith("*") for row in rows.values())
+    assert "Up to 4 cells ran at once" in report.text()
+    assert re.search(r"^BP .* \d+\.\d\* ", report.text(), re.MULTILINE)
+
+
+def test_curves_come_from_the_runs_where_records_have_none(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows=("BP",), seeds=1)
+    lines = lines_of(made)
+    known = lines[0].outcomes[0]
+    assert known is not None
+    known.history = []
+    assert "Learning curves" not in titles(report_on(made, lines, WORDS))
+    folder = tmp_path / "elsewhere" / "run-BP-0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(
+        '{"epoch": 1, "samples": 5, "val/accuracy": 0.5}\n{"epoch": 2, "samples": 9, "val/accuracy": 0.6}\n'
+    )
+    assert "Learning curves" in titles(report_on(made, lines, WORDS, runs=tmp_path / "elsewhere"))
+    assert known.history == []
+
+
+# --- tuning, profiles, failures ---------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_trials(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows=("BP", "DFA"), seeds=1)
+    lines = lines_of(made)
+    trials = [
+        Trial({}, "finished", 90.0, 10.0),
+        Trial({"optimizer.lr": 0.123456}, "finished", 92.5, 20.0),
+        Trial({"optimizer.lr": 1.0}, "diverged"),
+    ]
+    lines[0].tuned = Tuned(["optimizer.lr"], trials, 4)
+    lines[1].tuned = Tuned(["optimizer.lr"], [Trial({}, "failed")], 1)
+    report, page, _ = written(tmp_path, made, lines)
+    headers, rows = table(report, "Tuning")
+    assert headers == ["row", "trials", "without a score", "default, %", "chosen, %", "gain", "seconds", "chosen settings"]
+    assert rows["BP"] == ["BP", "3 of 4", "1 diverged", "90.00", "92.50", "+2.50", "30", "optimizer.lr=0.1235"]
+    assert rows["DFA"] == ["DFA", "1", "1 failed", "", "", "", "", "none: no trial has a score"]
+    assert "over optimizer.lr" in page
+
+
+def test_profiles_need_three_columns_and_five_seeds(tmp_path: Path) -> None:
+    for columns, seeds, there in ((("a", "b", "c"), 5, True), (("a", "b", "c"), 4, False), (("a", "b"), 5, False)):
+        made = planned(tmp_path, columns=columns, seeds=seeds)
+        report, page, _ = written(tmp_path, made, lines_of(made))
+        assert ("Across columns" in titles(report)) == there
+        assert ("Performance profiles and probabilities of improvement need" in page) == (not there)
+
+
+def test_rows_with_too_few_seeds_are_left_out_of_profiles(tmp_path: Path) -> None:
+    made = planned(tmp_path, columns=("a", "b", "c"), seeds=5)
+    lines = lines_of(made)
+    lines[0].outcomes[0] = None
+    report, page, _ = written(tmp_path, made, lines)
+    _, rows = table(report, "Probability of improvement")
+    assert list(rows) == ["DFA", "frozen"]
+    assert "fewer than 5 finished seeds in some column: BP." in page
+
+
+def test_the_probability_of_improvement_beside_scipys(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows=("BP", "DFA"), columns=("a", "b", "c"), seeds=5)
+    lines = lines_of(made)
+    for line in lines:
+        for place, known in enumerate(line.outcomes):
+            assert known is not None
+            known.result["test/accuracy"] = 0.8 + 0.01 * ((7 * place + len(line.row.label)) % 5)
+    scores = {(line.row.label, line.column): list(line.by_seed("test/accuracy").values()) for line in lines}
+    oracle = statistics.fmean(stats.mannwhitneyu(scores["BP", column], scores["DFA", column]).statistic / 25 for column in "abc")
+    _, rows = table(report_on(made, lines, WORDS), "Probability of improvement")
+    assert rows["BP"][list(rows).index("DFA") + 1].startswith(f"{oracle:.2f} (")
+
+
+def test_failures_are_a_table_and_in_the_text(tmp_path: Path) -> None:
+    made = planned(tmp_path, seeds=2)
+    lines = lines_of(made)
+    for line, status, reason in zip(lines, ("diverged", "timeout", "refused"), ("loss is nan", "", "no data"), strict=True):
+        known = line.outcomes[1]
+        assert known is not None
+        known.status, known.reason, known.result = status, reason, {}  # type: ignore[assignment]
+    report, page, _ = written(tmp_path, made, lines)
+    _, rows = table(report, "Failures")
+    assert rows["BP"] == ["BP", "1", "diverged", "loss is nan"]
+    assert rows["DFA"] == ["DFA", "1", "timeout", ""]
+    assert report.failures == ["BP seed 1: diverged: loss is nan", "DFA seed 1: timeout", "frozen seed 1: refused: no data"]
+    assert report.text().splitlines()[-1] == "Again: bpfree study run made.yaml"
+    assert "not finished" not in page
+
+
+def test_texts_of_numbers() -> None:
+    assert [compact(value) for value in (0.5, 12, 999.4, 999.6, 43_125, 5.2e6, 1e12)] == [
+        "0.5",
+        "12",
+        "999",
+        "1.00k",
+        "43.1k",
+        "5.20M",
+        "1.00T",
+    ]
+    assert aligned([1.234, 100.0, None]) == ["1.2", "100.0", ""]
+    assert aligned([0.1234, 2.0]) == ["0.12", "2.00"]
+    assert aligned([20.0, 1000.0]) == ["20", "1,000"]
