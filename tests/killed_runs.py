@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ def wait_for_the_store(samples: threading.Semaphore) -> None:
         put(self, event)
         while not (self._inbox.empty() and not self._pending):
             self._wake.set()
+            time.sleep(0.001)
         if isinstance(event, Metrics) and any(key.startswith("system/") for key in event.values):
             samples.release()
 

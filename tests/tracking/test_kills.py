@@ -218,3 +218,20 @@ def test_a_task_that_is_loaded_already_is_used_when_a_run_goes_on(tmp_path: Path
     with pytest.raises(BpfreeError, match="other data"):
         runner.resume(str(run.folder), changes=parse_words(["budget.epochs=4"]), quiet=True, task=task)
     assert task.fingerprint() == fingerprint
+
+
+def test_a_database_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended before the tables are all there, nothing has the database's name, and the next attempt makes it."""
+    from bpfree.tracking import store
+    from bpfree.tracking.events import Opening
+
+    path = tmp_path / "mlflow.db"
+    with monkeypatch.context() as patch:
+        patch.setattr(store.os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.Store(f"sqlite:///{path}", 10).connect()
+    assert not path.exists()
+    again = store.Store(f"sqlite:///{path}", 10)
+    assert not again.open(Opening(again.uri, "bpfree", "a run", 1, {"bpfree.run": "x"}), search=True)
+    assert again.open(Opening(again.uri, "bpfree", "a run", 1, {"bpfree.run": "x"}), search=True)
+    assert not list(tmp_path.glob(".mlflow.db.new*"))
