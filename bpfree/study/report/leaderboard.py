@@ -65,7 +65,8 @@ def _legend(view: View) -> str:
         )
     parts.append(
         "Seconds: training only. Memory: tensors at the peak of a step, without the data set. Passes: forward-pass equivalents of one "
-        "example; passes per example: over the examples drawn. Credit: how far one reverse-mode call reaches."
+        "example; passes per example: over the examples drawn. Operations: floating-point, of matrix products and "
+        "convolutions in all training steps. Credit: how far one reverse-mode call reaches."
     )
     return " ".join(parts)
 
@@ -168,7 +169,7 @@ def _costs(view: View, column: str, lines: Sequence[Line]) -> Table:
     add("memory, MiB", aligned([mean_of(line, "train/peak_memory_mb") for line in lines]))
     add("passes per example", aligned([_ratio(line, "train/forwards", "train/samples") for line in lines]))
     add("passes", [_compact(line, "train/forwards") for line in lines])
-    add("multiply-adds", [_compact(line, "train/operations") for line in lines])
+    add("operations", [_compact(line, "train/operations") for line in lines])
     add("parameters", [_whole(line, "parameters") for line in lines])
     add("trained", [_whole(line, "parameters_trained") for line in lines])
     add("network", [_network(line) for line in lines])

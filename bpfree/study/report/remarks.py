@@ -18,6 +18,12 @@ PHRASES = {
     "control better": "worse",
     "one seed only": "not known from one seed",
 }
+ALL = {
+    "row better": "All {} other rows are better than",
+    "not distinguishable": "None of the {} other rows can be told from",
+    "control better": "All {} other rows are worse than",
+    "one seed only": "One seed does not tell the {} other rows from",
+}
 ENVIRONMENT = ("device_name", "threads", "torch", "python", "bpfree")
 
 
@@ -94,8 +100,8 @@ def _first_two(view: View, best: Line, second: Line) -> str:
     found = compare(best, second, view.metric)
     if found is None:
         return f"{text}. They share no seed, so that nothing is said of the difference."
-    if found.standard_error is None:
-        return f"{text}. Only one seed is shared: the order may be chance."
+    if len(found.gains) < 3:
+        return f"{text}. They share {_count(len(found.gains), 'seed')}, too few to tell whether the order is chance."
     said = f"{abs(found.gain):.{view.digits}f} +- {found.standard_error:.{view.digits}f}"
     if found.verdict == "not distinguishable":
         return f"{text}. The two cannot be told apart: the difference over {len(found.gains)} shared seeds is {said} (standard error)."
@@ -110,7 +116,7 @@ def _over_control(view: View, control: str) -> Iterator[str]:
     kinds = {verdict for by_column in verdicts.values() for verdict in by_column.values()}
     if len(kinds) == 1 and len(verdicts) > 2:
         everywhere = " in every column" if view.labelled else ""
-        yield f"Against the control {control}: {PHRASES[kinds.pop()]}{everywhere}: all {len(verdicts)} other rows."
+        yield f"{ALL[kinds.pop()].format(len(verdicts))} the control {control}{everywhere}."
         return
     for label, by_column in verdicts.items():
         for verdict in dict.fromkeys(by_column.values()):

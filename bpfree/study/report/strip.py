@@ -47,11 +47,12 @@ def shared_axis(rows: Sequence[Strip], *, greater: bool) -> Axis:
 
 
 def near_the_best(values: Sequence[float], means: Sequence[float], *, greater: bool) -> list[float]:
-    """The values without those farther from the best mean than four times the distance between it and the median one."""
-    if len(means) < 3:
+    """The values without those much farther from the best mean than the first three quarters of the means: more than twice as far."""
+    if len(means) < 4:
         return list(values)
-    best, sign = (max(means), 1) if greater else (min(means), -1)
-    room = 4 * abs(best - statistics.median(means))
+    ordered, sign = sorted(means, reverse=greater), 1 if greater else -1
+    best = ordered[0]
+    room = 2 * abs(best - ordered[3 * (len(ordered) - 1) // 4])
     kept = [value for value in values if sign * (best - value) <= room]
     return kept if room and kept else list(values)
 

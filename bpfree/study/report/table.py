@@ -7,15 +7,15 @@ import statistics
 from collections.abc import Sequence
 
 from bpfree.study.line import Line, percent, table_metric
-from bpfree.study.report.view import View, counted, mean_of, most_parallel, spread
+from bpfree.study.report.view import View, aligned, counted, mean_of, most_parallel, spread
 
 __all__ = ["headers", "lines_of_text", "texts"]
 
 COSTS = (
-    ("seconds", "train/seconds", ".1f"),
-    ("samples/s", "train/samples_per_second", ",.0f"),
-    ("parameters", "parameters", ",.0f"),
-    ("trained", "parameters_trained", ",.0f"),
+    ("seconds", "train/seconds"),
+    ("samples/s", "train/samples_per_second"),
+    ("parameters", "parameters"),
+    ("trained", "parameters_trained"),
 )
 
 
@@ -27,7 +27,7 @@ def headers(view: View) -> list[str]:
         *(["row", "column"] if view.labelled else ["row"]),
         *[_header(view.metric), *(beside if study.publishes("test") else []), "n"],
         *([_header(table_metric(study, view.lines, "train")), *beside] if study.publishes("train") else []),
-        *[name for name, _, _ in COSTS],
+        *[name for name, _ in COSTS],
     ]
 
 
@@ -43,11 +43,17 @@ def texts(view: View, line: Line) -> list[str]:
     cells += _beside(line, view.metric, published=study.publishes("test"), empty=line.standing())
     cells.append(counted(line))
     cells += _beside(line, study.metric("train"), published=True) if study.publishes("train") else []
-    for _, key, form in COSTS:
+    for _, key in COSTS:
         mean = mean_of(line, key)
-        mark = "*" if key == "train/seconds" and most_parallel([line]) > 1 else ""
-        cells.append("" if mean is None else f"{mean:{form}}{mark}")
+        cells.append("" if mean is None else _seconds(view, line) if key == "train/seconds" else f"{mean:,.0f}")
     return cells
+
+
+def _seconds(view: View, line: Line) -> str:
+    """With the decimals that the column needs, and a mark where they cannot be compared."""
+    column = aligned([mean_of(other, "train/seconds") for other in view.lines])
+    place = next(number for number, other in enumerate(view.lines) if other is line)
+    return column[place] + ("*" if most_parallel([line]) > 1 else "")
 
 
 def _beside(line: Line, metric: str, *, published: bool, empty: str = "") -> list[str]:
