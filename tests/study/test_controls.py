@@ -16,8 +16,8 @@ from bpfree.config import parse_words
 from bpfree.study.cells import Plan, plan
 from bpfree.study.controls import Comparison, comparisons
 from bpfree.study.file import find_study, read_study
-from bpfree.study.page import write_page
-from bpfree.study.report import Report, report_on
+from bpfree.study.line import Line
+from bpfree.study.report import Report, report_on, write_report
 from bpfree.study.state import Outcome, State
 
 HEAD = """title: Controlled
@@ -61,7 +61,11 @@ def accuracies(correct: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int
 
 
 def reported(made: Plan, state: State) -> tuple[Report, dict[tuple[str, str, str], Comparison]]:
-    report = report_on(made, state, ["table.yaml"])
+    lines = {(row.label, column.label): Line(row, column.label) for row, column in made.study.cells()}
+    for cell in made.cells:
+        lines[cell.row, cell.column].cells.append(cell)
+        lines[cell.row, cell.column].outcomes.append(state.seen(cell.id))
+    report = report_on(made, list(lines.values()), ["study", "run", "table.yaml"])
     return report, {(each.column, each.row, each.control): each for each in comparisons(made, report.lines)}
 
 
@@ -281,5 +285,5 @@ def test_terminal_and_page(workplace: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_page_without_comparisons_has_no_section(tmp_path: Path) -> None:
     made = planned(tmp_path, HEAD + ROWS)
-    report = report_on(made, State(made.output, made.study.name), ["table.yaml"])
-    assert "Against" not in write_page(tmp_path / "page.html", report).read_text()
+    report, _ = reported(made, State(made.output, made.study.name))
+    assert "Against" not in write_report(report, tmp_path).read_text()

@@ -16,7 +16,6 @@ from bpfree.study.report import about, blocks, curves, leaderboard, profiles, ta
 from bpfree.study.report.content import Bullets, Folded, Part, Section, Table, Text
 from bpfree.study.report.remarks import compared, environments, failures, findings, remarks
 from bpfree.study.report.view import View, with_histories
-from bpfree.study.state import State
 
 __all__ = ["Report", "report_on"]
 
@@ -123,7 +122,7 @@ class Report:
         return [Section("Against the controls", [made, Text(found.legend, "note")])]
 
 
-def report_on(plan: Plan, lines: Sequence[Line] | State, words: Sequence[str], *, hidden: int = 0, runs: Path | None = None) -> Report:
+def report_on(plan: Plan, lines: Sequence[Line], words: Sequence[str], *, hidden: int = 0, runs: Path | None = None) -> Report:
     """The report on what is finished so far.
 
     Args:
@@ -133,10 +132,6 @@ def report_on(plan: Plan, lines: Sequence[Line] | State, words: Sequence[str], *
         hidden: finished cells of other settings, which are not shown.
         runs: where the runs' folders are, for learning curves that the cells' records lack; by default the plan's output.
     """
-    folder = ""
-    if isinstance(lines, State):  # as it was called before
-        hidden, folder = lines.others({cell.id for cell in plan.cells}), str(lines.folder)
-        lines = collected(plan, lines)
     shown = with_histories(lines, runs or plan.output)
     view = View(plan, shown)
     return Report(
@@ -146,20 +141,10 @@ def report_on(plan: Plan, lines: Sequence[Line] | State, words: Sequence[str], *
         table.headers(view),
         [table.texts(view, line) for line in shown],
         section_on(plan, shown),
-        list(remarks(plan, shown, hidden=hidden, folder=folder)),
+        list(remarks(plan, shown, hidden=hidden)),
         [_failure(*each) for each in failures(shown)],
         "; ".join(environments(shown)),
     )
-
-
-def collected(plan: Plan, state: State) -> list[Line]:
-    """The lines of a plan, with what a state knows of their cells."""
-    places = {(row.label, column.label): Line(row, column.label) for row, column in plan.study.cells()}
-    for cell in plan.cells:
-        line = places[cell.row, cell.column]
-        line.cells.append(cell)
-        line.outcomes.append(state.seen(cell.id))
-    return list(places.values())
 
 
 def _failure(line: Line, seed: int, status: str, reason: str) -> str:

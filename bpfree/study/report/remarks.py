@@ -143,7 +143,7 @@ def _verdicts(view: View, control: str) -> dict[str, dict[str, str]]:
 # --- what must be known -------------------------------------------------------------------------------------------------
 
 
-def remarks(plan: Plan, lines: Sequence[Line], *, hidden: int = 0, folder: str = "") -> Iterator[str]:
+def remarks(plan: Plan, lines: Sequence[Line], *, hidden: int = 0) -> Iterator[str]:
     """How this differs from the study as written, how far it is, what was selected, whether the data are the same."""
     if plan.changes:
         word = "shortened: this is not" if plan.shortened else "changed: this is not"
@@ -159,7 +159,7 @@ def remarks(plan: Plan, lines: Sequence[Line], *, hidden: int = 0, folder: str =
     if parallel > 1:
         yield f"* Up to {parallel} cells ran at once: seconds cannot be compared. Run with --jobs 1 for some that can."
     if hidden:
-        yield f"Not shown: {hidden} finished cells{folder and f' in {folder}'} of other settings, seeds, versions or sources."
+        yield f"Not shown: {hidden} finished cells of other settings, seeds, versions or sources."
 
 
 def _selection(lines: Sequence[Line]) -> Iterable[str]:
