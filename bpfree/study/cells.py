@@ -117,7 +117,7 @@ class Plan:
 
 
 def plan(
-    study: Study, overrides: Sequence[Leaf] = (), *, seeds: int | None = None, load: bool = True, registry: Plugins | None = None
+    study: Study, overrides: Sequence[Leaf] = (), *, seeds: int | None = None, load: bool = False, registry: Plugins | None = None
 ) -> Plan:
     """Resolve every cell of a study.
 

@@ -153,7 +153,8 @@ class Pool:
         process = subprocess.Popen(command, env=variables, pass_fds=[theirs.fileno()], process_group=0, stdin=subprocess.DEVNULL)
         theirs.close()
         hand = _Hand(process, Connection(ours.detach()), number)
-        hand.connection.send(list(sys.path))
+        with contextlib.suppress(OSError):  # it has died at once
+            hand.connection.send(list(sys.path))
         self._hands.append(hand)
         return hand
 

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import platform
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ def present(folder: Path) -> Iterator[Presence]:
         folder: common to all studies whose cells may run at the same time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = folder / f"{_host()}-{os.getpid()}"
+    own = folder / f"{_host()}-{os.getpid()}-{secrets.token_hex(2)}"
     with own.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:

@@ -7,6 +7,7 @@ checkpoint and its MLflow run again: in the end there is one of each.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,9 +140,10 @@ class Worker:
         options: dict[str, Any] = {"quiet": job.quiet, "label": job.label, "observers": [watch], "tags": job.tags}
         if not job.anew and (folder / "checkpoints" / "last.pt").is_file():
             if runner.ended_as(folder).get("status") == "finished":  # the process was killed before it could note so
-                runner.complete_tracking(folder)
                 return runner.resume(str(folder), output=job.output, quiet=job.quiet)
             return runner.resume(str(folder), output=job.output, changes=job.changes, task=self._tasks.get(_recipe(job)), **options)
+        if job.anew:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         recipe = _recipe(job)
         return runner.run(recipe, run_id=job.run_id, task=self._tasks.get(recipe), **options)
 

@@ -1,0 +1,61 @@
+"""What the tests of studies share: commands in process and as processes, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bpfree.cli.main import main
+
+UNTIMED = ("second", "step_ms", "elapsed", "system/")
+"""Parts of the names of metrics that differ from run to run."""
+
+
+def call(*words: str) -> int:
+    """A command in this process; returns its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(words))
+    return int(caught.value.code or 0)
+
+
+def spawn(*words: str, **variables: str) -> subprocess.Popen[str]:
+    """A command as a process of its own, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "bpfree", *words],
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+
+
+def outcomes(folder: str | Path = "runs/studies") -> list[dict[str, Any]]:
+    """The records of all cells, in the order of the table."""
+    found = [json.loads(path.read_text()) for path in Path(folder).rglob("cells/*.json")]
+    return sorted(found, key=lambda outcome: (outcome["row"], outcome["column"], outcome["seed"], outcome["trial"] or 0))
+
+
+def untimed(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics that a repetition must have again, bit for bit."""
+    return {name: value for name, value in metrics.items() if not any(part in name for part in UNTIMED)}
+
+
+def mlflow_runs(database: str | Path = "mlflow.db") -> list[dict[str, Any]]:
+    """The runs of a store: name, status, tags, and how many values each metric has at each step."""
+    with sqlite3.connect(database) as store:
+        runs = [{"id": key, "name": name, "status": status} for key, name, status in store.execute("select run_uuid, name, status from runs")]
+        for run in runs:
+            run["tags"] = dict(store.execute("select key, value from tags where run_uuid = ?", (run["id"],)))
+            query = "select key, step, count(*) from metrics where run_uuid = ? group by key, step"
+            run["counts"] = {(key, step): count for key, step, count in store.execute(query, (run["id"],))}
+            values = store.execute("select key, step, value from metrics where run_uuid = ?", (run["id"],))
+            run["metrics"] = {(key, step): value for key, step, value in values}
+    return runs

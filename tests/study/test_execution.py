@@ -1,0 +1,359 @@
+"""Workers, budgets of time, and what is left when processes die.
+
+Oracles: an undisturbed study, bit for bit; the MLflow database, read with SQL; the number of processes that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from study_kit import call, mlflow_runs, outcomes, spawn, untimed
+
+from bpfree import sources
+from bpfree.plugins import installed_plugins
+from bpfree.study.executors import Pool
+from bpfree.study.presence import present
+
+COMMON = "settings: {task: digits, device: cpu, network.width: 16}\n"
+PLUGIN = '''
+import os
+import signal
+import time
+from pathlib import Path
+
+import bpfree
+from bpfree.baselines import DFA
+
+bpfree_api = 1
+
+
+class Dying(DFA):
+    """Takes its process with it, in the middle of its second epoch, as often as the file `lives` says."""
+
+    def credit(self, batch, step):
+        lives = Path("lives")
+        if step.index == 30 and int(lives.read_text()):
+            lives.write_text(str(int(lives.read_text()) - 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().credit(batch, step)
+
+
+class Slow(DFA):
+    def credit(self, batch, step):
+        time.sleep(0.05)
+        return super().credit(batch, step)
+
+
+@bpfree.hookimpl
+def bpfree_rules():
+    return {"dying": Dying, "slow": Slow}
+'''
+
+
+@pytest.fixture
+def site(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A plugin whose rules make trouble, for this process and those that it starts."""
+    info = workplace / "site" / "bpfree_troubled-0.3.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bpfree-troubled\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text("[bpfree]\ntroubled = troubled\n")
+    (workplace / "site" / "troubled.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(str(workplace / "site"))
+    installed_plugins.cache_clear()
+    sources.hash_of.cache_clear()
+    yield workplace
+    installed_plugins.cache_clear()
+    sources.hash_of.cache_clear()
+    sys.modules.pop("troubled", None)
+
+
+def study(text: str, name: str = "table.yaml") -> str:
+    Path(name).write_text(text)
+    return name
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["weights"]  # type: ignore[no-any-return]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Weights, results and learning curves of all cells, but for timings."""
+    ours, theirs = outcomes(one / "studies"), outcomes(other / "studies")
+    assert [outcome["cell"] for outcome in ours] == [outcome["cell"] for outcome in theirs]
+    for first, second in zip(ours, theirs, strict=True):
+        assert first["status"] == second["status"] == "finished"
+        assert untimed(first["result"]) == untimed(second["result"])
+        assert [untimed(metrics) for metrics in first["history"]] == [untimed(metrics) for metrics in second["history"]]
+        mine, yours = weights(one / first["run"]), weights(other / second["run"])
+        assert all(torch.equal(mine[key], yours[key]) for key in yours)
+
+
+FOUR = f"title: Four\n{COMMON}seeds: 2\nrules: [dfa, backprop]\n"
+
+
+def test_a_pool_gives_the_same_numbers_and_marks_its_timings(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = study(FOUR)
+    words = ("budget.epochs=3", "tracking.enabled=false", "--quiet")
+    assert call("study", "run", name, *words, "output=alone") == 0
+    assert {outcome["parallel"] for outcome in outcomes("alone/studies")} == {1}
+    assert call("study", "run", name, *words, "output=pool", "--jobs", "2") == 0
+    assert max(outcome["parallel"] for outcome in outcomes("pool/studies")) == 2
+    assert_same(Path("alone"), Path("pool"))
+    assert not any("executors import serve" in " ".join(child.cmdline()) for child in psutil.Process().children())
+
+
+def test_cells_that_run_at_the_same_time_are_counted_and_dead_ones_are_not(tmp_path: Path) -> None:
+    import subprocess
+
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom bpfree.study.presence import present\n"
+        "with present(Path(sys.argv[1])):\n    print('there', flush=True)\n    time.sleep(60)\n"
+    )
+    with present(tmp_path) as alone:
+        assert alone.most == 1
+        other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert other.stdout is not None
+        assert other.stdout.readline() == "there\n"
+        alone.look()
+        assert alone.most == 2
+        other.kill()
+        other.wait()
+        other.stdout.close()
+        with present(tmp_path) as later:
+            assert later.most == 2  # the first one, and not the one that was killed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cell_that_takes_its_worker_with_it_goes_on_in_another(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = study(f"title: Dying\n{COMMON}seeds: 1\nrules: [dying, dfa]\n")
+    words = ("budget.epochs=3", "tracking.enabled=false")
+    Path("lives").write_text("0")
+    assert call("study", "run", name, *words, "output=undisturbed", "--quiet") == 0
+    Path("lives").write_text("2")
+    assert call("study", "run", name, *words, "--jobs", "2") == 0
+    assert "its worker died (SIGKILL); it goes on in another worker" in capsys.readouterr().err
+    assert_same(Path("undisturbed"), Path("runs"))
+
+
+def test_a_cell_that_kills_its_worker_again_and_again_has_failed(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = study(f"title: Dying\n{COMMON}seeds: 1\nrules: [dying, dfa]\n")
+    words = ("budget.epochs=3", "tracking.enabled=false", "--quiet", "--jobs", "2", "checkpoint.every=0")
+    Path("lives").write_text("9")
+    assert call("study", "run", name, *words) == 1
+    known = {outcome["row"]: (outcome["status"], outcome["reason"]) for outcome in outcomes()}
+    assert known == {"dying": ("failed", "its worker died (SIGKILL)"), "dfa": ("finished", "")}
+    Path("lives").write_text("0")
+    assert call("study", "retry", "failed", name, *words) == 0
+
+
+@pytest.mark.parametrize(("jobs", "limit", "sleep"), [("1", 3, 0.15), ("2", 12, 0.6)])  # a new process has much to import
+def test_a_cell_whose_time_is_up_is_a_row_and_goes_on_with_more_of_it(
+    site: Path, capsys: pytest.CaptureFixture[str], jobs: str, limit: float, sleep: float
+) -> None:
+    (site / "site" / "troubled.py").write_text(PLUGIN.replace("time.sleep(0.05)", f"time.sleep({sleep})"))
+    name = study(f"title: Slow\n{COMMON}seeds: 1\ntimeout: {limit}\nrules: [slow, dfa]\n")
+    words = ("budget.epochs=2", "tracking.enabled=false", "--quiet", "--jobs", jobs, "log_interval=0.1")
+    assert call("study", "run", name, *words) == 1
+    known = {outcome["row"]: (outcome["status"], outcome["reason"]) for outcome in outcomes()}
+    assert known["dfa"] == ("finished", "")
+    assert known["slow"][0] == "timeout"
+    assert f"not done after {limit} s" in known["slow"][1]
+    assert "timeout" in capsys.readouterr().out
+    assert call("study", "run", name, *words) == 1  # it is left alone
+    assert call("study", "retry", "timeout", name, *words, "--timeout", "100") == 0
+    assert {outcome["status"] for outcome in outcomes()} == {"finished"}
+
+
+def test_a_worker_that_hangs_is_killed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the run is called any more, so that it cannot see that its time is up."""
+    from bpfree.study import executors
+
+    monkeypatch.setattr(executors, "GRACE", 0.1)
+    (site / "site" / "troubled.py").write_text(PLUGIN.replace("time.sleep(0.05)", "time.sleep(600)"))
+    name = study(f"title: Slow\n{COMMON}seeds: 1\nrules: [slow, dfa]\n")
+    assert call("study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--quiet", "--jobs", "2", "--timeout", "10") == 1
+    known = {outcome["row"]: (outcome["status"], outcome["reason"]) for outcome in outcomes()}
+    assert known == {"slow": ("timeout", "killed: it did not stop after its 10 s"), "dfa": ("finished", "")}
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def wait_for(condition: object, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_pool_saves_what_it_does_and_leaves_nobody_behind(site: Path, number: signal.Signals) -> None:
+    name = study(f"title: Slow\n{COMMON}seeds: 2\nrules: [slow]\n")
+    words = ("study", "run", name, "budget.epochs=2", "tracking.enabled=false", "--jobs", "2")
+    process = spawn(*words, PYTHONPATH=str(site / "site"))
+    wait_for(lambda: len(list(Path("runs").glob("slow-*/metrics.jsonl"))) == 2)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "the same command goes on with it" in errors
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert {outcome["status"] for outcome in outcomes()} == {"interrupted"}
+    assert len(list(Path("runs").glob("slow-*/checkpoints/last.pt"))) == 2
+    assert list(Path("runs/studies").glob("table/report*.html"))  # on what there is
+
+
+def test_workers_do_not_outlive_a_killed_study(site: Path) -> None:
+    name = study(f"title: Slow\n{COMMON}seeds: 2\nrules: [slow]\n")
+    process = spawn("study", "run", name, "budget.epochs=9", "tracking.enabled=false", "--jobs", "2", PYTHONPATH=str(site / "site"))
+    wait_for(lambda: len(list(Path("runs").glob("slow-*/metrics.jsonl"))) == 2)
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate()
+    gone, alive = psutil.wait_procs(workers, timeout=30)
+    assert (len(gone), alive) == (2, [])
+
+
+def test_a_study_killed_ten_times_ends_like_one_that_was_not(workplace: Path) -> None:
+    """SIGKILL at random moments; the whole process group with its workers, or the parent alone."""
+    name = study(f"title: Killed\n{COMMON}seeds: 2\ntasks: [digits]\nrules: [dfa, backprop, noprop-dt]\n")
+    words = ["study", "run", name, "budget.epochs=12", "rule.T=2"]
+    name = study(Path(name).read_text().replace("noprop-dt]", "{rule: noprop-dt, settings: {rule.T: 2}}]"))
+    words = ["study", "run", name, "budget.epochs=12", "log_interval=0.2"]
+    assert call(*words, "output=undisturbed/runs", "--quiet") == 0
+
+    random_moments = random.Random(20)
+    kills = 0
+    while kills < 10:
+        process = spawn(*words, "--jobs", str(1 + kills % 2))
+        moment = random_moments.uniform(3, 9)
+        deadline = time.monotonic() + moment
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        if process.poll() is not None:  # it was faster: what is left of the kills meets a finished study
+            process.communicate()
+            break
+        children = psutil.Process(process.pid).children(recursive=True)
+        if kills % 3:
+            for child in children:
+                child.kill()
+        process.kill()
+        process.communicate()
+        psutil.wait_procs(children, timeout=30)
+        kills += 1
+    assert kills > 2
+    assert call(*words, "--quiet") == 0
+    assert_same(Path("undisturbed/runs"), Path("runs"))
+
+    # one committed result and one MLflow run for each cell, one value per metric and step, all of them children of one parent
+    runs = mlflow_runs()
+    cells = [run for run in runs if "study_cell" in run["tags"]]
+    (parent,) = [run for run in runs if "study_cell" not in run["tags"]]
+    assert sorted(run["tags"]["study_cell"] for run in cells) == sorted(outcome["cell"] for outcome in outcomes())
+    assert {run["tags"]["mlflow.parentRunId"] for run in cells} == {parent["id"]}
+    assert {run["status"] for run in runs} == {"FINISHED"}
+    for run in cells:
+        assert {key: count for key, count in run["counts"].items() if count > 1} == {}
+        (known,) = [outcome for outcome in outcomes() if outcome["cell"] == run["tags"]["study_cell"]]
+        epochs = {step: value for (key, step), value in run["metrics"].items() if key == "val/accuracy"}
+        assert epochs == {int(metrics["epoch"]): metrics["val/accuracy"] for metrics in known["history"]}
+        assert run["metrics"]["test/accuracy", 12] == known["result"]["test/accuracy"]
+
+
+# --- MLflow -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_is_one_parent_with_a_run_per_cell_and_the_report_as_artifacts(workplace: Path) -> None:
+    name = study(FOUR)
+    assert call("study", "run", name, "budget.epochs=1", "--quiet") == 0
+    runs = mlflow_runs()
+    (parent,) = [run for run in runs if run["name"] == "table"]
+    cells = [run for run in runs if run is not parent]
+    assert len(cells) == 4
+    assert {run["tags"]["mlflow.parentRunId"] for run in cells} == {parent["id"]}
+    assert {(run["tags"]["study_row"], run["tags"]["seed"]) for run in cells} == {(row, seed) for row in ("dfa", "backprop") for seed in "01"}
+    errors = [100 - 100 * outcome["result"]["test/accuracy"] for outcome in outcomes() if outcome["row"] == "dfa"]
+    assert parent["metrics"]["test/error/dfa", 4] == pytest.approx(sum(errors) / 2)
+    stored = {path.name for path in Path("mlruns").rglob(f"{parent['id']}/artifacts/*")}
+    assert len([name for name in stored if name.endswith((".html", ".md", ".csv"))]) == 3
+
+
+def test_a_store_that_is_away_costs_a_warning_and_adopts_the_cells_later(
+    workplace: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = study(FOUR)
+    away = "tracking.uri=http://127.0.0.1:9"
+    assert call("study", "run", name, "budget.epochs=1", "--quiet", away, "tracking.flush_timeout=1", "--seeds", "1") == 0
+    assert "the study has no run of its own in MLflow" in caplog.text
+    assert {outcome["status"] for outcome in outcomes()} == {"finished"}
+
+
+def test_a_pool_shares_gpus_among_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are, each process sees one of them, in turn. (No GPU is needed to look at the environment.)"""
+    import subprocess
+
+    seen = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str], **options: object) -> None:
+            seen.append(env["CUDA_VISIBLE_DEVICES"])
+
+        def poll(self) -> None:
+            return None
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    pool = Pool(3, ["2", "5"])
+    for _ in range(3):
+        hand = pool._new()
+        hand.connection.close()
+    assert seen == ["2", "5", "2"]
+
+
+def test_the_visible_gpus_are_those_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bpfree.study.command import visible_gpus
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "3,GPU-abc")
+    assert visible_gpus() == ["3", "GPU-abc"]
+    monkeypatch.delitem(os.environ, "CUDA_VISIBLE_DEVICES")
+    assert visible_gpus() == ["0", "1"]
+
+
+# --- again, at once ---------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_study_answers_without_torch(workplace: Path) -> None:
+    import subprocess
+
+    name = study(FOUR)
+    words = ["study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--quiet"]
+    code = "import sys\nfrom bpfree.cli.main import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    print('torch' in sys.modules)\n"
+
+    def run(**variables: str) -> list[str]:
+        environment = {**os.environ, **variables}
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, env=environment)
+        return done.stdout.strip().splitlines()
+
+    first = run()
+    assert first[-1] == "True"
+    again = run()
+    assert again[:-1] == first[:-1]
+    assert again[-1] == "False"
+    assert run(OMP_NUM_THREADS="1")[-1] == "True"  # another environment is planned anew
+    Path(name).write_text(FOUR.replace("seeds: 2", "seeds: 1"))
+    assert run()[-1] == "True"  # and so is another file
+    assert run()[-1] == "False"
+    record = next(Path("runs/studies/table/cells").glob("*.json"))
+    record.write_text(json.dumps({**json.loads(record.read_text()), "status": "failed"}))
+    assert call(*words[:2], name, *words[3:]) in (0, 1)
