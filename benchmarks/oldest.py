@@ -39,9 +39,10 @@ def constraint(requirement: str) -> str:
 
 
 def constraints(*, dev: bool = False) -> Iterator[str]:
-    """The constraints of the core's dependencies, and of the extra ``dev``."""
+    """The constraints of the core's dependencies and of what is optional for users, and of the extra ``dev``."""
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
-    for requirement in [*project["dependencies"], *(project["optional-dependencies"]["dev"] if dev else [])]:
+    optional = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *optional["tune"], *optional["ray"], *(optional["dev"] if dev else [])]:
         yield constraint(requirement)
     yield from OF_THE_TIME
 

@@ -20,8 +20,6 @@ SUFFIXES = {".py", ".pyx", ".c", ".cpp", ".cu", ".cuh", ".h", ".so"}
 SHOWING = (
     "__init__.py",
     "cli",
-    "comparison.py",
-    "comparison_page.py",
     "registry",
     "sources.py",
     "study",

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 
 from bpfree.cli.main import cli
-from bpfree.comparison import rows_for
 from bpfree.config import parse_words, read_yaml, resolve
 from bpfree.plugins import installed_plugins
+from bpfree.study import cells
+from bpfree.study.comparing import comparison
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -103,8 +104,7 @@ def check(name: str, given: dict[str, Any]) -> None:
     if name == "compare":
         rules = [word for word in given["words"] if "=" not in word.split(",")[0]]
         common = parse_words(word for word in given["words"] if word not in rules)
-        for row in rows_for(rules):
-            resolve([*common, *row.leaves])
+        cells.plan(comparison(rules, common))
     elif name in ("train", "evaluate"):
         files = [path for path in given.get("configs", ()) if "RUN" not in path.parts]
         resolve([leaf for path in files for leaf in read_yaml(path)] + parse_words(given["settings"]))

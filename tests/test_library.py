@@ -11,8 +11,8 @@ from torch import nn
 import bpfree
 from bpfree import Batch, BpfreeError, Split, Task, TaskSpec, Trainer, new_step
 from bpfree.baselines import DFA, Backprop
-from bpfree.comparison import rows_for
 from bpfree.network import mlp
+from bpfree.study.comparing import comparison
 from bpfree.training.config import BudgetConfig, TrainConfig
 
 
@@ -109,7 +109,7 @@ def test_a_task_without_targets_trains_a_rule_that_needs_none(device: torch.devi
 
 def test_the_rows_of_a_comparison() -> None:
     def labels(*words: str, references: bool = True) -> list[str]:
-        return [row.label for row in rows_for(words, references=references)]
+        return [row.label for row in comparison(words, [], references=references).rows]
 
     assert labels("dfa") == ["linear", "frozen", "dfa", "backprop"]
     assert labels("dfa", "backprop", "linear") == ["linear", "frozen", "dfa", "backprop"]

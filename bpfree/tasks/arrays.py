@@ -230,6 +230,4 @@ def cut(everything: Split) -> tuple[Split, Split]:
     return everything.subset((~mask).nonzero().flatten()), everything.subset(mask.nonzero().flatten())
 
 
-NPZ = DataSource(
-    spec, load, ArraysConfig, "arrays of your own: task.path=FILE.npz", files=lambda config, root: [locate(config, root)]
-)
+NPZ = DataSource(spec, load, ArraysConfig, "arrays of your own: task.path=FILE.npz", files=lambda config, root: [locate(config, root)])

@@ -51,7 +51,9 @@ def untimed(metrics: dict[str, Any]) -> dict[str, Any]:
 def mlflow_runs(database: str | Path = "mlflow.db") -> list[dict[str, Any]]:
     """The runs of a store: name, status, tags, and how many values each metric has at each step."""
     with sqlite3.connect(database) as store:
-        runs = [{"id": key, "name": name, "status": status} for key, name, status in store.execute("select run_uuid, name, status from runs")]
+        runs = [
+            {"id": key, "name": name, "status": status} for key, name, status in store.execute("select run_uuid, name, status from runs")
+        ]
         for run in runs:
             run["tags"] = dict(store.execute("select key, value from tags where run_uuid = ?", (run["id"],)))
             query = "select key, step, count(*) from metrics where run_uuid = ? group by key, step"

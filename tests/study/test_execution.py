@@ -282,7 +282,9 @@ def test_a_study_is_one_parent_with_a_run_per_cell_and_the_report_as_artifacts(w
     cells = [run for run in runs if run is not parent]
     assert len(cells) == 4
     assert {run["tags"]["mlflow.parentRunId"] for run in cells} == {parent["id"]}
-    assert {(run["tags"]["study_row"], run["tags"]["seed"]) for run in cells} == {(row, seed) for row in ("dfa", "backprop") for seed in "01"}
+    assert {(run["tags"]["study_row"], run["tags"]["seed"]) for run in cells} == {
+        (row, seed) for row in ("dfa", "backprop") for seed in "01"
+    }
     errors = [100 - 100 * outcome["result"]["test/accuracy"] for outcome in outcomes() if outcome["row"] == "dfa"]
     assert parent["metrics"]["test/error/dfa", 4] == pytest.approx(sum(errors) / 2)
     stored = {path.name for path in Path("mlruns").rglob(f"{parent['id']}/artifacts/*")}

@@ -153,7 +153,9 @@ def test_best_val_takes_the_best_epoch(workplace: Path) -> None:
         assert {trial.score for trial in tuned.trials} == {expected}
 
 
-def test_without_optuna_the_error_says_what_to_install(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_optuna_the_error_says_what_to_install(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "optuna", None)

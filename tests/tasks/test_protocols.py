@@ -19,7 +19,6 @@ from training_rules import assert_equal_bits, config_of, rule_on, weights
 
 from bpfree import Batch, Network, Split, Step, Task, TaskSpec, Trainer, UsageError, hookimpl
 from bpfree.baselines import Backprop, Linear
-from bpfree.comparison import HEADERS, Row, summary
 from bpfree.config import parse_words, resolve
 from bpfree.plugins import Plugins
 from bpfree.rule import Streamed, Traits
@@ -390,15 +389,3 @@ def test_features_that_are_not_finite_have_no_score(digits: Task, device: torch.
         run = Trainer(rule_on(digits, Infinite), digits, asking(device, "clustering")).fit()
     assert run.status == "finished"
     assert "features are not finite" in caplog.text
-
-
-def test_a_comparison_does_not_take_a_protocol_for_a_prediction_of_the_rule() -> None:
-    """The column `best alternative` is of the rule's own predictions."""
-    from bpfree import Run
-
-    result = {"test/accuracy": 0.5, "test/linear_probe/accuracy": 0.9}
-    run = Run("id", "name", config={"evaluation.protocols": ["linear-probe"]}, status="finished", result=result)
-    for prediction, expected in (({}, ""), ({"test/b1/accuracy": 0.4}, "40.00 % (b1)")):
-        run.result, run.history = result | prediction, [{"val/b1/accuracy": 0.4}]
-        (cells,) = summary([Row("rule", [], runs=[run])])
-        assert cells[HEADERS.index("best alternative")] == expected

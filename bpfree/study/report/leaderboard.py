@@ -210,10 +210,8 @@ def _own_network(line: Line) -> bool:
     tag = _tag(line, "own_network")
     if tag:
         return tag.lower() in ("true", "1", "yes")
-    from bpfree.comparison import has_own_network
-
     recipe = line.cells[0].recipe
-    return has_own_network(recipe.registry.get("rules", recipe.names["rule"]))
+    return bool(recipe.registry.get("rules", recipe.names["rule"]).own_network)
 
 
 def _credit(line: Line) -> str:
