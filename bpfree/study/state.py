@@ -30,8 +30,8 @@ class Outcome:
     Attributes:
         cell: its hash.
         row, column, seed: its place in the table that asked for it first.
-        status: ``finished``, ``diverged``, ``failed``, ``timeout``; ``running`` and ``interrupted`` go on from their checkpoint; ``refused``
-            never began (its data are not there, say) and is tried again.
+        status: ``finished``, ``diverged``, ``failed``, ``timeout``; ``running`` and ``interrupted`` go on from their checkpoint;
+            ``refused`` never began (its data are not there, say) and is tried again.
         reason: why it did not finish, or what of it could not be measured.
         run: name of the run's folder in the output folder.
         result: metrics of the end.

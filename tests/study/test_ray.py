@@ -1,0 +1,177 @@
+"""A study on a real cluster of Ray, on this machine's loopback, with two worker processes.
+
+Oracles: an undisturbed study in one process, bit for bit; the process identifiers of the workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from study_kit import call, mlflow_runs, outcomes, untimed
+
+from bpfree import sources
+from bpfree.plugins import installed_plugins
+
+ray = pytest.importorskip("ray", reason="Ray is not installed")
+
+PLUGIN = '''
+import os
+import time
+from pathlib import Path
+
+import bpfree
+from bpfree.baselines import DFA
+
+bpfree_api = 1
+
+
+class Watched(DFA):
+    """Says in which process it learns, and takes its time."""
+
+    def credit(self, batch, step):
+        if step.index % 20 == 0:
+            Path(os.environ["WATCHED"], f"{os.getpid()}-{step.index}").touch()
+        time.sleep(0.02)
+        return super().credit(batch, step)
+
+
+@bpfree.hookimpl
+def bpfree_rules():
+    return {"watched": Watched}
+'''
+STUDY = """
+title: Watched
+settings: {task: digits, device: cpu, network.width: 16, budget.epochs: 4}
+seeds: 2
+rules: [watched, dfa]
+"""
+
+
+@pytest.fixture
+def site(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    info = workplace / "site" / "bpfree_watched-0.3.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bpfree-watched\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text("[bpfree]\nwatched = watched_plugin\n")
+    (workplace / "site" / "watched_plugin.py").write_text(PLUGIN)
+    (workplace / "seen").mkdir()
+    monkeypatch.syspath_prepend(str(workplace / "site"))
+    monkeypatch.setenv("WATCHED", str(workplace / "seen"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    installed_plugins.cache_clear()
+    sources.hash_of.cache_clear()
+    yield workplace
+    ray.shutdown()
+    installed_plugins.cache_clear()
+    sources.hash_of.cache_clear()
+    sys.modules.pop("watched_plugin", None)
+
+
+def seen(folder: Path) -> set[int]:
+    """Processes in which a rule has learned."""
+    return {int(path.name.split("-")[0]) for path in (folder / "seen").iterdir()}
+
+
+def test_a_cluster_of_two_workers_one_of_which_is_killed_loses_nothing(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("watched.yaml").write_text(STUDY)
+    assert call("study", "run", "watched.yaml", "output=undisturbed/runs", "--quiet") == 0
+    own = seen(site)
+    assert own == {os.getpid()}
+    killed = []
+
+    def kill() -> None:
+        """The first worker of the cluster that is in its second epoch, so that it has a checkpoint to go on from."""
+        while not killed:
+            for path in (site / "seen").iterdir():
+                process, step = map(int, path.name.split("-"))
+                if process not in own and step >= 40:
+                    os.kill(process, signal.SIGKILL)
+                    killed.append(process)
+                    return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    try:
+        assert call("study", "run", "watched.yaml", "--executor", "ray", "--jobs", "2", "--quiet") == 0
+    finally:
+        killed.append(0)
+        thread.join()
+    assert len(killed) == 2
+    workers = seen(site) - own
+    assert len(workers) >= 3  # two, and the one that came for the killed one
+    assert killed[0] in workers
+
+    ours, theirs = outcomes(), outcomes("undisturbed/runs/studies")
+    assert {outcome["status"] for outcome in ours} == {"finished"}
+    for first, second in zip(ours, theirs, strict=True):
+        assert untimed(first["result"]) == untimed(second["result"])
+        mine, yours = (
+            torch.load(Path(root) / known["run"] / "checkpoints" / "last.pt", weights_only=True)["weights"]
+            for root, known in (("runs", first), ("undisturbed/runs", second))
+        )
+        assert all(torch.equal(mine[key], yours[key]) for key in yours)
+    assert max(outcome["parallel"] for outcome in ours) == 2
+
+    # the same store: one run for each cell under one parent
+    runs = mlflow_runs()
+    cells = [run for run in runs if "study_cell" in run["tags"]]
+    assert len(cells) == 4
+    assert len(runs) == 5
+    assert all(count == 1 for run in cells for count in run["counts"].values())
+    assert not ray.is_initialized()
+
+
+def test_results_come_back_from_machines_that_do_not_share_the_folder(site: Path) -> None:
+    """What a worker returns is noted where the study is run, if it is not there already."""
+    from bpfree.study import cells
+    from bpfree.study.agenda import Agenda
+    from bpfree.study.engine import Jobs, execute
+    from bpfree.study.executors import Ended, InProcess
+    from bpfree.study.file import read_study
+    from bpfree.study.state import State
+    from bpfree.study.worker import Job
+
+    class Elsewhere(InProcess):
+        def start(self, job: Job) -> None:
+            from dataclasses import replace
+
+            super().start(replace(job, output="another-machine/runs"))
+
+        def wait(self) -> list[Ended]:
+            return super().wait()
+
+    class Silent:
+        def started(self, *arguments: object) -> None: ...
+        def ended(self, *arguments: object) -> None: ...
+        def say(self, text: str) -> None: ...
+
+    Path("watched.yaml").write_text(STUDY.replace("[watched, dfa]", "[dfa]").replace("epochs: 4", "epochs: 1, tracking.enabled: false"))
+    plan = cells.plan(read_study(Path("watched.yaml")))
+    agenda = Agenda(plan, State(plan.output, plan.study.name))
+    execute(agenda, Jobs(agenda), Elsewhere(lambda text: None), Silent())
+    assert {outcome["status"] for outcome in outcomes()} == {"finished"}
+    assert all(outcome["history"] for outcome in outcomes())
+    assert agenda.complete()
+
+
+def test_wrong_requests(site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("watched.yaml").write_text(STUDY)
+    assert call("study", "run", "watched.yaml", "--address", "auto") == 2
+    assert "--executor ray" in capsys.readouterr().err
+    assert call("study", "run", "watched.yaml", "--executor", "ray", "--gpus", "1", "--jobs", "1") == 2
+    assert "the cluster has no room for one cell: it asks for 1 processors and 1 GPUs" in capsys.readouterr().err
+    ray.shutdown()
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert call("study", "run", "watched.yaml", "--executor", "ray") == 1
+    assert "pip install 'bpfree[ray]'" in capsys.readouterr().err
+    assert json.dumps(outcomes()) == "[]"
