@@ -8,7 +8,7 @@ export MLFLOW_DISABLE_TELEMETRY = true
 .PHONY: help install quickstart test test-slow test-oldest lint types bench gpu certify downstream clean
 
 help:
-	@echo "make quickstart    install, then compare NoProp and local forward gradients with floor and ceiling on digits (no download)"
+	@echo "make quickstart    install, then compare a rule of each plugin with floor and ceiling on digits (no download)"
 	@echo "make test          install, then lint, types and tests"
 	@echo "make test-slow     the longer checks"
 	@echo "make test-oldest   the tests on the oldest supported versions of the dependencies"
@@ -26,7 +26,7 @@ $(VENV)/installed: pyproject.toml requirements-dev.txt $(wildcard plugins/*/pypr
 install: $(VENV)/installed
 
 quickstart: install
-	$(BIN)/bpfree compare noprop-dt local-forward-gradient --seeds 3 task=digits budget.epochs=30 threads=1
+	$(BIN)/bpfree study run quickstart
 
 test: install
 	$(BIN)/python -m pytest -q

@@ -139,10 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     benchmark.parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all rows")
     options = benchmark.start(arguments)
     words = ["task.validation=0.1", "tracking.enabled=false", *options.set]
-    cells = plan(find_study(options.study), parse_words(words), seeds=1).chosen(options.rows, None)
+    cells = plan(find_study(options.study), parse_words(words), seeds=1).cells
     found = {}
     for cell in cells:
-        if options.rows is None and not has_features(cell):
+        if cell.row not in options.rows if options.rows is not None else not has_features(cell):
             continue
         print(f"{cell.row} {time.strftime('%H:%M:%S')}", flush=True)
         found[cell.row] = sweep(cell, options.rates, options.examples)

@@ -146,6 +146,15 @@ def ended_as(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def has_finished(place: str, *, output: str = "runs") -> bool:
+    """Whether a run has come to its end: then ``resume`` without changes returns it as it is.
+
+    Raises:
+        UsageError: no such run.
+    """
+    return ended_as(find_checkpoint(place, output=output).parent.parent).get("status") == "finished"
+
+
 def tests_before(ended: Mapping[str, Any]) -> int:
     """How often a run has seen the test split, given its journal: one that has not finished only meant to."""
     meant = bool(ended.get("config", {}).get("evaluation.test", True))

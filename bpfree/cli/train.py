@@ -47,8 +47,9 @@ def train(
         if print_config or print_plan:
             raise UsageError("a run that goes on is trained, not printed", where="--resume", fix="its folder has config.yaml and plan.txt")
         output = next((str(leaf.value) for leaf in reversed(leaves) if leaf.key == "output"), "runs")
+        finished = runner.has_finished(resume, output=output) and all(leaf.key == "output" for leaf in leaves)
         run = runner.resume(resume, output=output, changes=leaves, quiet=quiet, observers=observers)
-        if run.resumed and not run.tags:
+        if finished:
             click.echo("the run had finished already; a longer budget (budget.epochs=...) would go on with it\n", err=True)
     else:
         recipe = resolve(leaves)

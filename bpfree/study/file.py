@@ -111,9 +111,9 @@ class Study:
     path: Path | None = None
 
     def metric(self, split: str) -> str:
-        """What is reported of a split: the kind that is published, the error if nothing is."""
+        """What is reported of a split: the kind that is published, the accuracy if nothing is."""
         names = (name for row in self.rows for numbers in row.published.values() for name in numbers)
-        return next((name for name in names if name.startswith(f"{split}/")), f"{split}/error")
+        return next((name for name in names if name.startswith(f"{split}/")), f"{split}/accuracy")
 
     def publishes(self, split: str) -> bool:
         """Whether any number of a split is published."""

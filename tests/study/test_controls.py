@@ -269,10 +269,10 @@ def test_terminal_and_page(workplace: Path, capsys: pytest.CaptureFixture[str]) 
     for said in (
         r"^frozen \(control\) +50\.00 \+- 10\.00 +3",
         r"^random \(control\) +not run",
-        r"^<dfa> +35\.00",
+        r"^<dfa> +65\.00",
         r"^Against the controls$",
         r"^<dfa> +frozen +\+15\.00 +2\.89 +3 +72\.7 +row better$",
-        r"^Gain: the control's test error minus the row's",
+        r"^Gain: the row's test accuracy minus the control's",
     ):
         assert re.search(said, output, re.MULTILINE), said
     page = Path(output.strip().splitlines()[-1]).read_text()
