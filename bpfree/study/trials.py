@@ -16,6 +16,7 @@ class Trial:
 
     Attributes:
         settings: of the tuned keys; the first trial of a row has none: it is the configuration as the study's file has it.
+        values: of the tuned keys in full, those of the default configuration too.
         status: ``finished``, ``diverged``, ``failed``, ``timeout``; ``not run`` as long as nothing is known.
         score: on validation, in the unit of the table (accuracy in per cent, or loss); ``None`` without a result.
         seconds: of training, over its seeds.
@@ -25,6 +26,7 @@ class Trial:
     status: str = "not run"
     score: float | None = None
     seconds: float = 0.0
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ other and run side by side, those of TPE come one after the other. A trial that 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -41,6 +42,7 @@ class Tuner:
         self._settings: list[dict[str, Any]] = [{}]
         self._cells: list[list[Cell]] = []
         self._final: dict[str, list[Cell]] = {}
+        self._defaults: dict[str, Any] = {}
         self._study: Any = None
         self._asked: list[Any] = []
 
@@ -97,13 +99,25 @@ class Tuner:
     def _trial(self, settings: Mapping[str, Any], cells: Sequence[Cell]) -> Trial:
         found = [self._known(cell.id) for cell in cells]
         if not self._ended(cells):
-            return Trial(settings)
+            return Trial(settings, values=self._values(settings))
         outcomes = [outcome for outcome in found if outcome is not None]
         bad = next((outcome.status for outcome in outcomes if outcome.status != "finished"), None)
         scores = [score for cell, outcome in zip(cells, outcomes, strict=True) if (score := self._score(cell, outcome)) is not None]
         complete = bad is None and len(scores) == len(cells)
         seconds = sum(outcome.result.get("train/seconds", 0.0) for outcome in outcomes)
-        return Trial(settings, bad or "finished", statistics.fmean(scores) if complete else None, seconds)
+        return Trial(settings, bad or "finished", statistics.fmean(scores) if complete else None, seconds, self._values(settings))
+
+    def _values(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Also those that the default configuration has, where it says them; the optimiser's are the rule's own default."""
+        if not self._defaults:
+            recipe = self._place.recipe
+            default = recipe.registry.get("rules", recipe.names["rule"]).optimizer
+            if not isinstance(default, property):
+                recipe = dataclasses.replace(
+                    recipe, settings=dataclasses.replace(recipe.settings, optimizer=recipe.settings.optimizer.over(default))
+                )
+            self._defaults = {key: value for key, value in recipe.flat().items() if key in self.keys and value is not None}
+        return {**self._defaults, **settings}
 
     # --- scores -----------------------------------------------------------------------------------------------------
 

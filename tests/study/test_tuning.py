@@ -127,6 +127,7 @@ def test_a_trial_that_diverges_counts_as_one_and_is_not_chosen(workplace: Path) 
     assert line.tuned.complete
     assert [trial.status for trial in line.tuned.trials] == ["diverged", "diverged", "finished", "diverged"]
     assert line.tuned.best is line.tuned.trials[2]
+    assert line.tuned.trials[0].values == {"optimizer.lr": 1e-3}  # the default of Adam, where it stands in the figure
     assert [cell.recipe.flat()["optimizer.lr"] for cell in line.cells] == [line.tuned.trials[2].settings["optimizer.lr"]] * 2
 
 

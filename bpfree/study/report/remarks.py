@@ -38,7 +38,7 @@ def compared(view: View) -> str:
     rows = len({line.row.label for line in lines})
     seeds = "one seed" if len(plan.seeds) == 1 else f"{len(plan.seeds)} seeds each"
     what = f"{_count(rows, 'row')} with the {'rule' if len(rules) == 1 else 'rules'} {_listed(rules)} on {_listed(tasks)}"
-    columns = f" in {_count(len(view.columns), 'column')}" if view.labelled else ""
+    columns = f" in {len(view.columns)} columns" if len(view.columns) > 1 else ""
     budgets = _distinct(_budget(line) for line in lines)
     parts = [f"{what[0].upper()}{what[1:]}{columns}, {seeds} ({', '.join(map(str, plan.seeds))})."]
     parts.append(f"Training budget: {_listed(budgets)}." if len(budgets) < 4 else f"Training budgets from {budgets[0]} on; they differ.")

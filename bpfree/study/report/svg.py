@@ -181,7 +181,7 @@ def _rules(frame: _Frame, rules: Sequence[tuple[float, str]]) -> Iterator[str]:
     for value, text in rules:
         at = frame.y(value)
         yield f'<path class="rule" d="M{LEFT} {number(at)}H{number(frame.right)}"/>'
-        yield f'<text class="note" x="{LEFT + 3}" y="{number(at - 4)}">{escape(text)}</text>'
+        yield f'<text class="note" x="{number(frame.right - 3)}" y="{number(at + 12)}" text-anchor="end">{escape(text)}</text>'
 
 
 def _series(frame: _Frame, one: Series) -> str:

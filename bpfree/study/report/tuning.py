@@ -78,7 +78,7 @@ def _panel(view: View, found: Sequence[tuple[Line, Tuned]], key: str) -> str:
 
 
 def _points(tuned: Tuned, key: str) -> list[tuple[float, float]]:
-    found = ((_number(trial.settings.get(key)), trial.score) for trial in tuned.trials)
+    found = ((_number({**trial.values, **trial.settings}.get(key)), trial.score) for trial in tuned.trials)
     return sorted((x, y) for x, y in found if x is not None and y is not None and math.isfinite(y))
 
 
