@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from bpfree.hooks import hookimpl
@@ -26,3 +27,8 @@ def bpfree_networks() -> dict[str, NetworkBuilder]:
 @hookimpl
 def bpfree_presets() -> dict[str, dict[str, Any]]:
     return {"quickstart/noprop-dt": {"rule": "noprop-dt"}}
+
+
+@hookimpl
+def bpfree_studies() -> dict[str, Path]:
+    return {f"noprop/{path.stem}": path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}
