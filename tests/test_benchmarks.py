@@ -258,6 +258,14 @@ def test_study_report(smoke: Run) -> None:
     assert result["bytes"]["page"] > result["bytes"]["markdown"] > 0
 
 
+def test_study_workers(smoke: Run) -> None:
+    result = smoke("study_workers")
+    assert (result["cells"], result["epochs"]) == (2, 1)
+    (seconds,), (ratio,), (again,) = result["seconds"], result["ratios"], result["again_seconds"]
+    assert ratio == seconds["one"] / seconds["two"]
+    assert 0 < again < seconds["one"]  # Python alone has started, not torch
+
+
 def test_the_page_of_200_cells_is_small(load: Callable[[str], Any], tmp_path: Path) -> None:
     script = load("study_report")
     made = script.planned(tmp_path, script.ROWS)

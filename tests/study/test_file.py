@@ -166,12 +166,16 @@ def test_every_installed_study_is_right() -> None:
 
 
 def test_the_documented_format_is_the_format(tmp_path: Path) -> None:
-    """The first YAML block of the page."""
-    (text, *_) = re.findall(r"^```yaml\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
-    study = read_study(written(tmp_path, text))
-    assert len(study.columns) == 2
-    assert study.rows[0].published
-    assert plan(study).cells
+    """The YAML blocks of the page: a grid, a table, and one that tunes."""
+    texts = re.findall(r"^```yaml\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    grid, table, tuned = (read_study(written(tmp_path, text)) for text in texts)
+    assert "dfa (narrow)" in [row.label for row in grid.rows]
+    assert [len(study.columns) for study in (grid, table, tuned)] == [2, 2, 1]
+    assert table.rows[0].published
+    assert tuned.tune is not None
+    assert [len(row.space) for row in tuned.rows] == [1, 2, 0]
+    for study in (grid, table, tuned):
+        assert plan(study).cells
 
 
 def test_unknown_studies(tmp_path: Path) -> None:

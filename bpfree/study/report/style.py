@@ -21,8 +21,8 @@ nav{font-size:.875rem;margin:1.2rem 0 0;padding:.5rem 0;border-top:1px solid var
 nav a{color:inherit;margin-right:1.1rem;white-space:nowrap;text-decoration:none} nav a:hover{text-decoration:underline}
 .scroll{overflow-x:auto;margin:.6rem 0;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem;min-width:40%}
-th,td{padding:.35rem .7rem;text-align:right;border-bottom:1px solid var(--edge);white-space:nowrap}
-th{font-weight:600;vertical-align:bottom} thead th{border-bottom:2px solid var(--ink)}
+th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid var(--edge);white-space:nowrap}
+th{font-weight:600;white-space:normal;vertical-align:bottom} thead th{border-bottom:2px solid var(--ink)}
 th.words,td.words,th:first-child,td:first-child{text-align:left}
 th:first-child,td:first-child{padding-left:0;position:sticky;left:0;background:var(--paper);z-index:1}
 td.long{white-space:normal;min-width:16rem;max-width:34rem;overflow-wrap:anywhere}
