@@ -15,7 +15,7 @@ help:
 	@echo "make certify       renew the registry's missing or stale certificates (ALL=1: all), its index and tables"
 	@echo "make downstream    install each plugin against this core in a clean environment, and certify it there (PLUGINS=\"noprop hebbian\")"
 	@echo "make bench         speed and memory, as ratios (benchmarks/)"
-	@echo "make gpu           tests, benchmarks and studies on CUDA, in resumable parts (PART=tests|bench|studies)"
+	@echo "make gpu           tests, benchmarks and studies on CUDA, in resumable parts (PART=tests|bench|studies|papers)"
 
 $(VENV)/installed: pyproject.toml requirements-dev.txt $(wildcard plugins/*/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Tests, benchmarks and studies on a CUDA machine, in commands of under ten minutes each:
 #
-#   bash benchmarks/gpu.sh tests|bench|studies|all
+#   bash benchmarks/gpu.sh tests|bench|studies|papers|all
+#
+# papers, which takes hours and is not in all: the studies that $PAPERS names, as they are written.
 #
 # A call stops after LIMIT seconds (default 540) with exit code 75 if something is left: call it again. What is done is
 # skipped: it has a result file in $OUT (default benchmarks/results) or in benchmarks/results, and what was begun goes on
@@ -9,6 +11,8 @@
 #
 #   BPFREE_DATA    folder of MNIST and CIFAR-10, for the studies (default data/)
 #   MNIST_EPOCHS, CIFAR_EPOCHS    of the studies (defaults 20 and 30)
+#   PAPERS         studies of the part papers (default: noprop/table1-mnist noprop/table1-cifar10 claims-cifar10)
+#   WORDS          settings of these studies, such as budget.epochs=1
 #   DEVICE         cuda; cpu to try this script without one
 #   QUICK=--quick  smoke runs of bench and studies
 set -u
@@ -85,9 +89,21 @@ studies() {
     --epochs "${CIFAR_EPOCHS:-30}" --device "$DEVICE" --output "$STATE/cifar10" --save "$OUT" $QUICK
 }
 
+papers() {
+  local name file
+  for name in ${PAPERS:-noprop/table1-mnist noprop/table1-cifar10 claims-cifar10}; do
+    file=study_${name//\//-}-$DEVICE
+    result "$file.csv" && { echo "== $name: its result is there"; continue; }
+    # $WORDS are words
+    step "$file" "$PYTHON" -m bpfree study run "$name" "device=$DEVICE" "output=$STATE/runs" tracking.enabled=false --to "$STATE/$file" --quiet \
+      ${WORDS:-} || continue
+    cp "$STATE/$file"/*results.csv "$OUT/$file.csv" && cp "$STATE/$file"/report*.md "$OUT/$file.md"
+  done
+}
+
 case $PART in
-  tests | bench | studies) $PART ;;
+  tests | bench | studies | papers) $PART ;;
   all) tests; bench; studies ;;
-  *) echo "usage: bash benchmarks/gpu.sh tests|bench|studies|all" >&2; exit 2 ;;
+  *) echo "usage: bash benchmarks/gpu.sh tests|bench|studies|papers|all" >&2; exit 2 ;;
 esac
 exit $failed

@@ -307,3 +307,7 @@ def test_gpu_script_refuses_unknown_parts_and_skips_what_is_done(tmp_path: Path)
     done = subprocess.run([*script, "bench"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.count("its result is there") == len(names)
+    for name in ("claims-cifar10", "noprop-table1-mnist", "noprop-table1-cifar10"):
+        (tmp_path / f"study_{name}-tested.csv").touch()
+    done = subprocess.run([*script, "papers"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count("its result is there")) == (0, 3)

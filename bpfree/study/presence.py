@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 __all__ = ["Presence", "present"]
 
@@ -44,13 +45,23 @@ def present(folder: Path) -> Iterator[Presence]:
         folder: common to all studies whose cells may run at the same time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = folder / f"{_host()}-{os.getpid()}-{secrets.token_hex(2)}"
-    with own.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    own, file = _own_file(folder)
+    with file:
         try:
             yield Presence(folder, own)
         finally:
             own.unlink(missing_ok=True)
+
+
+def _own_file(folder: Path) -> tuple[Path, TextIO]:
+    """A new file that is held. Who looks between making and locking takes it for a dead one's, and removes it: then another is made."""
+    while True:
+        own = folder / f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+        file = own.open("w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if own.exists():
+            return own, file
+        file.close()
 
 
 def _is_held(path: Path) -> bool:

@@ -144,6 +144,7 @@ class State:
     def begin(self, job: Job, before: Outcome | None) -> Outcome:
         """The record of a cell that is about to run; with what is known of the run that it goes on with."""
         kept = before if before is not None and not before.is_final else None
+        goes_on = before if before is not None and not job.anew else None  # its checkpoint holds the seconds of then
         return Outcome(
             job.cell,
             job.row,
@@ -152,7 +153,7 @@ class State:
             run=job.run_id,
             started=kept.started if kept is not None else now(),
             elapsed=kept.elapsed if kept is not None else 0.0,
-            parallel=kept.parallel if kept is not None else 1,
+            parallel=goes_on.parallel if goes_on is not None else 1,
             trial=job.trial,
             identity=dict(job.identity),
         )

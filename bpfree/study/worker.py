@@ -108,7 +108,7 @@ class Worker:
                 return before  # somebody was faster
             outcome = state.begin(job, before)
             with present(state.folder_of_all / WORKERS) as presence:
-                self._run(job, outcome, _Watch(job, outcome, presence), state)
+                self._run(job, outcome, _Watch(job, outcome, presence, state), state)
             return outcome
 
     def _run(self, job: Job, outcome: Outcome, watch: _Watch, state: State) -> None:
@@ -127,7 +127,7 @@ class Worker:
             raise
         except TimedOut as error:
             outcome.status, outcome.reason = "timeout", error.what
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a rule that calls sys.exit ends its cell, not the study
             outcome.status = "refused" if isinstance(error, BpfreeError) and not watch.began else "failed"
             outcome.reason = reason_of(error)
             self._say(f"{job.label}: {outcome.reason}")
@@ -166,8 +166,8 @@ def _recipe(job: Job) -> Recipe:
 class _Watch:
     """Follows a run: whether it has begun, how far it is, whether its time is up, and who runs beside it."""
 
-    def __init__(self, job: Job, outcome: Outcome, presence: Presence) -> None:
-        self._job, self._outcome, self._presence = job, outcome, presence
+    def __init__(self, job: Job, outcome: Outcome, presence: Presence, state: State) -> None:
+        self._job, self._outcome, self._presence, self._state = job, outcome, presence, state
         self._since, self._before = time.monotonic(), outcome.elapsed
         self.began = False
 
@@ -196,7 +196,9 @@ class _Watch:
         """Time and company so far."""
         self._presence.look()
         self._outcome.elapsed = self._before + time.monotonic() - self._since
-        self._outcome.parallel = max(self._outcome.parallel, self._presence.most)
+        if self._presence.most > self._outcome.parallel:
+            self._outcome.parallel = self._presence.most
+            self._state.write(self._outcome)  # at once: a process that is killed must not forget that its seconds cannot be compared
 
 
 class _Tasks:
@@ -227,7 +229,7 @@ class _Tasks:
         return self._task
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, BpfreeError):
         return " ".join(f"{error.what} ({error.where})".split()) if error.where else " ".join(error.what.split())
