@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from bpfree.study.agenda import Agenda
     from bpfree.study.cells import Cell, Plan
-    from bpfree.study.file import Published, Row, Study
+    from bpfree.study.model import Published, Row, Study
 
 RUN_HELP = """Run what is not finished of a study, and report on it.
 

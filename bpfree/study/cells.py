@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,10 @@ from bpfree.errors import UsageError
 from bpfree.plugins import Plugins
 from bpfree.sources import source_hashes
 from bpfree.study.data import Data, DataBook
-from bpfree.study.file import Column, Row, Study
+from bpfree.study.model import Column, Row, Study
 from bpfree.training.environment import resolve_device
 
-__all__ = ["Cell", "Place", "Plan", "is_scientific", "plan", "word"]
+__all__ = ["Cell", "Place", "Plan", "cell_of", "is_scientific", "plan", "problems_of", "recipe_with", "word"]
 
 NOT_SCIENTIFIC = (runner.CHANGEABLE - {"budget", "evaluation"}) | {"output"}
 """How long is part of the result, and so are the draws of an evaluation and which epochs ``best-val`` chooses among."""
@@ -134,7 +136,7 @@ def plan(
     taken = [leaf.key for leaf in overrides if leaf.key in ("seed", "seeds")]
     if taken:
         raise UsageError("a study repeats each cell with its seeds", where=taken[0], fix="say how many with --seeds N")
-    repetitions = list(study.seeds) if seeds is None else [*study.seeds, *(s for s in range(seeds) if s not in study.seeds)][:seeds]
+    repetitions = _repetitions(study, seeds)
     places = _resolve_all(study, overrides, registry)
     book = DataBook(Path(places[0].recipe.settings.output) / "studies", load=load)
     cells = [cell_of(place, seed, book) for seed in repetitions for place in places]
@@ -143,6 +145,14 @@ def plan(
         changes.append(f"seeds {_listed(repetitions)} instead of {_listed(study.seeds)}")
         shortened = shortened or len(repetitions) < len(study.seeds)
     return Plan(study, places, cells, repetitions, changes, shortened, book)
+
+
+def _repetitions(study: Study, count: int | None) -> list[int]:
+    """The seeds of the study; or so many, of which none is one that tuning chooses by: what is tested is trained afresh."""
+    if count is None:
+        return list(study.seeds)
+    taken = {*study.seeds, *(study.tune.seeds if study.tune is not None else ())}
+    return [*study.seeds, *islice((seed for seed in itertools.count() if seed not in taken), count)][:count]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -161,8 +171,8 @@ def _leaves(study: Study, row: Row, column: Column, overrides: Sequence[Leaf]) -
         (row.columns[column.label], f"row {row.label}, column {column.label}"),
     ]
     merged: dict[str, Leaf] = {}
-    for leaf in (Leaf(key, value, origin) for settings, origin in layers for key, value in settings.items()):
-        merged[_key(leaf)] = leaf
+    for settings, origin in layers:
+        replace_in(merged, [Leaf(key, value, origin) for key, value in settings.items()])
     replace_in(merged, overrides)
     if "stream" not in merged:
         named = merged.get("rule.name", Leaf("rule", "backprop", ""))
@@ -204,7 +214,7 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
             resolve_device(recipe.settings.device)
             places.append(Place(row, column, recipe, leaves))
         except UsageError as error:
-            for problem in _problems(error):
+            for problem in problems_of(error):
                 problems.setdefault(problem, []).append(row.label)
     if problems:
         every = len(list(study.cells()))
@@ -214,7 +224,8 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
     return places
 
 
-def _problems(error: UsageError) -> list[str]:
+def problems_of(error: UsageError) -> list[str]:
+    """What it says, one by one."""
     first, *others = error.what.splitlines()
     if others:
         return [line.removeprefix("  - ") for line in others]
@@ -244,12 +255,7 @@ def cell_of(place: Place, seed: int, book: DataBook, more: Sequence[Leaf] = (), 
     Raises:
         UsageError: the further settings do not fit.
     """
-    recipe, leaves = place.recipe, list(place.leaves)
-    if more:
-        merged = {_key(leaf): leaf for leaf in leaves}
-        replace_in(merged, more)
-        leaves = list(merged.values())
-        recipe = resolve(leaves, recipe.registry)
+    recipe, leaves = recipe_with(place, more)
     recipe = dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, seed=seed))
     data = book.of(recipe)
     identity = _identity(recipe, data)
@@ -266,6 +272,19 @@ def cell_of(place: Place, seed: int, book: DataBook, more: Sequence[Leaf] = (), 
         None if data is None else data.examples,
         trial,
     )
+
+
+def recipe_with(place: Place, more: Sequence[Leaf]) -> tuple[Recipe, list[Leaf]]:
+    """A place's recipe and its settings with further ones.
+
+    Raises:
+        UsageError: they do not fit.
+    """
+    if not more:
+        return place.recipe, list(place.leaves)
+    merged = {_key(leaf): leaf for leaf in place.leaves}
+    replace_in(merged, more)
+    return resolve(list(merged.values()), place.recipe.registry), list(merged.values())
 
 
 def word(key: str, value: Any) -> str:

@@ -12,7 +12,7 @@ from bpfree.config import Leaf, parse_words
 from bpfree.errors import UsageError
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.rule import Rule
-from bpfree.study.file import Column, Row, Study
+from bpfree.study.model import Column, Row, Study
 
 __all__ = ["comparison"]
 

@@ -10,7 +10,6 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,10 @@ from bpfree import yaml_values
 from bpfree.errors import UsageError, nearest
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.study.grid import expand
+from bpfree.study.model import METRICS, Column, Published, Row, Study
 from bpfree.study.space import Domain, Tune, read_domain
 
-__all__ = ["METRICS", "Column", "Published", "Row", "Study", "find_study", "read_study"]
-
-METRICS = tuple(f"{split}/{kind}" for split in ("test", "train") for kind in ("error", "accuracy", "loss"))
-"""What can be published: errors and accuracies in per cent, losses as they are."""
+__all__ = ["find_study", "read_study"]
 
 STUDY_KEYS = ("title", "paper", "notes", "settings", "seeds", "columns", "rows", "controls", "target", "tune", "jobs", "timeout")
 COLUMN_KEYS = ("label", "settings", "target")
@@ -38,90 +35,6 @@ NOT_HERE = {
     "seeds": "it is a key of the study, not a setting",
     "output": "it is for the command line to say",
 }
-
-
-@dataclass(frozen=True)
-class Published:
-    """A number of the paper, with its standard deviation where the paper has one."""
-
-    mean: float
-    spread: float | None = None
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: its label (empty where a study has no columns), its settings, and its own target."""
-
-    label: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    target: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table.
-
-    Attributes:
-        label: as printed.
-        settings: of its cells.
-        columns: those in which it has a cell, each with settings of that cell alone.
-        published: by column and metric; what is absent is not known.
-        space: what is tuned, by setting; empty: nothing.
-    """
-
-    label: str
-    settings: Mapping[str, Any]
-    columns: Mapping[str, Mapping[str, Any]]
-    published: Mapping[str, Mapping[str, Published]]
-    space: Mapping[str, Domain] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study file.
-
-    Attributes:
-        name: of the registered study, or the file's.
-        title, paper, notes: for readers.
-        settings: of all cells, by dotted key.
-        seeds: the repetitions.
-        columns: at least one; a single one without a label where the file has none.
-        rows: in the order of the table.
-        controls: labels of the rows beside which the others are put, such as random features.
-        targets: by column, the validation accuracy in per cent (or loss, for a task without classes) whose time is taken.
-        tune: how rows are tuned; ``None``: they are not.
-        jobs: cells that run at the same time, unless the command line says otherwise.
-        timeout: seconds that a cell may take; ``None``: as long as it needs.
-        path: of the file; ``None`` for a study made in Python.
-    """
-
-    name: str
-    title: str
-    paper: str
-    notes: str
-    settings: Mapping[str, Any]
-    seeds: Sequence[int]
-    columns: Sequence[Column]
-    rows: Sequence[Row]
-    controls: Sequence[str]
-    targets: Mapping[str, float] = field(default_factory=dict)
-    tune: Tune | None = None
-    jobs: int = 1
-    timeout: float | None = None
-    path: Path | None = None
-
-    def metric(self, split: str) -> str:
-        """What is reported of a split: the kind that is published, the accuracy if nothing is."""
-        names = (name for row in self.rows for numbers in row.published.values() for name in numbers)
-        return next((name for name in names if name.startswith(f"{split}/")), f"{split}/accuracy")
-
-    def publishes(self, split: str) -> bool:
-        """Whether any number of a split is published."""
-        return any(name.startswith(f"{split}/") for row in self.rows for numbers in row.published.values() for name in numbers)
-
-    def cells(self) -> Iterator[tuple[Row, Column]]:
-        """The cells of one repetition, row by row."""
-        return ((row, column) for row in self.rows for column in self.columns if column.label in row.columns)
 
 
 def find_study(name: str, registry: Plugins | None = None) -> Study:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from bpfree.study.cells import Cell
-from bpfree.study.file import Published, Row, Study
+from bpfree.study.model import Published, Row, Study
 from bpfree.study.state import Outcome
 from bpfree.study.trials import Tuned
 

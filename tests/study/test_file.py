@@ -11,7 +11,8 @@ from bpfree import UsageError
 from bpfree.config import parse_words
 from bpfree.plugins import Plugins
 from bpfree.study.cells import plan
-from bpfree.study.file import Published, find_study, read_study
+from bpfree.study.file import find_study, read_study
+from bpfree.study.model import Published
 
 DOCS = Path(__file__).parents[2] / "docs" / "studies.md"
 

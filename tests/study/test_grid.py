@@ -11,7 +11,8 @@ import pytest
 from bpfree import UsageError
 from bpfree.plugins import installed_plugins
 from bpfree.study import cells
-from bpfree.study.file import Study, read_study
+from bpfree.study.file import read_study
+from bpfree.study.model import Study
 from bpfree.study.space import Choices, Interval
 
 
