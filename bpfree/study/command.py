@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from bpfree.training.environment import resolve_device
 from bpfree.training.trainer import Interrupted
 
 __all__ = ["Options", "report", "run", "watched_files"]
+
+logger = logging.getLogger("bpfree")
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,9 @@ def _executor(plan: Plan, agenda: Agenda, options: Options) -> Executor:
         raise UsageError("an address is that of a Ray cluster", where="--address", fix="--executor ray")
     jobs = options.jobs or max(plan.study.jobs, len(gpus))
     jobs = min(jobs, max(1, agenda.left()))
+    threads, cores = settings.threads or 1, len(os.sched_getaffinity(0))
+    if jobs > 1 and not gpus and jobs * threads > cores:
+        logger.warning("%d cells at a time with %d threads each, on %d processors: they will hold each other up", jobs, threads, cores)
     return InProcess(lambda text: None) if jobs == 1 else Pool(jobs, gpus)
 
 

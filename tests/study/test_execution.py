@@ -359,3 +359,26 @@ def test_a_finished_study_answers_without_torch(workplace: Path) -> None:
     record = next(Path("runs/studies/table/cells").glob("*.json"))
     record.write_text(json.dumps({**json.loads(record.read_text()), "status": "failed"}))
     assert call(*words[:2], name, *words[3:]) in (0, 1)
+
+
+def test_workers_that_would_fight_for_processors_are_told_of(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from bpfree.config import parse_words
+    from bpfree.study import cells, command
+    from bpfree.study.agenda import Agenda
+    from bpfree.study.file import read_study
+    from bpfree.study.state import State
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+
+    def said(threads: int, jobs: int) -> str:
+        caplog.clear()
+        plan = cells.plan(read_study(Path(study(FOUR))), parse_words([f"threads={threads}"]))
+        executor = command._executor(plan, Agenda(plan, State(plan.output, "table")), command.Options(jobs=jobs))
+        assert executor.slots == jobs
+        executor.close()
+        return caplog.text
+
+    assert said(1, 4) == said(2, 2) == said(8, 1) == ""
+    assert "3 cells at a time with 2 threads each, on 4 processors" in said(2, 3)
