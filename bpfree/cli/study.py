@@ -251,7 +251,7 @@ def _run_now(
 
     plan, agenda = _prepared(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"], retry=retry)
     left, count = agenda.left(), agenda.count()
-    click.echo(f"{plan.study.name}: {left} of {count} cells to run, the others are done", err=True)
+    click.echo(f"{plan.study.name}: {left} of {count} cells to run{_others(agenda, [name, *settings])}", err=True)
     chosen = command.Options(
         options["executor"], options["jobs"], options["address"], options["gpus"], options["timeout"], options["to"], options["quiet"]
     )
@@ -264,9 +264,20 @@ def _run_now(
     text = f"{made.text()}\n\n{page.resolve()}"
     click.echo(text)
     complete = agenda.complete()
-    if complete and asked is not None:
-        receipt.write_receipt(_folder(name, settings), asked, text, page, *command.watched_files(plan, agenda))
+    if complete and asked is not None and command.is_told(plan, agenda):
+        receipt.write_receipt(_folder(name, settings), asked, text, page, *command.watched_files(plan, agenda, page))
     return 0 if complete else 1
+
+
+def _others(agenda: Agenda, words: Sequence[str]) -> str:
+    """What became of those that are not run."""
+    import shlex
+
+    done = [cell for cell in agenda.cells() if not agenda.to_do(cell)]
+    without = sum(not agenda.finished([cell]) for cell in done)
+    parts = [f"{len(done) - without} are finished"] if len(done) > without else []
+    parts += [f"{without} ended without a result (again: {shlex.join(['bpfree', 'study', 'retry', 'failed', *words])})"] if without else []
+    return "".join(f", {part}" for part in parts)
 
 
 def _folder(name: str, settings: Sequence[str]) -> Path:

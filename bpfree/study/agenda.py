@@ -9,6 +9,7 @@ from bpfree.errors import UsageError, nearest
 from bpfree.study.cells import Cell, Place, Plan
 from bpfree.study.line import Line
 from bpfree.study.state import Outcome, State
+from bpfree.study.tunable import check_tuning
 from bpfree.study.tuning import Tuner
 
 __all__ = ["FAILED", "Agenda"]
@@ -36,7 +37,7 @@ class Agenda:
         retry: statuses that are run again.
 
     Raises:
-        UsageError: labels that the study does not have.
+        UsageError: labels that the study does not have, or settings that cannot be tuned.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Agenda:
         study = plan.study
         _check_labels(rows, [row.label for row in study.rows], "rows")
         _check_labels(columns, [column.label for column in study.columns], "columns")
+        check_tuning(plan)
         self.plan, self.state, self.retry = plan, state, frozenset(retry)
         self._rows, self._columns = rows, columns
         self._done: dict[str, Outcome] = {}
@@ -60,7 +62,7 @@ class Agenda:
     def _post(self, place: Place) -> _Post:
         cells = [cell for cell in self.plan.cells if (cell.row, cell.column) == (place.row.label, place.column.label)]
         tune = self.plan.study.tune
-        return _Post(place, cells, Tuner(self.plan, place, tune, self._known) if tune is not None and place.row.space else None)
+        return _Post(place, cells, Tuner(self.plan, place, tune, self._settled) if tune is not None and place.row.space else None)
 
     def _known(self, cell: str) -> Outcome | None:
         """The outcome of a cell; a finished one is read once."""
@@ -70,6 +72,12 @@ class Agenda:
         if outcome is not None and outcome.status == "finished":
             self._done[cell] = outcome
         return outcome
+
+    def _settled(self, cell: str) -> Outcome | None:
+        """The same for tuning, which waits for a trial that is run again."""
+        outcome = self._known(cell)
+        again = outcome is not None and outcome.status in self.retry and cell not in self._tried
+        return None if again else outcome
 
     def _chosen(self) -> list[_Post]:
         return [
@@ -87,6 +95,11 @@ class Agenda:
         trials = [cell for post in self._chosen() if post.tuner is not None for cell in post.tuner.cells()]
         final = [self._final(post) for post in self._chosen()]
         return trials + [cells[number] for number in range(len(self.plan.seeds)) for cells in final if cells]
+
+    def all_cells(self) -> list[Cell]:
+        """The same of all rows and columns."""
+        trials = [cell for post in self._posts if post.tuner is not None for cell in post.tuner.cells()]
+        return trials + [cell for post in self._posts for cell in self._final(post)]
 
     def _final(self, post: _Post) -> list[Cell]:
         if post.tuner is None:

@@ -17,11 +17,11 @@ from bpfree.study.cells import Plan
 from bpfree.study.engine import Display, Jobs, execute
 from bpfree.study.executors import Executor, InProcess, Pool, stoppable
 from bpfree.study.parent import Parent
-from bpfree.study.report import Report, report_on, write_report
+from bpfree.study.report import Report, files_of, report_on, write_report
 from bpfree.training.environment import resolve_device
 from bpfree.training.trainer import Interrupted
 
-__all__ = ["Options", "report", "run", "watched_files"]
+__all__ = ["Options", "is_told", "report", "run", "watched_files"]
 
 logger = logging.getLogger("bpfree")
 
@@ -96,12 +96,15 @@ def _executor(plan: Plan, agenda: Agenda, options: Options) -> Executor:
         return RayExecutor(address=options.address, jobs=options.jobs, threads=settings.threads or 1, gpus=share)
     if options.address is not None:
         raise UsageError("an address is that of a Ray cluster", where="--address", fix="--executor ray")
-    jobs = options.jobs or max(plan.study.jobs, len(gpus))
-    jobs = min(jobs, max(1, agenda.left()))
+    if options.gpus is not None:
+        raise UsageError("GPUs of a cell are asked of a Ray cluster", where="--gpus", fix="--executor ray; a pool gives each process one")
+    wanted = options.jobs or max(plan.study.jobs, len(gpus))
+    jobs = min(wanted, max(1, agenda.left()))
     threads, cores = settings.threads or 1, len(os.sched_getaffinity(0))
     if jobs > 1 and not gpus and jobs * threads > cores:
         logger.warning("%d cells at a time with %d threads each, on %d processors: they will hold each other up", jobs, threads, cores)
-    return InProcess(lambda text: None) if jobs == 1 else Pool(jobs, gpus)
+    # a pool for the last cell too: who asks for processes may have a rule that takes its process with it
+    return InProcess(lambda text: None) if wanted == 1 else Pool(jobs, gpus)
 
 
 def visible_gpus() -> list[str]:
@@ -127,14 +130,19 @@ def _finish(
     plan: Plan, agenda: Agenda, parent: Parent, words: Sequence[str], options: Options, *, ran: bool, interrupted: bool = False
 ) -> tuple[Report, Path]:
     made, page = report(plan, agenda, words, options.folder)
-    if ran:
-        files = [page, page.with_suffix(".md"), *page.parent.glob("*results.csv")]
-        parent.close(made.lines, files, "KILLED" if interrupted else "FINISHED" if agenda.complete() else "FAILED")
+    if ran or not parent.settled:  # what the store did not take the last time is told again
+        status = "KILLED" if interrupted else "FINISHED" if agenda.complete() else "FAILED"
+        parent.close(made.lines, agenda.all_cells(), files_of(page), status)
     return made, page
 
 
-def watched_files(plan: Plan, agenda: Agenda) -> tuple[list[Path], Iterable[Path]]:
+def is_told(plan: Plan, agenda: Agenda) -> bool:
+    """Whether the tracking store has all of the study, or nothing is tracked."""
+    return Parent(plan, agenda.state).settled
+
+
+def watched_files(plan: Plan, agenda: Agenda, page: Path) -> tuple[list[Path], Iterable[Path]]:
     """What an answer depends on: files, and folders of sources."""
     cells = [agenda.state.path_of(cell.id) for cell in agenda.cells()]
     study = [plan.study.path] if plan.study.path is not None else []
-    return [*study, *cells, *plan.book.files], sources.all_roots(plan.cells[0].recipe.registry)
+    return [*study, *cells, *plan.book.files, *files_of(page)], sources.all_roots(plan.cells[0].recipe.registry)

@@ -15,11 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bpfree.study.cells import Plan
+from bpfree import runner
+from bpfree.study.cells import Cell, Plan
 from bpfree.study.line import Line
 from bpfree.study.state import State
-from bpfree.tracking.events import Artifact, End, Metrics, Opening, Tags, write_text
-from bpfree.tracking.store import RUN_TAG, Store
+from bpfree.tracking.config import TrackingConfig
+from bpfree.tracking.events import SPOOL_NAME, Artifact, End, Metrics, Opening, Tags, write_text
+from bpfree.tracking.store import RUN_TAG, Store, file_lock, redact
 
 __all__ = ["Parent"]
 
@@ -38,6 +40,7 @@ class Parent:
 
     Attributes:
         run_id: empty as long as the store has not answered, or where nothing is tracked.
+        settled: whether the store knows all of the study, as it was when it was last run.
     """
 
     def __init__(self, plan: Plan, state: State) -> None:
@@ -46,8 +49,9 @@ class Parent:
         self._enabled, self._experiment = config.enabled, config.experiment
         self._store = Store(config.resolve_uri(plan.output), config.timeout)
         self._warned = False
-        known = self._known()
-        self.run_id = str(known.get("run_id", "")) if known.get("uri") == self._store.shown else ""
+        known = self._known() if self._known().get("uri") == self._store.shown else {}
+        self.run_id = str(known.get("run_id", ""))
+        self.settled = not self._enabled or bool(known.get("settled"))
 
     def _known(self) -> dict[str, Any]:
         try:
@@ -66,17 +70,24 @@ class Parent:
         def ask() -> None:
             self._store.check()
             self._store.probe()
-            self._store.open(opening, search=True)
+            with file_lock(self._state.folder / ".mlflow.lock"):  # of two processes that begin at once, the second finds the first one's
+                self._store.open(opening, search=True)
 
         if self._asked(ask) and opening.run_id:
             self.run_id = opening.run_id
-            write_text(self._state.folder / NAME, json.dumps({"uri": self._store.shown, "run_id": self.run_id}, indent=2) + "\n")
+            self._remember(settled=False)
 
-    def close(self, lines: Sequence[Line], files: Iterable[Path], status: str) -> None:
+    def _remember(self, *, settled: bool) -> None:
+        self.settled = settled
+        content = {"uri": self._store.shown, "run_id": self.run_id, "settled": settled}
+        write_text(self._state.folder / NAME, json.dumps(content, indent=2) + "\n")
+
+    def close(self, lines: Sequence[Line], cells: Iterable[Cell], files: Iterable[Path], status: str) -> None:
         """Log the table and the report's files, adopt cells that ran while the store was away, and end the run.
 
         Args:
             lines: of the table.
+            cells: all that may have runs, those of tuning too.
             files: of the report.
             status: ``FINISHED``, ``FAILED`` or ``KILLED``.
         """
@@ -90,20 +101,41 @@ class Parent:
         values = dict(_values(self._plan.study.metric("test"), lines)) | {"cells/finished": float(len(finished))}
 
         def tell() -> None:
-            self._adopt(finished)
+            self._adopt(cells)
             self._store.send(self.run_id, [Metrics(_now(), len(finished), values), Tags({"status": status.lower()})])
             self._store.send(self.run_id, [*(Artifact(str(path), "") for path in files), End(status, _now())])
 
-        self._asked(tell)
+        if self._asked(tell):
+            self._remember(settled=True)
 
-    def _adopt(self, finished: Iterable[Any]) -> None:
+    def _adopt(self, cells: Iterable[Cell]) -> None:
+        """Send what cells could not, and put their runs below this one; those that another store has stay there."""
         client = self._store.connect()
-        for outcome in finished:
+        known = (self._state.read(cell) for cell in dict.fromkeys(cell.id for cell in cells))
+        for outcome in [one for one in known if one is not None and one.is_final and one.run]:
+            folder = self._plan.output / outcome.run
+            if (folder / SPOOL_NAME).is_file() and self._was_meant_here(folder) and runner.complete_tracking(folder):
+                outcome.tracking |= self._found(client, outcome.run)
             child = outcome.tracking.get("mlflow_run_id")
-            if child and outcome.tags.get(PARENT) != self.run_id:
+            here = outcome.tracking.get("mlflow_uri") == self._store.shown
+            if child and here and outcome.tags.get(PARENT) != self.run_id:
                 client.set_tag(child, PARENT, self.run_id)
                 outcome.tags[PARENT] = self.run_id
-                self._state.write(outcome)
+                with self._state.lock(outcome.cell) as free:
+                    if free:
+                        self._state.write(outcome)
+
+    def _found(self, client: Any, run: str) -> dict[str, str]:
+        """Where a cell's run is that this process has not trained."""
+        experiment = client.get_experiment_by_name(self._experiment)
+        found = client.search_runs([experiment.experiment_id], f"tags.`{RUN_TAG}` = '{run}'", max_results=1) if experiment else []
+        return {"mlflow_run_id": str(each.info.run_id) for each in found} | ({"mlflow_uri": self._store.shown} if found else {})
+
+    def _was_meant_here(self, folder: Path) -> bool:
+        """Whether a run's journal names this store."""
+        config = runner.ended_as(folder).get("config", {})
+        named = TrackingConfig(uri=config.get("tracking.uri"), enabled=bool(config.get("tracking.enabled", False)))
+        return named.enabled and redact(named.resolve_uri(self._plan.output)) == self._store.shown
 
     def _tags(self) -> dict[str, str]:
         study = self._plan.study

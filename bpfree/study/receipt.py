@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -72,8 +73,22 @@ def _state(files: Sequence[Path], sources: Sequence[Path]) -> str:
     entries = sorted((entry.name, entry.value) for entry in importlib.metadata.entry_points(group="bpfree"))
     variables = [os.environ.get(name) for name in VARIABLES]
     gpus = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
-    content = [stats, entries, [_version(name) for name in PACKAGES], variables, gpus, os.cpu_count()]
+    places = _places(value for _, value in entries)
+    content = [stats, entries, places, [_version(name) for name in PACKAGES], variables, gpus, os.cpu_count()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _places(values: Iterable[str]) -> list[str]:
+    """Where this process would import the plugins from: another copy may come first on its path. Nothing is imported."""
+    names = sorted({value.partition(":")[0].partition(".")[0].strip() for value in values} | {"bpfree"})
+    found = []
+    for name in names:
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            spec = None
+        found.append("" if spec is None else str(spec.origin or list(spec.submodule_search_locations or ())))
+    return found
 
 
 def _version(name: str) -> str:

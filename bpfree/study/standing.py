@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -55,10 +56,18 @@ def _standing(agenda: Agenda, cell: Cell, outcome: Outcome | None) -> list[Any]:
         _number(cell),
         f"{outcome.status}: {outcome.reason}" if outcome.reason else outcome.status,
         epoch,
-        f"{outcome.elapsed / 60:.1f}",
+        f"{_elapsed(outcome) / 60:.1f}",
         _score(outcome),
         cell.id,
     ]
+
+
+def _elapsed(outcome: Outcome) -> float:
+    """Seconds so far: a running cell's record is as old as its last change."""
+    if outcome.status != "running" or not outcome.updated:
+        return outcome.elapsed
+    since = datetime.datetime.now().astimezone() - datetime.datetime.fromisoformat(outcome.updated)
+    return outcome.elapsed + max(0.0, since.total_seconds())
 
 
 def _score(outcome: Outcome) -> str:

@@ -85,8 +85,7 @@ class Tuner:
                 if self._tune.search == "tpe" and not self._ended(self._cells[-1]):
                     return
                 self._settings.append(self._ask(number))
-            more = [Leaf("evaluation.test", False, "tuning"), *self._leaves(self._settings[number])]
-            more += [Leaf(key, value, "tuning") for key, value in self._tune.settings.items()]
+            more = [*self._leaves(self._settings[number]), *self._leaves(self._tune.settings), Leaf("evaluation.test", False, "tuning")]
             self._cells.append([cell_of(self._place, seed, self._plan.book, more, trial=number) for seed in self._tune.seeds])
 
     def _leaves(self, settings: Mapping[str, Any]) -> list[Leaf]:
@@ -142,7 +141,7 @@ class Tuner:
         optuna = import_optuna()
         if self._study is None:
             self._study = optuna.create_study(sampler=self._sampler(optuna), direction="maximize" if self._accuracy else "minimize")
-        if self._tune.search == "tpe":
+        if number > 1:
             self._tell(optuna, number)
         trial = self._study.ask(_distributions(optuna, self._place.row.space))
         self._asked.append(trial)
@@ -150,7 +149,10 @@ class Tuner:
 
     def _tell(self, optuna: Any, number: int) -> None:
         """Tell the sampler of the trial before this one."""
-        if number < 2:
+        if self._tune.search != "tpe":
+            self._study.tell(
+                self._asked[-1], 0.0
+            )  # older samplers learn what the space is from a trial that has ended; the score is not used
             return
         told = self._trial(self._settings[number - 1], self._cells[number - 1])
         if told.score is None:

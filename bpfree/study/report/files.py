@@ -10,7 +10,7 @@ from bpfree.study.report.page import html_page
 from bpfree.study.report.results import results_csv
 from bpfree.tracking.events import write_text
 
-__all__ = ["write_report"]
+__all__ = ["files_of", "write_report"]
 
 
 def write_report(report: Report, folder: Path, name: str = "report") -> Path:
@@ -20,8 +20,14 @@ def write_report(report: Report, folder: Path, name: str = "report") -> Path:
         The page.
     """
     title, sections = report.plan.study.title, report.sections()
-    page = folder / f"{name}.html"
+    page, text, table = files_of(folder / f"{name}.html")
     write_text(page, html_page(title, sections))
-    write_text(folder / f"{name}.md", markdown(title, sections))
-    write_text(folder / ("results.csv" if name == "report" else f"{name}-results.csv"), results_csv(report.lines))
+    write_text(text, markdown(title, sections))
+    write_text(table, results_csv(report.lines))
     return page
+
+
+def files_of(page: Path) -> list[Path]:
+    """All files of a report, given its page."""
+    name = page.stem
+    return [page, page.with_suffix(".md"), page.with_name("results.csv" if name == "report" else f"{name}-results.csv")]
