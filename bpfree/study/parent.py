@@ -129,7 +129,7 @@ class Parent:
         """Where a cell's run is that this process has not trained."""
         experiment = client.get_experiment_by_name(self._experiment)
         found = client.search_runs([experiment.experiment_id], f"tags.`{RUN_TAG}` = '{run}'", max_results=1) if experiment else []
-        return {"mlflow_run_id": str(each.info.run_id) for each in found} | ({"mlflow_uri": self._store.shown} if found else {})
+        return {"mlflow_run_id": str(found[0].info.run_id), "mlflow_uri": self._store.shown} if found else {}
 
     def _was_meant_here(self, folder: Path) -> bool:
         """Whether a run's journal names this store."""
