@@ -43,7 +43,7 @@ class StudyProgress:
 
     def started(self, cell: Cell, before: Outcome | None) -> None:
         """Told where a cell goes on that was interrupted."""
-        if before is not None and before.run and not before.is_final and cell.id not in self._elsewhere:
+        if before is not None and before.run and not before.is_final and before.status != "running":  # that one another process has
             self.say(f"{cell.label}: goes on with {before.run}")
 
     def ended(self, cell: Cell, outcome: Outcome | None, left: int) -> None:

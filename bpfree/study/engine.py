@@ -96,7 +96,7 @@ def execute(agenda: Agenda, jobs: Jobs, executor: Executor, display: Display) ->
         waiting = [cell for cell in agenda.ready() if cell.id not in running and cell.id not in elsewhere]
         for cell in waiting[: executor.slots - len(running)]:
             running[cell.id] = cell
-            display.started(cell, agenda.state.read(cell.id))
+            display.started(cell, agenda.state.seen(cell.id))
             executor.start(jobs.of(cell))
         if not running and not elsewhere:
             return
