@@ -157,7 +157,9 @@ def remarks(plan: Plan, lines: Sequence[Line], *, hidden: int = 0) -> Iterator[s
     yield from _data(lines)
     parallel = most_parallel(lines)
     if parallel > 1:
-        yield f"* Up to {parallel} cells ran at once: seconds cannot be compared. Run with --jobs 1 for some that can."
+        by_clock = any(line.cells[0].recipe.settings.budget.seconds is not None and most_parallel([line]) > 1 for line in lines)
+        what = "seconds cannot be compared, nor what was reached in so many of them" if by_clock else "seconds cannot be compared"
+        yield f"* Up to {parallel} cells ran at once: {what}. Run with --jobs 1 for some that can."
     if hidden:
         yield f"Not shown: {hidden} finished cells of other settings, seeds, versions or sources."
 

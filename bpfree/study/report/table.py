@@ -17,6 +17,8 @@ COSTS = (
     ("parameters", "parameters"),
     ("trained", "parameters_trained"),
 )
+TIMINGS = ("train/seconds", "train/samples_per_second")
+"""Marked where cells shared their machine with others."""
 
 
 def headers(view: View) -> list[str]:
@@ -45,15 +47,16 @@ def texts(view: View, line: Line) -> list[str]:
     cells += _beside(line, study.metric("train"), published=True) if study.publishes("train") else []
     for _, key in COSTS:
         mean = mean_of(line, key)
-        cells.append("" if mean is None else _seconds(view, line) if key == "train/seconds" else f"{mean:,.0f}")
+        text = "" if mean is None else _seconds(view, line) if key == "train/seconds" else f"{mean:,.0f}"
+        cells.append(text + "*" if text and key in TIMINGS and most_parallel([line]) > 1 else text)
     return cells
 
 
 def _seconds(view: View, line: Line) -> str:
-    """With the decimals that the column needs, and a mark where they cannot be compared."""
+    """With the decimals that the column needs."""
     column = aligned([mean_of(other, "train/seconds") for other in view.lines])
     place = next(number for number, other in enumerate(view.lines) if other is line)
-    return column[place] + ("*" if most_parallel([line]) > 1 else "")
+    return column[place]
 
 
 def _beside(line: Line, metric: str, *, published: bool, empty: str = "") -> list[str]:

@@ -25,9 +25,11 @@ def tuning(view: View) -> Iterator[Section]:
     columns = [column for column in view.columns if _tuned(view, column)]
     if not columns:
         return
+    shared = any(trial.parallel > 1 for line in view.lines if line.tuned is not None for trial in line.tuned.trials)
     legend = Text(
         "Each trial is trained on the tuning seeds and scored on the validation split; the first has the settings of the study's file. "
-        "A trial that failed counts as one. The best on validation was chosen, the earliest of equals; the test split has no part in it.",
+        "A trial that failed counts as one. The best on validation was chosen, the earliest of equals; the test split has no part in it."
+        + (" * Trials shared their machine with other cells: these seconds cannot be compared." if shared else ""),
         "note",
     )
     if not view.labelled:
@@ -99,6 +101,8 @@ def _table(view: View, column: str, found: Sequence[tuple[Line, Tuned]]) -> Tabl
     unit = "%" if found[0][1].greater else "loss"
     headers = ["row", "trials", "without a score", f"default, {unit}", f"chosen, {unit}", "gain", "seconds", "chosen settings"]
     seconds = aligned([sum(trial.seconds for trial in tuned.trials) or None for _, tuned in found])
+    shared = [any(trial.parallel > 1 for trial in tuned.trials) for _, tuned in found]
+    seconds = [text + "*" if text and mark else text for text, mark in zip(seconds, shared, strict=True)]
     rows = [[view.label(line), *_cells(tuned, spent)] for (line, tuned), spent in zip(found, seconds, strict=True)]
     return Table(headers, rows, [2, 7], f"Tuning {column}".strip(), [view.style(line) for line, _ in found])
 
