@@ -264,7 +264,7 @@ def _run_now(
     text = f"{made.text()}\n\n{page.resolve()}"
     click.echo(text)
     complete = agenda.complete()
-    if complete and asked is not None and command.is_told(plan, agenda):
+    if complete and asked is not None and command.is_settled(plan, agenda):
         receipt.write_receipt(_folder(name, settings), asked, text, page, *command.watched_files(plan, agenda, page))
     return 0 if complete else 1
 

@@ -21,7 +21,7 @@ from bpfree.study.report import Report, files_of, report_on, write_report
 from bpfree.training.environment import resolve_device
 from bpfree.training.trainer import Interrupted
 
-__all__ = ["Options", "is_told", "report", "run", "watched_files"]
+__all__ = ["Options", "is_settled", "report", "run", "watched_files"]
 
 logger = logging.getLogger("bpfree")
 
@@ -136,9 +136,9 @@ def _finish(
     return made, page
 
 
-def is_told(plan: Plan, agenda: Agenda) -> bool:
-    """Whether the tracking store has all of the study, or nothing is tracked."""
-    return Parent(plan, agenda.state).settled
+def is_settled(plan: Plan, agenda: Agenda) -> bool:
+    """Whether nothing is left to do: the tracking store has it all, and all that an answer depends on can be watched."""
+    return plan.book.watchable and Parent(plan, agenda.state).settled
 
 
 def watched_files(plan: Plan, agenda: Agenda, page: Path) -> tuple[list[Path], Iterable[Path]]:

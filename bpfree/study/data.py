@@ -6,6 +6,7 @@ read, so that the next plan need not read them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -42,12 +43,17 @@ class DataBook:
     Args:
         folder: where they are kept, that of all studies; ``None``: nowhere.
         load: whether a set may be loaded (and downloaded) to know them.
+
+    Attributes:
+        files: that the sets are read from.
+        watchable: whether these are all: some sets do not say what they are read from.
     """
 
     def __init__(self, folder: Path | None, *, load: bool) -> None:
         self._path, self._load = None if folder is None else folder / NAME, load
         self._known: dict[str, Data | None] = {}
         self.files: set[Path] = set()
+        self.watchable = True
 
     def of(self, recipe: Recipe) -> Data | None:
         """What is known of the recipe's data; ``None`` if they cannot be had, or are not here and must not be loaded."""
@@ -55,6 +61,7 @@ class DataBook:
         options = dataclasses.asdict(recipe.options["task"])
         files = None if source.files is None else list(source.files(recipe.options["task"], recipe.root()))
         self.files.update(files or ())
+        self.watchable = self.watchable and files is not None
         state = None if files is None else [_state(path) for path in files]
         key = _hash([recipe.names["task"], options, str(recipe.root()), state])
         if key not in self._known:
@@ -62,7 +69,9 @@ class DataBook:
         return self._known[key]
 
     def _find(self, recipe: Recipe, source: Any, key: str, *, there: bool) -> Data | None:
-        kept = self._kept().get(key) if there and source.files(recipe.options["task"], recipe.root()) else None
+        # a set that does not name its files is known by loading it; who must not load takes what was found the last time
+        trusted = not self._load if source.files is None else there and bool(source.files(recipe.options["task"], recipe.root()))
+        kept = self._kept().get(key) if trusted else None
         if kept is not None:
             return Data(str(kept["fingerprint"]), int(kept["examples"]))
         if not there and not self._load:
@@ -74,7 +83,8 @@ class DataBook:
         found = Data(task.fingerprint(), len(task.train))
         if source.files is not None:
             files = [_state(path) for path in source.files(recipe.options["task"], recipe.root())]  # a download has changed them
-            self._keep(_hash([recipe.names["task"], dataclasses.asdict(recipe.options["task"]), str(recipe.root()), files]), found)
+            key = _hash([recipe.names["task"], dataclasses.asdict(recipe.options["task"]), str(recipe.root()), files])
+        self._keep(key, found)
         return found
 
     def _kept(self) -> dict[str, Any]:
@@ -87,7 +97,8 @@ class DataBook:
     def _keep(self, key: str, data: Data) -> None:
         if self._path is not None and self._load:
             content = self._kept() | {key: dataclasses.asdict(data)}
-            write_text(self._path, json.dumps(content, indent=2) + "\n")
+            with contextlib.suppress(OSError):  # then it is read again the next time
+                write_text(self._path, json.dumps(content, indent=2) + "\n")
 
 
 def _state(path: Path) -> tuple[str, int | None, int | None]:

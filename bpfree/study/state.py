@@ -99,9 +99,22 @@ class State:
         """The same for readers: what nobody works on any more is not running."""
         known = self.read(cell)
         if known is not None and known.status == "running":
-            with self.lock(cell) as free:
-                known.status = "interrupted" if free else "running"
+            known.status = "running" if self._is_held(cell) else "interrupted"
         return known
+
+    def _is_held(self, cell: str) -> bool:
+        """Whether a process works on the cell; changes nothing, so that others may look too."""
+        try:
+            with self._lock_of(cell).open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def _lock_of(self, cell: str) -> Path:
+        return self.folder / "cells" / f".{cell}.lock"
 
     def write(self, outcome: Outcome) -> None:
         """Note how a cell stands.
@@ -120,7 +133,7 @@ class State:
     @contextmanager
     def lock(self, cell: str) -> Iterator[bool]:
         """Whether the cell is ours while the context lasts; ``False`` if another process has it. A crash releases it."""
-        path = self.folder / "cells" / f".{cell}.lock"  # stays behind: to remove it would race with who just opened it
+        path = self._lock_of(cell)  # stays behind: to remove it would race with who just opened it
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("w")

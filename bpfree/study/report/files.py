@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bpfree.errors import BpfreeError
 from bpfree.study.report.made import Report
 from bpfree.study.report.markdown import markdown
 from bpfree.study.report.page import html_page
@@ -18,12 +19,18 @@ def write_report(report: Report, folder: Path, name: str = "report") -> Path:
 
     Returns:
         The page.
+
+    Raises:
+        BpfreeError: the folder cannot be written.
     """
     title, sections = report.plan.study.title, report.sections()
     page, text, table = files_of(folder / f"{name}.html")
-    write_text(page, html_page(title, sections))
-    write_text(text, markdown(title, sections))
-    write_text(table, results_csv(report.lines))
+    try:
+        write_text(page, html_page(title, sections))
+        write_text(text, markdown(title, sections))
+        write_text(table, results_csv(report.lines))
+    except OSError as error:
+        raise BpfreeError(f"cannot write the report: {error.strerror}", where=str(folder), fix="choose another with --to FOLDER") from error
     return page
 
 
