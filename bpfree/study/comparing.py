@@ -12,6 +12,7 @@ from bpfree.config import Leaf, parse_words
 from bpfree.errors import UsageError
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.rule import Rule
+from bpfree.study.cells import is_scientific
 from bpfree.study.model import Column, Row, Study
 
 __all__ = ["comparison"]
@@ -47,7 +48,8 @@ def comparison(
     shared = {leaf.key: leaf.value for leaf in common if leaf.key.split(".")[0] != "network"}
     networks = {leaf.key: leaf.value for leaf in common if leaf.key not in shared}
     return Study(
-        name=f"compare-{_digest(rows, shared, networks)}",
+        # what says only where and how has no part in it, so that the same comparison finds its cells again
+        name=f"compare-{_digest(rows, {key: value for key, value in shared.items() if is_scientific(key)}, networks)}",
         title=f"{', '.join(asked)} on {shared.get('task', shared.get('task.name', 'digits'))}",
         paper="",
         notes="",

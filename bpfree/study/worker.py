@@ -25,7 +25,7 @@ from bpfree.training import environment
 from bpfree.training.run import Run
 from bpfree.training.trainer import Interrupted
 
-__all__ = ["Job", "Worker"]
+__all__ = ["Job", "Watch", "Worker"]
 
 WORKERS = ".workers"
 
@@ -108,10 +108,10 @@ class Worker:
                 return before  # somebody was faster
             outcome = state.begin(job, before)
             with present(state.folder_of_all / WORKERS) as presence:
-                self._run(job, outcome, _Watch(job, outcome, presence, state), state)
+                self._run(job, outcome, Watch(job, outcome, presence, state), state)
             return outcome
 
-    def _run(self, job: Job, outcome: Outcome, watch: _Watch, state: State) -> None:
+    def _run(self, job: Job, outcome: Outcome, watch: Watch, state: State) -> None:
         state.write(outcome)
         try:
             run = self._train(job, watch)
@@ -135,7 +135,7 @@ class Worker:
             watch.note()
             state.write(outcome)
 
-    def _train(self, job: Job, watch: _Watch) -> Run:
+    def _train(self, job: Job, watch: Watch) -> Run:
         folder = Path(job.output) / job.run_id
         options: dict[str, Any] = {"quiet": job.quiet, "label": job.label, "observers": [watch], "tags": job.tags}
         if not job.anew and (folder / "checkpoints" / "last.pt").is_file():
@@ -163,7 +163,7 @@ def _recipe(job: Job) -> Recipe:
     return resolve(job.leaves)
 
 
-class _Watch:
+class Watch:
     """Follows a run: whether it has begun, how far it is, whether its time is up, and who runs beside it."""
 
     def __init__(self, job: Job, outcome: Outcome, presence: Presence, state: State) -> None:

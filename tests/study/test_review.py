@@ -1,0 +1,324 @@
+"""Corners of studies. Oracles: what was written by hand; locks taken here; another copy of a module; properties of Sobol points."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import math
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from study_kit import call, mlflow_runs, outcomes
+
+from bpfree.baselines import DFA
+from bpfree.config import parse_words
+from bpfree.errors import UsageError
+from bpfree.plugins import installed_plugins
+from bpfree.study import cells, command, presence, receipt
+from bpfree.study.agenda import Agenda
+from bpfree.study.comparing import comparison
+from bpfree.study.executors import InProcess, Pool
+from bpfree.study.file import read_study
+from bpfree.study.parent import Parent
+from bpfree.study.state import Outcome, State
+from bpfree.study.worker import Job, Watch
+from bpfree.tracking.store import Store
+
+COMMON = "title: T\nsettings: {task: digits, device: cpu, tracking.enabled: false, network.width: 16, budget.epochs: 1}\nseeds: 2\n"
+TUNED = COMMON + "rules: [dfa]\ntune: {trials: 3, space: {optimizer.lr: {low: 1e-4, high: 0.1, log: true}}}\n"
+
+
+def agenda_of(text: str, *, retry: tuple[str, ...] = (), **options: Any) -> Agenda:
+    Path("s.yaml").write_text(text)
+    plan = cells.plan(read_study(Path("s.yaml")), **options)
+    return Agenda(plan, State(plan.output, plan.study.name), retry=retry)
+
+
+def refused(text: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        agenda_of(text)
+    return f"{caught.value.what} {caught.value.where}"
+
+
+# --- tuning -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_tuned_is_refused_at_once(workplace: Path) -> None:
+    """Not in the middle of the study, when TPE first asks for it."""
+    told = refused(
+        TUNED.replace("{optimizer.lr: {low: 1e-4, high: 0.1, log: true}}", "{optimizer.name: [adam, sdg], budget.epochs: [1, 2]}")
+    )
+    assert "did you mean 'sgd'" in told
+    assert "budget.epochs is not to be tuned" in told
+    assert "task.validation is 0" in refused(TUNED.replace("budget.epochs: 1", "budget.epochs: 1, task.validation: 0"))
+    for key, values in (
+        ("task.validation", "[0.1, 0.3]"),
+        ("task.split_seed", "[1, 2]"),
+        ("stream", "[a, b]"),
+        ("select", "[last, best-val]"),
+    ):
+        assert f"{key} is not to be tuned" in refused(TUNED.replace("{optimizer.lr:", f"{{{key}: {values}, optimizer.lr:"))
+    agenda_of(TUNED.replace("{optimizer.lr:", "{batch_size: [32, 64], optimizer.lr:"))
+
+
+def test_no_trial_sees_the_test_split_whatever_the_file_says(workplace: Path) -> None:
+    agenda = agenda_of(TUNED.replace("trials: 3,", "trials: 3, settings: {evaluation.test: true},"))
+    trials = [cell for cell in agenda.ready() if cell.trial is not None]
+    assert len(trials) == 3
+    assert not any(cell.recipe.settings.evaluation.test for cell in trials)
+
+
+def test_more_seeds_are_none_that_tuning_chose_by(workplace: Path) -> None:
+    agenda = agenda_of(TUNED.replace("trials: 3,", "trials: 3, seeds: [3, 5],"), seeds=6)
+    assert list(agenda.plan.seeds) == [0, 1, 2, 4, 6, 7]
+    assert agenda_of(TUNED, seeds=1).plan.seeds == [0]
+
+
+def test_choices_of_a_trial_that_is_run_again_wait_for_it(workplace: Path) -> None:
+    first = agenda_of(TUNED)
+    trials = [cell for cell in first.ready() if cell.trial is not None]
+    history = [{"epoch": 1.0, "val/accuracy": 0.5}]
+    for cell, status in zip(trials, ("finished", "failed", "finished"), strict=True):
+        first.state.write(Outcome(cell.id, cell.row, cell.column, cell.seed, status, trial=cell.trial, history=history))  # type: ignore[arg-type]
+    assert [cell.trial for cell in first.ready()] == [None, None]
+    again = agenda_of(TUNED, retry=("failed",))
+    assert [cell.trial for cell in again.ready()] == [1]
+    again.tried(trials[1].id)
+    assert [cell.trial for cell in again.ready()] == [None, None]
+
+
+def test_quasi_random_points_fill_the_space(workplace: Path) -> None:
+    """Of eight Sobol points in a row each lies in an eighth of its own, in every coordinate; beside a choice too."""
+    space = "{optimizer.lr: {low: 1e-4, high: 0.1, log: true}, optimizer.name: [adam, sgd], optimizer.weight_decay: {low: 0.0, high: 0.8}}"
+    agenda = agenda_of(TUNED.replace("trials: 3", "trials: 10").replace("{optimizer.lr: {low: 1e-4, high: 0.1, log: true}}", space))
+    points = [cell.recipe.flat() for cell in agenda.ready() if cell.trial is not None and cell.trial > 1]
+    assert sorted(int(8 * (math.log10(point["optimizer.lr"]) + 4) / 3) for point in points) == list(range(8))
+    assert sorted(int(10 * point["optimizer.weight_decay"]) for point in points) == list(range(8))
+    assert {point["optimizer.name"] for point in points} == {"adam", "sgd"}
+
+
+# --- cells --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_of_another_kind_replaces_that_of_the_study(workplace: Path) -> None:
+    grid = (
+        "rules: [dfa, {rule: dfa, label: s, settings: {budget.samples: 500}}, {rule: dfa, label: f, settings: {budget: {forwards: 900}}}]\n"
+    )
+    budgets = [place.recipe.settings.budget for place in agenda_of(COMMON + grid).plan.places]
+    assert [(budget.epochs, budget.samples, budget.forwards) for budget in budgets] == [
+        (1, None, None),
+        (None, 500, None),
+        (None, None, 900),
+    ]
+
+
+def test_a_set_that_names_no_files_is_the_same_cell_for_those_who_must_not_load(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = installed_plugins()._registered["tasks"]
+    source, owner = registered["digits"]
+    monkeypatch.setitem(registered, "digits", (dataclasses.replace(source, files=None), owner))
+    ran = agenda_of(COMMON + "rules: [dfa]\n", load=True).plan
+    looked = agenda_of(COMMON + "rules: [dfa]\n", load=False).plan
+    assert ran.cells[0].identity["data"] is not None
+    assert looked.cells[0].id == ran.cells[0].id
+    assert not ran.book.watchable  # no receipt can know that it has not changed
+    assert not command.is_settled(ran, agenda_of(COMMON + "rules: [dfa]\n"))
+
+
+def test_a_rule_that_exits_ends_its_cell_alone(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave(*arguments: Any) -> None:
+        raise SystemExit(3)
+
+    monkeypatch.setattr(DFA, "credit", leave)
+    Path("s.yaml").write_text(COMMON.replace("seeds: 2", "seeds: 1") + "rules: [dfa, linear]\n".replace("linear", "backprop"))
+    assert call("study", "run", "s.yaml", "-q") == 1
+    assert {outcome["row"]: (outcome["status"], outcome["reason"]) for outcome in outcomes()} == {
+        "dfa": ("failed", "SystemExit: 3"),
+        "backprop": ("finished", ""),
+    }
+    capsys.readouterr()
+    assert call("study", "run", "s.yaml", "-q") == 1
+    assert (
+        "0 of 2 cells to run, 1 are finished, 1 ended without a result (again: bpfree study retry failed s.yaml)" in capsys.readouterr().err
+    )
+
+
+def test_who_asks_for_processes_has_one_for_the_last_cell_too(workplace: Path) -> None:
+    agenda = agenda_of(COMMON.replace("seeds: 2", "seeds: 1") + "rules: [dfa]\n")
+    pool = command._executor(agenda.plan, agenda, command.Options(jobs=2))
+    assert isinstance(pool, Pool)
+    assert pool.slots == 1
+    assert isinstance(command._executor(agenda.plan, agenda, command.Options()), InProcess)
+    with pytest.raises(UsageError, match="Ray"):
+        command._executor(agenda.plan, agenda, command.Options(gpus=1.0))
+
+
+def test_a_comparison_has_the_same_name_wherever_it_is_tracked() -> None:
+    def name(*words: str) -> str:
+        return comparison(["dfa"], parse_words(words)).name
+
+    assert name("task=digits", "tracking.enabled=false", "data.root=x") == name("task=digits")
+    assert name("task=digits", "budget.epochs=3") != name("task=digits")
+
+
+# --- company ------------------------------------------------------------------------------------------------------------
+
+
+def job_of(agenda: Agenda, **changes: Any) -> Job:
+    cell = agenda.plan.cells[0]
+    job = Job("s", cell.id, cell.row, cell.column, cell.seed, None, cell.identity, cell.leaves, "runs", [], cell.label, {})
+    return dataclasses.replace(job, **changes)
+
+
+def test_the_mark_of_company_stays_with_the_seconds(workplace: Path) -> None:
+    """A cell that goes on from its checkpoint has seconds in it that it shared; one that begins anew has not."""
+    agenda = agenda_of(COMMON + "rules: [dfa]\n")
+    before = Outcome(agenda.plan.cells[0].id, "dfa", "", 0, "timeout", parallel=2)
+    assert agenda.state.begin(job_of(agenda), before).parallel == 2
+    assert agenda.state.begin(job_of(agenda, anew=True), before).parallel == 1
+    # and it is written as soon as it is known, as the process may be killed
+    outcome = agenda.state.begin(job_of(agenda), None)
+    watch = Watch(job_of(agenda), outcome, SimpleNamespace(most=3, look=lambda: None), agenda.state)  # type: ignore[arg-type]
+    watch.note()
+    known = agenda.state.read(outcome.cell)
+    assert known is not None
+    assert known.parallel == 3
+
+
+def test_who_looks_too_early_makes_nobody_invisible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process takes a file that is not locked yet for that of a dead one."""
+    lock = fcntl.flock
+    removed: list[Path] = []
+
+    def raced(file: Any, operation: int) -> None:
+        if not removed:
+            removed.extend(tmp_path.iterdir())
+            removed[0].unlink()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", raced)
+    with presence.present(tmp_path):
+        assert len(removed) == 1
+        assert [presence._is_held(path) for path in tmp_path.iterdir()] == [True]
+        with presence.present(tmp_path) as second:
+            assert second.most == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_at_a_cell_leaves_nothing_behind(workplace: Path) -> None:
+    state = State(Path("runs"), "s")
+    state.write(Outcome("a" * 16, "dfa", "", 0, "running"))
+    seen = state.seen("a" * 16)
+    assert seen is not None
+    assert seen.status == "interrupted"
+    assert [path.name for path in Path("runs").rglob("*") if path.is_file()] == [f"{'a' * 16}.json"]
+    with state.lock("a" * 16):
+        seen = state.seen("a" * 16)
+        assert seen is not None
+        assert seen.status == "running"
+
+
+def test_timings_of_parallel_cells_are_marked_in_every_column(workplace: Path) -> None:
+    agenda = agenda_of(COMMON.replace("budget.epochs: 1", "budget.seconds: 2") + "rules: [dfa, backprop]\n")
+    for cell in agenda.ready():
+        result = {"test/accuracy": 0.5, "train/seconds": 2.0, "train/samples_per_second": 4321.0}
+        agenda.state.write(Outcome(cell.id, cell.row, "", cell.seed, "finished", result=result, parallel=1 + (cell.row == "dfa")))
+    text = command.report(agenda.plan, agenda, ["study"], None)[0].text()
+    dfa, backprop = (next(line for line in text.splitlines() if line.startswith(row)) for row in ("dfa", "backprop"))
+    assert "4,321*" in dfa
+    assert dfa.count("*") == 2
+    assert "*" not in backprop
+    assert "nor what was reached in so many of them" in text
+
+
+# --- the store, and receipts ----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_that_begin_at_once_have_one_parent(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agenda = agenda_of(COMMON.replace("tracking.enabled: false, ", "") + "rules: [dfa]\n")
+    inside: list[str] = []
+    most: list[int] = []
+
+    def opened(self: Store, opening: Any, *, search: bool) -> bool:
+        inside.append("")
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        opening.run_id = "r"
+        return True
+
+    for name, done in (("check", lambda self: None), ("probe", lambda self: None), ("open", opened)):
+        monkeypatch.setattr(Store, name, done)
+    threads = [threading.Thread(target=Parent(agenda.plan, agenda.state).open) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
+
+
+def test_a_store_that_was_away_is_told_when_the_command_is_given_again(workplace: Path) -> None:
+    Path("away").touch()  # a file where the database's folder will be
+    uri = f"tracking.uri=sqlite:///{Path('away').absolute()}/m.db"
+    text = (
+        TUNED.replace("tracking.enabled: false", "tracking.system: false, tracking.artifacts: false, tracking.checkpoint: false")
+        .replace("seeds: 2", "seeds: 1")
+        .replace("trials: 3", "trials: 1")
+    )
+    Path("s.yaml").write_text(text)
+    assert call("study", "run", "s.yaml", "-q", uri) == 0
+    assert not list(Path("runs/studies").glob(".receipt*"))
+    Path("away").unlink()
+    Path("away").mkdir()
+    assert call("study", "run", "s.yaml", "-q", uri) == 0
+    runs = mlflow_runs("away/m.db")
+    parent = next(run for run in runs if run["name"] == "s")
+    assert [run["tags"].get("mlflow.parentRunId") for run in runs if run is not parent] == [parent["id"]] * 2
+    assert {run["status"] for run in runs} == {"FINISHED"}
+    assert {count for run in runs for count in run["counts"].values()} == {1}
+    assert len(list(Path("runs/studies").glob(".receipt*"))) == 1
+
+
+def test_cells_of_another_store_stay_there(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agenda = agenda_of(COMMON.replace("tracking.enabled: false, ", "") + "rules: [dfa]\n")
+    parent = Parent(agenda.plan, agenda.state)
+    parent.run_id = "p"
+    here = parent._store.shown
+    for cell, uri in zip(agenda.plan.cells, (here, "http://elsewhere"), strict=True):
+        tracking = {"mlflow_run_id": f"child {cell.seed}", "mlflow_uri": uri}
+        agenda.state.write(Outcome(cell.id, "dfa", "", cell.seed, "failed", run="none", tracking=tracking))
+    told: list[tuple[str, str, str]] = []
+    client = SimpleNamespace(set_tag=lambda *words: told.append(words))
+    monkeypatch.setattr(Store, "connect", lambda self: client)
+    parent._adopt(agenda.all_cells())
+    parent._adopt(agenda.all_cells())
+    assert told == [("child 0", "mlflow.parentRunId", "p")]  # once, also those that failed
+
+
+def test_a_receipt_is_for_the_plugins_that_this_process_would_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "some_rules.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "a")
+    first = receipt._places(["some_rules:plugin", "no_such_module"])
+    assert first == receipt._places(["some_rules:plugin", "no_such_module"])
+    monkeypatch.syspath_prepend(tmp_path / "b")
+    assert first != receipt._places(["some_rules:plugin", "no_such_module"])
+
+
+def test_a_receipt_watches_all_files_of_the_report(workplace: Path) -> None:
+    Path("s.yaml").write_text(COMMON.replace("seeds: 2", "seeds: 1") + "rules: [dfa]\n")
+    assert call("study", "run", "s.yaml", "-q") == 0
+    folder = Path("runs/studies/s")
+    for name in ("report.html", "report.md", "results.csv"):
+        (folder / name).unlink()
+        assert call("study", "run", "s.yaml", "-q") == 0
+        assert (folder / name).is_file()
+    watched = json.loads(next(Path("runs/studies").glob(".receipt*")).read_text())["files"]
+    assert str((folder / "results.csv").absolute()) in watched
