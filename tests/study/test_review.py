@@ -6,18 +6,22 @@ import dataclasses
 import fcntl
 import json
 import math
+import os
+import shutil
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from study_kit import call, mlflow_runs, outcomes
 
 from bpfree.baselines import DFA
 from bpfree.config import parse_words
-from bpfree.errors import UsageError
+from bpfree.errors import BpfreeError, UsageError
 from bpfree.plugins import installed_plugins
 from bpfree.study import cells, command, presence, receipt
 from bpfree.study.agenda import Agenda
@@ -28,6 +32,7 @@ from bpfree.study.parent import Parent
 from bpfree.study.state import Outcome, State
 from bpfree.study.worker import Job, Watch
 from bpfree.tracking.store import Store
+from bpfree.training.run import Run
 
 COMMON = "title: T\nsettings: {task: digits, device: cpu, tracking.enabled: false, network.width: 16, budget.epochs: 1}\nseeds: 2\n"
 TUNED = COMMON + "rules: [dfa]\ntune: {trials: 3, space: {optimizer.lr: {low: 1e-4, high: 0.1, log: true}}}\n"
@@ -103,6 +108,83 @@ def test_quasi_random_points_fill_the_space(workplace: Path) -> None:
 
 
 # --- cells --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_known_by_all_that_its_numbers_depend_on(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def arrays(name: str, seed: int) -> None:
+        inputs = np.random.default_rng(seed).normal(size=(40, 4)).astype("float32")
+        np.savez(name, x=inputs, y=np.arange(40) % 2)
+        os.utime(name, ns=(seed, seed))
+
+    def known(settings: str = "", rule: str = "dfa", path: str = "d.npz") -> list[str]:
+        common = f"settings: {{task: npz, task.path: {path}, network.width: 4, tracking.enabled: false{settings}}}"
+        return [cell.id for cell in agenda_of(f"title: T\n{common}\nseeds: 2\nrules: [{rule}]\n", load=True).plan.cells]
+
+    arrays("d.npz", 1)
+    base = known()
+    assert len(set(base)) == 2
+    # labels, and what says only where and how
+    assert known(rule="{rule: dfa, label: other}") == base
+    for words in (
+        "tracking.system: false",
+        "log_interval: 9",
+        "data.resident: no",
+        "checkpoint.every: 3",
+        "threads: 1",
+        "alignment.every: 7",
+    ):
+        assert known(f", {words}") == base, words
+    Path("moved").mkdir()
+    shutil.copy2("d.npz", "moved/other.npz")
+    assert known(path="moved/other.npz") == base
+    if not torch.cuda.is_available():
+        assert known(", device: cpu") == known(", device: auto") == base
+    # what numbers depend on
+    different = ("evaluation.draws: 3", "evaluation.every: 2", "budget.epochs: 3", "threads: 2", "stream: x", "frozen_twin: true")
+    for words in different:
+        assert not set(known(f", {words}")) & set(base), words
+    assert not set(known(rule="backprop")) & set(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "0.0")
+        assert not set(known()) & set(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "resolve_device", lambda name: torch.device("cuda"))
+        assert not set(known()) & set(base)
+    arrays("d.npz", 2)  # as large as before
+    assert not set(known()) & set(base)
+
+
+def test_where_a_study_is_says_nothing_of_its_runs_but_its_name_does(workplace: Path) -> None:
+    agenda = agenda_of(COMMON + "rules: [dfa]\n")
+    job = job_of(agenda)
+    assert job.run_id == dataclasses.replace(job, output="elsewhere", label="x").run_id
+    assert len({job.run_id, dataclasses.replace(job, study="other").run_id, dataclasses.replace(job, cell="other").run_id}) == 3
+
+
+def test_seeds_are_the_outer_loop_and_what_follows_is_counted(workplace: Path) -> None:
+    agenda = agenda_of(TUNED.replace("[dfa]", "[dfa, {rule: backprop, tune: false}, {rule: frozen, tune: false}]"))
+    assert [(cell.row, cell.trial, cell.seed) for cell in agenda.ready() if cell.trial is None] == [
+        ("backprop", None, 0),
+        ("frozen", None, 0),
+        ("backprop", None, 1),
+        ("frozen", None, 1),
+    ]
+    assert agenda.count() == agenda.left() == 3 + 6
+    agenda.tried(agenda.ready()[0].id)
+    assert agenda.left() == 8
+
+
+def test_the_time_of_a_cell_counts_over_interruptions(workplace: Path) -> None:
+    agenda = agenda_of(COMMON + "rules: [dfa]\n")
+    alone: Any = SimpleNamespace(most=1, look=lambda: None)
+    before = Outcome(agenda.plan.cells[0].id, "dfa", "", 0, "interrupted", elapsed=50.0)
+    outcome = agenda.state.begin(job_of(agenda), before)
+    with pytest.raises(BpfreeError, match="not done after 40 s"):
+        Watch(job_of(agenda, timeout=40.0), outcome, alone, agenda.state).progress(Run("r", "r"))
+    # whose time was up has it again when it is asked for again
+    again = agenda.state.begin(job_of(agenda), dataclasses.replace(before, status="timeout"))
+    assert again.elapsed == 0
+    Watch(job_of(agenda, timeout=40.0), again, alone, agenda.state).progress(Run("r", "r"))
 
 
 def test_a_budget_of_another_kind_replaces_that_of_the_study(workplace: Path) -> None:
