@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from bpfree.study.state import Outcome
 
 __all__ = ["StudyProgress"]
+
+SILENCE = 60.0
+"""Seconds after which a line says what runs."""
 
 
 class StudyProgress:
@@ -28,6 +32,7 @@ class StudyProgress:
         self._count, self._left, self._first, self._quiet = count, left, left, quiet
         self._since = time.monotonic()
         self._elsewhere: set[str] = set()
+        self._workers, self._said = 1, time.monotonic()
 
     def __enter__(self) -> StudyProgress:
         return self
@@ -37,6 +42,7 @@ class StudyProgress:
 
     def of(self, workers: int) -> StudyProgress:
         """The same for so many workers."""
+        self._workers = workers
         if workers > 1 and not self._quiet:
             click.echo(f"{workers} workers", err=True)
         return self
@@ -45,6 +51,12 @@ class StudyProgress:
         """Told where a cell goes on that was interrupted."""
         if before is not None and before.run and not before.is_final and before.status != "running":  # that one another process has
             self.say(f"{cell.label}: goes on with {before.run}")
+
+    def waiting(self, cells: Sequence[Cell], epoch: Callable[[Cell], str]) -> None:
+        """From time to time a line that says what runs, where several cells do; a single one shows itself."""
+        if self._workers > 1 and time.monotonic() - self._said > SILENCE:
+            far = ((cell.label, epoch(cell)) for cell in cells)
+            self.say("running: " + ", ".join(f"{label} (epoch {share})" if share else label for label, share in far))
 
     def ended(self, cell: Cell, outcome: Outcome | None, left: int) -> None:
         """A line: place, what became of it, what is left."""
@@ -61,7 +73,7 @@ class StudyProgress:
 
     def _show(self, text: str) -> None:
         width = len(str(self._count))
-        click.echo(f"[{self._count - self._left:{width}}/{self._count}] {text}", err=True)
+        self._echo(f"[{self._count - self._left:{width}}/{self._count}] {text}")
 
     def _rest(self) -> str:
         done = self._first - self._left
@@ -73,7 +85,11 @@ class StudyProgress:
     def say(self, text: str) -> None:
         """Anything else."""
         if not self._quiet:
-            click.echo(text, err=True)
+            self._echo(text)
+
+    def _echo(self, text: str) -> None:
+        click.echo(text, err=True)
+        self._said = time.monotonic()
 
 
 def _score(outcome: Outcome) -> str:

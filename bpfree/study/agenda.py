@@ -12,10 +12,7 @@ from bpfree.study.state import Outcome, State
 from bpfree.study.tunable import check_tuning
 from bpfree.study.tuning import Tuner
 
-__all__ = ["FAILED", "Agenda"]
-
-FAILED = ("failed", "diverged", "timeout")
-"""What ``retry failed`` runs again."""
+__all__ = ["Agenda"]
 
 
 @dataclass

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from bpfree.config import Leaf
-from bpfree.study.agenda import FAILED, Agenda
+from bpfree.study.agenda import Agenda
 from bpfree.study.cells import Cell, is_scientific
 from bpfree.study.executors import Ended, Executor
+from bpfree.study.standing import epoch_of
 from bpfree.study.state import Outcome
 from bpfree.study.worker import Job
 
@@ -27,6 +28,9 @@ class Display(Protocol):
 
     def started(self, cell: Cell, before: Outcome | None) -> None:
         """A cell is given to a worker, who goes on with what was there before."""
+
+    def waiting(self, cells: Sequence[Cell], epoch: Callable[[Cell], str]) -> None:
+        """About once a second, while these run; ``epoch`` says how far one is."""
 
     def ended(self, cell: Cell, outcome: Outcome | None, left: int) -> None:
         """A cell has ended (``None``: another process runs it), and so many are left."""
@@ -103,9 +107,12 @@ def execute(agenda: Agenda, jobs: Jobs, executor: Executor, display: Display) ->
         if not running:
             time.sleep(POLL)
             elsewhere.clear()  # perhaps they are done, or their process has died
-        for ended in executor.wait() if running else ():
-            cell = running.pop(ended.cell)
-            _note(ended, cell, agenda, elsewhere, deaths, display)
+        ended: list[Ended] = []
+        while running and not ended:
+            ended = executor.wait()
+            display.waiting(list(running.values()), lambda cell: epoch_of(agenda, agenda.state.read(cell.id)))
+        for one in ended:
+            _note(one, running.pop(one.cell), agenda, elsewhere, deaths, display)
 
 
 def _note(ended: Ended, cell: Cell, agenda: Agenda, elsewhere: set[str], deaths: Counter[str], display: Display) -> None:
@@ -124,6 +131,3 @@ def _note(ended: Ended, cell: Cell, agenda: Agenda, elsewhere: set[str], deaths:
         agenda.take(ended.outcome)
         agenda.tried(cell.id)
     display.ended(cell, ended.outcome, agenda.left())
-
-
-assert set(FAILED) <= {"failed", "diverged", "timeout"}

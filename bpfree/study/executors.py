@@ -56,7 +56,7 @@ class Executor(Protocol):
         """Give a job to a worker that is free."""
 
     def wait(self) -> list[Ended]:
-        """Wait until something has ended.
+        """What has ended within about a second; perhaps nothing.
 
         Raises:
             Interrupted: asked to stop.
@@ -120,13 +120,10 @@ class Pool:
             hand.connection.send(job)
 
     def wait(self) -> list[Ended]:
-        """Wait for results, deaths, and cells whose time is long up."""
-        while True:
-            busy = [hand for hand in self._hands if hand.job is not None]
-            wait([hand.connection for hand in busy], timeout=1.0)  # a connection ends when its process does
-            ended = [found for hand in busy if (found := self._look(hand)) is not None]
-            if ended:
-                return ended
+        """Results, deaths, and cells whose time is long up."""
+        busy = [hand for hand in self._hands if hand.job is not None]
+        wait([hand.connection for hand in busy], timeout=1.0)  # a connection ends when its process does
+        return [found for hand in busy if (found := self._look(hand)) is not None]
 
     def close(self) -> None:
         """Stop what runs, with its checkpoints."""

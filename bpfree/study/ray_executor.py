@@ -97,10 +97,8 @@ class RayExecutor:
         self._tasks[self._remote.remote(job)] = job
 
     def wait(self) -> list[Ended]:
-        """Wait until a task has ended."""
-        ready: list[Any] = []
-        while not ready:
-            ready, _ = self._ray.wait(list(self._tasks), timeout=1.0)
+        """The task that has ended, if any."""
+        ready, _ = self._ray.wait(list(self._tasks), timeout=1.0)
         return [self._ended(task, self._tasks.pop(task)) for task in ready]
 
     def _ended(self, task: Any, job: Job) -> Ended:

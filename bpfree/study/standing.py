@@ -14,7 +14,7 @@ from bpfree.study.estimate import Estimate, estimate
 from bpfree.study.line import Line
 from bpfree.study.state import Outcome
 
-__all__ = ["costs", "standing"]
+__all__ = ["costs", "epoch_of", "standing"]
 
 SOURCES = {
     "cells": "cells that are done",
@@ -43,19 +43,12 @@ def standing(agenda: Agenda) -> tuple[list[list[Any]], str]:
 def _standing(agenda: Agenda, cell: Cell, outcome: Outcome | None) -> list[Any]:
     if outcome is None:
         return [cell.row, cell.column, _number(cell), "not run", "", "", "", cell.id]
-    history, epoch = outcome.history, ""
-    if not outcome.is_final:
-        record = runner.ended_as(agenda.plan.output / outcome.run)
-        total = record.get("total_epochs")
-        epoch = f"{record.get('epoch', 0)}{f' of {total}' if total else ''}"
-    elif history:
-        epoch = f"{history[-1].get('epoch', 0):g}"
     return [
         cell.row,
         cell.column,
         _number(cell),
         f"{outcome.status}: {outcome.reason}" if outcome.reason else outcome.status,
-        epoch,
+        epoch_of(agenda, outcome),
         f"{_elapsed(outcome) / 60:.1f}",
         _score(outcome),
         cell.id,
@@ -68,6 +61,17 @@ def _elapsed(outcome: Outcome) -> float:
         return outcome.elapsed
     since = datetime.datetime.now().astimezone() - datetime.datetime.fromisoformat(outcome.updated)
     return outcome.elapsed + max(0.0, since.total_seconds())
+
+
+def epoch_of(agenda: Agenda, outcome: Outcome | None) -> str:
+    """How far a cell is; empty if that is not known."""
+    if outcome is None or not outcome.run:
+        return ""
+    if outcome.is_final:
+        return f"{outcome.history[-1].get('epoch', 0):g}" if outcome.history else ""
+    record = runner.ended_as(agenda.plan.output / outcome.run)
+    total = record.get("total_epochs")
+    return f"{record.get('epoch', 0)}{f' of {total}' if total else ''}"
 
 
 def _score(outcome: Outcome) -> str:

@@ -156,34 +156,63 @@ def test_a_cell_that_kills_its_worker_again_and_again_has_failed(site: Path, cap
     assert call("study", "retry", "failed", name, *words) == 0
 
 
-@pytest.mark.parametrize(("jobs", "limit", "sleep"), [("1", 3, 0.15), ("2", 12, 0.6)])  # a new process has much to import
+LATE = PLUGIN.replace(
+    "        time.sleep(0.05)",
+    """        from bpfree.study import worker
+        while step.index == 5 and Path("late").exists() and not hasattr(worker.time, "late"):
+            worker.time = Late()""",
+).replace(
+    "@bpfree.hookimpl",
+    """class Late:
+    late = True
+
+    def monotonic(self):
+        return time.monotonic() + 1e6
+
+
+@bpfree.hookimpl""",
+)
+"""The rule `slow` puts its worker's clock forward, once, so that the test takes no time."""
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_cell_whose_time_is_up_is_a_row_and_goes_on_with_more_of_it(
-    site: Path, capsys: pytest.CaptureFixture[str], jobs: str, limit: float, sleep: float
+    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, jobs: str
 ) -> None:
-    (site / "site" / "troubled.py").write_text(PLUGIN.replace("time.sleep(0.05)", f"time.sleep({sleep})"))
-    name = study(f"title: Slow\n{COMMON}seeds: 1\ntimeout: {limit}\nrules: [slow, dfa]\n")
-    words = ("budget.epochs=2", "tracking.enabled=false", "--quiet", "--jobs", jobs, "log_interval=0.1")
+    from bpfree.study import worker
+
+    monkeypatch.setattr(worker, "time", time)  # back again at the end
+    (site / "site" / "troubled.py").write_text(LATE)
+    Path("late").touch()
+    name = study(f"title: Slow\n{COMMON}seeds: 1\ntimeout: 50000\nrules: [dfa, slow]\n")
+    words = ("budget.epochs=2", "tracking.enabled=false", "--quiet", "--jobs", jobs)
     assert call("study", "run", name, *words) == 1
     known = {outcome["row"]: (outcome["status"], outcome["reason"]) for outcome in outcomes()}
     assert known["dfa"] == ("finished", "")
     assert known["slow"][0] == "timeout"
-    assert f"not done after {limit} s" in known["slow"][1]
+    assert known["slow"][1].startswith("not done after 50000 s, in epoch")
     assert "timeout" in capsys.readouterr().out
     assert call("study", "run", name, *words) == 1  # it is left alone
-    assert call("study", "retry", "timeout", name, *words, "--timeout", "100") == 0
+    Path("late").unlink()
+    monkeypatch.setattr(worker, "time", time)
+    assert call("study", "retry", "timeout", name, *words) == 0
     assert {outcome["status"] for outcome in outcomes()} == {"finished"}
 
 
 def test_a_worker_that_hangs_is_killed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the run is called any more, so that it cannot see that its time is up."""
+    """Nothing of the run is called any more, so that it cannot see that its time is up. The parent's clock is put forward."""
     from bpfree.study import executors
 
-    monkeypatch.setattr(executors, "GRACE", 0.1)
+    class Late:
+        def monotonic(self) -> float:
+            return time.monotonic() + 1e6 * any(outcome["status"] == "finished" for outcome in outcomes())
+
+    monkeypatch.setattr(executors, "time", Late())
     (site / "site" / "troubled.py").write_text(PLUGIN.replace("time.sleep(0.05)", "time.sleep(600)"))
     name = study(f"title: Slow\n{COMMON}seeds: 1\nrules: [slow, dfa]\n")
-    assert call("study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--quiet", "--jobs", "2", "--timeout", "10") == 1
+    assert call("study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--quiet", "--jobs", "2", "--timeout", "50000") == 1
     known = {outcome["row"]: (outcome["status"], outcome["reason"]) for outcome in outcomes()}
-    assert known == {"slow": ("timeout", "killed: it did not stop after its 10 s"), "dfa": ("finished", "")}
+    assert known == {"slow": ("timeout", "killed: it did not stop after its 50000 s"), "dfa": ("finished", "")}
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------
@@ -285,8 +314,8 @@ def test_a_study_is_one_parent_with_a_run_per_cell_and_the_report_as_artifacts(w
     assert {(run["tags"]["study_row"], run["tags"]["seed"]) for run in cells} == {
         (row, seed) for row in ("dfa", "backprop") for seed in "01"
     }
-    errors = [100 - 100 * outcome["result"]["test/accuracy"] for outcome in outcomes() if outcome["row"] == "dfa"]
-    assert parent["metrics"]["test/error/dfa", 4] == pytest.approx(sum(errors) / 2)
+    scores = [100 * outcome["result"]["test/accuracy"] for outcome in outcomes() if outcome["row"] == "dfa"]
+    assert parent["metrics"]["test/accuracy/dfa", 4] == pytest.approx(sum(scores) / 2)
     stored = {path.name for path in Path("mlruns").rglob(f"{parent['id']}/artifacts/*")}
     assert len([name for name in stored if name.endswith((".html", ".md", ".csv"))]) == 3
 
@@ -382,3 +411,12 @@ def test_workers_that_would_fight_for_processors_are_told_of(
 
     assert said(1, 4) == said(2, 2) == said(8, 1) == ""
     assert "3 cells at a time with 2 threads each, on 4 processors" in said(2, 3)
+
+
+def test_what_runs_is_said_from_time_to_time(site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from bpfree.cli import study_progress
+
+    monkeypatch.setattr(study_progress, "SILENCE", 0.0)
+    name = study(f"title: Slow\n{COMMON}seeds: 2\nrules: [slow]\n")
+    assert call("study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--jobs", "2") == 0
+    assert "running: slow seed 0 (epoch 0 of 1), slow seed 1 (epoch 0 of 1)" in capsys.readouterr().err
