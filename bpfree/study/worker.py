@@ -25,7 +25,7 @@ from bpfree.training import environment
 from bpfree.training.run import Run
 from bpfree.training.trainer import Interrupted
 
-__all__ = ["Job", "Watch", "Worker"]
+__all__ = ["Job", "Tasks", "Watch", "Worker"]
 
 WORKERS = ".workers"
 
@@ -88,7 +88,7 @@ class Worker:
 
     def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
         self._say = say
-        self._tasks = _Tasks()
+        self._tasks = Tasks()
 
     def run(self, job: Job) -> Outcome | None:
         """Run a cell and note how it ended, whatever a plugin's rule may raise.
@@ -201,7 +201,7 @@ class Watch:
             self._state.write(self._outcome)  # at once: a process that is killed must not forget that its seconds cannot be compared
 
 
-class _Tasks:
+class Tasks:
     """The task that was used last, as cells that follow each other often share it; and the sets that cannot be had."""
 
     def __init__(self) -> None:

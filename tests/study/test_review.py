@@ -8,8 +8,6 @@ import json
 import math
 import os
 import shutil
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,21 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from study_kit import call, mlflow_runs, outcomes
+from study_kit import call, outcomes
 
 from bpfree.baselines import DFA
 from bpfree.config import parse_words
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.plugins import installed_plugins
-from bpfree.study import cells, command, presence, receipt
+from bpfree.study import cells, command, presence
 from bpfree.study.agenda import Agenda
 from bpfree.study.comparing import comparison
 from bpfree.study.executors import InProcess, Pool
 from bpfree.study.file import read_study
-from bpfree.study.parent import Parent
 from bpfree.study.state import Outcome, State
-from bpfree.study.worker import Job, Watch
-from bpfree.tracking.store import Store
+from bpfree.study.worker import Job, Tasks, Watch, Worker
 from bpfree.training.run import Run
 
 COMMON = "title: T\nsettings: {task: digits, device: cpu, tracking.enabled: false, network.width: 16, budget.epochs: 1}\nseeds: 2\n"
@@ -95,6 +91,18 @@ def test_choices_of_a_trial_that_is_run_again_wait_for_it(workplace: Path) -> No
     assert [cell.trial for cell in again.ready()] == [1]
     again.tried(trials[1].id)
     assert [cell.trial for cell in again.ready()] == [None, None]
+
+
+def test_a_trial_that_diverges_for_one_of_its_seeds_has_no_score(workplace: Path) -> None:
+    agenda = agenda_of(TUNED.replace("trials: 3,", "trials: 3, seeds: [7, 8],"))
+    for cell in [cell for cell in agenda.ready() if cell.trial is not None]:
+        status, score = ("diverged", 0.9) if (cell.trial, cell.seed) == (1, 8) else ("finished", 0.9 if cell.trial == 1 else 0.5)
+        history = [{"epoch": 1.0, "val/accuracy": score}]
+        agenda.state.write(Outcome(cell.id, cell.row, "", cell.seed, status, trial=cell.trial, history=history))  # type: ignore[arg-type]
+    tuned = agenda.lines()[0].tuned
+    assert tuned is not None
+    assert [(trial.status, trial.score) for trial in tuned.trials] == [("finished", 50.0), ("diverged", None), ("finished", 50.0)]
+    assert tuned.best is tuned.trials[0]
 
 
 def test_quasi_random_points_fill_the_space(workplace: Path) -> None:
@@ -293,6 +301,51 @@ def test_who_looks_too_early_makes_nobody_invisible(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_company_is_counted_by_machine_and_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with presence.present(tmp_path) as first:
+        with presence.present(tmp_path):
+            first.look()
+        first.look()
+        assert first.most == 2
+    monkeypatch.setattr(presence, "_host", lambda: "there")
+    with presence.present(tmp_path):
+        monkeypatch.setattr(presence, "_host", lambda: "here")
+        with presence.present(tmp_path) as alone:
+            assert alone.most == 1
+
+
+def test_a_worker_leaves_what_is_finished_and_tells_a_refusal_from_a_failure(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agenda = agenda_of(COMMON + "rules: [dfa]\n")
+    job = job_of(agenda, again=True)
+
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("in its constructor")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DFA, "__init__", broken)
+        failed = Worker().run(job)
+        assert failed is not None
+        assert (failed.status, failed.reason) == ("failed", "RuntimeError: in its constructor")
+    elsewhere = [*(leaf for leaf in job.leaves if leaf.key != "task.name"), *parse_words(["task=npz", "task.path=not-here.npz"])]
+    refused = Worker().run(dataclasses.replace(job, leaves=elsewhere))
+    assert refused is not None
+    assert refused.status == "refused"
+    # another process was faster, while this one was told to run it again
+    agenda.state.write(Outcome(job.cell, "dfa", "", 0, "finished", result={"test/accuracy": 0.25}))
+    known = Worker().run(job)
+    assert known is not None
+    assert known.result == {"test/accuracy": 0.25}
+
+
+def test_cells_of_two_tasks_have_each_their_own_data(workplace: Path) -> None:
+    tasks = [{"label": "a", "settings": {"task": "digits"}}, {"label": "b", "settings": {"task": "digits", "task.validation": 0.3}}]
+    agenda = agenda_of(f"title: T\nsettings: {{tracking.enabled: false}}\nrules: [dfa]\ntasks: {json.dumps(tasks)}\n")
+    loaded = Tasks()
+    sizes = [len(loaded.get(place.recipe).train) for place in agenda.plan.places]
+    assert sizes[0] > sizes[1]
+    assert loaded.get(agenda.plan.places[1].recipe) is loaded.get(agenda.plan.places[1].recipe)
+
+
 def test_looking_at_a_cell_leaves_nothing_behind(workplace: Path) -> None:
     state = State(Path("runs"), "s")
     state.write(Outcome("a" * 16, "dfa", "", 0, "running"))
@@ -317,90 +370,3 @@ def test_timings_of_parallel_cells_are_marked_in_every_column(workplace: Path) -
     assert dfa.count("*") == 2
     assert "*" not in backprop
     assert "nor what was reached in so many of them" in text
-
-
-# --- the store, and receipts ----------------------------------------------------------------------------------------------
-
-
-def test_two_processes_that_begin_at_once_have_one_parent(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    agenda = agenda_of(COMMON.replace("tracking.enabled: false, ", "") + "rules: [dfa]\n")
-    inside: list[str] = []
-    most: list[int] = []
-
-    def opened(self: Store, opening: Any, *, search: bool) -> bool:
-        inside.append("")
-        most.append(len(inside))
-        time.sleep(0.05)
-        inside.pop()
-        opening.run_id = "r"
-        return True
-
-    for name, done in (("check", lambda self: None), ("probe", lambda self: None), ("open", opened)):
-        monkeypatch.setattr(Store, name, done)
-    threads = [threading.Thread(target=Parent(agenda.plan, agenda.state).open) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1, 1, 1]
-
-
-def test_a_store_that_was_away_is_told_when_the_command_is_given_again(workplace: Path) -> None:
-    Path("away").touch()  # a file where the database's folder will be
-    uri = f"tracking.uri=sqlite:///{Path('away').absolute()}/m.db"
-    text = (
-        TUNED.replace("tracking.enabled: false", "tracking.system: false, tracking.artifacts: false, tracking.checkpoint: false")
-        .replace("seeds: 2", "seeds: 1")
-        .replace("trials: 3", "trials: 1")
-    )
-    Path("s.yaml").write_text(text)
-    assert call("study", "run", "s.yaml", "-q", uri) == 0
-    assert not list(Path("runs/studies").glob(".receipt*"))
-    Path("away").unlink()
-    Path("away").mkdir()
-    assert call("study", "run", "s.yaml", "-q", uri) == 0
-    runs = mlflow_runs("away/m.db")
-    parent = next(run for run in runs if run["name"] == "s")
-    assert [run["tags"].get("mlflow.parentRunId") for run in runs if run is not parent] == [parent["id"]] * 2
-    assert {run["status"] for run in runs} == {"FINISHED"}
-    assert {count for run in runs for count in run["counts"].values()} == {1}
-    assert len(list(Path("runs/studies").glob(".receipt*"))) == 1
-
-
-def test_cells_of_another_store_stay_there(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    agenda = agenda_of(COMMON.replace("tracking.enabled: false, ", "") + "rules: [dfa]\n")
-    parent = Parent(agenda.plan, agenda.state)
-    parent.run_id = "p"
-    here = parent._store.shown
-    for cell, uri in zip(agenda.plan.cells, (here, "http://elsewhere"), strict=True):
-        tracking = {"mlflow_run_id": f"child {cell.seed}", "mlflow_uri": uri}
-        agenda.state.write(Outcome(cell.id, "dfa", "", cell.seed, "failed", run="none", tracking=tracking))
-    told: list[tuple[str, str, str]] = []
-    client = SimpleNamespace(set_tag=lambda *words: told.append(words))
-    monkeypatch.setattr(Store, "connect", lambda self: client)
-    parent._adopt(agenda.all_cells())
-    parent._adopt(agenda.all_cells())
-    assert told == [("child 0", "mlflow.parentRunId", "p")]  # once, also those that failed
-
-
-def test_a_receipt_is_for_the_plugins_that_this_process_would_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("a", "b"):
-        (tmp_path / place).mkdir()
-        (tmp_path / place / "some_rules.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path / "a")
-    first = receipt._places(["some_rules:plugin", "no_such_module"])
-    assert first == receipt._places(["some_rules:plugin", "no_such_module"])
-    monkeypatch.syspath_prepend(tmp_path / "b")
-    assert first != receipt._places(["some_rules:plugin", "no_such_module"])
-
-
-def test_a_receipt_watches_all_files_of_the_report(workplace: Path) -> None:
-    Path("s.yaml").write_text(COMMON.replace("seeds: 2", "seeds: 1") + "rules: [dfa]\n")
-    assert call("study", "run", "s.yaml", "-q") == 0
-    folder = Path("runs/studies/s")
-    for name in ("report.html", "report.md", "results.csv"):
-        (folder / name).unlink()
-        assert call("study", "run", "s.yaml", "-q") == 0
-        assert (folder / name).is_file()
-    watched = json.loads(next(Path("runs/studies").glob(".receipt*")).read_text())["files"]
-    assert str((folder / "results.csv").absolute()) in watched
