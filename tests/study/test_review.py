@@ -26,6 +26,7 @@ from bpfree.study.agenda import Agenda
 from bpfree.study.comparing import comparison
 from bpfree.study.executors import InProcess, Pool
 from bpfree.study.file import read_study
+from bpfree.study.report.view import timed
 from bpfree.study.state import Outcome, State
 from bpfree.study.worker import Job, Tasks, Watch, Worker
 from bpfree.training.run import Run
@@ -370,3 +371,4 @@ def test_timings_of_parallel_cells_are_marked_in_every_column(workplace: Path) -
     assert dfa.count("*") == 2
     assert "*" not in backprop
     assert "nor what was reached in so many of them" in text
+    assert [len(timed(line)) for line in agenda.lines()] == [0, 2]  # these are drawn over seconds
