@@ -140,20 +140,21 @@ class Tuner:
     def _ask(self, number: int) -> dict[str, Any]:
         """Settings of the trial with this number, from 1; those before it are told as far as their scores are known."""
         optuna = import_optuna()
+        space = _distributions(optuna, self._place.row.space)
         if self._study is None:
             self._study = optuna.create_study(sampler=self._sampler(optuna), direction="maximize" if self._accuracy else "minimize")
+            if self._tune.search != "tpe":  # the sampler draws its very first point at random, and only the following ones evenly
+                self._study.tell(self._study.ask(space), 0.0)
         if number > 1:
             self._tell(optuna, number)
-        trial = self._study.ask(_distributions(optuna, self._place.row.space))
+        trial = self._study.ask(space)
         self._asked.append(trial)
         return {key: trial.params[key] for key in self.keys}
 
     def _tell(self, optuna: Any, number: int) -> None:
         """Tell the sampler of the trial before this one."""
         if self._tune.search != "tpe":
-            self._study.tell(
-                self._asked[-1], 0.0
-            )  # older samplers learn what the space is from a trial that has ended; the score is not used
+            self._study.tell(self._asked[-1], 0.0)  # that it has ended; the score is not used
             return
         told = self._trial(self._settings[number - 1], self._cells[number - 1])
         if told.score is None:
@@ -162,8 +163,8 @@ class Tuner:
             self._study.tell(self._asked[-1], told.score)
 
     def _sampler(self, optuna: Any) -> Any:
-        # the same for the row wherever it stands in the file, and for each column another
-        seed = derive("tuning", self._place.recipe.names["rule"], self._place.column.label, *self.keys) % 2**31
+        # rows that tune the same settings try the same points: none is luckier than another
+        seed = derive("tuning", self._place.recipe.names["task"], *self.keys) % 2**31
         if self._tune.search == "tpe":
             return optuna.samplers.TPESampler(seed=seed)
         return optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=seed, warn_independent_sampling=False)

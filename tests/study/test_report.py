@@ -329,14 +329,14 @@ def test_time_to_target(tmp_path: Path) -> None:
     assert headers == ["row", "reached", "seconds", "examples drawn", "epochs"]
     assert rows == {
         "BP": ["BP", "all 3", "2.0", "200", "2"],
-        "DFA": ["DFA", "not reached (1 of 3)", "3.0", "300", "3"],
-        "frozen": ["frozen", "not reached (2 of 3)", "inf", "inf", "inf"],
+        "DFA": ["DFA", "2 of 3", "3.0", "300", "3"],
+        "frozen": ["frozen", "1 of 3", "inf", "inf", "inf"],
     }
     known = lines[1].outcomes[2]
     assert known is not None
     known.status, known.result, known.parallel = "diverged", {}, 2
     _, rows = table(report_on(made, lines, WORDS), "Time to target")
-    assert rows["DFA"][1:3] == ["not reached (1 of 3)", "3.0*"]  # a cell that diverged misses; seconds of shared machines are marked
+    assert rows["DFA"][1:3] == ["2 of 3", "3.0*"]  # a cell that diverged misses; seconds of shared machines are marked
     known.status = "interrupted"
     _, rows = table(report_on(made, lines, WORDS), "Time to target")
     assert rows["DFA"][1:5] == ["all 2", "2.0", "200", "2"]  # it may still reach it

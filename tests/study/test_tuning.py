@@ -71,10 +71,10 @@ def test_quasi_random_points_are_optunas_and_the_same_in_each_process(workplace:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     points = [cell.recipe.flat()["optimizer.lr"] for cell in agenda_of(TUNED).ready() if cell.trial]
-    seed = derive("tuning", "dfa", "", "optimizer.lr") % 2**31
+    seed = derive("tuning", "digits", "optimizer.lr") % 2**31
     by_hand = optuna.create_study(sampler=optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=seed))
     rate = optuna.distributions.FloatDistribution(1e-4, 0.1, log=True)
-    assert points == [by_hand.ask({"optimizer.lr": rate}).params["optimizer.lr"] for _ in range(3)]
+    assert points == [by_hand.ask({"optimizer.lr": rate}).params["optimizer.lr"] for _ in range(4)][1:]  # its first is no Sobol point
     assert points == [cell.recipe.flat()["optimizer.lr"] for cell in agenda_of(TUNED).ready() if cell.trial]
 
 

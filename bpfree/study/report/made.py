@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Report:
             *about.failed(view),
             *about.differences(view),
             *about.places(view),
-            *([Section("Notes", [Text(self.plan.study.notes, "notes")])] if self.plan.study.notes else []),
+            *([Section("Notes", [Text(_flowing(self.plan.study.notes), "notes")])] if self.plan.study.notes else []),
             about.again(view, self.command),
         ]
 
@@ -150,3 +151,8 @@ def report_on(plan: Plan, lines: Sequence[Line], words: Sequence[str], *, hidden
 def _failure(line: Line, seed: int, status: str, reason: str) -> str:
     label = next(cell.label for cell in line.cells if cell.seed == seed)
     return f"{label}: {status}" + (f": {reason}" if reason else "")
+
+
+def _flowing(notes: str) -> str:
+    """Lines of a paragraph joined; a blank line, and a line that begins with a mark or space, still breaks."""
+    return re.sub(r"(?<=\S)\n(?=[\w\"'(])", " ", notes)

@@ -22,6 +22,7 @@ COLUMNS = (
     ("samples", "examples drawn"),
     ("epoch", "epochs"),
     ("forwards", "passes"),
+    ("operations", "operations"),
     ("peak_memory_mb", "memory, MiB"),
 )
 
@@ -44,7 +45,14 @@ def reached(view: View, line: Line) -> list[tuple[Outcome, Mapping[str, float] |
 
 def times(view: View, line: Line, key: str) -> list[float]:
     """What each cell that ended took; infinite for misses."""
-    return [math.inf if epoch is None else epoch.get(key, math.nan) for _, epoch in reached(view, line)]
+    return [math.inf if epoch is None else _at(outcome, epoch, key) for outcome, epoch in reached(view, line)]
+
+
+def _at(outcome: Outcome, epoch: Mapping[str, float], key: str) -> float:
+    """What was spent by an epoch; operations are passes times those of one pass."""
+    if key == "operations":
+        return epoch.get("forwards", math.nan) * outcome.result.get("forward_operations", math.nan)
+    return epoch.get(key, math.nan)
 
 
 def time_to_target(view: View) -> Iterator[Section]:
@@ -92,12 +100,12 @@ def _order(view: View, line: Line) -> float:
 def _reached(view: View, line: Line) -> str:
     found = [epoch for _, epoch in reached(view, line)]
     hits = sum(epoch is not None for epoch in found)
-    return f"all {hits}" if hits == len(found) else f"not reached ({len(found) - hits} of {len(found)})"
+    return f"all {hits}" if hits == len(found) else f"{hits or 'none'} of {len(found)}"
 
 
 def _texts(medians: Sequence[float], lines: Sequence[Line], key: str) -> list[str]:
     finite = [median if math.isfinite(median) else None for median in medians]
-    large = key in ("samples", "forwards")
+    large = key in ("samples", "forwards", "operations")
     if key == "epoch":
         texts = ["" if value is None else f"{value:g}" for value in finite]
     else:
