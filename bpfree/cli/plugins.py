@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
     from bpfree.plugins import PluginRecord, Plugins
 
-REGISTERS = ("rules", "networks", "tasks", "augmentations", "protocols", "diagnostics", "studies")
+REGISTERS = ("rules", "networks", "tasks", "augmentations", "protocols", "diagnostics", "presets", "studies")
 
 
 @click.group(short_help="Look at installed plugins, or begin one.")

@@ -177,7 +177,7 @@ def test_plugins_show_what_is_certified(ours: Path, monkeypatch: pytest.MonkeyPa
     shown = json.loads(capsys.readouterr().out)
     assert shown["certificates"] == {"noprop-dt": {"state": "certified", "date": "2026-11-20"}}
     assert shown["registry_entry"] == str(ours / "plugins/noprop.toml")
-    assert (shown["api"], shown["hooks"]) == (1, ["bpfree_networks", "bpfree_rules"])
+    assert (shown["api"], shown["hooks"]) == (1, ["bpfree_networks", "bpfree_presets", "bpfree_rules", "bpfree_studies"])
     assert Path(shown["path"]).name == "plugin.py"
     write(ours / "certificates/dfa.json", certificate("dfa", sources={"bpfree": "0"}))
     assert call("plugins", "list") == 0
