@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bpfree import sources
 from bpfree.cli.main import main
+from bpfree.plugins import installed_plugins
 
 UNTIMED = ("second", "step_ms", "elapsed", "system/")
 """Parts of the names of metrics that differ from run to run."""
+
+
+@contextlib.contextmanager
+def plugin_on_path(folder: Path, name: str, code: str) -> Iterator[None]:
+    """The distribution ``bpfree-NAME`` with the package NAME in a folder, first on the path while the context lasts."""
+    info = folder / f"bpfree_{name}-0.3.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: bpfree-{name}\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text(f"[bpfree]\n{name} = {name}\n")
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        forget_plugins()
+        yield
+    forget_plugins()
+    sys.modules.pop(name, None)
+
+
+def forget_plugins() -> None:
+    """Look anew at what is installed, and at its sources."""
+    installed_plugins.cache_clear()
+    sources.hash_of.cache_clear()
 
 
 def call(*words: str) -> int:

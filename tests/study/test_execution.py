@@ -17,10 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from study_kit import call, mlflow_runs, outcomes, spawn, untimed
+from study_kit import call, mlflow_runs, outcomes, plugin_on_path, spawn, untimed
 
-from bpfree import sources
-from bpfree.plugins import installed_plugins
 from bpfree.study.executors import Pool
 from bpfree.study.presence import present
 
@@ -61,20 +59,10 @@ def bpfree_rules():
 
 
 @pytest.fixture
-def site(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def site(workplace: Path) -> Iterator[Path]:
     """A plugin whose rules make trouble, for this process and those that it starts."""
-    info = workplace / "site" / "bpfree_troubled-0.3.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bpfree-troubled\nVersion: 0.3\n")
-    (info / "entry_points.txt").write_text("[bpfree]\ntroubled = troubled\n")
-    (workplace / "site" / "troubled.py").write_text(PLUGIN)
-    monkeypatch.syspath_prepend(str(workplace / "site"))
-    installed_plugins.cache_clear()
-    sources.hash_of.cache_clear()
-    yield workplace
-    installed_plugins.cache_clear()
-    sources.hash_of.cache_clear()
-    sys.modules.pop("troubled", None)
+    with plugin_on_path(workplace / "site", "troubled", PLUGIN):
+        yield workplace
 
 
 def study(text: str, name: str = "table.yaml") -> str:
@@ -182,7 +170,7 @@ def test_a_cell_whose_time_is_up_is_a_row_and_goes_on_with_more_of_it(
     from bpfree.study import worker
 
     monkeypatch.setattr(worker, "time", time)  # back again at the end
-    (site / "site" / "troubled.py").write_text(LATE)
+    (site / "site" / "troubled" / "__init__.py").write_text(LATE)
     Path("late").touch()
     name = study(f"title: Slow\n{COMMON}seeds: 1\ntimeout: 50000\nrules: [dfa, slow]\n")
     words = ("budget.epochs=2", "tracking.enabled=false", "--quiet", "--jobs", jobs)
@@ -208,7 +196,7 @@ def test_a_worker_that_hangs_is_killed(site: Path, monkeypatch: pytest.MonkeyPat
             return time.monotonic() + 1e6 * any(outcome["status"] == "finished" for outcome in outcomes())
 
     monkeypatch.setattr(executors, "time", Late())
-    (site / "site" / "troubled.py").write_text(PLUGIN.replace("time.sleep(0.05)", "time.sleep(600)"))
+    (site / "site" / "troubled" / "__init__.py").write_text(PLUGIN.replace("time.sleep(0.05)", "time.sleep(600)"))
     name = study(f"title: Slow\n{COMMON}seeds: 1\nrules: [slow, dfa]\n")
     assert call("study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--quiet", "--jobs", "2", "--timeout", "50000") == 1
     known = {outcome["row"]: (outcome["status"], outcome["reason"]) for outcome in outcomes()}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from study_kit import plugin_on_path
 
 from bpfree import UsageError
 from bpfree.plugins import installed_plugins
@@ -129,21 +130,23 @@ def test_a_row_changes_what_is_tuned(workplace: Path) -> None:
 # --- presets ----------------------------------------------------------------------------------------------------------
 
 
+PRESETS = """
+import bpfree
+
+bpfree_api = 1
+
+
+@bpfree.hookimpl
+def bpfree_presets():
+    return {"quickstart/dfa": {"rule": "dfa", "rule.scale": 0.5}, "preset/wide": {"rule": "dfa", "network.width": 512}}
+"""
+
+
 @pytest.fixture
-def site(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def site(workplace: Path) -> Iterator[Path]:
     """A plugin that ships two presets."""
-    info = workplace / "bpfree_preset-0.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bpfree-preset\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text("[bpfree]\npreset = preset_plugin\n")
-    (workplace / "preset_plugin.py").write_text(
-        "import bpfree\nbpfree_api = 1\n\n@bpfree.hookimpl\ndef bpfree_presets():\n"
-        "    return {'quickstart/dfa': {'rule': 'dfa', 'rule.scale': 0.5}, 'preset/wide': {'rule': 'dfa', 'network.width': 512}}\n"
-    )
-    monkeypatch.syspath_prepend(str(workplace))
-    installed_plugins.cache_clear()
-    yield workplace
-    installed_plugins.cache_clear()
+    with plugin_on_path(workplace / "site", "preset", PRESETS):
+        yield workplace
 
 
 def test_presets_of_plugins(site: Path) -> None:

@@ -16,10 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from study_kit import call, mlflow_runs, outcomes, untimed
-
-from bpfree import sources
-from bpfree.plugins import installed_plugins
+from study_kit import call, mlflow_runs, outcomes, plugin_on_path, untimed
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -58,22 +55,12 @@ rules: [watched, dfa]
 
 @pytest.fixture
 def site(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    info = workplace / "site" / "bpfree_watched-0.3.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bpfree-watched\nVersion: 0.3\n")
-    (info / "entry_points.txt").write_text("[bpfree]\nwatched = watched_plugin\n")
-    (workplace / "site" / "watched_plugin.py").write_text(PLUGIN)
     (workplace / "seen").mkdir()
-    monkeypatch.syspath_prepend(str(workplace / "site"))
     monkeypatch.setenv("WATCHED", str(workplace / "seen"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    installed_plugins.cache_clear()
-    sources.hash_of.cache_clear()
-    yield workplace
-    ray.shutdown()
-    installed_plugins.cache_clear()
-    sources.hash_of.cache_clear()
-    sys.modules.pop("watched_plugin", None)
+    with plugin_on_path(workplace / "site", "watched", PLUGIN):
+        yield workplace
+        ray.shutdown()
 
 
 def seen(folder: Path) -> set[int]:

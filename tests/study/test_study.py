@@ -9,17 +9,15 @@ import contextlib
 import json
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from study_kit import call, outcomes, plugin_on_path
 
 from bpfree import sources
-from bpfree.cli.main import main
-from bpfree.plugins import installed_plugins
 from bpfree.study.state import State
 
 PLUGIN = '''
@@ -85,29 +83,13 @@ rows:
 
 
 @pytest.fixture
-def site(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def site(workplace: Path) -> Iterator[Path]:
     """A folder on the path with the distribution `bpfree-troubled`; its package is `troubled`."""
     folder = workplace / "site"
-    info = folder / "bpfree_troubled-0.3.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bpfree-troubled\nVersion: 0.3\n")
-    (info / "entry_points.txt").write_text("[bpfree]\ntroubled = troubled\n")
-    (folder / "troubled").mkdir()
-    (folder / "troubled" / "__init__.py").write_text(PLUGIN)
-    (folder / "troubled" / "theirs.yaml").write_text(f"title: Theirs\n{COMMON}rows: [{{label: one, settings: {{rule: stopping}}}}]\n")
-    monkeypatch.syspath_prepend(str(folder))
-    installed_plugins.cache_clear()
-    sources.hash_of.cache_clear()
-    yield folder
-    installed_plugins.cache_clear()
-    sources.hash_of.cache_clear()
-    sys.modules.pop("troubled", None)
-
-
-def call(*words: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(list(words))
-    return int(caught.value.code or 0)
+    with plugin_on_path(folder, "troubled", PLUGIN):
+        theirs = f"title: Theirs\n{COMMON}rows: [{{label: one, settings: {{rule: stopping}}}}]\n"
+        (folder / "troubled" / "theirs.yaml").write_text(theirs)
+        yield folder
 
 
 def study(text: str) -> str:
@@ -117,11 +99,6 @@ def study(text: str) -> str:
 
 def runs() -> list[Path]:
     return sorted(path for path in Path("runs").glob("*") if (path / "config.yaml").exists())
-
-
-def outcomes() -> list[dict[str, object]]:
-    found = [json.loads(path.read_text()) for path in Path("runs/studies").glob("*/cells/*.json")]
-    return sorted(found, key=lambda outcome: (outcome["row"], outcome["column"], outcome["seed"]))
 
 
 def table_lines(text: str, *rows: str) -> list[list[str]]:
