@@ -109,6 +109,9 @@ class Rule(nn.Module, ABC):
     """The default optimiser; a class attribute, or a property where the configuration changes it."""
     own_network: ClassVar[bool] = False
     """Whether the rule brings its network, so that the common one of a comparison is not for it."""
+    shared_groups: tuple[str, ...] = ()
+    """Groups whose gradient is a sum of what single blocks add: where blocks are dealt to several processes, each fills these
+    for its own blocks (``Step.fills``), and the sum is taken over processes. A class attribute, or a property."""
     draws: int = 1
     """How many draws of a stochastic ``predict`` the final evaluation averages over."""
     waivers: ClassVar[dict[str, str]] = {}

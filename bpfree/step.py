@@ -99,6 +99,7 @@ class Step:
         progress: share of the run's budget that is used, 0 to 1.
         apply: ``apply()`` updates all groups, ``apply("b1", ...)`` some: optimiser step, then drop their ``.grad``.
         lr: the current learning rate of a group.
+        here: groups whose gradients this process is to fill, where the blocks of a network are dealt to several; ``None``: all.
     """
 
     generator: torch.Generator
@@ -110,3 +111,9 @@ class Step:
     index: int = 0
     part: int = 0
     progress: float = 0.0
+    here: frozenset[str] | None = None
+
+    def fills(self, name: str) -> bool:
+        """Whether a group learns in this phase, and is to be filled by this process."""
+        learns = self.phase.groups is None or name in self.phase.groups
+        return learns and (self.here is None or name in self.here)
