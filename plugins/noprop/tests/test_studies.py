@@ -44,7 +44,7 @@ CLAIMS = {"claims": 3, "claims-cifar10": 150}
 
 
 def test_all_are_here() -> None:
-    assert sorted(bpfree_studies()) == [f"noprop/table1-{task}" for task in sorted(TABLE_1)]
+    assert {f"noprop/table1-{task}" for task in TABLE_1} <= set(bpfree_studies())
 
 
 @pytest.mark.parametrize("task", TABLE_1)
