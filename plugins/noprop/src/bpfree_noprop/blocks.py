@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from bpfree.network.builders import NetworkBuilder
 from bpfree.network.network import Network
 from bpfree.options import option
 from bpfree.tasks.task import TaskSpec
+from bpfree_noprop.dropout import KeyedDropout, masks_from
 
 __all__ = ["NETWORKS", "CNNConfig", "DenoisingBlock", "MLPConfig", "PaperConfig"]
 
@@ -72,6 +74,7 @@ class DenoisingBlock(nn.Module):
         super().__init__()
         self.stem, self.label, self.fuse, self.out = stem, label, fuse, out
         self.state_dim = state_dim
+        self._dropouts = [module for module in self.modules() if isinstance(module, KeyedDropout)]
 
     def features(self, x: Tensor) -> Tensor:
         """What the block makes of the input alone: (N, F)."""
@@ -83,6 +86,10 @@ class DenoisingBlock(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         return self.judge(self.features(x), z)
+
+    def masks(self, generator_for: Callable[[str], torch.Generator], name: str) -> AbstractContextManager[None]:
+        """Draw the block's dropout masks from the generator ``<name>/dropout`` inside, if it has any dropout."""
+        return masks_from(generator_for(f"{name}/dropout"), self._dropouts) if self._dropouts else nullcontext()
 
     def freeze_body(self) -> None:
         """Fix all but the last linear map."""
@@ -138,12 +145,13 @@ def paper_block(spec: TaskSpec, config: PaperConfig, d: int) -> DenoisingBlock:
     channels, height, width = spec.input_shape
 
     def stem() -> nn.Sequential:
-        return nn.Sequential(
-            *(nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(config.dropout)),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Dropout(config.dropout)),
-            *(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(config.dropout)),
+        layers = nn.Sequential(
+            *(nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), KeyedDropout(config.dropout)),
+            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), KeyedDropout(config.dropout)),
+            *(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), KeyedDropout(config.dropout)),
             *(nn.Flatten(), nn.Linear(128 * (height // 4) * (width // 4), 256), nn.BatchNorm1d(256)),
         )
+        return layers.to(memory_format=torch.channels_last)  # a block's step takes 0.8 to 0.9 of the time on a CPU
 
     deeper = Residual(nn.Sequential(*dense(256, 256), nn.Linear(256, 256), nn.BatchNorm1d(256)))
     label = label_stem(spec, stem()) if config.label == "input" else nn.Sequential(*dense(d, 256), deeper)
@@ -171,15 +179,15 @@ def builder(
     return NetworkBuilder(build, options, summary)
 
 
-def check_sizes(spec: TaskSpec, label: str, d: int, images: bool) -> None:
-    """Refuse sizes that do not fit.
+def check_sizes(spec: TaskSpec, label: str, d: int, images: bool, *, instead: str = "noprop-mlp") -> None:
+    """Refuse sizes that do not fit; ``instead``: the network for inputs that are no images.
 
     Raises:
         UsageError: if the block needs images and the task has none, or a noised label shaped like an input has another size.
     """
     if images and (len(spec.input_shape) != 3 or min(spec.input_shape[1:]) < 4):
         raise UsageError(
-            f"this network needs images of at least 4x4 pixels, not inputs of shape {spec.input_shape}", fix="use network=noprop-mlp"
+            f"this network needs images of at least 4x4 pixels, not inputs of shape {spec.input_shape}", fix=f"use network={instead}"
         )
     if label == "input" and d != spec.input_size:
         raise UsageError(
