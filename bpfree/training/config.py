@@ -79,6 +79,10 @@ class TrainConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     batch_size: int = option(64, "examples per update", ge=1)
     accumulate: int = option(1, "micro-batches per update; the update equals the whole batch's", ge=1)
+    parallel: Literal["auto", "data", "blocks"] = option(
+        "auto",
+        "what several processes of a launcher share: the examples of each batch, or the blocks; auto: the blocks if they are independent",
+    )
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)

@@ -15,21 +15,23 @@ from bpfree.version import __version__
 __all__ = ["autocast", "describe", "numerics", "resolve_device"]
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, *, process: int = 0) -> torch.device:
     """``auto`` (cuda if there is one, else cpu), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Several processes on a machine take its GPUs in turn, by the number of the ``process``, unless one is named.
 
     Raises:
         UsageError: no such kind of device, or none of it here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise UsageError(f"unknown device {name!r}", where="device", fix="auto, cpu, cuda or cuda:N")
     available = torch.cuda.device_count() if kind == "cuda" else 1
     if int(index or 0) >= available:
         raise UsageError(f"device {name!r} is not here: {available} CUDA devices found", where="device", fix="use device=auto or cpu")
-    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu")
+    return torch.device(kind, int(index or process % available)) if kind == "cuda" else torch.device("cpu")
 
 
 @contextmanager

@@ -90,8 +90,9 @@ class Evaluator:
 
     def validate(self, epoch: int) -> dict[str, float]:
         """``train/loss``, ``train/accuracy`` on a fixed sample of the training split, and ``val/...``."""
-        train = self._score("train", self._splits["train"], epoch)
-        return train | self._score("val", self._splits["val"], epoch, alternatives=self._config.evaluation.alternatives)
+        with self._rule.in_passing():
+            train = self._score("train", self._splits["train"], epoch)
+            return train | self._score("val", self._splits["val"], epoch, alternatives=self._config.evaluation.alternatives)
 
     def test(self) -> dict[str, float]:
         """``test/...``, averaged over the draws of a stochastic rule, and each draw's accuracy (``test/accuracy_draw_1``).

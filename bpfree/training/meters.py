@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,10 +49,10 @@ class StepMetrics:
             means[name] = total / weight
         return means
 
-    def epoch(self) -> dict[str, float]:
-        """Means over the epoch; starts the next one."""
+    def epoch(self, merge: Callable[[Mapping[str, list[float]]], Mapping[str, list[float]]]) -> dict[str, float]:
+        """Means over the epoch, of the sums that ``merge`` makes of those of several processes; starts the next one."""
         self.flush()
-        means = {name: total / weight for name, (total, weight) in self._sums.items() if weight}
+        means = {name: total / weight for name, (total, weight) in merge(self._sums).items() if weight}
         self._sums.clear()
         return means
 

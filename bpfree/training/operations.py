@@ -20,6 +20,7 @@ from bpfree.errors import BpfreeError, UsageError
 from bpfree.network.network import evaluating
 from bpfree.rule import Metrics, Rule
 from bpfree.step import Batch, Phase, Step
+from bpfree.training.distributed import World
 from bpfree.training.seeds import preserved_global_state
 from bpfree.training.snapshot import Snapshot
 from bpfree.training.updater import Updater
@@ -73,6 +74,7 @@ class Operations:
         rule: on its device.
         updater: which applies its updates.
         device: the run's.
+        world: the processes among which the training is shared; each counts its part of a step, and the sum is kept.
 
     Attributes:
         total: operations of all training steps, and of features that were computed for phases on features.
@@ -81,8 +83,8 @@ class Operations:
         trouble: why there are no numbers; the empty string: there are.
     """
 
-    def __init__(self, rule: Rule, updater: Updater, device: torch.device) -> None:
-        self._rule, self._updater, self._device = rule, updater, device
+    def __init__(self, rule: Rule, updater: Updater, device: torch.device, world: World | None = None) -> None:
+        self._rule, self._updater, self._device, self._world = rule, updater, device, world or World()
         self._steps: dict[str, int] = {}
         self.total = 0
         self.forward: int | None = None
@@ -98,11 +100,20 @@ class Operations:
 
     def count(self, batch: Batch, step: Step, take: Callable[[Batch], Metrics]) -> Metrics:
         """Take a step and count its operations; what a count has broken is put back, and the step taken without."""
+        metrics, found = self._counted(batch, step, take)
+        total, failures = self._world.total(found or 0, found is None)
+        if not failures:
+            self._steps[_kind(step.phase, batch)] = int(total)
+        elif not self.trouble:
+            self._give_up(BpfreeError("another process failed"))
+        return metrics
+
+    def _counted(self, batch: Batch, step: Step, take: Callable[[Batch], Metrics]) -> tuple[Metrics, int | None]:
         try:
             before = Snapshot(self._rule, *self._updater.optimizers, step.generator, device=self._device)
         except Exception as error:  # no memory for a copy
             self._give_up(error)
-            return take(batch)
+            return take(batch), None
         try:
             with counted_operations() as operations:
                 metrics = take(batch)
@@ -111,12 +122,11 @@ class Operations:
             step.part = 0
             metrics = take(batch)  # an error of the rule's own ends the run here
             self._give_up(error)
-        else:
-            self._steps[_kind(step.phase, batch)] = operations()
-        return metrics
+            return metrics, None
+        return metrics, operations()
 
     def count_forward(self, inputs: Any, examples: int) -> None:
-        """Count ``predict`` on some inputs, in eval mode and without any trace in random states."""
+        """Count a ``predict`` that is not final on some inputs, in eval mode and without any trace in random states."""
         generator = torch.Generator(self._device).manual_seed(0)
         self.forward, self.examples = self._aside(lambda: self._rule.predict(inputs, generator)), examples
         if self.forward == 0:
@@ -127,8 +137,13 @@ class Operations:
         self.features = self._aside(lambda: self._rule.features(inputs))
 
     def _aside(self, call: Callable[[], Tensor]) -> int | None:
+        """The operations of a call, which the first process alone makes."""
+        found, self.trouble = self._world.from_first(lambda: (self._count_aside(call), self.trouble))
+        return found
+
+    def _count_aside(self, call: Callable[[], Tensor]) -> int | None:
         try:
-            with evaluating(self._rule), torch.no_grad(), preserved_global_state(self._device):
+            with evaluating(self._rule), self._rule.in_passing(), torch.no_grad(), preserved_global_state(self._device):
                 with counted_operations() as operations:
                     call()
                 return operations()

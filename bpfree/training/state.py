@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from bpfree.training.alignment import Alignment
 from bpfree.training.config import TrainConfig
 from bpfree.training.meters import Clock, StepMemory, StepMetrics
 from bpfree.training.operations import Operations
+from bpfree.training.team import Team
 from bpfree.training.updater import Updater
 
 __all__ = ["Position", "State"]
@@ -56,6 +58,7 @@ class State:
         rule: on its device.
         config: of training.
         device: the run's.
+        team: the processes that train the rule together.
 
     Attributes:
         at: how far the run has come.
@@ -65,13 +68,14 @@ class State:
         best: validation score and weights (on the CPU) of the best epoch, where weights are selected so.
     """
 
-    def __init__(self, rule: Rule, config: TrainConfig, device: torch.device) -> None:
-        self.rule, self.device = rule, device
+    def __init__(self, rule: Rule, config: TrainConfig, device: torch.device, team: Team) -> None:
+        self.rule, self.device, self.team = rule, device, team
+        self._seeds = partial(seeds.derive_in, config.stream, config.seed)
         self.at = Position()
         self.clock, self.metrics, self.memory = Clock(device), StepMetrics(), StepMemory(device)
         self.updater = Updater(rule, config.optimizer, schedule=config.schedule, clip=config.clip)
-        self.operations = Operations(rule, self.updater, device)
-        generator = torch.Generator(device).manual_seed(seeds.derive_in(config.stream, config.seed, "noise"))
+        self.operations = Operations(rule, self.updater, device, team.world)
+        generator = torch.Generator(device).manual_seed(self._seeds("noise", *team.stream))
         keyed = seeds.KeyedGenerators(config.seed, device, lambda: (self.step.index, self.step.part), stream=config.stream)
         self.step = Step(generator, keyed, self.updater.apply, self.updater.lr, Phase())
         self.alignment = Alignment(
@@ -101,8 +105,9 @@ class State:
         self.at.phase_operations = self.operations.total
 
     def peak_memory(self) -> float:
-        """MiB: peak of a step, parameters, buffers and optimiser state."""
-        return self.memory.total([*self.rule.parameters(), *self.rule.buffers(), *self.updater.tensors()])
+        """MiB: peak of a step, parameters, buffers and optimiser state; of the process that has most."""
+        own = self.memory.total([*self.rule.parameters(), *self.rule.buffers(), *self.updater.tensors()])
+        return self.team.world.largest(own)[0]
 
     def epoch_metrics(self) -> dict[str, float]:
         """Costs and step metrics of the pass that ended, and the start of the next one's."""
@@ -119,7 +124,7 @@ class State:
             "step_ms": 1000 * spent / steps if steps else 0.0,
             "peak_memory_mb": self.peak_memory(),
             **({} if forwards is None else {"forwards": forwards}),
-            **self.metrics.epoch(),
+            **self.metrics.epoch(self.team.merged),
         }
 
     def costs(self) -> dict[str, float]:
@@ -140,19 +145,32 @@ class State:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values; the rule's weights are saved beside it."""
+        """Tensors and plain values; the rule's weights are saved beside it. ``ranks``: what each of several processes has alone."""
+        own: dict[str, Any] = {
+            "generator": self.step.generator.get_state(),
+            "global": seeds.global_state(self.device),
+            "metrics": self.metrics.state_dict(),
+            "statistics": self.team.statistics(),
+        }
         return {
             "position": dataclasses.asdict(self.at),
             "seconds": self.clock.seconds,
             "memory": self.memory.state_dict(),
             "operations": self.operations.state_dict(),
-            "optimizers": self.updater.state_dict(),
-            "generator": self.step.generator.get_state(),
-            "global": seeds.global_state(self.device),
-            "metrics": self.metrics.state_dict(),
+            "optimizers": self.team.optimizers(self.updater),
+            "generator": own["generator"],
+            "global": own["global"],
+            "metrics": self.team.merged(own["metrics"]),
             "best": None if self.best is None else {"score": self.best[0], "weights": self.best[1]},
             "device": self.device.type,
+            **({} if self.team.world.size == 1 else {"parallel": self.team.kind, "ranks": self.team.world.collected(own)}),
         }
+
+    def _own(self, saved: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """What this process had alone, if there were as many, and they shared the work in the same way."""
+        ranks, world = saved.get("ranks", ()), self.team.world
+        same = world.size > 1 and len(ranks) == world.size and saved["parallel"] == self.team.kind
+        return ranks[world.rank] if same else None
 
     def take_position(self, saved: Mapping[str, Any]) -> None:
         """Take up a saved position; parameters and optimisers follow when the phases have been replayed."""
@@ -160,7 +178,8 @@ class State:
         self.clock.seconds = saved["seconds"]
         self.memory.load_state_dict(saved.get("memory") or {"step_bytes": saved["step_bytes"], "seen": {}})  # older checkpoints: no counts
         self.operations.load_state_dict(saved.get("operations"))
-        self.metrics.load_state_dict(saved["metrics"])
+        own, whole = self._own(saved), saved["metrics"] if self.team.world.first else {}
+        self.metrics.load_state_dict(whole if own is None else own["metrics"])
         self.step.index, self.step.epoch = self.at.step, self.at.epoch
         if saved["best"] is not None:
             self.best = (saved["best"]["score"], saved["best"]["weights"])
@@ -179,7 +198,18 @@ class State:
                 "the checkpoint's weights do not fit this network", where=place, fix="resume with the same configuration"
             ) from error
         self.updater.load_state_dict(saved["optimizers"])
-        if saved["device"] == self.device.type:
-            self.step.generator.set_state(saved["generator"].cpu())
-        seeds.set_global_state({name: state.cpu() for name, state in saved["global"].items()}, self.device)
+        self._take_generators(saved)
         self.restored = True
+
+    def _take_generators(self, saved: Mapping[str, Any]) -> None:
+        own = self._own(saved)
+        if own is None and self.team.stream:  # one that was not there before: its noise is new
+            self.step.generator.manual_seed(self._seeds("noise", *self.team.stream, self.at.step))
+            torch.manual_seed(self._seeds("global", *self.team.stream, self.at.step))
+            return
+        states = saved if own is None else own
+        if saved["device"] == self.device.type:
+            self.step.generator.set_state(states["generator"].cpu())
+        seeds.set_global_state({name: state.cpu() for name, state in states["global"].items()}, self.device)
+        if own is not None:
+            self.rule.load_state_dict(own["statistics"], strict=False)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,26 @@ from bpfree.step import Batch, Phase
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Split, Task
 from bpfree.training import environment, seeds
-from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
 from bpfree.training.config import TrainConfig
+from bpfree.training.distributed import World
 from bpfree.training.evaluation import Evaluator, check_protocols
 from bpfree.training.features import FeatureLoader
 from bpfree.training.limits import Limits
 from bpfree.training.observers import Observers
 from bpfree.training.phases import learning
 from bpfree.training.run import Run, new_run_id
+from bpfree.training.saving import Checkpoints
 from bpfree.training.state import State
+from bpfree.training.stopping import Stop
 from bpfree.training.supply import Supply
-from bpfree.training.updater import accumulate
-from bpfree.version import __version__
+from bpfree.training.team import make_team
 
 __all__ = ["Interrupted", "Trainer"]
 
 logger = logging.getLogger("bpfree")
+
+CONFER_EVERY = 20
+"""Steps between the moments at which several processes ask each other whether to look, save or stop."""
 
 
 class Interrupted(BpfreeError):
@@ -57,6 +60,9 @@ class _Diverged(Exception):
 
 class Trainer:
     """Trains a rule on a task.
+
+    Where a launcher has started several processes of the same program, each with a trainer, they train together; the first one alone
+    evaluates, tells observers, and writes.
 
     Args:
         rule: with its network; it is moved to the device and trained in place.
@@ -87,20 +93,24 @@ class Trainer:
         data: Mapping[str, Any] | None = None,
     ) -> None:
         self.rule, self.task, self.config, self.recipe = rule, task, config or TrainConfig(), recipe
-        self.device = environment.resolve_device(self.config.device)
+        self._world = World.here()
+        self.device = environment.resolve_device(self.config.device, process=self._world.local_rank)
         name = f"{type(rule).__name__.lower()}-{task.spec.name}-s{self.config.seed}"
         self.run = run or Run(new_run_id(name), name, config=dataclasses.asdict(self.config))
         if folder is not None:
             self.run.folder = Path(folder)
+        if not self._world.first:
+            self.run.folder, observers = None, ()
         self.budget = self.config.budget.resolve(len(task.train))
         self._check()
         self._observers = Observers(observers)
         self._augment, self._data = tuple(augment), dict(data or {})
-        self._stop_reason = ""
-        self._next_look = math.inf
+        self._stop = Stop(self._world)
+        self._next_look, self._overdue = math.inf, False
 
     def _check(self) -> None:
         config, update = self.config, self.rule.traits.update
+        self._team = make_team(self.rule, config, self._world)
         check_protocols(config.evaluation.protocols, self.rule)
         if config.accumulate > 1 and update != "grad":
             raise UsageError(
@@ -155,24 +165,26 @@ class Trainer:
         with environment.autocast(self.device, self.config.precision):
             for batch in loader.batches(state.at.epoch, state.at.batch):
                 self._aim(phase)
-                state.metrics.add(self._learn(batch), len(batch))
+                state.metrics.add(self._learn(batch), self._team.examples(batch, self.config.accumulate))
                 state.operations.add_step(phase, batch, features=isinstance(loader, FeatureLoader))
                 state.advance(len(batch), len(loader))
                 if watched:
                     self._notify("step_end", step=state.step)
-                if time.perf_counter() >= self._next_look:
+                if self._is_time():
                     self._look()
-                if self._stop_reason or self._limits.is_used_up(phase):
+                if self._stop.reason or self._limits.is_used_up(phase):
                     break
         state.clock.stop()
-        if self._stop_reason and state.at.batch < len(loader) and not self._limits.is_used_up(phase):
-            raise Interrupted(self._stop_reason, self.run.folder)
+        if self._stop.reason and state.at.batch < len(loader) and not self._limits.is_used_up(phase):
+            raise Interrupted(self._stop.reason, self.run.folder)
         state.end_pass()
+        self._team.synchronise()
         if self._limits.phase_is_over(phase):  # before the evaluation and the checkpoint, which are to see what it solves
             self.rule.end_phase(phase, state.step)
         self._end_epoch(phase)
-        if self._stop_reason:
-            raise Interrupted(self._stop_reason, self.run.folder)
+        self._stop.confer()
+        if self._stop.reason:
+            raise Interrupted(self._stop.reason, self.run.folder)
 
     def _learn(self, batch: Batch) -> Metrics:
         """Take the step, after what is measured on its side; returns all metrics by their full names."""
@@ -193,9 +205,7 @@ class Trainer:
             return self._update(batch)
 
     def _update(self, batch: Batch) -> Metrics:
-        if self.config.accumulate > 1:
-            return accumulate(self.rule, batch, self._state.step, self.config.accumulate)
-        return self.rule.learn(batch, self._state.step)
+        return self._team.update(batch, self._state.step, self.config.accumulate)
 
     def _count_forward(self, phase: Phase, loader: Loader | FeatureLoader) -> None:
         """Count the operations of a forward pass, once, and of features that a phase is on, on the first training examples."""
@@ -223,7 +233,7 @@ class Trainer:
         metrics = self._state.epoch_metrics()
         last = self._limits.used() >= 1 or self._limits.phase_is_over(phase)
         if phase.evaluate and (last or epoch % self.config.evaluation.every == 0):
-            metrics.update(self._evaluator.validate(epoch))
+            metrics.update(self._world.from_first(lambda: self._evaluator.validate(epoch)))
         self.run.history.append(metrics)
         self._notify("epoch_end", metrics=metrics, rule=self.rule)
         self._check_finite(metrics)
@@ -234,19 +244,30 @@ class Trainer:
 
     def _while_computing_features(self, share: float) -> None:
         """Show how far it is; weights do not change, so there is nothing to save."""
-        if self._stop_reason:
-            raise Interrupted(self._stop_reason, self.run.folder)
+        if self._stop.reason:
+            raise Interrupted(self._stop.reason, self.run.folder)
         if time.perf_counter() >= self._next_look:
             self._next_look = time.perf_counter() + self.config.log_interval
             self._notify("progress", metrics=self._standing() | {"features": share})
 
+    def _is_time(self) -> bool:
+        """Whether it is time to look; of several processes the first one says so, at steps at which they confer."""
+        due = time.perf_counter() >= self._next_look
+        if self._world.size == 1 and not due:
+            return False
+        if self._world.size > 1 and self._state.at.step % CONFER_EVERY:
+            return False
+        late = time.monotonic() - self._checkpoints.saved_at > 60 * self.config.checkpoint.minutes
+        due, self._overdue = self._stop.confer(due and self._world.first, late and self._world.first)
+        return due
+
     def _look(self) -> None:
         """Read the step metrics, notice divergence, save if it is time."""
         self._next_look = time.perf_counter() + self.config.log_interval
-        means = self._state.metrics.flush()
+        means = self._team.joined(self._state.metrics.flush())
         self._check_losses(means)
         self._notify("progress", metrics=self._standing() | means)
-        if time.monotonic() - self._saved_at > 60 * self.config.checkpoint.minutes:
+        if self._overdue:
             with self._state.clock.stopped():
                 self._save()
 
@@ -265,16 +286,17 @@ class Trainer:
         """Seeds, settings, signals and observers around a run; whatever happens, the caller's state comes back."""
         run = self.run
         with ExitStack() as stack:
+            stack.enter_context(self._world.joined())
             stack.enter_context(environment.numerics(threads=self.config.threads, deterministic=self.config.deterministic))
             stack.enter_context(seeds.preserved_global_state(self.device))
             saved = self._begin(resume)
-            run.tags.update(environment.describe(self.device))
-            stack.enter_context(self._signals())
+            run.tags.update(environment.describe(self.device) | {"world_size": str(self._world.size), "parallel": self._team.kind})
+            stack.enter_context(self._stop.on_signals())
             run.status = "running"
             try:
                 self._notify("run_start")
                 if saved is None:
-                    self.rule.prepare(self.task.train, self._state.step.generator)
+                    self.rule.prepare(self.task.train, self._state.step.generator)  # the first process's is sent to all by a phase
                 yield saved
                 run.status = "finished"
             except _Diverged as error:
@@ -288,15 +310,16 @@ class Trainer:
                 run.status, run.reason = "failed", error.what if isinstance(error, BpfreeError) else f"{type(error).__name__}: {error}"
                 raise
             finally:
-                self._stop_reason = ""
+                self._stop.forget()
                 self._notify("run_end")
 
     def _begin(self, resume: str | Path | None) -> Mapping[str, Any] | None:
-        torch.manual_seed(seeds.derive_in(self.config.stream, self.config.seed, "global"))
+        torch.manual_seed(seeds.derive_in(self.config.stream, self.config.seed, "global", *self._team.stream))
         self.rule.to(self.device)
         if self.config.frozen_twin:
             self.rule.freeze_features()
-        self._state = State(self.rule, self.config, self.device)
+        self._state = State(self.rule, self.config, self.device, self._team)
+        self._checkpoints = Checkpoints(self.run, self.rule, self.task, self.config, self.budget, self.recipe, self._state)
         self._evaluator = Evaluator(self.rule, self.task, self.config, self.device, self._data)
         self._supply = Supply(
             self.rule,
@@ -311,66 +334,47 @@ class Trainer:
         self._limits = Limits(self.rule, self.budget, self._state)
         self.run.total_epochs = self._limits.passes or None
         self._next_look = time.perf_counter() + self.config.log_interval
-        self._saved_at, self._saved_epoch = time.monotonic(), -1
-        return None if resume is None else self._read(Path(resume))
+        return None if resume is None else self._checkpoints.read(Path(resume), self.device)
 
     def _enter(self, index: int, phase: Phase, saved: Mapping[str, Any] | None) -> None:
         """Make the phase's parameters and optimiser; a resumed run replays the phases that it has behind it."""
         state = self._state
         if saved is not None and not state.restored and index >= saved["phases_begun"]:  # it had ended between two phases
             state.take_weights(saved["weights"], saved["training"])
+        self._team.check(phase)
         self.rule.start_phase(phase)
         self.rule.to(self.device)
         state.updater.start_phase(phase)
+        self._team.enter(state.step, state.updater)
         state.step.phase, state.begun = phase, index + 1
         if index == 0 and saved is None:
             self._evaluator.try_protocols()
         if saved is not None and index == state.at.phase and not state.restored:
             state.take_weights(saved["weights"], saved["training"])
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step in progress; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def ask(number: int, frame: Any) -> None:
-            if self._stop_reason:
-                raise KeyboardInterrupt
-            self.stop(f"stopped by {signal.Signals(number).name}")
-
-        for number in before:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def stop(self, reason: str = "asked to stop") -> None:
         """End the run after the step in progress, with a checkpoint to resume from. May be called from any thread."""
-        self._stop_reason = reason
+        self._stop.ask(reason)
 
     def _finish(self, saved: Mapping[str, Any] | None) -> None:
         """Take the weights that were selected, and test them: once, or not at all where the configuration says so."""
         state = self._state
         if saved is not None and not state.restored:  # all phases were over
             state.take_weights(saved["weights"], saved["training"])
-        if self._saved_epoch != state.at.epoch:
+        if self._checkpoints.saved_epoch != state.at.epoch:
             self._save()
         if self.config.select == "best-val":
             self._take_best()
-        self.run.result.update(self._evaluator.test() | state.costs())
-        self.run.result.update(self._evaluator.protocols(self._trained_features, self._supply.resident))
+        self.run.result.update(self._world.from_first(self._evaluator.test) | state.costs())
+        protocols = partial(self._evaluator.protocols, self._trained_features, self._supply.resident)
+        self.run.result.update(self._world.from_first(protocols))
 
     def _trained_features(self, batches: Loader) -> Split:
         """A split's features once the rule is trained, unless the run is asked to stop."""
 
         def look(share: float) -> None:
-            if self._stop_reason:
-                raise BpfreeError(f"{self._stop_reason}; bpfree evaluate computes them")
+            if self._stop.asked:
+                raise BpfreeError(f"{self._stop.asked}; bpfree evaluate computes them")
 
         return self._supply.features(batches, look)
 
@@ -408,45 +412,9 @@ class Trainer:
             return
         weights = {name: value.detach().cpu().clone() for name, value in self.rule.state_dict().items()}
         self._state.best = (score, weights)
-        if self.run.folder is not None:
-            write_checkpoint(self.run.folder / "checkpoints" / "selected.pt", self._identity() | {"weights": weights, "score": score})
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "bpfree": __version__,
-            "config": self.recipe,
-            "rule": type(self.rule).__name__,
-            "task": dataclasses.asdict(self.task.spec),
-            "seed": self.config.seed,
-            "budget": dataclasses.asdict(self.budget),
-            "phases_begun": self._state.begun,
-        }
+        self._checkpoints.save_selected(weights, score)
 
     def _save(self) -> None:
-        if self.run.folder is None:
-            return
-        about = {"id": self.run.id, "name": self.run.name, "tracking": dict(self.run.tracking)}
-        training = self._state.state_dict() | {"history": self.run.history, "run": about, "fingerprint": self.task.fingerprint()}
-        path = self.run.folder / "checkpoints" / "last.pt"
-        write_checkpoint(path, self._identity() | {"weights": self.rule.state_dict(), "training": training})
-        self._saved_at, self._saved_epoch = time.monotonic(), self._state.at.epoch
-        self._notify("checkpoint_saved", path=path)
-
-    def _read(self, path: Path) -> Mapping[str, Any]:
-        """Read a checkpoint and take up its position; weights follow when the phases have been replayed."""
-        saved = read_checkpoint(path, device=self.device)
-        if saved["rule"] != type(self.rule).__name__:
-            raise BpfreeError(f"the checkpoint is of another rule: {saved['rule']}, not {type(self.rule).__name__}", where=str(path))
-        training = saved.get("training")
-        if training is None:
-            raise BpfreeError("the checkpoint holds weights only: a run cannot go on from it", where=str(path), fix="use last.pt")
-        if training["fingerprint"] != self.task.fingerprint():
-            raise BpfreeError(
-                "the checkpoint was made on other data",
-                where=f"{path}, task {saved['task']['name']}",
-                fix="resume with the same task, split and data",
-            )
-        self._state.take_position(training)
-        self.run.resumed, self.run.epoch, self.run.history = True, self._state.at.epoch, list(training["history"])
-        self.run.tracking.update(training["run"]["tracking"])
-        return saved
+        path = self._checkpoints.save()
+        if path is not None:
+            self._notify("checkpoint_saved", path=path)

@@ -19,7 +19,7 @@ from bpfree.training.optimizers import adopt, make_optimizer
 from bpfree.training.schedules import shape_of, torch_scheduler
 from bpfree.training.seeds import KeyedGenerators, derive
 
-__all__ = ["ClipConfig", "Updater", "accumulate", "gather", "new_step"]
+__all__ = ["ClipConfig", "Updater", "accumulate", "gather", "new_step", "slices"]
 
 
 @dataclass
@@ -41,7 +41,14 @@ class Updater:
         optimizer: over the rule's default.
         schedule: of the learning rates.
         clip: of gradients.
+
+    Attributes:
+        groups: the rule's trainable groups, of the current phase.
+        exchange: called with the parameters that are about to be updated, before anything else: where several processes train together, it
+            adds up their gradients.
     """
+
+    exchange: Callable[[list[nn.Parameter]], None] | None = None
 
     def __init__(
         self,
@@ -76,6 +83,8 @@ class Updater:
 
     def apply(self, *names: str) -> None:
         """Update all groups, or the named ones: normalise, clip, optimiser step, drop their ``.grad``."""
+        if self.exchange is not None:
+            self.exchange([p for name in names or self.groups for p in self._members(name)])
         self.rule.before_update()
         for name in names or self.groups:
             _lay_out_as_parameters(self._members(name))
@@ -189,14 +198,16 @@ def _trainable_groups(rule: Rule) -> dict[str, list[nn.Parameter]]:
     return rule.groups()
 
 
-def accumulate(rule: Rule, batch: Batch, step: Step, parts: int) -> Metrics:
+def accumulate(rule: Rule, batch: Batch, step: Step, parts: int, *, rank: int = 0, size: int = 1) -> Metrics:
     """One step from ``parts`` micro-batches; equals the large batch's for rules whose credit is a mean over examples."""
-    metrics = gather(rule.credit, rule, batch, step, parts)
+    metrics = gather(rule.credit, rule, batch, step, parts, rank=rank, size=size)
     step.apply()
     return metrics
 
 
-def gather(credit: Callable[[Batch, Step], Metrics], rule: Rule, batch: Batch, step: Step, parts: int) -> Metrics:
+def gather(
+    credit: Callable[[Batch, Step], Metrics], rule: Rule, batch: Batch, step: Step, parts: int, *, rank: int = 0, size: int = 1
+) -> Metrics:
     """Fill ``.grad`` from ``parts`` micro-batches: each contribution scaled by its share of the batch.
 
     Args:
@@ -204,19 +215,18 @@ def gather(credit: Callable[[Batch, Step], Metrics], rule: Rule, batch: Batch, s
         rule: whose parameters these are.
         batch: the whole.
         step: handed to ``credit``, with its ``part`` set.
-        parts: as many micro-batches, if the batch has two examples for each.
+        parts: as many micro-batches in each process, if the batch has two examples for each.
+        rank, size: which of so many processes this is; it takes its own micro-batches alone.
 
     Returns:
-        Means of the metrics over the batch.
+        Means of the metrics over the batch; of several processes, the sum of what they return.
     """
-    if parts == 1:
+    if parts * size == 1:
         return credit(batch, step)
     total = len(batch)
-    parts = min(parts, max(1, total // 2))  # no micro-batch of one example, which batch norm cannot normalise
     sums: Metrics = {}
-    bounds = [round(part * total / parts) for part in range(parts + 1)]
     parameters = list(rule.parameters())
-    for part, (start, end) in enumerate(itertools.pairwise(bounds)):
+    for part, (start, end) in slices(total, parts, rank=rank, size=size).items():
         step.part = part
         inputs = torch.utils._pytree.tree_map(lambda t, s=start, e=end: t[s:e], batch.inputs)
         micro = Batch(inputs, None if batch.targets is None else batch.targets[start:end])
@@ -231,6 +241,16 @@ def gather(credit: Callable[[Batch, Step], Metrics], rule: Rule, batch: Batch, s
             torch._foreach_mul_(after, share)
     step.part = 0
     return sums
+
+
+def slices(total: int, parts: int, *, rank: int = 0, size: int = 1) -> dict[int, tuple[int, int]]:
+    """The micro-batches of one of several processes: first and last example (exclusive) by their numbers.
+
+    There are ``parts`` for each process, but none of a single example, which batch norm cannot normalise; so there may be none.
+    """
+    count = min(parts * size, max(1, total // 2))
+    bounds = [round(part * total / count) for part in range(count + 1)]
+    return {part: (bounds[part], bounds[part + 1]) for part in range(rank * count // size, (rank + 1) * count // size)}
 
 
 def new_step(rule: Rule, optimizer: OptimizerConfig | None = None, *, seed: int = 0) -> Step:

@@ -1,0 +1,103 @@
+"""The checkpoints of one run: what is in them, and going on from one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpfree.errors import BpfreeError
+from bpfree.rule import Rule
+from bpfree.step import Budget
+from bpfree.tasks.task import Task
+from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
+from bpfree.training.config import TrainConfig
+from bpfree.training.run import Run
+from bpfree.training.state import State
+from bpfree.version import __version__
+
+__all__ = ["Checkpoints"]
+
+
+class Checkpoints:
+    """Writes a run's checkpoints, if it has a folder, and reads the one that it goes on from.
+
+    The first of several processes writes and reads; all of them call each method.
+
+    Args:
+        run, rule, task, config, budget: what is saved.
+        recipe: the nested configuration that rebuilds rule and task.
+        state: of the run.
+
+    Attributes:
+        saved_at, saved_epoch: when the last one was written (on the monotonic clock), and after which epoch.
+    """
+
+    def __init__(
+        self, run: Run, rule: Rule, task: Task, config: TrainConfig, budget: Budget, recipe: Mapping[str, Any] | None, state: State
+    ) -> None:
+        self._run, self._rule, self._task, self._config = run, rule, task, config
+        self._budget, self._recipe, self._state, self._world = budget, recipe, state, state.team.world
+        self._writes = self._world.from_first(lambda: run.folder is not None)
+        self.saved_at, self.saved_epoch = time.monotonic(), -1
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "bpfree": __version__,
+            "config": self._recipe,
+            "rule": type(self._rule).__name__,
+            "task": dataclasses.asdict(self._task.spec),
+            "seed": self._config.seed,
+            "budget": dataclasses.asdict(self._budget),
+            "phases_begun": self._state.begun,
+        }
+
+    def _write(self, name: str, content: dict[str, Any]) -> Path | None:
+        if self._run.folder is None:
+            return None
+        path = self._run.folder / "checkpoints" / name
+        write_checkpoint(path, self._identity() | content)
+        return path
+
+    def save(self) -> Path | None:
+        """Write the state (``last.pt``); ``None`` if nothing is written here."""
+        if not self._writes:
+            return None
+        about = {"id": self._run.id, "name": self._run.name, "tracking": dict(self._run.tracking)}
+        training = self._state.state_dict() | {"history": self._run.history, "run": about, "fingerprint": self._task.fingerprint()}
+        weights = self._state.team.weights()
+        path = self._world.from_first(lambda: self._write("last.pt", {"weights": weights, "training": training}))
+        self.saved_at, self.saved_epoch = time.monotonic(), self._state.at.epoch
+        return path if self._world.first else None
+
+    def save_selected(self, weights: Mapping[str, Any], score: float) -> None:
+        """Write the weights that will be tested (``selected.pt``)."""
+        self._write("selected.pt", {"weights": weights, "score": score})
+
+    def read(self, path: Path, device: torch.device) -> Mapping[str, Any]:
+        """Read a checkpoint and take up its position; weights follow when the phases have been replayed.
+
+        Raises:
+            BpfreeError: it is of another rule or other data, or holds weights only.
+        """
+        several = self._world.size > 1  # then it goes from process to process
+        saved: dict[str, Any] = self._world.from_first(lambda: read_checkpoint(path, device="cpu" if several else device))
+        if saved["rule"] != type(self._rule).__name__:
+            raise BpfreeError(f"the checkpoint is of another rule: {saved['rule']}, not {type(self._rule).__name__}", where=str(path))
+        training = saved.get("training")
+        if training is None:
+            raise BpfreeError("the checkpoint holds weights only: a run cannot go on from it", where=str(path), fix="use last.pt")
+        if training["fingerprint"] != self._task.fingerprint():
+            raise BpfreeError(
+                "the checkpoint was made on other data",
+                where=f"{path}, task {saved['task']['name']}",
+                fix="resume with the same task, split and data",
+            )
+        self._state.take_position(training)
+        self._run.resumed, self._run.epoch, self._run.history = True, self._state.at.epoch, list(training["history"])
+        self._run.tracking.update(training["run"]["tracking"])
+        return saved
