@@ -1,0 +1,46 @@
+"""Dropout whose masks can be drawn from a given generator, so that they do not depend on what else draws in the process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["KeyedDropout", "masks_from"]
+
+
+class KeyedDropout(nn.Dropout):
+    """``nn.Dropout`` that draws from ``generator`` while it has one (:func:`masks_from`), and from torch's global one otherwise.
+
+    A mask is drawn in the order in which its input lies in memory: equal layouts get equal masks.
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.generator: torch.Generator | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or self.generator is None:
+            return super().forward(input)
+        return input * mask(input, self.p, self.generator)
+
+
+@torch.compiler.disable  # type: ignore[misc, unused-ignore]  # generators cannot be compiled: a compiled block is cut here
+def mask(like: Tensor, p: float, generator: torch.Generator) -> Tensor:
+    """``1 / (1-p)`` with probability ``1-p``, else 0: shape, type, device and layout of ``like``."""
+    kept = torch.empty_like(like, requires_grad=False).bernoulli_(1 - p, generator=generator)
+    return kept.div_(1 - p)
+
+
+@contextmanager
+def masks_from(generator: torch.Generator, dropouts: Sequence[KeyedDropout]) -> Iterator[None]:
+    """The masks of these modules are drawn from ``generator`` inside, one after the other."""
+    for dropout in dropouts:
+        dropout.generator = generator
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.generator = None
