@@ -1,11 +1,14 @@
-"""Running a recipe: its folder, its observers, its trainer; also going on with a run."""
+"""Running a recipe: its folder, its observers, its trainer; also going on with a run.
+
+Where a launcher has started several processes, each of them runs the same recipe: the first one makes the folder and observes.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from bpfree.rule import Rule
 from bpfree.tasks.task import Task
 from bpfree.tracking.journal import recorded
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
+from bpfree.training.distributed import World
 from bpfree.training.run import Run, new_run_id
 from bpfree.training.trainer import Trainer
 
@@ -33,6 +37,7 @@ CHANGEABLE = {
     "log_interval",
     "diagnostics",
     "alignment",
+    "parallel",
 }
 """Sections and keys that may change when a run is resumed."""
 
@@ -68,6 +73,18 @@ def run(
         UsageError: the run of this identifier has a checkpoint, from which it can be resumed.
         BpfreeError: whatever ends it before its result.
     """
+    world = World.here()
+    with world.joined():
+        record = world.from_first(lambda: new_record(recipe, run_id))
+        return _train(recipe, record, None, world, quiet=quiet, label=label, observers=observers, task=task, further=tags or {})
+
+
+def new_record(recipe: Recipe, run_id: str | None) -> Run:
+    """A run with its folder, which is made.
+
+    Raises:
+        UsageError: the run of this identifier has a checkpoint.
+    """
     name = f"{recipe.names['rule']}{'-twin' if recipe.settings.frozen_twin else ''}-{recipe.names['task']}-s{recipe.settings.seed}"
     record = Run(run_id or new_run_id(name), name, reopened=run_id is not None)
     record.folder = Path(recipe.settings.output) / record.id
@@ -76,7 +93,7 @@ def run(
             raise UsageError("a run's identifier is the name of its folder", where=run_id, fix="use letters, digits, dots and hyphens")
         record.tracking = clear_attempt(record.folder)
     make_folder(record.folder, again=record.reopened)
-    return _train(recipe, record, None, quiet=quiet, label=label, observers=observers, task=task, further=tags or {})
+    return record
 
 
 def resume(
@@ -105,9 +122,26 @@ def resume(
     Returns:
         The run; as it ended, if it had finished and nothing is to change: the test split is scored once.
     """
+    world = World.here()
+    with world.joined():
+        changes = [leaf for leaf in changes if leaf.key != "output"]
+        found = world.from_first(lambda: find_run(place, output, changes))
+        if isinstance(found, Run):
+            return found
+        record, path, config, count = found
+        recipe = recipe_of(config, changes, where=str(path))
+        further = count | dict(tags or {})
+        return _train(recipe, record, path, world, quiet=quiet, label=label, observers=observers, task=task, further=further)
+
+
+def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Run, Path, dict[str, Any], dict[str, str]]:
+    """A run that can go on, its checkpoint, its configuration before the changes, and tags; or the run as it ended.
+
+    Raises:
+        BpfreeError: no such run, or one that does not fit the changes.
+    """
     path = find_checkpoint(place, output=output)
     saved = read_checkpoint(path)
-    changes = [leaf for leaf in changes if leaf.key != "output"]
     recipe = recipe_of(saved["config"], changes, where=str(path))
     refuse_changes(changes, recipe_of(saved["config"], where=str(path)).flat())
     if saved.get("training") is None:
@@ -122,7 +156,7 @@ def resume(
         return recorded(folder)
     record = Run(about["id"], about["name"], folder=folder, history=list(saved["training"]["history"]), tags=ended.get("tags", {}))
     count = {"test_evaluations": str(tests_before(ended) + recipe.settings.evaluation.test)}
-    return _train(recipe, record, path, quiet=quiet, label=label, observers=observers, task=task, further=count | dict(tags or {}))
+    return record, path, saved["config"], count
 
 
 def refuse_changes(changes: Iterable[Leaf], saved: Mapping[str, Any]) -> None:
@@ -229,6 +263,7 @@ def _train(
     recipe: Recipe,
     record: Run,
     checkpoint: Path | None,
+    world: World,
     *,
     quiet: bool,
     label: str | None,
@@ -236,7 +271,8 @@ def _train(
     task: Task | None,
     further: Mapping[str, str],
 ) -> Run:
-    assert record.folder is not None
+    folder = record.folder
+    assert folder is not None
     try:
         task = task or recipe.build_task()
         rule = recipe.build_rule(task.spec)
@@ -245,7 +281,7 @@ def _train(
             rule,
             task,
             recipe.settings,
-            observers=[*standard_observers(recipe, quiet=quiet, label=label), *observers],
+            observers=[*standard_observers(recipe, quiet=quiet, label=label), *observers] if world.first else [],
             run=record,
             recipe=recipe.to_dict(),
             augment=[recipe.registry.get("augmentations", name) for name in recipe.task.augment],
@@ -253,20 +289,27 @@ def _train(
         )
         plan = rule.plan()
     except BaseException:
-        if checkpoint is None:
-            remove_untrained(record.folder)
+        if checkpoint is None and world.first:
+            remove_untrained(folder)
         raise
     record.config = recipe.flat()
     record.tags = {**record.tags, **standard_tags(recipe, task, rule), **further}
-    (record.folder / "config.yaml").write_text(recipe.to_yaml())
-    if plan:
-        record.artifacts["plan.txt"] = record.folder / "plan.txt"
-        record.artifacts["plan.txt"].write_text(f"{plan.rstrip()}\n", encoding="utf-8")
+    if world.first:
+        write_recipe(recipe, plan, record, folder)
     try:
         return trainer.fit(checkpoint)
     except BaseException:
-        remove_untrained(record.folder)
+        if world.first:
+            remove_untrained(folder)
         raise
+
+
+def write_recipe(recipe: Recipe, plan: str, record: Run, folder: Path) -> None:
+    """Keep the configuration, and the rule's plan, with the run."""
+    (folder / "config.yaml").write_text(recipe.to_yaml())
+    if plan:
+        record.artifacts["plan.txt"] = folder / "plan.txt"
+        record.artifacts["plan.txt"].write_text(f"{plan.rstrip()}\n", encoding="utf-8")
 
 
 def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> list[Any]:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -75,7 +75,7 @@ def cli(debug: bool, disable: tuple[str, ...]) -> None:
     Settings are words of the form KEY=VALUE, the same everywhere; `bpfree train --print-config` lists every key.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("bpfree").setLevel(logging.INFO)
+    logging.getLogger("bpfree").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     if disable:
         os.environ["BPFREE_DISABLE_PLUGINS"] = ",".join(filter(None, [os.environ.get("BPFREE_DISABLE_PLUGINS", ""), *disable]))
 
@@ -86,7 +86,18 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in words
     # accepted anywhere
     words = [word for word in words if word != "--debug"]
-    sys.exit(_run(["--debug", *words] if debug else words, debug=debug))
+    _leave(_run(["--debug", *words] if debug else words, debug=debug))
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Threads of torch.distributed may outlive the interpreter and abort it, which a launcher would take for a failure.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(words: list[str], *, debug: bool) -> int:
@@ -116,5 +127,8 @@ def _run(words: list[str], *, debug: bool) -> int:
 def _say(error: BaseException, message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    click.echo(message, err=True)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank and code == 2:  # of several processes that make the same request, the first one says what is wrong with it
+        return code
+    click.echo(f"process {rank}: {message}" if rank else message, err=True)
     return code
