@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from bpfree.config import Leaf
+    from bpfree.training.run import Run
 
 HELP = """Train one rule on one task, test it once, and track the run.
 
@@ -23,6 +28,9 @@ A run has a folder under runs/ (output=...): its configuration, metrics, plots a
 `mlflow ui --backend-store-uri sqlite:///mlflow.db`.
 
 Ctrl-C (or SIGTERM) saves a checkpoint first; `bpfree train --resume RUN` goes on, bit for bit.
+
+Several processes train together under a launcher: `torchrun --nproc-per-node 2 -m bpfree train ...`, or `--ray N` for a cluster. They share
+the blocks of a network where these are independent, else the examples of each batch (parallel=blocks, data).
 """
 
 
@@ -33,23 +41,39 @@ Ctrl-C (or SIGTERM) saves a checkpoint first; `bpfree train --resume RUN` goes o
 @click.option("--print-plan", is_flag=True, help="Print what the rule makes of its network, if it says so, and stop.")
 @click.option("--resume", metavar="RUN", help="Go on with a run: its folder, its name, or a checkpoint.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress display.")
+@click.option("--ray", type=click.IntRange(1), metavar="N", help="Train in N processes of a Ray cluster, together.")
+@click.option("--address", metavar="ADDRESS", help="Of the Ray cluster, or auto; none: RAY_ADDRESS, else one on this machine.")
 def train(
-    settings: tuple[str, ...], configs: tuple[Path, ...], print_config: bool, print_plan: bool, resume: str | None, quiet: bool
+    settings: tuple[str, ...],
+    configs: tuple[Path, ...],
+    print_config: bool,
+    print_plan: bool,
+    resume: str | None,
+    quiet: bool,
+    ray: int | None,
+    address: str | None,
 ) -> int:
     from bpfree import runner
     from bpfree.cli.output import PlanDisplay, exit_code, print_result
     from bpfree.config import parse_words, read_yaml, resolve
     from bpfree.errors import UsageError
+    from bpfree.training.distributed import World
 
+    first = World.here().first
+    quiet = quiet or not first
     observers = [] if quiet else [PlanDisplay()]
     leaves = [leaf for path in configs for leaf in read_yaml(path)] + parse_words(settings)
-    if resume is not None:
-        if print_config or print_plan:
-            raise UsageError("a run that goes on is trained, not printed", where="--resume", fix="its folder has config.yaml and plan.txt")
+    if address is not None and ray is None:
+        raise UsageError("an address is that of a Ray cluster", where="--address", fix="--ray N")
+    if resume is not None and (print_config or print_plan):
+        raise UsageError("a run that goes on is trained, not printed", where="--resume", fix="its folder has config.yaml and plan.txt")
+    if ray is not None and not (print_config or print_plan):
+        run = _on_ray(leaves, ray, address, resume, quiet)
+    elif resume is not None:
         output = next((str(leaf.value) for leaf in reversed(leaves) if leaf.key == "output"), "runs")
         finished = runner.has_finished(resume, output=output) and all(leaf.key == "output" for leaf in leaves)
         run = runner.resume(resume, output=output, changes=leaves, quiet=quiet, observers=observers)
-        if finished:
+        if finished and first:
             click.echo("the run had finished already; a longer budget (budget.epochs=...) would go on with it\n", err=True)
     else:
         recipe = resolve(leaves)
@@ -64,5 +88,20 @@ def train(
             names = recipe.names
             click.echo(f"{names['rule']} on {names['task']}: loading data, opening the tracking store ...", err=True)
         run = runner.run(recipe, quiet=quiet, observers=observers)
-    print_result(run)
+    if first:
+        print_result(run)
     return exit_code(run)
+
+
+def _on_ray(leaves: list[Leaf], size: int, address: str | None, resume: str | None, quiet: bool) -> Run:
+    from bpfree import ray_team
+    from bpfree.errors import BpfreeError
+
+    if not quiet:
+        click.echo(f"training in {size} processes of a Ray cluster ...", err=True)
+    try:
+        return ray_team.train(leaves, size=size, address=address, resume=resume)
+    except BpfreeError as error:
+        if error.exit_code in (130, 143):  # no progress display has said how to go on
+            click.echo(str(error), err=True)
+        raise
