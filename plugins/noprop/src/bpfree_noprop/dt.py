@@ -24,6 +24,7 @@ from bpfree_noprop.base import PAPER, NoPropConfig, NoPropRule
 from bpfree_noprop.blocks import DenoisingBlock
 from bpfree_noprop.heads import soft_cross_entropy
 from bpfree_noprop.schedule import NoiseSchedule, prior_divergence, signal_shares, standard_normal
+from bpfree_noprop.stacked import Execution, Stack
 
 __all__ = ["ChainConfig", "NoPropDT", "NoPropDTConfig", "check_blocks"]
 
@@ -47,6 +48,11 @@ class NoPropDTConfig(ChainConfig):
     clip: float = option(1e-4, "the share stays within [clip, 1 - clip]", gt=0, lt=0.5)
     updates: Literal["simultaneous", "sequential"] = option(
         "simultaneous", "every block learns from each batch, or (Algorithm 1) one block per pass over the data, T passes an epoch"
+    )
+    execution: Literal["auto", "loop", "stacked"] = option(
+        "auto",
+        "of simultaneous updates: blocks one after the other, or dense blocks as one by batched products, which holds all their "
+        "activations; auto: as one on a CPU, where that is faster",
     )
     state: Literal["noised", "noise"] = option(
         "noised", "what a block sees beside the input: the noised label, or (a control) noise that says nothing of it, also in inference"
@@ -83,6 +89,7 @@ class NoPropDT(NoPropRule):
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropDTConfig | None = None) -> None:
         super().__init__(network, spec, config)
         self.schedule = NoiseSchedule(signal_shares(self.config.schedule, self.config.T, self.config.clip))
+        self.execution = Execution(self.config.execution, [block for _, block in self.denoisers()])
 
     def check_network(self, network: Network, d: int) -> None:
         super().check_network(network, d)
@@ -95,7 +102,11 @@ class NoPropDT(NoPropRule):
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
         small = super().specimen(kind, depth, width)
-        return small and {"rule.T": depth, "network.blocks": depth, **small}
+        # Certificates observe each block's own modules and parameters, which a stack of copies passes by.
+        return small and {"rule.T": depth, "rule.execution": "loop", "network.blocks": depth, **small}
+
+    def plan(self) -> str:
+        return "" if self.config.updates == "sequential" else f"a step computes {self.execution}"
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
         if self.config.updates == "simultaneous":
@@ -123,23 +134,46 @@ class NoPropDT(NoPropRule):
             total = self.label_loss(rows, step)
             total.backward()  # type: ignore[no-untyped-call]
             metrics["head/loss"] = total.detach()
-        for t in learning:
-            if step.fills(f"t{t}"):
+        filled = [t for t in learning if step.fills(f"t{t}")]
+        stack = self.execution.stack(len(filled))
+        if stack is not None:
+            metrics |= self.credit_stacked(stack, batch.inputs, rows, step)
+        else:
+            for t in filled:
                 loss = self.block_loss(t, batch.inputs, rows, step, share=1 / len(learning))
                 loss.backward()  # type: ignore[no-untyped-call]
                 metrics[f"t{t}/loss"] = loss.detach()
         return {"loss": torch.stack([rows.new_zeros(()), *metrics.values()]).sum(), **metrics}
+
+    def credit_stacked(self, stack: Stack, inputs: Tensor, rows: Tensor, step: Step) -> Metrics:
+        """:meth:`block_loss` of all blocks and one backward pass of their sum, with the same noise."""
+        T, u = self.config.T, self.embed(rows)
+        states = torch.stack([self.state(t, u, step) for t in range(1, T + 1)])
+        estimates = self.estimate(stack.forward(inputs, states).flatten(0, 1)).unflatten(0, (T, len(u)))
+        weights = [self.weight(t, len(rows), share=1 / T) for t in range(1, T + 1)]
+        losses = (estimates - u).pow(2).sum((1, 2)) * torch.tensor(weights, device=u.device, dtype=u.dtype)
+        stack.backward(losses.sum())
+        return {f"t{t}/loss": loss for t, loss in enumerate(losses.detach().unbind(), start=1)}
 
     def block_loss(self, t: int, inputs: Tensor, rows: Tensor, step: Step, *, share: float) -> Tensor:
         """Block t's term of Eq. 8 with a fresh ``z_{t-1} ~ q(z_{t-1}|y)``, for labels as class weights ``rows`` (N, m).
 
         ``share`` is the probability of t in the expectation.
         """
-        u = self.embed(rows)
+        u, block = self.embed(rows), cast(DenoisingBlock, self.network.blocks[f"t{t}"])
+        z = self.state(t, u, step)
+        with block.masks(step.generator_for, f"t{t}"):
+            logits = block(inputs, z)
+        return F.mse_loss(self.estimate(logits), u, reduction="sum") * self.weight(t, len(rows), share=share)
+
+    def state(self, t: int, u: Tensor, step: Step) -> Tensor:
+        """What block t sees beside the input: a fresh draw of ``z_{t-1}`` for the embeddings ``u`` (N, d), or pure noise."""
         generator = step.generator_for(f"t{t}")
-        z = self.schedule.noised(u, t - 1, generator) if self.config.state == "noised" else standard_normal(u, generator)
-        error = F.mse_loss(self.estimate(self.network.blocks[f"t{t}"](inputs, z)), u, reduction="sum")
-        return error * (share * self.config.T / 2 * self.config.eta * self.schedule.gain(t) / len(rows))
+        return self.schedule.noised(u, t - 1, generator) if self.config.state == "noised" else standard_normal(u, generator)
+
+    def weight(self, t: int, examples: int, *, share: float) -> float:
+        """Of block t's summed squared error in the loss."""
+        return share * self.config.T / 2 * self.config.eta * self.schedule.gain(t) / examples
 
     def label_loss(self, rows: Tensor, step: Step) -> Tensor:
         """The terms of Eq. 8 that no block takes part in: the head's cross-entropy on ``z_T ~ q(z_T|y)``, and the KL divergence."""
