@@ -16,7 +16,8 @@ declares that it does not, the core gives each of them any optimiser, schedules,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -257,6 +258,18 @@ class Rule(nn.Module, ABC):
         """Scores (N, C), higher is better, or real outputs (N, ...). Called in eval mode under ``no_grad``, never with targets."""
         scores: Tensor = self.network(inputs)
         return scores
+
+    final: bool = True
+    """Whether predictions are final; those after epochs are not, so that a rule may spend less on them (fewer steps of a flow)."""
+
+    @contextmanager
+    def in_passing(self) -> Iterator[None]:
+        """Predictions inside are not ``final``."""
+        before, self.final = self.final, False
+        try:
+            yield
+        finally:
+            self.final = before
 
     def features(self, inputs: Any) -> Tensor:
         """(N, ...) what the rule makes of its inputs before the readout: the readout's input, deterministic in eval mode.

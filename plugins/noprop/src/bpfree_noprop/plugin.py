@@ -8,20 +8,30 @@ from typing import Any
 from bpfree.hooks import hookimpl
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
-from bpfree_noprop.blocks import NETWORKS
+from bpfree_noprop import blocks, modern, timed
+from bpfree_noprop.adjoint import NoPropAdjoint
+from bpfree_noprop.backprop import NoPropBackprop
+from bpfree_noprop.ct import NoPropCT
 from bpfree_noprop.dt import NoPropDT
+from bpfree_noprop.fm import NoPropFM
 
 bpfree_api = 1
 
 
 @hookimpl
 def bpfree_rules() -> dict[str, type[Rule]]:
-    return {"noprop-dt": NoPropDT}
+    return {
+        "noprop-dt": NoPropDT,
+        "noprop-ct": NoPropCT,
+        "noprop-fm": NoPropFM,
+        "noprop-backprop": NoPropBackprop,
+        "noprop-adjoint": NoPropAdjoint,
+    }
 
 
 @hookimpl
 def bpfree_networks() -> dict[str, NetworkBuilder]:
-    return dict(NETWORKS)
+    return {**blocks.NETWORKS, **modern.NETWORKS, **timed.NETWORKS}
 
 
 @hookimpl

@@ -1,0 +1,103 @@
+"""The back-propagation baseline of the NoProp paper: the same blocks as a chain, trained end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bpfree.network.network import Network
+from bpfree.options import OptimizerConfig, option
+from bpfree.rule import Card, Metrics, Traits
+from bpfree.step import Batch, Step
+from bpfree.tasks.task import TaskSpec
+from bpfree_noprop.base import PAPER, NoPropRule
+from bpfree_noprop.blocks import DenoisingBlock
+from bpfree_noprop.dt import ChainConfig, check_blocks
+from bpfree_noprop.heads import soft_cross_entropy
+
+__all__ = ["Mixture", "NoPropBackprop", "NoPropBackpropConfig"]
+
+
+@dataclass
+class NoPropBackpropConfig(ChainConfig):
+    """Options of back-propagation through NoProp's blocks."""
+
+    share: float = option(0.5, "of a block's estimate in the next state before it is learned (alpha_t)", gt=0, lt=1)
+
+
+class Mixture(nn.Module):
+    """``z_t = (1 - alpha_t) z_{t-1} + alpha_t uhat_t`` with learned ``alpha_t = tanh(w_t)``, t = 1..T.
+
+    Args:
+        T: number of states.
+        share: alpha at the start; the paper does not say.
+    """
+
+    def __init__(self, T: int, share: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((T,), share).atanh())
+
+    def forward(self, z: Tensor, uhat: Tensor, t: int) -> Tensor:
+        return torch.lerp(z, uhat, self.weight[t - 1].tanh())
+
+
+class NoPropBackprop(NoPropRule):
+    """``z_0 ~ N(0, I)`` in training; the loss is the cross-entropy of the head on z_T, and its gradient passes through all blocks."""
+
+    Config = NoPropBackpropConfig
+    config: NoPropBackpropConfig
+    card = Card(
+        "back-propagation through NoProp's blocks, chained: the NoProp paper's own baseline",
+        paper=PAPER,
+        equation="z_t = (1 - alpha_t) z_{t-1} + alpha_t softmax(f_t(x, z_{t-1})) W, alpha_t = tanh(w_t), z_0 ~ N(0, I);  "
+        "L = CE(head(z_T), y)",
+        notes="End-to-end back-propagation, for comparison on equal networks. How w_t starts is not in the paper (ours: alpha = 0.5).",
+    )
+    optimizer = OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3)
+    traits = Traits("all", "all", "all", chain=False, readout=False, targets=("classes", "soft"))
+
+    def __init__(self, network: Network, spec: TaskSpec, config: NoPropBackpropConfig | None = None) -> None:
+        super().__init__(network, spec, config)
+        self.mix = Mixture(self.config.T, self.config.share)
+
+    def check_network(self, network: Network, d: int) -> None:
+        super().check_network(network, d)
+        check_blocks(network, self.config.T)
+
+    @classmethod
+    def network_options(cls, spec: TaskSpec, config: NoPropBackpropConfig) -> dict[str, Any]:
+        return super().network_options(spec, config) | {"blocks": config.T}
+
+    @classmethod
+    def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
+        small = super().specimen(kind, depth, width)
+        return small and {"rule.T": depth, "network.blocks": depth, **small}
+
+    def states(self, inputs: Tensor, generator: torch.Generator | None) -> Sequence[Tensor]:
+        """z_0 to z_T, each (N, d)."""
+        path = [self.start(inputs, generator)]
+        for t, block in enumerate(self.network.blocks.values(), start=1):
+            path.append(self.mix(path[-1], self.estimate(cast(DenoisingBlock, block)(inputs, path[-1])), t))
+        return path
+
+    def objective(self, batch: Batch, step: Step) -> Tensor:
+        with ExitStack() as masks:
+            for name, block in self.network.blocks.items():
+                masks.enter_context(cast(DenoisingBlock, block).masks(step.generator_for, name))
+            z = self.states(batch.inputs, step.generator_for("start"))[-1]
+        return soft_cross_entropy(self.head(z, self.embed), self.rows(batch))
+
+    def credit(self, batch: Batch, step: Step) -> Metrics:
+        loss = self.objective(batch, step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {"loss": loss.detach()}
+
+    def predict(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Log-probabilities (N, m) of the head on z_T."""
+        z = self.states(inputs, generator if self.config.inference == "sampled" else None)[-1]
+        return self.head(z, self.embed)  # type: ignore[no-any-return]
