@@ -1,0 +1,248 @@
+"""Rules and runs that processes train together; what they return can be pickled."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from training_rules import StopAfter, weights
+
+from bpfree import Batch, Budget, Network, Phase, Rule, Step, Task, TrainConfig, Trainer, Traits, UsageError
+from bpfree.baselines import DFA, Backprop
+from bpfree.network import MLPConfig, mlp
+from bpfree.tasks.digits import DIGITS
+from bpfree.tasks.task import Split, TaskSpec
+from bpfree.training.config import BudgetConfig
+from bpfree.training.trainer import Interrupted
+
+
+def plain(task: Task, **sizes: Any) -> Rule:
+    torch.manual_seed(0)
+    return Backprop(mlp(task.spec, MLPConfig(**{"depth": 2, "width": 16, **sizes})), task.spec)
+
+
+class Drawn(DFA):
+    """A local rule whose inputs are noised: by the keyed stream, or by the unkeyed one, whose first draws it notes."""
+
+    keyed = True
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.drawn: list[str] = []
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        generator = step.generator_for("inputs") if self.keyed else step.generator
+        noise = torch.randn(batch.inputs.shape, generator=generator)
+        if step.index < 3:
+            self.drawn.append(hashlib.sha256(noise[:1].numpy().tobytes()).hexdigest())
+            if not self.keyed:  # and dropout, which draws from torch's global generator
+                self.drawn.append(hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest())
+        return super().credit(Batch(batch.inputs + 0.3 * noise, batch.targets), step)
+
+
+class Unkeyed(Drawn):
+    keyed = False
+
+
+def noised(task: Task) -> Rule:
+    torch.manual_seed(0)
+    return Drawn(mlp(task.spec, MLPConfig(depth=2, width=16)), task.spec)
+
+
+def unkeyed(task: Task) -> Rule:
+    """With everything that processes have for themselves: unkeyed noise, dropout, batch norm."""
+    torch.manual_seed(0)
+    return Unkeyed(mlp(task.spec, MLPConfig(depth=2, width=16, norm="batch", dropout=0.2)), task.spec)
+
+
+class Islands(Rule):
+    """Blocks that learn a noised copy of the target alone, as NoProp's do, each with a head of its own; perhaps a shared embedding."""
+
+    traits = Traits("independent", 0, 1, chain=False, readout=False)
+    sharing = False
+    steps = 0
+
+    def __init__(self, network: Any, spec: TaskSpec, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        outputs = spec.outputs
+        self.heads = nn.ModuleDict({name: nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, outputs)) for name in network.names})
+        self.register_buffer("codes", torch.eye(outputs))
+        self.embed = nn.Embedding(outputs, 8) if self.sharing else nn.Identity()
+        self.filled: set[str] = set()
+
+    @property
+    def shared_groups(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("embed",) if self.sharing else ()
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        losses = {}
+        for name in filter(step.fills, self.network.names):
+            self.filled.add(name)
+            noise = 0.1 * torch.randn(batch.inputs.shape, generator=step.generator_for(name))
+            h = self.network.blocks[name](batch.inputs + noise)
+            if self.sharing:
+                h = h + self.embed((batch.targets + 1) % 10)
+            loss = self.spec.loss(self.heads[name](h), batch) / len(self.network.names)
+            loss.backward()
+            losses[f"{name}/loss"] = loss.detach()
+        return {**losses, "loss": torch.stack([*losses.values(), torch.zeros(())]).sum()}
+
+    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+        return torch.stack([self.heads[name](block(inputs)) for name, block in self.network.blocks.items()]).mean(0)
+
+
+class Shared(Islands):
+    sharing = True
+
+
+class InTurn(Islands):
+    def phases(self, budget: Budget) -> Iterable[Phase]:
+        for _ in range(budget.epochs or 1):
+            for name in self.network.names:
+                yield Phase(name, epochs=1, groups=(name, f"heads.{name}"))
+
+
+def _islands(task: Task, kind: type[Islands], count: int = 4) -> Rule:
+    torch.manual_seed(0)
+
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Tanh())
+
+    network = Network({f"t{t}": block() for t in range(1, count + 1)}, input_shape=task.spec.input_shape, readout=None, chain=False)
+    return kind(network, task.spec)
+
+
+def islands(task: Task) -> Rule:
+    return _islands(task, Islands)
+
+
+def shared(task: Task) -> Rule:
+    return _islands(task, Shared)
+
+
+def in_turn(task: Task) -> Rule:
+    return _islands(task, InTurn)
+
+
+class Sometimes(Backprop):
+    """One process alone has a gradient of ``left``, and none has one of ``right``."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.left, self.right = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        if step.part == 1:
+            self.left(torch.ones(1, 1)).sum().backward()
+        return super().credit(batch, step)
+
+
+def sometimes(task: Task) -> Rule:
+    torch.manual_seed(0)
+    return Sometimes(mlp(task.spec, MLPConfig(depth=1, width=8)), task.spec)
+
+
+class Exploding(Islands):
+    """The second half of the blocks diverges, so that one process of two alone sees it."""
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        metrics = super().credit(batch, step)
+        if step.index == 25 and step.fills("t4"):
+            with torch.no_grad():
+                next(self.network.blocks["t4"].parameters()).fill_(float("nan"))
+        return metrics
+
+
+def exploding(task: Task) -> Rule:
+    return _islands(task, Exploding)
+
+
+class Failing(Islands):
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        if step.index == 5 and step.fills("t4"):
+            raise RuntimeError("the second process fails")
+        return super().credit(batch, step)
+
+
+def failing(task: Task) -> Rule:
+    return _islands(task, Failing)
+
+
+def two_islands(task: Task) -> Rule:
+    return _islands(task, Islands, count=2)
+
+
+class OwnSteps(Backprop):
+    traits = Traits(update="own-steps")
+
+
+class Solving(Backprop):
+    def end_phase(self, phase: Phase, step: Step) -> None: ...
+
+
+class ByTheClock(Backprop):
+    def phases(self, budget: Budget) -> Iterable[Phase]:
+        return [Phase("timed", seconds=1.0)]
+
+
+def own_steps(task: Task) -> Rule:
+    return OwnSteps(mlp(task.spec, MLPConfig(depth=1, width=8)), task.spec)
+
+
+def solving(task: Task) -> Rule:
+    return Solving(mlp(task.spec, MLPConfig(depth=1, width=8)), task.spec)
+
+
+def by_the_clock(task: Task) -> Rule:
+    return ByTheClock(mlp(task.spec, MLPConfig(depth=1, width=8)), task.spec)
+
+
+@dataclass
+class Ended:
+    """What a process has of a run."""
+
+    weights: dict[str, Tensor]
+    history: list[dict[str, float]]
+    result: dict[str, float]
+    status: str
+    tags: dict[str, str]
+    rule: dict[str, Any] = field(default_factory=dict)
+
+
+def small(task: Task, examples: int) -> Task:
+    train = Split(task.train.inputs[:examples], task.train.targets[:examples] if task.train.targets is not None else None)
+    return Task(task.spec, train, task.validation, task.test)
+
+
+def train(
+    make: Any, options: dict[str, Any], *, folder: Path | None = None, examples: int = 0, stop_at: int = 0, resume: bool = False
+) -> Ended:
+    """A run of a few passes over digits; ``stop_at``: it is asked to stop after so many steps, in the first process alone."""
+    task = Task.from_source(DIGITS)
+    task = small(task, examples) if examples else task
+    rule = make(task)
+    options = dict(options)
+    budget = options.pop("budget", None) or BudgetConfig(epochs=options.pop("epochs", 2))
+    config = TrainConfig(**{"device": "cpu", "threads": 1, "budget": budget, "log_interval": 0.01, **options})
+    watch = StopAfter(stop_at)
+    trainer = watch.trainer = Trainer(rule, task, config, folder=folder, observers=[watch] if stop_at else [])
+    try:
+        run = trainer.fit(folder / "checkpoints" / "last.pt" if resume and folder else None)
+    except Interrupted:
+        run = trainer.run
+    seen = {name: getattr(rule, name) for name in ("drawn", "filled") if isinstance(getattr(rule, name, None), list | set)}
+    return Ended(weights(rule), run.history, run.result, run.status, run.tags, seen)
+
+
+def refused(make: Any, options: dict[str, Any]) -> str:
+    """What a run is refused with."""
+    try:
+        train(make, options)
+    except UsageError as error:
+        return str(error)
+    return ""
