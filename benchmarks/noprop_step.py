@@ -3,7 +3,11 @@
 Ours is ``credit``: noise, embeddings, the T block losses and the head's loss, and their backward passes. The other side is a
 loop over the same block modules with the same inputs and loss (in its cheapest form) on noised labels made beforehand: no
 rule code, no noise, no head. Dropping ``.grad`` is in both, the optimiser's step in neither. The head's loss and the noise
-are thus part of what is called overhead.
+are thus part of what is called overhead. Dense blocks are also computed as one, by batched products, which is less work than the raw
+passes.
+
+Also, in pairs of their own: ``credit`` under bf16 autocast (as ``precision=bf16``) against itself in fp32, for the paper's block at
+most 1/1.6 where the processor has bf16 units. Without them bf16 is emulated, and slower.
 
 Also reported: milliseconds of a whole step (``learn``, with the optimiser) of each network; for the paper's own block at
 T=10 and batch 128 that is the cost per step that the README quotes. Random inputs of digits' and MNIST's shapes.
@@ -22,9 +26,10 @@ import torch.nn.functional as F
 from bpfree import Batch
 from bpfree.config import parse_words, resolve
 from bpfree.rule import Rule
+from bpfree.training.environment import autocast
 from bpfree.training.updater import new_step
 
-TARGET = 1.05
+TARGET, BF16_TARGET = 1.05, 1 / 1.6
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,25 @@ class Case:
     task: str
     batch: int
     repeat: int
+    execution: str = "loop"
+
+    def __str__(self) -> str:
+        stacked = ", stacked" if self.execution == "stacked" else ""
+        return f"{self.network}, {self.task}, batch {self.batch}{stacked}"
 
 
-CASES = (Case("noprop-mlp", "digits", 64, 40), Case("noprop-cnn", "mnist", 64, 4), Case("noprop-paper", "mnist", 128, 1))
+CASES = (
+    Case("noprop-mlp", "digits", 64, 40),
+    Case("noprop-mlp", "digits", 64, 40, "stacked"),
+    Case("noprop-cnn", "mnist", 64, 4),
+    Case("noprop-paper", "mnist", 128, 1),
+)
 
 
 def make(case: Case, device: torch.device, batch_size: int) -> tuple[Rule, Batch]:
     """The rule with its default configuration (T=10), and a random batch."""
-    recipe = resolve(parse_words(["rule=noprop-dt", f"task={case.task}", f"network={case.network}"]))
+    settings = ["rule=noprop-dt", f"task={case.task}", f"network={case.network}", f"rule.execution={case.execution}"]
+    recipe = resolve(parse_words(settings))
     spec = recipe.registry.get("tasks", case.task).spec(recipe.options["task"], None)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(batch_size, *spec.input_shape, generator=generator)
@@ -67,12 +83,13 @@ def raw_passes(rule: Any, batch: Batch) -> Callable[[], None]:
     return work
 
 
-def credit_only(rule: Rule, batch: Batch, step: Any) -> Callable[[], None]:
+def credit_only(rule: Rule, batch: Batch, step: Any, *, bf16: bool = False) -> Callable[[], None]:
     """The rule's own part of a step."""
     parameters = list(rule.parameters())
 
     def work() -> None:
-        rule.credit(batch, step)
+        with autocast(batch.inputs.device, "bf16" if bf16 else "fp32"):
+            rule.credit(batch, step)
         step.index += 1
         drop(parameters)
 
@@ -84,18 +101,30 @@ def drop(parameters: Sequence[torch.nn.Parameter]) -> None:
         parameter.grad = None
 
 
+def bf16_units(device: torch.device) -> bool | None:
+    """Whether the device multiplies in bf16; ``None``: torch does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    tests = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+    found = [bool(test()) for test in tests if test is not None]
+    return any(found) if found else None
+
+
 def measure_case(case: Case, device: torch.device, pairs: int, *, quick: bool) -> dict[str, Any]:
-    """The ratio, and the cost of a whole step."""
+    """The ratio to the raw passes, that of bf16 to fp32, and the cost of a whole step."""
     torch.manual_seed(0)
     repeat = 1 if quick else case.repeat * (10 if device.type == "cuda" else 1)
     rule, batch = make(case, device, 8 if quick else case.batch)
     step = new_step(rule)
-    arms = (
-        measure.timed(credit_only(rule, batch, step), device, repeat=repeat),
-        measure.timed(raw_passes(rule, batch), device, repeat=repeat),
+    ours, half, raw = (
+        measure.timed(work, device, repeat=repeat)
+        for work in (credit_only(rule, batch, step), credit_only(rule, batch, step, bf16=True), raw_passes(rule, batch))
     )
-    measure.interleaved(*arms, 1)
-    result = measure.compared(measure.interleaved(*arms, pairs), TARGET)
+    measure.interleaved(ours, raw, 1)
+    result = measure.compared(measure.interleaved(ours, raw, pairs), TARGET)
+    measure.interleaved(half, ours, 1)
+    target = BF16_TARGET if case.network == "noprop-paper" and bf16_units(device) else None
+    result["bf16"] = measure.compared(measure.interleaved(half, ours, pairs), target)
     whole = measure.timed(lambda: rule.learn(batch, step), device, repeat=repeat)
     whole()
     times = sorted(whole().wall for _ in range(1 if quick else 5))
@@ -104,17 +133,19 @@ def measure_case(case: Case, device: torch.device, pairs: int, *, quick: bool) -
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("noprop_step", __doc__, pairs=11)
-    benchmark.parser.add_argument("--network", choices=[case.network for case in CASES], help="only this one")
+    benchmark.parser.add_argument("--network", choices=sorted({case.network for case in CASES}), help="only this one")
     options = benchmark.start(arguments)
     results = {
-        f"{case.network}, {case.task}, batch {case.batch}": measure_case(case, benchmark.device, options.pairs, quick=options.quick)
+        str(case): measure_case(case, benchmark.device, options.pairs, quick=options.quick)
         for case in CASES
         if options.network in (None, case.network)
     }
     measure.show_ratios(results)
+    print("bf16 (ours) against fp32 (bare); units for bf16:", bf16_units(benchmark.device))
+    measure.show_ratios({label: result["bf16"] for label, result in results.items()})
     for label, result in results.items():
         print(f"{label}: {result['learn_median_ms']:.2f} ms per step with the optimiser (T={result['T']})")
-    benchmark.finish(results)
+    benchmark.finish({"bf16_units": bf16_units(benchmark.device), "cases": results})
 
 
 if __name__ == "__main__":

@@ -79,12 +79,24 @@ def test_streamed(smoke: Run) -> None:
 
 
 def test_noprop_step(smoke: Run) -> None:
-    results = smoke("noprop_step")
-    assert len(results) == 3
+    found = smoke("noprop_step")
+    assert found["bf16_units"] in (True, False, None)
+    results = found["cases"]
+    assert len(results) == 4
     for result in results.values():
         check_ratio(result)
+        assert result["bf16"]["median_ratio"] > 0
         assert result["T"] == 10
         assert result["learn_median_ms"] > 0
+
+
+def test_noprop_memory(smoke: Run) -> None:
+    cases = smoke("noprop_memory")["cases"]
+    assert len(cases) == 5
+    for label, case in cases.items():
+        assert (case["growth"] <= 1.05) == ("sequential" in label)
+        assert case["reached"] is (True if "sequential" in label else None)
+        assert case["total_bytes"]["4"] == case["step_bytes"]["4"] + case["kept_bytes"]["4"]
 
 
 def test_the_raw_passes_of_noprop_have_the_rules_gradients(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,105 @@
+"""Compiled blocks behind one switch, and eager ones wherever that fails.
+
+What calls a block, also to differentiate it, is left as it is: only ``block(...)`` is compiled, at its first call. Keys of state
+dictionaries stay. Results equal eager ones up to the order of sums (float32: 1e-5 of a gradient's norm). Copies of a compiled module
+are eager.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from bpfree.training.meters import Clock
+
+__all__ = ["Compilation"]
+
+logger = logging.getLogger("bpfree")
+
+MODES = {"default": "default", "cuda-graphs": "reduce-overhead"}
+"""Ours, and torch's names for them."""
+
+
+class Compilation:
+    """Blocks that ``torch.compile`` compiles when they are first called; after any failure all of them are eager, with one warning.
+
+    Args:
+        blocks: on their device.
+        mode: ``none``, ``default``, or ``cuda-graphs``, which takes away the launching of kernels (on a CPU it is ``default``).
+        device: the run's.
+
+    Attributes:
+        graphs: compiled so far: at first calls, and again for new shapes or modes of a block.
+        seconds: of steps in which something was compiled (:meth:`aside`).
+        trouble: why blocks are eager though that was not asked for; the empty string: they are compiled.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], mode: str, device: torch.device) -> None:
+        self._blocks = [] if mode == "none" else list(blocks)
+        self._mode = mode
+        self.graphs, self.seconds, self.trouble = 0, 0.0, ""
+        if mode == "cuda-graphs" and device.type != "cuda":
+            logger.warning("compile=cuda-graphs: there are none on %s, so blocks are compiled without", device.type)
+            self._mode = "default"
+        try:
+            for block in self._blocks:
+                block._compiled_call_impl = self._guarded(block)
+        except Exception as error:  # torch.compile does not know this platform
+            self._give_up(error)
+
+    @contextmanager
+    def aside(self, clock: Clock) -> Iterator[None]:
+        """A step: if something is compiled in it, ``clock``, which is running, does not count it."""
+        graphs, began = self.graphs, clock.seconds
+        yield
+        if self.graphs != graphs:
+            clock.stop()
+            taken = clock.seconds - began
+            clock.seconds -= taken
+            self.seconds += taken
+            clock.start()
+
+    def _guarded(self, block: nn.Module) -> Callable[..., Any]:
+        """The compiled call of a block; what fails compiled, but not eagerly, ends all compilation."""
+        compiled = torch.compile(block._call_impl, backend=self._backend)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return compiled(*args, **kwargs)
+            except Exception as error:
+                result = block._call_impl(*args, **kwargs)
+                self._give_up(error)
+                return result
+
+        return call
+
+    def _backend(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        """Compile a graph that dynamo has found, or run it as it is."""
+        self.graphs += 1
+        try:
+            return inductor(graph, inputs, MODES[self._mode])
+        except Exception as error:
+            self._give_up(error)
+            return graph.forward  # type: ignore[no-any-return]
+
+    def _give_up(self, error: Exception) -> None:
+        for block in self._blocks:
+            block._compiled_call_impl = None
+        if not self.trouble:
+            self.trouble = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+            logger.warning("compile=%s: blocks are not compiled, because that fails: %s", self._mode, self.trouble)
+
+
+def inductor(graph: Any, inputs: Any, mode: str) -> Callable[..., Any]:
+    """The graph by torch's default compiler."""
+    import torch._dynamo
+    import torch._inductor
+
+    options = torch._inductor.list_mode_options(mode) if mode != "default" else {}
+    backend: Any = torch._dynamo.lookup_backend("inductor")
+    return backend(graph, inputs, config_patches=options)  # type: ignore[no-any-return]
