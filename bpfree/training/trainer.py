@@ -174,11 +174,13 @@ class Trainer:
                     self._look()
                 if self._stop.reason or self._limits.is_used_up(phase):
                     break
+        halted = self._stop.reason and state.at.batch < len(loader) and not self._limits.is_used_up(phase)
+        if not halted:
+            self._team.synchronise()
         state.clock.stop()
-        if self._stop.reason and state.at.batch < len(loader) and not self._limits.is_used_up(phase):
+        if halted:
             raise Interrupted(self._stop.reason, self.run.folder)
         state.end_pass()
-        self._team.synchronise()
         if self._limits.phase_is_over(phase):  # before the evaluation and the checkpoint, which are to see what it solves
             self.rule.end_phase(phase, state.step)
         self._end_epoch(phase)
