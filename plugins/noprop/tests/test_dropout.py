@@ -128,3 +128,22 @@ def test_a_steps_masks_depend_on_the_block_and_the_step_alone(make_rule: MakeRul
         rule.network.blocks[f"t{t}"].stem[3].register_forward_hook(lambda module, inputs, output: seen.append(output == 0))
     losses(rule, (1, 2))
     assert not torch.equal(*seen)
+
+
+def test_masks_in_a_compiled_block(device: torch.device) -> None:
+    # Oracle: the eager block with the same key, output and gradient bit by bit; the compiler leaves its graphs alone.
+    block = paper_block().to(device)
+    twin = copy.deepcopy(block)
+    x, z = torch.randn(6, 1, 8, 8, device=device), torch.randn(6, 4, device=device)
+    torch._dynamo.reset()
+    block.compile(backend="eager")
+    for seed in (0, 1):
+        found = []
+        for one in (block, twin):
+            one.zero_grad()
+            with masks_from(generator(device, seed), one._dropouts):
+                y = one(x, z)
+            y.square().sum().backward()
+            found.append([y, *(p.grad for p in one.parameters())])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    torch._dynamo.reset()

@@ -96,7 +96,7 @@ def test_steps_are_the_loops(case: str, parts: int, pair: Callable[..., Pair], b
 def test_gradients_in_lower_precision(
     dtype: torch.dtype, tolerance: float, pair: Callable[..., Pair], batch: Batch, device: torch.device, stackings: list[int]
 ) -> None:
-    # Oracle: the loop, to the tolerance that the README states: the error of each gradient over its norm.
+    # Oracle: the loop, to the tolerance that the module states: the error of each gradient over its norm.
     bf16 = dtype is torch.bfloat16
     with torch.autocast(device.type, dtype) if bf16 else nullcontext():
         stacked, loop = (after(rule, batch) for rule in pair())

@@ -4,8 +4,10 @@ Features come first: activations are (T, F, N), so that a linear layer is one ``
 (1, T F, N), with no copy between them. Parameters stay with their blocks: a step stacks copies, and hands their gradients and
 running statistics back. It keeps the activations of all blocks until its one backward pass, where the loop keeps one block's.
 
-``vmap`` over the blocks does the same for any layer. It is not used: for dense blocks it takes 1.8 times as long as this, and
-convolutional ones take twice as long as one after the other (README, on a CPU).
+Gradients equal the loop's to the order of sums: 1e-9 in double precision, 1e-5 of a gradient's norm in single.
+
+``vmap`` over the blocks does the same for any layer, and is not used: on a CPU, dense blocks of 64 units (T = 10, batches of 64) take
+0.42 of the loop's time so and 0.67 by ``vmap``, where ``noprop-cnn`` takes 2.1 and ``noprop-paper`` 1.7.
 """
 
 from __future__ import annotations
@@ -87,12 +89,16 @@ class Stack:
 
     Args:
         blocks: T of them, whose layers are not replaced later.
+
+    Attributes:
+        widest: units of the widest layer.
     """
 
     def __init__(self, blocks: Sequence[DenoisingBlock]) -> None:
         self.blocks = list(blocks)
         self._paths = {name: list(zip(*(layers_of(getattr(block, name)) for block in blocks), strict=True)) for name in PATHS}
         layers = [layers for path in self._paths.values() for layers in path]
+        self.widest = max(linear[0].out_features for linear in layers if type(linear[0]) is nn.Linear)
         self._norms = [norms for norms in layers if type(norms[0]) is nn.BatchNorm1d]
         self._hooks = [getattr(module, kind) for module in (*blocks, *itertools.chain(*layers)) for kind in HOOKS]
         self._copies: list[tuple[list[nn.Parameter], Tensor]] = []
@@ -101,11 +107,6 @@ class Stack:
     def device(self) -> torch.device:
         """On which the blocks are."""
         return self.blocks[0].out.weight.device
-
-    @property
-    def widest(self) -> int:
-        """Units of the widest layer."""
-        return max(layers[0].out_features for path in self._paths.values() for layers in path if type(layers[0]) is nn.Linear)
 
     def hindrance(self) -> str:
         """Why a step cannot be taken as one just now; the empty string: it can. Hooks would not be called."""
