@@ -42,7 +42,7 @@ def make(device: torch.device, spec: TaskSpec) -> Make:
         torch.manual_seed(seed)
         cls = RULES[name]
         config = cls.Config(**{**SMALL[name], **options})
-        wanted = cls.network_options(spec, config) | {"width": 16}
+        wanted = cls.network_options(spec, config) | {"width": 64}
         builder = {**blocks.NETWORKS, **timed.NETWORKS}[wanted.pop("name")]
         return cls(builder.build(spec, builder.Config(**wanted)), spec, config).to(device)
 

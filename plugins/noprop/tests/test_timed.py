@@ -31,9 +31,9 @@ def test_the_papers_block() -> None:
     convolutions = [(m.in_channels, m.out_channels) for m in block.modules() if isinstance(m, nn.Conv2d)]
     assert convolutions == [(1, 32), (32, 64), (64, 128)]
     linear = [(m.in_features, m.out_features) for m in block.modules() if isinstance(m, nn.Linear)]
-    assert linear == [(128 * 7 * 7, 256), (10, 256), (64, 256), (768, 256), (256, 128), (128, 10)]
+    assert linear == [(128 * 7 * 7, 256), (10, 256), (64, 256), *[(256, 256)] * 3, (256, 128), (128, 10)]
     assert not [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    weights = sum(a * b + b for a, b in linear) + sum(9 * a * b + b for a, b in convolutions)
+    weights = sum(a * b + b for a, b in linear) - 2 * 256 + sum(9 * a * b + b for a, b in convolutions)  # three that are one of 768
     assert sum(p.numel() for p in block.parameters()) == weights
     assert sum(p.numel() for p in block_of("noprop-timed-paper", CIFAR100).parameters()) > weights
 
@@ -54,8 +54,9 @@ def test_joining_in_parts_is_the_layer_on_everything(name: str, spec: TaskSpec, 
     block = block_of(name, spec, **options).eval().double()
     x, t = torch.randn(5, *spec.input_shape, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     z = torch.randn(5, block.state_dim, dtype=torch.float64)
-    whole = torch.cat([block.stem(x), block.label(z), block.time(t)], dim=1)
-    torch.testing.assert_close(block(x, z, t), block.out(block.fuse(F.linear(whole, block.join.weight, block.join.bias))))
+    paths = torch.cat([block.stem(x), block.label(z), block.time(t)], dim=1)
+    weight = torch.cat([part.weight for part in block.join.values()], dim=1)
+    torch.testing.assert_close(block(x, z, t), block.out(block.fuse(F.linear(paths, weight, block.join["stem"].bias))))
     # one time for all is that time for each; features do not depend on state or time
     same = block.judge(block.features(x), z, t[0])
     torch.testing.assert_close(same, block(x, z, t[0].expand(5)))

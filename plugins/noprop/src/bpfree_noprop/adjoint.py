@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +66,16 @@ class NoPropAdjoint(TimedRule):
         "reading. Each update takes 1000 steps forwards and as many backwards: the paper trains for two to four epochs.",
     )
     optimizer = OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3)
-    traits = Traits("all", "all", "all", chain=False, readout=False, targets=("classes", "soft"))
+    waivers: ClassVar[dict[str, str]] = {"no-host-sync": "torchdiffeq reads its grid of times on the host, at each call"}
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropAdjointConfig | None = None) -> None:
         super().__init__(network, spec, config)
         import_torchdiffeq()
+
+    @property
+    def traits(self) -> Traits:  # type: ignore[override]
+        """Of one block: credit crosses no other, but it passes through all steps within."""
+        return Traits("independent", 0, 1, passes=self.config.training_steps, chain=False, readout=False, targets=("classes", "soft"))
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:

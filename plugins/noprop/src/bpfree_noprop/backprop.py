@@ -43,7 +43,7 @@ class Mixture(nn.Module):
         self.weight = nn.Parameter(torch.full((T,), share).atanh())
 
     def forward(self, z: Tensor, uhat: Tensor, t: int) -> Tensor:
-        return torch.lerp(z, uhat, self.weight[t - 1].tanh())
+        return z + self.weight[t - 1].tanh() * (uhat - z)
 
 
 class NoPropBackprop(NoPropRule):

@@ -1,7 +1,7 @@
 """Time-conditioned denoising blocks: one block for all times, which is told the time beside the input and the state.
 
 Its first joint layer is linear, so the part that depends on the input alone (``features``) is computed once per image, and the
-part that depends on the time alone once per step. This is the layer on the concatenated paths, computed in three summands.
+part that depends on the time alone once per step: the layer on the concatenated paths is the sum of one on each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.network.builders import NetworkBuilder
@@ -81,39 +80,40 @@ class TimeEmbedding(nn.Module):
 
 
 class TimedBlock(nn.Module):
-    """``logits = out(fuse(join([stem(x), label(z), time(t)])))``; what learns in the frozen twin is ``out`` alone.
+    """``logits = out(fuse(join(stem(x), label(z), time(t))))``; what learns in the frozen twin is ``out`` alone.
 
     Args:
         stem: (N, *input_shape) to (N, F).
-        label: (N, d) to (N, G).
-        time: (K,) to (K, H).
-        join: linear, of F + G + H inputs.
+        label: (N, d) to (N, F).
+        time: (K,) to (K, F).
+        width: F.
+        joined: J; the three paths meet in a linear layer of 3F inputs and J outputs.
         fuse: what follows it: (N, J) to (N, L), beginning with the activation.
         out: (N, L) to (N, m).
         state_dim: d.
     """
 
     def __init__(
-        self, stem: nn.Module, label: nn.Module, time: nn.Module, join: nn.Linear, fuse: nn.Module, out: nn.Linear, state_dim: int
+        self, stem: nn.Module, label: nn.Module, time: nn.Module, width: int, joined: int, fuse: nn.Module, out: nn.Linear, state_dim: int
     ) -> None:
         super().__init__()
-        self.stem, self.label, self.time, self.join, self.fuse, self.out = stem, label, time, join, fuse, out
-        self.state_dim = state_dim
+        whole = nn.Linear(3 * width, joined)
+        self.stem, self.label, self.time = stem, label, time
+        self.join = nn.ModuleDict({name: nn.Linear(width, joined, bias=name == "stem") for name in ("stem", "label", "time")})
+        with torch.no_grad():  # as the whole layer would begin
+            for part, weight in zip(self.join.values(), whole.weight.split(width, dim=1), strict=True):
+                part.weight.copy_(weight)
+            self.join["stem"].bias.copy_(whole.bias)
+        self.fuse, self.out, self.state_dim = fuse, out, state_dim
         self._dropouts = [module for module in self.modules() if isinstance(module, KeyedDropout)]
-
-    def _part(self, index: int, values: Tensor) -> Tensor:
-        """A path's summand of the joint layer; the input's has the bias."""
-        width = self.join.in_features // 3
-        weight = self.join.weight[:, index * width : (index + 1) * width]
-        return F.linear(values, weight, self.join.bias if index == 0 else None)
 
     def features(self, x: Tensor) -> Tensor:
         """What the block makes of the input alone: (N, J)."""
-        return self._part(0, self.stem(x))
+        return self.join["stem"](self.stem(x))  # type: ignore[no-any-return]
 
     def judge(self, features: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """Logits (N, m) of input features (N, J) and a state (N, d) at times (N,), or at one time for all, ()."""
-        joined = features + self._part(1, self.label(z)) + self._part(2, self.time(t.reshape(-1)))
+        joined = features + self.join["label"](self.label(z)) + self.join["time"](self.time(t.reshape(-1)))
         return self.out(self.fuse(joined))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def assemble(stem: nn.Module, label: nn.Module, sizes: list[int], width: int, ou
     for before, after in itertools.pairwise(sizes):
         layers += plain(before, after)
     time = nn.Sequential(TimeEmbedding(), *plain(64, width))
-    return TimedBlock(stem, label, time, nn.Linear(3 * width, sizes[0]), nn.Sequential(*layers), nn.Linear(sizes[-1], outputs), d)
+    return TimedBlock(stem, label, time, width, sizes[0], nn.Sequential(*layers), nn.Linear(sizes[-1], outputs), d)
 
 
 def mlp_block(spec: TaskSpec, config: TimedMLPConfig, d: int) -> TimedBlock:
