@@ -261,7 +261,7 @@ class _Reader:
         if not 1 <= len(parts) <= 2 or not all(map(_is_number, parts)):
             self.problems.append(f"{where}: {key}: must be a number, [mean, standard deviation], or null, not {value!r}")
             return None
-        if not key.endswith("loss") and not 0 <= parts[0] <= 100:
+        if key.endswith(("error", "accuracy")) and not 0 <= parts[0] <= 100:
             self.problems.append(f"{where}: {key}={parts[0]:g} is out of range: in per cent, from 0 to 100")
         return Published(*map(float, parts))
 

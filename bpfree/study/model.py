@@ -9,10 +9,11 @@ from typing import Any
 
 from bpfree.study.space import Domain, Tune
 
-__all__ = ["METRICS", "Column", "Published", "Row", "Study"]
+__all__ = ["MEMORY", "METRICS", "Column", "Published", "Row", "Study"]
 
-METRICS = tuple(f"{split}/{kind}" for split in ("test", "train") for kind in ("error", "accuracy", "loss"))
-"""What can be published: errors and accuracies in per cent, losses as they are."""
+MEMORY = "memory_mb"
+METRICS = (*(f"{split}/{kind}" for split in ("test", "train") for kind in ("error", "accuracy", "loss")), MEMORY)
+"""What can be published: errors and accuracies in per cent, losses as they are, memory of training in MiB."""
 
 
 @dataclass(frozen=True)
