@@ -34,6 +34,7 @@ CHANGEABLE = {
     "data",
     "device",
     "threads",
+    "compile",
     "log_interval",
     "diagnostics",
     "alignment",

@@ -291,7 +291,10 @@ def test_a_checkpoint_from_before_operations_were_counted(digits: Task, device: 
 
 @pytest.mark.parametrize("name", installed_plugins().names("rules"))
 def test_every_rule_is_counted_and_none_is_changed_by_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the same run with nobody counting, bit for bit; a training step costs at least a forward pass, but for features kept."""
+    """Oracle: the same run with nobody counting, bit for bit; a training step costs a good part of a forward pass at least.
+
+    Less than one where features are kept, or where a prediction takes many steps of which training makes one (NoProp-CT and -FM: 20).
+    """
     words = [f"rule={name}", "budget.epochs=3", "device=cpu", "threads=1"]
     recipe = resolve(parse_words(words))
     task = recipe.build_task()
@@ -299,7 +302,7 @@ def test_every_rule_is_counted_and_none_is_changed_by_it(name: str, monkeypatch:
     rules = [recipe.build_rule(task.spec) for _ in range(2)]
     run = Trainer(rules[0], small, recipe.settings).fit()
     assert run.result["train/operations"] > 0
-    assert run.result["train/forwards"] > 0.4 * run.result["train/samples"]
+    assert run.result["train/forwards"] > 0.2 * run.result["train/samples"]
     assert all("forwards" in m for m in run.history)
     uncounted(monkeypatch)
     Trainer(rules[1], small, recipe.settings).fit()

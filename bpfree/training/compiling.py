@@ -52,6 +52,10 @@ class Compilation:
         except Exception as error:  # torch.compile does not know this platform
             self._give_up(error)
 
+    def costs(self) -> dict[str, float]:
+        """``train/compile_seconds``, where anything was compiled."""
+        return {"train/compile_seconds": self.seconds} if self.graphs else {}
+
     @contextmanager
     def aside(self, clock: Clock) -> Iterator[None]:
         """A step: if something is compiled in it, ``clock``, which is running, does not count it."""

@@ -81,12 +81,15 @@ class TrainConfig:
     accumulate: int = option(1, "micro-batches per update; the update equals the whole batch's", ge=1)
     parallel: Literal["auto", "data", "blocks"] = option(
         "auto",
-        "what several processes of a launcher share: the examples of each batch, or the blocks; auto: the blocks if they are independent",
+        "what processes of a launcher share: the examples of each batch, or the blocks; auto: blocks that are independent and enough",
     )
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
     precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast")
+    compile: Literal["none", "default", "cuda-graphs"] = option(
+        "none", "torch.compile of each block, also with CUDA graphs; where that fails blocks stay eager, with a warning"
+    )
     device: str = option("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
     deterministic: bool = option(False, "only deterministic algorithms; matters on CUDA, a CPU repeats itself anyway")
     threads: int | None = option(None, "threads of torch on the CPU (none: torch's choice); changes the last bits", ge=1)

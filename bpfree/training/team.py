@@ -242,7 +242,8 @@ def make_team(rule: Rule, config: TrainConfig, world: World) -> Team:
         raise UsageError(f"several processes cannot train together with {trouble}", where=f"{world.size} processes", fix="train in one")
     solo = f"{name} applies its updates itself ({traits.update})" if traits.update != "grad" else ""
     coupled = solo or ("" if traits.dependence == "independent" and not rule.network.chain else f"the blocks of {name} are not independent")
-    kind = config.parallel if config.parallel != "auto" else "data" if coupled else "blocks"
+    few = len(rule.network.names) < world.size
+    kind = config.parallel if config.parallel != "auto" else "data" if coupled or few else "blocks"
     reason = coupled if kind == "blocks" else solo
     if reason:
         fix = "train in one process" if solo else "parallel=data"
@@ -251,7 +252,7 @@ def make_team(rule: Rule, config: TrainConfig, world: World) -> Team:
         )
     if kind == "data":
         return DataTeam(rule, world)
-    if world.size > len(rule.network.names):
+    if few:
         raise UsageError(f"{world.size} processes, but only {len(rule.network.names)} blocks", where="parallel", fix="start fewer")
     if config.clip.norm is not None and config.clip.scope == "global":
         raise UsageError("a norm over all groups needs all blocks in one process", where="clip.scope", fix="clip.scope=group")

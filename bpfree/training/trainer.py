@@ -20,6 +20,7 @@ from bpfree.step import Batch, Phase
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Split, Task
 from bpfree.training import environment, seeds
+from bpfree.training.compiling import Compilation
 from bpfree.training.config import TrainConfig
 from bpfree.training.distributed import World
 from bpfree.training.evaluation import Evaluator, check_protocols
@@ -165,7 +166,8 @@ class Trainer:
         with environment.autocast(self.device, self.config.precision):
             for batch in loader.batches(state.at.epoch, state.at.batch):
                 self._aim(phase)
-                state.metrics.add(self._learn(batch), self._team.examples(batch, self.config.accumulate))
+                with self._compiled.aside(state.clock):
+                    state.metrics.add(self._learn(batch), self._team.examples(batch, self.config.accumulate))
                 state.operations.add_step(phase, batch, features=isinstance(loader, FeatureLoader))
                 state.advance(len(batch), len(loader))
                 if watched:
@@ -318,6 +320,7 @@ class Trainer:
     def _begin(self, resume: str | Path | None) -> Mapping[str, Any] | None:
         torch.manual_seed(seeds.derive_in(self.config.stream, self.config.seed, "global", *self._team.stream))
         self.rule.to(self.device)
+        self._compiled = Compilation(self.rule.network.blocks.values(), self.config.compile, self.device)
         if self.config.frozen_twin:
             self.rule.freeze_features()
         self._state = State(self.rule, self.config, self.device, self._team)
@@ -367,7 +370,7 @@ class Trainer:
             self._save()
         if self.config.select == "best-val":
             self._take_best()
-        self.run.result.update(self._world.from_first(self._evaluator.test) | state.costs())
+        self.run.result.update(self._world.from_first(self._evaluator.test) | state.costs() | self._compiled.costs())
         protocols = partial(self._evaluator.protocols, self._trained_features, self._supply.resident)
         self.run.result.update(self._world.from_first(protocols))
 

@@ -168,7 +168,7 @@ def _costs(view: View, column: str, lines: Sequence[Line]) -> Table:
     marks = ["*" if any(outcome.parallel > 1 for outcome in line.finished) else "\u2007" if starred else "" for line in lines]
     add("seconds", [text and text + mark for text, mark in zip(seconds, marks, strict=True)])
     add("memory, MiB", aligned([mean_of(line, "train/peak_memory_mb") for line in lines]))
-    add("published memory, MiB", aligned([known and known.mean for known in (line.published(MEMORY) for line in lines)]))
+    add("published memory, MiB", aligned([known.mean if known else None for known in (line.published(MEMORY) for line in lines)]))
     add("passes per example", aligned([_ratio(line, "train/forwards", "train/samples") for line in lines]))
     add("passes", [_compact(line, "train/forwards") for line in lines])
     add("operations", [_compact(line, "train/operations") for line in lines])

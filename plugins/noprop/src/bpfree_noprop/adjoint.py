@@ -25,7 +25,7 @@ __all__ = ["NoPropAdjoint", "NoPropAdjointConfig"]
 class NoPropAdjointConfig(TimedConfig):
     """Options of the adjoint baseline."""
 
-    training_steps: int = option(1000, "of the solver in training, forwards and backwards", ge=1)
+    training_steps: int = option(50, "of the solver in training, forwards and backwards (the paper: 1000)", ge=1)
     solver: Literal["euler", "midpoint", "heun2", "rk4"] = option("euler", "fixed-step method of torchdiffeq")
     inference: Literal["deterministic", "sampled"] = option("deterministic", "from z_0 = 0, or (the paper) from noise")
 
@@ -63,7 +63,7 @@ class NoPropAdjoint(TimedRule):
         paper=f"{PAPER}. Chen, Rubanova, Bettencourt, Duvenaud: Neural Ordinary Differential Equations. NeurIPS 2018, arXiv 1806.07366",
         equation="dz/dt = softmax(f(x, z, t)) W - z, z(0) ~ N(0, I);  L = CE(head(z(1)), y)",
         notes="Back-propagation through time by torchdiffeq's odeint_adjoint, for comparison. The paper gives no equations: ours is a "
-        "reading. Each update takes 1000 steps forwards and as many backwards: the paper trains for two to four epochs.",
+        "reading. Each update takes many steps forwards and as many backwards (1000 in the paper, which trains for two to four epochs).",
     )
     optimizer = OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3)
     waivers: ClassVar[dict[str, str]] = {"no-host-sync": "torchdiffeq reads its grid of times on the host, at each call"}
