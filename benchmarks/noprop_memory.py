@@ -6,6 +6,9 @@ between steps, which grows with T whatever the updates: parameters, buffers and 
 
 With sequential updates a step fills one block. With simultaneous ones in a loop the activations are one block's too, but the gradients
 of all blocks wait for the optimiser's step; stacked dense blocks hold the activations of all.
+
+Then the rows of the paper's Table 2 (one-hot embeddings, the paper's blocks and settings, from the shipped studies), with the published
+memory of a GPU beside tensors as counted here: without data, and without what CUDA takes for itself.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import torch
 
 from bpfree import Batch, Budget, Rule
 from bpfree.cli.output import print_table
-from bpfree.config import parse_words, resolve
+from bpfree.config import Recipe, parse_words, resolve
+from bpfree.study.cells import plan
+from bpfree.study.file import find_study
 from bpfree.training.meters import StepMemory
 from bpfree.training.phases import learning
 from bpfree.training.updater import Updater, new_step
@@ -38,7 +43,12 @@ def make(case: tuple[str, str, str], T: int, batch_size: int, device: torch.devi
     """The rule with T blocks and otherwise its defaults, and a random batch."""
     network, task, setting = case
     recipe = resolve(parse_words(["rule=noprop-dt", f"task={task}", f"network={network}", f"rule.T={T}", f"network.blocks={T}", setting]))
-    spec = recipe.registry.get("tasks", task).spec(recipe.options["task"], None)
+    return build(recipe, batch_size, device)
+
+
+def build(recipe: Recipe, batch_size: int, device: torch.device) -> tuple[Rule, Batch]:
+    """The recipe's rule in train mode, and a random batch of its task's shapes."""
+    spec = recipe.registry.get("tasks", recipe.names["task"]).spec(recipe.options["task"], None)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(batch_size, *spec.input_shape, generator=generator)
     targets = torch.randint(spec.outputs, (batch_size,), generator=generator)
@@ -83,6 +93,26 @@ def measure_counts(counts: Sequence[int], batch_size: int, device: torch.device)
     return results
 
 
+def measure_table(device: torch.device, *, quick: bool) -> dict[str, dict[str, Any]]:
+    """Bytes of the one-hot rows of Table 2, by task and method."""
+    results: dict[str, dict[str, Any]] = {}
+    for task in ("mnist", "cifar10", "cifar100")[: 1 if quick else 3]:
+        study = find_study(f"noprop/table1-{task}")
+        published = {row.label: row.published[""] for row in study.rows}
+        for cell in plan(study, load=False).cells:
+            if not cell.row.endswith("one-hot") or cell.seed != study.seeds[0] or (quick and "CT" not in cell.row):
+                continue
+            rule, batch = build(cell.recipe, 8 if quick else int(cell.recipe.settings.batch_size), device)
+            found = peak(rule, batch, device, most=1)
+            results[f"{task}, {cell.row.removesuffix(' one-hot')}"] = {
+                "step_bytes": found["step"],
+                "kept_bytes": found["kept"],
+                "total_bytes": found["step"] + found["kept"],
+                "published_mib": published[cell.row]["memory_mb"].mean,
+            }
+    return results
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("noprop_memory", __doc__)
     options = benchmark.start(arguments)
@@ -99,7 +129,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for label, result in results.items()
     ]
     print_table(headers, rows, right=range(1, len(headers)))
-    benchmark.finish({"batch": batch_size, "cases": results})
+    table = measure_table(benchmark.device, quick=options.quick)
+    print_table(
+        ["Table 2, MiB", "of a step", "in all", "published (GPU)"],
+        [
+            [label, *(f"{result[key] / 2**20:.1f}" for key in ("step_bytes", "total_bytes")), f"{result['published_mib']:.0f}"]
+            for label, result in table.items()
+        ],
+        right=range(1, 4),
+    )
+    benchmark.finish({"batch": batch_size, "cases": results, "table_2": table})
 
 
 if __name__ == "__main__":

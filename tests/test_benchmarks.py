@@ -91,7 +91,10 @@ def test_noprop_step(smoke: Run) -> None:
 
 
 def test_noprop_memory(smoke: Run) -> None:
-    cases = smoke("noprop_memory")["cases"]
+    found = smoke("noprop_memory")
+    assert list(found["table_2"]) == ["mnist, CT"]
+    assert found["table_2"]["mnist, CT"]["published_mib"] == 1001
+    cases = found["cases"]
     assert len(cases) == 5
     for label, case in cases.items():
         assert (case["growth"] <= 1.05) == ("sequential" in label)
@@ -291,7 +294,7 @@ def test_the_page_of_200_cells_is_small(load: Callable[[str], Any], tmp_path: Pa
 def test_run_all_passes_options_on(load: Callable[[str], Any]) -> None:
     commands = load("run_all").commands(["--save", "--full", "--device", "cuda"])
     names = [Path(command[1]).stem for command in commands]
-    assert names[:-2] == ["trainer_overhead", "streamed", "noprop_step", *STEPS]
+    assert names[:-2] == ["trainer_overhead", "streamed", "noprop_step", "noprop_memory", *STEPS]
     assert names[-2:] == ["startup", "accuracy"]
     assert all(command[-3:] == ["--save", "--device", "cuda"] for command in commands)
     assert all(Path(command[1]).is_file() for command in commands)
@@ -313,13 +316,16 @@ def test_gpu_script_refuses_unknown_parts_and_skips_what_is_done(tmp_path: Path)
     environment = {**os.environ, "OUT": str(tmp_path), "STATE": str(tmp_path / "state"), "DEVICE": "tested", "PYTHON": sys.executable}
     script = ["bash", str(FOLDER / "gpu.sh")]
     assert subprocess.run([*script, "everything"], env=environment, capture_output=True).returncode == 2
-    names = ("trainer_overhead", "streamed", "noprop_step", *STEPS)
+    names = ("trainer_overhead", "streamed", "noprop_step", "noprop_memory", *STEPS)
     for name in names:
         (tmp_path / f"{name}-tested.json").touch()
     done = subprocess.run([*script, "bench"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.count("its result is there") == len(names)
-    for name in ("claims-cifar10", "noprop-table1-mnist", "noprop-table1-cifar10"):
+    for name in (
+        "claims-cifar10",
+        *(f"noprop-{study}" for study in ("table1-mnist", "table1-cifar10", "table1-cifar100", "modern-cifar10")),
+    ):
         (tmp_path / f"study_{name}-tested.csv").touch()
     done = subprocess.run([*script, "papers"], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.count("its result is there")) == (0, 3)
+    assert (done.returncode, done.stdout.count("its result is there")) == (0, 5)
