@@ -30,7 +30,7 @@ class NoPropCTConfig(TimedConfig):
     """Options of NoProp in continuous time."""
 
     eta: float = option(1.0, "weight of the denoising loss", gt=0)
-    gamma_0: float = option(-5.0, "log of the noise-to-signal ratio at t = 1 before it is learned")
+    gamma_0: float = option(-3.0, "log of the noise-to-signal ratio at t = 1 before it is learned")
     gamma_1: float = option(5.0, "the same at t = 0; above gamma_0")
     inference: Literal["deterministic", "flow", "sampled"] = option(
         "deterministic", "from z_0 = 0 or (flow) noise along the probability-flow equation, or (the paper) the diffusion with its noise"
@@ -56,7 +56,7 @@ class NoPropCT(TimedRule):
         "L = CE(head(z_1), y) + KL + eta/2 SNR'(t) |softmax(f(x, z_t, t)) W - u_y|^2, t ~ U[0, 1];  "
         "inference: 1000 steps from z_0 ~ N(0, I)",
         notes="There is one block, in which the gradient is ordinary back-propagation: locality is in time, not in depth. SNR' comes from "
-        "autograd through the schedule, and the derivative is learned too. The paper states neither the start of gamma (ours: 5 to -5) nor "
+        "autograd through the schedule, and the derivative is learned too. The paper states neither the start of gamma (ours: 5 to -3) nor "
         "the frequencies of the time's embedding. Its inference is the diffusion with its noise (inference=sampled). Predictions after "
         "epochs, and the forward pass that budgets are counted in, take validation_steps; the final predictions the paper's 1000.",
     )
