@@ -275,20 +275,21 @@ def _train(
     folder = record.folder
     assert folder is not None
     try:
-        task = task or recipe.build_task()
-        rule = recipe.build_rule(task.spec)
-        recipe = recipe.pinned(rule)
-        trainer = Trainer(
-            rule,
-            task,
-            recipe.settings,
-            observers=[*standard_observers(recipe, quiet=quiet, label=label), *observers] if world.first else [],
-            run=record,
-            recipe=recipe.to_dict(),
-            augment=[recipe.registry.get("augmentations", name) for name in recipe.task.augment],
-            data={"resident": RESIDENT[recipe.settings.data.resident], "workers": recipe.settings.data.workers},
-        )
-        plan = rule.plan()
+        with world.agreed():
+            task = task or recipe.build_task()
+            rule = recipe.build_rule(task.spec)
+            recipe = recipe.pinned(rule)
+            trainer = Trainer(
+                rule,
+                task,
+                recipe.settings,
+                observers=[*standard_observers(recipe, quiet=quiet, label=label), *observers] if world.first else [],
+                run=record,
+                recipe=recipe.to_dict(),
+                augment=[recipe.registry.get("augmentations", name) for name in recipe.task.augment],
+                data={"resident": RESIDENT[recipe.settings.data.resident], "workers": recipe.settings.data.workers},
+            )
+            plan = rule.plan()
     except BaseException:
         if checkpoint is None and world.first:
             remove_untrained(folder)

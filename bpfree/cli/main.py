@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 from typing import Any, NoReturn
 
@@ -21,6 +22,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # MLflow reports usage to its makers unless told not to; bpfree does not, unless the user says so.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+PAUSE = 10.0
+"""Seconds that other processes leave to the first one, to say what is wrong with a request."""
 
 EPILOG = """
 \b
@@ -75,7 +79,7 @@ def cli(debug: bool, disable: tuple[str, ...]) -> None:
     Settings are words of the form KEY=VALUE, the same everywhere; `bpfree train --print-config` lists every key.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("bpfree").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logging.getLogger("bpfree").setLevel(logging.ERROR if _rank() else logging.INFO)
     if disable:
         os.environ["BPFREE_DISABLE_PLUGINS"] = ",".join(filter(None, [os.environ.get("BPFREE_DISABLE_PLUGINS", ""), *disable]))
 
@@ -91,7 +95,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _leave(code: int) -> NoReturn:
     """End the process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _several():
+        if _rank() and code == 2:
+            time.sleep(PAUSE)  # a launcher that sees one process end ends the others, and the first one is to say why
         # Threads of torch.distributed may outlive the interpreter and abort it, which a launcher would take for a failure.
         logging.shutdown()
         sys.stdout.flush()
@@ -124,10 +130,20 @@ def _run(words: list[str], *, debug: bool) -> int:
         return _say(error, f"error: unexpected {type(error).__name__}: {text}\n  fix:   run again with --debug for the traceback", 1, debug)
 
 
+def _several() -> bool:
+    """Whether a launcher has started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _rank() -> int:
+    """Which of several processes this is."""
+    return int(os.environ.get("RANK", "0")) if _several() else 0
+
+
 def _say(error: BaseException, message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     if rank and code == 2:  # of several processes that make the same request, the first one says what is wrong with it
         return code
     click.echo(f"process {rank}: {message}" if rank else message, err=True)

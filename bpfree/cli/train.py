@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from bpfree.config import Leaf
+    from bpfree.config import Leaf, Recipe
     from bpfree.training.run import Run
 
 HELP = """Train one rule on one task, test it once, and track the run.
@@ -59,38 +59,45 @@ def train(
     from bpfree.errors import UsageError
     from bpfree.training.distributed import World
 
-    first = World.here().first
-    quiet = quiet or not first
-    observers = [] if quiet else [PlanDisplay()]
-    leaves = [leaf for path in configs for leaf in read_yaml(path)] + parse_words(settings)
-    if address is not None and ray is None:
-        raise UsageError("an address is that of a Ray cluster", where="--address", fix="--ray N")
-    if resume is not None and (print_config or print_plan):
-        raise UsageError("a run that goes on is trained, not printed", where="--resume", fix="its folder has config.yaml and plan.txt")
-    if ray is not None and not (print_config or print_plan):
-        run = _on_ray(leaves, ray, address, resume, quiet)
-    elif resume is not None:
-        output = next((str(leaf.value) for leaf in reversed(leaves) if leaf.key == "output"), "runs")
-        finished = runner.has_finished(resume, output=output) and all(leaf.key == "output" for leaf in leaves)
-        run = runner.resume(resume, output=output, changes=leaves, quiet=quiet, observers=observers)
-        if finished and first:
-            click.echo("the run had finished already; a longer budget (budget.epochs=...) would go on with it\n", err=True)
-    else:
-        recipe = resolve(leaves)
-        if print_config:
-            click.echo(recipe.to_yaml(comments=True), nl=False)
+    world = World.here()
+    with world.joined():
+        quiet = quiet or not world.first
+        observers = [] if quiet else [PlanDisplay()]
+        with world.agreed():
+            leaves = [leaf for path in configs for leaf in read_yaml(path)] + parse_words(settings)
+            if address is not None and ray is None:
+                raise UsageError("an address is that of a Ray cluster", where="--address", fix="--ray N")
+            if resume is not None and (print_config or print_plan):
+                raise UsageError(
+                    "a run that goes on is trained, not printed", where="--resume", fix="its folder has config.yaml and plan.txt"
+                )
+            recipe = resolve(leaves) if resume is None and (ray is None or print_config or print_plan) else None
+        if recipe is not None and (print_config or print_plan):
+            if world.first:
+                click.echo(recipe.to_yaml(comments=True) if print_config else _plan(recipe), nl=not print_config)
             return 0
-        if print_plan:
-            plan = recipe.build_rule(recipe.spec()).plan()
-            click.echo(plan.rstrip() or f"the rule {recipe.names['rule']!r} has no plan to print")
-            return 0
-        if not quiet:
-            names = recipe.names
-            click.echo(f"{names['rule']} on {names['task']}: loading data, opening the tracking store ...", err=True)
-        run = runner.run(recipe, quiet=quiet, observers=observers)
-    if first:
+        if ray is not None:
+            run = _on_ray(leaves, ray, address, resume, quiet)
+        elif recipe is not None:
+            if not quiet:
+                names = recipe.names
+                click.echo(f"{names['rule']} on {names['task']}: loading data, opening the tracking store ...", err=True)
+            run = runner.run(recipe, quiet=quiet, observers=observers)
+        else:
+            place = resume or ""
+            output = next((str(leaf.value) for leaf in reversed(leaves) if leaf.key == "output"), "runs")
+            finished = world.from_first(lambda: runner.has_finished(place, output=output)) and all(leaf.key == "output" for leaf in leaves)
+            run = runner.resume(place, output=output, changes=leaves, quiet=quiet, observers=observers)
+            if finished and world.first:
+                click.echo("the run had finished already; a longer budget (budget.epochs=...) would go on with it\n", err=True)
+    if world.first:
         print_result(run)
     return exit_code(run)
+
+
+def _plan(recipe: Recipe) -> str:
+    plan = recipe.build_rule(recipe.spec()).plan()
+    return plan.rstrip() or f"the rule {recipe.names['rule']!r} has no plan to print"
 
 
 def _on_ray(leaves: list[Leaf], size: int, address: str | None, resume: str | None, quiet: bool) -> Run:

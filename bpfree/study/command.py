@@ -18,6 +18,7 @@ from bpfree.study.engine import Display, Jobs, execute
 from bpfree.study.executors import Executor, InProcess, Pool, stoppable
 from bpfree.study.parent import Parent
 from bpfree.study.report import Report, files_of, report_on, write_report
+from bpfree.training.distributed import World
 from bpfree.training.environment import resolve_device
 from bpfree.training.trainer import Interrupted
 
@@ -63,7 +64,10 @@ def run(
 
     Raises:
         Interrupted: asked to stop. The report on what is done is written all the same.
+        UsageError: a launcher has started several processes, each of which would run the study.
     """
+    if World.here().size > 1:
+        raise UsageError("a study has processes of its own, and no launcher", where="WORLD_SIZE", fix="--jobs N, or --executor ray")
     parent = Parent(plan, agenda.state)
     if not agenda.ready():
         return _finish(plan, agenda, parent, words, options, ran=False)
