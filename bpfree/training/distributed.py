@@ -127,29 +127,59 @@ class World:
         """
         if self.size == 1:
             return call()
-        answer: list[Any] = [None, ""]
+        answer: list[Any] = [None, None]
         try:
             if self.first:
                 answer[0] = call()
         except BaseException as error:
-            answer[1] = str(error) or type(error).__name__
+            answer[1] = _told(error)
             raise
         finally:
             with _explained():
                 dist.broadcast_object_list(answer, src=0)
         if answer[1]:
-            raise BpfreeError(f"the first process failed: {answer[1]}")
+            raise _elsewhere("the first process", *answer[1])
         return cast(T, answer[0])
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """What is done inside, and needs nobody else, is done by all, or ends all.
+
+        Raises:
+            BpfreeError: where it has not failed, if it has in another process; there, what it raised.
+        """
+        if self.size == 1:
+            yield
+            return
+        trouble, told = None, []
+        try:
+            yield
+        except BaseException as error:
+            trouble = _told(error)
+            raise
+        finally:
+            told = self.gathered(trouble)
+        for rank, found in enumerate(told):
+            if found:
+                raise _elsewhere(f"process {rank}", *found)
 
     # --- tensors ----------------------------------------------------------------------------------------------------
 
     def send(self, tensors: Iterable[Tensor], *, source: int = 0) -> None:
-        """Overwrite the tensors by those of one process."""
-        self._in_flat_pieces(tensors, lambda flat: dist.broadcast(flat, src=source))
+        """Overwrite the tensors, of whatever type, by those of one process."""
+        self._in_flat_pieces(tensors, lambda flat: dist.broadcast(flat.view(torch.uint8), src=source))
 
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replace the tensors by their means over all processes."""
-        self._in_flat_pieces(tensors, lambda flat: (dist.all_reduce(flat), flat.div_(self.size)))
+        """Replace the tensors by their means over all processes; what is the same in all of them keeps its bits."""
+
+        def exchange(flat: Tensor) -> None:
+            extremes = torch.cat([flat, -flat])
+            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+            high, low = extremes[: len(flat)], -extremes[len(flat) :]
+            dist.all_reduce(flat)  # of equal numbers the sum may be infinite, and the quotient another number
+            flat.copy_(torch.where(high == low, high, flat / self.size))
+
+        self._in_flat_pieces(tensors, exchange)
 
     def _in_flat_pieces(self, tensors: Iterable[Tensor], exchange: Callable[[Tensor], object]) -> None:
         """Exchange tensors of a kind in one piece, and write what comes of it back into them."""
@@ -189,6 +219,17 @@ class World:
                 if parameter.grad is None:
                     parameter.grad = torch.empty_like(parameter, requires_grad=False)
                 parameter.grad.copy_(piece.view(parameter.shape))
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """What other processes are told of an error: its text, and its exit code."""
+    return str(error) or type(error).__name__, getattr(error, "exit_code", 1)
+
+
+def _elsewhere(where: str, text: str, code: int) -> BpfreeError:
+    error = BpfreeError(f"{where} failed: {text}")
+    error.exit_code = code
+    return error
 
 
 def _backend() -> str:

@@ -197,9 +197,10 @@ class BlockTeam(_Several):
 
     def _held(self) -> list[dict[str, Tensor]]:
         """Parameters and buffers by name, for each process: those of its groups and blocks, and of local heads named as a block is."""
-        place = {id(p): self._owners[name] for name, members in self.rule.groups().items() for p in members}
-        for name, block in self.rule.network.blocks.items():
-            place |= {id(tensor): self._owners[name] for tensor in block.buffers()}
+        place: dict[int, int] = {}
+        for name, block in self.rule.network.blocks.items():  # also what is in no group, because no optimiser moves it
+            place |= {id(tensor): self._owners[name] for tensor in itertools.chain(block.parameters(), block.buffers())}
+        place |= {id(p): self._owners[name] for name, members in self.rule.groups().items() for p in members}
         result: list[dict[str, Tensor]] = [{} for _ in range(self.world.size)]
         for name, tensor in itertools.chain(self.rule.named_parameters(), self.rule.named_buffers()):
             kept = next((self._owners[part] for part in name.split(".")[1:2] if part in self.rule.network.blocks), 0)
