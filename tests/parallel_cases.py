@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from training_rules import StopAfter, weights
 
 from bpfree import Batch, Budget, Network, Phase, Rule, Step, Task, TrainConfig, Trainer, Traits, UsageError
 from bpfree.baselines import DFA, Backprop
+from bpfree.cli import main as cli
 from bpfree.network import MLPConfig, mlp
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.task import Split, TaskSpec
 from bpfree.training.config import BudgetConfig
+from bpfree.training.distributed import World
 from bpfree.training.trainer import Interrupted
 
 
@@ -100,6 +106,19 @@ class Shared(Islands):
     sharing = True
 
 
+class Moving(Islands):
+    """Each block has a frozen parameter, in no group, that the rule moves by hand."""
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {name: [p for p in members if p.requires_grad] for name, members in super().groups().items()}
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        for name in filter(step.fills, self.network.names):
+            with torch.no_grad():
+                self.network.blocks[name][2].bias += batch.inputs.mean()
+        return super().credit(batch, step)
+
+
 class InTurn(Islands):
     def phases(self, budget: Budget) -> Iterable[Phase]:
         for _ in range(budget.epochs or 1):
@@ -123,6 +142,13 @@ def islands(task: Task) -> Rule:
 
 def shared(task: Task) -> Rule:
     return _islands(task, Shared)
+
+
+def moving(task: Task) -> Rule:
+    rule = _islands(task, Moving)
+    for block in rule.network.blocks.values():
+        block[2].bias.requires_grad_(False)
+    return rule
 
 
 def in_turn(task: Task) -> Rule:
@@ -246,3 +272,40 @@ def refused(make: Any, options: dict[str, Any]) -> str:
     except UsageError as error:
         return str(error)
     return ""
+
+
+def things(rank: int) -> list[Tensor]:
+    """Tensors of many types, of which each process has others."""
+    plain = torch.arange(6).reshape(2, 3) + rank
+    kinds = (torch.float32, torch.bfloat16, torch.int16, torch.bool, torch.complex64, torch.float8_e4m3fn)
+    return [*(plain.to(kind) for kind in kinds), (plain * 1.0).t(), torch.empty(0, 3, dtype=torch.int16)]
+
+
+def sent() -> list[Tensor]:
+    """The first process's things."""
+    world = World.here()
+    with world.joined():
+        mine = things(world.rank)
+        world.send(mine)
+    return [thing.contiguous() for thing in mine]
+
+
+def averaged() -> Tensor:
+    world = World.here()
+    with world.joined():
+        mine = torch.tensor([float("inf"), -float("inf"), torch.finfo(torch.float32).max, 0.25, 1.0 + world.rank])
+        world.average([mine])
+    return mine
+
+
+def command_line(folder: Path, words: tuple[str, ...], file: str = "") -> tuple[int, str]:
+    """Exit code and messages of a command in a folder of each process's own; the first one's has a file with data."""
+    place = folder / os.environ["RANK"]
+    place.mkdir(exist_ok=True)
+    os.chdir(place)
+    if file and os.environ["RANK"] == "0":
+        numpy.savez(file, x=numpy.zeros((40, 4), "float32"), y=numpy.arange(40) % 2)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = cli._run(list(words), debug=False)
+    return code, said.getvalue()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,6 @@ SGD = OptimizerConfig("sgd", lr=0.1)
 ROUNDING = 2e-6
 """Largest difference of a weight after two passes of SGD; sums of float32 in another order."""
 UNTIMED = ("seconds", "samples_per_second", "step_ms", "peak_memory_mb")
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    ranks = Ranks(3)
-    yield ranks
-    ranks.close()
 
 
 def furthest(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
@@ -154,6 +147,10 @@ def test_independent_blocks_can_share_the_examples_instead(ranks: Ranks) -> None
     assert furthest({n: two[0].weights[n] for n in parameters}, {n: one.weights[n] for n in parameters}) < ROUNDING
 
 
+def test_fewer_blocks_than_processes_share_the_examples(ranks: Ranks) -> None:
+    assert {ended.tags["parallel"] for ended in ranks.run(3, cases.train, cases.two_islands, {"epochs": 1})} == {"data"}
+
+
 def test_what_diverges_in_one_process_ends_all(ranks: Ranks) -> None:
     ended = ranks.run(2, cases.train, cases.exploding, {})
     assert [one.status for one in ended] == ["diverged", "diverged"]
@@ -230,7 +227,7 @@ def _train_in(make: Any, options: dict[str, Any], folder: Path, further: dict[st
         (2, cases.plain, {"parallel": "blocks"}, "not independent"),
         (2, cases.plain, {"alignment": AlignmentConfig(every=5)}, "alignment.every"),
         (2, cases.islands, {"clip": ClipConfig(norm=1.0, scope="global")}, "clip.scope"),
-        (3, cases.two_islands, {}, "only 2 blocks"),
+        (3, cases.two_islands, {"parallel": "blocks"}, "only 2 blocks"),
         (2, cases.own_steps, {}, "applies its updates itself"),
         (2, cases.solving, {}, "solves what a phase accumulated"),
         (2, cases.by_the_clock, {}, "ends by the clock"),
