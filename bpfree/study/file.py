@@ -19,7 +19,7 @@ from bpfree import yaml_values
 from bpfree.errors import UsageError, nearest
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.study.grid import expand
-from bpfree.study.model import METRICS, Column, Published, Row, Study
+from bpfree.study.model import MEMORY, METRICS, Column, Published, Row, Study
 from bpfree.study.space import Domain, Tune, read_domain
 
 __all__ = ["find_study", "read_study"]
@@ -263,6 +263,8 @@ class _Reader:
             return None
         if key.endswith(("error", "accuracy")) and not 0 <= parts[0] <= 100:
             self.problems.append(f"{where}: {key}={parts[0]:g} is out of range: in per cent, from 0 to 100")
+        if key == MEMORY and parts[0] <= 0:
+            self.problems.append(f"{where}: {key}={parts[0]:g} is out of range: in MiB, above 0")
         return Published(*map(float, parts))
 
     def _one_kind(self, study: Study) -> None:

@@ -87,7 +87,7 @@ seeds: 0
 settings: {seed: 1, optimizer.lr: 1, optimizer: {lr: 2}, batch_size: 1, batch_size: 2, output: here}
 columns: [{label: a}, {label: a}, {label: b, setings: {}}]
 rows:
-  - {label: "x,y", published: {c: {test/error: 3}, a: {test/err: 3, test/error: 300, test/accuracy: high}}}
+  - {label: "x,y", published: {c: {test/error: 3}, a: {test/err: 3, test/error: 300, test/accuracy: high, memory_mb: -640}}}
   - {label: 3, settings: [1], columns: [d]}
   - {label: z, published: {a: {test/accuracy: 30, test/error: [1, 2, 3]}}}
 """
@@ -110,6 +110,7 @@ rows:
         "unknown metric 'test/err': did you mean 'test/error'?",
         "test/error=300 is out of range",
         "test/accuracy: must be a number",
+        "memory_mb=-640 is out of range: in MiB",
         "label: must be text, not 3",
         "row 2: columns: unknown column 'd'",
         "row 2: settings: must be a mapping",
