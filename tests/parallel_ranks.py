@@ -8,6 +8,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -16,39 +17,55 @@ SECONDS = 60
 
 
 class Ranks:
-    """As many processes as a test wants, started once."""
+    """As many processes as a test wants, started once; one that was killed is replaced when it is needed again."""
 
     def __init__(self, most: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for _ in range(most):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        self._members = [_stand_by() for _ in range(most)]
 
     def run(self, size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What ``work(*arguments)`` returns in each of ``size`` processes; an exception that any of them raises is raised here."""
-        port = str(free_port())
-        for rank, pipe in enumerate(self._pipes[:size]):
-            where = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            pipe.send((where, work, arguments))
-        answers = []
-        for pipe in self._pipes[:size]:
-            assert pipe.poll(SECONDS), "a process does not answer"
-            answers.append(pipe.recv())
+        self.start(size, work, *arguments)
+        answers = self.collect(size)
         for _, error, text in answers:
             if error is not None:
                 error.add_note(text)
                 raise error
         return [answer for answer, _, _ in answers]
 
+    def start(self, size: int, work: Callable[..., Any], *arguments: Any) -> list[int]:
+        """Begin, and return the numbers of the processes."""
+        port = str(free_port())
+        for rank in range(size):
+            if not self._members[rank][0].is_alive():
+                self._members[rank] = _stand_by()
+            where = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            self._members[rank][1].send((where, work, arguments))
+        return [process.pid or 0 for process, _ in self._members[:size]]
+
+    def collect(self, size: int) -> list[tuple[Any, BaseException | None, str]]:
+        """For each process: what it returned, or the exception that it raised and its traceback."""
+        answers = []
+        for _, pipe in self._members[:size]:
+            assert pipe.poll(SECONDS), "a process does not answer"
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                answers.append((None, ChildProcessError("the process was killed"), ""))
+        return answers
+
     def close(self) -> None:
-        for process in self._processes:
+        for process, _ in self._members:
             process.kill()
             process.join()
+
+
+def _stand_by() -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
 
 
 def _serve(pipe: Connection) -> None:

@@ -1,7 +1,8 @@
-"""The command line under torchrun and on Ray, with processes that are stopped and killed.
+"""The command line in several processes that are stopped and killed; under torchrun and on Ray.
 
 Oracle: the weights of one undisturbed process, bit for bit. Exit codes of torchrun are not looked at: torch's threads may abort a process
-that has done its work.
+that has done its work. What a launcher does to processes that stand ready anyway is done to them here; the launchers themselves, which
+take many seconds to start, are slow tests but for one.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import parallel_cases as cases
 import psutil
 import pytest
 import torch
-from parallel_ranks import free_port
+from parallel_ranks import Ranks, free_port
 from study_kit import call, mlflow_runs
 from torch import Tensor
 from training_rules import assert_equal_bits
@@ -53,10 +55,10 @@ def members(process: subprocess.Popen[str]) -> list[psutil.Process]:
         return []
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, Path("output.txt").read_text()
+        assert process is None or process.poll() is None, Path("output.txt").read_text()
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -111,6 +113,38 @@ def test_one_run_is_made_and_tracked(workplace: Path) -> None:
     assert all(count == 1 for count in run["counts"].values())
 
 
+def test_processes_are_stopped_killed_and_gone_on_with(
+    ranks: Ranks, tmp_path: Path, undisturbed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM to all saves a checkpoint; what remains when one is killed ends with an error; one process finishes the run."""
+    (tmp_path / "0").mkdir()
+    monkeypatch.chdir(tmp_path / "0")  # where the first process works
+    numbers = ranks.start(2, cases.command_line, tmp_path, ("train", *LONG, "--quiet"))
+    wait_for(started)
+    for number in numbers:
+        os.kill(number, signal.SIGTERM)
+    assert [answer[0][0] for answer in ranks.collect(2)] == [143, 143]
+    run = the_run()
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    stopped = position(run)
+    assert 21 <= stopped < 840
+
+    numbers = ranks.start(2, cases.command_line, tmp_path, ("train", "--resume", str(run), "--quiet"))
+    wait_for(lambda: position(run) > stopped)
+    os.kill(numbers[1], signal.SIGKILL)
+    (code, told), _, _ = ranks.collect(2)[0]
+    assert code == 1
+    assert "another process of this run has ended" in told
+    assert "--resume" in told
+    assert position(run) < 840
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+
+    assert call("train", "--resume", str(run), "--quiet") == 0
+    assert_equal_bits(the_weights(run), undisturbed)
+    assert len(list(Path("runs").iterdir())) == 1
+
+
+@pytest.mark.slow
 def test_stopped_killed_and_gone_on_with(workplace: Path, undisturbed: dict[str, Tensor]) -> None:
     """SIGTERM of the job saves a checkpoint; SIGKILL of one process ends the job; another number of processes finishes it."""
     with torchrun("train", *LONG) as process:
@@ -136,6 +170,7 @@ def test_stopped_killed_and_gone_on_with(workplace: Path, undisturbed: dict[str,
     assert len(list(Path("runs").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_wrong_request_is_told_once(workplace: Path) -> None:
     with torchrun("train", *WORDS, "budget.seconds=1") as process:
         process.wait(60)
@@ -143,6 +178,7 @@ def test_a_wrong_request_is_told_once(workplace: Path) -> None:
     assert not list(Path("runs").iterdir())
 
 
+@pytest.mark.slow
 def test_on_a_cluster_one_process_of_which_is_killed(
     workplace: Path, undisturbed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
