@@ -213,6 +213,21 @@ def test_the_leaderboard_is_sorted_and_has_intervals(tmp_path: Path) -> None:
     assert "7 of 9 cells are finished." in page
 
 
+def test_published_memory_stands_beside_ours(tmp_path: Path) -> None:
+    """It is a cost and no score: in the table of costs, next to what was measured, and blank where it is not known."""
+    made = planned(tmp_path, rows=("BP", "DFA"), metric="memory_mb", published={"DFA": 640})
+    lines = lines_of(made)
+    for line in lines:
+        for found in line.finished:
+            found.result["train/peak_memory_mb"] = 12.0
+    report, _, _ = written(tmp_path, made, lines)
+    headers, rows = table(report, "Costs")
+    place = headers.index("memory, MiB")
+    assert headers[place + 1] == "published memory, MiB"
+    assert {label: row[place : place + 2] for label, row in rows.items()} == {"BP": ["12", ""], "DFA": ["12", "640"]}
+    assert "published" not in table(report, "Leaderboard")[0]
+
+
 def test_what_is_said_of_the_first_two(tmp_path: Path) -> None:
     """Gains of 1, 2 and 3 lie more than two standard errors above zero; of -4, 1 and 6 do not; and one seed says nothing."""
     made = planned(tmp_path, rows=("BP", "DFA"), metric="test/accuracy", published={"BP": 1})
