@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from bpfree.network.network import Network
-from bpfree.options import OptimizerConfig, option
+from bpfree.options import option
 from bpfree.rule import Card, Metrics, Traits
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import TaskSpec
-from bpfree_noprop.base import PAPER, NoPropRule
-from bpfree_noprop.blocks import DenoisingBlock
-from bpfree_noprop.dt import ChainConfig, check_blocks
+from bpfree_noprop.base import PAPER
+from bpfree_noprop.chain import ChainConfig, ChainRule
 from bpfree_noprop.heads import soft_cross_entropy
 
 __all__ = ["Mixture", "NoPropBackprop", "NoPropBackpropConfig"]
@@ -46,7 +44,7 @@ class Mixture(nn.Module):
         return z + self.weight[t - 1].tanh() * (uhat - z)
 
 
-class NoPropBackprop(NoPropRule):
+class NoPropBackprop(ChainRule):
     """``z_0 ~ N(0, I)`` in training; the loss is the cross-entropy of the head on z_T, and its gradient passes through all blocks."""
 
     Config = NoPropBackpropConfig
@@ -58,37 +56,23 @@ class NoPropBackprop(NoPropRule):
         "L = CE(head(z_T), y)",
         notes="End-to-end back-propagation, for comparison on equal networks. How w_t starts is not in the paper (ours: alpha = 0.5).",
     )
-    optimizer = OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3)
     traits = Traits("all", "all", "all", chain=False, readout=False, targets=("classes", "soft"))
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropBackpropConfig | None = None) -> None:
         super().__init__(network, spec, config)
         self.mix = Mixture(self.config.T, self.config.share)
 
-    def check_network(self, network: Network, d: int) -> None:
-        super().check_network(network, d)
-        check_blocks(network, self.config.T)
-
-    @classmethod
-    def network_options(cls, spec: TaskSpec, config: NoPropBackpropConfig) -> dict[str, Any]:
-        return super().network_options(spec, config) | {"blocks": config.T}
-
-    @classmethod
-    def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
-        small = super().specimen(kind, depth, width)
-        return small and {"rule.T": depth, "network.blocks": depth, **small}
-
     def states(self, inputs: Tensor, generator: torch.Generator | None) -> Sequence[Tensor]:
         """z_0 to z_T, each (N, d)."""
         path = [self.start(inputs, generator)]
-        for t, block in enumerate(self.network.blocks.values(), start=1):
-            path.append(self.mix(path[-1], self.estimate(cast(DenoisingBlock, block)(inputs, path[-1])), t))
+        for t, block in self.denoisers():
+            path.append(self.mix(path[-1], self.estimate(block(inputs, path[-1])), t))
         return path
 
     def objective(self, batch: Batch, step: Step) -> Tensor:
         with ExitStack() as masks:
-            for name, block in self.network.blocks.items():
-                masks.enter_context(cast(DenoisingBlock, block).masks(step.generator_for, name))
+            for t, block in self.denoisers():
+                masks.enter_context(block.masks(step.generator_for, f"t{t}"))
             z = self.states(batch.inputs, step.generator_for("start"))[-1]
         return soft_cross_entropy(self.head(z, self.embed), self.rows(batch))
 

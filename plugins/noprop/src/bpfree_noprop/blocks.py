@@ -22,7 +22,7 @@ from bpfree.options import option
 from bpfree.tasks.task import TaskSpec
 from bpfree_noprop.dropout import KeyedDropout, masks_from
 
-__all__ = ["NETWORKS", "CNNConfig", "DenoisingBlock", "MLPConfig", "PaperConfig"]
+__all__ = ["NETWORKS", "CNNConfig", "DenoisingBlock", "LabelBlock", "MLPConfig", "PaperConfig"]
 
 
 @dataclass
@@ -59,8 +59,35 @@ class PaperConfig(DenoisingConfig):
     dropout: float = option(0.2, "dropout after each convolution", ge=0, lt=1)
 
 
-class DenoisingBlock(nn.Module):
-    """``logits = out(fuse([stem(x), label(z)]))``; what learns in the frozen twin is ``out`` alone.
+class LabelBlock(nn.Module):
+    """A block that sees an input and a noised label, and ends in a linear map, all that learns in its frozen twin.
+
+    Args:
+        state_dim: d.
+        parts: children by name, among them ``out``.
+    """
+
+    out: nn.Linear
+
+    def __init__(self, state_dim: int, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.state_dim = state_dim
+        self._dropouts = [module for module in self.modules() if isinstance(module, KeyedDropout)]
+
+    def masks(self, generator_for: Callable[[str], torch.Generator], name: str) -> AbstractContextManager[None]:
+        """Draw the block's dropout masks from the generator ``<name>/dropout`` inside, if it has any dropout."""
+        return masks_from(generator_for(f"{name}/dropout"), self._dropouts) if self._dropouts else nullcontext()
+
+    def freeze_body(self) -> None:
+        """Fix all but the last linear map."""
+        self.requires_grad_(False)
+        self.out.requires_grad_(True)
+
+
+class DenoisingBlock(LabelBlock):
+    """``logits = out(fuse([stem(x), label(z)]))``.
 
     Args:
         stem: (N, *input_shape) to (N, F).
@@ -71,10 +98,7 @@ class DenoisingBlock(nn.Module):
     """
 
     def __init__(self, stem: nn.Module, label: nn.Module, fuse: nn.Module, out: nn.Linear, state_dim: int) -> None:
-        super().__init__()
-        self.stem, self.label, self.fuse, self.out = stem, label, fuse, out
-        self.state_dim = state_dim
-        self._dropouts = [module for module in self.modules() if isinstance(module, KeyedDropout)]
+        super().__init__(state_dim, stem=stem, label=label, fuse=fuse, out=out)
 
     def features(self, x: Tensor) -> Tensor:
         """What the block makes of the input alone: (N, F)."""
@@ -86,15 +110,6 @@ class DenoisingBlock(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         return self.judge(self.features(x), z)
-
-    def masks(self, generator_for: Callable[[str], torch.Generator], name: str) -> AbstractContextManager[None]:
-        """Draw the block's dropout masks from the generator ``<name>/dropout`` inside, if it has any dropout."""
-        return masks_from(generator_for(f"{name}/dropout"), self._dropouts) if self._dropouts else nullcontext()
-
-    def freeze_body(self) -> None:
-        """Fix all but the last linear map."""
-        self.requires_grad_(False)
-        self.out.requires_grad_(True)
 
 
 class Residual(nn.Module):

@@ -14,29 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpfree.errors import UsageError
 from bpfree.network.network import Network
-from bpfree.options import OptimizerConfig, option
+from bpfree.options import option
 from bpfree.rule import Card, Metrics, Traits
 from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.tasks.task import TaskSpec
-from bpfree_noprop.base import PAPER, NoPropConfig, NoPropRule
+from bpfree_noprop.base import PAPER
 from bpfree_noprop.blocks import DenoisingBlock
+from bpfree_noprop.chain import ChainConfig, ChainRule
 from bpfree_noprop.heads import soft_cross_entropy
 from bpfree_noprop.schedule import NoiseSchedule, prior_divergence, signal_shares, standard_normal
 from bpfree_noprop.stacked import Execution, Stack
 
-__all__ = ["ChainConfig", "NoPropDT", "NoPropDTConfig", "check_blocks"]
-
-
-@dataclass
-class ChainConfig(NoPropConfig):
-    """Options of rules with T blocks."""
-
-    T: int = option(10, "number of blocks, which is the number of denoising steps", ge=1)
-    inference: Literal["deterministic", "sampled"] = option(
-        "deterministic", "the chain's mean path from z_0 = 0, or (the paper) with its noise"
-    )
+__all__ = ["NoPropDT", "NoPropDTConfig"]
 
 
 @dataclass
@@ -59,7 +49,7 @@ class NoPropDTConfig(ChainConfig):
     )
 
 
-class NoPropDT(NoPropRule):
+class NoPropDT(ChainRule):
     """Blocks share nothing but the class embedding and the head; neither activations nor gradients pass between them.
 
     The loss (Eq. 8, squared norm summed over d, batch mean) is ``E[-log p_out(y|z_T)] + KL(q(z_0|y) || N(0, I)) +
@@ -82,8 +72,6 @@ class NoPropDT(NoPropRule):
         "The paper's chain (inference=sampled, Eq. 3) draws a class from the blocks' beliefs where the mean path, our default, takes the "
         "likeliest: 0.6 to 0.7 points on digits and MNIST. The head starts as a nearest-embedding classifier.",
     )
-    optimizer = OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3)
-
     traits = Traits("independent", 0, 1, chain=False, readout=False, targets=("classes", "soft"))
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropDTConfig | None = None) -> None:
@@ -91,19 +79,11 @@ class NoPropDT(NoPropRule):
         self.schedule = NoiseSchedule(signal_shares(self.config.schedule, self.config.T, self.config.clip))
         self.execution = Execution(self.config.execution, [block for _, block in self.denoisers()])
 
-    def check_network(self, network: Network, d: int) -> None:
-        super().check_network(network, d)
-        check_blocks(network, self.config.T)
-
-    @classmethod
-    def network_options(cls, spec: TaskSpec, config: NoPropDTConfig) -> dict[str, Any]:
-        return super().network_options(spec, config) | {"blocks": config.T}
-
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
         small = super().specimen(kind, depth, width)
         # Certificates observe each block's own modules and parameters, which a stack of copies passes by.
-        return small and {"rule.T": depth, "rule.execution": "loop", "network.blocks": depth, **small}
+        return small and {"rule.execution": "loop", **small}
 
     def plan(self) -> str:
         return "" if self.config.updates == "sequential" else f"a step computes {self.execution}"
@@ -119,11 +99,6 @@ class NoPropDT(NoPropRule):
         for _ in itertools.count() if epochs is None else range(epochs):
             for name in names:
                 yield Phase(name, epochs=1, groups=(name, *shared), evaluate=name == names[-1])
-
-    def denoisers(self) -> Iterator[tuple[int, DenoisingBlock]]:
-        """``(t, block)`` for t = 1..T."""
-        for t, block in enumerate(self.network.blocks.values(), start=1):
-            yield t, cast(DenoisingBlock, block)
 
     def credit(self, batch: Batch, step: Step) -> Metrics:
         groups = step.phase.groups
@@ -205,17 +180,3 @@ class NoPropDT(NoPropRule):
             z = self.schedule.advance(z, self.estimate(block.judge(features, seen)), t, noise)
         mean = torch.stack(list(scores.values())).exp().mean(0).log()
         return {**scores, "mean": mean, other: self.head(z, self.embed)}
-
-
-def check_blocks(network: Network, T: int) -> None:
-    """Refuse a network that has not the blocks t1 to tT.
-
-    Raises:
-        UsageError: it has others.
-    """
-    if network.names != [f"t{t}" for t in range(1, T + 1)]:
-        raise UsageError(
-            f"the rule has T={T} blocks, the network {len(network.blocks)}",
-            where=f"blocks: {', '.join(network.names)}",
-            fix=f"set network.blocks={T}, or rule.T",
-        )
