@@ -14,7 +14,7 @@ from bpfree.options import option
 from bpfree.rule import Rule
 from bpfree.step import Batch
 from bpfree.tasks.task import Split, TaskSpec
-from bpfree_noprop.blocks import DenoisingBlock
+from bpfree_noprop.blocks import DenoisingBlock, LabelBlock
 from bpfree_noprop.embeddings import ClassEmbedding, prototypes, state_dim
 from bpfree_noprop.heads import SoftmaxHead, make_head
 from bpfree_noprop.schedule import standard_normal
@@ -47,7 +47,7 @@ class NoPropRule(Rule):
 
     config: Any
     own_network = True
-    network_kind: type[torch.nn.Module] = DenoisingBlock
+    network_kind: type[LabelBlock] = DenoisingBlock
     """The class of its blocks."""
     networks: tuple[str, str] = ("noprop-mlp", "noprop-cnn")
     """Networks that it takes unless told otherwise: of vectors and tiny images, and of images."""
@@ -72,7 +72,7 @@ class NoPropRule(Rule):
                 where=where,
                 fix=f"use network=auto or {self.networks[0]}",
             )
-        found = cast(DenoisingBlock, next(iter(network.blocks.values()))).state_dim
+        found = cast(LabelBlock, next(iter(network.blocks.values()))).state_dim
         if found != d:
             raise UsageError(
                 f"the rule's class embeddings have {d} dimensions, the network takes noised labels of {found}",
@@ -103,7 +103,7 @@ class NoPropRule(Rule):
     def freeze_features(self) -> None:
         """Each block's body stays as initialised; its last linear map, the head and the embedding learn."""
         for block in self.network.blocks.values():
-            cast(DenoisingBlock, block).freeze_body()
+            cast(LabelBlock, block).freeze_body()
 
     def prepare(self, data: Split, generator: torch.Generator) -> None:
         """Fill prototypes with the medoid image of each class, and let the head start from them."""
@@ -119,7 +119,7 @@ class NoPropRule(Rule):
 
     def estimate(self, logits: Tensor) -> Tensor:
         """``uhat`` (N, d): the embeddings weighted by the class probabilities of a block's logits (N, m)."""
-        return self.embed(logits.softmax(1))  # type: ignore[no-any-return]
+        return self.embed(logits.to(self.embed.weight.dtype).softmax(1))  # type: ignore[no-any-return]
 
     def start(self, inputs: Tensor, generator: torch.Generator | None) -> Tensor:
         """``z_0`` (N, d): a draw of N(0, I), or its mean 0 without a generator."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bpfree.errors import UsageError
 from bpfree.tasks.task import Split, TaskSpec
 
-__all__ = ["ClassEmbedding", "medoid", "prototypes", "state_dim"]
+__all__ = ["ClassEmbedding", "full_precision", "medoid", "prototypes", "state_dim"]
 
 ROWS_AT_ONCE = 512
 """Rows of a class's distance matrix that are held at a time."""
@@ -34,8 +34,15 @@ class ClassEmbedding(nn.Module):
             self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(classes, dim)))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Mixtures of the embeddings: (N, m) class weights to (N, d)."""
-        return rows if self.fixed else rows @ self.weight
+        """Mixtures of the embeddings: (N, m) class weights to (N, d); in full precision under autocast."""
+        rows = rows.to(self.weight.dtype)
+        with full_precision(rows.device):
+            return rows if self.fixed else rows @ self.weight
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """No autocast inside, where products are small, and what they make is compared to within the lowest noise levels."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def state_dim(spec: TaskSpec, kind: str, dim: int) -> int:

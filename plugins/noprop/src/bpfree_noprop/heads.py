@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bpfree_noprop.embeddings import ClassEmbedding
+from bpfree_noprop.embeddings import ClassEmbedding, full_precision
 
 __all__ = ["RadialHead", "SoftmaxHead", "make_head", "soft_cross_entropy"]
 
@@ -31,8 +31,9 @@ class SoftmaxHead(nn.Module):
         self.linear.bias.copy_(-lengths / (2 * lengths.mean()))
 
     def forward(self, z: Tensor, embed: ClassEmbedding) -> Tensor:
-        """Log-probabilities (N, m) of the state (N, d)."""
-        return self.linear(z).log_softmax(1)  # type: ignore[no-any-return]
+        """Log-probabilities (N, m) of the state (N, d); in full precision under autocast."""
+        with full_precision(z.device):
+            return self.linear(z).log_softmax(1)  # type: ignore[no-any-return]
 
 
 class RadialHead(SoftmaxHead):
@@ -46,10 +47,11 @@ class RadialHead(SoftmaxHead):
         self.sigma = sigma
 
     def forward(self, z: Tensor, embed: ClassEmbedding) -> Tensor:
-        """Log-probabilities (N, m) of the state (N, d)."""
-        guess: Tensor = embed(self.linear(z).softmax(1))
-        halved = guess @ embed.weight.T - embed.weight.pow(2).sum(1) / 2  # -|guess - u|^2 / 2, without what all classes share
-        return (halved / self.sigma**2).log_softmax(1)
+        """Log-probabilities (N, m) of the state (N, d); in full precision under autocast."""
+        with full_precision(z.device):
+            guess: Tensor = embed(self.linear(z).softmax(1))
+            halved = guess @ embed.weight.T - embed.weight.pow(2).sum(1) / 2  # -|guess - u|^2 / 2, without what all classes share
+            return (halved / self.sigma**2).log_softmax(1)
 
 
 def make_head(kind: str, embed: ClassEmbedding, sigma: float) -> SoftmaxHead:
