@@ -56,7 +56,7 @@ def ct_by_hand(rule: NoPropCT, batch: Batch, step: Step) -> Tensor:
     t = torch.rand(16, generator=step.generator_for("time"), dtype=u.dtype, device=u.device)
 
     def snr(times: Tensor) -> Tensor:
-        return torch.exp(-rule.noise(times))
+        return torch.exp(-rule.noise(times)[0])
 
     slope = (snr(t + 1e-6) - snr(t - 1e-6)) / 2e-6
     abar = (snr(t) / (1 + snr(t)))[:, None]
@@ -84,7 +84,7 @@ def test_ct_is_equation_9(embedding: str, make: Make, batch: Batch) -> None:
     # Oracle: the equation written out with the same draws, SNR' by differences; gradients by finite differences of it are autograd's.
     rule = make("ct", embedding=embedding, eta=0.7).double()
     batch = doubled(batch)
-    loss, parts = rule.losses(batch, new_step(rule, seed=3))
+    loss, parts = rule.objective(batch, new_step(rule, seed=3)), rule.losses(batch, new_step(rule, seed=3))
     torch.testing.assert_close(loss, ct_by_hand(rule, batch, new_step(rule, seed=3)), rtol=1e-6, atol=1e-7)
     assert list(parts) == ["block/loss", "head/loss", "noise/loss"]
     metrics = rule.credit(batch, new_step(rule, seed=3))
@@ -99,7 +99,7 @@ def test_ct_is_equation_9(embedding: str, make: Make, batch: Batch) -> None:
 def test_fm_is_equation_12_with_its_anchor(embedding: str, spread: float, make: Make, batch: Batch) -> None:
     # Oracle: the equations written out with the same draws; the anchor only where the embedding is learned.
     rule = make("fm", embedding=embedding, spread=spread)
-    loss, parts = rule.losses(batch, new_step(rule, seed=3))
+    loss, parts = rule.objective(batch, new_step(rule, seed=3)), rule.losses(batch, new_step(rule, seed=3))
     step = new_step(rule, seed=3)
     u = rule.embed.weight[batch.targets]
     t = torch.rand(16, generator=step.generator_for("time"), device=u.device)[:, None]
@@ -153,7 +153,7 @@ def test_adjoint_gradients_are_those_of_back_propagation_in_the_limit(make: Make
         ends = start.new_tensor([0.0, 1.0])
 
         def field(t: Tensor, z: Tensor, rule: Any = rule, features: Tensor = features) -> Tensor:
-            return rule.block.judge(features, z, t).softmax(1) @ rule.embed.weight - z
+            return rule.block.judge(features, z, rule.block.moments(t.reshape(1))).softmax(1) @ rule.embed.weight - z
 
         z = odeint(field, start, ends, method="euler", options={"step_size": 1 / steps})[-1]
         loss = F.cross_entropy(rule.head.linear(z), data.targets)
@@ -181,6 +181,29 @@ def test_every_rule_learns_with_every_embedding(name: str, embedding: str, make:
     assert bool(torch.isfinite(scores).all())
 
 
+@pytest.mark.parametrize("name", ["ct", "fm"])
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+def test_states_and_times_are_exact_under_autocast(name: str, embedding: str, make: Make, batch: Batch) -> None:
+    # Oracle: bit by bit what the block sees without autocast; scores in full precision.
+    rule, seen = make(name, embedding=embedding), []
+    rule.block.register_forward_pre_hook(lambda block, args: seen.extend(args[1:]))
+    rule.losses(batch, new_step(rule, seed=3))
+    with torch.autocast(batch.inputs.device.type, torch.bfloat16):
+        rule.losses(batch, new_step(rule, seed=3))
+        with torch.no_grad():
+            assert rule.predict(batch.inputs, torch.Generator(batch.inputs.device)).dtype is torch.float32
+    assert len(seen) == 4
+    assert all(torch.equal(a, b) for a, b in zip(seen[:2], seen[2:], strict=True))
+
+
+def test_the_learned_embedding_gets_a_gradient_from_every_term(make: Make, batch: Batch) -> None:
+    # Oracle: each term alone.
+    for name in ("ct", "fm"):
+        rule = make(name, embedding="learned")
+        for loss in rule.losses(batch, new_step(rule, seed=3)).values():
+            assert torch.autograd.grad(loss, rule.embed.weight, retain_graph=True)[0].abs().sum() > 0
+
+
 # --- inference ------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +229,27 @@ def test_features_once_per_image_and_few_steps_after_epochs(name: str, make: Mak
             rule.predict(batch.inputs, generator)
     assert calls == {"stem": 2, "label": 34}
     assert rule.final
+
+
+def test_the_adjoint_takes_as_many_steps_as_it_is_told(make: Make, batch: Batch) -> None:
+    # Oracle: counted calls, for numbers whose reciprocal is rounded so that a grid of steps of that size has one more.
+    rule, calls = make("adjoint", steps=61, training_steps=115), []
+    rule.block.label.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        rule.predict(batch.inputs, torch.Generator(batch.inputs.device))
+    assert len(calls) == 61
+    rule.credit(batch, new_step(rule))
+    assert len(calls) == 61 + 115 + 115
+
+
+def test_alternatives_share_the_features(make: Make, batch: Batch) -> None:
+    # Oracle: counted calls.
+    for name in ("ct", "fm"):
+        rule, calls = make(name).eval(), []
+        rule.block.stem.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.no_grad():
+            rule.alternatives(batch.inputs, torch.Generator(batch.inputs.device))
+        assert len(calls) == 1
 
 
 def test_heun_takes_two_estimates_a_step(make: Make, batch: Batch) -> None:

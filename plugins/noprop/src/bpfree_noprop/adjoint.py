@@ -45,7 +45,7 @@ class Velocity(nn.Module):
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         (rule,) = self._rule
-        return rule.estimate(rule.block.judge(self._features, z, t)) - z
+        return rule.estimate(rule.block.judge(self._features, z, rule.block.moments(t.reshape(1)))) - z
 
 
 class NoPropAdjoint(TimedRule):
@@ -90,20 +90,20 @@ class NoPropAdjoint(TimedRule):
 
     def credit(self, batch: Batch, step: Step) -> Metrics:
         features = self.features_of(batch, step)
-        # A leaf: the adjoint equation differentiates at each of its steps, and must not go on into the stem there.
-        leaf = features.detach().requires_grad_(features.requires_grad)
-        parameters = [p for p in (*self.block.parameters(), *self.embed.parameters(), leaf) if p.requires_grad]
         start = self.noise_for(batch, step)
+        # A leaf: the adjoint equation differentiates at each of its steps, and must not go on into the stem there; sums go over all steps.
+        leaf = features.detach().to(start.dtype).requires_grad_(features.requires_grad)
+        parameters = [p for p in (*self.block.parameters(), *self.embed.parameters(), leaf) if p.requires_grad]
         z = self.solve("odeint_adjoint", leaf, start, self.config.training_steps, adjoint_params=tuple(parameters))
         loss = self.loss(z, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         if leaf.grad is not None:
-            features.backward(leaf.grad)  # type: ignore[no-untyped-call]
+            features.backward(leaf.grad.to(features.dtype))  # type: ignore[no-untyped-call]
         return {"loss": loss.detach()}
 
     def features_of(self, batch: Batch, step: Step) -> Tensor:
         """(N, F) with one dropout mask for the whole path."""
-        with self.block.masks(step.generator_for("block/dropout")):
+        with self.block.masks(step.generator_for, "block"):
             return self.block.features(batch.inputs)
 
     def noise_for(self, batch: Batch, step: Step) -> Tensor:
@@ -116,9 +116,11 @@ class NoPropAdjoint(TimedRule):
 
     def solve(self, name: str, features: Tensor, start: Tensor, steps: int, **options: Any) -> Tensor:
         """z(1) (N, d) from z(0) by a function of torchdiffeq."""
-        ends = torch.tensor([0.0, 1.0], dtype=start.dtype, device=start.device)
+        shares = torch.linspace(0, 1, steps + 1, dtype=start.dtype, device=start.device)
+        ends = torch.linspace(0, 1, 2, dtype=start.dtype, device=start.device)
         integrate = getattr(import_torchdiffeq(), name)
-        path = integrate(Velocity(self, features), start, ends, method=self.config.solver, options={"step_size": 1 / steps}, **options)
+        grid = {"grid_constructor": lambda f, y, t: torch.lerp(t[0], t[-1], shares)}  # its own, of a step's size, has one too many for some
+        path = integrate(Velocity(self, features), start, ends, method=self.config.solver, options=grid, **options)
         return path[-1]  # type: ignore[no-any-return]
 
     def predict(self, inputs: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from bpfree.network.network import Network
-from bpfree.options import OptimizerConfig, option
-from bpfree.rule import Card, Metrics, Traits
+from bpfree.options import option
+from bpfree.rule import Card, Metrics
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import TaskSpec
 from bpfree_noprop.base import PAPER
 from bpfree_noprop.heads import soft_cross_entropy
-from bpfree_noprop.noise import LearnedSchedule, denoise
-from bpfree_noprop.schedule import prior_divergence, standard_normal
-from bpfree_noprop.timed_rules import TimedConfig, TimedRule
+from bpfree_noprop.noise import LearnedSchedule, denoise, noised
+from bpfree_noprop.schedule import prior_divergence
+from bpfree_noprop.timed_rules import Field, MatchingRule, TimedConfig
 
 __all__ = ["NoPropCT", "NoPropCTConfig"]
 
@@ -40,7 +40,7 @@ class NoPropCTConfig(TimedConfig):
     )
 
 
-class NoPropCT(TimedRule):
+class NoPropCT(MatchingRule):
     """The limit of many blocks that share their weights.
 
     The loss (Eq. 9, squared norm summed over d, batch mean, one time per example) is ``E[-log p_out(y|z_1)] + KL(q(z_0|y) || N(0, I)) +
@@ -49,70 +49,51 @@ class NoPropCT(TimedRule):
 
     Config = NoPropCTConfig
     config: NoPropCTConfig
+    kinds = ("deterministic", "flow", "sampled")
     card = Card(
         "NoProp, continuous time: one block learns to denoise at all noise levels, whose schedule is learned",
         paper=PAPER,
         equation="z_t ~ N(sqrt(abar(t)) u_y, 1 - abar(t)), abar = sigmoid(-gamma(t));  "
         "L = CE(head(z_1), y) + KL + eta/2 SNR'(t) |softmax(f(x, z_t, t)) W - u_y|^2, t ~ U[0, 1];  "
         "inference: 1000 steps from z_0 ~ N(0, I)",
-        notes="There is one block, in which the gradient is ordinary back-propagation: locality is in time, not in depth. SNR' comes from "
-        "autograd through the schedule, and the derivative is learned too. The paper states neither the start of gamma (ours: 5 to -3) nor "
+        notes="There is one block, in which the gradient is ordinary back-propagation: locality is in time, not in depth. SNR' is the "
+        "schedule's derivative in closed form, and is learned too. The paper states neither the start of gamma (ours: 5 to -3) nor "
         "the frequencies of the time's embedding. Its inference is the diffusion with its noise (inference=sampled). Predictions after "
         "epochs, and the forward pass that budgets are counted in, take validation_steps; the final predictions the paper's 1000.",
     )
-    optimizer = OptimizerConfig("adam", lr=1e-3, weight_decay=1e-3)
-    traits = Traits("independent", 0, 1, chain=False, readout=False, targets=("classes", "soft"))
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropCTConfig | None = None) -> None:
         super().__init__(network, spec, config)
         self.noise = LearnedSchedule(self.config.gamma_0, self.config.gamma_1)
 
-    def credit(self, batch: Batch, step: Step) -> Metrics:
-        loss, parts = self.losses(batch, step)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return {name: value.detach() for name, value in {"loss": loss, **parts}.items()}
-
-    def objective(self, batch: Batch, step: Step) -> Tensor:
-        return self.losses(batch, step)[0]
-
-    def losses(self, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 9 with one draw of time and noise per example, and its terms."""
-        rows = self.spec.target_rows(batch, self.embed.weight.dtype)
+    def losses(self, batch: Batch, step: Step) -> Metrics:
+        """Eq. 9 with one draw of time and noise per example, term by term."""
+        rows = self.rows(batch)
         u = self.embed(rows)
-        t = torch.rand(len(u), generator=step.generator_for("time"), device=u.device, dtype=u.dtype)
-        gamma, slope = self.noise.with_slope(t)
-        abar = torch.sigmoid(-gamma)[:, None]
-        z = abar.sqrt() * u + (1 - abar).sqrt() * standard_normal(u, step.generator_for("block"))
+        t = self.times(u, step)
+        gamma, slope = self.noise(t)
+        z = noised(u, gamma[:, None], step.generator_for("block"))
         error = (self.estimate(self.logits(batch.inputs, z, t, step)) - u).pow(2).sum(1)
-        ends = torch.sigmoid(-self.noise(t.new_tensor([0.0, 1.0])))
-        last = ends[1].sqrt() * u + (1 - ends[1]).sqrt() * standard_normal(u, step.generator_for("head"))
-        parts = {
+        first, last = self.noise.at_ends()
+        end = noised(u, last, step.generator_for("head"))
+        return {
             "block/loss": self.config.eta / 2 * (-slope * torch.exp(-gamma) * error).mean(),
-            "head/loss": soft_cross_entropy(self.head(last, self.embed), rows),
-            "noise/loss": prior_divergence(u, ends[0]),
+            "head/loss": soft_cross_entropy(self.head(end, self.embed), rows),
+            "noise/loss": prior_divergence(u, torch.sigmoid(-first)),
         }
-        return torch.stack(list(parts.values())).sum(), parts
 
-    def predict(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Log-probabilities (N, m) of the head at t = 1."""
-        return self.reach(inputs, generator, self.config.inference)
-
-    def reach(self, inputs: Tensor, generator: torch.Generator, inference: str) -> Tensor:
-        """The same for one of the kinds of inference."""
-        judge = self.judged(inputs)
+    def reach(self, start: Tensor, judge: Field, generator: torch.Generator, inference: str) -> Tensor:
+        """Log-probabilities of the head at t = 1."""
         z = denoise(
-            self.start(inputs, None if inference == "deterministic" else generator),
+            start,
             self.noise,
-            lambda z, t: self.estimate(judge(z, t)),
+            lambda z, index: self.estimate(judge(z, index)),
             steps=self.steps,
             stepper=self.config.stepper,
             generator=generator if inference == "sampled" else None,
         )
         return self.head(z, self.embed)  # type: ignore[no-any-return]
 
-    def alternatives(self, inputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """The block alone on pure noise at t = 0, and the other kinds of inference with the steps of a validation."""
-        kinds = [kind for kind in ("deterministic", "flow", "sampled") if kind != self.config.inference]
-        with self.in_passing():
-            alone = self.judged(inputs)(self.start(inputs, generator), inputs.new_zeros(()))
-            return {"one_step": alone.log_softmax(1)} | {kind: self.reach(inputs, generator, kind) for kind in kinds}
+    def leap(self, start: Tensor, logits: Tensor) -> Tensor:
+        """Log-probabilities of the block alone."""
+        return logits.log_softmax(1)

@@ -6,18 +6,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bpfree.errors import UsageError
 from bpfree_noprop.schedule import standard_normal
 
-__all__ = ["Estimate", "LearnedSchedule", "denoise"]
+__all__ = ["Estimate", "LearnedSchedule", "denoise", "noised"]
 
-Estimate = Callable[[Tensor, Tensor], Tensor]
-"""``uhat`` (N, d) of a state (N, d) at a time ()."""
+Estimate = Callable[[Tensor, int], Tensor]
+"""``uhat`` (N, d) of a state (N, d) at a point of the grid of times."""
 
 HIDDEN = 64
 SLOPE = 10.0
@@ -33,34 +36,52 @@ class LearnedSchedule(nn.Module):
 
     Args:
         gamma_0, gamma_1: at the start.
+
+    Raises:
+        UsageError: gamma_1 is not above gamma_0.
     """
+
+    ends: Tensor
 
     def __init__(self, gamma_0: float, gamma_1: float) -> None:
         super().__init__()
+        if not gamma_1 > gamma_0:
+            raise UsageError(
+                f"the noise must fall with t, from gamma_1 = {gamma_1:g} to gamma_0 = {gamma_0:g}",
+                where="rule.gamma_0, rule.gamma_1",
+                fix="choose gamma_1 above gamma_0",
+            )
         self.gamma_0 = nn.Parameter(torch.tensor(gamma_0))
         self.raw_distance = nn.Parameter(inverse_softplus(torch.tensor(gamma_1 - gamma_0)))
         self.raw_in = nn.Parameter(inverse_softplus(torch.full((HIDDEN,), SLOPE)))
         self.bias = nn.Parameter(-SLOPE * (torch.arange(HIDDEN) + 0.5) / HIDDEN)
         self.raw_out = nn.Parameter(inverse_softplus(torch.full((HIDDEN,), 1.0)))
+        self.register_buffer("ends", torch.tensor([0.0, 1.0]), persistent=False)
 
-    def _growing(self, t: Tensor) -> Tensor:
-        hidden = torch.sigmoid(t[..., None] * F.softplus(self.raw_in) + self.bias)
-        return hidden @ F.softplus(self.raw_out)  # type: ignore[no-any-return]
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``gamma(t)`` and its derivative, each (K,), for times (K,) in [0, 1]; in the times' precision, under autocast too."""
+        steepness, weight = F.softplus(self.raw_in), F.softplus(self.raw_out)
+        hidden = torch.sigmoid(torch.cat([t, self.ends.to(t.dtype)])[:, None] * steepness + self.bias)
+        grown = (hidden * weight).sum(1)  # a product of matrices would be rounded by autocast
+        scale = F.softplus(self.raw_distance) / (grown[-1] - grown[-2])
+        inner = hidden[:-2]
+        rising = (inner * (1 - inner) * (steepness * weight)).sum(1)
+        return self.gamma_0 + scale * (grown[-1] - grown[:-2]), -scale * rising
 
-    def forward(self, t: Tensor) -> Tensor:
-        """``gamma(t)`` for times in [0, 1], of their shape."""
-        first, last = self._growing(t.new_zeros(())), self._growing(t.new_ones(()))
-        share = (self._growing(t) - first) / (last - first)
-        return self.gamma_0 + F.softplus(self.raw_distance) * (1 - share)  # type: ignore[no-any-return]
+    def at_ends(self) -> tuple[Tensor, Tensor]:
+        """``gamma(0)`` and ``gamma(1)``, where g has no part."""
+        return self.gamma_0 + F.softplus(self.raw_distance), self.gamma_0
 
-    def with_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``gamma(t)`` and ``gamma'(t)``, by autograd; both differentiable with respect to the parameters where gradients are on."""
-        differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
-            t = t.detach().requires_grad_()
-            gamma = self(t)
-            (slope,) = torch.autograd.grad(gamma.sum(), t, create_graph=differentiable)
-        return (gamma, slope) if differentiable else (gamma.detach(), slope.detach())
+
+def shares(gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """``sqrt(abar)`` and ``sqrt(1 - abar)``, whose gradients are finite at any gamma."""
+    return torch.exp(F.logsigmoid(-gamma) / 2), torch.exp(F.logsigmoid(gamma) / 2)
+
+
+def noised(u: Tensor, gamma: Tensor, generator: torch.Generator) -> Tensor:
+    """A draw of ``z_t ~ q(z_t|y)`` for embeddings ``u`` (N, d): Eq. 6 at ``gamma(t)``, (N, 1) or ()."""
+    signal, noise = shares(gamma)
+    return signal * u + noise * standard_normal(u, generator)
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
@@ -87,31 +108,41 @@ def denoise(
             change within a step: Eq. 3 itself, or its deterministic sibling.
         generator: of the noise.
     """
-    times = torch.linspace(0, 1, steps + 1, device=z.device, dtype=z.dtype)
-    gammas, slopes = schedule.with_slope(times)
+    with torch.no_grad():
+        gammas, slopes = schedule(torch.linspace(0, 1, steps + 1, device=z.device, dtype=torch.float64))
+        gammas = gammas.cummin(0).values  # a flat stretch may rise by a rounding error
     # as numbers, so that a step costs no operations on scalars
-    grid = list(zip(times.unbind(), torch.sigmoid(-gammas.double()).tolist(), slopes.tolist(), strict=True))
+    numbers = (F.logsigmoid(-gammas).tolist(), torch.sigmoid(gammas).tolist(), slopes.tolist())
+    grid = [Moment(*values) for values in zip(range(steps + 1), *numbers, strict=True)]
     advance = {"exact": exact_step, "euler": euler_step, "heun": heun_step}[stepper]
     for now, then in itertools.pairwise(grid):
         z = advance(z, estimate, now, then, 1 / steps, generator)
     return z
 
 
-Moment = tuple[Tensor, float, float]
-"""A time, and there ``abar`` and ``gamma'``."""
+class Moment(NamedTuple):
+    """A point of the grid: its index, and there ``log abar``, ``1 - abar`` and ``gamma'``, none of which is lost near the ends."""
+
+    index: int
+    log_signal: float
+    noise: float
+    slope: float
+
+    @property
+    def signal(self) -> float:
+        """``abar``."""
+        return math.exp(self.log_signal)
 
 
 def drift(z: Tensor, estimate: Estimate, at: Moment, *, noisy: bool) -> Tensor:
     """dz/dt without its noise."""
-    t, abar, slope = at
-    pull, decay = (-slope, (1 + abar) / 2) if noisy else (-slope / 2, abar)
-    return pull * (abar**0.5 * estimate(z, t) - decay * z)
+    pull, decay = (-at.slope, (1 + at.signal) / 2) if noisy else (-at.slope / 2, at.signal)
+    return pull * (at.signal**0.5 * estimate(z, at.index) - decay * z)
 
 
 def disturbed(z: Tensor, at: Moment, h: float, generator: torch.Generator | None) -> Tensor | float:
     """The noise of a step of length h."""
-    _, abar, slope = at
-    return 0.0 if generator is None else (-slope * (1 - abar) * h) ** 0.5 * standard_normal(z, generator)
+    return 0.0 if generator is None else (-at.slope * at.noise * h) ** 0.5 * standard_normal(z, generator)
 
 
 def euler_step(z: Tensor, estimate: Estimate, now: Moment, then: Moment, h: float, generator: torch.Generator | None) -> Tensor:
@@ -129,11 +160,10 @@ def heun_step(z: Tensor, estimate: Estimate, now: Moment, then: Moment, h: float
 
 def exact_step(z: Tensor, estimate: Estimate, now: Moment, then: Moment, h: float, generator: torch.Generator | None) -> Tensor:
     """Eq. 3 between two times; without noise, the ellipse that keeps ``z - sqrt(abar) uhat`` in its direction."""
-    before, after = now[1], then[1]
-    uhat = estimate(z, now[0])
+    uhat, left = estimate(z, now.index), then.noise / now.noise
     if generator is None:
-        ratio = ((1 - after) / (1 - before)) ** 0.5
-        return (after**0.5 - ratio * before**0.5) * uhat + ratio * z
-    alpha, left = before / after, 1 - before
-    a, b = after**0.5 * (1 - alpha) / left, alpha**0.5 * (1 - after) / left
-    return a * uhat + b * z + ((1 - after) * (1 - alpha) / left) ** 0.5 * standard_normal(z, generator)
+        return (then.signal**0.5 - (left * now.signal) ** 0.5) * uhat + left**0.5 * z
+    log_alpha = now.log_signal - then.log_signal
+    lost = -math.expm1(log_alpha)  # 1 - alpha
+    a, b = then.signal**0.5 * lost / now.noise, math.exp(log_alpha / 2) * left
+    return a * uhat + b * z + (left * lost) ** 0.5 * standard_normal(z, generator)

@@ -1,7 +1,7 @@
 """Time-conditioned denoising blocks: one block for all times, which is told the time beside the input and the state.
 
-Its first joint layer is linear, so the part that depends on the input alone (``features``) is computed once per image, and the
-part that depends on the time alone once per step: the layer on the concatenated paths is the sum of one on each.
+Its first joint layer is linear, so what depends on the input alone (``features``) is computed once per image, and what depends on the
+time alone (``moments``) once for all images and steps: the layer on the concatenated paths is the sum of one on each.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,8 +19,8 @@ from bpfree.network.builders import NetworkBuilder
 from bpfree.network.network import Network
 from bpfree.options import option
 from bpfree.tasks.task import TaskSpec
-from bpfree_noprop.blocks import check_sizes, label_stem
-from bpfree_noprop.dropout import KeyedDropout, masks_from
+from bpfree_noprop.blocks import LabelBlock, check_sizes, label_stem
+from bpfree_noprop.dropout import KeyedDropout
 
 __all__ = ["NETWORKS", "TimeEmbedding", "TimedBlock"]
 
@@ -79,8 +78,8 @@ class TimeEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-class TimedBlock(nn.Module):
-    """``logits = out(fuse(join(stem(x), label(z), time(t))))``; what learns in the frozen twin is ``out`` alone.
+class TimedBlock(LabelBlock):
+    """``logits = out(fuse(join(stem(x), label(z), time(t))))``.
 
     Args:
         stem: (N, *input_shape) to (N, F).
@@ -96,37 +95,28 @@ class TimedBlock(nn.Module):
     def __init__(
         self, stem: nn.Module, label: nn.Module, time: nn.Module, width: int, joined: int, fuse: nn.Module, out: nn.Linear, state_dim: int
     ) -> None:
-        super().__init__()
         whole = nn.Linear(3 * width, joined)
-        self.stem, self.label, self.time = stem, label, time
-        self.join = nn.ModuleDict({name: nn.Linear(width, joined, bias=name == "stem") for name in ("stem", "label", "time")})
+        join = {name: nn.Linear(width, joined, bias=name == "stem") for name in ("stem", "label", "time")}
         with torch.no_grad():  # as the whole layer would begin
-            for part, weight in zip(self.join.values(), whole.weight.split(width, dim=1), strict=True):
+            for part, weight in zip(join.values(), whole.weight.split(width, dim=1), strict=True):
                 part.weight.copy_(weight)
-            self.join["stem"].bias.copy_(whole.bias)
-        self.fuse, self.out, self.state_dim = fuse, out, state_dim
-        self._dropouts = [module for module in self.modules() if isinstance(module, KeyedDropout)]
+            join["stem"].bias.copy_(whole.bias)
+        super().__init__(state_dim, stem=stem, label=label, time=time, join=nn.ModuleDict(join), fuse=fuse, out=out)
 
     def features(self, x: Tensor) -> Tensor:
         """What the block makes of the input alone: (N, J)."""
         return self.join["stem"](self.stem(x))  # type: ignore[no-any-return]
 
-    def judge(self, features: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """Logits (N, m) of input features (N, J) and a state (N, d) at times (N,), or at one time for all, ()."""
-        joined = features + self.join["label"](self.label(z)) + self.join["time"](self.time(t.reshape(-1)))
-        return self.out(self.fuse(joined))  # type: ignore[no-any-return]
+    def moments(self, t: Tensor) -> Tensor:
+        """What the block makes of times (K,) alone: (K, J)."""
+        return self.join["time"](self.time(t))  # type: ignore[no-any-return]
+
+    def judge(self, features: Tensor, z: Tensor, moments: Tensor) -> Tensor:
+        """Logits (N, m) of input features (N, J) and a state (N, d) at moments (N, J), or at one for all, (J,) or (1, J)."""
+        return self.out(self.fuse(features + self.join["label"](self.label(z)) + moments))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return self.judge(self.features(x), z, t)
-
-    def masks(self, generator: torch.Generator) -> AbstractContextManager[None]:
-        """Draw the block's dropout masks from a generator inside."""
-        return masks_from(generator, self._dropouts)
-
-    def freeze_body(self) -> None:
-        """Fix all but the last linear map."""
-        self.requires_grad_(False)
-        self.out.requires_grad_(True)
+        return self.judge(self.features(x), z, self.moments(t))
 
 
 def plain(inputs: int, outputs: int) -> list[nn.Module]:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
-from bpfree.options import option
-from bpfree.step import Step
+from bpfree.options import OptimizerConfig, option
+from bpfree.rule import Metrics, Traits
+from bpfree.step import Batch, Step
 from bpfree_noprop.base import NoPropConfig, NoPropRule
 from bpfree_noprop.timed import TimedBlock
 
-__all__ = ["TimedConfig", "TimedRule", "follow"]
+__all__ = ["MatchingRule", "TimedConfig", "TimedRule", "follow"]
 
-Field = Callable[[Tensor, Tensor], Tensor]
-"""(N, d) of a state (N, d) and a time ()."""
+Field = Callable[[Tensor, int], Tensor]
+"""(N, d) or (N, m) of a state (N, d) at a point of a grid of times."""
 
 
 @dataclass
@@ -45,22 +46,77 @@ class TimedRule(NoPropRule):
         """Of a prediction made now."""
         return int(self.config.steps if self.final else self.config.validation_steps)
 
+
+class MatchingRule(TimedRule):
+    """A rule that learns from one draw of time and noise per example, so without taking a step of its predictions.
+
+    Its configuration has ``inference``, one of ``kinds``; of these ``deterministic`` starts from 0, the others from noise.
+    """
+
+    optimizer = OptimizerConfig("adam", lr=1e-3, weight_decay=1e-3)
+    traits = Traits("independent", 0, 1, chain=False, readout=False, targets=("classes", "soft"))
+    kinds: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def losses(self, batch: Batch, step: Step) -> Metrics:
+        """The terms of the loss, by name."""
+
+    @abstractmethod
+    def reach(self, start: Tensor, judge: Field, generator: torch.Generator, inference: str) -> Tensor:
+        """Scores (N, m) of one of the kinds of inference from z_0 (N, d), for logits (N, m) at each point of the grid."""
+
+    @abstractmethod
+    def leap(self, start: Tensor, logits: Tensor) -> Tensor:
+        """Scores (N, m) of a single step from z_0 (N, d), of which the block's logits (N, m) are given."""
+
+    def credit(self, batch: Batch, step: Step) -> Metrics:
+        losses = self.losses(batch, step)
+        total = torch.stack(list(losses.values())).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return {name: value.detach() for name, value in {"loss": total, **losses}.items()}
+
+    def objective(self, batch: Batch, step: Step) -> Tensor:
+        return torch.stack(list(self.losses(batch, step).values())).sum()
+
+    def times(self, u: Tensor, step: Step) -> Tensor:
+        """t ~ U[0, 1] (N,) for the examples' embeddings ``u`` (N, d)."""
+        return torch.rand(len(u), generator=step.generator_for("time"), device=u.device, dtype=u.dtype)
+
     def logits(self, inputs: Tensor, z: Tensor, t: Tensor, step: Step) -> Tensor:
-        """The block's logits (N, m) in training, at a time (N,) for each example."""
-        with self.block.masks(step.generator_for("block/dropout")):
+        """The block's (N, m) in training, at a time (N,) for each example."""
+        with self.block.masks(step.generator_for, "block"):
             return self.block(inputs, z, t)  # type: ignore[no-any-return]
 
     def judged(self, inputs: Tensor) -> Field:
-        """The block's logits (N, m) as a function of state and time; the inputs' features are computed now, once."""
+        """The block's logits (N, m) as a function of state and point of the grid; what depends on inputs or times alone is computed now."""
         features = self.block.features(inputs)
-        return lambda z, t: self.block.judge(features, z, t)
+        times = torch.linspace(0, 1, self.steps + 1, device=features.device, dtype=self.embed.weight.dtype)
+        moments = self.block.moments(times).unbind()
+        return lambda z, index: self.block.judge(features, z, moments[index]).to(z.dtype)
+
+    def predict(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Scores (N, m) at t = 1."""
+        return self.arrive(inputs, self.judged(inputs), generator, self.config.inference)
+
+    def arrive(self, inputs: Tensor, judge: Field, generator: torch.Generator, inference: str) -> Tensor:
+        """The same for one of the kinds of inference."""
+        return self.reach(self.start(inputs, None if inference == "deterministic" else generator), judge, generator, inference)
+
+    def alternatives(self, inputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """A single step from pure noise, and the other kinds of inference with the steps of a validation."""
+        with self.in_passing():
+            judge, start = self.judged(inputs), self.start(inputs, generator)
+            others = [kind for kind in self.kinds if kind != self.config.inference]
+            return {"one_step": self.leap(start, judge(start, 0))} | {kind: self.arrive(inputs, judge, generator, kind) for kind in others}
 
 
 def follow(z: Tensor, field: Field, *, steps: int, stepper: Literal["euler", "heun"]) -> Tensor:
-    """The state at t = 1 of ``dz/dt = field(z, t)`` from ``z`` (N, d) at 0, in equal steps: Euler's, or Heun's of second order."""
+    """The state at t = 1 of ``dz/dt = field(z, t)`` from ``z`` (N, d) at 0, in equal steps: Euler's, or Heun's of second order.
+
+    ``field`` is asked at the points 0 to ``steps`` of the grid of times.
+    """
     h = 1 / steps
-    times = torch.linspace(0, 1, steps + 1, device=z.device, dtype=z.dtype).unbind()
-    for now, then in itertools.pairwise(times):
+    for now in range(steps):
         first = field(z, now)
-        z = z + h * first if stepper == "euler" else z + h / 2 * (first + field(z + h * first, then))
+        z = torch.add(z, first, alpha=h) if stepper == "euler" else z + h / 2 * (first + field(z + h * first, now + 1))
     return z
