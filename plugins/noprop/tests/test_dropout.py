@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from bpfree_noprop.backprop import NoPropBackprop
 from bpfree_noprop.blocks import NETWORKS, DenoisingBlock
 from bpfree_noprop.dropout import KeyedDropout, masks_from
 from bpfree_noprop.dt import NoPropDT
@@ -128,6 +129,18 @@ def test_a_steps_masks_depend_on_the_block_and_the_step_alone(make_rule: MakeRul
         rule.network.blocks[f"t{t}"].stem[3].register_forward_hook(lambda module, inputs, output: seen.append(output == 0))
     losses(rule, (1, 2))
     assert not torch.equal(*seen)
+
+
+def test_a_chains_masks_are_keyed_too(device: torch.device) -> None:
+    # Oracle: the loss of back-propagation through two blocks bit by bit, whatever the global generator does.
+    builder = NETWORKS["noprop-paper"]
+    rule = NoPropBackprop(builder.build(IMAGES, builder.Config(blocks=2)), IMAGES, NoPropBackprop.Config(T=2)).to(device)
+    batch = Batch(torch.randn(6, 1, 8, 8, device=device), (torch.arange(6) % 4).to(device))
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        losses.append(rule.objective(batch, new_step(rule, seed=3)))
+    assert torch.equal(*losses)
 
 
 def test_masks_in_a_compiled_block(device: torch.device) -> None:

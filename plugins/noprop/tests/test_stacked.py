@@ -179,12 +179,15 @@ def test_what_makes_a_step_a_loop(make_rule: MakeRule, batch: Batch, stackings: 
     rule = make_rule(execution="stacked")
     rule.network.blocks["t2"].fuse[0].weight.register_hook(lambda gradient: called.append("parameter"))
     credited(rule)
-    assert called == ["module", "parameter"]
+    rule = make_rule(execution="stacked")
+    rule.network.blocks["t2"].fuse[0].weight.register_post_accumulate_grad_hook(lambda parameter: called.append("accumulated"))
+    credited(rule)
+    assert called == ["module", "parameter", "accumulated"]
     rule = make_rule(execution="stacked")
     rule.network.blocks["t2"].eval()
     credited(rule)
     assert not stackings
-    assert len(caplog.records) == 6
+    assert len(caplog.records) == 7
 
 
 def test_automatic_choice(make_rule: MakeRule, batch: Batch, stackings: list[int], device: torch.device) -> None:

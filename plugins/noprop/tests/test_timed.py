@@ -72,6 +72,7 @@ def test_times_are_told_apart() -> None:
     torch.testing.assert_close(
         rows[500, :32], torch.tensor([math.sin(0.5 * f) for f in frequencies], dtype=torch.float64), rtol=1e-3, atol=1e-3
     )
+    torch.testing.assert_close(rows[:, :32].square() + rows[:, 32:].square(), torch.ones(1001, 32, dtype=torch.float64))
     distances = torch.cdist(rows, rows) + 10 * torch.eye(1001, dtype=torch.float64)
     assert float(distances.min()) > 0.3
 
