@@ -46,7 +46,9 @@ class Ranks:
         """For each process: what it returned, or the exception that it raised and its traceback."""
         answers = []
         for _, pipe in self._members[:size]:
-            assert pipe.poll(SECONDS), "a process does not answer"
+            if not pipe.poll(SECONDS):
+                self.close()  # or their late answers would be taken for those of the next test
+                raise AssertionError("a process does not answer")
             try:
                 answers.append(pipe.recv())
             except EOFError:

@@ -126,6 +126,7 @@ def test_independent_blocks_have_the_bits_of_one_process(ranks: Ranks, make: Any
     filled = [ended.rule["filled"] for ended in several]
     assert set.union(*filled) == one.rule["filled"] == {"t1", "t2", "t3", "t4"}
     assert sum(map(len, filled)) == 4
+    assert max(map(len, filled)) == 2  # none has them all
     for ours, theirs in zip(untimed(several[0].history), untimed(one.history), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
     assert several[0].result["train/operations"] == one.result["train/operations"]
@@ -166,7 +167,9 @@ def test_blocks_go_on_in_any_number_of_processes(ranks: Ranks, tmp_path: Path, s
     first, second = sizes
     stopped = _in(ranks, first, cases.islands, {"epochs": 3}, tmp_path, stop_at=stop)
     assert {ended.status for ended in stopped} == {"interrupted"}
-    assert read_checkpoint(tmp_path / "checkpoints" / "last.pt")["training"]["position"]["step"] < 63
+    again = _in(ranks, first, cases.islands, {"epochs": 3}, tmp_path, resume=True, stop_at=stop + 15)  # now each has old states of all
+    assert {ended.status for ended in again} == {"interrupted"}
+    assert stop < read_checkpoint(tmp_path / "checkpoints" / "last.pt")["training"]["position"]["step"] < 63
     resumed = _in(ranks, second, cases.islands, {"epochs": 3}, tmp_path, resume=True)
     for ended in resumed:
         assert_equal_bits(ended.weights, straight.weights)
@@ -181,6 +184,10 @@ def test_data_parallel_goes_on_bit_for_bit(ranks: Ranks, tmp_path: Path, stop: i
     straight = ranks.run(2, cases.train, cases.unkeyed, {"epochs": 3})
     stopped = _in(ranks, 2, cases.unkeyed, {"epochs": 3}, tmp_path, stop_at=stop)
     assert {ended.status for ended in stopped} == {"interrupted"}
+    saved = read_checkpoint(tmp_path / "checkpoints" / "last.pt")  # what is for everybody is a mean of what each has
+    for name, first in (own := [one["statistics"] for one in saved["training"]["ranks"]])[0].items():
+        assert torch.allclose(saved["weights"][name], (first + own[1][name]) / 2)
+        assert "running" not in name or torch.equal(first, own[1][name]) == (stop == 21)  # at the end of a pass
     resumed = _in(ranks, 2, cases.unkeyed, {"epochs": 3}, tmp_path, resume=True)
     for ours, theirs in zip(resumed, straight, strict=True):
         assert_equal_bits(ours.weights, theirs.weights)
