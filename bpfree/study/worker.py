@@ -6,6 +6,7 @@ checkpoint and its MLflow run again: in the end there is one of each.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import shutil
 import time
@@ -109,6 +110,7 @@ class Worker:
             outcome = state.begin(job, before)
             with present(state.folder_of_all / WORKERS) as presence:
                 self._run(job, outcome, Watch(job, outcome, presence, state), state)
+            gc.collect()  # a run's tensors are held by objects that refer to each other, of which there are too few for Python to look
             return outcome
 
     def _run(self, job: Job, outcome: Outcome, watch: Watch, state: State) -> None:
