@@ -70,7 +70,11 @@ class Compilation:
 
     def _guarded(self, block: nn.Module) -> Callable[..., Any]:
         """The compiled call of a block; what fails compiled, but not eagerly, ends all compilation."""
-        compiled = torch.compile(block._call_impl, backend=self._backend)
+
+        def whole(*args: Any, **kwargs: Any) -> Any:  # torch before 2.7 does not look into torch's own modules by themselves
+            return block._call_impl(*args, **kwargs)
+
+        compiled = torch.compile(whole, backend=self._backend)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
