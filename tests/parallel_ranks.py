@@ -16,6 +16,10 @@ import torch
 SECONDS = 60
 
 
+ONE_GROUP = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
+"""Whether a process can be in one process group only: a second one, met at another port, hung with torch 2.6."""
+
+
 class Ranks:
     """As many processes as a test wants, started once; one that was killed is replaced when it is needed again."""
 
@@ -35,6 +39,8 @@ class Ranks:
     def start(self, size: int, work: Callable[..., Any], *arguments: Any) -> list[int]:
         """Begin, and return the numbers of the processes."""
         port = str(free_port())
+        if ONE_GROUP:
+            self.close()
         for rank in range(size):
             if not self._members[rank][0].is_alive():
                 self._members[rank] = _stand_by()
