@@ -67,6 +67,9 @@ class LabelBlock(nn.Module):
         parts: children by name, among them ``out``.
     """
 
+    stem: nn.Module
+    label: nn.Module
+    fuse: nn.Module
     out: nn.Linear
 
     def __init__(self, state_dim: int, **parts: nn.Module) -> None:

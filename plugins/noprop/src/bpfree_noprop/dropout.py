@@ -27,11 +27,14 @@ class KeyedDropout(nn.Dropout):
         return input * mask(input, self.p, self.generator)
 
 
-@torch.compiler.disable  # type: ignore[misc, unused-ignore]  # generators cannot be compiled: a compiled block is cut here
 def mask(like: Tensor, p: float, generator: torch.Generator) -> Tensor:
     """``1 / (1-p)`` with probability ``1-p``, else 0: shape, type, device and layout of ``like``."""
     kept = torch.empty_like(like, requires_grad=False).bernoulli_(1 - p, generator=generator)
     return kept.div_(1 - p)
+
+
+# Generators cannot be compiled: a compiled block is cut here. As torch.compiler.disable does, which would load the compiler now.
+mask._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class NoPropFM(MatchingRule):
         if self.embed.fixed:
             if self.config.head != "softmax":
                 raise UsageError("with one-hot embeddings flow matching has no head", where="rule.head", fix="rule.head=softmax")
-            self.head = None
+            self.head = None  # type: ignore[assignment]
 
     def losses(self, batch: Batch, step: Step) -> Metrics:
         """Eq. 12 and 13 with one draw of time and noise per example."""

@@ -121,9 +121,9 @@ def denoise(
 
 
 class Moment(NamedTuple):
-    """A point of the grid: its index, and there ``log abar``, ``1 - abar`` and ``gamma'``, none of which is lost near the ends."""
+    """A point of the grid: its place in it, and there ``log abar``, ``1 - abar`` and ``gamma'``, none of which is lost near the ends."""
 
-    index: int
+    place: int
     log_signal: float
     noise: float
     slope: float
@@ -137,12 +137,12 @@ class Moment(NamedTuple):
 def drift(z: Tensor, estimate: Estimate, at: Moment, *, noisy: bool) -> Tensor:
     """dz/dt without its noise."""
     pull, decay = (-at.slope, (1 + at.signal) / 2) if noisy else (-at.slope / 2, at.signal)
-    return pull * (at.signal**0.5 * estimate(z, at.index) - decay * z)
+    return pull * (math.sqrt(at.signal) * estimate(z, at.place) - decay * z)
 
 
 def disturbed(z: Tensor, at: Moment, h: float, generator: torch.Generator | None) -> Tensor | float:
     """The noise of a step of length h."""
-    return 0.0 if generator is None else (-at.slope * at.noise * h) ** 0.5 * standard_normal(z, generator)
+    return 0.0 if generator is None else math.sqrt(-at.slope * at.noise * h) * standard_normal(z, generator)
 
 
 def euler_step(z: Tensor, estimate: Estimate, now: Moment, then: Moment, h: float, generator: torch.Generator | None) -> Tensor:
@@ -160,10 +160,10 @@ def heun_step(z: Tensor, estimate: Estimate, now: Moment, then: Moment, h: float
 
 def exact_step(z: Tensor, estimate: Estimate, now: Moment, then: Moment, h: float, generator: torch.Generator | None) -> Tensor:
     """Eq. 3 between two times; without noise, the ellipse that keeps ``z - sqrt(abar) uhat`` in its direction."""
-    uhat, left = estimate(z, now.index), then.noise / now.noise
+    uhat, left = estimate(z, now.place), then.noise / now.noise
     if generator is None:
-        return (then.signal**0.5 - (left * now.signal) ** 0.5) * uhat + left**0.5 * z
+        return (math.sqrt(then.signal) - math.sqrt(left * now.signal)) * uhat + math.sqrt(left) * z
     log_alpha = now.log_signal - then.log_signal
     lost = -math.expm1(log_alpha)  # 1 - alpha
-    a, b = then.signal**0.5 * lost / now.noise, math.exp(log_alpha / 2) * left
-    return a * uhat + b * z + (left * lost) ** 0.5 * standard_normal(z, generator)
+    a, b = math.sqrt(then.signal) * lost / now.noise, math.exp(log_alpha / 2) * left
+    return a * uhat + b * z + math.sqrt(left * lost) * standard_normal(z, generator)

@@ -143,12 +143,12 @@ class Stack:
         """(T, F, N), or (F, N) for all blocks, through a child of every block."""
         for layers in self._paths[name]:
             h = LAYERS[type(layers[0])](self, layers, h)
-        return h
+        return h  # type: ignore[no-any-return]
 
     def _linear(self, layers: Layers, h: Tensor) -> Tensor:
         weight, bias = self._copied(layers, "weight"), self._copied(layers, "bias")
         if h.dim() == 2:  # one product for all
-            return torch.addmm(bias.reshape(-1, 1), weight.flatten(0, 1), h).unflatten(0, bias.shape)
+            return torch.addmm(bias.reshape(-1, 1), weight.flatten(0, 1), h).unflatten(0, bias.shape)  # type: ignore[no-any-return]
         return torch.baddbmm(bias.unsqueeze(2), weight, h)
 
     def _batch_norm(self, layers: Layers, h: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Stack:
         means, variances = ([layer._buffers[name] for layer in layers] for name in ("running_mean", "running_var"))
         mean, variance = torch.stack(means), torch.stack(variances)
         flat = [x.flatten() for x in (mean, variance, self._copied(layers, "weight"), self._copied(layers, "bias"))]
-        out = F.batch_norm(h.reshape(1, -1, h.shape[2]), *flat, first.training, first.momentum, first.eps)
+        out = F.batch_norm(h.reshape(1, -1, h.shape[2]), flat[0], flat[1], flat[2], flat[3], first.training, first.momentum, first.eps)
         if first.training:
             torch._foreach_copy_(means + variances, [*mean.unbind(0), *variance.unbind(0)])
             torch._foreach_add_([layer._buffers["num_batches_tracked"] for layer in layers], 1)

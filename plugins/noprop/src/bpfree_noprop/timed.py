@@ -92,6 +92,9 @@ class TimedBlock(LabelBlock):
         state_dim: d.
     """
 
+    time: nn.Module
+    join: nn.ModuleDict
+
     def __init__(
         self, stem: nn.Module, label: nn.Module, time: nn.Module, width: int, joined: int, fuse: nn.Module, out: nn.Linear, state_dim: int
     ) -> None:
