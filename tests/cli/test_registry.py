@@ -15,6 +15,8 @@ from bpfree.certify.findings import Finding
 from bpfree.cli.main import main
 from bpfree.registry import read_entry, registry_folder
 
+NOPROP = ["noprop-adjoint", "noprop-backprop", "noprop-ct", "noprop-dt", "noprop-fm"]
+
 
 def call(*words: object) -> int:
     with pytest.raises(SystemExit) as caught:
@@ -41,16 +43,16 @@ def test_add_then_list_show_and_validate(workplace: Path, capsys: pytest.Capture
     """From an installed plugin and its certificate to a valid registry."""
     made = write(workplace / "mine.json", certificate("noprop-dt"))
     assert call("registry", "add", "noprop", "--certificate", made) == 0
-    assert "1 rules, 1 with a certificate" in capsys.readouterr().out
+    assert "5 rules, 1 with a certificate" in capsys.readouterr().out
     entry = read_entry(workplace / "registry/plugins/noprop.toml")
-    assert (entry.distribution, entry.rules, entry.api, entry.licence) == ("bpfree-noprop", ["noprop-dt"], [1, 1], "Apache-2.0")
+    assert (entry.distribution, entry.rules, entry.api, entry.licence) == ("bpfree-noprop", NOPROP, [1, 1], "Apache-2.0")
     assert "2503.24322" in entry.papers[0]
     assert (workplace / "registry/certificates/noprop-dt.json").read_text() == made.read_text()
     assert call("registry", "validate", "--folder", "registry") == 0
     assert "valid" in capsys.readouterr().out
     assert call("registry", "list", "--folder", "registry") == 0
-    assert "1 of 1, 2026-11-20" in capsys.readouterr().out
-    assert "| 1 of 1, 2026-11-20 |" in (workplace / "registry/README.md").read_text()
+    assert "1 of 5, 2026-11-20" in capsys.readouterr().out
+    assert "| 1 of 5, 2026-11-20 |" in (workplace / "registry/README.md").read_text()
     assert call("registry", "show", "noprop", "--index", "registry/index.json", "--json") == 0
     short = json.loads(capsys.readouterr().out)["certificates"]["noprop-dt"]
     assert short["status"] == "certified"
@@ -108,7 +110,12 @@ def ours(workplace: Path) -> Path:
         ("plugins/noprop.toml", 'status = "active"', 'status = "fine"', "status is 'fine', not one of active, archived, broken"),
         ("plugins/noprop.toml", 'licence = "Apache-2.0"\n', "", "licence is missing"),
         ("plugins/noprop.toml", 'status = "active"', 'status = "active"\nstars = 5', "stars is not known"),
-        ("plugins/noprop.toml", '"noprop-dt",', '"noprop-ct",', "the plugin registers noprop-dt"),
+        (
+            "plugins/noprop.toml",
+            '    "noprop-fm",\n',
+            "",
+            "the plugin registers noprop-adjoint, noprop-backprop, noprop-ct, noprop-dt, noprop-fm",
+        ),
         ("plugins/noprop.toml", "api = [1, 1]", "api = [2, 3]", "interface version 1, which is not in [2, 3]"),
         ("plugins/noprop.toml", "seeds = 5", "seeds = 1", "a deviation belongs to several seeds"),
         ("plugins/noprop.toml", "= [", "= ", "cannot read the entry"),
@@ -175,14 +182,17 @@ def test_plugins_show_what_is_certified(ours: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("bpfree.registry.registry_folder", lambda: ours)
     assert call("plugins", "info", "noprop", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["certificates"] == {"noprop-dt": {"state": "certified", "date": "2026-11-20"}}
+    certificates = shown["certificates"]
+    assert set(certificates) == set(NOPROP)
+    assert certificates["noprop-dt"] == {"state": "certified", "date": "2026-11-20"}
+    assert certificates["noprop-ct"]["state"] == "none"
     assert shown["registry_entry"] == str(ours / "plugins/noprop.toml")
     assert (shown["api"], shown["hooks"]) == (1, ["bpfree_networks", "bpfree_presets", "bpfree_rules", "bpfree_studies"])
     assert Path(shown["path"]).name == "plugin.py"
     write(ours / "certificates/dfa.json", certificate("dfa", sources={"bpfree": "0"}))
     assert call("plugins", "list") == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
-    assert lines["noprop"].endswith("1 of 1")
+    assert lines["noprop"].endswith("1 of 5")
     assert lines["core"].endswith("0 of 4 (1 stale)")
     assert call("plugins", "info", "core") == 0
     assert "stale (bpfree changed)" in capsys.readouterr().out
