@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 export OMP_WAIT_POLICY = PASSIVE
 export MLFLOW_DISABLE_TELEMETRY = true
 
@@ -9,7 +10,7 @@ export MLFLOW_DISABLE_TELEMETRY = true
 
 help:
 	@echo "make quickstart    install, then compare a rule of each plugin with floor and ceiling on digits (no download)"
-	@echo "make test          install, then lint, types and tests"
+	@echo "make test          install, then lint, types and tests (JOBS=2 processes)"
 	@echo "make test-slow     the longer checks"
 	@echo "make test-oldest   the tests on the oldest supported versions of the dependencies"
 	@echo "make certify       renew the registry's missing or stale certificates (ALL=1: all), its index and tables"
@@ -28,16 +29,16 @@ install: $(VENV)/installed
 quickstart: install
 	$(BIN)/bpfree study run quickstart
 
-# One thread: the tests' tensors are small, and threads that wait for each other on a busy machine cost more than they bring.
+# One thread each: the tests' tensors are small, and threads that wait for each other on a busy machine cost more than they bring.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
 test-oldest:
 	$(MAKE) VENV=.venv-oldest PYTHON=$(PYTHON) install-oldest
-	.venv-oldest/bin/python -m pytest -q --ignore=tests/test_project.py
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist loadfile --ignore=tests/test_project.py
 
 .PHONY: install-oldest
 install-oldest:

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as autograd_config
 
 from bpfree.training import compiling
 from bpfree.training.compiling import Compilation
@@ -108,6 +111,24 @@ def test_a_compiler_that_fails(device: torch.device, monkeypatch: pytest.MonkeyP
         raise RuntimeError("no such thing as a compiler\nand more")
 
     monkeypatch.setattr(compiling, "inductor", failing)
+    blocks, wanted, inputs = twins(device)
+    with caplog.at_level(logging.WARNING, logger="bpfree"):
+        check_fallback(Compilation(blocks, "default", device), blocks, wanted, inputs, caplog.records)
+
+
+@pytest.mark.skipif(not hasattr(autograd_config, "force_non_lazy_backward_lowering"), reason="this torch compiles backward passes late")
+def test_a_compiler_that_fails_for_the_backward_pass(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # As torch's own is called, with its way of making a backward pass, whose compiler here knows forward passes alone.
+    def failing(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no such thing as a backward pass")
+
+    def backend(graph: Any, inputs: Any, config_patches: Any) -> Any:
+        whole = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=failing)
+        return whole(graph, inputs)
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: backend)
     blocks, wanted, inputs = twins(device)
     with caplog.at_level(logging.WARNING, logger="bpfree"):
         check_fallback(Compilation(blocks, "default", device), blocks, wanted, inputs, caplog.records)

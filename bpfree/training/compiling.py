@@ -104,10 +104,13 @@ class Compilation:
 
 
 def inductor(graph: Any, inputs: Any, mode: str) -> Callable[..., Any]:
-    """The graph by torch's default compiler."""
+    """The graph by torch's default compiler, its backward pass at once, so that failing is noticed while there is an eager way."""
     import torch._dynamo
+    import torch._functorch.config as autograd
     import torch._inductor
 
     options = torch._inductor.list_mode_options(mode) if mode != "default" else {}
     backend: Any = torch._dynamo.lookup_backend("inductor")
-    return backend(graph, inputs, config_patches=options)  # type: ignore[no-any-return]
+    early = {"force_non_lazy_backward_lowering": True} if hasattr(autograd, "force_non_lazy_backward_lowering") else {}
+    with autograd.patch(early):
+        return backend(graph, inputs, config_patches=options)  # type: ignore[no-any-return]
