@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bpfree import interrupts
 from bpfree.config import Leaf, resolve
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.ray_cluster import connect, import_ray, room
@@ -179,18 +180,11 @@ def _forwarded(ray: Any, standings: Sequence[tuple[str, int, int, str]]) -> Iter
     """A first SIGINT or SIGTERM is sent to the processes, which save a checkpoint; a second one ends this process."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
     def forward(number: int, frame: Any) -> None:
-        for other in numbers:
-            signal.signal(other, signal.default_int_handler)
+        interrupts.answer(signal.default_int_handler)
         for _, _, process, node in standings:
             place = NodeAffinitySchedulingStrategy(node, soft=False)
             ray.remote(os.kill).options(num_cpus=0, scheduling_strategy=place).remote(process, number)
 
-    before = {number: signal.signal(number, forward) for number in numbers}
-    try:
+    with interrupts.handling(forward):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

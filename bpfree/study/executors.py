@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
+from bpfree import interrupts
 from bpfree.study.state import Outcome
 from bpfree.study.worker import Job, Worker
 from bpfree.training.trainer import Interrupted
@@ -223,16 +224,10 @@ def stoppable() -> Iterator[None]:
     Raises:
         Interrupted: one of them came.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def stop(number: int, frame: Any) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_DFL)  # the second one ends it at once
+        interrupts.answer(signal.SIG_DFL)  # the second one ends it at once
         raise Interrupted(f"stopped by {signal.Signals(number).name}", None)
 
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
+    with interrupts.handling(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from bpfree import interrupts
 from bpfree.training.distributed import World
 
 __all__ = ["Stop"]
@@ -54,17 +55,11 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def ask(number: int, frame: Any) -> None:
             if self.asked:
                 raise KeyboardInterrupt
             self.ask(f"stopped by {signal.Signals(number).name}")
 
-        for number in before:
-            signal.signal(number, ask)
-        try:
+        with interrupts.handling(ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -62,6 +62,21 @@ def test_joining_in_parts_is_the_layer_on_everything(name: str, spec: TaskSpec, 
     torch.testing.assert_close(same, block(x, z, t[0].expand(5)))
 
 
+@pytest.mark.parametrize("name", ["noprop-timed-mlp", "noprop-timed-cnn"])
+@pytest.mark.parametrize("label", ["vector", "input"])
+def test_states_of_a_batch_do_not_mix(name: str, label: str) -> None:
+    # Oracle: in training, other states and times of the other examples leave an example's logits as they are.
+    torch.manual_seed(0)
+    sizes = {"width": 16, "label": label, "state_dim": 784 if label == "input" else 10}
+    block = block_of(name, MNIST, **sizes).train().double()
+    x, t = torch.randn(4, 1, 28, 28, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    z = torch.randn(4, block.state_dim, dtype=torch.float64)
+    before = block(x, z, t)
+    after = block(x, torch.cat([z[:1], 5 * z[1:]]), torch.cat([t[:1], 1 - t[1:]]))
+    torch.testing.assert_close(after[0], before[0])
+    assert not torch.allclose(after[1:], before[1:])
+
+
 def test_times_are_told_apart() -> None:
     # Oracle: sines and cosines written out; neighbouring steps of a thousand differ, and nothing repeats within [0, 1].
     embedding = TimeEmbedding(64).double()

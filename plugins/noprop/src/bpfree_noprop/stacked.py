@@ -81,7 +81,7 @@ class Execution:
 
     def __str__(self) -> str:
         reason = self.against()
-        return f"blocks one after the other ({reason})" if reason else "all blocks as one, by batched products"
+        return f"blocks one after the other ({reason})" if reason else "all blocks as one, by batched products, unless processes share them"
 
 
 class Stack:

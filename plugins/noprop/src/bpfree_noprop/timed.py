@@ -150,16 +150,16 @@ def cnn_block(spec: TaskSpec, config: TimedCNNConfig, d: int) -> TimedBlock:
     channels, height, width = spec.input_shape
     first, second = config.channels, 2 * config.channels
 
-    def stem() -> nn.Sequential:
+    def stem(norm: Callable[[int], nn.Module]) -> nn.Sequential:
         layers = nn.Sequential(
-            *(nn.Conv2d(channels, first, 5, stride=2, padding=2), nn.BatchNorm2d(first), nn.ReLU()),
-            *(nn.Conv2d(first, second, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(second), nn.ReLU()),
+            *(nn.Conv2d(channels, first, 5, stride=2, padding=2), norm(first), nn.ReLU()),
+            *(nn.Conv2d(first, second, 3, padding=1), nn.MaxPool2d(2), norm(second), nn.ReLU()),
             *(nn.Flatten(), *plain(second * ((height + 1) // 4) * ((width + 1) // 4), config.width)),
         )
         return layers.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
 
-    label = label_stem(spec, stem()) if config.label == "input" else nn.Sequential(*plain(d, config.width))
-    return assemble(stem(), label, [config.width] * 2, config.width, spec.outputs, d)
+    label = label_stem(spec, stem(lambda width: nn.Identity())) if config.label == "input" else nn.Sequential(*plain(d, config.width))
+    return assemble(stem(nn.BatchNorm2d), label, [config.width] * 2, config.width, spec.outputs, d)
 
 
 def paper_block(spec: TaskSpec, config: TimedPaperConfig, d: int) -> TimedBlock:
