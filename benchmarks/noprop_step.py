@@ -9,19 +9,26 @@ passes.
 Also, in pairs of their own: ``credit`` under bf16 autocast (as ``precision=bf16``) against itself in fp32, for the paper's block at
 most 1/1.6 where the processor has bf16 units. Without them bf16 is emulated, and slower.
 
+Of convolutional networks, the image paths (what comes before ``Flatten``) of all blocks at once, by grouped convolutions and by
+``vmap``, against one after the other, forward and backward, without dropout. Neither pays on a CPU, so rules do not do it.
+
 Also reported: milliseconds of a whole step (``learn``, with the optimiser) of each network; for the paper's own block at
 T=10 and batch 128 that is the cost per step that the README quotes. Random inputs of digits' and MNIST's shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import measure
 import torch
 import torch.nn.functional as F
+from bpfree_noprop.dropout import KeyedDropout
+from torch import Tensor, nn
 
 from bpfree import Batch
 from bpfree.config import parse_words, resolve
@@ -101,6 +108,61 @@ def drop(parameters: Sequence[torch.nn.Parameter]) -> None:
         parameter.grad = None
 
 
+def image_paths(rule: Any, batch: Batch) -> dict[str, Callable[[], None]]:
+    """Passes through the image paths of all blocks: in a loop, as grouped convolutions, by ``vmap``.
+
+    All start from the same weights, see the same images, and add up what comes out. Running statistics move in all of them.
+    """
+    paths = [nn.Sequential(*itertools.takewhile(convolutional, block.stem)) for block in rule.network.blocks.values()]
+    paths = [nn.Sequential(*(layer for layer in path if not isinstance(layer, KeyedDropout))) for path in copy.deepcopy(paths)]
+    grouped = nn.Sequential(*(at_once(layers, first=place == 0) for place, layers in enumerate(zip(*paths, strict=True))))
+    weights, buffers = torch.func.stack_module_state(paths)  # type: ignore[arg-type]
+    model = copy.deepcopy(paths[0])
+
+    def one(weights: Any, buffers: Any, x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, (weights, buffers), (x,))  # type: ignore[no-any-return]
+
+    of_all = torch.func.vmap(one, in_dims=(0, 0, None))
+    leaves = [*weights.values(), *grouped.parameters(), *(p for path in paths for p in path.parameters())]
+
+    def passes(outputs: Callable[[], Iterable[Tensor]]) -> Callable[[], None]:
+        def work() -> None:
+            for output in outputs():
+                output.square().sum().backward()
+            drop(leaves)
+
+        return work
+
+    return {
+        "loop": passes(lambda: (path(batch.inputs) for path in paths)),
+        "grouped": passes(lambda: [grouped(batch.inputs)]),
+        "mapped": passes(lambda: [of_all(weights, buffers, batch.inputs)]),
+    }
+
+
+def convolutional(layer: nn.Module) -> bool:
+    """Whether a layer of a stem belongs to its image path."""
+    return not isinstance(layer, nn.Flatten)
+
+
+def at_once(layers: Sequence[Any], *, first: bool) -> nn.Module:
+    """The layers of T blocks at one place as one on T times the channels; the ``first`` sees one image for all."""
+    example, T = layers[0], len(layers)
+    whole: nn.Module
+    if isinstance(example, nn.Conv2d):
+        sizes = {"stride": example.stride, "padding": example.padding, "groups": 1 if first else T}
+        whole = nn.Conv2d(example.in_channels * (1 if first else T), example.out_channels * T, example.kernel_size, **sizes)  # type: ignore[arg-type]
+    elif isinstance(example, nn.BatchNorm2d):
+        whole = nn.BatchNorm2d(example.num_features * T)
+    else:
+        return copy.deepcopy(example)  # type: ignore[no-any-return]
+    whole.to(example.weight.device, example.weight.dtype, memory_format=torch.channels_last)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            parameter.copy_(torch.cat([getattr(layer, name) for layer in layers]))
+    return whole
+
+
 def bf16_units(device: torch.device) -> bool | None:
     """Whether the device multiplies in bf16; ``None``: torch does not tell."""
     if device.type == "cuda":
@@ -125,6 +187,11 @@ def measure_case(case: Case, device: torch.device, pairs: int, *, quick: bool) -
     measure.interleaved(half, ours, 1)
     target = BF16_TARGET if case.network == "noprop-paper" and bf16_units(device) else None
     result["bf16"] = measure.compared(measure.interleaved(half, ours, pairs), target)
+    if case.network != "noprop-mlp":
+        ways = {way: measure.timed(work, device, repeat=repeat) for way, work in image_paths(rule, batch).items()}
+        for way in ("grouped", "mapped"):
+            measure.interleaved(ways[way], ways["loop"], 1)
+            result[way] = measure.compared(measure.interleaved(ways[way], ways["loop"], pairs), None)
     whole = measure.timed(lambda: rule.learn(batch, step), device, repeat=repeat)
     whole()
     times = sorted(whole().wall for _ in range(1 if quick else 5))
@@ -143,6 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure.show_ratios(results)
     print("bf16 (ours) against fp32 (bare); units for bf16:", bf16_units(benchmark.device))
     measure.show_ratios({label: result["bf16"] for label, result in results.items()})
+    print("image paths of all blocks at once, as grouped convolutions or mapped by vmap (ours), against one after the other (bare)")
+    at_once = {f"{label}, {way}": result[way] for label, result in results.items() for way in ("grouped", "mapped") if way in result}
+    measure.show_ratios(at_once)
     for label, result in results.items():
         print(f"{label}: {result['learn_median_ms']:.2f} ms per step with the optimiser (T={result['T']})")
     benchmark.finish({"bf16_units": bf16_units(benchmark.device), "cases": results})

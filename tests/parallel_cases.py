@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from training_rules import StopAfter, weights
 
-from bpfree import Batch, Budget, Network, Phase, Rule, Step, Task, TrainConfig, Trainer, Traits, UsageError
+from bpfree import Batch, Budget, Network, Phase, Rule, Run, Step, Task, TrainConfig, Trainer, Traits, UsageError, hookimpl
 from bpfree.baselines import DFA, Backprop
 from bpfree.cli import main as cli
 from bpfree.network import MLPConfig, mlp
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.task import Split, TaskSpec
-from bpfree.training.config import BudgetConfig
+from bpfree.training.checkpoint import read_checkpoint
+from bpfree.training.config import BudgetConfig, CheckpointConfig
 from bpfree.training.distributed import World
 from bpfree.training.trainer import Interrupted
 
@@ -263,6 +264,32 @@ def train(
         run = trainer.run
     seen = {name: getattr(rule, name) for name in ("drawn", "filled") if isinstance(getattr(rule, name, None), list | set)}
     return Ended(weights(rule), run.history, run.result, run.status, run.tags, seen)
+
+
+class Watch:
+    """After which steps somebody looked, and a checkpoint was written."""
+
+    def __init__(self) -> None:
+        self.looked: list[int] = []
+        self.saved: list[int] = []
+
+    @hookimpl
+    def progress(self, run: Run, metrics: Mapping[str, float]) -> None:
+        self.looked.append(int(metrics["step"]))
+
+    @hookimpl
+    def checkpoint_saved(self, run: Run, path: Path) -> None:
+        self.saved.append(read_checkpoint(path)["training"]["position"]["step"])
+
+
+def watched(looks: int, saves: int, folder: Path) -> tuple[list[int], list[int]]:
+    """A run of two passes in which one process alone is in a hurry to look, and one to save."""
+    task, watch, rank = Task.from_source(DIGITS), Watch(), World.here().rank
+    checkpoint = CheckpointConfig(every=0, minutes=1e-6 if rank == saves else 1e6)
+    log_interval = 1e-6 if rank == looks else 1e6
+    config = TrainConfig(device="cpu", threads=1, budget=BudgetConfig(epochs=2), checkpoint=checkpoint, log_interval=log_interval)
+    Trainer(islands(task), task, config, folder=folder, observers=[watch]).fit()
+    return watch.looked, watch.saved
 
 
 def refused(make: Any, options: dict[str, Any]) -> str:

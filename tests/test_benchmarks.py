@@ -88,6 +88,11 @@ def test_noprop_step(smoke: Run) -> None:
         assert result["bf16"]["median_ratio"] > 0
         assert result["T"] == 10
         assert result["learn_median_ms"] > 0
+    assert (
+        ["mapped" in result for result in results.values()]
+        == ["grouped" in result for result in results.values()]
+        == [False, False, True, True]
+    )
 
 
 def test_noprop_memory(smoke: Run) -> None:
@@ -120,6 +125,25 @@ def test_the_raw_passes_of_noprop_have_the_rules_gradients(load: Callable[[str],
     assert raw.keys() == ours.keys()
     for name, grad in ours.items():
         torch.testing.assert_close(raw[name], grad, msg=name)
+
+
+@pytest.mark.parametrize("way", ["grouped", "mapped"])
+def test_image_paths_at_once_have_the_gradients_of_the_loop(way: str, load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is compared is the same work."""
+    script = load("noprop_step")
+    sums: dict[str, list[float]] = {}
+    rule, batch = script.make(next(case for case in script.CASES if case.network == "noprop-cnn"), torch.device("cpu"), 4)
+    paths = script.image_paths(rule.double(), type(batch)(batch.inputs.double(), batch.targets))
+    for name in ("loop", way):
+
+        def note(leaves: list[Any], name: str = name) -> None:
+            sums[name] = sorted(float(value) for p in leaves if p.grad is not None for value in p.grad.flatten())
+            for p in leaves:
+                p.grad = None
+
+        monkeypatch.setattr(script, "drop", note)
+        paths[name]()
+    torch.testing.assert_close(torch.tensor(sums[way]), torch.tensor(sums["loop"]))
 
 
 def test_forward_gradient_step(smoke: Run) -> None:

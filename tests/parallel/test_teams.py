@@ -87,25 +87,30 @@ def test_none_and_zero_gradients_differ(ranks: Ranks) -> None:
         assert torch.allclose(ended.weights["left.weight"], one.weights["left.weight"])
 
 
-@pytest.mark.parametrize("examples", [65 + 64 - 1, 64 + 2, 64 + 3, 64 + 5])
-def test_last_batches_too_small_for_all(ranks: Ranks, examples: int) -> None:
-    """2, 3 and 5 examples are for fewer than three processes, or uneven."""
-    one = cases.train(cases.plain, {"accumulate": 3, "optimizer": SGD}, examples=examples)
-    three = ranks.run(3, _train_few, examples)
-    assert_alike(three)
-    assert furthest(three[0].weights, one.weights) < ROUNDING
-    assert three[0].history[-1]["rule/loss"] == pytest.approx(one.history[-1]["rule/loss"], rel=1e-5)
+@pytest.mark.parametrize(
+    ("examples", "size", "parts"), [(65 + 64 - 1, 3, 1), (64 + 2, 3, 1), (64 + 3, 3, 1), (64 + 5, 3, 1), (64 + 7, 2, 2)]
+)
+def test_last_batches_too_small_for_all(ranks: Ranks, examples: int, size: int, parts: int) -> None:
+    """2, 3 and 5 examples are for fewer than three processes, or uneven; 7 are one micro-batch for one process, and two for the other."""
+    one = cases.train(cases.plain, {"accumulate": size * parts, "optimizer": SGD}, examples=examples)
+    several = ranks.run(size, _train_few, examples, parts)
+    assert_alike(several)
+    assert furthest(several[0].weights, one.weights) < ROUNDING
+    assert several[0].history[-1]["rule/loss"] == pytest.approx(one.history[-1]["rule/loss"], rel=1e-5)
 
 
-def _train_few(examples: int) -> Ended:
-    return cases.train(cases.plain, {"optimizer": SGD, "parallel": "data"}, examples=examples)
+def _train_few(examples: int, parts: int) -> Ended:
+    return cases.train(cases.plain, {"accumulate": parts, "optimizer": SGD, "parallel": "data"}, examples=examples)
 
 
 def test_slices_cover_a_batch_once() -> None:
+    """And are dealt evenly: no process has two micro-batches more than another."""
     for total in range(1, 40):
         for size in (1, 2, 3, 7):
             for parts in (1, 2, 5):
-                dealt = [item for rank in range(size) for item in slices(total, parts, rank=rank, size=size).items()]
+                hands = [slices(total, parts, rank=rank, size=size) for rank in range(size)]
+                assert max(map(len, hands)) - min(map(len, hands)) <= 1
+                dealt = [item for hand in hands for item in hand.items()]
                 assert [part for part, _ in dealt] == list(range(len(dealt)))
                 covered = [number for _, (start, end) in dealt for number in range(start, end)]
                 assert covered == list(range(total))
@@ -176,6 +181,27 @@ def test_blocks_go_on_in_any_number_of_processes(ranks: Ranks, tmp_path: Path, s
     for ours, theirs in zip(untimed(resumed[0].history), untimed(straight.history), strict=True):
         ours.pop("forwards"), theirs.pop("forwards")
         assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_processes_that_stop_at_the_end_of_a_pass_have_ended_it(ranks: Ranks, tmp_path: Path) -> None:
+    """They hear of it after 20 steps, which are the pass, and evaluate what all of them have learned. Oracle: one process, undisturbed."""
+    one = cases.train(cases.islands, {}, examples=20 * 64)
+    two = _in(ranks, 2, cases.islands, {}, tmp_path, examples=20 * 64, stop_at=20)
+    assert {ended.status for ended in two} == {"interrupted"}
+    (ours,), (theirs, _) = untimed(two[0].history), untimed(one.history)
+    assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("looks", "saves", "looked", "saved"), [(0, 0, [20, 40], [20, 40, 42]), (0, 1, [20, 40], [42]), (1, 0, [], [42]), (1, 1, [], [42])]
+)
+def test_the_first_process_says_when_to_look_and_to_save(
+    ranks: Ranks, tmp_path: Path, looks: int, saves: int, looked: list[int], saved: list[int]
+) -> None:
+    """Where they confer; passes of 21 steps. A process that another one's clock does not move would hang."""
+    first, other = ranks.run(2, cases.watched, looks, saves, tmp_path)
+    assert first == (looked, saved)
+    assert other == ([], [])
 
 
 @pytest.mark.parametrize("stop", [20, 21, 25])
