@@ -25,6 +25,7 @@ __all__ = ["ProgressDisplay"]
 BETWEEN_LINES = 2.0
 BETWEEN_FEATURES = 15.0
 FEW_PHASES = 8
+SHARED = {"blocks": "blocks", "data": "examples of each batch"}
 
 
 class ProgressDisplay:
@@ -51,6 +52,8 @@ class ProgressDisplay:
         else:
             live = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
             self._view = _Live(name, stream, run) if live else _Plain(name, stream, run)
+            if int(run.tags.get("world_size", 1)) > 1:
+                print_line(stream, f"{name}: {run.tags['world_size']} processes share the {SHARED[run.tags['parallel']]}")
 
     @hookimpl
     def phase_start(self, run: Run, phase: Phase) -> None:

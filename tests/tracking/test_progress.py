@@ -50,6 +50,16 @@ def test_plain_lines(new_run):
     assert len(lines) == 4
 
 
+@pytest.mark.parametrize(
+    ("world", "kind", "text"),
+    [("2", "blocks", "2 processes share the blocks"), ("8", "data", "8 processes share the examples of each batch"), ("1", "none", "")],
+)
+def test_several_processes_say_what_they_share(new_run, world, kind, text):
+    stream = io.StringIO()
+    ProgressDisplay(stream=stream).run_start(new_run("a", tags={"world_size": world, "parallel": kind}))
+    assert [line.removeprefix("a: ") for line in stream.getvalue().splitlines()] == ["started", *([text] if text else [])]
+
+
 def test_the_last_epoch_is_shown_where_the_number_is_not_known(new_run):
     """A budget of seconds: the line that was held back comes with the end."""
     stream = io.StringIO()
