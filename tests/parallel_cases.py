@@ -317,6 +317,13 @@ def sent() -> list[Tensor]:
     return [thing.contiguous() for thing in mine]
 
 
+def numbers() -> tuple[list[float], list[float]]:
+    world = World.here()
+    with world.joined():
+        mine = (world.rank + 1.0, -world.rank)
+        return world.largest(*mine), world.total(*mine)
+
+
 def averaged() -> Tensor:
     world = World.here()
     with world.joined():

@@ -51,6 +51,7 @@ def test_data_parallel_is_accumulation(ranks: Ranks, make: Any, size: int, parts
     assert_alike(several)
     assert furthest(several[0].weights, one.weights) < ROUNDING
     assert furthest(one.weights, cases.train(make, {"optimizer": SGD, "seed": 1}).weights) > 100 * ROUNDING
+    assert all(untimed(other.history) == untimed(several[0].history) for other in several)  # also of what one alone evaluates
     for ours, theirs in zip(untimed(several[0].history), untimed(one.history), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     for name in ("train/samples", "train/steps", "train/operations", "test/accuracy"):

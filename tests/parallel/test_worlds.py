@@ -28,6 +28,11 @@ def test_tensors_of_any_type_are_sent(ranks: Ranks) -> None:
         assert torch.equal(theirs.view(torch.uint8), wanted.contiguous().view(torch.uint8))
 
 
+def test_numbers_are_compared_and_added_up(ranks: Ranks) -> None:
+    """Of three processes with 1, 2, 3 and 0, -1, -2."""
+    assert ranks.run(3, cases.numbers) == [([3.0, 0.0], [6.0, -3.0])] * 3
+
+
 def test_means_leave_alone_what_is_the_same_everywhere(ranks: Ranks) -> None:
     """A mask of infinities, and numbers whose sum is too large for their type; the rest is a mean."""
     for found in ranks.run(2, cases.averaged):
