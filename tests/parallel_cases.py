@@ -141,6 +141,13 @@ def islands(task: Task) -> Rule:
     return _islands(task, Islands)
 
 
+def uneven(task: Task) -> Rule:
+    """The last block is much larger than the others."""
+    rule = _islands(task, Islands)
+    rule.network.blocks["t4"][1] = nn.Sequential(nn.Linear(64, 2048), nn.Linear(2048, 8))
+    return rule
+
+
 def shared(task: Task) -> Rule:
     return _islands(task, Shared)
 

@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 
+from bpfree.training.distributed import LEAVING_HANGS
+
 SECONDS = 60
-
-
-ONE_GROUP = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
-"""Whether a process can be in one process group only: a second one, met at another port, hung with torch 2.6."""
 
 
 class Ranks:
@@ -39,7 +37,7 @@ class Ranks:
     def start(self, size: int, work: Callable[..., Any], *arguments: Any) -> list[int]:
         """Begin, and return the numbers of the processes."""
         port = str(free_port())
-        if ONE_GROUP:
+        if LEAVING_HANGS:  # they are still in their group
             self.close()
         for rank in range(size):
             if not self._members[rank][0].is_alive():

@@ -151,11 +151,12 @@ class State:
             "global": seeds.global_state(self.device),
             "metrics": self.metrics.state_dict(),
             "statistics": self.team.statistics(),
+            "memory": self.memory.state_dict(),
         }
         return {
             "position": dataclasses.asdict(self.at),
             "seconds": self.clock.seconds,
-            "memory": self.memory.state_dict(),
+            "memory": {**own["memory"], "step_bytes": int(self.team.world.largest(self.memory.step_bytes)[0])},
             "operations": self.operations.state_dict(),
             "optimizers": self.team.optimizers(self.updater),
             "generator": own["generator"],
@@ -176,10 +177,13 @@ class State:
         """Take up a saved position; parameters and optimisers follow when the phases have been replayed."""
         self.at = Position(**saved["position"])
         self.clock.seconds = saved["seconds"]
-        self.memory.load_state_dict(saved.get("memory") or {"step_bytes": saved["step_bytes"], "seen": {}})  # older checkpoints: no counts
         self.operations.load_state_dict(saved.get("operations"))
         own, whole = self._own(saved), saved["metrics"] if self.team.world.first else {}
         self.metrics.load_state_dict(whole if own is None else own["metrics"])
+        memory = saved.get("memory") or {"step_bytes": saved["step_bytes"], "seen": {}}  # older checkpoints: no counts
+        if own is None and ("ranks" in saved or self.team.world.size > 1):
+            memory = {**memory, "seen": {}}  # a step is another one now
+        self.memory.load_state_dict(memory if own is None else own["memory"])
         self.step.index, self.step.epoch = self.at.step, self.at.epoch
         if saved["best"] is not None:
             self.best = (saved["best"]["score"], saved["best"]["weights"])
@@ -197,7 +201,7 @@ class State:
             raise BpfreeError(
                 "the checkpoint's weights do not fit this network", where=place, fix="resume with the same configuration"
             ) from error
-        self.updater.load_state_dict(saved["optimizers"])
+        self.updater.load_state_dict(self.team.own_optimizers(saved["optimizers"]))
         self._take_generators(saved)
         self.restored = True
 

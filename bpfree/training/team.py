@@ -80,6 +80,10 @@ class Team:
         """The whole state of the optimisers."""
         return updater.state_dict()
 
+    def own_optimizers(self, whole: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What of the whole state of the optimisers this process is to take up."""
+        return whole
+
     def merged(self, sums: Sums) -> dict[str, list[float]]:
         """Sums of step metrics over all processes."""
         return {name: list(pair) for name, pair in sums.items()}
@@ -223,6 +227,11 @@ class BlockTeam(_Several):
             part["state"] = {name: value for one in self.world.collected(own) for name, value in one.items()}
             whole[key] = part
         return whole
+
+    def own_optimizers(self, whole: Mapping[str, Any]) -> Mapping[str, Any]:
+        shared = {id(p) for name, members in self.rule.groups().items() if name in self.rule.shared_groups for p in members}
+        mine = {name for name, p in self.rule.named_parameters() if id(p) in shared} | self._held()[self.world.rank].keys()
+        return {key: {**part, "state": {n: value for n, value in part["state"].items() if n in mine}} for key, part in whole.items()}
 
     def _weight(self, name: str, one: float, other: float) -> float:
         """The rule's loss is the sum of what the processes have of it; anything else is a mean."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -162,7 +162,7 @@ class Updater:
             }
         return result
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state_dict`, for a rule whose phases up to now have been replayed."""
         names = {id(p): name for name, p in self.rule.named_parameters()}
         for key, part in saved.items():

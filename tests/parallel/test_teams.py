@@ -183,6 +183,17 @@ def test_blocks_go_on_in_any_number_of_processes(ranks: Ranks, tmp_path: Path, s
         assert ours == pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.parametrize("second", [1, 2])
+def test_memory_is_that_of_the_process_that_has_most_also_after_resuming(ranks: Ranks, tmp_path: Path, second: int) -> None:
+    """The second one, with the large block. Oracle: two processes that nothing disturbed; one process holds what both of them do."""
+    (straight, _), alone = ranks.run(2, cases.train, cases.uneven, {}), cases.train(cases.uneven, {})
+    _in(ranks, 2, cases.uneven, {}, tmp_path, stop_at=21)
+    resumed = _in(ranks, second, cases.uneven, {}, tmp_path, resume=True)[0]
+    wanted = straight if second == 2 else alone
+    assert straight.result["train/peak_memory_mb"] < alone.result["train/peak_memory_mb"]
+    assert resumed.result["train/peak_memory_mb"] == pytest.approx(wanted.result["train/peak_memory_mb"], rel=1e-6)
+
+
 def test_processes_that_stop_at_the_end_of_a_pass_have_ended_it(ranks: Ranks, tmp_path: Path) -> None:
     """They hear of it after 20 steps, which are the pass, and evaluate what all of them have learned. Oracle: one process, undisturbed."""
     one = cases.train(cases.islands, {}, examples=20 * 64)
