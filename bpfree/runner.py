@@ -20,6 +20,7 @@ from bpfree.tasks.task import Task
 from bpfree.tracking.journal import recorded
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.distributed import World
+from bpfree.training.environment import flushing_denormals
 from bpfree.training.run import Run, new_run_id
 from bpfree.training.trainer import Trainer
 
@@ -260,6 +261,7 @@ def make_folder(folder: Path, *, again: bool = False) -> None:
         ) from error
 
 
+@flushing_denormals()  # also in the threads that load data and make rules
 def _train(
     recipe: Recipe,
     record: Run,

@@ -17,13 +17,14 @@ from bpfree.tasks.task import Split
 from bpfree.training import seeds
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.config import TrainConfig
-from bpfree.training.environment import autocast, resolve_device
+from bpfree.training.environment import autocast, flushing_denormals, resolve_device
 from bpfree.training.evaluation import check_protocols, evaluate, evaluate_features, flat_features
 from bpfree.training.features import feature_split
 
 __all__ = ["score"]
 
 
+@flushing_denormals()
 def score(
     place: str, changes: Sequence[Leaf] = (), *, split: str = "validation", output: str = "runs"
 ) -> tuple[dict[str, str | int], dict[str, float]]:
