@@ -291,6 +291,21 @@ def test_oldest_covers_every_dependency(load: Callable[[str], Any]) -> None:
         assert pins[name].count(".") >= 2
 
 
+def test_denormals(smoke: Run) -> None:
+    found = smoke("denormals")
+    assert found["share"] == 0.01
+    assert found["cases"].keys() == {"credit", "predict"}
+    for result in found["cases"].values():
+        check_ratio(result)
+
+
+def test_denormals_are_a_hundredth_of_the_weights(load: Callable[[str], Any]) -> None:
+    rule = load("denormals").decayed(0.01)
+    weights = torch.cat([p.flatten() for p in rule.network.parameters() if p.dim() > 1])
+    tiny = (weights != 0) & (weights.abs() < torch.finfo(torch.float32).tiny)
+    assert float(tiny.float().mean()) == pytest.approx(0.01, rel=0.02)
+
+
 def test_study_report(smoke: Run) -> None:
     result = smoke("study_report")
     assert (result["cells"], result["epochs"]) == (30, 5)
