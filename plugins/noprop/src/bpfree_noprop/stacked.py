@@ -7,7 +7,8 @@ running statistics back. It keeps the activations of all blocks until its one ba
 Gradients equal the loop's to the order of sums: 1e-9 in double precision, 1e-5 of a gradient's norm in single.
 
 ``vmap`` over the blocks does the same for any layer, and is not used: on a CPU, dense blocks of 64 units (T = 10, batches of 64) take
-0.42 of the loop's time so and 0.67 by ``vmap``, where ``noprop-cnn`` takes 2.1 and ``noprop-paper`` 1.7.
+0.42 of the loop's time so and 0.67 by ``vmap``, where ``noprop-cnn`` takes 2.1 and ``noprop-paper`` 1.7. Nor are grouped convolutions:
+image paths of these two take 1.3 to 1.6 of the loop's time by them (``benchmarks/noprop_step.py``).
 """
 
 from __future__ import annotations
