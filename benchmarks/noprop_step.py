@@ -113,7 +113,10 @@ def image_paths(rule: Any, batch: Batch) -> dict[str, Callable[[], None]]:
 
     All start from the same weights, see the same images, and add up what comes out. Running statistics move in all of them.
     """
-    paths = [nn.Sequential(*itertools.takewhile(convolutional, block.stem)) for block in rule.network.blocks.values()]
+    paths = [
+        nn.Sequential(*itertools.takewhile(lambda layer: not isinstance(layer, nn.Flatten), block.stem))
+        for block in rule.network.blocks.values()
+    ]
     paths = [nn.Sequential(*(layer for layer in path if not isinstance(layer, KeyedDropout))) for path in copy.deepcopy(paths)]
     grouped = nn.Sequential(*(at_once(layers, first=place == 0) for place, layers in enumerate(zip(*paths, strict=True))))
     weights, buffers = torch.func.stack_module_state(paths)  # type: ignore[arg-type]
@@ -138,11 +141,6 @@ def image_paths(rule: Any, batch: Batch) -> dict[str, Callable[[], None]]:
         "grouped": passes(lambda: [grouped(batch.inputs)]),
         "mapped": passes(lambda: [of_all(weights, buffers, batch.inputs)]),
     }
-
-
-def convolutional(layer: nn.Module) -> bool:
-    """Whether a layer of a stem belongs to its image path."""
-    return not isinstance(layer, nn.Flatten)
 
 
 def at_once(layers: Sequence[Any], *, first: bool) -> nn.Module:
@@ -211,8 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("bf16 (ours) against fp32 (bare); units for bf16:", bf16_units(benchmark.device))
     measure.show_ratios({label: result["bf16"] for label, result in results.items()})
     print("image paths of all blocks at once, as grouped convolutions or mapped by vmap (ours), against one after the other (bare)")
-    at_once = {f"{label}, {way}": result[way] for label, result in results.items() for way in ("grouped", "mapped") if way in result}
-    measure.show_ratios(at_once)
+    measure.show_ratios(
+        {f"{label}, {way}": result[way] for label, result in results.items() for way in ("grouped", "mapped") if way in result}
+    )
     for label, result in results.items():
         print(f"{label}: {result['learn_median_ms']:.2f} ms per step with the optimiser (T={result['T']})")
     benchmark.finish({"bf16_units": bf16_units(benchmark.device), "cases": results})

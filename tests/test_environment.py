@@ -5,14 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from training_rules import config_of
 
-from bpfree import BudgetConfig, Task, Trainer, hookimpl, mlp
+from bpfree import BudgetConfig, Task, Trainer, hookimpl, mlp, scoring
 from bpfree.baselines import Backprop
+from bpfree.config import parse_words, resolve
+from bpfree.runner import run
 from bpfree.training.environment import flushing_denormals, numerics
 
 
@@ -64,8 +67,20 @@ def test_they_are_zero_while_a_rule_trains(digits: Task) -> None:
             seen.append(flushed())
 
     rule = Backprop(mlp(digits.spec), digits.spec)
-    run = Trainer(rule, digits, config_of(torch.device("cpu"), budget=BudgetConfig(epochs=1)), observers=[Watch()]).fit()
+    ended = Trainer(rule, digits, config_of(torch.device("cpu"), budget=BudgetConfig(epochs=1)), observers=[Watch()]).fit()
     assert seen
     assert all(seen)
-    assert run.tags["flush_denormal"] == "True"
+    assert ended.tags["flush_denormal"] == "True"
+    assert not flushed()
+
+
+def test_they_are_zero_while_a_saved_rule_is_scored(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    evaluate = scoring.evaluate
+    words = ["rule=linear", "task=digits", "budget.epochs=1", "tracking.enabled=false", "threads=1"]
+    place = run(resolve(parse_words(words)), quiet=True).folder
+    monkeypatch.setattr(scoring, "evaluate", lambda *args, **options: seen.append(flushed()) or evaluate(*args, **options))
+    _, scores = scoring.score(str(place))
+    assert scores["accuracy"] > 0.5
+    assert seen == [True]
     assert not flushed()
