@@ -390,7 +390,9 @@ class Entry:
 
             @hookimpl
             def bpfree_protocols(self) -> dict[str, EvaluationProtocol]:
-                count = EvaluationProtocol(lambda train, setting, validation: lambda split: {"share": torch.tensor(len(split) / len(train))})
+                count = EvaluationProtocol(
+                    lambda train, setting, validation: lambda split: {"share": torch.tensor(len(split) / len(train))}
+                )
                 return {"my-count": count, "failing": EvaluationProtocol(fail)}
 
         return Module()
