@@ -219,7 +219,7 @@ def _k_means(features: np.ndarray[Any, np.dtype[np.float32]], clusters: int, see
 
 LINEAR_PROBE = EvaluationProtocol(
     fit_linear_probe,
-    "logistic (or ridge) regression on the features, solved; the penalty is chosen on validation",
+    "logistic (or ridge) regression on the features, solved; its penalty chosen on validation",
     ("classes", "soft", "real"),
 )
 NEAREST_CENTROID = EvaluationProtocol(fit_nearest_centroid, "the class whose mean of the features is nearest")

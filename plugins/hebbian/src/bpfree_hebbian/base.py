@@ -173,8 +173,8 @@ class Hebbian(Rule):
             schedule=HALVINGS if self.config.readout_schedule == "halving" else None,
             on_features=True,
         )
-        if budget.epochs is None:  # half of the seconds or forward passes, which are measured and not planned
-            kind = "seconds" if budget.seconds is not None else "forwards"
+        if budget.epochs is None:  # half of the seconds, forward passes or operations, which are measured and not planned
+            kind = next(name for name in ("seconds", "forwards", "operations") if getattr(budget, name) is not None)
             share = 0.5 * getattr(budget, kind)
             stages_of = [_features(self, groups, **{kind: share / len(stages)}) for groups in stages]
             return [*([] if self.frozen else stages_of), replace(readout, **{kind: share})]
