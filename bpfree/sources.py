@@ -14,7 +14,7 @@ from pathlib import Path
 from bpfree.config import Recipe
 from bpfree.plugins import Plugins
 
-__all__ = ["all_roots", "certificate_hashes", "rule_hashes", "source_hashes"]
+__all__ = ["all_roots", "certificate_hashes", "floor_hash", "rule_hashes", "source_hashes"]
 
 SUFFIXES = {".py", ".pyx", ".c", ".cpp", ".cu", ".cuh", ".h", ".so"}
 SHOWING = (
@@ -29,6 +29,21 @@ SHOWING = (
 )
 WITHOUT_EFFECT = (*SHOWING, "certify")
 """Parts of the core that show and record results. Editing a table's page must not cost a week of computing."""
+NOT_IN_A_FLOOR = (
+    "alignment",
+    "compiling",
+    "evaluation",
+    "limits",
+    "meters",
+    "operations",
+    "saving",
+    "state",
+    "supply",
+    "team",
+    "trainer",
+    "updater",
+)
+"""Files of the training loop, which a floor does without."""
 NOT_EXAMINED = (
     *SHOWING,
     *(f"certify/{name}.py" for name in ("__init__", "cases", "certificate", "heat", "page", "show", "table")),
@@ -46,6 +61,16 @@ def source_hashes(recipe: Recipe) -> dict[str, str]:
     named += [("augmentations", name) for name in recipe.task.augment]
     named += [("protocols", name) for name in recipe.settings.evaluation.protocols]
     return _hashes(recipe.registry, recipe.names["rule"], named, WITHOUT_EFFECT)
+
+
+def floor_hash(recipe: Recipe) -> dict[str, str]:
+    """Hash what a floor comes from: untrained networks, their tasks, and the readouts that are solved on them.
+
+    The core's training loop has no part in it.
+    """
+    named = [("networks", recipe.names["network"]), ("tasks", recipe.names["task"]), ("rules", recipe.names["rule"])]
+    others = (*WITHOUT_EFFECT, *(f"training/{name}.py" for name in NOT_IN_A_FLOOR))
+    return _hashes(recipe.registry, recipe.names["rule"], named, others)
 
 
 def rule_hashes(registry: Plugins, rule: str, networks: Iterable[str] = ()) -> dict[str, str]:

@@ -169,7 +169,7 @@ def test_a_phase_may_end_with_its_share(digits: Task, device: torch.device) -> N
     assert first[-1] < 0.5 <= min(progress for name, progress in rates if name == "b")
 
 
-def test_one_of_four_limits() -> None:
+def test_one_of_five_limits() -> None:
     assert BudgetConfig(forwards=7).resolve(100) == Budget(forwards=7)
     assert BudgetConfig(operations=7e3).resolve(100) == Budget(operations=7e3)
     with pytest.raises(UsageError, match="one limit"):

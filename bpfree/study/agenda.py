@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from bpfree.config import Leaf
 from bpfree.errors import UsageError, nearest
-from bpfree.study.cells import Cell, Place, Plan
+from bpfree.study.cells import Cell, Place, Plan, cell_of, twin_of
 from bpfree.study.line import Line
 from bpfree.study.state import Outcome, State
 from bpfree.study.tunable import check_tuning
@@ -17,11 +18,19 @@ __all__ = ["Agenda"]
 
 @dataclass
 class _Post:
-    """A place with its cells, and its trials if it is tuned."""
+    """A place with its cells, and its trials if it is tuned; the same for its own-prediction twin, where the study asks for it."""
 
     place: Place
     cells: list[Cell]
     tuner: Tuner | None
+    twin: Place | None = None
+    twin_tuner: Tuner | None = None
+    twins: dict[tuple[int, float], Cell] = field(default_factory=dict)
+
+    @property
+    def tuners(self) -> list[Tuner]:
+        """Of the row and of its twin."""
+        return [tuner for tuner in (self.tuner, self.twin_tuner) if tuner is not None]
 
 
 class Agenda:
@@ -58,8 +67,12 @@ class Agenda:
 
     def _post(self, place: Place) -> _Post:
         cells = [cell for cell in self.plan.cells if (cell.row, cell.column) == (place.row.label, place.column.label)]
+        twin = twin_of(place) if self.plan.study.equal_budget else None
+        return _Post(place, cells, self._tuner(place), twin, None if twin is None else self._tuner(twin))
+
+    def _tuner(self, place: Place) -> Tuner | None:
         tune = self.plan.study.tune
-        return _Post(place, cells, Tuner(self.plan, place, tune, self._settled) if tune is not None and place.row.space else None)
+        return Tuner(self.plan, place, tune, self._settled) if tune is not None and place.row.space else None
 
     def _known(self, cell: str) -> Outcome | None:
         """The outcome of a cell; a finished one is read once."""
@@ -89,25 +102,45 @@ class Agenda:
     def cells(self) -> list[Cell]:
         """All cells that are settled so far: trials first, then seeds as the outer loop. Those of a row that is still being tuned come
         when its trials have ended."""
-        trials = [cell for post in self._chosen() if post.tuner is not None for cell in post.tuner.cells()]
+        trials = [cell for post in self._chosen() for tuner in post.tuners for cell in tuner.cells()]
         final = [self._final(post) for post in self._chosen()]
-        return trials + [cells[number] for number in range(len(self.plan.seeds)) for cells in final if cells]
+        twins = [cell for post in self._chosen() for cell in self._twins(post)]
+        return trials + [cells[number] for number in range(len(self.plan.seeds)) for cells in final if cells] + twins
 
     def all_cells(self) -> list[Cell]:
         """The same of all rows and columns."""
-        trials = [cell for post in self._posts if post.tuner is not None for cell in post.tuner.cells()]
-        return trials + [cell for post in self._posts for cell in self._final(post)]
+        trials = [cell for post in self._posts for tuner in post.tuners for cell in tuner.cells()]
+        return trials + [cell for post in self._posts for cell in [*self._final(post), *self._twins(post)]]
 
     def _final(self, post: _Post) -> list[Cell]:
         if post.tuner is None:
             return post.cells
         return post.tuner.final(self.plan.seeds) if post.tuner.tuned().complete else []
 
+    def _twins(self, post: _Post) -> list[Cell]:
+        """The twin of each seed whose cell is finished: with as many operations as that took, and the best of its own trials."""
+        if post.twin is None or (post.twin_tuner is not None and not post.twin_tuner.tuned().complete):
+            return []
+        settings = {} if post.twin_tuner is None else post.twin_tuner.best
+        found = []
+        for cell in self._final(post):
+            outcome = self._known(cell.id)
+            operations = outcome.result.get("train/operations") if outcome is not None and outcome.status == "finished" else None
+            if not operations:
+                continue
+            key = (cell.seed, operations)
+            if key not in post.twins:
+                leaves = [Leaf(name, value, "tuning") for name, value in settings.items()]
+                post.twins[key] = cell_of(post.twin, cell.seed, self.plan.book, [*leaves, Leaf("budget.operations", operations, "twin")])
+            found.append(post.twins[key])
+        return found
+
     def count(self) -> int:
         """Cells in all, those included that tuning will make."""
         tune = self.plan.study.tune
-        trials = sum(tune.trials * len(tune.seeds) for post in self._chosen() if post.tuner is not None) if tune else 0
-        return trials + len(self.plan.seeds) * len(self._chosen())
+        trials = sum(tune.trials * len(tune.seeds) for post in self._chosen() for _ in post.tuners) if tune else 0
+        rows = sum(1 + (post.twin is not None) for post in self._chosen())
+        return trials + len(self.plan.seeds) * rows
 
     def to_do(self, cell: Cell) -> bool:
         """Whether a cell is to be run."""
@@ -143,7 +176,8 @@ class Agenda:
     def complete(self) -> bool:
         """Whether every cell that was chosen is finished; of trials it is enough that they have ended."""
         final = [self._final(post) for post in self._chosen()]
-        return all(cells and self.finished(cells) for cells in final)
+        twins = [cell for post in self._chosen() for cell in self._twins(post)]
+        return all(cells and self.finished(cells) for cells in final) and self.finished(twins)
 
     def lines(self) -> list[Line]:
         """The lines of the table, of all rows and columns, with what is known of them now."""
@@ -153,12 +187,12 @@ class Agenda:
         tuned = None if post.tuner is None else post.tuner.tuned()
         cells = self._final(post) or post.cells
         known = [self.state.seen(cell.id) if tuned is None or tuned.complete else None for cell in cells]
-        return Line(post.place.row, post.place.column.label, cells, known, tuned)
+        twins = {cell.seed: self.state.seen(cell.id) for cell in self._twins(post)}
+        return Line(post.place.row, post.place.column.label, cells, known, tuned, twins)
 
     def hidden(self) -> int:
         """Finished cells that lie here and are none of these."""
-        trials = [cell.id for post in self._posts if post.tuner is not None for cell in post.tuner.cells()]
-        return self.state.others({*trials, *(cell.id for post in self._posts for cell in [*post.cells, *self._final(post)])})
+        return self.state.others({*(cell.id for cell in self.all_cells()), *(cell.id for post in self._posts for cell in post.cells)})
 
 
 def _check_labels(given: Sequence[str] | None, labels: Sequence[str], kind: str) -> None:

@@ -26,17 +26,19 @@ from bpfree import runner
 from bpfree.config import NAMED, Leaf, Recipe, resolve
 from bpfree.errors import UsageError
 from bpfree.plugins import Plugins
+from bpfree.rule import Rule, Traits
 from bpfree.sources import source_hashes
 from bpfree.study.data import Data, DataBook
 from bpfree.study.model import Column, Row, Study
 from bpfree.training.environment import resolve_device
 
-__all__ = ["Cell", "Place", "Plan", "cell_of", "is_scientific", "plan", "problems_of", "recipe_with", "word"]
+__all__ = ["Cell", "Place", "Plan", "cell_of", "is_scientific", "plan", "problems_of", "recipe_with", "twin_of", "word"]
 
 NOT_SCIENTIFIC = (runner.CHANGEABLE - {"budget", "evaluation"}) | {"output"}
 """How long is part of the result, and so are the draws of an evaluation and which epochs ``best-val`` chooses among."""
 
 DEFAULT = "default"
+PROBE = "linear-probe"
 """Origin of settings that say only where and how, and are not written out as words."""
 
 
@@ -212,6 +214,9 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
         try:
             recipe = resolve(leaves, registry)
             resolve_device(recipe.settings.device)
+            if study.probe and _can_be_probed(recipe, leaves):
+                leaves.append(Leaf("evaluation.protocols", [PROBE], "every study"))
+                recipe = resolve(leaves, registry)
             places.append(Place(row, column, recipe, leaves))
         except UsageError as error:
             for problem in problems_of(error):
@@ -222,6 +227,22 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
         what = listed[0] if len(listed) == 1 else f"{len(listed)} things are wrong in the study:\n" + "\n".join(f"  - {p}" for p in listed)
         raise UsageError(what, where=f"study {study.name}")
     return places
+
+
+def _can_be_probed(recipe: Recipe, leaves: Sequence[Leaf]) -> bool:
+    """Whether a converged readout can read the rule's features; a study that names protocols itself gets those."""
+    rule: type[Rule] = recipe.registry.get("rules", recipe.names["rule"])
+    features = rule.features is not Rule.features or (isinstance(rule.traits, Traits) and rule.traits.chain)
+    named = any(leaf.key == "evaluation.protocols" for leaf in leaves)
+    return features and not named and recipe.spec().targets in recipe.registry.get("protocols", PROBE).kinds
+
+
+def twin_of(place: Place) -> Place | None:
+    """Make the place of a row's own-prediction twin; ``None`` for a row that is untrained itself, or has no hidden blocks."""
+    if place.recipe.names["rule"] in ("linear", "frozen") or place.recipe.settings.frozen_twin:
+        return None
+    recipe, leaves = recipe_with(place, [Leaf("frozen_twin", True, "twin"), Leaf("evaluation.protocols", [], "twin")])
+    return Place(dataclasses.replace(place.row, label=f"{place.row.label} (twin)", published={}), place.column, recipe, leaves)
 
 
 def problems_of(error: UsageError) -> list[str]:

@@ -16,6 +16,7 @@ from bpfree.study.agenda import Agenda
 from bpfree.study.cells import Plan
 from bpfree.study.engine import Display, Jobs, execute
 from bpfree.study.executors import Executor, InProcess, Pool, stoppable
+from bpfree.study.floors import Floors, measure_floors
 from bpfree.study.parent import Parent
 from bpfree.study.report import Report, files_of, report_on, write_report
 from bpfree.training.distributed import World
@@ -70,6 +71,7 @@ def run(
         raise UsageError("a study has processes of its own, and no launcher", where="WORLD_SIZE", fix="--jobs N, or --executor ray")
     parent = Parent(plan, agenda.state)
     if not agenda.ready():
+        _measure_floors(plan, agenda, logger.info)
         return _finish(plan, agenda, parent, words, options, ran=False)
     executor = _executor(plan, agenda, options)
     shown = display(executor.slots)
@@ -83,10 +85,16 @@ def run(
                 execute(agenda, jobs, executor, shown)
             finally:
                 executor.close()
+            _measure_floors(plan, agenda, shown.say)
     except (Interrupted, KeyboardInterrupt):
         _finish(plan, agenda, parent, words, options, ran=True, interrupted=True)
         raise
     return _finish(plan, agenda, parent, words, options, ran=True)
+
+
+def _measure_floors(plan: Plan, agenda: Agenda, say: Callable[[str], None]) -> None:
+    if plan.study.floor:
+        measure_floors(plan, agenda.lines(), agenda.state.folder, say)
 
 
 def _executor(plan: Plan, agenda: Agenda, options: Options) -> Executor:
@@ -126,7 +134,8 @@ def report(plan: Plan, agenda: Agenda, words: Sequence[str], folder: Path | None
     Returns:
         The report, and its page.
     """
-    made = report_on(plan, agenda.lines(), words, hidden=agenda.hidden(), runs=plan.output)
+    floors = Floors(plan, agenda.state.folder) if plan.study.floor else None
+    made = report_on(plan, agenda.lines(), words, hidden=agenda.hidden(), runs=plan.output, floors=floors)
     return made, write_report(made, folder or agenda.state.folder, made.name)
 
 
@@ -149,4 +158,5 @@ def watched_files(plan: Plan, agenda: Agenda, page: Path) -> tuple[list[Path], I
     """What an answer depends on: files, and folders of sources."""
     cells = [agenda.state.path_of(cell.id) for cell in agenda.cells()]
     study = [plan.study.path] if plan.study.path is not None else []
-    return [*study, *cells, *plan.book.files, *files_of(page)], sources.all_roots(plan.cells[0].recipe.registry)
+    floors = sorted((agenda.state.folder / "floors").glob("*"))
+    return [*study, *cells, *floors, *plan.book.files, *files_of(page)], sources.all_roots(plan.cells[0].recipe.registry)

@@ -1,20 +1,16 @@
-"""The rows of a study beside its controls: what a row adds to random features, say, and what these reach alone.
-
-A row and a control are compared seed by seed, over the seeds that both have: with d_i the gain of seed i, the gain is their mean and
-its standard error ``stdev(d) / sqrt(n)``. A pair without results is left out until it has some.
-"""
+"""The rows of a study beside its controls, seed by seed: the family of comparisons that the study declares, judged together."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bpfree.study.cells import Plan
+from bpfree.study.differences import Difference, judge
+from bpfree.study.examples import paired, scores_of
 from bpfree.study.line import Line, percent, table_metric
 
-__all__ = ["Comparison", "Section", "compare", "comparisons", "section_on"]
+__all__ = ["Comparison", "Section", "compare", "comparisons", "difference_texts", "error_legend", "section_on"]
 
 
 @dataclass(frozen=True)
@@ -23,39 +19,39 @@ class Comparison:
 
     Attributes:
         row, column, control: labels.
-        gains: of each seed that both have: what the row is better by, in the unit of the metric (percentage points, or loss).
-        share: ``(control - chance) / (row - chance)`` of their mean accuracies over these seeds, with chance one over the number of
-            classes; ``None`` for a loss, a task without classes, and a row at chance or below.
+        difference: what the row is better by, in the unit of the metric (percentage points, or loss), with its error.
     """
 
     row: str
     column: str
     control: str
-    gains: Sequence[float]
-    share: float | None
+    difference: Difference
+
+    @property
+    def gains(self) -> Sequence[float]:
+        """Of each seed that both have."""
+        return self.difference.gains
 
     @property
     def gain(self) -> float:
         """Mean over the paired seeds; positive: the row is better."""
-        return statistics.fmean(self.gains)
+        return self.difference.gain
 
     @property
     def standard_error(self) -> float | None:
-        """Of the gain; not known from one seed."""
-        return statistics.stdev(self.gains) / math.sqrt(len(self.gains)) if len(self.gains) > 1 else None
+        """Of the gain, over seeds and new examples; not known from one seed."""
+        return self.difference.error
 
     @property
     def verdict(self) -> str:
-        """What may be said: differences within two standard errors, or from one seed, name no winner."""
+        """What may be said within the family of comparisons."""
         if self.standard_error is None:
             return "one seed only"
-        if abs(self.gain) <= 2 * self.standard_error:
-            return "not distinguishable"
-        return "row better" if self.gain > 0 else "control better"
+        return {1: "row better", 0: "not distinguishable", -1: "control better"}[self.difference.sign]
 
 
 def comparisons(plan: Plan, lines: Sequence[Line]) -> list[Comparison]:
-    """Each column's rows beside each of its controls, where both have results of a seed."""
+    """Compare each column's rows with each of its controls, where both have results of a seed."""
     metric, controls = table_metric(plan.study, lines), plan.study.controls
     places = {(line.column, line.row.label): line for line in lines}
     pairs = [
@@ -65,34 +61,23 @@ def comparisons(plan: Plan, lines: Sequence[Line]) -> list[Comparison]:
         for control in controls
         if row.label not in controls and {(column.label, row.label), (column.label, control)} <= places.keys()
     ]
-    return [found for row, control in pairs if (found := compare(row, control, metric))]
+    return _judged(plan, pairs, metric)
 
 
-def compare(row: Line, control: Line, metric: str) -> Comparison | None:
-    """A row beside a control of its column; ``None`` if no seed has finite results of both."""
-    ours, theirs = row.by_seed(metric), control.by_seed(metric)
-    seeds = [seed for seed in ours if seed in theirs and math.isfinite(ours[seed] - theirs[seed])]
-    if not seeds:
-        return None
-    sign = 1 if metric.endswith("accuracy") else -1  # of errors and losses, less is better
-    gains = [sign * (ours[seed] - theirs[seed]) for seed in seeds]
-    chance = _chance(row) if percent(metric) else None
-    share = None
-    if chance is not None and chance == _chance(control):
-        reached, alone = (_accuracy([line[seed] for seed in seeds], metric) - chance for line in (ours, theirs))
-        share = alone / reached if reached > 1e-9 else None  # rounding lifts nobody above chance
-    return Comparison(row.row.label, row.column, control.row.label, gains, share)
+def compare(plan: Plan, row: Line, control: Line, metric: str) -> Comparison | None:
+    """Compare two rows of a column alone; ``None`` if no seed has finite results of both."""
+    return next(iter(_judged(plan, [(row, control)], metric)), None)
 
 
-def _accuracy(values: Iterable[float], metric: str) -> float:
-    mean = statistics.fmean(values)
-    return mean if metric.endswith("accuracy") else 100 - mean
-
-
-def _chance(line: Line) -> float | None:
-    """Accuracy of guessing one of the task's classes, in per cent; ``None`` for other tasks."""
-    spec = line.cells[0].recipe.spec()
-    return 100 / spec.outputs if spec.targets in ("classes", "soft") else None
+def _judged(plan: Plan, pairs: Sequence[tuple[Line, Line]], metric: str) -> list[Comparison]:
+    scores = {id(line): scores_of(line, metric, plan.output) for pair in pairs for line in pair}
+    family = {
+        (row.column, row.row.label, control.row.label): (row.column, found)
+        for row, control in pairs
+        if (found := paired(scores[id(row)], scores[id(control)])) is not None
+    }
+    judged: Mapping[object, Difference] = judge(family)
+    return [Comparison(row, column, control, judged[column, row, control]) for column, row, control in family]
 
 
 # --- as text ----------------------------------------------------------------------------------------------------------
@@ -100,18 +85,20 @@ def _chance(line: Line) -> float | None:
 
 @dataclass(frozen=True)
 class Section:
-    """The section "Against the controls" of a report.
+    """A section of a report that is a table with a legend.
 
     Attributes:
         headers, table: its cells, as text.
         numeric: the columns of numbers.
         legend: what they mean.
+        title: of the section.
     """
 
     headers: Sequence[str]
     table: Sequence[Sequence[str]]
     numeric: range
     legend: str
+    title: str = "Against the controls"
 
 
 def section_on(plan: Plan, lines: Sequence[Line]) -> Section | None:
@@ -119,45 +106,64 @@ def section_on(plan: Plan, lines: Sequence[Line]) -> Section | None:
     found, metric = comparisons(plan, lines), table_metric(plan.study, lines)
     if not found:
         return None
-    labelled, shares = any(column.label for column in plan.study.columns), any(each.share is not None for each in found)
+    labelled = any(column.label for column in plan.study.columns)
     labels = ["row", *(["column"] if labelled else []), "control"]
-    numbers = ["gain, points" if percent(metric) else "gain", "std. error", "n", *(["control's share %"] if shares else [])]
+    numbers = ["gain, points" if percent(metric) else "gain", "std. error", "n", "p (Holm)", "detectable"]
+    numbers += ["seeds for 1 point"] if percent(metric) else []
     table = [
         [
             *(each.row, *([each.column] if labelled else []), each.control),
-            *_numbers(each, len(plan.seeds), 2 if percent(metric) else 4),
-            *([_share(each)] if shares else []),
+            *_numbers(each, len(plan.seeds), metric),
             each.verdict,
         ]
         for each in found
     ]
-    return Section([*labels, *numbers, "verdict"], table, range(len(labels), len(labels) + len(numbers)), _legend(metric, shares=shares))
+    legend = _legend(metric, found, [line for line in lines if line.tuned is not None and line.tuned.keys])
+    return Section([*labels, *numbers, "verdict"], table, range(len(labels), len(labels) + len(numbers)), legend)
 
 
-def _numbers(found: Comparison, seeds: int, digits: int) -> list[str]:
-    error, paired = found.standard_error, len(found.gains)
-    return [
-        f"{found.gain:+z.{digits}f}",
-        "" if error is None else f"{error:.{digits}f}",
-        f"{paired}" if paired == seeds else f"{paired} of {seeds}",
-    ]
+def _numbers(found: Comparison, seeds: int, metric: str) -> list[str]:
+    gain, error = difference_texts(found.difference, metric)
+    count, known = len(found.gains), found.difference
+    texts = [gain, error, f"{count}" if count == seeds else f"{count} of {seeds}"]
+    if known.error is None:
+        return [*texts, *([""] * (3 if percent(metric) else 2))]
+    digits = 2 if percent(metric) else 4
+    texts += [f"{known.adjusted:.3f}" if known.adjusted >= 0.001 else "< 0.001", f"{known.detectable or 0.0:.{digits}f}"]
+    return [*texts, *([f"{known.seeds}" if known.seeds else "none"] if percent(metric) else [])]
 
 
-def _share(found: Comparison) -> str:
-    return "" if found.share is None else f"{100 * found.share:z.1f}"
+def difference_texts(found: Difference, metric: str) -> tuple[str, str]:
+    """Write a gain with its sign, and its error (blank where it is not known)."""
+    digits = 2 if percent(metric) else 4
+    return f"{found.gain:+z.{digits}f}", "" if found.error is None else f"{found.error:.{digits}f}"
 
 
-def _legend(metric: str, *, shares: bool) -> str:
+def _legend(metric: str, found: Sequence[Comparison], tuned: Sequence[Line]) -> str:
     name = metric.replace("/", " ")
     difference = f"the row's {name} minus the control's" if metric.endswith("accuracy") else f"the control's {name} minus the row's"
     unit = ", in percentage points" if percent(metric) else ""
     text = (
-        f"Gain: {difference}{unit}, so that positive means that the row is better. Mean over the n seeds that both have, paired by seed, "
-        "with the standard error of that mean. Not distinguishable: within two standard errors."
+        f"Gain: {difference}{unit}, so that positive means that the row is better; mean over the n seeds that both have, paired by seed. "
     )
-    if shares:
-        text += (
-            " Control's share: the control alone reaches this much of what the row reaches above chance, "
-            "(control - chance) / (row - chance) of their accuracies; chance is one over the number of classes."
-        )
-    return text
+    return text + error_legend([each.difference for each in found], conditional=bool(tuned))
+
+
+def error_legend(found: Sequence[Difference], *, conditional: bool) -> str:
+    """Say what the errors of a family of comparisons mean."""
+    known = [each for each in found if each.error is not None]
+    if not known:
+        return "One seed has no error over seeds."
+    whole = all(each.paired.examples is not None for each in known)
+    text = "Standard error: over seeds, with deviations pooled over the column's rows"
+    text += (
+        ", and over new examples of the same kind as the test split's. "
+        if whole
+        else "; predictions of single examples are not all at hand. "
+    )
+    text += (
+        f"Verdicts: 5 % over the family of {len(found)} comparisons (Holm). Detectable: the smallest difference that this many seeds find "
+    )
+    text += "with a power of 80 %. Seeds for 1 point: that would decide a difference of one point; none: more seeds would not, on this test split."
+    text += " Intervals are conditional on the tuned values, which all seeds share." if conditional else ""
+    return text + (" Fewer than five seeds give intervals, no claims." if min(len(each.gains) for each in found) < 5 else "")

@@ -24,7 +24,23 @@ from bpfree.study.space import Domain, Tune, read_domain
 
 __all__ = ["find_study", "read_study"]
 
-STUDY_KEYS = ("title", "paper", "notes", "settings", "seeds", "columns", "rows", "controls", "target", "tune", "jobs", "timeout")
+STUDY_KEYS = (
+    "title",
+    "paper",
+    "notes",
+    "settings",
+    "seeds",
+    "columns",
+    "rows",
+    "controls",
+    "target",
+    "tune",
+    "jobs",
+    "timeout",
+    "floor",
+    "probe",
+    "equal_budget",
+)
 COLUMN_KEYS = ("label", "settings", "target")
 ROW_KEYS = ("label", "settings", "columns", "published", "tune")
 TUNE_KEYS = ("trials", "search", "seeds", "space", "settings")
@@ -137,10 +153,20 @@ class _Reader:
             jobs=self._positive(node, "jobs", whole=True) or 1,
             timeout=self._positive(node, "timeout"),
             path=path,
+            floor=self._flag(node, "floor", True),
+            probe=self._flag(node, "probe", True),
+            equal_budget=self._flag(node, "equal_budget", False),
         )
         self._one_kind(study)
         self._tuning_fits(study)
         return study
+
+    def _flag(self, node: Mapping[str, Any], key: str, default: bool) -> bool:
+        value = node.get(key, default)
+        if not isinstance(value, bool):
+            self.problems.append(f"{key}: must be true or false, not {value!r}")
+            return default
+        return value
 
     def _column(self, entry: Any, number: int) -> Column:
         node = self._mapping(entry, f"column {number}", COLUMN_KEYS)

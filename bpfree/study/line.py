@@ -23,6 +23,7 @@ class Line:
         cells: one per seed.
         outcomes: of those cells, where anything is known.
         tuned: the trials of its tuning; ``None`` where the study does not tune.
+        twins: by seed, of the own-prediction twin that had the same trials and as many operations; empty where the study asks for none.
     """
 
     row: Row
@@ -30,6 +31,7 @@ class Line:
     cells: list[Cell] = field(default_factory=list)
     outcomes: list[Outcome | None] = field(default_factory=list)
     tuned: Tuned | None = None
+    twins: dict[int, Outcome | None] = field(default_factory=dict)
 
     @property
     def label(self) -> str:

@@ -69,6 +69,9 @@ class Study:
         jobs: cells that run at the same time, unless the command line says otherwise.
         timeout: seconds that a cell may take; ``None``: as long as it needs.
         path: of the file; ``None`` for a study made in Python.
+        floor: whether the floor of each task and network is measured.
+        probe: whether the features of each row are read by a converged linear readout.
+        equal_budget: whether each row has an own-prediction twin with the same trials and as many operations.
     """
 
     name: str
@@ -85,6 +88,9 @@ class Study:
     jobs: int = 1
     timeout: float | None = None
     path: Path | None = None
+    floor: bool = True
+    probe: bool = True
+    equal_budget: bool = False
 
     def metric(self, split: str) -> str:
         """What is reported of a split: the kind that is published, the accuracy if nothing is."""

@@ -109,7 +109,8 @@ def _kind(cell: Cell) -> Any:
 
 
 def _done(lines: dict[tuple[str, str], Line], cell: Cell) -> list[Outcome]:
-    return lines[cell.row, cell.column].finished if cell.trial is None else []
+    line = lines.get((cell.row, cell.column))  # a twin is no line of the table
+    return line.finished if cell.trial is None and line is not None else []
 
 
 def _summary(agenda: Agenda, cells: Sequence[Cell], total: float, found: dict[Any, Estimate], unknown: Counter[str]) -> Iterable[str]:

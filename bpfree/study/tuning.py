@@ -63,13 +63,15 @@ class Tuner:
         scales = [key for key, domain in self._place.row.space.items() if isinstance(domain, Interval) and domain.log]
         return Tuned(self.keys, trials, self._tune.trials, greater=self._accuracy, logarithmic=scales)
 
-    def final(self, seeds: Sequence[int]) -> list[Cell]:
-        """The cells with the settings that are best on validation, trained afresh on the study's own seeds.
-
-        Without any result the configuration as written is taken.
-        """
+    @property
+    def best(self) -> Mapping[str, Any]:
+        """The settings that are best on validation; none without any result: the configuration as written is taken."""
         best = self.tuned().best
-        settings = best.settings if best is not None else {}
+        return best.settings if best is not None else {}
+
+    def final(self, seeds: Sequence[int]) -> list[Cell]:
+        """The cells with the best settings, trained afresh on the study's own seeds."""
+        settings = self.best
         key = json.dumps([settings, list(seeds)], default=str)
         if key not in self._final:
             self._final[key] = [cell_of(self._place, seed, self._plan.book, self._leaves(settings)) for seed in seeds]
@@ -85,7 +87,8 @@ class Tuner:
                 if self._tune.search == "tpe" and not self._ended(self._cells[-1]):
                     return
                 self._settings.append(self._ask(number))
-            more = [*self._leaves(self._settings[number]), *self._leaves(self._tune.settings), Leaf("evaluation.test", False, "tuning")]
+            unseen = {"evaluation.test": False, "evaluation.protocols": []}
+            more = self._leaves({**self._settings[number], **self._tune.settings, **unseen})
             self._cells.append([cell_of(self._place, seed, self._plan.book, more, trial=number) for seed in self._tune.seeds])
 
     def _leaves(self, settings: Mapping[str, Any]) -> list[Leaf]:

@@ -15,8 +15,8 @@ from bpfree.network.network import evaluating
 from bpfree.plugins import installed_plugins
 from bpfree.rule import Rule
 from bpfree.step import Batch
-from bpfree.tasks.loading import Loader, Resident
 from bpfree.tasks.linear import chunks
+from bpfree.tasks.loading import Loader, Resident
 from bpfree.tasks.protocols import EvaluationProtocol, Setting, result_key
 from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training import environment, seeds

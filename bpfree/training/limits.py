@@ -35,7 +35,9 @@ class Limits:
     def _count_passes(self, rule: Rule) -> int:
         """Passes that the phases amount to. Where they are open or endless, the budget's epochs, which then end the run."""
         phases = list(itertools.islice(rule.phases(self._budget), MOST_PHASES))
-        if len(phases) == MOST_PHASES or any(phase.epochs is phase.seconds is phase.forwards is phase.operations is None for phase in phases):
+        if len(phases) == MOST_PHASES or any(
+            phase.epochs is phase.seconds is phase.forwards is phase.operations is None for phase in phases
+        ):
             self._ends = True
             return self._budget.epochs or 0
         return sum(phase.epochs or 0 for phase in phases)

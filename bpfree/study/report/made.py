@@ -12,8 +12,10 @@ from pathlib import Path
 from bpfree.study.cells import Plan
 from bpfree.study.controls import Section as Controls
 from bpfree.study.controls import section_on
+from bpfree.study.floors import Floors
 from bpfree.study.line import Line
 from bpfree.study.report import about, blocks, curves, leaderboard, profiles, table, targets, tuning
+from bpfree.study.report import floor as floor_report
 from bpfree.study.report.content import Bullets, Folded, Part, Section, Table, Text
 from bpfree.study.report.remarks import compared, environments, failures, findings, remarks
 from bpfree.study.report.view import View, with_histories
@@ -31,6 +33,7 @@ class Report:
         command: the words that run it.
         headers, table: the cells of the study's table, as text.
         controls: the rows beside the study's controls, where there is anything to compare.
+        floors: the rows beside their floors, and the verdicts, where floors were measured.
         remarks: what a reader must know, a sentence each: how this differs from the study as written comes first.
         failures: a sentence for each cell that did not finish.
         environment: where the finished cells ran.
@@ -42,6 +45,7 @@ class Report:
     headers: list[str]
     table: list[list[str]]
     controls: Controls | None
+    floors: list[Controls]
     remarks: list[str]
     failures: list[str]
     environment: str
@@ -63,10 +67,8 @@ class Report:
         numbers = range(self.headers.index("n") - 1, len(self.headers))
         parts = [study.title, *([f"Published: {study.paper}"] if study.paper else []), ""]
         parts += table.lines_of_text(self.headers, self.table, numbers)
-        if self.controls:
-            parts += ["", "Against the controls", ""]
-            parts += table.lines_of_text(self.controls.headers, self.controls.table, self.controls.numeric)
-            parts += ["", self.controls.legend]
+        for found in self._comparisons():
+            parts += ["", found.title, "", *table.lines_of_text(found.headers, found.table, found.numeric), "", found.legend]
         told = (*self.remarks, *self.failures, study.notes, self.environment, f"Again: {self.command}")
         return "\n".join([*parts, "", *filter(None, told)])
 
@@ -82,7 +84,7 @@ class Report:
             *curves.costs(view),
             *tuning.tuning(view),
             *profiles.across_columns(view),
-            *self._against_controls(),
+            *self._against(),
             *blocks.blocks(view),
             *about.failed(view),
             *about.differences(view),
@@ -114,16 +116,17 @@ class Report:
             parts = [Folded("All rows in the order of the study", parts)]
         return Section("The table as the study has it", parts)
 
-    def _against_controls(self) -> list[Section]:
-        found = self.controls
-        if found is None:
-            return []
-        words = [place for place in range(len(found.headers)) if place not in found.numeric]
-        made = Table(found.headers, found.table, words, "Against the controls")
-        return [Section("Against the controls", [made, Text(found.legend, "note")])]
+    def _comparisons(self) -> list[Controls]:
+        return [*self.floors, *([self.controls] if self.controls else [])]
+
+    def _against(self) -> list[Section]:
+        """Floors, verdicts and controls, a section each."""
+        return [Section(found.title, [_as_table(found), Text(found.legend, "note")]) for found in self._comparisons()]
 
 
-def report_on(plan: Plan, lines: Sequence[Line], words: Sequence[str], *, hidden: int = 0, runs: Path | None = None) -> Report:
+def report_on(
+    plan: Plan, lines: Sequence[Line], words: Sequence[str], *, hidden: int = 0, runs: Path | None = None, floors: Floors | None = None
+) -> Report:
     """The report on what is finished so far.
 
     Args:
@@ -132,6 +135,7 @@ def report_on(plan: Plan, lines: Sequence[Line], words: Sequence[str], *, hidden
         words: those of the command line after ``bpfree``.
         hidden: finished cells of other settings, which are not shown.
         runs: where the runs' folders are, for learning curves that the cells' records lack; by default the plan's output.
+        floors: those that were measured; ``None``: the study asks for none.
     """
     shown = with_histories(lines, runs or plan.output)
     view = View(plan, shown)
@@ -142,10 +146,16 @@ def report_on(plan: Plan, lines: Sequence[Line], words: Sequence[str], *, hidden
         table.headers(view),
         [table.texts(view, line) for line in shown],
         section_on(plan, shown),
-        list(remarks(plan, shown, hidden=hidden)),
+        [] if floors is None else floor_report.floor_sections(view, floors),
+        [*remarks(plan, shown, hidden=hidden), *(() if floors is None else floor_report.floor_remarks(view, floors))],
         [_failure(*each) for each in failures(shown)],
         "; ".join(environments(shown)),
     )
+
+
+def _as_table(found: Controls) -> Table:
+    words = [place for place in range(len(found.headers)) if place not in found.numeric]
+    return Table(found.headers, found.table, words, found.title)
 
 
 def _failure(line: Line, seed: int, status: str, reason: str) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from bpfree.study.cells import Plan
-from bpfree.study.controls import compare
+from bpfree.study.controls import compare, comparisons
 from bpfree.study.line import Line, percent
 from bpfree.study.report.view import View, compact, most_parallel
 
@@ -98,7 +98,7 @@ def _first_two(view: View, best: Line, second: Line) -> str:
     a, b = (f"{view.mean(line) or 0.0:.{view.digits}f}{unit}" for line in (best, second))
     extreme = "highest" if view.greater else "lowest"
     text = f"{best.row.label} has the {extreme} mean test {kind}, {a}; {second.row.label} follows with {b}"
-    found = compare(best, second, view.metric)
+    found = compare(view.plan, best, second, view.metric)
     if found is None:
         return f"{text}. They share no seed, so that nothing is said of the difference."
     if len(found.gains) < 3:
@@ -132,12 +132,9 @@ def _over_control(view: View, control: str) -> Iterator[str]:
 def _verdicts(view: View, control: str) -> dict[str, dict[str, str]]:
     """By row and column, where both have a result."""
     found: dict[str, dict[str, str]] = {}
-    for column in view.columns:
-        lines = {line.row.label: line for line in view.of(column)}
-        for label, line in lines.items():
-            known = compare(line, lines[control], view.metric) if control in lines and label not in view.plan.study.controls else None
-            if known is not None:
-                found.setdefault(label, {})[column] = known.verdict
+    for each in comparisons(view.plan, view.lines):
+        if each.control == control:
+            found.setdefault(each.row, {})[each.column] = each.verdict
     return found
 
 

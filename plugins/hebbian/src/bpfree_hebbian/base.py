@@ -175,7 +175,7 @@ class Hebbian(Rule):
         )
         if budget.epochs is None:  # half of the seconds, forward passes or operations, which are measured and not planned
             kind = next(name for name in ("seconds", "forwards", "operations") if getattr(budget, name) is not None)
-            share = 0.5 * getattr(budget, kind)
+            share = (1.0 if self.frozen else 0.5) * getattr(budget, kind)  # a twin has no pass of features to pay for
             stages_of = [_features(self, groups, **{kind: share / len(stages)}) for groups in stages]
             return [*([] if self.frozen else stages_of), replace(readout, **{kind: share})]
         passes = self._feature_epochs(budget.epochs, len(stages))

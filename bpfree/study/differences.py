@@ -1,0 +1,222 @@
+"""What a difference between two rows of a study is worth: its error, the correction for many comparisons, and what more seeds would decide.
+
+A difference of means over n seeds on a test split of N examples has the variance
+
+    s_d^2 / n + Var_j(d_j) / N
+
+with ``s_d`` the deviation of the paired differences over seeds and ``d_j`` the difference of example j, averaged over seeds. The first
+part is the error over seeds on this very test split, the second that of drawing other examples. ``s_d`` is pooled over the rows of a
+column, since a handful of seeds estimate it badly. Degrees of freedom are Satterthwaite's (Biometrics Bulletin 2, 1946), the correction
+is Holm's (Scandinavian Journal of Statistics 6, 1979).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bpfree.study.statistics import LEVEL, Interval
+
+__all__ = ["Difference", "Paired", "gap_share", "holm", "judge"]
+
+Examples = NDArray[np.float64]
+
+POWER = 0.8
+"""Of the smallest detectable difference."""
+MOST_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A row and what it is compared with, seed by seed.
+
+    Attributes:
+        gains: of each seed that both have: what the row is better by, in the unit of the table.
+        examples: (N,) the gain on each test example, averaged over these seeds; ``None`` where predictions are not at hand.
+    """
+
+    gains: Sequence[float]
+    examples: Examples | None = None
+
+    @property
+    def gain(self) -> float:
+        """Mean over seeds; positive: the row is better."""
+        return statistics.fmean(self.gains)
+
+    @property
+    def deviation(self) -> float | None:
+        """Of the gains over seeds; not known from one."""
+        return statistics.stdev(self.gains) if len(self.gains) > 1 else None
+
+    @property
+    def over_examples(self) -> float:
+        """Variance of the gain over new examples: Var_j(d_j) / N; 0 where it is not known."""
+        if self.examples is None or len(self.examples) < 2:
+            return 0.0
+        return float(self.examples.var(ddof=1)) / len(self.examples)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference with its error and what may be said of it.
+
+    Attributes:
+        paired: the gains.
+        over_seeds: standard error over seeds, from the pooled deviation; ``None``: no comparison has two seeds.
+        error: standard error over seeds and new examples.
+        freedom: degrees of freedom of ``error``.
+        p: two-sided, of this comparison alone.
+        adjusted: by Holm's correction over the family.
+        detectable: the smallest difference that this many seeds detect at 5 % with a power of 80 %.
+        seeds: that would decide one point; ``None``: no number of seeds would, on this test split.
+    """
+
+    paired: Paired
+    over_seeds: float | None = None
+    error: float | None = None
+    freedom: float = math.inf
+    p: float = 1.0
+    adjusted: float = 1.0
+    detectable: float | None = None
+    seeds: int | None = None
+
+    @property
+    def gain(self) -> float:
+        """Mean over seeds; positive: the row is better."""
+        return self.paired.gain
+
+    @property
+    def gains(self) -> Sequence[float]:
+        """Of each seed."""
+        return self.paired.gains
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 %, of this comparison alone."""
+        if self.error is None:
+            return None
+        half = _quantile(self.freedom, (1 + LEVEL) / 2) * self.error
+        return Interval(self.gain - half, self.gain + half)
+
+    @property
+    def sign(self) -> int:
+        """1: the row is better, -1: it is worse, 0: not distinguishable within the family, or known from one seed only."""
+        if self.error is None or self.adjusted > 1 - LEVEL:
+            return 0
+        return 1 if self.gain > 0 else -1
+
+
+def judge(family: Mapping[object, tuple[object, Paired]], *, point: float = 1.0) -> dict[object, Difference]:
+    """Judge a family of comparisons together.
+
+    Args:
+        family: of each comparison the column in which deviations are pooled, and its gains.
+        point: the difference that :attr:`Difference.seeds` is to decide.
+
+    Returns:
+        A difference for each key.
+    """
+    pooled = {column: _pooled([paired for other, paired in family.values() if other == column]) for column, _ in family.values()}
+    found = {key: _difference(paired, *pooled[column], point) for key, (column, paired) in family.items()}
+    known = [key for key, each in found.items() if each.error is not None]
+    adjusted = holm([found[key].p for key in known])
+    return found | {key: dataclasses.replace(found[key], adjusted=p) for key, p in zip(known, adjusted, strict=True)}
+
+
+def _pooled(family: Sequence[Paired]) -> tuple[float | None, int]:
+    """Deviation over seeds of all comparisons together, and its degrees of freedom."""
+    several = [paired for paired in family if len(paired.gains) > 1]
+    freedom = sum(len(paired.gains) - 1 for paired in several)
+    if not freedom:
+        return None, 0
+    squares = sum((len(paired.gains) - 1) * statistics.variance(paired.gains) for paired in several)
+    return math.sqrt(squares / freedom), freedom
+
+
+def _difference(paired: Paired, deviation: float | None, freedom: int, point: float) -> Difference:
+    if deviation is None:
+        return Difference(paired)
+    n, examples = len(paired.gains), paired.over_examples
+    count = math.inf if paired.examples is None else len(paired.examples) - 1
+    over_seeds = deviation / math.sqrt(n)
+    error, free = _total(over_seeds**2, freedom, examples, count)
+    p = 1.0 if paired.gain == 0 else 0.0 if error == 0 else _two_sided(abs(paired.gain) / error, free)
+    detectable = (_quantile(free, (1 + LEVEL) / 2) + _quantile(free, POWER)) * error
+    return Difference(paired, over_seeds, error, free, p, p, detectable, _seeds_for(point, deviation, freedom, examples, count))
+
+
+def _total(over_seeds: float, freedom: float, over_examples: float, examples: float) -> tuple[float, float]:
+    """Standard error of two independent parts, and Satterthwaite's degrees of freedom."""
+    variance = over_seeds + over_examples
+    parts = [(part, free) for part, free in ((over_seeds, freedom), (over_examples, examples)) if part > 0 and math.isfinite(free)]
+    if variance == 0 or not parts:
+        return math.sqrt(variance), float(freedom)
+    return math.sqrt(variance), variance**2 / sum(part**2 / free for part, free in parts)
+
+
+def _seeds_for(point: float, deviation: float, freedom: float, over_examples: float, examples: float) -> int | None:
+    """The fewest seeds with which a difference of ``point`` is detected; ``None`` beyond ``MOST_SEEDS``."""
+    for n in range(2, MOST_SEEDS + 1):
+        error, free = _total(deviation**2 / n, freedom, over_examples, examples)
+        if (_quantile(free, (1 + LEVEL) / 2) + _quantile(free, POWER)) * error <= point:
+            return n
+    return None
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Adjust p-values by Holm's step-down correction, in their order."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    adjusted, largest = [1.0] * len(values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def _quantile(freedom: float, level: float) -> float:
+    from scipy.special import ndtri, stdtrit
+
+    return float(stdtrit(freedom, level) if math.isfinite(freedom) else ndtri(level))
+
+
+def _two_sided(t: float, freedom: float) -> float:
+    from scipy.special import ndtr, stdtr
+
+    return float(2 * (stdtr(freedom, -t) if math.isfinite(freedom) else ndtr(-t)))
+
+
+# --- share of the gap -------------------------------------------------------------------------------------------------
+
+
+def gap_share(
+    ours: Sequence[float], floor: Sequence[float], ceiling: Sequence[float], *, error: float, least: float, resamples: int = 10_000
+) -> tuple[float, Interval | None] | None:
+    """Compute (rule - floor) / (ceiling - floor) from means, with an interval by bootstrap of seeds.
+
+    Args:
+        ours, floor, ceiling: scores of the same seeds, greater is better.
+        error: standard error of the gap, ceiling less floor.
+        least: the smallest gap for which a share is told.
+        resamples: of the bootstrap.
+
+    Returns:
+        ``None`` where the gap is below three standard errors or ``least``; the interval is ``None`` below three seeds.
+    """
+    gap = statistics.fmean(ceiling) - statistics.fmean(floor)
+    if gap < least or gap < 3 * error:
+        return None
+    share = (statistics.fmean(ours) - statistics.fmean(floor)) / gap
+    if len(ours) < 3:
+        return share, None
+    rows = np.asarray([ours, floor, ceiling], float)
+    drawn = rows[:, np.random.default_rng(0).integers(0, len(ours), (resamples, len(ours)))].mean(2)
+    gaps = drawn[2] - drawn[1]
+    kept = (drawn[0] - drawn[1])[gaps > 0] / gaps[gaps > 0]
+    low, high = np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return share, Interval(float(low), float(high))

@@ -1,0 +1,107 @@
+"""What each test example became in the finished cells of a row: for the error of a difference over new examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bpfree.study.differences import Paired
+from bpfree.study.line import Line, percent
+from bpfree.study.state import Outcome
+
+__all__ = ["OWN", "PROBED", "Scores", "paired", "scores_of", "twin_scores"]
+
+Examples = NDArray[np.float64]
+OWN, PROBED = "", "linear_probe"
+"""Which prediction: the rule's own, or that of a probe of its features."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a row reaches, by seed.
+
+    Attributes:
+        means: in the unit of the table, of each seed with a finite result.
+        examples: of each test example, in the same unit; of the seeds whose predictions are at hand.
+        greater: whether a greater score is better.
+    """
+
+    means: Mapping[int, float]
+    examples: Mapping[int, Examples]
+    greater: bool
+
+
+def scores_of(line: Line, metric: str, runs: Path, which: str = OWN) -> Scores:
+    """Collect the scores of a row.
+
+    Args:
+        line: the row.
+        metric: of the table, such as ``test/error``.
+        runs: folder of runs, which hold the predictions.
+        which: ``OWN`` or ``PROBED``.
+    """
+    cells = [(cell.seed, outcome) for cell, outcome in zip(line.cells, line.outcomes, strict=True) if outcome is not None]
+    return _scores([(seed, outcome) for seed, outcome in cells if outcome.status == "finished"], metric, runs, which)
+
+
+def twin_scores(line: Line, metric: str, runs: Path) -> Scores:
+    """Collect the scores of a row's own-prediction twin at equal operations."""
+    cells = [(seed, outcome) for seed, outcome in line.twins.items() if outcome is not None and outcome.status == "finished"]
+    return _scores(cells, metric, runs, OWN)
+
+
+def _scores(cells: list[tuple[int, Outcome]], metric: str, runs: Path, which: str) -> Scores:
+    means = {seed: value for seed, outcome in cells if (value := _value(outcome, metric, which)) is not None and math.isfinite(value)}
+    examples = {seed: found for seed, outcome in cells if (found := _examples(outcome, metric, runs, which)) is not None}
+    return Scores(means, examples, metric.endswith("accuracy"))
+
+
+def _value(outcome: Outcome, metric: str, which: str) -> float | None:
+    split, _, kind = metric.partition("/")
+    prefix = f"{split}/{which}/" if which else f"{split}/"
+    measured = outcome.result.get(f"{prefix}{'loss' if kind == 'loss' else 'accuracy'}")
+    return None if measured is None else in_unit(measured, metric)
+
+
+def in_unit(value: float, metric: str) -> float:
+    """Convert an accuracy (0 to 1) or a loss to the unit of a table: errors and accuracies are in per cent."""
+    if not percent(metric):
+        return value
+    return 100 * value if metric.endswith("accuracy") else 100 - 100 * value
+
+
+def _examples(outcome: Outcome, metric: str, runs: Path, which: str) -> Examples | None:
+    key = "_".join(filter(None, [which, "correct" if percent(metric) else "loss"]))
+    try:
+        with np.load(runs / outcome.run / "predictions.npz", allow_pickle=False) as arrays:
+            values: Any = arrays[key].astype(np.float64)
+    except (OSError, ValueError, KeyError):
+        return None
+    return to_unit(values, metric)
+
+
+def to_unit(values: Any, metric: str) -> Examples:
+    """Convert what each example became (1 for right, or a loss) to the unit of a table."""
+    array = np.asarray(values, np.float64)
+    if not percent(metric):
+        return array
+    return 100 * array if metric.endswith("accuracy") else 100 - 100 * array
+
+
+def paired(ours: Scores, theirs: Scores) -> Paired | None:
+    """Pair two rows seed by seed; ``None`` if no seed has both. Positive gains: ours is better."""
+    seeds = [seed for seed in ours.means if seed in theirs.means]
+    if not seeds:
+        return None
+    sign = 1 if ours.greater else -1
+    gains = [sign * (ours.means[seed] - theirs.means[seed]) for seed in seeds]
+    both = [seed for seed in seeds if seed in ours.examples and seed in theirs.examples]
+    if len(both) < len(seeds) or len({len(one) for seed in both for one in (ours.examples[seed], theirs.examples[seed])}) != 1:
+        return Paired(gains)
+    return Paired(gains, sign * np.mean([ours.examples[seed] - theirs.examples[seed] for seed in both], axis=0))

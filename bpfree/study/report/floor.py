@@ -1,0 +1,161 @@
+"""The rows beside their floors: three numbers and three verdicts for each."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+
+from bpfree.study.controls import Section, difference_texts, error_legend
+from bpfree.study.differences import Difference
+from bpfree.study.examples import Scores
+from bpfree.study.floors import FloorRecord, Floors
+from bpfree.study.report.view import View, compact
+from bpfree.study.verdicts import Verdict, verdicts
+
+__all__ = ["floor_remarks", "floor_sections"]
+
+
+def floor_sections(view: View, floors: Floors) -> list[Section]:
+    """Make the tables of numbers and of verdicts; none as long as no floor was measured."""
+    found = verdicts(view.plan, view.lines, floors, view.metric)
+    if not found:
+        return []
+    judged = [each for each in found if each.text]
+    return [_numbers(view, found), *([_verdicts(view, judged)] if judged else [])]
+
+
+def _labels(view: View, each: Verdict) -> list[str]:
+    return [view.label(each.line), *([each.line.column] if view.labelled else [])]
+
+
+def _headers(view: View) -> list[str]:
+    return ["row", *(["column"] if view.labelled else [])]
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _numbers(view: View, found: Sequence[Verdict]) -> Section:
+    name = view.metric_name.split(",")[0]
+    labels = _headers(view)
+    headers = [f"own {name}", "probed", "readout loses", "floor", "share of gap %", "operations to floor"]
+    table = [[*_labels(view, each), *_row(view, each), _of(each)] for each in found]
+    kept = [place for place in range(len(labels) + len(headers) + 1) if any(row[place] for row in table)]
+    names = [*labels, *headers, "of"]
+    shown = [[row[place] for place in kept] for row in table]
+    numeric = range(len(labels), len(kept) - 1)
+    return Section([names[place] for place in kept], shown, numeric, _numbers_legend(view, found), "Beside the floor")
+
+
+def _row(view: View, each: Verdict) -> list[str]:
+    mean, probed, floor = (_mean(scores) for scores in (each.own, each.probed, each.floor.scores))
+    lost = "" if mean is None or probed is None else f"{(probed - mean) * (1 if view.greater else -1):+z.{view.digits}f}"
+    texts = ["" if value is None else f"{value:.{view.digits}f}" for value in (mean, probed, floor)]
+    least = "at least " if each.floor.at_least and texts[2] else ""
+    return [texts[0], texts[1], lost, least + texts[2], _share(each), _operations(each)]
+
+
+def _mean(scores: Scores) -> float | None:
+    return statistics.fmean(scores.means.values()) if scores.means else None
+
+
+def _share(each: Verdict) -> str:
+    if each.share is None or not each.text:
+        return ""
+    share, interval = each.share
+    return f"{100 * share:.0f}" + ("" if interval is None else f" ({100 * interval.low:.0f} to {100 * interval.high:.0f})")
+
+
+def _operations(each: Verdict) -> str:
+    if math.isnan(each.operations):
+        return ""
+    return "inf" if math.isinf(each.operations) else compact(each.operations)
+
+
+def _of(each: Verdict) -> str:
+    record = each.floor.record
+    return f"{each.floor.name} ({record.network})" if each.floor.name == record.source and record.source != "inputs" else each.floor.name
+
+
+def _numbers_legend(view: View, found: Sequence[Verdict]) -> str:
+    text = (
+        "Own: the rule's own prediction. Probed: its features read by logistic regression (ridge for real targets) that is solved. "
+        "Readout loses: probed less own. Floor: the best such readout of the standardised inputs, of a block of the untrained network (same "
+        "seeds), or of all together, chosen by mean validation over seeds. "
+    )
+    if any(not each.floor.record.chosen for each in found):
+        text += "Without a validation split nothing was chosen: all together, with the penalty 0.001. "
+    if any(each.floor.at_least for each in found):
+        text += "At least: some features were too large to be read, or a readout recipe is not known to have converged. "
+    if any(each.share is not None and each.text for each in found):
+        text += (
+            "Share of the gap: (own less floor) over (back-propagation on the same network, tuned alike, less floor), from means, with a 95 % "
+            "interval by bootstrap of seeds; blank where the gap is below two points or three standard errors. "
+        )
+    if any(not math.isnan(each.operations) for each in found):
+        text += (
+            "Operations to floor: median, to the end of the first epoch whose validation is at the floor's; inf: half of the runs miss it. "
+        )
+    return text + " ".join(_chance(view, found))
+
+
+def _chance(view: View, found: Sequence[Verdict]) -> Iterator[str]:
+    """Chance and the nearest class mean, per column."""
+    for column in view.columns:
+        record = next((each.floor.record for each in found if each.line.column == column and each.floor.record.chance is not None), None)
+        if record is None or record.chance is None:
+            continue
+        where = f"{column}: chance" if column else "Chance"
+        mean = "" if record.nearest_mean is None else f", nearest class mean of the inputs {100 * record.nearest_mean:.2f} %"
+        yield f"{where} (the larger of 1/C and the largest class) {100 * record.chance:.2f} %{mean}."
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def _verdicts(view: View, judged: Sequence[Verdict]) -> Section:
+    kinds = ("features", "as delivered", "at equal budget")
+    columns = {kind: [_difference(view, each) for each in _all(judged, kind)] for kind in kinds}
+    shown = [kind for kind in kinds if any(columns[kind])]
+    labels = _headers(view)
+    table = [[*_labels(view, each), *(columns[kind][place] for kind in shown), each.text] for place, each in enumerate(judged)]
+    return Section(
+        [*labels, *shown, "verdict"], table, range(len(labels), len(labels) + len(shown)), _verdicts_legend(view, judged), "Verdicts"
+    )
+
+
+def _all(judged: Sequence[Verdict], kind: str) -> list[Difference | None]:
+    names = {"features": "features", "as delivered": "delivered", "at equal budget": "equal"}
+    return [getattr(each, names[kind]) for each in judged]
+
+
+def _difference(view: View, found: Difference | None) -> str:
+    if found is None:
+        return ""
+    gain, error = difference_texts(found, view.metric)
+    return f"{gain} +- {error}" if error else gain
+
+
+def _verdicts_legend(view: View, judged: Sequence[Verdict]) -> str:
+    text = "Features: probed less floor. As delivered: own less floor. "
+    if any(each.equal is not None for each in judged):
+        text += (
+            "At equal budget: own less the own-prediction twin (everything but the readout recipe fixed), with the same trials and as many "
+            "operations. "
+        )
+    tuned = any(each.line.tuned is not None and each.line.tuned.keys for each in judged)
+    return text + "Positive: better. " + error_legend([each.delivered for each in judged if each.delivered is not None], conditional=tuned)
+
+
+def floor_remarks(view: View, floors: Floors) -> Iterator[str]:
+    """Say what is missing: a floor that was not measured, or a gradient that was left."""
+    missing = [line.label for line in view.lines if line.finished and floors.of(line, view.lines) is None]
+    if missing:
+        yield f"The floor was not measured for {', '.join(missing)}."
+    records: dict[int, FloorRecord] = {id(known): known for line in view.lines if (known := floors.of(line, view.lines)) is not None}
+    for record in records.values():
+        if record.gradient > 1.001e-4 and not record.real:
+            yield f"A readout of the floor of {record.network} is left with a gradient of {record.gradient:.1e}, more than 1e-4."
+        if record.skipped:
+            yield f"Not read for the floor of {record.network}, too large: {', '.join(record.skipped)}."

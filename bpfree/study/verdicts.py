@@ -1,0 +1,237 @@
+"""Three numbers and three verdicts for each row of a study: what it delivers, what its features hold, and what its floor reaches anyway.
+
+- *own*: the rule's own prediction; *probed*: its features read by a converged linear readout; what the readout loses between them.
+- *features*: probed less floor. *As delivered*: own less floor. *At equal budget*: own less the own-prediction twin (everything but the
+  readout recipe fixed) with the same trials and as many operations.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from bpfree.study.cells import Plan
+from bpfree.study.differences import Difference, Paired, gap_share, judge
+from bpfree.study.examples import OWN, PROBED, Scores, in_unit, paired, scores_of, to_unit, twin_scores
+from bpfree.study.floors import FloorRecord, Floors, floor_key
+from bpfree.study.line import Line, percent
+from bpfree.study.statistics import Interval, first_reached, median_with_misses
+
+__all__ = ["RowFloor", "Verdict", "verdicts"]
+
+LEAST_GAP = 2.0
+"""Points between floor and ceiling below which a share of the gap says nothing."""
+FEATURES, DELIVERED, EQUAL = "features", "as delivered", "at equal budget"
+
+
+@dataclass(frozen=True)
+class RowFloor:
+    """The floor that a row is measured by.
+
+    Attributes:
+        name: what is read, or the row of another readout recipe that does better on untrained features.
+        scores: of the floor.
+        validation: mean on validation, accuracy or minus the loss; ``None`` without a validation split.
+        at_least: whether more may be had: a source was too large to be read, or a recipe is not known to have converged.
+        record: of the measurement.
+    """
+
+    name: str
+    scores: Scores
+    validation: float | None
+    at_least: bool
+    record: FloorRecord
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A row beside its floor.
+
+    Attributes:
+        line: the row.
+        own, probed: scores; ``probed`` has none where the rule gives no features, or they were not read.
+        floor: its floor.
+        features, delivered, equal: the three differences; ``None`` where one side is missing.
+        share: of the gap between floor and ceiling, with its interval; ``None`` where the gap is too small or there is no ceiling.
+        operations: median of those spent when validation first reached the floor; infinite for misses, NaN where it is not known.
+    """
+
+    line: Line
+    own: Scores
+    probed: Scores
+    floor: RowFloor
+    features: Difference | None
+    delivered: Difference | None
+    equal: Difference | None
+    share: tuple[float, Interval | None] | None
+    operations: float
+
+    @property
+    def text(self) -> str:
+        """The three verdicts in words."""
+        if is_twin(self.line) or not _learns_features(self.line):
+            return ""
+        if self.delivered is None or self.delivered.error is None:
+            return "one seed only" if self.delivered is not None else ""
+        delivered, features = self.delivered.sign, self.features.sign if self.features is not None else None
+        equal = self.equal.sign if self.equal is not None else None
+        if delivered > 0:
+            below = "; not above its twin at equal operations" if equal is not None and equal <= 0 else ""
+            return (
+                "above its floor" if features is None or features > 0 else "above its floor; its features alone are not shown to be"
+            ) + below
+        if features is not None and features > 0:
+            if equal is None or equal > 0:
+                return "has not paid for its features in this budget"
+            return "its features are above the floor; neither its predictions are nor does it beat its twin at equal operations"
+        return "below its floor" if delivered < 0 else "not shown to learn more than its floor"
+
+
+def is_twin(line: Line) -> bool:
+    """Whether a row is untrained but for its readout recipe."""
+    recipe = line.cells[0].recipe
+    return recipe.names["rule"] == "frozen" or recipe.settings.frozen_twin
+
+
+def _learns_features(line: Line) -> bool:
+    """Whether a row has hidden blocks at all: a linear classifier has none."""
+    return line.cells[0].recipe.names["rule"] != "linear"
+
+
+def verdicts(plan: Plan, lines: Sequence[Line], floors: Floors, metric: str) -> list[Verdict]:
+    """Judge each row that has a result and a floor.
+
+    Each of the three verdicts is a family of comparisons of its own, corrected by Holm over rows and columns.
+    """
+    found = [
+        _Row(line, floor, metric, plan)
+        for line in lines
+        if line.finished and (floor := _floor(line, lines, floors, metric, plan)) is not None
+    ]
+    families: dict[str, Mapping[object, Difference]] = {}
+    for name in (FEATURES, DELIVERED, EQUAL):
+        pairs: dict[object, tuple[object, Paired]] = {
+            id(row): (row.line.column, pair) for row in found if (pair := row.pair(name)) is not None
+        }
+        families[name] = judge(pairs)
+    return [row.verdict(families, found) for row in found]
+
+
+# --- floors -----------------------------------------------------------------------------------------------------------
+
+
+def _floor(line: Line, lines: Sequence[Line], floors: Floors, metric: str, plan: Plan) -> RowFloor | None:
+    record = floors.of(line, lines)
+    if record is None or record.real == percent(metric):
+        return None
+    sign = -1 if record.real else 1
+    means = {seed: in_unit(sign * value, metric) for seed, value in record.by_seed.items()}
+    scores = Scores(means, {seed: to_unit(values, metric) for seed, values in record.examples.items()}, metric.endswith("accuracy"))
+    best = statistics.fmean(record.validation) if record.validation else None
+    floor = RowFloor(record.source, scores, best, bool(record.skipped), record)
+    for other in lines:  # another readout recipe that does better on untrained features
+        value = _validation(other, real=record.real) if other is not line and _is_its_twin(other, line) else None
+        if value is not None and floor.validation is not None and value > floor.validation:
+            floor = RowFloor(other.row.label, scores_of(other, metric, plan.output), value, not converged(other, lines), record)
+    return floor
+
+
+def _is_its_twin(other: Line, line: Line) -> bool:
+    return is_twin(other) and other.column == line.column and floor_key(other.cells[0]) == floor_key(line.cells[0])
+
+
+def _validation(line: Line, *, real: bool) -> float | None:
+    """Mean over seeds of the last score on validation, greater is better."""
+    key, sign = ("val/loss", -1) if real else ("val/accuracy", 1)
+    last = [next((epoch[key] for epoch in reversed(each.history) if key in epoch), None) for each in line.finished]
+    known = [sign * value for value in last if value is not None and math.isfinite(value)]
+    return statistics.fmean(known) if known and len(known) == len(last) else None
+
+
+def converged(line: Line, lines: Iterable[Line]) -> bool:
+    """Whether a readout recipe that is not convex counts as converged.
+
+    Its rate was tuned over at least five values with the best not at an edge, it has at least three restarts, and a row that is the same
+    but for twice the budget is not better by two standard errors.
+    """
+    tuned = line.tuned
+    if tuned is None or "optimizer.lr" not in tuned.keys or len(line.finished) < 3:
+        return False
+    rates = [trial.values["optimizer.lr"] for trial in tuned.trials if trial.score is not None and "optimizer.lr" in trial.values]
+    best = tuned.best
+    if best is None or len(set(rates)) < 5 or best.values.get("optimizer.lr") in (min(rates), max(rates)):
+        return False
+    return any(_doubled(other, line) and not _better(other, line) for other in lines)
+
+
+def _doubled(other: Line, line: Line) -> bool:
+    mine, its = (each.cells[0].recipe.flat() for each in (line, other))
+    changed = {key for key in mine if mine[key] != its.get(key)}
+    budgets = {key for key in changed if key.startswith("budget.")}
+    same = other.column == line.column and changed - {"optimizer.lr"} == budgets and len(budgets) == 1
+    return same and all(its[key] is not None and mine[key] is not None and its[key] >= 2 * mine[key] for key in budgets)
+
+
+def _better(other: Line, line: Line) -> bool:
+    theirs, ours = ([each.result.get("test/accuracy", math.nan) for each in one.finished] for one in (other, line))
+    if len(theirs) < 2 or len(ours) < 2:
+        return True
+    error = math.sqrt(statistics.variance(theirs) / len(theirs) + statistics.variance(ours) / len(ours))
+    return statistics.fmean(theirs) - statistics.fmean(ours) > 2 * error
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+class _Row:
+    """A row with its scores, before its verdicts are known."""
+
+    def __init__(self, line: Line, floor: RowFloor, metric: str, plan: Plan) -> None:
+        self.line, self.floor, self.metric = line, floor, metric
+        self.own, self.probed = (scores_of(line, metric, plan.output, which) for which in (OWN, PROBED))
+        self.twin = twin_scores(line, metric, plan.output)
+
+    def pair(self, name: str) -> Paired | None:
+        if name == FEATURES:
+            return paired(self.probed, self.floor.scores)
+        return paired(self.own, self.floor.scores if name == DELIVERED else self.twin)
+
+    def verdict(self, families: Mapping[str, Mapping[object, Difference]], rows: Sequence[_Row]) -> Verdict:
+        features, delivered, equal = (families[name].get(id(self)) for name in (FEATURES, DELIVERED, EQUAL))
+        return Verdict(self.line, self.own, self.probed, self.floor, features, delivered, equal, self._share(rows), self._operations())
+
+    def _share(self, rows: Sequence[_Row]) -> tuple[float, Interval | None] | None:
+        """Of the gap, beside back-propagation of the same network that was tuned alike."""
+        ceiling = next((row for row in rows if row is not self and row.is_ceiling_of(self)), None)
+        if ceiling is None or not percent(self.metric):
+            return None
+        pair = paired(ceiling.own, self.floor.scores)
+        seeds = [seed for seed in self.own.means if seed in ceiling.own.means and seed in self.floor.scores.means]
+        error = judge({0: (0, pair)})[0].error if pair is not None else None
+        if error is None or not seeds:
+            return None
+        sign = 1 if self.own.greater else -1
+        ours, floor, top = ([sign * scores.means[seed] for seed in seeds] for scores in (self.own, self.floor.scores, ceiling.own))
+        return gap_share(ours, floor, top, error=error, least=LEAST_GAP)
+
+    def is_ceiling_of(self, row: _Row) -> bool:
+        line, recipe = self.line, self.line.cells[0].recipe
+        trials = [0 if each.tuned is None else each.tuned.planned for each in (line, row.line)]
+        same = line.column == row.line.column and floor_key(line.cells[0]) == floor_key(row.line.cells[0])
+        return same and recipe.names["rule"] == "backprop" and not recipe.settings.frozen_twin and trials[0] == trials[1]
+
+    def _operations(self) -> float:
+        """Median of the operations after which validation was first at the floor."""
+        if self.floor.validation is None:
+            return math.nan
+        real = self.floor.record.real
+        key, aim = ("val/loss", -self.floor.validation) if real else ("val/accuracy", self.floor.validation)
+        spent = []
+        for outcome in self.line.finished:
+            epoch = first_reached(outcome.history, key, aim, greater=not real)
+            spent.append(
+                math.inf if epoch is None else epoch.get("forwards", math.nan) * outcome.result.get("forward_operations", math.nan)
+            )
+        return math.nan if any(map(math.isnan, spent)) else median_with_misses(spent)
