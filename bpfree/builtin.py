@@ -60,4 +60,4 @@ def bpfree_protocols() -> dict[str, protocols.EvaluationProtocol]:
 @hooks.hookimpl
 def bpfree_studies() -> dict[str, Path]:
     presets = Path(__file__).parent / "study" / "presets"
-    return {name: presets / f"{name}.yaml" for name in ("digits-floor-ceiling", "quickstart", "claims", "claims-cifar10")}
+    return {name: presets / f"{name}.yaml" for name in ("digits-floor-ceiling", "floor", "quickstart", "claims", "claims-cifar10")}

@@ -232,7 +232,8 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
 def _can_be_probed(recipe: Recipe, leaves: Sequence[Leaf]) -> bool:
     """Whether a converged readout can read the rule's features; a study that names protocols itself gets those."""
     rule: type[Rule] = recipe.registry.get("rules", recipe.names["rule"])
-    features = rule.features is not Rule.features or (isinstance(rule.traits, Traits) and rule.traits.chain)
+    chain = rule.traits.chain if isinstance(rule.traits, Traits) else not rule.own_network  # traits may depend on the options
+    features = rule.features is not Rule.features or chain
     named = any(leaf.key == "evaluation.protocols" for leaf in leaves)
     return features and not named and recipe.spec().targets in recipe.registry.get("protocols", PROBE).kinds
 

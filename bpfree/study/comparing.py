@@ -11,7 +11,7 @@ from typing import Any
 from bpfree.config import Leaf, parse_words
 from bpfree.errors import UsageError
 from bpfree.plugins import Plugins, installed_plugins
-from bpfree.rule import Rule
+from bpfree.rule import Rule, Traits
 from bpfree.study.cells import is_scientific
 from bpfree.study.model import Column, Row, Study
 
@@ -44,7 +44,8 @@ def comparison(
         own = {label: settings for label, settings in asked.items() if label not in ("linear", "frozen", "backprop")}
         twins = dict(_twin(label, settings, registry) for label, settings in own.items())
         rows = {"linear": {"rule": "linear"}, "frozen": {"rule": "frozen"}, **twins, **own, "backprop": {"rule": "backprop"}}
-        controls = ["frozen", *(label for label in twins if label != "frozen")]
+        bare = any(not _reads_out(_rule(settings, registry)) for settings in own.values())  # a twin without a readout may be at chance
+        controls = [*(["linear"] if bare else []), "frozen", *(label for label in twins if label != "frozen")]
     shared = {leaf.key: leaf.value for leaf in common if leaf.key.split(".")[0] != "network"}
     networks = {leaf.key: leaf.value for leaf in common if leaf.key not in shared}
     return Study(
@@ -74,6 +75,11 @@ def _settings(word: str, registry: Plugins) -> dict[str, Any]:
 def _rule(settings: Mapping[str, Any], registry: Plugins) -> type[Rule]:
     rule: type[Rule] = registry.get("rules", settings["rule"])
     return rule
+
+
+def _reads_out(rule: type[Rule]) -> bool:
+    """Whether a rule trains a readout; one that predicts by goodness, norms or clusters does not."""
+    return not isinstance(rule.traits, Traits) or rule.traits.readout
 
 
 def _twin(label: str, settings: Mapping[str, Any], registry: Plugins) -> tuple[str, dict[str, Any]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bpfree.study.cells import Plan
-from bpfree.study.differences import Difference, judge
+from bpfree.study.differences import Difference, Paired, judge
 from bpfree.study.examples import paired, scores_of
 from bpfree.study.line import Line, percent, table_metric
 
@@ -71,13 +71,18 @@ def compare(plan: Plan, row: Line, control: Line, metric: str) -> Comparison | N
 
 def _judged(plan: Plan, pairs: Sequence[tuple[Line, Line]], metric: str) -> list[Comparison]:
     scores = {id(line): scores_of(line, metric, plan.output) for pair in pairs for line in pair}
-    family = {
+    family: dict[object, tuple[object, Paired]] = {
         (row.column, row.row.label, control.row.label): (row.column, found)
         for row, control in pairs
         if (found := paired(scores[id(row)], scores[id(control)])) is not None
     }
-    judged: Mapping[object, Difference] = judge(family)
-    return [Comparison(row, column, control, judged[column, row, control]) for column, row, control in family]
+    judged = judge(family)
+    places = [(row.column, row.row.label, control.row.label) for row, control in pairs]
+    return [
+        Comparison(row, column, control, judged[column, row, control])
+        for column, row, control in places
+        if (column, row, control) in judged
+    ]
 
 
 # --- as text ----------------------------------------------------------------------------------------------------------
@@ -143,10 +148,8 @@ def _legend(metric: str, found: Sequence[Comparison], tuned: Sequence[Line]) -> 
     name = metric.replace("/", " ")
     difference = f"the row's {name} minus the control's" if metric.endswith("accuracy") else f"the control's {name} minus the row's"
     unit = ", in percentage points" if percent(metric) else ""
-    text = (
-        f"Gain: {difference}{unit}, so that positive means that the row is better; mean over the n seeds that both have, paired by seed. "
-    )
-    return text + error_legend([each.difference for each in found], conditional=bool(tuned))
+    text = f"Gain: {difference}{unit}, so that positive means that the row is better; mean over the n seeds that both have, paired by seed."
+    return f"{text} {error_legend([each.difference for each in found], conditional=bool(tuned))}"
 
 
 def error_legend(found: Sequence[Difference], *, conditional: bool) -> str:
@@ -154,16 +157,15 @@ def error_legend(found: Sequence[Difference], *, conditional: bool) -> str:
     known = [each for each in found if each.error is not None]
     if not known:
         return "One seed has no error over seeds."
-    whole = all(each.paired.examples is not None for each in known)
-    text = "Standard error: over seeds, with deviations pooled over the column's rows"
-    text += (
-        ", and over new examples of the same kind as the test split's. "
-        if whole
-        else "; predictions of single examples are not all at hand. "
-    )
-    text += (
-        f"Verdicts: 5 % over the family of {len(found)} comparisons (Holm). Detectable: the smallest difference that this many seeds find "
-    )
-    text += "with a power of 80 %. Seeds for 1 point: that would decide a difference of one point; none: more seeds would not, on this test split."
-    text += " Intervals are conditional on the tuned values, which all seeds share." if conditional else ""
-    return text + (" Fewer than five seeds give intervals, no claims." if min(len(each.gains) for each in found) < 5 else "")
+    examples = "and over new examples of the same kind as the test split's"
+    if any(each.paired.examples is None for each in known):
+        examples = "alone: predictions of single examples are not all at hand"
+    texts = [
+        f"Standard error: over seeds, with deviations pooled over the column's rows, {examples}.",
+        f"Verdicts: 5 % over the family of {len(found)} comparisons (Holm).",
+        "Detectable: the smallest difference that this many seeds find with a power of 80 %.",
+        "Seeds for 1 point: that would decide a difference of one point; none: more seeds would not, on this test split.",
+        *(["Intervals are conditional on the tuned values, which all seeds share."] if conditional else []),
+        *(["Fewer than five seeds give intervals, no claims."] if min(len(each.gains) for each in found) < 5 else []),
+    ]
+    return " ".join(texts)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bpfree.study.statistics import LEVEL, Interval
+from bpfree.study.statistics import LEVEL, Interval, quantile, total_error
 
 __all__ = ["Difference", "Paired", "gap_share", "holm", "judge"]
 
@@ -101,7 +101,7 @@ class Difference:
         """95 %, of this comparison alone."""
         if self.error is None:
             return None
-        half = _quantile(self.freedom, (1 + LEVEL) / 2) * self.error
+        half = quantile(self.freedom, (1 + LEVEL) / 2) * self.error
         return Interval(self.gain - half, self.gain + half)
 
     @property
@@ -145,26 +145,17 @@ def _difference(paired: Paired, deviation: float | None, freedom: int, point: fl
     n, examples = len(paired.gains), paired.over_examples
     count = math.inf if paired.examples is None else len(paired.examples) - 1
     over_seeds = deviation / math.sqrt(n)
-    error, free = _total(over_seeds**2, freedom, examples, count)
+    error, free = total_error(over_seeds**2, freedom, examples, count)
     p = 1.0 if paired.gain == 0 else 0.0 if error == 0 else _two_sided(abs(paired.gain) / error, free)
-    detectable = (_quantile(free, (1 + LEVEL) / 2) + _quantile(free, POWER)) * error
+    detectable = (quantile(free, (1 + LEVEL) / 2) + quantile(free, POWER)) * error
     return Difference(paired, over_seeds, error, free, p, p, detectable, _seeds_for(point, deviation, freedom, examples, count))
-
-
-def _total(over_seeds: float, freedom: float, over_examples: float, examples: float) -> tuple[float, float]:
-    """Standard error of two independent parts, and Satterthwaite's degrees of freedom."""
-    variance = over_seeds + over_examples
-    parts = [(part, free) for part, free in ((over_seeds, freedom), (over_examples, examples)) if part > 0 and math.isfinite(free)]
-    if variance == 0 or not parts:
-        return math.sqrt(variance), float(freedom)
-    return math.sqrt(variance), variance**2 / sum(part**2 / free for part, free in parts)
 
 
 def _seeds_for(point: float, deviation: float, freedom: float, over_examples: float, examples: float) -> int | None:
     """The fewest seeds with which a difference of ``point`` is detected; ``None`` beyond ``MOST_SEEDS``."""
     for n in range(2, MOST_SEEDS + 1):
-        error, free = _total(deviation**2 / n, freedom, over_examples, examples)
-        if (_quantile(free, (1 + LEVEL) / 2) + _quantile(free, POWER)) * error <= point:
+        error, free = total_error(deviation**2 / n, freedom, over_examples, examples)
+        if (quantile(free, (1 + LEVEL) / 2) + quantile(free, POWER)) * error <= point:
             return n
     return None
 
@@ -177,12 +168,6 @@ def holm(values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
         adjusted[place] = largest
     return adjusted
-
-
-def _quantile(freedom: float, level: float) -> float:
-    from scipy.special import ndtri, stdtrit
-
-    return float(stdtrit(freedom, level) if math.isfinite(freedom) else ndtri(level))
 
 
 def _two_sided(t: float, freedom: float) -> float:

@@ -175,9 +175,7 @@ def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callabl
     for cell in groups.values():
         name = floors.id_of(cell)
         if floors.read(name) is None:
-            say(
-                f"measuring the floor of {cell.recipe.names['network']} on {cell.recipe.names['task']}: converged readouts of untrained features"
-            )
+            say(f"measuring the floor of {cell.recipe.names['network']} on {cell.recipe.names['task']} (readouts of untrained features)")
             try:
                 floors.write(name, _measure(cell.recipe, plan.seeds, tasks, inputs))
             except Exception as error:

@@ -111,10 +111,11 @@ class _Grid:
         where = f"rule {node.get('label') or node.get('rule') or node.get('preset') or node.get('presets')}"
         self._check(node, where, RULE_KEYS)
         own = self._settings(node, where)
-        for name, settings in self._named(node, where):
-            merged = {**settings, **own}
-            rule = str(merged.get("rule", merged.get("rule.name", "")))
-            label = str(node.get("label") or (rule if "presets" in node else name))
+        named = [(name, {**settings, **own}) for name, settings in self._named(node, where)]
+        rules = [str(merged.get("rule", merged.get("rule.name", ""))) for _, merged in named]
+        for (name, merged), rule in zip(named, rules, strict=True):
+            short = name.rpartition("/")[2] if rules.count(rule) > 1 else rule  # several presets of one rule go by their own names
+            label = str(node.get("label") or (short if "presets" in node else name))
             more = {key: node[key] for key in ("published", "tune") if key in node}
             yield _Entry(label, merged, more, self._own_network(rule, merged, where))
 

@@ -25,8 +25,10 @@ __all__ = [
     "performance_profile",
     "probability_of_improvement",
     "profile_integral",
+    "quantile",
     "score_profile",
     "t_interval",
+    "total_error",
 ]
 
 LEVEL = 0.95
@@ -54,20 +56,56 @@ class Improvement(NamedTuple):
 # --- the mean ---------------------------------------------------------------------------------------------------------
 
 
-def interval(values: Sequence[float]) -> Interval | None:
-    """95 % interval of the mean: Student's t below ten values, percentile bootstrap from ten on; ``None`` for fewer than two values,
-    and where any is not finite."""
-    return t_interval(values) if len(values) < FEW else bootstrap_interval(values)
+def interval(values: Sequence[float], examples: Array | None = None) -> Interval | None:
+    """Compute the 95 % interval of a mean over seeds, and over new examples.
+
+    With s the deviation over n seeds and e_j the mean score of example j of N, the variance is ``s^2 / n + Var_j(e_j) / N``, by Student's t
+    with Satterthwaite's degrees of freedom. Without ``examples`` it is over seeds alone: Student's t below ten values, percentile bootstrap
+    from ten on.
+
+    Args:
+        values: of the seeds.
+        examples: (N,) mean score of each example over these seeds.
+
+    Returns:
+        ``None`` for fewer than two values, and where any is not finite.
+    """
+    if examples is None or len(examples) < 2 or not _measurable(values):
+        return t_interval(values) if len(values) < FEW else bootstrap_interval(values)
+    error, freedom = total_error(
+        float(np.var(values, ddof=1)) / len(values), len(values) - 1, float(np.var(examples, ddof=1)) / len(examples), len(examples) - 1
+    )
+    half, mean = quantile(freedom, (1 + LEVEL) / 2) * error, float(np.mean(values))
+    return Interval(mean - half, mean + half)
+
+
+def total_error(over_seeds: float, freedom: float, over_examples: float, examples: float) -> tuple[float, float]:
+    """Add two independent variances: the standard error, and Satterthwaite's degrees of freedom.
+
+    Args:
+        over_seeds, over_examples: the variances.
+        freedom, examples: their degrees of freedom; infinite ones add nothing.
+    """
+    variance = over_seeds + over_examples
+    parts = [(part, free) for part, free in ((over_seeds, freedom), (over_examples, examples)) if part > 0 and math.isfinite(free)]
+    if variance == 0 or not parts:
+        return math.sqrt(variance), float(freedom)
+    return math.sqrt(variance), variance**2 / sum(part**2 / free for part, free in parts)
+
+
+def quantile(freedom: float, level: float) -> float:
+    """Return a quantile of Student's distribution; the normal one's for infinitely many degrees of freedom."""
+    from scipy.special import ndtri, stdtrit
+
+    return float(stdtrit(freedom, level) if math.isfinite(freedom) else ndtri(level))
 
 
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
     """``mean ± t_{n-1} stdev / sqrt(n)``, with the quantile of Student's distribution with n - 1 degrees of freedom."""
     if not _measurable(values):
         return None
-    from scipy.special import stdtrit
-
     array, n = np.asarray(values, float), len(values)
-    half = float(stdtrit(n - 1, (1 + level) / 2)) * float(array.std(ddof=1)) / math.sqrt(n)
+    half = quantile(n - 1, (1 + level) / 2) * float(array.std(ddof=1)) / math.sqrt(n)
     return Interval(float(array.mean()) - half, float(array.mean()) + half)
 
 

@@ -55,6 +55,21 @@ class Tuned:
         return self.trials[0] if self.trials else None
 
     @property
+    def at_edge(self) -> list[str]:
+        """Keys whose best value is the smallest or the largest that was tried: beyond it there may be better ones."""
+        best = self.best
+        if best is None:
+            return []
+        found = []
+        for key in self.keys:
+            tried = {
+                value for trial in self.trials if isinstance(value := trial.values.get(key), (int, float)) and not isinstance(value, bool)
+            }
+            if len(tried) > 1 and best.values.get(key) in (min(tried), max(tried)):
+                found.append(key)
+        return found
+
+    @property
     def complete(self) -> bool:
         """Whether every trial has ended."""
         return len(self.trials) == self.planned and all(trial.status != "not run" for trial in self.trials)

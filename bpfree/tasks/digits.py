@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from bpfree.options import NoOptions
+from bpfree.options import option
 from bpfree.tasks.task import DataSource, Split, TaskSpec, stratified_indices
 
 __all__ = ["DIGITS"]
@@ -15,17 +17,26 @@ TEST_SHARE, TEST_SEED = 0.2, 20_230_324
 """The test split is fixed: a stratified fifth, the same for every seed and every user."""
 
 
-def spec(config: NoOptions, root: Path | None) -> TaskSpec:
+@dataclass
+class DigitsConfig:
+    """How large the images are."""
+
+    size: Literal[8, 16, 32] = option(8, "pixels to a side; more than 8 repeat each pixel, for networks that need larger images")
+
+
+def spec(config: DigitsConfig, root: Path | None) -> TaskSpec:
     """Mean and deviation are those of all pixels of the training and validation examples together."""
-    return TaskSpec("digits", input_shape=(1, 8, 8), outputs=10, mean=(0.3053,), std=(0.3760,))
+    return TaskSpec("digits", input_shape=(1, config.size, config.size), outputs=10, mean=(0.3053,), std=(0.3760,))
 
 
-def load(config: NoOptions, root: Path | None) -> tuple[Split, Split]:
+def load(config: DigitsConfig, root: Path | None) -> tuple[Split, Split]:
     """Pixels 0 to 16 are scaled to [0, 1]; the test split is a fixed stratified fifth."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     images = torch.from_numpy(data.images).float().div(16).unsqueeze(1)
+    times = config.size // 8
+    images = images.repeat_interleave(times, 2).repeat_interleave(times, 3) if times > 1 else images
     everything = Split(images, torch.from_numpy(data.target).long())
     mask = torch.zeros(len(everything), dtype=torch.bool)
     mask[stratified_indices(everything, TEST_SHARE, TEST_SEED)] = True
@@ -33,5 +44,5 @@ def load(config: NoOptions, root: Path | None) -> tuple[Split, Split]:
 
 
 DIGITS = DataSource(
-    spec, load, summary="scikit-learn's bundled handwritten digits, 8x8, 10 classes (no download)", files=lambda config, root: []
+    spec, load, DigitsConfig, "scikit-learn's bundled handwritten digits, 8x8, 10 classes (no download)", files=lambda config, root: []
 )

@@ -22,6 +22,7 @@ from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training import environment, seeds
 from bpfree.training.config import TrainConfig
 from bpfree.training.features import feature_loader, feature_split
+from bpfree.training.operations import counted_operations
 
 __all__ = ["Evaluator", "check_protocols", "evaluate", "evaluate_features", "flat_features"]
 
@@ -224,10 +225,14 @@ def evaluate_features(
         validation: what it may choose by.
 
     Returns:
-        ``test/linear_probe/accuracy`` and so on, and what was chosen, as ``linear_probe/penalty``.
+        ``test/linear_probe/accuracy`` and so on, what was chosen, as ``linear_probe/penalty``, and the floating-point operations of
+        the fit, as ``linear_probe/operations``.
     """
-    score, key = protocol.fit(train, setting, validation), result_key(name)
+    key = result_key(name)
+    with counted_operations() as operations:
+        score = protocol.fit(train, setting, validation)
     result = {f"{key}/{thing}": float(value) for thing, value in getattr(score, "chosen", {}).items()}
+    result |= {f"{key}/operations": float(operations())} if operations() else {}
     return result | {f"{prefix}{key}/{metric}": float(value) for prefix, split in splits.items() for metric, value in score(split).items()}
 
 

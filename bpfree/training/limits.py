@@ -35,9 +35,7 @@ class Limits:
     def _count_passes(self, rule: Rule) -> int:
         """Passes that the phases amount to. Where they are open or endless, the budget's epochs, which then end the run."""
         phases = list(itertools.islice(rule.phases(self._budget), MOST_PHASES))
-        if len(phases) == MOST_PHASES or any(
-            phase.epochs is phase.seconds is phase.forwards is phase.operations is None for phase in phases
-        ):
+        if len(phases) == MOST_PHASES or any(map(_is_open, phases)):
             self._ends = True
             return self._budget.epochs or 0
         return sum(phase.epochs or 0 for phase in phases)
@@ -88,3 +86,8 @@ class Limits:
         if phase.operations is not None and state.operations.counted(state.at.phase_operations) >= phase.operations:
             return True
         return self.is_over()
+
+
+def _is_open(phase: Phase) -> bool:
+    """Whether a phase says nothing of its end, so that the run's budget ends it."""
+    return phase.epochs is phase.seconds is phase.forwards is phase.operations is None

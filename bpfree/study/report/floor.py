@@ -81,8 +81,8 @@ def _of(each: Verdict) -> str:
 def _numbers_legend(view: View, found: Sequence[Verdict]) -> str:
     text = (
         "Own: the rule's own prediction. Probed: its features read by logistic regression (ridge for real targets) that is solved. "
-        "Readout loses: probed less own. Floor: the best such readout of the standardised inputs, of a block of the untrained network (same "
-        "seeds), or of all together, chosen by mean validation over seeds. "
+        "Readout loses: probed less own. Floor: the best such readout of the standardised inputs, of a block of the untrained network "
+        "(same seeds), or of all together, chosen by mean validation over seeds. "
     )
     if any(not each.floor.record.chosen for each in found):
         text += "Without a validation split nothing was chosen: all together, with the penalty 0.001. "
@@ -90,13 +90,11 @@ def _numbers_legend(view: View, found: Sequence[Verdict]) -> str:
         text += "At least: some features were too large to be read, or a readout recipe is not known to have converged. "
     if any(each.share is not None and each.text for each in found):
         text += (
-            "Share of the gap: (own less floor) over (back-propagation on the same network, tuned alike, less floor), from means, with a 95 % "
-            "interval by bootstrap of seeds; blank where the gap is below two points or three standard errors. "
+            "Share of the gap: (own less floor) over (back-propagation on the same network, tuned alike, less floor), from means, with a "
+            "95 % interval by bootstrap of seeds; blank where the gap is below two points or three standard errors. "
         )
     if any(not math.isnan(each.operations) for each in found):
-        text += (
-            "Operations to floor: median, to the end of the first epoch whose validation is at the floor's; inf: half of the runs miss it. "
-        )
+        text += "Operations to floor: median, to the end of the first epoch whose validation is at the floor's; inf: half of them miss it. "
     return text + " ".join(_chance(view, found))
 
 

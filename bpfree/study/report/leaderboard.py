@@ -47,6 +47,8 @@ def _legend(view: View) -> str:
     kind = "bootstrap (percentile)" if all(len(view.scores(line)) >= FEW for line in view.lines if line.finished) else "Student's t"
     mixed = kind != "bootstrap (percentile)" and any(len(view.scores(line)) >= FEW for line in view.lines)
     how = "Student's t below ten seeds, bootstrap from ten on" if mixed else kind
+    if any(view.over_examples(line) for line in view.lines):
+        how = "Student's t, over seeds and over new examples of the test split's kind"
     parts = [
         f"Sorted by the mean {view.metric_name.split(',')[0]} over seeds, best first. 95 % interval of the mean: {how}; none from one "
         "seed. In the strip: a dot for each seed, a bar for the interval, a stroke for the mean; a triangle at the edge stands for runs "
@@ -67,7 +69,8 @@ def _legend(view: View) -> str:
     parts.append(
         "Seconds: training only. Memory: tensors at the peak of a step, without the data set. Passes: forward-pass equivalents of one "
         "example; passes per example: over the examples drawn. Operations: floating-point, of matrix products and "
-        "convolutions in all training steps. Credit: how far one reverse-mode call reaches."
+        "convolutions in all training steps; those of the converged probe of the features stand apart. Credit: how far one reverse-mode "
+        "call reaches."
     )
     return " ".join(parts)
 
@@ -172,6 +175,7 @@ def _costs(view: View, column: str, lines: Sequence[Line]) -> Table:
     add("passes per example", aligned([_ratio(line, "train/forwards", "train/samples") for line in lines]))
     add("passes", [_compact(line, "train/forwards") for line in lines])
     add("operations", [_compact(line, "train/operations") for line in lines])
+    add("probe operations", [_compact(line, "linear_probe/operations") for line in lines])
     add("parameters", [_whole(line, "parameters") for line in lines])
     add("trained", [_whole(line, "parameters_trained") for line in lines])
     add("network", [_network(line) for line in lines])

@@ -152,6 +152,9 @@ def remarks(plan: Plan, lines: Sequence[Line], *, hidden: int = 0) -> Iterator[s
     yield from _selection(lines)
     if plan.study.publishes("train"):
         yield "Training split: all its examples, scored by the weights that were tested."
+    edges = [line.label for line in lines if line.tuned is not None and line.tuned.complete and line.tuned.at_edge]
+    if edges:
+        yield f"The best value lies at the edge of what was tried, so that better ones may lie beyond: {', '.join(edges)}."
     yield from _data(lines)
     parallel = most_parallel(lines)
     if parallel > 1:

@@ -143,7 +143,8 @@ def _settings(tuned: Tuned) -> str:
     best = tuned.best
     if best is None:
         return "none: no trial has a score"
-    return " ".join(word(key, _rounded(value)) for key, value in best.settings.items()) or "the default"
+    chosen = " ".join(word(key, _rounded(value)) for key, value in best.settings.items()) or "the default"
+    return f"{chosen} (at the edge of what was tried: {', '.join(tuned.at_edge)})" if tuned.at_edge else chosen
 
 
 def _rounded(value: Any) -> Any:

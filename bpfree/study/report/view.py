@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from bpfree.study.cells import Plan
+from bpfree.study.examples import scores_of
 from bpfree.study.line import Line, percent, table_metric
 from bpfree.study.state import Outcome
 from bpfree.study.statistics import Interval, interval
@@ -94,11 +97,22 @@ class View:
         return statistics.fmean(scores) if scores else None
 
     def interval(self, line: Line) -> Interval | None:
-        """Of the mean score; accuracies and errors end at 0 and 100 per cent, which Student's over two or three seeds does not know."""
-        known = interval(self.scores(line))
+        """Compute the interval of the mean score, over seeds and (where predictions are at hand) new examples.
+
+        Accuracies and errors end at 0 and 100 per cent, which Student's over two or three seeds does not know.
+        """
+        scores = scores_of(line, self.metric, self.plan.output)
+        several = list(scores.examples.values())
+        whole = len(several) == len(scores.means) and len({len(each) for each in several}) == 1
+        known = interval(self.scores(line), np.mean(several, axis=0) if whole and several else None)
         if known is None or not percent(self.metric):
             return known
         return Interval(max(0.0, known.low), min(100.0, known.high))
+
+    def over_examples(self, line: Line) -> bool:
+        """Whether the interval of a row is over new examples too."""
+        scores = scores_of(line, self.metric, self.plan.output)
+        return bool(scores.means) and len(scores.examples) == len(scores.means)
 
     def ranked(self, column: str) -> list[Line]:
         """Best mean first; what has no finite mean comes last, in the order of the study."""

@@ -31,4 +31,7 @@ def bpfree_studies() -> dict[str, Path]:
 
 @hookimpl
 def bpfree_presets() -> dict[str, dict[str, Any]]:
-    return {"quickstart/local-forward-gradient": {"rule": "local-forward-gradient"}}
+    return {
+        "quickstart/local-forward-gradient": {"rule": "local-forward-gradient"},
+        "floor/local-mixer": {"rule": "frozen", "network.name": "local-mixer"},
+    }

@@ -36,7 +36,15 @@ def bpfree_networks() -> dict[str, NetworkBuilder]:
 
 @hookimpl
 def bpfree_presets() -> dict[str, dict[str, Any]]:
-    return {"quickstart/noprop-dt": {"rule": "noprop-dt"}}
+    of_rule = {"noprop-dt": {**blocks.NETWORKS, **modern.NETWORKS}, "noprop-ct": timed.NETWORKS}
+    floors = {
+        f"floor/{network}": {"rule": rule, "network.name": network, "frozen_twin": True}
+        for rule, networks in of_rule.items()
+        for network in networks
+    }
+    floors["floor/noprop-residual"]["task.size"] = 16  # its stages need larger images
+    single = {**floors["floor/noprop-mlp"], "rule.T": 1, "network.blocks": 1}
+    return {"quickstart/noprop-dt": {"rule": "noprop-dt"}, "floor/noprop-mlp of one block": single, **floors}
 
 
 @hookimpl

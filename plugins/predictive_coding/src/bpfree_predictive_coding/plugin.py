@@ -51,4 +51,8 @@ def run_end(run: Run) -> None:
 
 @hookimpl
 def bpfree_presets() -> dict[str, dict[str, Any]]:
-    return {"quickstart/predictive-coding": {"rule": "predictive-coding"}}
+    return {
+        "quickstart/predictive-coding": {"rule": "predictive-coding"},
+        "floor/residual-mlp": {"rule": "frozen", "network.name": "residual-mlp"},
+        "floor/pc-vgg (32x32)": {"rule": "frozen", "network.name": "pc-vgg", "task.size": 32},
+    }
