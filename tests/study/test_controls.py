@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from bpfree import UsageError
 from bpfree.cli.main import main
@@ -77,47 +78,54 @@ def section(report: Report) -> list[list[str]]:
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
 
+GAINS = {
+    ("dfa", "frozen"): [15, 10, 20],
+    ("dfa", "random"): [1, -2, 1],
+    ("bp", "frozen"): [-10, -9, -11],
+    ("bp", "random"): [-24, -21, -30],
+}
+POOLED = math.sqrt(statistics.fmean(statistics.variance(gains) for gains in GAINS.values()))
+"""Over the four comparisons of the column, each of three seeds: eight degrees of freedom."""
+ERROR = POOLED / math.sqrt(3)
+
+
+def p_value(gain: float) -> float:
+    return float(2 * stats.t.sf(abs(gain) / ERROR, 8))
+
+
 @pytest.mark.parametrize("kind", ["error", "accuracy"])
 def test_gains_are_paired_and_positive_where_the_row_is_better(tmp_path: Path, kind: str) -> None:
-    """Whatever is reported, an error or an accuracy, the gain is the same."""
+    """Whatever is reported, an error or an accuracy, the gain is the same. Oracle of errors: SciPy's t, Holm's correction by hand."""
     made = planned(tmp_path, HEAD + ROWS.replace("{rule: dfa}}", f"{{rule: dfa}}, published: {{test/{kind}: 20}}}}"))
     report, found = reported(made, finish(made, accuracies(CORRECT)))
     assert made.study.metric("test") == f"test/{kind}"
-    assert list(found) == [("", row, control) for row in ("dfa", "bp") for control in ("frozen", "random")]
-
-    dfa = found["", "dfa", "frozen"]
-    assert dfa.gains == pytest.approx([15, 10, 20])
-    assert dfa.gain == pytest.approx(15)
-    assert dfa.standard_error == pytest.approx(statistics.stdev([15, 10, 20]) / math.sqrt(3))
-    assert dfa.share == pytest.approx((50 - 10) / (65 - 10))  # ten digits: chance is 10 %
-    assert dfa.verdict == "row better"
-    assert found["", "dfa", "random"].verdict == "not distinguishable"
-    bp = found["", "bp", "frozen"]
-    assert bp.gains == pytest.approx([-10, -9, -11])
-    assert bp.share == pytest.approx((50 - 10) / (40 - 10))
-    assert bp.verdict == "control better"
-
-    # stdev 5, 3**.5 and 1 over 3**.5 seeds
-    assert section(report) == [
-        ["dfa", "frozen", "+15.00", "2.89", "3", "72.7", "row better"],
-        ["dfa", "random", "+0.00", "1.00", "3", "100.0", "not distinguishable"],
-        ["bp", "frozen", "-10.00", "0.58", "3", "133.3", "control better"],
-        ["bp", "random", "-25.00", f"{statistics.stdev([24, 21, 30]) / math.sqrt(3):.2f}", "3", "183.3", "control better"],
+    assert [(each[1], each[2]) for each in found] == list(GAINS)
+    for (_, row, control), each in found.items():
+        assert each.gains == pytest.approx(GAINS[row, control])
+        assert each.standard_error == pytest.approx(ERROR)
+        assert each.difference.p == pytest.approx(p_value(statistics.fmean(GAINS[row, control])))
+    ordered = sorted(found.values(), key=lambda each: each.difference.p)
+    stepped = [(4 - rank) * each.difference.p for rank, each in enumerate(ordered)]
+    assert [each.difference.adjusted for each in ordered] == pytest.approx([min(1, max(stepped[: rank + 1])) for rank in range(4)])
+    verdicts = {(row, control): each.verdict for (_, row, control), each in found.items()}
+    assert verdicts == {
+        ("dfa", "frozen"): "row better",
+        ("dfa", "random"): "not distinguishable",
+        ("bp", "frozen"): "control better",
+        ("bp", "random"): "control better",
+    }
+    assert [cells[:4] for cells in section(report)] == [
+        ["dfa", "frozen", "+15.00", f"{ERROR:.2f}"],
+        ["dfa", "random", "+0.00", f"{ERROR:.2f}"],
+        ["bp", "frozen", "-10.00", f"{ERROR:.2f}"],
+        ["bp", "random", "-25.00", f"{ERROR:.2f}"],
     ]
     assert report.controls is not None
     stated = {"error": "the control's test error minus the row's", "accuracy": "the row's test accuracy minus the control's"}
     assert stated[kind] in report.controls.legend
     assert "positive means that the row is better" in report.controls.legend
-
-
-def test_two_standard_errors_are_the_border() -> None:
-    """Two gains that differ by 4 have a standard error of 2: a mean of 4 is exactly two of them."""
-    verdicts = {
-        gains: Comparison("row", "", "control", gains, None).verdict for gains in [(0.0, 4.0), (2.0, 6.0), (2.5, 6.5), (-2.5, -6.5)]
-    }
-    assert list(verdicts.values()) == ["not distinguishable", "not distinguishable", "row better", "control better"]
-    assert Comparison("row", "", "control", (0.0, 0.0), None).verdict == "not distinguishable"
-    assert Comparison("row", "", "control", (50.0,), None).verdict == "one seed only"
+    assert "5 % over the family of 4 comparisons (Holm)" in report.controls.legend
+    assert "Fewer than five seeds give intervals, no claims" in report.controls.legend
 
 
 def test_only_seeds_that_both_have_count(tmp_path: Path) -> None:
@@ -131,9 +139,10 @@ def test_only_seeds_that_both_have_count(tmp_path: Path) -> None:
         if cell.seed == 0 and cell.row == "random":
             state.write(Outcome(cell.id, cell.row, "", 0, status="finished", result={"test/loss": 1.0}))
     report, _ = reported(made, state)
-    assert section(report) == [  # 11, of a share of 40 / 51; 20 and 14, of a share of 35 / 52
-        ["dfa", "frozen", "+11.00", "", "1 of 3", f"{100 * 40 / 51:.1f}", "one seed only"],
-        ["bp", "frozen", "+17.00", "3.00", "2 of 3", f"{100 * 35 / 52:.1f}", "row better"],
+    # the one pair of two seeds, 20 and 14, has the only deviation, with which both are judged
+    assert [cells[:5] for cells in section(report)] == [
+        ["dfa", "frozen", "+11.00", f"{statistics.stdev([20, 14]):.2f}", "1 of 3"],
+        ["bp", "frozen", "+17.00", "3.00", "2 of 3"],
     ]
 
 
@@ -152,68 +161,26 @@ def test_the_section_appears_with_its_results(tmp_path: Path) -> None:
         *[("long", row, control) for row in ("dfa", "bp") for control in ("frozen", "random")],
     ]
     assert report.controls is not None
-    assert report.controls.headers == ["row", "column", "control", "gain, points", "std. error", "n", "control's share %", "verdict"]
-    assert list(report.controls.numeric) == [3, 4, 5, 6]
-    assert section(report)[0] == ["dfa", "short", "random", "+10.00", "", "1 of 3", "75.0", "one seed only"]
+    numbers = ["gain, points", "std. error", "n", "p (Holm)", "detectable", "seeds for 1 point"]
+    assert report.controls.headers == ["row", "column", "control", *numbers, "verdict"]
+    assert list(report.controls.numeric) == [3, 4, 5, 6, 7, 8]
+    assert section(report)[0] == ["dfa", "short", "random", "+10.00", "", "1 of 3", "", "", "", "one seed only"]
 
 
-# --- where a share makes no sense ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("row", "control", "share"),
-    [(60, 10, 0.0), (60, 5, -0.1), (10, 50, None), (10 + 1e-12, 50, None), (4, 50, None)],
-    ids=["control at chance", "control below", "row at chance", "row at chance but for rounding", "row below"],
-)
-def test_shares_at_chance(tmp_path: Path, row: float, control: float, share: float | None) -> None:
-    made = planned(tmp_path, HEAD + ROWS)
-    report, found = reported(made, finish(made, accuracies({"dfa": {0: row}, "frozen": {0: control}})))
-    assert found["", "dfa", "frozen"].share == (None if share is None else pytest.approx(share, abs=1e-9))
-    assert ("control's share %" in report.controls.headers) == (share is not None)  # type: ignore[union-attr]
-    if share is not None:
-        assert section(report)[0][5] == {0.0: "0.0", -0.1: "-10.0"}[share]
-
-
-def test_chance_is_that_of_the_task(tmp_path: Path) -> None:
-    """Three classes in a file of one's own; real targets have none."""
+def test_losses_are_compared_as_they_are(tmp_path: Path) -> None:
+    """Less is better; an infinite loss is no gain; nothing is said of points."""
     np = pytest.importorskip("numpy")
     inputs = np.random.default_rng(0).normal(size=(60, 4)).astype("float32")
-    np.savez(tmp_path / "three.npz", x=inputs, y=np.arange(60) % 3)
     np.savez(tmp_path / "real.npz", x=inputs, y=inputs[:, :2] * 0.5)
-    rows = "rows: [{label: frozen, settings: {rule: frozen}}, {label: dfa, settings: {rule: dfa}%s}]\n"
-    head = f"title: Arrays\nsettings: {{task: npz, threads: 1, task.path: {tmp_path}/%s}}\nseeds: 2\ncontrols: [frozen]\n"
-    made = planned(tmp_path, head % "three.npz" + rows % "")
-    _, found = reported(made, finish(made, accuracies({"frozen": {0: 50}, "dfa": {0: 75}})))
-    assert found["", "dfa", "frozen"].share == pytest.approx((50 - 100 / 3) / (75 - 100 / 3))
-
-    made = planned(tmp_path, head % "real.npz" + rows % ", published: {test/loss: 1}", "real.yaml")
+    rows = "rows: [{label: frozen, settings: {rule: frozen}}, {label: dfa, settings: {rule: dfa}, published: {test/loss: 1}}]\n"
+    head = f"title: Arrays\nsettings: {{task: npz, threads: 1, task.path: {tmp_path}/real.npz}}\nseeds: 2\ncontrols: [frozen]\n"
+    made = planned(tmp_path, head + rows, "real.yaml")
     losses = {"frozen": {0: {"test/loss": 1.5}, 1: {"test/loss": math.inf}}, "dfa": {0: {"test/loss": 0.25}, 1: {"test/loss": 0.25}}}
-    report, found = reported(made, finish(made, losses))
-    assert found["", "dfa", "frozen"].share is None
-    assert section(report) == [["dfa", "frozen", "+1.2500", "", "1 of 2", "one seed only"]]  # no infinite gain; less loss is better
+    report, _ = reported(made, finish(made, losses))
+    assert section(report) == [["dfa", "frozen", "+1.2500", "", "1 of 2", "", "", "one seed only"]]
     assert report.table[0][:2] == ["frozen (control)", "inf"]  # without a deviation
     assert report.controls is not None
-    assert "chance" not in report.controls.legend
     assert "percentage" not in report.controls.legend
-
-
-def test_a_loss_has_no_share(tmp_path: Path) -> None:
-    """Of the classes of digits either."""
-    made = planned(tmp_path, HEAD + ROWS.replace("{rule: dfa}}", "{rule: dfa}, published: {test/loss: 1}}"))
-    losses = {row: {0: {"test/loss": loss, "test/accuracy": 0.5}} for row, loss in (("frozen", 2.0), ("dfa", 0.5))}
-    _, found = reported(made, finish(made, losses))
-    assert found["", "dfa", "frozen"].gains == [1.5]
-    assert found["", "dfa", "frozen"].share is None
-
-
-def test_no_share_between_tasks_of_different_chance(tmp_path: Path) -> None:
-    np = pytest.importorskip("numpy")
-    np.savez(tmp_path / "two.npz", x=np.zeros((60, 4), "float32"), y=np.arange(60) % 2)
-    frozen = f"{{rule: frozen, task: npz, task.path: {tmp_path}/two.npz}}"
-    made = planned(tmp_path, HEAD + ROWS.replace("{rule: frozen}", frozen))
-    _, found = reported(made, finish(made, accuracies(CORRECT)))
-    assert found["", "dfa", "frozen"].share is None
-    assert found["", "dfa", "random"].share is not None
 
 
 # --- the file -----------------------------------------------------------------------------------------------------------
@@ -271,16 +238,15 @@ def test_terminal_and_page(workplace: Path, capsys: pytest.CaptureFixture[str]) 
         r"^random \(control\) +not run",
         r"^<dfa> +65\.00",
         r"^Against the controls$",
-        r"^<dfa> +frozen +\+15\.00 +2\.89 +3 +72\.7 +row better$",
+        r"^<dfa> +frozen +\+15\.00 +2\.89 +3 +0\.035 +[\d.]+ +\d+ +row better$",
         r"^Gain: the row's test accuracy minus the control's",
     ):
         assert re.search(said, output, re.MULTILINE), said
     page = Path(output.strip().splitlines()[-1]).read_text()
-    cells = ["&lt;dfa&gt;", "frozen", "+15.00", "2.89", "3", "72.7", "row better"]
+    cells = ["&lt;dfa&gt;", "frozen", "+15.00", "2.89", "3", "0.035"]
     assert "".join(f"<td>{cell}</td>" for cell in cells) in page.replace(' class="words"', "")
     assert page.count(">Against the controls</h2>") == 1
     assert "<td>random (control)</td>" in page
-    assert "(control - chance) / (row - chance)" in page
 
 
 def test_a_page_without_comparisons_has_no_section(tmp_path: Path) -> None:

@@ -1,0 +1,267 @@
+"""Floors and verdicts of a study. Oracles: differences by hand from numbers that are written down here; one small study that is run."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from study_kit import call, outcomes
+
+from bpfree.config import parse_words
+from bpfree.study.cells import Cell, Plan, plan
+from bpfree.study.file import read_study
+from bpfree.study.floors import FloorRecord, Floors, floor_key
+from bpfree.study.line import Line
+from bpfree.study.report import report_on
+from bpfree.study.state import Outcome, State
+from bpfree.study.trials import Trial, Tuned
+from bpfree.study.verdicts import Verdict, converged, verdicts
+
+TEXT = """title: Judged
+settings: {task: digits, threads: 1, device: cpu, network.width: 16}
+seeds: 5
+rows:
+  - {label: linear, settings: {rule: linear}}
+  - {label: twin, settings: {rule: frozen}}
+  - {label: dfa, settings: {rule: dfa}}
+  - {label: bp, settings: {rule: backprop}}
+"""
+FLOOR = [0.900, 0.902, 0.898, 0.901, 0.899]
+
+
+def planned(folder: Path, text: str = TEXT) -> Plan:
+    (folder / "judged.yaml").write_text(text)
+    return plan(read_study(folder / "judged.yaml"), parse_words([f"output={folder}"]))
+
+
+def floor_record(network: str = "mlp", test: list[float] = FLOOR, **changes: Any) -> FloorRecord:
+    content: dict[str, Any] = {
+        "network": network,
+        "source": "b1",
+        "penalty": 1e-3,
+        "real": False,
+        "chosen": True,
+        "seeds": [0, 1, 2, 3, 4],
+        "validation": [0.91] * 5,
+        "test": test,
+        "inputs": [0.88] * 5,
+        "readings": [("inputs", 1e-3, 0.88), ("b1", 1e-3, 0.91)],
+        "skipped": [],
+        "gradient": 1e-4,
+        "chance": 0.103,
+        "nearest_mean": 0.9025,
+    }
+    return FloorRecord(**content | changes)
+
+
+def judged(
+    made: Plan, results: Mapping[str, Mapping[str, list[float]]], *, record: FloorRecord | None = None, twins: Any = None
+) -> dict[str, Verdict]:
+    """Verdicts of rows with these results by seed; histories rise to the own prediction in four epochs."""
+    lines = lines_of(made, results)
+    for line in lines:
+        if twins and line.row.label in twins:
+            line.twins = {seed: finished(line.cells[seed], {"test/accuracy": value}) for seed, value in enumerate(twins[line.row.label])}
+    floors = Floors(made, State(made.output, made.study.name).folder)
+    for line in lines:
+        floors.write(floors.id_of(line.cells[0]), record or floor_record())
+    return {each.line.row.label: each for each in verdicts(made, lines, floors, "test/accuracy")}
+
+
+def finished(cell: Cell, result: dict[str, float]) -> Outcome:
+    own = result["test/accuracy"]
+    history = [{"epoch": n, "val/accuracy": own * n / 4, "forwards": 100.0 * n} for n in (1.0, 2.0, 3.0, 4.0)]
+    whole = {"forward_operations": 50.0, **result}
+    return Outcome(
+        cell.id, cell.row, cell.column, cell.seed, status="finished", run=f"{cell.row}-{cell.seed}", result=whole, history=history
+    )
+
+
+def lines_of(made: Plan, results: Mapping[str, Mapping[str, list[float]]]) -> list[Line]:
+    lines = {row.label: Line(row, "") for row in made.study.rows}
+    for cell in made.cells:
+        known = {key: values[cell.seed] for key, values in results.get(cell.row, {}).items()}
+        lines[cell.row].cells.append(cell)
+        lines[cell.row].outcomes.append(finished(cell, known) if known else None)
+    return list(lines.values())
+
+
+def around(mean: float, spread: float = 0.001) -> list[float]:
+    return [mean + spread * step for step in (-2, -1, 0, 1, 2)]
+
+
+OWN, PROBE = "test/accuracy", "test/linear_probe/accuracy"
+
+
+def test_three_numbers_and_three_verdicts(tmp_path: Path) -> None:
+    made = planned(tmp_path)
+    rows = {"dfa": {OWN: around(0.93), PROBE: around(0.95)}, "bp": {OWN: around(0.98), PROBE: around(0.979)}}
+    found = judged(made, rows, twins={"dfa": around(0.80)})
+    dfa = found["dfa"]
+    assert dfa.features is not None
+    assert dfa.delivered is not None
+    assert dfa.equal is not None
+    gains = [100 * (own - floor) for own, floor in zip(around(0.93), FLOOR, strict=True)]
+    assert dfa.delivered.gains == pytest.approx(gains)
+    assert dfa.features.gain == pytest.approx(100 * (0.95 - statistics.fmean(FLOOR)))
+    assert dfa.equal.gain == pytest.approx(13)
+    assert dfa.text == "above its floor"
+    assert found["bp"].equal is None
+    # a fifth of 93 % at each quarter: 0.91 is first reached at the last epoch, of 400 passes of 50 operations
+    assert dfa.operations == 400 * 50
+    share, interval = dfa.share or (math.nan, None)
+    assert share == pytest.approx((0.93 - 0.9) / (0.98 - 0.9))
+    assert interval is not None
+    assert found["bp"].share is None  # the ceiling has none
+
+
+@pytest.mark.parametrize(
+    ("own", "probed", "twin", "text"),
+    [
+        (0.93, 0.95, 0.80, "above its floor"),
+        (0.93, 0.95, 0.95, "above its floor; not above its twin at equal operations"),
+        (0.93, 0.90, 0.80, "above its floor; its features alone are not shown to be"),
+        (0.90, 0.95, 0.80, "has not paid for its features in this budget"),
+        (0.85, 0.95, 0.80, "has not paid for its features in this budget"),
+        (0.85, 0.95, 0.85, "its features are above the floor; neither its predictions are nor does it beat its twin at equal operations"),
+        (0.90, 0.90, 0.80, "not shown to learn more than its floor"),
+        (0.85, 0.85, 0.80, "below its floor"),
+    ],
+)
+def test_verdicts_in_words(own: float, probed: float, twin: float, text: str, tmp_path: Path) -> None:
+    found = judged(planned(tmp_path), {"dfa": {OWN: around(own), PROBE: around(probed)}}, twins={"dfa": around(twin)})
+    assert found["dfa"].text == text
+
+
+def test_one_seed_and_untrained_rows_have_no_verdict(tmp_path: Path) -> None:
+    made = planned(tmp_path)
+    found = judged(made, {row: {OWN: around(0.9)} for row in ("linear", "twin")})
+    assert {each.text for each in found.values()} == {""}
+    one = planned(tmp_path, TEXT.replace("seeds: 5", "seeds: 1"))
+    single = floor_record(seeds=[0], test=[0.9], validation=[0.9], inputs=[0.9])
+    assert judged(one, {"dfa": {OWN: [0.95]}}, record=single)["dfa"].text == "one seed only"
+
+
+def test_another_readout_recipe_that_does_better_is_the_floor(tmp_path: Path) -> None:
+    """The twin has 0.92 on validation, above the 0.91 of the converged readouts: the floor is its own prediction, or more."""
+    made = planned(tmp_path)
+    found = judged(made, {"dfa": {OWN: around(0.93)}, "twin": {OWN: around(0.92)}})
+    assert found["dfa"].floor.name == "twin"
+    assert found["dfa"].floor.at_least
+    assert found["dfa"].delivered is not None
+    assert found["dfa"].delivered.gain == pytest.approx(1)
+    assert judged(made, {"dfa": {OWN: around(0.93)}, "twin": {OWN: around(0.905)}})["dfa"].floor.name == "b1"
+
+
+def test_what_counts_as_a_converged_recipe(tmp_path: Path) -> None:
+    text = TEXT + "  - {label: twice, settings: {rule: frozen, budget.epochs: 20}}\n"
+    made = planned(tmp_path, text.replace("{rule: frozen}}", "{rule: frozen, budget.epochs: 10}}"))
+    lines = {line.row.label: line for line in lines_of(made, {"twin": {OWN: around(0.9)}, "twice": {OWN: around(0.9)}})}
+
+    def tuned(best: float, rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)) -> Tuned:
+        trials = [Trial({}, "finished", 90 - abs(math.log10(rate / best)), values={"optimizer.lr": rate}) for rate in rates]
+        return Tuned(["optimizer.lr"], trials, len(rates))
+
+    twin, everything = lines["twin"], list(lines.values())
+    assert not converged(twin, everything)
+    twin.tuned = tuned(0.01)
+    assert converged(twin, everything)
+    twin.tuned = tuned(0.1)  # at the edge
+    assert twin.tuned.at_edge == ["optimizer.lr"]
+    assert not converged(twin, everything)
+    twin.tuned = tuned(0.01, (0.003, 0.01, 0.03))
+    assert not converged(twin, everything)
+    twin.tuned = tuned(0.01)
+    assert not converged(twin, [line for line in everything if line.row.label != "twice"])
+    better = {line.row.label: line for line in lines_of(made, {"twin": {OWN: around(0.9)}, "twice": {OWN: around(0.92)}})}
+    assert not converged(twin, list(better.values()))
+
+
+def test_predictions_of_single_examples_widen_the_error(tmp_path: Path) -> None:
+    """Row and floor differ in 30 of 300 examples, 20 to 10: Var_j(d_j) / N by hand."""
+    made = planned(tmp_path)
+    ours, floor = np.ones(300), np.ones(300)
+    floor[:20], ours[20:30] = 0, 0
+    for seed in range(5):
+        (tmp_path / f"dfa-{seed}").mkdir()
+        np.savez(tmp_path / f"dfa-{seed}" / "predictions.npz", correct=ours.astype(np.uint8))
+    rows = {"dfa": {OWN: [290 / 300] * 5}}
+    exact = floor_record(test=[280 / 300] * 5, examples={seed: floor.astype(np.uint8) for seed in range(5)})
+    found = judged(made, rows, record=exact)["dfa"].delivered
+    assert found is not None
+    assert found.gain == pytest.approx(10 / 3)
+    assert found.over_seeds == pytest.approx(0)
+    assert found.error == pytest.approx(100 * np.std(ours - floor, ddof=1) / math.sqrt(300))
+
+
+def test_the_report_has_numbers_and_verdicts(tmp_path: Path) -> None:
+    made = planned(tmp_path)
+    lines = lines_of(made, {"dfa": {OWN: around(0.93), PROBE: around(0.95)}, "bp": {OWN: around(0.98)}, "twin": {OWN: around(0.7)}})
+    floors = Floors(made, State(made.output, made.study.name).folder)
+    bare = report_on(made, lines, ["study"], floors=floors)
+    assert bare.floors == []
+    assert "The floor was not measured for twin, dfa, bp." in bare.remarks
+    for line in lines:
+        floors.write(floors.id_of(line.cells[0]), floor_record(skipped=["b9 (9,000 features)"]))
+    report = report_on(made, lines, ["study"], floors=floors)
+    numbers, words = report.floors
+    row = dict(zip(numbers.headers, next(cells for cells in numbers.table if cells[0] == "dfa"), strict=True))
+    assert row == {
+        "row": "dfa",
+        "own test accuracy": "93.00",
+        "probed": "95.00",
+        "readout loses": "+2.00",
+        "floor": "at least 90.00",
+        "share of gap %": row["share of gap %"],
+        "operations to floor": "20.0k",
+        "of": "b1 (mlp)",
+    }
+    assert [cells[0] for cells in words.table] == ["dfa", "bp"]
+    assert [cells[-1] for cells in words.table] == ["above its floor", "above its floor"]
+    assert "nearest class mean of the inputs 90.25 %" in numbers.legend
+    text = report.text()
+    assert "Beside the floor" in text
+    assert "Not read for the floor of mlp, too large: b9 (9,000 features)." in text
+
+
+def test_rows_share_a_floor_if_they_share_task_network_and_initialisation(tmp_path: Path) -> None:
+    rows = "  - {label: wide, settings: {rule: dfa, network.width: 32}}\n  - {label: soft, settings: {rule: softhebb}}\n"
+    rows += "  - {label: oja, settings: {rule: oja}}\n"
+    made = planned(
+        tmp_path, TEXT.replace("network.width: 16", "batch_size: 32").replace("{rule: dfa}", "{rule: dfa, optimizer.lr: 0.1}") + rows
+    )
+    keys = {cell.row: floor_key(cell) for cell in made.cells}
+    assert keys["twin"] == keys["dfa"] == keys["bp"]
+    assert len(set(keys.values())) == 5
+
+
+def test_a_study_measures_probes_and_twins(workplace: Path) -> None:
+    """One that is run: records of floors, features that are read, and a twin with as many operations; run again, nothing is."""
+    text = TEXT.replace("seeds: 5", "seeds: 2\nequal_budget: true").replace("network.width: 16", "network.width: 8, network.depth: 1")
+    Path("judged.yaml").write_text(text)
+    words = ["study", "run", "judged.yaml", "budget.epochs=2", "tracking.enabled=false", "--quiet", "--rows", "twin,dfa"]
+    assert call(*words) == 0
+    records = {(each["row"], each["seed"]): each for each in outcomes()}
+    assert set(records) == {(row, seed) for row in ("twin", "dfa", "dfa (twin)") for seed in (0, 1)}
+    for seed in (0, 1):
+        spent = [records[row, seed]["result"]["train/operations"] for row in ("dfa", "dfa (twin)")]
+        step = 64 * 2 * 8 * 10 * 10  # more than a step of the twin
+        assert spent[0] <= spent[1] < spent[0] + 64 * 2 * (64 * 8 + 3 * 8 * 10) + step
+        assert PROBE in records["dfa", seed]["result"]
+        assert records["dfa", seed]["result"]["linear_probe/penalty_on_validation"] == 1
+        assert PROBE not in records["dfa (twin)", seed]["result"]
+    kept = sorted(Path("runs/studies/judged/floors").glob("*.json"))
+    contents = [json.loads(path.read_text()) for path in kept]
+    assert [each["network"] for each in contents] == ["mlp"]
+    assert contents[0]["gradient"] <= 1e-4
+    made = [*Path("runs").rglob("floors/*"), *Path("runs").rglob("cells/*.json")]
+    before = {path: path.stat().st_mtime_ns for path in made}
+    assert call(*words) == 0
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert after == before
