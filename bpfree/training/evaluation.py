@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +18,12 @@ from bpfree.plugins import installed_plugins
 from bpfree.rule import Rule
 from bpfree.step import Batch
 from bpfree.tasks.loading import Loader, Resident
-from bpfree.tasks.protocols import EvaluationProtocol, Setting, chunks, result_key
+from bpfree.tasks.protocols import EvaluationProtocol, Setting, chunks, result_key, targets_of
 from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training import environment, seeds
 from bpfree.training.config import TrainConfig
 from bpfree.training.features import feature_loader, feature_split
+from bpfree.training.predictions import FILE, Array, Collector, Predictions, write_predictions
 
 __all__ = ["Evaluator", "check_protocols", "evaluate", "evaluate_features", "flat_features"]
 
@@ -38,6 +41,9 @@ class Evaluator:
     Args:
         rule, task, config, device: the run's.
         data: options of the loaders.
+
+    Attributes:
+        predictions: for each example of the test split, once it was scored, and where they can be had.
     """
 
     def __init__(self, rule: Rule, task: Task, config: TrainConfig, device: torch.device, data: Mapping[str, Any]) -> None:
@@ -49,6 +55,7 @@ class Evaluator:
         self._protocols = check_protocols(config.evaluation.protocols, rule)
         self._loaders: dict[str, Loader] = {}
         self._features: dict[str, Loader] = {}
+        self.predictions: Predictions | None = None
 
     def raw(self, split: Split, share: Resident | None = None) -> Loader:
         """Batches of a split in its original order."""
@@ -75,7 +82,15 @@ class Evaluator:
         self._features = {}
 
     def _score(
-        self, name: str, split: Split | None, epoch: int, *, draws: int = 1, alternatives: bool = False, each_draw: bool = False
+        self,
+        name: str,
+        split: Split | None,
+        epoch: int,
+        *,
+        draws: int = 1,
+        alternatives: bool = False,
+        each_draw: bool = False,
+        keep: Collector | None = None,
     ) -> dict[str, float]:
         if split is None:
             return {}
@@ -85,7 +100,7 @@ class Evaluator:
         generator = torch.Generator(self._device).manual_seed(seed)
         with environment.autocast(self._device, self._config.precision):
             further = {"alternatives": alternatives and not read, "on_features": read, "each_draw": each_draw}
-            scores = evaluate(self._rule, batches, generator, draws=draws, **further)
+            scores = evaluate(self._rule, batches, generator, draws=draws, keep=keep, **further)
         return {f"{name}/{key}": value for key, value in scores.items()}
 
     def validate(self, epoch: int) -> dict[str, float]:
@@ -101,8 +116,20 @@ class Evaluator:
         """
         if not self._config.evaluation.test:
             return {}
-        draws = self._config.evaluation.draws or self._rule.draws
-        return self._score("test", self._task.test, 0, draws=draws, alternatives=self._config.evaluation.alternatives, each_draw=True)
+        draws, alternatives = self._config.evaluation.draws or self._rule.draws, self._config.evaluation.alternatives
+        kept = Collector(self._task.spec)
+        scores = self._score("test", self._task.test, 0, draws=draws, alternatives=alternatives, each_draw=True, keep=kept)
+        self.predictions = kept.predictions()
+        return scores
+
+    def keep_predictions(self, folder: Path | None) -> None:
+        """Write them into a run's folder, if it has one; a trained rule is worth more than that."""
+        if folder is None or self.predictions is None:
+            return
+        try:
+            write_predictions(folder / FILE, self.predictions)
+        except OSError as error:
+            logger.warning("the predictions for the test split could not be written: %s", error)
 
     def try_protocols(self) -> None:
         """Refuse a rule without features before it is trained, rather than after.
@@ -129,6 +156,7 @@ class Evaluator:
         if not self._protocols or all(split is None for split in splits.values()):
             return {}
         result: dict[str, float] = {}
+        correct: dict[str, Array] = {}
         try:
             fitted = flat_features(compute(self.raw(self._task.train, train)))
             loaders = {f"{name}/": self._loader(name, split) for name, split in splits.items() if split is not None}
@@ -138,9 +166,12 @@ class Evaluator:
             return {}
         for name, protocol in self._protocols.items():
             try:
-                result |= evaluate_features(name, protocol, fitted, features, self._task.spec, seed=self._config.seed, device=self._device)
+                spec, seed = self._task.spec, self._config.seed
+                result |= evaluate_features(name, protocol, fitted, features, spec, seed=seed, device=self._device, correct=correct)
             except Exception as error:
                 _warn(f"the protocol {name!r}", error)
+        if self.predictions is not None:
+            self.predictions = replace(self.predictions, protocols=correct)
         return result
 
 
@@ -203,7 +234,15 @@ def flat_features(split: Split) -> Split:
 
 
 def evaluate_features(
-    name: str, protocol: EvaluationProtocol, train: Split, splits: Mapping[str, Split], spec: TaskSpec, *, seed: int, device: torch.device
+    name: str,
+    protocol: EvaluationProtocol,
+    train: Split,
+    splits: Mapping[str, Split],
+    spec: TaskSpec,
+    *,
+    seed: int,
+    device: torch.device,
+    correct: dict[str, Array] | None = None,
 ) -> dict[str, float]:
     """Fit a protocol to the training split's features, and score those of other splits.
 
@@ -215,12 +254,17 @@ def evaluate_features(
         spec: of the task, whose targets are classes.
         seed: of the run.
         device: where to compute.
+        correct: takes up which examples of ``test/`` are classified right (N,), uint8, of a protocol that decides one by one
+            (its score has ``decide``, as :class:`~bpfree.tasks.protocols.LinearMap` has).
 
     Returns:
         ``test/linear_probe/accuracy`` and so on.
     """
     score = protocol.fit(train, Setting(spec.outputs, seeds.derive(seed, "protocol", name), device))
     key = result_key(name)
+    decide = getattr(score, "decide", None)
+    if correct is not None and decide is not None and "test/" in splits:
+        correct[key] = (decide(splits["test/"].inputs).cpu() == targets_of(splits["test/"])).to(torch.uint8).numpy()
     return {f"{prefix}{key}/{metric}": float(value) for prefix, split in splits.items() for metric, value in score(split).items()}
 
 
@@ -234,6 +278,7 @@ def evaluate(
     alternatives: bool = False,
     on_features: bool = False,
     each_draw: bool = False,
+    keep: Collector | None = None,
 ) -> dict[str, float]:
     """Mean loss, and accuracy where targets are classes, over all examples.
 
@@ -245,13 +290,14 @@ def evaluate(
         alternatives: also score ``rule.alternatives``, as ``<name>/accuracy``.
         on_features: the batches hold the rule's features in place of its inputs.
         each_draw: also report the accuracy of each of several draws, as ``accuracy_draw_1`` and so on.
+        keep: takes up what is predicted for each example.
 
     Returns:
         ``loss``, ``accuracy`` (share, 0 to 1) and so on. Empty for a task without targets.
     """
     with evaluating(rule):
         predict = rule.read if on_features else rule.predict
-        rounds = [_one_pass(rule, predict, batches, generator, alternatives and index == 0) for index in range(draws)]
+        rounds = [_one_pass(rule, predict, batches, generator, alternatives and index == 0, keep) for index in range(draws)]
     result = {name: statistics.fmean(r[name] for r in rounds if name in r) for name in rounds[0]}
     if draws > 1 and "accuracy" in result:
         result["accuracy_se"] = statistics.stdev(r["accuracy"] for r in rounds) / draws**0.5
@@ -266,14 +312,19 @@ def _one_pass(
     batches: Iterable[Batch],
     generator: torch.Generator,
     alternatives: bool,
+    keep: Collector | None,
 ) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
+    if keep is not None:
+        keep.begin_draw()
     examples = 0
     for batch in batches:
         if batch.targets is None:
             continue
         blind = batch.inputs
         scores = {"": predict(blind, generator)}
+        if keep is not None:
+            keep.add(scores[""], batch)
         if alternatives:
             scores.update({f"{name}/": value for name, value in rule.alternatives(blind, generator).items()})
         for prefix, value in scores.items():

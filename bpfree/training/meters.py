@@ -109,7 +109,7 @@ class Clock:
 
     A step that is measured on the side (:meth:`measuring`) is slow because of that. It is charged, when a pass ends (:meth:`settle`), at
     the mean of the steps of its kind that were timed, or at its own time as long as none was. A charge may become smaller when steps have
-    been timed; ``seconds`` never goes back, but waits until what was told is true.
+    been timed; what was told (:meth:`tell`) does not go back then, but waits until it is true.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -190,7 +190,6 @@ class Clock:
     def settle(self) -> None:
         """No step comes for now: charge those that were measured."""
         self._lap("")
-        self._told = self.spent
         self._charged = sum((kind.charge for kind in self._kinds.values()), Spent())
 
     def mark(self) -> tuple[Spent, _Kind]:
@@ -218,21 +217,30 @@ class Clock:
     # --- accounts ---------------------------------------------------------------------------------------------------
 
     @property
-    def spent(self) -> Spent:
-        """Counted so far (without waiting for the device)."""
-        now = self._timed + self._charged + (Spent() if self._since is None else _now() - self._since)
-        return Spent(max(self._told.wall, now.wall), max(self._told.processor, now.processor))
-
-    @property
     def seconds(self) -> float:
-        """Seconds so far, by the wall's clock; they never become fewer."""
+        """By the wall's clock, so far (without waiting for the device)."""
         running = 0.0 if self._since is None else time.perf_counter() - self._since.wall
         return max(self._told.wall, self._timed.wall + self._charged.wall + running)
 
     @property
     def processor_seconds(self) -> float | None:
         """The processor's; ``None`` where a part of the run was not measured."""
-        return self.spent.processor if self._knows_processor else None
+        running = 0.0 if self._since is None else time.process_time() - self._since.processor
+        return max(self._told.processor, self._timed.processor + self._charged.processor + running) if self._knows_processor else None
+
+    def tell(self) -> float:
+        """``seconds``, which are not to become fewer from now on: for budgets and results."""
+        seconds = self.seconds
+        if seconds > self._told.wall:
+            self._told = Spent(seconds, self._told.processor)
+        return seconds
+
+    def tell_processor(self) -> float | None:
+        """The same of ``processor_seconds``."""
+        seconds = self.processor_seconds
+        if seconds is not None:
+            self._told = Spent(self._told.wall, seconds)
+        return seconds
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, while the clock stands still."""

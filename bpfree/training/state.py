@@ -101,7 +101,7 @@ class State:
 
     def begin(self) -> None:
         """The first phase begins here, after what the rule has prepared."""
-        self.at.phase_seconds, self.at.phase_operations = self.clock.seconds, self.operations.total
+        self.at.phase_seconds, self.at.phase_operations = self.clock.tell(), self.operations.total
 
     def advance(self, examples: int, batches: int) -> None:
         """A step was taken, on so many examples, in a pass of so many batches."""
@@ -119,7 +119,7 @@ class State:
 
     def end_phase(self) -> None:
         """The current phase is complete."""
-        self.at.phase, self.at.phase_epoch, self.at.phase_seconds = self.at.phase + 1, 0, self.clock.seconds
+        self.at.phase, self.at.phase_epoch, self.at.phase_seconds = self.at.phase + 1, 0, self.clock.tell()
         self.at.phase_operations = self.operations.total
 
     def kept(self) -> int:
@@ -132,7 +132,7 @@ class State:
 
     def epoch_metrics(self) -> dict[str, float]:
         """Costs and step metrics of the pass that ended, and the start of the next one's. What was not measured is not there."""
-        at, seconds, processor = self.at, self.clock.seconds, self.clock.processor_seconds
+        at, seconds, processor = self.at, self.clock.tell(), self.clock.tell_processor()
         spent, samples, steps = seconds - at.epoch_seconds, at.samples - at.epoch_samples, at.step - at.epoch_step
         at.epoch_seconds, at.epoch_samples, at.epoch_step = seconds, at.samples, at.step
         measured = {
@@ -154,9 +154,9 @@ class State:
     def costs(self) -> dict[str, float]:
         """What the run took, for its result. What was not measured is not there."""
         self.clock.settle()
-        seconds, parameters = self.clock.seconds, list(self.rule.parameters())
+        seconds, parameters = self.clock.tell(), list(self.rule.parameters())
         measured = {
-            "train/processor_seconds": self.clock.processor_seconds,
+            "train/processor_seconds": self.clock.tell_processor(),
             "train/samples_per_second": self.at.samples / seconds if seconds and self.at.samples else None,
             "train/peak_memory_mb": self.peak_memory(),
             "load_start": self.load,

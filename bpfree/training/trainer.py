@@ -390,6 +390,7 @@ class Trainer:
         self.run.result.update(self._world.from_first(self._evaluator.test) | state.costs() | self._compiled.costs())
         protocols = partial(self._evaluator.protocols, self._trained_features, self._supply.resident)
         self.run.result.update(self._world.from_first(protocols))
+        self._evaluator.keep_predictions(self.run.folder)
 
     def _trained_features(self, batches: Loader) -> Split:
         """A split's features once the rule is trained, unless the run is asked to stop."""
