@@ -59,7 +59,7 @@ class Slow(Backprop):
     where it is measured."""
 
     time: Time
-    parts = ("prepare", "start", "end")
+    parts: tuple[str, ...] = ("prepare", "start", "end")
 
     def prepare(self, data: Split, generator: torch.Generator) -> None:
         self.time.now += 7 * ("prepare" in self.parts)
@@ -322,7 +322,7 @@ def test_operations_outside_of_steps(digits: Task, device: torch.device, tmp_pat
 
 
 def test_a_budget_of_forwards_pays_for_what_is_prepared(digits: Task, device: torch.device) -> None:
-    run = Trainer(rule_on(digits, Solving), digits, config_of(device, budget=BudgetConfig(forwards=PREPARED / sum(LAYERS) + 1000))).fit()
+    run = Trainer(rule_on(digits, Solving), digits, config_of(device, budget=BudgetConfig(forwards=PREPARED // sum(LAYERS) + 1000))).fit()
     assert 0 < run.result["train/samples"] < 1000
 
 

@@ -37,7 +37,8 @@ def test_a_byte_for_each_example_in_the_order_of_the_split(digits: Task, device:
     assert digits.test.targets is not None
     assert found.predicted is not None
     assert found.correct is not None
-    assert (found.predicted.dtype, found.correct.dtype, found.loss) == (np.uint8, np.uint8, None)
+    assert found.predicted.dtype == found.correct.dtype == np.dtype(np.uint8)
+    assert found.loss is None
     assert (found.predicted == expected).all()
     assert (found.correct == (expected == digits.test.targets.numpy())).all()
     assert found.correct.mean() == pytest.approx(run.result["test/accuracy"], abs=1e-9)
@@ -102,7 +103,9 @@ def test_the_loss_of_each_example_where_targets_are_real(
     found = read_predictions(tmp_path)
     assert found is not None
     assert found.loss is not None
-    assert (found.predicted, found.correct, found.loss.dtype) == (None, None, np.float32)
+    assert found.predicted is None
+    assert found.correct is None
+    assert found.loss.dtype == np.float32
     assert task.test.targets is not None
     expected = factor * 0.5 * (scores_of(rule, task, device) - task.test.targets).square().sum(1)
     assert np.allclose(found.loss, expected.numpy(), rtol=1e-5, atol=1e-7)
@@ -152,7 +155,8 @@ def test_many_classes(outputs: int, dtype: type[Any]) -> None:
     assert found is not None
     assert found.predicted is not None
     assert found.correct is not None
-    assert (found.predicted.dtype, found.predicted.tolist(), found.correct.tolist()) == (dtype, [outputs - 1, 3], [1, 0])
+    assert found.predicted.dtype == dtype
+    assert (found.predicted.tolist(), found.correct.tolist()) == ([outputs - 1, 3], [1, 0])
 
 
 def test_a_damaged_file_is_none(tmp_path: Path) -> None:

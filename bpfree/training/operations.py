@@ -226,9 +226,18 @@ class Operations:
         self._features_of = saved.get("features_of", "")
 
 
+_recent: tuple[Phase, int, str] = (Phase(), 0, "")
+"""The kind that was asked for last: it is asked for several times in each step."""
+
+
 def kind_of(phase: Phase, batch: Batch) -> str:
     """Steps of the same kind cost the same."""
-    return repr((phase.name, phase.groups, phase.on_features, len(batch)))
+    global _recent
+    known, size, kind = _recent
+    if known is not phase or size != len(batch):
+        kind = repr((phase.name, phase.groups, phase.on_features, len(batch)))
+        _recent = phase, len(batch), kind
+    return kind
 
 
 def _features_of(phase: Phase) -> str:

@@ -139,7 +139,7 @@ def read_predictions(path: Path) -> Predictions | None:
     except Exception:  # what a damaged archive raises is nowhere written
         return None
     protocols = {name.removesuffix("_correct"): array for name, array in arrays.items() if name.endswith("_correct")}
-    found = Predictions(*(arrays.get(name) for name in ("predicted", "correct", "loss")), protocols)
+    found = Predictions(arrays.get("predicted"), arrays.get("correct"), arrays.get("loss"), protocols)
     whole = (found.predicted is not None and found.correct is not None) or found.loss is not None
     same = len({array.shape for array in arrays.values()}) == 1 and all(array.ndim == 1 for array in arrays.values())
     return found if whole and same else None
