@@ -52,13 +52,13 @@ def print_result(run: Run) -> None:
         lines.append(("validation accuracy", f"{validation[-1]:.2%} last, {max(validation):.2%} best"))
     lines.extend(protocol_lines(run))
     if "train/seconds" in result:
-        lines.append(
-            (
-                "training",
-                f"{result['train/seconds']:.1f} s, {result['train/samples_per_second']:,.0f} samples/s, {result['train/steps']:,.0f} steps",
-            )
-        )
-        lines.append(("memory", f"{result['train/peak_memory_mb']:.1f} MiB of tensors at the peak of a step, without the data"))
+        spent = f"{result['train/seconds']:.1f} s"
+        if "train/processor_seconds" in result:
+            spent += f" ({result['train/processor_seconds']:.1f} of the processor)"
+        speed = f", {result['train/samples_per_second']:,.0f} samples/s" if "train/samples_per_second" in result else ""
+        lines.append(("training", f"{spent}{speed}, {result['train/steps']:,.0f} steps"))
+        if "train/peak_memory_mb" in result:
+            lines.append(("memory", f"{result['train/peak_memory_mb']:.1f} MiB of tensors at the peak of a step, without the data"))
         lines.append(("parameters", f"{result['parameters']:,.0f} ({result['parameters_trained']:,.0f} trained)"))
     if "mlflow_uri" in run.tracking:
         lines.append(("tracking", run.tracking["mlflow_uri"]))

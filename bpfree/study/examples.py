@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bpfree.study.differences import Paired
 from bpfree.study.line import Line, percent
 from bpfree.study.state import Outcome
+from bpfree.training.predictions import FILE, read_predictions
 
 __all__ = ["OWN", "PROBED", "Scores", "paired", "scores_of", "twin_scores"]
 
@@ -77,13 +78,11 @@ def in_unit(value: float, metric: str) -> float:
 
 
 def _examples(outcome: Outcome, metric: str, runs: Path, which: str) -> Examples | None:
-    key = "_".join(filter(None, [which, "correct" if percent(metric) else "loss"]))
-    try:
-        with np.load(runs / outcome.run / "predictions.npz", allow_pickle=False) as arrays:
-            values: Any = arrays[key].astype(np.float64)
-    except (OSError, ValueError, KeyError):
+    kept = read_predictions(runs / outcome.run / FILE) if outcome.run else None
+    if kept is None:
         return None
-    return to_unit(values, metric)
+    values = kept.protocols.get(which) if which else kept.correct if percent(metric) else kept.loss
+    return None if values is None else to_unit(values, metric)
 
 
 def to_unit(values: Any, metric: str) -> Examples:

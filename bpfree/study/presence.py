@@ -1,6 +1,6 @@
 """Who else computes on this machine: each worker holds a file's lock while it runs a cell, and the held ones are counted.
 
-Two cells that run at the same time slow each other down, so their timings cannot be compared with those of a cell that ran alone.
+Two cells that run at the same time on a GPU slow each other down, so their timings cannot be compared with those of a cell that ran alone.
 A crash releases the lock.
 """
 

@@ -40,7 +40,8 @@ class Outcome:
         elapsed: seconds that it took in all, evaluation and everything else included.
         tracking: where its MLflow run is.
         trial: number of the trial, for a cell of tuning.
-        parallel: the most cells that ran at the same time on its machine; its timings can be compared only if that is 1.
+        parallel: the most cells that ran at the same time on its machine; whether its seconds can be compared says
+            :func:`bpfree.study.timing.comparable`.
         identity: what the numbers depend on.
     """
 

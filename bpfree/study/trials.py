@@ -20,7 +20,7 @@ class Trial:
         status: ``finished``, ``diverged``, ``failed``, ``timeout``; ``not run`` as long as nothing is known.
         score: on validation, in the unit of the table (accuracy in per cent, or loss); ``None`` without a result.
         seconds: of training, over its seeds.
-        parallel: the most cells that ran at the same time on its machine.
+        comparable: whether these seconds can be compared.
     """
 
     settings: Mapping[str, Any]
@@ -28,7 +28,7 @@ class Trial:
     score: float | None = None
     seconds: float = 0.0
     values: Mapping[str, Any] = field(default_factory=dict)
-    parallel: int = 1
+    comparable: bool = True
 
 
 @dataclass(frozen=True)

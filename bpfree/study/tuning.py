@@ -19,6 +19,7 @@ from bpfree.errors import BpfreeError
 from bpfree.study.cells import Cell, Place, Plan, cell_of
 from bpfree.study.space import Interval, Tune
 from bpfree.study.state import Outcome
+from bpfree.study.timing import comparable
 from bpfree.study.trials import Trial, Tuned
 from bpfree.training.seeds import derive
 
@@ -107,8 +108,8 @@ class Tuner:
         scores = [score for cell, outcome in zip(cells, outcomes, strict=True) if (score := self._score(cell, outcome)) is not None]
         complete = bad is None and len(scores) == len(cells)
         seconds = sum(outcome.result.get("train/seconds", 0.0) for outcome in outcomes)
-        parallel = max(outcome.parallel for outcome in outcomes)
-        return Trial(settings, bad or "finished", statistics.fmean(scores) if complete else None, seconds, self._values(settings), parallel)
+        timed = all(map(comparable, outcomes))
+        return Trial(settings, bad or "finished", statistics.fmean(scores) if complete else None, seconds, self._values(settings), timed)
 
     def _values(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Also those that the default configuration has, where it says them; the optimiser's are the rule's own default."""

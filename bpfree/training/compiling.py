@@ -8,6 +8,7 @@ rounding does not decide where a ReLU or a max-pooling has its kink. Copies of a
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,7 @@ class Compilation:
         self._blocks = [] if mode == "none" else list(blocks)
         self._mode = mode
         self.graphs, self.seconds, self.trouble = 0, 0.0, ""
+        self._inside = 0.0  # seconds of the compiler itself
         if mode == "cuda-graphs" and device.type != "cuda":
             logger.warning("compile=cuda-graphs: there are none on %s, so blocks are compiled without", device.type)
             self._mode = "default"
@@ -59,14 +61,22 @@ class Compilation:
     @contextmanager
     def aside(self, clock: Clock) -> Iterator[None]:
         """A step: if something is compiled in it, ``clock``, which is running, does not count it."""
-        graphs, began = self.graphs, clock.seconds
+        if not self._blocks:
+            yield
+            return
+        graphs, mark = self.graphs, clock.mark()
         yield
         if self.graphs != graphs:
-            clock.stop()
-            taken = clock.seconds - began
-            clock.seconds -= taken
-            self.seconds += taken
-            clock.start()
+            self.seconds += clock.forget(mark)
+
+    @contextmanager
+    def apart(self, clock: Clock) -> Iterator[None]:
+        """What a rule does outside of steps, on a clock that stands still afterwards: compiling, but not the rest of it, is taken out."""
+        before = self._inside
+        yield
+        if self._inside > before:
+            clock.deduct(self._inside - before)
+            self.seconds += self._inside - before
 
     def _guarded(self, block: nn.Module) -> Callable[..., Any]:
         """The compiled call of a block; what fails compiled, but not eagerly, ends all compilation."""
@@ -89,11 +99,14 @@ class Compilation:
     def _backend(self, graph: Any, inputs: Any) -> Callable[..., Any]:
         """Compile a graph that dynamo has found, or run it as it is."""
         self.graphs += 1
+        began = time.perf_counter()
         try:
             return inductor(graph, inputs, MODES[self._mode])
         except Exception as error:
             self._give_up(error)
             return graph.forward  # type: ignore[no-any-return]
+        finally:
+            self._inside += time.perf_counter() - began
 
     def _give_up(self, error: Exception) -> None:
         for block in self._blocks:

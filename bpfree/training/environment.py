@@ -12,7 +12,7 @@ import torch
 from bpfree.errors import UsageError
 from bpfree.version import __version__
 
-__all__ = ["autocast", "describe", "flushing_denormals", "numerics", "resolve_device"]
+__all__ = ["autocast", "describe", "flushing_denormals", "load", "numerics", "resolve_device"]
 
 
 def resolve_device(name: str, *, process: int = 0) -> torch.device:
@@ -99,6 +99,14 @@ def describe(device: torch.device) -> dict[str, str]:
         "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
         "flush_denormal": str(_flushes()),
     }
+
+
+def load() -> float | None:
+    """The machine's load of the last minute for each of its processors; ``None`` where it does not tell."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (OSError, AttributeError):
+        return None
 
 
 def _processor() -> str:

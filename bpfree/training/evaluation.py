@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from bpfree.network.network import evaluating
 from bpfree.plugins import installed_plugins
 from bpfree.rule import Rule
 from bpfree.step import Batch
-from bpfree.tasks.linear import chunks
+from bpfree.tasks.linear import chunks, classes_of
 from bpfree.tasks.loading import Loader, Resident
 from bpfree.tasks.protocols import EvaluationProtocol, Setting, result_key
 from bpfree.tasks.task import Split, Task, TaskSpec
@@ -23,6 +25,7 @@ from bpfree.training import environment, seeds
 from bpfree.training.config import TrainConfig
 from bpfree.training.features import feature_loader, feature_split
 from bpfree.training.operations import counted_operations
+from bpfree.training.predictions import FILE, Array, Collector, Predictions, write_predictions
 
 __all__ = ["Evaluator", "check_protocols", "evaluate", "evaluate_features", "flat_features"]
 
@@ -40,6 +43,9 @@ class Evaluator:
     Args:
         rule, task, config, device: the run's.
         data: options of the loaders.
+
+    Attributes:
+        predictions: for each example of the test split, once it was scored, and where they can be had.
     """
 
     def __init__(self, rule: Rule, task: Task, config: TrainConfig, device: torch.device, data: Mapping[str, Any]) -> None:
@@ -51,6 +57,7 @@ class Evaluator:
         self._protocols = check_protocols(config.evaluation.protocols, rule)
         self._loaders: dict[str, Loader] = {}
         self._features: dict[str, Loader] = {}
+        self.predictions: Predictions | None = None
 
     def raw(self, split: Split, share: Resident | None = None) -> Loader:
         """Batches of a split in its original order."""
@@ -77,7 +84,15 @@ class Evaluator:
         self._features = {}
 
     def _score(
-        self, name: str, split: Split | None, epoch: int, *, draws: int = 1, alternatives: bool = False, each_draw: bool = False
+        self,
+        name: str,
+        split: Split | None,
+        epoch: int,
+        *,
+        draws: int = 1,
+        alternatives: bool = False,
+        each_draw: bool = False,
+        keep: Collector | None = None,
     ) -> dict[str, float]:
         if split is None:
             return {}
@@ -87,7 +102,7 @@ class Evaluator:
         generator = torch.Generator(self._device).manual_seed(seed)
         with environment.autocast(self._device, self._config.precision):
             further = {"alternatives": alternatives and not read, "on_features": read, "each_draw": each_draw}
-            scores = evaluate(self._rule, batches, generator, draws=draws, **further)
+            scores = evaluate(self._rule, batches, generator, draws=draws, keep=keep, **further)
         return {f"{name}/{key}": value for key, value in scores.items()}
 
     def validate(self, epoch: int) -> dict[str, float]:
@@ -103,8 +118,20 @@ class Evaluator:
         """
         if not self._config.evaluation.test:
             return {}
-        draws = self._config.evaluation.draws or self._rule.draws
-        return self._score("test", self._task.test, 0, draws=draws, alternatives=self._config.evaluation.alternatives, each_draw=True)
+        draws, alternatives = self._config.evaluation.draws or self._rule.draws, self._config.evaluation.alternatives
+        kept = Collector(self._task.spec)
+        scores = self._score("test", self._task.test, 0, draws=draws, alternatives=alternatives, each_draw=True, keep=kept)
+        self.predictions = kept.predictions()
+        return scores
+
+    def keep_predictions(self, folder: Path | None) -> None:
+        """Write them into a run's folder, if it has one; a trained rule is worth more than that."""
+        if folder is None or self.predictions is None:
+            return
+        try:
+            write_predictions(folder / FILE, self.predictions)
+        except OSError as error:
+            logger.warning("the predictions for the test split could not be written: %s", error)
 
     def try_protocols(self) -> None:
         """Refuse a rule without features before it is trained, rather than after.
@@ -131,6 +158,7 @@ class Evaluator:
         if not self._protocols or all(split is None for split in splits.values()):
             return {}
         result: dict[str, float] = {}
+        correct: dict[str, Array] = {}
         try:
             fitted = flat_features(compute(self.raw(self._task.train, train)))
             loaders = {f"{name}/": self._loader(name, split) for name, split in splits.items() if split is not None}
@@ -141,9 +169,11 @@ class Evaluator:
         for name, protocol in self._protocols.items():
             try:
                 setting = setting_of(name, self._task.spec, self._config.seed, self._device)
-                result |= evaluate_features(name, protocol, fitted, features, setting, features.get("val/"))
+                result |= evaluate_features(name, protocol, fitted, features, setting, features.get("val/"), correct=correct)
             except Exception as error:
                 _warn(f"the protocol {name!r}", error)
+        if self.predictions is not None:
+            self.predictions = replace(self.predictions, protocols=correct)
         return result
 
 
@@ -212,7 +242,14 @@ def setting_of(name: str, spec: TaskSpec, seed: int, device: torch.device) -> Se
 
 
 def evaluate_features(
-    name: str, protocol: EvaluationProtocol, train: Split, splits: Mapping[str, Split], setting: Setting, validation: Split | None
+    name: str,
+    protocol: EvaluationProtocol,
+    train: Split,
+    splits: Mapping[str, Split],
+    setting: Setting,
+    validation: Split | None,
+    *,
+    correct: dict[str, Array] | None = None,
 ) -> dict[str, float]:
     """Fit a protocol to the training split's features, and score those of other splits.
 
@@ -223,6 +260,8 @@ def evaluate_features(
         splits: by the prefix of their metrics, such as ``test/``.
         setting: what the protocol is told.
         validation: what it may choose by.
+        correct: takes up which examples of ``test/`` are classified right (N,), uint8, of a protocol that decides one by one
+            (its score has ``decide``, as :class:`~bpfree.tasks.linear.LinearMap` has).
 
     Returns:
         ``test/linear_probe/accuracy`` and so on, what was chosen, as ``linear_probe/penalty``, and the floating-point operations of
@@ -233,6 +272,9 @@ def evaluate_features(
         score = protocol.fit(train, setting, validation)
     result = {f"{key}/{thing}": float(value) for thing, value in getattr(score, "chosen", {}).items()}
     result |= {f"{key}/operations": float(operations())} if operations() else {}
+    decide = getattr(score, "decide", None)
+    if correct is not None and decide is not None and "test/" in splits and setting.targets != "real":
+        correct[key] = (decide(splits["test/"].inputs).cpu() == classes_of(splits["test/"])).to(torch.uint8).numpy()
     return result | {f"{prefix}{key}/{metric}": float(value) for prefix, split in splits.items() for metric, value in score(split).items()}
 
 
@@ -246,6 +288,7 @@ def evaluate(
     alternatives: bool = False,
     on_features: bool = False,
     each_draw: bool = False,
+    keep: Collector | None = None,
 ) -> dict[str, float]:
     """Mean loss, and accuracy where targets are classes, over all examples.
 
@@ -257,13 +300,14 @@ def evaluate(
         alternatives: also score ``rule.alternatives``, as ``<name>/accuracy``.
         on_features: the batches hold the rule's features in place of its inputs.
         each_draw: also report the accuracy of each of several draws, as ``accuracy_draw_1`` and so on.
+        keep: takes up what is predicted for each example.
 
     Returns:
         ``loss``, ``accuracy`` (share, 0 to 1) and so on. Empty for a task without targets.
     """
     with evaluating(rule):
         predict = rule.read if on_features else rule.predict
-        rounds = [_one_pass(rule, predict, batches, generator, alternatives and index == 0) for index in range(draws)]
+        rounds = [_one_pass(rule, predict, batches, generator, alternatives and index == 0, keep) for index in range(draws)]
     result = {name: statistics.fmean(r[name] for r in rounds if name in r) for name in rounds[0]}
     if draws > 1 and "accuracy" in result:
         result["accuracy_se"] = statistics.stdev(r["accuracy"] for r in rounds) / draws**0.5
@@ -278,14 +322,19 @@ def _one_pass(
     batches: Iterable[Batch],
     generator: torch.Generator,
     alternatives: bool,
+    keep: Collector | None,
 ) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
+    if keep is not None:
+        keep.begin_draw()
     examples = 0
     for batch in batches:
         if batch.targets is None:
             continue
         blind = batch.inputs
         scores = {"": predict(blind, generator)}
+        if keep is not None:
+            keep.add(scores[""], batch)
         if alternatives:
             scores.update({f"{name}/": value for name, value in rule.alternatives(blind, generator).items()})
         for prefix, value in scores.items():

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Clock", "StepMemory", "StepMetrics"]
+__all__ = ["Clock", "Spent", "StepMemory", "StepMetrics"]
 
 
 class StepMetrics:
@@ -66,13 +67,58 @@ class StepMetrics:
         self._sums = {name: list(pair) for name, pair in saved.items()}
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Seconds by the wall's clock, and of the processor (all threads of this process)."""
+
+    wall: float = 0.0
+    processor: float = 0.0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.wall + other.wall, self.processor + other.processor)
+
+    def __sub__(self, other: Spent) -> Spent:
+        return self + other.times(-1)
+
+    def times(self, factor: float) -> Spent:
+        """So many times as much."""
+        return Spent(factor * self.wall, factor * self.processor)
+
+
+def _now() -> Spent:
+    return Spent(time.perf_counter(), time.process_time())
+
+
+@dataclass
+class _Kind:
+    """Steps of a kind: those that were timed, and those that were measured on the side, with the time these took themselves."""
+
+    timed: Spent = field(default_factory=Spent)
+    steps: int = 0
+    own: Spent = field(default_factory=Spent)
+    measured: int = 0
+
+    @property
+    def charge(self) -> Spent:
+        """For the measured ones: the mean of the timed ones each; their own time if there are none."""
+        return self.timed.times(self.measured / self.steps) if self.steps else self.own
+
+
 class Clock:
-    """Seconds of training: runs between ``start`` and ``stop``, and waits for the device at both."""
+    """Seconds of training: runs between ``start`` and ``stop``, and waits for the device at both.
+
+    A step that is measured on the side (:meth:`measuring`) is slow because of that. It is charged, when a pass ends (:meth:`settle`), at
+    the mean of the steps of its kind that were timed, or at its own time as long as none was. A charge may become smaller when steps have
+    been timed; what was told (:meth:`tell`) does not go back then, but waits until it is true.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._since: float | None = None
-        self._total = 0.0
+        self._since: Spent | None = None
+        self._timed = self._charged = self._told = Spent()
+        self._kinds: dict[str, _Kind] = {}
+        self._kind = ""
+        self._knows_processor = True
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -81,13 +127,19 @@ class Clock:
     def start(self) -> None:
         """Go on counting."""
         self._wait()
-        self._since = time.perf_counter()
+        self._since = _now()
 
     def stop(self) -> None:
         """Stop counting, once the device has done its work."""
         self._wait()
-        self._total = self.seconds
+        if self._since is not None:
+            self._note(_now() - self._since)
         self._since = None
+
+    def _note(self, spent: Spent) -> None:
+        self._timed += spent
+        if self._kind:
+            self._kinds[self._kind].timed += spent
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -96,63 +148,175 @@ class Clock:
         yield
         self.start()
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What is done inside counts, unless it fails."""
+        self.start()
+        try:
+            yield
+        except BaseException:
+            self._since = None
+            raise
+        self.stop()
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def step(self, kind: str) -> None:
+        """A step of this kind comes; steps of the same kind cost the same, and the clock runs on between them."""
+        if kind != self._kind:
+            self._lap(kind)
+        self._kinds[kind].steps += 1
+
+    def _lap(self, kind: str) -> None:
+        running = self._since is not None
+        if running:
+            self.stop()
+        self._kind = kind
+        if kind:
+            self._kinds.setdefault(kind, _Kind())
+        if running:
+            self.start()
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """The step inside is measured, while the clock stands still: it is charged later."""
+        self._wait()
+        since = _now()
+        yield
+        self._wait()
+        kind = self._kinds.setdefault(self._kind, _Kind())
+        kind.steps, kind.measured, kind.own = kind.steps - 1, kind.measured + 1, kind.own + (_now() - since)
+
+    def settle(self) -> None:
+        """No step comes for now: charge those that were measured."""
+        self._lap("")
+        self._charged = sum((kind.charge for kind in self._kinds.values()), Spent())
+
+    def mark(self) -> tuple[Spent, _Kind]:
+        """Where a step begins, for :meth:`forget`; the clock runs."""
+        assert self._since is not None
+        return self._timed + (_now() - self._since), replace(self._kinds.get(self._kind, _Kind()))
+
+    def forget(self, mark: tuple[Spent, _Kind]) -> float:
+        """Take back the step since a mark, timed or measured; returns its seconds. The clock runs on."""
+        self.stop()
+        timed, before = mark
+        taken, kind = self._timed - timed, self._kinds.setdefault(self._kind, _Kind())
+        self._note(taken.times(-1))
+        own = kind.own - before.own
+        measured = kind.measured > before.measured
+        kind.own, kind.measured = before.own, before.measured
+        kind.steps -= bool(self._kind) and not measured
+        self.start()
+        return taken.wall + own.wall
+
+    def deduct(self, seconds: float) -> None:
+        """Take back so many seconds of what ran outside steps."""
+        self._timed -= Spent(seconds, seconds if self._timed.processor >= seconds else 0.0)
+
+    # --- accounts ---------------------------------------------------------------------------------------------------
+
     @property
     def seconds(self) -> float:
-        """Counted so far (without waiting for the device)."""
-        return self._total + (0.0 if self._since is None else time.perf_counter() - self._since)
+        """By the wall's clock, so far (without waiting for the device)."""
+        running = 0.0 if self._since is None else time.perf_counter() - self._since.wall
+        return max(self._told.wall, self._timed.wall + self._charged.wall + running)
 
-    @seconds.setter
-    def seconds(self, value: float) -> None:
-        self._total = value
+    @property
+    def processor_seconds(self) -> float | None:
+        """The processor's; ``None`` where a part of the run was not measured."""
+        running = 0.0 if self._since is None else time.process_time() - self._since.processor
+        return max(self._told.processor, self._timed.processor + self._charged.processor + running) if self._knows_processor else None
+
+    def tell(self) -> float:
+        """``seconds``, which are not to become fewer from now on: for budgets and results."""
+        seconds = self.seconds
+        if seconds > self._told.wall:
+            self._told = Spent(seconds, self._told.processor)
+        return seconds
+
+    def tell_processor(self) -> float | None:
+        """The same of ``processor_seconds``."""
+        seconds = self.processor_seconds
+        if seconds is not None:
+            self._told = Spent(self._told.wall, seconds)
+        return seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, while the clock stands still."""
+        names = ("timed", "charged", "told")
+        kinds = {name: [*astuple(kind.timed), kind.steps, *astuple(kind.own), kind.measured] for name, kind in self._kinds.items()}
+        return {**{name: list(astuple(getattr(self, f"_{name}"))) for name in names}, "kinds": kinds, "processor": self._knows_processor}
+
+    def load_state_dict(self, saved: Mapping[str, Any] | None, seconds: float) -> None:
+        """Inverse of :meth:`state_dict`; ``None``: of an older checkpoint, of which the ``seconds`` alone are known."""
+        if saved is None:
+            self._timed, self._knows_processor = Spent(seconds), False
+            return
+        self._timed, self._charged, self._told = Spent(*saved["timed"]), Spent(*saved["charged"]), Spent(*saved["told"])
+        self._kinds = {name: _Kind(Spent(*v[:2]), v[2], Spent(*v[3:5]), v[5]) for name, v in saved["kinds"].items()}
+        self._knows_processor = saved["processor"]
 
 
 class StepMemory:
     """Peak of the tensor memory that training takes, in MiB: what a step allocates, above what lies between steps.
 
-    Activations, gradients and temporaries are seen by watching a single early step of each phase; parameters, buffers and
-    optimiser state are counted. The data set is not in it. The same on a CPU (torch's allocation events, so that the size
-    of the process does not blur it) and on CUDA (the allocator's peak).
+    Activations, gradients and temporaries are seen by watching an early step of each phase: the first, and the third in its place, when
+    lazy set-up is over. Parameters, buffers and optimiser state are counted. The data set is not in it, nor what ``prepare`` and
+    ``end_phase`` take. The same on a CPU (torch's allocation events, so that the size of the process does not blur it) and on CUDA (the
+    allocator's peak).
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seen: dict[str, int] = {}
-        self.step_bytes = 0
+        self._watched: dict[str, int] = {}
+
+    @property
+    def step_bytes(self) -> int:
+        """Of the step that takes most; 0 before one was watched."""
+        return max(self._watched.values(), default=0)
 
     def wants(self, phase: str) -> bool:
-        """Whether this step of the phase is to be watched: its third, when lazy set-up is over.
+        """Whether this step of the phase is to be watched: its first, which may be its last, and its third.
 
         Never while somebody else profiles, since torch has one profiler at a time.
         """
         count = self._seen[phase] = self._seen.get(phase, 0) + 1
-        return count == 3 and not torch.autograd.profiler._is_profiler_enabled
+        return count in (1, 3) and not torch.autograd.profiler._is_profiler_enabled
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Watch the step inside."""
+    def watch(self, phase: str = "", kept: Callable[[], int] = lambda: 0) -> Iterator[None]:
+        """Watch the step inside.
+
+        Args:
+            phase: a later step of the same phase takes the place of an earlier one; without a name the largest stays.
+            kept: bytes that lie between steps. What a first step adds to them (an optimiser's state) is not the step's.
+        """
+        lying = kept()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             before = torch.cuda.memory_allocated(self._device)
             yield
-            self._note(torch.cuda.max_memory_allocated(self._device) - before)
-            return
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's messages are of no interest here
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-            yield
-        changes = [(event.start_ns(), event.nbytes()) for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
-        self._note(max(itertools.accumulate(size for _, size in sorted(changes)), default=0))
-
-    def _note(self, size: int) -> None:
-        self.step_bytes = max(self.step_bytes, size)
+            peak = torch.cuda.max_memory_allocated(self._device) - before
+        else:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's messages are of no interest here
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+                yield
+            events = watched.profiler.kineto_results.events()
+            changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+            peak = max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
+        self._watched[phase] = max(peak - (kept() - lying), 0 if phase else self._watched.get(phase, 0))
 
     def state_dict(self) -> dict[str, Any]:
-        """The largest step so far, and how many steps of each phase were seen: a run that goes on watches none twice."""
-        return {"step_bytes": self.step_bytes, "seen": dict(self._seen)}
+        """The watched step of each phase, and how many steps of it were seen: a run that goes on watches none twice."""
+        return {"step_bytes": self.step_bytes, "watched": dict(self._watched), "seen": dict(self._seen)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`."""
-        self.step_bytes, self._seen = saved["step_bytes"], dict(saved["seen"])
+        """Inverse of :meth:`state_dict`; without steps by their phase (of several processes, or of an older checkpoint): the largest."""
+        self._watched = dict(saved.get("watched") or ({"": saved["step_bytes"]} if saved["step_bytes"] else {}))
+        self._seen = dict(saved["seen"])
 
-    def total(self, kept: Iterable[Tensor]) -> float:
-        """MiB: the largest step seen, and the tensors that are kept between steps; 0 before a step was seen."""
-        return (self.step_bytes + sum(t.numel() * t.element_size() for t in kept)) / 2**20 if self.step_bytes else 0.0
+    def total(self, kept: int) -> float | None:
+        """MiB: the largest step seen, and the bytes that are kept between steps; ``None`` where no step was watched."""
+        return (self.step_bytes + kept) / 2**20 if self._watched else None

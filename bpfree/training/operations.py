@@ -2,7 +2,9 @@
 
 Matrix products and convolutions count, with two operations for each multiplication and addition, as torch's
 ``FlopCounterMode`` has it; elementwise work does not. One *forward-pass equivalent* is what ``Rule.predict`` takes for one
-example. A step is counted once for each kind of phase and size of batch, and costs that much ever after.
+example. A step is counted once for each kind of phase and size of batch, and costs that much ever after: a rule whose steps of one
+kind differ (a search that ends early, say) is counted by the first of them. What a rule does outside of steps (``prepare``,
+``start_phase``, ``end_phase``) is counted each time that it is done.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +27,11 @@ from bpfree.training.seeds import preserved_global_state
 from bpfree.training.snapshot import Snapshot
 from bpfree.training.updater import Updater
 
-__all__ = ["Operations", "counted_operations"]
+__all__ = ["Operations", "counted_operations", "kind_of"]
 
 logger = logging.getLogger("bpfree")
+
+T = TypeVar("T")
 
 
 class _NoModules:
@@ -77,9 +81,9 @@ class Operations:
         world: the processes among which the training is shared; each counts its part of a step, and the sum is kept.
 
     Attributes:
-        total: operations of all training steps, and of features that were computed for phases on features.
+        total: operations of all training steps, of what is done outside of them, and of features that were computed for phases on features.
         forward: operations of one forward pass of ``examples`` examples; ``None`` before it is counted.
-        features: the same of ``Rule.features``, where a phase is on features.
+        features: the same of ``Rule.features``, where a phase is on features; counted anew for each such phase.
         trouble: why there are no numbers; the empty string: there are.
     """
 
@@ -89,6 +93,7 @@ class Operations:
         self.total = 0
         self.forward: int | None = None
         self.features: int | None = None
+        self._features_of = ""
         self.examples = 1
         self.trouble = ""
 
@@ -96,34 +101,43 @@ class Operations:
 
     def wants(self, phase: Phase, batch: Batch) -> bool:
         """Whether a step on this batch is of a kind that was not counted yet."""
-        return not self.trouble and _kind(phase, batch) not in self._steps
+        return not self.trouble and kind_of(phase, batch) not in self._steps
 
     def count(self, batch: Batch, step: Step, take: Callable[[Batch], Metrics]) -> Metrics:
         """Take a step and count its operations; what a count has broken is put back, and the step taken without."""
-        metrics, found = self._counted(batch, step, take)
+        metrics, found = self._counted(lambda: take(batch), step)
         total, failures = self._world.total(found or 0, found is None)
         if not failures:
-            self._steps[_kind(step.phase, batch)] = int(total)
+            self._steps[kind_of(step.phase, batch)] = int(total)
         elif not self.trouble:
             self._give_up(BpfreeError("another process failed"))
         return metrics
 
-    def _counted(self, batch: Batch, step: Step, take: Callable[[Batch], Metrics]) -> tuple[Metrics, int | None]:
+    def add_call(self, call: Callable[[], object], step: Step) -> None:
+        """Make a call of the rule's outside of steps, and add its operations. Of processes that all make it the first one counts."""
+        if self.trouble:
+            call()
+            return
+        _, own = self._counted(call, step)
+        found, self.trouble = self._world.from_first(lambda: (own, self.trouble))
+        self.total += found or 0
+
+    def _counted(self, call: Callable[[], T], step: Step) -> tuple[T, int | None]:
         try:
             before = Snapshot(self._rule, *self._updater.optimizers, step.generator, device=self._device)
         except Exception as error:  # no memory for a copy
             self._give_up(error)
-            return take(batch), None
+            return call(), None
         try:
             with counted_operations() as operations:
-                metrics = take(batch)
+                made = call()
         except Exception as error:
             before.restore()
             step.part = 0
-            metrics = take(batch)  # an error of the rule's own ends the run here
+            made = call()  # an error of the rule's own ends the run here
             self._give_up(error)
-            return metrics, None
-        return metrics, operations()
+            return made, None
+        return made, operations()
 
     def count_forward(self, inputs: Any, examples: int) -> None:
         """Count a ``predict`` that is not final on some inputs, in eval mode and without any trace in random states."""
@@ -132,9 +146,13 @@ class Operations:
         if self.forward == 0:
             self._give_up(BpfreeError("its forward pass has no matrix product and no convolution"))
 
-    def count_features(self, inputs: Any) -> None:
-        """The same for ``features``, on the inputs that the forward pass was counted on."""
-        self.features = self._aside(lambda: self._rule.features(inputs))
+    def wants_features(self, phase: Phase) -> bool:
+        """Whether a phase is on features, of which those were not counted yet: a rule may have grown since the phase before."""
+        return phase.on_features and not self.trouble and self._features_of != _features_of(phase)
+
+    def count_features(self, phase: Phase, inputs: Any) -> None:
+        """The same for ``features`` in a phase, on the inputs that the forward pass was counted on."""
+        self.features, self._features_of = self._aside(lambda: self._rule.features(inputs)), _features_of(phase)
 
     def _aside(self, call: Callable[[], Tensor]) -> int | None:
         """The operations of a call, which the first process alone makes."""
@@ -160,7 +178,7 @@ class Operations:
 
     def add_step(self, phase: Phase, batch: Batch, *, features: bool) -> None:
         """A step was taken; ``features``: after its features had been computed from the inputs."""
-        self.total += self._steps.get(_kind(phase, batch), 0)
+        self.total += self._steps.get(kind_of(phase, batch), 0)
         if features:
             self.add_features(len(batch))
 
@@ -207,7 +225,7 @@ class Operations:
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
         names = ("total", "forward", "features", "examples", "trouble")
-        return {name: getattr(self, name) for name in names} | {"steps": dict(self._steps)}
+        return {name: getattr(self, name) for name in names} | {"steps": dict(self._steps), "features_of": self._features_of}
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
         """Inverse of :meth:`state_dict`; ``None``: of a checkpoint from before operations were counted."""
@@ -217,8 +235,22 @@ class Operations:
         self._steps = dict(saved["steps"])
         self.total, self.forward, self.features = saved["total"], saved["forward"], saved["features"]
         self.examples, self.trouble = saved["examples"], saved["trouble"]
+        self._features_of = saved.get("features_of", "")
 
 
-def _kind(phase: Phase, batch: Batch) -> str:
+_recent: tuple[Phase, int, str] = (Phase(), 0, "")
+"""The kind that was asked for last: it is asked for several times in each step."""
+
+
+def kind_of(phase: Phase, batch: Batch) -> str:
     """Steps of the same kind cost the same."""
-    return repr((phase.name, phase.groups, phase.on_features, len(batch)))
+    global _recent
+    known, size, kind = _recent
+    if known is not phase or size != len(batch):
+        kind = repr((phase.name, phase.groups, phase.on_features, len(batch)))
+        _recent = phase, len(batch), kind
+    return kind
+
+
+def _features_of(phase: Phase) -> str:
+    return repr((phase.name, phase.groups))

@@ -13,7 +13,7 @@ import torch
 from bpfree.errors import BpfreeError
 from bpfree.rule import Rule
 from bpfree.step import Phase, Step
-from bpfree.training import seeds
+from bpfree.training import environment, seeds
 from bpfree.training.alignment import Alignment
 from bpfree.training.config import TrainConfig
 from bpfree.training.meters import Clock, StepMemory, StepMetrics
@@ -64,6 +64,7 @@ class State:
         at: how far the run has come.
         clock, metrics, memory, operations, alignment: what it measures.
         updater, step: optimisers, and the step that rules are handed.
+        load: of the machine when the run began; ``None`` where that is not known.
         begun: phases that have begun, which is what a loaded rule must replay.
         best: validation score and weights (on the CPU) of the best epoch, where weights are selected so.
     """
@@ -82,8 +83,25 @@ class State:
             rule, self.updater, config.alignment, seed=config.seed, stream=config.stream, parts=config.accumulate, device=device
         )
         self.best: tuple[float, dict[str, Any]] | None = None
+        self.load = environment.load()
         self.restored = False
         self.begun = 0
+
+    def solve(self, name: str, *arguments: Any) -> None:
+        """Call what the rule does outside of steps (``prepare``, ``start_phase``, ``end_phase``): on the clock, its operations counted."""
+        method = getattr(self.rule, name)
+        if getattr(method, "__func__", None) is getattr(Rule, name):  # there is nothing to do
+            return
+
+        def call() -> None:
+            with self.clock.running():
+                method(*arguments)
+
+        self.operations.add_call(call, self.step)
+
+    def begin(self) -> None:
+        """The first phase begins here, after what the rule has prepared."""
+        self.at.phase_seconds, self.at.phase_operations = self.clock.tell(), self.operations.total
 
     def advance(self, examples: int, batches: int) -> None:
         """A step was taken, on so many examples, in a pass of so many batches."""
@@ -101,42 +119,54 @@ class State:
 
     def end_phase(self) -> None:
         """The current phase is complete."""
-        self.at.phase, self.at.phase_epoch, self.at.phase_seconds = self.at.phase + 1, 0, self.clock.seconds
+        self.at.phase, self.at.phase_epoch, self.at.phase_seconds = self.at.phase + 1, 0, self.clock.tell()
         self.at.phase_operations = self.operations.total
 
-    def peak_memory(self) -> float:
-        """MiB: peak of a step, parameters, buffers and optimiser state; of the process that has most."""
-        own = self.memory.total([*self.rule.parameters(), *self.rule.buffers(), *self.updater.tensors()])
-        return self.team.world.largest(own)[0]
+    def kept(self) -> int:
+        """Bytes that lie between steps: parameters, buffers and optimiser state."""
+        return sum(t.numel() * t.element_size() for t in (*self.rule.parameters(), *self.rule.buffers(), *self.updater.tensors()))
+
+    def peak_memory(self) -> float | None:
+        """MiB: peak of a step and what lies between steps; of the process that has most. ``None``: it was not measured."""
+        return self.team.world.largest(self.memory.total(self.kept()) or 0.0)[0] or None
 
     def epoch_metrics(self) -> dict[str, float]:
-        """Costs and step metrics of the pass that ended, and the start of the next one's."""
-        at, seconds = self.at, self.clock.seconds
+        """Costs and step metrics of the pass that ended, and the start of the next one's. What was not measured is not there."""
+        at, seconds, processor = self.at, self.clock.tell(), self.clock.tell_processor()
         spent, samples, steps = seconds - at.epoch_seconds, at.samples - at.epoch_samples, at.step - at.epoch_step
         at.epoch_seconds, at.epoch_samples, at.epoch_step = seconds, at.samples, at.step
-        forwards = self.operations.forwards
+        measured = {
+            "processor_seconds": processor,
+            "samples_per_second": samples / spent if spent and samples else None,
+            "step_ms": 1000 * spent / steps if spent and steps else None,
+            "peak_memory_mb": self.peak_memory(),
+            "forwards": self.operations.forwards,
+        }
         return {
             "epoch": float(at.epoch),
             "samples": float(at.samples),
             "steps": float(at.step),
             "seconds": seconds,
-            "samples_per_second": samples / spent if spent else 0.0,
-            "step_ms": 1000 * spent / steps if steps else 0.0,
-            "peak_memory_mb": self.peak_memory(),
-            **({} if forwards is None else {"forwards": forwards}),
+            **known(measured),
             **self.metrics.epoch(self.team.merged),
         }
 
     def costs(self) -> dict[str, float]:
-        """What the run took, for its result."""
-        seconds = self.clock.seconds
-        parameters = list(self.rule.parameters())
+        """What the run took, for its result. What was not measured is not there."""
+        self.clock.settle()
+        seconds, parameters = self.clock.tell(), list(self.rule.parameters())
+        measured = {
+            "train/processor_seconds": self.clock.tell_processor(),
+            "train/samples_per_second": self.at.samples / seconds if seconds and self.at.samples else None,
+            "train/peak_memory_mb": self.peak_memory(),
+            "load_start": self.load,
+            "load_end": environment.load(),
+        }
         return {
             "train/seconds": seconds,
             "train/samples": float(self.at.samples),
             "train/steps": float(self.at.step),
-            "train/samples_per_second": self.at.samples / seconds if seconds else 0.0,
-            "train/peak_memory_mb": self.peak_memory(),
+            **known(measured),
             **self.operations.costs(),
             "parameters": float(sum(p.numel() for p in parameters)),
             "parameters_trained": float(sum(p.numel() for p in parameters if p.requires_grad)),
@@ -156,6 +186,8 @@ class State:
         return {
             "position": dataclasses.asdict(self.at),
             "seconds": self.clock.seconds,
+            "clock": self.clock.state_dict(),
+            "load": self.load,
             "memory": {**own["memory"], "step_bytes": int(self.team.world.largest(self.memory.step_bytes)[0])},
             "operations": self.operations.state_dict(),
             "optimizers": self.team.optimizers(self.updater),
@@ -176,13 +208,14 @@ class State:
     def take_position(self, saved: Mapping[str, Any]) -> None:
         """Take up a saved position; parameters and optimisers follow when the phases have been replayed."""
         self.at = Position(**saved["position"])
-        self.clock.seconds = saved["seconds"]
+        self.clock.load_state_dict(saved.get("clock"), saved["seconds"])
+        self.load = saved.get("load", self.load)
         self.operations.load_state_dict(saved.get("operations"))
         own, whole = self._own(saved), saved["metrics"] if self.team.world.first else {}
         self.metrics.load_state_dict(whole if own is None else own["metrics"])
         memory = saved.get("memory") or {"step_bytes": saved["step_bytes"], "seen": {}}  # older checkpoints: no counts
         if own is None and ("ranks" in saved or self.team.world.size > 1):
-            memory = {**memory, "seen": {}}  # a step is another one now
+            memory = {"step_bytes": memory["step_bytes"], "seen": {}}  # a step is another one now
         self.memory.load_state_dict(memory if own is None else own["memory"])
         self.step.index, self.step.epoch = self.at.step, self.at.epoch
         if saved["best"] is not None:
@@ -217,3 +250,8 @@ class State:
         seeds.set_global_state({name: state.cpu() for name, state in states["global"].items()}, self.device)
         if own is not None:
             self.rule.load_state_dict(own["statistics"], strict=False)
+
+
+def known(measured: Mapping[str, float | None]) -> dict[str, float]:
+    """Those that were measured."""
+    return {name: value for name, value in measured.items() if value is not None}

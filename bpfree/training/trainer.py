@@ -27,6 +27,7 @@ from bpfree.training.evaluation import Evaluator, check_protocols
 from bpfree.training.features import FeatureLoader
 from bpfree.training.limits import Limits
 from bpfree.training.observers import Observers
+from bpfree.training.operations import kind_of
 from bpfree.training.phases import learning
 from bpfree.training.run import Run, new_run_id
 from bpfree.training.saving import Checkpoints
@@ -148,7 +149,7 @@ class Trainer:
                     while not self._limits.phase_is_over(phase):
                         self._one_pass(phase)
                     if not self._state.at.phase_epoch:  # a phase without a pass
-                        self.rule.end_phase(phase, self._state.step)
+                        self._solve("end_phase", phase, self._state.step)
                 self._supply.end_phase()
                 self._notify("phase_end", phase=phase)
                 self._state.end_phase()
@@ -166,6 +167,7 @@ class Trainer:
         with environment.autocast(self.device, self.config.precision):
             for batch in loader.batches(state.at.epoch, state.at.batch):
                 self._aim(phase)
+                state.clock.step(kind_of(phase, batch))
                 with self._compiled.aside(state.clock):
                     state.metrics.add(self._learn(batch), self._team.examples(batch, self.config.accumulate))
                 state.operations.add_step(phase, batch, features=isinstance(loader, FeatureLoader))
@@ -182,9 +184,10 @@ class Trainer:
         state.clock.stop()
         if halted:
             raise Interrupted(self._stop.reason, self.run.folder)
+        state.clock.settle()
         state.end_pass()
         if self._limits.phase_is_over(phase):  # before the evaluation and the checkpoint, which are to see what it solves
-            self.rule.end_phase(phase, state.step)
+            self._solve("end_phase", phase, state.step)
         self._end_epoch(phase)
         self._stop.confer()
         if self._stop.reason:
@@ -196,17 +199,27 @@ class Trainer:
         if state.alignment.wants(state.step):
             with state.clock.stopped():
                 metrics = state.alignment.measure(batch, state.step)
-        take = self._watched_update if state.memory.wants(state.step.phase.name) else self._update
-        if state.operations.wants(state.step.phase, batch):
-            with state.clock.stopped():  # a step that is measured is a slow one
-                learned = state.operations.count(batch, state.step, take)
+        watches, counts = state.memory.wants(state.step.phase.name), state.operations.wants(state.step.phase, batch)
+        if watches or counts:
+            take = self._watched_update if watches else self._measured_update
+            with state.clock.stopped():  # a step that is measured is a slow one: the clock charges it by those that are not
+                learned = state.operations.count(batch, state.step, take) if counts else take(batch)
         else:
-            learned = take(batch)
+            learned = self._update(batch)
         return metrics | {f"rule/{name}": value for name, value in learned.items()}
 
     def _watched_update(self, batch: Batch) -> Metrics:
-        with self._state.clock.stopped(), self._state.memory.watch():
+        with self._state.memory.watch(self._state.step.phase.name, self._state.kept):
+            return self._measured_update(batch)
+
+    def _measured_update(self, batch: Batch) -> Metrics:
+        with self._state.clock.measuring():
             return self._update(batch)
+
+    def _solve(self, name: str, *arguments: Any) -> None:
+        """What the rule does outside of steps, as costs of the run."""
+        with self._compiled.apart(self._state.clock):
+            self._state.solve(name, *arguments)
 
     def _update(self, batch: Batch) -> Metrics:
         return self._team.update(batch, self._state.step, self.config.accumulate)
@@ -214,7 +227,7 @@ class Trainer:
     def _count_forward(self, phase: Phase, loader: Loader | FeatureLoader) -> None:
         """Count the operations of a forward pass, once, and of features that a phase is on, on the first training examples."""
         operations, at = self._state.operations, self._state.at
-        few = phase.on_features and operations.features is None
+        few = operations.wants_features(phase)
         if not operations.trouble and (operations.forward is None or few):
             count = min(self.config.batch_size, len(self.task.train))
             batch = next(iter(self._evaluator.raw(self.task.train.subset(torch.arange(count)))))
@@ -222,7 +235,7 @@ class Trainer:
                 if operations.forward is None:
                     operations.count_forward(batch.inputs, len(batch))
                 if few:
-                    operations.count_features(batch.inputs)
+                    operations.count_features(phase, batch.inputs)
         if isinstance(loader, Loader) and phase.on_features and not at.phase_epoch and not at.batch:  # they were computed here
             operations.add_features(len(self.task.train))
 
@@ -300,7 +313,8 @@ class Trainer:
             try:
                 self._notify("run_start")
                 if saved is None:
-                    self.rule.prepare(self.task.train, self._state.step.generator)  # the first process's is sent to all by a phase
+                    self._solve("prepare", self.task.train, self._state.step.generator)  # the first process's is sent to all by a phase
+                    self._state.begin()
                 yield saved
                 run.status = "finished"
             except _Diverged as error:
@@ -347,7 +361,10 @@ class Trainer:
         if saved is not None and not state.restored and index >= saved["phases_begun"]:  # it had ended between two phases
             state.take_weights(saved["weights"], saved["training"])
         self._team.check(phase)
-        self.rule.start_phase(phase)
+        if saved is None or index >= saved["phases_begun"]:
+            self._solve("start_phase", phase)
+        else:  # replayed: that it was done counts already
+            self.rule.start_phase(phase)
         self.rule.to(self.device)
         state.updater.start_phase(phase)
         self._team.enter(state.step, state.updater)
@@ -373,6 +390,7 @@ class Trainer:
         self.run.result.update(self._world.from_first(self._evaluator.test) | state.costs() | self._compiled.costs())
         protocols = partial(self._evaluator.protocols, self._trained_features, self._supply.resident)
         self.run.result.update(self._world.from_first(protocols))
+        self._evaluator.keep_predictions(self.run.folder)
 
     def _trained_features(self, batches: Loader) -> Split:
         """A split's features once the rule is trained, unless the run is asked to stop."""

@@ -22,7 +22,7 @@ from bpfree.training.updater import ClipConfig, slices
 SGD = OptimizerConfig("sgd", lr=0.1)
 ROUNDING = 2e-6
 """Largest difference of a weight after two passes of SGD; sums of float32 in another order."""
-UNTIMED = ("seconds", "samples_per_second", "step_ms", "peak_memory_mb")
+UNTIMED = ("seconds", "processor_seconds", "samples_per_second", "step_ms", "peak_memory_mb")
 
 
 def furthest(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

@@ -18,7 +18,7 @@ from bpfree import sources
 from bpfree.cli.main import main
 from bpfree.plugins import installed_plugins
 
-UNTIMED = ("second", "step_ms", "elapsed", "system/")
+UNTIMED = ("second", "step_ms", "elapsed", "system/", "load_")
 """Parts of the names of metrics that differ from run to run."""
 
 

@@ -20,7 +20,7 @@ from bpfree.study.line import Line
 from bpfree.study.report import Report, report_on, write_report
 from bpfree.study.report.content import Section, Table
 from bpfree.study.report.leaderboard import best_alternative
-from bpfree.study.report.view import aligned, compact
+from bpfree.study.report.view import aligned, compact, timed
 from bpfree.study.state import Outcome
 from bpfree.study.trials import Trial, Tuned
 
@@ -357,7 +357,33 @@ def test_time_to_target(tmp_path: Path) -> None:
     assert rows["DFA"][1:5] == ["all 2", "2.0", "200", "2"]  # it may still reach it
 
 
-def test_seconds_of_cells_that_shared_their_machine_are_marked_and_not_drawn(tmp_path: Path) -> None:
+def test_seconds_of_cells_that_waited_are_marked_and_not_drawn(tmp_path: Path) -> None:
+    """BP had its processor though others ran beside it; DFA was alone among cells, on a machine that did something else."""
+    made = planned(tmp_path, rows=("BP", "DFA"))
+    lines = lines_of(made)
+    for line, share in zip(lines, (0.95, 0.07), strict=True):
+        for known in line.outcomes:
+            assert known is not None
+            known.parallel = 4 if share > 0.9 else 1
+            known.tags |= {"threads": "1", "device": "cpu"}
+            known.result["train/processor_seconds"] = share * known.result["train/seconds"]
+            for metrics in known.history:
+                metrics["processor_seconds"] = share * metrics["seconds"]
+    report, page, _ = written(tmp_path, made, lines)
+    headers, rows = table(report, "Costs")
+    assert headers[1:3] == ["seconds", "processor seconds"]
+    assert "*" not in rows["BP"][1]
+    assert rows["DFA"][1].endswith("*")
+    wall, processor = float(rows["DFA"][1].strip("*")), float(rows["DFA"][2])
+    assert processor == pytest.approx(0.07 * wall, rel=0.1)
+    assert f"The seconds of {len(lines[1].cells)} cells cannot be compared" in report.text()
+    assert "less than 90% of the time of their threads" in report.text()
+    assert "over seconds of training" in page  # of BP alone
+    assert [len(timed(line)) for line in lines] == [len(lines[0].cells), 0]
+
+
+def test_seconds_of_cells_that_shared_their_machine_are_marked_where_nothing_else_is_known(tmp_path: Path) -> None:
+    """On a GPU, and of cells from before processor seconds were measured."""
     made = planned(tmp_path, rows=("BP", "DFA"))
     lines = lines_of(made)
     for line in lines:
@@ -367,11 +393,26 @@ def test_seconds_of_cells_that_shared_their_machine_are_marked_and_not_drawn(tmp
     report, page, _ = written(tmp_path, made, lines)
     assert "over seconds of training" not in page
     assert "validation accuracy, %, over epochs" in page
-    assert page.count("run with --jobs 1") == 2
+    assert page.count("Left out of what is drawn over seconds") == 2
     _, rows = table(report, "Costs")
     assert all(row[1].endswith("*") for row in rows.values())
-    assert "Up to 4 cells ran at once" in report.text()
+    assert "cells cannot be compared" in report.text()
     assert re.search(r"^BP .* \d+\.\d\* ", report.text(), re.MULTILINE)
+
+
+def test_costs_that_were_not_measured_are_blank(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows=("BP", "DFA"))
+    lines = lines_of(made)
+    for known in lines[1].outcomes:
+        assert known is not None
+        del known.result["train/peak_memory_mb"], known.result["train/samples_per_second"]
+        for metrics in known.history:
+            del metrics["peak_memory_mb"]
+    report, _, _ = written(tmp_path, made, lines)
+    headers, rows = table(report, "Costs")
+    place = headers.index("memory, MiB")
+    assert rows["BP"][place]
+    assert rows["DFA"][place] == ""
 
 
 def test_curves_come_from_the_runs_where_records_have_none(tmp_path: Path) -> None:

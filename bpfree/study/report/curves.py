@@ -11,13 +11,13 @@ from bpfree.study.report.axes import Axis, linear, logarithmic
 from bpfree.study.report.content import Figure, Part, Section, Text
 from bpfree.study.report.strip import near_the_best
 from bpfree.study.report.svg import Point, Series, legend, panel
-from bpfree.study.report.view import View, most_parallel, timed
+from bpfree.study.report.view import WAITED, View, timed, untimed
 from bpfree.study.state import Outcome
 
 __all__ = ["costs", "learning_curves"]
 
 AGAINST = (("epoch", "epochs"), ("samples", "examples drawn"), ("seconds", "seconds of training"))
-NOT_TIMED = "Cells that shared their machine with others are left out of what is drawn over seconds: run with --jobs 1 for comparable ones."
+NOT_TIMED = f"Left out of what is drawn over seconds are cells whose seconds cannot be compared: {WAITED}."
 
 Curve = list[tuple[float, float, float, float]]
 """Mean x, mean y, least y, greatest y."""
@@ -29,7 +29,7 @@ def learning_curves(view: View) -> Iterator[Section]:
     if not figures:
         return
     parts: list[Part] = []
-    if most_parallel(view.lines) > 1:
+    if untimed(view.lines):
         parts.append(Text(NOT_TIMED, "note"))
     if not view.labelled:
         yield Section("Learning curves", [figures[0][1], *parts])
@@ -116,7 +116,7 @@ def costs(view: View) -> Iterator[Section]:
     figures = [(column, figure) for column in view.columns if (figure := _scatter(view, column)) is not None]
     if not figures:
         return
-    parts: list[Part] = [Text(NOT_TIMED, "note")] if most_parallel(view.lines) > 1 else []
+    parts: list[Part] = [Text(NOT_TIMED, "note")] if untimed(view.lines) else []
     if not view.labelled:
         yield Section("Score against cost", [figures[0][1], *parts])
         return

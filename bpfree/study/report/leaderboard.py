@@ -10,7 +10,7 @@ from bpfree.study.line import Line
 from bpfree.study.model import MEMORY
 from bpfree.study.report.content import Folded, Part, Picture, Section, Table, Text
 from bpfree.study.report.strip import Strip, shared_axis, strip, strip_axis
-from bpfree.study.report.view import View, aligned, compact, counted, mean_of, most_parallel, spread, values_of
+from bpfree.study.report.view import WAITED, View, aligned, compact, counted, mean_of, spread, untimed, values_of
 from bpfree.study.state import Outcome
 from bpfree.study.statistics import FEW
 from bpfree.tasks.protocols import result_key
@@ -38,8 +38,8 @@ def _of_column(view: View, column: str) -> list[Part]:
     parts: list[Part] = [_scores(view, column, lines)]
     if any(line.finished for line in lines):
         parts.append(_costs(view, column, lines))
-        if most_parallel(lines) > 1:
-            parts.append(Text("* Not comparable: cells shared their machine. Run with --jobs 1 for seconds that are.", "note"))
+        if untimed(lines):
+            parts.append(Text(f"* Not comparable, of one cell or more: {WAITED}. Run on a quiet machine with --jobs 1.", "note"))
     return parts
 
 
@@ -67,9 +67,10 @@ def _legend(view: View) -> str:
             "draws of one seed share their weights, so that this error is smaller than one over seeds."
         )
     parts.append(
-        "Seconds: training only. Memory: tensors at the peak of a step, without the data set. Passes: forward-pass equivalents of one "
+        "Seconds: training only, with what a rule prepares and solves; processor seconds: of all threads. Memory: tensors at the peak of a "
+        "step, without the data set. What was not measured is blank. Passes: forward-pass equivalents of one "
         "example; passes per example: over the examples drawn. Operations: floating-point, of matrix products and "
-        "convolutions in all training steps; those of the converged probe of the features stand apart. Credit: how far one reverse-mode "
+        "convolutions in all of training; those of the converged probe of the features stand apart. Credit: how far one reverse-mode "
         "call reaches."
     )
     return " ".join(parts)
@@ -167,9 +168,9 @@ def _costs(view: View, column: str, lines: Sequence[Line]) -> Table:
             columns.append(cells)
 
     seconds = aligned([mean_of(line, "train/seconds") for line in lines])
-    starred = any(outcome.parallel > 1 for line in lines for outcome in line.finished)
-    marks = ["*" if any(outcome.parallel > 1 for outcome in line.finished) else "\u2007" if starred else "" for line in lines]
+    marks = ["*" if untimed([line]) else "\u2007" if untimed(lines) else "" for line in lines]
     add("seconds", [text and text + mark for text, mark in zip(seconds, marks, strict=True)])
+    add("processor seconds", aligned([mean_of(line, "train/processor_seconds") for line in lines]))
     add("memory, MiB", aligned([mean_of(line, "train/peak_memory_mb") for line in lines]))
     add("published memory, MiB", aligned([known.mean if known else None for known in (line.published(MEMORY) for line in lines)]))
     add("passes per example", aligned([_ratio(line, "train/forwards", "train/samples") for line in lines]))

@@ -15,8 +15,9 @@ from bpfree.study.report.axes import linear
 from bpfree.study.report.content import Figure, Part, Section, Table, Text
 from bpfree.study.report.svg import Series, legend, panel
 from bpfree.study.report.targets import ended, times
-from bpfree.study.report.view import View
+from bpfree.study.report.view import WAITED, View
 from bpfree.study.statistics import median_with_misses, performance_profile, probability_of_improvement, profile_integral, score_profile
+from bpfree.study.timing import comparable
 
 __all__ = ["across_columns", "why_not"]
 
@@ -77,7 +78,7 @@ def _timed(view: View, rows: Rows) -> list[Part]:
     """Over the time to the target, where every column has one."""
     if not all(view.plan.study.targets.get(column) is not None for column in view.columns):
         return []
-    shared = any(outcome.parallel > 1 for lines in rows for line in lines for outcome in ended(line))
+    shared = not all(comparable(outcome) for lines in rows for line in lines for outcome in ended(line))
     key, name = ("samples", "examples drawn") if shared else ("seconds", "seconds")
     table = [[median_with_misses(times(view, line, key)) for line in lines] for lines in rows]
     table = [[math.inf if math.isnan(value) or value <= 0 else value for value in line] for line in table]
@@ -96,7 +97,7 @@ def _timed(view: View, rows: Rows) -> list[Part]:
         "tau times that of the fastest row there. Misses are infinite."
     )
     if shared:
-        caption += " Examples drawn stand for seconds, as cells shared their machine with others."
+        caption += f" Examples drawn stand for seconds, which cannot be compared for some cells: {WAITED}."
     order = sorted(range(len(rows)), key=lambda place: -integral[place])
     cells = [[view.label(rows[place][0]), f"{integral[place]:.3f}"] for place in order]
     score = Table(

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from bpfree.study.cells import Plan
 from bpfree.study.controls import compare, comparisons
 from bpfree.study.line import Line, percent
-from bpfree.study.report.view import View, compact, most_parallel
+from bpfree.study.report.view import WAITED, View, compact, untimed
+from bpfree.study.timing import comparable
 
 __all__ = ["compared", "environments", "failures", "findings", "remarks"]
 
@@ -156,11 +157,11 @@ def remarks(plan: Plan, lines: Sequence[Line], *, hidden: int = 0) -> Iterator[s
     if edges:
         yield f"The best value lies at the edge of what was tried, so that better ones may lie beyond: {', '.join(edges)}."
     yield from _data(lines)
-    parallel = most_parallel(lines)
-    if parallel > 1:
-        by_clock = any(line.cells[0].recipe.settings.budget.seconds is not None and most_parallel([line]) > 1 for line in lines)
-        what = "seconds cannot be compared, nor what was reached in so many of them" if by_clock else "seconds cannot be compared"
-        yield f"* Up to {parallel} cells ran at once: {what}. Run with --jobs 1 for some that can."
+    if untimed(lines):
+        by_clock = any(line.cells[0].recipe.settings.budget.seconds is not None and untimed([line]) for line in lines)
+        what = "cannot be compared, nor what was reached in so many of them" if by_clock else "cannot be compared"
+        cells = sum(not comparable(outcome) for line in lines for outcome in line.finished)
+        yield f"* The seconds of {_count(cells, 'cell')} {what}: {WAITED}. Run on a quiet machine with --jobs 1 for some that can."
     if hidden:
         yield f"Not shown: {hidden} finished cells of other settings, seeds, versions or sources."
 

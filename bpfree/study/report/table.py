@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from bpfree.study.line import Line, percent, table_metric
-from bpfree.study.report.view import View, aligned, counted, mean_of, most_parallel, spread
+from bpfree.study.report.view import View, aligned, counted, mean_of, spread, untimed
 
 __all__ = ["headers", "lines_of_text", "texts"]
 
@@ -18,7 +18,7 @@ COSTS = (
     ("trained", "parameters_trained"),
 )
 TIMINGS = ("train/seconds", "train/samples_per_second")
-"""Marked where cells shared their machine with others."""
+"""Marked where they cannot be compared."""
 
 
 def headers(view: View) -> list[str]:
@@ -48,7 +48,7 @@ def texts(view: View, line: Line) -> list[str]:
     for _, key in COSTS:
         mean = mean_of(line, key)
         text = "" if mean is None else _seconds(view, line) if key == "train/seconds" else f"{mean:,.0f}"
-        cells.append(text + "*" if text and key in TIMINGS and most_parallel([line]) > 1 else text)
+        cells.append(text + "*" if text and key in TIMINGS and untimed([line]) else text)
     return cells
 
 

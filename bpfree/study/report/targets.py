@@ -11,14 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from bpfree.study.line import Line
 from bpfree.study.report.content import Part, Section, Table, Text
-from bpfree.study.report.view import View, aligned, compact
+from bpfree.study.report.view import WAITED, View, aligned, compact
 from bpfree.study.state import Outcome
 from bpfree.study.statistics import first_reached, median_with_misses
+from bpfree.study.timing import comparable
 
 __all__ = ["reached", "time_to_target", "times"]
 
 COLUMNS = (
     ("seconds", "seconds"),
+    ("processor_seconds", "processor seconds"),
     ("samples", "examples drawn"),
     ("epoch", "epochs"),
     ("forwards", "passes"),
@@ -30,6 +32,11 @@ COLUMNS = (
 def ended(line: Line) -> list[Outcome]:
     """Cells that will not go on: finished, diverged, failed, out of time."""
     return [outcome for outcome in line.outcomes if outcome is not None and outcome.is_final]
+
+
+def _waited(line: Line) -> bool:
+    """Whether its seconds cannot be compared."""
+    return not all(map(comparable, ended(line)))
 
 
 def reached(view: View, line: Line) -> list[tuple[Outcome, Mapping[str, float] | None]]:
@@ -64,8 +71,8 @@ def time_to_target(view: View) -> Iterator[Section]:
         "Median over the cells that ended, to the end of the first epoch at the target; a cell that misses it takes infinitely long. "
         "inf: half of them or more miss it. Memory: the peak up to then."
     )
-    if any(outcome.parallel > 1 for line in view.lines for outcome in ended(line)):
-        legend += " * Cells shared their machine with others: these seconds cannot be compared; run with --jobs 1 for some that can."
+    if any(_waited(line) for line in view.lines):
+        legend += f" * Of one cell or more these seconds cannot be compared: {WAITED}."
     parts: list[Part] = [Text(legend, "note")]
     if not view.labelled:
         yield Section("Time to target", [Text(_aim(view, columns[0])), _table(view, columns[0]), *parts])
@@ -93,7 +100,7 @@ def _table(view: View, column: str) -> Table:
 
 
 def _order(view: View, line: Line) -> float:
-    median = median_with_misses(times(view, line, "epoch" if any(outcome.parallel > 1 for outcome in ended(line)) else "seconds"))
+    median = median_with_misses(times(view, line, "epoch" if _waited(line) else "seconds"))
     return math.inf if math.isnan(median) else median
 
 
@@ -113,5 +120,5 @@ def _texts(medians: Sequence[float], lines: Sequence[Line], key: str) -> list[st
     texts = [text or ("inf" if math.isinf(median) else "") for text, median in zip(texts, medians, strict=True)]
     if key != "seconds":
         return texts
-    shared = [any(outcome.parallel > 1 for outcome in ended(line)) for line in lines]
-    return [f"{text}*" if text and mark else text + "\u2007" * any(shared) for text, mark in zip(texts, shared, strict=True)]
+    waited = [_waited(line) for line in lines]
+    return [f"{text}*" if text and mark else text + "\u2007" * any(waited) for text, mark in zip(texts, waited, strict=True)]

@@ -12,7 +12,7 @@ from bpfree.study.line import Line
 from bpfree.study.report.axes import linear, logarithmic
 from bpfree.study.report.content import Figure, Part, Section, Table, Text
 from bpfree.study.report.svg import Point, Series, legend, panel
-from bpfree.study.report.view import View, aligned
+from bpfree.study.report.view import WAITED, View, aligned
 from bpfree.study.trials import Trial, Tuned
 
 __all__ = ["tuning"]
@@ -25,11 +25,11 @@ def tuning(view: View) -> Iterator[Section]:
     columns = [column for column in view.columns if _tuned(view, column)]
     if not columns:
         return
-    shared = any(trial.parallel > 1 for line in view.lines if line.tuned is not None for trial in line.tuned.trials)
+    waited = not all(trial.comparable for line in view.lines if line.tuned is not None for trial in line.tuned.trials)
     legend = Text(
         "Each trial is trained on the tuning seeds and scored on the validation split; the first has the settings of the study's file. "
         "A trial that failed counts as one. The best on validation was chosen, the earliest of equals; the test split has no part in it."
-        + (" * Trials shared their machine with other cells: these seconds cannot be compared." if shared else ""),
+        + (f" * Of one trial or more these seconds cannot be compared: {WAITED}." if waited else ""),
         "note",
     )
     if not view.labelled:
@@ -101,8 +101,8 @@ def _table(view: View, column: str, found: Sequence[tuple[Line, Tuned]]) -> Tabl
     unit = "%" if found[0][1].greater else "loss"
     headers = ["row", "trials", "without a score", f"default, {unit}", f"chosen, {unit}", "gain", "seconds", "chosen settings"]
     seconds = aligned([sum(trial.seconds for trial in tuned.trials) or None for _, tuned in found])
-    shared = [any(trial.parallel > 1 for trial in tuned.trials) for _, tuned in found]
-    seconds = [text + "*" if text and mark else text for text, mark in zip(seconds, shared, strict=True)]
+    waited = [not all(trial.comparable for trial in tuned.trials) for _, tuned in found]
+    seconds = [text + "*" if text and mark else text for text, mark in zip(seconds, waited, strict=True)]
     rows = [[view.label(line), *_cells(tuned, spent)] for (line, tuned), spent in zip(found, seconds, strict=True)]
     return Table(headers, rows, [2, 7], f"Tuning {column}".strip(), [view.style(line) for line, _ in found])
 

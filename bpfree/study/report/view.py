@@ -18,19 +18,27 @@ from bpfree.study.examples import scores_of
 from bpfree.study.line import Line, percent, table_metric
 from bpfree.study.state import Outcome
 from bpfree.study.statistics import Interval, interval
+from bpfree.study.timing import SHARE, comparable
 
 __all__ = [
+    "WAITED",
     "View",
     "aligned",
     "compact",
     "counted",
     "mean_of",
-    "most_parallel",
     "spread",
     "timed",
+    "untimed",
     "values_of",
     "with_histories",
 ]
+
+WAITED = (
+    f"the processor worked for them for less than {SHARE:.0%} of the time of their threads (on a GPU: other cells ran beside them), so "
+    "that a part of their seconds was waiting"
+)
+"""Of cells whose seconds cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -145,13 +153,13 @@ def mean_of(line: Line, key: str) -> float | None:
 
 
 def timed(line: Line) -> list[Outcome]:
-    """Finished cells that had the machine for themselves, so that their seconds can be compared."""
-    return [outcome for outcome in line.finished if outcome.parallel <= 1]
+    """Finished cells whose seconds can be compared."""
+    return [outcome for outcome in line.finished if comparable(outcome)]
 
 
-def most_parallel(lines: Iterable[Line]) -> int:
-    """The most cells that ran at once."""
-    return max((outcome.parallel for line in lines for outcome in line.finished), default=1)
+def untimed(lines: Iterable[Line]) -> bool:
+    """Whether there are finished cells whose seconds cannot be compared."""
+    return any(not comparable(outcome) for line in lines for outcome in line.finished)
 
 
 def with_histories(lines: Iterable[Line], runs: Path) -> list[Line]:

@@ -1,0 +1,145 @@
+"""What a run predicted for each example of the test split: a byte or two each, in ``predictions.npz`` in the run's folder.
+
+Arrays, in the order of the test split: ``predicted``, the class with the highest score (uint8; uint16 beyond 256 classes), of the first
+draw of a stochastic predictor; ``correct``, whether it is right (uint8, 0 or 1), of several draws the share of them that are (float32).
+Where targets are real numbers ``loss`` (float32), the mean over draws, is in the place of both. ``linear_probe_correct`` and so on: the
+same of evaluation protocols that decide example by example.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bpfree.step import Batch
+from bpfree.tasks.task import TaskSpec
+
+__all__ = ["FILE", "Collector", "Predictions", "read_predictions", "write_predictions"]
+
+FILE = "predictions.npz"
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of N examples, in the order of their split.
+
+    Attributes:
+        predicted: (N,) classes, of the first draw; ``None`` for real targets.
+        correct: (N,) 0 or 1, of several draws the share that are right; ``None`` for real targets.
+        loss: (N,) of real targets; else ``None``.
+        protocols: ``correct`` of evaluation protocols, by the name that their results have (``linear_probe``).
+    """
+
+    predicted: Array | None = None
+    correct: Array | None = None
+    loss: Array | None = None
+    protocols: Mapping[str, Array] = field(default_factory=dict)
+
+    def arrays(self) -> dict[str, Array]:
+        """As they are in the file."""
+        own = {"predicted": self.predicted, "correct": self.correct, "loss": self.loss}
+        found = {name: array for name, array in own.items() if array is not None}
+        return found | {f"{name}_correct": array for name, array in self.protocols.items()}
+
+
+class Collector:
+    """Takes up the scores of an evaluation, batch by batch; they stay on the device until they are asked for.
+
+    Args:
+        spec: of the task.
+    """
+
+    def __init__(self, spec: TaskSpec) -> None:
+        self._spec = spec
+        self._draws = 0
+        self._predicted: list[Tensor] = []
+        self._values: list[list[Tensor]] = []
+
+    def begin_draw(self) -> None:
+        """A pass over the split begins."""
+        self._draws += 1
+        self._values.append([])
+
+    def add(self, scores: Tensor, batch: Batch) -> None:
+        """The scores of a batch."""
+        if self._spec.targets not in ("classes", "soft"):
+            self._values[-1].append(_losses(self._spec, scores.float(), batch))
+            return
+        assert batch.targets is not None
+        self._values[-1].append(self._spec.correct(scores, batch.targets).to(torch.uint8))
+        if self._draws == 1:  # torch before 2.3 has no uint16
+            self._predicted.append(scores.argmax(1).to(torch.uint8 if self._spec.outputs <= 256 else torch.int32))
+
+    def predictions(self) -> Predictions | None:
+        """What was taken up; ``None`` where it is not one value for each example, or nothing."""
+        if not self._draws or not self._values[0]:
+            return None
+        draws = [torch.cat(values).cpu() for values in self._values]
+        if draws[0].dim() != 1:
+            return None
+        if self._spec.targets not in ("classes", "soft"):
+            return Predictions(loss=torch.stack(draws).double().mean(0).float().numpy())
+        predicted = torch.cat(self._predicted).cpu().numpy()
+        if 256 < self._spec.outputs <= 65536:
+            predicted = predicted.astype(np.uint16)
+        correct = draws[0] if self._draws == 1 else torch.stack(draws).double().mean(0).float()
+        return Predictions(predicted, correct.numpy())
+
+
+def _losses(spec: TaskSpec, outputs: Tensor, batch: Batch) -> Tensor:
+    """(N,) the task's loss of each example; one by one where the task has a loss of its own."""
+    assert batch.targets is not None
+    if type(spec).loss is TaskSpec.loss:
+        return 0.5 * (outputs - batch.targets).pow(2).flatten(1).sum(1)
+    places = [slice(place, place + 1) for place in range(len(batch))]
+    return torch.stack([spec.loss(outputs[place], Batch(batch.inputs[place], batch.targets[place])) for place in places]).float()
+
+
+def write_predictions(path: Path, predictions: Predictions) -> None:
+    """Write to a temporary file in the same folder, flush it to the disk, and move it into place.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    content = io.BytesIO()
+    arrays: dict[str, Any] = predictions.arrays()
+    np.savez_compressed(content, **arrays)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_predictions(path: Path) -> Predictions | None:
+    """Read a run's predictions; ``None`` where there is no such file, or a damaged one.
+
+    Args:
+        path: of the file, or of the run's folder.
+    """
+    try:
+        with np.load(path / FILE if path.is_dir() else path, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in content.files}
+    except Exception:  # what a damaged archive raises is nowhere written
+        return None
+    protocols = {name.removesuffix("_correct"): array for name, array in arrays.items() if name.endswith("_correct")}
+    found = Predictions(arrays.get("predicted"), arrays.get("correct"), arrays.get("loss"), protocols)
+    whole = (found.predicted is not None and found.correct is not None) or found.loss is not None
+    same = len({array.shape for array in arrays.values()}) == 1 and all(array.ndim == 1 for array in arrays.values())
+    return found if whole and same else None

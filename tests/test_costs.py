@@ -1,0 +1,478 @@
+"""What a run costs: seconds, processor seconds, operations, memory. Oracles: a clock that the rules move, and closed forms."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training_rules import Exploding, StopAfter, assert_equal_bits, config_of, rule_on, weights
+
+from bpfree import Batch, Budget, Phase, Run, Split, Step, Task, Trainer, UsageError
+from bpfree.baselines import Backprop
+from bpfree.cli.output import print_result
+from bpfree.study.state import Outcome
+from bpfree.study.timing import comparable, processor_share
+from bpfree.training import meters
+from bpfree.training.checkpoint import read_checkpoint
+from bpfree.training.compiling import Compilation
+from bpfree.training.config import BudgetConfig
+from bpfree.training.meters import Clock
+from bpfree.training.operations import Operations
+from bpfree.training.trainer import Interrupted
+
+EXAMPLES, FULL, PARTIAL = 1295, 20, 1
+"""Of digits; batches of 64 in a pass, and a last one of 15."""
+
+
+class Time:
+    """In place of the module ``time``: stands still unless it is moved; the processor works half of the time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return 100 + self.now / 2
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
+    made = Time()
+    monkeypatch.setattr(meters, "time", made)
+    return made
+
+
+def watched() -> bool:
+    """Whether somebody counts or profiles."""
+    return torch.utils._python_dispatch._get_current_dispatch_mode() is not None or torch.autograd.profiler._is_profiler_enabled
+
+
+class Slow(Backprop):
+    """Takes known times: 7 to prepare, a half to start and 3 to end a phase, 1 for a step (a quarter for a small one), twice that more
+    where it is measured."""
+
+    time: Time
+    parts: tuple[str, ...] = ("prepare", "start", "end")
+
+    def prepare(self, data: Split, generator: torch.Generator) -> None:
+        self.time.now += 7 * ("prepare" in self.parts)
+
+    def start_phase(self, phase: Phase) -> None:
+        self.time.now += 0.5 * ("start" in self.parts)
+
+    def end_phase(self, phase: Phase, step: Step) -> None:
+        self.time.now += 3 * ("end" in self.parts)
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        self.time.now += (1 if len(batch) > 15 else 0.25) * (3 if watched() else 1)
+        return super().credit(batch, step)
+
+    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+        self.time.now += 1000  # evaluation is not training
+        return super().predict(inputs, generator)
+
+
+def slow(task: Task, clock: Time, factory: type[Slow] = Slow) -> Slow:
+    rule = rule_on(task, factory)
+    assert isinstance(rule, Slow)
+    rule.time = clock
+    return rule
+
+
+# --- seconds ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_prepared_solved_and_measured_is_charged(digits: Task, device: torch.device, clock: Time) -> None:
+    """Two passes: measured steps at what the others of their size take; the small one of the first pass, alone so far, at its own time."""
+    run = Trainer(slow(digits, clock), digits, config_of(device, budget=BudgetConfig(epochs=2))).fit()
+    first = 7.5 + FULL + 0.75
+    assert [m["seconds"] for m in run.history] == pytest.approx([first, 7.5 + 2 * (FULL + 0.25) + 3])
+    assert run.result["train/seconds"] == pytest.approx(51)
+    assert run.result["train/processor_seconds"] == pytest.approx(51 / 2)
+    assert run.history[0]["processor_seconds"] == pytest.approx(first / 2)
+    before = 0.0
+    for metrics in run.history:
+        spent, before = metrics["seconds"] - before, metrics["seconds"]
+        assert metrics["step_ms"] * (FULL + PARTIAL) / 1000 == pytest.approx(spent)
+        assert EXAMPLES / metrics["samples_per_second"] == pytest.approx(spent)
+    assert run.result["train/samples_per_second"] == pytest.approx(2 * EXAMPLES / 51)
+
+
+class WholeSet(Slow):
+    """One step on everything, or several."""
+
+    passes = 1
+
+    def phases(self, budget: Budget) -> Iterable[Phase]:
+        return [Phase("all", epochs=self.passes, batch_size="all")]
+
+
+def test_a_rule_of_one_step_reports_its_own_time(digits: Task, device: torch.device, clock: Time) -> None:
+    run = Trainer(slow(digits, clock, WholeSet), digits, config_of(device)).fit()
+    assert run.result["train/steps"] == 1
+    assert run.result["train/seconds"] == pytest.approx(7 + 0.5 + 3 + 3)
+    assert run.history[0]["step_ms"] == pytest.approx(13_500)
+
+
+def test_seconds_never_go_back_while_a_charge_becomes_smaller(
+    digits: Task, device: torch.device, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes of one step: the first and the third are measured. Until the second is timed, the first counts three."""
+    monkeypatch.setattr(WholeSet, "passes", 5)
+    monkeypatch.setattr(WholeSet, "parts", ())
+    run = Trainer(slow(digits, clock, WholeSet), digits, config_of(device)).fit()
+    assert [m["seconds"] for m in run.history] == pytest.approx([3, 3, 3, 4, 5])
+    assert ["step_ms" in m for m in run.history] == [True, False, False, True, True]
+    assert ["samples_per_second" in m for m in run.history] == [True, False, False, True, True]
+
+
+def test_without_a_passing_second_there_is_no_speed(
+    digits: Task, device: torch.device, clock: Time, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Trainer(rule_on(digits), digits, config_of(device)).fit()
+    assert run.result["train/seconds"] == 0
+    assert "train/samples_per_second" not in run.result
+    assert not any({"samples_per_second", "step_ms"} & m.keys() for m in run.history)
+    print_result(run)
+    assert "0.0 s (0.0 of the processor), 63 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", [1, 3, 12, 21, 22, 40])
+def test_a_run_that_goes_on_costs_the_same(digits: Task, device: torch.device, clock: Time, tmp_path: Path, at: int) -> None:
+    """What it had prepared and begun is not charged twice."""
+    config = config_of(device)
+    straight = Trainer(slow(digits, clock), digits, config).fit()
+    watch = StopAfter(at)
+    watch.trainer = Trainer(slow(digits, clock), digits, config, folder=tmp_path, observers=[watch])
+    with pytest.raises(Interrupted):
+        watch.trainer.fit()
+    run = Trainer(slow(digits, clock), digits, config, folder=tmp_path).fit(tmp_path / "checkpoints" / "last.pt")
+    for key in ("train/seconds", "train/processor_seconds", "train/operations"):
+        assert run.result[key] == pytest.approx(straight.result[key])
+    assert [m["seconds"] for m in run.history] == pytest.approx([m["seconds"] for m in straight.history])
+
+
+def test_an_older_checkpoint_has_no_processor_seconds(digits: Task, device: torch.device, clock: Time, tmp_path: Path) -> None:
+    Trainer(slow(digits, clock), digits, config_of(device, budget=BudgetConfig(epochs=1)), folder=tmp_path).fit()
+    path = tmp_path / "checkpoints" / "last.pt"
+    saved = read_checkpoint(path)
+    del saved["training"]["clock"], saved["training"]["load"], saved["training"]["memory"]["watched"]
+    torch.save(saved, path)
+    run = Trainer(slow(digits, clock), digits, config_of(device, budget=BudgetConfig(epochs=2)), folder=tmp_path).fit(path)
+    assert run.result["train/seconds"] == pytest.approx(saved["training"]["seconds"] + FULL + 0.75 - 0.5 + 3)
+    assert not any("processor" in key for key in run.result)
+    assert "processor_seconds" in run.history[0]
+    assert "processor_seconds" not in run.history[1]
+
+
+def test_a_budget_of_seconds_pays_for_what_is_prepared(digits: Task, device: torch.device, clock: Time) -> None:
+    """Seven are gone before the first step; a measured step is charged when the pass ends."""
+    run = Trainer(slow(digits, clock), digits, config_of(device, budget=BudgetConfig(seconds=12))).fit()
+    assert run.status == "finished"
+    assert 5 <= run.result["train/steps"] <= 7
+    assert 12 <= run.result["train/seconds"] <= 7.5 + run.result["train/steps"] + 3
+
+
+class ByTheClock(Slow):
+    def phases(self, budget: Budget) -> Iterable[Phase]:
+        return [Phase("one", seconds=5), Phase("two", epochs=1)]
+
+
+def test_phases_that_end_by_seconds_have_them_for_themselves(digits: Task, device: torch.device, clock: Time) -> None:
+    steps: dict[str, int] = {}
+
+    class Watch:
+        from bpfree import hookimpl
+
+        @hookimpl
+        def step_end(self, step: Step) -> None:
+            steps[step.phase.name] = steps.get(step.phase.name, 0) + 1
+
+    run = Trainer(slow(digits, clock, ByTheClock), digits, config_of(device, budget=BudgetConfig(epochs=9)), observers=[Watch()]).fit()
+    assert run.status == "finished"
+    assert 5 <= steps["one"] <= 7  # what was prepared is not the phase's, what it starts with is
+    assert steps["two"] == FULL + PARTIAL
+
+
+def test_a_diverged_run_has_its_costs(digits: Task, device: torch.device) -> None:
+    run = Trainer(rule_on(digits, Exploding), digits, config_of(device)).fit()
+    assert run.status == "diverged"
+    assert run.result["train/seconds"] >= run.history[-1]["seconds"] > 0
+    assert run.result["train/processor_seconds"] > 0
+
+
+def test_the_load_of_the_machine(digits: Task, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = os.cpu_count() or 1
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.5 * cores, 0.0, 0.0))
+    config = config_of(device, budget=BudgetConfig(epochs=1))
+    run = Trainer(rule_on(digits), digits, config).fit()
+    assert (run.result["load_start"], run.result["load_end"]) == (1.5, 1.5)
+
+    def unknown() -> None:
+        raise OSError
+
+    monkeypatch.setattr(os, "getloadavg", unknown)
+    assert not any("load_" in key for key in Trainer(rule_on(digits), digits, config).fit().result)
+
+
+# --- the clock itself ----------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_compiles_is_taken_back_whether_it_was_measured_or_not(clock: Time) -> None:
+    meter = Clock(torch.device("cpu"))
+    meter.start()
+    for measured in (False, True):
+        meter.step("a")
+        mark = meter.mark()
+        if measured:
+            with meter.stopped(), meter.measuring():
+                clock.now += 5
+        else:
+            clock.now += 5
+        assert meter.forget(mark) == 5
+    for _ in range(2):
+        meter.step("a")
+        clock.now += 1
+    meter.step("a")
+    with meter.stopped(), meter.measuring():
+        clock.now += 9
+    meter.stop()
+    meter.settle()
+    assert meter.seconds == 3
+
+
+def test_what_fails_on_the_clock_does_not_count(clock: Time) -> None:
+    meter = Clock(torch.device("cpu"))
+
+    def fail() -> None:
+        with meter.running():
+            clock.now += 5
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fail()
+    with meter.running():
+        clock.now += 2
+    assert meter.seconds == 2
+
+
+def test_compiling_is_taken_out_of_what_is_prepared(clock: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a compiler that takes four of seven seconds."""
+    from bpfree.training import compiling
+
+    monkeypatch.setattr(compiling, "time", clock)
+
+    def inductor(graph: Any, inputs: Any, mode: str) -> Any:
+        clock.now += 4
+        return graph.forward
+
+    monkeypatch.setattr(compiling, "inductor", inductor)
+    block = nn.Linear(3, 3)
+    compilation, meter = Compilation([block], "default", torch.device("cpu")), Clock(torch.device("cpu"))
+    with compilation.apart(meter), meter.running():
+        block(torch.ones(2, 3))
+        clock.now += 3
+    assert (meter.seconds, compilation.seconds) == (3, 4)
+
+
+# --- operations ----------------------------------------------------------------------------------------------------------
+
+LAYERS = [2 * 64 * 32, 2 * 32 * 32, 2 * 32 * 10]
+BACKPROP = 3 * sum(LAYERS) - LAYERS[0]
+PREPARED, STARTED, ENDED = 2 * 64 * EXAMPLES * 64, 2 * 7**3, 2 * 11**3
+
+
+class Solving(Backprop):
+    """Products of known size outside of steps, in two phases."""
+
+    def phases(self, budget: Budget) -> Iterable[Phase]:
+        return [Phase("one", epochs=1), Phase("two", epochs=1)]
+
+    def prepare(self, data: Split, generator: torch.Generator) -> None:
+        rows = data.inputs.float().flatten(1)
+        assert (rows.T @ rows).shape == (64, 64)
+
+    def start_phase(self, phase: Phase) -> None:
+        torch.ones(7, 7) @ torch.ones(7, 7)
+
+    def end_phase(self, phase: Phase, step: Step) -> None:
+        torch.ones(11, 11) @ torch.ones(11, 11)
+
+
+def test_operations_outside_of_steps(digits: Task, device: torch.device, tmp_path: Path) -> None:
+    expected = PREPARED + 2 * (STARTED + ENDED + EXAMPLES * BACKPROP)
+    run = Trainer(rule_on(digits, Solving), digits, config_of(device)).fit()
+    assert run.result["train/operations"] == expected
+    assert run.result["train/forwards"] == pytest.approx(expected / sum(LAYERS), rel=1e-12)
+    for at in (5, 21, 30):
+        folder = tmp_path / str(at)
+        watch = StopAfter(at)
+        watch.trainer = Trainer(rule_on(digits, Solving), digits, config_of(device), folder=folder, observers=[watch])
+        with pytest.raises(Interrupted):
+            watch.trainer.fit()
+        again = Trainer(rule_on(digits, Solving), digits, config_of(device), folder=folder).fit(folder / "checkpoints" / "last.pt")
+        assert again.result["train/operations"] == expected
+
+
+def test_a_budget_of_forwards_pays_for_what_is_prepared(digits: Task, device: torch.device) -> None:
+    run = Trainer(rule_on(digits, Solving), digits, config_of(device, budget=BudgetConfig(forwards=PREPARED // sum(LAYERS) + 1000))).fit()
+    assert 0 < run.result["train/samples"] < 1000
+
+
+class Shy(Backprop):
+    """Moves, draws, and then refuses to be counted."""
+
+    where = "prepare"
+
+    def _act(self, where: str) -> None:
+        if where != self.where:
+            return
+        with torch.no_grad():
+            next(self.parameters()).add_(0.01 * torch.randn(()))
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            raise RuntimeError("not like this")
+
+    def prepare(self, data: Split, generator: torch.Generator) -> None:
+        self._act("prepare")
+
+    def start_phase(self, phase: Phase) -> None:
+        self._act("start")
+
+    def end_phase(self, phase: Phase, step: Step) -> None:
+        self._act("end")
+
+
+@pytest.mark.parametrize("where", ["prepare", "start", "end"])
+def test_a_call_that_cannot_be_counted_is_made_as_if_nobody_had_tried(
+    digits: Task, device: torch.device, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(Shy, "where", where)
+    rules = [rule_on(digits, Shy) for _ in range(2)]
+    run = Trainer(rules[0], digits, config_of(device)).fit()
+    assert run.status == "finished"
+    assert "train/operations" not in run.result
+    with pytest.raises(UsageError, match="not like this"):
+        Trainer(rule_on(digits, Shy), digits, config_of(device, budget=BudgetConfig(forwards=10**6))).fit()
+    monkeypatch.setattr(Operations, "wants", lambda *arguments: False)
+    monkeypatch.setattr(Operations, "add_call", lambda self, call, step: call())
+    Trainer(rules[1], digits, config_of(device)).fit()
+    assert_equal_bits(weights(rules[0]), weights(rules[1]))
+
+
+class MoreFeatures(Backprop):
+    """Features that cost more in the second phase."""
+
+    more = 0
+
+    def phases(self, budget: Budget) -> Iterable[Phase]:
+        return [Phase(name, epochs=1, groups=("readout",), on_features=True) for name in ("a", "b")]
+
+    def start_phase(self, phase: Phase) -> None:
+        self.more = int(phase.name == "b")
+
+    def features(self, inputs: Any) -> Tensor:
+        made = super().features(inputs)
+        return made @ torch.eye(32) if self.more else made
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        loss = self.spec.loss(self.read(batch.inputs, step.generator), batch)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+
+def test_features_are_counted_anew_in_each_phase(digits: Task, device: torch.device) -> None:
+    run = Trainer(rule_on(digits, MoreFeatures), digits, config_of(device, budget=BudgetConfig(epochs=2))).fit()
+    features = 2 * sum(LAYERS[:-1]) + 2 * 32 * 32
+    assert run.result["train/operations"] == EXAMPLES * (features + 2 * 2 * LAYERS[-1])
+
+
+# --- memory --------------------------------------------------------------------------------------------------------------
+
+MIB = 2**20
+
+
+class Filling(WholeSet):
+    """A step takes 8 MiB, from the third on 3."""
+
+    parts = ()
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        filled = torch.ones((8 if step.index < 2 else 3) * MIB // 4)
+        return {"filled": filled[0].clone()} | super().credit(batch, step)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, 8), (2, 8), (3, 3), (4, 3)])
+def test_memory_of_a_short_phase(
+    digits: Task, device: torch.device, clock: Time, monkeypatch: pytest.MonkeyPatch, steps: int, expected: int
+) -> None:
+    if device.type != "cpu":
+        pytest.skip("the rule fills the CPU's memory")
+    monkeypatch.setattr(WholeSet, "passes", steps)
+    run = Trainer(slow(digits, clock, Filling), digits, config_of(device)).fit()
+    assert run.result["train/steps"] == steps
+    assert expected <= run.result["train/peak_memory_mb"] < expected + 2
+    assert run.history[0]["peak_memory_mb"] > 8
+
+
+def test_what_a_first_step_leaves_behind_counts_once(digits: Task, device: torch.device) -> None:
+    """Adam's two moments are made at the end of the first step: the peak before lies twice the parameters below that of a later step."""
+    first, later = (
+        Trainer(rule_on(digits, width=1024), digits, config_of(device, batch_size=EXAMPLES, budget=BudgetConfig(epochs=steps))).fit().result
+        for steps in (1, 3)
+    )
+    assert (first["train/steps"], later["train/steps"]) == (1, 3)
+    moments = 2 * 4 * first["parameters"] / MIB
+    assert first["train/peak_memory_mb"] == pytest.approx(later["train/peak_memory_mb"] - moments, rel=0.02)
+
+
+def test_what_was_not_measured_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run("a", "a", result={"train/seconds": 1.0, "train/steps": 1.0, "parameters": 2.0, "parameters_trained": 2.0})
+    print_result(run)
+    shown = capsys.readouterr().out
+    assert "1.0 s, 1 steps" in shown
+    assert "memory" not in shown
+
+
+# --- what can be compared ------------------------------------------------------------------------------------------------
+
+
+def outcome(wall: float | None, processor: float | None, *, threads: str = "1", device: str = "cpu", parallel: int = 1) -> Outcome:
+    known = {"train/seconds": wall, "train/processor_seconds": processor}
+    result = {name: value for name, value in known.items() if value is not None}
+    return Outcome("a", "row", "", 0, "finished", result=result, tags={"threads": threads, "device": device}, parallel=parallel)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (outcome(10, 9.1), True),
+        (outcome(10, 9.0), False),  # a share above nine tenths
+        (outcome(4.3, 0.3), False),  # a busy machine, though no other cell
+        (outcome(10, 9.9, parallel=4), True),  # other cells, but a core of its own
+        (outcome(10, 18.1, threads="2"), True),
+        (outcome(10, 9.9, threads="2"), False),
+        (outcome(10, 0.5, device="cuda"), True),
+        (outcome(10, 9.9, device="cuda", parallel=2), False),
+        (outcome(10, None), True),  # an older run
+        (outcome(10, None, parallel=2), False),
+        (outcome(10, 9.9, threads="", parallel=2), False),
+        (outcome(0, 0.0), True),
+        (outcome(None, None), True),
+    ],
+)
+def test_seconds_that_can_be_compared(made: Outcome, expected: bool) -> None:
+    assert comparable(made) is expected
+
+
+def test_a_cell_without_a_result_is_judged_by_its_last_epoch() -> None:
+    made = outcome(None, None)
+    made.history = [{"seconds": 1.0, "processor_seconds": 1.0}, {"seconds": 4.0, "processor_seconds": 2.0}]
+    assert processor_share(made) == 0.5
+    assert not comparable(made)
