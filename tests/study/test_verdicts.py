@@ -190,7 +190,8 @@ def test_predictions_of_single_examples_widen_the_error(tmp_path: Path) -> None:
     floor[:20], ours[20:30] = 0, 0
     for seed in range(5):
         (tmp_path / f"dfa-{seed}").mkdir()
-        np.savez(tmp_path / f"dfa-{seed}" / "predictions.npz", correct=ours.astype(np.uint8))
+        values = ours.astype(np.uint8)
+        np.savez(tmp_path / f"dfa-{seed}" / "predictions.npz", predicted=values, correct=values)
     rows = {"dfa": {OWN: [290 / 300] * 5}}
     exact = floor_record(test=[280 / 300] * 5, examples={seed: floor.astype(np.uint8) for seed in range(5)})
     found = judged(made, rows, record=exact)["dfa"].delivered
