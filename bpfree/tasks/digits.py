@@ -17,7 +17,7 @@ TEST_SHARE, TEST_SEED = 0.2, 20_230_324
 
 def spec(config: NoOptions, root: Path | None) -> TaskSpec:
     """Mean and deviation are those of all pixels of the training and validation examples together."""
-    return TaskSpec("digits", input_shape=(1, 8, 8), outputs=10, mean=(0.3053,), std=(0.3760,))
+    return TaskSpec("digits", input_shape=(1, 8, 8), outputs=10, mean=(0.3053,), std=(0.3760,), scale=1.0)
 
 
 def load(config: NoOptions, root: Path | None) -> tuple[Split, Split]:
