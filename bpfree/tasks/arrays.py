@@ -91,7 +91,7 @@ def spec(config: ArraysConfig, root: Path | None) -> TaskSpec:
 
 
 def load(config: ArraysConfig, root: Path | None) -> tuple[Split, Split]:
-    """Training and test examples: integer images of 0 to 255 are uint8, all else float32; images (N, C, H, W).
+    """Training and test examples: uint8 as it is, other integer images of 0 to 255 int16, all else float32; images (N, C, H, W).
 
     Raises:
         UsageError: as for ``spec``; inputs that are not finite, or images that are all but black.
@@ -311,9 +311,10 @@ def constants(given: Sequence[float], default: float, shape: tuple[int, ...], wh
 
 
 def as_inputs(array: Array, config: ArraysConfig, path: Path) -> Tensor:
+    # not uint8: a checkpoint from before there was a scale took other integers as they were, and is to be refused on these
     pixels = array.ndim > 2 and array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= WHITE
     with np.errstate(over="ignore"):  # it is infinite then, and refused
-        array = array if array.dtype == np.uint8 else array.astype(np.uint8 if pixels else np.float32)
+        array = array if array.dtype == np.uint8 else array.astype(np.int16 if pixels else np.float32)
     inputs = torch.from_numpy(np.ascontiguousarray(array))
     if inputs.dim() == 4 and layout(array.shape, config, path) == "nhwc":
         return inputs.permute(0, 3, 1, 2).contiguous()

@@ -153,7 +153,8 @@ def not_finite(values: Tensor, name: str) -> str | None:
             nan += int(part.isnan().sum())
             infinite += int(part.isinf().sum())
             rows += int(wrong.flatten(1).any(1).sum()) if wrong.dim() > 1 else int(wrong.sum())
-    counts = [f"{count} values that are {kind}" for count, kind in ((nan, "NaN"), (infinite, "infinite")) if count]
+    found = ((nan, "NaN"), (infinite, "infinite"))
+    counts = [f"{count} {'value that is' if count == 1 else 'values that are'} {kind}" for count, kind in found if count]
     return f"{name} holds {' and '.join(counts)} (in {rows} of {len(values)} rows)" if counts else None
 
 
@@ -188,7 +189,9 @@ def _check_inputs(spec: TaskSpec, inputs: Tensor, name: str, where: str) -> None
     extent = _extent(inputs)
     _check_finite(inputs, extent, name, where)
     if spec.scale is None and _scale_of(inputs, extent) is None:  # a checkpoint from before there was a scale
-        raise UsageError(_ambiguous(inputs, extent, name), where=where, fix="give uint8 (divided by 255), or floats from 0 to 1")
+        raise UsageError(
+            _ambiguous(inputs, extent, name), where=where, fix="give uint8 (divided by 255), floats from 0 to 1, or a spec with a scale"
+        )
     if spec.limits is not None:
         _check_limits(inputs, extent, spec.limits, name, where)
 

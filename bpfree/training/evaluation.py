@@ -294,7 +294,9 @@ def _totals(spec: TaskSpec, scores: Tensor, batch: Batch, *, loss: bool) -> dict
     totals = {"loss": spec.loss(scores.float(), batch).double() * len(batch)} if loss else {}
     if spec.targets in ("classes", "soft"):
         totals["accuracy"] = spec.correct(scores, batch.targets).sum().double()
-        totals[NOT_FINITE] = (~(scores < math.inf)).flatten(1).any(1).sum().double()  # minus infinity is a score: it never wins
+        totals[NOT_FINITE] = (
+            (~(scores < math.inf)).reshape(len(scores), -1).any(1).sum().double()
+        )  # minus infinity is a score: it never wins
     return totals
 
 

@@ -259,7 +259,7 @@ def test_not_finite_arrays_are_named_as_in_their_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^x_test holds 3 values that are NaN"):
         Task.from_source(NPZ, ArraysConfig(str(tmp_path / "b.npz")))
     np.savez(tmp_path / "c.npz", x=vectors(), y=np.where(np.arange(60) == 5, np.nan, 0.5))
-    with pytest.raises(UsageError, match=r"^y holds 1 values that are NaN \(in 1 of 60 rows\)"):
+    with pytest.raises(UsageError, match=r"^y holds 1 value that is NaN \(in 1 of 60 rows\)"):
         NPZ.spec(ArraysConfig(str(tmp_path / "c.npz")), None)
     np.savez(tmp_path / "d.npz", x=np.full((60, 2), 1e300), y=labels())
     with pytest.raises(UsageError, match="infinite"):
@@ -279,7 +279,7 @@ def test_every_kind_of_number_that_is_not_finite_is_counted_over_chunks(monkeypa
 def test_targets_that_are_not_finite_are_counted(spec: TaskSpec) -> None:
     rows = torch.full((60, spec.outputs), 1 / spec.outputs)
     rows[3, 1] = float("nan")
-    with pytest.raises(UsageError, match=r"y_train holds 1 values that are NaN \(in 1 of 60 rows\)"):
+    with pytest.raises(UsageError, match=r"y_train holds 1 value that is NaN \(in 1 of 60 rows\)"):
         task_of(spec, Split(vectors(), rows))
 
 
