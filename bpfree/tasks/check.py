@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,12 +56,18 @@ def check_task(spec: TaskSpec, train: Split, validation: Split | None, test: Spl
     Raises:
         UsageError: as ``check_split``; inputs whose scale is ambiguous; or training labels of a single class.
     """
-    spec = _settled(spec, train)
-    splits = {"train": train, "validation": validation, "test": test}
+    splits = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
     for name, split in splits.items():
-        if split is not None:
-            check_split(spec, split, name)
-    _check_classes(spec, {name: split for name, split in splits.items() if split is not None})
+        if not isinstance(split, Split):
+            fix = "make it one: bpfree.Split(inputs, targets), two tensors"
+            raise UsageError(f"the {name} split is no Split but {type(split).__name__}", where=f"task {spec.name}", fix=fix)
+        for kind, values in (("inputs", split.inputs), ("targets", split.targets)):
+            if values is not None or kind == "inputs":
+                _check_type(values, f"the {kind} of the {name} split", f"task {spec.name}")
+    spec = _settled(spec, train)
+    for name, split in splits.items():
+        check_split(spec, split, name)
+    _check_classes(spec, splits)
     return spec
 
 
@@ -86,6 +92,11 @@ def check_split(spec: TaskSpec, split: Split, name: str) -> None:
     _check_targets(spec, split.targets, f"y_{name}", where)
 
 
+def _check_type(values: Any, what: str, where: str) -> None:
+    if not isinstance(values, Tensor):
+        raise UsageError(f"{what} are no tensor but {type(values).__name__}", where=where, fix="give torch.as_tensor(...)")
+
+
 def check_lengths(split: Split, what: str) -> None:
     """Refuse inputs and targets that differ in number."""
     if split.targets is not None and len(split.inputs) != len(split.targets):
@@ -100,6 +111,7 @@ def check_inputs(spec: TaskSpec, inputs: Tensor, where: str) -> None:
     Raises:
         UsageError: another shape or range than the spec's, numbers that are not finite, or a scale that is ambiguous.
     """
+    _check_type(inputs, "inputs", where)
     _check_inputs(spec, inputs, "x", where)
 
 

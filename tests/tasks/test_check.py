@@ -502,6 +502,16 @@ def test_a_source_with_more_labels_than_pictures_is_refused() -> None:
             source(1, validation)
 
 
+def test_what_is_no_tensor_is_refused() -> None:
+    good = Split(vectors(), labels())
+    with pytest.raises(UsageError, match="the test split is no Split but TensorDataset"):
+        Task(FLAT, good, None, torch.utils.data.TensorDataset(vectors(), labels()))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="the targets of the train split are no tensor but list"):
+        task_of(FLAT, Split(vectors(), labels().tolist()))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="inputs are no tensor but ndarray"):
+        check_inputs(FLAT, vectors().numpy(), "predict")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("options", [{"targets": "tokens"}, {"outputs": 0}, {"std": (0.0,)}, {"mean": (1.0, 2.0)}, {"scale": 0.0}])
 def test_a_spec_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
