@@ -50,7 +50,7 @@ def test_idx_files_are_read_from_torchvisions_place(name: str, folder: str, tmp_
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [(np.arange(30, dtype=np.uint8) % 10, "20 inputs and 30 targets"), (np.repeat(np.uint8([3, 12]), 10), "the labels 3, 12")],
+    [(np.arange(30, dtype=np.uint8) % 10, "20 inputs and 30 targets"), (np.repeat(np.array([3, 12], np.uint8), 10), "the labels 3, 12")],
 )
 @pytest.mark.parametrize("validation", [0.0, 0.1])
 def test_labels_that_do_not_fit_their_pictures_are_refused(labels: Any, message: str, validation: float, tmp_path: Path) -> None:
