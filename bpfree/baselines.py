@@ -114,7 +114,7 @@ class DFA(Broadcast):
         super().__init__(network, spec, config)
         for name in self.network.hidden:
             size = self.network.shapes[name].numel()
-            feedback = torch.randn(spec.outputs, size) * self.config.scale / spec.outputs**0.5
+            feedback = (torch.randn(spec.outputs, size) * self.config.scale / spec.outputs**0.5).to(self.network.dtype)
             self.register_buffer(f"feedback_{name}", feedback)
 
     def signals(self, traces: Traces, batch: Batch, error: Tensor, step: Step) -> Sequence[Tensor | None]:

@@ -31,6 +31,7 @@ from bpfree.network.split import split
 from bpfree.network.trace import Trace, Traces
 from bpfree.options import NoOptions, OptimizerConfig
 from bpfree.step import Batch, Budget, Phase, Step
+from bpfree.tasks.check import check_readout
 from bpfree.tasks.task import Split, TaskSpec
 
 __all__ = ["Broadcast", "Card", "Rule", "Streamed", "Traits"]
@@ -137,6 +138,8 @@ class Rule(nn.Module, ABC):
                 where=f"task {self.spec.name}",
                 fix=f"it can from: {', '.join(traits.targets)}",
             )
+        if traits.readout:
+            check_readout(self.network, self.spec)
 
     @classmethod
     def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:

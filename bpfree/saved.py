@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bpfree.config import Leaf, Recipe, recipe_of
-from bpfree.errors import BpfreeError, UsageError
+from bpfree.errors import BpfreeError
 from bpfree.network.network import Network, evaluating
 from bpfree.rule import Rule
 from bpfree.step import Budget
+from bpfree.tasks.check import check_inputs
 from bpfree.tasks.task import TaskSpec
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 
@@ -48,20 +49,17 @@ class Saved:
         """Scores (N, C) for inputs as the data set has them.
 
         Args:
-            x: (N, *input_shape), uint8 or float; uint8 is scaled to [0, 1], then all are normalised.
+            x: (N, *input_shape) raw inputs as in training, in any dtype; they are normalised here (``spec.normalise``).
             seed: of a stochastic rule's draws.
 
         Raises:
-            UsageError: inputs of another shape.
+            UsageError: inputs of another shape or range than those of training, or such as are not finite.
         """
-        if tuple(x.shape[1:]) != tuple(self.spec.input_shape):
-            raise UsageError(
-                f"inputs have shape {tuple(x.shape)}, expected (N, {', '.join(map(str, self.spec.input_shape))})", where="predict"
-            )
+        check_inputs(self.spec, x, "predict")
         device = next(self.rule.parameters()).device
         generator = torch.Generator(device).manual_seed(seed)
         with evaluating(self.rule):
-            return self.rule.predict(self.spec.normalise(x.to(device)), generator)
+            return self.rule.predict(self.spec.normalise(x.to(device), self.rule.network.dtype), generator)
 
 
 def load(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from bpfree.config import Leaf, recipe_of
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.rule import Rule
 from bpfree.saved import load
+from bpfree.tasks.check import check_split
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.protocols import EvaluationProtocol
 from bpfree.tasks.task import Split
@@ -61,18 +63,20 @@ def score(
     examples = getattr(task, split)
     if examples is None:
         raise UsageError("the task has no validation split (task.validation=0)", fix="use --split test or --split train")
+    check_split(saved.spec, examples, split)
     config = recipe.settings.evaluation
     protocols = check_protocols(config.protocols, rule)
     # Normalised as in training: a checkpoint is the same function on every task.
-    loader = Loader(examples, saved.spec, batch_size=config.batch_size, device=device)
+    options: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "dtype": rule.network.dtype}
+    loader = Loader(examples, saved.spec, **options)
     generator = torch.Generator(device).manual_seed(seeds.derive_in(recipe.settings.stream, recipe.settings.seed, "evaluation", "score"))
     with autocast(device, recipe.settings.precision):
         scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, alternatives=config.alternatives)
     if protocols:
-        train = loader if split == "train" else Loader(task.train, saved.spec, batch_size=config.batch_size, device=device)
+        train = loader if split == "train" else Loader(task.train, saved.spec, **options)
         held = loader if split == "validation" else None
         if held is None and task.validation is not None:
-            held = Loader(task.validation, saved.spec, batch_size=config.batch_size, device=device)
+            held = Loader(task.validation, saved.spec, **options)
         scores |= _score_features(rule, protocols, train, loader, held, recipe.settings, path.parent)
     about: dict[str, str | int] = {
         "checkpoint": str(path),

@@ -68,10 +68,14 @@ class Network(nn.Module):
         """Names of the blocks before the readout."""
         return [name for name in self.blocks if name != self.readout]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its inputs: that of its first floating-point parameter; float32 where it has none."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
     def _dry_run(self) -> dict[str, torch.Size]:
         shapes = {}
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+        device, dtype = next((p.device for p in self.parameters()), torch.device("cpu")), self.dtype
         with torch.no_grad(), evaluating(self):
             x = torch.zeros(1, *self.input_shape, device=device, dtype=dtype)
             for name, block in self.blocks.items():

@@ -26,7 +26,7 @@ class DigitsConfig:
 
 def spec(config: DigitsConfig, root: Path | None) -> TaskSpec:
     """Mean and deviation are those of all pixels of the training and validation examples together."""
-    return TaskSpec("digits", input_shape=(1, config.size, config.size), outputs=10, mean=(0.3053,), std=(0.3760,))
+    return TaskSpec("digits", input_shape=(1, config.size, config.size), outputs=10, mean=(0.3053,), std=(0.3760,), scale=1.0)
 
 
 def load(config: DigitsConfig, root: Path | None) -> tuple[Split, Split]:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.step import Batch
 from bpfree.tasks.augment import Augmentation, Draws
-from bpfree.tasks.task import Split, TaskSpec
+from bpfree.tasks.task import Split, TaskSpec, working_dtype
 from bpfree.training.seeds import derive
 
 __all__ = ["Loader", "Resident"]
@@ -31,14 +31,14 @@ CHUNK = 4096
 class Normaliser:
     """``spec.normalise`` with its constants kept on the device, so that no batch waits for a copy from the host."""
 
-    def __init__(self, spec: TaskSpec, device: torch.device, dims: int) -> None:
+    def __init__(self, spec: TaskSpec, device: torch.device, dims: int, dtype: torch.dtype = torch.float32) -> None:
         shape = (1, -1) + (1,) * (dims - 2)
-        self.mean = torch.tensor(spec.mean, device=device).view(shape)
-        self.std = torch.tensor(spec.std, device=device).view(shape)
+        self.spec, self.dtype, work = spec, dtype, working_dtype(dtype)
+        self.mean = torch.tensor(spec.mean, device=device, dtype=work).view(shape)
+        self.std = torch.tensor(spec.std, device=device, dtype=work).view(shape)
 
     def __call__(self, raw: Tensor) -> Tensor:
-        x = raw.float().div_(255) if raw.dtype == torch.uint8 else raw.float()
-        return (x - self.mean).div_(self.std)
+        return (self.spec.scaled(raw, self.mean.dtype) - self.mean).div_(self.std).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Resident:
     """A split's tensors on a device, which several loaders may share.
 
     Attributes:
-        inputs: (N, ...) normalised float32, or raw.
+        inputs: (N, ...) normalised, or raw.
         targets: (N, ...) int64 or float32, or ``None``.
         normalised: which of the two ``inputs`` is.
     """
@@ -56,13 +56,13 @@ class Resident:
     normalised: bool
 
     @classmethod
-    def of(cls, split: Split, spec: TaskSpec, device: torch.device, *, raw: bool = False) -> Resident:
-        """Put a split on a device: normalised unless ``raw`` is asked for or float32 would take more than 1 GiB."""
+    def of(cls, split: Split, spec: TaskSpec, device: torch.device, *, raw: bool = False, dtype: torch.dtype = torch.float32) -> Resident:
+        """Put a split on a device: normalised to ``dtype`` unless ``raw`` is asked for or float32 would take more than 1 GiB."""
         targets = None if split.targets is None else typed(split.targets).to(device)
         if raw or float_bytes(split) > FLOAT_LIMIT:
             return cls(split.inputs.to(device), targets, normalised=False)
-        normalise = Normaliser(spec, device, split.inputs.dim())
-        inputs = torch.empty(split.inputs.shape, dtype=torch.float32, device=device)
+        normalise = Normaliser(spec, device, split.inputs.dim(), dtype)
+        inputs = torch.empty(split.inputs.shape, dtype=dtype, device=device)
         for first in range(0, len(split), CHUNK):  # in pieces: no further float copies of the whole
             inputs[first : first + CHUNK] = normalise(split.inputs[first : first + CHUNK].to(device))
         return cls(inputs, targets, normalised=True)
@@ -85,7 +85,8 @@ class Loader:
         resident: whether the split is kept on the device; ``None``: if float32 takes at most 2 GiB on a CPU, or a
             quarter of the free memory of a GPU.
         workers: processes that gather batches when the split is not resident; 0: this one does.
-        share: another loader's ``resident`` (of the same split and spec), used instead of a new copy.
+        share: another loader's ``resident`` (of the same split, spec and dtype), used instead of a new copy.
+        dtype: of the inputs in the batches: that of the network.
 
     Attributes:
         examples: drawn in one pass.
@@ -108,6 +109,7 @@ class Loader:
         resident: bool | None = None,
         workers: int = 0,
         share: Resident | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if not len(split):
             raise BpfreeError("a split without examples has no batches", where=f"task {spec.name}")
@@ -122,10 +124,15 @@ class Loader:
         self.augment, self.workers = tuple(augment), workers
         self.resident = share
         if share is None and (fits(split, device, raw=bool(augment)) if resident is None else resident):
-            self.resident = Resident.of(split, spec, device, raw=bool(augment))
+            self.resident = Resident.of(split, spec, device, raw=bool(augment), dtype=dtype)
         single = seed is not None and len(split) > self.batch_size and len(split) % self.batch_size == 1
         self.examples = len(split) - int(single)
-        self._normalise = Normaliser(spec, device, split.inputs.dim())
+        self._normalise = Normaliser(spec, device, split.inputs.dim(), dtype)
+
+    @property
+    def left_out(self) -> int:
+        """Examples that a pass leaves out: 1 where they would be a last batch of one, else 0."""
+        return len(self.split) - self.examples
 
     def __len__(self) -> int:
         """Batches per pass."""

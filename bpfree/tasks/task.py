@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,16 @@ class TaskSpec:
         input_shape: of one input, without the batch axis.
         outputs: number of classes, or of real outputs.
         targets: ``classes`` (N,) integers, ``soft`` (N, C) distributions, ``real`` (N, outputs), or ``none``.
-        mean, std: per channel (the first axis of an input): ``(raw - mean) / std`` is what networks see, where raw
-            images are scaled to [0, 1].
+        mean, std: per channel (the first axis of an input): ``(raw / scale - mean) / std`` is what networks see.
+        scale: what raw inputs are divided by, whatever their dtype: 255 for pictures of 0 to 255, 1 for inputs that are taken as they
+            are. ``None``: 255 for uint8 and 1 for all else. A task finds out from its training inputs, and refuses what is ambiguous.
+        limits: between which raw inputs lie; inputs far outside are refused. ``None``: anywhere. A task takes them from its training
+            inputs where these are images or have a scale.
+
+    A subclass may bring a ``loss`` of its own, and with it targets and outputs of other shapes.
+
+    Raises:
+        UsageError: an unknown kind of targets, or sizes or constants that cannot be.
     """
 
     name: str
@@ -41,6 +49,29 @@ class TaskSpec:
     targets: TargetKind = "classes"
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    scale: float | None = None
+    limits: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        where = f"TaskSpec {self.name!r}"
+        if self.targets not in get_args(TargetKind):
+            raise UsageError(
+                f"targets={self.targets!r} is no kind of targets", where=where, fix=f"known: {', '.join(get_args(TargetKind))}"
+            )
+        if self.outputs < 1 or any(size < 1 for size in self.input_shape):
+            raise UsageError(
+                f"{self.outputs} outputs for inputs of shape {tuple(self.input_shape)}", where=where, fix="sizes are 1 or more"
+            )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, *self.input_shape[:1]) or not all(map(math.isfinite, values)):
+                raise UsageError(
+                    f"{name}={tuple(values)} for inputs of shape {tuple(self.input_shape)}",
+                    where=where,
+                    fix="give one finite number, or one for each entry of the first axis",
+                )
+        for name, value in (("std", min(self.std)), ("scale", 1.0 if self.scale is None else self.scale)):
+            if not 0 < value < math.inf:
+                raise UsageError(f"{name}={value} divides the inputs", where=where, fix="it must be finite and above 0")
 
     @property
     def input_size(self) -> int:
@@ -61,19 +92,20 @@ class TaskSpec:
         if batch.targets is None:
             raise BpfreeError(f"task {self.name!r} has no targets, so no loss", fix="use a rule that learns without")
         if self.targets == "real":
-            return 0.5 * (outputs - batch.targets).pow(2).flatten(1).sum(1).mean()
-        return F.cross_entropy(outputs, batch.targets)
+            return 0.5 * (outputs - self._beside(outputs, batch.targets)).pow(2).flatten(1).sum(1).mean()
+        targets = batch.targets
+        return F.cross_entropy(outputs, targets.to(outputs.dtype) if outputs.dtype == torch.float64 and targets.dim() > 1 else targets)
 
     def error(self, outputs: Tensor, batch: Batch) -> Tensor:
         """dLoss/dOutputs, (N, C), in closed form: ``(softmax(scores) - target) / N``, or ``(outputs - target) / N``."""
         with torch.no_grad():
             if self.targets == "real":
-                return (outputs - self.target_rows(batch, outputs.dtype)) / len(outputs)
+                return (outputs - self._beside(outputs, self.target_rows(batch, outputs.dtype))) / len(outputs)
             made = outputs.softmax(1)
             if batch.targets is not None and _are_classes(batch.targets):  # without one-hot rows, which take longer than the softmax
                 made.scatter_add_(1, batch.targets[:, None], made.new_full((len(made), 1), -1.0))
             else:
-                made = made - self.target_rows(batch, made.dtype)
+                made = made - self._beside(made, self.target_rows(batch, made.dtype))
             return made / len(outputs)
 
     def loss_and_error(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -94,16 +126,53 @@ class TaskSpec:
         return batch.targets.to(dtype)
 
     def correct(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """(N,) whether the best score is at the target's class (its largest entry for soft labels)."""
-        return scores.argmax(1) == (targets if targets.dim() == 1 else targets.argmax(1))
+        """(N,) whether the best score is at the target's class (its largest entry for soft labels); never where a score is NaN.
 
-    def normalise(self, raw: Tensor) -> Tensor:
-        """Raw inputs (uint8 is scaled to [0, 1] first) to what networks see: float32, ``(raw - mean) / std``."""
-        x = raw.float().div_(255) if raw.dtype == torch.uint8 else raw.float()
+        Raises:
+            BpfreeError: targets of another shape than (N,) classes or (N, C) soft labels.
+        """
+        best = targets if targets.dim() == 1 else self._beside(scores, targets).argmax(1)
+        return (scores.argmax(1) == best) & ~scores.isnan().any(1)
+
+    def _beside(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The targets, if they have the outputs' shape: others would be broadcast, to a number that means nothing."""
+        if outputs.shape != targets.shape:
+            raise BpfreeError(
+                f"outputs have shape {tuple(outputs.shape)}, but targets {tuple(targets.shape)}",
+                where=f"task {self.name!r}",
+                fix="give targets of the outputs' shape, or a TaskSpec of your own with loss, error and correct",
+            )
+        return targets
+
+    def normalise(self, raw: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Raw inputs to what networks see: ``(raw / scale - mean) / std``.
+
+        Args:
+            raw: (N, ...) numbers of any dtype.
+            dtype: of the result.
+        """
+        x = self.scaled(raw, working_dtype(dtype))
         shape = (1, -1) + (1,) * (x.dim() - 2)
-        mean = torch.tensor(self.mean, device=x.device).view(shape)
-        std = torch.tensor(self.std, device=x.device).view(shape)
-        return (x - mean) / std
+        mean = torch.tensor(self.mean, device=x.device, dtype=x.dtype).view(shape)
+        std = torch.tensor(self.std, device=x.device, dtype=x.dtype).view(shape)
+        return ((x - mean) / std).to(dtype)
+
+    def scaled(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
+        """``raw / scale`` in a floating dtype; the raw inputs are not overwritten."""
+        scale = self.scale if self.scale is not None else 255.0 if raw.dtype == torch.uint8 else 1.0
+        x = raw.to(dtype)
+        if scale == 1:
+            return x
+        return x / scale if x is raw else x.div_(scale)
+
+    def plain(self) -> Self:
+        """The same task for inputs that are taken as they are, such as normalised ones or features."""
+        return replace(self, mean=(0.0,), std=(1.0,), scale=1.0, limits=None)
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What inputs are normalised in: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _are_classes(targets: Tensor) -> bool:
@@ -112,7 +181,7 @@ def _are_classes(targets: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Split:
-    """Examples: raw inputs (N, *input_shape), uint8 or float, and their targets; on the CPU."""
+    """Examples: raw inputs (N, *input_shape), numbers of any dtype, and their targets; on the CPU."""
 
     inputs: Tensor
     targets: Tensor | None
@@ -147,11 +216,14 @@ class DataSource:
 
 @dataclass(frozen=True)
 class Task:
-    """A task with its three disjoint splits.
+    """A task with its three disjoint splits, which are checked against its spec when it is made.
 
     Attributes:
-        spec: the part that rules see.
+        spec: the part that rules see; its ``scale`` and ``limits`` are filled in from the training inputs where they were not given.
         train, validation, test: ``validation`` is ``None`` when the whole training set is used.
+
+    Raises:
+        UsageError: a split that is empty, does not fit the spec, holds numbers that are not finite, or whose meaning is ambiguous.
     """
 
     spec: TaskSpec
@@ -159,6 +231,11 @@ class Task:
     validation: Split | None
     test: Split
     _fingerprint: list[str] = field(default_factory=list, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        from bpfree.tasks.check import check_task
+
+        object.__setattr__(self, "spec", check_task(self.spec, self.train, self.validation, self.test))
 
     @classmethod
     def from_source(
@@ -179,7 +256,7 @@ class Task:
                 for tensor in (split.inputs, split.targets) if split is not None else ():
                     if tensor is not None:
                         digest.update(str((tuple(tensor.shape), str(tensor.dtype))).encode())
-                        digest.update(tensor.contiguous().numpy().data)
+                        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)  # numpy knows no bfloat16
             self._fingerprint.append(digest.hexdigest()[:16])
         return self._fingerprint[0]
 
@@ -194,12 +271,22 @@ def split_validation(train: Split, share: float, seed: int) -> tuple[Split, Spli
 
     Returns:
         The kept examples and the held-out ones, both in the original order.
+
+    Raises:
+        UsageError: a share that leaves one of them empty, or inputs and targets of different length.
     """
+    from bpfree.tasks.check import check_lengths
+
+    check_lengths(train, "the training split")
     if share == 0:
         return train, None
     held = stratified_indices(train, share, seed)
     if not 0 < len(held) < len(train):
-        raise UsageError(f"a validation share of {share} of {len(train)} examples leaves an empty split", where="task.validation")
+        raise UsageError(
+            f"a validation share of {share} of {len(train)} examples leaves an empty split",
+            where="task.validation",
+            fix="task.validation=0, or another share",
+        )
     mask = torch.zeros(len(train), dtype=torch.bool)
     mask[held] = True
     return train.subset((~mask).nonzero().flatten()), train.subset(mask.nonzero().flatten())

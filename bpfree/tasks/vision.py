@@ -172,16 +172,18 @@ def _source(known: VisionSet, summary: str) -> DataSource:
 
 
 MNIST = _source(
-    VisionSet(TaskSpec("mnist", (1, 28, 28), 10, mean=(0.1307,), std=(0.3081,)), "MNIST", "MNIST/raw", IDX),
+    VisionSet(TaskSpec("mnist", (1, 28, 28), 10, mean=(0.1307,), std=(0.3081,), scale=255.0), "MNIST", "MNIST/raw", IDX),
     "handwritten digits, 28x28 grey, 60,000 + 10,000, 10 classes",
 )
 FASHION_MNIST = _source(
-    VisionSet(TaskSpec("fashion-mnist", (1, 28, 28), 10, mean=(0.2860,), std=(0.3530,)), "FashionMNIST", "FashionMNIST/raw", IDX),
+    VisionSet(
+        TaskSpec("fashion-mnist", (1, 28, 28), 10, mean=(0.2860,), std=(0.3530,), scale=255.0), "FashionMNIST", "FashionMNIST/raw", IDX
+    ),
     "articles of clothing, 28x28 grey, 60,000 + 10,000, 10 classes",
 )
 CIFAR10 = _source(
     VisionSet(
-        TaskSpec("cifar10", (3, 32, 32), 10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+        TaskSpec("cifar10", (3, 32, 32), 10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), scale=255.0),
         "CIFAR10",
         "cifar-10-batches-py",
         BATCHES,
@@ -190,7 +192,7 @@ CIFAR10 = _source(
 )
 CIFAR100 = _source(
     VisionSet(
-        TaskSpec("cifar100", (3, 32, 32), 100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
+        TaskSpec("cifar100", (3, 32, 32), 100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762), scale=255.0),
         "CIFAR100",
         "cifar-100-python",
         ("train", "test", "meta"),

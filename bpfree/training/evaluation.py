@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -30,6 +31,8 @@ from bpfree.training.predictions import FILE, Array, Collector, Predictions, wri
 __all__ = ["Evaluator", "check_protocols", "evaluate", "evaluate_features", "flat_features"]
 
 logger = logging.getLogger("bpfree")
+
+NOT_FINITE = "not finite"
 
 TRAIN_SAMPLE = 5000
 """Training examples that are scored where there is no validation split to take the number from."""
@@ -230,7 +233,7 @@ def flat_features(split: Split) -> Split:
     Raises:
         BpfreeError: a feature is not finite.
     """
-    inputs = split.inputs.reshape(len(split), -1)
+    inputs = split.inputs.reshape(len(split), -1).float()
     if not all(bool(rows.isfinite().all()) for _, rows in chunks(inputs, inputs.device)):
         raise BpfreeError("features are not finite")
     return Split(inputs, split.targets)
@@ -303,11 +306,13 @@ def evaluate(
         keep: takes up what is predicted for each example.
 
     Returns:
-        ``loss``, ``accuracy`` (share, 0 to 1) and so on. Empty for a task without targets.
+        ``loss``, ``accuracy`` (share, 0 to 1) and so on. Empty for a task without targets. Where a score is NaN or infinite there is
+        no accuracy, and a warning says so.
     """
     with evaluating(rule):
         predict = rule.read if on_features else rule.predict
         rounds = [_one_pass(rule, predict, batches, generator, alternatives and index == 0, keep) for index in range(draws)]
+    _drop_what_is_not_finite(rounds)
     result = {name: statistics.fmean(r[name] for r in rounds if name in r) for name in rounds[0]}
     if draws > 1 and "accuracy" in result:
         result["accuracy_se"] = statistics.stdev(r["accuracy"] for r in rounds) / draws**0.5
@@ -350,4 +355,18 @@ def _totals(spec: TaskSpec, scores: Tensor, batch: Batch, *, loss: bool) -> dict
     totals = {"loss": spec.loss(scores.float(), batch).double() * len(batch)} if loss else {}
     if spec.targets in ("classes", "soft"):
         totals["accuracy"] = spec.correct(scores, batch.targets).sum().double()
+        totals[NOT_FINITE] = (
+            (~(scores < math.inf)).reshape(len(scores), -1).any(1).sum().double()
+        )  # minus infinity is a score: it never wins
     return totals
+
+
+def _drop_what_is_not_finite(rounds: list[dict[str, float]]) -> None:
+    """Take out accuracies that were counted over scores of which some are no numbers."""
+    for prefix in {key.removesuffix(NOT_FINITE) for key in rounds[0] if key.endswith(NOT_FINITE)}:
+        share = max(scores.pop(prefix + NOT_FINITE, 0.0) for scores in rounds)
+        if share:
+            for scores in rounds:
+                scores.pop(f"{prefix}accuracy", None)
+            of = f"of {prefix.removesuffix('/')} " if prefix else ""
+            logger.warning("scores %sare NaN or infinite for %.2f %% of the examples, so they have no accuracy", of, 100 * share)

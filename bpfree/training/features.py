@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -27,7 +26,7 @@ SHARE_OF_FREE = 0.5
 def feature_split(
     rule: Rule, batches: Loader, *, precision: str = "fp32", folder: Path | None = None, look: Callable[[float], None] | None = None
 ) -> Split:
-    """``rule.features`` of all examples, in eval mode: a split whose inputs (N, ...) are float32 and on the CPU.
+    """``rule.features`` of all examples, in eval mode: a split whose inputs (N, ...) have the network's dtype and are on the CPU.
 
     Args:
         rule: on its device, in whatever mode; it gets that mode back.
@@ -43,7 +42,7 @@ def feature_split(
         for batch in batches:
             features = rule.features(batch.inputs)
             if not done:
-                inputs = _allocate((count, *features.shape[1:]), folder)
+                inputs = _allocate((count, *features.shape[1:]), folder, rule.network.dtype)
             inputs[done : done + len(batch)] = features
             done += len(batch)
             if batch.targets is not None:
@@ -53,21 +52,20 @@ def feature_split(
     return Split(inputs, torch.cat(targets) if targets else None)
 
 
-def _allocate(shape: tuple[int, ...], folder: Path | None) -> Tensor:
-    """Memory for float32, or a file mapped into it, which is gone from its folder at once."""
+def _allocate(shape: tuple[int, ...], folder: Path | None, dtype: torch.dtype) -> Tensor:
+    """Memory, or a file mapped into it, which is gone from its folder at once."""
     count = torch.Size(shape).numel()
-    if 4 * count <= SHARE_OF_FREE * psutil.virtual_memory().available:
-        return torch.empty(shape)
+    if dtype.itemsize * count <= SHARE_OF_FREE * psutil.virtual_memory().available:
+        return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(dir=folder, prefix="features-") as file:
-        return torch.from_file(file.name, shared=True, size=count).view(shape)
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
 
 
 def feature_loader(split: Split, spec: TaskSpec, *, batch_size: int, device: torch.device, seed: int | None = None) -> Loader:
     """Batches of a split of features, in the order that the raw split's have."""
-    plain = replace(spec, mean=(0.0,), std=(1.0,))
     # on a CPU they are where they are needed, in memory or in a file mapped into it; a GPU takes them if it has room
     shared = Resident(split.inputs, split.targets, normalised=True) if device.type == "cpu" else None
-    return Loader(split, plain, batch_size=batch_size, device=device, seed=seed, share=shared)
+    return Loader(split, spec.plain(), batch_size=batch_size, device=device, seed=seed, share=shared, dtype=split.inputs.dtype)
 
 
 class FeatureLoader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from bpfree.training.features import FeatureLoader, feature_loader, feature_spli
 from bpfree.training.meters import Clock
 
 __all__ = ["Supply"]
+
+logger = logging.getLogger("bpfree")
 
 Look = Callable[[float], None]
 
@@ -116,4 +119,6 @@ class Supply:
                 share=self.resident,
                 **self._data,
             )
+            if self._loaders[size].left_out:
+                logger.warning("the last batch of one example is left out of each epoch: batch_size=%d", self._loaders[size].batch_size)
         return self._loaders[size]

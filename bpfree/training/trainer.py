@@ -17,6 +17,7 @@ import torch
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.rule import Metrics, Rule
 from bpfree.step import Batch, Phase
+from bpfree.tasks.check import check_fit
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Split, Task
 from bpfree.training import environment, seeds
@@ -106,12 +107,13 @@ class Trainer:
         self.budget = self.config.budget.resolve(len(task.train))
         self._check()
         self._observers = Observers(observers)
-        self._augment, self._data = tuple(augment), dict(data or {})
+        self._augment, self._data = tuple(augment), {"dtype": rule.network.dtype, **(data or {})}
         self._stop = Stop(self._world)
         self._next_look, self._overdue = math.inf, False
 
     def _check(self) -> None:
         config, update = self.config, self.rule.traits.update
+        check_fit(self.rule, self.task)
         self._team = make_team(self.rule, config, self._world)
         check_protocols(config.evaluation.protocols, self.rule)
         if config.accumulate > 1 and update != "grad":
@@ -387,7 +389,9 @@ class Trainer:
             self._save()
         if self.config.select == "best-val":
             self._take_best()
-        self.run.result.update(self._world.from_first(self._evaluator.test) | state.costs() | self._compiled.costs())
+        tested = self._world.from_first(self._evaluator.test)
+        self.run.result.update(tested | state.costs() | self._compiled.costs())
+        self._check_losses(tested)
         protocols = partial(self._evaluator.protocols, self._trained_features, self._supply.resident)
         self.run.result.update(self._world.from_first(protocols))
         self._evaluator.keep_predictions(self.run.folder)

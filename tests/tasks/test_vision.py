@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from bpfree import BpfreeError, Task
+from bpfree import BpfreeError, Task, UsageError
 from bpfree.options import NoOptions
 from bpfree.plugins import installed_plugins
 from bpfree.tasks import vision
@@ -46,6 +46,20 @@ def test_idx_files_are_read_from_torchvisions_place(name: str, folder: str, tmp_
     assert train.targets.tolist() == labels.tolist()
     assert (train.inputs.dtype, train.targets.dtype) == (torch.uint8, torch.int64)
     assert len(test) == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(np.arange(30, dtype=np.uint8) % 10, "20 inputs and 30 targets"), (np.repeat(np.array([3, 12], np.uint8), 10), "the labels 3, 12")],
+)
+@pytest.mark.parametrize("validation", [0.0, 0.1])
+def test_labels_that_do_not_fit_their_pictures_are_refused(labels: Any, message: str, validation: float, tmp_path: Path) -> None:
+    """Once the labels that were too many were dropped, or the rest of them trained on the wrong pictures."""
+    for part in ("train", "t10k"):
+        write_idx(tmp_path / "MNIST" / "raw" / f"{part}-images-idx3-ubyte", tiny(20, 28, 28))
+        write_idx(tmp_path / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte", labels)
+    with pytest.raises(UsageError, match=message):
+        Task.from_source(vision.MNIST, root=tmp_path, validation=validation)
 
 
 @pytest.mark.parametrize(("name", "key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])

@@ -90,7 +90,7 @@ def _unique_task(seed: int) -> Task:
         return Split(inputs + 0.01 * torch.randn(inputs.shape, generator=generator), split.targets)
 
     held = None if task.validation is None else noised(task.validation)
-    return Task(replace(task.spec, mean=(0.0,), std=(1.0,)), noised(task.train), held, noised(task.test))
+    return Task(task.spec.plain(), noised(task.train), held, noised(task.test))
 
 
 def _learned(m: Measurements, task: Task) -> Rule:
