@@ -248,11 +248,21 @@ class Rule(nn.Module, ABC):
         step.apply()
         return metrics
 
-    def before_update(self) -> None:
-        """``.grad`` is complete (accumulated, averaged), clipping and the optimiser come next: normalise, precondition."""
+    def before_update(self, groups: Sequence[str]) -> None:
+        """Normalise or precondition: ``.grad`` is complete (accumulated, averaged), clipping and the optimiser come next.
 
-    def after_update(self) -> None:
-        """Parameters have moved: project, renormalise."""
+        Touch the parameters of these groups only: those of others are not applied now, and would be changed again at their own turn.
+
+        Args:
+            groups: names of the groups that are applied now; all of them at a plain ``step.apply()``.
+        """
+
+    def after_update(self, groups: Sequence[str]) -> None:
+        """Project or renormalise: the parameters of these groups, and of no others, have moved.
+
+        Args:
+            groups: names of the groups that were applied now.
+        """
 
     def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
         """Scores (N, C), higher is better, or real outputs (N, ...). Called in eval mode under ``no_grad``, never with targets."""
