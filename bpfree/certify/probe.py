@@ -282,8 +282,8 @@ def _noting(rule: Rule, updater: Updater, applied: dict[str, Tensor]) -> Callabl
 
     before_update, after_update = told_groups(rule.before_update), told_groups(rule.after_update)
 
-    def apply(*names: str) -> None:
-        groups = names or tuple(updater.groups)
+    def apply(*chosen: str) -> None:
+        groups = chosen or tuple(updater.groups)
         before_update(groups)
         for group in groups:
             for p in updater.groups[group]:

@@ -48,8 +48,10 @@ class Updater:
         groups: the rule's trainable groups, of the current phase.
         exchange: called with the parameters that are about to be updated, before anything else: where several processes train together, it
             adds up their gradients.
+        received: whether a parameter has had a ``.grad`` at an update so far.
     """
 
+    received = False
     exchange: Callable[[list[nn.Parameter]], None] | None = None
 
     def __init__(
@@ -90,6 +92,7 @@ class Updater:
             self.exchange([p for name in names or self.groups for p in self._members(name)])
         applied = names or tuple(self.groups)
         self._before_update(applied)
+        self.received = self.received or any(p.grad is not None for name in applied for p in self._members(name))
         for name in applied:
             _lay_out_as_parameters(self._members(name))
         groups = self._current.param_groups
