@@ -72,7 +72,7 @@ class Network(nn.Module):
         shapes = {}
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
-        with torch.no_grad(), evaluating(self):
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self):  # versions are looked at
             x = torch.zeros(1, *self.input_shape, device=device, dtype=dtype)
             for name, block in self.blocks.items():
                 version = x._version

@@ -90,6 +90,7 @@ class State:
         self.calibration: Calibration | None = None
         self.restored = False
         self.begun = 0
+        self._complete: Position | None = None
 
     def advance(self, examples: int, batches: int) -> None:
         """A step was taken, on so many examples, in a pass of so many batches."""
@@ -107,8 +108,14 @@ class State:
 
     def end_phase(self) -> None:
         """The current phase is complete."""
+        self._complete = dataclasses.replace(self.at)
         self.at.phase, self.at.phase_epoch, self.at.phase_seconds = self.at.phase + 1, 0, self.clock.seconds
         self.at.phase_operations = self.operations.total
+
+    def end_training(self) -> None:
+        """The last phase is over: what is saved from now on can go on with it, should the budget become larger."""
+        if self._complete is not None and self._complete.phase_epoch:
+            self.at = self._complete
 
     def peak_memory(self) -> float:
         """MiB: peak of a step, parameters, buffers and optimiser state; of the process that has most."""

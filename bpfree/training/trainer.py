@@ -398,6 +398,7 @@ class Trainer:
         state = self._state
         if saved is not None and not state.restored:  # all phases were over
             state.take_weights(saved["weights"], saved["training"])
+        state.end_training()
         state.learning.end_run(steps=state.at.step, gradients=state.updater.received)
         if self._checkpoints.saved_epoch != state.at.epoch:
             self._save()
