@@ -48,7 +48,7 @@ class HookWatch:
         self._run, self._state = run, state
         self._calls: dict[tuple[int, str], int] = {}
         self._shakes: set[int] = set()
-        self._tensors, self._begun = named_tensors(state.rule), -1
+        self._tensors, self._modules, self._begun = named_tensors(state.rule), list(state.rule.modules()), -1
 
     @contextmanager
     def around(self, hook: str, plugin: Any) -> Iterator[None]:
@@ -60,7 +60,8 @@ class HookWatch:
         call = self._calls[id(plugin), hook] = self._calls.get((id(plugin), hook), 0) + 1
         in_step = hook == "step_end"
         if not in_step or self._begun != self._state.begun:  # a phase that begins may make parameters
-            self._tensors, self._begun = named_tensors(self._state.rule), self._state.begun
+            rule = self._state.rule
+            self._tensors, self._modules, self._begun = named_tensors(rule), list(rule.modules()), self._state.begun
         by_value = not in_step or call & (call - 1) == 0 or id(plugin) in self._shakes
         told = None if in_step else _told(self._run)
         random, generator, device = seeds.global_state(self._state.device), self._state.step.generator, self._state.device
@@ -102,9 +103,11 @@ class HookWatch:
         state, step = self._state, self._state.step
         parameters = [tensor for tensor in self._tensors.values() if isinstance(tensor, torch.nn.Parameter)]
         facts = {
+            "the parameters, by step.apply()": state.updater.count,  # fused optimisers move no version
             "gradients": [(id(p.grad), None if p.grad is None else version(p.grad)) for p in parameters],
             "which parameters learn (requires_grad)": [p.requires_grad for p in parameters],
             "torch's grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+            "train or eval mode of the rule": [module.training for module in self._modules],
             "the step": [getattr(step, field.name) for field in dataclasses.fields(step)],
             "settings of the optimiser": [
                 {name: value for name, value in group.items() if name != "params" and not isinstance(value, Tensor)}
@@ -113,7 +116,6 @@ class HookWatch:
             ],
         }
         if whole:
-            facts["train or eval mode of the rule"] = [module.training for module in state.rule.modules()]
             facts["the optimiser's state"] = [(id(tensor), *version(tensor)) for tensor in state.updater.tensors()]
         return facts
 

@@ -49,9 +49,11 @@ class Updater:
         exchange: called with the parameters that are about to be updated, before anything else: where several processes train together, it
             adds up their gradients.
         received: whether a parameter has had a ``.grad`` at an update so far.
+        count: updates so far.
     """
 
     received = False
+    count = 0
     exchange: Callable[[list[nn.Parameter]], None] | None = None
 
     def __init__(
@@ -91,6 +93,7 @@ class Updater:
         if self.exchange is not None:
             self.exchange([p for name in names or self.groups for p in self._members(name)])
         applied = names or tuple(self.groups)
+        self.count += 1
         self._before_update(applied)
         self.received = self.received or any(p.grad is not None for name in applied for p in self._members(name))
         for name in applied:
