@@ -614,7 +614,7 @@ class Threshold(Backprop):
         inputs = self.spec.normalise(data.inputs.to(generator.device))
         assert data.targets is not None
         scores, targets = self.network(inputs), data.targets.to(generator.device)
-        grid = torch.tensor([-3.0, 1.5, 3.0])
+        grid = torch.tensor([-3.0, 1.5, 3.0], device=scores.device)
         hits = torch.stack([(self._shifted(scores, offset).argmax(1) == targets).float().mean() for offset in grid])
         self.offset.copy_(grid[hits.argmax()])
         return {"offset": float(self.offset), "accuracy": float(hits.max())}

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from bpfree.errors import BpfreeError, UsageError
+from bpfree.errors import UsageError
 from bpfree.rule import Rule
 from bpfree.step import Batch, Budget, Phase
 from bpfree.tasks.loading import Loader
@@ -41,7 +41,10 @@ def check_batches_of_one(rule: Rule, task: Task, budget: Budget, batch_size: int
         return
     device = next((p.device for p in rule.parameters()), torch.device("cpu"))
     with seeds.preserved_global_state(device):
-        trial = copy.deepcopy(rule)
+        try:
+            trial = copy.deepcopy(rule)
+        except (RuntimeError, TypeError):  # it holds what cannot be copied
+            return
         batch = next(iter(Loader(task.train.subset(torch.arange(1)), task.spec, batch_size=1, device=device)))
         for phase, size in zip(phases, sizes, strict=True):
             trial.start_phase(phase)
@@ -64,11 +67,9 @@ def _try(rule: Rule, phase: Phase, batch: Batch, task: Task) -> None:
             step = new_step(rule)
             step.phase = phase
             rule.learn(batch, step)
-        except ValueError as error:
-            if "Expected more than 1" in str(error):
+        except Exception as error:  # whatever else is amiss will be said by the training itself
+            if isinstance(error, ValueError) and "Expected more than 1" in str(error):
                 _refuse(entered[-1] if entered else "", rule, phase, task)
-        except (RuntimeError, TypeError, AttributeError, LookupError, BpfreeError):
-            pass  # whatever else is amiss will be said by the training itself
 
 
 @contextmanager
