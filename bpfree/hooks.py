@@ -1,7 +1,8 @@
 """The hook interface: what a plugin can register, and what an observer can see.
 
 *Registration* hooks are called once and return names to things. *Lifecycle* hooks are called during a run; they
-observe, and none of them changes the mathematics. The trainer's loop, with the places where they are called::
+observe: what is trained and told is compared around each of them, and a change fails the run. They see the run read-only, but
+for ``run.artifacts`` and ``run.tracking``. The trainer's loop, with the places where they are called::
 
     run_start(run)
     for phase in rule.phases(budget):
@@ -14,6 +15,7 @@ observe, and none of them changes the mathematics. The trainer's loop, with the 
             epoch_end(run, metrics, rule)
             checkpoint_saved(run, path)
         phase_end(run, phase)
+    rule.calibrate(validation split)                  # where a rule chooses something; weights are fixed
     evaluation (test split, once; protocols on features)
     run_end(run)
 
@@ -126,7 +128,10 @@ def step_end(run: Run, step: Step) -> None:
 
 @hookspec
 def epoch_end(run: Run, metrics: Mapping[str, float], rule: Rule) -> None:
-    """A pass over the training split has ended: all its metrics, after the evaluation. Not timed. The rule is to be looked at only."""
+    """A pass over the training split has ended: all its metrics, after the evaluation. Not timed.
+
+    The rule is to be looked at only: one that is another afterwards fails the run.
+    """
 
 
 @hookspec
@@ -146,4 +151,4 @@ def phase_end(run: Run, phase: Phase) -> None:
 
 @hookspec
 def run_end(run: Run) -> None:
-    """The run is over: ``run.status`` is finished, diverged, interrupted or failed; ``run.result`` holds the test."""
+    """The run is over: ``run.status`` is finished, diverged, interrupted or failed; ``run.result`` holds the test, to be read."""

@@ -205,6 +205,22 @@ class Rule(nn.Module, ABC):
             generator: the rule's stream, on the run's device.
         """
 
+    def calibrate(self, data: Split, generator: torch.Generator) -> dict[str, float]:
+        """Choose on the validation split what is neither weight nor setting: a threshold, a temperature, a number of steps.
+
+        Called once, after training and before the test, with the weights that will be tested, in eval mode under ``no_grad``; not at all
+        where there is no validation split, so that buffers must hold defaults. Parameters may not change; what is chosen goes into buffers,
+        which are saved.
+
+        Args:
+            data: the validation split, raw; ``self.spec.normalise`` makes of it what the network sees.
+            generator: of this alone, on the run's device.
+
+        Returns:
+            What was chosen, as plain numbers: recorded in the run's result as ``calibration/<name>``.
+        """
+        return {}
+
     def phases(self, budget: Budget) -> Iterable[Phase]:
         """The phases of a run, in order; may be endless. By default one, in which everything learns."""
         return [Phase("train", epochs=None if budget.samples is not None else budget.epochs)]
@@ -251,11 +267,21 @@ class Rule(nn.Module, ABC):
         step.apply()
         return metrics
 
-    def before_update(self) -> None:
-        """``.grad`` is complete (accumulated, averaged), clipping and the optimiser come next: normalise, precondition."""
+    def before_update(self, groups: Sequence[str]) -> None:
+        """Normalise or precondition: ``.grad`` is complete (accumulated, averaged), clipping and the optimiser come next.
 
-    def after_update(self) -> None:
-        """Parameters have moved: project, renormalise."""
+        Touch the parameters of these groups only: those of others are not applied now, and would be changed again at their own turn.
+
+        Args:
+            groups: names of the groups that are applied now; all of them at a plain ``step.apply()``.
+        """
+
+    def after_update(self, groups: Sequence[str]) -> None:
+        """Project or renormalise: the parameters of these groups, and of no others, have moved.
+
+        Args:
+            groups: names of the groups that were applied now.
+        """
 
     def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
         """Scores (N, C), higher is better, or real outputs (N, ...). Called in eval mode under ``no_grad``, never with targets."""

@@ -75,7 +75,7 @@ class Sanger(Rule):
                 weight.grad = -ascent if weight.grad is None else weight.grad - ascent
         return {}
 
-    def before_update(self) -> None:
+    def before_update(self, groups: Sequence[str]) -> None:
         self.normalised += 1
 
 

@@ -32,7 +32,7 @@ from bpfree.rule import Rule
 from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.training.phases import learning
 from bpfree.training.seeds import seeded
-from bpfree.training.updater import Updater, new_step
+from bpfree.training.updater import Updater, new_step, told_groups
 
 __all__ = ["PLAIN", "Moment", "Probe", "Sampling", "task_gradients"]
 
@@ -280,15 +280,18 @@ def _noting(rule: Rule, updater: Updater, applied: dict[str, Tensor]) -> Callabl
     """An ``apply`` of rate zero: notes what it would have applied."""
     names = {id(p): name for name, p in rule.named_parameters()}
 
-    def apply(*groups: str) -> None:
-        rule.before_update()
-        for group in groups or tuple(updater.groups):
+    before_update, after_update = told_groups(rule.before_update), told_groups(rule.after_update)
+
+    def apply(*chosen: str) -> None:
+        groups = chosen or tuple(updater.groups)
+        before_update(groups)
+        for group in groups:
             for p in updater.groups[group]:
                 if p.grad is not None:
                     name = names[id(p)]
                     applied[name] = applied[name] - p.grad if name in applied else -p.grad
                     p.grad = None
-        rule.after_update()
+        after_update(groups)
 
     return apply
 

@@ -76,7 +76,7 @@ class Network(nn.Module):
     def _dry_run(self) -> dict[str, torch.Size]:
         shapes = {}
         device, dtype = next((p.device for p in self.parameters()), torch.device("cpu")), self.dtype
-        with torch.no_grad(), evaluating(self):
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self):  # versions are looked at
             x = torch.zeros(1, *self.input_shape, device=device, dtype=dtype)
             for name, block in self.blocks.items():
                 version = x._version

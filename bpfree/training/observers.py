@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pluggy
 
 from bpfree import hooks
 from bpfree.errors import BpfreeError
+from bpfree.training.hook_watch import HookWatch, is_our_own, name_of
+from bpfree.training.run import Run, RunView
 
 __all__ = ["Observers"]
 
@@ -21,12 +24,19 @@ class Observers:
 
     Args:
         observers: objects or modules that implement lifecycle hooks.
+        run: of which they are handed a read-only view.
+
+    Attributes:
+        watch: sees to it that hooks change nothing, once there is something to watch.
 
     Raises:
         pluggy.PluginValidationError: an observer implements a hook with arguments that it does not have.
     """
 
-    def __init__(self, observers: Iterable[Any]) -> None:
+    watch: HookWatch | None = None
+
+    def __init__(self, observers: Iterable[Any], run: Run) -> None:
+        self._view = RunView(run)
         self._manager = pluggy.PluginManager("bpfree")
         self._manager.add_hookspecs(hooks)
         # pluggy calls the last registered first
@@ -42,14 +52,29 @@ class Observers:
         """Call every implementation. One that fails is reported once and dropped.
 
         Raises:
-            BpfreeError: an observer may refuse the run with it (a required tracking server that is down).
+            BpfreeError: an observer may refuse the run with it (a required tracking server that is down); or one has changed something.
         """
         for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
-            try:
-                implementation.function(*(arguments[name] for name in implementation.argnames))
-            except BpfreeError:
-                raise
-            except Exception:
-                name = type(implementation.plugin).__name__
-                logger.warning("observer %s failed in %s and is dropped; the run goes on", name, hook, exc_info=True)
-                self._manager.unregister(implementation.plugin)
+            with self._watched(hook, implementation):
+                self._call(hook, implementation, arguments)
+
+    def tell_again(self, hook: str) -> None:
+        """Call the implementations of this program alone: what they were told has turned out otherwise."""
+        for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
+            if is_our_own(implementation.plugin):
+                self._call(hook, implementation, {})
+
+    def _watched(self, hook: str, implementation: Any) -> AbstractContextManager[None]:
+        harmless = is_our_own(implementation.plugin) and "rule" not in implementation.argnames
+        return nullcontext() if self.watch is None or harmless else self.watch.around(hook, implementation.plugin)
+
+    def _call(self, hook: str, implementation: Any, arguments: dict[str, Any]) -> None:
+        given = {"run": self._view, **arguments}
+        try:
+            implementation.function(*(given[name] for name in implementation.argnames))
+        except BpfreeError:
+            raise
+        except Exception:
+            name = name_of(implementation.plugin)
+            logger.warning("observer %s failed in %s and is dropped; the run goes on", name, hook, exc_info=True)
+            self._manager.unregister(implementation.plugin)

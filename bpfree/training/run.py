@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import datetime
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-__all__ = ["Run", "new_run_id"]
+__all__ = ["ReadOnly", "Run", "RunView", "new_run_id"]
 
 Status = Literal["created", "running", "finished", "diverged", "interrupted", "failed"]
 
@@ -16,6 +19,8 @@ Status = Literal["created", "running", "finished", "diverged", "interrupted", "f
 @dataclass
 class Run:
     """One rule, one network, one task, one seed, one budget.
+
+    Observers are handed a :class:`RunView` of it, which is read-only but for ``artifacts`` and ``tracking``.
 
     Attributes:
         id: unique, and the name of the run's folder.
@@ -52,6 +57,59 @@ class Run:
     result: dict[str, float] = field(default_factory=dict)
     artifacts: dict[str, Path] = field(default_factory=dict)
     tracking: dict[str, str] = field(default_factory=dict)
+
+
+class ReadOnly(dict[str, Any]):
+    """A copy of a mapping that cannot be written to; a dictionary to all who read it (``json.dumps``, ``isinstance``)."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("observers see this read-only: work on dict(...) of it")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+    def __copy__(self) -> dict[str, Any]:
+        return dict(self)
+
+    def __deepcopy__(self, memo: Any) -> dict[str, Any]:
+        return {name: copy.deepcopy(value, memo) for name, value in self.items()}
+
+    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
+        return dict, (dict(self),)
+
+
+class RunView(Run):
+    """A run as observers are handed it: it says how the run stands, and cannot be written to.
+
+    Its mappings are copies; only ``artifacts`` and ``tracking`` are the run's own, to which observers add what they made.
+
+    Args:
+        run: the trainer's.
+    """
+
+    def __init__(self, run: Run) -> None:
+        object.__setattr__(self, "_run", run)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"observers see a run read-only, so they cannot set its {name}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"observers see a run read-only, so they cannot delete its {name}")
+
+
+def _seen(name: str) -> Callable[[RunView], Any]:
+    def see(view: RunView) -> Any:
+        value = getattr(view.__dict__["_run"], name)
+        if name == "history":
+            return [ReadOnly(metrics) for metrics in value]
+        if name in ("config", "tags", "result"):
+            return ReadOnly(copy.deepcopy(value))
+        return value
+
+    return see
+
+
+for _field in dataclasses.fields(Run):
+    setattr(RunView, _field.name, property(_seen(_field.name)))
 
 
 def new_run_id(name: str) -> str:

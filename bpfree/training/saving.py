@@ -63,13 +63,13 @@ class Checkpoints:
         write_checkpoint(path, self._identity() | content)
         return path
 
-    def save(self) -> Path | None:
-        """Write the state (``last.pt``); ``None`` if nothing is written here."""
+    def save(self, weights: Mapping[str, Any] | None = None) -> Path | None:
+        """Write the state (``last.pt``), with the rule's weights or others; ``None`` if nothing is written here."""
         if not self._writes:
             return None
         about = {"id": self._run.id, "name": self._run.name, "tracking": dict(self._run.tracking)}
         training = self._state.state_dict() | {"history": self._run.history, "run": about, "fingerprint": self._task.fingerprint()}
-        weights = self._state.team.weights()
+        weights = self._state.team.weights() if weights is None else weights
         path = self._world.from_first(lambda: self._write("last.pt", {"weights": weights, "training": training}))
         self.saved_at, self.saved_epoch = time.monotonic(), self._state.at.epoch
         return path if self._world.first else None

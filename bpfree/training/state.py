@@ -15,13 +15,15 @@ from bpfree.rule import Rule
 from bpfree.step import Phase, Step
 from bpfree.training import environment, seeds
 from bpfree.training.alignment import Alignment
+from bpfree.training.calibration import Calibration
 from bpfree.training.config import TrainConfig
+from bpfree.training.guards import LearningWatch
 from bpfree.training.meters import Clock, StepMemory, StepMetrics
 from bpfree.training.operations import Operations
 from bpfree.training.team import Team
 from bpfree.training.updater import Updater
 
-__all__ = ["Position", "State"]
+__all__ = ["Position", "State", "copied"]
 
 
 @dataclass
@@ -67,6 +69,8 @@ class State:
         load: of the machine when the run began; ``None`` where that is not known.
         begun: phases that have begun, which is what a loaded rule must replay.
         best: validation score and weights (on the CPU) of the best epoch, where weights are selected so.
+        learning: sees to it that what is fixed stays, and what learns moves.
+        calibration: what the rule chose on the validation split after the last step, where it has done so.
     """
 
     def __init__(self, rule: Rule, config: TrainConfig, device: torch.device, team: Team) -> None:
@@ -84,8 +88,11 @@ class State:
         )
         self.best: tuple[float, dict[str, Any]] | None = None
         self.load = environment.load()
+        self.learning = LearningWatch(rule, team.world, twin=config.frozen_twin)
+        self.calibration: Calibration | None = None
         self.restored = False
         self.begun = 0
+        self._complete: Position | None = None
 
     def solve(self, name: str, *arguments: Any) -> None:
         """Call what the rule does outside of steps (``prepare``, ``start_phase``, ``end_phase``): on the clock, its operations counted."""
@@ -119,8 +126,14 @@ class State:
 
     def end_phase(self) -> None:
         """The current phase is complete."""
+        self._complete = dataclasses.replace(self.at)
         self.at.phase, self.at.phase_epoch, self.at.phase_seconds = self.at.phase + 1, 0, self.clock.tell()
         self.at.phase_operations = self.operations.total
+
+    def end_training(self) -> None:
+        """The last phase is over: what is saved from now on can go on with it, should the budget become larger."""
+        if self._complete is not None and self._complete.phase_epoch:
+            self.at = self._complete
 
     def kept(self) -> int:
         """Bytes that lie between steps: parameters, buffers and optimiser state."""
@@ -195,6 +208,8 @@ class State:
             "global": own["global"],
             "metrics": self.team.merged(own["metrics"]),
             "best": None if self.best is None else {"score": self.best[0], "weights": self.best[1]},
+            "learning": self.learning.state_dict(),
+            "calibration": None if self.calibration is None or self.calibration.step != self.at.step else self.calibration.to_dict(),
             "device": self.device.type,
             **({} if self.team.world.size == 1 else {"parallel": self.team.kind, "ranks": self.team.world.collected(own)}),
         }
@@ -217,6 +232,8 @@ class State:
         if own is None and ("ranks" in saved or self.team.world.size > 1):
             memory = {"step_bytes": memory["step_bytes"], "seen": {}}  # a step is another one now
         self.memory.load_state_dict(memory if own is None else own["memory"])
+        self.learning.load_state_dict(saved.get("learning"))
+        self.calibration = Calibration(**saved["calibration"]) if saved.get("calibration") else None
         self.step.index, self.step.epoch = self.at.step, self.at.epoch
         if saved["best"] is not None:
             self.best = (saved["best"]["score"], saved["best"]["weights"])
@@ -234,6 +251,8 @@ class State:
             raise BpfreeError(
                 "the checkpoint's weights do not fit this network", where=place, fix="resume with the same configuration"
             ) from error
+        if self.calibration is not None:  # what was chosen is no part of the training, which may go on
+            self.calibration.undo(self.rule)
         self.updater.load_state_dict(self.team.own_optimizers(saved["optimizers"]))
         self._take_generators(saved)
         self.restored = True
@@ -255,3 +274,8 @@ class State:
 def known(measured: Mapping[str, float | None]) -> dict[str, float]:
     """Those that were measured."""
     return {name: value for name, value in measured.items() if value is not None}
+
+
+def copied(rule: Rule) -> dict[str, Any]:
+    """A copy of the rule's state dict on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in rule.state_dict().items()}

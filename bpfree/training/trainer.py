@@ -21,18 +21,22 @@ from bpfree.tasks.check import check_fit
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Split, Task
 from bpfree.training import environment, seeds
+from bpfree.training.calibration import NOT_CALIBRATED, calibrated, calibrates
 from bpfree.training.compiling import Compilation
 from bpfree.training.config import TrainConfig
 from bpfree.training.distributed import World
 from bpfree.training.evaluation import Evaluator, check_protocols
 from bpfree.training.features import FeatureLoader
+from bpfree.training.guards import Values, check_made_to_learn, named_tensors
+from bpfree.training.hook_watch import HookWatch
 from bpfree.training.limits import Limits
+from bpfree.training.norms import check_batches_of_one
 from bpfree.training.observers import Observers
 from bpfree.training.operations import kind_of
 from bpfree.training.phases import learning
-from bpfree.training.run import Run, new_run_id
+from bpfree.training.run import ReadOnly, Run, new_run_id
 from bpfree.training.saving import Checkpoints
-from bpfree.training.state import State
+from bpfree.training.state import State, copied
 from bpfree.training.stopping import Stop
 from bpfree.training.supply import Supply
 from bpfree.training.team import make_team
@@ -106,7 +110,7 @@ class Trainer:
             self.run.folder, observers = None, ()
         self.budget = self.config.budget.resolve(len(task.train))
         self._check()
-        self._observers = Observers(observers)
+        self._observers = Observers(observers, self.run)
         self._augment, self._data = tuple(augment), {"dtype": rule.network.dtype, **(data or {})}
         self._stop = Stop(self._world)
         self._next_look, self._overdue = math.inf, False
@@ -128,6 +132,8 @@ class Trainer:
             raise UsageError(
                 "without a validation split no best weights can be chosen", where="select", fix="select=last, or task.validation above 0"
             )
+        check_made_to_learn(self.rule)
+        check_batches_of_one(self.rule, self.task, self.budget, config.batch_size)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -146,12 +152,15 @@ class Trainer:
                 self._enter(index, phase, saved)
                 if index < self._state.at.phase:  # done before the interruption
                     continue
+                at, whole = self._state.at, not (self._state.at.phase_epoch or self._state.at.batch)
                 with learning(self.rule, phase):
+                    self._state.learning.begin_phase(phase, self._state.updater.groups, at.step)
                     self._notify("phase_start", phase=phase)
                     while not self._limits.phase_is_over(phase):
                         self._one_pass(phase)
                     if not self._state.at.phase_epoch:  # a phase without a pass
                         self._solve("end_phase", phase, self._state.step)
+                    self._state.learning.end_phase(steps=at.step, whole=whole)
                 self._supply.end_phase()
                 self._notify("phase_end", phase=phase)
                 self._state.end_phase()
@@ -174,6 +183,7 @@ class Trainer:
                     state.metrics.add(self._learn(batch), self._team.examples(batch, self.config.accumulate))
                 state.operations.add_step(phase, batch, features=isinstance(loader, FeatureLoader))
                 state.advance(len(batch), len(loader))
+                state.learning.after_step()
                 if watched:
                     self._notify("step_end", step=state.step)
                 if self._is_time():
@@ -249,6 +259,8 @@ class Trainer:
 
     def _end_epoch(self, phase: Phase) -> None:
         epoch = self.run.epoch = self._state.at.epoch
+        self._state.learning.check_fixed()
+        self._state.learning.look(steps=self._state.at.step)
         metrics = self._state.epoch_metrics()
         last = self._limits.used() >= 1 or self._limits.phase_is_over(phase)
         if phase.evaluate and (last or epoch % self.config.evaluation.every == 0):
@@ -296,7 +308,16 @@ class Trainer:
         return standing | {"progress": state.step.progress, "seconds": state.clock.seconds}
 
     def _notify(self, hook: str, **arguments: Any) -> None:
-        self._observers.notify(hook, run=self.run, **arguments)
+        self._observers.notify(hook, **{name: ReadOnly(given) if name == "metrics" else given for name, given in arguments.items()})
+
+    def _notify_end(self) -> None:
+        """Tell how the run ended; it has failed if an observer refuses it, or has changed something, even then."""
+        try:
+            self._notify("run_end")
+        except BpfreeError as error:
+            self.run.status, self.run.reason = "failed", error.what
+            self._observers.tell_again("run_end")
+            raise
 
     # --- begin and end ----------------------------------------------------------------------------------------------
 
@@ -306,6 +327,8 @@ class Trainer:
         run = self.run
         with ExitStack() as stack:
             stack.enter_context(self._world.joined())
+            stack.enter_context(torch.inference_mode(False))  # whatever the caller, or a plugin's import, has left behind
+            stack.enter_context(torch.enable_grad())
             stack.enter_context(environment.numerics(threads=self.config.threads, deterministic=self.config.deterministic))
             stack.enter_context(seeds.preserved_global_state(self.device))
             saved = self._begin(resume)
@@ -315,7 +338,7 @@ class Trainer:
             try:
                 self._notify("run_start")
                 if saved is None:
-                    self._solve("prepare", self.task.train, self._state.step.generator)  # the first process's is sent to all by a phase
+                    self._prepare()
                     self._state.begin()
                 yield saved
                 run.status = "finished"
@@ -331,7 +354,13 @@ class Trainer:
                 raise
             finally:
                 self._stop.forget()
-                self._notify("run_end")
+                self._notify_end()
+
+    def _prepare(self) -> None:
+        if type(self.rule).prepare is not Rule.prepare:
+            before = Values(named_tensors(self.rule))
+            self._solve("prepare", self.task.train, self._state.step.generator)  # the first process's is sent to all by a phase
+            self._state.learning.prepared(before)
 
     def _begin(self, resume: str | Path | None) -> Mapping[str, Any] | None:
         torch.manual_seed(seeds.derive_in(self.config.stream, self.config.seed, "global", *self._team.stream))
@@ -353,6 +382,9 @@ class Trainer:
             folder=self.run.folder,
         )
         self._limits = Limits(self.rule, self.budget, self._state)
+        self._observers.watch = HookWatch(self.run, self._state)
+        if self.task.validation is None and calibrates(self.rule):
+            self.run.tags["calibration"] = NOT_CALIBRATED
         self.run.total_epochs = self._limits.passes or None
         self._next_look = time.perf_counter() + self.config.log_interval
         return None if resume is None else self._checkpoints.read(Path(resume), self.device)
@@ -385,16 +417,33 @@ class Trainer:
         state = self._state
         if saved is not None and not state.restored:  # all phases were over
             state.take_weights(saved["weights"], saved["training"])
+        state.end_training()
+        state.learning.end_run(steps=state.at.step, gradients=state.updater.received)
         if self._checkpoints.saved_epoch != state.at.epoch:
             self._save()
-        if self.config.select == "best-val":
-            self._take_best()
+        self._select_and_calibrate()
         tested = self._world.from_first(self._evaluator.test)
         self.run.result.update(tested | state.costs() | self._compiled.costs())
         self._check_losses(tested)
         protocols = partial(self._evaluator.protocols, self._trained_features, self._supply.resident)
         self.run.result.update(self._world.from_first(protocols))
         self._evaluator.keep_predictions(self.run.folder)
+
+    def _select_and_calibrate(self) -> None:
+        """Take the selected weights; what the rule chooses with them on the validation split is saved beside them."""
+        state, best, last = self._state, self.config.select == "best-val", None
+        chooses = calibrates(self.rule) and self.task.validation is not None
+        if best and chooses:  # from which training may go on
+            last = {name: value.detach().clone() for name, value in state.team.weights().items()}
+        if best:
+            self._take_best()
+        if chooses:
+            state.calibration = calibrated(state, self.task, self.config)
+            if last is not None:
+                self._checkpoints.save_selected(copied(self.rule), state.best[0] if state.best else math.nan)
+                state.calibration.before = {}
+            self._save(last)
+            self.run.result.update(state.calibration.result())
 
     def _trained_features(self, batches: Loader) -> Split:
         """A split's features once the rule is trained, unless the run is asked to stop."""
@@ -437,11 +486,12 @@ class Trainer:
         best = self._state.best
         if self.config.select != "best-val" or score is None or not math.isfinite(score) or (best is not None and score <= best[0]):
             return
-        weights = {name: value.detach().cpu().clone() for name, value in self.rule.state_dict().items()}
+        weights = copied(self.rule)
         self._state.best = (score, weights)
         self._checkpoints.save_selected(weights, score)
 
-    def _save(self) -> None:
-        path = self._checkpoints.save()
+    def _save(self, weights: Mapping[str, Any] | None = None) -> None:
+        self._state.learning.look(steps=self._state.at.step)
+        path = self._checkpoints.save(weights)
         if path is not None:
             self._notify("checkpoint_saved", path=path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ from bpfree.training.optimizers import adopt, make_optimizer
 from bpfree.training.schedules import shape_of, torch_scheduler
 from bpfree.training.seeds import KeyedGenerators, derive
 
-__all__ = ["ClipConfig", "Updater", "accumulate", "gather", "new_step", "slices"]
+__all__ = ["ClipConfig", "Updater", "accumulate", "gather", "new_step", "slices", "told_groups"]
 
 
 @dataclass
@@ -46,8 +48,12 @@ class Updater:
         groups: the rule's trainable groups, of the current phase.
         exchange: called with the parameters that are about to be updated, before anything else: where several processes train together, it
             adds up their gradients.
+        received: whether a parameter has had a ``.grad`` at an update so far.
+        count: updates so far.
     """
 
+    received = False
+    count = 0
     exchange: Callable[[list[nn.Parameter]], None] | None = None
 
     def __init__(
@@ -64,6 +70,7 @@ class Updater:
         self.clip = clip or ClipConfig()
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._schedulers: dict[str, Any] = {}
+        self._before_update, self._after_update = told_groups(rule.before_update), told_groups(rule.after_update)
         self.start_phase(Phase())
 
     def start_phase(self, phase: Phase) -> None:
@@ -85,12 +92,15 @@ class Updater:
         """Update all groups, or the named ones: normalise, clip, optimiser step, drop their ``.grad``."""
         if self.exchange is not None:
             self.exchange([p for name in names or self.groups for p in self._members(name)])
-        self.rule.before_update()
-        for name in names or self.groups:
+        applied = names or tuple(self.groups)
+        self.count += 1
+        self._before_update(applied)
+        self.received = self.received or any(p.grad is not None for name in applied for p in self._members(name))
+        for name in applied:
             _lay_out_as_parameters(self._members(name))
         groups = self._current.param_groups
         if self.clip.norm is not None:
-            self._clip(names or tuple(self.groups))
+            self._clip(applied)
         try:
             if names:
                 self._current.param_groups = self._only(names)
@@ -98,7 +108,7 @@ class Updater:
             self._current.zero_grad(set_to_none=True)
         finally:
             self._current.param_groups = groups
-        self.rule.after_update()
+        self._after_update(applied)
 
     def _members(self, name: str) -> list[nn.Parameter]:
         if name not in self.groups:
@@ -176,6 +186,26 @@ class Updater:
             optimizer.load_state_dict({"state": state, "param_groups": groups})
             if part["scheduler"] is not None:
                 self._schedulers[key].load_state_dict(part["scheduler"])
+
+
+def told_groups(method: Callable[..., None]) -> Callable[[Sequence[str]], None]:
+    """A rule's ``before_update`` or ``after_update``, to be called with the groups that are applied.
+
+    One of an older plugin, which takes no argument, is called without, and a ``DeprecationWarning`` says what to change.
+    """
+    try:
+        inspect.signature(method).bind(())
+    except TypeError:
+        owner = type(getattr(method, "__self__", None)).__name__
+        name = getattr(method, "__name__", "before_update")
+        warnings.warn(
+            f"{owner}.{name} takes no groups, so it runs over all of them at every step.apply(name); "
+            f"define {name}(self, groups: Sequence[str]) and touch the parameters of these groups only",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return lambda groups: method()
+    return method
 
 
 def _lay_out_as_parameters(parameters: Iterable[nn.Parameter]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import certify_disguises as disguises
@@ -97,7 +97,7 @@ class CopiesAtTheEnd(Copies):
 class CopiesAfterUpdates(Copies):
     every = 1
 
-    def after_update(self) -> None:
+    def after_update(self, groups: Sequence[str]) -> None:
         self.steps += 1
         if self.steps % self.every == 0:
             self.copy_weights()
@@ -114,7 +114,7 @@ class CopiesEveryThirtySteps(CopiesAfterUpdates):
 class DecaysAndCopiesEveryTenSteps(CopiesEveryTenSteps):
     """Its updates change with the weights of their own block as well."""
 
-    def before_update(self) -> None:
+    def before_update(self, groups: Sequence[str]) -> None:
         for p in self.parameters():
             p.grad = 0.1 * p.detach() if p.grad is None else p.grad + 0.1 * p.detach()
 
@@ -460,7 +460,7 @@ class Dropout(DFA):
 
 
 class OwnMomentum(DFA):
-    def before_update(self) -> None:
+    def before_update(self, groups: Sequence[str]) -> None:
         self.momenta: dict[str, Tensor] = getattr(self, "momenta", {})
         for name, p in self.named_parameters():
             if p.grad is not None:
@@ -469,7 +469,7 @@ class OwnMomentum(DFA):
 
 
 class Decays(DFA):
-    def before_update(self) -> None:
+    def before_update(self, groups: Sequence[str]) -> None:
         for p in self.parameters():
             p.grad = 0.1 * p.detach() if p.grad is None else p.grad + 0.1 * p.detach()
 
@@ -558,7 +558,7 @@ def test_a_rule_that_does_not_repeat_itself_is_unmeasured() -> None:
 
 
 class Overflows(DFA):
-    def before_update(self) -> None:
+    def before_update(self, groups: Sequence[str]) -> None:
         for p in self.parameters():
             p.grad = torch.full_like(p, float("nan"))
 

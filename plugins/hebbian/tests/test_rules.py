@@ -53,6 +53,29 @@ def test_half_precision_gives_nearly_the_same_increment(name: str) -> None:
         assert float(torch.cosine_similarity(value.flatten(), made[1][key].flatten(), 0)) > 0.99, key
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_an_update_of_one_group_leaves_the_others_alone(name: str) -> None:
+    """Oracle: the gradients and weights of the other groups, bit for bit; the group itself gets what an update of all gives it."""
+    words = [] if name == "hebbian-norm" else ["network.widths=[16,12]"]
+    recipe = resolve(parse_words([f"rule={name}", "task=digits", *words]))
+    task, made = recipe.build_task(), []
+    for whole in (False, True):
+        torch.manual_seed(0)
+        rule = recipe.build_rule(task.spec)
+        rule.credit(Batch(task.spec.normalise(task.train.inputs[:200]), task.train.targets[:200]), new_step(rule))
+        groups = rule.groups()
+        first = next(iter(groups))
+        kept = {key: [(p.grad.clone(), p.detach().clone()) for p in groups[key] if p.grad is not None] for key in groups}
+        rule.before_update(list(groups) if whole else [first])
+        rule.after_update(list(groups) if whole else [first])
+        for key in groups:
+            after = [(p.grad, p.detach()) for p in groups[key] if p.grad is not None]
+            same = [torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(kept[key], after, strict=True)]
+            assert whole or key == first or all(same), key
+        made.append([(p.grad, p.detach()) for p in groups[first]])
+    assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(*made, strict=True))
+
+
 @pytest.mark.parametrize("name", WITH_READOUT)
 def test_the_readouts_optimiser_and_the_runs_schedule_leave_the_features_alone(name: str) -> None:
     """Oracle: the run without them."""

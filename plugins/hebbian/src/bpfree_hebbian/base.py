@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -155,6 +155,10 @@ class Hebbian(Rule):
         return ""
 
     # --- phases -----------------------------------------------------------------------------------------------------
+
+    def layers_in(self, groups: Sequence[str]) -> list[Layer]:
+        """The layers among the groups of an update."""
+        return [layer for name, layer in self.layers.items() if name in groups]
 
     def group_options(self) -> dict[str, dict[str, Any]]:
         return {name: {"lr": rate} for name, rate in self.rates.items()}

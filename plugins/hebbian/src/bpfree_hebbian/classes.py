@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -171,10 +171,11 @@ class HebbianNorm(Rule):
         return increment.mul_(self.spec.outputs / len(x))
 
     @torch.no_grad()
-    def after_update(self) -> None:
+    def after_update(self, groups: Sequence[str]) -> None:
         """Without it, Hebb's rule grows without end; Oja's needs none."""
         if self.config.update == "hebb":
-            for network in self.networks:
+            moved = [cast(ClassNetwork, self.network.blocks[name]) for name in groups if name in self.network.blocks]
+            for network in moved:
                 weight = network.linear.weight
                 if weight.requires_grad:
                     weight.copy_(F.normalize(weight, dim=1))

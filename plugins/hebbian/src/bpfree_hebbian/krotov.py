@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,11 +115,11 @@ class KrotovHopfield(Hebbian):
         return currents
 
     @torch.no_grad()
-    def before_update(self) -> None:
+    def before_update(self, groups: Sequence[str]) -> None:
         """Once per update, when ``.grad`` is complete: the division by its largest entry."""
         if not self.config.normalise:
             return
-        for layer in self.layers.values():
+        for layer in self.layers_in(groups):
             gradient = layer.weight.grad
             if gradient is not None:
                 gradient.div_(largest_entry(gradient))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -141,9 +142,9 @@ class SoftHebb(Hebbian):
         return (norms - 1).abs().pow(self.power_lr) + 1e-10
 
     @torch.no_grad()
-    def before_update(self) -> None:
+    def before_update(self, groups: Sequence[str]) -> None:
         """Once per update, when ``.grad`` is complete: the division by its largest entry, and the rate of each unit."""
-        for layer in self.layers.values():
+        for layer in self.layers_in(groups):
             gradient = layer.weight.grad
             if gradient is None:
                 continue

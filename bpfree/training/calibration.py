@@ -1,0 +1,140 @@
+"""Calibration: what a rule chooses on the validation split, once, after training, with its weights fixed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bpfree.errors import BpfreeError
+from bpfree.network.network import evaluating
+from bpfree.rule import Rule
+from bpfree.tasks.task import Split, Task
+from bpfree.training import environment, seeds
+from bpfree.training.config import TrainConfig
+from bpfree.training.guards import Values
+
+if TYPE_CHECKING:
+    from bpfree.training.state import State
+
+__all__ = ["NOT_CALIBRATED", "Calibration", "calibrate", "calibrated", "calibrates"]
+
+NOT_CALIBRATED = "not calibrated: no validation split"
+"""The tag ``calibration`` of a run whose rule had nothing to choose on."""
+
+
+@dataclass
+class Calibration:
+    """What was chosen, after so many steps; kept in checkpoints, so that nothing is chosen twice.
+
+    Attributes:
+        step: of the run.
+        seconds: that it took.
+        values: what the rule returned.
+        before, after: the buffers that it set, by name.
+    """
+
+    step: int
+    seconds: float = 0.0
+    values: dict[str, float] = field(default_factory=dict)
+    before: dict[str, Tensor] = field(default_factory=dict)
+    after: dict[str, Tensor] = field(default_factory=dict)
+
+    def put(self, rule: Rule) -> None:
+        """Set the buffers as they were chosen."""
+        _set(rule, self.after)
+
+    def undo(self, rule: Rule) -> None:
+        """Set the buffers as training left them, for a run that goes on."""
+        _set(rule, self.before)
+
+    def result(self) -> dict[str, float]:
+        """For the run's result."""
+        return {**{f"calibration/{name}": value for name, value in self.values.items()}, "calibration_seconds": self.seconds}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return asdict(self)
+
+
+def calibrates(rule: Rule) -> bool:
+    """Whether the rule has anything to choose."""
+    return type(rule).calibrate is not Rule.calibrate
+
+
+def calibrated(state: State, task: Task, config: TrainConfig) -> Calibration:
+    """Have the rule choose with its present weights, unless it did so after the same step, before the run was interrupted.
+
+    Its buffers are set. The first of several processes chooses for all.
+    """
+    rule, world, found = state.rule, state.team.world, state.calibration
+    if found is not None and found.step == state.at.step:
+        found.put(rule)
+        return found
+    data, seed = task.validation, seeds.derive_in(config.stream, config.seed, "calibration")
+    assert data is not None
+    generator = torch.Generator(state.device).manual_seed(seed)
+    found = world.from_first(lambda: calibrate(rule, data, generator, step=state.at.step, precision=config.precision))
+    if world.size > 1:
+        world.send(rule.buffers())
+    return found
+
+
+def calibrate(rule: Rule, data: Split, generator: torch.Generator, *, step: int, precision: str = "fp32") -> Calibration:
+    """Let a rule choose: in eval mode, without gradients.
+
+    Args:
+        rule: with the weights that will be tested.
+        data: the validation split, raw.
+        generator: on the rule's device.
+        step: of the run.
+        precision: as predictions have it.
+
+    Raises:
+        BpfreeError: a parameter is another afterwards, a buffer was made, or what came back is no mapping of numbers.
+    """
+    name, device = type(rule).__name__, generator.device
+    parameters = Values(dict(rule.named_parameters()))
+    before = {name: buffer.detach().clone() for name, buffer in rule.named_buffers()}
+    began = time.perf_counter()
+    with torch.no_grad(), evaluating(rule), seeds.preserved_global_state(device), environment.autocast(device, precision):
+        told = rule.calibrate(data, generator)
+    seconds = time.perf_counter() - began
+    changed = parameters.changed(dict(rule.named_parameters()))
+    if changed:
+        raise BpfreeError(
+            f"calibrate changed the parameter {changed[0]}, but weights are fixed after training",
+            where=f"{name}.calibrate",
+            fix="choose values of buffers (register_buffer), such as a threshold or a temperature",
+        )
+    buffers = dict(rule.named_buffers())
+    if buffers.keys() != before.keys() or any(_other_kind(buffers[name], before[name]) for name in before):
+        raise BpfreeError(
+            "calibrate may fill buffers, but neither make nor reshape them",
+            where=f"{name}.calibrate",
+            fix="register them in __init__, with their defaults",
+        )
+    chosen = Values(before).changed(buffers)
+    after = {name: buffers[name].detach().clone() for name in chosen}
+    return Calibration(step, seconds, _numbers(told, f"{name}.calibrate"), {name: before[name] for name in chosen}, after)
+
+
+def _numbers(told: Any, where: str) -> dict[str, float]:
+    if isinstance(told, Mapping) and all(isinstance(name, str) and isinstance(value, (int, float)) for name, value in told.items()):
+        return {name: float(value) for name, value in told.items()}
+    raise BpfreeError("calibrate must return plain numbers by name", where=where, fix='return {"threshold": float(threshold)}, say')
+
+
+def _other_kind(one: Tensor, other: Tensor) -> bool:
+    return one.shape != other.shape or one.dtype != other.dtype
+
+
+@torch.no_grad()
+def _set(rule: Rule, values: Mapping[str, Tensor]) -> None:
+    buffers = dict(rule.named_buffers())
+    for name, value in values.items():
+        buffers[name].copy_(value)

@@ -1,0 +1,239 @@
+"""What a run watches while it trains: what is said to be fixed stays, and what is said to learn moves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bpfree.errors import BpfreeError, UsageError
+from bpfree.rule import Rule
+from bpfree.step import Phase
+from bpfree.training.distributed import World
+
+__all__ = ["LearningWatch", "Values", "check_made_to_learn", "kind_of", "named_tensors", "version"]
+
+logger = logging.getLogger("bpfree")
+
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Buffers that follow the data whether or not anything learns."""
+
+
+class Values:
+    """Copies of tensors by name, on their device, to be compared with later.
+
+    What a version does not show (a write through ``.data``, another tensor of the same name) is seen here. Bits are compared, so that
+    NaN equals itself.
+
+    Args:
+        tensors: by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._copies = {name: tensor.detach().clone() for name, tensor in tensors.items() if _has_values(tensor)}
+
+    def changed(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Names of tensors that have come, gone, or become others; one wait for the device."""
+        there = {name: tensor.detach() for name, tensor in tensors.items() if _has_values(tensor)}
+        alike = [name for name, copy in self._copies.items() if name in there and _kind(copy) == _kind(there[name])]
+        flags = [(_bits(self._copies[name]) != _bits(there[name])).any() for name in alike]
+        equal = {name for name, other in zip(alike, torch.stack(flags).tolist() if flags else [], strict=True) if not other}
+        return [name for name in {**self._copies, **there} if name not in equal]
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and not torch.nn.parameter.is_lazy(tensor)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(WORDS[tensor.element_size()])
+
+
+def named_tensors(rule: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(rule.named_parameters()), **dict(rule.named_buffers())}
+
+
+def kind_of(rule: nn.Module, name: str) -> str:
+    """``the parameter NAME`` or ``the buffer NAME``."""
+    return f"the {'buffer' if name in dict(rule.named_buffers()) else 'parameter'} {name}"
+
+
+def check_made_to_learn(rule: nn.Module) -> None:
+    """Refuse tensors that no step can change.
+
+    Raises:
+        UsageError: the rule was made under ``torch.inference_mode``.
+    """
+    name = next((name for name, tensor in named_tensors(rule).items() if tensor.is_inference()), None)
+    if name is not None:
+        raise UsageError(
+            f"{kind_of(rule, name)} was made under torch.inference_mode, so it can never change",
+            where=type(rule).__name__,
+            fix="make network and rule outside of it",
+        )
+
+
+def version(tensor: Tensor) -> tuple[int, int]:
+    """What moves when a tensor is written to in the ordinary way, or gets other storage; nothing waits for the device."""
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+
+class LearningWatch:
+    """Fixed parameters stay, learning ones move: by version after the first step of a phase, by value at the ends of epochs and phases.
+
+    *Fixed* are the parameters of groups that a phase does not name, and those of the frozen twin that do not learn. *Learning* are those
+    of a phase's groups that require a gradient; where there is one, also a real-valued buffer that is no running statistic counts as
+    moved, because closed-form rules solve into such.
+
+    Args:
+        rule: that is watched.
+        world: the processes that train it, which find the same.
+        twin: whether the rule is its frozen twin.
+
+    Attributes:
+        moved: whether anything that learns has moved over the run; ``expected``: whether there was anything that should.
+    """
+
+    def __init__(self, rule: Rule, world: World, *, twin: bool) -> None:
+        self._rule, self._world, self._twin = rule, world, twin
+        self.moved, self.expected = False, False
+        self._phase, self._groups, self._step = Phase(), dict[str, list[nn.Parameter]](), 0
+        self._fixed: dict[str, nn.Parameter] = {}
+        self._learning: list[str] = []
+        self._compared: list[str] = []
+        self._versions: list[tuple[int, int]] | None = None
+        self._fixed_values = self._start = None  # type: Values | None
+
+    def prepared(self, before: Values) -> None:
+        """``prepare`` has run: what it filled has moved."""
+        names = [*self._names_learning(), *self._names_solved()]
+        self._note(bool(set(before.changed(named_tensors(self._rule))) & set(names)))
+
+    def begin_phase(self, phase: Phase, groups: Mapping[str, list[nn.Parameter]], step: int) -> None:
+        """A phase begins, after so many steps; its groups have ``requires_grad`` already."""
+        self._phase, self._groups, self._step = phase, dict(groups), step
+        others = [] if phase.groups is None else [p for name, members in groups.items() if name not in phase.groups for p in members]
+        fixed = {id(p) for p in others} | {id(p) for p in self._rule.parameters() if self._twin and not p.requires_grad}
+        self._fixed = {name: p for name, p in self._rule.named_parameters() if id(p) in fixed}
+        self._fixed_values = Values(self._fixed) if self._fixed else None
+        self._versions = [version(p) for p in self._fixed.values()] if self._fixed else None
+        self._learning = self._names_learning()
+        self._compared = [*self._learning, *self._names_solved()]
+        self._start = Values(self._select(self._compared)) if self._learning else None
+
+    def after_step(self) -> None:
+        """Look at the fixed parameters after the first step of the phase."""
+        if self._versions is not None:
+            before, self._versions = self._versions, None
+            if before != [version(p) for p in self._fixed.values()]:  # a rule may shake weights and put them back
+                self.check_fixed()
+
+    def check_fixed(self) -> None:
+        """Compare what is said to be fixed with what it was when the phase began.
+
+        Raises:
+            BpfreeError: it has changed.
+        """
+        if self._fixed_values is None:
+            return
+        changed = self._fixed_values.changed(self._select(self._fixed))
+        if changed:
+            rule, more = type(self._rule).__name__, f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            reason = "this is the frozen twin" if self._twin else "its group is not among Phase.groups"
+            raise BpfreeError(
+                f"the parameter {changed[0]}{more} is said to be fixed in phase {self._phase.name!r}, but changed ({reason})",
+                where=rule,
+                fix="in learn and its hooks write only into parameters with requires_grad, or name the group in Phase.groups",
+            )
+
+    def look(self, *, steps: int) -> None:
+        """Note whether what learns in this phase has moved; once it has, nothing more is compared."""
+        if self._start is None or steps <= self._step:
+            return
+        self.expected = True
+        if self._note(bool(self._start.changed(self._select(self._compared)))):
+            self._start = None
+
+    def end_phase(self, *, steps: int, whole: bool) -> None:
+        """The phase is over: say if nothing moved in it.
+
+        Args:
+            steps: taken in all.
+            whole: whether it was seen from its beginning.
+        """
+        self.check_fixed()
+        self.look(steps=steps)
+        if self._start is not None and whole and steps > self._step:
+            logger.warning(
+                "phase %r: nothing that learns in it has moved in %d steps (%s)",
+                self._phase.name,
+                steps - self._step,
+                _listed(self._learning),
+            )
+        self._fixed, self._fixed_values, self._versions, self._start = {}, None, None, None
+
+    def end_run(self, *, steps: int, gradients: bool) -> None:
+        """The training is over.
+
+        Args:
+            steps: taken in all.
+            gradients: whether a parameter that is updated had a ``.grad`` at some update of this process.
+
+        Raises:
+            BpfreeError: there was something to learn, and nothing has moved.
+        """
+        if not self.expected or self.moved:
+            return
+        rule = type(self._rule).__name__
+        if gradients:
+            raise BpfreeError(
+                f"over {steps} steps no learning parameter has moved, though gradients came",
+                where=rule,
+                fix="a larger optimizer.lr or a schedule that is not 0 throughout; or see whether credit fills .grad with zeros",
+            )
+        raise BpfreeError(
+            f"over {steps} steps no learning parameter received a gradient or moved",
+            where=rule,
+            fix="see that credit fills .grad (is the loss detached, or made under torch.no_grad?) and that learn calls step.apply()",
+        )
+
+    def state_dict(self) -> dict[str, bool]:
+        """What a run that goes on needs to know."""
+        return {"moved": self.moved, "expected": self.expected}
+
+    def load_state_dict(self, saved: Mapping[str, bool] | None) -> None:
+        """Inverse of :meth:`state_dict`; an older checkpoint is believed to be of a run that moved."""
+        self.moved, self.expected = (True, True) if saved is None else (saved["moved"], saved["expected"])
+
+    def _note(self, moved: bool) -> bool:
+        found = self._world.largest(float(moved))[0] > 0
+        self.moved = self.moved or found
+        return found
+
+    def _names_learning(self) -> list[str]:
+        groups = self._groups or self._rule.groups()
+        members = {id(p) for group in groups.values() for p in group}
+        return [name for name, p in self._rule.named_parameters() if p.requires_grad and id(p) in members]
+
+    def _names_solved(self) -> list[str]:
+        """Real-valued buffers in which a rule may learn, and parameters that it fills though nothing descends them."""
+        buffers = [n for n, b in self._rule.named_buffers() if b.is_floating_point() and n.rpartition(".")[2] not in STATISTICS]
+        filled = [name for name, p in self._rule.named_parameters() if not (p.requires_grad or self._twin or name in self._fixed)]
+        return [*buffers, *filled]
+
+    def _select(self, names: Iterable[str]) -> dict[str, Tensor]:
+        tensors = named_tensors(self._rule)
+        return {name: tensors[name] for name in names if name in tensors}
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
