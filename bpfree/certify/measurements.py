@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +30,8 @@ SPECIMENS = {"dense": Specimen("dense", depth=4, width=32), "convolutional": Spe
 """What structure is measured on, by kind of network: small, because the null space of a layer's inputs must not be empty."""
 EXACT = 1 - 1e-6
 """Cosine from which an update is the gradient."""
+EXAMPLES = 7
+"""In a batch of which operations are observed: prime, so that sums over examples are not taken for sums over the inputs of a layer."""
 IN_BLOCKS = "network.blocks."
 PRACTICE_EPOCHS = 6
 DEPENDENCES = ("independent", "upstream", "neighbours", "all")
@@ -56,11 +58,26 @@ class Observation:
 
     def passes(self) -> dict[str, float]:
         """By block: forward passes per example in a usual step (sampled extras do not count) of the phase that has most."""
+        names = self.moments[0].updates
+        return {name: max(statistics.median(step.passes(name) for step in steps) for steps in self._by_phase()) for name in names}
+
+    def disagreement(self) -> str:
+        """Why the operations of its steps do not agree with the passes of the most used block; empty: they do."""
+        most = max(self.passes().values())
+        if not most:
+            return "no product with a block's own weights was seen: it works with copies or stacks of them"
+        found = [reason for step in self.steps if (reason := step.disagreement(most))]
+        return found[0] if found else ""
+
+    def measured_passes(self) -> dict[str, float] | None:
+        """The passes; ``None`` where the operations do not agree with them."""
+        return None if self.disagreement() else self.passes()
+
+    def _by_phase(self) -> Iterable[list[Execution]]:
         phases: dict[str, list[Execution]] = {}
         for moment, step in zip(self.moments, self.steps, strict=True):
             phases.setdefault(moment.phase, []).append(step)
-        names = self.moments[0].updates
-        return {name: max(statistics.median(step.passes(name) for step in steps) for steps in phases.values()) for name in names}
+        return phases.values()
 
     def cosines(self) -> dict[str, float]:
         """By block that learns: the smallest cosine of what descends (minus the update) with the true gradient of the task's loss."""
@@ -187,7 +204,7 @@ class Measurements:
                 yield
             steps.append(execution)
 
-        probe = Probe(self.subject, SPECIMENS[kind], dtype=self.dtype, gradients=True)
+        probe = Probe(self.subject, SPECIMENS[kind], Sampling(samples=EXAMPLES), dtype=self.dtype, gradients=True)
         return Observation(probe.run(watch=watch), steps)
 
     @cached_property
@@ -281,7 +298,7 @@ class Measurements:
             "forward_mode": any(execution.forward_mode for execution in total.values()),
             "labels_change": self.label_sensitive,
             "gradient_cosine": {k: {b: round(c, 6) for b, c in o.cosines().items()} for k, o in self.observations.items()},
-            "passes": {k: o.passes() for k, o in self.observations.items()},
+            "passes": {k: o.measured_passes() for k, o in self.observations.items()},
             "memory": self.memory.to_dict(),
             "time": {"over_backprop": self.time},
             "alignment": {"task": "digits", "epochs": PRACTICE_EPOCHS, **self.alignment},
