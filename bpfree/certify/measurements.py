@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from bpfree.certify import practice
-from bpfree.certify.cost import MemoryCurve, measure_memory, measure_time
+from bpfree.certify.cost import MemoryCurve, measure_memory
 from bpfree.certify.interventions import Matrix, dependence, downstream_weights, name_of_dependence
 from bpfree.certify.lesson import Lesson, learn_lesson
 from bpfree.certify.loop import Loop
+from bpfree.certify.pace import CLOCK, measure_time
 from bpfree.certify.probe import MOST_PHASES, PLAIN, Moment, Probe, Sampling
 from bpfree.certify.reverse import OWN, Execution, observed
 from bpfree.certify.subject import Specimen, Subject, batches
@@ -237,8 +238,8 @@ class Measurements:
         return measure_memory(self.subject, SPECIMENS[self.kind])
 
     @cached_property
-    def time(self) -> dict[str, float]:
-        """Of a step, over back-propagation's on the same network, by phase."""
+    def time(self) -> dict[str, float | None]:
+        """Of a step, over back-propagation's on the same network, by phase; ``None``: unmeasured."""
         return measure_time(self.subject, Specimen(self.kind, depth=4, width=128 if self.kind == "dense" else 16))
 
     @cached_property
@@ -300,6 +301,6 @@ class Measurements:
             "gradient_cosine": {k: {b: round(c, 6) for b, c in o.cosines().items()} for k, o in self.observations.items()},
             "passes": {k: o.measured_passes() for k, o in self.observations.items()},
             "memory": self.memory.to_dict(),
-            "time": {"over_backprop": self.time},
+            "time": {"over_backprop": self.time, "clock": CLOCK},
             "alignment": {"task": "digits", "epochs": PRACTICE_EPOCHS, **self.alignment},
         }
