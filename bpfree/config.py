@@ -340,8 +340,7 @@ class _Resolver:
             self._named("augmentations", name, "task.augment")
         for name in settings.evaluation.protocols:
             self._named("protocols", name, "evaluation.protocols")
-        if settings.evaluation.protocols and spec.targets != "classes":
-            self.problems.append(f"evaluation.protocols score integer classes, but task {spec.name!r} has {spec.targets!r} targets")
+            self._protocol_fits(name, spec)
         for name in settings.diagnostics:
             self._named("diagnostics", name, "diagnostics")
         default = rule.optimizer
@@ -359,6 +358,13 @@ class _Resolver:
             self.registry.get(kind, name, where=where)
         except UsageError as error:
             self.problems.append(f"{error.what} in {where} ({error.fix})")
+
+    def _protocol_fits(self, name: str, spec: TaskSpec) -> None:
+        if name in self.registry.names("protocols"):
+            kinds = self.registry.get("protocols", name).kinds
+            if spec.targets not in kinds:
+                known = " or ".join(kinds)
+                self.problems.append(f"evaluation.protocols: {name} scores {known}, but task {spec.name!r} has {spec.targets!r} targets")
 
     def _stop_if_problems(self) -> None:
         if not self.problems:

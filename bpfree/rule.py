@@ -278,6 +278,19 @@ class Rule(nn.Module, ABC):
         """
         return self.network.features(inputs)
 
+    def representations(self, inputs: Any) -> dict[str, Tensor]:
+        """Return what each hidden block makes of its inputs, (N, ...) by name: what the floor of a comparison reads.
+
+        Deterministic in eval mode, and without labels. Here: the output of each hidden block of a chain; the empty mapping for other
+        networks, whose rules override it.
+        """
+        if not self.network.chain:
+            return {}
+        found: dict[str, Tensor] = {}
+        for name in self.network.hidden:
+            inputs = found[name] = self.network.blocks[name](inputs)
+        return found
+
     def read(self, features: Tensor, generator: torch.Generator) -> Tensor:
         """The scores of features: ``read(features(x))`` is ``predict(x)``. Needed for phases ``on_features`` only."""
         scores: Tensor = self.network.blocks[self.network.readout or ""](features)

@@ -18,7 +18,7 @@ from bpfree.training import seeds
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.config import TrainConfig
 from bpfree.training.environment import autocast, flushing_denormals, resolve_device
-from bpfree.training.evaluation import check_protocols, evaluate, evaluate_features, flat_features
+from bpfree.training.evaluation import check_protocols, evaluate, evaluate_features, flat_features, setting_of
 from bpfree.training.features import feature_split
 
 __all__ = ["score"]
@@ -70,7 +70,10 @@ def score(
         scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, alternatives=config.alternatives)
     if protocols:
         train = loader if split == "train" else Loader(task.train, saved.spec, batch_size=config.batch_size, device=device)
-        scores |= _score_features(rule, protocols, train, loader, recipe.settings, path.parent)
+        held = loader if split == "validation" else None
+        if held is None and task.validation is not None:
+            held = Loader(task.validation, saved.spec, batch_size=config.batch_size, device=device)
+        scores |= _score_features(rule, protocols, train, loader, held, recipe.settings, path.parent)
     about: dict[str, str | int] = {
         "checkpoint": str(path),
         "rule": recipe.names["rule"],
@@ -82,16 +85,25 @@ def score(
 
 
 def _score_features(
-    rule: Rule, protocols: Mapping[str, EvaluationProtocol], train: Loader, scored: Loader, settings: TrainConfig, folder: Path
+    rule: Rule,
+    protocols: Mapping[str, EvaluationProtocol],
+    train: Loader,
+    scored: Loader,
+    validation: Loader | None,
+    settings: TrainConfig,
+    folder: Path,
 ) -> dict[str, float]:
-    """``linear_probe/accuracy`` and so on: of protocols that are fitted to one split and score another, or the same."""
+    """``linear_probe/accuracy`` and so on: of protocols that are fitted to one split, choose by another, and score a third, or the same."""
+    known: dict[int, Split] = {}
 
     def compute(batches: Loader) -> Split:
-        return flat_features(feature_split(rule, batches, precision=settings.precision, folder=folder))
+        if id(batches) not in known:
+            known[id(batches)] = flat_features(feature_split(rule, batches, precision=settings.precision, folder=folder))
+        return known[id(batches)]
 
-    fitted = compute(train)
-    splits = {"": fitted if scored is train else compute(scored)}
+    fitted, splits, held = compute(train), {"": compute(scored)}, None if validation is None else compute(validation)
     result: dict[str, float] = {}
     for name, protocol in protocols.items():
-        result |= evaluate_features(name, protocol, fitted, splits, rule.spec, seed=settings.seed, device=scored.device)
+        setting = setting_of(name, rule.spec, settings.seed, scored.device)
+        result |= evaluate_features(name, protocol, fitted, splits, setting, held)
     return result

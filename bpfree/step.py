@@ -41,12 +41,14 @@ class Budget:
         samples: examples drawn; every pass over an example counts.
         seconds: of training; evaluation, compilation and checkpoints are not counted.
         forwards: forward-pass equivalents of one example: operations of training over those of one forward pass.
+        operations: floating-point operations of training: the same for every rule and network.
     """
 
     epochs: int | None = None
     samples: int | None = None
     seconds: float | None = None
     forwards: float | None = None
+    operations: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Phase:
     Attributes:
         name: shown in progress and metrics; need not be unique.
         epochs: passes over the training split; ``None``: until the run's budget ends.
-        seconds, forwards: of training, in seconds or forward-pass equivalents, as an alternative end, perhaps in the middle of a pass.
+        seconds, forwards, operations: of training, as an alternative end, perhaps in the middle of a pass; units as in :class:`Budget`.
         groups: names of the parameter groups that learn; ``None``: all. The others have ``requires_grad=False``,
             and blocks below the first learning one run in eval mode.
         batch_size: ``None``: the run's; ``"all"``: the training split as one batch.
@@ -73,6 +75,7 @@ class Phase:
     epochs: int | None = None
     seconds: float | None = None
     forwards: float | None = None
+    operations: float | None = None
     groups: tuple[str, ...] | None = None
     batch_size: int | Literal["all"] | None = None
     optimizer: OptimizerConfig | None = None

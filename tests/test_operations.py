@@ -171,6 +171,7 @@ def test_a_phase_may_end_with_its_share(digits: Task, device: torch.device) -> N
 
 def test_one_of_four_limits() -> None:
     assert BudgetConfig(forwards=7).resolve(100) == Budget(forwards=7)
+    assert BudgetConfig(operations=7e3).resolve(100) == Budget(operations=7e3)
     with pytest.raises(UsageError, match="one limit"):
         BudgetConfig(forwards=7, samples=3).resolve(100)
 

@@ -20,7 +20,7 @@ SETTINGS are KEY=VALUE words over the defaults and over --config files, for exam
   rule.scale=0.5              an option of the rule (bpfree rules dfa)
   task=mnist                  which data (bpfree tasks)
   network=mlp network.depth=6 which network, and its sizes (bpfree networks)
-  budget.epochs=20            or budget.samples=..., budget.seconds=..., budget.forwards=...
+  budget.epochs=20            or budget.samples=..., .seconds=..., .forwards=..., .operations=...
   optimizer.lr=0.001 batch_size=128 seed=1 device=cpu
   tracking.enabled=false      no MLflow
 

@@ -62,8 +62,9 @@ def estimate(cell: Cell, done: Sequence[Outcome]) -> Estimate:
         return Estimate(statistics.fmean(known), "cells")
     if cell.examples is None:
         return Estimate(None, reason="the data are not here")
-    if budget.forwards is not None:
-        return Estimate(None, reason="a budget in forward-pass equivalents is measured as it runs")
+    if budget.forwards is not None or budget.operations is not None:
+        unit = "forward-pass equivalents" if budget.forwards is not None else "operations"
+        return Estimate(None, reason=f"a budget in {unit} is measured as it runs")
     try:
         return Estimate(_from_steps(cell.recipe, cell.examples), "steps")
     except (BpfreeError, RuntimeError, ValueError) as error:

@@ -1,19 +1,18 @@
 """Evaluation protocols: how good a rule's features are, whatever its own readout makes of them.
 
-A protocol is fitted on the features of the training split and then scores the features of other splits. Those that ship
-have nothing to tune, so that their numbers can be compared between rules:
+A protocol is fitted on the features of the training split and then scores the features of other splits. What it has to choose it chooses
+on the validation split, once, before the test; what it has chosen is recorded:
 
-- ``linear-probe``: multinomial logistic regression, trained to convergence (:func:`fit_linear_probe`);
-- ``nearest-centroid``: the class whose mean is nearest (:func:`fit_nearest_centroid`);
-- ``clustering``: k-means that sees no labels, matched with the classes afterwards (:func:`fit_clustering`).
+- ``linear-probe``: logistic (or ridge) regression, solved; it chooses its penalty (:func:`fit_linear_probe`);
+- ``nearest-centroid``: the class whose mean is nearest; nothing to choose (:func:`fit_nearest_centroid`);
+- ``clustering``: k-means that sees no labels, matched with the classes afterwards; nothing to choose (:func:`fit_clustering`).
 
 Features may be larger than memory (a file that is mapped into it): all three go through them in chunks of examples.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpfree.errors import BpfreeError
+from bpfree.tasks.linear import DEFAULT_PENALTY, LinearMap, centred, choose_penalty, classes_of, make_readout, mean_of, nearest
 from bpfree.tasks.task import Split
 
 __all__ = [
@@ -30,6 +29,7 @@ __all__ = [
     "LINEAR_PROBE",
     "NEAREST_CENTROID",
     "EvaluationProtocol",
+    "FittedProbe",
     "LinearMap",
     "Score",
     "Setting",
@@ -40,20 +40,11 @@ __all__ = [
     "result_key",
 ]
 
-logger = logging.getLogger("bpfree")
-
-PENALTY, TOLERANCE, MOST_ITERATIONS, HISTORY = 1e-3, 1e-4, 1000, 10
-"""Of the linear probe: L2 penalty, largest entry of the gradient at the end, iterations, pairs that L-BFGS remembers."""
-CONSTANT = 1e-6
-"""A feature whose deviation is at most this share of its mean is constant but for float32's rounding."""
-CHUNK = 2**22
-"""Numbers per chunk of features: 16 MiB of float32."""
 RESTARTS, KMEANS_LIMIT, MINI_BATCH = 10, 2**24, 1024
 """Of k-means: initialisations; numbers (64 MiB of float32) above which it learns from mini-batches, and of how many examples."""
-SHARE_OF_FREE = 0.5
 
 Score = Callable[[Split], Mapping[str, float]]
-"""What a fitted protocol is: features (N, F) and classes (N,) to metrics by name, such as ``{"accuracy": 0.9}``."""
+"""What a fitted protocol is: features (N, F) and targets to metrics by name, such as ``{"accuracy": 0.9}``."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +52,16 @@ class Setting:
     """What a protocol is told beside the features.
 
     Attributes:
-        classes: their number; targets are integers below it.
+        classes: their number, or that of real outputs.
         seed: for what a protocol draws; a function of the run's seed and the protocol's name.
         device: the run's, where a protocol may compute.
+        targets: their kind: ``classes``, ``soft`` or ``real``.
     """
 
     classes: int
     seed: int
     device: torch.device
+    targets: str = "classes"
 
 
 @dataclass(frozen=True)
@@ -76,14 +69,18 @@ class EvaluationProtocol:
     """A registered evaluation protocol.
 
     Attributes:
-        fit: takes the training split's features and a :class:`Setting`, and returns what scores another split's. A split's
-            ``inputs`` are the features (N, F), float32 and on the CPU, perhaps in a mapped file: they are shared with other
-            protocols and not to be overwritten, and a copy of them may not fit. ``targets`` are classes (N,), int64.
+        fit: takes the training split's features, a :class:`Setting` and the validation split's features (``None`` without one), and
+            returns what scores another split's. A split's ``inputs`` are the features (N, F), float32 and on the CPU, perhaps in a
+            mapped file: they are shared with other protocols and not to be overwritten, and a copy of them may not fit. ``targets``
+            are classes (N,), int64, or what ``kinds`` says. What is chosen on validation is told in an attribute ``chosen`` of the
+            result, a mapping of names to numbers, which is recorded.
         summary: one line for listings.
+        kinds: of targets that it can score.
     """
 
-    fit: Callable[[Split, Setting], Score]
+    fit: Callable[[Split, Setting, Split | None], Score]
     summary: str = ""
+    kinds: tuple[str, ...] = ("classes",)
 
 
 def result_key(name: str) -> str:
@@ -91,171 +88,62 @@ def result_key(name: str) -> str:
     return name.replace("-", "_")
 
 
-# --- chunks ---------------------------------------------------------------------------------------------------------
-
-
-def chunks(features: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of features (N, F) and where they are, on a device, so many that they hold ``CHUNK`` numbers."""
-    rows = max(1, CHUNK // max(1, features.shape[1]))
-    for first in range(0, len(features), rows):
-        place = slice(first, min(first + rows, len(features)))
-        yield place, features[place].to(device)
-
-
-def centred(features: Tensor, mean: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """:func:`chunks` less the mean (F,), on its device. They share one buffer: a chunk is gone when the next one comes."""
-    buffer = torch.empty(0, device=mean.device)
-    for place, rows in chunks(features, mean.device):
-        if not len(buffer):
-            buffer = torch.empty_like(rows)
-        yield place, torch.sub(rows, mean, out=buffer[: len(rows)])
-
-
-def mean_of(features: Tensor, device: torch.device) -> Tensor:
-    """(F,) float32, summed in float64."""
-    total = torch.zeros(features.shape[1], dtype=torch.float64, device=device)
-    for _, rows in chunks(features, device):
-        total += rows.sum(0, dtype=torch.float64)
-    return (total / len(features)).float()
-
-
-def inverse_deviation(features: Tensor, mean: Tensor) -> Tensor:
-    """(F,) float32: one over the deviation (of the population), and zero for features that are constant."""
-    total = torch.zeros_like(mean, dtype=torch.float64)
-    for _, rows in centred(features, mean):
-        total += rows.square_().sum(0, dtype=torch.float64)
-    deviation = (total / len(features)).sqrt().float()
-    varies = deviation > CONSTANT * mean.abs()
-    return torch.where(varies, 1 / torch.where(varies, deviation, 1.0), 0.0)
-
-
-def near(features: Tensor, device: torch.device) -> Tensor:
-    """The features on a GPU if they take at most half of its free memory; else where they are, and chunks travel."""
-    if device.type == "cuda" and features.nbytes <= SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]:
-        return features.to(device)
-    return features
-
-
-def targets_of(split: Split) -> Tensor:
-    """Classes (N,) int64.
-
-    Raises:
-        BpfreeError: the split has none.
-    """
-    if split.targets is None or split.targets.dim() != 1 or split.targets.is_floating_point():
-        raise BpfreeError("evaluation protocols score integer classes, which this split does not have")
-    return split.targets.long()
-
-
-@dataclass(frozen=True)
-class LinearMap:
-    """Scores (N, C) of features (N, F): ``(features - mean) @ weight.T + bias``. Calling it on a split gives its accuracy.
-
-    Attributes:
-        mean: (F,).
-        weight: (C, F).
-        bias: (C,).
-    """
-
-    mean: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    def decide(self, features: Tensor) -> Tensor:
-        """(N,) int64, on the CPU: where the scores of features (N, F) are highest."""
-        scores = (torch.addmm(self.bias, rows, self.weight.T) for _, rows in centred(features, self.mean))
-        return torch.cat([part.argmax(1).cpu() for part in scores])
-
-    def __call__(self, split: Split) -> dict[str, float]:
-        hits = self.decide(split.inputs) == targets_of(split)
-        return {"accuracy": int(hits.sum()) / len(split)}
-
-
-def nearest(centres: Tensor, mean: Tensor) -> LinearMap:
-    """The linear map whose highest score is at the nearest of some centres (C, F), by Euclidean distance.
-
-    ``|x - c|^2 / 2 = |x - mean|^2 / 2 - (x - mean)'(c - mean) + |c - mean|^2 / 2``, of which the first term decides nothing.
-    """
-    weight = centres - mean
-    return LinearMap(mean, weight, -0.5 * weight.double().square().sum(1).float())
-
-
 # --- linear probe ---------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def fit_linear_probe(train: Split, setting: Setting) -> LinearMap:
-    r"""Multinomial logistic regression on standardised features, trained to convergence.
+@dataclass(frozen=True)
+class FittedProbe:
+    """A linear probe with the penalty that was chosen. Calling it on a split gives its accuracy, or its loss for real targets.
 
-    Feature f of example n becomes ``z = (x - mean) / deviation``, by the mean and the deviation (of the population) of the
-    training features; a constant feature becomes 0. Then
+    Attributes:
+        map: from features to scores.
+        chosen: ``penalty``, and ``penalty_on_validation``: 1 if it was chosen there, 0 if it is the default.
+        real: whether targets are real numbers.
+    """
 
-        J(W, b) = -1/N sum_n log softmax(W z_n + b)[y_n] + penalty / 2 * sum(W ** 2),    penalty = 1e-3
+    map: LinearMap
+    chosen: Mapping[str, float]
+    real: bool = False
 
-    is minimised from W = 0, b = 0 by L-BFGS (10 pairs, strong Wolfe line search; Nocedal and Wright, Numerical Optimization,
-    2006, ch. 3 and 7) until no entry of its gradient exceeds 1e-4, or for 1000 iterations, which is said in a warning. J is
-    strictly convex in W, and the bias is determined up to a constant which moves no decision: so there is one solution, and
-    nothing to tune. It is scikit-learn's ``LogisticRegression(C=1 / (penalty * N))`` after ``StandardScaler``.
+    def decide(self, features: Tensor) -> Tensor:
+        """Return (N,) int64: the class with the highest score."""
+        return self.map.decide(features)
 
-    The gradient is the closed form ``(P - Y)' Z / N + penalty W``. Beside the features it takes a few chunks of 16 MiB, and
-    about 30 times W for L-BFGS. Each evaluation reads all features once.
+    def __call__(self, split: Split) -> dict[str, float]:
+        return {"loss": float(self.map.losses(split).mean())} if self.real else self.map(split)
+
+
+def fit_linear_probe(train: Split, setting: Setting, validation: Split | None = None) -> FittedProbe:
+    """Fit the converged linear readout of standardised features: logistic regression, or ridge regression for real targets.
+
+    :class:`~bpfree.tasks.linear.Logistic` and :class:`~bpfree.tasks.linear.Ridge` say what is solved. The penalty is chosen on
+    validation by accuracy (by loss for real targets) from powers of ten; without a validation split it is 0.001.
 
     Args:
-        train: features (N, F) and classes (N,).
-        setting: number of classes C, and where to compute.
-
-    Returns:
-        The probe in terms of the features as they are: its weight is ``W / deviation``.
+        train: features (N, F) and targets.
+        setting: number and kind of outputs, and where to compute.
+        validation: features and targets to choose the penalty by.
     """
-    device = setting.device
-    features, targets = near(train.inputs, device), targets_of(train).to(device)
-    mean = mean_of(features, device)
-    scale = inverse_deviation(features, mean)
-    weight = torch.zeros(setting.classes, features.shape[1], device=device)
-    bias = torch.zeros(setting.classes, device=device)
+    readout = make_readout(train, setting.targets, setting.classes, setting.device)
+    fitted: dict[float, LinearMap] = {}
 
-    @torch.no_grad()
-    def objective() -> float:
-        """J, with its gradient in ``.grad``."""
-        loss = torch.zeros((), dtype=torch.float64, device=device)
-        by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        scaled = (weight * scale).T
-        for place, rows in centred(features, mean):
-            logs = torch.addmm(bias, rows, scaled).log_softmax(1)
-            loss -= logs.gather(1, targets[place, None]).sum(dtype=torch.float64)
-            error = logs.exp_() - F.one_hot(targets[place], setting.classes)
-            by_weight.addmm_(error.T, rows)
-            by_bias += error.sum(0)
-        count = len(features)
-        weight.grad = by_weight.mul_(scale / count).add_(weight, alpha=PENALTY)
-        bias.grad = by_bias / count
-        return float(loss / count + PENALTY / 2 * weight.double().square().sum())
+    def score(penalty: float) -> float:
+        assert validation is not None
+        fitted[penalty] = readout.fit(penalty)
+        return readout.score(fitted[penalty], validation)
 
-    _minimise(objective, [weight, bias])
-    return LinearMap(mean, weight * scale, bias)
-
-
-def _minimise(objective: Callable[[], float], parameters: list[Tensor]) -> None:
-    """L-BFGS in place, to the tolerance of the gradient alone: how little the objective moves says nothing of the rest."""
-    solver = torch.optim.LBFGS(
-        parameters,
-        max_iter=MOST_ITERATIONS,
-        max_eval=2 * MOST_ITERATIONS,
-        tolerance_grad=TOLERANCE,
-        tolerance_change=0.0,
-        history_size=HISTORY,
-        line_search_fn="strong_wolfe",
-    )
-    solver.step(objective)
-    left = max(float(p.grad.abs().max()) for p in parameters if p.grad is not None)
-    if not left <= TOLERANCE:
-        logger.warning("the linear probe has not converged: an entry of its gradient is %.1e, more than %.0e", left, TOLERANCE)
+    if validation is None:
+        chosen, best = DEFAULT_PENALTY, readout.fit(DEFAULT_PENALTY)
+    else:
+        chosen = choose_penalty(score).penalty
+        best = fitted[chosen]
+    return FittedProbe(best, {"penalty": chosen, "penalty_on_validation": float(validation is not None)}, setting.targets == "real")
 
 
 # --- nearest centroid -----------------------------------------------------------------------------------------------
 
 
-def fit_nearest_centroid(train: Split, setting: Setting) -> LinearMap:
+def fit_nearest_centroid(train: Split, setting: Setting, validation: Split | None = None) -> LinearMap:
     """The class whose mean of the training features is nearest, by Euclidean distance; features as they are.
 
     Nothing is standardised: what the distances of the representation itself are worth is the question. A class without
@@ -264,8 +152,9 @@ def fit_nearest_centroid(train: Split, setting: Setting) -> LinearMap:
     Args:
         train: features (N, F) and classes (N,).
         setting: number of classes C, and where to compute.
+        validation: not looked at: there is nothing to choose.
     """
-    device, targets = setting.device, targets_of(train)
+    device, targets = setting.device, classes_of(train)
     mean = mean_of(train.inputs, device)
     sums = torch.zeros(setting.classes, train.inputs.shape[1], dtype=torch.float64, device=device)
     for place, rows in centred(train.inputs, mean):
@@ -295,7 +184,7 @@ def clustering_accuracy(clusters: Tensor, targets: Tensor) -> float:
     return int(table[linear_sum_assignment(table.numpy(), maximize=True)].sum()) / len(targets)
 
 
-def fit_clustering(train: Split, setting: Setting) -> Score:
+def fit_clustering(train: Split, setting: Setting, validation: Split | None = None) -> Score:
     """K-means on the training features, without labels, with as many clusters as there are classes; features as they are.
 
     scikit-learn's ``KMeans`` from 10 initialisations by k-means++, the best of which is kept; ``MiniBatchKMeans`` (1,024
@@ -308,10 +197,11 @@ def fit_clustering(train: Split, setting: Setting) -> Score:
     Args:
         train: features (N, F); its targets are not looked at.
         setting: number of classes, seed, and where examples are assigned.
+        validation: not looked at: there is nothing to choose.
     """
     centres = torch.from_numpy(_k_means(train.inputs.numpy(), min(setting.classes, len(train)), setting.seed)).to(setting.device)
     found = nearest(centres, centres.mean(0))
-    return lambda split: {"accuracy": clustering_accuracy(found.decide(split.inputs), targets_of(split))}
+    return lambda split: {"accuracy": clustering_accuracy(found.decide(split.inputs), classes_of(split))}
 
 
 def _k_means(features: np.ndarray[Any, np.dtype[np.float32]], clusters: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -327,6 +217,10 @@ def _k_means(features: np.ndarray[Any, np.dtype[np.float32]], clusters: int, see
     return np.asarray(model.cluster_centers_, dtype=np.float32)
 
 
-LINEAR_PROBE = EvaluationProtocol(fit_linear_probe, "logistic regression on the features, trained to convergence")
+LINEAR_PROBE = EvaluationProtocol(
+    fit_linear_probe,
+    "logistic (or ridge) regression on the features, solved; its penalty chosen on validation",
+    ("classes", "soft", "real"),
+)
 NEAREST_CENTROID = EvaluationProtocol(fit_nearest_centroid, "the class whose mean of the features is nearest")
 CLUSTERING = EvaluationProtocol(fit_clustering, "k-means on the features, its clusters matched with the classes")

@@ -18,7 +18,7 @@ DEFAULT_EPOCHS = 10
 
 @dataclass
 class BudgetConfig:
-    """How long to train: one of the four (none: 10 epochs)."""
+    """How long to train: one of the five (none: 10 epochs)."""
 
     epochs: int | None = option(None, "passes over the training split, as the rule counts them (no limit set: 10)", ge=1)
     samples: int | None = option(None, "examples drawn; every pass over an example counts", ge=1)
@@ -26,6 +26,7 @@ class BudgetConfig:
     forwards: int | None = option(
         None, "forward-pass equivalents of one example: operations of the training steps over those of one forward pass", ge=1
     )
+    operations: float | None = option(None, "floating-point operations of training, equal for all rules and networks", gt=0)
 
     def resolve(self, examples: int) -> Budget:
         """The budget for a training split of so many examples.
@@ -33,7 +34,7 @@ class BudgetConfig:
         Raises:
             UsageError: if more than one limit is set.
         """
-        given = [name for name in ("epochs", "samples", "seconds", "forwards") if getattr(self, name) is not None]
+        given = [name for name in ("epochs", "samples", "seconds", "forwards", "operations") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(
                 f"a budget has one limit, not {len(given)}", where=", ".join(f"budget.{name}" for name in given), fix="set one of them"
@@ -44,6 +45,8 @@ class BudgetConfig:
             return Budget(seconds=self.seconds)
         if self.forwards is not None:
             return Budget(forwards=self.forwards)
+        if self.operations is not None:
+            return Budget(operations=self.operations)
         return Budget(epochs=self.epochs or DEFAULT_EPOCHS)
 
 

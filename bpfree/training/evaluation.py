@@ -16,7 +16,8 @@ from bpfree.plugins import installed_plugins
 from bpfree.rule import Rule
 from bpfree.step import Batch
 from bpfree.tasks.loading import Loader, Resident
-from bpfree.tasks.protocols import EvaluationProtocol, Setting, chunks, result_key
+from bpfree.tasks.linear import chunks
+from bpfree.tasks.protocols import EvaluationProtocol, Setting, result_key
 from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training import environment, seeds
 from bpfree.training.config import TrainConfig
@@ -138,7 +139,8 @@ class Evaluator:
             return {}
         for name, protocol in self._protocols.items():
             try:
-                result |= evaluate_features(name, protocol, fitted, features, self._task.spec, seed=self._config.seed, device=self._device)
+                setting = setting_of(name, self._task.spec, self._config.seed, self._device)
+                result |= evaluate_features(name, protocol, fitted, features, setting, features.get("val/"))
             except Exception as error:
                 _warn(f"the protocol {name!r}", error)
         return result
@@ -158,12 +160,13 @@ def check_protocols(names: Iterable[str], rule: Rule) -> dict[str, EvaluationPro
     where = "evaluation.protocols"
     found: dict[str, EvaluationProtocol] = {name: installed_plugins().get("protocols", name, where=where) for name in names}
     spec = rule.spec
-    if found and spec.targets != "classes":
-        raise UsageError(
-            f"evaluation protocols score integer classes, but task {spec.name!r} has {spec.targets!r} targets",
-            where=where,
-            fix=f"{where}=[]",
-        )
+    for name, protocol in found.items():
+        if spec.targets not in protocol.kinds:
+            raise UsageError(
+                f"the protocol {name} scores {' or '.join(protocol.kinds)}, but task {spec.name!r} has {spec.targets!r} targets",
+                where=where,
+                fix=f"leave {name} out of {where}",
+            )
     if found and not rule.network.chain and type(rule).features is Rule.features:
         raise UsageError(
             f"{type(rule).__name__} gives no features: its network is no chain of blocks",
@@ -202,8 +205,13 @@ def flat_features(split: Split) -> Split:
     return Split(inputs, split.targets)
 
 
+def setting_of(name: str, spec: TaskSpec, seed: int, device: torch.device) -> Setting:
+    """Tell a protocol what it may know beside the features."""
+    return Setting(spec.outputs, seeds.derive(seed, "protocol", name), device, spec.targets)
+
+
 def evaluate_features(
-    name: str, protocol: EvaluationProtocol, train: Split, splits: Mapping[str, Split], spec: TaskSpec, *, seed: int, device: torch.device
+    name: str, protocol: EvaluationProtocol, train: Split, splits: Mapping[str, Split], setting: Setting, validation: Split | None
 ) -> dict[str, float]:
     """Fit a protocol to the training split's features, and score those of other splits.
 
@@ -212,16 +220,15 @@ def evaluate_features(
         protocol: what to fit.
         train: of features, as ``flat_features`` gives them.
         splits: by the prefix of their metrics, such as ``test/``.
-        spec: of the task, whose targets are classes.
-        seed: of the run.
-        device: where to compute.
+        setting: what the protocol is told.
+        validation: what it may choose by.
 
     Returns:
-        ``test/linear_probe/accuracy`` and so on.
+        ``test/linear_probe/accuracy`` and so on, and what was chosen, as ``linear_probe/penalty``.
     """
-    score = protocol.fit(train, Setting(spec.outputs, seeds.derive(seed, "protocol", name), device))
-    key = result_key(name)
-    return {f"{prefix}{key}/{metric}": float(value) for prefix, split in splits.items() for metric, value in score(split).items()}
+    score, key = protocol.fit(train, setting, validation), result_key(name)
+    result = {f"{key}/{thing}": float(value) for thing, value in getattr(score, "chosen", {}).items()}
+    return result | {f"{prefix}{key}/{metric}": float(value) for prefix, split in splits.items() for metric, value in score(split).items()}
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ class Limits:
     def _count_passes(self, rule: Rule) -> int:
         """Passes that the phases amount to. Where they are open or endless, the budget's epochs, which then end the run."""
         phases = list(itertools.islice(rule.phases(self._budget), MOST_PHASES))
-        if len(phases) == MOST_PHASES or any(phase.epochs is phase.seconds is phase.forwards is None for phase in phases):
+        if len(phases) == MOST_PHASES or any(phase.epochs is phase.seconds is phase.forwards is phase.operations is None for phase in phases):
             self._ends = True
             return self._budget.epochs or 0
         return sum(phase.epochs or 0 for phase in phases)
@@ -44,7 +44,7 @@ class Limits:
         """Share of the budget that is used.
 
         Raises:
-            UsageError: it is in forward-pass equivalents, which are not known.
+            UsageError: it is in forward-pass equivalents or operations, which are not known.
         """
         budget, at = self._budget, self._state.at
         if budget.samples is not None:
@@ -53,6 +53,8 @@ class Limits:
             return self._state.clock.seconds / budget.seconds
         if budget.forwards is not None:
             return self._state.operations.spent() / budget.forwards
+        if budget.operations is not None:
+            return self._state.operations.counted() / budget.operations
         return (at.epoch + at.share) / max(1, self.passes)
 
     def is_over(self) -> bool:
@@ -66,6 +68,8 @@ class Limits:
             return min(1.0, (self._state.clock.seconds - at.phase_seconds) / phase.seconds)
         if phase.forwards is not None:
             return min(1.0, self._state.operations.spent(at.phase_operations) / phase.forwards)
+        if phase.operations is not None:
+            return min(1.0, self._state.operations.counted(at.phase_operations) / phase.operations)
         return min(1.0, (at.phase_epoch + at.share) / phase.epochs) if phase.epochs else self._state.step.progress
 
     def phase_is_over(self, phase: Phase) -> bool:
@@ -73,10 +77,12 @@ class Limits:
         return self.is_used_up(phase) or (phase.epochs is not None and self._state.at.phase_epoch >= phase.epochs)
 
     def is_used_up(self, phase: Phase) -> bool:
-        """Whether the phase's seconds or forwards, or the run's budget are, which may be in the middle of a pass."""
+        """Whether the phase's seconds, forwards or operations, or the run's budget are, which may be in the middle of a pass."""
         state = self._state
         if phase.seconds is not None and state.clock.seconds - state.at.phase_seconds >= phase.seconds:
             return True
         if phase.forwards is not None and state.operations.spent(state.at.phase_operations) >= phase.forwards:
+            return True
+        if phase.operations is not None and state.operations.counted(state.at.phase_operations) >= phase.operations:
             return True
         return self.is_over()

@@ -179,9 +179,21 @@ class Operations:
         Raises:
             UsageError: they are not known.
         """
-        if self.trouble:
-            raise UsageError(self.trouble, where="budget.forwards", fix="set budget.epochs, budget.samples or budget.seconds")
+        self._must_count("budget.forwards")
         return 0.0 if self.forward is None else (self.total - since) * self.examples / self.forward
+
+    def counted(self, since: int = 0) -> float:
+        """Return the operations since a total, for budgets.
+
+        Raises:
+            UsageError: they are not known.
+        """
+        self._must_count("budget.operations")
+        return float(self.total - since)
+
+    def _must_count(self, where: str) -> None:
+        if self.trouble:
+            raise UsageError(self.trouble, where=where, fix="set budget.epochs, budget.samples or budget.seconds")
 
     def costs(self) -> dict[str, float]:
         """For a run's result: ``train/forwards``, ``train/operations`` and, for one example, ``forward_operations``."""

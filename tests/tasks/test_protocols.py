@@ -11,6 +11,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import Ridge as SkRidge
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
@@ -22,9 +23,11 @@ from bpfree.baselines import Backprop, Linear
 from bpfree.config import parse_words, resolve
 from bpfree.plugins import Plugins
 from bpfree.rule import Streamed, Traits
-from bpfree.tasks import protocols
+from bpfree.tasks import linear, protocols
+from bpfree.tasks.linear import classes_of
 from bpfree.tasks.protocols import (
     EvaluationProtocol,
+    FittedProbe,
     LinearMap,
     Setting,
     clustering_accuracy,
@@ -70,14 +73,14 @@ def reference(train: Split) -> tuple[StandardScaler, LogisticRegression]:
 def test_the_probe_has_scikit_learns_coefficients(rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the features come in several chunks, the last of them a partial one."""
     train = blobs()
-    monkeypatch.setattr(protocols, "CHUNK", rows * train.inputs.shape[1])
-    monkeypatch.setattr(protocols, "TOLERANCE", 2e-6)
+    monkeypatch.setattr(linear, "CHUNK", rows * train.inputs.shape[1])
+    monkeypatch.setattr(linear, "TOLERANCE", 2e-6)
     probe = fit_linear_probe(train, setting_of(device, 3))
     scaler, model = reference(train)
-    weight = probe.weight.cpu().numpy() * scaler.scale_  # of standardised features
+    weight = probe.map.weight.cpu().numpy() * scaler.scale_  # of standardised features
     np.testing.assert_allclose(weight[:, :-1], model.coef_[:, :-1], atol=2e-3)
     assert not weight[:, -1].any()
-    bias = probe.bias.cpu().numpy()
+    bias = probe.map.bias.cpu().numpy()
     np.testing.assert_allclose(bias - bias.mean(), model.intercept_ - model.intercept_.mean(), atol=2e-3)
 
 
@@ -97,11 +100,11 @@ def test_the_probe_minimises_the_stated_objective(digits: Task, device: torch.de
     x = train.inputs.double()
     deviation = x.std(0, correction=0)
     z = torch.where(deviation > 0, (x - x.mean(0)) / deviation, 0.0)
-    weight = (probe.weight.cpu() * deviation).requires_grad_()
-    bias = probe.bias.cpu().double().requires_grad_()
+    weight = (probe.map.weight.cpu() * deviation).requires_grad_()
+    bias = probe.map.bias.cpu().double().requires_grad_()
     objective = nn.functional.cross_entropy(z @ weight.T + bias, train.targets) + 1e-3 / 2 * weight.square().sum()
     found = torch.autograd.grad(objective, [weight, bias])
-    assert max(float(part.abs().max()) for part in found) <= 1.01 * protocols.TOLERANCE
+    assert max(float(part.abs().max()) for part in found) <= 1.01 * linear.TOLERANCE
     assert objective < 0.2  # log 10 at the start
 
 
@@ -111,8 +114,8 @@ def test_rounding_is_no_feature(device: torch.device) -> None:
     place = torch.full((60,), 1000.0)
     bit = torch.where(targets == 1, torch.nextafter(place, place + 1), place)
     probe = fit_linear_probe(Split(torch.stack([bit, place + 0.1 * targets], 1), targets), setting_of(device, 2))
-    assert probe.weight[:, 0].tolist() == [0.0, 0.0]
-    assert probe.weight[:, 1].abs().min() > 1
+    assert probe.map.weight[:, 0].tolist() == [0.0, 0.0]
+    assert probe.map.weight[:, 1].abs().min() > 1
 
 
 def test_a_probe_that_has_not_converged_says_so(
@@ -121,7 +124,7 @@ def test_a_probe_that_has_not_converged_says_so(
     with caplog.at_level(logging.WARNING, "bpfree"):
         fit_linear_probe(flat(digits.train), setting_of(device))
         assert not caplog.records
-        monkeypatch.setattr(protocols, "MOST_ITERATIONS", 3)
+        monkeypatch.setattr(linear, "MOST_ITERATIONS", 3)
         fit_linear_probe(flat(digits.train), setting_of(device))
     assert "has not converged" in caplog.text
 
@@ -141,9 +144,9 @@ def test_only_chunks_and_coefficients_are_allocated(device: torch.device, monkey
 
     train = blobs(2000, 50)
     before, owned = train.inputs.clone(), train.inputs.untyped_storage().data_ptr()
-    monkeypatch.setattr(protocols, "CHUNK", 20 * 50)
-    monkeypatch.setattr(protocols, "MOST_ITERATIONS", 3)
-    monkeypatch.setattr(protocols, "SHARE_OF_FREE", 0.0)
+    monkeypatch.setattr(linear, "CHUNK", 20 * 50)
+    monkeypatch.setattr(linear, "MOST_ITERATIONS", 3)
+    monkeypatch.setattr(linear, "SHARE_OF_FREE", 0.0)
     for fit in (fit_linear_probe, fit_nearest_centroid):
         with Largest() as largest:
             fit(train, setting_of(device, 3))(train)
@@ -156,7 +159,7 @@ def test_only_chunks_and_coefficients_are_allocated(device: torch.device, monkey
 
 @pytest.mark.filterwarnings("ignore:self.within_class_std_dev_:UserWarning")  # pixels that are the same in all of a class
 def test_nearest_centroids_are_scikit_learns(digits: Task, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocols, "CHUNK", 100 * 64)
+    monkeypatch.setattr(linear, "CHUNK", 100 * 64)
     train, test = flat(digits.train), flat(digits.test)
     assert train.targets is not None
     expected = NearestCentroid().fit(train.inputs.numpy(), train.targets.numpy()).predict(test.inputs.numpy())
@@ -240,18 +243,21 @@ def test_a_run_scores_its_features_at_the_end_and_is_otherwise_the_same(digits: 
 
     assert digits.validation is not None
     for name, fit in (("linear_probe", fit_linear_probe), ("nearest_centroid", fit_nearest_centroid)):
-        fitted = fit(features(digits.train), setting_of(device))
-        assert isinstance(fitted, LinearMap)
+        fitted = fit(features(digits.train), setting_of(device), features(digits.validation))
+        assert isinstance(fitted, (LinearMap, FittedProbe))
         for prefix, split in (("val", digits.validation), ("test", digits.test)):
             assert run.result[f"{prefix}/{name}/accuracy"] == pytest.approx(fitted(features(split))["accuracy"], abs=0.006)
+    assert run.result["linear_probe/penalty_on_validation"] == 1
     assert run.result["test/linear_probe/accuracy"] > 0.85
     assert run.result["test/clustering/accuracy"] > 0.5
 
 
 def test_without_a_validation_split_there_is_the_test_split(digits: Task, device: torch.device) -> None:
     whole = Task(digits.spec, digits.train, None, digits.test)
-    result = Trainer(rule_on(whole), whole, asking(device, "nearest-centroid")).fit().result
+    result = Trainer(rule_on(whole), whole, asking(device, "nearest-centroid", "linear-probe")).fit().result
     assert [key for key in result if "centroid" in key] == ["test/nearest_centroid/accuracy"]
+    assert result["linear_probe/penalty"] == linear.DEFAULT_PENALTY
+    assert result["linear_probe/penalty_on_validation"] == 0
 
 
 class Hebb(Streamed):
@@ -277,7 +283,8 @@ def test_a_network_without_readout_is_scored_by_its_last_block(digits: Task, dev
 def test_the_linear_classifiers_features_are_its_inputs(digits: Task, device: torch.device) -> None:
     rule = rule_on(digits, Linear, depth=0)
     result = Trainer(rule, digits, asking(device, "linear-probe", budget=BudgetConfig(epochs=1))).fit().result
-    expected = fit_linear_probe(flat(digits.train), setting_of(device))(flat(digits.test))
+    assert digits.validation is not None
+    expected = fit_linear_probe(flat(digits.train), setting_of(device), flat(digits.validation))(flat(digits.test))
     assert result["test/linear_probe/accuracy"] == pytest.approx(expected["accuracy"], abs=0.003)
 
 
@@ -307,22 +314,66 @@ def test_wrong_requests_are_refused_before_the_training(digits: Task, device: to
     with pytest.raises(UsageError, match=r"Featureless gives no features .*a sequence of states"):
         Trainer(rule, digits, asking(device, "clustering")).fit()
     assert rule.steps == 0
-    recipe = resolve(parse_words(["rule=noprop-dt", "rule.T=2", "evaluation.protocols=[clustering]"]))
+    loose = Network({"a": nn.Linear(64, 10), "b": nn.Linear(64, 10)}, input_shape=(64,), chain=False)
     with pytest.raises(UsageError, match="gives no features: its network is no chain"):
-        Trainer(recipe.build_rule(digits.spec), digits, recipe.settings)
+        Trainer(NoChain(loose, digits.spec), digits, asking(device, "clustering"))
+
+
+class NoChain(Hebb):
+    """Blocks side by side, and no word on what its features are."""
+
+    traits = Traits(chain=False, readout=False)
 
 
 @pytest.mark.parametrize("targets", ["soft", "real"])
-def test_tasks_without_classes_are_refused(targets: Any, device: torch.device, workplace: Any) -> None:
+def test_targets_that_a_protocol_cannot_score_are_refused(targets: Any, device: torch.device, workplace: Any) -> None:
     rows = torch.eye(3)[torch.arange(60) % 3]
     split = Split(torch.randn(60, 4), rows)
     task = Task(TaskSpec("rows", (4,), 3, targets=targets), split, None, split)
-    with pytest.raises(UsageError, match=f"integer classes, but task 'rows' has '{targets}' targets"):
-        Trainer(rule_on(task), task, asking(device, "linear-probe"))
+    with pytest.raises(UsageError, match=f"nearest-centroid scores classes, but task 'rows' has '{targets}' targets"):
+        Trainer(rule_on(task), task, asking(device, "nearest-centroid"))
     np.savez("rows.npz", x=split.inputs.numpy(), y=rows.numpy())
-    words = ["task=npz", "task.path=rows.npz", f"task.targets={targets}", "evaluation.protocols=[linear-probe]"]
-    with pytest.raises(UsageError, match=r"evaluation\.protocols score integer classes"):
+    words = ["task=npz", "task.path=rows.npz", f"task.targets={targets}", "evaluation.protocols=[nearest-centroid]"]
+    with pytest.raises(UsageError, match=r"nearest-centroid scores classes"):
         resolve(parse_words(words))
+
+
+@pytest.mark.parametrize("targets", ["soft", "real"])
+def test_the_probe_reads_soft_labels_and_real_targets(targets: Any, device: torch.device) -> None:
+    """Oracle: one-hot rows as soft labels give the classes' own probe; as real targets, scikit-learn's ridge regression."""
+    train = blobs()
+    rows = Split(train.inputs, torch.eye(3)[classes_of(train)])
+    probe = fit_linear_probe(rows, Setting(3, 0, device, targets))
+    if targets == "soft":
+        expected = fit_linear_probe(train, setting_of(device, 3))
+        assert torch.equal(probe.decide(rows.inputs), expected.decide(train.inputs))
+        assert probe(rows) == expected(train)
+    else:
+        scaled = StandardScaler().fit_transform(train.inputs.double().numpy()[:, :-1])
+        model = SkRidge(alpha=linear.DEFAULT_PENALTY * len(train)).fit(scaled, rows.targets)
+        loss = 0.5 * ((model.predict(scaled) - rows.targets.numpy()) ** 2).sum(1).mean()
+        assert probe(rows)["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_penalty_is_chosen_on_validation_and_the_grid_grows_at_its_edge() -> None:
+    """Oracle: made scores whose best is known; of equal ones the strongest penalty is taken."""
+    asked: list[float] = []
+
+    def peak(at: float) -> Any:
+        def score(penalty: float) -> float:
+            asked.append(penalty)
+            return -abs(np.log10(penalty) - np.log10(at))
+
+        return score
+
+    for at, tried in ((1e-2, 4), (1e-6, 7), (1e1, 7)):
+        asked.clear()
+        choice = linear.choose_penalty(peak(at))
+        assert choice.penalty == at
+        assert len(asked) == tried
+        assert not choice.at_edge
+    assert linear.choose_penalty(lambda penalty: 0.5).penalty == linear.STRONGEST
+    assert linear.choose_penalty(lambda penalty: 0.5 * (penalty <= 1e-3)).penalty == 1e-3
 
 
 class Entry:
@@ -331,7 +382,7 @@ class Entry:
     name, dist = "counting", None
 
     def load(self) -> Any:
-        def fail(train: Split, setting: Setting) -> Any:
+        def fail(train: Split, setting: Setting, validation: Split | None) -> Any:
             raise ArithmeticError("no inverse")
 
         class Module:
@@ -339,7 +390,9 @@ class Entry:
 
             @hookimpl
             def bpfree_protocols(self) -> dict[str, EvaluationProtocol]:
-                count = EvaluationProtocol(lambda train, setting: lambda split: {"share": torch.tensor(len(split) / len(train))})
+                count = EvaluationProtocol(
+                    lambda train, setting, validation: lambda split: {"share": torch.tensor(len(split) / len(train))}
+                )
                 return {"my-count": count, "failing": EvaluationProtocol(fail)}
 
         return Module()

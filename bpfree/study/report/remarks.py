@@ -59,9 +59,10 @@ def _budget(line: Line) -> str:
     budget = line.cells[0].recipe.settings.budget
     if budget.samples is not None:
         return f"{budget.samples:,} examples drawn"
-    forwards = getattr(budget, "forwards", None)
-    if forwards is not None:
-        return f"{compact(forwards)} forward-pass equivalents"
+    if budget.forwards is not None:
+        return f"{compact(budget.forwards)} forward-pass equivalents"
+    if budget.operations is not None:
+        return f"{compact(budget.operations)} operations"
     if budget.seconds is not None:
         return f"{budget.seconds:g} seconds"
     return _count(10 if budget.epochs is None else budget.epochs, "epoch")

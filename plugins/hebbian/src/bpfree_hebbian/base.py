@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from bpfree import Batch, Budget, Network, OptimizerConfig, Phase, Rule, ScheduleConfig, Split, Step, TaskSpec, Traits, UsageError, option
 from bpfree.network.closed_form import is_batch_norm
 from bpfree.network.network import evaluating
+from bpfree.network.statistics import cumulative_statistics
 from bpfree_hebbian.layer import Layer, layers_of, per_unit
 from bpfree_hebbian.networks import each
 
@@ -173,8 +173,8 @@ class Hebbian(Rule):
             schedule=HALVINGS if self.config.readout_schedule == "halving" else None,
             on_features=True,
         )
-        if budget.epochs is None:  # half of the seconds or forward passes, which are measured and not planned
-            kind = "seconds" if budget.seconds is not None else "forwards"
+        if budget.epochs is None:  # half of the seconds, forward passes or operations, which are measured and not planned
+            kind = next(name for name in ("seconds", "forwards", "operations") if getattr(budget, name) is not None)
             share = 0.5 * getattr(budget, kind)
             stages_of = [_features(self, groups, **{kind: share / len(stages)}) for groups in stages]
             return [*([] if self.frozen else stages_of), replace(readout, **{kind: share})]
@@ -206,7 +206,7 @@ class Hebbian(Rule):
         for name in self.network.hidden:
             block = self.network.blocks[name]
             parts = x.chunk(-(-len(x) // 250))  # of about the same size, since they count the same
-            with _cumulative(block):
+            with cumulative_statistics(block):
                 for part in parts:
                     block(part)
             with evaluating(block):
@@ -270,20 +270,3 @@ def _features(rule: Hebbian, groups: tuple[str, ...], **end: Any) -> Phase:
     plain = OptimizerConfig("sgd", lr=1.0, weight_decay=0.0, momentum=0.0, options={"nesterov": False, "dampening": 0.0, "maximize": False})
     size = rule.config.feature_batch_size or rule.defaults.feature_batch_size
     return Phase(name, groups=groups, batch_size=size, optimizer=plain, schedule=rule.defaults.schedule, evaluate=False, **end)
-
-
-@contextmanager
-def _cumulative(block: nn.Module) -> Iterator[None]:
-    """Batch norms average over all that they see, with equal weights."""
-    norms: list[Any] = [part for part in block.modules() if is_batch_norm(part)]
-    before = [(norm.momentum, norm.training) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    try:
-        yield
-    finally:
-        for norm, (momentum, training) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            norm.train(training)

@@ -188,6 +188,10 @@ class HebbianNorm(Rule):
     def predict(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         return self.read(self.features(inputs), generator)
 
+    def representations(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Return the outputs of all networks together, (N, C, K): no single one is made for telling classes apart."""
+        return {"all classes": self.features(inputs)}
+
     def features(self, inputs: Tensor) -> Tensor:
         """(N, C, K) the outputs of all networks."""
         return self._outputs(self.networks[0].inputs(inputs), self.weights())

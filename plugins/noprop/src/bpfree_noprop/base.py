@@ -113,6 +113,14 @@ class NoPropRule(Rule):
             if isinstance(self.head, SoftmaxHead):
                 self.head.align(self.embed)
 
+    def representations(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Return the last hidden activities (N, H) of each block for a state z = 0, which says nothing of the label."""
+        return {name: cast(LabelBlock, block).blind(inputs) for name, block in self.network.blocks.items()}
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Return the last hidden activities of all blocks side by side, (N, sum of H), for a state z = 0."""
+        return torch.cat(list(self.representations(inputs).values()), dim=1)
+
     def rows(self, batch: Batch) -> Tensor:
         """The labels as class weights (N, m): one-hot rows, or soft labels as they are."""
         return self.spec.target_rows(batch, self.embed.weight.dtype)

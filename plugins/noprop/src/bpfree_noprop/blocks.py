@@ -7,6 +7,7 @@ on z (``features``), so that an evaluation with several z pays for it once.
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -83,6 +84,14 @@ class LabelBlock(nn.Module):
         """Draw the block's dropout masks from the generator ``<name>/dropout`` inside, if it has any dropout."""
         return masks_from(generator_for(f"{name}/dropout"), self._dropouts) if self._dropouts else nullcontext()
 
+    @abstractmethod
+    def blind(self, x: Tensor) -> Tensor:
+        """Return the activities (N, H) before the last linear map for an input alone: the state is z = 0."""
+
+    def no_label(self, x: Tensor) -> Tensor:
+        """Return the state z = 0 (N, d), which says nothing of a label."""
+        return torch.zeros(len(x), self.state_dim, device=self.out.weight.device, dtype=self.out.weight.dtype)
+
     def freeze_body(self) -> None:
         """Fix all but the last linear map."""
         self.requires_grad_(False)
@@ -107,9 +116,16 @@ class DenoisingBlock(LabelBlock):
         """What the block makes of the input alone: (N, F)."""
         return self.stem(x)  # type: ignore[no-any-return]
 
+    def hidden(self, features: Tensor, z: Tensor) -> Tensor:
+        """Activities (N, H) before the last linear map, of input features (N, F) and a state (N, d)."""
+        return self.fuse(torch.cat([features, self.label(z)], dim=1))  # type: ignore[no-any-return]
+
+    def blind(self, x: Tensor) -> Tensor:
+        return self.hidden(self.features(x), self.no_label(x))
+
     def judge(self, features: Tensor, z: Tensor) -> Tensor:
         """Logits (N, m) of input features (N, F) and a state (N, d)."""
-        return self.out(self.fuse(torch.cat([features, self.label(z)], dim=1)))  # type: ignore[no-any-return]
+        return self.out(self.hidden(features, z))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         return self.judge(self.features(x), z)

@@ -116,7 +116,15 @@ class TimedBlock(LabelBlock):
 
     def judge(self, features: Tensor, z: Tensor, moments: Tensor) -> Tensor:
         """Logits (N, m) of input features (N, J) and a state (N, d) at moments (N, J), or at one for all, (J,) or (1, J)."""
-        return self.out(self.fuse(features + self.join["label"](self.label(z)) + moments))  # type: ignore[no-any-return]
+        return self.out(self.hidden(features, z, moments))  # type: ignore[no-any-return]
+
+    def hidden(self, features: Tensor, z: Tensor, moments: Tensor) -> Tensor:
+        """Activities (N, L) before the last linear map; arguments as of :meth:`judge`."""
+        return self.fuse(features + self.join["label"](self.label(z)) + moments)  # type: ignore[no-any-return]
+
+    def blind(self, x: Tensor) -> Tensor:
+        """At t = 0, where the state is noise."""
+        return self.hidden(self.features(x), self.no_label(x), self.moments(self.out.weight.new_zeros(1)))
 
     def forward(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return self.judge(self.features(x), z, self.moments(t))
