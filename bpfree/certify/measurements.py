@@ -256,7 +256,7 @@ class Measurements:
 
     @cached_property
     def lesson(self) -> Lesson:
-        """The rule, its twin and back-propagation on digits."""
+        """The rule, its floor, its own-prediction twin and back-propagation on digits."""
         return learn_lesson(self.subject)
 
     # --- in words ---------------------------------------------------------------------------------------------------
