@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from bpfree.baselines import Backprop
 from bpfree.certify import practice
@@ -155,7 +156,7 @@ def learn_lesson(subject: Subject) -> Lesson:
         features=probed if len(probed) == SEEDS else (),
         floor=FloorScores(floor.name, floor.best.penalty, floor.best.validation, floor.test),
         inputs=floor.linear.test,
-        twin=tuple(practice.train(subject, seed=seed, twin=True).result["test/accuracy"] for seed in range(SEEDS)),
+        twin=tuple(_train(subject, seed, twin=True)["test/accuracy"] for seed in range(SEEDS)),
         backprop=tuple(_ceiling(subject, seed, reference == words) for seed in range(SEEDS)),
         chance=chance_of(task) or 1 / task.spec.outputs,
     )
@@ -164,11 +165,11 @@ def learn_lesson(subject: Subject) -> Lesson:
 def _own(subject: Subject, seed: int) -> tuple[float, float | None]:
     """Accuracy of the rule's own prediction, and of its features read by the converged probe."""
     try:
-        result = practice.train(subject, seed=seed, protocols=[PROBE]).result
+        result = _train(subject, seed, protocols=[PROBE])
     except UsageError as error:
         if error.where != PROTOCOLS:
             raise
-        result = practice.train(subject, seed=seed).result  # it gives no features
+        result = _train(subject, seed)  # it gives no features
     return result["test/accuracy"], result.get("test/linear_probe/accuracy")
 
 
@@ -177,12 +178,17 @@ def _ceiling(subject: Subject, seed: int, same_network: bool) -> float:
         return _plain_ceiling(seed)
     spec = practice.digits().spec
     network = practice.build(subject, spec, seed=seed).network.requires_grad_(True)
-    return practice.train(subject, rule=Backprop(network, spec), seed=seed).result["test/accuracy"]
+    return _train(subject, seed, rule=Backprop(network, spec))["test/accuracy"]
 
 
 @lru_cache(maxsize=SEEDS)
 def _plain_ceiling(seed: int) -> float:
-    return practice.train(Subject("backprop"), seed=seed).result["test/accuracy"]
+    return _train(Subject("backprop"), seed)["test/accuracy"]
+
+
+def _train(subject: Subject, seed: int, **options: Any) -> Mapping[str, float]:
+    """Train, and score once at the end: all seeds together take most of a certificate's time."""
+    return practice.train(subject, seed=seed, evaluate_every=practice.EPOCHS, **options).result
 
 
 # --- the floor ------------------------------------------------------------------------------------------------------

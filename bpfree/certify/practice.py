@@ -60,6 +60,7 @@ def trainer(
     twin: bool = False,
     alignment_every: int = 0,
     protocols: Iterable[str] = (),
+    evaluate_every: int = 1,
     folder: Path | None = None,
     observers: Iterable[Any] = (),
 ) -> Trainer:
@@ -74,7 +75,7 @@ def trainer(
         frozen_twin=twin,
         checkpoint=CheckpointConfig(every=0),
         alignment=AlignmentConfig(every=alignment_every),
-        evaluation=EvaluationConfig(protocols=list(protocols)),
+        evaluation=EvaluationConfig(every=evaluate_every, protocols=list(protocols)),
     )
     return Trainer(rule or build(subject, task.spec, seed=seed), task, settings, folder=folder, observers=observers)
 
