@@ -65,7 +65,9 @@ class Work:
         self.copies += more.copies
         self.feedback += more.feedback
 
-    def add_foreign(self, name: str, args: tuple[Any, ...], result: Any, shapes: Iterable[Shape], operations: int, *, reverse: bool) -> None:
+    def add_foreign(
+        self, name: str, args: tuple[Any, ...], result: Any, shapes: Iterable[Shape], operations: int, *, reverse: bool
+    ) -> None:
         """Put down a product in which no own weights stand.
 
         Args:
