@@ -14,7 +14,7 @@
 
 from bpfree.certify.cases import Case, cases, parametrize_with_checks
 from bpfree.certify.certificate import Certificate, read_certificate
-from bpfree.certify.findings import Check, CheckFailed, Finding, NotApplicable, Unmeasured
+from bpfree.certify.findings import Check, CheckFailed, Finding, NotApplicable, NotShown, Unmeasured
 from bpfree.certify.kit import CHECKS, certify, examine
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Specimen, Subject
@@ -28,6 +28,7 @@ __all__ = [
     "Finding",
     "Measurements",
     "NotApplicable",
+    "NotShown",
     "Specimen",
     "Subject",
     "Unmeasured",

@@ -44,7 +44,7 @@ class Case:
             raise AssertionError(str(finding))
         if finding.status == "waived":
             _pytest().xfail(f"waived: {finding.waiver}")
-        if finding.status in ("unmeasured", "not applicable"):
+        if finding.status in ("not shown", "unmeasured", "not applicable"):
             _pytest().skip(f"{finding.status}: {finding.what}")
 
     def __repr__(self) -> str:
@@ -70,7 +70,7 @@ def cases(rule: str | type[Rule], settings: Iterable[str] = (), *, full: bool = 
 def parametrize_with_checks(rule: str | type[Rule], settings: Iterable[str] = (), *, full: bool = False) -> Callable[..., Any]:
     """A decorator: one pytest case per check, handed over as the argument ``check``.
 
-    A failed check fails its case, a waived one is an expected failure, an unmeasured one is skipped with its reason.
+    A failed check fails its case, a waived one is an expected failure, one that is unmeasured or not shown is skipped with its reason.
     """
     decorator: Callable[..., Any] = _pytest().mark.parametrize("check", cases(rule, settings, full=full), ids=repr)
     return decorator

@@ -75,13 +75,19 @@ class Certificate:
         return "certified with waivers" if self.counts.get("waived") else "certified"
 
     @property
+    def remark(self) -> str:
+        """What goes with the status, such as "not shown to learn more than its floor on this network"; the empty string: nothing."""
+        learning = self.properties.get("learning") or {}
+        return str(learning.get("remark", ""))
+
+    @property
     def command(self) -> str:
         """What renews it."""
         return " ".join(["bpfree certify", self.rule, *self.settings])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {**dataclasses.asdict(self), "status": self.status, "command": self.command}
+        return {**dataclasses.asdict(self), "status": self.status, "remark": self.remark, "command": self.command}
 
     def to_json(self) -> str:
         """As a file holds it."""

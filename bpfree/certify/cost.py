@@ -1,10 +1,7 @@
-"""What a step costs: memory against depth, and time beside back-propagation on the same network."""
+"""What a step needs: memory against depth."""
 
 from __future__ import annotations
 
-import copy
-import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,19 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bpfree.baselines import Backprop
-from bpfree.certify.probe import PLAIN, Probe, Sampling
+from bpfree.certify.probe import Probe, Sampling
 from bpfree.certify.subject import Specimen, Subject
-from bpfree.errors import UsageError
 from bpfree.rule import Rule
 from bpfree.step import Batch, Step
 from bpfree.training.meters import StepMemory
-from bpfree.training.updater import new_step
 
-__all__ = ["MemoryCurve", "measure_memory", "measure_time"]
+__all__ = ["MemoryCurve", "measure_memory"]
 
 DEPTHS = (2, 4, 8, 16)
-MANY, FEW = 512, 64
+MANY = 512
 PHASES = 8
 WATCHED = 2
 """The step that is watched: lazy set-up is over by then."""
@@ -152,34 +146,3 @@ def saved_for_backward() -> Iterator[_Size]:
             yield size
     except RuntimeError:  # functional transforms refuse such hooks, second derivatives miss their graph
         size.works = False
-
-
-def measure_time(subject: Subject, specimen: Specimen) -> dict[str, float]:
-    """Seconds of a step over those of back-propagation on the same network, side by side, by phase.
-
-    Empty where back-propagation cannot train the network.
-    """
-    probe = Probe(subject, specimen, Sampling(samples=FEW, steps=10, phases=PHASES), dtype=torch.float32)
-    ours: dict[str, list[float]] = {}
-    theirs: dict[str, list[float]] = {}
-    reference: list[tuple[Backprop, Step]] = []
-
-    @contextmanager
-    def watch(rule: Rule, batch: Batch, step: Step) -> Iterator[None]:
-        if not reference:
-            other = Backprop(copy.deepcopy(rule.network).requires_grad_(True), rule.spec)
-            reference.append((other, new_step(other, PLAIN)))
-        if not step.phase.on_features:
-            began = time.perf_counter()
-            reference[0][0].learn(batch, reference[0][1])
-            theirs.setdefault("", []).append(time.perf_counter() - began)
-        began = time.perf_counter()
-        yield
-        ours.setdefault(step.phase.name, []).append(time.perf_counter() - began)
-
-    try:
-        probe.run(watch=watch)
-    except UsageError:  # no chain, or no readout
-        return {}
-    usual = statistics.median(theirs[""]) if theirs else 0.0
-    return {phase: round(statistics.median(times) / usual, 2) for phase, times in ours.items()} if usual else {}

@@ -1,4 +1,4 @@
-"""What checks find: passed, failed, waived, unmeasured, or not applicable; each with what, where, and what to do."""
+"""What checks find: passed, not shown, failed, waived, unmeasured, or not applicable; each with what, where, and what to do."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from bpfree.certify.measurements import Measurements
 
-__all__ = ["NEEDLESS", "Check", "CheckFailed", "Finding", "NotApplicable", "Status", "Unmeasured"]
+__all__ = ["NEEDLESS", "Check", "CheckFailed", "Finding", "NotApplicable", "NotShown", "Status", "Unmeasured"]
 
 NEEDLESS = "the waiver is not needed"
 """What is said of a check that passes though it was expected to fail."""
-Status = Literal["passed", "failed", "waived", "unmeasured", "not applicable"]
+Status = Literal["passed", "not shown", "failed", "waived", "unmeasured", "not applicable"]
 
 
 class CheckFailed(Exception):
@@ -38,6 +38,10 @@ class NotApplicable(Exception):
     """A check says nothing of this rule; says why."""
 
 
+class NotShown(Exception):
+    """What a check asks for was measured, and not shown; says so. The rule is not wrong for it, and the certificate carries the remark."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One question that a certificate answers.
@@ -45,7 +49,7 @@ class Check:
     Attributes:
         id: short, with hyphens; what waivers and ``--only`` name.
         title: what holds if it passes, in one line.
-        run: raises ``CheckFailed``, ``Unmeasured`` or ``NotApplicable``, else it has passed; may return a remark.
+        run: raises ``CheckFailed``, ``NotShown``, ``Unmeasured`` or ``NotApplicable``, else it has passed; may return a remark.
         quick: whether ``--quick`` includes it.
         waivable: whether an expected failure can be waived with a reason.
     """
@@ -64,7 +68,7 @@ class Finding:
     Attributes:
         id, title: the check's.
         status: how it ended.
-        what, where, fix: of a failure (also a waived one); ``what`` alone: a remark, or why it was not measured.
+        what, where, fix: of a failure (also a waived one); ``what`` alone: a remark, what was not shown, or why it was not measured.
         waiver: the written reason, if it was expected to fail.
         seconds: it took.
     """

@@ -16,7 +16,7 @@ from bpfree import sources
 from bpfree.certify.certificate import Certificate
 from bpfree.certify.checks import contract, isolation, learning, reproducibility, traits
 from bpfree.certify.checks.places import is_own, place_of_error
-from bpfree.certify.findings import NEEDLESS, Check, CheckFailed, Finding, NotApplicable, Unmeasured
+from bpfree.certify.findings import NEEDLESS, Check, CheckFailed, Finding, NotApplicable, NotShown, Unmeasured
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Subject
 from bpfree.errors import BpfreeError, UsageError, unknown_name
@@ -114,7 +114,7 @@ def examine(m: Measurements, check: Check, waivers: Mapping[str, str] | None = N
             finding.status, finding.waiver = "waived", reason
         else:
             finding.what += "; this check cannot be waived"
-    elif reason and finding.status == "passed":
+    elif reason and finding.status in ("passed", "not shown"):
         finding.what = f"{finding.what + '; ' if finding.what else ''}{NEEDLESS}"
     return finding
 
@@ -124,6 +124,8 @@ def _run(m: Measurements, check: Check) -> Finding:
         return Finding(check.id, check.title, "passed", what=check.run(m) or "")
     except CheckFailed as error:
         return Finding(check.id, check.title, "failed", error.what, error.where, error.fix)
+    except NotShown as error:
+        return Finding(check.id, check.title, "not shown", str(error))
     except Unmeasured as error:
         return Finding(check.id, check.title, "unmeasured", str(error))
     except NotApplicable as error:

@@ -1,20 +1,79 @@
-"""The rule, its frozen twin and back-propagation on the bundled digits, over seeds."""
+"""What a rule learns on the bundled digits, over seeds, beside its floor, its own-prediction twin and back-propagation."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from bpfree.baselines import Backprop
 from bpfree.certify import practice
 from bpfree.certify.subject import Subject
 from bpfree.errors import UsageError
+from bpfree.rule import Rule
+from bpfree.training.floor import Floor, Reading, chance_of, measure_floor, read_inputs
 
-__all__ = ["SEEDS", "Lesson", "learn_lesson"]
+__all__ = ["ERRORS", "NOT_SHOWN", "SEEDS", "Comparison", "FloorScores", "Lesson", "floor_of", "learn_lesson"]
 
-SEEDS = 3
+SEEDS = 5
+ERRORS = 2.0
+"""Standard errors from which a difference is one."""
+NOT_SHOWN = "not shown to learn more than its floor on this network"
+"""What the certificate of a rule says that is not above its floor."""
+PROBE = "linear-probe"
+PROTOCOLS = "evaluation.protocols"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Accuracies less others, paired by seed.
+
+    Attributes:
+        difference: the mean.
+        standard_error: of the mean, over seeds, on this test set.
+    """
+
+    difference: float
+    standard_error: float
+
+    @classmethod
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
+        """Pair by pair."""
+        pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
+        return cls(round(statistics.fmean(pairs), 4), round(statistics.stdev(pairs) / len(pairs) ** 0.5, 4))
+
+    @property
+    def above(self) -> bool:
+        """Whether the difference is more than two standard errors."""
+        return self.difference > ERRORS * self.standard_error
+
+    @property
+    def below(self) -> bool:
+        """Whether it is less than minus two standard errors."""
+        return self.difference < -ERRORS * self.standard_error
+
+    def __str__(self) -> str:
+        return f"{100 * self.difference:+.1f} points, standard error {100 * self.standard_error:.1f}"
+
+
+@dataclass(frozen=True)
+class FloorScores:
+    """The floor of the practice network.
+
+    Attributes:
+        name: what is read: the inputs, a block of the untrained network, or all of them.
+        penalty: of the readout's weights.
+        validation, test: accuracies, one per seed.
+    """
+
+    name: str
+    penalty: float
+    validation: tuple[float, ...]
+    test: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -24,46 +83,94 @@ class Lesson:
     Attributes:
         network: what the rule and its twin were trained on, in words.
         reference: what back-propagation was trained on.
-        rule, twin, backprop: accuracies, one per seed.
+        rule: own prediction.
+        features: the trained rule's features, read by a converged linear probe; empty where it gives none.
+        floor: the best converged readout of the untrained network and the inputs.
+        inputs: converged readout of the inputs alone.
+        twin: own-prediction twin: everything but the readout recipe as initialised.
+        backprop: back-propagation.
+        chance: of guessing.
         epochs: of each run.
     """
 
     network: str
     reference: str
     rule: tuple[float, ...]
+    features: tuple[float, ...]
+    floor: FloorScores
+    inputs: tuple[float, ...]
     twin: tuple[float, ...]
     backprop: tuple[float, ...]
+    chance: float
     epochs: int = practice.EPOCHS
 
     @property
-    def difference(self) -> tuple[float, float]:
-        """Rule less twin, paired by seed: mean and standard error."""
-        pairs = [a - b for a, b in zip(self.rule, self.twin, strict=True)]
-        return statistics.mean(pairs), statistics.stdev(pairs) / len(pairs) ** 0.5
+    def over_floor(self) -> Comparison:
+        """Own prediction less the floor."""
+        return Comparison.of(self.rule, self.floor.test)
+
+    @property
+    def over_twin(self) -> Comparison:
+        """Own prediction less the own-prediction twin."""
+        return Comparison.of(self.rule, self.twin)
+
+    @property
+    def over_chance(self) -> Comparison:
+        """Own prediction less chance."""
+        return Comparison.of(self.rule, [self.chance] * len(self.rule))
+
+    @property
+    def remark(self) -> str:
+        """What the certificate has to say of it; the empty string: nothing."""
+        return "" if self.over_floor.above else NOT_SHOWN
 
     def to_dict(self) -> dict[str, object]:
         """Plain values."""
-        difference, error = self.difference
-        return {"task": "digits", **dataclasses.asdict(self), "difference": round(difference, 4), "standard_error": round(error, 4)}
+        differences = {"floor": self.over_floor, "twin": self.over_twin, "chance": self.over_chance}
+        return {
+            "task": "digits",
+            **dataclasses.asdict(self),
+            "above_floor": self.over_floor.above,
+            "remark": self.remark,
+            "differences": {name: dataclasses.asdict(found) for name, found in differences.items()},
+        }
 
 
 def learn_lesson(subject: Subject) -> Lesson:
-    """Train the rule, its twin and back-propagation on the same network, over seeds."""
-    spec = practice.digits().spec
-    network = practice.build(subject, spec).network
+    """Train the rule, its own-prediction twin and back-propagation on the same network, over seeds, and measure the floor beside them."""
+    task = practice.digits()
+    network = practice.build(subject, task.spec).network
     words = f"{', '.join(f'{name} {tuple(p.shape)}' for name, p in network.blocks.named_parameters() if p.dim() > 1)}"
     reference = words
     try:
-        Backprop(network, spec)
+        Backprop(network, task.spec)
     except UsageError:
         reference = "mlp of two hidden layers of 16 units"
-    rules = [_accuracy(subject, seed) for seed in range(SEEDS)]
-    twins = [_accuracy(subject, seed, twin=True) for seed in range(SEEDS)]
-    return Lesson(words, reference, tuple(rules), tuple(twins), tuple(_ceiling(subject, seed, reference == words) for seed in range(SEEDS)))
+    own = [_own(subject, seed) for seed in range(SEEDS)]
+    probed = tuple(features for _, features in own if features is not None)
+    floor = floor_of([practice.build(subject, task.spec, seed=seed) for seed in range(SEEDS)])
+    return Lesson(
+        network=words,
+        reference=reference,
+        rule=tuple(accuracy for accuracy, _ in own),
+        features=probed if len(probed) == SEEDS else (),
+        floor=FloorScores(floor.name, floor.best.penalty, floor.best.validation, floor.test),
+        inputs=floor.linear.test,
+        twin=tuple(_train(subject, seed, twin=True)["test/accuracy"] for seed in range(SEEDS)),
+        backprop=tuple(_ceiling(subject, seed, reference == words) for seed in range(SEEDS)),
+        chance=chance_of(task) or 1 / task.spec.outputs,
+    )
 
 
-def _accuracy(subject: Subject, seed: int, *, twin: bool = False) -> float:
-    return practice.train(subject, seed=seed, twin=twin).result["test/accuracy"]
+def _own(subject: Subject, seed: int) -> tuple[float, float | None]:
+    """Accuracy of the rule's own prediction, and of its features read by the converged probe."""
+    try:
+        result = _train(subject, seed, protocols=[PROBE])
+    except UsageError as error:
+        if error.where != PROTOCOLS:
+            raise
+        result = _train(subject, seed)  # it gives no features
+    return result["test/accuracy"], result.get("test/linear_probe/accuracy")
 
 
 def _ceiling(subject: Subject, seed: int, same_network: bool) -> float:
@@ -71,9 +178,47 @@ def _ceiling(subject: Subject, seed: int, same_network: bool) -> float:
         return _plain_ceiling(seed)
     spec = practice.digits().spec
     network = practice.build(subject, spec, seed=seed).network.requires_grad_(True)
-    return practice.train(subject, rule=Backprop(network, spec), seed=seed).result["test/accuracy"]
+    return _train(subject, seed, rule=Backprop(network, spec))["test/accuracy"]
 
 
 @lru_cache(maxsize=SEEDS)
 def _plain_ceiling(seed: int) -> float:
-    return _accuracy(Subject("backprop"), seed)
+    return _train(Subject("backprop"), seed)["test/accuracy"]
+
+
+def _train(subject: Subject, seed: int, **options: Any) -> Mapping[str, float]:
+    """Train, and score once at the end: all seeds together take most of a certificate's time."""
+    return practice.train(subject, seed=seed, evaluate_every=practice.EPOCHS, **options).result
+
+
+# --- the floor ------------------------------------------------------------------------------------------------------
+
+_floors: dict[str, Floor] = {}
+"""Of the networks that were measured in this process."""
+
+
+def floor_of(rules: Sequence[Rule]) -> Floor:
+    """The floor of a practice network on digits, measured once for each network.
+
+    Args:
+        rules: untrained, one for each seed.
+    """
+    key = _fingerprint(rules)
+    if key not in _floors:
+        _floors[key] = measure_floor(practice.digits(), rules, inputs=_inputs(len(rules)))
+    return _floors[key]
+
+
+def _fingerprint(rules: Sequence[Rule]) -> str:
+    """Of untrained networks, by how they are built and by their weights; of rules that represent in ways of their own, also by these."""
+    digest = hashlib.sha256()
+    for rule in rules:
+        digest.update(f"{type(rule).representations.__qualname__} {rule.network!r}".encode())
+        for name, tensor in rule.network.state_dict().items():
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _inputs(seeds: int) -> Reading:
+    return read_inputs(practice.digits(), seeds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from bpfree.certify import practice
-from bpfree.certify.cost import MemoryCurve, measure_memory, measure_time
+from bpfree.certify.cost import MemoryCurve, measure_memory
 from bpfree.certify.interventions import Matrix, dependence, downstream_weights, name_of_dependence
 from bpfree.certify.lesson import Lesson, learn_lesson
 from bpfree.certify.loop import Loop
+from bpfree.certify.pace import CLOCK, measure_time
 from bpfree.certify.probe import MOST_PHASES, PLAIN, Moment, Probe, Sampling
 from bpfree.certify.reverse import OWN, Execution, observed
 from bpfree.certify.subject import Specimen, Subject, batches
@@ -30,6 +31,8 @@ SPECIMENS = {"dense": Specimen("dense", depth=4, width=32), "convolutional": Spe
 """What structure is measured on, by kind of network: small, because the null space of a layer's inputs must not be empty."""
 EXACT = 1 - 1e-6
 """Cosine from which an update is the gradient."""
+EXAMPLES = 7
+"""In a batch of which operations are observed: prime, so that sums over examples are not taken for sums over the inputs of a layer."""
 IN_BLOCKS = "network.blocks."
 PRACTICE_EPOCHS = 6
 DEPENDENCES = ("independent", "upstream", "neighbours", "all")
@@ -56,11 +59,26 @@ class Observation:
 
     def passes(self) -> dict[str, float]:
         """By block: forward passes per example in a usual step (sampled extras do not count) of the phase that has most."""
+        names = self.moments[0].updates
+        return {name: max(statistics.median(step.passes(name) for step in steps) for steps in self._by_phase()) for name in names}
+
+    def disagreement(self) -> str:
+        """Why the operations of its steps do not agree with the passes of the most used block; empty: they do."""
+        most = max(self.passes().values())
+        if not most:
+            return "no product with a block's own weights was seen: it works with copies or stacks of them"
+        found = [reason for step in self.steps if (reason := step.disagreement(most))]
+        return found[0] if found else ""
+
+    def measured_passes(self) -> dict[str, float] | None:
+        """The passes; ``None`` where the operations do not agree with them."""
+        return None if self.disagreement() else self.passes()
+
+    def _by_phase(self) -> Iterable[list[Execution]]:
         phases: dict[str, list[Execution]] = {}
         for moment, step in zip(self.moments, self.steps, strict=True):
             phases.setdefault(moment.phase, []).append(step)
-        names = self.moments[0].updates
-        return {name: max(statistics.median(step.passes(name) for step in steps) for steps in phases.values()) for name in names}
+        return phases.values()
 
     def cosines(self) -> dict[str, float]:
         """By block that learns: the smallest cosine of what descends (minus the update) with the true gradient of the task's loss."""
@@ -187,7 +205,7 @@ class Measurements:
                 yield
             steps.append(execution)
 
-        probe = Probe(self.subject, SPECIMENS[kind], dtype=self.dtype, gradients=True)
+        probe = Probe(self.subject, SPECIMENS[kind], Sampling(samples=EXAMPLES), dtype=self.dtype, gradients=True)
         return Observation(probe.run(watch=watch), steps)
 
     @cached_property
@@ -220,8 +238,8 @@ class Measurements:
         return measure_memory(self.subject, SPECIMENS[self.kind])
 
     @cached_property
-    def time(self) -> dict[str, float]:
-        """Of a step, over back-propagation's on the same network, by phase."""
+    def time(self) -> dict[str, float | None]:
+        """Of a step, over back-propagation's on the same network, by phase; ``None``: unmeasured."""
         return measure_time(self.subject, Specimen(self.kind, depth=4, width=128 if self.kind == "dense" else 16))
 
     @cached_property
@@ -238,7 +256,7 @@ class Measurements:
 
     @cached_property
     def lesson(self) -> Lesson:
-        """The rule, its twin and back-propagation on digits."""
+        """The rule, its floor, its own-prediction twin and back-propagation on digits."""
         return learn_lesson(self.subject)
 
     # --- in words ---------------------------------------------------------------------------------------------------
@@ -281,8 +299,8 @@ class Measurements:
             "forward_mode": any(execution.forward_mode for execution in total.values()),
             "labels_change": self.label_sensitive,
             "gradient_cosine": {k: {b: round(c, 6) for b, c in o.cosines().items()} for k, o in self.observations.items()},
-            "passes": {k: o.passes() for k, o in self.observations.items()},
+            "passes": {k: o.measured_passes() for k, o in self.observations.items()},
             "memory": self.memory.to_dict(),
-            "time": {"over_backprop": self.time},
+            "time": {"over_backprop": self.time, "clock": CLOCK},
             "alignment": {"task": "digits", "epochs": PRACTICE_EPOCHS, **self.alignment},
         }

@@ -40,7 +40,7 @@ def write_page(path: Path, certificate: Certificate) -> Path:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
-<p class="lead">{html.escape(f"{certificate.status}; credit: {certificate.properties.get('credit', 'not measured')}")}</p>
+<p class="lead">{html.escape(_lead(certificate))}</p>
 <div class="scroll"><table>{rows}</table></div>
 {f'<h2>Whose weights an update needs</h2><div class="maps">{pictures}</div>' if pictures else ""}
 {_legend() if pictures else ""}
@@ -50,6 +50,11 @@ def write_page(path: Path, certificate: Certificate) -> Path:
 """
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _lead(certificate: Certificate) -> str:
+    credit = f"credit: {certificate.properties.get('credit', 'not measured')}"
+    return "; ".join(filter(None, (certificate.status, certificate.remark, credit)))
 
 
 def maps(properties: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from bpfree.rule import Rule
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training.alignment import AlignmentConfig
-from bpfree.training.config import BudgetConfig, CheckpointConfig, TrainConfig
+from bpfree.training.config import BudgetConfig, CheckpointConfig, EvaluationConfig, TrainConfig
 from bpfree.training.run import Run
 from bpfree.training.trainer import Trainer
 
@@ -59,6 +59,8 @@ def trainer(
     epochs: int = EPOCHS,
     twin: bool = False,
     alignment_every: int = 0,
+    protocols: Iterable[str] = (),
+    evaluate_every: int = 1,
     folder: Path | None = None,
     observers: Iterable[Any] = (),
 ) -> Trainer:
@@ -73,6 +75,7 @@ def trainer(
         frozen_twin=twin,
         checkpoint=CheckpointConfig(every=0),
         alignment=AlignmentConfig(every=alignment_every),
+        evaluation=EvaluationConfig(every=evaluate_every, protocols=list(protocols)),
     )
     return Trainer(rule or build(subject, task.spec, seed=seed), task, settings, folder=folder, observers=observers)
 

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bpfree.certify.passes import Work, disagreement
 from bpfree.rule import Rule
 from bpfree.step import Batch, Step
+from bpfree.training.operations import counted_operations
 
 __all__ = ["Execution", "ReverseCall", "observed", "place_of_caller"]
 
@@ -62,6 +64,7 @@ class Execution:
         products: examples that went forward through each weight matrix, by block and parameter, summed over the steps.
         examples: of all steps.
         steps: observed.
+        work: the operations, by what they were.
     """
 
     calls: list[ReverseCall] = field(default_factory=list)
@@ -69,6 +72,7 @@ class Execution:
     products: dict[str, Counter[str]] = field(default_factory=dict)
     examples: int = 0
     steps: int = 0
+    work: Work = field(default_factory=Work)
 
     @property
     def span(self) -> int:
@@ -89,12 +93,19 @@ class Execution:
         """Forward passes through a block's most used weights, per example."""
         return max(self.products.get(block, Counter()).values(), default=0) / self.examples if self.examples else 0.0
 
+    def disagreement(self, most: float) -> str:
+        """Why the operations do not agree with so many passes; empty: they do."""
+        rows = {name: count for counts in self.products.values() for name, count in counts.items()}
+        one_pass = sum(operations * self.examples / rows[name] for name, operations in self.work.forward.items())
+        return disagreement(self.work, one_pass, most, forward_mode=self.forward_mode > 0)
+
     def merge(self, other: Execution) -> None:
         """Add another step's."""
         self.calls += other.calls
         self.forward_mode += other.forward_mode
         self.examples += other.examples
         self.steps += other.steps
+        self.work.merge(other.work)
         for name, counts in other.products.items():
             self.products.setdefault(name, Counter()).update(counts)
 
@@ -112,8 +123,10 @@ def observed(rule: Rule, batch: Batch, step: Step) -> Iterator[Execution]:
         if hasattr(torch.autograd, "_engine_run_backward"):
             engine = torch.autograd._engine_run_backward
             stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", watch.nested(engine)))
+        count = stack.enter_context(counted_operations())
         stack.enter_context(watch)
         yield result
+    result.work.total = count()
     watch.finish()
 
 
@@ -127,6 +140,7 @@ class _Watch(TorchDispatchMode):
         blocks = {id(p): name for name, block in rule.network.blocks.items() for p in block.parameters()}
         for name, p in rule.named_parameters():
             self._owners[p.untyped_storage().data_ptr()] = (blocks.get(id(p), OWN), name, p)
+        self._shapes = {(p.shape[0], p[0].numel()) for _, _, p in self._owners.values() if p.dim() > 1}
         self._calls: dict[int, ReverseCall] = {}
         self._parents: dict[int, int] = {}
         self._pending: int | None = None
@@ -134,19 +148,38 @@ class _Watch(TorchDispatchMode):
         self._clock = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled():  # where composite operations arrive whole
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
         name = func._schema.name.removeprefix("aten::")
         task = current_task()
         if task is not None:
             call = self.call(task)
             call.products += name in PRODUCTS
-        if name in PRODUCTS:
-            owners = {place: owner for place, tensor in enumerate(args) if (owner := self._owner(tensor)) and owner[2].dim() > 1}
-            for place, owner in owners.items():
-                if task is not None:
-                    self.reached(owner[0])
-                elif len(owners) == 1:  # a product of weights with weights is no pass
-                    self._forward(name, place, args, owner)
-        return func(*args, **(kwargs or {}))
+        if name not in PRODUCTS:
+            return func(*args, **(kwargs or {}))
+        with counted_operations() as count:
+            result = func(*args, **(kwargs or {}))
+        self._note(name, args, result, count(), task)
+        return result
+
+    def _note(self, name: str, args: Any, result: Any, operations: int, task: int | None) -> None:
+        """Put down a product: whose weights stand in it, and whether as in a forward pass."""
+        owners = {place: owner for place, tensor in enumerate(args) if (owner := self._owner(tensor)) and owner[2].dim() > 1}
+        passing = False
+        for place, owner in owners.items():
+            if task is not None:
+                self.reached(owner[0])
+            elif len(owners) == 1:  # a product of weights with weights is no pass
+                passing = self._forward(name, place, args, owner)
+                if passing:
+                    self._result.work.forward[owner[1]] += operations
+        if not owners:
+            self._result.work.add_foreign(name, args, result, self._shapes, operations, reverse=task is not None)
+        elif not passing:
+            self._result.work.explained += operations
 
     def _owner(self, tensor: Any) -> tuple[str, str, Tensor] | None:
         if not isinstance(tensor, Tensor):
@@ -156,8 +189,8 @@ class _Watch(TorchDispatchMode):
         except (RuntimeError, NotImplementedError):  # without storage
             return None
 
-    def _forward(self, name: str, place: int, args: Any, owner: tuple[str, str, Tensor]) -> None:
-        """Note the examples of a product in which the weights stand as in a forward pass."""
+    def _forward(self, name: str, place: int, args: Any, owner: tuple[str, str, Tensor]) -> bool:
+        """Note the examples of a product, if the weights stand in it as in a forward pass."""
         block, parameter, weight = owner
         rows = 0
         if name in ("convolution", "_convolution"):
@@ -170,6 +203,7 @@ class _Watch(TorchDispatchMode):
                 rows = args[place + 1].shape[-1] * args[place + 1].shape[:-2].numel()
         if rows:
             self._result.products.setdefault(block, Counter())[parameter] += rows
+        return rows > 0
 
     # --- reverse-mode calls -----------------------------------------------------------------------------------------
 

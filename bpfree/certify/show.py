@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bpfree.certify.certificate import Certificate
 from bpfree.certify.findings import NEEDLESS
 from bpfree.certify.heat import text_map
+from bpfree.certify.pace import CLOCK
 
-__all__ = ["render", "summary_rows"]
+__all__ = ["percent", "render", "step_times", "summary_rows"]
+
+UNMEASURED = "unmeasured"
 
 
 def summary_rows(certificate: Certificate) -> Iterator[tuple[str, str]]:
@@ -26,10 +29,10 @@ def summary_rows(certificate: Certificate) -> Iterator[tuple[str, str]]:
     yield "reverse mode", _reverse(p)
     if p["silent_blocks"]:
         yield "no update", ", ".join(p["silent_blocks"])
-    yield "passes", "; ".join(f"{kind}: {max(found.values()):g} per example and step" for kind, found in p["passes"].items())
+    yield "passes", "; ".join(f"{kind}: {_passes(found)}" for kind, found in p["passes"].items())
     yield "memory", _memory(p["memory"])
-    if p["time"]["over_backprop"]:
-        yield "time of a step", _time(p["time"]["over_backprop"])
+    if times := step_times(p):
+        yield "time of a step", _time(times)
     if p["alignment"].get("early"):
         yield (
             "alignment",
@@ -37,6 +40,8 @@ def summary_rows(certificate: Certificate) -> Iterator[tuple[str, str]]:
         )
     if "learning" in p:
         yield "learning", _learning(p["learning"])
+    if certificate.remark:
+        yield "", certificate.remark
 
 
 DEPENDENCE = {
@@ -67,21 +72,42 @@ def _memory(memory: dict[str, Any]) -> str:
     return f"{words} ({depths[0]} to {depths[-1]} blocks)"
 
 
-def _time(times: dict[str, float]) -> str:
-    parts = [f"{name}: {value:g}" for name, value in times.items()] if len(times) > 1 else [f"{next(iter(times.values())):g}"]
-    return f"{', '.join(parts)} times back-propagation's on the same network"
+def step_times(properties: dict[str, Any]) -> dict[str, float | None]:
+    """Seconds of a step over back-propagation's, by phase; ``None``: unmeasured, as are all that were not measured in processor time."""
+    time = properties["time"]
+    return {phase: value if time.get("clock") == CLOCK else None for phase, value in time["over_backprop"].items()}
+
+
+def _passes(found: dict[str, float] | None) -> str:
+    most = max(found.values()) if found else 0.0
+    return f"{most:g} per example and step" if most else UNMEASURED
+
+
+def _time(times: dict[str, float | None]) -> str:
+    if all(value is None for value in times.values()):
+        return UNMEASURED
+    values = {name: UNMEASURED if value is None else f"{value:g}" for name, value in times.items()}
+    parts = [f"{name}: {value}" for name, value in values.items()] if len(values) > 1 else list(values.values())
+    return f"{', '.join(parts)} times back-propagation's on the same network (processor time)"
 
 
 def _cosines(blocks: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in blocks.items())
 
 
+def percent(accuracies: Sequence[float] | None) -> str:
+    """``92.4``: the mean in per cent; ``-``: there are none."""
+    return f"{100 * statistics.mean(accuracies):.1f}" if accuracies else "-"
+
+
 def _learning(learning: dict[str, Any]) -> str:
-    rule, twin, backprop = (100 * statistics.mean(learning[key]) for key in ("rule", "twin", "backprop"))
-    return (
-        f"{rule:.1f} % on {learning['task']}, frozen twin {twin:.1f} %, back-propagation {backprop:.1f} % "
-        f"({len(learning['rule'])} seeds, {learning['epochs']} epochs; {learning['network']})"
-    )
+    parts = [f"{percent(learning['rule'])} % on {learning['task']}"]
+    if "floor" in learning:
+        parts += [f"floor {percent(learning['floor']['test'])} % ({learning['floor']['name']})"]
+    if learning.get("features"):
+        parts += [f"features read to convergence {percent(learning['features'])} %"]
+    parts += [f"own-prediction twin {percent(learning['twin'])} %", f"back-propagation {percent(learning['backprop'])} %"]
+    return f"{', '.join(parts)} ({len(learning['rule'])} seeds, {learning['epochs']} epochs; {learning['network']})"
 
 
 def render(certificate: Certificate) -> Iterator[str]:
@@ -92,11 +118,12 @@ def render(certificate: Certificate) -> Iterator[str]:
         yield ""
         yield f"relative change of an update (row) with the weights of a block (column), forward values held; {kind}:"
         yield from text_map(matrix)
-    for status in ("passed", "unmeasured", "not applicable", "waived", "failed"):
+    for status in ("passed", "not shown", "unmeasured", "not applicable", "waived", "failed"):
         for finding in certificate.findings:
             if finding.status == status and (status != "passed" or finding.what.endswith(NEEDLESS)):
                 yield ""
                 yield from str(finding).splitlines()
     yield ""
     counts = ", ".join(f"{count} {status}" for status, count in certificate.counts.items())
-    yield f"{certificate.rule}: {certificate.status} ({counts}; {certificate.seconds:.0f} s)"
+    remark = f"; {certificate.remark}" if certificate.remark else ""
+    yield f"{certificate.rule}: {certificate.status}{remark} ({counts}; {certificate.seconds:.0f} s)"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bpfree.certify.certificate import Certificate
 from bpfree.certify.page import maps
+from bpfree.certify.show import percent, step_times
 
 __all__ = ["picture", "table", "write_docs"]
 
@@ -22,7 +22,7 @@ HEADERS = (
     "passes",
     "memory per block",
     "step time",
-    "digits: rule, twin, backprop",
+    "digits: rule, floor, twin, backprop",
     "remarks",
 )
 GAP = 12
@@ -41,10 +41,9 @@ def _cells(certificate: Certificate) -> Iterator[str]:
     yield p["credit"]
     yield p["dependence"]["name"]
     yield f"{reverse['span']} of {reverse['of_blocks']}{', forward mode' if p['forward_mode'] else ''}"
-    most = max(max(found.values()) for found in p["passes"].values())
-    yield f"{most:g}" if most else "?"
+    yield _passes(p["passes"])
     yield _memory(p["memory"])
-    yield ", ".join(f"{value:.1f}" for value in p["time"]["over_backprop"].values()) or "-"
+    yield ", ".join("?" if value is None else f"{value:.1f}" for value in step_times(p).values()) or "-"
     yield _learning(p.get("learning"))
     yield _remarks(certificate)
 
@@ -54,16 +53,25 @@ def _memory(memory: Mapping[str, Any]) -> str:
     return "-" if slope is None else f"{memory['growth']} ({abs(slope):.1f})"
 
 
+def _passes(by_kind: Mapping[str, Mapping[str, float] | None]) -> str:
+    """The most over the kinds of networks; where one is unmeasured, so is that."""
+    found = [max(passes.values(), default=0.0) if passes else 0.0 for passes in by_kind.values()]
+    return f"{max(found):g}" if all(found) else "?"
+
+
 def _learning(learning: Mapping[str, Any] | None) -> str:
     if learning is None:
         return "-"
-    return ", ".join(f"{100 * statistics.mean(learning[key]):.1f}" for key in ("rule", "twin", "backprop"))
+    floor = learning["floor"]["test"] if "floor" in learning else None
+    return ", ".join(percent(values) for values in (learning["rule"], floor, learning["twin"], learning["backprop"]))
 
 
 def _remarks(certificate: Certificate) -> str:
     silent = certificate.properties["silent_blocks"]
     parts = [f"no update: {', '.join(silent)}"] if silent else []
-    parts += [f"{finding.id}: {finding.status}" for finding in certificate.findings if finding.status not in ("passed", "not applicable")]
+    parts += [certificate.remark] if certificate.remark else []
+    usual = ("passed", "not shown", "not applicable")
+    parts += [f"{finding.id}: {finding.status}" for finding in certificate.findings if finding.status not in usual]
     return "; ".join(parts)
 
 

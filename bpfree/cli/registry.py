@@ -120,7 +120,8 @@ def certificate_row(rule: str, record: dict[str, Any]) -> list[str]:
     short = record["certificates"].get(rule)
     if short is None:
         return [rule, "none", "", "", ""]
-    return [rule, short["status"], short["date"], str(short["properties"].get("credit", "")), ", ".join(short["waived"])]
+    status = "; ".join(filter(None, (short["status"], short.get("remark", ""))))
+    return [rule, status, short["date"], str(short["properties"].get("credit", "")), ", ".join(short["waived"])]
 
 
 @registry.command(short_help="Write the entry of an installed plugin.")

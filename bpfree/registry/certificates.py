@@ -44,11 +44,12 @@ def stale(certificate: Certificate, plugins: Plugins) -> list[str]:
 
 
 def state(rule: str, known: Mapping[str, Certificate], plugins: Plugins) -> str:
-    """Of a rule's certificate, in a few words: its status, ``stale`` with the packages that have changed, or ``none``."""
+    """Of a rule's certificate, in a few words: its status with its remark, ``stale`` with the packages that have changed, or ``none``."""
     certificate = known.get(rule)
     if certificate is None:
         return "none"
+    good = f"{certificate.status}; {certificate.remark}" if certificate.remark else certificate.status
     if rule not in plugins.names("rules"):
-        return certificate.status
+        return good
     changed = stale(certificate, plugins)
-    return f"stale ({', '.join(changed)} changed)" if changed else certificate.status
+    return f"stale ({', '.join(changed)} changed)" if changed else good

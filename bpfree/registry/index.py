@@ -37,8 +37,10 @@ def _record(entry: Entry, known: dict[str, Certificate]) -> dict[str, Any]:
 
 def _short(certificate: Certificate) -> dict[str, Any]:
     """What fits on a line; matrices and curves stay in the certificate."""
+    remark = {"remark": certificate.remark} if certificate.remark else {}
     return {
         "status": certificate.status,
+        **remark,
         "kind": certificate.kind,
         "date": certificate.date,
         "version": certificate.version,

@@ -7,7 +7,7 @@ import torch
 
 from bpfree.baselines import DFA, Backprop, Frozen
 from bpfree.certify import Measurements, Specimen, Subject
-from bpfree.certify.cost import MANY, MemoryCurve, measure_memory, measure_time, saved_for_backward
+from bpfree.certify.cost import MANY, MemoryCurve, measure_memory, saved_for_backward
 
 
 def test_bytes_saved_for_backward_are_counted_at_their_peak() -> None:
@@ -46,11 +46,6 @@ def test_the_slope_is_a_fitted_lines() -> None:
     curve = MemoryCurve([2, 4, 8, 16], [], [20 + 3 * depth for depth in (2, 4, 8, 16)], 1)
     assert curve.slope(curve.peak) == pytest.approx(3)
     assert curve.slope(curve.saved) is None
-
-
-def test_time_is_given_for_each_phase_and_not_where_back_propagation_cannot_go() -> None:
-    assert set(measure_time(Subject("softhebb"), Specimen())) == {"features", "readout"}
-    assert measure_time(Subject("noprop-dt"), Specimen()) == {}
 
 
 def test_passes_count_tangents_and_relaxation() -> None:

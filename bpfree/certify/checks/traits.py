@@ -184,8 +184,8 @@ def _passes(m: Measurements) -> str | None:
         found = observation.passes()
         most = max(found.values())
         declared = m.traits(kind).passes
-        if not most:
-            raise Unmeasured("no product with a block's own weights was seen: it works with copies or stacks of them")
+        if reason := observation.disagreement():
+            raise Unmeasured(f"{reason} ({kind} network)")
         if abs(most - declared) > TOLERANCE:
             name = max(found, key=lambda block: found[block])
             raise CheckFailed(
