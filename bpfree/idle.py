@@ -72,7 +72,7 @@ def _rates(settings: TrainConfig, rule: type[Rule]) -> Iterator[tuple[str, str]]
     if momentum not in (None, default.momentum) and schedule.options.get("cycle_momentum", True):
         yield (
             "optimizer.momentum",
-            f"optimizer.momentum={momentum:g} does nothing with schedule.name={name}, which moves it: schedule.options.cycle_momentum=false",
+            f"optimizer.momentum={momentum:g} does nothing with schedule.name={name} without schedule.options.cycle_momentum=false",
         )
 
 

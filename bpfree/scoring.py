@@ -24,7 +24,7 @@ from bpfree.training.features import feature_split
 __all__ = ["score"]
 
 OF_TRAINING = (
-    *("accumulate.", "alignment.", "batch_size.", "budget.", "clip.", "evaluation.every.", "frozen_twin.", "optimizer.", "parallel."),
+    *("accumulate.", "batch_size.", "budget.", "clip.", "evaluation.every.", "frozen_twin.", "optimizer."),
     *("schedule.", "select.", "task.augment."),
 )
 """Beginnings of keys that say how a rule was trained."""
