@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bpfree import yaml_values
 from bpfree.errors import BpfreeError, UsageError, nearest
 from bpfree.idle import idle, sentence
-from bpfree.leaves import NAMED, Leaf, canonical, last_said, leaves_of, once, parse_words, read_yaml
+from bpfree.leaves import NAMED, Leaf, canonical, last_said, leaves_of, once, parse_words, read_yaml, said
 from bpfree.options import option, range_problems
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.rule import Rule
@@ -187,19 +187,21 @@ class _Resolver:
             if section in CHOSEN and rest == "name":
                 self.names[section] = self._name(leaf)
             elif section in CHOSEN and not rest:
-                self.problems.append(f"{leaf.key}={leaf.value!r}: names no {section}; leave it out, or say {section}=NAME ({leaf.origin})")
+                self._nameless(section, leaf)
 
     def _name(self, leaf: Leaf) -> str:
         section = leaf.key.partition(".")[0]
         try:
             name: str = typed(leaf.value, str, leaf.key)
-            if name.strip():
-                return name
-            reason = "is empty"
-        except Misfit as error:
-            reason = str(error)
-        self.problems.append(f"{section}={leaf.value!r}: {reason}: it names a {section}, and bpfree {section}s lists them ({leaf.origin})")
-        return self.names[section]
+        except Misfit:
+            name = ""
+        if not name.strip():
+            self._nameless(section, leaf)
+            return self.names[section]
+        return name
+
+    def _nameless(self, section: str, leaf: Leaf) -> None:
+        self.problems.append(f"{section}={said(leaf.value)}: names no {section}: bpfree {section}s lists them ({leaf.origin})")
 
     def resolve(self) -> Recipe:
         nameless = bool(self.problems)
@@ -309,16 +311,15 @@ class _Resolver:
                     return
         key = path[-1]
         if isinstance(node._get_node(key), DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(node, key)):
-            self.problems.append(
-                f"{leaf.key}={leaf.value!r}: is a section; set one of its keys, such as {leaf.key}.{next(iter(node[key]))} ({leaf.origin})"
-            )
+            example = f"{leaf.key}.{next(iter(node[key]))}"
+            self.problems.append(f"{leaf.key}={said(leaf.value)}: is a section; set one of its keys, such as {example} ({leaf.origin})")
             return
         try:
             value = leaf.value if _refers(leaf.value) else typed(leaf.value, _kind(kind, key), leaf.key)
             OmegaConf.update(node, key, value, merge=False)
         except (Misfit, OmegaConfBaseException) as error:
             reason = str(getattr(error, "msg", None) or error).splitlines()[0]
-            self.problems.append(f"{leaf.key}={leaf.value!r}: {reason} ({leaf.origin})")
+            self.problems.append(f"{leaf.key}={said(leaf.value)}: {reason} ({leaf.origin})")
 
     def _unknown(self, leaf: Leaf, section: str, part: str, names: set[str]) -> str:
         section = section.rstrip(".")

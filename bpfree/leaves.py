@@ -13,7 +13,7 @@ from bpfree import yaml_values
 from bpfree.errors import UsageError
 from bpfree.typed import Misfit, typed
 
-__all__ = ["NAMED", "Leaf", "canonical", "last_said", "leaves_of", "once", "parse_words", "read_yaml"]
+__all__ = ["NAMED", "Leaf", "canonical", "last_said", "leaves_of", "once", "parse_words", "read_yaml", "said"]
 
 NAMED = ("rule", "network", "task", "optimizer", "schedule")
 """Sections that may be given by their name alone."""
@@ -41,6 +41,11 @@ def canonical(key: str, value: Any) -> str:
     return f"{key}.name" if key in NAMED and not isinstance(value, Mapping) else key
 
 
+def said(value: Any) -> str:
+    """A value in a message: text in quotes, anything else as it is typed."""
+    return repr(value) if isinstance(value, str) else yaml_values.text_of(value)
+
+
 def last_said(leaves: Sequence[Leaf], key: str, default: Any, kind: Any = str) -> Any:
     """What was last said for a key, before the whole is resolved.
 
@@ -53,7 +58,7 @@ def last_said(leaves: Sequence[Leaf], key: str, default: Any, kind: Any = str) -
     try:
         return typed(found.value, kind, key)
     except Misfit as error:
-        raise UsageError(f"{key}={found.value!r}: {error}", where=found.origin) from error
+        raise UsageError(f"{key}={said(found.value)}: {error}", where=found.origin) from error
 
 
 def read_yaml(path: Path) -> list[Leaf]:
