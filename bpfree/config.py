@@ -217,7 +217,7 @@ class _Resolver:
         options["network"] = self._network(rule, spec, options["rule"])
         self._check_settings(rule, spec, common, settings)
         self._stop_if_problems()
-        return Recipe(self.names, options, common, settings, self.registry, self.unused)
+        return Recipe(self.names, options, common, settings, self.registry, dict(sorted(self.unused.items())))
 
     def _settings(self) -> RunConfig:
         filled: RunConfig = self._fill(RunConfig(), "", lambda section: section not in CHOSEN)

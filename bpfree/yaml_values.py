@@ -222,11 +222,15 @@ def _is_itself(text: str) -> bool:
         return "\n" not in text
 
 
+def _name(key: Any) -> str:
+    return key if isinstance(key, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", key) and _is_itself(key) else _inside(key)
+
+
 def _inside(value: Any) -> str:
     if isinstance(value, Scalar):
         return value.text
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_inside(key)}: {_inside(entry)}" for key, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{_name(key)}: {_inside(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_inside, value)) + "]"
     if value is None or isinstance(value, (bool, int, float)):
