@@ -396,6 +396,14 @@ def _refers(value: Any) -> bool:
     return isinstance(value, str) and "${" in value
 
 
+def _name_in(leaf: Leaf) -> str:
+    """What a section is to be, empty where that is no name."""
+    try:
+        return str(typed(leaf.value, str, leaf.key)).strip()
+    except Misfit:
+        return ""
+
+
 def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, spec: TaskSpec | None = None, where: str) -> Recipe:
     """The recipe that a checkpoint holds, with changes.
 
@@ -408,15 +416,13 @@ def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, 
     Raises:
         BpfreeError: it holds none, because its network or rule was made in Python; or the changes name another rule.
     """
+    changes = list(changes)
     if saved is None:
         raise BpfreeError(
             "the checkpoint does not say how to build its rule", where=where, fix="build the rule in Python: bpfree.load(path, rule=rule)"
         )
-    wanted = {
-        leaf.key.removesuffix(".name"): str(leaf.value)
-        for leaf in changes
-        if leaf.key.removesuffix(".name") in CHOSEN and leaf.value is not None
-    }
+    wanted = {leaf.key.removesuffix(".name"): _name_in(leaf) for leaf in changes if leaf.key.removesuffix(".name") in CHOSEN}
+    wanted = {section: name for section, name in wanted.items() if name}  # what names nothing is refused below
     if wanted.get("rule", saved["rule"]["name"]) != saved["rule"]["name"]:
         raise BpfreeError(f"the checkpoint is of another rule: {saved['rule']['name']}, not {wanted['rule']}", where=where)
     kept = dict(saved)

@@ -52,7 +52,7 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, special: Special) ->
         late = factory is torch.optim.SGD and bool(arguments.get("momentum"))
         arguments["fused"] = not late and all(p.is_floating_point() for params in groups.values() for p in params)
     try:
-        optimizer = factory(list(merged(groups, special).values()), **arguments)
+        optimizer: torch.optim.Optimizer = factory(list(merged(groups, special).values()), **arguments)
     except Exception as error:  # torch checks little, and raises what it happens to meet
         raise UsageError(f"{config.name} refuses its options: {error}", where=_said(config)) from error
     for group in optimizer.param_groups:
