@@ -119,7 +119,9 @@ class Decaying(Zeroth):
     [
         (Zeroth, ["optimizer.lr=0.1"], ""),
         (Zeroth, ["optimizer=adam"], ""),  # what the rule's default says
-        (Zeroth, ["optimizer=sgd"], "optimizer.name=sgd"),
+        (Zeroth, ["optimizer=sgd", "optimizer.lr=0.1"], ""),  # a rate alone is what plain gradient descent has
+        (Zeroth, ["optimizer=rmsprop"], "optimizer.name=rmsprop"),
+        (Restless, ["optimizer=sgd"], "optimizer.name=sgd"),
         (Zeroth, ["optimizer.momentum=0.9"], "optimizer.momentum=0.9"),
         (Zeroth, ["optimizer.weight_decay=0.1"], "optimizer.weight_decay=0.1"),
         (Zeroth, ["optimizer.options={betas: [0.5, 0.9]}"], "optimizer.options={betas: [0.5, 0.9]}"),
@@ -151,7 +153,7 @@ def test_the_trainer_refuses_the_same_in_python(digits: Task) -> None:
     rule = Zeroth(mlp(digits.spec, MLPConfig(depth=1, width=8)), digits.spec)
     for config in (
         TrainConfig(optimizer=OptimizerConfig(momentum=0.9)),
-        TrainConfig(optimizer=OptimizerConfig("sgd")),
+        TrainConfig(optimizer=OptimizerConfig("rmsprop")),
         TrainConfig(clip=ClipConfig(norm=1.0)),
         TrainConfig(accumulate=2),
     ):
