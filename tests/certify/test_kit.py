@@ -30,7 +30,6 @@ from bpfree.certify import (
 from bpfree.certify.heat import heat_map, text_map
 from bpfree.certify.page import write_page
 from bpfree.certify.show import render
-from bpfree.certify.subject import Subject
 from bpfree.certify.table import picture, table, write_docs
 
 UNWAIVABLE = {
@@ -254,7 +253,9 @@ def test_the_table_of_the_docs_is_written_between_its_markers(dfa: Certificate, 
     assert ET.fromstring(picture(dfa)).get("width").isdigit()
 
 
-@pytest.mark.parametrize("words", [["rule=backprop"], ["rule.name=backprop"], ["rule="], ["rule.scale="], ["network=null"], ["rule.scale=a"]])
+@pytest.mark.parametrize(
+    "words", [["rule=backprop"], ["rule.name=backprop"], ["rule="], ["rule.scale="], ["network=null"], ["rule.scale=a"]]
+)
 def test_settings_that_name_another_rule_or_nothing_are_refused(words: list[str]) -> None:
     with pytest.raises(UsageError):
         Subject("dfa", words)
