@@ -8,18 +8,20 @@ at once, before any data is loaded.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bpfree import yaml_values
 from bpfree.errors import BpfreeError, UsageError, nearest
+from bpfree.idle import idle, sentence
+from bpfree.leaves import NAMED, Leaf, canonical, last_said, leaves_of, once, parse_words, read_yaml, said
 from bpfree.options import option, range_problems
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.rule import Rule
@@ -27,15 +29,30 @@ from bpfree.tasks.task import Task, TaskSpec
 from bpfree.tracking.config import PicturesConfig, TrackingConfig
 from bpfree.training.config import TrainConfig
 from bpfree.training.optimizers import check_optimizer
-from bpfree.training.schedules import check_schedule
+from bpfree.training.schedules import CLASSES, check_length, check_schedule
 from bpfree.training.seeds import derive_in, seeded
+from bpfree.typed import Misfit, typed
 
-__all__ = ["DataConfig", "Leaf", "Recipe", "RunConfig", "load_task", "parse_words", "read_yaml", "resolve"]
+__all__ = [
+    "NAMED",
+    "DataConfig",
+    "Leaf",
+    "Recipe",
+    "RunConfig",
+    "canonical",
+    "changed",
+    "last_said",
+    "load_task",
+    "parse_words",
+    "read_yaml",
+    "recipe_of",
+    "resolve",
+]
 
-NAMED = ("rule", "network", "task", "optimizer", "schedule")
-"""Sections that may be given by their name alone."""
 CHOSEN = ("rule", "network", "task")
 """Sections whose options depend on their name."""
+ALIASES = {"learning_rate": "lr", "rate": "lr", "wd": "weight_decay", "decay": "weight_decay", "batchsize": "batch_size"}
+"""Words that people use for keys, for suggestions."""
 
 
 @dataclass
@@ -68,61 +85,6 @@ class RunConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """A value for a key, and where it was said."""
-
-    key: str
-    value: Any
-    origin: str
-
-
-def read_yaml(path: Path) -> list[Leaf]:
-    """The leaves of a YAML file (safe tags only).
-
-    Raises:
-        UsageError: no such file, or no mapping of names.
-    """
-    try:
-        content = yaml_values.read(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the configuration: {getattr(error, 'strerror', None) or error}", where=str(path)) from error
-    except yaml.YAMLError as error:
-        raise UsageError("the configuration is not valid YAML", where=f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UsageError("the configuration must be a mapping of names to values", where=str(path))
-    return list(_leaves(content, "", str(path)))
-
-
-def _leaves(node: Mapping[str, Any], prefix: str, origin: str) -> Iterator[Leaf]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.", origin)
-        else:
-            yield Leaf(f"{prefix}{key}", value, origin)
-
-
-def parse_words(words: Iterable[str]) -> list[Leaf]:
-    """The leaves of ``key=value`` words; a value is read as YAML.
-
-    Raises:
-        UsageError: a word without ``=``.
-    """
-    leaves: list[Leaf] = []
-    for word in words:
-        key, sign, text = word.partition("=")
-        if not sign or not key:
-            raise UsageError(
-                f"expected key=value, not {word!r}", where="command line", fix="for example: rule=dfa task=digits budget.epochs=5"
-            )
-        try:
-            value = yaml_values.read(text)
-        except yaml.YAMLError:
-            value = text
-        leaves.extend(_leaves({key: value}, "", "command line"))
-    return leaves
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A resolved configuration: all that is needed to build the task, the rule and the trainer.
 
@@ -131,6 +93,7 @@ class Recipe:
         options: their options, as instances of their configuration dataclasses.
         task: what every task has.
         settings: everything else.
+        unused: shared settings (:class:`Leaf`) that this rule does not use, by key, each with the reason; they are left out of the rest.
     """
 
     names: Mapping[str, str]
@@ -138,6 +101,7 @@ class Recipe:
     task: TaskCommon
     settings: RunConfig
     registry: Plugins = field(repr=False, compare=False)
+    unused: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole as nested plain values; ``resolve`` of it gives the same recipe."""
@@ -147,11 +111,11 @@ class Recipe:
 
     def flat(self) -> dict[str, Any]:
         """``{"rule.name": ..., "seed": ...}``."""
-        return {leaf.key: leaf.value for leaf in _leaves(self.to_dict(), "", "")}
+        return {leaf.key: leaf.value for leaf in leaves_of(self.to_dict(), "", "")}
 
     def to_yaml(self, *, comments: bool = False) -> str:
         """The whole as YAML, optionally with each key's meaning."""
-        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=float("inf"))
+        text = yaml_values.dump(self.to_dict())
         if not comments:
             return text
         from bpfree.cli.annotate import annotate
@@ -204,10 +168,8 @@ def resolve(leaves: Iterable[Leaf] | Mapping[str, Any], registry: Plugins | None
         UsageError: with everything that is wrong.
     """
     registry = registry or installed_plugins()
-    listed = list(_leaves(leaves, "", "configuration")) if isinstance(leaves, Mapping) else list(leaves)
-    listed = [
-        dataclasses.replace(leaf, key=f"{leaf.key}.name") if leaf.key in NAMED and isinstance(leaf.value, str) else leaf for leaf in listed
-    ]
+    listed = once(leaves_of(leaves, "", "configuration")) if isinstance(leaves, Mapping) else list(leaves)
+    listed = [dataclasses.replace(leaf, key=canonical(leaf.key, leaf.value)) for leaf in listed]
     return _Resolver(listed, registry, spec).resolve()
 
 
@@ -217,23 +179,67 @@ class _Resolver:
     def __init__(self, leaves: list[Leaf], registry: Plugins, spec: TaskSpec | None) -> None:
         self.leaves, self.registry, self.spec = leaves, registry, spec
         self.problems: list[str] = []
+        self.unused: dict[str, str] = {}
+        self.idle: set[str] = set()
         self.names = {"rule": "backprop", "network": "auto", "task": "digits"}
         for leaf in leaves:
             section, _, rest = leaf.key.partition(".")
             if section in CHOSEN and rest == "name":
-                self.names[section] = str(leaf.value)
+                self.names[section] = self._name(leaf)
+            elif section in CHOSEN and not rest:
+                self._nameless(section, leaf)
+
+    def _name(self, leaf: Leaf) -> str:
+        section = leaf.key.partition(".")[0]
+        try:
+            name: str = typed(leaf.value, str, leaf.key)
+        except Misfit:
+            name = ""
+        if not name.strip():
+            self._nameless(section, leaf)
+            return self.names[section]
+        return name
+
+    def _nameless(self, section: str, leaf: Leaf) -> None:
+        self.problems.append(f"{section}={said(leaf.value)}: names no {section}: bpfree {section}s lists them ({leaf.origin})")
 
     def resolve(self) -> Recipe:
-        settings: RunConfig = self._fill(RunConfig(), "", lambda section: section not in CHOSEN)
+        nameless = bool(self.problems)
+        settings = self._settings()
+        if nameless:  # what else is wrong would be said of something that was not asked for
+            self._stop_if_problems()
         common, options = self._task()
         rule = self._class("rules", "rule")
         options["rule"] = None if rule is None else self._fill(rule.Config(), "rule.")
         self._stop_if_problems()
+        settings = self._without_idle(settings, rule)
         spec = self.spec or Recipe(self.names, options, common, settings, self.registry).spec()
         options["network"] = self._network(rule, spec, options["rule"])
         self._check_settings(rule, spec, common, settings)
         self._stop_if_problems()
-        return Recipe(self.names, options, common, settings, self.registry)
+        return Recipe(self.names, options, common, settings, self.registry, dict(sorted(self.unused.items())))
+
+    def _settings(self) -> RunConfig:
+        filled: RunConfig = self._fill(RunConfig(), "", lambda section: section not in CHOSEN)
+        return filled
+
+    def _without_idle(self, settings: RunConfig, rule: type[Rule]) -> RunConfig:
+        """The settings without shared ones that do nothing here; others that do nothing are problems."""
+        for _ in range(len(self.leaves) + 1):
+            dropped = False
+            for key, reason in list(idle(settings, rule)):
+                given = [leaf for leaf in self.leaves if f"{leaf.key}.".startswith(f"{key}.")]
+                if given and given[-1].shared:
+                    self.unused.update({leaf.key: reason for leaf in given})
+                    self.leaves = [leaf for leaf in self.leaves if leaf not in given]
+                    dropped = True
+                elif given:
+                    self.idle.add(key.split(".")[0])
+                    self.problems.append(f"{reason} ({given[-1].origin})")
+            if not dropped:
+                break
+            settings = self._settings()
+        return settings
 
     # --- sections ---------------------------------------------------------------------------------------------------
 
@@ -291,7 +297,11 @@ class _Resolver:
                 break  # inside a free mapping
             names = {item.name for item in dataclasses.fields(kind)} | (known or set() if depth == 0 else set())
             if part not in names:
-                self.problems.append(self._unknown(leaf, prefix + ".".join(path[:depth]), part, names))
+                problem = self._unknown(leaf, prefix + ".".join(path[:depth]), part, names)
+                if leaf.shared and prefix:
+                    self.unused[leaf.key] = problem
+                else:
+                    self.problems.append(problem)
                 return
             if depth + 1 < len(path):
                 node = node[part]
@@ -301,21 +311,24 @@ class _Resolver:
                     return
         key = path[-1]
         if isinstance(node._get_node(key), DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(node, key)):
-            self.problems.append(
-                f"{leaf.key}={leaf.value!r}: is a section; set one of its keys, such as {leaf.key}.{next(iter(node[key]))} ({leaf.origin})"
-            )
+            example = f"{leaf.key}.{next(iter(node[key]))}"
+            self.problems.append(f"{leaf.key}={said(leaf.value)}: is a section; set one of its keys, such as {example} ({leaf.origin})")
             return
         try:
-            OmegaConf.update(node, key, leaf.value, merge=False)
-        except OmegaConfBaseException as error:
+            value = leaf.value if _refers(leaf.value) else typed(leaf.value, _kind(kind, key), leaf.key)
+            OmegaConf.update(node, key, value, merge=False)
+        except (Misfit, OmegaConfBaseException) as error:
             reason = str(getattr(error, "msg", None) or error).splitlines()[0]
-            self.problems.append(f"{leaf.key}={leaf.value!r}: {reason} ({leaf.origin})")
+            self.problems.append(f"{leaf.key}={said(leaf.value)}: {reason} ({leaf.origin})")
 
     def _unknown(self, leaf: Leaf, section: str, part: str, names: set[str]) -> str:
         section = section.rstrip(".")
         everywhere = names | (set(CHOSEN) if not section else set())
-        same = [key for key in self._all_keys() if key.rpartition(".")[2] == part]
-        guess = nearest(part, everywhere)
+        word = part.lower().replace("-", "_")
+        word = ALIASES.get(word, ALIASES.get(nearest(word, ALIASES) or "", word) if not nearest(word, everywhere) else word)
+        same = [key for key in self._all_keys() if key.rpartition(".")[2] == word]
+        same = [key for key in same if key.rpartition(".")[0] == section] or same
+        guess = nearest(word, everywhere)
         full = same[0] if same else f"{section}.{guess}" if section else guess
         hint = f"did you mean {full}?" if same or guess else f"known here: {', '.join(sorted(everywhere)) or 'no keys'}"
         owner = f" of {section} {self.names[section]!r}" if section in CHOSEN else ""
@@ -327,7 +340,7 @@ class _Resolver:
         for section, keys in known.items():
             if self.names[section] in self.registry.names(f"{section}s"):
                 keys.update(dataclasses.asdict(self.registry.get(f"{section}s", self.names[section]).Config()))
-        return [leaf.key for leaf in _leaves({**known, **dataclasses.asdict(RunConfig())}, "", "")]
+        return [leaf.key for leaf in leaves_of({**known, **dataclasses.asdict(RunConfig())}, "", "")]
 
     def _check_settings(self, rule: type[Rule], spec: TaskSpec, common: TaskCommon, settings: RunConfig) -> None:
         if common.validation == 0 and settings.select == "best-val":
@@ -345,13 +358,15 @@ class _Resolver:
             self._named("diagnostics", name, "diagnostics")
         default = rule.optimizer
         checks = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
-        if not isinstance(default, property):
+        if not isinstance(default, property) and "optimizer" not in self.idle:
             checks.append(lambda: check_optimizer(settings.optimizer.over(default)))
+        if settings.schedule.name in CLASSES and rule.phases is Rule.phases and settings.budget.samples is None:
+            checks.append(lambda: check_length(settings.schedule, settings.budget.resolve(1).epochs))
         for check in checks:
             try:
                 check()
             except UsageError as error:
-                self.problems.append(f"{error.what} ({'; '.join(part for part in (error.where, error.fix) if part)})")
+                self.problems.append(sentence(error))
 
     def _named(self, kind: str, name: str, where: str) -> None:
         try:
@@ -375,6 +390,26 @@ class _Resolver:
         raise UsageError(f"{len(problems)} things are wrong in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+def _kind(config: Any, key: str) -> Any:
+    """The type of a key of a dataclass; anything inside a free mapping."""
+    if not dataclasses.is_dataclass(config):
+        return Any
+    return typing.get_type_hints(config)[key]
+
+
+def _refers(value: Any) -> bool:
+    """Whether it is an interpolation, which stands for the value of another key."""
+    return isinstance(value, str) and "${" in value
+
+
+def _name_in(leaf: Leaf) -> str:
+    """What a section is to be, empty where that is no name."""
+    try:
+        return str(typed(leaf.value, str, leaf.key)).strip()
+    except Misfit:
+        return ""
+
+
 def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, spec: TaskSpec | None = None, where: str) -> Recipe:
     """The recipe that a checkpoint holds, with changes.
 
@@ -387,22 +422,26 @@ def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, 
     Raises:
         BpfreeError: it holds none, because its network or rule was made in Python; or the changes name another rule.
     """
+    changes = list(changes)
     if saved is None:
         raise BpfreeError(
             "the checkpoint does not say how to build its rule", where=where, fix="build the rule in Python: bpfree.load(path, rule=rule)"
         )
-    wanted = {
-        leaf.key.removesuffix(".name"): leaf.value
-        for leaf in changes
-        if leaf.key.removesuffix(".name") in CHOSEN and isinstance(leaf.value, str)
-    }
+    wanted = {leaf.key.removesuffix(".name"): _name_in(leaf) for leaf in changes if leaf.key.removesuffix(".name") in CHOSEN}
+    wanted = {section: name for section, name in wanted.items() if name}  # what names nothing is refused below
     if wanted.get("rule", saved["rule"]["name"]) != saved["rule"]["name"]:
         raise BpfreeError(f"the checkpoint is of another rule: {saved['rule']['name']}, not {wanted['rule']}", where=where)
     kept = dict(saved)
     if wanted.get("task", saved["task"]["name"]) != saved["task"]["name"]:
         common = {item.name for item in dataclasses.fields(TaskCommon)}
         kept["task"] = {key: value for key, value in saved["task"].items() if key in common}
-    return resolve([*_leaves(kept, "", where), *changes], spec=spec)
+    return resolve([*leaves_of(kept, "", where), *changes], spec=spec)
+
+
+def changed(before: Recipe, after: Recipe) -> list[str]:
+    """The keys in which two recipes differ."""
+    values, others = before.flat(), after.flat()
+    return [key for key in dict.fromkeys([*values, *others]) if key not in values or key not in others or values[key] != others[key]]
 
 
 def load_task(name: str, *, root: str | Path | None = None, validation: float = 0.1, split_seed: int = 0, **options: Any) -> Task:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bpfree import interrupts
-from bpfree.config import Leaf, resolve
+from bpfree.config import Leaf, last_said, resolve
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.ray_cluster import connect, import_ray, room
 from bpfree.training.environment import resolve_device
@@ -91,7 +91,7 @@ def train(leaves: Sequence[Leaf], *, size: int, address: str | None = None, resu
     Raises:
         BpfreeError: what ended the run: an error of its own, a process that died, a signal.
     """
-    output = next((str(leaf.value) for leaf in reversed(leaves) if leaf.key == "output"), "runs")
+    output = last_said(leaves, "output", "runs")
     threads, device = 1, "auto"
     run_id = ""
     if resume is None:
@@ -99,8 +99,7 @@ def train(leaves: Sequence[Leaf], *, size: int, address: str | None = None, resu
         threads, device = recipe.settings.threads or 1, recipe.settings.device
         run_id = new_run_id(f"{recipe.names['rule']}-{recipe.names['task']}-s{recipe.settings.seed}")
     else:
-        given = {leaf.key: leaf.value for leaf in leaves}
-        threads, device = int(given.get("threads") or 1), str(given.get("device", "auto"))
+        threads, device = last_said(leaves, "threads", None, int | None) or 1, last_said(leaves, "device", "auto")
     gpus = float(resolve_device(device).type == "cuda")
     ray = import_ray()
     own = connect(ray, address, processors=size * threads)

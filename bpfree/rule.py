@@ -109,6 +109,9 @@ class Rule(nn.Module, ABC):
     """A class attribute, or a property where the configuration changes it."""
     optimizer: OptimizerConfig = OptimizerConfig("adam", lr=1e-3)
     """The default optimiser; a class attribute, or a property where the configuration changes it."""
+    optimizer_keys: tuple[str, ...] | None = None
+    """Which keys of ``optimizer`` the rule reads; settings of others are refused. ``None``: all, or ``lr`` alone where the rule updates in
+    place. Without ``lr`` it reads no ``schedule`` either. A class attribute, or a property where the configuration changes it."""
     own_network: ClassVar[bool] = False
     """Whether the rule brings its network, so that the common one of a comparison is not for it."""
     shared_groups: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bpfree.code_lines import class_lines
-from bpfree.config import Leaf, Recipe, recipe_of
+from bpfree.config import Leaf, Recipe, changed, recipe_of
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.rule import Rule
 from bpfree.tasks.task import Task
@@ -145,7 +145,7 @@ def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Ru
     path = find_checkpoint(place, output=output)
     saved = read_checkpoint(path)
     recipe = recipe_of(saved["config"], changes, where=str(path))
-    refuse_changes(changes, recipe_of(saved["config"], where=str(path)).flat())
+    refuse_changes(changed(recipe_of(saved["config"], where=str(path)), recipe))
     if saved.get("training") is None:
         raise BpfreeError("the checkpoint holds weights only: a run cannot go on from it", where=str(path), fix="use last.pt")
     about, folder = saved["training"]["run"], path.parent.parent
@@ -161,14 +161,16 @@ def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Ru
     return record, path, saved["config"], count
 
 
-def refuse_changes(changes: Iterable[Leaf], saved: Mapping[str, Any]) -> None:
+def refuse_changes(keys: Iterable[str]) -> None:
     """A run can go on for longer, elsewhere, or be looked at otherwise; anything else would make it another run.
 
+    Args:
+        keys: of the settings that changed.
+
     Raises:
-        UsageError: settings that would.
+        UsageError: some would.
     """
-    keys = [leaf.key for leaf in changes if leaf.key.split(".")[0] not in CHANGEABLE]
-    other = [leaf.key for leaf in changes if leaf.key in keys and saved.get(leaf.key, saved.get(f"{leaf.key}.name")) != leaf.value]
+    other = [key for key in keys if key.split(".")[0] not in CHANGEABLE]
     if other:
         raise UsageError("a run cannot go on with other settings than it began with", where=", ".join(other), fix="train anew")
 
@@ -352,5 +354,6 @@ def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
         "supervision": rule.traits.supervision,
         "own_network": str(rule.own_network),
         **({} if lines is None else {"rule_lines": str(lines)}),
+        **({"unused": ", ".join(recipe.unused)} if recipe.unused else {}),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bpfree.config import Leaf, recipe_of
+from bpfree.config import Leaf, changed, recipe_of
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.rule import Rule
 from bpfree.saved import load
@@ -24,6 +24,12 @@ from bpfree.training.evaluation import check_protocols, evaluate, evaluate_featu
 from bpfree.training.features import feature_split
 
 __all__ = ["score"]
+
+OF_TRAINING = (
+    *("accumulate.", "batch_size.", "budget.", "clip.", "evaluation.every.", "frozen_twin.", "optimizer."),
+    *("schedule.", "select.", "task.augment."),
+)
+"""Beginnings of keys that say how a rule was trained."""
 
 
 @flushing_denormals()
@@ -48,6 +54,9 @@ def score(
     path = find_checkpoint(place, output=output, prefer="selected")
     content = read_checkpoint(path)
     recipe = recipe_of(content["config"], changes, where=str(path))
+    idle = [key for key in changed(recipe_of(content["config"], where=str(path)), recipe) if f"{key}.".startswith(OF_TRAINING)]
+    if idle:
+        raise UsageError("these settings are of training, and would not change the score", where=", ".join(idle), fix="leave them out")
     spec = recipe.spec()
     if tuple(spec.input_shape) != tuple(content["task"]["input_shape"]) or spec.outputs != content["task"]["outputs"]:
         trained = content["task"]

@@ -1,33 +1,118 @@
-"""Reading YAML as people mean it: safe tags only, 1e-8 is a number, and yes, no, on and off are words.
+"""Reading YAML as people mean it: YAML 1.2 with safe tags only, and scalars that keep the text they were typed as.
 
-PyYAML follows YAML 1.1, where ``1e-8`` is a string and ``no`` is false; this is YAML 1.2 in these two points.
+PyYAML follows YAML 1.1, where ``1e-8`` is a string, ``no`` is false, ``010`` is 8, ``12:30`` is 750 and ``1_000`` a number; here the
+core schema of YAML 1.2 holds. What a plain scalar means may depend on where it stands: ``007`` is a number, but as the name of a folder
+it is text. So :func:`written` keeps the text of what can be written in more than one way (:class:`Scalar`).
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-__all__ = ["read"]
+__all__ = ["Entry", "Scalar", "dump", "entries", "plain", "read", "repeated", "text_of", "written"]
+
+FLOAT = re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$")
+INTEGER = re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
+NULL = re.compile(r"^(?:null|Null|NULL|~|)$")
+BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A plain scalar whose text says more than its value does: ``007``, ``1e3``, ``True``, ``~``, or nothing at all.
+
+    Attributes:
+        text: as typed.
+        value: by YAML's core schema.
+    """
+
+    text: str
+    value: Any
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value of a mapping, with where it stands.
+
+    Attributes:
+        path: the names that lead to it, as they are written; one may hold dots.
+        value: as :func:`written` has it.
+        line: of its name, from 1.
+    """
+
+    path: tuple[Any, ...]
+    value: Any
+    line: int
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader with resolvers of its own."""
+    """A safe loader of the core schema."""
 
 
-_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    first: kept
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    if (kept := [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:merge"])
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", BOOL, list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", NULL, [*"nN~", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+
+
+def _integer(text: str) -> int:
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+def _float(text: str) -> float:
+    return float(text.replace(".inf", "inf").replace(".nan", "nan")) if text[-1:] in "fFnN" else float(text)
+
+
+def _scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+    kind = node.tag.rpartition(":")[2]
+    try:
+        if kind == "int":
+            return _integer(node.value)
+        if kind == "float":
+            return _float(node.value.lower())
+        if kind == "bool":
+            return {"true": True, "false": False}[node.value.lower()]
+    except (KeyError, ValueError) as error:  # an explicit tag, or too many digits
+        raise yaml.constructor.ConstructorError(None, None, f"{node.value[:40]!r} is no {kind}", node.start_mark) from error
+    return None
+
+
+class _Writing(_Loader):
+    """The same, which keeps texts."""
+
+
+def _kept(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+    value = _scalar(loader, node)
+    return value if node.value == _canonical(value) else Scalar(node.value, value)
+
+
+for _kind in ("int", "float", "bool", "null"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _scalar)
+    _Writing.add_constructor(f"tag:yaml.org,2002:{_kind}", _kept)
+
+
+def _canonical(value: Any) -> str:
+    """The one way in which Python writes a value, if it is the common one."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else f"{'-' if value < 0 else ''}.inf"
+    return repr(value)
 
 
 def read(text: str) -> Any:
@@ -37,3 +122,117 @@ def read(text: str) -> Any:
         yaml.YAMLError: it stands for none.
     """
     return yaml.load(text, Loader=_Loader)
+
+
+def written(text: str) -> Any:
+    """The same with a :class:`Scalar` for each plain scalar that is not written in the one common way.
+
+    Raises:
+        yaml.YAMLError: it stands for no value.
+    """
+    return yaml.load(text, Loader=_Writing)
+
+
+def entries(text: str) -> list[Entry] | None:
+    """The values of a mapping, nested ones included, in order; ``None``: the text is no mapping.
+
+    An empty mapping is a value.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    loader = _Writing(text)
+    try:
+        node = loader.get_single_node()
+        return list(_entries(loader, node, ())) if isinstance(node, yaml.MappingNode) else None
+    finally:
+        loader.dispose()
+
+
+def _entries(loader: _Writing, node: yaml.MappingNode, path: tuple[Any, ...]) -> Iterator[Entry]:
+    loader.flatten_mapping(node)
+    for name, value in node.value:
+        where = (*path, loader.construct_object(name, deep=True))
+        if isinstance(value, yaml.MappingNode) and value.value:
+            yield from _entries(loader, value, where)
+        else:
+            yield Entry(where, loader.construct_object(value, deep=True), name.start_mark.line + 1)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what would not be read as text."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", INTEGER, list("-+0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+
+
+def dump(value: Any) -> str:
+    """A nested mapping of plain values as YAML, which :func:`read` gives back."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
+    return text
+
+
+def repeated(text: str) -> list[str]:
+    """A sentence for each name that a mapping has twice, of which YAML would take the last.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    return list(_repeated(yaml.compose(text, Loader=_Loader), ""))
+
+
+def _repeated(node: Any, where: str) -> Iterator[str]:
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[Any, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                first = seen[name]
+                yield f"{where}{name} is given twice" + (f", in lines {first} and {line}" if first != line else "")
+            if name is not None:
+                seen[name] = line
+            yield from _repeated(value, f"{where}{name}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value, start=1):
+            yield from _repeated(value, f"{where}{number}.")
+
+
+def plain(value: Any) -> Any:
+    """The values of the core schema in place of what was written."""
+    if isinstance(value, Scalar):
+        return value.value
+    if isinstance(value, dict):
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def text_of(value: Any) -> str:
+    """A value as it is typed behind ``KEY=``, so that :func:`written` gives it again."""
+    if isinstance(value, str):
+        return value if _is_itself(value) else json.dumps(value, ensure_ascii=False)
+    return _inside(value)
+
+
+def _is_itself(text: str) -> bool:
+    try:
+        return bool(written(text) == text) and isinstance(written(text), str)
+    except yaml.YAMLError:  # the command line takes what is no YAML as text
+        return "\n" not in text
+
+
+def _name(key: Any) -> str:
+    return key if isinstance(key, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", key) and _is_itself(key) else _inside(key)
+
+
+def _inside(value: Any) -> str:
+    if isinstance(value, Scalar):
+        return value.text
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_name(key)}: {_inside(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_inside, value)) + "]"
+    if value is None or isinstance(value, (bool, int, float)):
+        return _canonical(value)
+    return json.dumps(value if isinstance(value, str) else str(value), ensure_ascii=False)

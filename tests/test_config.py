@@ -141,3 +141,170 @@ def test_schedules_are_tried_before_anything_is_loaded() -> None:
     assert "refuses its options" in problems_of("schedule=CosineAnnealingLR", "schedule.options.T_max=10", "schedule.options.eta_min=low")
     assert "no warm-up" in problems_of("schedule=StepLR", "schedule.options.step_size=2", "schedule.warmup=0.1")
     assert "nowhere" in problems_of("output=${nowhere}")
+
+
+@pytest.mark.parametrize("section", ["rule", "task", "network"])
+@pytest.mark.parametrize("text", ["", "null", "~", "[a]", "{}", "''", "{name: null}", "{name: }", "{name: [a]}"])
+def test_a_section_that_names_nothing_is_refused(section: str, text: str) -> None:
+    """An unset variable of the shell leaves ``rule=``; that must not train the default under another label."""
+    if text == "~":
+        assert f"unknown {section} '~'" in problems_of(f"{section}=~")
+    else:
+        assert f"names no {section}: bpfree {section}s lists them" in problems_of(f"{section}={text}")
+
+
+@pytest.mark.parametrize("value", [None, "", [], ["a"], {}, {"name": None}, {"name": {}}])
+def test_the_same_from_python(value: object) -> None:
+    for section in ("rule", "task", "network"):
+        with pytest.raises(UsageError, match=r"names no|must be|has no parts|unknown key"):
+            resolve({section: value})
+    for section in ("optimizer", "schedule", "budget", "clip"):
+        if value != {"name": None} or section in ("optimizer", "schedule"):
+            with pytest.raises(UsageError):
+                resolve({section: value})
+
+
+def test_a_name_that_is_a_number_is_looked_up_as_it_is_typed() -> None:
+    assert "unknown rule '5'" in problems_of("rule=5")
+    assert "unknown rule '007'" in problems_of("rule=007")
+    assert "unknown optimizer '5'" in problems_of("optimizer=5")
+    assert "unknown schedule '1e3'" in problems_of("schedule=1e3")
+
+
+@pytest.mark.parametrize("key", ["seed", "output", "optimizer.lr", "optimizer", "schedule", "budget.epochs", "data.root", "network.widths"])
+def test_a_key_without_a_value_is_refused(key: str, tmp_path: Path) -> None:
+    assert "has no value" in problems_of(f"{key}=")
+    (tmp_path / "my.yaml").write_text(f"{key}:\n")
+    with pytest.raises(UsageError, match="has no value"):
+        resolve(read_yaml(tmp_path / "my.yaml"))
+
+
+def test_a_value_has_the_type_of_its_key(tmp_path: Path) -> None:
+    """Oracle: what is typed, letter by letter, for text; Python's int and float for numbers."""
+    texts = ["007", "83e2010", "12:30", "2001-01-01", "0x10", "1_000", "true", "on", "no", "1e3", "-.5", "~", "a #b", "[x", "0o7"]
+    for text in texts:
+        recipe = resolve(parse_words([f"output={text}", f"tracking.experiment={text}", f"stream={text}", f"data.root={text}"]))
+        settings = recipe.settings
+        assert [settings.output, settings.tracking.experiment, settings.stream, settings.data.root] == [text] * 4
+        (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+        assert resolve(read_yaml(tmp_path / "again.yaml")) == recipe
+    (tmp_path / "my.yaml").write_text("output: 007\nstream: 0o10\ntracking: {experiment: 83e2010}\nseed: 010\noptimizer: {lr: 1e-1}\n")
+    recipe = resolve(read_yaml(tmp_path / "my.yaml"))
+    assert (recipe.settings.output, recipe.settings.stream, recipe.settings.tracking.experiment) == ("007", "0o10", "83e2010")
+    assert (recipe.settings.seed, recipe.settings.optimizer.lr) == (10, 0.1)
+    assert resolve(parse_words(["network={widths: [010, 20]}"])).options["network"].widths == [10, 20]
+    assert resolve(parse_words(["diagnostics=[]", "stream=null", "threads=null"])).settings.stream is None
+    assert resolve(parse_words(["optimizer.options={eps: 1e-6, amsgrad: true}"])).settings.optimizer.options == {
+        "eps": 1e-6,
+        "amsgrad": True,
+    }
+    assert resolve({"output": 7, "seed": "010"}).settings.output == "7"
+    assert resolve(parse_words(['output="null"'])).settings.output == "null"
+    assert resolve(parse_words(["deterministic=yes"])).settings.deterministic is True
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("seed=1.0", "seed=1.0: must be a whole number, such as 1"),
+        ("seed=0x10", "must be a whole number"),
+        ("seed=1_000", "must be a whole number, such as 1000"),
+        ("budget.samples=1e6", "must be a whole number, such as 1000000"),
+        ("seed=true", "must be a whole number"),
+        ("optimizer.lr=fast", "optimizer.lr='fast': must be a number, or null"),
+        ("optimizer.lr=true", "must be a number"),
+        ("deterministic=1", "deterministic=1: must be true or false"),
+        ("output=null", "must be text, not null"),
+        ("output=[a]", "must be text, not a list"),
+        ("network.widths=256,128", "must be a list: network.widths=[256,128]"),
+        ("network.widths=256", "must be a list: network.widths=[256]"),
+        ("network.widths=[a]", "must be a whole number"),
+        ("network.activation=swish", "must be one of relu, leaky-relu"),
+        ("network.activation=tan", "did you mean 'tanh'?"),
+        ("optimizer.options=5", "must be a mapping: optimizer.options={name: value}"),
+        ("optimizer.leraning_rate=0.1", "did you mean optimizer.lr?"),
+        ("learning_rate=0.1", "did you mean optimizer.lr?"),
+        ("optimizer.wd=0.1", "did you mean optimizer.weight_decay?"),
+        ("batch-size=3", "did you mean batch_size?"),
+    ],
+)
+def test_wrong_values_are_told_in_plain_words(word: str, expected: str) -> None:
+    text = problems_of(word)
+    assert expected in text
+    assert "Config" not in text
+
+
+def test_a_key_that_is_given_twice_is_refused_with_both_places(tmp_path: Path) -> None:
+    cases = {
+        "seed: 1\nrule: dfa\nseed: 2\n": "seed is given twice, in lines 1 and 3",
+        "optimizer:\n  lr: 1\n  lr: 2\n": "optimizer.lr is given twice, in lines 2 and 3",
+        "optimizer: {lr: 1}\nseed: 1\noptimizer: {momentum: 0.9}\n": "optimizer is given twice, in lines 1 and 3",
+        "rule: dfa\nrule.name: backprop\n": "rule.name is given twice, as rule and rule.name in lines 1 and 2",
+        "rule: {name: dfa}\nrule.name: backprop\n": "rule.name is given twice, as rule.name in lines 1 and 2",
+        "optimizer: {lr: 1}\n\noptimizer.lr: 2\n": "optimizer.lr is given twice, as optimizer.lr in lines 1 and 3",
+    }
+    for content, expected in cases.items():
+        (tmp_path / "my.yaml").write_text(content)
+        with pytest.raises(UsageError, match=expected):
+            read_yaml(tmp_path / "my.yaml")
+    with pytest.raises(UsageError, match="given twice"):
+        resolve({"rule": "dfa", "rule.name": "backprop"})
+    with pytest.raises(UsageError, match="given twice"):
+        parse_words(["optimizer={lr: 1, lr: 2}"])
+    assert resolve(parse_words(["seed=1", "seed=2", "rule=dfa", "rule.name=backprop"])).settings.seed == 2
+    (tmp_path / "merged.yaml").write_text("optimizer: &base {name: sgd, lr: 1}\nschedule: {name: cosine}\n")
+    assert resolve(read_yaml(tmp_path / "merged.yaml")).settings.optimizer.lr == 1
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    for content in ("1: 2\n", "optimizer: {options: {1: 2}}\n", "null: 3\n", "true: {a: 1}\n"):
+        (tmp_path / "my.yaml").write_text(content)
+        with pytest.raises(UsageError, match="name must be text"):
+            read_yaml(tmp_path / "my.yaml")
+    with pytest.raises(UsageError, match="name must be text"):
+        resolve({"optimizer": {1: 2}})
+    for word in (".seed=1", "seed.=2", "rule.=3", "optimizer..lr=3", "rule.name.x=3", "seed.x=1"):
+        problems_of(word)
+
+
+@pytest.mark.parametrize(
+    ("words", "both"),
+    [
+        (["schedule.final=0.5"], ("schedule.final=0.5", "schedule.name=constant")),
+        (["schedule=cosine", "schedule.gamma=0.1"], ("schedule.gamma=0.1", "schedule.name=cosine")),
+        (["schedule=linear", "schedule.milestones=[0.5]"], ("schedule.milestones=[0.5]", "schedule.name=linear")),
+        (["schedule=cosine", "schedule.options={T_max: 3}"], ("schedule.options={T_max: 3}", "schedule.name=cosine")),
+        (["schedule=ExponentialLR", "schedule.options={gamma: 0.9}", "schedule.warmup=0.1"], ("warmup=0.1", "schedule.name=ExponentialLR")),
+        (["schedule=milestones"], ("schedule=milestones", "schedule.milestones")),
+        (["clip.scope=global"], ("clip.scope=global", "clip.norm")),
+        (["alignment.draws=4"], ("alignment.draws=4", "alignment.every=0")),
+        (["optimizer=sgd", "optimizer.options={dampening: 0.5}"], ("optimizer.options.dampening", "momentum")),
+        (["optimizer=sgd", "optimizer.options={lr: 0.5}"], ("optimizer.options.lr", "optimizer.lr=0.5")),
+        (
+            ["budget.epochs=4", "schedule=OneCycleLR", "schedule.options={max_lr: 1, total_steps: 4}", "optimizer.lr=0.3"],
+            ("optimizer.lr=0.3", "schedule.name=OneCycleLR"),
+        ),
+    ],
+)
+def test_a_setting_that_another_makes_idle_is_refused_with_both(words: list[str], both: tuple[str, str]) -> None:
+    text = problems_of(*words)
+    assert both[0] in text
+    assert both[1] in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *("{betas: [0.9]}", "{betas: 0.9}", "{betas: [a, b]}", "{eps: small}", "{amsgrad: 'no'}", "{beta:3}"),
+        *("{eps: null}", "{foreach: 1}", "{params: 1}"),
+    ],
+)
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adafactor", "rprop"])
+def test_options_that_an_optimiser_does_not_take_are_refused_by_name(name: str, options: str) -> None:
+    text = problems_of(f"optimizer={name}", f"optimizer.options={options}")
+    assert "optimizer.options." in text
+    assert "unexpected" not in text
+
+
+def test_null_is_an_option_where_torch_has_it() -> None:
+    assert resolve(parse_words(["optimizer=adam", "optimizer.options={foreach: null}"])).settings.optimizer.options == {"foreach": None}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bpfree.config import Leaf, Recipe, parse_words, resolve
+from bpfree.config import Leaf, Recipe, canonical, parse_words, resolve
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.plugins import PluginRecord, Plugins, installed_plugins
 from bpfree.rule import Rule
@@ -78,6 +78,8 @@ class Subject:
             raise UsageError(
                 "a certificate is of a rule, so only its own settings can be given", where=", ".join(foreign), fix="rule.KEY=VALUE"
             )
+        if any(canonical(leaf.key, leaf.value) == "rule.name" for leaf in self._leaves):
+            raise UsageError("the settings name a rule, beside the one that is examined", where="rule", fix=f"leave it out: {rule}")
         self.recipe = self.resolve({})
 
     def resolve(self, settings: Mapping[str, Any], spec: TaskSpec | None = None) -> Recipe:

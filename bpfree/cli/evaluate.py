@@ -23,11 +23,11 @@ configuration, for example `task=fashion-mnist`, `rule.inference=deterministic`,
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on one line.")
 def evaluate(checkpoint: str, settings: tuple[str, ...], split: str, as_json: bool) -> int:
     from bpfree.cli.output import print_table
-    from bpfree.config import parse_words
+    from bpfree.config import last_said, parse_words
     from bpfree.scoring import score
 
     leaves = parse_words(settings)
-    output = next((str(leaf.value) for leaf in reversed(leaves) if leaf.key == "output"), "runs")
+    output = last_said(leaves, "output", "runs")
     about, scores = score(checkpoint, leaves, split=split, output=output)
     if as_json:
         click.echo(json.dumps({**about, **scores}))

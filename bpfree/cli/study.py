@@ -316,10 +316,13 @@ def _again(name: str, settings: Sequence[str], seeds: int | None) -> list[str]:
 
 def _dry_run(plan: Plan, agenda: Agenda) -> int:
     from bpfree.cli.output import print_table
+    from bpfree.study.report.remarks import unused
     from bpfree.study.standing import costs
 
     for change in plan.changes:
         click.echo(f"not as written: {change}")
+    for line in unused(agenda.lines()):
+        click.echo(line)
     cells: list[Cell] = agenda.cells()
     table, summary = costs(agenda, cells)
     print_table(["row", "column", "seed", "state", "minutes", "cell"], table, right=[2, 4])

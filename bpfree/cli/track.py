@@ -20,13 +20,13 @@ def send(run: str, settings: tuple[str, ...]) -> int:
 
     The store is the one that the run's configuration names, unless SETTINGS say otherwise: `tracking.uri=...`.
     """
-    from bpfree.config import Leaf, parse_words, read_yaml, resolve
+    from bpfree.config import Leaf, last_said, parse_words, read_yaml, resolve
     from bpfree.errors import BpfreeError, UsageError
     from bpfree.tracking.events import SPOOL_NAME
     from bpfree.tracking.mlflow_tracker import send_unsent
 
     leaves = parse_words(settings)
-    output = next((str(leaf.value) for leaf in reversed(leaves) if leaf.key == "output"), "runs")
+    output = last_said(leaves, "output", "runs")
     folder = next((path for path in (Path(run), Path(output) / run) if (path / "config.yaml").exists()), None)
     if folder is None:
         raise UsageError("no such run", where=run, fix=f"give a run's folder, or the name of a run in {output}/")

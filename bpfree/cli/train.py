@@ -55,7 +55,7 @@ def train(
 ) -> int:
     from bpfree import runner
     from bpfree.cli.output import PlanDisplay, exit_code, print_result
-    from bpfree.config import parse_words, read_yaml, resolve
+    from bpfree.config import last_said, parse_words, read_yaml, resolve
     from bpfree.errors import UsageError
     from bpfree.training.distributed import World
 
@@ -85,7 +85,7 @@ def train(
             run = runner.run(recipe, quiet=quiet, observers=observers)
         else:
             place = resume or ""
-            output = next((str(leaf.value) for leaf in reversed(leaves) if leaf.key == "output"), "runs")
+            output = last_said(leaves, "output", "runs")
             finished = world.from_first(lambda: runner.has_finished(place, output=output)) and all(leaf.key == "output" for leaf in leaves)
             run = runner.resume(place, output=output, changes=leaves, quiet=quiet, observers=observers)
             if finished and world.first:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bpfree import runner
-from bpfree.config import NAMED, Leaf, Recipe, resolve
+from bpfree.config import Leaf, Recipe, canonical, resolve
 from bpfree.errors import UsageError
 from bpfree.plugins import Plugins
 from bpfree.rule import Rule, Traits
@@ -31,6 +31,7 @@ from bpfree.sources import source_hashes
 from bpfree.study.data import Data, DataBook
 from bpfree.study.model import Column, Row, Study
 from bpfree.training.environment import resolve_device
+from bpfree.yaml_values import text_of
 
 __all__ = ["Cell", "Place", "Plan", "cell_of", "is_scientific", "plan", "problems_of", "recipe_with", "twin_of", "word"]
 
@@ -174,8 +175,9 @@ def _leaves(study: Study, row: Row, column: Column, overrides: Sequence[Leaf]) -
     ]
     merged: dict[str, Leaf] = {}
     for settings, origin in layers:
-        replace_in(merged, [Leaf(key, value, origin) for key, value in settings.items()])
-    replace_in(merged, overrides)
+        own = origin.startswith("row ")
+        replace_in(merged, [Leaf(key, value, origin, not own or key in row.shared) for key, value in settings.items()])
+    replace_in(merged, [dataclasses.replace(leaf, shared=True) for leaf in overrides])
     if "stream" not in merged:
         named = merged.get("rule.name", Leaf("rule", "backprop", ""))
         merged["stream"] = Leaf("stream", str(named.value), "every study")
@@ -189,11 +191,7 @@ def replace_in(merged: dict[str, Leaf], later: Iterable[Leaf]) -> None:
         for key in [key for key in merged if key.startswith("budget.")]:
             del merged[key]
     for leaf in later:
-        merged[_key(leaf)] = leaf
-
-
-def _key(leaf: Leaf) -> str:
-    return f"{leaf.key}.name" if leaf.key in NAMED and isinstance(leaf.value, str) else leaf.key
+        merged[canonical(leaf.key, leaf.value)] = leaf
 
 
 def is_scientific(key: str) -> bool:
@@ -212,15 +210,17 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
     for row, column in study.cells():
         leaves = _leaves(study, row, column, overrides)
         try:
-            recipe = resolve(leaves, registry)
+            recipe = _without(resolve(leaves, registry), row)
             resolve_device(recipe.settings.device)
             if study.probe and _can_be_probed(recipe, leaves):
                 leaves.append(Leaf("evaluation.protocols", [PROBE], "every study"))
-                recipe = resolve(leaves, registry)
+                recipe = _without(resolve(leaves, registry), row)
             places.append(Place(row, column, recipe, leaves))
         except UsageError as error:
             for problem in problems_of(error):
                 problems.setdefault(problem, []).append(row.label)
+    for problem in [] if problems else _used_by_none(places):
+        problems.setdefault(problem, [place.row.label for place in places])
     if problems:
         every = len(list(study.cells()))
         listed = [_where(problem, rows, every) for problem, rows in problems.items()]
@@ -244,6 +244,26 @@ def twin_of(place: Place) -> Place | None:
         return None
     recipe, leaves = recipe_with(place, [Leaf("frozen_twin", True, "twin"), Leaf("evaluation.protocols", [], "twin")])
     return Place(dataclasses.replace(place.row, label=f"{place.row.label} (twin)", published={}), place.column, recipe, leaves)
+
+
+def _without(recipe: Recipe, row: Row) -> Recipe:
+    """The recipe, which also says which settings of a common network do not reach the row."""
+    reason = "the rule brings its own network"
+    return dataclasses.replace(recipe, unused={**recipe.unused, **dict.fromkeys(row.without, reason)}) if row.without else recipe
+
+
+def _used_by_none(places: Sequence[Place]) -> Iterator[str]:
+    """What is wrong with each shared setting that reaches some rows, and is used by none of them."""
+    unused: dict[tuple[str, str], str] = {}
+    used: set[tuple[str, str]] = set()
+    for place in places:
+        for leaf in place.leaves:
+            key = canonical(leaf.key, leaf.value)
+            if key in place.recipe.unused:
+                unused.setdefault((key, leaf.origin), place.recipe.unused[key])
+            else:
+                used.add((key, leaf.origin))
+    yield from (f"{key} is used by no row: {reason}" for (key, origin), reason in unused.items() if (key, origin) not in used)
 
 
 def problems_of(error: UsageError) -> list[str]:
@@ -287,13 +307,17 @@ def cell_of(place: Place, seed: int, book: DataBook, more: Sequence[Leaf] = (), 
         place.column.label,
         seed,
         recipe,
-        [*(word(leaf.key, leaf.value) for leaf in leaves if leaf.origin != DEFAULT), f"seed={seed}"],
+        [*(word(leaf.key, leaf.value) for leaf in leaves if _is_told(leaf, recipe)), f"seed={seed}"],
         identity,
         hashlib.sha256(text.encode()).hexdigest()[:16],
         [*leaves, Leaf("seed", seed, "seeds of the study")],
         None if data is None else data.examples,
         trial,
     )
+
+
+def _is_told(leaf: Leaf, recipe: Recipe) -> bool:
+    return leaf.origin != DEFAULT and canonical(leaf.key, leaf.value) not in recipe.unused
 
 
 def recipe_with(place: Place, more: Sequence[Leaf]) -> tuple[Recipe, list[Leaf]]:
@@ -304,18 +328,14 @@ def recipe_with(place: Place, more: Sequence[Leaf]) -> tuple[Recipe, list[Leaf]]
     """
     if not more:
         return place.recipe, list(place.leaves)
-    merged = {_key(leaf): leaf for leaf in place.leaves}
+    merged = {canonical(leaf.key, leaf.value): leaf for leaf in place.leaves}
     replace_in(merged, more)
-    return resolve(list(merged.values()), place.recipe.registry), list(merged.values())
+    return _without(resolve(list(merged.values()), place.recipe.registry), place.row), list(merged.values())
 
 
 def word(key: str, value: Any) -> str:
     """A setting as the command line takes it."""
-    return f"{key}={_value(value)}"
-
-
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return f"{key}={text_of(value)}"
 
 
 def _identity(recipe: Recipe, data: Data | None) -> dict[str, Any]:
@@ -362,7 +382,7 @@ def _changes(study: Study, overrides: Sequence[Leaf], now: Sequence[Recipe], reg
 
 
 def _distinct(values: Iterable[Any]) -> Iterator[Any]:
-    return iter(dict.fromkeys(map(_value, values)))
+    return iter(dict.fromkeys(map(text_of, values)))
 
 
 def _listed(values: Iterable[Any]) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bpfree.config import Leaf, parse_words
+from bpfree.config import Leaf, canonical, parse_words
 from bpfree.errors import UsageError
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.rule import Rule, Traits
@@ -46,6 +46,8 @@ def comparison(
         rows = {"linear": {"rule": "linear"}, "frozen": {"rule": "frozen"}, **twins, **own, "backprop": {"rule": "backprop"}}
         bare = any(not _reads_out(_rule(settings, registry)) for settings in own.values())  # a twin without a readout may be at chance
         controls = [*(["linear"] if bare else []), "frozen", *(label for label in twins if label != "frozen")]
+    if any(leaf.key in ("rule", "rule.name") for leaf in common):
+        raise UsageError("rules are compared, so that none is a setting of all", where="rule", fix="name each rule as a word of its own")
     shared = {leaf.key: leaf.value for leaf in common if leaf.key.split(".")[0] != "network"}
     networks = {leaf.key: leaf.value for leaf in common if leaf.key not in shared}
     return Study(
@@ -57,10 +59,7 @@ def comparison(
         settings=shared,
         seeds=list(range(seeds)),
         columns=[Column()],
-        rows=[
-            Row(label, {**({} if _rule(settings, registry).own_network else networks), **settings}, {"": {}}, {})
-            for label, settings in rows.items()
-        ],
+        rows=[_row(label, settings, networks, registry) for label, settings in rows.items()],
         controls=controls,
         jobs=jobs,
     )
@@ -69,7 +68,18 @@ def comparison(
 def _settings(word: str, registry: Plugins) -> dict[str, Any]:
     name, *settings = re.split(r",(?![^\[{]*[\]}])", word)  # not at commas inside brackets
     registry.get("rules", name, where="command line")
-    return {"rule": name, **{leaf.key: leaf.value for leaf in parse_words(settings)}}
+    own = {leaf.key: leaf.value for leaf in parse_words(settings)}
+    if not own.keys().isdisjoint(("rule", "rule.name")):
+        raise UsageError(f"{word!r} names two rules", where="command line", fix="name each rule as a word of its own")
+    return {"rule": name, **own}
+
+
+def _row(label: str, settings: Mapping[str, Any], networks: Mapping[str, Any], registry: Plugins) -> Row:
+    """With the settings of the common network, unless the rule brings its own."""
+    if not _rule(settings, registry).own_network:
+        return Row(label, {**networks, **settings}, {"": {}}, {}, shared=[key for key in networks if key not in settings])
+    named = any(key.split(".")[0] == "network" for key in settings)
+    return Row(label, settings, {"": {}}, {}, without=[] if named else [canonical(key, value) for key, value in networks.items()])
 
 
 def _rule(settings: Mapping[str, Any], registry: Plugins) -> type[Rule]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -54,7 +55,7 @@ class Jobs:
         self, agenda: Agenda, *, overrides: Sequence[Leaf] = (), parent: str = "", timeout: float | None = None, quiet: bool = True
     ) -> None:
         self._agenda, self._parent, self._timeout, self._quiet = agenda, parent, timeout, quiet
-        self._changes = [leaf for leaf in overrides if not is_scientific(leaf.key)]
+        self._changes = [dataclasses.replace(leaf, shared=True) for leaf in overrides if not is_scientific(leaf.key)]
 
     def of(self, cell: Cell) -> Job:
         """The job of a cell."""
@@ -83,6 +84,7 @@ class Jobs:
 
     def _tags(self, cell: Cell) -> dict[str, str]:
         tags = {"study": self._agenda.plan.study.name, "study_row": cell.row, "study_column": cell.column, "study_cell": cell.id}
+        tags |= {"unused": ", ".join(cell.recipe.unused)} if cell.recipe.unused else {}
         tags |= {} if cell.trial is None else {"study_trial": str(cell.trial)}
         return tags | ({"mlflow.parentRunId": self._parent} if self._parent else {})
 

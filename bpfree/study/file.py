@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import yaml
 
 from bpfree import yaml_values
 from bpfree.errors import UsageError, nearest
+from bpfree.leaves import canonical, leaves_of
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.study.grid import expand
 from bpfree.study.model import MEMORY, METRICS, Column, Published, Row, Study
@@ -93,7 +94,7 @@ def read_study(path: Path, name: str | None = None, registry: Plugins | None = N
     """
     try:
         text = path.read_text(encoding="utf-8")
-        content, repeated = yaml_values.read(text), list(_repeated(yaml.compose(text, Loader=yaml.SafeLoader), ""))
+        content, repeated = _content(yaml_values.read(text), yaml_values.written(text)), yaml_values.repeated(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the study: {getattr(error, 'strerror', None) or error}", where=str(path)) from error
     except yaml.YAMLError as error:
@@ -109,18 +110,22 @@ def read_study(path: Path, name: str | None = None, registry: Plugins | None = N
     return study
 
 
-def _repeated(node: Any, where: str) -> Iterator[str]:
-    """Keys that a mapping has twice, of which YAML would take the last."""
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                yield f"{where}{key.value} is given twice"
-            seen.add(key.value)
-            yield from _repeated(value, f"{where}{key.value}.")
-    elif isinstance(node, yaml.SequenceNode):
-        for number, value in enumerate(node.value, start=1):
-            yield from _repeated(value, f"{where}{number}.")
+def _content(plain: Any, written: Any, parents: tuple[str, ...] = ()) -> Any:
+    """A study's content: values, but settings as they are written, because their types are known with their keys."""
+    if parents and _are_settings(parents, plain):
+        return written
+    if isinstance(plain, dict):
+        pairs = zip(plain.items(), written.values(), strict=True)
+        return {key: _content(value, as_written, (*parents, str(key))) for (key, value), as_written in pairs}
+    if isinstance(plain, list):
+        return [_content(value, as_written, (*parents, "*")) for value, as_written in zip(plain, written, strict=True)]
+    return plain
+
+
+def _are_settings(parents: Sequence[str], content: Any) -> bool:
+    if parents[-1] in ("settings", "space"):
+        return True
+    return parents[-2:-1] == ("*",) and (parents[-1] == "tune" or (parents[-1] == "columns" and isinstance(content, dict)))
 
 
 class _Reader:
@@ -180,7 +185,9 @@ class _Reader:
         where = f"row {label or number}"
         cells = self._cells(node.get("columns"), where, [column.label for column in columns])
         settings = self._settings(node.get("settings"), f"{where}: settings")
-        return Row(label, settings, cells, self._published(node.get("published"), where, cells), self._row_space(node, where, tune))
+        published, space = self._published(node.get("published"), where, cells), self._row_space(node, where, tune)
+        shared, without = getattr(entry, "shared", ()), getattr(entry, "without", ())  # of a grid
+        return Row(label, settings, cells, published, space, shared, without)
 
     def _cells(self, node: Any, where: str, labels: Sequence[str]) -> dict[str, Mapping[str, Any]]:
         """The columns of a row: all, those listed, or those named with settings of their own."""
@@ -366,12 +373,20 @@ class _Reader:
     def _settings(self, node: Any, where: str) -> dict[str, Any]:
         """By dotted key, nested or not."""
         found: dict[str, Any] = {}
-        for key, value in _flat(self._plain(node, where)):
-            if key in found:
+        keys: set[str] = set()
+        try:
+            leaves = list(leaves_of(self._plain(node, where), "", where))
+        except UsageError as error:
+            self.problems.append(f"{where}: {error.what}")
+            return found
+        for leaf in leaves:
+            key = canonical(leaf.key, leaf.value)
+            if key in keys:
                 self.problems.append(f"{where}: {key} is given twice")
-            if key in NOT_HERE:
-                self.problems.append(f"{where}: {key} has no place here: {NOT_HERE[key]}")
-            found[key] = value
+            if leaf.key in NOT_HERE:
+                self.problems.append(f"{where}: {leaf.key} has no place here: {NOT_HERE[leaf.key]}")
+            keys.add(key)
+            found[leaf.key] = leaf.value
         return found
 
     def _plain(self, node: Any, where: str) -> dict[str, Any]:
@@ -381,14 +396,6 @@ class _Reader:
             self.problems.append(f"{where}: must be a mapping of settings to values, not {node!r}")
             return {}
         return node
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _is_integer(value: Any) -> bool:

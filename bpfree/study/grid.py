@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bpfree.errors import UsageError, nearest
+from bpfree.leaves import canonical, leaves_of
 from bpfree.plugins import Plugins
 
-__all__ = ["GRID_KEYS", "expand"]
+__all__ = ["GRID_KEYS", "GridRow", "expand"]
 
 GRID_KEYS = ("rules", "networks", "tasks", "exclude")
 RULE_KEYS = ("rule", "preset", "presets", "label", "settings", "published", "tune")
@@ -22,6 +23,18 @@ NETWORK_KEYS = ("label", "settings")
 TASK_KEYS = ("label", "settings", "target")
 
 Note = Callable[[str], None]
+
+
+class GridRow(dict[str, Any]):
+    """A row that a grid makes.
+
+    Attributes:
+        shared: keys of its settings that are the grid's network's.
+        without: keys of the grid's networks that do not reach it, because its rule brings a network.
+    """
+
+    shared: Sequence[str] = ()
+    without: Sequence[str] = ()
 
 
 @dataclass
@@ -32,6 +45,7 @@ class _Entry:
     settings: dict[str, Any]
     more: dict[str, Any] = field(default_factory=dict)
     own_network: bool = False
+    brings_network: bool = False
 
 
 def expand(content: Mapping[str, Any], registry: Plugins, note: Note) -> dict[str, Any]:
@@ -72,7 +86,10 @@ def _rows(rules: Sequence[_Entry], networks: Sequence[_Entry], tasks: Sequence[_
         own = rule.own_network or not networks
         for network in [None] if own else networks:
             label = rule.label if network is None or len(networks) == 1 else f"{rule.label} ({network.label})"
-            row = {"label": label, "settings": {**(network.settings if network else {}), **rule.settings}, **rule.more}
+            row = GridRow(label=label, settings={**(network.settings if network else {}), **rule.settings}, **rule.more)
+            row.shared = [key for key in (network.settings if network else {}) if key not in rule.settings]
+            if rule.brings_network:
+                row.without = list(dict.fromkeys(canonical(key, value) for each in networks for key, value in each.settings.items()))
             if tasks:
                 row["columns"] = [t.label for t in tasks if not excluded.holds(rule.label, network.label if network else None, t.label)]
                 if isinstance(published := row.get("published"), dict):
@@ -111,13 +128,17 @@ class _Grid:
         where = f"rule {node.get('label') or node.get('rule') or node.get('preset') or node.get('presets')}"
         self._check(node, where, RULE_KEYS)
         own = self._settings(node, where)
-        named = [(name, {**settings, **own}) for name, settings in self._named(node, where)]
-        rules = [str(merged.get("rule", merged.get("rule.name", ""))) for _, merged in named]
-        for (name, merged), rule in zip(named, rules, strict=True):
+        if any(key in ("rule", "rule.name") for key in own):
+            self._note(f"{where}: settings: rule names another rule than the entry does")
+        found = [(name, {**self._flat(settings, where), **own}) for name, settings in self._named(node, where)]
+        rules = [str(merged.get("rule", merged.get("rule.name", ""))) for _, merged in found]
+        for (name, merged), rule in zip(found, rules, strict=True):
             short = name.rpartition("/")[2] if rules.count(rule) > 1 else rule  # several presets of one rule go by their own names
             label = str(node.get("label") or (short if "presets" in node else name))
             more = {key: node[key] for key in ("published", "tune") if key in node}
-            yield _Entry(label, merged, more, self._own_network(rule, merged, where))
+            named = any(key.split(".")[0] == "network" for key in merged)
+            brings = self._brings_network(rule, where)
+            yield _Entry(label, merged, more, brings or named, brings and not named)
 
     def _named(self, node: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """``(name, settings)`` of the rule, the preset, or of every installed preset that the pattern fits."""
@@ -134,19 +155,30 @@ class _Grid:
         except UsageError as error:
             self._note(f"{where}: {error.what}: {error.fix}")
 
-    def _own_network(self, name: str, settings: Mapping[str, Any], where: str) -> bool:
+    def _brings_network(self, name: str, where: str) -> bool:
         try:
-            rule = self._registry.get("rules", name, where=where)
+            return bool(self._registry.get("rules", name, where=where).own_network)
         except UsageError as error:
             self._note(f"{where}: {error.what} ({error.fix})")
             return True
-        return bool(rule.own_network) or any(key.split(".")[0] == "network" for key in settings)
 
     def _settings(self, node: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """By dotted key, so that those of a rule and of its preset or network meet."""
         settings = node.get("settings")
         if settings is not None and not isinstance(settings, dict):
             self._note(f"{where}: settings: must be a mapping of settings to values, not {settings!r}")
-        return dict(settings) if isinstance(settings, dict) else {}
+        return self._flat(settings, where) if isinstance(settings, dict) else {}
+
+    def _flat(self, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        try:
+            for leaf in leaves_of(settings, "", where):
+                if leaf.key in found:
+                    self._note(f"{where}: settings: {leaf.key} is given twice")
+                found[leaf.key] = leaf.value
+        except UsageError as error:
+            self._note(f"{where}: settings: {error.what}")
+        return found
 
     def _check(self, node: Mapping[str, Any], where: str, keys: Sequence[str]) -> None:
         for key in node:

@@ -43,6 +43,8 @@ class Row:
         columns: those in which it has a cell, each with settings of that cell alone.
         published: by column and metric; what is absent is not known.
         space: what is tuned, by setting; empty: nothing.
+        shared: those of ``settings`` that rows have in common, such as the network of a comparison.
+        without: settings of such a network that do not reach this row, as its rule brings its own.
     """
 
     label: str
@@ -50,6 +52,8 @@ class Row:
     columns: Mapping[str, Mapping[str, Any]]
     published: Mapping[str, Mapping[str, Published]]
     space: Mapping[str, Domain] = field(default_factory=dict)
+    shared: Sequence[str] = ()
+    without: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from bpfree.yaml_values import Scalar, plain
 
 __all__ = ["Choices", "Domain", "Interval", "Tune", "read_domain"]
 
@@ -58,12 +61,20 @@ class Tune:
 def read_domain(value: Any) -> Domain | str:
     """A domain as a study file has it: ``{low: 1e-4, high: 0.1, log: true}``, or a list of choices. What is wrong with it otherwise."""
     if isinstance(value, list):
+        value = [_choice(entry) for entry in value]
         return Choices(value) if len(value) > 1 else "a list of choices has two or more"
     if not isinstance(value, dict) or not {"low", "high"} <= value.keys() <= {"low", "high", "log"}:
         return "must be {low: ..., high: ..., log: true or false}, or a list of choices"
-    low, high, log = value["low"], value["high"], value.get("log", False)
+    low, high, log = plain(value["low"]), plain(value["high"]), plain(value.get("log", False))
     if not all(isinstance(bound, (int, float)) and not isinstance(bound, bool) for bound in (low, high)) or not isinstance(log, bool):
         return "low and high must be numbers, log true or false"
     if not low < high or (log and low <= 0):
         return "low must be less than high" + (", and positive on a logarithmic scale" if log else "")
     return Interval(low, high, log, integer=isinstance(low, int) and isinstance(high, int))
+
+
+def _choice(value: Any) -> Any:
+    """Numbers in whatever notation are numbers; what else has a text of its own is that text, until the key's type is known."""
+    if isinstance(value, Scalar):
+        return value.value if isinstance(value.value, float) and math.isfinite(value.value) else value.text
+    return [_choice(entry) for entry in value] if isinstance(value, list) else value

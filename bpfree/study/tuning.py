@@ -93,7 +93,8 @@ class Tuner:
             self._cells.append([cell_of(self._place, seed, self._plan.book, more, trial=number) for seed in self._tune.seeds])
 
     def _leaves(self, settings: Mapping[str, Any]) -> list[Leaf]:
-        return [Leaf(key, value, "tuning") for key, value in settings.items()]
+        # shared: what is tuned may be idle where another tuned key says so; that it is of use at all was seen before
+        return [Leaf(key, value, "tuning", shared=True) for key, value in settings.items()]
 
     def _ended(self, cells: Sequence[Cell]) -> bool:
         found = [self._known(cell.id) for cell in cells]

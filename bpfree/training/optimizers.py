@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import nn
 from bpfree.errors import UsageError, unknown_name
 from bpfree.options import OptimizerConfig
 
-__all__ = ["adopt", "check_optimizer", "make_optimizer", "merged"]
+__all__ = ["adopt", "check_optimizer", "make_optimizer", "merged", "misfit", "untaken"]
 
 Groups = Mapping[str, list[nn.Parameter]]
 Special = Mapping[str, dict[str, Any]]
+OWN_KEYS = ("lr", "weight_decay", "momentum")
+"""Arguments of optimisers that have a key of their own."""
 
 
 def merged(groups: Groups, special: Special) -> dict[str, dict[str, Any]]:
@@ -38,6 +41,31 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, special: Special) ->
         UsageError: no such optimiser, an argument that it does not take, or one that cannot work here: LBFGS needs a
             closure, Muon takes matrices only.
     """
+    for _, error in untaken(config):
+        raise error
+    factory = _factory(config)
+    accepted = inspect.signature(factory).parameters
+    wanted = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum, **config.options}
+    arguments = {key: value for key, value in wanted.items() if value is not None}
+    if "fused" in accepted and "fused" not in arguments and "foreach" not in arguments:
+        # torch's fused SGD fails where parameters meet their first gradient at different steps, since their momentum begins then
+        late = factory is torch.optim.SGD and bool(arguments.get("momentum"))
+        arguments["fused"] = not late and all(p.is_floating_point() for params in groups.values() for p in params)
+    try:
+        optimizer: torch.optim.Optimizer = factory(list(merged(groups, special).values()), **arguments)
+    except Exception as error:  # torch checks little, and raises what it happens to meet
+        raise UsageError(f"{config.name} refuses its options: {error}", where=_said(config)) from error
+    for group in optimizer.param_groups:
+        group["base_lr"] = float(group["lr"])
+    return optimizer
+
+
+def _factory(config: OptimizerConfig) -> Any:
+    """The class that the configuration names.
+
+    Raises:
+        UsageError: there is none, or it cannot work here.
+    """
     known = {
         name.lower(): value
         for name, value in vars(torch.optim).items()
@@ -46,24 +74,60 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, special: Special) ->
     known = {name: value for name, value in known.items() if name not in ("optimizer", "lbfgs", "sparseadam", "muon")}
     if config.name.lower() not in known:
         raise unknown_name("optimizer", config.name, known, where="optimizer.name")
-    factory = known[config.name.lower()]
-    accepted = inspect.signature(factory).parameters
-    wanted = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum, **config.options}
-    arguments = {key: value for key, value in wanted.items() if value is not None}
-    for key in arguments:
-        if key not in accepted:
-            raise unknown_name(f"option of {config.name}", key, [k for k in accepted if k != "params"], where=f"optimizer.{key}")
-    if "fused" in accepted and "fused" not in arguments and "foreach" not in arguments:
-        # torch's fused SGD fails where parameters meet their first gradient at different steps, since their momentum begins then
-        late = factory is torch.optim.SGD and bool(arguments.get("momentum"))
-        arguments["fused"] = not late and all(p.is_floating_point() for params in groups.values() for p in params)
-    try:
-        optimizer = factory(list(merged(groups, special).values()), **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{config.name} refuses its options: {error}", where="optimizer") from error
-    for group in optimizer.param_groups:
-        group["base_lr"] = float(group["lr"])
-    return optimizer
+    return known[config.name.lower()]
+
+
+def untaken(config: OptimizerConfig) -> Iterator[tuple[str, UsageError]]:
+    """Each setting of the optimiser that this one does not take, by its key, with the error that says so.
+
+    Raises:
+        UsageError: there is no such optimiser.
+    """
+    accepted = inspect.signature(_factory(config)).parameters
+    names = [name for name in accepted if name != "params"]
+    for key in OWN_KEYS:
+        if getattr(config, key) is not None and key not in names:
+            yield f"optimizer.{key}", unknown_name(f"option of {config.name}", key, names, where=f"optimizer.{key}")
+    for key, value in config.options.items():
+        where = f"optimizer.options.{key}"
+        if key in OWN_KEYS:
+            yield where, UsageError(f"{where} is said by a key of its own", where=where, fix=f"optimizer.{key}={value}")
+        elif key not in names:
+            yield where, unknown_name(f"option of {config.name}", key, names, where=where)
+        elif reason := misfit(value, accepted[key]):
+            yield where, UsageError(f"{config.name} refuses its options: {key} {reason}, not {value!r}", where=where)
+    if config.options.get("dampening") and not config.momentum:
+        where = "optimizer.options.dampening"
+        yield where, UsageError(f"{where} does nothing without a momentum", where=where, fix="optimizer.momentum=0.9, or leave it out")
+
+
+def misfit(value: Any, parameter: inspect.Parameter) -> str:
+    """What a value must be for this parameter of torch's, as far as its signature says; empty: it fits."""
+    default, kind = parameter.default, str(parameter.annotation)
+    if value is None:
+        return "" if default is None else "must have a value"
+    if isinstance(default, tuple):
+        right = isinstance(value, (list, tuple)) and len(value) == len(default) and all(map(_is_number, value))
+        return "" if right else f"must be a list of {len(default)} numbers"
+    if isinstance(default, bool) or kind in ("bool | None", "<class 'bool'>", "bool"):
+        return "" if isinstance(value, bool) else "must be true or false"
+    if kind in ("int", "int | None", "<class 'int'>"):
+        return "" if isinstance(value, int) and not isinstance(value, bool) else "must be a whole number"
+    if kind == "Iterable[int]":
+        right = isinstance(value, (list, tuple)) and all(type(entry) is int for entry in value)
+        return "" if right else "must be a list of whole numbers"
+    if isinstance(default, (int, float)) or kind == "float":
+        return "" if _is_number(value) or "list" in kind else "must be a number"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _said(config: OptimizerConfig) -> str:
+    """The settings that say something, for a message."""
+    return ", ".join(f"optimizer.options.{key}" for key in config.options) or "optimizer"
 
 
 def adopt(optimizer: torch.optim.Optimizer, groups: Groups, special: Special, reset: set[int]) -> None:
@@ -83,9 +147,16 @@ def adopt(optimizer: torch.optim.Optimizer, groups: Groups, special: Special, re
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
-    """Try the configuration on a single parameter.
+    """Try the configuration on a single parameter, with two steps.
 
     Raises:
-        UsageError: as :func:`make_optimizer`.
+        UsageError: as :func:`make_optimizer`, or a step fails.
     """
-    make_optimizer(config, {"probe": [nn.Parameter(torch.zeros(1))]}, {})
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = make_optimizer(config, {"probe": [parameter]}, {})
+    parameter.grad = torch.ones(1)
+    try:
+        optimizer.step()
+        optimizer.step()
+    except Exception as error:
+        raise UsageError(f"{config.name} cannot take a step with its options: {error}", where=_said(config)) from error

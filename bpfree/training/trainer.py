@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.idle import idle_of_rule
 from bpfree.rule import Metrics, Rule
 from bpfree.step import Batch, Phase
 from bpfree.tasks.check import check_fit
@@ -36,6 +37,7 @@ from bpfree.training.operations import kind_of
 from bpfree.training.phases import learning
 from bpfree.training.run import ReadOnly, Run, new_run_id
 from bpfree.training.saving import Checkpoints
+from bpfree.training.schedules import CLASSES, check_length, planned_steps
 from bpfree.training.state import State, copied
 from bpfree.training.stopping import Stop
 from bpfree.training.supply import Supply
@@ -116,18 +118,16 @@ class Trainer:
         self._next_look, self._overdue = math.inf, False
 
     def _check(self) -> None:
-        config, update = self.config, self.rule.traits.update
+        config = self.config
         check_fit(self.rule, self.task)
         self._team = make_team(self.rule, config, self._world)
         check_protocols(config.evaluation.protocols, self.rule)
-        if config.accumulate > 1 and update != "grad":
-            raise UsageError(
-                f"this rule applies its updates itself ({update}), so gradients cannot be accumulated",
-                where="accumulate",
-                fix="accumulate=1",
-            )
-        if config.clip.norm is not None and update == "in-place":
-            raise UsageError("this rule updates in place, so there are no gradients to clip", where="clip.norm", fix="clip.norm=null")
+        for key, reason in idle_of_rule(config, self.rule):
+            raise UsageError(reason, where=key, fix="leave it out")
+        if config.schedule.name in CLASSES:
+            planned = planned_steps(self.rule, self.budget)
+            for steps in [None] if planned is None else planned:
+                check_length(config.schedule, steps)
         if self.task.validation is None and config.select == "best-val":
             raise UsageError(
                 "without a validation split no best weights can be chosen", where="select", fix="select=last, or task.validation above 0"

@@ -231,3 +231,11 @@ def test_the_table_of_the_docs_is_written_between_its_markers(dfa: Certificate, 
     assert "| `dfa` | local | all | 1 of 5 |" in text
     assert write_docs(page, {"dfa": dfa}) == []
     assert ET.fromstring(picture(dfa)).get("width").isdigit()
+
+
+@pytest.mark.parametrize(
+    "words", [["rule=backprop"], ["rule.name=backprop"], ["rule="], ["rule.scale="], ["network=null"], ["rule.scale=a"]]
+)
+def test_settings_that_name_another_rule_or_nothing_are_refused(words: list[str]) -> None:
+    with pytest.raises(UsageError):
+        Subject("dfa", words)

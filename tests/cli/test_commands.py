@@ -217,6 +217,28 @@ def test_failures_of_checkpoints(workplace: Path, capsys: pytest.CaptureFixture[
     assert "no checkpoint of bpfree" in refused(capsys, 1, "evaluate", str(workplace / "other.pt"))
 
 
+def test_changes_that_name_nothing_or_would_do_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an evaluation, and of a run that goes on; ``batch_size=064`` is no change."""
+    assert call("train", "rule=dfa", "output=007", "tracking.enabled=false", "--quiet", *FAST) == 0
+    (run,) = (workplace / "007").iterdir()
+    capsys.readouterr()
+    for word, expected in {
+        "rule=": "names no rule",
+        "rule=null": "names no rule",
+        "task=[a]": "names no task",
+        "optimizer.options={beta:3}": "has no value",
+        "clip.scope=global": "does nothing without clip.norm",
+        "seed=1e3": "must be a whole number",
+    }.items():
+        assert expected in refused(capsys, 2, "evaluate", run.name, "output=007", word)
+        assert expected in refused(capsys, 2, "train", "--resume", run.name, "output=007", word)
+    for word in ("optimizer.lr=0.5", "batch_size=16", "budget.epochs=9", "select=best-val", "task.augment=[flip]"):
+        assert "are of training" in refused(capsys, 2, "evaluate", run.name, "output=007", word)
+    assert "cannot go on with other settings" in refused(capsys, 2, "train", "--resume", run.name, "output=007", "optimizer.lr=0.5")
+    assert call("evaluate", run.name, "output=007", "batch_size=064", "seed=00", "evaluation.batch_size=0100") == 0
+    assert call("train", "--resume", run.name, "output=007", "batch_size=064", "log_interval=2", "--quiet") == 0
+
+
 def test_an_output_folder_that_cannot_be_written(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (workplace / "occupied").write_text("a file, and not mine to touch")
     assert "cannot write to the output folder" in refused(capsys, 1, "train", "output=occupied", "tracking.enabled=false")

@@ -11,7 +11,7 @@ from bpfree.study.line import Line, percent
 from bpfree.study.report.view import WAITED, View, compact, untimed
 from bpfree.study.timing import comparable
 
-__all__ = ["compared", "environments", "failures", "findings", "remarks"]
+__all__ = ["compared", "environments", "failures", "findings", "remarks", "unused"]
 
 PHRASES = {
     "row better": "better",
@@ -150,6 +150,7 @@ def remarks(plan: Plan, lines: Sequence[Line], *, hidden: int = 0) -> Iterator[s
     finished, cells = sum(len(line.finished) for line in lines), sum(len(line.cells) for line in lines)
     if finished < cells:
         yield f"{finished} of {cells} cells are finished."
+    yield from unused(lines)
     yield from _selection(lines)
     if plan.study.publishes("train"):
         yield "Training split: all its examples, scored by the weights that were tested."
@@ -164,6 +165,16 @@ def remarks(plan: Plan, lines: Sequence[Line], *, hidden: int = 0) -> Iterator[s
         yield f"* The seconds of {_count(cells, 'cell')} {what}: {WAITED}. Run on a quiet machine with --jobs 1 for some that can."
     if hidden:
         yield f"Not shown: {hidden} finished cells of other settings, seeds, versions or sources."
+
+
+def unused(lines: Sequence[Line]) -> Iterator[str]:
+    """Which settings that rows share are not used by the rules of some."""
+    told: dict[str, list[str]] = {}
+    for line in lines:
+        if keys := ", ".join(line.cells[0].recipe.unused):
+            told.setdefault(keys, []).append(line.label)
+    for keys, labels in told.items():
+        yield f"{_listed(labels)}: {keys}: not used by {'this rule' if len(labels) == 1 else 'these rules'}."
 
 
 def _selection(lines: Sequence[Line]) -> Iterable[str]:

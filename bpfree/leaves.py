@@ -1,0 +1,149 @@
+"""Settings as they are said: ``key=value`` words and YAML files as leaves, whose types are not known yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bpfree import yaml_values
+from bpfree.errors import UsageError
+from bpfree.typed import Misfit, typed
+
+__all__ = ["NAMED", "Leaf", "canonical", "last_said", "leaves_of", "once", "parse_words", "read_yaml", "said"]
+
+NAMED = ("rule", "network", "task", "optimizer", "schedule")
+"""Sections that may be given by their name alone."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A value for a key, and where it was said.
+
+    Attributes:
+        key: dotted.
+        value: a plain one, or a :class:`~bpfree.yaml_values.Scalar`, which keeps its text until the key's type is known.
+        origin: for messages.
+        shared: whether it is meant for several rows of a study; one that this row has no use for is listed, not refused.
+    """
+
+    key: str
+    value: Any
+    origin: str
+    shared: bool = False
+
+
+def canonical(key: str, value: Any) -> str:
+    """The key that is meant: ``rule`` is short for ``rule.name``."""
+    return f"{key}.name" if key in NAMED and not isinstance(value, Mapping) else key
+
+
+def said(value: Any) -> str:
+    """A value in a message: text in quotes, anything else as it is typed."""
+    return repr(value) if isinstance(value, str) else yaml_values.text_of(value)
+
+
+def last_said(leaves: Sequence[Leaf], key: str, default: Any, kind: Any = str) -> Any:
+    """What was last said for a key, before the whole is resolved.
+
+    Raises:
+        UsageError: it is not of this type.
+    """
+    found = next((leaf for leaf in reversed(leaves) if leaf.key == key), None)
+    if found is None:
+        return default
+    try:
+        return typed(found.value, kind, key)
+    except Misfit as error:
+        raise UsageError(f"{key}={said(found.value)}: {error}", where=found.origin) from error
+
+
+def read_yaml(path: Path) -> list[Leaf]:
+    """The leaves of a YAML file (safe tags only).
+
+    Raises:
+        UsageError: no such file, no mapping of names, or a key that is given twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        repeated, found = yaml_values.repeated(text), yaml_values.entries(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the configuration: {getattr(error, 'strerror', None) or error}", where=str(path)) from error
+    except yaml.YAMLError as error:
+        raise UsageError("the configuration is not valid YAML", where=f"{path}: {' '.join(str(error).split())}") from error
+    if found is None:
+        raise UsageError("the configuration must be a mapping of names to values", where=str(path))
+    seen: dict[str, yaml_values.Entry] = {}
+    for entry in found:
+        key = canonical(_dotted(entry.path, f"{path}, line {entry.line}"), entry.value)
+        first = seen.setdefault(key, entry)
+        if first.path != entry.path:
+            names = " and ".join(dict.fromkeys(".".join(each.path) for each in (first, entry)))
+            repeated.append(f"{key} is given twice, as {names} in lines {first.line} and {entry.line}")
+    if repeated:
+        raise UsageError("; ".join(dict.fromkeys(repeated)), where=str(path), fix="keep one of them")
+    return [Leaf(".".join(entry.path), entry.value, f"{path}, line {entry.line}") for entry in found]
+
+
+def _dotted(path: Iterable[Any], where: str) -> str:
+    for name in path:
+        if not isinstance(name, str):
+            raise UsageError(f"a setting's name must be text, not {name!r}", where=where, fix="names are words, such as seed")
+    return ".".join(path)
+
+
+def leaves_of(node: Mapping[str, Any], prefix: str, origin: str) -> Iterator[Leaf]:
+    """The leaves of a nested mapping; an empty one is a leaf.
+
+    Raises:
+        UsageError: a name that is no text.
+    """
+    for key, value in node.items():
+        _dotted([key], origin)
+        if isinstance(value, Mapping) and value:
+            yield from leaves_of(value, f"{prefix}{key}.", origin)
+        else:
+            yield Leaf(f"{prefix}{key}", value, origin)
+
+
+def parse_words(words: Iterable[str]) -> list[Leaf]:
+    """The leaves of ``key=value`` words; a value is read as YAML when its key's type is known.
+
+    Raises:
+        UsageError: a word without ``=``, or a mapping that has a key twice.
+    """
+    leaves: list[Leaf] = []
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not sign or not key:
+            raise UsageError(
+                f"expected key=value, not {word!r}", where="command line", fix="for example: rule=dfa task=digits budget.epochs=5"
+            )
+        try:
+            repeated, value = yaml_values.repeated(text), yaml_values.written(text)
+        except yaml.YAMLError:
+            repeated, value = [], text
+        if repeated:
+            raise UsageError(f"{word}: {'; '.join(repeated)}", where="command line", fix="keep one of them")
+        if not isinstance(value, (list, dict)) and text[:1] not in ("'", '"') and yaml_values.text_of(value) != text:
+            value = yaml_values.Scalar(text, yaml_values.plain(value))  # a comment or blanks are part of a text
+        leaves.extend(once(leaves_of({key: value}, "", "command line")))
+    return leaves
+
+
+def once(leaves: Iterable[Leaf]) -> list[Leaf]:
+    """Leaves of one mapping, in which a key has one value.
+
+    Raises:
+        UsageError: it has two, as ``rule`` and ``rule.name``, say.
+    """
+    seen: dict[str, Leaf] = {}
+    for leaf in leaves:
+        key = canonical(leaf.key, leaf.value)
+        if key in seen:
+            raise UsageError(f"{key} is given twice, as {seen[key].key} and {leaf.key}", where=leaf.origin, fix="keep one of them")
+        seen[key] = leaf
+    return list(seen.values())
