@@ -1,13 +1,13 @@
 """How well NoProp-DT learns, beside its ceiling, its floors and its own parts. Each row is a `bpfree train` command.
 
-``digits``: noprop-dt with its default configuration, its variant with T=1, its frozen twin, back-propagation, the frozen
+``digits``: noprop-dt with its default configuration, its variant with T=1, its own-prediction twin, back-propagation, the frozen
 random features, the linear classifier and direct feedback alignment; 30 epochs, 5 seeds, one thread.
 ``mnist`` and ``cifar10``: noprop-dt for 2 epochs; ``--paper``: with the paper's own block and batch size.
 
 From the same runs of noprop-dt come its best single block (chosen on each run's validation split), the mean of its blocks,
 and the other kind of inference.
 
-Targets: digits at least 97.5 % and within 1 point of back-propagation, the frozen twin at least 10
+Targets: digits at least 97.5 % and within 1 point of back-propagation, the own-prediction twin at least 10
 points below; MNIST at least 98.5 % in two epochs and 3 minutes.
 
 With ``--output FOLDER`` the runs are kept, and a second call goes on where the first one was interrupted.
@@ -50,7 +50,7 @@ CHAIN = Variant("noprop-dt", ("rule=noprop-dt",), parts=True)
 DIGITS = (
     CHAIN,
     Variant("noprop-dt, T=1", ("rule=noprop-dt", "rule.T=1")),
-    Variant("noprop-dt, frozen twin", ("rule=noprop-dt", "frozen_twin=true")),
+    Variant("noprop-dt, own-prediction twin", ("rule=noprop-dt", "twin=true")),
     Variant("backprop", ("rule=backprop",)),
     Variant("dfa", ("rule=dfa",)),
     Variant("frozen", ("rule=frozen",)),

@@ -4,7 +4,7 @@ For rules with a phase on features (``Phase.on_features``): the features learn a
 the candidate rates learn from them side by side, on the same batches with the same dropout, with Adam and the row's schedule. The test
 split is not touched. The rate to take is the best of the last epochs, unless it is at an end of the grid.
 
-    python benchmarks/readout_rates.py softhebb-cifar10 --rows "frozen twin" --rates 0.0001 0.0003 0.001 0.003
+    python benchmarks/readout_rates.py softhebb-cifar10 --rows "own-prediction twin" --rates 0.0001 0.0003 0.001 0.003
 
 prints, for each row and rate, the accuracy on validation and on the training split (whether the readout has converged).
 """

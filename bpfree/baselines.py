@@ -1,7 +1,8 @@
-"""The core's own rules: the ceiling, the floor, and two references.
+"""The core's own rules: the ceiling, an own-prediction twin, and two references.
 
-``backprop`` is the ceiling of every comparison, ``frozen`` (random features with a trained readout) the floor;
-``linear`` shows what the pixels alone give, and ``dfa`` is the shortest honest local rule.
+``backprop`` is the ceiling of every comparison, ``frozen`` (random features with a trained readout) the own-prediction twin of rules on the
+common networks; ``linear`` is a linear classifier trained like the others, and ``dfa`` is the shortest honest local rule. None of them is the
+floor, which is solved and not trained: :mod:`bpfree.training.floor`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from bpfree.tasks.task import TaskSpec
 
 __all__ = ["DFA", "Backprop", "Frozen", "Linear"]
 
-# A ceiling that is too low, or a linear classifier that has not converged, would flatter every rule beside it. So the rate of the
+# A ceiling that is too low would flatter every rule beside it. So the rate of the
 # references is back-propagation's best of 0.001, 0.003, 0.01 and 0.03 on the validation split of digits (30 epochs, 5 seeds);
-# frozen features take it as the twin. On validation, a linear classifier would like 0.01 on digits (1.0 points more; 97.4 % on test),
+# frozen features take it too. On validation, a linear classifier would like 0.01 on digits (1.0 points more; 97.4 % on test),
 # but not on MNIST (2.2 less).
 
 
@@ -51,9 +52,10 @@ class Frozen(Rule):
     """Random features: hidden blocks stay as initialised, the readout is trained on their output."""
 
     card = Card(
-        "frozen random features with a trained readout: the floor of every comparison",
+        "random features with a trained readout: the own-prediction twin of rules on the common networks",
         equation="grad W_readout = (softmax(W h) - y) h^T;  hidden blocks: none",
-        notes="The frozen twin of every rule on the same chain network. Running statistics of batch norm still follow the data.",
+        notes="No floor: a readout that is trained for a few epochs at some rate has not converged. A study measures the floor itself. Running "
+        "statistics of batch norm still follow the data.",
     )
     traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1)
     optimizer = Backprop.optimizer

@@ -15,6 +15,8 @@ from bpfree.typed import Misfit, typed
 
 __all__ = ["NAMED", "Leaf", "canonical", "last_said", "leaves_of", "once", "parse_words", "read_yaml", "said"]
 
+FORMER = {"frozen_twin": "twin"}
+"""Keys by their former names, which saved configurations may have."""
 NAMED = ("rule", "network", "task", "optimizer", "schedule")
 """Sections that may be given by their name alone."""
 
@@ -37,7 +39,8 @@ class Leaf:
 
 
 def canonical(key: str, value: Any) -> str:
-    """The key that is meant: ``rule`` is short for ``rule.name``."""
+    """The key that is meant: ``rule`` is short for ``rule.name``, and what version 0.1 called ``frozen_twin`` is ``twin``."""
+    key = FORMER.get(key, key)
     return f"{key}.name" if key in NAMED and not isinstance(value, Mapping) else key
 
 

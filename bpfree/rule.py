@@ -192,7 +192,7 @@ class Rule(nn.Module, ABC):
         return {}
 
     def freeze_features(self) -> None:
-        """Become the frozen twin: everything but the readout recipe stays as initialised.
+        """Become the own-prediction twin: everything but the readout recipe stays as initialised.
 
         Here: all hidden blocks are fixed. A rule with a network of its own fixes each block's body instead and lets its
         last linear map, heads and embeddings learn.

@@ -87,7 +87,7 @@ def new_record(recipe: Recipe, run_id: str | None) -> Run:
     Raises:
         UsageError: the run of this identifier has a checkpoint.
     """
-    name = f"{recipe.names['rule']}{'-twin' if recipe.settings.frozen_twin else ''}-{recipe.names['task']}-s{recipe.settings.seed}"
+    name = f"{recipe.names['rule']}{'-twin' if recipe.settings.twin else ''}-{recipe.names['task']}-s{recipe.settings.seed}"
     record = Run(run_id or new_run_id(name), name, reopened=run_id is not None)
     record.folder = Path(recipe.settings.output) / record.id
     if run_id is not None:
@@ -345,7 +345,7 @@ def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
         "seed": str(recipe.settings.seed),
         "optimizer": recipe.settings.optimizer.name,
         "test_evaluations": str(int(recipe.settings.evaluation.test)),
-        "frozen_twin": str(recipe.settings.frozen_twin),
+        "twin": str(recipe.settings.twin),
         "validation": str(recipe.task.validation),
         "select": recipe.settings.select,
         "reverse_span": str(rule.traits.reverse_span),

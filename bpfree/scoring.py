@@ -26,7 +26,7 @@ from bpfree.training.features import feature_split
 __all__ = ["score"]
 
 OF_TRAINING = (
-    *("accumulate.", "batch_size.", "budget.", "clip.", "evaluation.every.", "frozen_twin.", "optimizer."),
+    *("accumulate.", "batch_size.", "budget.", "clip.", "evaluation.every.", "twin.", "optimizer."),
     *("schedule.", "select.", "task.augment."),
 )
 """Beginnings of keys that say how a rule was trained."""

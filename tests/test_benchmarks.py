@@ -175,7 +175,7 @@ def test_readout_rates(smoke: Run) -> None:
     """All rows of a study that have a readout on features, one epoch each. Oracle: chance, and a rate at which nothing is learned."""
     words = ("hebbian-digits", "--rates", "1e-9", "0.1", "--set", "budget.epochs=4")
     rows = smoke("readout_rates", *words, suffix="_hebbian-digits")["rows"]
-    assert set(rows) >= {"SoftHebb", "frozen twin", "Sanger"}
+    assert set(rows) >= {"SoftHebb", "own-prediction twin", "Sanger"}
     assert not set(rows) & {"Itoh's norm", "back-propagation"}
     for still, learned in rows.values():
         assert (still["rate"], learned["rate"]) == (1e-9, 0.1)
@@ -244,7 +244,7 @@ def test_accuracy_of_digits(smoke: Run) -> None:
     labels = [line["label"] for line in result["rows"]]
     assert labels[:3] == ["noprop-dt", "- its best block", "- mean of its blocks"]
     assert labels[3] in ("- sampled inference", "- deterministic inference")
-    assert {"noprop-dt, T=1", "noprop-dt, frozen twin", "backprop", "dfa", "frozen", "linear"} <= set(labels)
+    assert {"noprop-dt, T=1", "noprop-dt, own-prediction twin", "backprop", "dfa", "frozen", "linear"} <= set(labels)
     assert all(line["command"].startswith("bpfree train rule=") for line in result["rows"])
     assert result["markdown"].count("\n") == len(labels) + 1
 

@@ -194,7 +194,7 @@ def test_relaxation_does_not_depend_on_the_batch(device: torch.device) -> None:
 def test_every_family_learns_in_the_same_trainer(
     factory: type[Rule], optimizer: OptimizerConfig | None, epochs: int, digits: Task, device: torch.device
 ) -> None:
-    """Above the frozen twin's accuracy at this budget, or (zeroth order) above chance by ten standard errors."""
+    """Above the own-prediction twin's accuracy at this budget, or (zeroth order) above chance by ten standard errors."""
 
     def trained(rule_class: type[Rule], optimizer: OptimizerConfig | None) -> float:
         torch.manual_seed(0)

@@ -323,8 +323,8 @@ class AtTheEnd(Heeds):
 
 
 @pytest.mark.parametrize("factory", [InPlace, ThroughData, NewStorage, AtTheEnd])
-def test_the_frozen_twin_of_an_in_place_rule_is_watched(digits: Task, device: torch.device, factory: type[Rule]) -> None:
-    trainer = Trainer(rule_on(digits, factory), digits, config_of(device, budget=ONE, frozen_twin=True))
+def test_the_twin_of_an_in_place_rule_is_watched(digits: Task, device: torch.device, factory: type[Rule]) -> None:
+    trainer = Trainer(rule_on(digits, factory), digits, config_of(device, budget=ONE, twin=True))
     text = failing(trainer)
     assert "network.blocks.b1" in text
     assert "is said to be fixed in phase 'train', but changed" in text
@@ -363,7 +363,7 @@ def test_groups_that_a_phase_does_not_name_are_watched(digits: Task, device: tor
 
 @pytest.mark.parametrize(("factory", "twin"), [(Heeds, True), (Shakes, True), (HeedsInTurn, False), (InPlace, False)])
 def test_rules_that_heed_what_is_fixed_are_left_alone(digits: Task, device: torch.device, factory: type[Rule], twin: bool) -> None:
-    assert Trainer(rule_on(digits, factory), digits, config_of(device, frozen_twin=twin)).fit().status == "finished"
+    assert Trainer(rule_on(digits, factory), digits, config_of(device, twin=twin)).fit().status == "finished"
 
 
 # --- hooks look on ----------------------------------------------------------------------------------------------------

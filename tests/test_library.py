@@ -17,7 +17,7 @@ from bpfree.training.config import BudgetConfig, TrainConfig
 
 
 def test_a_rule_in_ones_own_loop(digits: Task, device: torch.device) -> None:
-    """Direct feedback alignment closes at least 80 % of the gap between its frozen twin and back-propagation on digits (3 seeds)."""
+    """Direct feedback alignment closes at least 80 % of the gap between its own-prediction twin and back-propagation on digits (3 seeds)."""
     from bpfree.baselines import Frozen
 
     x, y = digits.spec.normalise(digits.train.inputs).to(device), digits.train.targets.to(device)
@@ -113,7 +113,7 @@ def test_the_rows_of_a_comparison() -> None:
 
     assert labels("dfa") == ["linear", "frozen", "dfa", "backprop"]
     assert labels("dfa", "backprop", "linear") == ["linear", "frozen", "dfa", "backprop"]
-    assert labels("noprop-dt") == ["linear", "frozen", "noprop-dt (frozen twin)", "noprop-dt", "backprop"]
+    assert labels("noprop-dt") == ["linear", "frozen", "noprop-dt (twin)", "noprop-dt", "backprop"]
     assert labels("dfa", "dfa", references=False) == ["dfa"]
     with pytest.raises(bpfree.UsageError, match="did you mean 'dfa'"):
         labels("dfaa")

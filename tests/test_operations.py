@@ -81,8 +81,8 @@ def test_micro_batches_and_half_precision_cost_the_same(digits: Task, device: to
     assert (run.result["train/operations"], run.result["forward_operations"]) == (EXAMPLES * BACKPROP, FORWARD)
 
 
-def test_a_frozen_twin_costs_what_is_left_to_learn(digits: Task, device: torch.device) -> None:
-    run = Trainer(rule_on(digits, DFA), digits, config_of(device, budget=BudgetConfig(epochs=1), frozen_twin=True)).fit()
+def test_a_twin_costs_what_is_left_to_learn(digits: Task, device: torch.device) -> None:
+    run = Trainer(rule_on(digits, DFA), digits, config_of(device, budget=BudgetConfig(epochs=1), twin=True)).fit()
     assert EXAMPLES * (FORWARD + LAYERS[-1]) <= run.result["train/operations"] < EXAMPLES * 2 * FORWARD
 
 
@@ -313,7 +313,7 @@ def test_every_rule_is_counted_and_none_is_changed_by_it(name: str, monkeypatch:
 @pytest.mark.parametrize("name", installed_plugins().names("rules"))
 @pytest.mark.parametrize("twin", [False, True])
 def test_every_rule_and_twin_ends_with_its_budget_of_forward_passes(name: str, twin: bool) -> None:
-    recipe = resolve(parse_words([f"rule={name}", f"frozen_twin={twin}", "budget.forwards=2500", "device=cpu", "threads=1"]))
+    recipe = resolve(parse_words([f"rule={name}", f"twin={twin}", "budget.forwards=2500", "device=cpu", "threads=1"]))
     task = recipe.build_task()
     config = recipe.settings
     config.evaluation = EvaluationConfig(test=False, alternatives=False)

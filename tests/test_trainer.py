@@ -17,8 +17,10 @@ from bpfree import (
     OptimizerConfig,
     Rule,
     Run,
+    Split,
     Step,
     Task,
+    TaskSpec,
     Trainer,
     Traits,
     UsageError,
@@ -89,6 +91,21 @@ def test_validation_chooses_and_test_is_evaluated_once(digits: Task, device: tor
     assert_equal_bits(weights(rule), read_checkpoint(tmp_path / "checkpoints" / "selected.pt")["weights"])
     with pytest.raises(UsageError, match="no best weights"):
         Trainer(rule, Task.from_source(DIGITS, validation=0), config_of(device, select="best-val"))
+
+
+def test_a_selected_loss_may_be_negative(device: torch.device) -> None:
+    """It is reported as a loss, and the smallest is chosen, whatever its sign."""
+
+    class Shifted(TaskSpec):
+        def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+            return super().loss(outputs, batch) - 50
+
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    parts = [Split(x[part], x[part, :1]) for part in (slice(0, 120), slice(120, 160), slice(160, 200))]
+    task = Task(Shifted("shifted", (4,), 1, "real"), *parts)
+    run = Trainer(rule_on(task), task, config_of(device, select="best-val", budget=BudgetConfig(epochs=2))).fit()
+    assert run.result["val/loss_selected"] == min(metrics["val/loss"] for metrics in run.history) < 0
+    assert "val/accuracy_selected" not in run.result
 
 
 def test_the_whole_training_set_can_be_used(device: torch.device) -> None:
@@ -167,18 +184,18 @@ def test_bf16_learns_as_fp32_does(digits: Task, device: torch.device) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
-def test_the_frozen_twin_changes_nothing_but_the_readout(digits: Task, device: torch.device) -> None:
+def test_the_twin_changes_nothing_but_the_readout(digits: Task, device: torch.device) -> None:
     rule = rule_on(digits, DFA)
     before = weights(rule)
-    Trainer(rule, digits, config_of(device, frozen_twin=True)).fit()
+    Trainer(rule, digits, config_of(device, twin=True)).fit()
     changed = {name for name, value in weights(rule).items() if not torch.equal(value, before[name])}
     assert changed == {"network.blocks.readout.weight", "network.blocks.readout.bias"}
 
 
-def test_the_frozen_twin_of_a_rule_is_the_rule_frozen(digits: Task, device: torch.device) -> None:
+def test_the_twin_of_a_rule_is_the_rule_frozen(digits: Task, device: torch.device) -> None:
     twin, frozen = rule_on(digits, DFA), rule_on(digits, Frozen)
     rate = OptimizerConfig(lr=0.002)
-    Trainer(twin, digits, config_of(device, frozen_twin=True, deterministic=True, optimizer=rate)).fit()
+    Trainer(twin, digits, config_of(device, twin=True, deterministic=True, optimizer=rate)).fit()
     Trainer(frozen, digits, config_of(device, deterministic=True, optimizer=rate)).fit()
     for name, value in frozen.network.state_dict().items():
         torch.testing.assert_close(value, twin.network.state_dict()[name], rtol=1e-4, atol=1e-6)

@@ -72,7 +72,7 @@ def trainer(
         device="cpu",
         threads=1,
         batch_size=BATCH,
-        frozen_twin=twin,
+        twin=twin,
         checkpoint=CheckpointConfig(every=0),
         alignment=AlignmentConfig(every=alignment_every),
         evaluation=EvaluationConfig(every=evaluate_every, protocols=list(protocols)),

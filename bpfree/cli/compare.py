@@ -9,7 +9,7 @@ import click
 HELP = """Train several rules over several seeds, and put them into one table and one page.
 
 Each WORD is a rule, a rule with settings of its own (`noprop-dt,rule.T=1`), or a setting of all (`task=mnist`). The linear classifier on
-the inputs, the frozen twin of each rule (random features, the same readout recipe) and back-propagation stand beside them: the floor and
+the inputs, the own-prediction twin of each rule (random features, the same readout recipe) and back-propagation stand beside them: the floor and
 the ceiling without which an accuracy says little. Settings of `network` reach the rules that take any network; one with a network of its
 own (and the linear classifier) takes them in its own WORD.
 
@@ -24,7 +24,7 @@ It is a study made of words: interrupt it at any time, the same command goes on;
 @click.command(help=HELP, short_help="Compare rules over seeds, beside floor and ceiling.")
 @click.argument("words", nargs=-1, required=True, metavar="WORD...")
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Repetitions, with seeds 0, 1, ...")
-@click.option("--only", is_flag=True, help="Only the rules named: no linear classifier, frozen twins and back-propagation.")
+@click.option("--only", is_flag=True, help="Only the rules named: no linear classifier, own-prediction twins and back-propagation.")
 @click.option("--jobs", "-j", type=click.IntRange(min=1), help="Cells at a time.  [default: 1, or one per GPU]")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Longest time of a cell.")
 @click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: beside the cells]")

@@ -240,9 +240,9 @@ def _can_be_probed(recipe: Recipe, leaves: Sequence[Leaf]) -> bool:
 
 def twin_of(place: Place) -> Place | None:
     """Make the place of a row's own-prediction twin; ``None`` for a row that is untrained itself, or has no hidden blocks."""
-    if place.recipe.names["rule"] in ("linear", "frozen") or place.recipe.settings.frozen_twin:
+    if place.recipe.names["rule"] in ("linear", "frozen") or place.recipe.settings.twin:
         return None
-    recipe, leaves = recipe_with(place, [Leaf("frozen_twin", True, "twin"), Leaf("evaluation.protocols", [], "twin")])
+    recipe, leaves = recipe_with(place, [Leaf("twin", True, "twin"), Leaf("evaluation.protocols", [], "twin")])
     return Place(dataclasses.replace(place.row, label=f"{place.row.label} (twin)", published={}), place.column, recipe, leaves)
 
 

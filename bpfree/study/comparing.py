@@ -1,4 +1,4 @@
-"""A comparison of rules as a study: each beside the linear classifier, its frozen twin, and back-propagation."""
+"""A comparison of rules as a study: each beside the linear classifier, its own-prediction twin, and back-propagation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def comparison(
         words: ``RULE`` or ``RULE,KEY=VALUE,...`` for settings of that row alone.
         common: settings of all rows.
         seeds: how many.
-        references: add the linear classifier, the frozen twin of each rule, and back-propagation.
+        references: add the linear classifier, the own-prediction twin of each rule, and back-propagation.
         jobs: cells at a time.
 
     Raises:
@@ -98,7 +98,7 @@ def _twin(label: str, settings: Mapping[str, Any], registry: Plugins) -> tuple[s
     own = getattr(rule.network_options, "__func__", None) is not Rule.network_options.__func__  # type: ignore[attr-defined]
     if not own and len(settings) == 1:
         return "frozen", {"rule": "frozen"}
-    return f"{label} (frozen twin)", {**settings, "frozen_twin": True}
+    return f"{label} (twin)", {**settings, "twin": True}
 
 
 def _digest(*parts: Iterable[Any]) -> str:

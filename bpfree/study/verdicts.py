@@ -92,7 +92,7 @@ class Verdict:
 def is_twin(line: Line) -> bool:
     """Whether a row is untrained but for its readout recipe."""
     recipe = line.cells[0].recipe
-    return recipe.names["rule"] == "frozen" or recipe.settings.frozen_twin
+    return recipe.names["rule"] == "frozen" or recipe.settings.twin
 
 
 def _learns_features(line: Line) -> bool:
@@ -220,7 +220,7 @@ class _Row:
         line, recipe = self.line, self.line.cells[0].recipe
         trials = [0 if each.tuned is None else each.tuned.planned for each in (line, row.line)]
         same = line.column == row.line.column and floor_key(line.cells[0]) == floor_key(row.line.cells[0])
-        return same and recipe.names["rule"] == "backprop" and not recipe.settings.frozen_twin and trials[0] == trials[1]
+        return same and recipe.names["rule"] == "backprop" and not recipe.settings.twin and trials[0] == trials[1]
 
     def _operations(self) -> float:
         """Median of the operations after which validation was first at the floor."""

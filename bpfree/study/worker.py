@@ -71,7 +71,7 @@ class Job:
     def run_id(self) -> str:
         """Name of the run's folder: the same whoever runs the cell."""
         config = self.identity["config"]
-        twin = "-twin" if config.get("frozen_twin") else ""
+        twin = "-twin" if config.get("twin") else ""
         digest = hashlib.sha256(f"{self.study}\0{self.cell}".encode()).hexdigest()[:12]
         return f"{config['rule.name']}{twin}-{config['task.name']}-s{self.seed}-{digest}"
 

@@ -97,7 +97,7 @@ class TrainConfig:
     deterministic: bool = option(False, "only deterministic algorithms; matters on CUDA, a CPU repeats itself anyway")
     threads: int | None = option(None, "threads of torch on the CPU (none: torch's choice); changes the last bits", ge=1)
     select: Literal["last", "best-val"] = option("last", "which weights are tested: the last, or the best on validation")
-    frozen_twin: bool = option(False, "train the rule's frozen twin: features as initialised, the readout recipe as it is")
+    twin: bool = option(False, "train the rule's own-prediction twin: everything but its readout recipe stays as initialised")
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)

@@ -90,14 +90,14 @@ def version(tensor: Tensor) -> tuple[int, int]:
 class LearningWatch:
     """Fixed parameters stay, learning ones move: by version after the first step of a phase, by value at the ends of epochs and phases.
 
-    *Fixed* are the parameters of groups that a phase does not name, and those of the frozen twin that do not learn. *Learning* are those
+    *Fixed* are the parameters of groups that a phase does not name, and those of the own-prediction twin that do not learn. *Learning* are those
     of a phase's groups that require a gradient; where there is one, also a real-valued buffer that is no running statistic counts as
     moved, because closed-form rules solve into such.
 
     Args:
         rule: that is watched.
         world: the processes that train it, which find the same.
-        twin: whether the rule is its frozen twin.
+        twin: whether the rule is its own-prediction twin.
 
     Attributes:
         moved: whether anything that learns has moved over the run; ``expected``: whether there was anything that should.
@@ -148,7 +148,7 @@ class LearningWatch:
         changed = self._fixed_values.changed(self._select(self._fixed))
         if changed:
             rule, more = type(self._rule).__name__, f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            reason = "this is the frozen twin" if self._twin else "its group is not among Phase.groups"
+            reason = "this is the own-prediction twin" if self._twin else "its group is not among Phase.groups"
             raise BpfreeError(
                 f"the parameter {changed[0]}{more} is said to be fixed in phase {self._phase.name!r}, but changed ({reason})",
                 where=rule,

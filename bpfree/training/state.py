@@ -88,7 +88,7 @@ class State:
         )
         self.best: tuple[float, dict[str, Any]] | None = None
         self.load = environment.load()
-        self.learning = LearningWatch(rule, team.world, twin=config.frozen_twin)
+        self.learning = LearningWatch(rule, team.world, twin=config.twin)
         self.calibration: Calibration | None = None
         self.restored = False
         self.begun = 0

@@ -366,7 +366,7 @@ class Trainer:
         torch.manual_seed(seeds.derive_in(self.config.stream, self.config.seed, "global", *self._team.stream))
         self.rule.to(self.device)
         self._compiled = Compilation(self.rule.network.blocks.values(), self.config.compile, self.device)
-        if self.config.frozen_twin:
+        if self.config.twin:
             self.rule.freeze_features()
         self._state = State(self.rule, self.config, self.device, self._team)
         self._checkpoints = Checkpoints(self.run, self.rule, self.task, self.config, self.budget, self.recipe, self._state)
@@ -462,7 +462,8 @@ class Trainer:
         if weights.keys() != self.rule.state_dict().keys():
             raise BpfreeError("the best epoch came before the network grew, so its weights do not fit", where="select", fix="select=last")
         self.rule.load_state_dict(weights)
-        self.run.result["val/accuracy_selected" if score >= 0 else "val/loss_selected"] = abs(score)
+        accuracy = any("val/accuracy" in epoch for epoch in self.run.history)  # losses may be negative, so that no sign tells them apart
+        self.run.result["val/accuracy_selected" if accuracy else "val/loss_selected"] = score if accuracy else -score
 
     # --- trouble ----------------------------------------------------------------------------------------------------
 

@@ -150,7 +150,7 @@ def test_a_comparison_ends_with_a_table_and_the_pages_path(workplace: Path, caps
     assert "<svg" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     assert call("compare", "noprop-dt,rule.T=2", "--seeds", "1", "tracking.enabled=false", *FAST) == 0
-    assert "noprop-dt,rule.T=2 (frozen twin)" in capsys.readouterr().out
+    assert "noprop-dt,rule.T=2 (twin)" in capsys.readouterr().out
 
 
 # --- bad input: one clear message, the right code, no traceback, nothing left behind ---------------------------------

@@ -212,7 +212,7 @@ def test_controls_do_not_change_the_cells(tmp_path: Path) -> None:
     assert [line[0] for line in report.table] == ["frozen", "dfa", "random", "bp"]
 
 
-def test_the_preset_has_its_frozen_twin_as_control() -> None:
+def test_the_preset_has_its_twin_as_control() -> None:
     assert find_study("digits-floor-ceiling").controls == ["frozen"]
 
 

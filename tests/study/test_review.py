@@ -149,7 +149,7 @@ def test_a_cell_is_known_by_all_that_its_numbers_depend_on(workplace: Path, monk
     if not torch.cuda.is_available():
         assert known(", device: cpu") == known(", device: auto") == base
     # what numbers depend on
-    different = ("evaluation.draws: 3", "evaluation.every: 2", "budget.epochs: 3", "threads: 2", "stream: x", "frozen_twin: true")
+    different = ("evaluation.draws: 3", "evaluation.every: 2", "budget.epochs: 3", "threads: 2", "stream: x", "twin: true")
     for words in different:
         assert not set(known(f", {words}")) & set(base), words
     assert not set(known(rule="backprop")) & set(base)

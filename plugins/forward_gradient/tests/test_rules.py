@@ -302,7 +302,7 @@ def test_running_statistics_follow_each_batch_once(spec: TaskSpec) -> None:
 
 
 def test_micro_batches_and_phases(digits: Task) -> None:
-    """Gradient accumulation draws other noise for each part, and a frozen twin trains its readout alone."""
+    """Gradient accumulation draws other noise for each part, and an own-prediction twin trains its readout alone."""
     torch.manual_seed(0)
     rule = LocalForwardGradient(bpfree.mlp(digits.spec), digits.spec)
     before = rule.network.blocks["b2"][0].weight.clone()  # type: ignore[index]

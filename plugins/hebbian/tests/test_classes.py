@@ -130,7 +130,7 @@ def test_the_untrained_twin_stays_as_it_was_made() -> None:
     task = load_task("digits")
     rule = HebbianNorm(classes(task.spec), task.spec)
     before = rule.weights()
-    run = Trainer(rule, task, TrainConfig(budget=BudgetConfig(epochs=2), frozen_twin=True)).fit()
+    run = Trainer(rule, task, TrainConfig(budget=BudgetConfig(epochs=2), twin=True)).fit()
     assert torch.equal(rule.weights(), before)
     assert 0 < run.result["test/accuracy"] < 0.5
 

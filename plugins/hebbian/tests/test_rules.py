@@ -88,7 +88,7 @@ def test_the_readouts_optimiser_and_the_runs_schedule_leave_the_features_alone(n
     assert not torch.equal(plain["network.blocks.readout.1.weight"], changed["network.blocks.readout.1.weight"])
 
 
-@pytest.mark.parametrize("extra", [[], ["frozen_twin=true"], ["precision=bf16", "accumulate=2", "select=best-val"]])
+@pytest.mark.parametrize("extra", [[], ["twin=true"], ["precision=bf16", "accumulate=2", "select=best-val"]])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_run_that_was_stopped_in_any_phase_goes_on_bit_for_bit(extra: list[str], share: float, tmp_path: Path) -> None:
     """Oracle: the run that was not stopped. Batch norm and dropout, blocks one after the other."""

@@ -197,7 +197,7 @@ def test_it_beats_its_twin_on_digits() -> None:
     """The claim of the README, in short: 3 seeds, 16 units."""
     gains = []
     for seed in range(3):
-        pair = [trained(["budget.epochs=30", f"seed={seed}", *more])[0].result["test/accuracy"] for more in ([], ["frozen_twin=true"])]
+        pair = [trained(["budget.epochs=30", f"seed={seed}", *more])[0].result["test/accuracy"] for more in ([], ["twin=true"])]
         gains.append(pair[0] - pair[1])
     assert min(gains) > 0.03
 

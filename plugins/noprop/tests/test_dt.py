@@ -201,7 +201,7 @@ def test_eta_is_irrelevant_under_adam(make_rule: MakeRule, batch: Batch) -> None
     assert (after(0.5, sgd) - after(50.0, sgd)).abs().max() > 5e-3
 
 
-def test_frozen_twin_leaves_the_bodies(make_rule: MakeRule, batch: Batch) -> None:
+def test_twin_leaves_the_bodies(make_rule: MakeRule, batch: Batch) -> None:
     # Oracle: the definition: only last linear maps, head and embedding move.
     rule = make_rule(embedding="learned")
     rule.freeze_features()

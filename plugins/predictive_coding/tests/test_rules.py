@@ -338,9 +338,9 @@ def test_every_rule_learns_digits_and_goes_on_bit_for_bit(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_frozen_twins_keep_their_features(name: str) -> None:
+def test_twins_keep_their_features(name: str) -> None:
     """Oracle: the weights before; the readout alone moves, also with batch norm."""
-    trainer = trainer_of([f"rule={name}", "budget.epochs=1", "frozen_twin=true", "network.norm=batch"])
+    trainer = trainer_of([f"rule={name}", "budget.epochs=1", "twin=true", "network.norm=batch"])
     before = {key: p.detach().clone() for key, p in trainer.rule.network.named_parameters()}
     trainer.fit()
     moved = {key for key, p in trainer.rule.network.named_parameters() if not torch.equal(p, before[key])}

@@ -13,7 +13,7 @@ from bpfree.study.file import find_study
 
 @pytest.mark.parametrize("name", sorted(bpfree_studies()))
 def test_every_row_can_be_built(name: str) -> None:
-    """Its rule on its network; what is relaxed reaches every block. One row is a frozen twin."""
+    """Its rule on its network; what is relaxed reaches every block. One row is an own-prediction twin."""
     seen = {}
     for cell in plan(find_study(name)).cells:
         flat = {key: value for key, value in cell.recipe.flat().items() if key != "seed"}
@@ -25,4 +25,4 @@ def test_every_row_can_be_built(name: str) -> None:
                 assert "get no credit" not in rule.plan(), flat
     rules = {flat["rule.name"] for flat in seen.values()}
     assert rules & set(bpfree_rules())
-    assert any(flat["frozen_twin"] for flat in seen.values())
+    assert any(flat["twin"] for flat in seen.values())

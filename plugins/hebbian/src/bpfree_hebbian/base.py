@@ -1,4 +1,4 @@
-"""What the Hebbian rules share: phases, accumulation, the readout, the frozen twin, metrics."""
+"""What the Hebbian rules share: phases, accumulation, the readout, the own-prediction twin, metrics."""
 
 from __future__ import annotations
 

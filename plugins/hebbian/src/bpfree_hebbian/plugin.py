@@ -40,11 +40,11 @@ def bpfree_studies() -> dict[str, Path]:
 
 @hookimpl
 def bpfree_presets() -> dict[str, dict[str, Any]]:
-    twin = {"rule": "softhebb", "frozen_twin": True}
+    twin = {"rule": "softhebb", "twin": True}
     return {
         "quickstart/softhebb": {"rule": "softhebb"},
         "floor/hebbian-mlp 16": {**twin, "network.name": "hebbian-mlp"},
         "floor/hebbian-mlp 2000": {**twin, "network.name": "hebbian-mlp", "network.widths": [2000]},
         "floor/hebbian-cnn": {**twin, "network.name": "hebbian-cnn"},
-        "floor/hebbian-classes": {"rule": "hebbian-norm", "frozen_twin": True},
+        "floor/hebbian-classes": {"rule": "hebbian-norm", "twin": True},
     }

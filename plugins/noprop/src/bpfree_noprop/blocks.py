@@ -61,7 +61,7 @@ class PaperConfig(DenoisingConfig):
 
 
 class LabelBlock(nn.Module):
-    """A block that sees an input and a noised label, and ends in a linear map, all that learns in its frozen twin.
+    """A block that sees an input and a noised label, and ends in a linear map, all that learns in its own-prediction twin.
 
     Args:
         state_dim: d.

@@ -38,7 +38,7 @@ def bpfree_networks() -> dict[str, NetworkBuilder]:
 def bpfree_presets() -> dict[str, dict[str, Any]]:
     of_rule = {"noprop-dt": {**blocks.NETWORKS, **modern.NETWORKS}, "noprop-ct": timed.NETWORKS}
     floors = {
-        f"floor/{network}": {"rule": rule, "network.name": network, "frozen_twin": True}
+        f"floor/{network}": {"rule": rule, "network.name": network, "twin": True}
         for rule, networks in of_rule.items()
         for network in networks
     }
