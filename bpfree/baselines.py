@@ -1,8 +1,8 @@
 """The core's own rules: the ceiling, an own-prediction twin, and two references.
 
-``backprop`` is the ceiling of every comparison, ``frozen`` (random features with a trained readout) the own-prediction twin of rules on the
-common networks; ``linear`` is a linear classifier trained like the others, and ``dfa`` is the shortest honest local rule. None of them is the
-floor, which is solved and not trained: :mod:`bpfree.training.floor`.
+``backprop`` is the ceiling of every comparison, ``frozen`` (random features with a trained readout) the own-prediction twin of rules on
+the common networks; ``linear`` is a linear classifier trained like the others, and ``dfa`` is the shortest honest local rule. None of them
+is the floor, which is solved and not trained: :mod:`bpfree.training.floor`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Frozen(Rule):
     card = Card(
         "random features with a trained readout: the own-prediction twin of rules on the common networks",
         equation="grad W_readout = (softmax(W h) - y) h^T;  hidden blocks: none",
-        notes="No floor: a readout that is trained for a few epochs at some rate has not converged. A study measures the floor itself. Running "
-        "statistics of batch norm still follow the data.",
+        notes="No floor: a readout that is trained for a few epochs at some rate has not converged. A study measures the floor itself. "
+        "Running statistics of batch norm still follow the data.",
     )
     traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1)
     optimizer = Backprop.optimizer

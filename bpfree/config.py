@@ -147,7 +147,10 @@ class Recipe:
         )
 
     def build_rule(self, spec: TaskSpec) -> Rule:
-        """The rule (or its own-prediction twin) on its network, initialised from seed and stream, on the CPU; the caller's random state stays."""
+        """Build the rule (or its own-prediction twin) on its network, on the CPU, initialised from seed and stream.
+
+        The caller's random state stays.
+        """
         with seeded(derive_in(self.settings.stream, self.settings.seed, "initialisation")):
             network = self.registry.get("networks", self.names["network"]).build(spec, self.options["network"])
             rule: Rule = self.registry.get("rules", self.names["rule"])(network, spec, self.options["rule"])

@@ -17,7 +17,7 @@ from bpfree.training.config import BudgetConfig, TrainConfig
 
 
 def test_a_rule_in_ones_own_loop(digits: Task, device: torch.device) -> None:
-    """Direct feedback alignment closes at least 80 % of the gap between its own-prediction twin and back-propagation on digits (3 seeds)."""
+    """Direct feedback alignment closes at least 80 % of the gap between its twin and back-propagation on digits (3 seeds)."""
     from bpfree.baselines import Frozen
 
     x, y = digits.spec.normalise(digits.train.inputs).to(device), digits.train.targets.to(device)

@@ -9,9 +9,9 @@ import click
 HELP = """Train several rules over several seeds, and put them into one table and one page.
 
 Each WORD is a rule, a rule with settings of its own (`noprop-dt,rule.T=1`), or a setting of all (`task=mnist`). The linear classifier on
-the inputs, the own-prediction twin of each rule (random features, the same readout recipe) and back-propagation stand beside them: the floor and
-the ceiling without which an accuracy says little. Settings of `network` reach the rules that take any network; one with a network of its
-own (and the linear classifier) takes them in its own WORD.
+the inputs, the own-prediction twin of each rule (everything but its readout recipe fixed) and back-propagation stand beside them, and the
+report measures the floor: without floor and ceiling an accuracy says little. Settings of `network` reach the rules that take any network;
+one with a network of its own (and the linear classifier) takes them in its own WORD.
 
 It is a study made of words: interrupt it at any time, the same command goes on; what is finished is not run again.
 

@@ -90,9 +90,9 @@ def version(tensor: Tensor) -> tuple[int, int]:
 class LearningWatch:
     """Fixed parameters stay, learning ones move: by version after the first step of a phase, by value at the ends of epochs and phases.
 
-    *Fixed* are the parameters of groups that a phase does not name, and those of the own-prediction twin that do not learn. *Learning* are those
-    of a phase's groups that require a gradient; where there is one, also a real-valued buffer that is no running statistic counts as
-    moved, because closed-form rules solve into such.
+    *Fixed* are the parameters of groups that a phase does not name, and those of the own-prediction twin that do not learn. *Learning* are
+    those of a phase's groups that require a gradient; where there is one, also a real-valued buffer that is no running statistic counts
+    as moved, because closed-form rules solve into such.
 
     Args:
         rule: that is watched.
