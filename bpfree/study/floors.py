@@ -27,7 +27,7 @@ from bpfree.tracking.events import write_text
 from bpfree.training import environment
 from bpfree.training.floor import Floor, Reading, chance_of, measure_floor, nearest_mean, read_inputs
 
-__all__ = ["FloorRecord", "Floors", "floor_key", "measure_floors"]
+__all__ = ["FloorRecord", "Floors", "floor_key", "measure_floor_of", "measure_floors"]
 
 logger = logging.getLogger("bpfree")
 
@@ -177,13 +177,21 @@ def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callabl
         if floors.read(name) is None:
             say(f"measuring the floor of {cell.recipe.names['network']} on {cell.recipe.names['task']} (readouts of untrained features)")
             try:
-                floors.write(name, _measure(cell.recipe, plan.seeds, tasks, inputs))
+                floors.write(name, measure_floor_of(cell.recipe, plan.seeds, tasks, inputs))
             except Exception as error:
                 logger.warning("the floor of %s was not measured: %s: %s", cell.row, type(error).__name__, error)
     return floors
 
 
-def _measure(recipe: Recipe, seeds: Sequence[int], tasks: Tasks, inputs: dict[Any, Reading]) -> FloorRecord:
+def measure_floor_of(recipe: Recipe, seeds: Sequence[int], tasks: Tasks, inputs: dict[Any, Reading]) -> FloorRecord:
+    """Measure the floor of a row.
+
+    Args:
+        recipe: of the row.
+        seeds: of the repetitions.
+        tasks: that were loaded before.
+        inputs: readings of inputs by task, which networks share; filled here.
+    """
     task, settings = tasks.get(recipe), recipe.settings
     device = environment.resolve_device(settings.device)
     key = (task.fingerprint(), task.spec, str(device))
