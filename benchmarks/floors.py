@@ -34,10 +34,12 @@ def known(path: Path, study: str) -> dict[str, float]:
     if "studies" not in content:
         return {label: row["test_accuracy"]["mean"] for label, row in content["rows"].items()}
     cells: dict[str, list[dict[str, Any]]] = content["studies"][study]["cells"]
-    return {
-        label: statistics.fmean(cell.get("test_accuracy", 100 - cell.get("test_error", 0.0)) for cell in row)
-        for label, row in cells.items()
-    }
+    return {label: statistics.fmean(map(accuracy, row)) for label, row in cells.items()}
+
+
+def accuracy(cell: dict[str, Any]) -> float:
+    """Of a cell, in per cent."""
+    return float(cell["test_accuracy"] if "test_accuracy" in cell else 100 - cell["test_error"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
