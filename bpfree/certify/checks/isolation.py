@@ -24,6 +24,7 @@ from bpfree.network.network import evaluating
 from bpfree.rule import Rule
 from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training.evaluation import Evaluator
+from bpfree.training.floor import chance_of
 
 __all__ = ["CHECKS"]
 
@@ -145,16 +146,16 @@ def permuted_labels(m: Measurements) -> str | None:
     """What is learned from permuted training labels says nothing of the true ones; the mean over a few permutations."""
     found = [_from_permuted(m, seed) for seed in range(PERMUTATIONS)]
     accuracy = sum(float(confusion.trace()) for confusion in found) / PERMUTATIONS
-    chance = 1 / len(found[0])
+    chance = chance_of(practice.digits()) or 1 / len(found[0])
     error = sum(_variance_of_chance(confusion, len(practice.digits().test)) for confusion in found) ** 0.5 / PERMUTATIONS
     bound = chance + STANDARD_ERRORS * error
     if accuracy > bound:
         raise CheckFailed(
-            f"trained on permuted labels it reaches {accuracy:.1%} on the digits' test split, where chance is {chance:.0%}",
+            f"trained on permuted labels it reaches {accuracy:.1%} on the digits' test split, where chance is {chance:.1%}",
             where=f"above {bound:.1%}, which is chance and {STANDARD_ERRORS} standard errors",
             fix="find where true labels come from: only the batches' targets may teach",
         )
-    return f"{accuracy:.1%} on the digits' test split; chance is {chance:.0%}, the bound {bound:.1%}"
+    return f"{accuracy:.1%} on the digits' test split; chance is {chance:.1%}, the bound {bound:.1%}"
 
 
 def _from_permuted(m: Measurements, seed: int) -> Tensor:
