@@ -18,16 +18,19 @@ import numpy as np
 import torch
 
 from bpfree.config import Recipe
+from bpfree.errors import BpfreeError
 from bpfree.rule import Rule
 from bpfree.sources import floor_hash
 from bpfree.study.cells import Cell, Plan
 from bpfree.study.line import Line
 from bpfree.study.worker import Tasks
+from bpfree.tasks.task import TaskSpec
 from bpfree.tracking.events import write_text
 from bpfree.training import environment
 from bpfree.training.floor import Floor, Reading, chance_of, measure_floor, nearest_mean, read_inputs
+from bpfree.training.trainer import Interrupted
 
-__all__ = ["FloorRecord", "Floors", "floor_key", "measure_floor_of", "measure_floors"]
+__all__ = ["FloorRecord", "Floors", "floor_key", "has_floor", "measure_floor_of", "measure_floors"]
 
 logger = logging.getLogger("bpfree")
 
@@ -84,6 +87,11 @@ def floor_key(cell: Cell) -> str:
     rule = recipe.registry.get("rules", recipe.names["rule"])
     own = {key: value for key, value in recipe.flat().items() if key.split(".")[0] == "rule"} if _initialises(rule) else {}
     return json.dumps([named, own], sort_keys=True, default=str)
+
+
+def has_floor(cell: Cell) -> bool:
+    """Whether there is anything to read: a task without targets has no floor."""
+    return cell.recipe.spec().targets != "none"
 
 
 def _initialises(rule: type[Rule]) -> bool:
@@ -157,7 +165,7 @@ class Floors:
 def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callable[[str], None]) -> Floors:
     """Measure the floors that are not known yet, of the rows that have a result.
 
-    What cannot be measured costs its own numbers and is told in a warning.
+    What cannot be measured costs its own numbers and is told in a warning. Tasks without targets have no floor.
 
     Args:
         plan: the study.
@@ -170,7 +178,7 @@ def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callabl
     groups: dict[str, Cell] = {}
     for line in lines:
         key = floor_key(line.cells[0])
-        if key not in groups and any(floor_key(other.cells[0]) == key and other.finished for other in lines):
+        if key not in groups and has_floor(line.cells[0]) and any(floor_key(other.cells[0]) == key and other.finished for other in lines):
             groups[key] = line.cells[0]
     for cell in groups.values():
         name = floors.id_of(cell)
@@ -178,6 +186,8 @@ def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callabl
             say(f"measuring the floor of {cell.recipe.names['network']} on {cell.recipe.names['task']} (readouts of untrained features)")
             try:
                 floors.write(name, measure_floor_of(cell.recipe, plan.seeds, tasks, inputs))
+            except Interrupted:
+                raise
             except Exception as error:
                 logger.warning("the floor of %s was not measured: %s: %s", cell.row, type(error).__name__, error)
     return floors
@@ -191,8 +201,13 @@ def measure_floor_of(recipe: Recipe, seeds: Sequence[int], tasks: Tasks, inputs:
         seeds: of the repetitions.
         tasks: that were loaded before.
         inputs: readings of inputs by task, which networks share; filled here.
+
+    Raises:
+        BpfreeError: real targets with a loss of the task's own, which ridge regression does not minimise.
     """
     task, settings = tasks.get(recipe), recipe.settings
+    if task.spec.targets == "real" and type(task.spec).loss is not TaskSpec.loss:
+        raise BpfreeError("the task has a loss of its own, and a floor is measured in the squared error")
     device = environment.resolve_device(settings.device)
     key = (task.fingerprint(), task.spec, str(device))
     with environment.numerics(threads=settings.threads, deterministic=settings.deterministic), torch.random.fork_rng(devices=[]):

@@ -11,17 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from study_kit import call, outcomes
 
 from bpfree.config import parse_words
+from bpfree.errors import BpfreeError
+from bpfree.study import floors as floors_module
 from bpfree.study.cells import Cell, Plan, plan
 from bpfree.study.file import read_study
-from bpfree.study.floors import FloorRecord, Floors, floor_key
+from bpfree.study.floors import FloorRecord, Floors, floor_key, measure_floor_of, measure_floors
 from bpfree.study.line import Line
 from bpfree.study.report import report_on
 from bpfree.study.state import Outcome, State
 from bpfree.study.trials import Trial, Tuned
 from bpfree.study.verdicts import Verdict, converged, verdicts
+from bpfree.study.worker import Tasks
+from bpfree.tasks.task import Split, Task, TaskSpec
+from bpfree.training.trainer import Interrupted
 
 TEXT = """title: Judged
 settings: {task: digits, threads: 1, device: cpu, network.width: 16}
@@ -240,6 +246,56 @@ def test_rows_share_a_floor_if_they_share_task_network_and_initialisation(tmp_pa
     keys = {cell.row: floor_key(cell) for cell in made.cells}
     assert keys["twin"] == keys["dfa"] == keys["bp"]
     assert len(set(keys.values())) == 5
+
+
+def test_who_stops_a_study_stops_the_floor_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What fails is a warning and the others are measured; what is asked to stop stops."""
+    made = planned(tmp_path)
+    lines = lines_of(made, {"dfa": {OWN: around(0.9)}, "linear": {OWN: around(0.9)}})
+    asked: list[str] = []
+
+    def stop(error: Exception) -> None:
+        def measure(recipe: Any, *others: Any) -> FloorRecord:
+            asked.append(recipe.names["rule"])
+            raise error
+
+        monkeypatch.setattr(floors_module, "measure_floor_of", measure)
+
+    stop(RuntimeError("no features"))
+    measure_floors(made, lines, tmp_path, lambda text: None)
+    assert asked == ["linear", "frozen"]  # the first row of each network
+    assert "RuntimeError: no features" in caplog.text
+    stop(Interrupted("stopped by SIGINT", None))
+    with pytest.raises(Interrupted):
+        measure_floors(made, lines, tmp_path, lambda text: None)
+
+
+def test_tasks_without_targets_have_no_floor_and_miss_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planned(tmp_path)
+    lines = lines_of(made, {"dfa": {OWN: around(0.9)}})
+    floors = Floors(made, tmp_path)
+    assert "The floor was not measured for dfa." in report_on(made, lines, ["study"], floors=floors).remarks
+    without = TaskSpec("bare", (1, 8, 8), 1, "none")
+    monkeypatch.setattr(type(made.cells[0].recipe), "spec", lambda recipe: without)
+    said: list[str] = []
+    measure_floors(made, lines, tmp_path, said.append)
+    assert said == []
+    assert not any("floor" in remark for remark in report_on(made, lines, ["study"], floors=floors).remarks)
+
+
+class OwnLoss(TaskSpec):
+    """Real targets, absolute errors."""
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        return (outputs - batch.targets).abs().mean()
+
+
+def test_a_loss_of_the_tasks_own_is_not_compared_with_squared_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = Split(torch.zeros(4, 2), torch.zeros(4, 1))
+    tasks = Tasks()
+    monkeypatch.setattr(tasks, "get", lambda recipe: Task(OwnLoss("own", (2,), 1, "real"), split, None, split))
+    with pytest.raises(BpfreeError, match="a loss of its own"):
+        measure_floor_of(planned(tmp_path).cells[0].recipe, [0], tasks, {})
 
 
 def test_a_study_measures_probes_and_twins(workplace: Path) -> None:

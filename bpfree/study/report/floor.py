@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from bpfree.study.controls import Section, difference_texts, error_legend
 from bpfree.study.differences import Difference
 from bpfree.study.examples import Scores
-from bpfree.study.floors import FloorRecord, Floors
+from bpfree.study.floors import FloorRecord, Floors, has_floor
 from bpfree.study.report.view import View, compact
 from bpfree.study.verdicts import Verdict, verdicts
 
@@ -148,7 +148,7 @@ def _verdicts_legend(view: View, judged: Sequence[Verdict]) -> str:
 
 def floor_remarks(view: View, floors: Floors) -> Iterator[str]:
     """Say what is missing: a floor that was not measured, or a gradient that was left."""
-    missing = [line.label for line in view.lines if line.finished and floors.of(line, view.lines) is None]
+    missing = [line.label for line in view.lines if line.finished and has_floor(line.cells[0]) and floors.of(line, view.lines) is None]
     if missing:
         yield f"The floor was not measured for {', '.join(missing)}."
     records: dict[int, FloorRecord] = {id(known): known for line in view.lines if (known := floors.of(line, view.lines)) is not None}
