@@ -209,7 +209,7 @@ def _data(lines: Sequence[Line]) -> Iterable[str]:
 
 
 def failures(lines: Sequence[Line]) -> Iterator[tuple[Line, int, str, str]]:
-    """Line, seed, status and reason of each cell that ended without a result, or with a part of it missing; twins are lines of their own."""
+    """Line, seed, status and reason of each cell that ended without a result, or a part of it; twins are lines of their own."""
     for line in lines:
         twin = dataclasses.replace(line, row=dataclasses.replace(line.row, label=f"{line.row.label} (twin)"))
         own = [(line, cell.seed, outcome) for cell, outcome in zip(line.cells, line.outcomes, strict=True)]
