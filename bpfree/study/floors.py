@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,7 @@ from bpfree.rule import Rule
 from bpfree.sources import floor_hash
 from bpfree.study.cells import Cell, Plan
 from bpfree.study.line import Line
-from bpfree.study.worker import Tasks
+from bpfree.study.worker import Tasks, reason_of
 from bpfree.tasks.task import TaskSpec
 from bpfree.tracking.events import write_text
 from bpfree.training import environment
@@ -146,14 +148,18 @@ class Floors:
         try:
             with np.load(self._folder / f"{name}.npz", allow_pickle=False) as arrays:
                 return {int(seed): arrays[seed] for seed in arrays.files}
-        except (OSError, ValueError):
+        except Exception:  # what a damaged archive raises is nowhere written
             return {}
 
     def write(self, name: str, record: FloorRecord) -> None:
         """Keep a record: numbers as JSON, decisions on test examples a byte each beside them."""
         self._folder.mkdir(parents=True, exist_ok=True)
         arrays = {str(seed): values for seed, values in record.examples.items()}
-        np.savez_compressed(self._folder / f"{name}.npz", **arrays)  # type: ignore[arg-type]  # numpy's stub takes a flag for an array
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a flag for an array
+        temporary = self._folder / f".{name}.npz.{os.getpid()}"  # readers see the old or the new one, never a part
+        temporary.write_bytes(packed.getvalue())
+        os.replace(temporary, self._folder / f"{name}.npz")
         content = {item.name: getattr(record, item.name) for item in dataclasses.fields(record) if item.name != "examples"}
         write_text(self._folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
         self._known[name] = record
@@ -189,7 +195,7 @@ def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callabl
             except Interrupted:
                 raise
             except Exception as error:
-                logger.warning("the floor of %s was not measured: %s: %s", cell.row, type(error).__name__, error)
+                logger.warning("the floor of %s was not measured: %s", cell.row, reason_of(error))
     return floors
 
 

@@ -288,6 +288,21 @@ def test_rows_share_a_floor_if_they_share_task_network_and_initialisation(tmp_pa
     assert len(set(keys.values())) == 5
 
 
+def test_a_damaged_file_of_examples_costs_the_examples(tmp_path: Path) -> None:
+    made = planned(tmp_path)
+    name, right = Floors(made, tmp_path).id_of(made.cells[0]), np.array([1, 0, 1], np.uint8)
+    Floors(made, tmp_path).write(name, floor_record(examples={0: right}))
+    assert sorted(path.name for path in (tmp_path / "floors").iterdir()) == [f"{name}.json", f"{name}.npz"]
+    known = Floors(made, tmp_path).read(name)
+    assert known is not None
+    assert known.examples[0].tolist() == right.tolist()
+    whole = (tmp_path / "floors" / f"{name}.npz").read_bytes()
+    for part in (b"", whole[: len(whole) // 2], b"PK" + whole[4:]):
+        (tmp_path / "floors" / f"{name}.npz").write_bytes(part)
+        assert Floors(made, tmp_path).read(name) == known
+        assert Floors(made, tmp_path).read(name).examples == {}  # type: ignore[union-attr]
+
+
 def test_who_stops_a_study_stops_the_floor_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """What fails is a warning and the others are measured; what is asked to stop stops."""
     made = planned(tmp_path)
