@@ -139,6 +139,32 @@ def test_features_that_are_too_large_are_not_read(small: Task, monkeypatch: pyte
     assert found.best.source == INPUTS
 
 
+def test_products_of_real_targets_features_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ridge regression holds features times features: few examples do not make a wide source a small one."""
+    split = Split(torch.randn(30, 6), torch.randn(30, 2))
+    task = Task(TaskSpec("real", (6,), 2, "real"), split, split, split)
+    monkeypatch.setattr(floor, "MOST_NUMBERS", 50 * 50)
+    found = measure_floor(task, [untrained(task, 0, depth=1, width=45)])
+    assert found.skipped == ("inputs and all blocks (51 features)",)
+    assert [each.source for each in found.readings] == [INPUTS, "b1"]
+
+
+def test_networks_of_other_dtypes_are_read(small: Task) -> None:
+    """In float64 the features are those of float32, but for rounding."""
+    rule = untrained(small, 0, depth=1, width=12)
+    single = measure_floor(small, [rule], test=False).readings[1]
+    double = measure_floor(small, [rule.double()], test=False).readings[1]
+    assert double.validation == pytest.approx(single.validation, abs=0.012)  # two of 178 on the border
+
+
+@pytest.mark.parametrize("count", [1, 256, 257, 255 * 256 + 1])
+def test_pieces_are_of_about_the_same_size(count: int) -> None:
+    sizes = [len(piece) for piece in floor._pieces(Split(torch.zeros(count, 1), None))]
+    assert sum(sizes) == count
+    assert max(sizes) <= floor.BATCH
+    assert max(sizes) - min(sizes) <= 1
+
+
 def test_chance_is_the_larger_of_one_over_classes_and_the_largest_class() -> None:
     def task(labels: list[int]) -> Task:
         split = Split(torch.zeros(len(labels), 2), torch.tensor(labels))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bpfree.config import Leaf
 from bpfree.errors import UsageError, nearest
-from bpfree.study.cells import Cell, Place, Plan, cell_of, twin_of
+from bpfree.study.cells import Cell, Place, Plan, cell_of, problems_of, recipe_with, twin_of
 from bpfree.study.line import Line
 from bpfree.study.state import Outcome, State
 from bpfree.study.tunable import check_tuning
@@ -25,7 +26,7 @@ class _Post:
     tuner: Tuner | None
     twin: Place | None = None
     twin_tuner: Tuner | None = None
-    twins: dict[tuple[int, float], Cell] = field(default_factory=dict)
+    twins: dict[str, Cell] = field(default_factory=dict)
 
     @property
     def tuners(self) -> list[Tuner]:
@@ -43,7 +44,7 @@ class Agenda:
         retry: statuses that are run again.
 
     Raises:
-        UsageError: labels that the study does not have, or settings that cannot be tuned.
+        UsageError: labels that the study does not have, settings that cannot be tuned, or rows whose twin cannot be given operations.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Agenda:
         self._done: dict[str, Outcome] = {}
         self._tried: set[str] = set()
         self._posts = [self._post(place) for place in plan.places]
+        _check_twins(self._posts)
 
     def _post(self, place: Place) -> _Post:
         cells = [cell for cell in self.plan.cells if (cell.row, cell.column) == (place.row.label, place.column.label)]
@@ -124,23 +126,28 @@ class Agenda:
         settings = {} if post.twin_tuner is None else post.twin_tuner.best
         found = []
         for cell in self._final(post):
-            outcome = self._known(cell.id)
-            operations = outcome.result.get("train/operations") if outcome is not None and outcome.status == "finished" else None
+            operations = self._operations(cell)
             if not operations:
                 continue
-            key = (cell.seed, operations)
+            key = json.dumps([cell.seed, operations, settings], default=str)
             if key not in post.twins:
                 leaves = [Leaf(name, value, "tuning") for name, value in settings.items()]
                 post.twins[key] = cell_of(post.twin, cell.seed, self.plan.book, [*leaves, Leaf("budget.operations", operations, "twin")])
             found.append(post.twins[key])
         return found
 
+    def _operations(self, cell: Cell) -> float:
+        """What the training of a finished cell took; 0 where there is no result, or nothing was measured."""
+        outcome = self._known(cell.id)
+        return outcome.result.get("train/operations", 0.0) if outcome is not None and outcome.status == "finished" else 0.0
+
     def count(self) -> int:
-        """Cells in all, those included that tuning will make."""
+        """Cells in all, those included that tuning will make, and twins but those of cells that ended without a result."""
         tune = self.plan.study.tune
         trials = sum(tune.trials * len(tune.seeds) for post in self._chosen() for _ in post.tuners) if tune else 0
         rows = sum(1 + (post.twin is not None) for post in self._chosen())
-        return trials + len(self.plan.seeds) * rows
+        ended = [cell for post in self._chosen() if post.twin is not None for cell in self._final(post) if not self.to_do(cell)]
+        return trials + len(self.plan.seeds) * rows - sum(not self._operations(cell) for cell in ended)
 
     def to_do(self, cell: Cell) -> bool:
         """Whether a cell is to be run."""
@@ -193,6 +200,21 @@ class Agenda:
     def hidden(self) -> int:
         """Finished cells that lie here and are none of these."""
         return self.state.others({*(cell.id for cell in self.all_cells()), *(cell.id for post in self._posts for cell in post.cells)})
+
+
+def _check_twins(posts: Sequence[_Post]) -> None:
+    """Refuse before anything runs what would only be told when the first row has ended."""
+    found: dict[str, list[str]] = {}
+    for post in posts:
+        try:
+            if post.twin is not None:
+                recipe_with(post.twin, [Leaf("budget.operations", 1.0, "twin")])
+        except UsageError as error:
+            for problem in problems_of(error):
+                found.setdefault(problem, []).append(post.place.row.label)
+    if found:
+        what = "; ".join(f"{problem} (row {', '.join(dict.fromkeys(rows))})" for problem, rows in found.items())
+        raise UsageError(f"no twin can have as many operations as its row: {what}", where="equal_budget", fix="leave equal_budget out")
 
 
 def _check_labels(given: Sequence[str] | None, labels: Sequence[str], kind: str) -> None:

@@ -21,6 +21,7 @@ from bpfree.study.parent import Parent
 from bpfree.study.report import Report, files_of, report_on, write_report
 from bpfree.training.distributed import World
 from bpfree.training.environment import resolve_device
+from bpfree.training.predictions import FILE
 from bpfree.training.trainer import Interrupted
 
 __all__ = ["Options", "is_settled", "report", "run", "watched_files"]
@@ -156,7 +157,11 @@ def is_settled(plan: Plan, agenda: Agenda) -> bool:
 
 def watched_files(plan: Plan, agenda: Agenda, page: Path) -> tuple[list[Path], Iterable[Path]]:
     """What an answer depends on: files, and folders of sources."""
-    cells = [agenda.state.path_of(cell.id) for cell in agenda.cells()]
+    known = [outcome for cell in agenda.cells() if (outcome := agenda.state.read(cell.id)) is not None]
+    cells = [agenda.state.path_of(outcome.cell) for outcome in known]
+    kept = [
+        path for outcome in known if outcome.run and (path := plan.output / outcome.run / FILE).is_file()
+    ]  # errors are over examples too
     study = [plan.study.path] if plan.study.path is not None else []
     floors = sorted((agenda.state.folder / "floors").glob("*"))
-    return [*study, *cells, *floors, *plan.book.files, *files_of(page)], sources.all_roots(plan.cells[0].recipe.registry)
+    return [*study, *cells, *kept, *floors, *plan.book.files, *files_of(page)], sources.all_roots(plan.cells[0].recipe.registry)

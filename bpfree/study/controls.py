@@ -149,11 +149,15 @@ def _legend(metric: str, found: Sequence[Comparison], tuned: Sequence[Line]) -> 
     difference = f"the row's {name} minus the control's" if metric.endswith("accuracy") else f"the control's {name} minus the row's"
     unit = ", in percentage points" if percent(metric) else ""
     text = f"Gain: {difference}{unit}, so that positive means that the row is better; mean over the n seeds that both have, paired by seed."
-    return f"{text} {error_legend([each.difference for each in found], conditional=bool(tuned))}"
+    legend = error_legend(
+        [each.difference for each in found], conditional=bool(tuned), family=f"over the family of {len(found)} comparisons (Holm)"
+    )
+    decide = "Seeds for 1 point: that would decide a difference of one point; none: more seeds would not, on this test split."
+    return " ".join([text, legend, *([decide] if percent(metric) and any(each.standard_error is not None for each in found) else [])])
 
 
-def error_legend(found: Sequence[Difference], *, conditional: bool) -> str:
-    """Say what the errors of a family of comparisons mean."""
+def error_legend(found: Sequence[Difference], *, conditional: bool, family: str) -> str:
+    """Say what the errors of comparisons mean; ``family`` says over which verdicts are corrected."""
     known = [each for each in found if each.error is not None]
     if not known:
         return "One seed has no error over seeds."
@@ -162,9 +166,8 @@ def error_legend(found: Sequence[Difference], *, conditional: bool) -> str:
         examples = "alone: predictions of single examples are not all at hand"
     texts = [
         f"Standard error: over seeds, with deviations pooled over the column's rows, {examples}.",
-        f"Verdicts: 5 % over the family of {len(found)} comparisons (Holm).",
-        "Detectable: the smallest difference that this many seeds find with a power of 80 %.",
-        "Seeds for 1 point: that would decide a difference of one point; none: more seeds would not, on this test split.",
+        f"Verdicts: 5 % {family}.",
+        "Detectable: the smallest difference that this many seeds find with a power of 80 %, by itself (without Holm's correction).",
         *(["Intervals are conditional on the tuned values, which all seeds share."] if conditional else []),
         *(["Fewer than five seeds give intervals, no claims."] if min(len(each.gains) for each in found) < 5 else []),
     ]

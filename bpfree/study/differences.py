@@ -180,28 +180,37 @@ def _two_sided(t: float, freedom: float) -> float:
 
 
 def gap_share(
-    ours: Sequence[float], floor: Sequence[float], ceiling: Sequence[float], *, error: float, least: float, resamples: int = 10_000
+    ours: Sequence[float], floor: Sequence[float], ceiling: Sequence[float], *, error: float, least: float
 ) -> tuple[float, Interval | None] | None:
-    """Compute (rule - floor) / (ceiling - floor) from means, with an interval by bootstrap of seeds.
+    """Compute (rule - floor) / (ceiling - floor) from means, with Fieller's interval over seeds.
+
+    It holds every ratio r for which Student's test does not reject that the mean of ``(rule - floor) - r (ceiling - floor)`` is zero:
+    Fieller, "Some problems in interval estimation", Journal of the Royal Statistical Society B 16, 1954.
 
     Args:
         ours, floor, ceiling: scores of the same seeds, greater is better.
         error: standard error of the gap, ceiling less floor.
         least: the smallest gap for which a share is told.
-        resamples: of the bootstrap.
 
     Returns:
-        ``None`` where the gap is below three standard errors or ``least``; the interval is ``None`` below three seeds.
+        ``None`` where the gap is below three standard errors or ``least``; the interval is ``None`` below three seeds, and where they do
+        not tell the gap from zero, so that it has no ends.
     """
     gap = statistics.fmean(ceiling) - statistics.fmean(floor)
     if gap < least or gap < 3 * error:
         return None
-    share = (statistics.fmean(ours) - statistics.fmean(floor)) / gap
-    if len(ours) < 3:
-        return share, None
-    rows = np.asarray([ours, floor, ceiling], float)
-    drawn = rows[:, np.random.default_rng(0).integers(0, len(ours), (resamples, len(ours)))].mean(2)
-    gaps = drawn[2] - drawn[1]
-    kept = (drawn[0] - drawn[1])[gaps > 0] / gaps[gaps > 0]
-    low, high = np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return share, Interval(float(low), float(high))
+    rows = np.asarray([ours, ceiling], float) - np.asarray(floor, float)
+    share = float(rows[0].mean() / rows[1].mean())
+    return share, _fieller(rows) if len(ours) > 2 else None
+
+
+def _fieller(rows: Examples) -> Interval | None:
+    """The interval of the ratio of two means, of rows (2, n)."""
+    n = rows.shape[1]
+    above, below = rows.mean(1)
+    (v_above, both), (_, v_below) = np.cov(rows) / n * quantile(n - 1, (1 + LEVEL) / 2) ** 2
+    a, b, c = below**2 - v_below, above * below - both, above**2 - v_above
+    if a <= 0:
+        return None
+    half = math.sqrt(max(0.0, b * b - a * c))
+    return Interval(float((b - half) / a), float((b + half) / a))

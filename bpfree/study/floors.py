@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +20,19 @@ import numpy as np
 import torch
 
 from bpfree.config import Recipe
+from bpfree.errors import BpfreeError
 from bpfree.rule import Rule
 from bpfree.sources import floor_hash
 from bpfree.study.cells import Cell, Plan
 from bpfree.study.line import Line
-from bpfree.study.worker import Tasks
+from bpfree.study.worker import Tasks, reason_of
+from bpfree.tasks.task import TaskSpec
 from bpfree.tracking.events import write_text
 from bpfree.training import environment
 from bpfree.training.floor import Floor, Reading, chance_of, measure_floor, nearest_mean, read_inputs
+from bpfree.training.trainer import Interrupted
 
-__all__ = ["FloorRecord", "Floors", "floor_key", "measure_floor_of", "measure_floors"]
+__all__ = ["FloorRecord", "Floors", "floor_key", "has_floor", "measure_floor_of", "measure_floors"]
 
 logger = logging.getLogger("bpfree")
 
@@ -86,6 +91,11 @@ def floor_key(cell: Cell) -> str:
     return json.dumps([named, own], sort_keys=True, default=str)
 
 
+def has_floor(cell: Cell) -> bool:
+    """Whether there is anything to read: a task without targets has no floor."""
+    return cell.recipe.spec().targets != "none"
+
+
 def _initialises(rule: type[Rule]) -> bool:
     """Whether a rule has a network, or initial weights, of its own."""
     return rule.own_network or getattr(rule.network_options, "__func__", None) is not Rule.network_options.__func__  # type: ignore[attr-defined]
@@ -138,14 +148,18 @@ class Floors:
         try:
             with np.load(self._folder / f"{name}.npz", allow_pickle=False) as arrays:
                 return {int(seed): arrays[seed] for seed in arrays.files}
-        except (OSError, ValueError):
+        except Exception:  # what a damaged archive raises is nowhere written
             return {}
 
     def write(self, name: str, record: FloorRecord) -> None:
         """Keep a record: numbers as JSON, decisions on test examples a byte each beside them."""
         self._folder.mkdir(parents=True, exist_ok=True)
         arrays = {str(seed): values for seed, values in record.examples.items()}
-        np.savez_compressed(self._folder / f"{name}.npz", **arrays)  # type: ignore[arg-type]  # numpy's stub takes a flag for an array
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a flag for an array
+        temporary = self._folder / f".{name}.npz.{os.getpid()}"  # readers see the old or the new one, never a part
+        temporary.write_bytes(packed.getvalue())
+        os.replace(temporary, self._folder / f"{name}.npz")
         content = {item.name: getattr(record, item.name) for item in dataclasses.fields(record) if item.name != "examples"}
         write_text(self._folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
         self._known[name] = record
@@ -157,7 +171,7 @@ class Floors:
 def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callable[[str], None]) -> Floors:
     """Measure the floors that are not known yet, of the rows that have a result.
 
-    What cannot be measured costs its own numbers and is told in a warning.
+    What cannot be measured costs its own numbers and is told in a warning. Tasks without targets have no floor.
 
     Args:
         plan: the study.
@@ -170,7 +184,7 @@ def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callabl
     groups: dict[str, Cell] = {}
     for line in lines:
         key = floor_key(line.cells[0])
-        if key not in groups and any(floor_key(other.cells[0]) == key and other.finished for other in lines):
+        if key not in groups and has_floor(line.cells[0]) and any(floor_key(other.cells[0]) == key and other.finished for other in lines):
             groups[key] = line.cells[0]
     for cell in groups.values():
         name = floors.id_of(cell)
@@ -178,8 +192,10 @@ def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callabl
             say(f"measuring the floor of {cell.recipe.names['network']} on {cell.recipe.names['task']} (readouts of untrained features)")
             try:
                 floors.write(name, measure_floor_of(cell.recipe, plan.seeds, tasks, inputs))
+            except Interrupted:
+                raise
             except Exception as error:
-                logger.warning("the floor of %s was not measured: %s: %s", cell.row, type(error).__name__, error)
+                logger.warning("the floor of %s was not measured: %s", cell.row, reason_of(error))
     return floors
 
 
@@ -191,8 +207,13 @@ def measure_floor_of(recipe: Recipe, seeds: Sequence[int], tasks: Tasks, inputs:
         seeds: of the repetitions.
         tasks: that were loaded before.
         inputs: readings of inputs by task, which networks share; filled here.
+
+    Raises:
+        BpfreeError: real targets with a loss of the task's own, which ridge regression does not minimise.
     """
     task, settings = tasks.get(recipe), recipe.settings
+    if task.spec.targets == "real" and type(task.spec).loss is not TaskSpec.loss:
+        raise BpfreeError("the task has a loss of its own, and a floor is measured in the squared error")
     device = environment.resolve_device(settings.device)
     key = (task.fingerprint(), task.spec, str(device))
     with environment.numerics(threads=settings.threads, deterministic=settings.deterministic), torch.random.fork_rng(devices=[]):

@@ -36,8 +36,14 @@ def standing(agenda: Agenda) -> tuple[list[list[Any]], str]:
     counts = Counter("not run" if outcome is None else outcome.status for _, outcome in known)
     later = agenda.count() - len(known)
     parts = [f"{count} {status}" for status, count in counts.most_common()]
-    parts += [f"{later} follow when tuning has chosen" if later else ""]
+    parts += [f"{later} follow when {_when(agenda)}" if later else ""]
     return [_standing(agenda, cell, outcome) for cell, outcome in known], f"{agenda.count()} cells: {', '.join(filter(None, parts))}"
+
+
+def _when(agenda: Agenda) -> str:
+    """What cells wait for that are not known yet."""
+    study = agenda.plan.study
+    return " and ".join([*(["tuning has chosen"] if study.tune else []), *(["their rows have ended"] if study.equal_budget else [])])
 
 
 def _standing(agenda: Agenda, cell: Cell, outcome: Outcome | None) -> list[Any]:
@@ -116,11 +122,11 @@ def _done(lines: dict[tuple[str, str], Line], cell: Cell) -> list[Outcome]:
 def _summary(agenda: Agenda, cells: Sequence[Cell], total: float, found: dict[Any, Estimate], unknown: Counter[str]) -> Iterable[str]:
     left = sum(map(agenda.to_do, cells))
     later = agenda.count() - len(cells)
-    yield f"{left + later} of {agenda.count()} cells would be run" + (f", {later} of them when tuning has chosen" if later else "")
+    yield f"{left + later} of {agenda.count()} cells would be run" + (f", {later} of them when {_when(agenda)}" if later else "")
     used = dict.fromkeys(SOURCES[each.source] for each in found.values() if each.source)
     if used:
         yield f"about {_duration(total)} of training on one worker, by {' and '.join(used)}" + (
-            ", without the cells that tuning will make" if later else ""
+            f", without those that wait until {_when(agenda)}" if later else ""
         )
     for reason, count in unknown.items():
         yield f"not known for {count} cells: {reason}"

@@ -103,7 +103,8 @@ def _learns_features(line: Line) -> bool:
 def verdicts(plan: Plan, lines: Sequence[Line], floors: Floors, metric: str) -> list[Verdict]:
     """Judge each row that has a result and a floor.
 
-    Each of the three verdicts is a family of comparisons of its own, corrected by Holm over rows and columns.
+    Each of the three verdicts is a family of comparisons of its own, corrected by Holm over rows and columns. Untrained rows and linear
+    classifiers, of which nothing is claimed, have no part in them.
     """
     found = [
         _Row(line, floor, metric, plan)
@@ -113,7 +114,9 @@ def verdicts(plan: Plan, lines: Sequence[Line], floors: Floors, metric: str) -> 
     families: dict[str, Mapping[object, Difference]] = {}
     for name in (FEATURES, DELIVERED, EQUAL):
         pairs: dict[object, tuple[object, Paired]] = {
-            id(row): (row.line.column, pair) for row in found if (pair := row.pair(name)) is not None
+            id(row): (row.line.column, pair)
+            for row in found
+            if not is_twin(row.line) and _learns_features(row.line) and (pair := row.pair(name)) is not None
         }
         families[name] = judge(pairs)
     return [row.verdict(families, found) for row in found]
@@ -134,7 +137,9 @@ def _floor(line: Line, lines: Sequence[Line], floors: Floors, metric: str, plan:
     for other in lines:  # another readout recipe that does better on untrained features
         value = _validation(other, real=record.real) if other is not line and _is_its_twin(other, line) else None
         if value is not None and floor.validation is not None and value > floor.validation:
-            floor = RowFloor(other.row.label, scores_of(other, metric, plan.output), value, not converged(other, lines), record)
+            floor = RowFloor(
+                other.row.label, scores_of(other, metric, plan.output), value, not converged(other, lines, real=record.real), record
+            )
     return floor
 
 
@@ -143,18 +148,24 @@ def _is_its_twin(other: Line, line: Line) -> bool:
 
 
 def _validation(line: Line, *, real: bool) -> float | None:
-    """Mean over seeds of the last score on validation, greater is better."""
+    """Mean over seeds of the last score on validation, greater is better; ``None`` where a seed has none."""
+    known = _validations(line, real=real)
+    return statistics.fmean(known) if known else None
+
+
+def _validations(line: Line, *, real: bool) -> list[float]:
+    """The last score on validation of each finished seed; empty where one has none."""
     key, sign = ("val/loss", -1) if real else ("val/accuracy", 1)
     last = [next((epoch[key] for epoch in reversed(each.history) if key in epoch), None) for each in line.finished]
     known = [sign * value for value in last if value is not None and math.isfinite(value)]
-    return statistics.fmean(known) if known and len(known) == len(last) else None
+    return known if len(known) == len(last) else []
 
 
-def converged(line: Line, lines: Iterable[Line]) -> bool:
+def converged(line: Line, lines: Iterable[Line], *, real: bool = False) -> bool:
     """Whether a readout recipe that is not convex counts as converged.
 
     Its rate was tuned over at least five values with the best not at an edge, it has at least three restarts, and a row that is the same
-    but for twice the budget is not better by two standard errors.
+    but for twice the budget is not better by two standard errors on validation.
     """
     tuned = line.tuned
     if tuned is None or "optimizer.lr" not in tuned.keys or len(line.finished) < 3:
@@ -163,7 +174,7 @@ def converged(line: Line, lines: Iterable[Line]) -> bool:
     best = tuned.best
     if best is None or len(set(rates)) < 5 or best.values.get("optimizer.lr") in (min(rates), max(rates)):
         return False
-    return any(_doubled(other, line) and not _better(other, line) for other in lines)
+    return any(_doubled(other, line) and not _better(other, line, real=real) for other in lines)
 
 
 def _doubled(other: Line, line: Line) -> bool:
@@ -174,8 +185,9 @@ def _doubled(other: Line, line: Line) -> bool:
     return same and all(its[key] is not None and mine[key] is not None and its[key] >= 2 * mine[key] for key in budgets)
 
 
-def _better(other: Line, line: Line) -> bool:
-    theirs, ours = ([each.result.get("test/accuracy", math.nan) for each in one.finished] for one in (other, line))
+def _better(other: Line, line: Line, *, real: bool) -> bool:
+    """On validation, by two standard errors; what is not known may be better."""
+    theirs, ours = (_validations(one, real=real) for one in (other, line))
     if len(theirs) < 2 or len(ours) < 2:
         return True
     error = math.sqrt(statistics.variance(theirs) / len(theirs) + statistics.variance(ours) / len(ours))

@@ -28,7 +28,8 @@ __all__ = ["ALL", "INPUTS", "Floor", "Reading", "chance_of", "fill_statistics", 
 INPUTS, ALL = "inputs", "inputs and all blocks"
 """Names of sources that are no block's."""
 MOST_NUMBERS = 2**28
-"""Of one source's features of the training split (1 GiB): larger ones are not read, and the floor is said to be at least what it is."""
+"""Of one source's features of the training split (1 GiB): larger ones are not read, and the floor is said to be at least what it is. For
+real targets their products with each other may not be more either."""
 BATCH = 256
 
 Look = Callable[[str], None]
@@ -98,8 +99,13 @@ class Floor:
 
 
 def _pieces(split: Split) -> Iterator[Tensor]:
-    """Indices in pieces of about the same size, none of them of a single example if there are more."""
-    return iter(torch.arange(len(split)).chunk(-(-len(split) // BATCH)))
+    """Indices in pieces whose sizes differ by one at most, none of them of a single example if there are more."""
+    return iter(torch.arange(len(split)).tensor_split(-(-len(split) // BATCH)))
+
+
+def _inputs(rule: Rule, raw: Tensor, device: torch.device) -> Tensor:
+    """As in training: normalised, and of the network's dtype."""
+    return rule.spec.normalise(raw.to(device)).to(rule.network.dtype)
 
 
 @torch.no_grad()
@@ -107,7 +113,7 @@ def fill_statistics(rule: Rule, train: Split, device: torch.device) -> None:
     """Fill the running statistics of an untrained network by one pass over the training inputs, without labels."""
     with evaluating(rule), cumulative_statistics(rule) as any_norm:
         for piece in _pieces(train) if any_norm else ():
-            rule.representations(rule.spec.normalise(train.inputs[piece].to(device)))
+            rule.representations(_inputs(rule, train.inputs[piece], device))
 
 
 @torch.no_grad()
@@ -116,7 +122,7 @@ def _represent(rule: Rule, split: Split, device: torch.device, source: str) -> S
     parts = []
     with evaluating(rule):
         for piece in _pieces(split):
-            inputs = rule.spec.normalise(split.inputs[piece].to(device))
+            inputs = _inputs(rule, split.inputs[piece], device)
             found = rule.representations(inputs) if source != INPUTS else {}
             chosen = [inputs, *found.values()] if source == ALL else [inputs if source == INPUTS else found[source]]
             parts.append(torch.cat([part.flatten(1).float() for part in chosen], dim=1).cpu())
@@ -127,7 +133,7 @@ def _represent(rule: Rule, split: Split, device: torch.device, source: str) -> S
 def _sizes(rule: Rule, split: Split, device: torch.device) -> dict[str, int]:
     """The number of features of each source of a rule but its inputs."""
     with evaluating(rule):
-        found = rule.representations(rule.spec.normalise(split.inputs[:2].to(device)))
+        found = rule.representations(_inputs(rule, split.inputs[:2], device))
     sizes = {name: part.flatten(1).shape[1] for name, part in found.items()}
     return {**sizes, ALL: math.prod(split.inputs.shape[1:]) + sum(sizes.values())} if sizes else {}
 
@@ -223,7 +229,7 @@ def measure_floor(
     for rule in rules:
         fill_statistics(rule.to(device), task.train, device)
     for name, size in _sizes(rules[0], task.train, device).items():
-        if size * len(task.train) > MOST_NUMBERS:
+        if size * (max(size, len(task.train)) if task.spec.targets == "real" else len(task.train)) > MOST_NUMBERS:
             skipped.append(f"{name} ({size:,} features)")
             continue
         look(name)

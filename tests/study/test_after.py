@@ -111,6 +111,9 @@ def test_a_receipt_watches_all_files_of_the_report(workplace: Path) -> None:
         assert (folder / name).is_file()
     watched = json.loads(next(Path("runs/studies").glob(".receipt*")).read_text())["files"]
     assert str((folder / "results.csv").absolute()) in watched
+    predictions = sorted(Path("runs").glob("*/predictions.npz"))
+    assert predictions
+    assert {str(path.absolute()) for path in predictions} <= set(watched)
 
 
 def test_a_receipt_ends_with_whatever_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,22 @@ def test_shares_of_the_gap() -> None:
     assert gap_share(ours[:2], floor[:2], ceiling[:2], error=0.3, least=2.0) == (pytest.approx(4.5 / 8.25), None)
 
 
+def test_the_ends_of_a_share_are_where_students_test_rejects() -> None:
+    """Fieller's interval by its definition: at each end r the mean of (rule - floor) - r (ceiling - floor) has p = 5 %."""
+    draw = np.random.default_rng(1)
+    floor = draw.normal(90, 0.5, 5)
+    ours, ceiling = floor + draw.normal(4, 0.6, 5), floor + draw.normal(8, 0.8, 5)
+    share, known = gap_share(list(ours), list(floor), list(ceiling), error=0.3, least=2.0) or (0.0, None)
+    assert known is not None
+    assert known.low < share < known.high
+    for end in known:
+        assert stats.ttest_1samp((ours - floor) - end * (ceiling - floor), 0).pvalue == pytest.approx(0.05)
+    # a gap that three seeds do not tell from zero bounds no ratio
+    assert gap_share([91, 92, 94], [90, 90, 90], [91, 93, 95], error=0.3, least=2.0) == (pytest.approx(7 / 9), None)
+    # without any variance there is one value
+    assert gap_share([94] * 3, [90] * 3, [98] * 3, error=0.0, least=2.0) == (0.5, (0.5, 0.5))
+
+
 def test_parts_without_variance_have_no_say() -> None:
     assert total_error(4.0, 3, 0.0, math.inf) == (2.0, 3)
     assert total_error(0.0, 3, 4.0, 100) == (2.0, 100)

@@ -160,6 +160,17 @@ def test_presets_of_plugins(site: Path) -> None:
     ]
 
 
+def test_several_presets_of_one_rule_go_by_their_own_names(workplace: Path) -> None:
+    """Those of different rules by their rule's."""
+    code = PRESETS.replace('"quickstart/dfa"', '"pair/half"').replace('"preset/wide"', '"pair/wide"')
+    code = code.replace("512}}", '512}, "pair/alone": {"rule": "backprop"}}')
+    with plugin_on_path(workplace / "site", "preset", code):
+        study = read("title: Presets\nrules: [{presets: 'pair/*'}]\n")
+        assert [(row.label, row.settings["rule"]) for row in study.rows] == [("backprop", "backprop"), ("half", "dfa"), ("wide", "dfa")]
+        single = read("title: Presets\nrules: [{presets: 'pair/w*'}, {preset: pair/half}]\n")
+        assert [row.label for row in single.rows] == ["dfa", "pair/half"]
+
+
 def test_the_quickstart_has_a_row_for_each_installed_plugin_beside_floor_and_ceiling(site: Path) -> None:
     from bpfree.study.file import find_study
 

@@ -33,6 +33,25 @@ def test_which_interval() -> None:
     assert statistics.interval(TWELVE[:10]) == statistics.bootstrap_interval(TWELVE[:10])
 
 
+def test_an_interval_over_new_examples_holds_the_mean() -> None:
+    """Oracle: simulation. Seeds shift all examples alike, examples differ: the mean over both is in 95 % of the intervals."""
+    draw = np.random.default_rng(0)
+    held = alone = 0
+    for _ in range(400):
+        seeds, examples = draw.normal(0, 1, 5), draw.normal(0, 10, 80)
+        values, of_each = 90 + seeds + examples.mean(), 90 + seeds.mean() + examples
+        both, over_seeds = statistics.interval(list(values), of_each), statistics.interval(list(values))
+        assert both is not None
+        assert over_seeds is not None
+        assert (both.low + both.high) / 2 == pytest.approx(values.mean())
+        held += both.low <= 90 <= both.high
+        alone += over_seeds.low <= 90 <= over_seeds.high
+    assert held / 400 == pytest.approx(0.95, abs=0.04)
+    assert alone / 400 < 0.85  # it is of this test split
+    assert statistics.interval([97.0], np.ones(5)) is None
+    assert statistics.interval([97.0, 98.0], np.ones(1)) == statistics.t_interval([97.0, 98.0])
+
+
 @pytest.mark.parametrize("values", [[], [97.0], [97.0, math.nan], [1.0, math.inf]])
 def test_no_interval(values: list[float]) -> None:
     assert statistics.interval(values) is None

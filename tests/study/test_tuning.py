@@ -142,6 +142,27 @@ def test_the_best_trial_by_hand() -> None:
     assert Tuned(["a"], [Trial({}, "finished", float("nan"))], planned=1).best is None
 
 
+def test_a_best_value_at_the_edge_of_what_was_tried() -> None:
+    """Numbers have an edge, names and flags have none; trials without a score widen what was tried, and are not the best."""
+
+    def tuned(best: float, *others: float, key: str = "lr") -> list[str]:
+        trials = [Trial({}, "finished", 90.0, values={key: value}) for value in others]
+        return Tuned([key], [*trials, Trial({}, "finished", 95.0, values={key: best})], planned=9).at_edge
+
+    assert tuned(0.1, 0.01, 0.001) == tuned(0.001, 0.01, 0.1) == ["lr"]
+    assert tuned(0.01, 0.001, 0.1) == []
+    assert tuned(0.01) == tuned(0.01, 0.01) == []  # nothing else was tried
+    beyond = [
+        Trial({}, "finished", 95.0, values={"lr": 0.1}),
+        Trial({}, "diverged", values={"lr": 1.0}),
+        Trial({}, "finished", 90.0, values={"lr": 0.01}),
+    ]
+    assert Tuned(["lr"], beyond, planned=3).at_edge == []
+    names = [Trial({}, "finished", 90.0 + place, values={"rule": name, "flag": bool(place)}) for place, name in enumerate("ab")]
+    assert Tuned(["rule", "flag"], names, planned=2).at_edge == []
+    assert Tuned(["lr"], [Trial({}, "diverged", values={"lr": 1.0})], planned=1).at_edge == []
+
+
 def test_best_val_takes_the_best_epoch(workplace: Path) -> None:
     """Oracle: a curve whose last point is not its best."""
     for select, expected in (("last", 40.0), ("best-val", 80.0)):

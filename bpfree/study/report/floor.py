@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from bpfree.study.controls import Section, difference_texts, error_legend
 from bpfree.study.differences import Difference
 from bpfree.study.examples import Scores
-from bpfree.study.floors import FloorRecord, Floors
+from bpfree.study.floors import FloorRecord, Floors, has_floor
+from bpfree.study.line import percent
 from bpfree.study.report.view import View, compact
 from bpfree.study.verdicts import Verdict, verdicts
 
@@ -91,7 +92,7 @@ def _numbers_legend(view: View, found: Sequence[Verdict]) -> str:
     if any(each.share is not None and each.text for each in found):
         text += (
             "Share of the gap: (own less floor) over (back-propagation on the same network, tuned alike, less floor), from means, with a "
-            "95 % interval by bootstrap of seeds; blank where the gap is below two points or three standard errors. "
+            "95 % interval over seeds (Fieller); blank where the gap is below two points or three standard errors. "
         )
     if any(not math.isnan(each.operations) for each in found):
         text += "Operations to floor: median, to the end of the first epoch whose validation is at the floor's; inf: half of them miss it. "
@@ -114,13 +115,14 @@ def _chance(view: View, found: Sequence[Verdict]) -> Iterator[str]:
 
 def _verdicts(view: View, judged: Sequence[Verdict]) -> Section:
     kinds = ("features", "as delivered", "at equal budget")
-    columns = {kind: [_difference(view, each) for each in _all(judged, kind)] for kind in kinds}
-    shown = [kind for kind in kinds if any(columns[kind])]
+    columns = {kind: found for kind in kinds if any(found := _all(judged, kind))}
     labels = _headers(view)
-    table = [[*_labels(view, each), *(columns[kind][place] for kind in shown), each.text] for place, each in enumerate(judged)]
-    return Section(
-        [*labels, *shown, "verdict"], table, range(len(labels), len(labels) + len(shown)), _verdicts_legend(view, judged), "Verdicts"
-    )
+    table = [
+        [*_labels(view, each), *(_difference(view, found[place]) for found in columns.values()), each.text]
+        for place, each in enumerate(judged)
+    ]
+    numeric = range(len(labels), len(labels) + len(columns))
+    return Section([*labels, *columns, "verdict"], table, numeric, _verdicts_legend(view, judged, columns), "Verdicts")
 
 
 def _all(judged: Sequence[Verdict], kind: str) -> list[Difference | None]:
@@ -135,7 +137,7 @@ def _difference(view: View, found: Difference | None) -> str:
     return f"{gain} +- {error}" if error else gain
 
 
-def _verdicts_legend(view: View, judged: Sequence[Verdict]) -> str:
+def _verdicts_legend(view: View, judged: Sequence[Verdict], columns: Mapping[str, Sequence[Difference | None]]) -> str:
     text = "Features: probed less floor. As delivered: own less floor. "
     if any(each.equal is not None for each in judged):
         text += (
@@ -143,12 +145,33 @@ def _verdicts_legend(view: View, judged: Sequence[Verdict]) -> str:
             "operations. "
         )
     tuned = any(each.line.tuned is not None and each.line.tuned.keys for each in judged)
-    return text + "Positive: better. " + error_legend([each.delivered for each in judged if each.delivered is not None], conditional=tuned)
+    found = {kind: [each for each in columns[kind] if each is not None] for kind in columns}
+    family = f"over the comparisons of each kind ({', '.join(f'{kind}: {len(each)}' for kind, each in found.items())}; Holm)"
+    legend = error_legend([each for of_kind in found.values() for each in of_kind], conditional=tuned, family=family)
+    return " ".join([text + "Positive: better.", legend, *_what_decides(view, found)])
+
+
+def _what_decides(view: View, found: Mapping[str, Sequence[Difference]]) -> Iterator[str]:
+    """The smallest detectable differences, and the seeds that would decide one point."""
+    sizes = {
+        kind: sorted({f"{one.detectable:.{view.digits}f}" for one in each if one.detectable is not None}, key=float)
+        for kind, each in found.items()
+    }
+    if any(sizes.values()):
+        yield f"Detectable: {', '.join(f'{kind} {_range(texts)}' for kind, texts in sizes.items() if texts)}."
+    if percent(view.metric) and any(sizes.values()):
+        seeds = {kind: sorted({one.seeds or math.inf for one in each if one.error is not None}) for kind, each in found.items()}
+        told = {kind: ["none" if math.isinf(one) else f"{one}" for one in each] for kind, each in seeds.items() if each}
+        yield f"Seeds for 1 point: {', '.join(f'{kind} {_range(texts)}' for kind, texts in told.items())}."
+
+
+def _range(texts: Sequence[str]) -> str:
+    return texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}"
 
 
 def floor_remarks(view: View, floors: Floors) -> Iterator[str]:
     """Say what is missing: a floor that was not measured, or a gradient that was left."""
-    missing = [line.label for line in view.lines if line.finished and floors.of(line, view.lines) is None]
+    missing = [line.label for line in view.lines if line.finished and has_floor(line.cells[0]) and floors.of(line, view.lines) is None]
     if missing:
         yield f"The floor was not measured for {', '.join(missing)}."
     records: dict[int, FloorRecord] = {id(known): known for line in view.lines if (known := floors.of(line, view.lines)) is not None}

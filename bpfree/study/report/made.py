@@ -159,8 +159,7 @@ def _as_table(found: Controls) -> Table:
 
 
 def _failure(line: Line, seed: int, status: str, reason: str) -> str:
-    label = next(cell.label for cell in line.cells if cell.seed == seed)
-    return f"{label}: {status}" + (f": {reason}" if reason else "")
+    return f"{line.label} seed {seed}: {status}" + (f": {reason}" if reason else "")
 
 
 def _flowing(notes: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -208,11 +209,13 @@ def _data(lines: Sequence[Line]) -> Iterable[str]:
 
 
 def failures(lines: Sequence[Line]) -> Iterator[tuple[Line, int, str, str]]:
-    """Line, seed, status and reason of each cell that ended without a result, or with a part of it missing."""
+    """Line, seed, status and reason of each cell that ended without a result, or a part of it; twins are lines of their own."""
     for line in lines:
-        for cell, outcome in zip(line.cells, line.outcomes, strict=True):
+        twin = dataclasses.replace(line, row=dataclasses.replace(line.row, label=f"{line.row.label} (twin)"))
+        own = [(line, cell.seed, outcome) for cell, outcome in zip(line.cells, line.outcomes, strict=True)]
+        for each, seed, outcome in [*own, *((twin, seed, outcome) for seed, outcome in line.twins.items())]:
             if outcome is not None and (outcome.reason or outcome.status in ("diverged", "failed", "timeout", "refused")):
-                yield line, cell.seed, outcome.status, outcome.reason
+                yield each, seed, outcome.status, outcome.reason
 
 
 def environments(lines: Sequence[Line]) -> dict[str, int]:

@@ -218,10 +218,15 @@ def test_phases(order: str, frozen: bool) -> None:
     assert readout.on_features
     assert readout.groups == ("readout",)
     seconds = list(rule.phases(Budget(seconds=8.0)))
-    assert sum(phase.seconds or 0 for phase in seconds) == pytest.approx(4.0 if frozen else 8.0)
+    assert sum(phase.seconds or 0 for phase in seconds) == pytest.approx(8.0)
     forwards = list(rule.phases(Budget(forwards=800)))
     assert [phase.forwards for phase in forwards] == pytest.approx([100 * (phase.seconds or 0) for phase in seconds])
     assert all(phase.seconds is phase.epochs is None for phase in forwards)
+    operations = list(rule.phases(Budget(operations=8e6)))
+    assert [phase.groups for phase in operations] == [phase.groups for phase in phases]
+    shares = [(phase.operations or 0) / 8e6 for phase in operations]
+    assert shares == pytest.approx([1.0] if frozen else [0.5 / len(stages)] * len(stages) + [0.5]), "a twin has the whole budget"
+    assert all(phase.seconds is phase.epochs is phase.forwards is None for phase in operations)
     with pytest.raises(UsageError, match="none is left for the readout"):
         rule.phases(Budget(epochs=2 * len(stages)))
 
