@@ -1,8 +1,8 @@
 """The floors of a study's rows, without training any of them: for tables that are too dear to be made anew.
 
-For each task and network of the study, the best converged linear readout of the inputs, of a block of the untrained network, or of all
-together, chosen by mean validation over the study's seeds (``bpfree.training.floor``). With ``--beside FILE`` (a result of this folder) each
-row's own accuracy, measured earlier, and its distance from the floor stand beside it.
+For each task and network of the study, the best converged linear readout of the inputs, of a block of the untrained network, or of
+all together, chosen by mean validation over the study's seeds (``bpfree.training.floor``). With ``--beside FILE`` (a result of this
+folder) each row's own accuracy, measured earlier, and its distance from the floor stand beside it.
 
     python benchmarks/floors.py claims --beside claims-cpu.json
 """
