@@ -190,7 +190,8 @@ def test_unknown_studies(tmp_path: Path) -> None:
 def test_a_row_names_its_rule_or_the_study_does_for_all(tmp_path: Path) -> None:
     rows = "rows: [{label: A, settings: {network.width: 16}}, {label: B, settings: {rule: dfa}}]\n"
     said = refusal(tmp_path, f"title: T\n{rows}")
-    assert "no rule is named" in said and "(row A)" in said
+    assert "no rule is named" in said
+    assert "(row A)" in said
     bare = "title: T\nrows: [{label: A}]\n"
     assert "no rule is named" in refusal(tmp_path, bare)
     for shared in ("settings: {rule: dfa}", "settings: {rule: {name: dfa}}", "columns: [{label: c, settings: {rule.name: dfa}}]"):
