@@ -179,3 +179,29 @@ def test_a_damaged_file_is_none(tmp_path: Path) -> None:
     assert read_predictions(path) is None
     np.savez_compressed(path, predicted=np.array([object()]), correct=np.zeros(1, dtype=np.uint8))  # pickled
     assert read_predictions(path) is None
+
+
+class Tolerant(TaskSpec):
+    """A loss that is finite whatever the scores are."""
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return super().loss(outputs.nan_to_num(), batch)
+
+
+class Silent(Backprop):
+    """Its scores of the first class are no numbers."""
+
+    def predict(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        scores = super().predict(x, generator).clone()
+        scores[:, 0] = torch.nan
+        return scores
+
+
+def test_scores_that_are_no_numbers_are_not_kept_as_predictions(digits: Task, device: torch.device, tmp_path: Path) -> None:
+    spec = Tolerant("digits", (1, 8, 8), 10, "classes", digits.spec.mean, digits.spec.std)
+    task = Task(spec, digits.train, digits.validation, digits.test)
+    run = trained(Silent(mlp(spec, MLPConfig(depth=1, width=16)), spec), task, tmp_path, device)
+    assert run.status == "finished"
+    assert "test/loss" in run.result
+    assert "test/accuracy" not in run.result
+    assert read_predictions(tmp_path) is None

@@ -6,11 +6,13 @@ Oracle: torch's schedulers, stepped once per epoch: what rates they give, and wh
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from test_families import Zeroth
+from training_rules import rule_on
 
 from bpfree import Task, TrainConfig, Trainer, UsageError, mlp
 from bpfree.config import parse_words, resolve
@@ -18,8 +20,9 @@ from bpfree.network.builders import MLPConfig
 from bpfree.options import OptimizerConfig, ScheduleConfig
 from bpfree.plugins import installed_plugins
 from bpfree.rule import Traits
+from bpfree.step import Budget, Phase
 from bpfree.training.config import BudgetConfig
-from bpfree.training.schedules import check_length
+from bpfree.training.schedules import check_length, planned_steps
 from bpfree.training.updater import ClipConfig
 
 
@@ -159,3 +162,11 @@ def test_the_trainer_refuses_the_same_in_python(digits: Task) -> None:
     ):
         with pytest.raises(UsageError, match=r"optimizer\.|in place|accumulated"):
             Trainer(rule, digits, config)
+
+
+def test_steps_are_not_known_where_a_phase_ends_by_its_operations(digits: Task) -> None:
+    class Paid(Zeroth):
+        def phases(self, budget: Budget) -> Iterable[Phase]:
+            return [Phase("paid", operations=1e6), Phase("rest", epochs=2)]
+
+    assert planned_steps(rule_on(digits, Paid), Budget(epochs=5)) is None

@@ -179,7 +179,7 @@ def _leaves(study: Study, row: Row, column: Column, overrides: Sequence[Leaf]) -
         replace_in(merged, [Leaf(key, value, origin, not own or key in row.shared) for key, value in settings.items()])
     replace_in(merged, [dataclasses.replace(leaf, shared=True) for leaf in overrides])
     if "stream" not in merged:
-        named = merged.get("rule.name", Leaf("rule", "backprop", ""))
+        named = merged.get("rule.name", Leaf("rule", "", ""))  # without a rule a row is refused
         merged["stream"] = Leaf("stream", str(named.value), "every study")
     return list(merged.values())
 
@@ -210,6 +210,8 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
     for row, column in study.cells():
         leaves = _leaves(study, row, column, overrides)
         try:
+            if not any(canonical(leaf.key, leaf.value) == "rule.name" for leaf in leaves):
+                raise UsageError("no rule is named: give the row's settings one, such as rule: dfa, or those of the study")
             recipe = _without(resolve(leaves, registry), row)
             resolve_device(recipe.settings.device)
             if study.probe and _can_be_probed(recipe, leaves):

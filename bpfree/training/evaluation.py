@@ -124,7 +124,8 @@ class Evaluator:
         draws, alternatives = self._config.evaluation.draws or self._rule.draws, self._config.evaluation.alternatives
         kept = Collector(self._task.spec)
         scores = self._score("test", self._task.test, 0, draws=draws, alternatives=alternatives, each_draw=True, keep=kept)
-        self.predictions = kept.predictions()
+        counted = self._task.spec.targets not in ("classes", "soft") or "test/accuracy" in scores
+        self.predictions = kept.predictions() if counted else None  # scores that are no numbers say nothing of their examples
         return scores
 
     def keep_predictions(self, folder: Path | None) -> None:

@@ -45,7 +45,7 @@ def check_batches_of_one(rule: Rule, task: Task, budget: Budget, batch_size: int
             trial = copy.deepcopy(rule)
         except (RuntimeError, TypeError):  # it holds what cannot be copied
             return
-        batch = next(iter(Loader(task.train.subset(torch.arange(1)), task.spec, batch_size=1, device=device)))
+        batch = next(iter(Loader(task.train.subset(torch.arange(1)), task.spec, batch_size=1, device=device, dtype=rule.network.dtype)))
         for phase, size in zip(phases, sizes, strict=True):
             trial.start_phase(phase)
             trial.to(device)

@@ -189,7 +189,7 @@ def planned_steps(rule: Rule, budget: Budget) -> list[int] | None:
     if budget.epochs is None:
         return None
     phases = list(itertools.islice(rule.phases(budget), MOST_STEPS))
-    if len(phases) == MOST_STEPS or any(phase.epochs is phase.seconds is phase.forwards is None for phase in phases):
+    if len(phases) == MOST_STEPS or any(phase.epochs is phase.seconds is phase.forwards is phase.operations is None for phase in phases):
         return [budget.epochs]  # then the budget ends the run
     counts: dict[str, int] = {}
     for phase in phases:

@@ -185,3 +185,16 @@ def test_unknown_studies(tmp_path: Path) -> None:
         find_study("digits-floor")
     with pytest.raises(UsageError, match="cannot read the study"):
         find_study(str(tmp_path / "none.yaml"))
+
+
+def test_a_row_names_its_rule_or_the_study_does_for_all(tmp_path: Path) -> None:
+    rows = "rows: [{label: A, settings: {network.width: 16}}, {label: B, settings: {rule: dfa}}]\n"
+    said = refusal(tmp_path, f"title: T\n{rows}")
+    assert "no rule is named" in said
+    assert "(row A)" in said
+    bare = "title: T\nrows: [{label: A}]\n"
+    assert "no rule is named" in refusal(tmp_path, bare)
+    for shared in ("settings: {rule: dfa}", "settings: {rule: {name: dfa}}", "columns: [{label: c, settings: {rule.name: dfa}}]"):
+        cells = plan(read_study(written(tmp_path, f"{bare}{shared}\n"))).cells
+        assert {cell.recipe.names["rule"] for cell in cells} == {"dfa"}
+    assert plan(read_study(written(tmp_path, bare)), parse_words(["rule=dfa"]), seeds=1).cells[0].recipe.names["rule"] == "dfa"
