@@ -438,7 +438,10 @@ def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, 
     if wanted.get("task", saved["task"]["name"]) != saved["task"]["name"]:
         common = {item.name for item in dataclasses.fields(TaskCommon)}
         kept["task"] = {key: value for key, value in saved["task"].items() if key in common}
-    return resolve([*leaves_of(kept, "", where), *changes], spec=spec)
+    before = [
+        dataclasses.replace(leaf, shared=True) for leaf in leaves_of(kept, "", where)
+    ]  # what it has no use for is no reason to refuse it
+    return resolve([*before, *changes], spec=spec)
 
 
 def changed(before: Recipe, after: Recipe) -> list[str]:

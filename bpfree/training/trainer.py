@@ -462,7 +462,7 @@ class Trainer:
         if weights.keys() != self.rule.state_dict().keys():
             raise BpfreeError("the best epoch came before the network grew, so its weights do not fit", where="select", fix="select=last")
         self.rule.load_state_dict(weights)
-        accuracy = any("val/accuracy" in epoch for epoch in self.run.history)  # losses may be negative, so that no sign tells them apart
+        accuracy = self.task.spec.targets in ("classes", "soft")  # losses may be negative, so that no sign tells them apart
         self.run.result["val/accuracy_selected" if accuracy else "val/loss_selected"] = score if accuracy else -score
 
     # --- trouble ----------------------------------------------------------------------------------------------------
@@ -483,9 +483,10 @@ class Trainer:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _keep_best(self, metrics: Mapping[str, float]) -> None:
-        score = metrics.get("val/accuracy", -metrics["val/loss"] if "val/loss" in metrics else None)
+        accuracy = self.task.spec.targets in ("classes", "soft")
+        score = metrics.get("val/accuracy" if accuracy else "val/loss", math.nan) * (1 if accuracy else -1)
         best = self._state.best
-        if self.config.select != "best-val" or score is None or not math.isfinite(score) or (best is not None and score <= best[0]):
+        if self.config.select != "best-val" or not math.isfinite(score) or (best is not None and score <= best[0]):
             return
         weights = copied(self.rule)
         self._state.best = (score, weights)
