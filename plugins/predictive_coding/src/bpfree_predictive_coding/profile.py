@@ -91,7 +91,7 @@ def keep(folder: Path, epoch: int, names: Sequence[str], table: list[list[float]
 def add_plot(run: Run, path: Path) -> None:
     """Draw ``relaxation.json`` and add the plots to the run's artifacts; a failure is a warning."""
     try:
-        run.artifacts |= {"relaxation.json": path, **draw(path, f"{run.name}: where the energy is")}
+        run.artifacts.update({"relaxation.json": path, **draw(path, f"{run.name}: where the energy is")})
     except Exception as error:
         logger.warning("no plot of the relaxation of %s: %s: %s", run.name, type(error).__name__, error)
 
