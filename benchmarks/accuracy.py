@@ -107,6 +107,7 @@ def row(label: str, runs: Sequence[Run], words: Sequence[str], key: Callable[[Ru
         "mean": statistics.fmean(scores),
         "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
         "seconds": statistics.median(run.result["train/seconds"] for run in runs),
+        "processor_seconds": statistics.median(run.result["train/processor_seconds"] for run in runs),
         "parameters": runs[0].result["parameters"],
         "parameters_trained": runs[0].result["parameters_trained"],
         "command": shlex.join(["bpfree", "train", *words]),
@@ -130,14 +131,17 @@ def rows_of(variant: Variant, common: Sequence[str], seeds: int, folder: Path, t
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table as the README has it."""
-    lines = ["| method | own prediction | probed | floor | own less floor | parameters trained | seconds |", "| --- |" + " ---: |" * 6]
+    lines = [
+        "| method | own prediction | probed | floor | own less floor | parameters trained | processor seconds |",
+        "| --- |" + " ---: |" * 6,
+    ]
     floor: Row = {}
     for line in rows:
         part = line["label"].startswith("- ")
         floor = floor if part else line["floor"]
         probed = "" if part or not line["probed"] else f"{100 * statistics.fmean(line['probed']):.2f}"
         gain = f"{100 * (line['mean'] - floor['mean']):+.2f}"
-        costs = "the same runs | " if part else f"{line['parameters_trained']:,.0f} | {line['seconds']:.1f}"
+        costs = "the same runs | " if part else f"{line['parameters_trained']:,.0f} | {line['processor_seconds']:.1f}"
         own = f"{100 * line['mean']:.2f}" + ("" if line["deviation"] is None else f" ± {100 * line['deviation']:.2f}")
         name = line["label"].replace("- ", "– ")
         lines.append(f"| {name} | {own} | {probed} | {100 * floor['mean']:.2f} | {gain} | {costs} |".replace("|  |", "| |"))
