@@ -22,6 +22,7 @@ from bpfree.study.file import read_study
 from bpfree.study.floors import FloorRecord, Floors, floor_key, measure_floor_of, measure_floors
 from bpfree.study.line import Line
 from bpfree.study.report import report_on
+from bpfree.study.report.floor import floor_finding
 from bpfree.study.state import Outcome, State
 from bpfree.study.trials import Trial, Tuned
 from bpfree.study.verdicts import Verdict, converged, verdicts
@@ -274,6 +275,8 @@ def test_the_report_has_numbers_and_verdicts(tmp_path: Path) -> None:
     assert "Seeds for 1 point: features " in words.legend
     text = report.text()
     assert "Beside the floor" in text
+    assert floor_finding(report.floors) == "Beside the floor: above its floor: dfa, bp."
+    assert floor_finding([]) == ""
     assert "Not read for the floor of mlp, too large: b9 (9,000 features)." in text
 
 

@@ -14,7 +14,7 @@ from bpfree.study.line import percent
 from bpfree.study.report.view import View, compact
 from bpfree.study.verdicts import Verdict, verdicts
 
-__all__ = ["floor_remarks", "floor_sections"]
+__all__ = ["floor_finding", "floor_remarks", "floor_sections"]
 
 
 def floor_sections(view: View, floors: Floors) -> list[Section]:
@@ -167,6 +167,18 @@ def _what_decides(view: View, found: Mapping[str, Sequence[Difference]]) -> Iter
 
 def _range(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}"
+
+
+def floor_finding(found: Sequence[Section]) -> str:
+    """Say in a sentence which rows are above their floors; the empty string without verdicts."""
+    verdicts = next((section for section in found if section.title == "Verdicts"), None)
+    if verdicts is None:
+        return ""
+    by_text: dict[str, list[str]] = {}
+    place = verdicts.headers.index("column") if "column" in verdicts.headers else None
+    for cells in verdicts.table:
+        by_text.setdefault(cells[-1], []).append(cells[0] + ("" if place is None or not cells[place] else f" [{cells[place]}]"))
+    return "Beside the floor: " + "; ".join(f"{text}: {', '.join(rows)}" for text, rows in by_text.items()) + "."
 
 
 def floor_remarks(view: View, floors: Floors) -> Iterator[str]:

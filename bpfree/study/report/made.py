@@ -101,7 +101,8 @@ class Report:
         if self.plan.changes:
             parts.append(Text(told.pop(0), "changed"))
         parts.append(Text(compared(view)))
-        parts += [Bullets(list(found))] if (found := list(findings(view))) else []
+        found = list(filter(None, [*findings(view), floor_report.floor_finding(self.floors)]))
+        parts += [Bullets(found)] if found else []
         parts.append(Text(" ".join(filter(None, [*told, profiles.why_not(view)])), "note"))
         return parts
 
