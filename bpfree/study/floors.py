@@ -32,7 +32,7 @@ from bpfree.training import environment
 from bpfree.training.floor import Floor, Reading, chance_of, measure_floor, nearest_mean, read_inputs
 from bpfree.training.trainer import Interrupted
 
-__all__ = ["FloorRecord", "Floors", "floor_key", "has_floor", "measure_floor_of", "measure_floors"]
+__all__ = ["FloorRecord", "Floors", "Known", "floor_key", "has_floor", "measure_floor_of", "measure_floors"]
 
 logger = logging.getLogger("bpfree")
 
@@ -99,6 +99,14 @@ def has_floor(cell: Cell) -> bool:
 def _initialises(rule: type[Rule]) -> bool:
     """Whether a rule has a network, or initial weights, of its own."""
     return rule.own_network or getattr(rule.network_options, "__func__", None) is not Rule.network_options.__func__  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was measured in this process: readings of the inputs by task, and floors by task and untrained weights."""
+
+    inputs: dict[Any, Reading] = field(default_factory=dict)
+    floors: dict[Any, Floor] = field(default_factory=dict)
 
 
 class Floors:
@@ -180,7 +188,7 @@ def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callabl
         say: told before each.
     """
     floors, tasks = Floors(plan, folder), Tasks()
-    inputs: dict[Any, Reading] = {}
+    known = Known()
     groups: dict[str, Cell] = {}
     for line in lines:
         key = floor_key(line.cells[0])
@@ -191,7 +199,7 @@ def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callabl
         if floors.read(name) is None:
             say(f"measuring the floor of {cell.recipe.names['network']} on {cell.recipe.names['task']} (readouts of untrained features)")
             try:
-                floors.write(name, measure_floor_of(cell.recipe, plan.seeds, tasks, inputs))
+                floors.write(name, measure_floor_of(cell.recipe, plan.seeds, tasks, known))
             except Interrupted:
                 raise
             except Exception as error:
@@ -199,14 +207,14 @@ def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callabl
     return floors
 
 
-def measure_floor_of(recipe: Recipe, seeds: Sequence[int], tasks: Tasks, inputs: dict[Any, Reading]) -> FloorRecord:
+def measure_floor_of(recipe: Recipe, seeds: Sequence[int], tasks: Tasks, known: Known) -> FloorRecord:
     """Measure the floor of a row.
 
     Args:
         recipe: of the row.
         seeds: of the repetitions.
         tasks: that were loaded before.
-        inputs: readings of inputs by task, which networks share; filled here.
+        known: what was measured before; filled here.
 
     Raises:
         BpfreeError: real targets with a loss of the task's own, which ridge regression does not minimise.
@@ -217,11 +225,23 @@ def measure_floor_of(recipe: Recipe, seeds: Sequence[int], tasks: Tasks, inputs:
     device = environment.resolve_device(settings.device)
     key = (task.fingerprint(), task.spec, str(device))
     with environment.numerics(threads=settings.threads, deterministic=settings.deterministic), torch.random.fork_rng(devices=[]):
-        if key not in inputs:
-            inputs[key] = read_inputs(task, len(seeds), device)
+        if key not in known.inputs:
+            known.inputs[key] = read_inputs(task, len(seeds), device)
         rules = [_with_seed(recipe, seed).build_rule(task.spec) for seed in seeds]
-        found = measure_floor(task, rules, device=device, inputs=inputs[key])
-        return _record(recipe, found, seeds, chance_of(task), nearest_mean(task, device))
+        same = (*key, *map(_digest, rules))
+        if same not in known.floors:
+            known.floors[same] = measure_floor(task, rules, device=device, inputs=known.inputs[key])
+        return _record(recipe, known.floors[same], seeds, chance_of(task), nearest_mean(task, device))
+
+
+def _digest(rule: Rule) -> str:
+    """Hash an untrained network and the way in which it is read: rules that begin with the same weights share a floor."""
+    made = hashlib.sha256(f"{type(rule).representations.__module__}.{type(rule).representations.__qualname__}\0{rule.network}".encode())
+    for name, tensor in rule.network.state_dict().items():
+        made.update(
+            name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else name.encode()
+        )
+    return made.hexdigest()
 
 
 def _with_seed(recipe: Recipe, seed: int) -> Recipe:
