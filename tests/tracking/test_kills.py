@@ -20,7 +20,7 @@ from bpfree.config import parse_words
 from bpfree.training.checkpoint import read_checkpoint
 
 SLOW_MODULES = ("sklearn.datasets", "torchvision", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image")
-TIMES = ("seconds", "processor_seconds", "samples_per_second", "step_ms")
+TIMES = ("seconds", "processor_seconds", "samples_per_second", "step_ms", "load_start", "load_end")
 
 
 def files_of(run_id: str, uri: str) -> list[str]:
