@@ -286,7 +286,11 @@ def nan_reported(m: Measurements) -> str | None:
     clean, spoilt = examples(spec, 32, seed=3), examples(spec, 64)
     task = Task(spec, spoilt, clean, clean)
     spoilt.inputs[::2].view(32, -1)[:, 0] = torch.nan  # after the task has checked them: the rule is to meet them
-    if _run_on(m, Task(spec, clean, clean, clean)).status != "finished":
+    try:
+        plain = _run_on(m, Task(spec, clean, clean, clean))
+    except BpfreeError as error:
+        raise Unmeasured(f"the same run fails on clean inputs: {error.what}") from error
+    if plain.status != "finished":
         raise Unmeasured("the same run diverges on clean inputs")
     try:
         run = _run_on(m, task)
