@@ -132,7 +132,7 @@ def test_the_readouts_rate_and_its_schedule() -> None:
 def test_budgets_in_seconds_leave_half_of_them_to_the_readout(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that moves a millisecond whenever it is read, so that a busy machine does not matter."""
     ticks = itertools.count()
-    monkeypatch.setattr("bpfree.training.meters.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 1000))
+    monkeypatch.setattr("bpfree.training.meters.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 1000, process_time=lambda: 0.0))
     run, _ = trained(["rule=softhebb", "rule.feature_batch_size=1", "budget.seconds=0.5"])  # a pass in such steps takes longer
     features = [metrics for metrics in run.history if "rule/loss" not in metrics]
     assert len(features) == 1
