@@ -93,7 +93,7 @@ class Study:
     timeout: float | None = None
     path: Path | None = None
     floor: bool = True
-    probe: bool = True
+    probe: bool = False
     equal_budget: bool = False
 
     def metric(self, split: str) -> str:
