@@ -102,7 +102,8 @@ def runs() -> list[Path]:
 
 
 def table_lines(text: str, *rows: str) -> list[list[str]]:
-    return [line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0] in rows]
+    table = text.partition("Beside the floor")[0]  # which has the rows again
+    return [line.split() for line in table.splitlines() if line.split()[:1] and line.split()[0] in rows]
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
