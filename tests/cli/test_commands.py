@@ -290,7 +290,7 @@ def test_settings_of_a_comparison_reach_the_rules_that_they_fit(workplace: Path,
     """The linear classifier stays linear, and a rule with a network of its own keeps it."""
     words = ["network.depth=6", "tracking.enabled=false", "--seeds", "1", "budget.epochs=1", "device=cpu"]
     assert call("compare", "dfa", "noprop-dt,rule.T=2", *words) == 0
-    lines = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()[4:10]}
+    lines = {line.split("  ")[0].removesuffix(" (control)"): line.split() for line in capsys.readouterr().out.splitlines()[4:10]}
     assert lines["linear"][-2:] == ["650", "650"]
     assert lines["dfa"][-1] == lines["backprop"][-1]
     assert "seeds N" in refused(capsys, 2, "compare", "dfa", "seed=3")
