@@ -338,3 +338,41 @@ def test_the_counter_agrees_with_torchs_and_adds_products_with_vectors() -> None
         vector @ vector
         torch.addmv(torch.zeros(7), matrix, vector)
     assert count() == 2 * 42 + 2 * 6 + 2 * 42
+
+
+def test_products_in_place_count() -> None:
+    """Oracle: the same products with a result of their own."""
+    a, b = torch.randn(2, 7, 6), torch.randn(2, 6, 5)
+    with counted_operations() as count:
+        torch.zeros(7, 5).addmm_(a[0], b[0])
+        torch.zeros(2, 7, 5).baddbmm_(a, b)
+        torch.zeros(7, 5).addbmm_(a, b)
+        torch.zeros(7).addmv_(a[0], b[0, :, 0])
+        torch.zeros(7, 5).addr_(a[0, :, 0], b[0, 0])
+    with counted_operations() as expected:
+        a[0] @ b[0]
+        a @ b
+        a @ b
+        a[0] @ b[0, :, 0]
+        a[0, :, :1] @ b[0, :1]
+    assert count() == expected() > 0
+
+
+def test_factorisations_and_solutions_count() -> None:
+    """Oracle: Golub and Van Loan: Cholesky n^3/3, LU 2n^3/3, a triangle n^2 for each column, an inverse 2n^3."""
+    n, columns = 6, 5
+    matrix = torch.eye(n).expand(2, n, n) * 3
+    right = torch.ones(2, n, columns)
+    calls = {
+        lambda: torch.linalg.cholesky(matrix): 2 * n**3 // 3,
+        lambda: torch.linalg.lu_factor(matrix): 2 * 2 * n**3 // 3,
+        lambda: torch.linalg.inv(matrix): 2 * 2 * n**3,
+        lambda: torch.linalg.solve(matrix, right): 2 * (2 * n**3 // 3 + 2 * n**2 * columns),
+        lambda: torch.linalg.solve(matrix, right[:, :, 0]): 2 * (2 * n**3 // 3 + 2 * n**2),
+        lambda: torch.linalg.solve_triangular(matrix, right, upper=True): 2 * n**2 * columns,
+        lambda: torch.cholesky_solve(right, matrix): 2 * 2 * n**2 * columns,
+    }
+    for call, expected in calls.items():
+        with counted_operations() as count:
+            call()
+        assert count() == expected

@@ -29,7 +29,11 @@ from bpfree.training.operations import counted_operations
 
 __all__ = ["Execution", "ReverseCall", "observed", "place_of_caller"]
 
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear", "convolution", "_convolution", "convolution_backward", "einsum"}
+PRODUCTS = {
+    *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "addr"),
+    *("linear", "einsum", "convolution", "_convolution", "convolution_backward"),
+}
+"""In place, too: ``addmm_`` counts as ``addmm``."""
 RIGHT = {"mm": 1, "addmm": 2, "bmm": 1, "baddbmm": 2}
 OWN = ""
 """Stands for the rule's own parameters (heads and so on), which belong to no block."""
@@ -153,7 +157,7 @@ class _Watch(TorchDispatchMode):
                 parts = func.decompose(*args, **(kwargs or {}))
             if parts is not NotImplemented:
                 return parts
-        name = func._schema.name.removeprefix("aten::")
+        name = func._schema.name.removeprefix("aten::").removesuffix("_")
         task = current_task()
         if task is not None:
             call = self.call(task)

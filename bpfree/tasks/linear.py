@@ -121,11 +121,13 @@ class LinearMap:
         mean: (F,).
         weight: (C, F).
         bias: (C,).
+        operations: floating-point operations of its fit, where they were counted.
     """
 
     mean: Tensor
     weight: Tensor
     bias: Tensor
+    operations: int = 0
 
     def scores(self, features: Tensor) -> Iterator[Tensor]:
         """Iterate over the scores of features (N, F), chunk by chunk, on the map's device."""
@@ -171,6 +173,9 @@ class Readout(ABC):
 
     Attributes:
         worst: largest entry of a gradient that any solution was left with.
+        operations: floating-point operations of all fits and scores so far. They follow from the sizes: products with the features,
+            and the factorisations of ridge regression, with two for each multiplication and addition. Counting them while they are
+            done (``counted_operations``) would take about twelve times as long as the fit.
     """
 
     def __init__(self, train: Split, outputs: int, device: torch.device) -> None:
@@ -178,14 +183,23 @@ class Readout(ABC):
         self.mean = mean_of(self.features, device)
         self.scale = inverse_deviation(self.features, self.mean)
         self.worst = 0.0
+        self.operations = 0
 
     @abstractmethod
     def fit(self, penalty: float) -> LinearMap:
         """Solve for a penalty; the map is in terms of the features as they are."""
 
-    @abstractmethod
     def score(self, fitted: LinearMap, split: Split) -> float:
         """Score a solution on a split, greater is better: the accuracy (0 to 1), or minus the mean loss."""
+        self.operations += self._product(len(split))
+        return self._score(fitted, split)
+
+    @abstractmethod
+    def _score(self, fitted: LinearMap, split: Split) -> float: ...
+
+    def _product(self, examples: int) -> int:
+        """Operations of one product of so many examples' features with a weight matrix."""
+        return 2 * examples * self.features.shape[1] * self.outputs
 
 
 class Logistic(Readout):
@@ -197,9 +211,10 @@ class Logistic(Readout):
         J(W, b) = -1/N sum_n sum_c y_nc log softmax(W z_n + b)_c + penalty / 2 * sum(W ** 2)
 
     is minimised by L-BFGS (10 pairs, strong Wolfe line search; Nocedal and Wright, Numerical Optimization, 2006, ch. 3 and 7) until no
-    entry of its gradient exceeds 1e-4, or for 1000 iterations, which is said in a warning. J is strictly convex in W, and the bias is
-    determined up to a constant which moves no decision: so there is one solution, wherever the search begins. It is scikit-learn's
-    ``LogisticRegression(C=1 / (penalty * N))`` after ``StandardScaler``.
+    entry of its gradient exceeds 1e-4. Rounding may end the search before that: then it goes on in float64. 1000 iterations without
+    success are reported in a warning. J is strictly convex in W, and the bias is determined up to a constant which moves no decision:
+    so there is one solution, wherever the search begins. It is scikit-learn's ``LogisticRegression(C=1 / (penalty * N))`` after
+    ``StandardScaler``.
 
     The gradient is the closed form ``(P - Y)' Z / N + penalty W``. Beside the features it takes a few chunks of 16 MiB, and
     about 30 times W for L-BFGS. Each evaluation reads all features once.
@@ -216,21 +231,27 @@ class Logistic(Readout):
     @torch.no_grad()
     def fit(self, penalty: float) -> LinearMap:
         """Solve for a penalty, from the solution before."""
-        weight, bias = self._weight, self._bias
-        left = _minimise(lambda: self._objective(penalty), [weight, bias])
+        for dtype in (torch.float32, torch.float64):
+            self._weight, self._bias = self._weight.to(dtype), self._bias.to(dtype)
+            left = _minimise(lambda: self._objective(penalty), [self._weight, self._bias])
+            if left <= TOLERANCE:
+                break
+        self._weight, self._bias = self._weight.float(), self._bias.float()
         self.worst = max(self.worst, left)
         if not left <= TOLERANCE:
             logger.warning("logistic regression has not converged: an entry of its gradient is %.1e, more than %.0e", left, TOLERANCE)
-        return LinearMap(self.mean, weight * self.scale, bias.clone())
+        return LinearMap(self.mean, self._weight * self.scale, self._bias.clone())
 
     @torch.no_grad()
     def _objective(self, penalty: float) -> float:
-        """J, with its gradient in ``.grad``."""
+        """J at the weights in their dtype, with its gradient in ``.grad``."""
         weight, bias, count = self._weight, self._bias, len(self.features)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         scaled = (weight * self.scale).T
-        for place, rows in centred(self.features, self.mean):
+        self.operations += 2 * self._product(count)
+        for place, chunk in centred(self.features, self.mean):
+            rows = chunk.to(weight.dtype)
             logs = torch.addmm(bias, rows, scaled).log_softmax(1)
             targets = self._targets[place]
             if self._soft:
@@ -245,7 +266,7 @@ class Logistic(Readout):
         bias.grad = by_bias / count
         return float(loss / count + penalty / 2 * weight.double().square().sum())
 
-    def score(self, fitted: LinearMap, split: Split) -> float:
+    def _score(self, fitted: LinearMap, split: Split) -> float:
         return fitted(split)["accuracy"]
 
 
@@ -264,6 +285,7 @@ class Ridge(Readout):
         targets = train.targets.reshape(len(train), -1).double().to(device)
         width, count = self.features.shape[1], len(train)
         self._bias = targets.mean(0)
+        self.operations += 2 * count * width**2 + self._product(count)
         self._gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         self._cross = torch.zeros(width, targets.shape[1], dtype=torch.float64, device=device)
         for place, rows in centred(self.features, self.mean):
@@ -276,10 +298,11 @@ class Ridge(Readout):
         """Solve for a penalty."""
         system = self._gram + penalty * torch.eye(len(self._gram), dtype=torch.float64, device=self.device)
         weight = torch.linalg.solve(system, self._cross)
+        self.operations += 2 * len(system) ** 3 // 3 + 2 * self._product(len(system))  # the LU factors, two triangles, the check below
         self.worst = max(self.worst, float((system @ weight - self._cross).abs().max()))
         return LinearMap(self.mean, weight.T.float() * self.scale, self._bias.float())
 
-    def score(self, fitted: LinearMap, split: Split) -> float:
+    def _score(self, fitted: LinearMap, split: Split) -> float:
         return -float(fitted.losses(split).mean())
 
 

@@ -72,8 +72,8 @@ class EvaluationProtocol:
         fit: takes the training split's features, a :class:`Setting` and the validation split's features (``None`` without one), and
             returns what scores another split's. A split's ``inputs`` are the features (N, F), float32 and on the CPU, perhaps in a
             mapped file: they are shared with other protocols and not to be overwritten, and a copy of them may not fit. ``targets``
-            are classes (N,), int64, or what ``kinds`` says. What is chosen on validation is told in an attribute ``chosen`` of the
-            result, a mapping of names to numbers, which is recorded.
+            are classes (N,), int64, or what ``kinds`` says. The result may have two attributes, which are recorded: ``chosen``, a
+            mapping of names to numbers that were chosen on validation, and ``operations``, the floating-point operations of the fit.
         summary: one line for listings.
         kinds: of targets that it can score.
     """
@@ -99,11 +99,13 @@ class FittedProbe:
         map: from features to scores.
         chosen: ``penalty``, and ``penalty_on_validation``: 1 if it was chosen there, 0 if it is the default.
         real: whether targets are real numbers.
+        operations: floating-point operations of all fits, and of scoring them on validation.
     """
 
     map: LinearMap
     chosen: Mapping[str, float]
     real: bool = False
+    operations: int = 0
 
     def decide(self, features: Tensor) -> Tensor:
         """Return (N,) int64: the class with the highest score."""
@@ -137,7 +139,8 @@ def fit_linear_probe(train: Split, setting: Setting, validation: Split | None = 
     else:
         chosen = choose_penalty(score).penalty
         best = fitted[chosen]
-    return FittedProbe(best, {"penalty": chosen, "penalty_on_validation": float(validation is not None)}, setting.targets == "real")
+    recorded = {"penalty": chosen, "penalty_on_validation": float(validation is not None)}
+    return FittedProbe(best, recorded, setting.targets == "real", readout.operations)
 
 
 # --- nearest centroid -----------------------------------------------------------------------------------------------
@@ -161,7 +164,8 @@ def fit_nearest_centroid(train: Split, setting: Setting, validation: Split | Non
         sums += F.one_hot(targets[place], setting.classes).to(rows).T @ rows
     counts = targets.bincount(minlength=setting.classes).to(device)
     chosen = nearest((sums / counts.clamp(min=1)[:, None]).float() + mean, mean)
-    return LinearMap(mean, chosen.weight, chosen.bias.masked_fill(counts == 0, -torch.inf))
+    bias = chosen.bias.masked_fill(counts == 0, -torch.inf)
+    return LinearMap(mean, chosen.weight, bias, operations=2 * train.inputs.numel() * setting.classes)
 
 
 # --- clustering -----------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training import environment, seeds
 from bpfree.training.config import TrainConfig
 from bpfree.training.features import feature_loader, feature_split
-from bpfree.training.operations import counted_operations
 from bpfree.training.predictions import FILE, Array, Collector, Predictions, write_predictions
 
 __all__ = ["Evaluator", "check_protocols", "evaluate", "evaluate_features", "flat_features"]
@@ -269,13 +268,13 @@ def evaluate_features(
 
     Returns:
         ``test/linear_probe/accuracy`` and so on, what was chosen, as ``linear_probe/penalty``, and the floating-point operations of
-        the fit, as ``linear_probe/operations``.
+        the fit, as ``linear_probe/operations``, where the protocol says them.
     """
     key = result_key(name)
-    with counted_operations() as operations:
-        score = protocol.fit(train, setting, validation)
+    score = protocol.fit(train, setting, validation)
     result = {f"{key}/{thing}": float(value) for thing, value in getattr(score, "chosen", {}).items()}
-    result |= {f"{key}/operations": float(operations())} if operations() else {}
+    operations = getattr(score, "operations", 0)
+    result |= {f"{key}/operations": float(operations)} if operations else {}
     decide = getattr(score, "decide", None)
     if correct is not None and decide is not None and "test/" in splits and setting.targets != "real":
         correct[key] = (decide(splits["test/"].inputs).cpu() == classes_of(splits["test/"])).to(torch.uint8).numpy()

@@ -1,15 +1,17 @@
 """What training costs in floating-point operations: counted by the core, never declared by a rule.
 
-Matrix products and convolutions count, with two operations for each multiplication and addition, as torch's
-``FlopCounterMode`` has it; elementwise work does not. One *forward-pass equivalent* is what ``Rule.predict`` takes for one
-example. A step is counted once for each kind of phase and size of batch, and costs that much ever after: a rule whose steps of one
-kind differ (a search that ends early, say) is counted by the first of them. What a rule does outside of steps (``prepare``,
-``start_phase``, ``end_phase``) is counted each time that it is done.
+Matrix products (in place, too) and convolutions count, with two operations for each multiplication and addition, as torch's
+``FlopCounterMode`` has it, and direct solutions of linear systems (their leading terms: Golub and Van Loan, Matrix Computations, 4th ed.,
+2013, ch. 3 and 4). Elementwise work does not count, nor do iterations (eigenvalues, singular values). One *forward-pass equivalent* is
+what ``Rule.predict`` takes for one example. A step is counted once for each kind of phase and size of batch, and costs that much ever
+after: a rule whose steps of one kind differ (a search that ends early, say) is counted by the first of them. What a rule does outside of
+steps (``prepare``, ``start_phase``, ``end_phase``) is counted each time that it is done.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -44,6 +46,18 @@ class _NoModules:
     def __exit__(self, *arguments: object) -> None: ...
 
 
+def _product(left: Any, right: Any, *arguments: Any, **options: Any) -> int:
+    return 2 * int(math.prod(left)) * int(right[-1])
+
+
+def _added_product(added: Any, left: Any, right: Any, *arguments: Any, **options: Any) -> int:
+    return _product(left, right)
+
+
+def _added_outer(added: Any, left: Any, right: Any, *arguments: Any, **options: Any) -> int:
+    return 2 * int(left[0]) * int(right[0])
+
+
 def _matrix_vector(matrix: Any, vector: Any, *arguments: Any, **options: Any) -> int:
     return 2 * int(matrix[0]) * int(matrix[1])
 
@@ -56,8 +70,53 @@ def _dot(one: Any, other: Any, *arguments: Any, **options: Any) -> int:
     return 2 * int(one[0])
 
 
-FURTHER = {torch.ops.aten.mv: _matrix_vector, torch.ops.aten.addmv: _added_matrix_vector, torch.ops.aten.dot: _dot}
-"""Products that torch's counter leaves out; the arguments are shapes."""
+def _cubed(matrix: Any) -> int:
+    return int(math.prod(matrix)) * int(matrix[-1])
+
+
+def _factor(thirds: int) -> Callable[..., int]:
+    """So many thirds of n^3, for matrices (..., n, n)."""
+
+    def count(matrix: Any, *arguments: Any, **options: Any) -> int:
+        return thirds * _cubed(matrix) // 3
+
+    return count
+
+
+def _solve(matrix: Any, right: Any, *arguments: Any, **options: Any) -> int:
+    """An LU factorisation, and two triangular systems for each column on the right."""
+    columns = int(right[-1]) if len(right) == len(matrix) else 1
+    return 2 * _cubed(matrix) // 3 + 2 * int(math.prod(matrix)) * columns
+
+
+def _triangular(matrix: Any, right: Any, *arguments: Any, **options: Any) -> int:
+    return int(math.prod(right)) * int(matrix[-1])
+
+
+def _cholesky_solve(right: Any, matrix: Any, *arguments: Any, **options: Any) -> int:
+    return 2 * _triangular(matrix, right)
+
+
+FURTHER = {
+    torch.ops.aten.mv: _matrix_vector,
+    torch.ops.aten.addmv: _added_matrix_vector,
+    torch.ops.aten.addmv_: _added_matrix_vector,
+    torch.ops.aten.addmm_: _added_product,
+    torch.ops.aten.baddbmm_: _added_product,
+    torch.ops.aten.addbmm: _added_product,
+    torch.ops.aten.addbmm_: _added_product,
+    torch.ops.aten.addr: _added_outer,
+    torch.ops.aten.addr_: _added_outer,
+    torch.ops.aten.dot: _dot,
+    torch.ops.aten.vdot: _dot,
+    torch.ops.aten.linalg_cholesky_ex: _factor(1),
+    torch.ops.aten.linalg_lu_factor_ex: _factor(2),
+    torch.ops.aten.linalg_inv_ex: _factor(6),
+    torch.ops.aten._linalg_solve_ex: _solve,
+    torch.ops.aten.linalg_solve_triangular: _triangular,
+    torch.ops.aten.cholesky_solve: _cholesky_solve,
+}
+"""Products and solutions that torch's counter leaves out; the arguments are shapes."""
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from typing import Any
@@ -36,6 +37,7 @@ from bpfree.tasks.protocols import (
     fit_nearest_centroid,
 )
 from bpfree.training.config import BudgetConfig, EvaluationConfig
+from bpfree.training.operations import counted_operations
 
 ALL = ["linear-probe", "nearest-centroid", "clustering"]
 
@@ -127,6 +129,35 @@ def test_a_probe_that_has_not_converged_says_so(
         monkeypatch.setattr(linear, "MOST_ITERATIONS", 3)
         fit_linear_probe(flat(digits.train), setting_of(device))
     assert "has not converged" in caplog.text
+
+
+def test_what_float32_cannot_reach_is_solved_in_float64(
+    digits: Task, device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A gradient of 1e-9 is below float32's rounding. Oracle: scikit-learn's coefficients, to four more digits than otherwise."""
+    monkeypatch.setattr(linear, "TOLERANCE", 1e-9)
+    readout = linear.Logistic(flat(digits.train), 10, device)
+    with caplog.at_level(logging.WARNING, "bpfree"):
+        found = readout.fit(1e-3)
+    assert readout.worst <= 1e-9
+    assert not caplog.records
+    scaler, model = reference(flat(digits.train))
+    np.testing.assert_allclose(found.weight.cpu().numpy() * scaler.scale_, model.coef_, atol=2e-6)
+
+
+@pytest.mark.parametrize("targets", ["classes", "real"])
+def test_operations_are_those_that_a_counter_finds(targets: str, device: torch.device) -> None:
+    """Oracle: torch's counter of the same fit, whose L-BFGS has a few products of vectors beside it."""
+    train = blobs()
+    if targets == "real":
+        train = Split(train.inputs, train.inputs[:, :4] + 1)
+    setting = dataclasses.replace(setting_of(device, 3 if targets == "classes" else 4), targets=targets)
+    with counted_operations() as count:
+        found = fit_linear_probe(train, setting, train)
+    assert found.operations == pytest.approx(count(), rel=0.05 if targets == "classes" else 1e-9)
+    with counted_operations() as count:
+        centroids = fit_nearest_centroid(blobs(), setting_of(device, 3))
+    assert centroids.operations == count()
 
 
 def test_only_chunks_and_coefficients_are_allocated(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
