@@ -159,7 +159,7 @@ class _Reader:
             timeout=self._positive(node, "timeout"),
             path=path,
             floor=self._flag(node, "floor", True),
-            probe=self._flag(node, "probe", False),
+            probe=self._flag(node, "probe", True),
             equal_budget=self._flag(node, "equal_budget", False),
         )
         self._one_kind(study)

@@ -93,7 +93,7 @@ class Study:
     timeout: float | None = None
     path: Path | None = None
     floor: bool = True
-    probe: bool = False
+    probe: bool = True
     equal_budget: bool = False
 
     def metric(self, split: str) -> str:
