@@ -1,4 +1,4 @@
-"""The floors of a study's rows, without training any of them: for tables that are too dear to be made anew.
+"""The floors of a study's rows, without training any of them: for tables that are too expensive to train again.
 
 For each task and network of the study, the best converged linear readout of the inputs, of a block of the untrained network, or of
 all together, chosen by mean validation over the study's seeds (``bpfree.training.floor``). With ``--beside FILE`` (a result of this

@@ -117,7 +117,7 @@ def load() -> float:
 
 
 def cpu_name() -> str:
-    """The processor's model, as far as the system tells."""
+    """The processor's model, as far as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -78,7 +78,7 @@ def plain(steps: int, batch: int, barrier: Any) -> float:
 
 
 def serve(pipe: Connection, barrier: Any, rank: int) -> None:
-    """What each of the two processes does: one thing after the other, as it is told."""
+    """What each of the two processes does: one job after the other."""
     torch.set_num_threads(1)
     while True:
         what, steps, batch, port = pipe.recv()

@@ -203,7 +203,7 @@ class Agenda:
 
 
 def _check_twins(posts: Sequence[_Post]) -> None:
-    """Refuse before anything runs what would only be told when the first row has ended."""
+    """Refuse before anything runs what would otherwise fail only after the first row."""
     found: dict[str, list[str]] = {}
     for post in posts:
         try:

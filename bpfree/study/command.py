@@ -144,7 +144,7 @@ def _finish(
     plan: Plan, agenda: Agenda, parent: Parent, words: Sequence[str], options: Options, *, ran: bool, interrupted: bool = False
 ) -> tuple[Report, Path]:
     made, page = report(plan, agenda, words, options.folder)
-    if ran or not parent.settled:  # what the store did not take the last time is told again
+    if ran or not parent.settled:  # what the store did not take the last time is sent again
         status = "KILLED" if interrupted else "FINISHED" if agenda.complete() else "FAILED"
         parent.close(made.lines, agenda.all_cells(), files_of(page), status)
     return made, page

@@ -190,7 +190,7 @@ def gap_share(
     Args:
         ours, floor, ceiling: scores of the same seeds, greater is better.
         error: standard error of the gap, ceiling less floor.
-        least: the smallest gap for which a share is told.
+        least: the smallest gap for which a share is reported.
 
     Returns:
         ``None`` where the gap is below three standard errors or ``least``; the interval is ``None`` below three seeds, and where they do

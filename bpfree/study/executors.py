@@ -102,7 +102,7 @@ class _Hand:
 class Pool:
     """Processes on this machine, made when they are needed; one that dies is replaced.
 
-    Where there are GPUs, each process sees one of them, in turn. Processes are told to end when this one dies, however it does.
+    Where there are GPUs, each process sees one of them, in turn. Processes end when this one dies, for whatever reason.
 
     Args:
         jobs: how many.
@@ -193,7 +193,7 @@ def _how(code: int | None) -> str:
 
 
 def serve(handle: int, parent: int) -> None:
-    """What a process of the pool does: jobs, until it is told to end.
+    """What a process of the pool does: jobs, until it is asked to end.
 
     Args:
         handle: of the connection.
@@ -209,7 +209,7 @@ def serve(handle: int, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Be told to stop when the parent dies, even if that is killed (Linux)."""
+    """Ask the kernel to end this process when its parent dies, even if that is killed (Linux)."""
     set_death_signal = 1
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Study files: YAML, read strictly. Everything that is wrong is said at once.
+"""Study files: YAML, read strictly. All problems are reported at once.
 
 What a file holds is described in ``docs/studies.md``. Settings are checked against rules and tasks when cells are made of them
 (:mod:`bpfree.study.cells`), so that a study can be shown where its plugin's data are not.

@@ -179,13 +179,13 @@ class Floors:
 def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callable[[str], None]) -> Floors:
     """Measure the floors that are not known yet, of the rows that have a result.
 
-    What cannot be measured costs its own numbers and is told in a warning. Tasks without targets have no floor.
+    What cannot be measured is left blank, with a warning. Tasks without targets have no floor.
 
     Args:
         plan: the study.
         lines: its table.
         folder: of the study's records.
-        say: told before each.
+        say: called with a message before each.
     """
     floors, tasks = Floors(plan, folder), Tasks()
     known = Known()

@@ -54,7 +54,7 @@ def expand(content: Mapping[str, Any], registry: Plugins, note: Note) -> dict[st
     Args:
         content: of the study file.
         registry: of rules and presets.
-        note: told of each thing that is wrong.
+        note: called with each problem.
     """
     if not any(key in content for key in GRID_KEYS):
         return dict(content)

@@ -1,7 +1,7 @@
 """The receipt of a finished study: with it the same command answers at once, without torch.
 
 It holds what was printed, and the state of everything that the answer depends on: sources of the core and the plugins, versions, the
-study's file, data files, the environment, and the cells. If any of it has changed, the study is planned anew, which is always right.
+study's file, data files, the environment, and the cells. If any of it has changed, the study is planned again, which is always right.
 """
 
 from __future__ import annotations

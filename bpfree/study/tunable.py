@@ -1,4 +1,4 @@
-"""Whether a study can be tuned as its file says: looked at before anything runs, and everything that is wrong is said at once."""
+"""Whether a study can be tuned as its file says: checked before anything runs, all problems reported at once."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _not_used(place: Place, key: str, settings: Sequence[Leaf]) -> Iterator[str]
         for value in _tried(space[key]):
             try:
                 unused = recipe_with(place, [*_leaves({**other, key: value}), *settings])[0].unused
-            except UsageError:  # which is told on its own
+            except UsageError:  # which is reported on its own
                 return
             name = canonical(key, value)
             if name not in unused:

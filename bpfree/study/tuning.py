@@ -1,7 +1,7 @@
 """Tuning with equal budgets: every row has the same number of trials, scored on the validation split of seeds that are not tested.
 
-The trials of a row are a function of the study's file and of the scores before them: the sampler starts anew in each process with the
-same seed and is told what is known. So trials are cells like any others, kept and resumed; quasi-random ones do not depend on each
+The trials of a row are a function of the study's file and of the scores before them: each process makes the sampler again with the
+same seed and gives it the known scores. So trials are cells like any others, kept and resumed; quasi-random ones do not depend on each
 other and run side by side, those of TPE come one after the other. A trial that fails or diverges counts as one.
 """
 
@@ -143,7 +143,7 @@ class Tuner:
     # --- Optuna -----------------------------------------------------------------------------------------------------
 
     def _ask(self, number: int) -> dict[str, Any]:
-        """Settings of the trial with this number, from 1; those before it are told as far as their scores are known."""
+        """Settings of the trial with this number, from 1; those before it are given to the sampler as far as their scores are known."""
         optuna = import_optuna()
         space = _distributions(optuna, self._place.row.space)
         if self._study is None:

@@ -84,7 +84,7 @@ class Worker:
     """Runs jobs, one after the other.
 
     Args:
-        say: told of what is not shown by a run itself.
+        say: called with messages that a run itself does not show.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:

@@ -49,7 +49,7 @@ Score = Callable[[Split], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a protocol is told beside the features.
+    """What a protocol gets beside the features.
 
     Attributes:
         classes: their number, or that of real outputs.

@@ -151,7 +151,7 @@ class Evaluator:
 
         Of the test split only where that is to be seen.
 
-        A trained rule is worth more than a number about it: what fails here costs its own numbers, and is told in a warning.
+        A trained rule is worth more than a number about it: what fails here is left blank, with a warning.
 
         Args:
             compute: gives a split's features; what it raises ends the evaluation.
@@ -240,7 +240,7 @@ def flat_features(split: Split) -> Split:
 
 
 def setting_of(name: str, spec: TaskSpec, seed: int, device: torch.device) -> Setting:
-    """Tell a protocol what it may know beside the features."""
+    """Make what a protocol gets beside the features."""
     return Setting(spec.outputs, seeds.derive(seed, "protocol", name), device, spec.targets)
 
 
@@ -261,7 +261,7 @@ def evaluate_features(
         protocol: what to fit.
         train: of features, as ``flat_features`` gives them.
         splits: by the prefix of their metrics, such as ``test/``.
-        setting: what the protocol is told.
+        setting: what the protocol gets beside the features.
         validation: what it may choose by.
         correct: takes up which examples of ``test/`` are classified right (N,), uint8, of a protocol that decides one by one
             (its score has ``decide``, as :class:`~bpfree.tasks.linear.LinearMap` has).

@@ -28,7 +28,7 @@ __all__ = ["ALL", "INPUTS", "Floor", "Reading", "chance_of", "fill_statistics", 
 INPUTS, ALL = "inputs", "inputs and all blocks"
 """Names of sources that are no block's."""
 MOST_NUMBERS = 2**28
-"""Of one source's features of the training split (1 GiB): larger ones are not read, and the floor is said to be at least what it is. For
+"""Of one source's features of the training split (1 GiB): larger ones are not read, and the floor is reported as "at least". For
 real targets their products with each other may not be more either."""
 BATCH = 256
 
