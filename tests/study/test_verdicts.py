@@ -358,9 +358,7 @@ def test_a_loss_of_the_tasks_own_is_not_compared_with_squared_errors(tmp_path: P
 
 def test_a_study_measures_probes_and_twins(workplace: Path) -> None:
     """One that is run: records of floors, features that are read, and a twin with as many operations; run again, nothing is."""
-    text = TEXT.replace("seeds: 5", "seeds: 2\nequal_budget: true").replace(
-        "network.width: 16", "network.width: 8, network.depth: 1"
-    )
+    text = TEXT.replace("seeds: 5", "seeds: 2\nequal_budget: true").replace("network.width: 16", "network.width: 8, network.depth: 1")
     Path("judged.yaml").write_text(text)
     words = ["study", "run", "judged.yaml", "budget.epochs=2", "tracking.enabled=false", "--quiet", "--rows", "twin,dfa"]
     assert call(*words) == 0
