@@ -22,10 +22,11 @@ from bpfree.tasks.check import check_fit
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Split, Task
 from bpfree.training import environment, seeds
-from bpfree.training.calibration import NOT_CALIBRATED, calibrated, calibrates
+from bpfree.training.calibration import NOT_CALIBRATED, calibrates
 from bpfree.training.compiling import Compilation
 from bpfree.training.config import TrainConfig
 from bpfree.training.distributed import World
+from bpfree.training.divergence import Diverged, check_losses, check_weights
 from bpfree.training.evaluation import Evaluator, check_protocols
 from bpfree.training.features import FeatureLoader
 from bpfree.training.guards import Values, check_made_to_learn, named_tensors
@@ -38,7 +39,8 @@ from bpfree.training.phases import learning
 from bpfree.training.run import ReadOnly, Run, new_run_id
 from bpfree.training.saving import Checkpoints
 from bpfree.training.schedules import CLASSES, check_length, planned_steps
-from bpfree.training.state import State, copied
+from bpfree.training.selection import Selection
+from bpfree.training.state import State
 from bpfree.training.stopping import Stop
 from bpfree.training.supply import Supply
 from bpfree.training.team import make_team
@@ -61,10 +63,6 @@ class Interrupted(BpfreeError):
     def __init__(self, reason: str, folder: Path | None) -> None:
         self.exit_code = 143 if "SIGTERM" in reason else 130
         super().__init__(reason, fix=f"go on with: bpfree train --resume {folder}" if folder else "")
-
-
-class _Diverged(Exception):
-    """Non-finite loss or weights."""
 
 
 class Trainer:
@@ -267,8 +265,9 @@ class Trainer:
             metrics.update(self._world.from_first(lambda: self._evaluator.validate(epoch)))
         self.run.history.append(metrics)
         self._notify("epoch_end", metrics=metrics, rule=self.rule)
-        self._check_finite(metrics)
-        self._keep_best(metrics)
+        check_losses(metrics, self._state.at.step)
+        check_weights(self.rule, epoch)
+        self._selection.keep(metrics)
         every = self.config.checkpoint.every
         if (every and epoch % every == 0) or self._limits.used() >= 1:
             self._save()
@@ -296,7 +295,7 @@ class Trainer:
         """Read the step metrics, notice divergence, save if it is time."""
         self._next_look = time.perf_counter() + self.config.log_interval
         means = self._team.joined(self._state.metrics.flush())
-        self._check_losses(means)
+        check_losses(means, self._state.at.step)
         self._notify("progress", metrics=self._standing() | means)
         if self._overdue:
             with self._state.clock.stopped():
@@ -342,7 +341,7 @@ class Trainer:
                     self._state.begin()
                 yield saved
                 run.status = "finished"
-            except _Diverged as error:
+            except Diverged as error:
                 run.status, run.reason = "diverged", str(error)
                 run.result.update(self._state.costs())
             except Interrupted as error:
@@ -370,6 +369,7 @@ class Trainer:
             self.rule.freeze_features()
         self._state = State(self.rule, self.config, self.device, self._team)
         self._checkpoints = Checkpoints(self.run, self.rule, self.task, self.config, self.budget, self.recipe, self._state)
+        self._selection = Selection(self.run, self.rule, self.task, self.config, self._state, self._checkpoints)
         self._evaluator = Evaluator(self.rule, self.task, self.config, self.device, self._data)
         self._supply = Supply(
             self.rule,
@@ -421,29 +421,13 @@ class Trainer:
         state.learning.end_run(steps=state.at.step, gradients=state.updater.received)
         if self._checkpoints.saved_epoch != state.at.epoch:
             self._save()
-        self._select_and_calibrate()
+        self._selection.take(self._save)
         tested = self._world.from_first(self._evaluator.test)
         self.run.result.update(tested | state.costs() | self._compiled.costs())
-        self._check_losses(tested)
+        check_losses(tested, state.at.step)
         protocols = partial(self._evaluator.protocols, self._trained_features, self._supply.resident)
         self.run.result.update(self._world.from_first(protocols))
         self._evaluator.keep_predictions(self.run.folder)
-
-    def _select_and_calibrate(self) -> None:
-        """Take the selected weights; what the rule chooses with them on the validation split is saved beside them."""
-        state, best, last = self._state, self.config.select == "best-val", None
-        chooses = calibrates(self.rule) and self.task.validation is not None
-        if best and chooses:  # from which training may go on
-            last = {name: value.detach().clone() for name, value in state.team.weights().items()}
-        if best:
-            self._take_best()
-        if chooses:
-            state.calibration = calibrated(state, self.task, self.config)
-            if last is not None:
-                self._checkpoints.save_selected(copied(self.rule), state.best[0] if state.best else math.nan)
-                state.calibration.before = {}
-            self._save(last)
-            self.run.result.update(state.calibration.result())
 
     def _trained_features(self, batches: Loader) -> Split:
         """A split's features once the rule is trained, unless the run is asked to stop."""
@@ -453,44 +437,6 @@ class Trainer:
                 raise BpfreeError(f"{self._stop.asked}; bpfree evaluate computes them")
 
         return self._supply.features(batches, look)
-
-    def _take_best(self) -> None:
-        if self._state.best is None:
-            logger.warning("nothing was evaluated on validation, so the last weights are tested")
-            return
-        score, weights = self._state.best
-        if weights.keys() != self.rule.state_dict().keys():
-            raise BpfreeError("the best epoch came before the network grew, so its weights do not fit", where="select", fix="select=last")
-        self.rule.load_state_dict(weights)
-        accuracy = self.task.spec.targets in ("classes", "soft")  # losses may be negative, so that no sign tells them apart
-        self.run.result["val/accuracy_selected" if accuracy else "val/loss_selected"] = score if accuracy else -score
-
-    # --- trouble ----------------------------------------------------------------------------------------------------
-
-    def _check_losses(self, means: Mapping[str, float]) -> None:
-        for name, value in means.items():
-            if name.endswith("loss") and not math.isfinite(value):
-                raise _Diverged(f"{name} is {value} at step {self._state.at.step}")
-
-    def _check_finite(self, metrics: Mapping[str, float]) -> None:
-        self._check_losses(metrics)
-        weights = [p.detach() for p in self.rule.parameters() if p.is_floating_point()]
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(weights, math.inf)])
-        if not bool(torch.isfinite(norms).all()):
-            name = next(name for name, p in self.rule.named_parameters() if not bool(torch.isfinite(p).all()))
-            raise _Diverged(f"the weights {name} are not finite after epoch {self._state.at.epoch}")
-
-    # --- checkpoints ------------------------------------------------------------------------------------------------
-
-    def _keep_best(self, metrics: Mapping[str, float]) -> None:
-        accuracy = self.task.spec.targets in ("classes", "soft")
-        score = metrics.get("val/accuracy" if accuracy else "val/loss", math.nan) * (1 if accuracy else -1)
-        best = self._state.best
-        if self.config.select != "best-val" or not math.isfinite(score) or (best is not None and score <= best[0]):
-            return
-        weights = copied(self.rule)
-        self._state.best = (score, weights)
-        self._checkpoints.save_selected(weights, score)
 
     def _save(self, weights: Mapping[str, Any] | None = None) -> None:
         self._state.learning.look(steps=self._state.at.step)
