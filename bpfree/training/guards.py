@@ -1,9 +1,10 @@
-"""What a run watches while it trains: what is said to be fixed stays, and what is said to learn moves."""
+"""What a run watches while it trains: fixed parameters stay, learning ones move, and an evaluation only reads them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from bpfree.rule import Rule
 from bpfree.step import Phase
 from bpfree.training.distributed import World
 
-__all__ = ["LearningWatch", "Values", "check_made_to_learn", "kind_of", "named_tensors", "version"]
+__all__ = ["LearningWatch", "Values", "check_made_to_learn", "kind_of", "named_tensors", "only_read", "version"]
 
 logger = logging.getLogger("bpfree")
 
@@ -79,6 +80,31 @@ def check_made_to_learn(rule: nn.Module) -> None:
             f"{kind_of(rule, name)} was made under torch.inference_mode, so it can never change",
             where=type(rule).__name__,
             fix="make network and rule outside of it",
+        )
+
+
+@contextmanager
+def only_read(rule: Rule, *methods: str) -> Iterator[None]:
+    """Compare the parameters, by value, before and after methods of the rule that may only read them; also a decorator.
+
+    A method may put back what it has written, such as averaged weights for a prediction; buffers may change.
+
+    Args:
+        rule: whose methods are called inside.
+        methods: their names.
+
+    Raises:
+        BpfreeError: a parameter has changed; names those of the methods that the rule itself defines, or the first.
+    """
+    before = Values(dict(rule.named_parameters()))
+    yield
+    changed = before.changed(dict(rule.named_parameters()))
+    if changed:
+        own = [name for name in methods if getattr(type(rule), name) is not getattr(Rule, name)] or methods[:1]
+        raise BpfreeError(
+            f"{' or '.join(own)} changed the parameter {changed[0]}, but evaluation may only read parameters",
+            where=f"{type(rule).__name__}.{own[0]}",
+            fix="write into parameters in learn and its hooks only, or put back the same values before the method returns",
         )
 
 

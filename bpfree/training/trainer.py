@@ -29,7 +29,7 @@ from bpfree.training.distributed import World
 from bpfree.training.divergence import Diverged, check_losses, check_weights
 from bpfree.training.evaluation import Evaluator, check_protocols
 from bpfree.training.features import FeatureLoader
-from bpfree.training.guards import Values, check_made_to_learn, named_tensors
+from bpfree.training.guards import Values, check_made_to_learn, named_tensors, only_read
 from bpfree.training.hook_watch import HookWatch
 from bpfree.training.limits import Limits
 from bpfree.training.norms import check_batches_of_one
@@ -51,6 +51,9 @@ logger = logging.getLogger("bpfree")
 
 CONFER_EVERY = 20
 """Steps between the moments at which several processes ask each other whether to look, save or stop."""
+
+PREDICTING = ("predict", "alternatives", "read")
+"""Methods of a rule that an evaluation of its predictions calls."""
 
 
 class Interrupted(BpfreeError):
@@ -262,7 +265,7 @@ class Trainer:
         metrics = self._state.epoch_metrics()
         last = self._limits.used() >= 1 or self._limits.phase_is_over(phase)
         if phase.evaluate and (last or epoch % self.config.evaluation.every == 0):
-            metrics.update(self._world.from_first(lambda: self._evaluator.validate(epoch)))
+            metrics.update(self._world.from_first(only_read(self.rule, *PREDICTING)(partial(self._evaluator.validate, epoch))))
         self.run.history.append(metrics)
         self._notify("epoch_end", metrics=metrics, rule=self.rule)
         check_losses(metrics, self._state.at.step)
@@ -422,11 +425,11 @@ class Trainer:
         if self._checkpoints.saved_epoch != state.at.epoch:
             self._save()
         self._selection.take(self._save)
-        tested = self._world.from_first(self._evaluator.test)
+        tested = self._world.from_first(only_read(self.rule, *PREDICTING)(self._evaluator.test))
         self.run.result.update(tested | state.costs() | self._compiled.costs())
         check_losses(tested, state.at.step)
         protocols = partial(self._evaluator.protocols, self._trained_features, self._supply.resident)
-        self.run.result.update(self._world.from_first(protocols))
+        self.run.result.update(self._world.from_first(only_read(self.rule, "features")(protocols)))
         self._evaluator.keep_predictions(self.run.folder)
 
     def _trained_features(self, batches: Loader) -> Split:
