@@ -25,14 +25,14 @@ __all__ = ["EPOCHS", "Loop", "numbered", "predict", "small_rule", "trained"]
 
 EPOCHS = 8
 MOST_PHASES = 6
-"""A rule may have endless phases; the first ones stand for all."""
+"""A rule may have endless phases; the first ones are taken for all."""
 
 
 class Loop:
     """A rule on its way through its phases.
 
-    Torch's global generator belongs to the loop while the rule has its turn, and is the caller's again between the turns, so that
-    loops can be interleaved.
+    The loop has a state of torch's global generator of its own, which is set while the rule runs and put aside between its steps, so
+    that loops can be interleaved.
 
     Args:
         rule: freshly built.

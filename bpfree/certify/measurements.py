@@ -182,8 +182,8 @@ class Measurements:
     def doubts(self, kind: str) -> str:
         """Why a kind of network on which no transport was seen does not make the rule local all the same; empty: nothing does."""
         matrix = self.downstream[kind]
-        if shy := [name for name in matrix.silent if name in self.moving[kind]]:
-            return f"blocks {', '.join(shy)} learn in training, and have no update in the probe"
+        if unprobed := [name for name in matrix.silent if name in self.moving[kind]]:
+            return f"blocks {', '.join(unprobed)} learn in training, and have no update in the probe"
         hidden = self.subject.build(SPECIMENS[kind]).network.hidden
         if hidden and set(hidden) <= set(matrix.silent) and OWN in self.moving[kind]:
             return "no hidden block of its network learns: what learns are parameters of the rule itself, which are not probed"

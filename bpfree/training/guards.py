@@ -38,12 +38,12 @@ class Values:
         self._copies = {name: tensor.detach().clone() for name, tensor in tensors.items() if _has_values(tensor)}
 
     def changed(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Names of tensors that have come, gone, or become others; one wait for the device."""
-        there = {name: tensor.detach() for name, tensor in tensors.items() if _has_values(tensor)}
-        alike = [name for name, copy in self._copies.items() if name in there and _kind(copy) == _kind(there[name])]
-        flags = [(_bits(self._copies[name]) != _bits(there[name])).any() for name in alike]
+        """Names of tensors that were added, removed or changed; waits for the device once."""
+        present = {name: tensor.detach() for name, tensor in tensors.items() if _has_values(tensor)}
+        alike = [name for name, copy in self._copies.items() if name in present and _kind(copy) == _kind(present[name])]
+        flags = [(_bits(self._copies[name]) != _bits(present[name])).any() for name in alike]
         equal = {name for name, other in zip(alike, torch.stack(flags).tolist() if flags else [], strict=True) if not other}
-        return [name for name in {**self._copies, **there} if name not in equal]
+        return [name for name in {**self._copies, **present} if name not in equal]
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -160,7 +160,7 @@ class LearningWatch:
         """Look at the fixed parameters after the first step of the phase."""
         if self._versions is not None:
             before, self._versions = self._versions, None
-            if before != [version(p) for p in self._fixed.values()]:  # a rule may shake weights and put them back
+            if before != [version(p) for p in self._fixed.values()]:  # a rule may perturb weights and put them back
                 self.check_fixed()
 
     def check_fixed(self) -> None:
@@ -222,7 +222,7 @@ class LearningWatch:
         rule = type(self._rule).__name__
         if gradients:
             raise BpfreeError(
-                f"over {steps} steps no learning parameter has moved, though gradients came",
+                f"over {steps} steps no learning parameter has moved, though there were gradients",
                 where=rule,
                 fix="a larger optimizer.lr or a schedule that is not 0 throughout; or see whether credit fills .grad with zeros",
             )
@@ -233,11 +233,11 @@ class LearningWatch:
         )
 
     def state_dict(self) -> dict[str, bool]:
-        """What a run that goes on needs to know."""
+        """What a resumed run needs to know."""
         return {"moved": self.moved, "expected": self.expected}
 
     def load_state_dict(self, saved: Mapping[str, bool] | None) -> None:
-        """Inverse of :meth:`state_dict`; an older checkpoint is believed to be of a run that moved."""
+        """Inverse of :meth:`state_dict`; an older checkpoint counts as one of a run that moved."""
         self.moved, self.expected = (True, True) if saved is None else (saved["moved"], saved["expected"])
 
     def _note(self, moved: bool) -> bool:

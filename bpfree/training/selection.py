@@ -32,7 +32,7 @@ class Selection:
 
     def __init__(self, run: Run, rule: Rule, task: Task, config: TrainConfig, state: State, checkpoints: Checkpoints) -> None:
         self._run, self._rule, self._task, self._config, self._state, self._checkpoints = run, rule, task, config, state, checkpoints
-        self._by_accuracy = task.spec.targets in ("classes", "soft")  # losses may be negative, so that no sign tells them apart
+        self._by_accuracy = task.spec.targets in ("classes", "soft")  # losses may be negative, so the sign does not distinguish them
 
     def keep(self, metrics: Mapping[str, float]) -> None:
         """Keep the present weights if they are the best on validation so far, and such are selected.

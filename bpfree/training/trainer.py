@@ -50,14 +50,14 @@ __all__ = ["Interrupted", "Trainer"]
 logger = logging.getLogger("bpfree")
 
 CONFER_EVERY = 20
-"""Steps between the moments at which several processes ask each other whether to look, save or stop."""
+"""Steps between the moments at which several processes agree whether to report, save or stop."""
 
 PREDICTING = ("predict", "alternatives", "read")
 """Methods of a rule that an evaluation of its predictions calls."""
 
 
 class Interrupted(BpfreeError):
-    """The run was asked to stop (SIGINT, SIGTERM, ``Trainer.stop``) and has saved a checkpoint to go on from.
+    """The run was asked to stop (SIGINT, SIGTERM, ``Trainer.stop``) and has saved a checkpoint to resume from.
 
     Attributes:
         exit_code: 130 for SIGINT, 143 for SIGTERM, as shells have it.
@@ -65,14 +65,14 @@ class Interrupted(BpfreeError):
 
     def __init__(self, reason: str, folder: Path | None) -> None:
         self.exit_code = 143 if "SIGTERM" in reason else 130
-        super().__init__(reason, fix=f"go on with: bpfree train --resume {folder}" if folder else "")
+        super().__init__(reason, fix=f"resume it with: bpfree train --resume {folder}" if folder else "")
 
 
 class Trainer:
     """Trains a rule on a task.
 
     Where a launcher has started several processes of the same program, each with a trainer, they train together; the first one alone
-    evaluates, tells observers, and writes.
+    evaluates, notifies observers, and writes.
 
     Args:
         rule: with its network; it is moved to the device and trained in place.
@@ -80,7 +80,7 @@ class Trainer:
         config: everything about training.
         folder: where checkpoints go; ``None``: nothing is written.
         observers: objects with lifecycle hooks (``bpfree.hooks``): tracking, progress, diagnostics.
-        run: what observers are told of this run; made from the configuration if ``None``.
+        run: the record that observers see; made from the configuration if ``None``.
         recipe: the nested configuration that rebuilds rule and task, kept in checkpoints.
         augment: augmentations of the training batches.
         data: options of the loaders (``resident``, ``workers``).
@@ -142,7 +142,7 @@ class Trainer:
         """Train until the budget is used, test once, and return the run (its ``status`` may be ``diverged``).
 
         Args:
-            resume: a checkpoint to go on from.
+            resume: a checkpoint to resume from.
 
         Raises:
             Interrupted: after a checkpoint was saved.
@@ -276,7 +276,7 @@ class Trainer:
             self._save()
 
     def _while_computing_features(self, share: float) -> None:
-        """Show how far it is; weights do not change, so there is nothing to save."""
+        """Show the progress; weights do not change, so there is nothing to save."""
         if self._stop.reason:
             raise Interrupted(self._stop.reason, self.run.folder)
         if time.perf_counter() >= self._next_look:
@@ -313,12 +313,12 @@ class Trainer:
         self._observers.notify(hook, **{name: ReadOnly(given) if name == "metrics" else given for name, given in arguments.items()})
 
     def _notify_end(self) -> None:
-        """Tell how the run ended; it has failed if an observer refuses it, or has changed something, even then."""
+        """Notify observers of the end; the run has failed if one refuses it, or changes something, even then."""
         try:
             self._notify("run_end")
         except BpfreeError as error:
             self.run.status, self.run.reason = "failed", error.what
-            self._observers.tell_again("run_end")
+            self._observers.notify_again("run_end")
             raise
 
     # --- begin and end ----------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ class Trainer:
         return None if resume is None else self._checkpoints.read(Path(resume), self.device)
 
     def _enter(self, index: int, phase: Phase, saved: Mapping[str, Any] | None) -> None:
-        """Make the phase's parameters and optimiser; a resumed run replays the phases that it has behind it."""
+        """Make the phase's parameters and optimiser; a resumed run replays the phases that are over."""
         state = self._state
         if saved is not None and not state.restored and index >= saved["phases_begun"]:  # it had ended between two phases
             state.take_weights(saved["weights"], saved["training"])

@@ -52,7 +52,7 @@ class _Draws(TorchDispatchMode):
 
 
 class _Lines:
-    """Follows the lines of the rule's own source, and notes those after which Python's or numpy's generator is another."""
+    """Follows the lines of the rule's own source, and notes those after which Python's or numpy's generator has changed."""
 
     def __init__(self, rule: type[Rule], found: list[str]) -> None:
         self._rule, self._found = rule, found

@@ -133,7 +133,7 @@ def _span_word(span: int, m: Measurements, kind: str) -> str:
 
 
 def _supervision(m: Measurements) -> str | None:
-    """Whose updates change with the labels: nobody's, the readout's, or others' too."""
+    """Which updates change with the labels: none, the readout's, or others too."""
     changing = [name for name, changes in m.label_sensitive.items() if changes]
     readout = m.build().network.readout
     measured = "none" if not changing else "readout" if changing == [readout] else "labels"
