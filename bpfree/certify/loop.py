@@ -1,4 +1,4 @@
-"""Training step by step on given batches: a rule's phases as the trainer goes through them, with room between the steps."""
+"""Training step by step on given batches: a rule's phases as the trainer goes through them, with access between the steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST_PHASES = 6
 
 
 class Loop:
-    """A rule on its way through its phases.
+    """Takes a rule through its phases.
 
     The loop has a state of torch's global generator of its own, which is set while the rule runs and put aside between its steps, so
     that loops can be interleaved.
@@ -62,7 +62,7 @@ class Loop:
         return [phase if self._keep_optimizers else replace(phase, optimizer=None) for phase in found]
 
     def turns(self, batches: Sequence[Batch], *, each: int) -> Iterator[Batch]:
-        """The batch of each step to come, for :meth:`learn`: so many steps per phase, going round the given batches.
+        """The batch of each step to come, for :meth:`learn`: so many steps per phase, repeating the given batches.
 
         A phase on features gets the rule's features of the batch.
         """

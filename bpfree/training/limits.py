@@ -1,4 +1,4 @@
-"""How far a run has come in its budget, and a phase in its own share: what ends when."""
+"""How much of its budget a run has used, and a phase of its own share: what ends when."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class StepMetrics:
         self._pending.append((examples, metrics))
 
     def flush(self) -> dict[str, float]:
-        """Read what is pending: one transfer per metric. Returns the means over what was pending."""
+        """Read the pending metrics, with one transfer each, and return their means."""
         columns: dict[str, list[Tensor]] = {}
         weights: dict[str, list[int]] = {}
         for examples, metrics in self._pending:
@@ -81,7 +81,7 @@ class Spent:
         return self + other.times(-1)
 
     def times(self, factor: float) -> Spent:
-        """So many times as much."""
+        """Multiply both by a number."""
         return Spent(factor * self.wall, factor * self.processor)
 
 
@@ -125,7 +125,7 @@ class Clock:
             torch.cuda.synchronize(self._device)
 
     def start(self) -> None:
-        """Go on counting."""
+        """Start or continue counting."""
         self._wait()
         self._since = _now()
 
@@ -143,14 +143,14 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """What is done inside does not count."""
+        """Do not count what is done inside."""
         self.stop()
         yield
         self.start()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """What is done inside counts, unless it fails."""
+        """Count what is done inside, unless it fails."""
         self.start()
         try:
             yield
@@ -162,7 +162,7 @@ class Clock:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def step(self, kind: str) -> None:
-        """A step of this kind comes; steps of the same kind cost the same, and the clock runs on between them."""
+        """Begin a step of this kind; steps of the same kind cost the same, and the clock runs on between them."""
         if kind != self._kind:
             self._lap(kind)
         self._kinds[kind].steps += 1
@@ -179,7 +179,7 @@ class Clock:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """The step inside is measured, while the clock stands still: it is charged later."""
+        """Measure the step inside while the clock stands still; it is charged later."""
         self._wait()
         since = _now()
         yield
@@ -188,7 +188,7 @@ class Clock:
         kind.steps, kind.measured, kind.own = kind.steps - 1, kind.measured + 1, kind.own + (_now() - since)
 
     def settle(self) -> None:
-        """No step comes for now: charge those that were measured."""
+        """Charge the steps that were measured; no further step follows for now."""
         self._lap("")
         self._charged = sum((kind.charge for kind in self._kinds.values()), Spent())
 

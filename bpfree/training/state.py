@@ -136,7 +136,7 @@ class State:
             self.at = self._complete
 
     def kept(self) -> int:
-        """Bytes that lie between steps: parameters, buffers and optimiser state."""
+        """Bytes that are held between steps: parameters, buffers and optimiser state."""
         return sum(t.numel() * t.element_size() for t in (*self.rule.parameters(), *self.rule.buffers(), *self.updater.tensors()))
 
     def peak_memory(self) -> float | None:
@@ -144,7 +144,7 @@ class State:
         return self.team.world.largest(self.memory.total(self.kept()) or 0.0)[0] or None
 
     def epoch_metrics(self) -> dict[str, float]:
-        """Costs and step metrics of the pass that ended, and the start of the next one's. What was not measured is not there."""
+        """Costs and step metrics of the pass that ended, and the start of the next one's. What was not measured is left out."""
         at, seconds, processor = self.at, self.clock.report(), self.clock.report_processor()
         spent, samples, steps = seconds - at.epoch_seconds, at.samples - at.epoch_samples, at.step - at.epoch_step
         at.epoch_seconds, at.epoch_samples, at.epoch_step = seconds, at.samples, at.step
@@ -165,7 +165,7 @@ class State:
         }
 
     def costs(self) -> dict[str, float]:
-        """What the run took, for its result. What was not measured is not there."""
+        """What the run took, for its result. What was not measured is left out."""
         self.clock.settle()
         seconds, parameters = self.clock.report(), list(self.rule.parameters())
         measured = {

@@ -85,5 +85,5 @@ def first_draw(rule: type[Rule], call: Callable[[], object]) -> str | None:
     draws = _Draws(rule)
     with _Lines(rule, draws.found).followed(), draws:
         call()
-        call()  # normal numbers are made in pairs: every other call may have one in hand
+        call()  # normal numbers are made in pairs: every other call may use the second one of a pair
     return next(iter(draws.found), None)

@@ -39,7 +39,7 @@ PERMUTATIONS, STANDARD_ERRORS = 3, 4
 
 @dataclass(frozen=True)
 class Recorder(TaskSpec):
-    """A task's spec that keeps the scores which are held against targets; no frame is added between evaluation and rule."""
+    """A task's spec that keeps the scores that are compared with targets; no frame is added between evaluation and rule."""
 
     scores: list[Tensor] = field(default_factory=list, compare=False)
 
@@ -55,7 +55,7 @@ def _evaluations(task: Task) -> list[Split]:
 
 @contextmanager
 def _permuted(splits: list[Split]) -> Iterator[None]:
-    """Other labels in the same memory, so that whoever has found the tensors finds other labels in them."""
+    """Other labels in the same memory, so that a rule that has found the tensors finds other labels in them."""
     saved = [(split.targets, split.targets.clone()) for split in splits if split.targets is not None]
     try:
         for targets, true in saved:

@@ -45,7 +45,7 @@ def _offending(matrix: Matrix, declared: str) -> tuple[str, str] | None:
 
 
 def _place(m: Measurements, kind: str, pair: tuple[str, str] | None, matrix: Matrix) -> str:
-    """Where the trait is stated, and where the offence is: phase, and the reverse-mode call that crosses both blocks, if there is one."""
+    """Where the trait is stated, and where it does not hold: phase, and the reverse-mode call that crosses both blocks, if there is one."""
     parts = [_declaration(m)]
     if pair:
         parts.append(f"update of {pair[0]!r} with {pair[1]!r} in phase {matrix.moments[pair[0]][pair[1]]!r} on {matrix.specimen}")
