@@ -1,7 +1,7 @@
 """The hook interface: what a plugin can register, and what an observer can see.
 
 *Registration* hooks are called once and return names to things. *Lifecycle* hooks are called during a run; they
-observe: what is trained and told is compared around each of them, and a change fails the run. They see the run read-only, but
+observe: what is trained and reported is compared around each of them, and a change fails the run. They see the run read-only, but
 for ``run.artifacts`` and ``run.tracking``. The trainer's loop, with the places where they are called::
 
     run_start(run)
@@ -10,7 +10,7 @@ for ``run.artifacts`` and ``run.tracking``. The trainer's loop, with the places 
         for epoch in phase:
             for batch in loader:
                 rule.learn(batch, step)
-                step_end(run, step)                   # skipped when nobody implements it
+                step_end(run, step)                   # skipped when no observer implements it
             evaluation (validation split)
             epoch_end(run, metrics, rule)
             checkpoint_saved(run, path)
@@ -113,7 +113,7 @@ def bpfree_studies() -> Mapping[str, str | PathLike[str]]:  # type: ignore[empty
 
 @hookspec
 def run_start(run: Run) -> None:
-    """A run begins, or goes on after an interruption (``run.resumed``). Its configuration and folder are known."""
+    """A run begins, or is resumed after an interruption (``run.resumed``). Its configuration and folder are known."""
 
 
 @hookspec
@@ -130,7 +130,7 @@ def step_end(run: Run, step: Step) -> None:
 def epoch_end(run: Run, metrics: Mapping[str, float], rule: Rule) -> None:
     """A pass over the training split has ended: all its metrics, after the evaluation. Not timed.
 
-    The rule is to be looked at only: one that is another afterwards fails the run.
+    The rule may only be read: a change fails the run.
     """
 
 

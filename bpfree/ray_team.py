@@ -168,7 +168,7 @@ def _wait(ray: Any, tasks: list[Any], order: Order) -> Run:
 def _lost(what: str, order: Order, code: int = 1) -> BpfreeError:
     there = (order.place / "checkpoints" / "last.pt").is_file() or order.resume is not None
     error = BpfreeError(
-        what, fix=f"go on with: bpfree train --resume {order.place} --ray N" if there else "it has no checkpoint: train anew"
+        what, fix=f"resume it with: bpfree train --resume {order.place} --ray N" if there else "it has no checkpoint: start it again"
     )
     error.exit_code = code
     return error

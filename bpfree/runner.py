@@ -147,7 +147,7 @@ def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Ru
     recipe = recipe_of(saved["config"], changes, where=str(path))
     refuse_changes(changed(recipe_of(saved["config"], where=str(path)), recipe))
     if saved.get("training") is None:
-        raise BpfreeError("the checkpoint holds weights only: a run cannot go on from it", where=str(path), fix="use last.pt")
+        raise BpfreeError("the checkpoint holds weights only: a run cannot resume from it", where=str(path), fix="use last.pt")
     about, folder = saved["training"]["run"], path.parent.parent
     ended = ended_as(folder)
     if path.parent.name != "checkpoints" or ended.get("id", about["id"]) != about["id"]:

@@ -32,11 +32,13 @@ WITHOUT_EFFECT = (*SHOWING, "certify")
 NOT_IN_A_FLOOR = (
     "alignment",
     "compiling",
+    "divergence",
     "evaluation",
     "limits",
     "meters",
     "operations",
     "saving",
+    "selection",
     "state",
     "supply",
     "team",

@@ -1,4 +1,4 @@
-"""What a rule is handed: a batch, the step it belongs to, and the phase of training."""
+"""What a rule gets: a batch, the step it belongs to, and the phase of training."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ class Phase:
         batch_size: ``None``: the run's; ``"all"``: the training split as one batch.
         optimizer: over the run's; ``None``: the run's.
         schedule: over the phase's own progress; ``None``: the run's schedule, over the run's progress.
-        reset: groups that ``Rule.start_phase`` initialises anew; their optimiser state is dropped.
+        reset: groups that ``Rule.start_phase`` initialises again; their optimiser state is dropped.
         evaluate: whether the epochs of this phase end with an evaluation.
         on_features: whether batches hold ``Rule.features`` of the inputs in place of these, for a phase in which the
             readout alone learns. They are computed once, in eval mode, and kept (in memory, or else in a temporary file);
-            anew for each batch where augmentations change the inputs.
+            again for each batch where augmentations change the inputs.
     """
 
     name: str = "train"
@@ -94,7 +94,7 @@ class Step:
     Attributes:
         generator: the rule's own stream of random numbers, on the run's device; saved in checkpoints.
         generator_for: a generator keyed by (seed, name, step index, part): the same draws in whatever order, process or
-            stack the names are visited. Asking again for the same name in the same step starts the stream anew.
+            stack the names are visited. Asking again for the same name in the same step restarts the stream.
         phase: the current phase.
         epoch: passes over the training split begun before this one.
         index: steps taken before this one.

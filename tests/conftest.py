@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from pathlib import Path
 
@@ -16,12 +15,6 @@ from bpfree import Task
 from bpfree.tasks.digits import DIGITS
 
 torch.set_num_threads(1)
-
-
-def pytest_collection_finish() -> None:
-    """Leave what was imported to the end: collecting garbage, as studies do after each cell, would look through it each time."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a run costs: seconds, processor seconds, operations, memory. Oracles: a clock that the rules move, and closed forms."""
+"""What a run costs in seconds, of wall and of processor. Oracle: a clock that the rules move."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_rules import Exploding, StopAfter, assert_equal_bits, config_of, rule_on, weights
+from training_rules import Exploding, StopAfter, config_of, rule_on
 
-from bpfree import Batch, Budget, Phase, Run, Split, Step, Task, Trainer, UsageError
+from bpfree import Batch, Budget, Phase, Run, Split, Step, Task, Trainer
 from bpfree.baselines import Backprop
 from bpfree.cli.output import print_result
-from bpfree.study.state import Outcome
-from bpfree.study.timing import comparable, processor_share
 from bpfree.training import meters
 from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.compiling import Compilation
 from bpfree.training.config import BudgetConfig
 from bpfree.training.meters import Clock
-from bpfree.training.operations import Operations
 from bpfree.training.trainer import Interrupted
 
 EXAMPLES, FULL, PARTIAL = 1295, 20, 1
@@ -282,197 +279,9 @@ def test_compiling_is_taken_out_of_what_is_prepared(clock: Time, monkeypatch: py
     assert (meter.seconds, compilation.seconds) == (3, 4)
 
 
-# --- operations ----------------------------------------------------------------------------------------------------------
-
-LAYERS = [2 * 64 * 32, 2 * 32 * 32, 2 * 32 * 10]
-BACKPROP = 3 * sum(LAYERS) - LAYERS[0]
-PREPARED, STARTED, ENDED = 2 * 64 * EXAMPLES * 64, 2 * 7**3, 2 * 11**3
-
-
-class Solving(Backprop):
-    """Products of known size outside of steps, in two phases."""
-
-    def phases(self, budget: Budget) -> Iterable[Phase]:
-        return [Phase("one", epochs=1), Phase("two", epochs=1)]
-
-    def prepare(self, data: Split, generator: torch.Generator) -> None:
-        rows = data.inputs.float().flatten(1)
-        assert (rows.T @ rows).shape == (64, 64)
-
-    def start_phase(self, phase: Phase) -> None:
-        torch.ones(7, 7) @ torch.ones(7, 7)
-
-    def end_phase(self, phase: Phase, step: Step) -> None:
-        torch.ones(11, 11) @ torch.ones(11, 11)
-
-
-def test_operations_outside_of_steps(digits: Task, device: torch.device, tmp_path: Path) -> None:
-    expected = PREPARED + 2 * (STARTED + ENDED + EXAMPLES * BACKPROP)
-    run = Trainer(rule_on(digits, Solving), digits, config_of(device)).fit()
-    assert run.result["train/operations"] == expected
-    assert run.result["train/forwards"] == pytest.approx(expected / sum(LAYERS), rel=1e-12)
-    for at in (5, 21, 30):
-        folder = tmp_path / str(at)
-        watch = StopAfter(at)
-        watch.trainer = Trainer(rule_on(digits, Solving), digits, config_of(device), folder=folder, observers=[watch])
-        with pytest.raises(Interrupted):
-            watch.trainer.fit()
-        again = Trainer(rule_on(digits, Solving), digits, config_of(device), folder=folder).fit(folder / "checkpoints" / "last.pt")
-        assert again.result["train/operations"] == expected
-
-
-def test_a_budget_of_forwards_pays_for_what_is_prepared(digits: Task, device: torch.device) -> None:
-    run = Trainer(rule_on(digits, Solving), digits, config_of(device, budget=BudgetConfig(forwards=PREPARED // sum(LAYERS) + 1000))).fit()
-    assert 0 < run.result["train/samples"] < 1000
-
-
-class Shy(Backprop):
-    """Moves, draws, and then refuses to be counted."""
-
-    where = "prepare"
-
-    def _act(self, where: str) -> None:
-        if where != self.where:
-            return
-        with torch.no_grad():
-            next(self.parameters()).add_(0.01 * torch.randn(()))
-        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
-            raise RuntimeError("not like this")
-
-    def prepare(self, data: Split, generator: torch.Generator) -> None:
-        self._act("prepare")
-
-    def start_phase(self, phase: Phase) -> None:
-        self._act("start")
-
-    def end_phase(self, phase: Phase, step: Step) -> None:
-        self._act("end")
-
-
-@pytest.mark.parametrize("where", ["prepare", "start", "end"])
-def test_a_call_that_cannot_be_counted_is_made_as_if_nobody_had_tried(
-    digits: Task, device: torch.device, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    monkeypatch.setattr(Shy, "where", where)
-    rules = [rule_on(digits, Shy) for _ in range(2)]
-    run = Trainer(rules[0], digits, config_of(device)).fit()
-    assert run.status == "finished"
-    assert "train/operations" not in run.result
-    with pytest.raises(UsageError, match="not like this"):
-        Trainer(rule_on(digits, Shy), digits, config_of(device, budget=BudgetConfig(forwards=10**6))).fit()
-    monkeypatch.setattr(Operations, "wants", lambda *arguments: False)
-    monkeypatch.setattr(Operations, "add_call", lambda self, call, step: call())
-    Trainer(rules[1], digits, config_of(device)).fit()
-    assert_equal_bits(weights(rules[0]), weights(rules[1]))
-
-
-class MoreFeatures(Backprop):
-    """Features that cost more in the second phase."""
-
-    more = 0
-
-    def phases(self, budget: Budget) -> Iterable[Phase]:
-        return [Phase(name, epochs=1, groups=("readout",), on_features=True) for name in ("a", "b")]
-
-    def start_phase(self, phase: Phase) -> None:
-        self.more = int(phase.name == "b")
-
-    def features(self, inputs: Any) -> Tensor:
-        made = super().features(inputs)
-        return made @ torch.eye(32) if self.more else made
-
-    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        loss = self.spec.loss(self.read(batch.inputs, step.generator), batch)
-        loss.backward()
-        return {"loss": loss.detach()}
-
-
-def test_features_are_counted_anew_in_each_phase(digits: Task, device: torch.device) -> None:
-    run = Trainer(rule_on(digits, MoreFeatures), digits, config_of(device, budget=BudgetConfig(epochs=2))).fit()
-    features = 2 * sum(LAYERS[:-1]) + 2 * 32 * 32
-    assert run.result["train/operations"] == EXAMPLES * (features + 2 * 2 * LAYERS[-1])
-
-
-# --- memory --------------------------------------------------------------------------------------------------------------
-
-MIB = 2**20
-
-
-class Filling(WholeSet):
-    """A step takes 8 MiB, from the third on 3."""
-
-    parts = ()
-
-    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        filled = torch.ones((8 if step.index < 2 else 3) * MIB // 4)
-        return {"filled": filled[0].clone()} | super().credit(batch, step)
-
-
-@pytest.mark.parametrize(("steps", "expected"), [(1, 8), (2, 8), (3, 3), (4, 3)])
-def test_memory_of_a_short_phase(
-    digits: Task, device: torch.device, clock: Time, monkeypatch: pytest.MonkeyPatch, steps: int, expected: int
-) -> None:
-    if device.type != "cpu":
-        pytest.skip("the rule fills the CPU's memory")
-    monkeypatch.setattr(WholeSet, "passes", steps)
-    run = Trainer(slow(digits, clock, Filling), digits, config_of(device)).fit()
-    assert run.result["train/steps"] == steps
-    assert expected <= run.result["train/peak_memory_mb"] < expected + 2
-    assert run.history[0]["peak_memory_mb"] > 8
-
-
-def test_what_a_first_step_leaves_behind_counts_once(digits: Task, device: torch.device) -> None:
-    """Adam's two moments are made at the end of the first step: the peak before lies twice the parameters below that of a later step."""
-    first, later = (
-        Trainer(rule_on(digits, width=1024), digits, config_of(device, batch_size=EXAMPLES, budget=BudgetConfig(epochs=steps))).fit().result
-        for steps in (1, 3)
-    )
-    assert (first["train/steps"], later["train/steps"]) == (1, 3)
-    moments = 2 * 4 * first["parameters"] / MIB
-    assert first["train/peak_memory_mb"] == pytest.approx(later["train/peak_memory_mb"] - moments, rel=0.02)
-
-
 def test_what_was_not_measured_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     run = Run("a", "a", result={"train/seconds": 1.0, "train/steps": 1.0, "parameters": 2.0, "parameters_trained": 2.0})
     print_result(run)
     shown = capsys.readouterr().out
     assert "1.0 s, 1 steps" in shown
     assert "memory" not in shown
-
-
-# --- what can be compared ------------------------------------------------------------------------------------------------
-
-
-def outcome(wall: float | None, processor: float | None, *, threads: str = "1", device: str = "cpu", parallel: int = 1) -> Outcome:
-    known = {"train/seconds": wall, "train/processor_seconds": processor}
-    result = {name: value for name, value in known.items() if value is not None}
-    return Outcome("a", "row", "", 0, "finished", result=result, tags={"threads": threads, "device": device}, parallel=parallel)
-
-
-@pytest.mark.parametrize(
-    ("made", "expected"),
-    [
-        (outcome(10, 9.1), True),
-        (outcome(10, 9.0), False),  # a share above nine tenths
-        (outcome(4.3, 0.3), False),  # a busy machine, though no other cell
-        (outcome(10, 9.9, parallel=4), True),  # other cells, but a core of its own
-        (outcome(10, 18.1, threads="2"), True),
-        (outcome(10, 9.9, threads="2"), False),
-        (outcome(10, 0.5, device="cuda"), True),
-        (outcome(10, 9.9, device="cuda", parallel=2), False),
-        (outcome(10, None), True),  # an older run
-        (outcome(10, None, parallel=2), False),
-        (outcome(10, 9.9, threads="", parallel=2), False),
-        (outcome(0, 0.0), True),
-        (outcome(None, None), True),
-    ],
-)
-def test_seconds_that_can_be_compared(made: Outcome, expected: bool) -> None:
-    assert comparable(made) is expected
-
-
-def test_a_cell_without_a_result_is_judged_by_its_last_epoch() -> None:
-    made = outcome(None, None)
-    made.history = [{"seconds": 1.0, "processor_seconds": 1.0}, {"seconds": 4.0, "processor_seconds": 2.0}]
-    assert processor_share(made) == 0.5
-    assert not comparable(made)

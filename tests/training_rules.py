@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from bpfree import (
     Batch,
+    BpfreeError,
     Budget,
     OptimizerConfig,
     Phase,
@@ -24,6 +27,8 @@ from bpfree import (
 from bpfree.baselines import DFA, Backprop
 from bpfree.network import MLPConfig, mlp
 from bpfree.training.config import BudgetConfig, TrainConfig
+
+ONE = BudgetConfig(epochs=1)
 
 
 def rule_on(task: Task, factory: type[Rule] = Backprop, **sizes: Any) -> Rule:
@@ -44,6 +49,20 @@ def assert_equal_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) ->
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
+
+
+def failing(trainer: Trainer, resume: Path | None = None) -> str:
+    """Expect the run to fail; returns the message."""
+    with pytest.raises(BpfreeError) as caught:
+        trainer.fit(resume)
+    assert trainer.run.status == "failed"
+    assert trainer.run.reason == caught.value.what
+    return str(caught.value)
+
+
+def write_through_data(rule: Rule) -> None:
+    """Change a parameter so that its version does not show it."""
+    next(rule.parameters()).data.add_(0.01)
 
 
 class StopAfter:

@@ -52,7 +52,7 @@ class MemoryCurve:
 
     @property
     def growth(self) -> str:
-        """``flat`` or ``growing``, by the peak; ``unmeasured`` where the depth is not to be chosen."""
+        """``flat`` or ``growing``, by the peak; ``unmeasured`` where the depth cannot be chosen."""
         slope = self.slope(self.peak)
         return "unmeasured" if slope is None else "growing" if slope >= GROWING else "flat"
 
@@ -73,7 +73,7 @@ def measure_memory(subject: Subject, specimen: Specimen) -> MemoryCurve:
     saved: list[int] = []
     peak: list[int] = []
     found = [_memory(subject, replace(specimen, depth=depth)) for depth in DEPTHS]
-    if len({blocks for blocks, _, _ in found}) == len(found):  # else the number of blocks is given by something else
+    if len({blocks for blocks, _, _ in found}) == len(found):  # otherwise something else determines the number of blocks
         depths = list(DEPTHS)
         peak = [most for _, _, most in found]
         saved = [held for _, held, _ in found if held is not None]
@@ -108,7 +108,7 @@ def _memory(subject: Subject, specimen: Specimen) -> tuple[int, int | None, int]
 
 
 class _Size:
-    """Bytes alive, and the most that were."""
+    """Bytes that are alive, and their peak."""
 
     def __init__(self) -> None:
         self.now = self.peak = 0
@@ -133,7 +133,7 @@ class _Held:
 
 @contextmanager
 def saved_for_backward() -> Iterator[_Size]:
-    """Bytes of tensors that autograd holds for backward, at the worst moment inside; ``works`` is false where torch forbids to look."""
+    """Bytes of tensors that autograd holds for backward, at the worst moment inside; ``works`` is false where torch does not allow it."""
     size = _Size()
 
     def pack(tensor: Tensor) -> _Held:

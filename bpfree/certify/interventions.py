@@ -30,7 +30,7 @@ from bpfree.step import Batch, Step
 __all__ = ["Matrix", "dependence", "downstream_weights", "name_of_dependence"]
 
 ROUNDS = 32
-"""How often all phases together go round their batches where credit is sought that comes late: by weights copied every so many steps."""
+"""How often all phases together repeat their batches in the search for credit that comes late: by weights copied every so many steps."""
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative changes below it are rounding: honest rules stay below 1e-13 in double precision."""
 OVERWRITTEN = "its weights are overwritten in a step, by what the rule keeps elsewhere"
@@ -41,7 +41,7 @@ Values = dict[str, dict[str, float | None]]
 
 @dataclass(frozen=True)
 class Matrix:
-    """How much each block's update changes when something is done to each other block.
+    """How much each block's update changes when each other block is changed.
 
     Attributes:
         blocks: names, first to last.

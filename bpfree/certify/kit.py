@@ -43,7 +43,7 @@ def certify(
     registry: Plugins | None = None,
     progress: Progress | None = None,
 ) -> Certificate:
-    """Examine a rule and write down what was measured. On one thread of the CPU; the caller's state stays as it is.
+    """Examine a rule and write down what was measured. On one thread of the CPU; the caller's state is restored.
 
     Args:
         rule: its registered name, or a class.
@@ -52,7 +52,7 @@ def certify(
         only: ids of single checks; the certificate is then partial, and has no properties.
         waive: expected failures by check, each with its written reason, beside the rule's own ``waivers``.
         registry: of names; the installed plugins by default.
-        progress: told of each check before and after it runs, with its number, how many there are, and what it found.
+        progress: called before and after each check, with its number, how many there are, and what it found.
 
     Raises:
         UsageError: an unknown rule, key or check, or a waiver without a reason.
@@ -61,15 +61,15 @@ def certify(
     subject = Subject(rule, settings, registry)
     chosen = select(quick=quick, only=only)
     waivers = check_waivers({**subject.rule.waivers, **(waive or {})})
-    tell = progress or (lambda check, number, count, finding: None)
+    report = progress or (lambda check, number, count, finding: None)
     began = time.perf_counter()
     with set_aside():
         m = Measurements(subject)
         findings = []
         for number, check in enumerate(chosen, start=1):
-            tell(check, number, len(chosen), None)
+            report(check, number, len(chosen), None)
             findings.append(examine(m, check, waivers))
-            tell(check, number, len(chosen), findings[-1])
+            report(check, number, len(chosen), findings[-1])
         properties = {} if only else _properties(m, quick=quick)
         return _certificate(m, "partial" if only else "quick" if quick else "full", findings, properties, began)
 

@@ -1,4 +1,4 @@
-"""Training step by step on given batches: a rule's phases as the trainer goes through them, with room between the steps."""
+"""Training step by step on given batches: a rule's phases as the trainer goes through them, with access between the steps."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = ["EPOCHS", "Loop", "numbered", "predict", "small_rule", "trained"]
 
 EPOCHS = 8
 MOST_PHASES = 6
-"""A rule may have endless phases; the first ones stand for all."""
+"""A rule may have endless phases; the first ones are taken for all."""
 
 
 class Loop:
-    """A rule on its way through its phases.
+    """Takes a rule through its phases.
 
-    Torch's global generator belongs to the loop while the rule has its turn, and is the caller's again between the turns, so that
-    loops can be interleaved.
+    The loop has a state of torch's global generator of its own, which is set while the rule runs and put aside between its steps, so
+    that loops can be interleaved.
 
     Args:
         rule: freshly built.
@@ -62,7 +62,7 @@ class Loop:
         return [phase if self._keep_optimizers else replace(phase, optimizer=None) for phase in found]
 
     def turns(self, batches: Sequence[Batch], *, each: int) -> Iterator[Batch]:
-        """The batch of each step to come, for :meth:`learn`: so many steps per phase, going round the given batches.
+        """The batch of each step to come, for :meth:`learn`: so many steps per phase, repeating the given batches.
 
         A phase on features gets the rule's features of the batch.
         """

@@ -1,4 +1,4 @@
-"""What is measured of a rule, each thing once, when it is first asked for."""
+"""What is measured of a rule, each quantity once, when it is first needed."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Observation:
 
 
 class Measurements:
-    """What is measured of a rule; made when it is first asked for, and kept.
+    """Measurements of a rule; each is made when it is first needed, and kept.
 
     Args:
         subject: the rule.
@@ -112,7 +112,7 @@ class Measurements:
         return [kind for kind in built if self._works(kind)] or built[:1]
 
     def _works(self, kind: str) -> bool:
-        """That a rule breaks on a network which it did not refuse is another check's finding."""
+        """Whether the rule takes a step; an error on a network that it did not refuse is another check's finding."""
         try:
             Probe(self.subject, SPECIMENS[kind], Sampling(samples=2, steps=1), dtype=torch.float32).run()
         except Exception:
@@ -182,8 +182,8 @@ class Measurements:
     def doubts(self, kind: str) -> str:
         """Why a kind of network on which no transport was seen does not make the rule local all the same; empty: nothing does."""
         matrix = self.downstream[kind]
-        if shy := [name for name in matrix.silent if name in self.moving[kind]]:
-            return f"blocks {', '.join(shy)} learn in training, and have no update in the probe"
+        if unprobed := [name for name in matrix.silent if name in self.moving[kind]]:
+            return f"blocks {', '.join(unprobed)} learn in training, and have no update in the probe"
         hidden = self.subject.build(SPECIMENS[kind]).network.hidden
         if hidden and set(hidden) <= set(matrix.silent) and OWN in self.moving[kind]:
             return "no hidden block of its network learns: what learns are parameters of the rule itself, which are not probed"

@@ -1,13 +1,13 @@
 """Whether the operations of a step agree with the forward passes that were counted in it.
 
 Passes are counted on a block's own weights. A rule that evaluates copies, stacks or candidates of them (``torch.stack``,
-``functional_call`` under ``vmap``, weights put together as one matrix) makes passes which are not seen so. Their products are: every
-matrix product and convolution of a step is put down as one of
+``functional_call`` under ``vmap``, weights put together as one matrix) makes passes that are not counted in this way. Their products
+show instead: every matrix product and convolution of a step is classified as one of
 
 - a forward product with own weights: what the passes count;
 - explained: any other product with own weights (input gradients, weights with weights), one whose result has the size of a weight
   (weight gradients), and gradients of convolutions;
-- a copy's: one factor has the shape of a weight, standing as in a forward pass, or of several side by side, and is none;
+- a copy's: one factor is no weight, but has the shape of one, or of several side by side, and stands as in a forward pass;
 - feedback: the rest inside reverse-mode calls, such as input gradients through other matrices;
 - other: what remains of the step's total.
 

@@ -22,7 +22,7 @@ __all__ = ["EPOCHS", "PRACTICE", "build", "cut", "digits", "train", "trainer"]
 
 EPOCHS = 20
 PRACTICE = Specimen("dense", depth=2, width=16)
-"""Narrow, because with many random features a readout needs nobody to teach the hidden blocks."""
+"""Narrow, because with many random features a readout does well though the hidden blocks learn nothing."""
 BATCH = 32
 
 

@@ -2,7 +2,7 @@
 
 It begins near the rule's own initialisation, every parameter moved a little. After each step the parameters go back to where they were, so
 that steps at other batches and in other phases are all taken from the same weights, and two trajectories differ by what was done to these
-and by nothing else. A rule's other state (buffers, copies of weights that it made at some time) goes on. What is done to the weights
+and by nothing else. A rule's other state (buffers, copies of weights that it made at some time) is kept. What is done to the weights
 is done as soon as the rule has its network, so that its copies of them, made when it is built, differ as well.
 
 The update of a block is what ``learn`` does to its parameters: under SGD of rate 1 without decay or clipping; for a rule that
@@ -38,7 +38,7 @@ __all__ = ["PLAIN", "Moment", "Probe", "Sampling", "task_gradients"]
 
 PLAIN = OptimizerConfig("sgd", lr=1.0, weight_decay=0.0, momentum=0.0, options={"nesterov": False, "dampening": 0.0, "maximize": False})
 MOST_PHASES = 24
-"""A rule may have endless phases; the first ones stand for all."""
+"""A rule may have endless phases; the first ones are taken for all."""
 Watch = Callable[[Rule, Batch, Step], AbstractContextManager[Any]]
 
 
@@ -121,7 +121,7 @@ class Probe:
             rule = self.subject.build(self.specimen, dtype=self.dtype)
         _shake(
             p for p in rule.parameters() if id(p) not in early or not torch.equal(p, early[id(p)].to(p.dtype))
-        )  # new ones, and what was filled anew
+        )  # new ones, and those that were filled again
         rule.prepare(examples(self.specimen.spec, 64), torch.Generator().manual_seed(0))
         return rule
 
@@ -141,7 +141,7 @@ class Probe:
             base: the trajectory without it, to know what was put back.
             watch: entered around every ``learn``.
             late: whether ``added`` waits until the rule was built and prepared, which may depend on its weights.
-            ready: told of the rule before its first phase.
+            ready: called with the rule before its first phase.
         """
         with seeded(0), _other_generators_seeded():
             rule = self.build(None if late else added)

@@ -233,7 +233,7 @@ class _Watch(TorchDispatchMode):
                 call.blocks.add(block)
 
     def nested(self, engine: Callable[..., Any]) -> Callable[..., Any]:
-        """The engine's entry; a call from inside another one (checkpointing) is part of it."""
+        """Wrap the engine's entry: a call from inside another call (checkpointing) is part of that one."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self._pending = current_task()

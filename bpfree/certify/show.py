@@ -111,7 +111,7 @@ def _learning(learning: dict[str, Any]) -> str:
 
 
 def render(certificate: Certificate) -> Iterator[str]:
-    """Lines: properties, the map of downstream weights, what was found, the verdict."""
+    """Lines: properties, the map of downstream weights, what was found, and the status."""
     for name, value in summary_rows(certificate):
         yield f"{name.ljust(16)}{value}"
     for kind, matrix in certificate.properties.get("downstream_weights", {}).get("matrices", {}).items():

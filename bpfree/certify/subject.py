@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -80,12 +81,17 @@ class Subject:
             )
         if any(canonical(leaf.key, leaf.value) == "rule.name" for leaf in self._leaves):
             raise UsageError("the settings name a rule, beside the one that is examined", where="rule", fix=f"leave it out: {rule}")
+        self._recipes: dict[tuple[str, TaskSpec | None], Recipe] = {}
         self.recipe = self.resolve({})
 
     def resolve(self, settings: Mapping[str, Any], spec: TaskSpec | None = None) -> Recipe:
-        """The recipe of this rule with its settings, under further ones."""
-        more = [Leaf(key, value, "certificate") for key, value in settings.items()]
-        return resolve([Leaf("rule.name", self.name, "certificate"), *self._leaves, *more], self.registry, spec=spec)
+        """The recipe of this rule with its settings, under further ones: resolved once, with options of its own at each call."""
+        key = (repr(sorted(settings.items())), spec)
+        if key not in self._recipes:
+            more = [Leaf(name, value, "certificate") for name, value in settings.items()]
+            self._recipes[key] = resolve([Leaf("rule.name", self.name, "certificate"), *self._leaves, *more], self.registry, spec=spec)
+        found = self._recipes[key]
+        return dataclasses.replace(found, options=copy.deepcopy(found.options))  # an instance may write into its configuration
 
     @property
     def config(self) -> dict[str, Any]:
@@ -114,14 +120,15 @@ class Subject:
 
     def kinds(self) -> list[str]:
         """The kinds of networks that the rule takes."""
-        found = []
-        for kind in KINDS:
-            try:
-                self.build(Specimen(kind, depth=2, width=8, image=8))
-            except UsageError:
-                continue
-            found.append(kind)
-        return found
+        return [kind for kind in KINDS if self._refusal(kind) is None]
+
+    def _refusal(self, kind: str) -> UsageError | None:
+        """Why the rule does not take a kind of network; ``None`` if it does."""
+        try:
+            self.build(Specimen(kind, depth=2, width=8))
+        except UsageError as error:
+            return error
+        return None
 
     def kind(self) -> str:
         """The first kind of network that the rule takes.
@@ -129,18 +136,17 @@ class Subject:
         Raises:
             BpfreeError: there is none.
         """
-        kinds = self.kinds()
-        if kinds:
-            return kinds[0]
-        try:
-            self.build(Specimen(depth=2, width=8))
-        except UsageError as error:
-            raise BpfreeError(
-                f"no small instance of {self.name!r} can be built, so nothing can be measured: {error.what}",
-                where=f"{self.rule.__module__}.{self.rule.__qualname__}.specimen",
-                fix="return settings of a network that the rule takes from Rule.specimen",
-            ) from error
-        raise AssertionError("unreachable")
+        refusals: list[UsageError] = []
+        for kind in KINDS:
+            refusal = self._refusal(kind)
+            if refusal is None:
+                return kind
+            refusals.append(refusal)
+        raise BpfreeError(
+            f"no small instance of {self.name!r} can be built, so nothing can be measured: {refusals[0].what}",
+            where=f"{self.rule.__module__}.{self.rule.__qualname__}.specimen",
+            fix="return settings of a network that the rule takes from Rule.specimen",
+        ) from refusals[0]
 
 
 def examples(spec: TaskSpec, count: int, *, seed: int = 0) -> Split:

@@ -263,7 +263,7 @@ def _ending(run: Run) -> str:
     reason = f": {run.reason}" if run.reason else ""
     text = f"{run.name}: {run.status} after epoch {run.epoch}{reason}"
     if run.status == "interrupted" and run.folder is not None:
-        return f"{text}\n  go on with: bpfree train --resume {shlex.quote(str(run.folder))}"
+        return f"{text}\n  resume it with: bpfree train --resume {shlex.quote(str(run.folder))}"
     return text
 
 

@@ -49,7 +49,7 @@ class Calibration:
         _set(rule, self.after)
 
     def undo(self, rule: Rule) -> None:
-        """Set the buffers as training left them, for a run that goes on."""
+        """Set the buffers as training left them, for a run that is resumed."""
         _set(rule, self.before)
 
     def result(self) -> dict[str, float]:
@@ -95,14 +95,14 @@ def calibrate(rule: Rule, data: Split, generator: torch.Generator, *, step: int,
         precision: as predictions have it.
 
     Raises:
-        BpfreeError: a parameter is another afterwards, a buffer was made, or what came back is no mapping of numbers.
+        BpfreeError: a parameter has changed, a buffer was made, or what was returned is no mapping of numbers.
     """
     name, device = type(rule).__name__, generator.device
     parameters = Values(dict(rule.named_parameters()))
     before = {name: buffer.detach().clone() for name, buffer in rule.named_buffers()}
     began = time.perf_counter()
     with torch.no_grad(), evaluating(rule), seeds.preserved_global_state(device), environment.autocast(device, precision):
-        told = rule.calibrate(data, generator)
+        returned = rule.calibrate(data, generator)
     seconds = time.perf_counter() - began
     changed = parameters.changed(dict(rule.named_parameters()))
     if changed:
@@ -120,12 +120,12 @@ def calibrate(rule: Rule, data: Split, generator: torch.Generator, *, step: int,
         )
     chosen = Values(before).changed(buffers)
     after = {name: buffers[name].detach().clone() for name in chosen}
-    return Calibration(step, seconds, _numbers(told, f"{name}.calibrate"), {name: before[name] for name in chosen}, after)
+    return Calibration(step, seconds, _numbers(returned, f"{name}.calibrate"), {name: before[name] for name in chosen}, after)
 
 
-def _numbers(told: Any, where: str) -> dict[str, float]:
-    if isinstance(told, Mapping) and all(isinstance(name, str) and isinstance(value, (int, float)) for name, value in told.items()):
-        return {name: float(value) for name, value in told.items()}
+def _numbers(returned: Any, where: str) -> dict[str, float]:
+    if isinstance(returned, Mapping) and all(isinstance(name, str) and isinstance(value, (int, float)) for name, value in returned.items()):
+        return {name: float(value) for name, value in returned.items()}
     raise BpfreeError("calibrate must return plain numbers by name", where=where, fix='return {"threshold": float(threshold)}, say')
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, read without running code, complete enough to go on bit for bit.
+"""Checkpoints: written atomically, read without running code, complete enough to resume bit for bit.
 
 A checkpoint is one file of tensors and plain values (``torch.load(..., weights_only=True)``):
 
@@ -68,7 +68,7 @@ def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: s
     Args:
         place: what was given.
         output: folder of runs.
-        prefer: ``last`` (to go on), or ``selected`` (the weights that were tested).
+        prefer: ``last`` (to resume), or ``selected`` (the weights that were tested).
 
     Raises:
         UsageError: if there is none.
@@ -83,7 +83,7 @@ def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: s
                 return candidate / "checkpoints" / name
     folder = next((c for c in candidates if c.is_dir()), None)
     if folder is not None:
-        raise UsageError("the run has no checkpoint yet", where=str(folder), fix="start it anew")
+        raise UsageError("the run has no checkpoint yet", where=str(folder), fix="start it again from the beginning")
     raise UsageError(
         "no such run or checkpoint", where=str(place), fix=f"give a checkpoint file, a run's folder, or the name of a run in {output}/"
     )

@@ -37,7 +37,7 @@ class World:
     """Who a process is among those that train together; each method is called by all of them, in the same order.
 
     Attributes:
-        rank: of this process; 0 evaluates, tells observers, and writes.
+        rank: of this process; 0 evaluates, notifies observers, and writes.
         size: how many there are.
         local_rank: among those of this machine, which is also the number of its GPU.
     """
@@ -137,7 +137,7 @@ class World:
             if self.first:
                 answer[0] = call()
         except BaseException as error:
-            answer[1] = _told(error)
+            answer[1] = _described(error)
             raise
         finally:
             with _explained():
@@ -148,7 +148,7 @@ class World:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """What is done inside, and needs nobody else, is done by all, or ends all.
+        """Do what is inside, which needs no other process, in all of them; where one fails, all end.
 
         Raises:
             BpfreeError: where it has not failed, if it has in another process; there, what it raised.
@@ -156,15 +156,15 @@ class World:
         if self.size == 1:
             yield
             return
-        trouble, told = None, []
+        trouble, gathered = None, []
         try:
             yield
         except BaseException as error:
-            trouble = _told(error)
+            trouble = _described(error)
             raise
         finally:
-            told = self.gathered(trouble)
-        for rank, found in enumerate(told):
+            gathered = self.gathered(trouble)
+        for rank, found in enumerate(gathered):
             if found:
                 raise _elsewhere(f"process {rank}", *found)
 
@@ -226,8 +226,8 @@ class World:
                 parameter.grad.copy_(piece.view(parameter.shape))
 
 
-def _told(error: BaseException) -> tuple[str, int]:
-    """What other processes are told of an error: its text, and its exit code."""
+def _described(error: BaseException) -> tuple[str, int]:
+    """What other processes get of an error: its text, and its exit code."""
     return str(error) or type(error).__name__, getattr(error, "exit_code", 1)
 
 
@@ -252,5 +252,5 @@ def _explained() -> Iterator[None]:
     except RuntimeError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BpfreeError(
-            "another process of this run has ended, or cannot be reached", where=reason, fix="if it has a checkpoint, go on with --resume"
+            "another process of this run has ended, or cannot be reached", where=reason, fix="if it has a checkpoint, use --resume"
         ) from error

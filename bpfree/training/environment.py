@@ -102,7 +102,7 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def load() -> float | None:
-    """The machine's load of the last minute for each of its processors; ``None`` where it does not tell."""
+    """The machine's load of the last minute for each of its processors; ``None`` where it is not available."""
     try:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
     except (OSError, AttributeError):

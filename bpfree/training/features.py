@@ -69,7 +69,7 @@ def feature_loader(split: Split, spec: TaskSpec, *, batch_size: int, device: tor
 
 
 class FeatureLoader:
-    """A loader's batches with the rule's features in place of the inputs, computed anew for each batch.
+    """A loader's batches with the rule's features in place of the inputs, computed again for each batch.
 
     Args:
         rule: on its device.

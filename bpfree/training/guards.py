@@ -1,9 +1,10 @@
-"""What a run watches while it trains: what is said to be fixed stays, and what is said to learn moves."""
+"""What a run watches while it trains: fixed parameters stay, learning ones move, and an evaluation only reads them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from bpfree.rule import Rule
 from bpfree.step import Phase
 from bpfree.training.distributed import World
 
-__all__ = ["LearningWatch", "Values", "check_made_to_learn", "kind_of", "named_tensors", "version"]
+__all__ = ["LearningWatch", "Values", "check_made_to_learn", "kind_of", "named_tensors", "only_read", "version"]
 
 logger = logging.getLogger("bpfree")
 
@@ -37,12 +38,12 @@ class Values:
         self._copies = {name: tensor.detach().clone() for name, tensor in tensors.items() if _has_values(tensor)}
 
     def changed(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Names of tensors that have come, gone, or become others; one wait for the device."""
-        there = {name: tensor.detach() for name, tensor in tensors.items() if _has_values(tensor)}
-        alike = [name for name, copy in self._copies.items() if name in there and _kind(copy) == _kind(there[name])]
-        flags = [(_bits(self._copies[name]) != _bits(there[name])).any() for name in alike]
+        """Names of tensors that were added, removed or changed; waits for the device once."""
+        present = {name: tensor.detach() for name, tensor in tensors.items() if _has_values(tensor)}
+        alike = [name for name, copy in self._copies.items() if name in present and _kind(copy) == _kind(present[name])]
+        flags = [(_bits(self._copies[name]) != _bits(present[name])).any() for name in alike]
         equal = {name for name, other in zip(alike, torch.stack(flags).tolist() if flags else [], strict=True) if not other}
-        return [name for name in {**self._copies, **there} if name not in equal]
+        return [name for name in {**self._copies, **present} if name not in equal]
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -79,6 +80,31 @@ def check_made_to_learn(rule: nn.Module) -> None:
             f"{kind_of(rule, name)} was made under torch.inference_mode, so it can never change",
             where=type(rule).__name__,
             fix="make network and rule outside of it",
+        )
+
+
+@contextmanager
+def only_read(rule: Rule, *methods: str) -> Iterator[None]:
+    """Compare the parameters, by value, before and after methods of the rule that may only read them; also a decorator.
+
+    A method may put back what it has written, such as averaged weights for a prediction; buffers may change.
+
+    Args:
+        rule: whose methods are called inside.
+        methods: their names.
+
+    Raises:
+        BpfreeError: a parameter has changed; names those of the methods that the rule itself defines, or the first.
+    """
+    before = Values(dict(rule.named_parameters()))
+    yield
+    changed = before.changed(dict(rule.named_parameters()))
+    if changed:
+        own = [name for name in methods if getattr(type(rule), name) is not getattr(Rule, name)] or methods[:1]
+        raise BpfreeError(
+            f"{' or '.join(own)} changed the parameter {changed[0]}, but evaluation may only read parameters",
+            where=f"{type(rule).__name__}.{own[0]}",
+            fix="write into parameters in learn and its hooks only, or put back the same values before the method returns",
         )
 
 
@@ -134,7 +160,7 @@ class LearningWatch:
         """Look at the fixed parameters after the first step of the phase."""
         if self._versions is not None:
             before, self._versions = self._versions, None
-            if before != [version(p) for p in self._fixed.values()]:  # a rule may shake weights and put them back
+            if before != [version(p) for p in self._fixed.values()]:  # a rule may perturb weights and put them back
                 self.check_fixed()
 
     def check_fixed(self) -> None:
@@ -196,7 +222,7 @@ class LearningWatch:
         rule = type(self._rule).__name__
         if gradients:
             raise BpfreeError(
-                f"over {steps} steps no learning parameter has moved, though gradients came",
+                f"over {steps} steps no learning parameter has moved, though there were gradients",
                 where=rule,
                 fix="a larger optimizer.lr or a schedule that is not 0 throughout; or see whether credit fills .grad with zeros",
             )
@@ -207,11 +233,11 @@ class LearningWatch:
         )
 
     def state_dict(self) -> dict[str, bool]:
-        """What a run that goes on needs to know."""
+        """What a resumed run needs to know."""
         return {"moved": self.moved, "expected": self.expected}
 
     def load_state_dict(self, saved: Mapping[str, bool] | None) -> None:
-        """Inverse of :meth:`state_dict`; an older checkpoint is believed to be of a run that moved."""
+        """Inverse of :meth:`state_dict`; an older checkpoint counts as one of a run that moved."""
         self.moved, self.expected = (True, True) if saved is None else (saved["moved"], saved["expected"])
 
     def _note(self, moved: bool) -> bool:

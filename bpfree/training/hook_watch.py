@@ -1,4 +1,4 @@
-"""What surrounds each call of an observer's hook: nothing that is trained or told may be another afterwards."""
+"""What surrounds each call of an observer's hook: nothing that is trained or reported may change in it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def name_of(plugin: Any) -> str:
 class HookWatch:
     """Compares, around a hook, the rule, its optimiser, the step and the run.
 
-    Tensors are compared by value, except around ``step_end``, where versions must do so that no step waits for the device: there by
+    Tensors are compared by value, except around ``step_end``, where versions have to suffice so that no step waits for the device: there by
     value at the 1st, 2nd, 4th, 8th ... call. An observer that was found to write into weights and put them back is compared by value at
     each call.
-    Torch's global generators and the rule's are given back as they were: an observer may draw.
+    The states of torch's global generators and the rule's are restored: an observer may draw.
 
     Args:
         run: the trainer's own.
@@ -47,7 +47,7 @@ class HookWatch:
     def __init__(self, run: Run, state: State) -> None:
         self._run, self._state = run, state
         self._calls: dict[tuple[int, str], int] = {}
-        self._shakes: set[int] = set()
+        self._perturbing: set[int] = set()
         self._tensors, self._modules, self._begun = named_tensors(state.rule), list(state.rule.modules()), -1
 
     @contextmanager
@@ -62,8 +62,8 @@ class HookWatch:
         if not in_step or self._begun != self._state.begun:  # a phase that begins may make parameters
             rule = self._state.rule
             self._tensors, self._modules, self._begun = named_tensors(rule), list(rule.modules()), self._state.begun
-        by_value = not in_step or call & (call - 1) == 0 or id(plugin) in self._shakes
-        told = None if in_step else _told(self._run)
+        by_value = not in_step or call & (call - 1) == 0 or id(plugin) in self._perturbing
+        recorded = None if in_step else _recorded(self._run)
         random, generator, device = seeds.global_state(self._state.device), self._state.step.generator, self._state.device
         drawn = generator.get_state()
         before, versions = self._facts(whole=not in_step), self._versions()
@@ -76,13 +76,13 @@ class HookWatch:
         changed = self._changed_tensors(versions, values, plugin)
         after = self._facts(whole=not in_step)
         changed = changed or next((what for what, fact in before.items() if after[what] != fact), None)
-        changed = changed or self._rewritten(told)
+        changed = changed or self._rewritten(recorded)
         if changed:
             who = name_of(plugin)
             raise BpfreeError(
                 f"the observer {who} changed {changed} in {hook}",
                 where=f"{who}.{hook}",
-                fix="hooks look on: let it work on a copy (copy.deepcopy(rule)), or write a rule, whose methods may change things",
+                fix="hooks only observe: let it work on a copy (copy.deepcopy(rule)), or write a rule, whose methods may change things",
             )
 
     def _versions(self) -> list[tuple[int, int]]:
@@ -96,7 +96,7 @@ class HookWatch:
         else:
             names = values.changed(named_tensors(rule))
             if versions != now:
-                self._shakes.add(id(plugin))
+                self._perturbing.add(id(plugin))
         return kind_of(rule, names[0]) if names else None
 
     def _facts(self, *, whole: bool) -> dict[str, Any]:
@@ -119,18 +119,18 @@ class HookWatch:
             facts["the optimiser's state"] = [(id(tensor), *version(tensor)) for tensor in state.updater.tensors()]
         return facts
 
-    def _rewritten(self, told: dict[str, Any] | None) -> str | None:
+    def _rewritten(self, recorded: dict[str, Any] | None) -> str | None:
         """What of the run was rewritten behind its view; it is put back."""
-        changed = [name for name, value in (told or {}).items() if getattr(self._run, name) != value]
+        changed = [name for name, value in (recorded or {}).items() if getattr(self._run, name) != value]
         for name in changed:
-            setattr(self._run, name, (told or {})[name])
+            setattr(self._run, name, (recorded or {})[name])
         return f"the run's {changed[0]}" if changed else None
 
 
-def _told(run: Run) -> dict[str, Any]:
-    told = {}
+def _recorded(run: Run) -> dict[str, Any]:
+    recorded: dict[str, Any] = {}
     for field in dataclasses.fields(run):
         if field.name not in ("artifacts", "tracking"):
             value = getattr(run, field.name)
-            told[field.name] = dict(value) if isinstance(value, dict) else list(map(dict, value)) if isinstance(value, list) else value
-    return told
+            recorded[field.name] = dict(value) if isinstance(value, dict) else list(map(dict, value)) if isinstance(value, list) else value
+    return recorded

@@ -1,4 +1,4 @@
-"""How far a run has come in its budget, and a phase in its own share: what ends when."""
+"""How much of its budget a run has used, and a phase of its own share: what ends when."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Limits:
         if budget.samples is not None:
             return at.samples / budget.samples
         if budget.seconds is not None:
-            return self._state.clock.tell() / budget.seconds
+            return self._state.clock.report() / budget.seconds
         if budget.forwards is not None:
             return self._state.operations.spent() / budget.forwards
         if budget.operations is not None:
@@ -65,7 +65,7 @@ class Limits:
         """Share of the phase that is over, 0 to 1; of an open one, the run's progress."""
         at = self._state.at
         if phase.seconds is not None:
-            return min(1.0, (self._state.clock.tell() - at.phase_seconds) / phase.seconds)
+            return min(1.0, (self._state.clock.report() - at.phase_seconds) / phase.seconds)
         if phase.forwards is not None:
             return min(1.0, self._state.operations.spent(at.phase_operations) / phase.forwards)
         if phase.operations is not None:
@@ -79,7 +79,7 @@ class Limits:
     def is_used_up(self, phase: Phase) -> bool:
         """Whether the phase's seconds, forwards or operations, or the run's budget are, which may be in the middle of a pass."""
         state = self._state
-        if phase.seconds is not None and state.clock.tell() - state.at.phase_seconds >= phase.seconds:
+        if phase.seconds is not None and state.clock.report() - state.at.phase_seconds >= phase.seconds:
             return True
         if phase.forwards is not None and state.operations.spent(state.at.phase_operations) >= phase.forwards:
             return True

@@ -29,7 +29,7 @@ class StepMetrics:
         self._pending.append((examples, metrics))
 
     def flush(self) -> dict[str, float]:
-        """Read what is pending: one transfer per metric. Returns the means over what was pending."""
+        """Read the pending metrics, with one transfer each, and return their means."""
         columns: dict[str, list[Tensor]] = {}
         weights: dict[str, list[int]] = {}
         for examples, metrics in self._pending:
@@ -81,7 +81,7 @@ class Spent:
         return self + other.times(-1)
 
     def times(self, factor: float) -> Spent:
-        """So many times as much."""
+        """Multiply both by a number."""
         return Spent(factor * self.wall, factor * self.processor)
 
 
@@ -109,13 +109,13 @@ class Clock:
 
     A step that is measured on the side (:meth:`measuring`) is slow because of that. It is charged, when a pass ends (:meth:`settle`), at
     the mean of the steps of its kind that were timed, or at its own time as long as none was. A charge may become smaller when steps have
-    been timed; what was told (:meth:`tell`) does not go back then, but waits until it is true.
+    been timed; what was reported (:meth:`report`) does not decrease then, but stays until the clock has caught up.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._since: Spent | None = None
-        self._timed = self._charged = self._told = Spent()
+        self._timed = self._charged = self._reported = Spent()
         self._kinds: dict[str, _Kind] = {}
         self._kind = ""
         self._knows_processor = True
@@ -125,7 +125,7 @@ class Clock:
             torch.cuda.synchronize(self._device)
 
     def start(self) -> None:
-        """Go on counting."""
+        """Start or continue counting."""
         self._wait()
         self._since = _now()
 
@@ -143,14 +143,14 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """What is done inside does not count."""
+        """Do not count what is done inside."""
         self.stop()
         yield
         self.start()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """What is done inside counts, unless it fails."""
+        """Count what is done inside, unless it fails."""
         self.start()
         try:
             yield
@@ -162,7 +162,7 @@ class Clock:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def step(self, kind: str) -> None:
-        """A step of this kind comes; steps of the same kind cost the same, and the clock runs on between them."""
+        """Begin a step of this kind; steps of the same kind cost the same, and the clock runs on between them."""
         if kind != self._kind:
             self._lap(kind)
         self._kinds[kind].steps += 1
@@ -179,7 +179,7 @@ class Clock:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """The step inside is measured, while the clock stands still: it is charged later."""
+        """Measure the step inside while the clock stands still; it is charged later."""
         self._wait()
         since = _now()
         yield
@@ -188,7 +188,7 @@ class Clock:
         kind.steps, kind.measured, kind.own = kind.steps - 1, kind.measured + 1, kind.own + (_now() - since)
 
     def settle(self) -> None:
-        """No step comes for now: charge those that were measured."""
+        """Charge the steps that were measured; no further step follows for now."""
         self._lap("")
         self._charged = sum((kind.charge for kind in self._kinds.values()), Spent())
 
@@ -220,46 +220,46 @@ class Clock:
     def seconds(self) -> float:
         """By the wall's clock, so far (without waiting for the device)."""
         running = 0.0 if self._since is None else time.perf_counter() - self._since.wall
-        return max(self._told.wall, self._timed.wall + self._charged.wall + running)
+        return max(self._reported.wall, self._timed.wall + self._charged.wall + running)
 
     @property
     def processor_seconds(self) -> float | None:
         """The processor's; ``None`` where a part of the run was not measured."""
         running = 0.0 if self._since is None else time.process_time() - self._since.processor
-        return max(self._told.processor, self._timed.processor + self._charged.processor + running) if self._knows_processor else None
+        return max(self._reported.processor, self._timed.processor + self._charged.processor + running) if self._knows_processor else None
 
-    def tell(self) -> float:
-        """``seconds``, which are not to become fewer from now on: for budgets and results."""
+    def report(self) -> float:
+        """``seconds``, which will never be fewer than this from now on: for budgets and results."""
         seconds = self.seconds
-        if seconds > self._told.wall:
-            self._told = Spent(seconds, self._told.processor)
+        if seconds > self._reported.wall:
+            self._reported = Spent(seconds, self._reported.processor)
         return seconds
 
-    def tell_processor(self) -> float | None:
+    def report_processor(self) -> float | None:
         """The same of ``processor_seconds``."""
         seconds = self.processor_seconds
         if seconds is not None:
-            self._told = Spent(self._told.wall, seconds)
+            self._reported = Spent(self._reported.wall, seconds)
         return seconds
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, while the clock stands still."""
-        names = ("timed", "charged", "told")
+        spent = {"timed": self._timed, "charged": self._charged, "told": self._reported}
         kinds = {name: [*astuple(kind.timed), kind.steps, *astuple(kind.own), kind.measured] for name, kind in self._kinds.items()}
-        return {**{name: list(astuple(getattr(self, f"_{name}"))) for name in names}, "kinds": kinds, "processor": self._knows_processor}
+        return {**{name: list(astuple(value)) for name, value in spent.items()}, "kinds": kinds, "processor": self._knows_processor}
 
     def load_state_dict(self, saved: Mapping[str, Any] | None, seconds: float) -> None:
         """Inverse of :meth:`state_dict`; ``None``: of an older checkpoint, of which the ``seconds`` alone are known."""
         if saved is None:
             self._timed, self._knows_processor = Spent(seconds), False
             return
-        self._timed, self._charged, self._told = Spent(*saved["timed"]), Spent(*saved["charged"]), Spent(*saved["told"])
+        self._timed, self._charged, self._reported = Spent(*saved["timed"]), Spent(*saved["charged"]), Spent(*saved["told"])
         self._kinds = {name: _Kind(Spent(*v[:2]), v[2], Spent(*v[3:5]), v[5]) for name, v in saved["kinds"].items()}
         self._knows_processor = saved["processor"]
 
 
 class StepMemory:
-    """Peak of the tensor memory that training takes, in MiB: what a step allocates, above what lies between steps.
+    """Peak of the tensor memory that training takes, in MiB: what a step allocates, above what is held between steps.
 
     Activations, gradients and temporaries are seen by watching an early step of each phase: the first, and the third in its place, when
     lazy set-up is over. Parameters, buffers and optimiser state are counted. The data set is not in it, nor what ``prepare`` and
@@ -291,7 +291,7 @@ class StepMemory:
 
         Args:
             phase: a later step of the same phase takes the place of an earlier one; without a name the largest stays.
-            kept: bytes that lie between steps. What a first step adds to them (an optimiser's state) is not the step's.
+            kept: bytes that are held between steps. What a first step adds to them (an optimiser's state) is not the step's.
         """
         lying = kept()
         if self._device.type == "cuda":
@@ -309,7 +309,7 @@ class StepMemory:
         self._watched[phase] = max(peak - (kept() - lying), 0 if phase else self._watched.get(phase, 0))
 
     def state_dict(self) -> dict[str, Any]:
-        """The watched step of each phase, and how many steps of it were seen: a run that goes on watches none twice."""
+        """The watched step of each phase, and how many steps of it were seen: a resumed run watches none twice."""
         return {"step_bytes": self.step_bytes, "watched": dict(self._watched), "seen": dict(self._seen)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from bpfree.training.updater import new_step
 __all__ = ["check_batches_of_one"]
 
 PHASES = 100
-"""Phases that are looked at, as there may be endlessly many."""
+"""Phases that are checked, as there may be endlessly many."""
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -67,7 +67,7 @@ def _try(rule: Rule, phase: Phase, batch: Batch, task: Task) -> None:
             step = new_step(rule)
             step.phase = phase
             rule.learn(batch, step)
-        except Exception as error:  # whatever else is amiss will be said by the training itself
+        except Exception as error:  # the training itself reports other errors
             if isinstance(error, ValueError) and "Expected more than 1" in str(error):
                 _refuse(entered[-1] if entered else "", rule, phase, task)
 

@@ -20,14 +20,14 @@ logger = logging.getLogger("bpfree")
 
 
 class Observers:
-    """The lifecycle observers of one run, in the order given; plugin modules are asked last.
+    """The lifecycle observers of one run, in the order given; plugin modules are called last.
 
     Args:
         observers: objects or modules that implement lifecycle hooks.
-        run: of which they are handed a read-only view.
+        run: they get a read-only view of it.
 
     Attributes:
-        watch: sees to it that hooks change nothing, once there is something to watch.
+        watch: checks that hooks change nothing, once the run has begun.
 
     Raises:
         pluggy.PluginValidationError: an observer implements a hook with arguments that it does not have.
@@ -45,7 +45,7 @@ class Observers:
         self._manager.check_pending()
 
     def listens(self, hook: str) -> bool:
-        """Whether anybody implements the hook."""
+        """Whether any observer implements the hook."""
         return bool(getattr(self._manager.hook, hook).get_hookimpls())
 
     def notify(self, hook: str, **arguments: Any) -> None:
@@ -58,8 +58,8 @@ class Observers:
             with self._watched(hook, implementation):
                 self._call(hook, implementation, arguments)
 
-    def tell_again(self, hook: str) -> None:
-        """Call the implementations of this program alone: what they were told has turned out otherwise."""
+    def notify_again(self, hook: str) -> None:
+        """Call the implementations of this program alone, because what they were given has changed since."""
         for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
             if is_our_own(implementation.plugin):
                 self._call(hook, implementation, {})

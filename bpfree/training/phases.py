@@ -16,7 +16,7 @@ __all__ = ["learning"]
 def learning(rule: Rule, phase: Phase) -> Iterator[None]:
     """The rule in train mode with the phase's groups trainable; ``requires_grad`` and modes are restored afterwards.
 
-    Blocks below the first learning one run in eval mode, and without a graph, since nothing below wants a gradient.
+    Blocks below the first learning one run in eval mode, and without a graph, since nothing below needs a gradient.
 
     Raises:
         UsageError: the phase names a group that the rule does not have.

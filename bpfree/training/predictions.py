@@ -54,7 +54,7 @@ class Predictions:
 
 
 class Collector:
-    """Takes up the scores of an evaluation, batch by batch; they stay on the device until they are asked for.
+    """Takes up the scores of an evaluation, batch by batch; they stay on the device until they are read.
 
     Args:
         spec: of the task.

@@ -1,4 +1,4 @@
-"""A run as its observers see it: what it is, where it lies, how it stands."""
+"""A run as its observers see it: what it is, where its files are, and its status."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Run:
         config: the resolved configuration, flat: ``{"rule.name": "dfa", "seed": 0, ...}`` of plain values.
         tags: rule, plugin and its version, task, data fingerprint, seed, device, versions, numerical settings.
         total_epochs: passes over the training split that the budget amounts to, where that is known beforehand.
-        resumed: whether the run goes on after an interruption, from a checkpoint.
+        resumed: whether the run was resumed from a checkpoint after an interruption.
         reopened: whether the run begins under an identity that it was given: an earlier attempt, which was killed before its first
             checkpoint, may have left traces of it in its folder and in the tracking store.
         status: ``finished``, ``diverged`` (non-finite loss or weights), ``interrupted`` (resumable), ``failed``.

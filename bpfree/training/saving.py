@@ -1,4 +1,4 @@
-"""The checkpoints of one run: what is in them, and going on from one."""
+"""The checkpoints of one run: what is in them, and resuming from one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Checkpoints"]
 
 
 class Checkpoints:
-    """Writes a run's checkpoints, if it has a folder, and reads the one that it goes on from.
+    """Writes a run's checkpoints, if it has a folder, and reads the one that it resumes from.
 
     The first of several processes writes and reads; all of them call each method.
 
@@ -90,7 +90,7 @@ class Checkpoints:
             raise BpfreeError(f"the checkpoint is of another rule: {saved['rule']}, not {type(self._rule).__name__}", where=str(path))
         training = saved.get("training")
         if training is None:
-            raise BpfreeError("the checkpoint holds weights only: a run cannot go on from it", where=str(path), fix="use last.pt")
+            raise BpfreeError("the checkpoint holds weights only: a run cannot resume from it", where=str(path), fix="use last.pt")
         if training["fingerprint"] != self._task.fingerprint():
             raise BpfreeError(
                 "the checkpoint was made on other data",

@@ -156,9 +156,9 @@ def check_length(schedule: ScheduleConfig, steps: int | None) -> None:
     epochs = f"once per epoch, {steps} times in this run"
     where = f"schedule.options.{names[0]}" if names else "schedule.options"
     if schedule.name == "OneCycleLR" and length != steps:
-        told = "given in batches?" if length > steps else "it ends before the run does"
+        reason = "given in batches?" if length > steps else "it ends before the run does"
         raise UsageError(
-            f"OneCycleLR is stepped {epochs}, and has {length} steps: {told}",
+            f"OneCycleLR is stepped {epochs}, and has {length} steps: {reason}",
             where=where,
             fix=f"schedule.options={{..., total_steps: {steps}}}",
         )
@@ -170,9 +170,9 @@ def check_length(schedule: ScheduleConfig, steps: int | None) -> None:
         )
     beyond = [point for point in sorted(getattr(scheduler, "milestones", ())) if point >= steps]
     if beyond or len(set(rates)) == 1 != steps:
-        told = f"its milestone {beyond[0]} lies beyond" if beyond else "the rate never changes"
+        reason = f"its milestone {beyond[0]} lies beyond" if beyond else "the rate never changes"
         raise UsageError(
-            f"{schedule.name} is stepped {epochs}: {told}", where="schedule.options", fix="count in epochs, or train for longer"
+            f"{schedule.name} is stepped {epochs}: {reason}", where="schedule.options", fix="count in epochs, or train for longer"
         )
 
 

@@ -27,7 +27,7 @@ def derive_in(stream: str | None, seed: int, *parts: object) -> int:
 
 
 class KeyedGenerators:
-    """Generators keyed by (seed, name, step index, part); one generator object per name, set anew at each call.
+    """Generators keyed by (seed, name, step index, part); one generator object per name, seeded again at each call.
 
     Args:
         seed: of the run.

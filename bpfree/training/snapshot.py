@@ -1,4 +1,4 @@
-"""Everything that executing a rule may change, remembered and put back: for measurements on the side of a run."""
+"""Everything that executing a rule may change, saved and restored: for measurements on the side of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Snapshot"]
 
 
 class Snapshot:
-    """The state of modules, optimisers and torch's global generators, to come back to any number of times.
+    """The state of modules, optimisers and torch's global generators, which can be restored any number of times.
 
     Attributes of modules and optimisers are followed through modules, tensors (with ``.grad``), generators, dictionaries,
     lists, deques, sets and tuples. What lies inside other objects is not seen.

@@ -108,7 +108,7 @@ class State:
 
     def begin(self) -> None:
         """The first phase begins here, after what the rule has prepared."""
-        self.at.phase_seconds, self.at.phase_operations = self.clock.tell(), self.operations.total
+        self.at.phase_seconds, self.at.phase_operations = self.clock.report(), self.operations.total
 
     def advance(self, examples: int, batches: int) -> None:
         """A step was taken, on so many examples, in a pass of so many batches."""
@@ -127,25 +127,25 @@ class State:
     def end_phase(self) -> None:
         """The current phase is complete."""
         self._complete = dataclasses.replace(self.at)
-        self.at.phase, self.at.phase_epoch, self.at.phase_seconds = self.at.phase + 1, 0, self.clock.tell()
+        self.at.phase, self.at.phase_epoch, self.at.phase_seconds = self.at.phase + 1, 0, self.clock.report()
         self.at.phase_operations = self.operations.total
 
     def end_training(self) -> None:
-        """The last phase is over: what is saved from now on can go on with it, should the budget become larger."""
+        """The last phase is over: a checkpoint from now on can resume it, should the budget become larger."""
         if self._complete is not None and self._complete.phase_epoch:
             self.at = self._complete
 
     def kept(self) -> int:
-        """Bytes that lie between steps: parameters, buffers and optimiser state."""
+        """Bytes that are held between steps: parameters, buffers and optimiser state."""
         return sum(t.numel() * t.element_size() for t in (*self.rule.parameters(), *self.rule.buffers(), *self.updater.tensors()))
 
     def peak_memory(self) -> float | None:
-        """MiB: peak of a step and what lies between steps; of the process that has most. ``None``: it was not measured."""
+        """MiB: peak of a step and what is held between steps; of the process that has most. ``None``: it was not measured."""
         return self.team.world.largest(self.memory.total(self.kept()) or 0.0)[0] or None
 
     def epoch_metrics(self) -> dict[str, float]:
-        """Costs and step metrics of the pass that ended, and the start of the next one's. What was not measured is not there."""
-        at, seconds, processor = self.at, self.clock.tell(), self.clock.tell_processor()
+        """Costs and step metrics of the pass that ended, and the start of the next one's. What was not measured is left out."""
+        at, seconds, processor = self.at, self.clock.report(), self.clock.report_processor()
         spent, samples, steps = seconds - at.epoch_seconds, at.samples - at.epoch_samples, at.step - at.epoch_step
         at.epoch_seconds, at.epoch_samples, at.epoch_step = seconds, at.samples, at.step
         measured = {
@@ -165,11 +165,11 @@ class State:
         }
 
     def costs(self) -> dict[str, float]:
-        """What the run took, for its result. What was not measured is not there."""
+        """What the run took, for its result. What was not measured is left out."""
         self.clock.settle()
-        seconds, parameters = self.clock.tell(), list(self.rule.parameters())
+        seconds, parameters = self.clock.report(), list(self.rule.parameters())
         measured = {
-            "train/processor_seconds": self.clock.tell_processor(),
+            "train/processor_seconds": self.clock.report_processor(),
             "train/samples_per_second": self.at.samples / seconds if seconds and self.at.samples else None,
             "train/peak_memory_mb": self.peak_memory(),
             "load_start": self.load,
@@ -230,7 +230,7 @@ class State:
         self.metrics.load_state_dict(whole if own is None else own["metrics"])
         memory = saved.get("memory") or {"step_bytes": saved["step_bytes"], "seen": {}}  # older checkpoints: no counts
         if own is None and ("ranks" in saved or self.team.world.size > 1):
-            memory = {"step_bytes": memory["step_bytes"], "seen": {}}  # a step is another one now
+            memory = {"step_bytes": memory["step_bytes"], "seen": {}}  # a step is different now
         self.memory.load_state_dict(memory if own is None else own["memory"])
         self.learning.load_state_dict(saved.get("learning"))
         self.calibration = Calibration(**saved["calibration"]) if saved.get("calibration") else None
@@ -251,7 +251,7 @@ class State:
             raise BpfreeError(
                 "the checkpoint's weights do not fit this network", where=place, fix="resume with the same configuration"
             ) from error
-        if self.calibration is not None:  # what was chosen is no part of the training, which may go on
+        if self.calibration is not None:  # what was chosen is no part of the training, which may be resumed
             self.calibration.undo(self.rule)
         self.updater.load_state_dict(self.team.own_optimizers(saved["optimizers"]))
         self._take_generators(saved)

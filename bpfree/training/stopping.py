@@ -38,11 +38,11 @@ class Stop:
             self.reason = reason
 
     def forget(self) -> None:
-        """Nobody has asked."""
+        """Clear the request."""
         self.asked = self.reason = ""
 
     def confer(self, *flags: bool) -> list[bool]:
-        """Tell the other processes, and hear from them; also which of some flags any of them has set."""
+        """Exchange requests with the other processes; also return which of some flags any of them has set."""
         code = REASONS.index(self.asked) if self.asked in REASONS else 1
         highest, *answers = self._world.largest(code, *map(float, flags))
         if highest and not self.reason:

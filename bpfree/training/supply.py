@@ -17,6 +17,7 @@ from bpfree.tasks.task import Split, Task
 from bpfree.training.config import TrainConfig
 from bpfree.training.evaluation import Evaluator
 from bpfree.training.features import FeatureLoader, feature_loader, feature_split
+from bpfree.training.guards import only_read
 from bpfree.training.meters import Clock
 
 __all__ = ["Supply"]
@@ -91,10 +92,11 @@ class Supply:
 
     def _kept(self, phase: Phase, clock: Clock, look: Look) -> Loader:
         raw = self._raw(phase)
-        clock.start()
-        train = self.features(self._evaluator.raw(self._task.train, raw.resident), look)
-        clock.stop()
-        self._evaluator.take_features(train, lambda batches: self.features(batches, look))
+        with only_read(self._rule, "features"):
+            clock.start()
+            train = self.features(self._evaluator.raw(self._task.train, raw.resident), look)
+            clock.stop()
+            self._evaluator.take_features(train, lambda batches: self.features(batches, look))
         return feature_loader(train, self._task.spec, batch_size=raw.batch_size, device=self._device, seed=self._config.seed)
 
     def features(self, batches: Loader, look: Look) -> Split:

@@ -30,7 +30,7 @@ Sums = Mapping[str, list[float]]
 
 
 class Team:
-    """One process, which has all to itself; the others extend it.
+    """One process, which has the whole rule; the other teams extend it.
 
     Args:
         rule: what they train.

@@ -22,13 +22,14 @@ from bpfree.tasks.check import check_fit
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Split, Task
 from bpfree.training import environment, seeds
-from bpfree.training.calibration import NOT_CALIBRATED, calibrated, calibrates
+from bpfree.training.calibration import NOT_CALIBRATED, calibrates
 from bpfree.training.compiling import Compilation
 from bpfree.training.config import TrainConfig
 from bpfree.training.distributed import World
+from bpfree.training.divergence import Diverged, check_losses, check_weights
 from bpfree.training.evaluation import Evaluator, check_protocols
 from bpfree.training.features import FeatureLoader
-from bpfree.training.guards import Values, check_made_to_learn, named_tensors
+from bpfree.training.guards import Values, check_made_to_learn, named_tensors, only_read
 from bpfree.training.hook_watch import HookWatch
 from bpfree.training.limits import Limits
 from bpfree.training.norms import check_batches_of_one
@@ -38,7 +39,8 @@ from bpfree.training.phases import learning
 from bpfree.training.run import ReadOnly, Run, new_run_id
 from bpfree.training.saving import Checkpoints
 from bpfree.training.schedules import CLASSES, check_length, planned_steps
-from bpfree.training.state import State, copied
+from bpfree.training.selection import Selection
+from bpfree.training.state import State
 from bpfree.training.stopping import Stop
 from bpfree.training.supply import Supply
 from bpfree.training.team import make_team
@@ -48,11 +50,14 @@ __all__ = ["Interrupted", "Trainer"]
 logger = logging.getLogger("bpfree")
 
 CONFER_EVERY = 20
-"""Steps between the moments at which several processes ask each other whether to look, save or stop."""
+"""Steps between the moments at which several processes agree whether to report, save or stop."""
+
+PREDICTING = ("predict", "alternatives", "read")
+"""Methods of a rule that an evaluation of its predictions calls."""
 
 
 class Interrupted(BpfreeError):
-    """The run was asked to stop (SIGINT, SIGTERM, ``Trainer.stop``) and has saved a checkpoint to go on from.
+    """The run was asked to stop (SIGINT, SIGTERM, ``Trainer.stop``) and has saved a checkpoint to resume from.
 
     Attributes:
         exit_code: 130 for SIGINT, 143 for SIGTERM, as shells have it.
@@ -60,18 +65,14 @@ class Interrupted(BpfreeError):
 
     def __init__(self, reason: str, folder: Path | None) -> None:
         self.exit_code = 143 if "SIGTERM" in reason else 130
-        super().__init__(reason, fix=f"go on with: bpfree train --resume {folder}" if folder else "")
-
-
-class _Diverged(Exception):
-    """Non-finite loss or weights."""
+        super().__init__(reason, fix=f"resume it with: bpfree train --resume {folder}" if folder else "")
 
 
 class Trainer:
     """Trains a rule on a task.
 
     Where a launcher has started several processes of the same program, each with a trainer, they train together; the first one alone
-    evaluates, tells observers, and writes.
+    evaluates, notifies observers, and writes.
 
     Args:
         rule: with its network; it is moved to the device and trained in place.
@@ -79,7 +80,7 @@ class Trainer:
         config: everything about training.
         folder: where checkpoints go; ``None``: nothing is written.
         observers: objects with lifecycle hooks (``bpfree.hooks``): tracking, progress, diagnostics.
-        run: what observers are told of this run; made from the configuration if ``None``.
+        run: the record that observers see; made from the configuration if ``None``.
         recipe: the nested configuration that rebuilds rule and task, kept in checkpoints.
         augment: augmentations of the training batches.
         data: options of the loaders (``resident``, ``workers``).
@@ -141,7 +142,7 @@ class Trainer:
         """Train until the budget is used, test once, and return the run (its ``status`` may be ``diverged``).
 
         Args:
-            resume: a checkpoint to go on from.
+            resume: a checkpoint to resume from.
 
         Raises:
             Interrupted: after a checkpoint was saved.
@@ -264,17 +265,18 @@ class Trainer:
         metrics = self._state.epoch_metrics()
         last = self._limits.used() >= 1 or self._limits.phase_is_over(phase)
         if phase.evaluate and (last or epoch % self.config.evaluation.every == 0):
-            metrics.update(self._world.from_first(lambda: self._evaluator.validate(epoch)))
+            metrics.update(self._world.from_first(only_read(self.rule, *PREDICTING)(partial(self._evaluator.validate, epoch))))
         self.run.history.append(metrics)
         self._notify("epoch_end", metrics=metrics, rule=self.rule)
-        self._check_finite(metrics)
-        self._keep_best(metrics)
+        check_losses(metrics, self._state.at.step)
+        check_weights(self.rule, epoch)
+        self._selection.keep(metrics)
         every = self.config.checkpoint.every
         if (every and epoch % every == 0) or self._limits.used() >= 1:
             self._save()
 
     def _while_computing_features(self, share: float) -> None:
-        """Show how far it is; weights do not change, so there is nothing to save."""
+        """Show the progress; weights do not change, so there is nothing to save."""
         if self._stop.reason:
             raise Interrupted(self._stop.reason, self.run.folder)
         if time.perf_counter() >= self._next_look:
@@ -296,7 +298,7 @@ class Trainer:
         """Read the step metrics, notice divergence, save if it is time."""
         self._next_look = time.perf_counter() + self.config.log_interval
         means = self._team.joined(self._state.metrics.flush())
-        self._check_losses(means)
+        check_losses(means, self._state.at.step)
         self._notify("progress", metrics=self._standing() | means)
         if self._overdue:
             with self._state.clock.stopped():
@@ -311,12 +313,12 @@ class Trainer:
         self._observers.notify(hook, **{name: ReadOnly(given) if name == "metrics" else given for name, given in arguments.items()})
 
     def _notify_end(self) -> None:
-        """Tell how the run ended; it has failed if an observer refuses it, or has changed something, even then."""
+        """Notify observers of the end; the run has failed if one refuses it, or changes something, even then."""
         try:
             self._notify("run_end")
         except BpfreeError as error:
             self.run.status, self.run.reason = "failed", error.what
-            self._observers.tell_again("run_end")
+            self._observers.notify_again("run_end")
             raise
 
     # --- begin and end ----------------------------------------------------------------------------------------------
@@ -342,7 +344,7 @@ class Trainer:
                     self._state.begin()
                 yield saved
                 run.status = "finished"
-            except _Diverged as error:
+            except Diverged as error:
                 run.status, run.reason = "diverged", str(error)
                 run.result.update(self._state.costs())
             except Interrupted as error:
@@ -370,6 +372,7 @@ class Trainer:
             self.rule.freeze_features()
         self._state = State(self.rule, self.config, self.device, self._team)
         self._checkpoints = Checkpoints(self.run, self.rule, self.task, self.config, self.budget, self.recipe, self._state)
+        self._selection = Selection(self.run, self.rule, self.task, self.config, self._state, self._checkpoints)
         self._evaluator = Evaluator(self.rule, self.task, self.config, self.device, self._data)
         self._supply = Supply(
             self.rule,
@@ -390,7 +393,7 @@ class Trainer:
         return None if resume is None else self._checkpoints.read(Path(resume), self.device)
 
     def _enter(self, index: int, phase: Phase, saved: Mapping[str, Any] | None) -> None:
-        """Make the phase's parameters and optimiser; a resumed run replays the phases that it has behind it."""
+        """Make the phase's parameters and optimiser; a resumed run replays the phases that are over."""
         state = self._state
         if saved is not None and not state.restored and index >= saved["phases_begun"]:  # it had ended between two phases
             state.take_weights(saved["weights"], saved["training"])
@@ -421,29 +424,13 @@ class Trainer:
         state.learning.end_run(steps=state.at.step, gradients=state.updater.received)
         if self._checkpoints.saved_epoch != state.at.epoch:
             self._save()
-        self._select_and_calibrate()
-        tested = self._world.from_first(self._evaluator.test)
+        self._selection.take(self._save)
+        tested = self._world.from_first(only_read(self.rule, *PREDICTING)(self._evaluator.test))
         self.run.result.update(tested | state.costs() | self._compiled.costs())
-        self._check_losses(tested)
+        check_losses(tested, state.at.step)
         protocols = partial(self._evaluator.protocols, self._trained_features, self._supply.resident)
-        self.run.result.update(self._world.from_first(protocols))
+        self.run.result.update(self._world.from_first(only_read(self.rule, "features")(protocols)))
         self._evaluator.keep_predictions(self.run.folder)
-
-    def _select_and_calibrate(self) -> None:
-        """Take the selected weights; what the rule chooses with them on the validation split is saved beside them."""
-        state, best, last = self._state, self.config.select == "best-val", None
-        chooses = calibrates(self.rule) and self.task.validation is not None
-        if best and chooses:  # from which training may go on
-            last = {name: value.detach().clone() for name, value in state.team.weights().items()}
-        if best:
-            self._take_best()
-        if chooses:
-            state.calibration = calibrated(state, self.task, self.config)
-            if last is not None:
-                self._checkpoints.save_selected(copied(self.rule), state.best[0] if state.best else math.nan)
-                state.calibration.before = {}
-            self._save(last)
-            self.run.result.update(state.calibration.result())
 
     def _trained_features(self, batches: Loader) -> Split:
         """A split's features once the rule is trained, unless the run is asked to stop."""
@@ -453,44 +440,6 @@ class Trainer:
                 raise BpfreeError(f"{self._stop.asked}; bpfree evaluate computes them")
 
         return self._supply.features(batches, look)
-
-    def _take_best(self) -> None:
-        if self._state.best is None:
-            logger.warning("nothing was evaluated on validation, so the last weights are tested")
-            return
-        score, weights = self._state.best
-        if weights.keys() != self.rule.state_dict().keys():
-            raise BpfreeError("the best epoch came before the network grew, so its weights do not fit", where="select", fix="select=last")
-        self.rule.load_state_dict(weights)
-        accuracy = self.task.spec.targets in ("classes", "soft")  # losses may be negative, so that no sign tells them apart
-        self.run.result["val/accuracy_selected" if accuracy else "val/loss_selected"] = score if accuracy else -score
-
-    # --- trouble ----------------------------------------------------------------------------------------------------
-
-    def _check_losses(self, means: Mapping[str, float]) -> None:
-        for name, value in means.items():
-            if name.endswith("loss") and not math.isfinite(value):
-                raise _Diverged(f"{name} is {value} at step {self._state.at.step}")
-
-    def _check_finite(self, metrics: Mapping[str, float]) -> None:
-        self._check_losses(metrics)
-        weights = [p.detach() for p in self.rule.parameters() if p.is_floating_point()]
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(weights, math.inf)])
-        if not bool(torch.isfinite(norms).all()):
-            name = next(name for name, p in self.rule.named_parameters() if not bool(torch.isfinite(p).all()))
-            raise _Diverged(f"the weights {name} are not finite after epoch {self._state.at.epoch}")
-
-    # --- checkpoints ------------------------------------------------------------------------------------------------
-
-    def _keep_best(self, metrics: Mapping[str, float]) -> None:
-        accuracy = self.task.spec.targets in ("classes", "soft")
-        score = metrics.get("val/accuracy" if accuracy else "val/loss", math.nan) * (1 if accuracy else -1)
-        best = self._state.best
-        if self.config.select != "best-val" or not math.isfinite(score) or (best is not None and score <= best[0]):
-            return
-        weights = copied(self.rule)
-        self._state.best = (score, weights)
-        self._checkpoints.save_selected(weights, score)
 
     def _save(self, weights: Mapping[str, Any] | None = None) -> None:
         self._state.learning.look(steps=self._state.at.step)

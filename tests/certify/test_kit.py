@@ -58,6 +58,37 @@ def test_label_isolation_reproducibility_traits_and_restored_state_cannot_be_wai
     assert len({check.id for check in CHECKS}) == len(CHECKS)
 
 
+def test_instances_share_no_configuration_though_a_recipe_is_resolved_once() -> None:
+    """Oracle: a subject that has resolved nothing yet."""
+
+    @dataclasses.dataclass
+    class Options:
+        rates: list[float] = dataclasses.field(default_factory=lambda: [0.1])
+
+    class Writes(DFA):
+        Config = Options
+
+    subject = Subject(Writes)
+    first = subject.resolve({"rule.rates": [0.2]})
+    first.options["rule"].rates.append(0.3)
+    again = subject.resolve({"rule.rates": [0.2]})
+    assert again.options["rule"].rates == Subject(Writes).resolve({"rule.rates": [0.2]}).options["rule"].rates == [0.2]
+    assert subject.resolve({}).options["rule"].rates == [0.1]
+
+
+def test_a_rule_that_takes_no_specimen_cannot_be_certified() -> None:
+    """Oracle: the reason that the rule itself gives."""
+
+    class TakesNone(DFA):
+        def __init__(self, *arguments: Any) -> None:
+            raise UsageError("only on Sundays")
+
+    subject = Subject(TakesNone)
+    assert subject.kinds() == []
+    with pytest.raises(BpfreeError, match=r"no small instance of 'TakesNone' can be built.*only on Sundays"):
+        subject.kind()
+
+
 def test_what_a_check_raises_becomes_a_finding() -> None:
     m = Measurements(Subject(DFA))
 

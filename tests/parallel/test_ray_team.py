@@ -68,7 +68,7 @@ def test_others_have_a_moment_when_one_has_failed(tmp_path: Path, monkeypatch: p
         ray_team._wait(Cluster(), [None, (None, 1, "its disk is full")], order(tmp_path))
 
 
-@pytest.mark.parametrize(("checkpoint", "words"), [(True, "bpfree train --resume"), (False, "train anew")])
+@pytest.mark.parametrize(("checkpoint", "words"), [(True, "bpfree train --resume"), (False, "start it again")])
 def test_a_process_that_died(tmp_path: Path, checkpoint: bool, words: str) -> None:
     """Ray says so by an exception of its own."""
     made = order(tmp_path, checkpoint=checkpoint)

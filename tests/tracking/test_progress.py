@@ -80,7 +80,7 @@ def test_interrupted_says_how_to_go_on(new_run):
     run = new_run("my run", total_epochs=9, reason="stopped by SIGINT")
     train(run, ProgressDisplay(stream=stream), 2, status="interrupted")
     assert stream.getvalue().endswith(
-        f"my run: interrupted after epoch 2: stopped by SIGINT\n  go on with: bpfree train --resume '{run.folder}'\n"
+        f"my run: interrupted after epoch 2: stopped by SIGINT\n  resume it with: bpfree train --resume '{run.folder}'\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""How a step behaves: what it leaves behind, whether it waits for the device, and whether it teaches anything."""
+"""How a step behaves: what it leaves behind, whether it waits for the device, and whether it changes any weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["CHECKS"]
 
 STEPS, WINDOW = 200, 5
 WINDOWS = (50, 100)
-"""First steps of the windows: what is left of both at the last step was piled up, and not made once."""
+"""First steps of the windows: what is left of both at the last step has accumulated, and was not made once."""
 CONTAINERS = (dict, list, tuple, set, deque)
 WARM = 2
 """Steps of a phase that may set things up."""
@@ -236,7 +236,7 @@ def memory_constant(m: Measurements) -> str | None:
         if turn in (*WINDOWS, STEPS - 1):
             sizes[turn] = _sizes(rule)
         if turn == STEPS - 1:
-            gc.collect()  # cycles that wait for it do not pile up
+            gc.collect()  # so that unreachable cycles do not count
             _no_survivors(rule, [births.alive() for births in windows.values()], loop.step.phase.name)
             _no_piles([sizes[at] for at in sorted(sizes)], loop.step.phase.name)
     return None

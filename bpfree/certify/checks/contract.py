@@ -1,4 +1,4 @@
-"""What a rule promises by being one: its configuration, the networks it takes, batches of any shape, bf16, and that NaN is reported."""
+"""What every rule promises: its configuration, the networks it takes, batches of any shape, bf16, and that NaN is reported."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _through_yaml(subject: Subject) -> None:
     key = _first_difference(saved, again)
     if key:
         raise CheckFailed(
-            f"the configuration is another one when written as YAML and read again: {key}",
+            f"the configuration changes when it is written as YAML and read again: {key}",
             where=_where(subject),
             fix="let Config hold what it was given, and derive other values in the rule",
         )
@@ -95,7 +95,7 @@ def _into_the_rule(m: Measurements) -> None:
         raise CheckFailed(
             f"the rule does not keep the configuration it was given: rule.{key}",
             where=place_of(subject.rule, "__init__"),
-            fix="leave self.config as it is: it is what checkpoints and tables record",
+            fix="do not change self.config: it is what checkpoints and tables record",
         )
 
 
@@ -105,7 +105,7 @@ def _refuses_unknown_keys(subject: Subject) -> None:
     except UsageError:
         return
     raise CheckFailed(
-        "an unknown option, rule.no_such_option, is taken without a word",
+        "an unknown option, rule.no_such_option, is accepted without an error",
         where=_where(subject),
         fix="make Config a dataclass with a field for each option",
     )
@@ -181,7 +181,7 @@ def _judge(rule: Rule, before: list[Tensor], offer: Offer, fix: str) -> None:
     if names:
         raise CheckFailed(f"on {offer.name} weights are not finite after two steps: {names[0]}", where=where, fix=fix)
     if len(after) == len(before) and all(torch.equal(a, b) for a, b in zip(after, before, strict=True)):
-        raise CheckFailed(f"on {offer.name} nothing is learned, and nothing is said", where=where, fix=fix)
+        raise CheckFailed(f"on {offer.name} nothing is learned, and no error is raised", where=where, fix=fix)
 
 
 # --- batches --------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class _Draws(TorchDispatchMode):
 
 
 class _Lines:
-    """Follows the lines of the rule's own source, and notes those after which Python's or numpy's generator is another."""
+    """Follows the lines of the rule's own source, and notes those after which Python's or numpy's generator has changed."""
 
     def __init__(self, rule: type[Rule], found: list[str]) -> None:
         self._rule, self._found = rule, found
@@ -85,5 +85,5 @@ def first_draw(rule: type[Rule], call: Callable[[], object]) -> str | None:
     draws = _Draws(rule)
     with _Lines(rule, draws.found).followed(), draws:
         call()
-        call()  # normal numbers are made in pairs: every other call may have one in hand
+        call()  # normal numbers are made in pairs: every other call may use the second one of a pair
     return next(iter(draws.found), None)

@@ -96,7 +96,7 @@ def _integers(noise: FrozenNoise, func: Callable[..., Any], args: tuple[Any, ...
 
 
 def _multinomial(noise: FrozenNoise, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """By the largest of log probabilities with Gumbel noise; several draws with replacement, one after the other."""
+    """By the largest of log probabilities with Gumbel noise; several draws are with replacement, one after the other."""
     weights = kwargs.get("input", args[0] if args else None)
     count = int(kwargs.get("num_samples", args[1] if len(args) > 1 else 1))
     again = bool(kwargs.get("replacement", args[2] if len(args) > 2 else False))

@@ -39,7 +39,7 @@ PERMUTATIONS, STANDARD_ERRORS = 3, 4
 
 @dataclass(frozen=True)
 class Recorder(TaskSpec):
-    """A task's spec that keeps the scores which are held against targets; no frame is added between evaluation and rule."""
+    """A task's spec that keeps the scores that are compared with targets; no frame is added between evaluation and rule."""
 
     scores: list[Tensor] = field(default_factory=list, compare=False)
 
@@ -49,13 +49,13 @@ class Recorder(TaskSpec):
 
 
 def _evaluations(task: Task) -> list[Split]:
-    """Splits whose labels nobody may see: the task's, and those it was cut from."""
+    """Splits whose labels the rule may not see: the task's, and those it was cut from."""
     return [split for whole in (task, practice.digits()) for split in (whole.validation, whole.test) if split is not None]
 
 
 @contextmanager
 def _permuted(splits: list[Split]) -> Iterator[None]:
-    """Other labels in the same memory, so that whoever has found the tensors finds other labels in them."""
+    """Other labels in the same memory, so that a rule that has found the tensors finds other labels in them."""
     saved = [(split.targets, split.targets.clone()) for split in splits if split.targets is not None]
     try:
         for targets, true in saved:
@@ -132,7 +132,7 @@ def labels_unseen(m: Measurements) -> str | None:
     """Predictions with the labels of the evaluation permuted: after training, and before the rule was built."""
     seed = secrets.randbits(62)
     true = _in_this_world(m, seed)
-    gc.collect()  # so that nobody finds the other world's task
+    gc.collect()  # so that the rule cannot find the other world's task
     if not _same(true, _in_other_world(m, seed)):
         raise CheckFailed(
             "predictions differ if the labels of the evaluation splits were permuted before the rule was built: it has kept them",

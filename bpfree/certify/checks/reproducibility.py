@@ -149,7 +149,7 @@ def _compare(m: Measurements, weights: dict[str, Tensor], loss: float, place: st
         difference = f"the test loss, {resumed[1]:.6g} and not {loss:.6g}"
     if difference:
         raise CheckFailed(
-            f"a run that was interrupted {place} and resumed ends with another {difference}",
+            f"a run that was interrupted {place} and resumed ends with a different {difference}",
             where=_attributes(m) or place_of(m.subject.rule, "learn"),
             fix="keep what must outlive a step in a buffer or parameter (made in __init__ or start_phase), which checkpoints hold",
         )
@@ -190,7 +190,7 @@ def two_instances(m: Measurements) -> str | None:
     difference = _difference(alone, _weights(one.rule))
     if difference:
         raise CheckFailed(
-            f"an instance that learns beside another one of its class ends with another {difference}",
+            f"an instance that learns beside another one of its class ends with a different {difference}",
             where=_shared(type(one.rule)) or place_of(type(one.rule), "learn"),
             fix="make it in __init__, as a buffer of each instance",
         )
@@ -268,7 +268,7 @@ def caller_state(m: Measurements) -> str | None:
     left = [name for name, value in before.items() if after[name] != value]
     if left:
         raise CheckFailed(
-            f"after a run the caller's state is another one: {', '.join(left)}",
+            f"a run leaves the caller's state changed: {', '.join(left)}",
             where=place_of(type(trainer.rule), "learn"),
             fix="change settings of the process in a with block only, which puts them back",
         )

@@ -45,7 +45,7 @@ def _offending(matrix: Matrix, declared: str) -> tuple[str, str] | None:
 
 
 def _place(m: Measurements, kind: str, pair: tuple[str, str] | None, matrix: Matrix) -> str:
-    """Where the trait is stated, and where the offence is: phase, and the reverse-mode call that crosses both blocks, if there is one."""
+    """Where the trait is stated, and where it does not hold: phase, and the reverse-mode call that crosses both blocks, if there is one."""
     parts = [_declaration(m)]
     if pair:
         parts.append(f"update of {pair[0]!r} with {pair[1]!r} in phase {matrix.moments[pair[0]][pair[1]]!r} on {matrix.specimen}")
@@ -133,7 +133,7 @@ def _span_word(span: int, m: Measurements, kind: str) -> str:
 
 
 def _supervision(m: Measurements) -> str | None:
-    """Whose updates change with the labels: nobody's, the readout's, or others' too."""
+    """Which updates change with the labels: none, the readout's, or others too."""
     changing = [name for name, changes in m.label_sensitive.items() if changes]
     readout = m.build().network.readout
     measured = "none" if not changing else "readout" if changing == [readout] else "labels"

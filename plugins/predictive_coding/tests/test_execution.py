@@ -13,11 +13,14 @@ from bpfree_predictive_coding.layers import Residual, Scaled
 from pc_oracles import DEVICE, gradients_of
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.testing import assert_close
 
 from bpfree import Network
 from bpfree.network.trace import run_block
 
 VECTOR, SIGNAL, PICTURE = (6,), (4, 9), (4, 9, 7)
+EXACTLY = {"rtol": 1e-10, "atol": 1e-13}
+"""Rounding of float64."""
 
 
 def conv(channels: int = 4, out: int = 6, **options: Any) -> nn.Conv2d:
@@ -93,10 +96,6 @@ def made(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     return block, x, torch.randn_like(block(x)).detach()
 
 
-def close(ours: Tensor, exact: Tensor) -> None:
-    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-13)
-
-
 def no_autograd(*args: Any, **kwargs: Any) -> None:
     raise AssertionError("reverse mode was called")
 
@@ -118,17 +117,17 @@ def test_known_layers_in_closed_form(name: str, monkeypatch: pytest.MonkeyPatch)
         execution = ClosedForm(layers, x)
         for _ in range(2):
             pulled = execution.pull(signal)
-            close(pulled, exact[0])
+            assert_close(pulled, exact[0], **EXACTLY)
             assert not pulled.requires_grad  # though gradients are enabled here
         execution.backward(signal)
         again = ClosedForm(layers, x)
         again.backward(signal)
-    close(execution.output, output)
+    assert_close(execution.output, output, **EXACTLY)
     assert not execution.output.requires_grad
     found = gradients_of(block)
     assert found.keys() == parameters.keys()
     for key, value in zip(parameters, exact[1:], strict=True):
-        close(found[key], 2 * value)
+        assert_close(found[key], 2 * value, **EXACTLY)
         assert not found[key].requires_grad
 
 
@@ -138,21 +137,22 @@ def test_the_generic_way_is_the_same(name: str) -> None:
     block, x, signal = made(name)
     closed = ClosedForm(known_layers(block) or [], x)
     traced = Traced(run_block(1, name, block, x, input_grad=True))
-    close(traced.output, closed.output)
+    assert_close(traced.output, closed.output, **EXACTLY)
     assert not traced.output.requires_grad
     for _ in range(2):
-        close(traced.pull(signal), closed.pull(signal))
+        assert_close(traced.pull(signal), closed.pull(signal), **EXACTLY)
     closed.backward(signal)
     ours = gradients_of(block)
     block.zero_grad()
     traced.backward(signal)
     assert gradients_of(block).keys() == ours.keys()
     for key, value in gradients_of(block).items():
-        close(ours[key], value)
+        assert_close(ours[key], value, **EXACTLY)
     block.zero_grad()
     Traced(run_block(0, name, block, x)).backward(signal)
+    assert gradients_of(block).keys() == ours.keys()
     for key, value in gradients_of(block).items():
-        close(ours[key], value)
+        assert_close(ours[key], value, **EXACTLY)
 
 
 def test_kinks_are_taken_as_autograd_takes_them() -> None:
@@ -167,11 +167,11 @@ def test_kinks_are_taken_as_autograd_takes_them() -> None:
         x = torch.full((2, 3), value, dtype=torch.float64, device=DEVICE, requires_grad=True)
         signal = torch.rand_like(x)
         exact = torch.autograd.grad(layer(x), x, signal)[0]
-        close(ClosedForm([layer], x.detach()).pull(signal), exact)
+        assert_close(ClosedForm([layer], x.detach()).pull(signal), exact, **EXACTLY)
     x = torch.ones(2, 3, 4, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
     pool = nn.MaxPool2d(3, stride=1)
     signal = torch.rand(2, 3, 2, 2, dtype=torch.float64, device=DEVICE)
-    close(ClosedForm([pool], x.detach()).pull(signal), torch.autograd.grad(pool(x), x, signal)[0])
+    assert_close(ClosedForm([pool], x.detach()).pull(signal), torch.autograd.grad(pool(x), x, signal)[0], **EXACTLY)
 
 
 def test_memory_formats_do_not_matter() -> None:
@@ -180,7 +180,7 @@ def test_memory_formats_do_not_matter() -> None:
         block, x, signal = made(name)
         execution = ClosedForm(known_layers(block) or [], x)
         other = signal.to(memory_format=torch.channels_last)
-        close(execution.pull(other), execution.pull(signal))
+        assert_close(execution.pull(other), execution.pull(signal), **EXACTLY)
         assert not other.is_contiguous()
 
 
@@ -262,12 +262,12 @@ def test_what_is_not_known_goes_the_generic_way(name: str) -> None:
     exact = torch.autograd.grad(output, [source, *block.parameters()], signal)
     with torch.no_grad():
         execution = execute(1, x)
-        close(execution.output, output)
-        close(execution.pull(signal), exact[0])
+        assert_close(execution.output, output, **EXACTLY)
+        assert_close(execution.pull(signal), exact[0], **EXACTLY)
         execution.backward(signal)
     for p, value in zip(block.parameters(), exact[1:], strict=True):
         assert p.grad is not None
-        close(p.grad, value)
+        assert_close(p.grad, value, **EXACTLY)
 
 
 def test_more_that_is_not_known() -> None:

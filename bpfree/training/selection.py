@@ -1,0 +1,79 @@
+"""Which weights of a run are tested: those of the best epoch on validation or the last, and what the rule calibrates with them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bpfree.errors import BpfreeError
+from bpfree.rule import Rule
+from bpfree.tasks.task import Task
+from bpfree.training.calibration import calibrated, calibrates
+from bpfree.training.config import TrainConfig
+from bpfree.training.run import Run
+from bpfree.training.saving import Checkpoints
+from bpfree.training.state import State, copied
+
+__all__ = ["Selection"]
+
+logger = logging.getLogger("bpfree")
+
+
+class Selection:
+    """Keeps the best weights of a run during training, and puts the selected ones into the rule afterwards.
+
+    Args:
+        run, rule, task, config: the trainer's own.
+        state: of the run; holds the best score and weights, so that checkpoints have them.
+        checkpoints: of the run.
+    """
+
+    def __init__(self, run: Run, rule: Rule, task: Task, config: TrainConfig, state: State, checkpoints: Checkpoints) -> None:
+        self._run, self._rule, self._task, self._config, self._state, self._checkpoints = run, rule, task, config, state, checkpoints
+        self._by_accuracy = task.spec.targets in ("classes", "soft")  # losses may be negative, so the sign does not distinguish them
+
+    def keep(self, metrics: Mapping[str, float]) -> None:
+        """Keep the present weights if they are the best on validation so far, and such are selected.
+
+        Args:
+            metrics: of the epoch that has ended, with ``val/accuracy`` or ``val/loss`` where it was evaluated.
+        """
+        score = metrics.get("val/accuracy", math.nan) if self._by_accuracy else -metrics.get("val/loss", math.nan)
+        best = self._state.best
+        if self._config.select != "best-val" or not math.isfinite(score) or (best is not None and score <= best[0]):
+            return
+        weights = copied(self._rule)
+        self._state.best = (score, weights)
+        self._checkpoints.save_selected(weights, score)
+
+    def take(self, save: Callable[[Mapping[str, Any] | None], None]) -> None:
+        """Put the selected weights into the rule, and let it calibrate with them where it can.
+
+        Args:
+            save: writes a checkpoint with the given weights, or the rule's for ``None``; called after a calibration.
+        """
+        state, best, last = self._state, self._config.select == "best-val", None
+        chooses = calibrates(self._rule) and self._task.validation is not None
+        if best and chooses:  # training may resume from these
+            last = {name: value.detach().clone() for name, value in state.team.weights().items()}
+        if best:
+            self._take_best()
+        if chooses:
+            state.calibration = calibrated(state, self._task, self._config)
+            if last is not None:
+                self._checkpoints.save_selected(copied(self._rule), state.best[0] if state.best else math.nan)
+                state.calibration.before = {}
+            save(last)
+            self._run.result.update(state.calibration.result())
+
+    def _take_best(self) -> None:
+        if self._state.best is None:
+            logger.warning("nothing was evaluated on validation, so the last weights are tested")
+            return
+        score, weights = self._state.best
+        if weights.keys() != self._rule.state_dict().keys():
+            raise BpfreeError("the best epoch came before the network grew, so its weights do not fit", where="select", fix="select=last")
+        self._rule.load_state_dict(weights)
+        self._run.result["val/accuracy_selected" if self._by_accuracy else "val/loss_selected"] = score if self._by_accuracy else -score
