@@ -21,7 +21,8 @@ from bpfree.study.state import Outcome, State
 from bpfree.tracking.store import Store
 
 COMMON = (
-    "title: T\nsettings: {task: digits, device: cpu, tracking.system: false, network.width: 16, budget.epochs: 1}\nseeds: 2\nrules: [dfa]\n"
+    "title: T\nsettings: {task: digits, device: cpu, tracking.system: false, network.width: 16, budget.epochs: 1}\nseeds: 2\n"
+    "floor: false\nprobe: false\nrules: [dfa]\n"
 )
 TUNE = "tune: {trials: 1, space: {optimizer.lr: {low: 1e-4, high: 0.1, log: true}}}\n"
 

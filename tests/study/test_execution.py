@@ -24,6 +24,7 @@ from bpfree.study.executors import Pool
 from bpfree.study.presence import present
 
 COMMON = "settings: {task: digits, device: cpu, network.width: 16}\n"
+BARE = COMMON + "floor: false\nprobe: false\n"
 PLUGIN = '''
 import os
 import signal
@@ -87,7 +88,7 @@ def assert_same(one: Path, other: Path) -> None:
         assert all(torch.equal(mine[key], yours[key]) for key in yours)
 
 
-FOUR = f"title: Four\n{COMMON}seeds: 2\nrules: [dfa, backprop]\n"
+FOUR = f"title: Four\n{BARE}seeds: 2\nrules: [dfa, backprop]\n"
 
 
 def test_a_pool_gives_the_same_numbers_and_marks_its_timings(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +125,7 @@ def test_cells_that_run_at_the_same_time_are_counted_and_dead_ones_are_not(tmp_p
 
 
 def test_a_cell_that_takes_its_worker_with_it_goes_on_in_another(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = study(f"title: Dying\n{COMMON}seeds: 1\nrules: [dying, dfa]\n")
+    name = study(f"title: Dying\n{BARE}seeds: 1\nrules: [dying, dfa]\n")
     words = ("budget.epochs=3", "tracking.enabled=false")
     Path("lives").write_text("0")
     assert call("study", "run", name, *words, "output=undisturbed", "--quiet") == 0
@@ -135,7 +136,7 @@ def test_a_cell_that_takes_its_worker_with_it_goes_on_in_another(site: Path, cap
 
 
 def test_a_cell_that_kills_its_worker_again_and_again_has_failed(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = study(f"title: Dying\n{COMMON}seeds: 1\nrules: [dying, dfa]\n")
+    name = study(f"title: Dying\n{BARE}seeds: 1\nrules: [dying, dfa]\n")
     words = ("budget.epochs=3", "tracking.enabled=false", "--quiet", "--jobs", "2", "checkpoint.every=0")
     Path("lives").write_text("9")
     assert call("study", "run", name, *words) == 1
@@ -173,7 +174,7 @@ def test_a_cell_whose_time_is_up_is_a_row_and_goes_on_with_more_of_it(
     monkeypatch.setattr(worker, "time", time)  # back again at the end
     (site / "site" / "troubled" / "__init__.py").write_text(LATE)
     Path("late").touch()
-    name = study(f"title: Slow\n{COMMON}seeds: 1\ntimeout: 50000\nrules: [dfa, slow]\n")
+    name = study(f"title: Slow\n{BARE}seeds: 1\ntimeout: 50000\nrules: [dfa, slow]\n")
     words = ("budget.epochs=2", "tracking.enabled=false", "--quiet", "--jobs", jobs)
     assert call("study", "run", name, *words) == 1
     known = {outcome["row"]: (outcome["status"], outcome["reason"]) for outcome in outcomes()}
@@ -205,7 +206,7 @@ def test_a_worker_that_hangs_is_killed(site: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(executors, "time", Late())
     (site / "site" / "troubled" / "__init__.py").write_text(PLUGIN.replace("time.sleep(0.05)", "time.sleep(600)"))
-    name = study(f"title: Slow\n{COMMON}seeds: 1\nrules: [slow, dfa]\n")
+    name = study(f"title: Slow\n{BARE}seeds: 1\nrules: [slow, dfa]\n")
     assert call("study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--quiet", "--jobs", "2", "--timeout", "50000") == 1
     known = {outcome["row"]: (outcome["status"], outcome["reason"]) for outcome in outcomes()}
     assert known == {"slow": ("timeout", "killed: it did not stop after its 50000 s"), "dfa": ("finished", "")}
@@ -223,7 +224,7 @@ def wait_for(condition: object, seconds: float = 60) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_pool_saves_what_it_does_and_leaves_nobody_behind(site: Path, number: signal.Signals) -> None:
-    name = study(f"title: Slow\n{COMMON}seeds: 2\nrules: [slow]\n")
+    name = study(f"title: Slow\n{BARE}seeds: 2\nrules: [slow]\n")
     words = ("study", "run", name, "budget.epochs=2", "tracking.enabled=false", "--jobs", "2")
     process = spawn(*words, PYTHONPATH=str(site / "site"))
     wait_for(lambda: len(list(Path("runs").glob("slow-*/metrics.jsonl"))) == 2)
@@ -240,7 +241,7 @@ def test_an_interrupted_pool_saves_what_it_does_and_leaves_nobody_behind(site: P
 
 
 def test_workers_do_not_outlive_a_killed_study(site: Path) -> None:
-    name = study(f"title: Slow\n{COMMON}seeds: 2\nrules: [slow]\n")
+    name = study(f"title: Slow\n{BARE}seeds: 2\nrules: [slow]\n")
     process = spawn("study", "run", name, "budget.epochs=9", "tracking.enabled=false", "--jobs", "2", PYTHONPATH=str(site / "site"))
     wait_for(lambda: len(list(Path("runs").glob("slow-*/metrics.jsonl"))) == 2)
     workers = psutil.Process(process.pid).children()
@@ -250,6 +251,7 @@ def test_workers_do_not_outlive_a_killed_study(site: Path) -> None:
     assert (len(gone), alive) == (2, [])
 
 
+@pytest.mark.slow
 def test_a_study_killed_ten_times_ends_like_one_that_was_not(workplace: Path) -> None:
     """SIGKILL at random moments; the whole process group with its workers, or the parent alone."""
     name = study(f"title: Killed\n{COMMON}seeds: 2\ntasks: [digits]\nrules: [dfa, backprop, noprop-dt]\n")
@@ -414,6 +416,6 @@ def test_what_runs_is_said_from_time_to_time(site: Path, capsys: pytest.CaptureF
     from bpfree.cli import study_progress
 
     monkeypatch.setattr(study_progress, "SILENCE", 0.0)
-    name = study(f"title: Slow\n{COMMON}seeds: 2\nrules: [slow]\n")
+    name = study(f"title: Slow\n{BARE}seeds: 2\nrules: [slow]\n")
     assert call("study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--jobs", "2") == 0
     assert "running: slow seed 0 (epoch 0 of 1), slow seed 1 (epoch 0 of 1)" in capsys.readouterr().err

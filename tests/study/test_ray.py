@@ -49,6 +49,8 @@ STUDY = """
 title: Watched
 settings: {task: digits, device: cpu, network.width: 16, budget.epochs: 4}
 seeds: 2
+floor: false
+probe: false
 rules: [watched, dfa]
 """
 
@@ -68,6 +70,7 @@ def seen(folder: Path) -> set[int]:
     return {int(path.name.split("-")[0]) for path in (folder / "seen").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_cluster_of_two_workers_one_of_which_is_killed_loses_nothing(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("watched.yaml").write_text(STUDY)
     assert call("study", "run", "watched.yaml", "output=undisturbed/runs", "--quiet") == 0

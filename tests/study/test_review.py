@@ -31,7 +31,10 @@ from bpfree.study.state import Outcome, State
 from bpfree.study.worker import Job, Tasks, Watch, Worker
 from bpfree.training.run import Run
 
-COMMON = "title: T\nsettings: {task: digits, device: cpu, tracking.enabled: false, network.width: 16, budget.epochs: 1}\nseeds: 2\n"
+COMMON = (
+    "title: T\nsettings: {task: digits, device: cpu, tracking.enabled: false, network.width: 16, budget.epochs: 1}\nseeds: 2\n"
+    "floor: false\nprobe: false\n"
+)
 TUNED = COMMON + "rules: [dfa]\ntune: {trials: 3, space: {optimizer.lr: {low: 1e-4, high: 0.1, log: true}}}\n"
 
 

@@ -64,6 +64,7 @@ def bpfree_studies():
     return {"theirs": Path(__file__).parent / "theirs.yaml", "broken": Path(__file__).parent / "none.yaml"}
 '''
 COMMON = "settings: {task: digits, threads: 1, device: cpu, tracking.enabled: false, network.width: 16}\n"
+BARE = COMMON + "floor: false\nprobe: false\n"
 TABLE = f"""
 title: Two by two
 paper: "Someone, Table 1"
@@ -87,7 +88,7 @@ def site(workplace: Path) -> Iterator[Path]:
     """A folder on the path with the distribution `bpfree-troubled`; its package is `troubled`."""
     folder = workplace / "site"
     with plugin_on_path(folder, "troubled", PLUGIN):
-        theirs = f"title: Theirs\n{COMMON}rows: [{{label: one, settings: {{rule: stopping}}}}]\n"
+        theirs = f"title: Theirs\n{BARE}rows: [{{label: one, settings: {{rule: stopping}}}}]\n"
         (folder / "troubled" / "theirs.yaml").write_text(theirs)
         yield folder
 
@@ -216,7 +217,7 @@ def test_listing_and_showing(site: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 TROUBLE = f"""
 title: Trouble
-{COMMON}
+{BARE}
 seeds: 1
 rows:
   - {{label: crash, settings: {{rule: crashing}}}}
@@ -261,7 +262,7 @@ def test_a_cell_that_cannot_begin_is_tried_again(
         raise BpfreeError("the data are not there", where="data.root")
 
     monkeypatch.setattr(Recipe, "build_task", away)
-    name = study(f"title: Away\n{COMMON}seeds: 2\nrows: [{{label: one, settings: {{rule: dfa, budget.epochs: 1}}}}]\n")
+    name = study(f"title: Away\n{BARE}seeds: 2\nrows: [{{label: one, settings: {{rule: dfa, budget.epochs: 1}}}}]\n")
     assert call("study", "run", name, "--quiet") == 1
     assert "refused: the data are not there (data.root)" in capsys.readouterr().out
     assert tried == ["digits"]  # one set is asked for once
@@ -271,7 +272,7 @@ def test_a_cell_that_cannot_begin_is_tried_again(
     assert len(runs()) == 2
 
 
-STOPPING = f"title: Stopping\n{COMMON}seeds: 2\nrows: [{{label: stop, settings: {{rule: stopping, budget.epochs: 3}}}}]\n"
+STOPPING = f"title: Stopping\n{BARE}seeds: 2\nrows: [{{label: stop, settings: {{rule: stopping, budget.epochs: 3}}}}]\n"
 
 
 @pytest.mark.parametrize("status", ["interrupted", "running"])
@@ -302,7 +303,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(site: Path, capsys: pyt
 
 
 def test_a_run_that_finished_before_it_was_noted_is_not_tested_again(workplace: Path) -> None:
-    name = study(f"title: One\n{COMMON}seeds: 1\nrows: [{{label: one, settings: {{rule: dfa, budget.epochs: 1}}}}]\n")
+    name = study(f"title: One\n{BARE}seeds: 1\nrows: [{{label: one, settings: {{rule: dfa, budget.epochs: 1}}}}]\n")
     assert call("study", "run", name, "--quiet") == 0
     (known,) = outcomes()
     State(Path("runs"), "table").path_of(str(known["cell"])).write_text(
@@ -322,7 +323,7 @@ def test_an_interruption_between_training_and_the_last_number_loses_neither(work
         raise KeyboardInterrupt
 
     row = "{label: one, settings: {rule: dfa, budget.epochs: 1}, published: {train/error: 1}}"
-    name = study(f"title: One\n{COMMON}seeds: 1\nrows: [{row}]\n")
+    name = study(f"title: One\n{BARE}seeds: 1\nrows: [{row}]\n")
     with monkeypatch.context() as patch:
         patch.setattr(scoring, "score", stop)
         assert call("study", "run", name, "--quiet") == 130
@@ -336,7 +337,7 @@ def test_an_interruption_between_training_and_the_last_number_loses_neither(work
 def test_a_cell_that_another_process_runs_is_left_to_it(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = study(f"title: Two\n{COMMON}seeds: 2\nrows: [{{label: one, settings: {{rule: dfa, budget.epochs: 1}}}}]\n")
+    name = study(f"title: Two\n{BARE}seeds: 2\nrows: [{{label: one, settings: {{rule: dfa, budget.epochs: 1}}}}]\n")
     assert call("study", "run", name, "--dry-run") == 0
     first = next(line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("one"))
     with contextlib.ExitStack() as other:
@@ -366,7 +367,7 @@ def cell_ids(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
 
 IDENTITY = f"""
 title: Identity
-{COMMON}
+{BARE}
 seeds: 1
 rows:
   - {{label: theirs, settings: {{rule: stopping}}}}

@@ -15,7 +15,7 @@ from bpfree.study.file import read_study
 from bpfree.study.state import Outcome, State
 from bpfree.study.trials import Trial, Tuned
 
-COMMON = "settings: {task: digits, device: cpu, tracking.enabled: false, network.width: 16, budget.epochs: 1}\n"
+COMMON = "settings: {task: digits, device: cpu, tracking.enabled: false, network.width: 16, budget.epochs: 1}\nfloor: false\nprobe: false\n"
 TUNED = f"""
 title: Tuned
 {COMMON}
