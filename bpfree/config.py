@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bpfree import yaml_values
 from bpfree.errors import BpfreeError, UsageError, nearest
-from bpfree.idle import idle, sentence
+from bpfree.idle import idle, idle_options, sentence
 from bpfree.leaves import NAMED, Leaf, canonical, last_said, leaves_of, once, parse_words, read_yaml, said
 from bpfree.options import option, range_problems
 from bpfree.plugins import Plugins, installed_plugins
@@ -49,6 +49,7 @@ __all__ = [
     "resolve",
 ]
 
+Filled = TypeVar("Filled")
 CHOSEN = ("rule", "network", "task")
 """Sections whose options depend on their name."""
 ALIASES = {"learning_rate": "lr", "rate": "lr", "wd": "weight_decay", "decay": "weight_decay", "batchsize": "batch_size"}
@@ -61,7 +62,7 @@ class DataConfig:
 
     root: str | None = option(None, "folder of data sets (none: the environment's BPFREE_DATA, else the user's cache)")
     resident: Literal["auto", "yes", "no"] = option("auto", "keep the set as tensors on the device (auto: if it fits)")
-    workers: int = option(0, "processes that read a set which is not resident", ge=0)
+    workers: int = option(0, "processes that read a set which is not resident", ge=0, unless={"resident": ("yes",)})
 
 
 @dataclass
@@ -69,7 +70,7 @@ class TaskCommon:
     """What every task has."""
 
     validation: float = option(0.1, "share of the training examples held out to choose by; 0: none", ge=0, lt=1)
-    split_seed: int = option(0, "of the validation cut; independent of seed", ge=0)
+    split_seed: int = option(0, "of the validation cut; independent of seed", ge=0, unless={"validation": (0,)})
     augment: list[str] = option(factory=list, help="augmentations of training batches, in order")
 
 
@@ -213,9 +214,9 @@ class _Resolver:
             self._stop_if_problems()
         common, options = self._task()
         rule = self._class("rules", "rule")
-        options["rule"] = None if rule is None else self._fill(rule.Config(), "rule.")
+        options["rule"] = None if rule is None else self._options(rule.Config(), "rule.")
         self._stop_if_problems()
-        settings = self._without_idle(settings, rule)
+        settings = self._without_idle(settings, self._settings, lambda filled: idle(filled, rule))
         spec = self.spec or Recipe(self.names, options, common, settings, self.registry).spec()
         options["network"] = self._network(rule, spec, options["rule"])
         self._check_settings(rule, spec, common, settings)
@@ -226,23 +227,35 @@ class _Resolver:
         filled: RunConfig = self._fill(RunConfig(), "", lambda section: section not in CHOSEN)
         return filled
 
-    def _without_idle(self, settings: RunConfig, rule: type[Rule]) -> RunConfig:
-        """The settings without shared ones that do nothing here; others that do nothing are problems."""
+    def _options(self, base: Any, prefix: str) -> Any:
+        """``base`` with the leaves under ``prefix``, without idle ones."""
+
+        def fill() -> Any:
+            return self._fill(base, prefix)
+
+        return self._without_idle(fill(), fill, lambda filled: idle_options(filled, base, prefix))
+
+    def _without_idle(self, filled: Filled, fill: Callable[[], Filled], find: Callable[[Filled], Iterable[tuple[str, str]]]) -> Filled:
+        """Values without shared ones that do nothing here; others that do nothing are problems."""
         for _ in range(len(self.leaves) + 1):
-            dropped = False
-            for key, reason in list(idle(settings, rule)):
-                given = [leaf for leaf in self.leaves if f"{leaf.key}.".startswith(f"{key}.")]
-                if given and given[-1].shared:
-                    self.unused.update({leaf.key: reason for leaf in given})
-                    self.leaves = [leaf for leaf in self.leaves if leaf not in given]
-                    dropped = True
-                elif given:
-                    self.idle.add(key.split(".")[0])
-                    self.problems.append(f"{reason} ({given[-1].origin})")
-            if not dropped:
+            if not self._drop(find(filled)):
                 break
-            settings = self._settings()
-        return settings
+            filled = fill()
+        return filled
+
+    def _drop(self, found: Iterable[tuple[str, str]]) -> bool:
+        """Move shared leaves that do nothing to the unused ones, and note the others as problems; whether there were shared ones."""
+        dropped = False
+        for key, reason in list(found):
+            given = [leaf for leaf in self.leaves if f"{leaf.key}.".startswith(f"{key}.")]
+            if given and given[-1].shared:
+                self.unused.update({leaf.key: reason for leaf in given})
+                self.leaves = [leaf for leaf in self.leaves if leaf not in given]
+                dropped = True
+            elif given:
+                self.idle.add(key.split(".")[0])
+                self.problems.append(f"{reason} ({given[-1].origin})")
+        return dropped
 
     # --- sections ---------------------------------------------------------------------------------------------------
 
@@ -257,7 +270,12 @@ class _Resolver:
         source = self._class("tasks", "task")
         shared = {item.name for item in dataclasses.fields(TaskCommon)}
         known = shared | ({item.name for item in dataclasses.fields(source.Config)} if source else set())
-        common: TaskCommon = self._fill(TaskCommon(), "task.", lambda name: name in shared)
+
+        def fill() -> TaskCommon:
+            filled: TaskCommon = self._fill(TaskCommon(), "task.", lambda name: name in shared)
+            return filled
+
+        common = self._without_idle(fill(), fill, lambda filled: idle_options(filled, TaskCommon(), "task."))
         own = None if source is None else self._fill(source.Config(), "task.", lambda name: name not in shared, known=known)
         return common, {"task": own}
 
@@ -271,7 +289,7 @@ class _Resolver:
             return None
         fields = {item.name for item in dataclasses.fields(builder.Config)}
         base = builder.Config(**{key: value for key, value in implied.items() if key in fields})
-        return self._fill(base, "network.")
+        return self._options(base, "network.")
 
     # --- values -----------------------------------------------------------------------------------------------------
 

@@ -176,6 +176,9 @@ def read_arrays(path: Path, names: list[str]) -> dict[str, Array]:
 
 def input_shape(shape: tuple[int, ...], config: ArraysConfig, path: Path) -> tuple[int, ...]:
     """Shape of one input, images with the channels first."""
+    if config.layout != "auto" and len(shape) != 4:
+        what = f"task.layout={config.layout} does nothing with inputs of shape {shape}, which have no axis of channels"
+        raise UsageError(what, where=str(path), fix="leave it out")
     match shape[1:]:
         case (int(features),):
             return (features,)
@@ -203,6 +206,10 @@ def describe_targets(targets: Mapping[str, Array], config: ArraysConfig, path: P
     kind: Kind = kind_of(parts, where) if config.targets == "auto" else config.targets
     if kind == "classes":
         return kind, count_classes(parts, config.classes, where)
+    if config.classes is not None:
+        refuse(
+            f"task.classes={config.classes} does nothing with targets of kind {kind}", where, "leave it out, or set task.targets=classes"
+        )
     if len({math.prod(part.shape[1:]) for part in parts}) > 1:
         refuse("the targets of the splits differ in the number of outputs", where, "mend the file")
     if kind == "soft" and not all(is_soft(part) for part in parts):

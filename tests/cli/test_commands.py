@@ -226,7 +226,7 @@ def test_changes_that_name_nothing_or_would_do_nothing(workplace: Path, capsys: 
         "rule=null": "names no rule",
         "task=[a]": "names no task",
         "optimizer.options={beta:3}": "has no value",
-        "clip.scope=global": "does nothing without clip.norm",
+        "clip.scope=global": "does nothing with clip.norm=null",
         "seed=1e3": "must be a whole number",
     }.items():
         assert expected in refused(capsys, 2, "evaluate", run.name, "output=007", word)

@@ -56,6 +56,15 @@ def test_shared_settings_that_a_row_does_not_use_are_listed_and_left_out(workpla
         }
 
 
+def test_a_shared_option_that_another_option_of_a_row_makes_idle_is_listed(workplace: Path) -> None:
+    made = plan(
+        "title: T\nsettings: {rule: dfa, network.width: 16, budget.epochs: 1}\n"
+        "rows: [{label: a, settings: {network.widths: [8]}}, {label: b}]\n"
+    )
+    assert unused(made) == {"a": ["network.width"], "b": []}
+    assert [place.recipe.options["network"].width for place in made.places] == [128, 16]
+
+
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
