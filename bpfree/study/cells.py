@@ -25,6 +25,7 @@ import torch
 from bpfree import runner
 from bpfree.config import Leaf, Recipe, canonical, resolve
 from bpfree.errors import UsageError
+from bpfree.leaves import said
 from bpfree.plugins import Plugins
 from bpfree.rule import Rule, Traits
 from bpfree.sources import source_hashes
@@ -261,11 +262,12 @@ def _used_by_none(places: Sequence[Place]) -> Iterator[str]:
     for place in places:
         for leaf in place.leaves:
             key = canonical(leaf.key, leaf.value)
+            source = said(leaf.value) if leaf.key in place.row.shared else leaf.origin  # a network's settings are copied into rows
             if key in place.recipe.unused:
-                unused.setdefault((key, leaf.origin), place.recipe.unused[key])
+                unused.setdefault((key, source), place.recipe.unused[key])
             else:
-                used.add((key, leaf.origin))
-    yield from (f"{key} is used by no row: {reason}" for (key, origin), reason in unused.items() if (key, origin) not in used)
+                used.add((key, source))
+    yield from (f"{key} is used by no row: {reason}" for (key, source), reason in unused.items() if (key, source) not in used)
 
 
 def problems_of(error: UsageError) -> list[str]:

@@ -147,6 +147,9 @@ def test_a_grid_lists_the_networks_that_do_not_reach_a_rule_and_keeps_to_its_rul
     grid = "title: G\nnetworks: [{label: n, settings: {network: {name: mlp, width: 16}}}]\nsettings: {budget.epochs: 1}\n"
     made = plan(f"{grid}rules: [dfa, noprop-dt, {{rule: backprop, settings: {{network: vgg}}}}]\ntasks: [mnist]\n")
     assert unused(made) == {"dfa": [], "noprop-dt": ["network.name", "network.width"], "backprop": []}
+    listed = plan(f"{grid}rules: [dfa, softhebb]\ntasks: [digits]\n")  # softhebb's own widths hold for the common network too
+    assert unused(listed) == {"dfa": [], "softhebb": ["network.width"]}
+    assert "network.width is used by no row" in refused(f"{grid}rules: [softhebb]\ntasks: [digits]\n")
     assert "names another rule" in refused(f"{grid}rules: [{{rule: dfa, settings: {{rule: backprop}}}}]\n")
     nested = plan(f"{grid}rules: [{{rule: dfa, settings: {{rule: {{scale: 2}}}}}}]\n").places[0].recipe
     assert (nested.names["rule"], nested.options["rule"].scale) == ("dfa", 2.0)
