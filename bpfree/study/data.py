@@ -16,8 +16,8 @@ from typing import Any
 
 from bpfree.config import Recipe
 from bpfree.errors import BpfreeError
+from bpfree.files import write_text
 from bpfree.tasks.task import Task
-from bpfree.tracking.events import write_text
 
 __all__ = ["Data", "DataBook"]
 
