@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bpfree.code_lines import class_lines
-from bpfree.config import Leaf, Recipe, changed, recipe_of
+from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.leaves import Leaf
+from bpfree.recipe import Recipe, changed
 from bpfree.rule import Rule
 from bpfree.tasks.task import Task
 from bpfree.tracking.journal import recorded

@@ -12,9 +12,10 @@ import yaml
 
 from bpfree import Task, TaskSpec, TrainConfig, Trainer, UsageError, installed_plugins, mlp, option, vgg
 from bpfree.baselines import Backprop
-from bpfree.config import RunConfig, TaskCommon, parse_words, read_yaml, resolve
+from bpfree.config import parse_words, read_yaml, resolve
 from bpfree.idle import idle_options
 from bpfree.network import VGGConfig
+from bpfree.recipe import RunConfig, TaskCommon
 from bpfree.typed import typed
 
 

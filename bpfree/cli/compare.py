@@ -31,8 +31,8 @@ It is a study made of words: interrupt it at any time, the same command goes on;
 @click.option("--quiet", "-q", is_flag=True, help="No progress display.")
 def compare(words: tuple[str, ...], seeds: int, only: bool, jobs: int | None, timeout: float | None, to: Path | None, quiet: bool) -> int:
     from bpfree.cli.study_progress import StudyProgress
-    from bpfree.config import parse_words
     from bpfree.errors import UsageError
+    from bpfree.leaves import parse_words
     from bpfree.study import cells, command
     from bpfree.study.agenda import Agenda
     from bpfree.study.comparing import comparison

@@ -245,7 +245,7 @@ def _run_now(
     name: str, settings: tuple[str, ...], options: dict[str, Any], retry: Sequence[str], words: list[str], asked: list[str] | None
 ) -> int:
     from bpfree.cli.study_progress import StudyProgress
-    from bpfree.config import parse_words
+    from bpfree.leaves import parse_words
     from bpfree.study import command, receipt
     from bpfree.training.trainer import Interrupted
 
@@ -296,7 +296,7 @@ def _prepared(
     columns: str | None = None,
     retry: Sequence[str] = (),
 ) -> tuple[Plan, Agenda]:
-    from bpfree.config import parse_words
+    from bpfree.leaves import parse_words
     from bpfree.study import cells
     from bpfree.study.agenda import Agenda
     from bpfree.study.file import find_study

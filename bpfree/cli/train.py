@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from bpfree.config import Leaf, Recipe
+    from bpfree.leaves import Leaf
+    from bpfree.recipe import Recipe
     from bpfree.training.run import Run
 
 HELP = """Train one rule on one task, test it once, and track the run.
@@ -55,8 +56,9 @@ def train(
 ) -> int:
     from bpfree import runner
     from bpfree.cli.output import PlanDisplay, exit_code, print_result
-    from bpfree.config import last_said, parse_words, read_yaml, resolve
+    from bpfree.config import resolve
     from bpfree.errors import UsageError
+    from bpfree.leaves import last_said, parse_words, read_yaml
     from bpfree.training.distributed import World
 
     world = World.here()

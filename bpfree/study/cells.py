@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from bpfree import runner
-from bpfree.config import Leaf, Recipe, canonical, resolve
+from bpfree.config import resolve
 from bpfree.errors import UsageError
-from bpfree.leaves import said
+from bpfree.leaves import Leaf, canonical, said
 from bpfree.plugins import Plugins
+from bpfree.recipe import Recipe
 from bpfree.rule import Rule, Traits
 from bpfree.sources import source_hashes
 from bpfree.study.data import Data, DataBook

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bpfree.config import Recipe
 from bpfree.errors import BpfreeError
 from bpfree.files import write_text
+from bpfree.recipe import Recipe
 from bpfree.tasks.task import Task
 
 __all__ = ["Data", "DataBook"]

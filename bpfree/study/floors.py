@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bpfree.config import Recipe
 from bpfree.errors import BpfreeError
 from bpfree.files import replacing, write_text
+from bpfree.recipe import Recipe
 from bpfree.rule import Rule
 from bpfree.sources import floor_hash
 from bpfree.study.cells import Cell, Plan

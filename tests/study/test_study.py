@@ -251,7 +251,7 @@ def test_a_cell_that_cannot_begin_is_tried_again(
 ) -> None:
     """The data are not there yet."""
     from bpfree import BpfreeError
-    from bpfree.config import Recipe
+    from bpfree.recipe import Recipe
 
     build = Recipe.build_task
     tried = []
