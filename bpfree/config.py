@@ -58,7 +58,7 @@ def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, 
             "the checkpoint does not say how to build its rule", where=where, fix="build the rule in Python: bpfree.load(path, rule=rule)"
         )
     wanted = {leaf.key.removesuffix(".name"): _name_in(leaf) for leaf in changes if leaf.key.removesuffix(".name") in CHOSEN}
-    wanted = {section: name for section, name in wanted.items() if name}  # what names nothing is refused below
+    wanted = {section: name for section, name in wanted.items() if name}  # an empty name is refused below
     if wanted.get("rule", saved["rule"]["name"]) != saved["rule"]["name"]:
         raise BpfreeError(f"the checkpoint is of another rule: {saved['rule']['name']}, not {wanted['rule']}", where=where)
     kept = dict(saved)
@@ -67,12 +67,12 @@ def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, 
         kept["task"] = {key: value for key, value in saved["task"].items() if key in common}
     before = [
         dataclasses.replace(leaf, shared=True) for leaf in leaves_of(kept, "", where)
-    ]  # what it has no use for is no reason to refuse it
+    ]  # a saved setting that is no longer read is no reason to refuse the checkpoint
     return resolve([*before, *changes], spec=spec)
 
 
 def _name_in(leaf: Leaf) -> str:
-    """What a section is to be, empty where that is no name."""
+    """The name given for a section; empty where it is not a name."""
     try:
         return str(typed(leaf.value, str, leaf.key)).strip()
     except Misfit:

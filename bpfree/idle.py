@@ -1,4 +1,4 @@
-"""Settings that nothing reads, because of what another setting or the rule is: a run in which they are typed would not be what was asked.
+"""Settings that nothing reads, because of another setting or the rule: a run with them would not be the one that was asked for.
 
 A value that is the default is never idle, so that a recorded configuration, which has every key, can be run again. What depends on
 another option of the same dataclass is declared with the option (``needs`` and ``unless``); the rest is written out here.
@@ -96,8 +96,8 @@ def _rates(settings: TrainConfig, rule: type[Rule]) -> Iterator[tuple[str, str]]
     default = OptimizerConfig() if isinstance(rule.optimizer, property) else rule.optimizer
     lr, momentum = settings.optimizer.lr, settings.optimizer.momentum
     if lr not in (None, default.lr):
-        told = ", ".join(f"schedule.options.{key}" for key in OWN_RATES[name].split(" and "))
-        yield "optimizer.lr", f"optimizer.lr={lr:g} does nothing with schedule.name={name}, whose rates are {told}"
+        rates = ", ".join(f"schedule.options.{key}" for key in OWN_RATES[name].split(" and "))
+        yield "optimizer.lr", f"optimizer.lr={lr:g} does nothing with schedule.name={name}, whose rates are {rates}"
     if momentum not in (None, default.momentum) and schedule.options.get("cycle_momentum", True):
         yield (
             "optimizer.momentum",
@@ -129,7 +129,7 @@ def idle_of_rule(settings: TrainConfig, rule: type[Rule] | Rule) -> Iterator[tup
         return
     try:
         yield from ((key, sentence(error)) for key, error in untaken(settings.optimizer.over(default)))
-    except UsageError:  # no such optimiser, which is said elsewhere
+    except UsageError:  # no such optimiser, which is reported elsewhere
         return
 
 

@@ -59,7 +59,7 @@ class NoOptions:
 class OptimizerConfig:
     """Which ``torch.optim`` optimiser applies the updates, and how.
 
-    ``None`` means: what the rule says, or else the optimiser's own default.
+    ``None`` means the rule's default, or else the optimiser's own.
     """
 
     name: str = option("auto", "a class of torch.optim in any case (sgd, adamw, ...), or auto: what the rule declares")

@@ -68,7 +68,7 @@ class Resolver:
     def resolve(self) -> Recipe:
         nameless = bool(self.problems)
         settings = self._settings()
-        if nameless:  # what else is wrong would be said of something that was not asked for
+        if nameless:  # other problems would be about defaults that were not asked for
             self._stop_if_problems()
         common, options = self._task()
         rule = self._class("rules", "rule")

@@ -55,7 +55,7 @@ class Saved:
             seed: of a stochastic rule's draws.
 
         Raises:
-            UsageError: inputs of another shape or range than those of training, or such as are not finite.
+            UsageError: inputs of another shape or range than those of training, or that are not finite.
         """
         check_inputs(self.spec, x, "predict")
         device = next(self.rule.parameters()).device

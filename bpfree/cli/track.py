@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 
-@click.group(short_help="Look after the tracking of runs.")
+@click.group(short_help="Manage the tracking of runs.")
 def track() -> None:
-    """Look after the tracking of runs."""
+    """Manage the tracking of runs."""
 
 
 @track.command("send", short_help="Send what an outage of the tracking server has left behind.")

@@ -88,7 +88,7 @@ def vgg(spec: TaskSpec, config: VGGConfig | None = None) -> Network:
     """Hidden blocks ``b1``, ``b2``, ... (convolution, norm, activation, perhaps pooling) and the block ``readout``.
 
     Raises:
-        UsageError: if the task's inputs are no images, or too small for the poolings; a pooling after a convolution that there is not.
+        UsageError: if the task's inputs are no images, or too small for the poolings; a pooling after a convolution that does not exist.
     """
     config = config or VGGConfig()
     if len(spec.input_shape) != 3:
@@ -98,7 +98,7 @@ def vgg(spec: TaskSpec, config: VGGConfig | None = None) -> Network:
         raise UsageError(
             f"no convolution {', '.join(map(str, absent))} to pool after: network.channels has {len(config.channels)}",
             where="network.pool_after",
-            fix="name convolutions that are there, counted from 1",
+            fix="name existing convolutions, counted from 1",
         )
     channels, height, width = spec.input_shape
     poolings = sum(1 for index in config.pool_after if index <= len(config.channels))

@@ -233,7 +233,7 @@ def test_changes_that_name_nothing_or_would_do_nothing(workplace: Path, capsys: 
         assert expected in refused(capsys, 2, "train", "--resume", run.name, "output=007", word)
     for word in ("optimizer.lr=0.5", "batch_size=16", "budget.epochs=9", "select=best-val", "task.augment=[flip]"):
         assert "are of training" in refused(capsys, 2, "evaluate", run.name, "output=007", word)
-    assert "cannot go on with other settings" in refused(capsys, 2, "train", "--resume", run.name, "output=007", "optimizer.lr=0.5")
+    assert "cannot be resumed with other settings" in refused(capsys, 2, "train", "--resume", run.name, "output=007", "optimizer.lr=0.5")
     assert call("evaluate", run.name, "output=007", "batch_size=064", "seed=00", "evaluation.batch_size=0100") == 0
     assert call("train", "--resume", run.name, "output=007", "batch_size=064", "log_interval=2", "--quiet") == 0
 
