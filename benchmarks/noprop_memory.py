@@ -21,7 +21,8 @@ import torch
 
 from bpfree import Batch, Budget, Rule
 from bpfree.cli.output import print_table
-from bpfree.config import Recipe, parse_words, resolve
+from bpfree.config import parse_words, resolve
+from bpfree.recipe import Recipe
 from bpfree.study.cells import plan
 from bpfree.study.file import find_study
 from bpfree.training.meters import StepMemory

@@ -25,7 +25,8 @@ from measure import Cost, Stopwatch
 from torch import nn
 
 from bpfree import Task, runner
-from bpfree.config import Recipe, parse_words, resolve
+from bpfree.config import parse_words, resolve
+from bpfree.recipe import Recipe
 from bpfree.tasks.loading import Loader
 from bpfree.training import state
 from bpfree.training.checkpoint import read_checkpoint

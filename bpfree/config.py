@@ -8,155 +8,19 @@ at once, before any data is loaded.
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from bpfree import yaml_values
-from bpfree.errors import BpfreeError, UsageError, nearest
-from bpfree.idle import idle, sentence
-from bpfree.leaves import NAMED, Leaf, canonical, last_said, leaves_of, once, parse_words, read_yaml, said
-from bpfree.options import option, range_problems
+from bpfree.errors import BpfreeError
+from bpfree.leaves import Leaf, canonical, leaves_of, once, parse_words, read_yaml
 from bpfree.plugins import Plugins, installed_plugins
-from bpfree.rule import Rule
+from bpfree.recipe import CHOSEN, Recipe, TaskCommon
+from bpfree.resolver import Resolver
 from bpfree.tasks.task import Task, TaskSpec
-from bpfree.tracking.config import PicturesConfig, TrackingConfig
-from bpfree.training.config import TrainConfig
-from bpfree.training.optimizers import check_optimizer
-from bpfree.training.schedules import CLASSES, check_length, check_schedule
-from bpfree.training.seeds import derive_in, seeded
 from bpfree.typed import Misfit, typed
 
-__all__ = [
-    "NAMED",
-    "DataConfig",
-    "Leaf",
-    "Recipe",
-    "RunConfig",
-    "canonical",
-    "changed",
-    "last_said",
-    "load_task",
-    "parse_words",
-    "read_yaml",
-    "recipe_of",
-    "resolve",
-]
-
-CHOSEN = ("rule", "network", "task")
-"""Sections whose options depend on their name."""
-ALIASES = {"learning_rate": "lr", "rate": "lr", "wd": "weight_decay", "decay": "weight_decay", "batchsize": "batch_size"}
-"""Words that people use for keys, for suggestions."""
-
-
-@dataclass
-class DataConfig:
-    """Where data come from and how they travel."""
-
-    root: str | None = option(None, "folder of data sets (none: the environment's BPFREE_DATA, else the user's cache)")
-    resident: Literal["auto", "yes", "no"] = option("auto", "keep the set as tensors on the device (auto: if it fits)")
-    workers: int = option(0, "processes that read a set which is not resident", ge=0)
-
-
-@dataclass
-class TaskCommon:
-    """What every task has."""
-
-    validation: float = option(0.1, "share of the training examples held out to choose by; 0: none", ge=0, lt=1)
-    split_seed: int = option(0, "of the validation cut; independent of seed", ge=0)
-    augment: list[str] = option(factory=list, help="augmentations of training batches, in order")
-
-
-@dataclass
-class RunConfig(TrainConfig):
-    """Everything but the three chosen sections."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    pictures: PicturesConfig = field(default_factory=PicturesConfig)
-    diagnostics: list[str] = option(factory=list, help="diagnostics to switch on, by name")
-    output: str = option("runs", "folder in which each run gets a folder of its own")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A resolved configuration: all that is needed to build the task, the rule and the trainer.
-
-    Attributes:
-        names: of the rule, network and task.
-        options: their options, as instances of their configuration dataclasses.
-        task: what every task has.
-        settings: everything else.
-        unused: shared settings (:class:`Leaf`) that this rule does not use, by key, each with the reason; they are left out of the rest.
-    """
-
-    names: Mapping[str, str]
-    options: Mapping[str, Any]
-    task: TaskCommon
-    settings: RunConfig
-    registry: Plugins = field(repr=False, compare=False)
-    unused: Mapping[str, str] = field(default_factory=dict, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The whole as nested plain values; ``resolve`` of it gives the same recipe."""
-        chosen = {kind: {"name": self.names[kind], **dataclasses.asdict(self.options[kind])} for kind in CHOSEN}
-        chosen["task"] |= dataclasses.asdict(self.task)
-        return {**chosen, **dataclasses.asdict(self.settings)}
-
-    def flat(self) -> dict[str, Any]:
-        """``{"rule.name": ..., "seed": ...}``."""
-        return {leaf.key: leaf.value for leaf in leaves_of(self.to_dict(), "", "")}
-
-    def to_yaml(self, *, comments: bool = False) -> str:
-        """The whole as YAML, optionally with each key's meaning."""
-        text = yaml_values.dump(self.to_dict())
-        if not comments:
-            return text
-        from bpfree.cli.annotate import annotate
-
-        return annotate(text, self)
-
-    def root(self) -> Path | None:
-        """Folder of data sets, ``None`` for the data sets' own default."""
-        import os
-
-        place = self.settings.data.root or os.environ.get("BPFREE_DATA")
-        return Path(place).expanduser() if place else None
-
-    def pinned(self, rule: Rule) -> Recipe:
-        """The same with what ``auto`` and ``none`` stand for written out: the optimiser, and the number of threads."""
-        optimizer = self.settings.optimizer.over(rule.optimizer)
-        threads = self.settings.threads or torch.get_num_threads()
-        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, optimizer=optimizer, threads=threads))
-
-    def spec(self) -> TaskSpec:
-        """The task's spec, without loading its data."""
-        return self.registry.get("tasks", self.names["task"]).spec(self.options["task"], self.root())  # type: ignore[no-any-return]
-
-    def build_task(self) -> Task:
-        """Load the data and cut the splits."""
-        source = self.registry.get("tasks", self.names["task"])
-        return Task.from_source(
-            source, self.options["task"], root=self.root(), validation=self.task.validation, split_seed=self.task.split_seed
-        )
-
-    def build_rule(self, spec: TaskSpec) -> Rule:
-        """Build the rule (or its own-prediction twin) on its network, on the CPU, initialised from seed and stream.
-
-        The caller's random state stays.
-        """
-        with seeded(derive_in(self.settings.stream, self.settings.seed, "initialisation")):
-            network = self.registry.get("networks", self.names["network"]).build(spec, self.options["network"])
-            rule: Rule = self.registry.get("rules", self.names["rule"])(network, spec, self.options["rule"])
-        if self.settings.twin:
-            rule.freeze_features()
-        return rule
+__all__ = ["load_task", "parse_words", "read_yaml", "recipe_of", "resolve"]
 
 
 def resolve(leaves: Iterable[Leaf] | Mapping[str, Any], registry: Plugins | None = None, *, spec: TaskSpec | None = None) -> Recipe:
@@ -173,244 +37,7 @@ def resolve(leaves: Iterable[Leaf] | Mapping[str, Any], registry: Plugins | None
     registry = registry or installed_plugins()
     listed = once(leaves_of(leaves, "", "configuration")) if isinstance(leaves, Mapping) else list(leaves)
     listed = [dataclasses.replace(leaf, key=canonical(leaf.key, leaf.value)) for leaf in listed]
-    return _Resolver(listed, registry, spec).resolve()
-
-
-class _Resolver:
-    """Collects problems instead of stopping at the first."""
-
-    def __init__(self, leaves: list[Leaf], registry: Plugins, spec: TaskSpec | None) -> None:
-        self.leaves, self.registry, self.spec = leaves, registry, spec
-        self.problems: list[str] = []
-        self.unused: dict[str, str] = {}
-        self.idle: set[str] = set()
-        self.names = {"rule": "backprop", "network": "auto", "task": "digits"}
-        for leaf in leaves:
-            section, _, rest = leaf.key.partition(".")
-            if section in CHOSEN and rest == "name":
-                self.names[section] = self._name(leaf)
-            elif section in CHOSEN and not rest:
-                self._nameless(section, leaf)
-
-    def _name(self, leaf: Leaf) -> str:
-        section = leaf.key.partition(".")[0]
-        try:
-            name: str = typed(leaf.value, str, leaf.key)
-        except Misfit:
-            name = ""
-        if not name.strip():
-            self._nameless(section, leaf)
-            return self.names[section]
-        return name
-
-    def _nameless(self, section: str, leaf: Leaf) -> None:
-        self.problems.append(f"{section}={said(leaf.value)}: names no {section}: bpfree {section}s lists them ({leaf.origin})")
-
-    def resolve(self) -> Recipe:
-        nameless = bool(self.problems)
-        settings = self._settings()
-        if nameless:  # what else is wrong would be said of something that was not asked for
-            self._stop_if_problems()
-        common, options = self._task()
-        rule = self._class("rules", "rule")
-        options["rule"] = None if rule is None else self._fill(rule.Config(), "rule.")
-        self._stop_if_problems()
-        settings = self._without_idle(settings, rule)
-        spec = self.spec or Recipe(self.names, options, common, settings, self.registry).spec()
-        options["network"] = self._network(rule, spec, options["rule"])
-        self._check_settings(rule, spec, common, settings)
-        self._stop_if_problems()
-        return Recipe(self.names, options, common, settings, self.registry, dict(sorted(self.unused.items())))
-
-    def _settings(self) -> RunConfig:
-        filled: RunConfig = self._fill(RunConfig(), "", lambda section: section not in CHOSEN)
-        return filled
-
-    def _without_idle(self, settings: RunConfig, rule: type[Rule]) -> RunConfig:
-        """The settings without shared ones that do nothing here; others that do nothing are problems."""
-        for _ in range(len(self.leaves) + 1):
-            dropped = False
-            for key, reason in list(idle(settings, rule)):
-                given = [leaf for leaf in self.leaves if f"{leaf.key}.".startswith(f"{key}.")]
-                if given and given[-1].shared:
-                    self.unused.update({leaf.key: reason for leaf in given})
-                    self.leaves = [leaf for leaf in self.leaves if leaf not in given]
-                    dropped = True
-                elif given:
-                    self.idle.add(key.split(".")[0])
-                    self.problems.append(f"{reason} ({given[-1].origin})")
-            if not dropped:
-                break
-            settings = self._settings()
-        return settings
-
-    # --- sections ---------------------------------------------------------------------------------------------------
-
-    def _class(self, kind: str, section: str) -> Any:
-        try:
-            return self.registry.get(kind, self.names[section], where=f"{section}.name")
-        except UsageError as error:
-            self.problems.append(f"{error.what} ({error.fix})")
-            return None
-
-    def _task(self) -> tuple[TaskCommon, dict[str, Any]]:
-        source = self._class("tasks", "task")
-        shared = {item.name for item in dataclasses.fields(TaskCommon)}
-        known = shared | ({item.name for item in dataclasses.fields(source.Config)} if source else set())
-        common: TaskCommon = self._fill(TaskCommon(), "task.", lambda name: name in shared)
-        own = None if source is None else self._fill(source.Config(), "task.", lambda name: name not in shared, known=known)
-        return common, {"task": own}
-
-    def _network(self, rule: type[Rule], spec: TaskSpec, rule_config: Any) -> Any:
-        implied = dict(rule.network_options(spec, rule_config))
-        name = implied.pop("name")
-        if self.names["network"] == "auto":
-            self.names["network"] = name
-        builder = self._class("networks", "network")
-        if builder is None:
-            return None
-        fields = {item.name for item in dataclasses.fields(builder.Config)}
-        base = builder.Config(**{key: value for key, value in implied.items() if key in fields})
-        return self._fill(base, "network.")
-
-    # --- values -----------------------------------------------------------------------------------------------------
-
-    def _fill(self, base: Any, prefix: str, mine: Any = lambda name: True, *, known: set[str] | None = None) -> Any:
-        """``base`` with the leaves under ``prefix``, as an instance of its class; notes what does not fit."""
-        node = OmegaConf.structured(base)
-        for leaf in self.leaves:
-            if not leaf.key.startswith(prefix):
-                continue
-            path = leaf.key[len(prefix) :].split(".")
-            if not mine(path[0]) or (prefix and path == ["name"]):
-                continue
-            self._assign(node, path, leaf, prefix, known)
-        try:
-            filled = OmegaConf.to_object(node)
-        except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-            self.problems.append(f"{prefix or 'configuration'}: {' '.join(str(error).split())}")
-            return base
-        self.problems.extend(f"{problem}" for problem in range_problems(filled, prefix))
-        return filled
-
-    def _assign(self, node: DictConfig, path: list[str], leaf: Leaf, prefix: str, known: set[str] | None) -> None:
-        kind: Any = OmegaConf.get_type(node)
-        for depth, part in enumerate(path):
-            if not dataclasses.is_dataclass(kind):
-                break  # inside a free mapping
-            names = {item.name for item in dataclasses.fields(kind)} | (known or set() if depth == 0 else set())
-            if part not in names:
-                problem = self._unknown(leaf, prefix + ".".join(path[:depth]), part, names)
-                if leaf.shared and prefix:
-                    self.unused[leaf.key] = problem
-                else:
-                    self.problems.append(problem)
-                return
-            if depth + 1 < len(path):
-                node = node[part]
-                kind = OmegaConf.get_type(node)
-                if not isinstance(node, DictConfig):
-                    self.problems.append(f"{leaf.key}: {prefix}{'.'.join(path[: depth + 1])} has no parts ({leaf.origin})")
-                    return
-        key = path[-1]
-        if isinstance(node._get_node(key), DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(node, key)):
-            example = f"{leaf.key}.{next(iter(node[key]))}"
-            self.problems.append(f"{leaf.key}={said(leaf.value)}: is a section; set one of its keys, such as {example} ({leaf.origin})")
-            return
-        try:
-            value = leaf.value if _refers(leaf.value) else typed(leaf.value, _kind(kind, key), leaf.key)
-            OmegaConf.update(node, key, value, merge=False)
-        except (Misfit, OmegaConfBaseException) as error:
-            reason = str(getattr(error, "msg", None) or error).splitlines()[0]
-            self.problems.append(f"{leaf.key}={said(leaf.value)}: {reason} ({leaf.origin})")
-
-    def _unknown(self, leaf: Leaf, section: str, part: str, names: set[str]) -> str:
-        section = section.rstrip(".")
-        everywhere = names | (set(CHOSEN) if not section else set())
-        word = part.lower().replace("-", "_")
-        word = ALIASES.get(word, ALIASES.get(nearest(word, ALIASES) or "", word) if not nearest(word, everywhere) else word)
-        same = [key for key in self._all_keys() if key.rpartition(".")[2] == word]
-        same = [key for key in same if key.rpartition(".")[0] == section] or same
-        guess = nearest(word, everywhere)
-        full = same[0] if same else f"{section}.{guess}" if section else guess
-        hint = f"did you mean {full}?" if same or guess else f"known here: {', '.join(sorted(everywhere)) or 'no keys'}"
-        owner = f" of {section} {self.names[section]!r}" if section in CHOSEN else ""
-        return f"unknown key {leaf.key}{owner}: {hint} ({leaf.origin})"
-
-    def _all_keys(self) -> list[str]:
-        """Every key that is known by now: of the rule, the task and the rest."""
-        known = {"rule": {}, "network": {}, "task": dataclasses.asdict(TaskCommon())}
-        for section, keys in known.items():
-            if self.names[section] in self.registry.names(f"{section}s"):
-                keys.update(dataclasses.asdict(self.registry.get(f"{section}s", self.names[section]).Config()))
-        return [leaf.key for leaf in leaves_of({**known, **dataclasses.asdict(RunConfig())}, "", "")]
-
-    def _check_settings(self, rule: type[Rule], spec: TaskSpec, common: TaskCommon, settings: RunConfig) -> None:
-        if common.validation == 0 and settings.select == "best-val":
-            self.problems.append("task.validation=0 leaves nothing to choose by: it needs select=last")
-        if settings.accumulate > settings.batch_size:
-            self.problems.append(
-                f"accumulate={settings.accumulate} needs at least as many examples per update, batch_size={settings.batch_size}"
-            )
-        for name in common.augment:
-            self._named("augmentations", name, "task.augment")
-        for name in settings.evaluation.protocols:
-            self._named("protocols", name, "evaluation.protocols")
-            self._protocol_fits(name, spec)
-        for name in settings.diagnostics:
-            self._named("diagnostics", name, "diagnostics")
-        default = rule.optimizer
-        checks = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
-        if not isinstance(default, property) and "optimizer" not in self.idle:
-            checks.append(lambda: check_optimizer(settings.optimizer.over(default)))
-        if settings.schedule.name in CLASSES and rule.phases is Rule.phases and settings.budget.samples is None:
-            checks.append(lambda: check_length(settings.schedule, settings.budget.resolve(1).epochs))
-        for check in checks:
-            try:
-                check()
-            except UsageError as error:
-                self.problems.append(sentence(error))
-
-    def _named(self, kind: str, name: str, where: str) -> None:
-        try:
-            self.registry.get(kind, name, where=where)
-        except UsageError as error:
-            self.problems.append(f"{error.what} in {where} ({error.fix})")
-
-    def _protocol_fits(self, name: str, spec: TaskSpec) -> None:
-        if name in self.registry.names("protocols"):
-            kinds = self.registry.get("protocols", name).kinds
-            if spec.targets not in kinds:
-                known = " or ".join(kinds)
-                self.problems.append(f"evaluation.protocols: {name} scores {known}, but task {spec.name!r} has {spec.targets!r} targets")
-
-    def _stop_if_problems(self) -> None:
-        if not self.problems:
-            return
-        problems = list(dict.fromkeys(self.problems))
-        if len(problems) == 1:
-            raise UsageError(problems[0])
-        raise UsageError(f"{len(problems)} things are wrong in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
-
-
-def _kind(config: Any, key: str) -> Any:
-    """The type of a key of a dataclass; anything inside a free mapping."""
-    if not dataclasses.is_dataclass(config):
-        return Any
-    return typing.get_type_hints(config)[key]
-
-
-def _refers(value: Any) -> bool:
-    """Whether it is an interpolation, which stands for the value of another key."""
-    return isinstance(value, str) and "${" in value
-
-
-def _name_in(leaf: Leaf) -> str:
-    """What a section is to be, empty where that is no name."""
-    try:
-        return str(typed(leaf.value, str, leaf.key)).strip()
-    except Misfit:
-        return ""
+    return Resolver(listed, registry, spec).resolve()
 
 
 def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, spec: TaskSpec | None = None, where: str) -> Recipe:
@@ -431,7 +58,7 @@ def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, 
             "the checkpoint does not say how to build its rule", where=where, fix="build the rule in Python: bpfree.load(path, rule=rule)"
         )
     wanted = {leaf.key.removesuffix(".name"): _name_in(leaf) for leaf in changes if leaf.key.removesuffix(".name") in CHOSEN}
-    wanted = {section: name for section, name in wanted.items() if name}  # what names nothing is refused below
+    wanted = {section: name for section, name in wanted.items() if name}  # an empty name is refused below
     if wanted.get("rule", saved["rule"]["name"]) != saved["rule"]["name"]:
         raise BpfreeError(f"the checkpoint is of another rule: {saved['rule']['name']}, not {wanted['rule']}", where=where)
     kept = dict(saved)
@@ -440,14 +67,16 @@ def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, 
         kept["task"] = {key: value for key, value in saved["task"].items() if key in common}
     before = [
         dataclasses.replace(leaf, shared=True) for leaf in leaves_of(kept, "", where)
-    ]  # what it has no use for is no reason to refuse it
+    ]  # a saved setting that is no longer read is no reason to refuse the checkpoint
     return resolve([*before, *changes], spec=spec)
 
 
-def changed(before: Recipe, after: Recipe) -> list[str]:
-    """The keys in which two recipes differ."""
-    values, others = before.flat(), after.flat()
-    return [key for key in dict.fromkeys([*values, *others]) if key not in values or key not in others or values[key] != others[key]]
+def _name_in(leaf: Leaf) -> str:
+    """The name given for a section; empty where it is not a name."""
+    try:
+        return str(typed(leaf.value, str, leaf.key)).strip()
+    except Misfit:
+        return ""
 
 
 def load_task(name: str, *, root: str | Path | None = None, validation: float = 0.1, split_seed: int = 0, **options: Any) -> Task:

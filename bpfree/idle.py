@@ -1,6 +1,7 @@
-"""Settings that nothing reads, because of what another setting or the rule is: a run in which they are typed would not be what was asked.
+"""Settings that nothing reads, because of another setting or the rule: a run with them would not be the one that was asked for.
 
-A value that is the default is never idle, so that a recorded configuration, which has every key, can be run again.
+A value that is the default is never idle, so that a recorded configuration, which has every key, can be run again. What depends on
+another option of the same dataclass is declared with the option (``needs`` and ``unless``); the rest is written out here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bpfree.training.optimizers import untaken
 from bpfree.training.schedules import CLASSES, SHAPES
 from bpfree.yaml_values import text_of
 
-__all__ = ["idle", "idle_of_rule", "sentence"]
+__all__ = ["idle", "idle_of_rule", "idle_options", "sentence"]
 
 READERS = {"final": ("linear", "cosine"), "milestones": ("milestones",), "gamma": ("milestones",), "options": ()}
 """Shapes of schedule that read a key."""
@@ -35,10 +36,38 @@ def idle(settings: TrainConfig, rule: type[Rule]) -> Iterator[tuple[str, str]]:
     yield from _schedule(settings.schedule)
     yield from _rates(settings, rule)
     yield from idle_of_rule(settings, rule)
-    if settings.clip.scope != "group" and settings.clip.norm is None:
-        yield "clip.scope", f"clip.scope={settings.clip.scope} does nothing without clip.norm: nothing is clipped"
-    if settings.alignment.draws and not settings.alignment.every:
-        yield "alignment.draws", f"alignment.draws={settings.alignment.draws} does nothing with alignment.every=0: nothing is compared"
+    yield from idle_options(settings, type(settings)(), "")
+
+
+def idle_options(config: Any, base: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    """Each option that other options of its dataclass make idle, by its key, with a sentence that names these.
+
+    Args:
+        config: an instance of a dataclass of options; dataclasses inside it are looked at too.
+        base: another, of values that are never idle: the defaults, or what a rule implies for its network.
+        prefix: of the keys, such as ``rule.``.
+    """
+    for item in dataclasses.fields(config):
+        value, default, key = getattr(config, item.name), getattr(base, item.name), f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            yield from idle_options(value, default, f"{key}.")
+        elif value != default and (reason := _reason(config, item, prefix)):
+            yield key, f"{key}={text_of(value)} does nothing with {reason}"
+
+
+def _reason(config: Any, item: dataclasses.Field[Any], prefix: str) -> str:
+    """The options that make one idle, and those that it is for; the empty string: it is read."""
+    needs, unless = item.metadata.get("needs", {}), item.metadata.get("unless", {})
+    against = [key for key, values in unless.items() if getattr(config, key, None) in values]
+    if against or not needs or any(getattr(config, key) in values for key, values in needs.items()):
+        return " and ".join(_set(prefix, key, getattr(config, key)) for key in against)
+    found = " and ".join(_set(prefix, key, getattr(config, key)) for key in needs)
+    readers = " or ".join(_set(prefix, key, value) for key, values in needs.items() for value in values)
+    return f"{found}: it is for {readers}"
+
+
+def _set(prefix: str, key: str, value: Any) -> str:
+    return f"{prefix}{key}={text_of(value)}"
 
 
 def _schedule(schedule: ScheduleConfig) -> Iterator[tuple[str, str]]:
@@ -67,8 +96,8 @@ def _rates(settings: TrainConfig, rule: type[Rule]) -> Iterator[tuple[str, str]]
     default = OptimizerConfig() if isinstance(rule.optimizer, property) else rule.optimizer
     lr, momentum = settings.optimizer.lr, settings.optimizer.momentum
     if lr not in (None, default.lr):
-        told = ", ".join(f"schedule.options.{key}" for key in OWN_RATES[name].split(" and "))
-        yield "optimizer.lr", f"optimizer.lr={lr:g} does nothing with schedule.name={name}, whose rates are {told}"
+        rates = ", ".join(f"schedule.options.{key}" for key in OWN_RATES[name].split(" and "))
+        yield "optimizer.lr", f"optimizer.lr={lr:g} does nothing with schedule.name={name}, whose rates are {rates}"
     if momentum not in (None, default.momentum) and schedule.options.get("cycle_momentum", True):
         yield (
             "optimizer.momentum",
@@ -77,7 +106,12 @@ def _rates(settings: TrainConfig, rule: type[Rule]) -> Iterator[tuple[str, str]]
 
 
 def idle_of_rule(settings: TrainConfig, rule: type[Rule] | Rule) -> Iterator[tuple[str, str]]:
-    """The settings that this rule does not read; of a class, what is the same for all of its instances."""
+    """The settings that this rule does not read; of a class, what is the same for all of its instances.
+
+    Of an instance also its own idle options, which may have been given in Python.
+    """
+    if not isinstance(rule, type):
+        yield from idle_options(rule.config, type(rule.config)(), "rule.")
     name = rule.__name__ if isinstance(rule, type) else type(rule).__name__
     traits, default, keys = rule.traits, rule.optimizer, rule.optimizer_keys
     known = not isinstance(traits, property)
@@ -95,7 +129,7 @@ def idle_of_rule(settings: TrainConfig, rule: type[Rule] | Rule) -> Iterator[tup
         return
     try:
         yield from ((key, sentence(error)) for key, error in untaken(settings.optimizer.over(default)))
-    except UsageError:  # no such optimiser, which is said elsewhere
+    except UsageError:  # no such optimiser, which is reported elsewhere
         return
 
 

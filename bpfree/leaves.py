@@ -1,4 +1,4 @@
-"""Settings as they are said: ``key=value`` words and YAML files as leaves, whose types are not known yet."""
+"""Settings as they are written: ``key=value`` words and YAML files as leaves, whose types are not known yet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMED = ("rule", "network", "task", "optimizer", "schedule")
 
 @dataclass(frozen=True)
 class Leaf:
-    """A value for a key, and where it was said.
+    """A value for a key, and where it was given.
 
     Attributes:
         key: dotted.
@@ -50,7 +50,7 @@ def said(value: Any) -> str:
 
 
 def last_said(leaves: Sequence[Leaf], key: str, default: Any, kind: Any = str) -> Any:
-    """What was last said for a key, before the whole is resolved.
+    """The last value given for a key, before the whole is resolved.
 
     Raises:
         UsageError: it is not of this type.
@@ -102,7 +102,7 @@ def leaves_of(node: Mapping[str, Any], prefix: str, origin: str) -> Iterator[Lea
     """The leaves of a nested mapping; an empty one is a leaf.
 
     Raises:
-        UsageError: a name that is no text.
+        UsageError: a name that is not text.
     """
     for key, value in node.items():
         _dotted([key], origin)

@@ -15,7 +15,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +31,20 @@ def option(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
+    needs: Mapping[str, Collection[Any]] | None = None,
+    unless: Mapping[str, Collection[Any]] | None = None,
 ) -> Any:
-    """A dataclass field with a help text and bounds (``ge <= value``, ``gt < value``, ``le``, ``lt``).
+    """A dataclass field with a help text, bounds, and the values of other options with which it is read.
 
-    ``None`` always passes the bounds: it means "not set". A list or tuple is checked entry by entry.
+    Args:
+        default: its value where none is given.
+        help: its meaning, for the command line and the method cards.
+        factory: makes the default, where that is a list or a mapping.
+        ge, gt, le, lt: bounds of the value. ``None`` always passes them: it means "not set". A list or tuple is checked entry by entry.
+        needs: values of other options of the same dataclass; the option is read where at least one of them has one of its values.
+        unless: values of other options with which it is not read. Where nothing reads it, a value other than the default is refused.
     """
-    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt}
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "needs": needs or {}, "unless": unless or {}}
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -51,7 +59,7 @@ class NoOptions:
 class OptimizerConfig:
     """Which ``torch.optim`` optimiser applies the updates, and how.
 
-    ``None`` means: what the rule says, or else the optimiser's own default.
+    ``None`` means the rule's default, or else the optimiser's own.
     """
 
     name: str = option("auto", "a class of torch.optim in any case (sgd, adamw, ...), or auto: what the rule declares")

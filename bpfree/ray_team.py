@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bpfree import interrupts
-from bpfree.config import Leaf, last_said, resolve
+from bpfree.config import resolve
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.leaves import Leaf, last_said
 from bpfree.ray_cluster import connect, import_ray, room
 from bpfree.training.environment import resolve_device
 from bpfree.training.run import Run, new_run_id

@@ -169,7 +169,7 @@ class Rule(nn.Module, ABC):
         """
         plain: dict[str, Any] = {"network.activation": "tanh", "network.norm": "none", "network.dropout": 0.0}
         if kind == "dense":
-            return {"network.name": "mlp", "network.widths": [width] * depth, "network.depth": depth, **plain}
+            return {"network.name": "mlp", "network.widths": [], "network.width": width, "network.depth": depth, **plain}
         return {"network.name": "vgg", "network.channels": [width] * depth, "network.pool_after": [], **plain}
 
     def groups(self) -> dict[str, list[nn.Parameter]]:

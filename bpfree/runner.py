@@ -1,4 +1,4 @@
-"""Running a recipe: its folder, its observers, its trainer; also going on with a run.
+"""Running a recipe: its folder, its observers, its trainer; also resuming a run.
 
 Where a launcher has started several processes, each of them runs the same recipe: the first one makes the folder and observes.
 """
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bpfree.code_lines import class_lines
-from bpfree.config import Leaf, Recipe, changed, recipe_of
+from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.leaves import Leaf
+from bpfree.recipe import Recipe, changed
 from bpfree.rule import Rule
 from bpfree.tasks.task import Task
 from bpfree.tracking.journal import recorded
@@ -44,7 +46,7 @@ CHANGEABLE = {
 """Sections and keys that may change when a run is resumed."""
 
 LEFTOVERS = ("config.yaml", "plan.txt", "run.json", "metrics.jsonl", "checkpoints", "plots", "pictures")
-"""What a run that begins again finds of itself, and replaces."""
+"""Files of an earlier attempt that a run replaces when it starts again."""
 
 RESIDENT = {"auto": None, "yes": True, "no": False}
 
@@ -59,7 +61,7 @@ def run(
     run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> Run:
-    """Train and test what the recipe says.
+    """Train and test according to a recipe.
 
     Args:
         recipe: a resolved configuration.
@@ -68,7 +70,7 @@ def run(
         observers: further ones.
         task: already loaded, when several runs share it.
         run_id: the run's identifier, and name of its folder. What an attempt left behind that was killed before its first checkpoint
-            is replaced, and its run in the tracking store is gone on with.
+            is replaced, and its run in the tracking store is continued.
         tags: further ones, beside or in place of the standard ones.
 
     Raises:
@@ -109,7 +111,7 @@ def resume(
     task: Task | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> Run:
-    """Go on with an interrupted run, in its own folder and its own MLflow run.
+    """Resume an interrupted run, in its own folder and its own MLflow run.
 
     Args:
         place: a run's folder, its name under ``output``, or its checkpoint.
@@ -137,7 +139,7 @@ def resume(
 
 
 def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Run, Path, dict[str, Any], dict[str, str]]:
-    """A run that can go on, its checkpoint, its configuration before the changes, and tags; or the run as it ended.
+    """A run that can be resumed, its checkpoint, its configuration before the changes, and tags; or the run as it ended.
 
     Raises:
         BpfreeError: no such run, or one that does not fit the changes.
@@ -147,7 +149,7 @@ def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Ru
     recipe = recipe_of(saved["config"], changes, where=str(path))
     refuse_changes(changed(recipe_of(saved["config"], where=str(path)), recipe))
     if saved.get("training") is None:
-        raise BpfreeError("the checkpoint holds weights only: a run cannot resume from it", where=str(path), fix="use last.pt")
+        raise BpfreeError("the checkpoint holds weights only: a run cannot be resumed from it", where=str(path), fix="use last.pt")
     about, folder = saved["training"]["run"], path.parent.parent
     ended = ended_as(folder)
     if path.parent.name != "checkpoints" or ended.get("id", about["id"]) != about["id"]:
@@ -162,21 +164,21 @@ def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Ru
 
 
 def refuse_changes(keys: Iterable[str]) -> None:
-    """A run can go on for longer, elsewhere, or be looked at otherwise; anything else would make it another run.
+    """Refuse changes that would make it another run; it may train longer, elsewhere, or be observed differently.
 
     Args:
         keys: of the settings that changed.
 
     Raises:
-        UsageError: some would.
+        UsageError: some keys would make it another run.
     """
     other = [key for key in keys if key.split(".")[0] not in CHANGEABLE]
     if other:
-        raise UsageError("a run cannot go on with other settings than it began with", where=", ".join(other), fix="train anew")
+        raise UsageError("a run cannot be resumed with other settings than it began with", where=", ".join(other), fix="start a new run")
 
 
 def ended_as(folder: Path) -> dict[str, Any]:
-    """What a run's journal says of its end; nothing if it cannot be read."""
+    """The end of a run as its journal records it; empty if it cannot be read."""
     try:
         content = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError):
@@ -194,17 +196,17 @@ def has_finished(place: str, *, output: str = "runs") -> bool:
 
 
 def tests_before(ended: Mapping[str, Any]) -> int:
-    """How often a run has seen the test split, given its journal: one that has not finished only meant to."""
+    """How often a run has seen the test split, given its journal: 0 if it has not finished, whatever its settings are."""
     meant = bool(ended.get("config", {}).get("evaluation.test", True))
     counted = int(ended.get("tags", {}).get("test_evaluations", int(meant)))
     return counted - (meant and ended.get("status") != "finished")
 
 
 def clear_attempt(folder: Path) -> dict[str, str]:
-    """Remove what an attempt that came to no checkpoint left in a run's folder, but for what it had to tell the tracking store.
+    """Remove what an attempt without a checkpoint left in a run's folder, except what is still to be sent to the tracking store.
 
     Raises:
-        UsageError: it came to one.
+        UsageError: it has a checkpoint.
 
     Returns:
         Where the attempt was tracked.
@@ -221,16 +223,16 @@ def clear_attempt(folder: Path) -> dict[str, str]:
 
 
 def remove_untrained(folder: Path) -> None:
-    """Remove a run's folder in which nothing has happened."""
+    """Remove the folder of a run that has not trained."""
     if {path.name for path in folder.iterdir()} <= {"config.yaml", "plan.txt"}:
         shutil.rmtree(folder)
 
 
 def complete_tracking(folder: str | Path) -> bool:
-    """Tell the tracking store all of a run that has ended, in case its process was killed while it did so.
+    """Send the tracking store what it lacks of a run that has ended, in case its process was killed while sending.
 
     The run in the store is the same, and each metric keeps one value per step. Nothing happens where the store has it all, where tracking
-    is disabled, or to a run that has not ended; an outage is a warning, and one can try again.
+    is disabled, or to a run that has not ended; an outage is a warning, and the call can be repeated.
 
     Args:
         folder: the run's.
@@ -239,7 +241,7 @@ def complete_tracking(folder: str | Path) -> bool:
         BpfreeError: there is no record of a run.
 
     Returns:
-        Whether nothing is left to tell.
+        Whether nothing is left to send.
     """
     from bpfree.tracking.completion import complete
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bpfree.config import Leaf, Recipe, recipe_of
+from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError
+from bpfree.leaves import Leaf
 from bpfree.network.network import Network, evaluating
+from bpfree.recipe import Recipe
 from bpfree.rule import Rule
 from bpfree.step import Budget
 from bpfree.tasks.check import check_inputs
@@ -53,7 +55,7 @@ class Saved:
             seed: of a stochastic rule's draws.
 
         Raises:
-            UsageError: inputs of another shape or range than those of training, or such as are not finite.
+            UsageError: inputs of another shape or range than those of training, or that are not finite.
         """
         check_inputs(self.spec, x, "predict")
         device = next(self.rule.parameters()).device

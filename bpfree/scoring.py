@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from bpfree.config import Leaf, changed, recipe_of
+from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.leaves import Leaf
+from bpfree.recipe import changed
 from bpfree.rule import Rule
 from bpfree.saved import load
 from bpfree.tasks.check import check_split

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from bpfree.config import Recipe
 from bpfree.plugins import Plugins
+from bpfree.recipe import Recipe
 
 __all__ = ["all_roots", "certificate_hashes", "floor_hash", "rule_hashes", "source_hashes"]
 

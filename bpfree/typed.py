@@ -23,7 +23,7 @@ NOTHING = ("null", "Null", "NULL")
 
 
 class Misfit(Exception):
-    """A value that is not of its key's type; says what is, as the end of a sentence that begins with the key."""
+    """A value that is not of its key's type; the message is the end of a sentence that begins with the key."""
 
 
 def typed(value: Any, kind: Any, key: str) -> Any:

@@ -1,7 +1,7 @@
 """Reading YAML as people mean it: YAML 1.2 with safe tags only, and scalars that keep the text they were typed as.
 
 PyYAML follows YAML 1.1, where ``1e-8`` is a string, ``no`` is false, ``010`` is 8, ``12:30`` is 750 and ``1_000`` a number; here the
-core schema of YAML 1.2 holds. What a plain scalar means may depend on where it stands: ``007`` is a number, but as the name of a folder
+core schema of YAML 1.2 holds. What a plain scalar means may depend on its key: ``007`` is a number, but as the name of a folder
 it is text. So :func:`written` keeps the text of what can be written in more than one way (:class:`Scalar`).
 """
 
@@ -42,7 +42,7 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Entry:
-    """A value of a mapping, with where it stands.
+    """A value of a mapping, with its place.
 
     Attributes:
         path: the names that lead to it, as they are written; one may hold dots.
@@ -93,7 +93,7 @@ def _scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
 
 
 class _Writing(_Loader):
-    """The same, which keeps texts."""
+    """The same, but scalars keep their text."""
 
 
 def _kept(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
@@ -218,7 +218,7 @@ def text_of(value: Any) -> str:
 def _is_itself(text: str) -> bool:
     try:
         return bool(written(text) == text) and isinstance(written(text), str)
-    except yaml.YAMLError:  # the command line takes what is no YAML as text
+    except yaml.YAMLError:  # the command line takes anything that is not YAML as text
         return "\n" not in text
 
 

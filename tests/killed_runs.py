@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bpfree import Run, Step, hookimpl, runner
-from bpfree.config import Recipe, parse_words, resolve
+from bpfree.config import parse_words, resolve
+from bpfree.recipe import Recipe
 from bpfree.tracking.events import Artifact, End, Event, Metrics
 from bpfree.tracking.sender import Sender
 from bpfree.tracking.store import Store

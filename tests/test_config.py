@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Literal, get_type_hints
 
 import pytest
 import torch
 import yaml
 
-from bpfree import UsageError
+from bpfree import Task, TaskSpec, TrainConfig, Trainer, UsageError, installed_plugins, mlp, option, vgg
+from bpfree.baselines import Backprop
 from bpfree.config import parse_words, read_yaml, resolve
+from bpfree.idle import idle_options
+from bpfree.network import VGGConfig
+from bpfree.recipe import RunConfig, TaskCommon
+from bpfree.typed import typed
 
 
 def problems_of(*words: str) -> str:
@@ -27,11 +34,11 @@ def test_defaults_are_complete_and_resolve_to_themselves() -> None:
 
 def test_words_and_files_and_the_order_in_which_they_win(tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
-    file.write_text("rule: dfa\nseed: 3\nnetwork: {name: mlp, depth: 2}\noptimizer: {lr: 1e-2, options: {betas: [0.5, 0.9]}}\n")
+    file.write_text("rule: dfa\nseed: 3\nnetwork: {name: mlp, norm: batch}\noptimizer: {lr: 1e-2, options: {betas: [0.5, 0.9]}}\n")
     recipe = resolve(read_yaml(file) + parse_words(["seed=4", "network.widths=[32, 16]", "optimizer.lr=2e-3"]))
     assert recipe.names["rule"] == "dfa"
     assert recipe.settings.seed == 4
-    assert (recipe.options["network"].depth, recipe.options["network"].widths) == (2, [32, 16])
+    assert (recipe.options["network"].norm, recipe.options["network"].widths) == ("batch", [32, 16])
     assert recipe.settings.optimizer.lr == 2e-3
     assert recipe.settings.optimizer.options == {"betas": [0.5, 0.9]}
     assert recipe.flat()["rule.scale"] == 1.0
@@ -278,6 +285,12 @@ def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
         (["schedule=milestones"], ("schedule=milestones", "schedule.milestones")),
         (["clip.scope=global"], ("clip.scope=global", "clip.norm")),
         (["alignment.draws=4"], ("alignment.draws=4", "alignment.every=0")),
+        (["network.width=64", "network.widths=[32]"], ("network.width=64", "with network.widths=[32]: it is for network.widths=[]")),
+        (["network.depth=2", "network.widths=[32]"], ("network.depth=2", "network.widths=[32]")),
+        (["network.width=64", "network.depth=0"], ("network.width=64", "with network.depth=0")),
+        (["task.split_seed=3", "task.validation=0", "select=last"], ("task.split_seed=3", "task.validation=0")),
+        (["data.workers=2", "data.resident=yes"], ("data.workers=2", "data.resident=yes")),
+        (["pictures.count=9", "pictures.every=0"], ("pictures.count=9", "pictures.every=0")),
         (["optimizer=sgd", "optimizer.options={dampening: 0.5}"], ("optimizer.options.dampening", "momentum")),
         (["optimizer=sgd", "optimizer.options={lr: 0.5}"], ("optimizer.options.lr", "optimizer.lr=0.5")),
         (
@@ -290,6 +303,63 @@ def test_a_setting_that_another_makes_idle_is_refused_with_both(words: list[str]
     text = problems_of(*words)
     assert both[0] in text
     assert both[1] in text
+
+
+def test_a_pooling_after_a_convolution_that_there_is_not_is_refused_unless_it_is_the_default() -> None:
+    images = TaskSpec("images", (3, 32, 32), 10)
+    assert vgg(images, VGGConfig(channels=[8, 8])).shapes["b2"] == (8, 8, 8)
+    with pytest.raises(UsageError, match=r"no convolution 3 to pool after: network\.channels has 2"):
+        vgg(images, VGGConfig(channels=[8, 8], pool_after=[1, 3]))
+
+
+@dataclass
+class Conditional:
+    """Options of which one is for a value of another, and one for all values of it but one."""
+
+    kind: Literal["a", "b", "c"] = option("a", "which")
+    of_a: int = option(1, "for a", needs={"kind": ("a",)})
+    but_c: int = option(1, "for all but c", unless={"kind": ("c",)})
+    of_either: int = option(1, "for a, or of_a=2", needs={"kind": ("a",), "of_a": (2,)})
+
+
+def test_an_option_is_idle_where_others_say_so_and_it_is_not_what_it_was() -> None:
+    def idle(base: Conditional | None = None, **given: Any) -> list[str]:
+        return [key for key, _ in idle_options(Conditional(**given), base or Conditional(), "rule.")]
+
+    assert idle(kind="a", of_a=5, but_c=5, of_either=5) == []
+    assert idle(kind="b", of_a=5, but_c=5, of_either=5) == ["rule.of_a", "rule.of_either"]
+    assert idle(kind="b", of_a=2, but_c=5, of_either=5) == ["rule.of_a"]
+    assert idle(kind="c", of_a=1, but_c=5, of_either=1) == ["rule.but_c"]
+    assert idle(Conditional(but_c=5), kind="c", but_c=5) == []
+    assert idle(Conditional(but_c=5), kind="c", but_c=1) == ["rule.but_c"]
+
+
+class Configured(Backprop):
+    Config = Conditional
+
+
+def test_an_idle_option_that_was_given_in_python_is_refused_before_training(digits: Task) -> None:
+    rule = Configured(mlp(digits.spec), digits.spec, Conditional(kind="c", but_c=5))
+    with pytest.raises(UsageError, match=r"rule\.but_c=5 does nothing with rule\.kind=c"):
+        Trainer(rule, digits, TrainConfig())
+
+
+def test_conditions_of_options_name_options_and_their_values() -> None:
+    """Of all rules, networks and tasks that are installed; oracle: the types of the options that are named."""
+    registry = installed_plugins()
+    kinds = ("rules", "networks", "tasks")
+    configs = {registry.get(kind, name).Config for kind in kinds for name in registry.names(kind)} | {RunConfig, TaskCommon}
+    conditions = [
+        (get_type_hints(config), key, value)
+        for config in configs
+        for item in fields(config)
+        for needed in (item.metadata.get("needs", {}), item.metadata.get("unless", {}))
+        for key, values in needed.items()
+        for value in values
+    ]
+    assert len(conditions) > 20
+    for hints, key, value in conditions:
+        assert typed(value, hints[key], key) == value
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ import yaml
 from study_kit import call
 
 from bpfree import UsageError
-from bpfree.config import Recipe, parse_words, resolve
+from bpfree.config import parse_words, resolve
+from bpfree.recipe import Recipe
 from bpfree.yaml_values import text_of
 
 MENU: dict[str, list[str]] = {

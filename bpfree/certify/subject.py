@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from bpfree.config import Leaf, Recipe, canonical, parse_words, resolve
+from bpfree.config import resolve
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.leaves import Leaf, canonical, parse_words
 from bpfree.plugins import PluginRecord, Plugins, installed_plugins
+from bpfree.recipe import Recipe
 from bpfree.rule import Rule
 from bpfree.step import Batch
 from bpfree.tasks.task import Split, TaskSpec

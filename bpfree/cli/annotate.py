@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bpfree.options import bounded_help
 
 if TYPE_CHECKING:
-    from bpfree.config import Recipe
+    from bpfree.recipe import Recipe
 
 __all__ = ["annotate"]
 

@@ -13,7 +13,7 @@ the inputs, the own-prediction twin of each rule (everything but its readout rec
 report measures the floor: without floor and ceiling an accuracy says little. Settings of `network` reach the rules that take any network;
 one with a network of its own (and the linear classifier) takes them in its own WORD.
 
-It is a study made of words: interrupt it at any time, the same command goes on; what is finished is not run again.
+It is a study made of words: interrupt it at any time, the same command resumes it; what is finished is not run again.
 
 \b
   bpfree compare noprop-dt dfa --seeds 3 budget.epochs=30
@@ -31,8 +31,8 @@ It is a study made of words: interrupt it at any time, the same command goes on;
 @click.option("--quiet", "-q", is_flag=True, help="No progress display.")
 def compare(words: tuple[str, ...], seeds: int, only: bool, jobs: int | None, timeout: float | None, to: Path | None, quiet: bool) -> int:
     from bpfree.cli.study_progress import StudyProgress
-    from bpfree.config import parse_words
     from bpfree.errors import UsageError
+    from bpfree.leaves import parse_words
     from bpfree.study import cells, command
     from bpfree.study.agenda import Agenda
     from bpfree.study.comparing import comparison
@@ -52,7 +52,7 @@ def compare(words: tuple[str, ...], seeds: int, only: bool, jobs: int | None, ti
         try:
             made, page = command.run(plan, agenda, common, again, options, progress.of)
         except (Interrupted, KeyboardInterrupt):
-            click.echo("the comparison was interrupted: the same command goes on with it", err=True)
+            click.echo("the comparison was interrupted: the same command resumes it", err=True)
             raise
     click.echo(f"{made.text()}\n\n{page.resolve()}")
     return 0 if agenda.complete() else 1

@@ -23,7 +23,7 @@ configuration, for example `task=fashion-mnist`, `rule.inference=deterministic`,
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on one line.")
 def evaluate(checkpoint: str, settings: tuple[str, ...], split: str, as_json: bool) -> int:
     from bpfree.cli.output import print_table
-    from bpfree.config import last_said, parse_words
+    from bpfree.leaves import last_said, parse_words
     from bpfree.scoring import score
 
     leaves = parse_words(settings)

@@ -1,4 +1,4 @@
-"""``bpfree rules``, ``bpfree networks``, ``bpfree tasks``: what is there, and the cards of single things."""
+"""``bpfree rules``, ``bpfree networks``, ``bpfree tasks``: what is installed, and the cards of single entries."""
 
 from __future__ import annotations
 

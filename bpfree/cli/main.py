@@ -18,9 +18,9 @@ __all__ = ["cli", "main"]
 
 # Idle OpenMP threads that spin make a busy machine up to 60 times slower; it must be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Messages of torch's C++ parts (a profiler that met memory older than itself) say nothing to a user.
+# Messages of torch's C++ parts (a profiler that met memory older than itself) mean nothing to a user.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-# MLflow reports usage to its makers unless told not to; bpfree does not, unless the user says so.
+# MLflow sends usage reports to its makers by default; with bpfree only if the user sets it so.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 PAUSE = 10.0
@@ -29,11 +29,11 @@ PAUSE = 10.0
 EPILOG = """
 \b
 Examples:
-  bpfree rules                                        what is there
+  bpfree rules                                        what is installed
   bpfree rules noprop-dt                              a method card
   bpfree train rule=noprop-dt task=mnist budget.epochs=2 seed=1
   bpfree train --config runs/RUN/config.yaml          the same run again
-  bpfree train --resume runs/RUN                      go on after an interruption
+  bpfree train --resume runs/RUN                      resume after an interruption
   bpfree evaluate runs/RUN --split test
   bpfree compare noprop-dt dfa --seeds 3              beside floor and ceiling
   bpfree study list                                   tables of papers, to run
@@ -111,7 +111,7 @@ def _run(words: list[str], *, debug: bool) -> int:
         result: Any = cli.main(args=words, prog_name="bpfree", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except BpfreeError as error:
-        if error.exit_code in (130, 143):  # interrupted: the progress display has said how to go on
+        if error.exit_code in (130, 143):  # interrupted: the progress display has said how to resume
             return error.exit_code
         return _say(error, f"error: {error}", error.exit_code, debug)
     except click.ClickException as error:

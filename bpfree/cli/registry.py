@@ -137,7 +137,7 @@ def certificate_row(rule: str, record: dict[str, Any]) -> list[str]:
 def add(plugin: str, files: tuple[Path, ...], entry_file: Path | None, folder: Path) -> None:
     """Write the entry of an installed PLUGIN into a registry's folder, copy the given certificates there, and renew index and tables.
 
-    What only people can say is kept from an entry that is there already.
+    What is not read from the package is kept from an existing entry.
     """
     from bpfree.plugins import installed_plugins
     from bpfree.registry import entry_of, read_entry, renew, to_toml
@@ -227,7 +227,7 @@ def validate(folder: Path | None, as_json: bool) -> int:
     return int(bool(found))
 
 
-@registry.command("index", short_help="Write index and tables anew.")
+@registry.command("index", short_help="Write index and tables again.")
 @click.option("--folder", type=FOLDER, default="registry", show_default=True, help="The registry's folder.")
 def write_index(folder: Path) -> None:
     """Write index.json and the tables in README.md from the entries and certificates of a registry's folder."""

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 RUN_HELP = """Run what is not finished of a study, and report on it.
 
 STUDY is the name of an installed study or the path of a study file. SETTINGS are KEY=VALUE words over the settings of all cells, such as
-`budget.epochs=1` for a try; the report says that the study is not as written. Interrupt it at any time: the same command goes on. Finished
-cells are not run again, and a cell that crashes, diverges or takes too long is a row with its reason. Several processes may run the same
-study.
+`budget.epochs=1` for a try; the report says that the study is not as written. Interrupt it at any time: the same command resumes it.
+Finished cells are not run again, and a cell that crashes, diverges or takes too long is a row with its reason. Several processes may run
+the same study.
 
 \b
   bpfree study run quickstart
@@ -43,7 +43,7 @@ STATUS_HELP = """How the cells of a study stand, also while it runs. Give the SE
 """
 RETRY_HELP = """Run cells again that did not finish: WHICH is `failed` (crashed, diverged or timed out), or one of `diverged` and `timeout`.
 
-What crashed or diverged begins anew; what timed out goes on from its checkpoint. Other cells that are not finished are run too.
+What crashed or diverged starts again; what timed out resumes from its checkpoint. Other cells that are not finished are run too.
 
 \b
   bpfree study retry failed quickstart
@@ -245,7 +245,7 @@ def _run_now(
     name: str, settings: tuple[str, ...], options: dict[str, Any], retry: Sequence[str], words: list[str], asked: list[str] | None
 ) -> int:
     from bpfree.cli.study_progress import StudyProgress
-    from bpfree.config import parse_words
+    from bpfree.leaves import parse_words
     from bpfree.study import command, receipt
     from bpfree.training.trainer import Interrupted
 
@@ -259,7 +259,7 @@ def _run_now(
         try:
             made, page = command.run(plan, agenda, parse_words(settings), words, chosen, progress.of)
         except (Interrupted, KeyboardInterrupt):
-            click.echo("the study was interrupted: the same command goes on with it", err=True)
+            click.echo("the study was interrupted: the same command resumes it", err=True)
             raise
     text = f"{made.text()}\n\n{page.resolve()}"
     click.echo(text)
@@ -270,7 +270,7 @@ def _run_now(
 
 
 def _others(agenda: Agenda, words: Sequence[str]) -> str:
-    """What became of those that are not run."""
+    """The state of those that are not run."""
     import shlex
 
     done = [cell for cell in agenda.cells() if not agenda.to_do(cell)]
@@ -296,7 +296,7 @@ def _prepared(
     columns: str | None = None,
     retry: Sequence[str] = (),
 ) -> tuple[Plan, Agenda]:
-    from bpfree.config import parse_words
+    from bpfree.leaves import parse_words
     from bpfree.study import cells
     from bpfree.study.agenda import Agenda
     from bpfree.study.file import find_study

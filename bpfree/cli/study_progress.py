@@ -48,9 +48,9 @@ class StudyProgress:
         return self
 
     def started(self, cell: Cell, before: Outcome | None) -> None:
-        """Told where a cell goes on that was interrupted."""
+        """Report where an interrupted cell resumes."""
         if before is not None and before.run and not before.is_final and before.status != "running":  # that one another process has
-            self.say(f"{cell.label}: goes on with {before.run}")
+            self.say(f"{cell.label}: resumes {before.run}")
 
     def waiting(self, cells: Sequence[Cell], epoch: Callable[[Cell], str]) -> None:
         """From time to time a line that says what runs, where several cells do; a single one shows itself."""
@@ -59,7 +59,7 @@ class StudyProgress:
             self.say("running: " + ", ".join(f"{label} (epoch {share})" if share else label for label, share in far))
 
     def ended(self, cell: Cell, outcome: Outcome | None, left: int) -> None:
-        """A line: place, what became of it, what is left."""
+        """A line: place, outcome, what is left."""
         self._left = left
         if outcome is None:
             if cell.id not in self._elsewhere:

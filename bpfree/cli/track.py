@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 
-@click.group(short_help="Look after the tracking of runs.")
+@click.group(short_help="Manage the tracking of runs.")
 def track() -> None:
-    """Look after the tracking of runs."""
+    """Manage the tracking of runs."""
 
 
 @track.command("send", short_help="Send what an outage of the tracking server has left behind.")
@@ -20,8 +20,9 @@ def send(run: str, settings: tuple[str, ...]) -> int:
 
     The store is the one that the run's configuration names, unless SETTINGS say otherwise: `tracking.uri=...`.
     """
-    from bpfree.config import Leaf, last_said, parse_words, read_yaml, resolve
+    from bpfree.config import resolve
     from bpfree.errors import BpfreeError, UsageError
+    from bpfree.leaves import Leaf, last_said, parse_words, read_yaml
     from bpfree.tracking.events import SPOOL_NAME
     from bpfree.tracking.mlflow_tracker import send_unsent
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from bpfree.config import Leaf, Recipe
+    from bpfree.leaves import Leaf
+    from bpfree.recipe import Recipe
     from bpfree.training.run import Run
 
 HELP = """Train one rule on one task, test it once, and track the run.
@@ -27,7 +28,7 @@ SETTINGS are KEY=VALUE words over the defaults and over --config files, for exam
 A run has a folder under runs/ (output=...): its configuration, metrics, plots and checkpoints. MLflow shows all runs:
 `mlflow ui --backend-store-uri sqlite:///mlflow.db`.
 
-Ctrl-C (or SIGTERM) saves a checkpoint first; `bpfree train --resume RUN` goes on, bit for bit.
+Ctrl-C (or SIGTERM) saves a checkpoint first; `bpfree train --resume RUN` continues it, bit for bit.
 
 Several processes train together under a launcher: `torchrun --nproc-per-node 2 -m bpfree train ...`, or `--ray N` for a cluster. They share
 the blocks of a network where these are independent, else the examples of each batch (parallel=blocks, data).
@@ -38,8 +39,8 @@ the blocks of a network where these are independent, else the examples of each b
 @click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
 @click.option("--config", "-c", "configs", multiple=True, type=click.Path(path_type=Path), help="YAML file of settings; later ones win.")
 @click.option("--print-config", is_flag=True, help="Print the complete configuration with the meaning of each key, and stop.")
-@click.option("--print-plan", is_flag=True, help="Print what the rule makes of its network, if it says so, and stop.")
-@click.option("--resume", metavar="RUN", help="Go on with a run: its folder, its name, or a checkpoint.")
+@click.option("--print-plan", is_flag=True, help="Print the rule's plan for its network, if it has one, and stop.")
+@click.option("--resume", metavar="RUN", help="Resume a run: its folder, its name, or a checkpoint.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress display.")
 @click.option("--ray", type=click.IntRange(1), metavar="N", help="Train in N processes of a Ray cluster, together.")
 @click.option("--address", metavar="ADDRESS", help="Of the Ray cluster, or auto; none: RAY_ADDRESS, else one on this machine.")
@@ -55,8 +56,9 @@ def train(
 ) -> int:
     from bpfree import runner
     from bpfree.cli.output import PlanDisplay, exit_code, print_result
-    from bpfree.config import last_said, parse_words, read_yaml, resolve
+    from bpfree.config import resolve
     from bpfree.errors import UsageError
+    from bpfree.leaves import last_said, parse_words, read_yaml
     from bpfree.training.distributed import World
 
     world = World.here()
@@ -68,9 +70,7 @@ def train(
             if address is not None and ray is None:
                 raise UsageError("an address is that of a Ray cluster", where="--address", fix="--ray N")
             if resume is not None and (print_config or print_plan):
-                raise UsageError(
-                    "a run that goes on is trained, not printed", where="--resume", fix="its folder has config.yaml and plan.txt"
-                )
+                raise UsageError("a resumed run is trained, not printed", where="--resume", fix="its folder has config.yaml and plan.txt")
             recipe = resolve(leaves) if resume is None and (ray is None or print_config or print_plan) else None
         if recipe is not None and (print_config or print_plan):
             if world.first:
@@ -89,7 +89,7 @@ def train(
             finished = world.from_first(lambda: runner.has_finished(place, output=output)) and all(leaf.key == "output" for leaf in leaves)
             run = runner.resume(place, output=output, changes=leaves, quiet=quiet, observers=observers)
             if finished and world.first:
-                click.echo("the run had finished already; a longer budget (budget.epochs=...) would go on with it\n", err=True)
+                click.echo("the run had finished already; a longer budget (budget.epochs=...) would continue it\n", err=True)
     if world.first:
         print_result(run)
     return exit_code(run)
@@ -109,6 +109,6 @@ def _on_ray(leaves: list[Leaf], size: int, address: str | None, resume: str | No
     try:
         return ray_team.train(leaves, size=size, address=address, resume=resume)
     except BpfreeError as error:
-        if error.exit_code in (130, 143):  # no progress display has said how to go on
+        if error.exit_code in (130, 143):  # no progress display has said how to resume
             click.echo(str(error), err=True)
         raise

@@ -46,8 +46,8 @@ class NetworkBuilder:
 class MLPConfig:
     """A multilayer perceptron; images are flattened."""
 
-    depth: int = option(4, "number of hidden layers", ge=0)
-    width: int = option(128, "units in each hidden layer", ge=1)
+    depth: int = option(4, "number of hidden layers", ge=0, needs={"widths": ([],)})
+    width: int = option(128, "units in each hidden layer", ge=1, needs={"widths": ([],)}, unless={"depth": (0,)})
     widths: list[int] = option(factory=list, help="units of each hidden layer, in place of depth and width", ge=1)
     activation: Activation = option("relu", "nonlinearity after each hidden layer")
     norm: Norm = option("none", "normalisation before the nonlinearity")
@@ -88,11 +88,18 @@ def vgg(spec: TaskSpec, config: VGGConfig | None = None) -> Network:
     """Hidden blocks ``b1``, ``b2``, ... (convolution, norm, activation, perhaps pooling) and the block ``readout``.
 
     Raises:
-        UsageError: if the task's inputs are no images, or too small for the poolings.
+        UsageError: if the task's inputs are no images, or too small for the poolings; a pooling after a convolution that does not exist.
     """
     config = config or VGGConfig()
     if len(spec.input_shape) != 3:
         raise UsageError(f"vgg needs images (channels, height, width), not inputs of shape {spec.input_shape}", fix="use network=mlp")
+    absent = [index for index in config.pool_after if index > len(config.channels)]
+    if absent and config.pool_after != VGGConfig().pool_after:
+        raise UsageError(
+            f"no convolution {', '.join(map(str, absent))} to pool after: network.channels has {len(config.channels)}",
+            where="network.pool_after",
+            fix="name existing convolutions, counted from 1",
+        )
     channels, height, width = spec.input_shape
     poolings = sum(1 for index in config.pool_after if index <= len(config.channels))
     if min(height, width) >> poolings < 1:

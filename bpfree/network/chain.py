@@ -49,7 +49,7 @@ class Chain:
             self._visit(f"{path}.{name}" if path else name, child)
 
     def fits(self, sites: Sequence[Site], weights: Collection[str], record: Collection[str]) -> bool:
-        """Whether all that is wanted lies between the leaves, and nobody else hooks into them."""
+        """Whether all that is requested lies between the leaves, and they have no other hooks."""
         return (
             self._simple
             and not any(part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in self._called)

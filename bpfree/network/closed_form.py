@@ -37,7 +37,7 @@ NORMS = {nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNor
 def is_linear(module: nn.Module) -> bool:
     """Whether :func:`parameter_gradients` knows the module: a linear layer, a convolution, or one that brings its own."""
     if type(module) is nn.Linear or type(module) in CONVOLUTIONS:
-        return isinstance(module._parameters.get("weight"), Tensor)  # not made anew from others, as pruning and weight_norm do
+        return isinstance(module._parameters.get("weight"), Tensor)  # not computed from other parameters, as pruning and weight_norm do
     return hasattr(module, "parameter_gradients")
 
 

@@ -83,7 +83,7 @@ def _measure(perturber: Perturber, site: Site, x: Tensor, groups: int, apart: bo
         return by_channel(shape, groups) if divided else None
 
     examples = apart or _stays(perturber, [site], x, _by_example)
-    x = x[: EXAMPLES // 2] if examples else x  # where they do not meet, fewer tell as much
+    x = x[: EXAMPLES // 2] if examples else x  # where examples do not meet, half of them suffice
     return Reach(examples, _stays(perturber, [site], x, _by_token), _stays(perturber, [site], x, by_group))
 
 

@@ -5,7 +5,7 @@ sees). Its weights are carried back through the layers below by their transposed
 
     r_l = W_1^T D_1 W_2^T D_2 ... W_l^T e_unit,
 
-where each D is what stands in for a layer that is not linear: the identity for activations, dropout and normalisations; for
+where each D replaces a layer that is not linear: the identity for activations, dropout and normalisations; for
 batch norm with running statistics its own slope, weight / sqrt(var + eps); for max-pooling the mean over its window. Average
 poolings, flattening and zero padding are exact, other paddings count as zeros. On a linear network this is the row of the
 Jacobian. Closed forms only: nothing is executed, no graph is made, no random number drawn.

@@ -1,6 +1,6 @@
 """Where noise on activities goes: before each nonlinearity, at a linear map's output or behind the normalisation that follows it.
 
-A *site* is such a place. It is found by executing the module once and watching who consumes what, so that it works for any
+A *site* is such a place. It is found by executing the module once and observing what consumes each tensor, so that it works for any
 module made of linear layers, convolutions, normalisations and ReLUs, in modules or as functions, with residual sums. Noise may be
 masked (zero on inactive units) only where a ReLU is the sole consumer.
 """
@@ -135,7 +135,7 @@ class _Watch(TorchFunctionMode):
     def _function(self, name: str, consumed: list[_Tensor], result: Any, kwargs: Any) -> None:
         for tensor in consumed:
             tensor.uses += 1
-        self.known.pop(id(result), None)  # in place: what was there is gone
+        self.known.pop(id(result), None)  # in place: the former value is gone
         if name in RELU_FUNCTIONS:
             consumed[0].relu = consumed[0].relu or ("", 0)
         elif name in SUMS and kwargs.get("alpha", 1) == 1 and all(tensor.shape == result.shape[1:] for tensor in consumed):
@@ -243,7 +243,7 @@ def _rehearsing(module: nn.Module, x: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _watched(module: nn.Module, watch: _Watch) -> Iterator[None]:
-    """Tells the watch of each call of the modules that it knows."""
+    """Reports each call of a known module to the watch."""
     shared = _shared(module)
     watch.odd |= {path for key, paths in watch.owners.items() if key in shared for path in paths}
     handles = []

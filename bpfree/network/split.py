@@ -59,7 +59,7 @@ def split(module: nn.Module, input_shape: Sequence[int], *, at: Sequence[str] | 
         logger.info("%s is split into blocks:\n%s", type(module).__name__, plan(network))
         return network
     finally:
-        for leftover in set(vars(module)) - before:  # constants that torch.fx hangs on the module
+        for leftover in set(vars(module)) - before:  # constants that torch.fx sets on the module
             delattr(module, leftover)
 
 
@@ -85,7 +85,7 @@ def segment(traced: Traced, span: range) -> nn.Module:
     copies = {source: graph.placeholder("x")}
 
     def copied(node: fx.Node) -> fx.Node:
-        if node not in copies:  # parameters are fetched where they are used; all else is there already
+        if node not in copies:  # parameters are fetched where they are used; everything else has been copied already
             copies[node] = graph.node_copy(node, copied)
         return copies[node]
 

@@ -19,7 +19,7 @@ class Trace:
         name: its name; names joined by ``+`` for a run of consecutive blocks.
         block: the module that was executed.
         input: (N, ...) detached from whatever made it.
-        output: (N, ...) with the block's local graph, or none if nothing in it wants a gradient.
+        output: (N, ...) with the block's local graph, or none if nothing in it requires a gradient.
     """
 
     __slots__ = ("block", "index", "input", "name", "output")

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from bpfree.config import Leaf
 from bpfree.errors import UsageError, nearest
+from bpfree.leaves import Leaf
 from bpfree.study.cells import Cell, Place, Plan, cell_of, problems_of, recipe_with, twin_of
 from bpfree.study.line import Line
 from bpfree.study.state import Outcome, State

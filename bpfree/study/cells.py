@@ -23,9 +23,11 @@ from typing import Any
 import torch
 
 from bpfree import runner
-from bpfree.config import Leaf, Recipe, canonical, resolve
+from bpfree.config import resolve
 from bpfree.errors import UsageError
+from bpfree.leaves import Leaf, canonical, said
 from bpfree.plugins import Plugins
+from bpfree.recipe import Recipe
 from bpfree.rule import Rule, Traits
 from bpfree.sources import source_hashes
 from bpfree.study.data import Data, DataBook
@@ -261,11 +263,12 @@ def _used_by_none(places: Sequence[Place]) -> Iterator[str]:
     for place in places:
         for leaf in place.leaves:
             key = canonical(leaf.key, leaf.value)
+            source = said(leaf.value) if leaf.key in place.row.shared else leaf.origin  # a network's settings are copied into rows
             if key in place.recipe.unused:
-                unused.setdefault((key, leaf.origin), place.recipe.unused[key])
+                unused.setdefault((key, source), place.recipe.unused[key])
             else:
-                used.add((key, leaf.origin))
-    yield from (f"{key} is used by no row: {reason}" for (key, origin), reason in unused.items() if (key, origin) not in used)
+                used.add((key, source))
+    yield from (f"{key} is used by no row: {reason}" for (key, source), reason in unused.items() if (key, source) not in used)
 
 
 def problems_of(error: UsageError) -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from bpfree import sources
-from bpfree.config import Leaf
 from bpfree.errors import UsageError
+from bpfree.leaves import Leaf
 from bpfree.study.agenda import Agenda
 from bpfree.study.cells import Plan
 from bpfree.study.engine import Display, Jobs, execute

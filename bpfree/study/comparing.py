@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bpfree.config import Leaf, canonical, parse_words
 from bpfree.errors import UsageError
+from bpfree.leaves import Leaf, canonical, parse_words
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.rule import Rule, Traits
 from bpfree.study.cells import is_scientific

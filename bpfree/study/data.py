@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bpfree.config import Recipe
 from bpfree.errors import BpfreeError
+from bpfree.files import write_text
+from bpfree.recipe import Recipe
 from bpfree.tasks.task import Task
-from bpfree.tracking.events import write_text
 
 __all__ = ["Data", "DataBook"]
 

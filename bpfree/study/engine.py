@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from bpfree.config import Leaf
+from bpfree.leaves import Leaf
 from bpfree.study.agenda import Agenda
 from bpfree.study.cells import Cell, is_scientific
 from bpfree.study.executors import Ended, Executor

@@ -15,8 +15,8 @@ from typing import Literal
 
 import torch
 
-from bpfree.config import Recipe
 from bpfree.errors import BpfreeError
+from bpfree.recipe import Recipe
 from bpfree.rule import Rule
 from bpfree.step import Batch, Budget, Phase
 from bpfree.study.cells import Cell

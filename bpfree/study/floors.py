@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from bpfree.config import Recipe
 from bpfree.errors import BpfreeError
+from bpfree.files import replacing, write_text
+from bpfree.recipe import Recipe
 from bpfree.rule import Rule
 from bpfree.sources import floor_hash
 from bpfree.study.cells import Cell, Plan
 from bpfree.study.line import Line
 from bpfree.study.worker import Tasks, reason_of
 from bpfree.tasks.task import TaskSpec
-from bpfree.tracking.events import write_text
 from bpfree.training import environment
 from bpfree.training.floor import Floor, Reading, chance_of, measure_floor, nearest_mean, read_inputs
 from bpfree.training.trainer import Interrupted
@@ -161,13 +159,9 @@ class Floors:
 
     def write(self, name: str, record: FloorRecord) -> None:
         """Keep a record: numbers as JSON, decisions on test examples a byte each beside them."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         arrays = {str(seed): values for seed, values in record.examples.items()}
-        packed = io.BytesIO()
-        np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a flag for an array
-        temporary = self._folder / f".{name}.npz.{os.getpid()}"  # readers see the old or the new one, never a part
-        temporary.write_bytes(packed.getvalue())
-        os.replace(temporary, self._folder / f"{name}.npz")
+        with replacing(self._folder / f"{name}.npz") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a flag for an array
         content = {item.name: getattr(record, item.name) for item in dataclasses.fields(record) if item.name != "examples"}
         write_text(self._folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
         self._known[name] = record

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from bpfree import runner
+from bpfree.files import write_text
 from bpfree.study.cells import Cell, Plan
 from bpfree.study.line import Line
 from bpfree.study.state import State
 from bpfree.tracking.config import TrackingConfig
-from bpfree.tracking.events import SPOOL_NAME, Artifact, End, Metrics, Opening, Tags, write_text
+from bpfree.tracking.events import SPOOL_NAME, Artifact, End, Metrics, Opening, Tags
 from bpfree.tracking.store import RUN_TAG, Store, file_lock, redact
 
 __all__ = ["Parent"]

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bpfree.errors import BpfreeError
-from bpfree.tracking.events import strict, write_text
+from bpfree.files import write_text
+from bpfree.tracking.events import strict
 
 if TYPE_CHECKING:
     from bpfree.study.worker import Job

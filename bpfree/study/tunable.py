@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bpfree.config import Leaf, canonical
 from bpfree.errors import UsageError
+from bpfree.leaves import Leaf, canonical
 from bpfree.study.cells import Place, Plan, problems_of, recipe_with
 from bpfree.study.space import Domain, Interval, Tune
 

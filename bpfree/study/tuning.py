@@ -14,8 +14,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bpfree.config import Leaf
 from bpfree.errors import BpfreeError
+from bpfree.leaves import Leaf
 from bpfree.study.cells import Cell, Place, Plan, cell_of
 from bpfree.study.space import Interval, Tune
 from bpfree.study.state import Outcome

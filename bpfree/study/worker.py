@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from bpfree import runner, scoring
-from bpfree.config import Leaf, Recipe, resolve
+from bpfree.config import resolve
 from bpfree.errors import BpfreeError
 from bpfree.hooks import hookimpl
+from bpfree.leaves import Leaf
+from bpfree.recipe import Recipe
 from bpfree.study.presence import Presence, present
 from bpfree.study.state import Outcome, State
 from bpfree.tasks.task import Task

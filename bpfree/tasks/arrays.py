@@ -1,4 +1,4 @@
-"""The task ``npz``: anybody's arrays, ``task=npz task.path=FILE``.
+"""The task ``npz``: arrays of your own, ``task=npz task.path=FILE``.
 
 The file holds ``x_train``, ``y_train``, ``x_test`` and ``y_test``; or ``x`` and ``y``, of which a fixed fifth
 (stratified by class, the same for every seed) is the test split. Inputs are vectors (N, features), grey images
@@ -57,7 +57,7 @@ class ArraysConfig:
 
 @dataclass(frozen=True)
 class Header:
-    """What an array's first bytes say of it."""
+    """Shape and type of an array, from its first bytes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -171,11 +171,14 @@ def read_arrays(path: Path, names: list[str]) -> dict[str, Array]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UsageError(f"cannot read the arrays: {error}", where=str(path), fix="save them anew with numpy.savez") from error
+        raise UsageError(f"cannot read the arrays: {error}", where=str(path), fix="save them again with numpy.savez") from error
 
 
 def input_shape(shape: tuple[int, ...], config: ArraysConfig, path: Path) -> tuple[int, ...]:
     """Shape of one input, images with the channels first."""
+    if config.layout != "auto" and len(shape) != 4:
+        what = f"task.layout={config.layout} does nothing with inputs of shape {shape}, which have no axis of channels"
+        raise UsageError(what, where=str(path), fix="leave it out")
     match shape[1:]:
         case (int(features),):
             return (features,)
@@ -203,10 +206,16 @@ def describe_targets(targets: Mapping[str, Array], config: ArraysConfig, path: P
     kind: Kind = kind_of(parts, where) if config.targets == "auto" else config.targets
     if kind == "classes":
         return kind, count_classes(parts, config.classes, where)
+    if config.classes is not None:
+        refuse(
+            f"task.classes={config.classes} does nothing with targets of kind {kind}", where, "leave it out, or set task.targets=classes"
+        )
     if len({math.prod(part.shape[1:]) for part in parts}) > 1:
-        refuse("the targets of the splits differ in the number of outputs", where, "mend the file")
+        refuse("the targets of the splits differ in the number of outputs", where, "correct the file")
     if kind == "soft" and not all(is_soft(part) for part in parts):
-        refuse("soft labels must be (N, classes) with rows that sum to one", where, "set task.targets to what they are, or mend the file")
+        refuse(
+            "soft labels must be (N, classes) with rows that sum to one", where, "set task.targets to what they are, or correct the file"
+        )
     return kind, math.prod(parts[0].shape[1:])
 
 
@@ -231,7 +240,7 @@ def kind_of(parts: list[Array], where: str) -> Kind:
         if integers and low < 0:
             negative, count = sum(int((part < 0).sum()) for part in parts), sum(map(len, parts))
             what = f"the labels are integers from {low}, {negative} of {count} are negative: classes are counted from 0"
-            refuse(what, where, "remove or encode them anew; task.targets=real if they are numbers")
+            refuse(what, where, "remove or re-encode them; task.targets=real if they are numbers")
         if whole and not integers:
             refuse(
                 "the targets are whole numbers stored as floats: classes or numbers?",
@@ -248,7 +257,7 @@ def kind_of(parts: list[Array], where: str) -> Kind:
 
 
 def count_classes(parts: list[Array], classes: int | None, where: str) -> int:
-    """Number of classes: that of the labels, which are 0, 1, 2 and so on, or as many as is said."""
+    """Number of classes: that of the labels, which are 0, 1, 2 and so on, or as many as ``task.classes`` gives."""
     if not all(is_column(part) for part in parts):
         if not all(is_one_hot(part) for part in parts) or len({part.shape[1] for part in parts}) > 1:
             refuse("classes must be integers (N,), counted from 0, or one-hot rows", where, "set task.targets to what they are")
@@ -258,14 +267,14 @@ def count_classes(parts: list[Array], classes: int | None, where: str) -> int:
     labels = np.unique(np.concatenate([np.unique(part) for part in parts]))
     count = int(labels[-1]) + 1 if classes is None else classes
     shown = listed(labels.astype(float).tolist())
-    anew = "encode them anew: y = numpy.unique(y, return_inverse=True)[1]"
+    again = "re-encode them: y = numpy.unique(y, return_inverse=True)[1]"
     if labels[0] < 0 or labels[-1] >= count:
-        refuse(f"the labels are {shown}, but {count} classes are 0 to {count - 1}, counted from 0", where, anew)
+        refuse(f"the labels are {shown}, but {count} classes are 0 to {count - 1}, counted from 0", where, again)
     if len(labels) < 2:
         refuse(f"all labels are {shown}: there is nothing to tell apart", where, "give at least two classes")
     if classes is None and len(labels) < count:
         what = "are counted from 0" if labels[0] else "have no gaps"
-        refuse(f"the labels are {shown}, but classes {what}", where, f"{anew}; or say task.classes={count}, if the others exist")
+        refuse(f"the labels are {shown}, but classes {what}", where, f"{again}; or say task.classes={count}, if the others exist")
     return count
 
 
@@ -284,9 +293,9 @@ def is_soft(targets: Array) -> bool:
 
 
 def scale_of(header: Header, config: ArraysConfig, path: Path) -> float | None:
-    """What inputs are divided by; ``None``: the values must tell.
+    """What inputs are divided by; ``None``: it depends on the values.
 
-    Integer images are pixels of 0 to 255, whatever their type. Nobody can tell whether vectors of bytes are pixels or tokens.
+    Integer images are pixels of 0 to 255, whatever their type. Vectors of bytes may be pixels or tokens.
     """
     if config.scale is not None:
         return config.scale
@@ -296,7 +305,7 @@ def scale_of(header: Header, config: ArraysConfig, path: Path) -> float | None:
 
 
 def check_brightness(arrays: Mapping[str, Array], config: ArraysConfig, path: Path) -> None:
-    """Refuse integer images that would be all but black as pixels of 0 to 255, unless a scale was said."""
+    """Refuse integer images that would be all but black as pixels of 0 to 255, unless a scale was given."""
     if config.scale is None and all(array.ndim > 2 and array.dtype.kind in "iu" for array in arrays.values()):
         largest = max(int(array.max()) for array in arrays.values())
         if 0 < largest < BRIGHT:

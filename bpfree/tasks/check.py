@@ -125,7 +125,7 @@ def check_readout(network: Network, spec: TaskSpec) -> None:
         raise UsageError(
             f"the readout {network.readout!r} gives outputs of shape {tuple(shape)}, but the task has {spec.outputs}",
             where=f"task {spec.name}, targets={spec.targets!r}",
-            fix=f"build the network with {spec.outputs} outputs, or mend the spec",
+            fix=f"build the network with {spec.outputs} outputs, or correct the spec",
         )
 
 
@@ -235,7 +235,7 @@ def _check_limits(inputs: Tensor, extent: Extent, limits: Extent, name: str, whe
 
 
 def _settled(spec: TaskSpec, train: Split) -> TaskSpec:
-    """The spec with scale and limits, as far as the training inputs tell them; what is wrong with these is found by the check."""
+    """The spec with scale and limits, as far as the training inputs determine them; faults in the inputs are left to the check."""
     inputs, scale, limits = train.inputs, spec.scale, spec.limits
     if not inputs.numel() or inputs.is_complex() or (scale is not None and limits is not None):
         return spec
@@ -264,7 +264,7 @@ def _limits_of(inputs: Tensor, extent: Extent, scale: float) -> Extent | None:
 
 
 def _scale_of(inputs: Tensor, extent: Extent) -> float | None:
-    """What inputs are divided by if nobody says so; ``None`` where that is ambiguous."""
+    """What inputs are divided by if no scale is given; ``None`` where that is ambiguous."""
     images, (low, high) = _are_images(inputs), extent
     if inputs.dtype == torch.uint8:
         return WHITE if images else None
@@ -355,7 +355,11 @@ def _real_problem(spec: TaskSpec, targets: Tensor, name: str) -> tuple[str, str]
 def _rows_problem(targets: Tensor, shape: tuple[int, ...], name: str) -> tuple[str, str]:
     if tuple(targets.shape[1:]) != shape or targets.dim() < 2:
         expected = f"(N, {', '.join(map(str, shape))})"
-        fix = "targets.reshape(-1, 1)" if targets.dim() == 1 and shape == (1,) else "give targets of that shape, or mend the spec's outputs"
+        fix = (
+            "targets.reshape(-1, 1)"
+            if targets.dim() == 1 and shape == (1,)
+            else "give targets of that shape, or correct the spec's outputs"
+        )
         return f"{name} has shape {tuple(targets.shape)}, expected {expected}", fix
     if not targets.is_floating_point():
         return f"{name} holds {targets.dtype}, expected floats", "targets.float() if they are numbers or distributions"

@@ -143,7 +143,7 @@ class Loader:
         return self.batches(0)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """One pass over the split, from batch ``start`` on (to go on in the middle of a pass)."""
+        """One pass over the split, from batch ``start`` on (to resume in the middle of a pass)."""
         order = self.order(epoch)[start * self.batch_size :]
         if not len(order):
             return

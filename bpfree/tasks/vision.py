@@ -1,6 +1,6 @@
 """Standard image sets, read by torchvision's own classes: MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100.
 
-The data root is the one that torchvision would be given. A set that is not there is downloaded into a temporary folder
+The data root is the one that torchvision would be given. A missing set is downloaded into a temporary folder
 and moved into place file by file when it is complete, so a download that fails leaves nothing behind.
 """
 
@@ -71,7 +71,7 @@ def load(known: VisionSet, config: NoOptions, root: Path | None) -> tuple[Split,
     """Training and test examples: uint8 (N, C, H, W) and int64 (N,).
 
     Raises:
-        BpfreeError: if the files are neither there nor to be had, or are damaged.
+        BpfreeError: if the files are missing and cannot be downloaded, or are damaged.
     """
     root = (root or DEFAULT_ROOT).expanduser()
     if not known.present(root):
@@ -80,7 +80,7 @@ def load(known: VisionSet, config: NoOptions, root: Path | None) -> tuple[Split,
         download(known, root)
     try:
         return read(known, root, train=True), read(known, root, train=False)
-    except Exception as error:  # whatever torchvision, struct or pickle make of damaged files
+    except Exception as error:  # torchvision, struct and pickle raise various errors on damaged files
         reason = str(error) or type(error).__name__
         raise BpfreeError(
             f"the files of {known.spec.name} are damaged: {reason}",
@@ -119,7 +119,7 @@ def download(known: VisionSet, root: Path) -> None:
     """Fetch a set, all or nothing.
 
     Raises:
-        BpfreeError: if that fails, for whatever reason.
+        BpfreeError: if that fails, for any reason.
     """
     import torchvision
 

@@ -18,7 +18,7 @@ class PicturesConfig:
     every: int | None = option(
         None, "draw after every so many epochs; 0: never (none: after each of the first 20, then fewer: 30, 40, ..., 200, 300, ...)", ge=0
     )
-    count: int = option(64, "units drawn of each block: its first ones", ge=1)
+    count: int = option(64, "units drawn of each block: its first ones", ge=1, unless={"every": (0,)})
 
 
 @dataclass
@@ -31,7 +31,7 @@ class TrackingConfig:
     required: bool = option(False, "refuse to train while the store cannot be reached, instead of warning")
     interval: float = option(1.0, "seconds between batches sent to the store", gt=0)
     system: bool = option(True, "sample the use of processors, memory, disk, network and GPUs")
-    system_interval: float = option(1.0, "seconds between system samples", ge=0.05)
+    system_interval: float = option(1.0, "seconds between system samples", ge=0.05, unless={"system": (False,)})
     timeout: float = option(10.0, "seconds that one request may take, and that the start of a run waits for a server", gt=0)
     flush_timeout: float = option(30.0, "seconds that the end of a run waits for what is not sent yet", ge=0)
     artifacts: bool = option(True, "upload configuration, environment, plots and pictures")

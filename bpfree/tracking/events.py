@@ -19,11 +19,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from bpfree.files import write_text
 
 __all__ = ["SPOOL_NAME", "Artifact", "End", "Event", "Metrics", "Opening", "Spool", "Tags", "Text", "strict"]
 
@@ -163,11 +164,3 @@ class Spool:
         if self.path is not None and self._exists:
             self.path.unlink(missing_ok=True)
         self._lines, self._exists = 0, False
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

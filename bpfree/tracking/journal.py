@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bpfree.errors import BpfreeError
+from bpfree.files import write_text
 from bpfree.hooks import hookimpl
-from bpfree.tracking.events import strict, write_text
+from bpfree.tracking.events import strict
 from bpfree.training.run import Run
 
 __all__ = ["Journal", "recorded"]

@@ -11,14 +11,13 @@ A checkpoint is one file of tensors and plain values (``torch.load(..., weights_
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.files import replacing
 
 __all__ = ["FORMAT", "find_checkpoint", "read_checkpoint", "write_checkpoint"]
 
@@ -26,18 +25,9 @@ FORMAT = 1
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write to a temporary file in the same folder, flush it to the disk, and move it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Write or replace the file as a whole."""
+    with replacing(path, durable=True) as file:
+        torch.save({"format": FORMAT, **content}, file)
 
 
 def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -8,9 +8,6 @@ same of evaluation protocols that decide example by example.
 
 from __future__ import annotations
 
-import io
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bpfree.files import replacing
 from bpfree.step import Batch
 from bpfree.tasks.task import TaskSpec
 
@@ -107,24 +105,14 @@ def _losses(spec: TaskSpec, outputs: Tensor, batch: Batch) -> Tensor:
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:
-    """Write to a temporary file in the same folder, flush it to the disk, and move it into place.
+    """Write or replace the file as a whole.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    content = io.BytesIO()
     arrays: dict[str, Any] = predictions.arrays()
-    np.savez_compressed(content, **arrays)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path, durable=True) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def read_predictions(path: Path) -> Predictions | None:

@@ -90,7 +90,7 @@ class Checkpoints:
             raise BpfreeError(f"the checkpoint is of another rule: {saved['rule']}, not {type(self._rule).__name__}", where=str(path))
         training = saved.get("training")
         if training is None:
-            raise BpfreeError("the checkpoint holds weights only: a run cannot resume from it", where=str(path), fix="use last.pt")
+            raise BpfreeError("the checkpoint holds weights only: a run cannot be resumed from it", where=str(path), fix="use last.pt")
         if training["fingerprint"] != self._task.fingerprint():
             raise BpfreeError(
                 "the checkpoint was made on other data",

@@ -29,7 +29,9 @@ class ClipConfig:
     """Clipping of gradients before the optimiser."""
 
     norm: float | None = option(None, "largest gradient norm; none: no clipping", gt=0)
-    scope: Literal["group", "global"] = option("group", "norm of each group, or of all (which couples the blocks)")
+    scope: Literal["group", "global"] = option(
+        "group", "norm of each group, or of all (which couples the blocks)", unless={"norm": (None,)}
+    )
 
 
 class Updater:

@@ -226,14 +226,14 @@ def test_changes_that_name_nothing_or_would_do_nothing(workplace: Path, capsys: 
         "rule=null": "names no rule",
         "task=[a]": "names no task",
         "optimizer.options={beta:3}": "has no value",
-        "clip.scope=global": "does nothing without clip.norm",
+        "clip.scope=global": "does nothing with clip.norm=null",
         "seed=1e3": "must be a whole number",
     }.items():
         assert expected in refused(capsys, 2, "evaluate", run.name, "output=007", word)
         assert expected in refused(capsys, 2, "train", "--resume", run.name, "output=007", word)
     for word in ("optimizer.lr=0.5", "batch_size=16", "budget.epochs=9", "select=best-val", "task.augment=[flip]"):
         assert "are of training" in refused(capsys, 2, "evaluate", run.name, "output=007", word)
-    assert "cannot go on with other settings" in refused(capsys, 2, "train", "--resume", run.name, "output=007", "optimizer.lr=0.5")
+    assert "cannot be resumed with other settings" in refused(capsys, 2, "train", "--resume", run.name, "output=007", "optimizer.lr=0.5")
     assert call("evaluate", run.name, "output=007", "batch_size=064", "seed=00", "evaluation.batch_size=0100") == 0
     assert call("train", "--resume", run.name, "output=007", "batch_size=064", "log_interval=2", "--quiet") == 0
 

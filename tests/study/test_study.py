@@ -252,7 +252,7 @@ def test_a_cell_that_cannot_begin_is_tried_again(
 ) -> None:
     """The data are not there yet."""
     from bpfree import BpfreeError
-    from bpfree.config import Recipe
+    from bpfree.recipe import Recipe
 
     build = Recipe.build_task
     tried = []
@@ -282,14 +282,14 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(site: Path, capsys: pyt
     assert call("study", "run", name, "--quiet", "output=undisturbed") == 0
     Path("stop").touch()
     assert call("study", "run", name, "--quiet") == 130
-    assert "the same command goes on with it" in capsys.readouterr().err
+    assert "the same command resumes it" in capsys.readouterr().err
     (known,) = outcomes()
     assert known["status"] == "interrupted"
     State(Path("runs"), "table").path_of(str(known["cell"])).write_text(json.dumps({**known, "status": status}))
     assert call("study", "report", name) == 0
     assert table_lines(capsys.readouterr().out, "stop")[0] == ["stop", "interrupted", "0", "of", "2"]
     assert call("study", "run", name) == 0
-    assert "goes on with" in capsys.readouterr().err
+    assert "resumes" in capsys.readouterr().err
     assert len(runs()) == 2
     first = next(outcome for outcome in outcomes() if outcome["seed"] == 0)
     assert first["run"] == known["run"]

@@ -56,6 +56,15 @@ def test_shared_settings_that_a_row_does_not_use_are_listed_and_left_out(workpla
         }
 
 
+def test_a_shared_option_that_another_option_of_a_row_makes_idle_is_listed(workplace: Path) -> None:
+    made = plan(
+        "title: T\nsettings: {rule: dfa, network.width: 16, budget.epochs: 1}\n"
+        "rows: [{label: a, settings: {network.widths: [8]}}, {label: b}]\n"
+    )
+    assert unused(made) == {"a": ["network.width"], "b": []}
+    assert [place.recipe.options["network"].width for place in made.places] == [128, 16]
+
+
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
@@ -138,6 +147,9 @@ def test_a_grid_lists_the_networks_that_do_not_reach_a_rule_and_keeps_to_its_rul
     grid = "title: G\nnetworks: [{label: n, settings: {network: {name: mlp, width: 16}}}]\nsettings: {budget.epochs: 1}\n"
     made = plan(f"{grid}rules: [dfa, noprop-dt, {{rule: backprop, settings: {{network: vgg}}}}]\ntasks: [mnist]\n")
     assert unused(made) == {"dfa": [], "noprop-dt": ["network.name", "network.width"], "backprop": []}
+    listed = plan(f"{grid}rules: [dfa, softhebb]\ntasks: [digits]\n")  # softhebb's own widths hold for the common network too
+    assert unused(listed) == {"dfa": [], "softhebb": ["network.width"]}
+    assert "network.width is used by no row" in refused(f"{grid}rules: [softhebb]\ntasks: [digits]\n")
     assert "names another rule" in refused(f"{grid}rules: [{{rule: dfa, settings: {{rule: backprop}}}}]\n")
     nested = plan(f"{grid}rules: [{{rule: dfa, settings: {{rule: {{scale: 2}}}}}}]\n").places[0].recipe
     assert (nested.names["rule"], nested.options["rule"].scale) == ("dfa", 2.0)

@@ -97,6 +97,14 @@ def test_the_kind_of_targets_can_be_said(tmp_path: Path) -> None:
         spec_of(tmp_path, IMAGES, CLASSES - 1, targets="classes")
 
 
+def test_options_that_do_nothing_with_these_arrays_are_refused(tmp_path: Path) -> None:
+    """Oracle: real targets have no classes, vectors no axis of channels."""
+    with pytest.raises(UsageError, match=r"task\.classes=3 does nothing with targets of kind real"):
+        spec_of(tmp_path, IMAGES, RNG.normal(size=(40, 2)), classes=3)
+    with pytest.raises(UsageError, match=r"task\.layout=nchw does nothing with inputs of shape"):
+        spec_of(tmp_path, RNG.normal(size=(40, 6)), CLASSES, layout="nchw")
+
+
 def test_constants_of_normalisation(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, IMAGES, CLASSES)
     assert (spec.mean, spec.std) == ((0.5,), (0.5,))

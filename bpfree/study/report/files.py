@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from bpfree.errors import BpfreeError
+from bpfree.files import write_text
 from bpfree.study.report.made import Report
 from bpfree.study.report.markdown import markdown
 from bpfree.study.report.page import html_page
 from bpfree.study.report.results import results_csv
-from bpfree.tracking.events import write_text
 
 __all__ = ["files_of", "write_report"]
 

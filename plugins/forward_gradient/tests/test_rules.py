@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import bpfree
 from bpfree import Batch, BudgetConfig, Network, Task, TaskSpec, TrainConfig, Trainer, UsageError, installed_plugins, new_step
 from bpfree.baselines import Backprop
+from bpfree.config import parse_words, resolve
 from bpfree.network.builders import VGGConfig
 from bpfree.tasks.digits import DIGITS
 
@@ -313,3 +314,27 @@ def test_micro_batches_and_phases(digits: Task) -> None:
     kept = moved.clone()
     Trainer(rule, digits, TrainConfig(budget=BudgetConfig(epochs=1))).fit()
     assert torch.equal(kept, moved)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("rule.perturb=weights rule.mask=false", "rule.mask=false does nothing with rule.perturb=weights"),
+        ("rule.perturb=weights rule.norm_gradient=ignored", "rule.norm_gradient=ignored does nothing with rule.perturb=weights"),
+        ("rule.perturb=weights rule.norm_scales=weights", "rule.norm_scales=weights does nothing with rule.perturb=weights"),
+        (
+            "rule.perturb=weights rule.independent=true rule.together=false",
+            "rule.together=false does nothing with rule.perturb=weights and rule.independent=true",
+        ),
+        ("rule.losses=blockwise rule.group_size=4", "rule.group_size=4 does nothing with rule.losses=blockwise"),
+        (
+            "network=local-mixer network.preset=M/1/16 network.blocks=1 network.patches=2 network.channels=8 network.groups=2",
+            "network.preset=M/1/16 does nothing with network.blocks=1",
+        ),
+    ],
+)
+def test_an_option_that_another_makes_meaningless_is_refused(words: str, reason: str) -> None:
+    """Oracle: where the rule's code branches, written out by hand."""
+    with pytest.raises(UsageError) as caught:
+        resolve(parse_words(["rule=local-forward-gradient", *words.split()]))
+    assert reason in str(caught.value)

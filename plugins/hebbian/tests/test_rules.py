@@ -155,6 +155,12 @@ class Twice(nn.Module):
         return self.linear(self.linear(x))  # type: ignore[no-any-return]
 
 
+def test_epochs_of_features_are_refused_with_a_budget_that_has_none() -> None:
+    rule = SoftHebb(mlp(TaskSpec("flat", (12,), 3)), TaskSpec("flat", (12,), 3), SoftHebbConfig(feature_epochs=2))
+    with pytest.raises(UsageError, match=r"rule\.feature_epochs=2 does nothing with budget\.seconds"):
+        rule.phases(Budget(seconds=1.0))
+
+
 def test_linear_maps_that_would_be_misread_are_refused() -> None:
     rule = SoftHebb(sequence_network(), TaskSpec("sequence", (5, 12), 3))
     with pytest.raises(UsageError, match=r"a dense layer whose outputs are \(N, 5, 5\)"):
@@ -188,3 +194,28 @@ def test_lists_longer_than_the_network_are_refused() -> None:
 )
 def test_the_plan_says_what_is_chosen_by_itself(rule: str, said: str) -> None:
     assert said in trainer_of([f"rule={rule}"]).rule.plan()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("rule.competition=hard rule.t_invert=[2]", "rule.t_invert=[2.0] does nothing with rule.competition=hard"),
+        ("rule.competition=hard rule.anti_hebbian=false", "rule.anti_hebbian=false does nothing with rule.competition=hard"),
+        ("rule.init=network rule.radius=2", "rule.radius=2.0 does nothing with rule.init=network"),
+        ("rule=krotov-hopfield rule.delta=0 rule.rank=3", "rule.rank=3 does nothing with rule.delta=0"),
+        ("network.activation=identity network.power=3", "network.power=3.0 does nothing with network.activation=identity"),
+        (
+            "network=hebbian-cnn network.activation=identity network.powers=[2]",
+            "network.powers=[2.0] does nothing with network.activation=identity",
+        ),
+        (
+            "network=hebbian-cnn network.preset=stl10 network.channels=[8] network.kernels=[3] network.powers=[1] network.pools=[none]",
+            "network.preset=stl10 does nothing with network.channels=[8]",
+        ),
+    ],
+)
+def test_an_option_that_another_makes_meaningless_is_refused(words: str, reason: str) -> None:
+    """Oracle: where the rule's code branches, written out by hand."""
+    with pytest.raises(UsageError) as caught:
+        resolve(parse_words(["rule=softhebb", *words.split()]))
+    assert reason in str(caught.value)

@@ -15,6 +15,7 @@ from bpfree_noprop.blocks import NETWORKS
 from bpfree_noprop.dt import NoPropDT, NoPropDTConfig
 from torch import Tensor
 
+from bpfree.config import parse_words, resolve
 from bpfree.errors import UsageError
 from bpfree.network.builders import MLPConfig, mlp
 from bpfree.options import OptimizerConfig
@@ -316,3 +317,18 @@ def test_network_follows_task_and_options() -> None:
     assert options(mnist, NoPropDTConfig(T=4, embedding="learned")) == {"name": "noprop-cnn", "blocks": 4, "state_dim": 20}
     assert options(mnist, NoPropDTConfig(embedding="prototype")) == {"name": "noprop-cnn", "blocks": 10, "state_dim": 784, "label": "input"}
     assert {"noprop-mlp", "noprop-cnn"} <= set(NETWORKS)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("rule.embedding_dim=7", "rule.embedding_dim=7 does nothing with rule.embedding=one-hot: it is for rule.embedding=learned"),
+        ("rule.sigma=0.5", "rule.sigma=0.5 does nothing with rule.head=softmax: it is for rule.head=radial"),
+        ("rule.draws=9", "rule.draws=9 does nothing with rule.inference=deterministic"),
+    ],
+)
+def test_an_option_that_another_makes_meaningless_is_refused(words: str, reason: str) -> None:
+    """Oracle: where the rule's code branches, written out by hand."""
+    with pytest.raises(UsageError) as caught:
+        resolve(parse_words(["rule=noprop-dt", *words.split()]))
+    assert reason in str(caught.value)

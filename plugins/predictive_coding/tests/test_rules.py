@@ -468,3 +468,18 @@ def test_a_run_from_the_command_lines_recipe(tmp_path: Path) -> None:
         assert not list(made.folder.glob("*.partial"))
         if expected == ["1"]:
             made = resume(str(made.folder), changes=parse_words(["budget.epochs=2"]), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("rule.beta=0.5", "rule.beta=0.5 does nothing with rule.nudge=none"),
+        ("rule.beta_ramp=0.5", "rule.beta_ramp=0.5 does nothing with rule.nudge=none"),
+        ("rule.nudge=positive rule.beta=1 rule.beta_ramp=0.5", "rule.beta_ramp=0.5 does nothing with rule.beta=1.0"),
+    ],
+)
+def test_an_option_that_another_makes_meaningless_is_refused(words: str, reason: str) -> None:
+    """Oracle: where the rule's code branches, written out by hand."""
+    with pytest.raises(UsageError) as caught:
+        resolve(parse_words(["rule=predictive-coding", *words.split()]))
+    assert reason in str(caught.value)

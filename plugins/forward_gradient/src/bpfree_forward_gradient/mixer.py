@@ -61,7 +61,9 @@ class LocalMixerConfig:
     """The network of Ren et al. 2022: the first block mixes channels, later ones also tokens."""
 
     preset: Literal["custom", "S/1/1", "M/1/16", "M/8/16", "L/8/64"] = option(
-        "custom", "sizes of the paper (size/patches per side/groups), or custom: 2 blocks, 2 patches, 128 channels, 4 groups"
+        "custom",
+        "sizes of the paper (size/patches per side/groups), or custom: 2 blocks, 2 patches, 128 channels, 4 groups",
+        needs=dict.fromkeys(Sizes._fields, (None,)),
     )
     blocks: int | None = option(None, f"number of mixer blocks; {NOTHING}", ge=1)
     patches: int | None = option(None, f"patches per side, which must divide the image; {NOTHING}", ge=1)

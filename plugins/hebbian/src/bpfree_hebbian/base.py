@@ -42,7 +42,7 @@ class HebbianConfig:
     init: Literal["auto", "gaussian", "positive", "network"] = option(
         "auto", "weights ~ N(0, radius^2/fan-in), or their absolute values; network: as the network was made; auto: the rule's"
     )
-    radius: float | None = option(None, "expected norm of a row at initialisation (none: the rule's)", gt=0)
+    radius: float | None = option(None, "expected norm of a row at initialisation (none: the rule's)", gt=0, unless={"init": ("network",)})
     readout_schedule: Literal["halving", "run"] = option(
         "halving", "halve the readout's rate at 20, 35, 50, 60, 70, 80 and 90 % of its phase, or the run's schedule"
     )
@@ -179,6 +179,12 @@ class Hebbian(Rule):
         )
         if budget.epochs is None:  # half of the seconds, forward passes or operations, which are measured and not planned
             kind = next(name for name in ("seconds", "forwards", "operations") if getattr(budget, name) is not None)
+            if self.config.feature_epochs is not None:
+                raise UsageError(
+                    f"rule.feature_epochs={self.config.feature_epochs} does nothing with budget.{kind}, half of which learns features",
+                    where="rule.feature_epochs",
+                    fix="leave it out, or set budget.epochs",
+                )
             share = (1.0 if self.frozen else 0.5) * getattr(budget, kind)  # a twin has no pass of features to pay for
             stages_of = [_features(self, groups, **{kind: share / len(stages)}) for groups in stages]
             return [*([] if self.frozen else stages_of), replace(readout, **{kind: share})]

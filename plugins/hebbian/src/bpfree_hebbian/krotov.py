@@ -24,7 +24,7 @@ class KrotovHopfieldConfig(HebbianConfig):
     """Options of Krotov and Hopfield's rule."""
 
     p: float = option(2.0, "norm in which the weights are measured (Lebesgue norm)", ge=1)
-    rank: int = option(2, "which unit unlearns, by its current: the rank-th largest (the paper on MNIST: 7)", ge=2)
+    rank: int = option(2, "which unit unlearns, by its current: the rank-th largest (the paper on MNIST: 7)", ge=2, unless={"delta": (0,)})
     delta: float | None = option(
         None,
         "how much it unlearns, in units of what the first learns; 0: the winner takes all (none: 0.4, or 0.1 in layers of few units)",

@@ -18,6 +18,8 @@ from bpfree.network.builders import NetworkBuilder
 __all__ = ["CNN", "MLP", "Activation", "CNNConfig", "MLPConfig", "Pixels", "UnitLength", "cnn", "mlp"]
 
 Kind = Literal["triangle", "relu", "softmax", "identity"]
+LINEAR = {"activation": ("identity",)}
+"""With what an exponent is not read."""
 
 
 class Activation(nn.Module):
@@ -101,7 +103,7 @@ class MLPConfig:
 
     widths: list[int] = option(factory=lambda: [16], help="units of each hidden layer", ge=1)
     activation: Kind = option("triangle", "after each hidden layer: triangle is relu(u - mean over units) ** power")
-    power: float = option(1.0, "exponent of triangle and relu, inverse temperature of softmax", gt=0)
+    power: float = option(1.0, "exponent of triangle and relu, inverse temperature of softmax", gt=0, unless=LINEAR)
     inputs: Literal["normalised", "pixels", "unit", "contrast"] = option(
         "normalised",
         "what the first layer sees: the task's normalised inputs; pixels in [0, 1]; these with length 1; without their mean, then length 1",
@@ -131,11 +133,15 @@ PRESETS = {
 class CNNConfig:
     """SoftHebb's convolutional networks."""
 
-    preset: Literal["cifar", "stl10"] = option("cifar", "published layers (cifar: 96-384-1536), where the lists below are empty")
+    preset: Literal["cifar", "stl10"] = option(
+        "cifar",
+        "published layers (cifar: 96-384-1536), where the lists below are empty",
+        needs={"channels": ([],), "kernels": ([],), "powers": ([],), "pools": ([],)},
+    )
     scale: float = option(1.0, "factor on the numbers of channels", gt=0)
     channels: list[int] = option(factory=list, help="output channels of each convolution", ge=1)
     kernels: list[int] = option(factory=list, help="their widths, odd (fewer than channels: the last one goes on)", ge=1)
-    powers: list[float] = option(factory=list, help="exponents of the activations (fewer: the last one goes on)", gt=0)
+    powers: list[float] = option(factory=list, help="exponents of the activations (fewer: the last one goes on)", gt=0, unless=LINEAR)
     pools: list[str] = option(factory=list, help="KIND-WIDTH-STRIDE-PADDING (max-4-2-1, avg-2-2-0) or none, after each")
     activation: Kind = option("triangle", "after each convolution: triangle is relu(u - mean over channels) ** power")
     dropout: float = option(0.5, "dropout before the readout", ge=0, lt=1)

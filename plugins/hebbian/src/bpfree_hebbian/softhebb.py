@@ -20,6 +20,8 @@ __all__ = ["PRESETS", "SoftHebb", "SoftHebbConfig"]
 LEAST = math.log(1e-20)
 """Exponent of what a unit that lost by far still has: nearly nothing, but no number that is too small for fast arithmetic."""
 
+SOFT = {"competition": ("soft",)}
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -67,8 +69,10 @@ class SoftHebbConfig(HebbianConfig):
         "published settings with their network (mnist, cifar, stl10), or ours for dense layers; auto: dense, or cifar for colour images",
     )
     competition: Literal["soft", "hard"] = option("soft", "softmax of the units, or the winner alone (a control)")
-    anti_hebbian: bool | None = option(None, "losers learn with the opposite sign (soft competition only)")
-    t_invert: list[float] = option(factory=list, help="inverse temperatures of the blocks' competitions; the last one goes on", gt=0)
+    anti_hebbian: bool | None = option(None, "losers learn with the opposite sign (soft competition only)", needs=SOFT)
+    t_invert: list[float] = option(
+        factory=list, help="inverse temperatures of the blocks' competitions; the last one goes on", gt=0, needs=SOFT
+    )
     power_lr: float | None = option(None, "exponent q of the rate's factor |norm - 1|^q of each unit; 0: the same rate for all", ge=0)
     normalise: bool = option(True, "divide each update by its largest entry")
 

@@ -33,10 +33,12 @@ class NoPropConfig:
     embedding: Literal["one-hot", "learned", "prototype"] = option(
         "one-hot", "of the classes: fixed, learned, or learned from one training image per class"
     )
-    embedding_dim: int = option(20, "dimension of a learned embedding", ge=1)
+    embedding_dim: int = option(20, "dimension of a learned embedding", ge=1, needs={"embedding": ("learned",)})
     head: Literal["softmax", "radial"] = option("softmax", "of the last state: a linear softmax, or by distance from the embeddings")
-    sigma: float = option(0.3, "width of the radial head, in units of the embedding", gt=0)
-    draws: int = option(5, "draws of a random prediction that the final evaluation averages over", ge=1)
+    sigma: float = option(0.3, "width of the radial head, in units of the embedding", gt=0, needs={"head": ("radial",)})
+    draws: int = option(
+        5, "draws of a random prediction that the final evaluation averages over", ge=1, unless={"inference": ("deterministic",)}
+    )
 
 
 class NoPropRule(Rule):

@@ -42,8 +42,8 @@ class PredictiveCodingConfig(RelaxedConfig):
     nudge: Literal["none", "positive", "negative", "centred"] = option(
         "none", "clamp the output to the target (none), or move it by beta towards it, away from it, or both in turn, epoch by epoch"
     )
-    beta: float = option(0.3, "strength of the nudging in the first epoch", gt=0, le=1)
-    beta_ramp: float = option(0.02, "what each epoch adds to it, up to 1", ge=0)
+    beta: float = option(0.3, "strength of the nudging in the first epoch", gt=0, le=1, unless={"nudge": ("none",)})
+    beta_ramp: float = option(0.02, "what each epoch adds to it, up to 1", ge=0, unless={"nudge": ("none",), "beta": (1.0,)})
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bpfree.files import write_text
 from bpfree_predictive_coding.relaxation import Relaxation
 
 if TYPE_CHECKING:
@@ -82,9 +83,7 @@ def keep(folder: Path, epoch: int, names: Sequence[str], table: list[list[float]
     if path.exists():
         content["energy"] = json.loads(path.read_text(encoding="utf-8"))["energy"]
     content["energy"][str(epoch)] = table
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content) + "\n")
     return path
 
 

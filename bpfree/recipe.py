@@ -1,0 +1,136 @@
+"""Recipes: complete configurations, of which task, rule and trainer are built."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from bpfree import yaml_values
+from bpfree.leaves import leaves_of
+from bpfree.options import option
+from bpfree.plugins import Plugins
+from bpfree.rule import Rule
+from bpfree.tasks.task import Task, TaskSpec
+from bpfree.tracking.config import PicturesConfig, TrackingConfig
+from bpfree.training.config import TrainConfig
+from bpfree.training.seeds import derive_in, seeded
+
+__all__ = ["CHOSEN", "DataConfig", "Recipe", "RunConfig", "TaskCommon", "changed"]
+
+CHOSEN = ("rule", "network", "task")
+"""Sections whose options depend on their name."""
+
+
+@dataclass
+class DataConfig:
+    """Where data come from and how they travel."""
+
+    root: str | None = option(None, "folder of data sets (none: the environment's BPFREE_DATA, else the user's cache)")
+    resident: Literal["auto", "yes", "no"] = option("auto", "keep the set as tensors on the device (auto: if it fits)")
+    workers: int = option(0, "processes that read a set which is not resident", ge=0, unless={"resident": ("yes",)})
+
+
+@dataclass
+class TaskCommon:
+    """What every task has."""
+
+    validation: float = option(0.1, "share of the training examples held out to choose by; 0: none", ge=0, lt=1)
+    split_seed: int = option(0, "of the validation cut; independent of seed", ge=0, unless={"validation": (0,)})
+    augment: list[str] = option(factory=list, help="augmentations of training batches, in order")
+
+
+@dataclass
+class RunConfig(TrainConfig):
+    """Everything but the three chosen sections."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    diagnostics: list[str] = option(factory=list, help="diagnostics to switch on, by name")
+    output: str = option("runs", "folder in which each run gets a folder of its own")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A resolved configuration: all that is needed to build the task, the rule and the trainer.
+
+    Attributes:
+        names: of the rule, network and task.
+        options: their options, as instances of their configuration dataclasses.
+        task: what every task has.
+        settings: everything else.
+        unused: shared settings (:class:`Leaf`) that this rule does not use, by key, each with the reason; they are left out of the rest.
+    """
+
+    names: Mapping[str, str]
+    options: Mapping[str, Any]
+    task: TaskCommon
+    settings: RunConfig
+    registry: Plugins = field(repr=False, compare=False)
+    unused: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole as nested plain values; ``resolve`` of it gives the same recipe."""
+        chosen = {kind: {"name": self.names[kind], **dataclasses.asdict(self.options[kind])} for kind in CHOSEN}
+        chosen["task"] |= dataclasses.asdict(self.task)
+        return {**chosen, **dataclasses.asdict(self.settings)}
+
+    def flat(self) -> dict[str, Any]:
+        """``{"rule.name": ..., "seed": ...}``."""
+        return {leaf.key: leaf.value for leaf in leaves_of(self.to_dict(), "", "")}
+
+    def to_yaml(self, *, comments: bool = False) -> str:
+        """The whole as YAML, optionally with each key's meaning."""
+        text = yaml_values.dump(self.to_dict())
+        if not comments:
+            return text
+        from bpfree.cli.annotate import annotate
+
+        return annotate(text, self)
+
+    def root(self) -> Path | None:
+        """Folder of data sets, ``None`` for the data sets' own default."""
+        import os
+
+        place = self.settings.data.root or os.environ.get("BPFREE_DATA")
+        return Path(place).expanduser() if place else None
+
+    def pinned(self, rule: Rule) -> Recipe:
+        """The same with what ``auto`` and ``none`` stand for written out: the optimiser, and the number of threads."""
+        optimizer = self.settings.optimizer.over(rule.optimizer)
+        threads = self.settings.threads or torch.get_num_threads()
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, optimizer=optimizer, threads=threads))
+
+    def spec(self) -> TaskSpec:
+        """The task's spec, without loading its data."""
+        return self.registry.get("tasks", self.names["task"]).spec(self.options["task"], self.root())  # type: ignore[no-any-return]
+
+    def build_task(self) -> Task:
+        """Load the data and cut the splits."""
+        source = self.registry.get("tasks", self.names["task"])
+        return Task.from_source(
+            source, self.options["task"], root=self.root(), validation=self.task.validation, split_seed=self.task.split_seed
+        )
+
+    def build_rule(self, spec: TaskSpec) -> Rule:
+        """Build the rule (or its own-prediction twin) on its network, on the CPU, initialised from seed and stream.
+
+        The caller's random state stays.
+        """
+        with seeded(derive_in(self.settings.stream, self.settings.seed, "initialisation")):
+            network = self.registry.get("networks", self.names["network"]).build(spec, self.options["network"])
+            rule: Rule = self.registry.get("rules", self.names["rule"])(network, spec, self.options["rule"])
+        if self.settings.twin:
+            rule.freeze_features()
+        return rule
+
+
+def changed(before: Recipe, after: Recipe) -> list[str]:
+    """The keys in which two recipes differ."""
+    values, others = before.flat(), after.flat()
+    return [key for key in dict.fromkeys([*values, *others]) if key not in values or key not in others or values[key] != others[key]]

@@ -1,0 +1,281 @@
+"""From leaves to a recipe: values of the right type, names that are known, nothing that does nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bpfree.errors import UsageError, nearest
+from bpfree.idle import idle, idle_options, sentence
+from bpfree.leaves import Leaf, leaves_of, said
+from bpfree.options import range_problems
+from bpfree.plugins import Plugins
+from bpfree.recipe import CHOSEN, Recipe, RunConfig, TaskCommon
+from bpfree.rule import Rule
+from bpfree.tasks.task import TaskSpec
+from bpfree.training.optimizers import check_optimizer
+from bpfree.training.schedules import CLASSES, check_length, check_schedule
+from bpfree.typed import Misfit, typed
+
+__all__ = ["Resolver"]
+
+Filled = TypeVar("Filled")
+ALIASES = {"learning_rate": "lr", "rate": "lr", "wd": "weight_decay", "decay": "weight_decay", "batchsize": "batch_size"}
+"""Words that people use for keys, for suggestions."""
+
+
+class Resolver:
+    """Checks and completes leaves; collects problems instead of stopping at the first.
+
+    Args:
+        leaves: of canonical keys; later ones win.
+        registry: of names.
+        spec: the task's, if it is known already; otherwise the data set is asked for it.
+    """
+
+    def __init__(self, leaves: list[Leaf], registry: Plugins, spec: TaskSpec | None) -> None:
+        self.leaves, self.registry, self.spec = leaves, registry, spec
+        self.problems: list[str] = []
+        self.unused: dict[str, str] = {}
+        self.idle: set[str] = set()
+        self.names = {"rule": "backprop", "network": "auto", "task": "digits"}
+        for leaf in leaves:
+            section, _, rest = leaf.key.partition(".")
+            if section in CHOSEN and rest == "name":
+                self.names[section] = self._name(leaf)
+            elif section in CHOSEN and not rest:
+                self._nameless(section, leaf)
+
+    def _name(self, leaf: Leaf) -> str:
+        section = leaf.key.partition(".")[0]
+        try:
+            name: str = typed(leaf.value, str, leaf.key)
+        except Misfit:
+            name = ""
+        if not name.strip():
+            self._nameless(section, leaf)
+            return self.names[section]
+        return name
+
+    def _nameless(self, section: str, leaf: Leaf) -> None:
+        self.problems.append(f"{section}={said(leaf.value)}: names no {section}: bpfree {section}s lists them ({leaf.origin})")
+
+    def resolve(self) -> Recipe:
+        nameless = bool(self.problems)
+        settings = self._settings()
+        if nameless:  # other problems would be about defaults that were not asked for
+            self._stop_if_problems()
+        common, options = self._task()
+        rule = self._class("rules", "rule")
+        options["rule"] = None if rule is None else self._options(rule.Config(), "rule.")
+        self._stop_if_problems()
+        settings = self._without_idle(settings, self._settings, lambda filled: idle(filled, rule))
+        spec = self.spec or Recipe(self.names, options, common, settings, self.registry).spec()
+        options["network"] = self._network(rule, spec, options["rule"])
+        self._check_settings(rule, spec, common, settings)
+        self._stop_if_problems()
+        return Recipe(self.names, options, common, settings, self.registry, dict(sorted(self.unused.items())))
+
+    def _settings(self) -> RunConfig:
+        filled: RunConfig = self._fill(RunConfig(), "", lambda section: section not in CHOSEN)
+        return filled
+
+    def _options(self, base: Any, prefix: str) -> Any:
+        """``base`` with the leaves under ``prefix``, without idle ones."""
+
+        def fill() -> Any:
+            return self._fill(base, prefix)
+
+        return self._without_idle(fill(), fill, lambda filled: idle_options(filled, base, prefix))
+
+    def _without_idle(self, filled: Filled, fill: Callable[[], Filled], find: Callable[[Filled], Iterable[tuple[str, str]]]) -> Filled:
+        """Values without shared ones that do nothing here; others that do nothing are problems."""
+        for _ in range(len(self.leaves) + 1):
+            if not self._drop(find(filled)):
+                break
+            filled = fill()
+        return filled
+
+    def _drop(self, found: Iterable[tuple[str, str]]) -> bool:
+        """Move shared leaves that do nothing to the unused ones, and note the others as problems; whether there were shared ones."""
+        dropped = False
+        for key, reason in list(found):
+            given = [leaf for leaf in self.leaves if f"{leaf.key}.".startswith(f"{key}.")]
+            if given and given[-1].shared:
+                self.unused.update({leaf.key: reason for leaf in given})
+                self.leaves = [leaf for leaf in self.leaves if leaf not in given]
+                dropped = True
+            elif given:
+                self.idle.add(key.split(".")[0])
+                self.problems.append(f"{reason} ({given[-1].origin})")
+        return dropped
+
+    # --- sections ---------------------------------------------------------------------------------------------------
+
+    def _class(self, kind: str, section: str) -> Any:
+        try:
+            return self.registry.get(kind, self.names[section], where=f"{section}.name")
+        except UsageError as error:
+            self.problems.append(f"{error.what} ({error.fix})")
+            return None
+
+    def _task(self) -> tuple[TaskCommon, dict[str, Any]]:
+        source = self._class("tasks", "task")
+        shared = {item.name for item in dataclasses.fields(TaskCommon)}
+        known = shared | ({item.name for item in dataclasses.fields(source.Config)} if source else set())
+
+        def fill() -> TaskCommon:
+            filled: TaskCommon = self._fill(TaskCommon(), "task.", lambda name: name in shared)
+            return filled
+
+        common = self._without_idle(fill(), fill, lambda filled: idle_options(filled, TaskCommon(), "task."))
+        own = None if source is None else self._fill(source.Config(), "task.", lambda name: name not in shared, known=known)
+        return common, {"task": own}
+
+    def _network(self, rule: type[Rule], spec: TaskSpec, rule_config: Any) -> Any:
+        implied = dict(rule.network_options(spec, rule_config))
+        name = implied.pop("name")
+        if self.names["network"] == "auto":
+            self.names["network"] = name
+        builder = self._class("networks", "network")
+        if builder is None:
+            return None
+        fields = {item.name for item in dataclasses.fields(builder.Config)}
+        base = builder.Config(**{key: value for key, value in implied.items() if key in fields})
+        return self._options(base, "network.")
+
+    # --- values -----------------------------------------------------------------------------------------------------
+
+    def _fill(self, base: Any, prefix: str, mine: Any = lambda name: True, *, known: set[str] | None = None) -> Any:
+        """``base`` with the leaves under ``prefix``, as an instance of its class; notes what does not fit."""
+        node = OmegaConf.structured(base)
+        for leaf in self.leaves:
+            if not leaf.key.startswith(prefix):
+                continue
+            path = leaf.key[len(prefix) :].split(".")
+            if not mine(path[0]) or (prefix and path == ["name"]):
+                continue
+            self._assign(node, path, leaf, prefix, known)
+        try:
+            filled = OmegaConf.to_object(node)
+        except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+            self.problems.append(f"{prefix or 'configuration'}: {' '.join(str(error).split())}")
+            return base
+        self.problems.extend(f"{problem}" for problem in range_problems(filled, prefix))
+        return filled
+
+    def _assign(self, node: DictConfig, path: list[str], leaf: Leaf, prefix: str, known: set[str] | None) -> None:
+        kind: Any = OmegaConf.get_type(node)
+        for depth, part in enumerate(path):
+            if not dataclasses.is_dataclass(kind):
+                break  # inside a free mapping
+            names = {item.name for item in dataclasses.fields(kind)} | (known or set() if depth == 0 else set())
+            if part not in names:
+                problem = self._unknown(leaf, prefix + ".".join(path[:depth]), part, names)
+                if leaf.shared and prefix:
+                    self.unused[leaf.key] = problem
+                else:
+                    self.problems.append(problem)
+                return
+            if depth + 1 < len(path):
+                node = node[part]
+                kind = OmegaConf.get_type(node)
+                if not isinstance(node, DictConfig):
+                    self.problems.append(f"{leaf.key}: {prefix}{'.'.join(path[: depth + 1])} has no parts ({leaf.origin})")
+                    return
+        key = path[-1]
+        if isinstance(node._get_node(key), DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(node, key)):
+            example = f"{leaf.key}.{next(iter(node[key]))}"
+            self.problems.append(f"{leaf.key}={said(leaf.value)}: is a section; set one of its keys, such as {example} ({leaf.origin})")
+            return
+        try:
+            value = leaf.value if _refers(leaf.value) else typed(leaf.value, _kind(kind, key), leaf.key)
+            OmegaConf.update(node, key, value, merge=False)
+        except (Misfit, OmegaConfBaseException) as error:
+            reason = str(getattr(error, "msg", None) or error).splitlines()[0]
+            self.problems.append(f"{leaf.key}={said(leaf.value)}: {reason} ({leaf.origin})")
+
+    def _unknown(self, leaf: Leaf, section: str, part: str, names: set[str]) -> str:
+        section = section.rstrip(".")
+        everywhere = names | (set(CHOSEN) if not section else set())
+        word = part.lower().replace("-", "_")
+        word = ALIASES.get(word, ALIASES.get(nearest(word, ALIASES) or "", word) if not nearest(word, everywhere) else word)
+        same = [key for key in self._all_keys() if key.rpartition(".")[2] == word]
+        same = [key for key in same if key.rpartition(".")[0] == section] or same
+        guess = nearest(word, everywhere)
+        full = same[0] if same else f"{section}.{guess}" if section else guess
+        hint = f"did you mean {full}?" if same or guess else f"known here: {', '.join(sorted(everywhere)) or 'no keys'}"
+        owner = f" of {section} {self.names[section]!r}" if section in CHOSEN else ""
+        return f"unknown key {leaf.key}{owner}: {hint} ({leaf.origin})"
+
+    def _all_keys(self) -> list[str]:
+        """Every key that is known by now: of the rule, the task and the rest."""
+        known = {"rule": {}, "network": {}, "task": dataclasses.asdict(TaskCommon())}
+        for section, keys in known.items():
+            if self.names[section] in self.registry.names(f"{section}s"):
+                keys.update(dataclasses.asdict(self.registry.get(f"{section}s", self.names[section]).Config()))
+        return [leaf.key for leaf in leaves_of({**known, **dataclasses.asdict(RunConfig())}, "", "")]
+
+    def _check_settings(self, rule: type[Rule], spec: TaskSpec, common: TaskCommon, settings: RunConfig) -> None:
+        if common.validation == 0 and settings.select == "best-val":
+            self.problems.append("task.validation=0 leaves nothing to choose by: it needs select=last")
+        if settings.accumulate > settings.batch_size:
+            self.problems.append(
+                f"accumulate={settings.accumulate} needs at least as many examples per update, batch_size={settings.batch_size}"
+            )
+        for name in common.augment:
+            self._named("augmentations", name, "task.augment")
+        for name in settings.evaluation.protocols:
+            self._named("protocols", name, "evaluation.protocols")
+            self._protocol_fits(name, spec)
+        for name in settings.diagnostics:
+            self._named("diagnostics", name, "diagnostics")
+        default = rule.optimizer
+        checks = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
+        if not isinstance(default, property) and "optimizer" not in self.idle:
+            checks.append(lambda: check_optimizer(settings.optimizer.over(default)))
+        if settings.schedule.name in CLASSES and rule.phases is Rule.phases and settings.budget.samples is None:
+            checks.append(lambda: check_length(settings.schedule, settings.budget.resolve(1).epochs))
+        for check in checks:
+            try:
+                check()
+            except UsageError as error:
+                self.problems.append(sentence(error))
+
+    def _named(self, kind: str, name: str, where: str) -> None:
+        try:
+            self.registry.get(kind, name, where=where)
+        except UsageError as error:
+            self.problems.append(f"{error.what} in {where} ({error.fix})")
+
+    def _protocol_fits(self, name: str, spec: TaskSpec) -> None:
+        if name in self.registry.names("protocols"):
+            kinds = self.registry.get("protocols", name).kinds
+            if spec.targets not in kinds:
+                known = " or ".join(kinds)
+                self.problems.append(f"evaluation.protocols: {name} scores {known}, but task {spec.name!r} has {spec.targets!r} targets")
+
+    def _stop_if_problems(self) -> None:
+        if not self.problems:
+            return
+        problems = list(dict.fromkeys(self.problems))
+        if len(problems) == 1:
+            raise UsageError(problems[0])
+        raise UsageError(f"{len(problems)} things are wrong in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _kind(config: Any, key: str) -> Any:
+    """The type of a key of a dataclass; anything inside a free mapping."""
+    if not dataclasses.is_dataclass(config):
+        return Any
+    return typing.get_type_hints(config)[key]
+
+
+def _refers(value: Any) -> bool:
+    """Whether it is an interpolation, which stands for the value of another key."""
+    return isinstance(value, str) and "${" in value

@@ -1,0 +1,40 @@
+"""Files that are replaced as a whole. Oracle: what was there before, and the folder's list of names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bpfree.files import replacing, write_text
+
+
+def test_a_file_is_written_and_replaced_and_its_folder_made(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "page.txt"
+    write_text(path, "eins\n")
+    write_text(path, "zwölf\n")
+    assert path.read_bytes() == "zwölf\n".encode()
+    assert [entry.name for entry in path.parent.iterdir()] == ["page.txt"]
+
+
+def interrupted_write(path: Path, *, durable: bool) -> None:
+    with replacing(path, durable=durable) as file:
+        file.write(b"half of the new")
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_write_that_fails_leaves_the_old_file_and_no_temporary_one(durable: bool, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_write(path, durable=durable)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["weights.pt"]
+
+
+def test_a_file_that_cannot_be_moved_into_place_leaves_no_temporary_one(tmp_path: Path) -> None:
+    (tmp_path / "taken" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="taken"):
+        write_text(tmp_path / "taken", "a folder has this name")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
