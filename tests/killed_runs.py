@@ -36,7 +36,7 @@ WORDS = (
 
 def recipe_in(folder: Path, uri: str, *, system: bool = False) -> Recipe:
     """Three epochs of digits, 26 steps each, tracked to a store."""
-    system_words = (f"tracking.system={str(system).lower()}", "tracking.system_interval=0.05")
+    system_words = ("tracking.system=true", "tracking.system_interval=0.05") if system else ("tracking.system=false",)
     return resolve(parse_words([*WORDS, *system_words, f"output={folder / 'runs'}", f"tracking.uri={uri}"]))
 
 

@@ -251,12 +251,12 @@ def test_accuracy_of_digits(smoke: Run) -> None:
 
 def test_accuracy_goes_on_where_it_stopped(load: Callable[[str], Any], smoke: Run, tmp_path: Path) -> None:
     """The second call finds the finished run, and only tests it again."""
-    words = ("mnist", "--output", str(tmp_path / "runs"))
-    first = smoke("accuracy", *words, suffix="_mnist")
+    words = ("cifar10", "--output", str(tmp_path / "runs"))
+    first = smoke("accuracy", *words, suffix="_cifar10")
     (folder,) = (tmp_path / "runs" / "noprop-dt" / "s0").iterdir()
     epochs = (folder / "metrics.jsonl").read_text().count("\n")
     script = load("accuracy")
-    task = script.smoke_task("mnist")
+    task = script.smoke_task("cifar10")
     recipe_of = script.runner.recipe_of
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script.runner, "recipe_of", lambda *a, **k: WithTask(recipe_of(*a, **k, spec=task.spec), task))
