@@ -1,4 +1,4 @@
-"""Training one network in processes of a Ray cluster: each is told who it is, as ``torchrun`` would, and runs the same command."""
+"""Training one network in processes of a Ray cluster: each gets its rank, as from ``torchrun``, and runs the same command."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Order:
 
     Attributes:
         leaves: of the configuration, or its changes.
-        resume: the run to go on with; ``None``: a new one.
+        resume: the run to resume; ``None``: a new one.
         output: folder of runs.
         run_id: of a new run.
         folder: to work in, where it is there.
@@ -81,13 +81,13 @@ class Member:
 
 
 def train(leaves: Sequence[Leaf], *, size: int, address: str | None = None, resume: str | None = None) -> Run:
-    """Train, or go on with a run, in so many processes, and return the run as the first one sees it.
+    """Train, or resume a run, in so many processes, and return the run as the first one sees it.
 
     Args:
         leaves: of the configuration, or its changes.
         size: how many processes.
         address: of the cluster, as :func:`bpfree.ray_cluster.connect` takes it.
-        resume: the run to go on with.
+        resume: the run to resume.
 
     Raises:
         BpfreeError: what ended the run: an error of its own, a process that died, a signal.

@@ -24,6 +24,7 @@ from bpfree.training.config import TrainConfig
 from bpfree.training.environment import autocast, flushing_denormals, resolve_device
 from bpfree.training.evaluation import check_protocols, evaluate, evaluate_features, flat_features, setting_of
 from bpfree.training.features import feature_split
+from bpfree.training.guards import only_read
 
 __all__ = ["score"]
 
@@ -81,14 +82,15 @@ def score(
     options: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "dtype": rule.network.dtype}
     loader = Loader(examples, saved.spec, **options)
     generator = torch.Generator(device).manual_seed(seeds.derive_in(recipe.settings.stream, recipe.settings.seed, "evaluation", "score"))
-    with autocast(device, recipe.settings.precision):
+    with only_read(rule, "predict", "alternatives"), autocast(device, recipe.settings.precision):
         scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, alternatives=config.alternatives)
     if protocols:
         train = loader if split == "train" else Loader(task.train, saved.spec, **options)
         held = loader if split == "validation" else None
         if held is None and task.validation is not None:
             held = Loader(task.validation, saved.spec, **options)
-        scores |= _score_features(rule, protocols, train, loader, held, recipe.settings, path.parent)
+        with only_read(rule, "features"):
+            scores |= _score_features(rule, protocols, train, loader, held, recipe.settings, path.parent)
     about: dict[str, str | int] = {
         "checkpoint": str(path),
         "rule": recipe.names["rule"],

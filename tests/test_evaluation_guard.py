@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 from training_rules import ONE, assert_equal_bits, config_of, failing, rule_on, weights, write_through_data
 
-from bpfree import Batch, Budget, Phase, Rule, Step, Task, Trainer
-from bpfree.baselines import Backprop
+from bpfree import Batch, BpfreeError, Budget, Phase, Rule, Step, Task, Trainer, runner, scoring
+from bpfree.baselines import DFA, Backprop
+from bpfree.config import resolve
+from bpfree.leaves import Leaf
 from bpfree.training import guards
 from bpfree.training.config import EvaluationConfig
 from bpfree.training.guards import LearningWatch
@@ -106,3 +109,22 @@ def test_a_rule_that_puts_its_parameters_back_ends_with_the_same_bits(
     assert scores[0] == scores[1] == scores[2]
     assert_equal_bits(results[0], results[1])
     assert_equal_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize("method", ["predict", "features"])
+def test_a_saved_rule_is_watched_too(method: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``bpfree evaluate`` scores it. Oracle: the same call with a rule that only reads."""
+    run = runner.run(
+        resolve({"rule": "dfa", "budget.epochs": 1, "network.width": 32, "tracking.enabled": False, "device": "cpu"}), quiet=True
+    )
+    changes = [Leaf("evaluation.protocols", ["nearest-centroid"], "test")]
+    assert scoring.score(run.id, changes)[1]["nearest_centroid/accuracy"] > 0.2
+    original = getattr(DFA, method)
+
+    def writes(self: Rule, *arguments: Any) -> Any:
+        write_through_data(self)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(DFA, method, writes)
+    with pytest.raises(BpfreeError, match=f"{method} changed the parameter"):
+        scoring.score(run.id, changes)

@@ -22,5 +22,5 @@ def registry_folder() -> Path:
         if (place / "schema.json").is_file():
             return place
     raise BpfreeError(
-        "this installation of bpfree has no registry", where=" or ".join(map(str, places)), fix="install bpfree anew, or give --folder"
+        "this installation of bpfree has no registry", where=" or ".join(map(str, places)), fix="install bpfree again, or give --folder"
     )

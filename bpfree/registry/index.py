@@ -88,7 +88,7 @@ def made_from(folder: Path) -> dict[str, str]:
 
 
 def renew(folder: Path) -> list[Path]:
-    """Write the index and the tables anew; the files that were not up to date.
+    """Write the index and the tables again, and return the files that were not up to date.
 
     Raises:
         BpfreeError: something in the folder cannot be read.

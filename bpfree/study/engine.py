@@ -28,7 +28,7 @@ class Display(Protocol):
     """Shows a study's progress."""
 
     def started(self, cell: Cell, before: Outcome | None) -> None:
-        """A cell is given to a worker, who goes on with what was there before."""
+        """A cell is given to a worker, which resumes what was there before."""
 
     def waiting(self, cells: Sequence[Cell], epoch: Callable[[Cell], str]) -> None:
         """About once a second, while these run; ``epoch`` says how far one is."""
@@ -78,7 +78,7 @@ class Jobs:
             training=cell.trial is None and study.publishes("train"),
             again=again,
             # a cell whose time was up goes on from its checkpoint; one that was refused may have one that cannot be read
-            anew=before is not None and ((again and before.status in ("failed", "diverged")) or before.status == "refused"),
+            restart=before is not None and ((again and before.status in ("failed", "diverged")) or before.status == "refused"),
             quiet=self._quiet,
         )
 
@@ -93,7 +93,7 @@ def execute(agenda: Agenda, jobs: Jobs, executor: Executor, display: Display) ->
     """Run all that is to be run. Other processes may do the same at the same time; each takes cells that no other has.
 
     Raises:
-        Interrupted: asked to stop; what was running has saved its checkpoints. The next call goes on with it.
+        Interrupted: asked to stop; what was running has saved its checkpoints. The next call resumes it.
     """
     running: dict[str, Cell] = {}
     elsewhere: set[str] = set()

@@ -157,9 +157,9 @@ class State:
         return sum(outcome is not None and outcome.status == "finished" for outcome in found)
 
     def begin(self, job: Job, before: Outcome | None) -> Outcome:
-        """The record of a cell that is about to run; with what is known of the run that it goes on with."""
+        """The record of a cell that is about to run; with what is known of the run that it resumes."""
         kept = before if before is not None and not before.is_final else None
-        goes_on = before if before is not None and not job.anew else None  # its checkpoint holds the seconds of then
+        goes_on = before if before is not None and not job.restart else None  # its checkpoint holds the seconds of then
         return Outcome(
             job.cell,
             job.row,

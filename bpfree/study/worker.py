@@ -48,7 +48,7 @@ class Job:
         timeout: seconds.
         training: whether the training split is scored too.
         again: although it failed before.
-        anew: from the beginning, whatever checkpoint there is.
+        restart: from the beginning, whatever checkpoint there is.
         quiet: no progress display.
     """
 
@@ -67,7 +67,7 @@ class Job:
     timeout: float | None = None
     training: bool = False
     again: bool = False
-    anew: bool = False
+    restart: bool = False
     quiet: bool = True
 
     @property
@@ -142,11 +142,11 @@ class Worker:
     def _train(self, job: Job, watch: Watch) -> Run:
         folder = Path(job.output) / job.run_id
         options: dict[str, Any] = {"quiet": job.quiet, "label": job.label, "observers": [watch], "tags": job.tags}
-        if not job.anew and (folder / "checkpoints" / "last.pt").is_file():
+        if not job.restart and (folder / "checkpoints" / "last.pt").is_file():
             if runner.ended_as(folder).get("status") == "finished":  # the process was killed before it could note so
                 return runner.resume(str(folder), output=job.output, quiet=job.quiet)
             return runner.resume(str(folder), output=job.output, changes=job.changes, task=self._tasks.get(_recipe(job)), **options)
-        if job.anew:
+        if job.restart:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         recipe = _recipe(job)
         return runner.run(recipe, run_id=job.run_id, task=self._tasks.get(recipe), **options)

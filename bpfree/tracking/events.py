@@ -156,7 +156,7 @@ class Spool:
         self._lines, self._exists = len(events), True
 
     def outdated(self) -> None:
-        """Something of it is sent: it is written anew the next time."""
+        """Something of it is sent: it is written again the next time."""
         self._lines = 0
 
     def clear(self) -> None:

@@ -49,7 +49,7 @@ class Pictures:
 
     @hookimpl
     def run_start(self, run: Run) -> None:
-        """Begin anew; a run that goes on keeps the pictures of the epochs behind it."""
+        """Start over; a resumed run keeps the pictures of its earlier epochs."""
         self._drawn, self._active = {}, True
         if run.resumed and run.folder is not None:
             run.artifacts.update((name, path) for epoch, name, path in _found(run.folder) if epoch <= run.epoch)

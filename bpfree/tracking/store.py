@@ -241,7 +241,7 @@ class Store:
     # --- a run ------------------------------------------------------------------------------------------------------
 
     def open(self, opening: Opening, *, search: bool) -> bool:
-        """Create the run, or go on with the one that is there; ``opening.run_id`` and ``opening.time`` are set.
+        """Create the run, or continue the one that is there; ``opening.run_id`` and ``opening.time`` are set.
 
         Args:
             opening: the run.

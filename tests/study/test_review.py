@@ -275,7 +275,7 @@ def test_the_mark_of_company_stays_with_the_seconds(workplace: Path) -> None:
     agenda = agenda_of(COMMON + "rules: [dfa]\n")
     before = Outcome(agenda.plan.cells[0].id, "dfa", "", 0, "timeout", parallel=2)
     assert agenda.state.begin(job_of(agenda), before).parallel == 2
-    assert agenda.state.begin(job_of(agenda, anew=True), before).parallel == 1
+    assert agenda.state.begin(job_of(agenda, restart=True), before).parallel == 1
     # and it is written as soon as it is known, as the process may be killed
     outcome = agenda.state.begin(job_of(agenda), None)
     watch = Watch(job_of(agenda), outcome, SimpleNamespace(most=3, look=lambda: None), agenda.state)  # type: ignore[arg-type]
