@@ -261,12 +261,8 @@ class Resolver:
                 self.problems.append(f"evaluation.protocols: {name} scores {known}, but task {spec.name!r} has {spec.targets!r} targets")
 
     def _stop_if_problems(self) -> None:
-        if not self.problems:
-            return
-        problems = list(dict.fromkeys(self.problems))
-        if len(problems) == 1:
-            raise UsageError(problems[0])
-        raise UsageError(f"{len(problems)} things are wrong in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        if self.problems:
+            raise UsageError.of(self.problems, "configuration")
 
 
 def _kind(config: Any, key: str) -> Any:

@@ -25,6 +25,17 @@ def problems_of(*words: str) -> str:
     return str(caught.value)
 
 
+def test_an_error_carries_its_problems() -> None:
+    """Oracle: the printed list, and the sentence with its place and remedy where there is only one."""
+    with pytest.raises(UsageError) as caught:
+        resolve(parse_words(["rule.scal=2", "seed=x", "seed=x"]))
+    assert len(caught.value.problems) == 2
+    listed = "".join(f"\n  - {problem}" for problem in caught.value.problems)
+    assert str(caught.value) == f"2 things are wrong in the configuration:{listed}"
+    assert UsageError("a", where="b", fix="c").problems == ["a (b; c)"]
+    assert UsageError.of(["a", "a"], "study", where="b").problems == ["a"]
+
+
 def test_defaults_are_complete_and_resolve_to_themselves() -> None:
     recipe = resolve([])
     assert (recipe.names["rule"], recipe.names["network"], recipe.names["task"]) == ("backprop", "mlp", "digits")
