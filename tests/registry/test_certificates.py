@@ -47,7 +47,7 @@ def test_an_edited_source_makes_it_stale(tmp_path: Path, monkeypatch: pytest.Mon
     plugins = Plugins(entry_points=()).including(bpfree_edited.Mine)
     made = certificate("dfa", rule="Mine", sources=sources.certificate_hashes(plugins, "Mine"))
     assert stale(made, plugins) == []
-    (package / "__init__.py").write_text(text + "# edited\n")
+    (package / "__init__.py").write_text(text + "EDITED = True\n")
     sources.hash_of.cache_clear()
     assert stale(made, plugins) == ["bpfree_edited"]
 
