@@ -18,7 +18,7 @@ from pathlib import Path
 from bpfree.plugins import Plugins
 from bpfree.recipe import Recipe
 
-__all__ = ["all_roots", "certificate_hashes", "floor_hash", "rule_hashes", "source_hashes"]
+__all__ = ["CONTRACT", "EXAMINER", "REST", "all_roots", "certificate_hashes", "core_parts", "floor_hash", "source_hashes"]
 
 SUFFIXES = {".py", ".pyx", ".c", ".cpp", ".cu", ".cuh", ".h", ".so"}
 SHOWING = (
@@ -56,6 +56,17 @@ NOT_EXAMINED = (
     *("runner.py", "saved.py", "scoring.py", "yaml_values.py"),
 )
 """Parts of the core that a certificate does not depend on."""
+OF_CONTRACT = (
+    "baselines.py",
+    "network",
+    "rule.py",
+    "step.py",
+    *(f"training/{name}.py" for name in ("optimizers", "phases", "schedules", "seeds", "updater")),
+)
+"""What a step executes from the rule's credit to the changed parameters, and the rules that others inherit from or are compared with."""
+OF_EXAMINER = ("certify",)
+CONTRACT, EXAMINER, REST = "bpfree contract", "bpfree examiner", "bpfree"
+"""Names of the parts of the core in a certificate."""
 TOKEN = re.compile(
     rb'''("""(?:[^\\]|\\.)*?"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|\\\n)|\s*#[^\n]*|\s*\n''', re.DOTALL
 )
@@ -83,17 +94,29 @@ def floor_hash(recipe: Recipe) -> dict[str, str]:
     return _hashes(recipe.registry, recipe.names["rule"], named, others)
 
 
-def rule_hashes(registry: Plugins, rule: str, networks: Iterable[str] = ()) -> dict[str, str]:
-    """The same for what is measured of a rule on the named networks; of the core, what an examination executes."""
-    return _hashes(registry, rule, [("rules", rule), *(("networks", name) for name in networks)], NOT_EXAMINED)
-
-
 def certificate_hashes(registry: Plugins, rule: str) -> dict[str, str]:
-    """The same for what a certificate is measured on: the rule, and the networks of its specimens."""
+    """Hash what a certificate is measured on: the plugins of the rule and of its specimens' networks, and the parts of the core."""
     shapes = (("dense", 2, 16), ("convolutional", 2, 8))
     settings = [registry.get("rules", rule).specimen(*shape) or {} for shape in shapes]
     named = {words["network.name"] for words in settings if "network.name" in words}
-    return rule_hashes(registry, rule, sorted(named & set(registry.names("networks"))))
+    networks = sorted(named & set(registry.names("networks")))
+    hashes = _hashes(registry, rule, [("rules", rule), *(("networks", name) for name in networks)], NOT_EXAMINED)
+    return hashes | core_parts(Path(__file__).parent)
+
+
+def core_parts(core: Path) -> dict[str, str]:
+    """Hash the three parts of the core that an examination executes, each file in one of them.
+
+    The contract is what a step of the rule executes: rule, step, networks, updater with its optimisers, schedules and phases, the
+    generators of its draws, and the core's own rules. The examiner is ``certify/`` without its rendering. A certificate is of what a rule
+    is, which the contract defines and the examiner finds: a change of either makes it stale. The rest (configuration, tasks, training
+    loop, meters) is executed too; a change there can move a figure, such as an accuracy, and does not change what the rule is.
+    """
+    return {
+        CONTRACT: hash_of(core, NOT_EXAMINED, OF_CONTRACT),
+        EXAMINER: hash_of(core, NOT_EXAMINED, OF_EXAMINER),
+        REST: hash_of(core, (*NOT_EXAMINED, *OF_CONTRACT, *OF_EXAMINER)),
+    }
 
 
 def all_roots(registry: Plugins) -> list[Path]:
@@ -130,13 +153,13 @@ def _root(module: str) -> Path | None:
 
 
 @lru_cache(maxsize=64)
-def hash_of(root: Path, skipped: tuple[str, ...] = ()) -> str:
-    """SHA-256 over names and contents but those skipped (paths below the root), 16 hex digits.
+def hash_of(root: Path, skipped: tuple[str, ...] = (), chosen: tuple[str, ...] = ()) -> str:
+    """SHA-256 over names and contents of all or the chosen files but those skipped (paths below the root), 16 hex digits.
 
     Once per process: what runs is what was there when it began.
     """
     digest = hashlib.sha256()
-    for name, path in sorted(_files(root, skipped)):
+    for name, path in sorted(_files(root, skipped, chosen)):
         content = path.read_bytes()
         digest.update(f"{name}\0{_hash_of_python(content) if path.suffix == '.py' else hashlib.sha256(content).hexdigest()}\0".encode())
     return digest.hexdigest()[:16]
@@ -190,8 +213,12 @@ def _kept(match: re.Match[bytes]) -> bytes:
     return token
 
 
-def _files(root: Path, skipped: tuple[str, ...]) -> Iterable[tuple[str, Path]]:
+def _files(root: Path, skipped: tuple[str, ...], chosen: tuple[str, ...]) -> Iterable[tuple[str, Path]]:
     if root.is_file():
         return [(root.name, root)]
-    found = ((path.relative_to(root), path) for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    return ((place.as_posix(), path) for place, path in found if place.parts[0] not in skipped and place.as_posix() not in skipped)
+    found = ((path.relative_to(root).as_posix(), path) for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    return ((place, path) for place, path in found if not _is_within(place, skipped) and (not chosen or _is_within(place, chosen)))
+
+
+def _is_within(place: str, parts: tuple[str, ...]) -> bool:
+    return any(place == part or place.startswith(f"{part}/") for part in parts)
