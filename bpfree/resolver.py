@@ -11,13 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bpfree.errors import UsageError, nearest
-from bpfree.idle import idle, idle_options, sentence
 from bpfree.leaves import Leaf, leaves_of, said
 from bpfree.options import range_problems
 from bpfree.plugins import Plugins
 from bpfree.recipe import CHOSEN, Recipe, RunConfig, TaskCommon
 from bpfree.rule import Rule
 from bpfree.tasks.task import TaskSpec
+from bpfree.training.idle import idle, idle_options, sentence
 from bpfree.training.optimizers import check_optimizer
 from bpfree.training.schedules import CLASSES, check_length, check_schedule
 from bpfree.typed import Misfit, typed

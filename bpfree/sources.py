@@ -60,8 +60,9 @@ OF_CONTRACT = (
     "baselines.py",
     "network",
     "rule.py",
+    "seeds.py",
     "step.py",
-    *(f"training/{name}.py" for name in ("optimizers", "phases", "schedules", "seeds", "updater")),
+    *(f"training/{name}.py" for name in ("optimizers", "phases", "schedules", "updater")),
 )
 """What a step executes from the rule's credit to the changed parameters, and the rules that others inherit from or are compared with."""
 OF_EXAMINER = ("certify",)

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.events import SPOOL_NAME
 from bpfree.tracking.mlflow_tracker import MLflowTracker
-from bpfree.training.run import Run
 
 
 def finish(run, tracker, status="finished", **result):
@@ -279,7 +279,7 @@ def test_import_is_cheap_and_telemetry_is_off(tmp_path):
         from bpfree.tracking import config, journal, mlflow_tracker, plots, progress, system
         heavy = [name for name in ("mlflow", "torch", "torchvision", "matplotlib", "rich") if name in sys.modules]
         assert not heavy, heavy
-        from bpfree.training.run import Run
+        from bpfree.run import Run
         tracker = mlflow_tracker.MLflowTracker(config.TrackingConfig(uri="sqlite:///{tmp_path}/x/mlflow.db"), Path("{tmp_path}/runs"))
         tracker.config.required = True
         run = Run("id", "name")
