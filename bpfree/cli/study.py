@@ -306,8 +306,8 @@ def _dry_run(worklist: Worklist) -> int:
 
     for change in worklist.plan.changes:
         click.echo(f"not as written: {change}")
-    for line in unused(worklist.table()):
-        click.echo(line)
+    for text in unused(worklist.table()):
+        click.echo(text)
     table, summary = costs(worklist)
     print_table(["row", "column", "seed", "state", "minutes", "cell"], table, right=[2, 4])
     click.echo(f"\n{summary}")

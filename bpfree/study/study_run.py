@@ -99,8 +99,8 @@ class StudyRun:
             self.open()
         if not self.run_id:
             return
-        finished = [record for row in report.lines for record in row.finished]
-        values = dict(_values(self._plan.study.metric("test"), report.lines)) | {"cells/finished": float(len(finished))}
+        finished = [record for row in report.rows for record in row.finished]
+        values = dict(_values(self._plan.study.metric("test"), report.rows)) | {"cells/finished": float(len(finished))}
 
         def tell() -> None:
             self._adopt(worklist.all_cells())
@@ -168,12 +168,12 @@ class StudyRun:
         return True
 
 
-def _values(metric: str, lines: Sequence[TableRow]) -> Iterable[tuple[str, float]]:
-    """The mean of each line, as a metric of the study's run."""
-    for line in lines:
-        values: Mapping[int, float] = line.by_seed(metric)
+def _values(metric: str, rows: Sequence[TableRow]) -> Iterable[tuple[str, float]]:
+    """The mean of each row, as a metric of the study's run."""
+    for row in rows:
+        values: Mapping[int, float] = row.by_seed(metric)
         if values:
-            yield f"{metric}/{line.label}", statistics.fmean(values.values())
+            yield f"{metric}/{row.label}", statistics.fmean(values.values())
 
 
 def _now() -> int:
