@@ -22,9 +22,9 @@ from bpfree.files import replacing, write_text
 from bpfree.recipe import Recipe
 from bpfree.rule import Rule
 from bpfree.sources import floor_hash
-from bpfree.study.cells import Cell, Plan
-from bpfree.study.line import Line
-from bpfree.study.worker import Tasks, reason_of
+from bpfree.study.cells import Plan
+from bpfree.study.rows import Cell, TableRow
+from bpfree.study.worker import TaskCache, reason_of
 from bpfree.tasks.task import TaskSpec
 from bpfree.training import environment
 from bpfree.training.floor import Floor, Reading, chance_of, measure_floor, nearest_mean, read_inputs
@@ -119,10 +119,10 @@ class Floors:
         self._plan, self._folder = plan, folder / "floors"
         self._known: dict[str, FloorRecord | None] = {}
 
-    def of(self, line: Line, lines: Iterable[Line]) -> FloorRecord | None:
+    def of(self, row: TableRow, rows: Iterable[TableRow]) -> FloorRecord | None:
         """Return the floor of a row; ``None`` where it was not measured."""
-        key = floor_key(line.cells[0])
-        first = next((other for other in lines if floor_key(other.cells[0]) == key), line)
+        key = floor_key(row.cells[0])
+        first = next((other for other in rows if floor_key(other.cells[0]) == key), row)
         return self.read(self.id_of(first.cells[0]))
 
     def id_of(self, cell: Cell) -> str:
@@ -131,7 +131,7 @@ class Floors:
             "key": floor_key(cell),
             "stream": cell.recipe.settings.stream,
             "seeds": list(self._plan.seeds),
-            **{name: cell.identity[name] for name in ("data", "torch", "device", "threads")},
+            **{name: cell.key.identity[name] for name in ("data", "torch", "device", "threads")},
             "sources": floor_hash(cell.recipe),
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -170,24 +170,24 @@ class Floors:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callable[[str], None]) -> Floors:
+def measure_floors(plan: Plan, rows: Sequence[TableRow], folder: Path, say: Callable[[str], None]) -> Floors:
     """Measure the floors that are not known yet, of the rows that have a result.
 
-    What cannot be measured is left blank, with a warning. Tasks without targets have no floor.
+    What cannot be measured is left blank, with a warning. TaskCache without targets have no floor.
 
     Args:
         plan: the study.
-        lines: its table.
+        rows: its table.
         folder: of the study's records.
         say: called with a message before each.
     """
-    floors, tasks = Floors(plan, folder), Tasks()
+    floors, tasks = Floors(plan, folder), TaskCache()
     known = Known()
     groups: dict[str, Cell] = {}
-    for line in lines:
-        key = floor_key(line.cells[0])
-        if key not in groups and has_floor(line.cells[0]) and any(floor_key(other.cells[0]) == key and other.finished for other in lines):
-            groups[key] = line.cells[0]
+    for row in rows:
+        key = floor_key(row.cells[0])
+        if key not in groups and has_floor(row.cells[0]) and any(floor_key(other.cells[0]) == key and other.finished for other in rows):
+            groups[key] = row.cells[0]
     for cell in groups.values():
         name = floors.id_of(cell)
         if floors.read(name) is None:
@@ -197,11 +197,11 @@ def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callabl
             except Interrupted:
                 raise
             except Exception as error:
-                logger.warning("the floor of %s was not measured: %s", cell.row, reason_of(error))
+                logger.warning("the floor of %s was not measured: %s", cell.key.row, reason_of(error))
     return floors
 
 
-def measure_floor_of(recipe: Recipe, seeds: Sequence[int], tasks: Tasks, known: Known) -> FloorRecord:
+def measure_floor_of(recipe: Recipe, seeds: Sequence[int], tasks: TaskCache, known: Known) -> FloorRecord:
     """Measure the floor of a row.
 
     Args:

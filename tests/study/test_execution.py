@@ -5,7 +5,6 @@ Oracles: an undisturbed study, bit for bit; the MLflow database, read with SQL; 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -20,8 +19,8 @@ import pytest
 import torch
 from study_kit import call, mlflow_runs, outcomes, plugin_on_path, spawn, untimed
 
+from bpfree.study.concurrency import present
 from bpfree.study.executors import Pool
-from bpfree.study.presence import present
 
 COMMON = "settings: {task: digits, device: cpu, network.width: 16}\n"
 BARE = COMMON + "floor: false\nprobe: false\n"
@@ -106,7 +105,7 @@ def test_cells_that_run_at_the_same_time_are_counted_and_dead_ones_are_not(tmp_p
     import subprocess
 
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom bpfree.study.presence import present\n"
+        "import sys, time\nfrom pathlib import Path\nfrom bpfree.study.concurrency import present\n"
         "with present(Path(sys.argv[1])):\n    print('there', flush=True)\n    time.sleep(60)\n"
     )
     with present(tmp_path) as alone:
@@ -362,31 +361,18 @@ def test_the_visible_gpus_are_those_that_the_environment_names(monkeypatch: pyte
 # --- again, at once ---------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_study_answers_without_torch(workplace: Path) -> None:
-    import subprocess
-
+def test_a_finished_study_gives_the_same_answer_until_its_file_changes(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = study(FOUR)
-    words = ["study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--quiet"]
-    code = "import sys\nfrom bpfree.cli.main import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    print('torch' in sys.modules)\n"
 
-    def run(**variables: str) -> list[str]:
-        environment = {**os.environ, **variables}
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, env=environment)
-        return done.stdout.strip().splitlines()
+    def run() -> str:
+        assert call("study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--quiet") == 0
+        return capsys.readouterr().out
 
-    first = run()
-    assert first[-1] == "True"
-    again = run()
-    assert again[:-1] == first[:-1]
-    assert again[-1] == "False"
-    threads = str(1 + int(os.environ.get("OMP_NUM_THREADS", "1")))
-    assert run(OMP_NUM_THREADS=threads)[-1] == "True"  # another environment is planned anew
+    first, known = run(), outcomes()
+    assert run() == first
+    assert outcomes() == known  # records say when they were written, so that nothing was computed
     Path(name).write_text(FOUR.replace("seeds: 2", "seeds: 1"))
-    assert run()[-1] == "True"  # and so is another file
-    assert run()[-1] == "False"
-    record = next(Path("runs/studies/table/cells").glob("*.json"))
-    record.write_text(json.dumps({**json.loads(record.read_text()), "status": "failed"}))
-    assert call(*words[:2], name, *words[3:]) in (0, 1)
+    assert run() != first
 
 
 def test_workers_that_would_fight_for_processors_are_told_of(
@@ -394,16 +380,15 @@ def test_workers_that_would_fight_for_processors_are_told_of(
 ) -> None:
     from bpfree.config import parse_words
     from bpfree.study import cells, command
-    from bpfree.study.agenda import Agenda
     from bpfree.study.file import read_study
-    from bpfree.study.state import State
+    from bpfree.study.worklist import Worklist
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
 
     def said(threads: int, jobs: int) -> str:
         caplog.clear()
         plan = cells.plan(read_study(Path(study(FOUR))), parse_words([f"threads={threads}"]))
-        executor = command._executor(plan, Agenda(plan, State(plan.output, "table")), command.Options(jobs=jobs))
+        executor = command.executor_for(Worklist(plan), command.Options(jobs=jobs))
         assert executor.slots == jobs
         executor.close()
         return caplog.text

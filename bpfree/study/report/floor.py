@@ -10,8 +10,8 @@ from bpfree.study.controls import Section, difference_texts, error_legend
 from bpfree.study.differences import Difference
 from bpfree.study.examples import Scores
 from bpfree.study.floors import FloorRecord, Floors, has_floor
-from bpfree.study.line import percent
 from bpfree.study.report.view import View, compact
+from bpfree.study.rows import percent
 from bpfree.study.verdicts import Verdict, verdicts
 
 __all__ = ["floor_finding", "floor_remarks", "floor_sections"]
@@ -19,7 +19,7 @@ __all__ = ["floor_finding", "floor_remarks", "floor_sections"]
 
 def floor_sections(view: View, floors: Floors) -> list[Section]:
     """Make the tables of numbers and of verdicts; none as long as no floor was measured."""
-    found = verdicts(view.plan, view.lines, floors, view.metric)
+    found = verdicts(view.plan, view.rows, floors, view.metric)
     if not found:
         return []
     judged = [each for each in found if each.text]
@@ -27,7 +27,7 @@ def floor_sections(view: View, floors: Floors) -> list[Section]:
 
 
 def _labels(view: View, each: Verdict) -> list[str]:
-    return [view.label(each.line), *([each.line.column] if view.labelled else [])]
+    return [view.label(each.row), *([each.row.column] if view.labelled else [])]
 
 
 def _headers(view: View) -> list[str]:
@@ -102,7 +102,7 @@ def _numbers_legend(view: View, found: Sequence[Verdict]) -> str:
 def _chance(view: View, found: Sequence[Verdict]) -> Iterator[str]:
     """Chance and the nearest class mean, per column."""
     for column in view.columns:
-        record = next((each.floor.record for each in found if each.line.column == column and each.floor.record.chance is not None), None)
+        record = next((each.floor.record for each in found if each.row.column == column and each.floor.record.chance is not None), None)
         if record is None or record.chance is None:
             continue
         where = f"{column}: chance" if column else "Chance"
@@ -144,7 +144,7 @@ def _verdicts_legend(view: View, judged: Sequence[Verdict], columns: Mapping[str
             "At equal budget: own less the own-prediction twin (everything but the readout recipe fixed), with the same trials and as many "
             "operations. "
         )
-    tuned = any(each.line.tuned is not None and each.line.tuned.keys for each in judged)
+    tuned = any(each.row.tuned is not None and each.row.tuned.keys for each in judged)
     found = {kind: [each for each in columns[kind] if each is not None] for kind in columns}
     family = f"over the comparisons of each kind ({', '.join(f'{kind}: {len(each)}' for kind, each in found.items())}; Holm)"
     legend = error_legend([each for of_kind in found.values() for each in of_kind], conditional=tuned, family=family)
@@ -183,10 +183,10 @@ def floor_finding(found: Sequence[Section]) -> str:
 
 def floor_remarks(view: View, floors: Floors) -> Iterator[str]:
     """Say what is missing: a floor that was not measured, or a gradient that was left."""
-    missing = [line.label for line in view.lines if line.finished and has_floor(line.cells[0]) and floors.of(line, view.lines) is None]
+    missing = [row.label for row in view.rows if row.finished and has_floor(row.cells[0]) and floors.of(row, view.rows) is None]
     if missing:
         yield f"The floor was not measured for {', '.join(missing)}."
-    records: dict[int, FloorRecord] = {id(known): known for line in view.lines if (known := floors.of(line, view.lines)) is not None}
+    records: dict[int, FloorRecord] = {id(known): known for row in view.rows if (known := floors.of(row, view.rows)) is not None}
     for record in records.values():
         if record.gradient > 1.001e-4 and not record.real:
             yield f"A readout of the floor of {record.network} is left with a gradient of {record.gradient:.1e}, more than 1e-4."
