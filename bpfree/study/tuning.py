@@ -18,8 +18,8 @@ from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf, canonical
 from bpfree.study.cells import Plan, cell_of, problems_of, recipe_with
 from bpfree.study.fingerprints import Fingerprints
+from bpfree.study.model import Domain, Interval, Tune
 from bpfree.study.rows import Cell, TableRow, Trial, Tuned
-from bpfree.study.space import Domain, Interval, Tune
 from bpfree.study.store import CellRecord
 from bpfree.training.seeds import derive
 
