@@ -235,7 +235,7 @@ def _run(name: str, settings: tuple[str, ...], options: dict[str, Any], retry: S
 
     worklist = _worklist(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"], retry=retry)
     counts = f"{worklist.left()} of {worklist.count()} cells to run{_others(worklist, [name, *settings])}"
-    click.echo("everything is finished already" if worklist.complete() else f"{worklist.plan.study.name}: {counts}", err=True)
+    click.echo(f"{worklist.plan.study.name}: {counts}", err=True)
     chosen = Options(
         options["executor"], options["jobs"], options["address"], options["gpus"], options["timeout"], options["to"], options["quiet"]
     )

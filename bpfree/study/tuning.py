@@ -19,8 +19,8 @@ from bpfree.leaves import Leaf, canonical
 from bpfree.seeds import derive
 from bpfree.study.cells import Plan, cell_of, recipe_with
 from bpfree.study.fingerprints import Fingerprints
+from bpfree.study.model import Domain, Interval, Tune
 from bpfree.study.rows import Cell, TableRow, Trial, Tuned
-from bpfree.study.space import Domain, Interval, Tune
 from bpfree.study.store import CellRecord
 
 __all__ = ["Tuner", "check_tuning"]

@@ -13,8 +13,7 @@ from bpfree import UsageError
 from bpfree.plugins import installed_plugins
 from bpfree.study import cells
 from bpfree.study.file import read_study
-from bpfree.study.model import Study
-from bpfree.study.space import Choices, Interval
+from bpfree.study.model import Choices, Interval, Study
 
 
 def read(text: str) -> Study:
