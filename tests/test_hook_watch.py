@@ -96,7 +96,7 @@ def test_a_later_step_is_watched_too_and_so_are_the_step_and_the_optimiser(digit
                 self.cheat(step)
 
     def rate(step: Step) -> None:
-        step.apply.__self__._current.param_groups[0]["lr"] = 1.0  # type: ignore[attr-defined]
+        trainer._state.updater.optimizers[0].param_groups[0]["lr"] = 1.0
 
     cheats: dict[Callable[[Step], Any], str] = {
         lambda step: _add(rule): "the parameter",

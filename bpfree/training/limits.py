@@ -61,8 +61,8 @@ class Limits:
         """Whether the budget ends the run now."""
         return self._ends and self.used() >= 1
 
-    def phase_progress(self, phase: Phase) -> float:
-        """Share of the phase that is over, 0 to 1; of an open one, the run's progress."""
+    def phase_progress(self, phase: Phase, progress: float) -> float:
+        """Share of the phase that is over, 0 to 1; of an open one, the run's ``progress``."""
         at = self._state.at
         if phase.seconds is not None:
             return min(1.0, (self._state.clock.report() - at.phase_seconds) / phase.seconds)
@@ -70,7 +70,7 @@ class Limits:
             return min(1.0, self._state.operations.spent(at.phase_operations) / phase.forwards)
         if phase.operations is not None:
             return min(1.0, self._state.operations.counted(at.phase_operations) / phase.operations)
-        return min(1.0, (at.phase_epoch + at.share) / phase.epochs) if phase.epochs else self._state.step.progress
+        return min(1.0, (at.phase_epoch + at.share) / phase.epochs) if phase.epochs else progress
 
     def phase_is_over(self, phase: Phase) -> bool:
         """Whether it is, at the end of a pass or before the first."""

@@ -12,7 +12,6 @@ import torch
 
 from bpfree.errors import BpfreeError
 from bpfree.rule import Rule
-from bpfree.step import Phase, Step
 from bpfree.training import environment, seeds
 from bpfree.training.alignment import Alignment
 from bpfree.training.calibration import Calibration
@@ -20,8 +19,8 @@ from bpfree.training.config import TrainConfig
 from bpfree.training.guards import LearningWatch
 from bpfree.training.meters import Clock, StepMemory, StepMetrics
 from bpfree.training.operations import Operations
+from bpfree.training.stepper import Stepper
 from bpfree.training.team import Team
-from bpfree.training.updater import Updater
 
 __all__ = ["Position", "State", "copied"]
 
@@ -65,7 +64,7 @@ class State:
     Attributes:
         at: how far the run has come.
         clock, metrics, memory, operations, alignment: what it measures.
-        updater, step: optimisers, and the step that rules are handed.
+        stepper, updater, step: takes the steps; its optimisers, and the step that rules are handed.
         load: of the machine when the run began; ``None`` where that is not known.
         begun: phases that have begun, which is what a loaded rule must replay.
         best: validation score and weights (on the CPU) of the best epoch, where weights are selected so.
@@ -78,14 +77,14 @@ class State:
         self._seeds = partial(seeds.derive_in, config.stream, config.seed)
         self.at = Position()
         self.clock, self.metrics, self.memory = Clock(device), StepMetrics(), StepMemory(device)
-        self.updater = Updater(rule, config.optimizer, schedule=config.schedule, clip=config.clip)
-        self.operations = Operations(rule, self.updater, device, team.world)
-        generator = torch.Generator(device).manual_seed(self._seeds("noise", *team.stream))
-        keyed = seeds.KeyedGenerators(config.seed, device, lambda: (self.step.index, self.step.part), stream=config.stream)
-        self.step = Step(generator, keyed, self.updater.apply, self.updater.lr, Phase())
-        self.alignment = Alignment(
-            rule, self.updater, config.alignment, seed=config.seed, stream=config.stream, parts=config.accumulate, device=device
+        self.stepper = Stepper(
+            rule, config.optimizer, schedule=config.schedule, clip=config.clip, seed=config.seed, stream=config.stream, device=device
         )
+        self.updater, self.step = self.stepper.updater, self.stepper.step
+        if team.stream:
+            self.step.generator.manual_seed(self._seeds("noise", *team.stream))
+        self.operations = Operations(rule, self.updater, device, team.world)
+        self.alignment = Alignment(self.stepper, config.alignment, parts=config.accumulate)
         self.best: tuple[float, dict[str, Any]] | None = None
         self.load = environment.load()
         self.learning = LearningWatch(rule, team.world, twin=config.twin)

@@ -211,7 +211,7 @@ class Trainer:
         state, metrics = self._state, {}
         if state.alignment.wants(state.step):
             with state.clock.stopped():
-                metrics = state.alignment.measure(batch, state.step)
+                metrics = state.alignment.measure(batch)
         watches, counts = state.memory.wants(state.step.phase.name), state.operations.wants(state.step.phase, batch)
         if watches or counts:
             take = self._watched_update if watches else self._measured_update
@@ -254,9 +254,8 @@ class Trainer:
 
     def _aim(self, phase: Phase) -> None:
         """Set progress and learning rates for the step that comes."""
-        step = self._state.step
-        step.progress = min(1.0, self._limits.used())
-        self._state.updater.at(step.progress if phase.schedule is None else self._limits.phase_progress(phase))
+        progress = min(1.0, self._limits.used())
+        self._state.stepper.at(progress, None if phase.schedule is None else self._limits.phase_progress(phase, progress))
 
     def _end_epoch(self, phase: Phase) -> None:
         epoch = self.run.epoch = self._state.at.epoch
@@ -402,10 +401,9 @@ class Trainer:
             self._solve("start_phase", phase)
         else:  # replayed: that it was done counts already
             self.rule.start_phase(phase)
-        self.rule.to(self.device)
-        state.updater.start_phase(phase)
+        state.stepper.enter(phase)
         self._team.enter(state.step, state.updater)
-        state.step.phase, state.begun = phase, index + 1
+        state.begun = index + 1
         if index == 0 and saved is None:
             self._evaluator.try_protocols()
         if saved is not None and index == state.at.phase and not state.restored:
