@@ -19,6 +19,8 @@ from bpfree.options import option
 from bpfree.rule import Metrics
 from bpfree.step import Batch, Step
 from bpfree.training.accumulation import gather
+from bpfree.training.meters import Clock
+from bpfree.training.probes import Take
 from bpfree.training.snapshot import Snapshot
 from bpfree.training.stepper import Stepper
 
@@ -58,9 +60,15 @@ class Alignment:
         self._stepper, self._rule, self._updater = stepper, stepper.rule, stepper.updater
         self._config, self._parts = config, parts
 
-    def wants(self, step: Step) -> bool:
+    def wants(self, batch: Batch, step: Step) -> bool:
         """Whether this step is sampled; none of a phase on features, in which the blocks below do not learn."""
         return self._config.every > 0 and step.index % self._config.every == 0 and not step.phase.on_features
+
+    def around(self, take: Take, clock: Clock, batch: Batch, step: Step) -> Metrics:
+        """Measure before the step."""
+        with clock.stopped():
+            metrics = self.measure(batch)
+        return metrics | take(batch, step)
 
     def measure(self, batch: Batch) -> Metrics:
         """Detached scalars on the device, for each block to which the rule gives credit (``alignment/NAME/...``).

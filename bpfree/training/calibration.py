@@ -13,12 +13,12 @@ from torch import Tensor
 from bpfree.errors import BpfreeError
 from bpfree.network.network import evaluating
 from bpfree.rule import Rule
-from bpfree.tasks.task import Split, Task
+from bpfree.tasks.task import Split
 from bpfree.training import environment, seeds
-from bpfree.training.config import TrainConfig
 from bpfree.training.guards import Values
 
 if TYPE_CHECKING:
+    from bpfree.training.setup import Setup
     from bpfree.training.state import State
 
 __all__ = ["NOT_CALIBRATED", "Calibration", "calibrate", "calibrated", "calibrates"]
@@ -66,18 +66,18 @@ def calibrates(rule: Rule) -> bool:
     return type(rule).calibrate is not Rule.calibrate
 
 
-def calibrated(state: State, task: Task, config: TrainConfig) -> Calibration:
+def calibrated(state: State, setup: Setup) -> Calibration:
     """Have the rule choose with its present weights, unless it did so after the same step, before the run was interrupted.
 
     Its buffers are set. The first of several processes chooses for all.
     """
-    rule, world, found = state.rule, state.team.world, state.calibration
+    rule, world, config, found = setup.rule, setup.world, setup.config, state.calibration
     if found is not None and found.step == state.at.step:
         found.put(rule)
         return found
-    data, seed = task.validation, seeds.derive_in(config.stream, config.seed, "calibration")
+    data, seed = setup.task.validation, seeds.derive_in(config.stream, config.seed, "calibration")
     assert data is not None
-    generator = torch.Generator(state.device).manual_seed(seed)
+    generator = torch.Generator(setup.device).manual_seed(seed)
     found = world.from_first(lambda: calibrate(rule, data, generator, step=state.at.step, precision=config.precision))
     if world.size > 1:
         world.send(rule.buffers())
