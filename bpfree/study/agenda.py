@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from bpfree.errors import UsageError, nearest
 from bpfree.leaves import Leaf
-from bpfree.study.cells import Cell, Place, Plan, cell_of, problems_of, recipe_with, twin_of
+from bpfree.study.cells import Cell, Place, Plan, cell_of, recipe_with, twin_of
 from bpfree.study.line import Line
 from bpfree.study.state import Outcome, State
 from bpfree.study.tunable import check_tuning
@@ -210,11 +210,12 @@ def _check_twins(posts: Sequence[_Post]) -> None:
             if post.twin is not None:
                 recipe_with(post.twin, [Leaf("budget.operations", 1.0, "twin")])
         except UsageError as error:
-            for problem in problems_of(error):
+            for problem in error.problems:
                 found.setdefault(problem, []).append(post.place.row.label)
     if found:
-        what = "; ".join(f"{problem} (row {', '.join(dict.fromkeys(rows))})" for problem, rows in found.items())
-        raise UsageError(f"no twin can have as many operations as its row: {what}", where="equal_budget", fix="leave equal_budget out")
+        problems = [f"{problem} (row {', '.join(dict.fromkeys(rows))})" for problem, rows in found.items()]
+        what = f"no twin can have as many operations as its row: {'; '.join(problems)}"
+        raise UsageError(what, where="equal_budget", fix="leave equal_budget out", problems=problems)
 
 
 def _check_labels(given: Sequence[str] | None, labels: Sequence[str], kind: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from bpfree.errors import UsageError
 from bpfree.leaves import Leaf, canonical
-from bpfree.study.cells import Place, Plan, problems_of, recipe_with
+from bpfree.study.cells import Place, Plan, recipe_with
 from bpfree.study.space import Domain, Interval, Tune
 
 __all__ = ["check_tuning"]
@@ -39,8 +39,7 @@ def check_tuning(plan: Plan) -> None:
             found.setdefault(problem, []).append(place.row.label)
     listed = [f"{problem} (row {', '.join(dict.fromkeys(rows))})" for problem, rows in found.items()] or [*_unused_settings(plan, tune)]
     if listed:
-        what = listed[0] if len(listed) == 1 else f"{len(listed)} things are wrong in the study:\n" + "\n".join(f"  - {p}" for p in listed)
-        raise UsageError(what, where=f"study {plan.study.name}: tune")
+        raise UsageError.of(listed, "study", where=f"study {plan.study.name}: tune")
 
 
 def _problems(place: Place, tune: Tune) -> Iterator[str]:
@@ -49,7 +48,7 @@ def _problems(place: Place, tune: Tune) -> Iterator[str]:
         if not recipe_with(place, settings)[0].task.validation:
             yield "tuning chooses on the validation split, and task.validation is 0"
     except UsageError as error:
-        yield from problems_of(error)
+        yield from error.problems
         return
     for key, domain in place.row.space.items():
         reason = UNFAIR.get(key, UNFAIR.get(key.split(".")[0]) if key.split(".")[0] in ("budget", "evaluation") else None)
@@ -61,7 +60,7 @@ def _problems(place: Place, tune: Tune) -> Iterator[str]:
             try:
                 recipe_with(place, [*_leaves({key: value}), *settings])
             except UsageError as error:
-                yield from problems_of(error)
+                yield from error.problems
 
 
 def _leaves(values: Mapping[str, Any]) -> list[Leaf]:

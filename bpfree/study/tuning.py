@@ -16,12 +16,12 @@ from typing import Any
 
 from bpfree.errors import BpfreeError
 from bpfree.leaves import Leaf
+from bpfree.seeds import derive
 from bpfree.study.cells import Cell, Place, Plan, cell_of
 from bpfree.study.space import Interval, Tune
 from bpfree.study.state import Outcome
 from bpfree.study.timing import comparable
 from bpfree.study.trials import Trial, Tuned
-from bpfree.training.seeds import derive
 
 __all__ = ["Tuner"]
 

@@ -22,11 +22,11 @@ from bpfree.errors import BpfreeError
 from bpfree.hooks import hookimpl
 from bpfree.leaves import Leaf
 from bpfree.recipe import Recipe
+from bpfree.run import Run
 from bpfree.study.presence import Presence, present
 from bpfree.study.state import Outcome, State
 from bpfree.tasks.task import Task
 from bpfree.training import environment
-from bpfree.training.run import Run
 from bpfree.training.trainer import Interrupted
 
 __all__ = ["Job", "Tasks", "Watch", "Worker"]

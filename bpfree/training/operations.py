@@ -23,11 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.network.network import evaluating
 from bpfree.rule import Metrics
+from bpfree.seeds import preserved_global_state
 from bpfree.step import Batch, Phase, Step
 from bpfree.training.distributed import World
 from bpfree.training.meters import Clock
 from bpfree.training.probes import Take
-from bpfree.training.seeds import preserved_global_state
 from bpfree.training.snapshot import Snapshot
 from bpfree.training.stepper import Stepper
 

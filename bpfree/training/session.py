@@ -12,6 +12,7 @@ import torch
 
 from bpfree.errors import BpfreeError
 from bpfree.rule import Metrics, Rule
+from bpfree.run import ReadOnly
 from bpfree.step import Batch, Phase, Step
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Split
@@ -28,7 +29,6 @@ from bpfree.training.observers import Observers
 from bpfree.training.operations import kind_of
 from bpfree.training.phases import learning
 from bpfree.training.probes import take_step
-from bpfree.training.run import ReadOnly
 from bpfree.training.saving import Checkpoints
 from bpfree.training.selection import Selection
 from bpfree.training.setup import Setup

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 
 from bpfree.rule import Rule
+from bpfree.run import Run
 from bpfree.step import Budget
 from bpfree.tasks.augment import Augmentation
 from bpfree.tasks.loading import Loader, Loading, Resident
 from bpfree.tasks.task import Split, Task
 from bpfree.training.config import TrainConfig
 from bpfree.training.distributed import World
-from bpfree.training.run import Run
 from bpfree.training.team import Team
 
 __all__ = ["Setup"]

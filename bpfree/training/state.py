@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from bpfree import seeds
 from bpfree.rule import Rule
-from bpfree.training import environment, seeds
+from bpfree.training import environment
 from bpfree.training.alignment import Alignment
 from bpfree.training.calibration import Calibration
 from bpfree.training.checkpoint import load_weights

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from bpfree import seeds
 from bpfree.options import OptimizerConfig, ScheduleConfig
 from bpfree.rule import Metrics, Rule
 from bpfree.step import Batch, Phase, Step
 from bpfree.tasks.task import Split
-from bpfree.training import seeds
 from bpfree.training.accumulation import accumulate
 from bpfree.training.phases import learning
 from bpfree.training.updater import ClipConfig, Updater

@@ -10,22 +10,22 @@ from typing import Any
 
 import torch
 
+from bpfree import seeds
 from bpfree.errors import BpfreeError, UsageError
-from bpfree.idle import idle_of_rule
 from bpfree.rule import Rule
+from bpfree.run import Run, new_run_id
 from bpfree.tasks.augment import Augmentation
-from bpfree.tasks.check import check_fit
 from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Task
-from bpfree.training import environment, seeds
+from bpfree.training import environment
 from bpfree.training.config import TrainConfig
 from bpfree.training.distributed import World
 from bpfree.training.divergence import Diverged
 from bpfree.training.evaluation import check_protocols
-from bpfree.training.guards import check_made_to_learn
+from bpfree.training.guards import check_fit, check_made_to_learn
+from bpfree.training.idle import idle_of_rule
 from bpfree.training.norms import check_batches_of_one
 from bpfree.training.observers import Observers
-from bpfree.training.run import Run, new_run_id
 from bpfree.training.schedules import CLASSES, check_length, planned_steps
 from bpfree.training.session import Session
 from bpfree.training.setup import Setup

@@ -21,6 +21,7 @@ from bpfree.baselines import DFA
 from bpfree.config import parse_words
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.plugins import installed_plugins
+from bpfree.run import Run
 from bpfree.study import cells, command, presence
 from bpfree.study.agenda import Agenda
 from bpfree.study.comparing import comparison
@@ -29,7 +30,6 @@ from bpfree.study.file import read_study
 from bpfree.study.report.view import timed
 from bpfree.study.state import Outcome, State
 from bpfree.study.worker import Job, Tasks, Watch, Worker
-from bpfree.training.run import Run
 
 COMMON = (
     "title: T\nsettings: {task: digits, device: cpu, tracking.enabled: false, network.width: 16, budget.epochs: 1}\nseeds: 2\n"
