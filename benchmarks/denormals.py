@@ -16,7 +16,7 @@ import torch
 from bpfree import Batch
 from bpfree.config import parse_words, resolve
 from bpfree.rule import Rule
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import new_step
 
 SHARE, TINY = 0.01, 1e-40
 

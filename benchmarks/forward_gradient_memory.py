@@ -25,7 +25,7 @@ from bpfree.baselines import Backprop
 from bpfree.cli.output import print_table
 from bpfree.network.builders import MLPConfig, mlp
 from bpfree.training.meters import StepMemory
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import new_step
 
 WIDTH, BATCH, TARGET = 256, 128, 1.05
 SPEC = TaskSpec("vectors", (WIDTH,), 10)

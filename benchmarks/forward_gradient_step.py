@@ -34,7 +34,7 @@ from bpfree import Batch, Network, Rule, TaskSpec
 from bpfree.baselines import Backprop
 from bpfree.cli.output import print_table
 from bpfree.network.builders import MLPConfig, VGGConfig, mlp, vgg
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import new_step
 
 VECTORS, IMAGES = TaskSpec("vectors", (784,), 10), TaskSpec("images", (3, 32, 32), 10)
 WIDTHS, CHANNELS, BATCH = [1024, 1024], [32, 64], 64

@@ -17,8 +17,7 @@ from bpfree_hebbian.networks import CNNConfig, cnn
 from bpfree_hebbian.softhebb import SoftHebb
 from torch import Tensor, nn
 
-from bpfree import Batch, Budget, TaskSpec, new_step
-from bpfree.training.phases import learning
+from bpfree import Batch, Budget, Stepper, TaskSpec
 
 SPEC = TaskSpec("cifar", (3, 32, 32), 10)
 BATCH, TARGET = 10, 1.5
@@ -62,11 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = benchmark.start(arguments)
     torch.manual_seed(0)
     rule = SoftHebb(cnn(SPEC, CNNConfig(scale=0.05 if options.quick else 1.0)), SPEC).to(benchmark.device)
-    step = new_step(rule)
-    phase = step.phase = next(iter(rule.phases(Budget(epochs=51))))
+    stepper = Stepper(rule)
+    step = stepper.step
     batch = Batch(torch.rand(BATCH, 3, 32, 32, device=benchmark.device), None)
-    with learning(rule, phase):
-        step.apply.__self__.start_phase(phase)  # type: ignore[attr-defined]
+    with stepper.phase(next(iter(rule.phases(Budget(epochs=51))))):
         ours, others = [], []
         for name, (source, u) in sources(rule, batch.inputs).items():
             ours.append(update(rule, name, source, step.apply))

@@ -19,15 +19,13 @@ from typing import Any
 import measure
 import torch
 
-from bpfree import Batch, Budget, Rule
+from bpfree import Batch, Budget, Rule, Stepper
 from bpfree.cli.output import print_table
 from bpfree.config import parse_words, resolve
 from bpfree.recipe import Recipe
 from bpfree.study.cells import plan
 from bpfree.study.file import find_study
 from bpfree.training.meters import StepMemory
-from bpfree.training.phases import learning
-from bpfree.training.updater import Updater, new_step
 
 TARGET, WARM = 1.05, 2
 COUNTS = (5, 10, 50)
@@ -59,20 +57,15 @@ def build(recipe: Recipe, batch_size: int, device: torch.device) -> tuple[Rule, 
 
 def peak(rule: Rule, batch: Batch, device: torch.device, *, most: int) -> dict[str, int]:
     """Bytes of the largest step of an epoch's phases (of the first ``most``), and what lies between steps at the end of the epoch."""
-    step, updater, memory = new_step(rule), Updater(rule), StepMemory(device)
-    step.apply, step.lr = updater.apply, updater.lr
+    stepper, memory = Stepper(rule), StepMemory(device)
     for number, phase in enumerate(rule.phases(Budget(epochs=1))):
-        rule.start_phase(phase)
-        updater.start_phase(phase)
-        step.phase = phase
-        with learning(rule, phase):
+        with stepper.phase(phase):
             for _ in range(WARM):
-                rule.learn(batch, step)
-                step.index += 1
+                stepper.take(batch)
             if number < most:
                 with memory.watch():
-                    rule.learn(batch, step)
-    kept = [*rule.parameters(), *rule.buffers(), *updater.tensors()]
+                    rule.learn(batch, stepper.step)
+    kept = [*rule.parameters(), *rule.buffers(), *stepper.updater.tensors()]
     return {"step": memory.step_bytes, "kept": sum(t.numel() * t.element_size() for t in kept)}
 
 

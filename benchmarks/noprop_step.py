@@ -34,7 +34,7 @@ from bpfree import Batch
 from bpfree.config import parse_words, resolve
 from bpfree.rule import Rule
 from bpfree.training.environment import autocast
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import new_step
 
 TARGET, BF16_TARGET = 1.05, 1 / 1.6
 

@@ -40,7 +40,7 @@ from bpfree.baselines import Backprop
 from bpfree.cli.output import print_table
 from bpfree.network.builders import MLPConfig, mlp
 from bpfree.options import OptimizerConfig
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import new_step
 
 SPEC = TaskSpec("vectors", (784,), 10)
 OPTIMIZER = OptimizerConfig("adamw", lr=3e-4, weight_decay=0.01)

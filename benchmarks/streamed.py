@@ -23,7 +23,7 @@ from bpfree.baselines import Backprop
 from bpfree.cli.output import print_table
 from bpfree.network.builders import MLPConfig, mlp
 from bpfree.network.trace import Trace
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import new_step
 
 SPEC = TaskSpec("vectors", (784,), 10)
 WIDTH, DEPTH, BATCH, TARGET = 256, 4, 64, 1.06

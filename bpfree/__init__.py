@@ -45,8 +45,9 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.training.alignment import AlignmentConfig as AlignmentConfig
     from bpfree.training.config import BudgetConfig as BudgetConfig
     from bpfree.training.config import TrainConfig as TrainConfig
+    from bpfree.training.stepper import Stepper as Stepper
+    from bpfree.training.stepper import new_step as new_step
     from bpfree.training.trainer import Trainer as Trainer
-    from bpfree.training.updater import new_step as new_step
 
 _HOME = {
     "API_VERSION": "hooks",
@@ -66,6 +67,7 @@ _HOME = {
     "ScheduleConfig": "options",
     "Split": "tasks.task",
     "Step": "step",
+    "Stepper": "training.stepper",
     "Streamed": "rule",
     "Task": "tasks.task",
     "TaskSpec": "tasks.task",
@@ -80,7 +82,7 @@ _HOME = {
     "load_task": "config",
     "mlp": "network.builders",
     "option": "options",
-    "new_step": "training.updater",
+    "new_step": "training.stepper",
     "plan": "network.split",
     "installed_plugins": "plugins",
     "split": "network.split",

@@ -19,6 +19,7 @@ from bpfree.leaves import Leaf
 from bpfree.recipe import Recipe, changed
 from bpfree.rule import Rule
 from bpfree.run import Run, new_run_id
+from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Task
 from bpfree.tracking.journal import recorded
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
@@ -293,7 +294,7 @@ def _train(
                 run=record,
                 recipe=recipe.to_dict(),
                 augment=[recipe.registry.get("augmentations", name) for name in recipe.task.augment],
-                data={"resident": RESIDENT[recipe.settings.data.resident], "workers": recipe.settings.data.workers},
+                loading=Loading(RESIDENT[recipe.settings.data.resident], recipe.settings.data.workers),
             )
             plan = rule.plan()
     except BaseException:

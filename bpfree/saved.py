@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bpfree.config import recipe_of
-from bpfree.errors import BpfreeError
 from bpfree.leaves import Leaf
 from bpfree.network.network import Network, evaluating
 from bpfree.recipe import Recipe
@@ -20,7 +17,7 @@ from bpfree.rule import Rule
 from bpfree.step import Budget
 from bpfree.tasks.check import check_inputs
 from bpfree.tasks.task import TaskSpec
-from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
+from bpfree.training.checkpoint import check_rule, find_checkpoint, load_weights, read_checkpoint, replay
 
 __all__ = ["Saved", "load"]
 
@@ -92,20 +89,9 @@ def load(
     if rule is None:
         recipe = recipe_of(content["config"], changes, spec=spec, where=str(path))
         rule = recipe.build_rule(spec)
-    if type(rule).__name__ != content["rule"]:
-        raise BpfreeError(f"the checkpoint is of another rule: {content['rule']}, not {type(rule).__name__}", where=str(path))
-    _take_weights(rule, content, path)
+    check_rule(content, rule, path)
+    with torch.random.fork_rng(devices=[]):  # phases may add parameters, and initialise them
+        list(replay(rule, iter(rule.phases(Budget(**content["budget"]))), content))
+    load_weights(rule, content, where=f"{path}: ")
     rule.to(device)
     return Saved(rule.eval(), spec, recipe, path)
-
-
-def _take_weights(rule: Rule, content: Mapping[str, Any], path: Path) -> None:
-    with torch.random.fork_rng(devices=[]):  # phases may add parameters, and initialise them
-        for phase in itertools.islice(rule.phases(Budget(**content["budget"])), content["phases_begun"]):
-            rule.start_phase(phase)
-    try:
-        rule.load_state_dict(content["weights"])
-    except RuntimeError as error:
-        raise BpfreeError(
-            "the checkpoint's weights do not fit this network", where=f"{path}: {str(error).splitlines()[-1].strip()}"
-        ) from error

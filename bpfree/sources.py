@@ -34,6 +34,7 @@ SHOWING = (
 WITHOUT_EFFECT = (*SHOWING, "certify")
 """Parts of the core that show and record results. Editing a table's page must not cost a week of computing."""
 NOT_IN_A_FLOOR = (
+    "accumulation",
     "alignment",
     "compiling",
     "divergence",
@@ -41,9 +42,13 @@ NOT_IN_A_FLOOR = (
     "limits",
     "meters",
     "operations",
+    "probes",
     "saving",
     "selection",
+    "session",
+    "setup",
     "state",
+    "stepper",
     "supply",
     "team",
     "trainer",
@@ -62,7 +67,7 @@ OF_CONTRACT = (
     "rule.py",
     "seeds.py",
     "step.py",
-    *(f"training/{name}.py" for name in ("optimizers", "phases", "schedules", "updater")),
+    *(f"training/{name}.py" for name in ("accumulation", "optimizers", "phases", "schedules", "stepper", "updater")),
 )
 """What a step executes from the rule's credit to the changed parameters, and the rules that others inherit from or are compared with."""
 OF_EXAMINER = ("certify",)

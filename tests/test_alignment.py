@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from training_rules import assert_equal_bits, config_of, noisy, rule_on, weights
 
-from bpfree import Batch, Network, OptimizerConfig, Rule, Step, Task, TaskSpec, Trainer, Traits, UsageError, hookimpl, new_step
+from bpfree import Batch, Network, OptimizerConfig, Rule, Step, Stepper, Task, TaskSpec, Trainer, Traits, UsageError, hookimpl, new_step
 from bpfree.baselines import DFA, Backprop
 from bpfree.config import resolve
 from bpfree.network import MLPConfig, mlp
@@ -20,7 +19,6 @@ from bpfree.runner import refuse_changes
 from bpfree.training.alignment import Alignment, AlignmentConfig
 from bpfree.training.config import BudgetConfig
 from bpfree.training.snapshot import Snapshot
-from bpfree.training.updater import Updater
 
 EVERY_STEP = AlignmentConfig(every=1, draws=2)
 SPEC = TaskSpec("flat", input_shape=(6,), outputs=3)
@@ -39,10 +37,8 @@ def some_batch(device: torch.device, count: int = 24) -> Batch:
 
 
 def measured(rule: Rule, device: torch.device, *, draws: int = 0, parts: int = 1, optimizer: str = "sgd") -> dict[str, float]:
-    updater = Updater(rule, OptimizerConfig(optimizer, lr=0.1))
-    step = replace(new_step(rule), apply=updater.apply, lr=updater.lr)
-    alignment = Alignment(rule, updater, AlignmentConfig(every=1, draws=draws), parts=parts, device=device)
-    metrics = alignment.measure(some_batch(device), step)
+    stepper = Stepper(rule, OptimizerConfig(optimizer, lr=0.1))
+    metrics = Alignment(stepper, AlignmentConfig(every=1, draws=draws), parts=parts).measure(some_batch(device))
     assert all(not value.requires_grad and value.shape == () for value in metrics.values())
     return {name.removeprefix("alignment/"): value.item() for name, value in metrics.items()}
 
@@ -197,12 +193,12 @@ def test_a_rule_that_applies_itself_is_measured_by_what_it_applies(device: torch
     found = measured(rule, device)
     assert_equal_bits(weights(rule), before)
     assert found["readout/cosine"] == pytest.approx(1, abs=1e-5)
-    batch, updater = some_batch(device), Updater(rule, OptimizerConfig("sgd", lr=0.1))
+    batch = some_batch(device)
     rule.spec.loss(rule.network(batch.inputs), batch).backward()
     true = {name: torch.cat([p.grad.flatten() for p in block.parameters()]) for name, block in rule.network.blocks.items()}
     rule.zero_grad()
     rule.load_state_dict(before)
-    rule.learn(batch, replace(new_step(rule), apply=updater.apply))
+    Stepper(rule, OptimizerConfig("sgd", lr=0.1)).take(batch)
     for name, block in rule.network.blocks.items():
         moved = torch.cat([(before[f"network.blocks.{name}.{key}"].to(device) - p).flatten() for key, p in block.named_parameters()]) / 0.1
         assert found[f"{name}/cosine"] == pytest.approx(torch.cosine_similarity(moved, true[name], dim=0).item(), abs=1e-3)

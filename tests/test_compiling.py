@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as autograd_config
 
+from bpfree import Batch, Phase, Step
 from bpfree.training import compiling
 from bpfree.training.compiling import Compilation
 from bpfree.training.meters import Clock
@@ -86,10 +87,16 @@ def test_the_clock_leaves_steps_out_that_compile(device: torch.device, as_it_is:
     (block, *_), _, inputs = twins(device)
     compilation, clock = Compilation([block], "default", device), Clock(device)
     clock.start()
-    for pause in (0.3, 0.05):
-        with compilation.aside(clock):
-            block(inputs)
-            time.sleep(pause)
+
+    def take(batch: Batch, step: Step) -> dict[str, Tensor]:
+        block(batch.inputs)
+        time.sleep(pauses.pop())
+        return {}
+
+    pauses = [0.05, 0.3]
+    step = Step(torch.Generator(), lambda name: torch.Generator(), lambda *names: None, lambda name: 0.0, Phase())
+    while pauses:
+        compilation.around(take, clock, Batch(inputs), step)
     clock.stop()
     assert compilation.seconds >= 0.3
     assert 0.05 <= clock.seconds < 0.3

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from bpfree import Batch, BpfreeError, Network, OptimizerConfig, Phase, Rule, Streamed, TaskSpec, UsageError, new_step
 from bpfree.baselines import DFA, Backprop, Frozen
 from bpfree.network import MLPConfig, mlp
-from bpfree.training.updater import ClipConfig, Updater, accumulate
+from bpfree.training.accumulation import accumulate
+from bpfree.training.updater import ClipConfig, Updater
 
 SPEC = TaskSpec("toy", input_shape=(3, 8, 8), outputs=4)
 FLAT = TaskSpec("flat", input_shape=(6,), outputs=3)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from training_rules import Exploding, StopAfter, config_of, rule_on
 
-from bpfree import Batch, Budget, Phase, Run, Split, Step, Task, Trainer
+from bpfree import Batch, Budget, Phase, Run, Split, Step, Task, TaskSpec, Trainer, new_step
 from bpfree.baselines import Backprop
 from bpfree.cli.output import print_result
 from bpfree.training import meters
@@ -20,6 +20,7 @@ from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.compiling import Compilation
 from bpfree.training.config import BudgetConfig
 from bpfree.training.meters import Clock
+from bpfree.training.probes import Take, take_step
 from bpfree.training.trainer import Interrupted
 
 EXAMPLES, FULL, PARTIAL = 1295, 20, 1
@@ -242,6 +243,46 @@ def test_a_step_that_compiles_is_taken_back_whether_it_was_measured_or_not(clock
         clock.now += 9
     meter.stop()
     meter.settle()
+    assert meter.seconds == 3
+
+
+def test_probes_surround_the_steps_that_they_want(clock: Time) -> None:
+    """Oracle: a step of one second. What probes do is not on the clock; the step that one of them slows is charged by the others."""
+    meter = Clock(torch.device("cpu"))
+    order: list[str] = []
+
+    class Noting:
+        def __init__(self, name: str, at: int, *, slow: bool) -> None:
+            self.name, self.at, self.slow = name, at, slow
+
+        def wants(self, batch: Batch, step: Step) -> bool:
+            return step.index == self.at
+
+        def around(self, take: Take, clock: Clock, batch: Batch, step: Step) -> dict[str, Tensor]:
+            order.append(self.name)
+            with clock.stopped():
+                work(3)
+                found = take(batch, step) if self.slow else {}
+            return {self.name: torch.tensor(1)} | found | ({} if self.slow else take(batch, step))
+
+    def work(seconds: int) -> None:
+        clock.now += seconds
+
+    def take(batch: Batch, step: Step) -> dict[str, Tensor]:
+        work(5 if "slow" in order else 1)
+        order.append(f"step {step.index}")
+        return {"loss": torch.tensor(0)}
+
+    probes = [Noting("first", 2, slow=False), Noting("second", 1, slow=False), Noting("slow", 2, slow=True)]
+    step = new_step(Backprop(nn.Sequential(nn.Linear(2, 2)), TaskSpec("made", (2,), 2)))
+    meter.start()
+    for step.index in range(3):
+        meter.step("a")
+        metrics = take_step(probes, take, meter, Batch(torch.zeros(1, 2)), step)
+    meter.stop()
+    meter.settle()
+    assert order == ["step 0", "second", "step 1", "first", "slow", "step 2"]
+    assert list(metrics) == ["first", "slow", "loss"]
     assert meter.seconds == 3
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training_rules import ONE, assert_equal_bits, config_of, failing, noisy, rule_on, weights, write_through_data
 
 from bpfree import Rule, Run, Step, Task, Trainer, hookimpl
@@ -88,15 +89,19 @@ def test_whatever_a_hook_changes_is_named(digits: Task, device: torch.device, ho
 def test_a_later_step_is_watched_too_and_so_are_the_step_and_the_optimiser(digits: Task, device: torch.device) -> None:
     class Late:
         def __init__(self, rule: Rule, cheat: Callable[[Step], Any]) -> None:
-            self.rule, self.cheat = rule, cheat
+            self.rule, self.cheat, self.last = rule, cheat, 0
 
         @hookimpl
         def step_end(self, step: Step) -> None:
+            self.last = step.index
             if step.index == 11:
                 self.cheat(step)
 
     def rate(step: Step) -> None:
-        step.apply.__self__._current.param_groups[0]["lr"] = 1.0  # type: ignore[attr-defined]
+        optimizers[-1].param_groups[0]["lr"] = 1.0
+
+    optimizers: list[torch.optim.Optimizer] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: optimizers.append(optimizer))
 
     cheats: dict[Callable[[Step], Any], str] = {
         lambda step: _add(rule): "the parameter",
@@ -106,9 +111,10 @@ def test_a_later_step_is_watched_too_and_so_are_the_step_and_the_optimiser(digit
     }
     for cheat, what in cheats.items():
         rule = rule_on(digits)
-        trainer = Trainer(rule, digits, config_of(device, budget=ONE), observers=[Late(rule, cheat)])
-        assert f"changed {what}" in failing(trainer)
-        assert trainer._state.at.step == 11
+        late = Late(rule, cheat)
+        assert f"changed {what}" in failing(Trainer(rule, digits, config_of(device, budget=ONE), observers=[late]))
+        assert late.last == 11
+    hook.remove()
 
 
 def test_a_plugins_module_is_watched_and_named(digits: Task, device: torch.device) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from training_rules import assert_equal_bits, config_of, noisy, weights
 
 import bpfree
-from bpfree import Batch, BpfreeError, Split, Task, TaskSpec, Trainer, new_step
+from bpfree import Batch, BpfreeError, Budget, ScheduleConfig, Split, Stepper, Task, TaskSpec, Trainer, new_step
 from bpfree.baselines import DFA, Backprop
 from bpfree.network import mlp
 from bpfree.study.comparing import comparison
+from bpfree.tasks.loading import Loader
 from bpfree.training.config import BudgetConfig, TrainConfig
+from bpfree.training.updater import ClipConfig
 
 
 def test_a_rule_in_ones_own_loop(digits: Task, device: torch.device) -> None:
@@ -42,6 +46,31 @@ def test_a_rule_in_ones_own_loop(digits: Task, device: torch.device) -> None:
     floor, ours, ceiling = accuracy(Frozen), accuracy(DFA), accuracy(Backprop)
     assert ceiling - floor > 0.1  # the network can show learning at all
     assert (ours - floor) / (ceiling - floor) > 0.8
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_stepper_takes_the_steps_of_a_run(digits: Task, device: torch.device, parts: int) -> None:
+    """Oracle: the trainer with the same seed, bit for bit, whatever else is drawn from torch between the steps."""
+    settings: dict[str, Any] = {"schedule": ScheduleConfig("linear"), "clip": ClipConfig(norm=1.0), "seed": 3}
+    trained, rule = noisy(digits), noisy(digits)
+    run = Trainer(trained, digits, config_of(device, budget=BudgetConfig(epochs=4), accumulate=parts, **settings)).fit()
+    stepper, random = Stepper(rule, device=device, **settings), torch.get_rng_state()
+    stepper.prepare(digits.train)
+    for phase in rule.phases(Budget(epochs=4)):
+        with stepper.phase(phase):
+            assert phase.epochs is not None
+            for passed in range(phase.epochs):
+                loader = Loader(digits.train, digits.spec, batch_size=phase.batch_size or 64, device=device, seed=3)
+                for index, batch in enumerate(loader.batches(stepper.step.epoch)):
+                    done = passed + index / len(loader)
+                    stepper.at((stepper.step.epoch - passed + done) / 4, done / phase.epochs if phase.schedule else None)
+                    stepper.take(batch, parts)
+                    assert torch.equal(torch.get_rng_state(), random)
+                    random = torch.manual_seed(stepper.step.index).get_state()
+                stepper.end_pass()
+            stepper.end_phase()
+    assert stepper.step.index == run.result["train/steps"]
+    assert_equal_bits(weights(rule), weights(trained))
 
 
 def synthetic(shape: tuple[int, ...], count: int = 96) -> Task:

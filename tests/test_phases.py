@@ -242,18 +242,27 @@ def test_features_are_computed_anew_for_each_phase(digits: Task, device: torch.d
         assert (a["train/loss"], a["val/loss"]) == pytest.approx((b["train/loss"], b["val/loss"]), rel=1e-4)
 
 
-def test_features_are_computed_once_per_split_on_the_clock_and_in_the_runs_precision(digits: Task, device: torch.device) -> None:
+def test_features_are_computed_once_per_split_on_the_clock_and_in_the_runs_precision(
+    digits: Task, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: counts. The training split's time is training's, the validation split's is not, nor that of counting operations."""
     calls: list[tuple[int, bool, bool]] = []
+    clocks: list[Clock] = []
+
+    class Noted(Clock):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            clocks.append(self)
+
+    monkeypatch.setattr("bpfree.training.state.Clock", Noted)
     rule = rule_on(digits, ReadoutLater, depth=2)
     rule.seen = []
     trainer = Trainer(rule, digits, config_of(device, budget=BudgetConfig(epochs=3), precision="bf16"))
     features = rule.features
 
     def watched(inputs: Tensor) -> Tensor:
-        clock = trainer._state.clock
-        before = clock.seconds
-        calls.append((len(inputs), clock.seconds > before, torch.is_autocast_enabled(device.type)))
+        before = clocks[0].seconds
+        calls.append((len(inputs), clocks[0].seconds > before, torch.is_autocast_enabled(device.type)))
         return features(inputs)
 
     rule.features = watched  # type: ignore[method-assign]

@@ -10,8 +10,10 @@ import torch
 from training_rules import StopAfter, assert_equal_bits, config_of, noisy, rule_on, weights
 
 from bpfree import (
+    Batch,
     BpfreeError,
     Run,
+    Step,
     Task,
     Trainer,
     hookimpl,
@@ -66,9 +68,9 @@ def test_memory_is_watched_twice_in_a_kind_of_phase(
     watched: list[str] = []
     plain = StepMemory.wants
 
-    def noting(self: StepMemory, phase: str) -> bool:
-        wanted = plain(self, phase)
-        watched.extend([phase] if wanted else [])
+    def noting(self: StepMemory, batch: Batch, step: Step) -> bool:
+        wanted = plain(self, batch, step)
+        watched.extend([step.phase.name] if wanted else [])
         return wanted
 
     monkeypatch.setattr(StepMemory, "wants", noting)

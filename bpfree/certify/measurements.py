@@ -175,7 +175,7 @@ class Measurements:
         before = {name: p.detach().clone() for name, p in rule.named_parameters()}
         loop = Loop(rule, optimizer=replace(PLAIN, lr=0.01), phases=MOST_PHASES)  # without decay, which moves what has no update
         for batch in loop.turns(batches(specimen.spec, 16, 3, dtype=torch.float32), each=3):
-            loop.learn(batch)
+            loop.take(batch)
         moved = [name for name, p in rule.named_parameters() if name in before and not torch.equal(p, before[name])]
         return {name.split(".")[2] if name.startswith(IN_BLOCKS) else OWN for name in moved}
 

@@ -17,7 +17,7 @@ from bpfree.certify.subject import Specimen, Subject, batches
 from bpfree.errors import UsageError
 from bpfree.rule import Rule
 from bpfree.step import Batch, Step
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import new_step
 
 __all__ = ["CLOCK", "Lap", "measure_time", "ratio"]
 

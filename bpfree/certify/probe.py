@@ -32,7 +32,8 @@ from bpfree.rule import Rule
 from bpfree.seeds import seeded
 from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.training.phases import learning
-from bpfree.training.updater import Updater, new_step, told_groups
+from bpfree.training.stepper import Stepper
+from bpfree.training.updater import Updater, told_groups
 
 __all__ = ["PLAIN", "Moment", "Probe", "Sampling", "task_gradients"]
 
@@ -154,8 +155,8 @@ class Probe:
 
     def _moments(self, rule: Rule, added: Mapping[str, Tensor], base: list[Moment] | None, watch: Watch) -> Iterator[Moment]:
         rule.group_options = dict  # type: ignore[method-assign,assignment]  # rate 1 for all
-        updater = Updater(rule, PLAIN)
-        step = new_step(rule, PLAIN)
+        stepper = Stepper(rule, PLAIN)
+        step = stepper.step
         step.lr = lambda name: 1.0
         place = 0
         for phase in self._phases(rule):
@@ -164,16 +165,15 @@ class Probe:
             before = base[place].entries if base is not None else {}
             undone = {n: change for n, change in added.items() if n in before and torch.equal(parameters[n], before[n])}
             _add(parameters, undone)
-            updater.start_phase(replace(phase, optimizer=None, schedule=None))
+            stepper.enter(replace(phase, optimizer=None, schedule=None))
             step.phase = phase
             entries = {name: p.detach().clone() for name, p in parameters.items()}
             with learning(rule, phase):
                 for batch in self._batches * self.sampling.rounds:
-                    moment = self._moment(rule, updater, step, batch, watch)
+                    moment = self._moment(stepper, batch, watch)
                     moment.entries, entries = entries, {}
                     yield moment
                     place += 1
-                    step.index += 1
             rule.end_phase(phase, step)
 
     def _phases(self, rule: Rule) -> list[Phase]:
@@ -185,7 +185,8 @@ class Probe:
             )
         return found * 2 if len(found) == 1 else found
 
-    def _moment(self, rule: Rule, updater: Updater, step: Step, batch: Batch, watch: Watch) -> Moment:
+    def _moment(self, stepper: Stepper, batch: Batch, watch: Watch) -> Moment:
+        rule, updater, step = stepper.rule, stepper.updater, stepper.step
         if step.phase.on_features:
             with torch.no_grad(), evaluating(rule):
                 batch = Batch(rule.features(batch.inputs), batch.targets)
@@ -200,6 +201,7 @@ class Probe:
         step.apply = updater.apply if rule.traits.update == "grad" else _noting(rule, updater, applied)
         with watch(rule, batch, step):
             rule.learn(batch, step)
+        step.index += 1
         moment.updates = _updates(rule, before, applied)
         with torch.no_grad():
             for name, p in rule.named_parameters():

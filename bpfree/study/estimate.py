@@ -23,8 +23,7 @@ from bpfree.study.rows import Cell
 from bpfree.study.store import CellRecord
 from bpfree.tasks.task import TaskSpec
 from bpfree.training import environment
-from bpfree.training.phases import learning
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import Stepper
 
 __all__ = ["Estimate", "estimate"]
 
@@ -108,17 +107,12 @@ def _batch(spec: TaskSpec, size: int, device: torch.device) -> Batch:
 
 def _time_step(rule: Rule, phase: Phase, batch: Batch, recipe: Recipe) -> float:
     """The fastest of a few."""
-    rule.start_phase(phase)
-    step = new_step(rule, recipe.settings.optimizer.over(rule.optimizer), seed=0)
-    step.phase = phase
-    device = batch.inputs.device
-    times = []
-    with learning(rule, phase), environment.autocast(device, recipe.settings.precision):
-        for index in range(WARM_UP + TIMED):
+    stepper, device, times = Stepper(rule, recipe.settings.optimizer), batch.inputs.device, []
+    with stepper.phase(phase), environment.autocast(device, recipe.settings.precision):
+        for _ in range(WARM_UP + TIMED):
             since = time.perf_counter()
-            rule.learn(batch, step)
+            stepper.take(batch)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - since)
-            step.index = index + 1
     return min(times[WARM_UP:])

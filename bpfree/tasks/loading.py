@@ -21,7 +21,7 @@ from bpfree.step import Batch
 from bpfree.tasks.augment import Augmentation, Draws
 from bpfree.tasks.spec import Split, TaskSpec, working_dtype
 
-__all__ = ["Loader", "Resident"]
+__all__ = ["Loader", "Loading", "Resident"]
 
 GIB = 2**30
 FLOAT_LIMIT, HOST_LIMIT, SHARE_OF_FREE = 1 * GIB, 2 * GIB, 0.25
@@ -66,6 +66,14 @@ class Resident:
         for first in range(0, len(split), CHUNK):  # in pieces: no further float copies of the whole
             inputs[first : first + CHUNK] = normalise(split.inputs[first : first + CHUNK].to(device))
         return cls(inputs, targets, normalised=True)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the batches of a run reach the device: ``resident`` and ``workers`` of its loaders."""
+
+    resident: bool | None = None
+    workers: int = 0
 
 
 class Loader:

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from bpfree.options import option
-from bpfree.rule import Metrics, Rule
-from bpfree.seeds import KeyedGenerators, derive, derive_in
+from bpfree.rule import Metrics
 from bpfree.step import Batch, Step
+from bpfree.training.accumulation import gather
+from bpfree.training.meters import Clock
+from bpfree.training.probes import Take
 from bpfree.training.snapshot import Snapshot
-from bpfree.training.updater import Updater, gather
+from bpfree.training.stepper import Stepper
 
 __all__ = ["Alignment", "AlignmentConfig"]
 
@@ -49,34 +51,26 @@ class Alignment:
     change: then the ratio of norms contains the size of the step. Only parameters that learn in the current phase count.
 
     Args:
-        rule: on its device.
-        updater: which applies its updates.
+        stepper: which takes the run's steps.
         config: how often and how many draws.
-        seed, stream: of the run.
         parts: micro-batches per update; both estimate and gradients are accumulated over them.
-        device: the run's.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        updater: Updater,
-        config: AlignmentConfig,
-        *,
-        seed: int = 0,
-        stream: str | None = None,
-        parts: int = 1,
-        device: torch.device | None = None,
-    ) -> None:
-        self._rule, self._updater, self._config = rule, updater, config
-        self._seed, self._stream, self._parts = seed, stream, parts
-        self._device = device or next(rule.parameters()).device
+    def __init__(self, stepper: Stepper, config: AlignmentConfig, *, parts: int = 1) -> None:
+        self._stepper, self._rule, self._updater = stepper, stepper.rule, stepper.updater
+        self._config, self._parts = config, parts
 
-    def wants(self, step: Step) -> bool:
+    def wants(self, batch: Batch, step: Step) -> bool:
         """Whether this step is sampled; none of a phase on features, in which the blocks below do not learn."""
         return self._config.every > 0 and step.index % self._config.every == 0 and not step.phase.on_features
 
-    def measure(self, batch: Batch, step: Step) -> Metrics:
+    def around(self, take: Take, clock: Clock, batch: Batch, step: Step) -> Metrics:
+        """Measure before the step."""
+        with clock.stopped():
+            metrics = self.measure(batch)
+        return metrics | take(batch, step)
+
+    def measure(self, batch: Batch) -> Metrics:
         """Detached scalars on the device, for each block to which the rule gives credit (``alignment/NAME/...``).
 
         ``cosine``, ``norm_ratio``: between the estimate and the gradient of the task's loss, where the network is a chain
@@ -88,11 +82,10 @@ class Alignment:
         rule's own noise alone, not in dropout.
 
         Args:
-            batch: the step's.
-            step: the step that is about to be taken; it is not touched.
+            batch: of the step that is about to be taken.
         """
         optimizers = [] if self._rule.traits.update == "grad" else self._updater.optimizers
-        aside = partial(self._aside, Snapshot(self._rule, *optimizers, device=self._device), batch, step)
+        aside = partial(self._aside, Snapshot(self._rule, *optimizers, device=self._stepper.device), batch)
         task = _not_zero(aside(self._descend(self._task_loss))) if self._has_task_loss(batch) else {}
         objective = _not_zero(aside(self._descend(self._rule.objective)))
         estimate = aside(self._estimate)
@@ -104,26 +97,14 @@ class Alignment:
 
     # --- executions that leave nothing behind -----------------------------------------------------------------------
 
-    def _aside(self, before: Snapshot, batch: Batch, step: Step, fill: Callable[[Batch, Step], object], draw: int = 0) -> Vectors:
+    def _aside(self, before: Snapshot, batch: Batch, fill: Callable[[Batch, Step], object], draw: int = 0) -> Vectors:
         """The blocks' gradients that ``fill`` leaves in ``.grad``; then everything is as before."""
         try:
             self._updater.zero_grad()
-            fill(batch, self._own_step(step, draw))
+            fill(batch, self._stepper.aside(draw))
             return dict(self._gradients())
         finally:
             before.restore()
-
-    def _own_step(self, step: Step, draw: int) -> Step:
-        """A copy of the step: with its noise (draw 0), or with other noise."""
-        generator = torch.Generator(self._device)
-        if draw:
-            generator.manual_seed(derive_in(self._stream, self._seed, "alignment", step.index, draw))
-        else:
-            generator.set_state(step.generator.get_state())
-        seed = derive(self._seed, "alignment", draw) if draw else self._seed
-        own = replace(step, generator=generator)
-        own.generator_for = KeyedGenerators(seed, self._device, lambda: (own.index, own.part), stream=self._stream)
-        return own
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Blocks with a gradient, at least in single precision; a parameter without one counts as zero."""

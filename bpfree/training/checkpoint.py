@@ -11,6 +11,8 @@ A checkpoint is one file of tensors and plain values (``torch.load(..., weights_
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ import torch
 
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.files import replacing
+from bpfree.rule import Rule
+from bpfree.step import Phase
 
-__all__ = ["FORMAT", "find_checkpoint", "read_checkpoint", "write_checkpoint"]
+__all__ = ["FORMAT", "check_rule", "find_checkpoint", "load_weights", "read_checkpoint", "replay", "write_checkpoint"]
 
 FORMAT = 1
 
@@ -50,6 +54,42 @@ def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[s
             f"the checkpoint has format {content['format']}, this version reads up to {FORMAT}", where=str(path), fix="update bpfree"
         )
     return content
+
+
+def check_rule(content: Mapping[str, Any], rule: Rule, path: Path) -> None:
+    """Refuse the checkpoint of another rule.
+
+    Raises:
+        BpfreeError: it is.
+    """
+    if content["rule"] != type(rule).__name__:
+        raise BpfreeError(f"the checkpoint is of another rule: {content['rule']}, not {type(rule).__name__}", where=str(path))
+
+
+def replay(rule: Rule, phases: Iterator[Phase], content: Mapping[str, Any]) -> Iterator[Phase]:
+    """Begin the phases that had begun when a checkpoint was written, which may make parameters; its weights fit afterwards.
+
+    Args:
+        rule: freshly built.
+        phases: of its run, from the first; those that come next are left in it.
+        content: of the checkpoint.
+    """
+    for phase in itertools.islice(phases, content["phases_begun"]):
+        rule.start_phase(phase)
+        yield phase
+
+
+def load_weights(rule: Rule, content: Mapping[str, Any], where: str = "", fix: str = "") -> None:
+    """Take up a checkpoint's weights, once its phases are replayed.
+
+    Raises:
+        BpfreeError: they do not fit the network.
+    """
+    try:
+        rule.load_state_dict(content["weights"])
+    except RuntimeError as error:
+        place = str(error).splitlines()[-1].strip()
+        raise BpfreeError("the checkpoint's weights do not fit this network", where=f"{where}{place}", fix=fix) from error
 
 
 def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: str = "last") -> Path:

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from bpfree.rule import Metrics
+from bpfree.step import Batch, Step
 from bpfree.training.meters import Clock
+from bpfree.training.probes import Take
 
 __all__ = ["Compilation"]
 
@@ -36,7 +39,7 @@ class Compilation:
 
     Attributes:
         graphs: compiled so far: at first calls, and again for new shapes or modes of a block.
-        seconds: of steps in which something was compiled (:meth:`aside`).
+        seconds: of steps in which something was compiled (:meth:`around`).
         trouble: why blocks are eager though that was not asked for; the empty string: they are compiled.
     """
 
@@ -58,16 +61,17 @@ class Compilation:
         """``train/compile_seconds``, where anything was compiled."""
         return {"train/compile_seconds": self.seconds} if self.graphs else {}
 
-    @contextmanager
-    def aside(self, clock: Clock) -> Iterator[None]:
-        """A step: if something is compiled in it, ``clock``, which is running, does not count it."""
-        if not self._blocks:
-            yield
-            return
+    def wants(self, batch: Batch, step: Step) -> bool:
+        """Whether something may be compiled in a step."""
+        return bool(self._blocks)
+
+    def around(self, take: Take, clock: Clock, batch: Batch, step: Step) -> Metrics:
+        """Take a step; if something is compiled in it, the clock, which runs, does not count it."""
         graphs, mark = self.graphs, clock.mark()
-        yield
+        metrics = take(batch, step)
         if self.graphs != graphs:
             self.seconds += clock.forget(mark)
+        return metrics
 
     @contextmanager
     def apart(self, clock: Clock) -> Iterator[None]:

@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +21,11 @@ from bpfree.step import Batch
 from bpfree.tasks.linear import chunks, classes_of
 from bpfree.tasks.loading import Loader, Resident
 from bpfree.tasks.protocols import EvaluationProtocol, Setting, result_key
-from bpfree.tasks.task import Split, Task, TaskSpec
+from bpfree.tasks.task import Split, TaskSpec
 from bpfree.training import environment
-from bpfree.training.config import TrainConfig
 from bpfree.training.features import feature_loader, feature_split
 from bpfree.training.predictions import FILE, Array, Collector, Predictions, write_predictions
+from bpfree.training.setup import Setup
 
 __all__ = ["Evaluator", "check_protocols", "evaluate", "evaluate_features", "flat_features"]
 
@@ -44,28 +43,27 @@ class Evaluator:
     Its noise is a pure function of (seed, stream, split, epoch), so that evaluating changes nothing in training.
 
     Args:
-        rule, task, config, device: the run's.
-        data: options of the loaders.
+        setup: the run's.
 
     Attributes:
         predictions: for each example of the test split, once it was scored, and where they can be had.
     """
 
-    def __init__(self, rule: Rule, task: Task, config: TrainConfig, device: torch.device, data: Mapping[str, Any]) -> None:
-        self._rule, self._task, self._config, self._device, self._data = rule, task, config, device, data
+    def __init__(self, setup: Setup) -> None:
+        self._setup, self._rule, self._task, self._config, self._device = setup, setup.rule, setup.task, setup.config, setup.device
+        task, config = setup.task, setup.config
         count = len(task.validation) if task.validation is not None else TRAIN_SAMPLE
         order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seeds.derive("train sample")))
         self._sample = order[:count]
         self._splits = {"train": task.train.subset(self._sample), "val": task.validation}
-        self._protocols = check_protocols(config.evaluation.protocols, rule)
+        self._protocols = check_protocols(config.evaluation.protocols, setup.rule)
         self._loaders: dict[str, Loader] = {}
         self._features: dict[str, Loader] = {}
         self.predictions: Predictions | None = None
 
     def raw(self, split: Split, share: Resident | None = None) -> Loader:
         """Batches of a split in its original order."""
-        size = self._config.evaluation.batch_size
-        return Loader(split, self._task.spec, batch_size=size, device=self._device, share=share, **self._data)
+        return self._setup.batches(split, self._config.evaluation.batch_size, share=share)
 
     def _loader(self, name: str, split: Split) -> Loader:
         if name not in self._loaders:
@@ -128,8 +126,9 @@ class Evaluator:
         self.predictions = kept.predictions() if counted else None  # scores that are no numbers say nothing of their examples
         return scores
 
-    def keep_predictions(self, folder: Path | None) -> None:
-        """Write them into a run's folder, if it has one; a trained rule is worth more than that."""
+    def keep_predictions(self) -> None:
+        """Write them into the run's folder, if it has one; a trained rule is worth more than that."""
+        folder = self._setup.run.folder
         if folder is None or self.predictions is None:
             return
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 
 from bpfree.rule import Rule
-from bpfree.step import Budget, Phase
+from bpfree.step import Phase
+from bpfree.training.setup import Setup
 from bpfree.training.state import State
 
 __all__ = ["Limits"]
@@ -18,19 +19,18 @@ class Limits:
     """The budget against the run's state.
 
     Args:
-        rule: whose phases share the budget.
-        budget: of the run.
+        setup: the run's: the rule's phases share the budget.
         state: how far the run has come.
 
     Attributes:
         passes: over the training split that the budget amounts to; 0 where that is not known beforehand.
     """
 
-    def __init__(self, rule: Rule, budget: Budget, state: State) -> None:
-        self._budget, self._state = budget, state
+    def __init__(self, setup: Setup, state: State) -> None:
+        self._budget, self._state, budget = setup.budget, state, setup.budget
         # whether the budget ends the run, rather than the last of its phases
         self._ends = budget.epochs is None or budget.samples is not None
-        self.passes = 0 if budget.epochs is None else self._count_passes(rule)
+        self.passes = 0 if budget.epochs is None else self._count_passes(setup.rule)
 
     def _count_passes(self, rule: Rule) -> int:
         """Passes that the phases amount to. Where they are open or endless, the budget's epochs, which then end the run."""
@@ -61,8 +61,8 @@ class Limits:
         """Whether the budget ends the run now."""
         return self._ends and self.used() >= 1
 
-    def phase_progress(self, phase: Phase) -> float:
-        """Share of the phase that is over, 0 to 1; of an open one, the run's progress."""
+    def phase_progress(self, phase: Phase, progress: float) -> float:
+        """Share of the phase that is over, 0 to 1; of an open one, the run's ``progress``."""
         at = self._state.at
         if phase.seconds is not None:
             return min(1.0, (self._state.clock.report() - at.phase_seconds) / phase.seconds)
@@ -70,7 +70,7 @@ class Limits:
             return min(1.0, self._state.operations.spent(at.phase_operations) / phase.forwards)
         if phase.operations is not None:
             return min(1.0, self._state.operations.counted(at.phase_operations) / phase.operations)
-        return min(1.0, (at.phase_epoch + at.share) / phase.epochs) if phase.epochs else self._state.step.progress
+        return min(1.0, (at.phase_epoch + at.share) / phase.epochs) if phase.epochs else progress
 
     def phase_is_over(self, phase: Phase) -> bool:
         """Whether it is, at the end of a pass or before the first."""

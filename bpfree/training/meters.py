@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from bpfree.rule import Metrics
+from bpfree.step import Batch, Step
+
 __all__ = ["Clock", "Spent", "StepMemory", "StepMetrics"]
 
 
@@ -143,10 +146,13 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Do not count what is done inside."""
-        self.stop()
+        """Do not count what is done inside, but for a step (:meth:`measuring`)."""
+        running = self._since is not None
+        if running:
+            self.stop()
         yield
-        self.start()
+        if running:
+            self.start()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -179,7 +185,10 @@ class Clock:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Measure the step inside while the clock stands still; it is charged later."""
+        """Measure the step inside if the clock stands still; it is charged later."""
+        if self._since is not None:
+            yield
+            return
         self._wait()
         since = _now()
         yield
@@ -265,10 +274,14 @@ class StepMemory:
     lazy set-up is over. Parameters, buffers and optimiser state are counted. The data set is not in it, nor what ``prepare`` and
     ``end_phase`` take. The same on a CPU (torch's allocation events, so that the size of the process does not blur it) and on CUDA (the
     allocator's peak).
+
+    Args:
+        device: where it is allocated.
+        kept: bytes that are held between steps. What a first step adds to them (an optimiser's state) is not the step's.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, kept: Callable[[], int] = lambda: 0) -> None:
+        self._device, self._kept = device, kept
         self._seen: dict[str, int] = {}
         self._watched: dict[str, int] = {}
 
@@ -277,23 +290,28 @@ class StepMemory:
         """Of the step that takes most; 0 before one was watched."""
         return max(self._watched.values(), default=0)
 
-    def wants(self, phase: str) -> bool:
-        """Whether this step of the phase is to be watched: its first, which may be its last, and its third.
+    def wants(self, batch: Batch, step: Step) -> bool:
+        """Whether this step of its phase is to be watched: the first, which may be its last, and the third.
 
         Never while somebody else profiles, since torch has one profiler at a time.
         """
+        phase = step.phase.name
         count = self._seen[phase] = self._seen.get(phase, 0) + 1
         return count in (1, 3) and not torch.autograd.profiler._is_profiler_enabled
 
+    def around(self, take: Callable[[Batch, Step], Metrics], clock: Clock, batch: Batch, step: Step) -> Metrics:
+        """Watch a step."""
+        with clock.stopped(), self.watch(step.phase.name):
+            return take(batch, step)
+
     @contextmanager
-    def watch(self, phase: str = "", kept: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    def watch(self, phase: str = "") -> Iterator[None]:
         """Watch the step inside.
 
         Args:
             phase: a later step of the same phase takes the place of an earlier one; without a name the largest stays.
-            kept: bytes that are held between steps. What a first step adds to them (an optimiser's state) is not the step's.
         """
-        lying = kept()
+        lying = self._kept()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             before = torch.cuda.memory_allocated(self._device)
@@ -306,7 +324,7 @@ class StepMemory:
             events = watched.profiler.kineto_results.events()
             changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
             peak = max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
-        self._watched[phase] = max(peak - (kept() - lying), 0 if phase else self._watched.get(phase, 0))
+        self._watched[phase] = max(peak - (self._kept() - lying), 0 if phase else self._watched.get(phase, 0))
 
     def state_dict(self) -> dict[str, Any]:
         """The watched step of each phase, and how many steps of it were seen: a resumed run watches none twice."""
@@ -317,6 +335,6 @@ class StepMemory:
         self._watched = dict(saved.get("watched") or ({"": saved["step_bytes"]} if saved["step_bytes"] else {}))
         self._seen = dict(saved["seen"])
 
-    def total(self, kept: int) -> float | None:
+    def total(self) -> float | None:
         """MiB: the largest step seen, and the bytes that are kept between steps; ``None`` where no step was watched."""
-        return (self.step_bytes + kept) / 2**20 if self._watched else None
+        return (self.step_bytes + self._kept()) / 2**20 if self._watched else None

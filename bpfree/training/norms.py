@@ -17,7 +17,7 @@ from bpfree.step import Batch, Budget, Phase
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Task
 from bpfree.training.phases import learning
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import Stepper
 
 __all__ = ["check_batches_of_one"]
 
@@ -64,9 +64,9 @@ def _try(rule: Rule, phase: Phase, batch: Batch, task: Task) -> None:
             if phase.on_features:
                 with torch.no_grad():
                     batch = Batch(rule.features(batch.inputs), batch.targets)
-            step = new_step(rule)
-            step.phase = phase
-            rule.learn(batch, step)
+            stepper = Stepper(rule)
+            stepper.enter(phase)
+            stepper.take(batch)
         except Exception as error:  # the training itself reports other errors
             if isinstance(error, ValueError) and "Expected more than 1" in str(error):
                 _refuse(entered[-1] if entered else "", rule, phase, task)

@@ -22,12 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.network.network import evaluating
-from bpfree.rule import Metrics, Rule
+from bpfree.rule import Metrics
 from bpfree.seeds import preserved_global_state
 from bpfree.step import Batch, Phase, Step
 from bpfree.training.distributed import World
+from bpfree.training.meters import Clock
+from bpfree.training.probes import Take
 from bpfree.training.snapshot import Snapshot
-from bpfree.training.updater import Updater
+from bpfree.training.stepper import Stepper
 
 __all__ = ["Operations", "counted_operations", "kind_of"]
 
@@ -134,9 +136,7 @@ class Operations:
     A rule that cannot be counted trains as if nobody had tried: the run is then without these numbers.
 
     Args:
-        rule: on its device.
-        updater: which applies its updates.
-        device: the run's.
+        stepper: which takes the run's steps.
         world: the processes among which the training is shared; each counts its part of a step, and the sum is kept.
 
     Attributes:
@@ -146,8 +146,8 @@ class Operations:
         trouble: why there are no numbers; the empty string: there are.
     """
 
-    def __init__(self, rule: Rule, updater: Updater, device: torch.device, world: World | None = None) -> None:
-        self._rule, self._updater, self._device, self._world = rule, updater, device, world or World()
+    def __init__(self, stepper: Stepper, world: World | None = None) -> None:
+        self._rule, self._updater, self._device, self._world = stepper.rule, stepper.updater, stepper.device, world or World()
         self._steps: dict[str, int] = {}
         self.total = 0
         self.forward: int | None = None
@@ -158,13 +158,14 @@ class Operations:
 
     # --- counting ---------------------------------------------------------------------------------------------------
 
-    def wants(self, phase: Phase, batch: Batch) -> bool:
+    def wants(self, batch: Batch, step: Step) -> bool:
         """Whether a step on this batch is of a kind that was not counted yet."""
-        return not self.trouble and kind_of(phase, batch) not in self._steps
+        return not self.trouble and kind_of(step.phase, batch) not in self._steps
 
-    def count(self, batch: Batch, step: Step, take: Callable[[Batch], Metrics]) -> Metrics:
+    def around(self, take: Take, clock: Clock, batch: Batch, step: Step) -> Metrics:
         """Take a step and count its operations; what a count has broken is put back, and the step taken without."""
-        metrics, found = self._counted(lambda: take(batch), step)
+        with clock.stopped():
+            metrics, found = self._counted(lambda: take(batch, step), step)
         total, failures = self._world.total(found or 0, found is None)
         if not failures:
             self._steps[kind_of(step.phase, batch)] = int(total)

@@ -8,15 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bpfree.errors import BpfreeError
-from bpfree.rule import Rule
-from bpfree.run import Run
-from bpfree.step import Budget
-from bpfree.tasks.task import Task
-from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
-from bpfree.training.config import TrainConfig
+from bpfree.training.checkpoint import check_rule, read_checkpoint, write_checkpoint
+from bpfree.training.setup import Setup
 from bpfree.training.state import State
 from bpfree.version import __version__
 
@@ -29,30 +23,26 @@ class Checkpoints:
     The first of several processes writes and reads; all of them call each method.
 
     Args:
-        run, rule, task, config, budget: what is saved.
-        recipe: the nested configuration that rebuilds rule and task.
+        setup: the run's.
         state: of the run.
 
     Attributes:
         saved_at, saved_epoch: when the last one was written (on the monotonic clock), and after which epoch.
     """
 
-    def __init__(
-        self, run: Run, rule: Rule, task: Task, config: TrainConfig, budget: Budget, recipe: Mapping[str, Any] | None, state: State
-    ) -> None:
-        self._run, self._rule, self._task, self._config = run, rule, task, config
-        self._budget, self._recipe, self._state, self._world = budget, recipe, state, state.team.world
-        self._writes = self._world.from_first(lambda: run.folder is not None)
+    def __init__(self, setup: Setup, state: State) -> None:
+        self._setup, self._run, self._task, self._state, self._world = setup, setup.run, setup.task, state, setup.world
+        self._writes = self._world.from_first(lambda: setup.run.folder is not None)
         self.saved_at, self.saved_epoch = time.monotonic(), -1
 
     def _identity(self) -> dict[str, Any]:
         return {
             "bpfree": __version__,
-            "config": self._recipe,
-            "rule": type(self._rule).__name__,
+            "config": self._setup.recipe,
+            "rule": type(self._setup.rule).__name__,
             "task": dataclasses.asdict(self._task.spec),
-            "seed": self._config.seed,
-            "budget": dataclasses.asdict(self._budget),
+            "seed": self._setup.config.seed,
+            "budget": dataclasses.asdict(self._setup.budget),
             "phases_begun": self._state.begun,
         }
 
@@ -78,16 +68,15 @@ class Checkpoints:
         """Write the weights that will be tested (``selected.pt``)."""
         self._write("selected.pt", {"weights": weights, "score": score})
 
-    def read(self, path: Path, device: torch.device) -> Mapping[str, Any]:
+    def read(self, path: Path) -> Mapping[str, Any]:
         """Read a checkpoint and take up its position; weights follow when the phases have been replayed.
 
         Raises:
             BpfreeError: it is of another rule or other data, or holds weights only.
         """
         several = self._world.size > 1  # then it goes from process to process
-        saved: dict[str, Any] = self._world.from_first(lambda: read_checkpoint(path, device="cpu" if several else device))
-        if saved["rule"] != type(self._rule).__name__:
-            raise BpfreeError(f"the checkpoint is of another rule: {saved['rule']}, not {type(self._rule).__name__}", where=str(path))
+        saved: dict[str, Any] = self._world.from_first(lambda: read_checkpoint(path, device="cpu" if several else self._setup.device))
+        check_rule(saved, self._setup.rule, path)
         training = saved.get("training")
         if training is None:
             raise BpfreeError("the checkpoint holds weights only: a run cannot be resumed from it", where=str(path), fix="use last.pt")

@@ -11,12 +11,9 @@ import torch
 
 from bpfree import seeds
 from bpfree.errors import BpfreeError
-from bpfree.rule import Rule
-from bpfree.run import Run
-from bpfree.tasks.task import Task
 from bpfree.training.calibration import Calibration, calibrate, calibrates
-from bpfree.training.config import TrainConfig
 from bpfree.training.saving import Checkpoints
+from bpfree.training.setup import Setup
 from bpfree.training.state import State, copied
 
 __all__ = ["Selection"]
@@ -28,14 +25,14 @@ class Selection:
     """Keeps the best weights of a run during training, and puts the selected ones into the rule afterwards.
 
     Args:
-        run, rule, task, config: the trainer's own.
+        setup: the run's.
         state: of the run; holds the best score and weights, so that checkpoints have them.
         checkpoints: of the run.
     """
 
-    def __init__(self, run: Run, rule: Rule, task: Task, config: TrainConfig, state: State, checkpoints: Checkpoints) -> None:
-        self._run, self._rule, self._task, self._config, self._state, self._checkpoints = run, rule, task, config, state, checkpoints
-        self._by_accuracy = task.spec.targets in ("classes", "soft")  # losses may be negative, so the sign does not distinguish them
+    def __init__(self, setup: Setup, state: State, checkpoints: Checkpoints) -> None:
+        self._setup, self._run, self._rule, self._state, self._checkpoints = setup, setup.run, setup.rule, state, checkpoints
+        self._by_accuracy = setup.task.spec.targets in ("classes", "soft")  # losses may be negative, so the sign does not distinguish them
 
     def keep(self, metrics: Mapping[str, float]) -> None:
         """Keep the present weights if they are the best on validation so far, and such are selected.
@@ -45,7 +42,7 @@ class Selection:
         """
         score = metrics.get("val/accuracy", math.nan) if self._by_accuracy else -metrics.get("val/loss", math.nan)
         best = self._state.best
-        if self._config.select != "best-val" or not math.isfinite(score) or (best is not None and score <= best[0]):
+        if self._setup.config.select != "best-val" or not math.isfinite(score) or (best is not None and score <= best[0]):
             return
         weights = copied(self._rule)
         self._state.best = (score, weights)
@@ -57,14 +54,14 @@ class Selection:
         Args:
             save: writes a checkpoint with the given weights, or the rule's for ``None``; called after a calibration.
         """
-        state, best, last = self._state, self._config.select == "best-val", None
-        chooses = calibrates(self._rule) and self._task.validation is not None
+        state, best, last = self._state, self._setup.config.select == "best-val", None
+        chooses = calibrates(self._rule) and self._setup.task.validation is not None
         if best and chooses:  # training may resume from these
             last = {name: value.detach().clone() for name, value in state.team.weights().items()}
         if best:
             self._take_best()
         if chooses:
-            state.calibration = _calibrated(state, self._task, self._config)
+            state.calibration = _calibrated(state, self._setup)
             if last is not None:
                 self._checkpoints.save_selected(copied(self._rule), state.best[0] if state.best else math.nan)
                 state.calibration.before = {}
@@ -82,18 +79,18 @@ class Selection:
         self._run.result["val/accuracy_selected" if self._by_accuracy else "val/loss_selected"] = score if self._by_accuracy else -score
 
 
-def _calibrated(state: State, task: Task, config: TrainConfig) -> Calibration:
+def _calibrated(state: State, setup: Setup) -> Calibration:
     """Have the rule choose with its present weights, unless it did so after the same step, before the run was interrupted.
 
     Its buffers are set. The first of several processes chooses for all.
     """
-    rule, world, found = state.rule, state.team.world, state.calibration
+    rule, world, config, found = setup.rule, setup.world, setup.config, state.calibration
     if found is not None and found.step == state.at.step:
         found.put(rule)
         return found
-    data, seed = task.validation, seeds.derive_in(config.stream, config.seed, "calibration")
+    data, seed = setup.task.validation, seeds.derive_in(config.stream, config.seed, "calibration")
     assert data is not None
-    generator = torch.Generator(state.device).manual_seed(seed)
+    generator = torch.Generator(setup.device).manual_seed(seed)
     found = world.from_first(lambda: calibrate(rule, data, generator, step=state.at.step, precision=config.precision))
     if world.size > 1:
         world.send(rule.buffers())

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from bpfree import seeds
-from bpfree.errors import BpfreeError
 from bpfree.rule import Rule
-from bpfree.step import Phase, Step
 from bpfree.training import environment
 from bpfree.training.alignment import Alignment
 from bpfree.training.calibration import Calibration
-from bpfree.training.config import TrainConfig
+from bpfree.training.checkpoint import load_weights
+from bpfree.training.compiling import Compilation
 from bpfree.training.guards import LearningWatch
 from bpfree.training.meters import Clock, StepMemory, StepMetrics
 from bpfree.training.operations import Operations
-from bpfree.training.team import Team
-from bpfree.training.updater import Updater
+from bpfree.training.probes import StepProbe
+from bpfree.training.setup import Setup
+from bpfree.training.stepper import Stepper
 
 __all__ = ["Position", "State", "copied"]
 
@@ -58,15 +58,13 @@ class State:
     """The changing parts of a run.
 
     Args:
-        rule: on its device.
-        config: of training.
-        device: the run's.
-        team: the processes that train the rule together.
+        setup: the run's; the rule is on its device.
 
     Attributes:
         at: how far the run has come.
-        clock, metrics, memory, operations, alignment: what it measures.
-        updater, step: optimisers, and the step that rules are handed.
+        clock, metrics, memory, operations, compilation: what it measures.
+        probes: measure single steps, the outermost first (``training/probes.py``).
+        stepper, updater, step: takes the steps; its optimisers, and the step that rules are handed.
         load: of the machine when the run began; ``None`` where that is not known.
         begun: phases that have begun, which is what a loaded rule must replay.
         best: validation score and weights (on the CPU) of the best epoch, where weights are selected so.
@@ -74,24 +72,26 @@ class State:
         calibration: what the rule chose on the validation split after the last step, where it has done so.
     """
 
-    def __init__(self, rule: Rule, config: TrainConfig, device: torch.device, team: Team) -> None:
+    def __init__(self, setup: Setup) -> None:
+        rule, config, device, team = setup.rule, setup.config, setup.device, setup.team
         self.rule, self.device, self.team = rule, device, team
         self._seeds = partial(seeds.derive_in, config.stream, config.seed)
         self.at = Position()
-        self.clock, self.metrics, self.memory = Clock(device), StepMetrics(), StepMemory(device)
-        self.updater = Updater(rule, config.optimizer, schedule=config.schedule, clip=config.clip)
-        self.operations = Operations(rule, self.updater, device, team.world)
-        generator = torch.Generator(device).manual_seed(self._seeds("noise", *team.stream))
-        keyed = seeds.KeyedGenerators(config.seed, device, lambda: (self.step.index, self.step.part), stream=config.stream)
-        self.step = Step(generator, keyed, self.updater.apply, self.updater.lr, Phase())
-        self.alignment = Alignment(
-            rule, self.updater, config.alignment, seed=config.seed, stream=config.stream, parts=config.accumulate, device=device
+        self.clock, self.metrics, self.memory = Clock(device), StepMetrics(), StepMemory(device, self.kept)
+        self.stepper = Stepper(
+            rule, config.optimizer, schedule=config.schedule, clip=config.clip, seed=config.seed, stream=config.stream, device=device
         )
+        self.updater, self.step = self.stepper.updater, self.stepper.step
+        if team.stream:
+            self.step.generator.manual_seed(self._seeds("noise", *team.stream))
+        self.operations = Operations(self.stepper, team.world)
+        alignment = Alignment(self.stepper, config.alignment, parts=config.accumulate)
+        self.compilation = Compilation(rule.network.blocks.values(), config.compile, device)
+        self.probes: list[StepProbe] = [self.compilation, alignment, self.operations, self.memory]
         self.best: tuple[float, dict[str, Any]] | None = None
         self.load = environment.load()
         self.learning = LearningWatch(rule, team.world, twin=config.twin)
         self.calibration: Calibration | None = None
-        self.restored = False
         self.begun = 0
         self._complete: Position | None = None
 
@@ -105,7 +105,8 @@ class State:
             with self.clock.running():
                 method(*arguments)
 
-        self.operations.add_call(call, self.step)
+        with self.compilation.apart(self.clock):
+            self.operations.add_call(call, self.step)
 
     def begin(self) -> None:
         """The first phase begins here, after what the rule has prepared."""
@@ -142,7 +143,7 @@ class State:
 
     def peak_memory(self) -> float | None:
         """MiB: peak of a step and what is held between steps; of the process that has most. ``None``: it was not measured."""
-        return self.team.world.largest(self.memory.total(self.kept()) or 0.0)[0] or None
+        return self.team.world.largest(self.memory.total() or 0.0)[0] or None
 
     def epoch_metrics(self) -> dict[str, float]:
         """Costs and step metrics of the pass that ended, and the start of the next one's. What was not measured is left out."""
@@ -182,6 +183,7 @@ class State:
             "train/steps": float(self.at.step),
             **known(measured),
             **self.operations.costs(),
+            **self.compilation.costs(),
             "parameters": float(sum(p.numel() for p in parameters)),
             "parameters_trained": float(sum(p.numel() for p in parameters if p.requires_grad)),
         }
@@ -239,24 +241,18 @@ class State:
         if saved["best"] is not None:
             self.best = (saved["best"]["score"], saved["best"]["weights"])
 
-    def take_weights(self, weights: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-        """Take up weights, optimisers and generators.
+    def take_weights(self, content: Mapping[str, Any]) -> None:
+        """Take up a checkpoint's weights, optimisers and generators.
 
         Raises:
             BpfreeError: they do not fit the network.
         """
-        try:
-            self.rule.load_state_dict(weights)
-        except RuntimeError as error:
-            place = str(error).splitlines()[-1].strip()
-            raise BpfreeError(
-                "the checkpoint's weights do not fit this network", where=place, fix="resume with the same configuration"
-            ) from error
+        load_weights(self.rule, content, fix="resume with the same configuration")
+        saved = content["training"]
         if self.calibration is not None:  # what was chosen is no part of the training, which may be resumed
             self.calibration.undo(self.rule)
         self.updater.load_state_dict(self.team.own_optimizers(saved["optimizers"]))
         self._take_generators(saved)
-        self.restored = True
 
     def _take_generators(self, saved: Mapping[str, Any]) -> None:
         own = self._own(saved)

@@ -6,14 +6,31 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from bpfree import interrupts
+from bpfree.errors import BpfreeError
 from bpfree.training.distributed import World
 
-__all__ = ["Stop"]
+__all__ = ["Interrupted", "Stop"]
+
+CONFER_EVERY = 20
+"""Steps between the moments at which several processes agree whether to report, save or stop."""
 
 REASONS = ("", "asked to stop", "stopped by SIGINT", "stopped by SIGTERM")
+
+
+class Interrupted(BpfreeError):
+    """The run was asked to stop (SIGINT, SIGTERM, ``Trainer.stop``) and has saved a checkpoint to resume from.
+
+    Attributes:
+        exit_code: 130 for SIGINT, 143 for SIGTERM, as shells have it.
+    """
+
+    def __init__(self, reason: str, folder: Path | None) -> None:
+        self.exit_code = 143 if "SIGTERM" in reason else 130
+        super().__init__(reason, fix=f"resume it with: bpfree train --resume {folder}" if folder else "")
 
 
 class Stop:
@@ -48,6 +65,12 @@ class Stop:
         if highest and not self.reason:
             self.reason = self.asked if self.asked and code == highest else REASONS[int(highest)]
         return [bool(answer) for answer in answers]
+
+    def is_time(self, step: int, due: bool) -> bool:
+        """Whether all are to do now what is ``due`` in the first process; of several processes at every 20th step alone."""
+        if self._world.size == 1:
+            return due
+        return step % CONFER_EVERY == 0 and self.confer(due and self._world.first)[0]
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:

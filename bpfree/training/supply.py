@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from collections.abc import Callable
+from typing import Literal
 
 from bpfree.errors import BpfreeError
-from bpfree.rule import Rule
 from bpfree.step import Phase
 from bpfree.tasks.loading import Loader, Resident
-from bpfree.tasks.task import Split, Task
-from bpfree.training.config import TrainConfig
+from bpfree.tasks.task import Split
 from bpfree.training.evaluation import Evaluator
 from bpfree.training.features import FeatureLoader, feature_loader, feature_split
 from bpfree.training.guards import only_read
 from bpfree.training.meters import Clock
+from bpfree.training.setup import Setup
 
 __all__ = ["Supply"]
 
@@ -31,27 +27,12 @@ class Supply:
     """The batches of a run's phases; loaders of different sizes share the examples.
 
     Args:
-        rule, task, config, device: the run's.
+        setup: the run's; features that do not fit into the memory are kept in its folder.
         evaluator: validates on features as long as a phase does.
-        augment: augmentations of the training batches.
-        data: options of the loaders.
-        folder: where features that do not fit into the memory are kept.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        task: Task,
-        config: TrainConfig,
-        device: torch.device,
-        evaluator: Evaluator,
-        *,
-        augment: Iterable[Any] = (),
-        data: Mapping[str, Any] | None = None,
-        folder: Path | None = None,
-    ) -> None:
-        self._rule, self._task, self._config, self._device, self._evaluator = rule, task, config, device, evaluator
-        self._augment, self._data, self._folder = tuple(augment), dict(data or {}), folder
+    def __init__(self, setup: Setup, evaluator: Evaluator) -> None:
+        self._setup, self._rule, self._evaluator = setup, setup.rule, evaluator
         self._loaders: dict[int | Literal["all"], Loader] = {}
         self._on_features: Loader | FeatureLoader | None = None
 
@@ -75,7 +56,7 @@ class Supply:
             return self._raw(phase)
         if self._on_features is None:
             self._check(phase)
-            self._on_features = FeatureLoader(self._rule, self._raw(phase)) if self._augment else self._kept(phase, clock, look)
+            self._on_features = FeatureLoader(self._rule, self._raw(phase)) if self._setup.augment else self._kept(phase, clock, look)
         return self._on_features
 
     def _check(self, phase: Phase) -> None:
@@ -94,14 +75,14 @@ class Supply:
         raw = self._raw(phase)
         with only_read(self._rule, "features"):
             clock.start()
-            train = self.features(self._evaluator.raw(self._task.train, raw.resident), look)
+            train = self.features(self._evaluator.raw(self._setup.task.train, raw.resident), look)
             clock.stop()
             self._evaluator.take_features(train, lambda batches: self.features(batches, look))
-        return feature_loader(train, self._task.spec, batch_size=raw.batch_size, device=self._device, seed=self._config.seed)
+        return feature_loader(train, raw.spec, batch_size=raw.batch_size, device=raw.device, seed=raw.seed)
 
     def features(self, batches: Loader, look: Look) -> Split:
         """The rule's features of a split."""
-        return feature_split(self._rule, batches, precision=self._config.precision, folder=self._folder, look=look)
+        return feature_split(self._rule, batches, precision=self._setup.config.precision, folder=self._setup.run.folder, look=look)
 
     def end_phase(self) -> None:
         """Let go of the features."""
@@ -109,18 +90,10 @@ class Supply:
         self._evaluator.drop_features()
 
     def _raw(self, phase: Phase) -> Loader:
-        size = phase.batch_size or self._config.batch_size
+        setup, size = self._setup, phase.batch_size or self._setup.config.batch_size
         if size not in self._loaders:
-            self._loaders[size] = Loader(
-                self._task.train,
-                self._task.spec,
-                batch_size=size,
-                device=self._device,
-                seed=self._config.seed,
-                augment=self._augment,
-                share=self.resident,
-                **self._data,
-            )
+            train, seed = setup.task.train, setup.config.seed
+            self._loaders[size] = setup.batches(train, size, seed=seed, augment=setup.augment, share=self.resident)
             if self._loaders[size].left_out:
                 logger.warning("the last batch of one example is left out of each epoch: batch_size=%d", self._loaders[size].batch_size)
         return self._loaders[size]

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from bpfree.errors import UsageError
 from bpfree.rule import Metrics, Rule
 from bpfree.step import Batch, Phase, Step
+from bpfree.training.accumulation import accumulate, slices
 from bpfree.training.config import TrainConfig
 from bpfree.training.distributed import World
-from bpfree.training.updater import Updater, accumulate, slices
+from bpfree.training.updater import Updater
 
 __all__ = ["BlockTeam", "DataTeam", "Team", "make_team"]
 

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from bpfree.errors import BpfreeError, unknown_name
 from bpfree.options import OptimizerConfig, ScheduleConfig, option
-from bpfree.rule import Metrics, Rule
-from bpfree.seeds import KeyedGenerators, derive
-from bpfree.step import Batch, Phase, Step
+from bpfree.rule import Rule
+from bpfree.step import Phase
 from bpfree.training.optimizers import adopt, make_optimizer
 from bpfree.training.schedules import shape_of, torch_scheduler
 
-__all__ = ["ClipConfig", "Updater", "accumulate", "gather", "new_step", "slices", "told_groups"]
+__all__ = ["ClipConfig", "Updater", "told_groups"]
 
 
 @dataclass
@@ -228,74 +227,3 @@ def _trainable_groups(rule: Rule) -> dict[str, list[nn.Parameter]]:
             if owner.setdefault(id(parameter), name) != name:
                 raise BpfreeError(f"a parameter is in two groups, {owner[id(parameter)]!r} and {name!r}", where=type(rule).__name__)
     return rule.groups()
-
-
-def accumulate(rule: Rule, batch: Batch, step: Step, parts: int, *, rank: int = 0, size: int = 1) -> Metrics:
-    """One step from ``parts`` micro-batches; equals the large batch's for rules whose credit is a mean over examples."""
-    metrics = gather(rule.credit, rule, batch, step, parts, rank=rank, size=size)
-    step.apply()
-    return metrics
-
-
-def gather(
-    credit: Callable[[Batch, Step], Metrics], rule: Rule, batch: Batch, step: Step, parts: int, *, rank: int = 0, size: int = 1
-) -> Metrics:
-    """Fill ``.grad`` from ``parts`` micro-batches: each contribution scaled by its share of the batch.
-
-    Args:
-        credit: adds to ``.grad`` of the rule's parameters.
-        rule: whose parameters these are.
-        batch: the whole.
-        step: handed to ``credit``, with its ``part`` set.
-        parts: as many micro-batches in each process, if the batch has two examples for each.
-        rank, size: which of so many processes this is; it takes its own micro-batches alone.
-
-    Returns:
-        Means of the metrics over the batch; of several processes, the sum of what they return.
-    """
-    if parts * size == 1:
-        return credit(batch, step)
-    total = len(batch)
-    sums: Metrics = {}
-    parameters = list(rule.parameters())
-    for part, (start, end) in slices(total, parts, rank=rank, size=size).items():
-        step.part = part
-        inputs = torch.utils._pytree.tree_map(lambda t, s=start, e=end: t[s:e], batch.inputs)
-        micro = Batch(inputs, None if batch.targets is None else batch.targets[start:end])
-        share = len(micro) / total
-        before = [p.grad for p in parameters if p.grad is not None]
-        if before:  # so that scaling the sum afterwards leaves what was there
-            torch._foreach_mul_(before, 1 / share)
-        for name, value in credit(micro, step).items():
-            sums[name] = sums[name] + value * share if name in sums else value * share
-        after = [p.grad for p in parameters if p.grad is not None]
-        if after:
-            torch._foreach_mul_(after, share)
-    step.part = 0
-    return sums
-
-
-def slices(total: int, parts: int, *, rank: int = 0, size: int = 1) -> dict[int, tuple[int, int]]:
-    """The micro-batches of one of several processes: first and last example (exclusive) by their numbers.
-
-    There are ``parts`` for each process, but none of a single example, which batch norm cannot normalise; so there may be none.
-    """
-    count = min(parts * size, max(1, total // 2))
-    bounds = [round(part * total / count) for part in range(count + 1)]
-    return {part: (bounds[part], bounds[part + 1]) for part in range(rank * count // size, (rank + 1) * count // size)}
-
-
-def new_step(rule: Rule, optimizer: OptimizerConfig | None = None, *, seed: int = 0) -> Step:
-    """A step for one's own loop: ``rule.learn(batch, step)``, then ``step.index += 1``.
-
-    Args:
-        rule: the rule, on its device.
-        optimizer: over the rule's default.
-        seed: of the rule's noise.
-    """
-    device = next(rule.parameters()).device
-    updater = Updater(rule, optimizer)
-    generator = torch.Generator(device).manual_seed(derive(seed, "noise"))
-    keyed = KeyedGenerators(seed, device, lambda: (step.index, step.part))
-    step = Step(generator, keyed, updater.apply, updater.lr, Phase())
-    return step

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from training_rules import config_of
 
-from bpfree import Batch, OptimizerConfig, Phase, Rule, Task, new_step
+from bpfree import Batch, Budget, OptimizerConfig, Phase, Rule, Run, Stepper, Task, new_step
 from bpfree.training.distributed import World
+from bpfree.training.meters import Clock
 from bpfree.training.operations import Operations
+from bpfree.training.setup import Setup
 from bpfree.training.state import State
 from bpfree.training.stopping import Stop
 from bpfree.training.team import BlockTeam, DataTeam, Team
-from bpfree.training.updater import Updater
 
 CPU = torch.device("cpu")
 
@@ -58,8 +59,8 @@ def batch_of(task: Task, examples: int) -> Batch:
     return Batch(task.train.inputs[:examples], task.train.targets[:examples])
 
 
-def state_of(rule: Rule, world: World, kind: type[Team] = DataTeam, **options: Any) -> State:
-    return State(rule, config_of(CPU, **options), CPU, kind(rule, world))
+def state_of(rule: Rule, task: Task, world: World, kind: type[Team] = DataTeam, **options: Any) -> State:
+    return State(Setup(rule, task, config_of(CPU, **options), Budget(), CPU, kind(rule, world), Run("a", "a")))
 
 
 # --- a step -------------------------------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def test_what_others_are_to_fill_is_not_updated(digits: Task) -> None:
     """By a rule that fills it all the same; what is shared, and nothing else, is added up."""
     rule = cases.shared(digits)
     world = Told(1, 2)
-    state = state_of(rule, world, BlockTeam, optimizer=OptimizerConfig("sgd", lr=0.1))
+    state = state_of(rule, digits, world, BlockTeam, optimizer=OptimizerConfig("sgd", lr=0.1))
     state.team.enter(state.step, state.updater)
     before = {name: value.detach().clone() for name, value in rule.named_parameters()}
     for parameter in rule.parameters():
@@ -113,7 +114,7 @@ def test_the_means_that_are_displayed(digits: Task) -> None:
 @pytest.mark.parametrize("others", [0.5, 1000.0])
 def test_peak_memory_is_that_of_the_process_that_has_most(digits: Task, others: float) -> None:
     rule = cases.plain(digits)
-    alone, state = state_of(rule, World(), Team), state_of(rule, Told(0, 2, others=(others,)))
+    alone, state = state_of(rule, digits, World(), Team), state_of(rule, digits, Told(0, 2, others=(others,)))
     assert alone.peak_memory() is None  # no step was watched
     for one in (alone, state):
         one.memory.load_state_dict({"step_bytes": 2**20, "seen": {}})
@@ -127,17 +128,19 @@ def test_peak_memory_is_that_of_the_process_that_has_most(digits: Task, others: 
 def test_operations_are_the_sum_of_what_all_processes_counted(digits: Task, trouble: bool) -> None:
     """If one cannot count, none has a number, and none goes on counting: a sum needs them all."""
     rule, batch = cases.plain(digits), batch_of(digits, 8)
-    alone = Operations(rule, updater := Updater(rule), CPU)
-    several = Operations(rule, updater, CPU, Told(0, 2, others=(1000, trouble)))
+    stepper = Stepper(rule)
+    alone, step = Operations(stepper), stepper.step
+    several = Operations(stepper, Told(0, 2, others=(1000, trouble)))
     for operations in (alone, several):
         operations.count_forward(batch.inputs, len(batch))
-        operations.count(batch, step := new_step(rule), lambda batch, step=step: rule.learn(batch, step))
+        operations.around(rule.learn, Clock(CPU), batch, step)
         operations.add_step(Phase(), batch, features=False)
     assert alone.total > 0
     if trouble:
         assert "another process failed" in several.trouble
         assert several.costs() == {}
-        assert not several.wants(Phase("another"), batch)
+        step.phase = Phase("another")
+        assert not several.wants(batch, step)
     else:
         assert several.total == alone.total + 1000
         assert not several.trouble
@@ -174,7 +177,7 @@ def test_all_stop_for_one_reason(mine: str, theirs: int, reason: str) -> None:
 def one_checkpoint(task: Task, step: int, **further: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a run in one process saved after so many steps, in the middle of a pass; changed by ``further``."""
     rule = cases.plain(task)
-    state = state_of(rule, World(), Team)
+    state = state_of(rule, task, World(), Team)
     state.at.step, state.at.batch = step, step
     state.metrics.add({"rule/loss": torch.tensor(2.0)}, 30)
     return state.state_dict() | further, rule.state_dict()
@@ -182,9 +185,9 @@ def one_checkpoint(task: Task, step: int, **further: Any) -> tuple[dict[str, Any
 
 def resumed(task: Task, rank: int, size: int, saved: dict[str, Any], weights: dict[str, Tensor]) -> State:
     rule = cases.plain(task)
-    state = state_of(rule, Told(rank, size) if size > 1 else World(), DataTeam if size > 1 else Team)
+    state = state_of(rule, task, Told(rank, size) if size > 1 else World(), DataTeam if size > 1 else Team)
     state.take_position(saved)
-    state.take_weights(weights, saved)
+    state.take_weights({"weights": weights, "training": saved})
     return state
 
 
@@ -196,7 +199,7 @@ def draws(state: State) -> tuple[float, float]:
 def test_processes_that_were_not_there_before_draw_noise_of_their_own(digits: Task) -> None:
     """Each another, and after each step another; the first one goes on with the noise of the one process that there was."""
     with torch.random.fork_rng(devices=[]):
-        begun = [draws(state_of(cases.plain(digits), World(rank, 3)))[0] for rank in range(3)]
+        begun = [draws(state_of(cases.plain(digits), digits, World(rank, 3)))[0] for rank in range(3)]
         drawn = []
         for step in (7, 8):
             torch.manual_seed(step)

@@ -15,9 +15,10 @@ from torch import Tensor
 from training_rules import assert_equal_bits
 
 from bpfree import AlignmentConfig, BpfreeError, OptimizerConfig
+from bpfree.training.accumulation import slices
 from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.config import BudgetConfig
-from bpfree.training.updater import ClipConfig, slices
+from bpfree.training.updater import ClipConfig
 
 SGD = OptimizerConfig("sgd", lr=0.1)
 ROUNDING = 2e-6

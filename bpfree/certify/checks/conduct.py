@@ -66,7 +66,7 @@ def state_restored(m: Measurements) -> str | None:
     loop = Loop(rule)
     for batch in loop.turns(given, each=3):
         before = _flags(rule)
-        loop.learn(batch)
+        loop.take(batch)
         _is_restored(rule, before, "learn")
         left = [name for name, p in rule.named_parameters() if p.grad is not None]
         if left:
@@ -93,7 +93,7 @@ def updates_something(m: Measurements) -> str | None:
     for batch in loop.turns(given, each=8):
         for parameter in rule.parameters():
             before.setdefault(id(parameter), parameter.detach().clone())
-        loop.learn(batch)
+        loop.take(batch)
     groups = rule.groups()
     moved = [name for name, members in groups.items() if any(not torch.equal(before.get(id(p), p), p) for p in members)]
     if not moved:

@@ -165,7 +165,7 @@ def _try(subject: Subject, offer: Offer) -> str:
         before = [p.detach().clone() for p in rule.parameters()]
         loop = Loop(rule)
         for batch in loop.turns(offer.batches(2), each=2):
-            loop.learn(batch)
+            loop.take(batch)
     except BpfreeError as error:
         if loop is None or loop.step.index == 0:
             return error.what
@@ -228,7 +228,7 @@ def _has_batch_norm(rule: Rule) -> bool:
 
 def _learn(loop: Loop, given: list[Batch]) -> None:
     for batch in loop.turns(given, each=len(given)):
-        loop.learn(batch)
+        loop.take(batch)
 
 
 def _non_contiguous(x: Tensor) -> Tensor:

@@ -70,11 +70,11 @@ def _permuted(splits: list[Split]) -> Iterator[None]:
 
 def _predictions(m: Measurements, rule: Rule, task: Task) -> list[Tensor]:
     """All scores of an evaluation of the validation and the test split, as a run makes it."""
-    config = practice.trainer(m.subject, task, rule=rule).config
+    setup = practice.trainer(m.subject, task, rule=rule).setup
     spec, recorder = rule.spec, Recorder(**{item.name: getattr(rule.spec, item.name) for item in fields(TaskSpec)})
     rule.spec = recorder
     try:
-        evaluator = Evaluator(rule, replace(task, spec=recorder), config, torch.device("cpu"), {})
+        evaluator = Evaluator(replace(setup, task=replace(task, spec=recorder)))
         evaluator.validate(1)
         evaluator.test()
     finally:

@@ -184,8 +184,8 @@ def two_instances(m: Measurements) -> str | None:
     alone = _weights(trained(m.build(), given, each=EACH))
     one, other = Loop(m.build()), Loop(m.build(seed=3), seed=3)
     for batch, foreign in zip(one.turns(given, each=EACH), other.turns(others, each=EACH), strict=False):
-        other.learn(foreign)
-        one.learn(batch)
+        other.take(foreign)
+        one.take(batch)
         with torch.random.fork_rng(devices=[]):
             predict(other.rule, others[0].inputs)
     difference = _difference(alone, _weights(one.rule))

@@ -8,9 +8,7 @@ import torch
 from bpfree_hebbian.base import Hebbian
 from torch import Tensor
 
-from bpfree import Batch, Budget, new_step
-from bpfree.training.phases import learning
-from bpfree.training.updater import accumulate
+from bpfree import Batch, Budget, Stepper
 
 
 def patches(x: Tensor, kernel: int) -> list[Tensor]:
@@ -55,14 +53,10 @@ def softhebb_step(increment: Tensor, weight: Tensor, lr: float, power: float) ->
 
 def updates(rule: Hebbian, batches: list[Batch], parts: int = 1) -> list[float]:
     """Steps of the first phase, over all of its progress; returns their rates in the first block."""
-    step = new_step(rule)
-    phase = next(iter(rule.phases(Budget(epochs=4))))
-    step.phase, rates = phase, []
-    updater = step.apply.__self__  # type: ignore[attr-defined]
-    with learning(rule, phase):
-        updater.start_phase(phase)
+    stepper, rates = Stepper(rule), []
+    with stepper.phase(next(iter(rule.phases(Budget(epochs=4))))):
         for index, batch in enumerate(batches):
-            updater.at(index / len(batches))
-            rates.append(step.lr("b1"))
-            accumulate(rule, batch, step, parts) if parts > 1 else rule.learn(batch, step)
+            stepper.at(index / len(batches))
+            rates.append(stepper.step.lr("b1"))
+            stepper.take(batch, parts)
     return rates

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from bpfree import Batch, Network, OptimizerConfig, TaskSpec, Trainer, UsageError, load_task, new_step
 from bpfree.network import mlp
+from bpfree.training.accumulation import accumulate
 from bpfree.training.config import BudgetConfig, TrainConfig
-from bpfree.training.updater import accumulate
 
 FLAT = TaskSpec("flat", (12,), 3)
 SOFT = TaskSpec("flat", (12,), 3, targets="soft")

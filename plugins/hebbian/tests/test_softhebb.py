@@ -13,10 +13,8 @@ from bpfree_hebbian.softhebb import SoftHebb, SoftHebbConfig
 from reference import hard_increment, patches, softhebb_increment, softhebb_step
 from torch import Tensor, nn
 
-from bpfree import Batch, Budget, Network, Phase, Run, Split, TaskSpec, Trainer, UsageError, hookimpl, new_step
+from bpfree import Batch, Budget, Network, Phase, Run, Split, Stepper, TaskSpec, Trainer, UsageError, hookimpl
 from bpfree.config import parse_words, resolve
-from bpfree.training.phases import learning
-from bpfree.training.updater import accumulate
 
 DENSE = TaskSpec("flat", (12,), 3)
 IMAGE = TaskSpec("image", (2, 6, 5), 3)
@@ -42,13 +40,9 @@ def rule_of(network: Network, spec: TaskSpec, **options: Any) -> SoftHebb:
 
 def one_update(rule: SoftHebb, batch: Batch, parts: int = 1) -> dict[str, Tensor]:
     """A step of the first phase; returns the metrics."""
-    step = new_step(rule)
-    phase = next(iter(rule.phases(Budget(epochs=4))))
-    step.phase = phase
-    with learning(rule, phase):
-        updater = step.apply.__self__  # type: ignore[attr-defined]
-        updater.start_phase(phase)
-        return accumulate(rule, batch, step, parts) if parts > 1 else rule.learn(batch, step)
+    stepper = Stepper(rule)
+    with stepper.phase(next(iter(rule.phases(Budget(epochs=4))))):
+        return stepper.take(batch, parts)
 
 
 def batch_of(shape: tuple[int, ...], count: int = 6) -> Batch:

@@ -21,7 +21,7 @@ from bpfree.network.network import evaluating
 from bpfree.options import OptimizerConfig
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import Split, TaskSpec
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import new_step
 
 EMBEDDINGS = ["one-hot", "learned", "prototype"]
 RULES = {"ct": NoPropCT, "fm": NoPropFM, "backprop": NoPropBackprop, "adjoint": NoPropAdjoint}

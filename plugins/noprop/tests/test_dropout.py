@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bpfree.step import Batch
 from bpfree.tasks.task import TaskSpec
 from bpfree.training.operations import counted_operations
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import new_step
 
 MakeRule = Callable[..., NoPropDT]
 IMAGES = TaskSpec("images", input_shape=(1, 8, 8), outputs=4)

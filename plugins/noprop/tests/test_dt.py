@@ -21,7 +21,7 @@ from bpfree.network.builders import MLPConfig, mlp
 from bpfree.options import OptimizerConfig
 from bpfree.step import Batch, Budget, Phase
 from bpfree.tasks.task import Split, TaskSpec
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import new_step
 
 MakeRule = Callable[..., NoPropDT]
 EMBEDDINGS = ["one-hot", "learned", "prototype"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from bpfree.step import Batch
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.task import Task
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import new_step
 
 MakeRule = Callable[..., NoPropDT]
 

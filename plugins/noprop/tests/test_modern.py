@@ -20,7 +20,7 @@ from bpfree.step import Batch
 from bpfree.study.cells import plan
 from bpfree.study.file import find_study
 from bpfree.tasks.task import TaskSpec
-from bpfree.training.updater import new_step
+from bpfree.training.stepper import new_step
 
 STUDY = "noprop/modern-cifar10"
 SMALL = TaskSpec("images", input_shape=(3, 16, 16), outputs=5)

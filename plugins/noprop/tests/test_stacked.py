@@ -17,8 +17,9 @@ from torch import Tensor
 from bpfree.options import OptimizerConfig
 from bpfree.step import Batch, Phase
 from bpfree.tasks.task import TaskSpec
+from bpfree.training.accumulation import accumulate
 from bpfree.training.operations import counted_operations
-from bpfree.training.updater import accumulate, new_step
+from bpfree.training.stepper import new_step
 
 MakeRule = Callable[..., NoPropDT]
 Pair = tuple[NoPropDT, NoPropDT]

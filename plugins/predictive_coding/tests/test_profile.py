@@ -12,11 +12,10 @@ import torch
 from bpfree_predictive_coding import plugin, profile
 from bpfree_predictive_coding.plugin import bpfree_rules
 from bpfree_predictive_coding.rules import ErrorPC, FixedPrediction, IncrementalPC, PredictiveCoding
-from pc_oracles import DEVICE, FLAT, REAL, batch_of, by_the_book, cross_entropy, network_of, rows, rule_of, squared
+from pc_oracles import FLAT, REAL, batch_of, by_the_book, cross_entropy, network_of, rows, rule_of, squared
 
-from bpfree import Rule, Run, new_step
+from bpfree import Rule, Run, Stepper, new_step
 from bpfree.training.alignment import Alignment, AlignmentConfig
-from bpfree.training.updater import Updater
 
 
 def test_the_table_is_that_by_the_book() -> None:
@@ -103,8 +102,7 @@ def test_sampling_leaves_the_update_as_it_is() -> None:
 def test_alignment_does_not_count_as_a_sample() -> None:
     """Measuring it meets the batch on the side; the epoch's table is that of the run without it."""
     rule, batch = rule_of(PredictiveCoding, T=2, profile_every=1), batch_of()
-    step = new_step(rule)
-    Alignment(rule, Updater(rule), AlignmentConfig(every=1), device=DEVICE).measure(batch, step)
+    Alignment(Stepper(rule), AlignmentConfig(every=1)).measure(batch)
     assert rule.profile.take() is None
 
 

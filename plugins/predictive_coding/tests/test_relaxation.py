@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 from bpfree import Batch, Network, OptimizerConfig, TaskSpec, Trainer, new_step
 from bpfree.tasks.task import Split, Task
+from bpfree.training.accumulation import gather
 from bpfree.training.config import BudgetConfig, TrainConfig
-from bpfree.training.updater import gather
 
 CASES: dict[str, tuple[str, TaskSpec, dict[str, Any]]] = {
     "tanh": ("tanh", FLAT, {}),

@@ -1,0 +1,285 @@
+"""One call of ``Trainer.fit``: the loop for every rule, and what is made for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpfree.errors import BpfreeError
+from bpfree.rule import Metrics, Rule
+from bpfree.run import ReadOnly
+from bpfree.step import Batch, Phase, Step
+from bpfree.tasks.loading import Loader
+from bpfree.tasks.task import Split
+from bpfree.training import environment
+from bpfree.training.calibration import NOT_CALIBRATED, calibrates
+from bpfree.training.checkpoint import replay
+from bpfree.training.divergence import check_losses, check_weights
+from bpfree.training.evaluation import Evaluator
+from bpfree.training.features import FeatureLoader
+from bpfree.training.guards import Values, named_tensors, only_read
+from bpfree.training.hook_watch import HookWatch
+from bpfree.training.limits import Limits
+from bpfree.training.observers import Observers
+from bpfree.training.operations import kind_of
+from bpfree.training.phases import learning
+from bpfree.training.probes import take_step
+from bpfree.training.saving import Checkpoints
+from bpfree.training.selection import Selection
+from bpfree.training.setup import Setup
+from bpfree.training.state import State
+from bpfree.training.stopping import Interrupted, Stop
+from bpfree.training.supply import Supply
+
+__all__ = ["Session"]
+
+PREDICTING = ("predict", "alternatives", "read")
+"""Methods of a rule that an evaluation of its predictions calls."""
+
+
+class Session:
+    """Trains a rule once, from the first phase or from a checkpoint.
+
+    Args:
+        setup: the run's; the rule is moved to the device.
+        observers: of the run.
+        stop: whether it is to end early.
+        resume: the checkpoint.
+
+    Attributes:
+        state: everything that changes while it trains.
+
+    Raises:
+        BpfreeError: the checkpoint cannot be read, or is of another rule or other data.
+    """
+
+    def __init__(self, setup: Setup, observers: Observers, stop: Stop, resume: Path | None = None) -> None:
+        self._setup, self._observers, self._stop = setup, observers, stop
+        self._rule, self._run, self._config, self._team = setup.rule, setup.run, setup.config, setup.team
+        self._rule.to(setup.device)
+        if self._config.twin:
+            self._rule.freeze_features()
+        self.state = State(setup)
+        self._checkpoints = Checkpoints(setup, self.state)
+        self._selection = Selection(setup, self.state, self._checkpoints)
+        self._evaluator = Evaluator(setup)
+        self._supply = Supply(setup, self._evaluator)
+        self._limits = Limits(setup, self.state)
+        observers.watch = HookWatch(self._run, self.state)
+        self._next_look = time.perf_counter() + self._config.log_interval
+        self._saved = None if resume is None else self._checkpoints.read(resume)
+        self._describe()
+
+    def _describe(self) -> None:
+        if self._setup.task.validation is None and calibrates(self._rule):
+            self._run.tags["calibration"] = NOT_CALIBRATED
+        self._run.total_epochs = self._limits.passes or None
+        together = {"world_size": str(self._setup.world.size), "parallel": self._team.kind}
+        self._run.tags.update(environment.describe(self._setup.device) | together)
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train until the budget is used, and test once.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+            Diverged: a loss, or a weight, is not finite.
+        """
+        state = self.state
+        self._notify("run_start")
+        for phase in self._phases():
+            at, whole = state.at, not (state.at.phase_epoch or state.at.batch)
+            with learning(self._rule, phase):
+                state.learning.begin_phase(phase, state.updater.groups, at.step)
+                self._notify("phase_start", phase=phase)
+                while not self._limits.phase_is_over(phase):
+                    self._one_pass(phase)
+                if not at.phase_epoch:  # a phase without a pass
+                    state.solve("end_phase", phase, state.step)
+                state.learning.end_phase(steps=at.step, whole=whole)
+            self._supply.end_phase()
+            self._notify("phase_end", phase=phase)
+            state.end_phase()
+            if self._limits.is_over():
+                break
+        self._finish()
+
+    def _one_pass(self, phase: Phase) -> None:
+        """A pass over the training split, or the rest of one that was interrupted."""
+        state, watched = self.state, self._observers.listens("step_end")
+        loader = self._supply.batches(phase, state.clock, self._while_computing_features)
+        self._count_forward(phase, loader)
+        state.clock.start()
+        with environment.autocast(self._setup.device, self._config.precision):
+            for batch in loader.batches(state.at.epoch, state.at.batch):
+                self._aim(phase)
+                state.clock.step(kind_of(phase, batch))
+                metrics = take_step(state.probes, self._update, state.clock, batch, state.step)
+                state.metrics.add(metrics, self._team.examples(batch, self._config.accumulate))
+                state.operations.add_step(phase, batch, features=isinstance(loader, FeatureLoader))
+                state.advance(len(batch), len(loader))
+                state.learning.after_step()
+                if watched:
+                    self._notify("step_end", step=state.step)
+                if self._stop.is_time(state.at.step, time.perf_counter() >= self._next_look):
+                    self._look()
+                if self._stop.reason or self._limits.is_used_up(phase):
+                    break
+        halted = self._stop.reason and state.at.batch < len(loader) and not self._limits.is_used_up(phase)
+        if not halted:
+            self._team.synchronise()
+        state.clock.stop()
+        if halted:
+            raise Interrupted(self._stop.reason, self._run.folder)
+        state.clock.settle()
+        state.end_pass()
+        if self._limits.phase_is_over(phase):  # before the evaluation and the checkpoint, which are to see what it solves
+            state.solve("end_phase", phase, state.step)
+        self._end_epoch(phase)
+        self._stop.confer()
+        if self._stop.reason:
+            raise Interrupted(self._stop.reason, self._run.folder)
+
+    def _aim(self, phase: Phase) -> None:
+        """Set progress and learning rates for the step that comes."""
+        progress = min(1.0, self._limits.used())
+        self.state.stepper.at(progress, None if phase.schedule is None else self._limits.phase_progress(phase, progress))
+
+    def _update(self, batch: Batch, step: Step) -> Metrics:
+        learned = self._team.update(batch, step, self._config.accumulate)
+        return {f"rule/{name}": value for name, value in learned.items()}
+
+    def _end_epoch(self, phase: Phase) -> None:
+        epoch = self._run.epoch = self.state.at.epoch
+        self.state.learning.check_fixed()
+        self.state.learning.look(steps=self.state.at.step)
+        metrics = self.state.epoch_metrics()
+        last = self._limits.used() >= 1 or self._limits.phase_is_over(phase)
+        if phase.evaluate and (last or epoch % self._config.evaluation.every == 0):
+            validate = only_read(self._rule, *PREDICTING)(partial(self._evaluator.validate, epoch))
+            metrics.update(self._setup.world.from_first(validate))
+        self._run.history.append(metrics)
+        self._notify("epoch_end", metrics=metrics, rule=self._rule)
+        check_losses(metrics, self.state.at.step)
+        check_weights(self._rule, epoch)
+        self._selection.keep(metrics)
+        every = self._config.checkpoint.every
+        if (every and epoch % every == 0) or self._limits.used() >= 1:
+            self.save()
+
+    # --- phases -----------------------------------------------------------------------------------------------------
+
+    def _phases(self) -> Iterator[Phase]:
+        """The phases that are to be trained, each when it has begun; a resumed run goes on with the one that it was in."""
+        phases, state, saved = iter(self._rule.phases(self._setup.budget)), self.state, self._saved
+        if saved is None:
+            self._prepare()
+            state.begin()
+        else:
+            current = None
+            for current in replay(self._rule, phases, saved):
+                self._team.check(current)
+                self._enter(current)
+            state.take_weights(saved)
+            if current is not None and state.at.phase < state.begun:
+                yield current
+        for phase in phases:
+            self._team.check(phase)
+            state.solve("start_phase", phase)
+            self._enter(phase)
+            if state.begun == 1:
+                self._evaluator.try_protocols()
+            yield phase
+
+    def _prepare(self) -> None:
+        if type(self._rule).prepare is not Rule.prepare:
+            before = Values(named_tensors(self._rule))
+            self.state.solve("prepare", self._setup.task.train, self.state.step.generator)  # the first process's is sent to all by a phase
+            self.state.learning.prepared(before)
+
+    def _enter(self, phase: Phase) -> None:
+        self.state.stepper.enter(phase)
+        self._team.enter(self.state.step, self.state.updater)
+        self.state.begun += 1
+
+    def _count_forward(self, phase: Phase, loader: Loader | FeatureLoader) -> None:
+        """Count the operations of a forward pass, once, and of features that a phase is on, on the first training examples."""
+        operations, at, train = self.state.operations, self.state.at, self._setup.task.train
+        few = operations.wants_features(phase)
+        if not operations.trouble and (operations.forward is None or few):
+            batch = next(iter(self._evaluator.raw(train.subset(torch.arange(min(self._config.batch_size, len(train)))))))
+            with environment.autocast(self._setup.device, self._config.precision):
+                if operations.forward is None:
+                    operations.count_forward(batch.inputs, len(batch))
+                if few:
+                    operations.count_features(phase, batch.inputs)
+        if isinstance(loader, Loader) and phase.on_features and not at.phase_epoch and not at.batch:  # they were computed here
+            operations.add_features(len(train))
+
+    # --- between steps ----------------------------------------------------------------------------------------------
+
+    def _while_computing_features(self, share: float) -> None:
+        """Show the progress; weights do not change, so there is nothing to save."""
+        if self._stop.reason:
+            raise Interrupted(self._stop.reason, self._run.folder)
+        if time.perf_counter() >= self._next_look:
+            self._next_look = time.perf_counter() + self._config.log_interval
+            self._notify("progress", metrics=self._standing() | {"features": share})
+
+    def _look(self) -> None:
+        """Read the step metrics, notice divergence, save if it is time."""
+        self._next_look = time.perf_counter() + self._config.log_interval
+        means = self._team.joined(self.state.metrics.flush())
+        check_losses(means, self.state.at.step)
+        self._notify("progress", metrics=self._standing() | means)
+        late = time.monotonic() - self._checkpoints.saved_at > 60 * self._config.checkpoint.minutes
+        if self._stop.confer(late and self._setup.world.first)[0]:
+            with self.state.clock.stopped():
+                self.save()
+
+    def _standing(self) -> dict[str, float]:
+        state, at = self.state, self.state.at
+        standing = {"step": float(at.step), "epoch": at.epoch + at.share, "samples": float(at.samples)}
+        return standing | {"progress": state.step.progress, "seconds": state.clock.seconds}
+
+    def _notify(self, hook: str, **arguments: Any) -> None:
+        self._observers.notify(hook, **{name: ReadOnly(given) if name == "metrics" else given for name, given in arguments.items()})
+
+    def save(self, weights: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint, with the rule's weights or others."""
+        self.state.learning.look(steps=self.state.at.step)
+        path = self._checkpoints.save(weights)
+        if path is not None:
+            self._notify("checkpoint_saved", path=path)
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Take the weights that were selected, and test them: once, or not at all where the configuration says so."""
+        state, world, result = self.state, self._setup.world, self._run.result
+        state.end_training()
+        state.learning.end_run(steps=state.at.step, gradients=state.updater.received)
+        if self._checkpoints.saved_epoch != state.at.epoch:
+            self.save()
+        self._selection.take(self.save)
+        tested = world.from_first(only_read(self._rule, *PREDICTING)(self._evaluator.test))
+        result.update(tested | state.costs())
+        check_losses(tested, state.at.step)
+        protocols = partial(self._evaluator.protocols, self._trained_features, self._supply.resident)
+        result.update(world.from_first(only_read(self._rule, "features")(protocols)))
+        self._evaluator.keep_predictions()
+
+    def _trained_features(self, batches: Loader) -> Split:
+        """A split's features once the rule is trained, unless the run is asked to stop."""
+
+        def look(share: float) -> None:
+            if self._stop.asked:
+                raise BpfreeError(f"{self._stop.asked}; bpfree evaluate computes them")
+
+        return self._supply.features(batches, look)
