@@ -17,7 +17,7 @@ from bpfree.plugins import Plugins
 from bpfree.recipe import CHOSEN, Recipe, RunConfig, TaskCommon
 from bpfree.rule import Rule
 from bpfree.tasks.task import TaskSpec
-from bpfree.training.idle import idle, idle_options, sentence
+from bpfree.training.idle import idle, idle_options
 from bpfree.training.optimizers import check_optimizer
 from bpfree.training.schedules import CLASSES, check_length, check_schedule
 from bpfree.typed import Misfit, typed
@@ -245,7 +245,7 @@ class Resolver:
             try:
                 check()
             except UsageError as error:
-                self.problems.append(sentence(error))
+                self.problems += error.problems
 
     def _named(self, kind: str, name: str, where: str) -> None:
         try:

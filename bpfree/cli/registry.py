@@ -206,10 +206,10 @@ def accept(path: Path, record: PluginRecord, plugins: Plugins) -> Certificate:
 def validate(folder: Path | None, as_json: bool) -> int:
     """Check a registry's folder: entries against the schema and the installed plugins, certificates (readable, passed, full, not stale),
     and whether index and tables are up to date. Exit code 1 if anything is wrong; a rule without a certificate is only mentioned, and so
-    is a certificate from before a change of the core beside contract and examiner.
+    is a certificate that was measured before a change of the core outside contract and examiner.
     """
     from bpfree.plugins import installed_plugins
-    from bpfree.registry import measured_on_another_core, missing, problems, registry_folder
+    from bpfree.registry import OTHER_CHANGE, measured_on_another_core, missing, problems, registry_folder
 
     folder = registry_folder() if folder is None else existing(folder)
     found = problems(folder, installed_plugins())
@@ -229,7 +229,7 @@ def validate(folder: Path | None, as_json: bool) -> int:
     if without:
         click.echo(f"without a certificate: {', '.join(without)}")
     if other:
-        click.echo(f"the core has changed beside contract and examiner since the certificates of {', '.join(other)}")
+        click.echo(f"{OTHER_CHANGE}: {', '.join(other)}")
     click.echo(f"{folder}: {f'{len(found)} problems' if found else 'valid'}")
     return int(bool(found))
 

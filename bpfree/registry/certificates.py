@@ -14,7 +14,9 @@ from bpfree.plugins import Plugins
 if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
 
-__all__ = ["certificates", "core_changed", "stale", "state"]
+__all__ = ["OTHER_CHANGE", "certificates", "core_changed", "stale", "state"]
+
+OTHER_CHANGE = "measured before a change of the core outside contract and examiner"
 
 
 def certificate_file(folder: Path, rule: str) -> Path:
@@ -45,7 +47,7 @@ def stale(certificate: Certificate, plugins: Plugins) -> list[str]:
 
 
 def core_changed(certificate: Certificate, plugins: Plugins) -> bool:
-    """Whether the core has changed since in what an examination executes beside contract and examiner.
+    """Whether the rest of the core, which an examination executes outside contract and examiner, has changed since.
 
     Raises:
         UsageError: as :func:`stale`.

@@ -59,7 +59,7 @@ def missing(folder: Path) -> list[str]:
 
 
 def measured_on_another_core(folder: Path, plugins: Plugins) -> list[str]:
-    """Name the installed rules whose certificates are fresh, but were measured before the core changed beside contract and examiner.
+    """Name the installed rules whose certificates are fresh, but were measured before the rest of the core changed.
 
     Raises:
         BpfreeError: a certificate cannot be read.

@@ -18,7 +18,7 @@ from bpfree.training.optimizers import untaken
 from bpfree.training.schedules import CLASSES, SHAPES
 from bpfree.yaml_values import text_of
 
-__all__ = ["idle", "idle_of_rule", "idle_options", "sentence"]
+__all__ = ["idle", "idle_of_rule", "idle_options"]
 
 READERS = {"final": ("linear", "cosine"), "milestones": ("milestones",), "gamma": ("milestones",), "options": ()}
 """Shapes of schedule that read a key."""
@@ -128,7 +128,7 @@ def idle_of_rule(settings: TrainConfig, rule: type[Rule] | Rule) -> Iterator[tup
         yield from _unread(settings, name, keys, default)
         return
     try:
-        yield from ((key, sentence(error)) for key, error in untaken(settings.optimizer.over(default)))
+        yield from ((key, error.problems[0]) for key, error in untaken(settings.optimizer.over(default)))
     except UsageError:  # no such optimiser, which is reported elsewhere
         return
 
@@ -144,9 +144,3 @@ def _unread(settings: TrainConfig, rule: str, keys: tuple[str, ...], default: Op
             yield f"optimizer.{item.name}", f"optimizer.{item.name}={text_of(value)} does nothing with the rule {rule}: {read}"
     if "lr" not in keys and settings.schedule != ScheduleConfig():
         yield "schedule", f"schedule.name={settings.schedule.name} does nothing with the rule {rule}: {read}"
-
-
-def sentence(error: UsageError) -> str:
-    """An error as one sentence, with place and remedy in brackets."""
-    more = "; ".join(part for part in (error.where, error.fix) if part)
-    return f"{error.what} ({more})" if more else error.what

@@ -110,7 +110,7 @@ def test_validate_names_a_certificate_of_another_core(ours: Path, capsys: pytest
     path.write_text(path.read_text().replace('"bpfree": "', '"bpfree": "x'))
     capsys.readouterr()
     assert call("registry", "validate", "--folder", "registry") == 0
-    assert "since the certificates of noprop-dt\n" in capsys.readouterr().out
+    assert "measured before a change of the core outside contract and examiner: noprop-dt\n" in capsys.readouterr().out
     assert call("registry", "validate", "--folder", "registry", "--json") == 0
     assert json.loads(capsys.readouterr().out)["measured_on_another_core"] == ["noprop-dt"]
 

@@ -14,7 +14,7 @@ import pytest
 
 from bpfree.cli.main import cli
 from bpfree.plugins import installed_plugins
-from bpfree.registry import certificates, measured_on_another_core, missing, problems, read_entries, registry_folder
+from bpfree.registry import OTHER_CHANGE, certificates, measured_on_another_core, missing, problems, read_entries, registry_folder
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "registry"
@@ -36,7 +36,7 @@ def test_it_is_valid() -> None:
     found = problems(FOLDER, installed_plugins())
     assert not found, "\n".join(map(str, found))
     if other := measured_on_another_core(FOLDER, installed_plugins()):  # no failure, but to be seen
-        warnings.warn(f"the core has changed beside contract and examiner since the certificates of {', '.join(other)}", stacklevel=1)
+        warnings.warn(f"{OTHER_CHANGE}: {', '.join(other)}", stacklevel=1)
 
 
 def test_every_plugin_and_the_baselines_have_entries() -> None:
