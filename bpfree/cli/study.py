@@ -64,13 +64,17 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return apply
 
 
+def _labels(context: click.Context, parameter: click.Parameter, text: str | None) -> list[str] | None:
+    return None if text is None else [label.strip() for label in text.split(",")]
+
+
 settings = click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
 seeds = click.option("--seeds", type=click.IntRange(min=1), help="How many repetitions.  [default: what the study says]")
 to = click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: beside the cells]")
 running = _options(
     seeds,
-    click.option("--rows", metavar="LABEL,...", help="Run only these rows."),
-    click.option("--columns", metavar="LABEL,...", help="Run only these columns."),
+    click.option("--rows", metavar="LABEL,...", callback=_labels, help="Run only these rows."),
+    click.option("--columns", metavar="LABEL,...", callback=_labels, help="Run only these columns."),
     click.option("--jobs", "-j", type=click.IntRange(min=1), help="Cells at a time.  [default: what the study says, or one per GPU]"),
     click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where cells run."),
     click.option("--address", help="Of a Ray cluster, or `auto`.  [default: RAY_ADDRESS, else one of its own here]"),
@@ -272,27 +276,13 @@ def _others(worklist: Worklist, words: Sequence[str]) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def _worklist(
-    name: str,
-    settings: Sequence[str],
-    seeds: int | None,
-    *,
-    load: bool = True,
-    rows: str | None = None,
-    columns: str | None = None,
-    retry: Sequence[str] = (),
-) -> Worklist:
+def _worklist(name: str, settings: Sequence[str], seeds: int | None, *, load: bool = True, **chosen: Any) -> Worklist:
     from bpfree.leaves import parse_words
     from bpfree.study import cells
     from bpfree.study.file import find_study
     from bpfree.study.worklist import Worklist
 
-    plan = cells.plan(find_study(name), parse_words(settings), seeds=seeds, load=load)
-    return Worklist(plan, rows=_labels(rows), columns=_labels(columns), retry=retry)
-
-
-def _labels(text: str | None) -> list[str] | None:
-    return None if text is None else [label.strip() for label in text.split(",")]
+    return Worklist(cells.plan(find_study(name), parse_words(settings), seeds=seeds, load=load), **chosen)
 
 
 def _again(name: str, settings: Sequence[str], seeds: int | None) -> list[str]:

@@ -10,7 +10,7 @@ from bpfree.study.differences import Difference, Paired, judge
 from bpfree.study.examples import paired, scores_of
 from bpfree.study.rows import TableRow, percent, table_metric
 
-__all__ = ["Comparison", "Section", "compare", "comparisons", "difference_texts", "error_legend", "section_on"]
+__all__ = ["Comparison", "ComparisonTable", "compare", "comparisons", "control_table", "difference_texts", "error_legend"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _judged(plan: Plan, pairs: Sequence[tuple[TableRow, TableRow]], metric: str)
 
 
 @dataclass(frozen=True)
-class Section:
+class ComparisonTable:
     """A section of a report that is a table with a legend.
 
     Attributes:
@@ -106,7 +106,7 @@ class Section:
     title: str = "Against the controls"
 
 
-def section_on(plan: Plan, rows: Sequence[TableRow]) -> Section | None:
+def control_table(plan: Plan, rows: Sequence[TableRow]) -> ComparisonTable | None:
     """The comparisons as text; ``None`` as long as there are none."""
     found, metric = comparisons(plan, rows), table_metric(plan.study, rows)
     if not found:
@@ -124,7 +124,7 @@ def section_on(plan: Plan, rows: Sequence[TableRow]) -> Section | None:
         for each in found
     ]
     legend = _legend(metric, found, [row for row in rows if row.tuned is not None and row.tuned.keys])
-    return Section([*labels, *numbers, "verdict"], table, range(len(labels), len(labels) + len(numbers)), legend)
+    return ComparisonTable([*labels, *numbers, "verdict"], table, range(len(labels), len(labels) + len(numbers)), legend)
 
 
 def _numbers(found: Comparison, seeds: int, metric: str) -> list[str]:

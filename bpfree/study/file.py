@@ -20,7 +20,7 @@ from bpfree.errors import UsageError, nearest
 from bpfree.leaves import canonical, leaves_of
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.study.grid import expand
-from bpfree.study.model import MEMORY, METRICS, Choices, Column, Domain, Interval, Published, Row, Study, Tune
+from bpfree.study.model import MEMORY, METRICS, Choices, Column, Domain, Published, Range, Row, Study, Tune
 
 __all__ = ["find_study", "read_study"]
 
@@ -415,7 +415,7 @@ def _domain(value: Any) -> Domain | str:
         return "low and high must be numbers, log true or false"
     if not low < high or (log and low <= 0):
         return "low must be less than high" + (", and positive on a logarithmic scale" if log else "")
-    return Interval(low, high, log, integer=isinstance(low, int) and isinstance(high, int))
+    return Range(low, high, log, integer=isinstance(low, int) and isinstance(high, int))
 
 
 def _choice(value: Any) -> Any:

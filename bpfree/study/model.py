@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["MEMORY", "METRICS", "Choices", "Column", "Domain", "Interval", "Published", "Row", "Study", "Tune"]
+__all__ = ["MEMORY", "METRICS", "Choices", "Column", "Domain", "Published", "Range", "Row", "Study", "Tune"]
 
 MEMORY = "memory_mb"
 METRICS = (*(f"{split}/{kind}" for split in ("test", "train") for kind in ("error", "accuracy", "loss")), MEMORY)
@@ -18,7 +18,7 @@ Search = Literal["quasi-random", "tpe"]
 
 
 @dataclass(frozen=True)
-class Interval:
+class Range:
     """Numbers from ``low`` to ``high``, both included.
 
     Attributes:
@@ -39,7 +39,7 @@ class Choices:
     values: Sequence[Any]
 
 
-Domain = Interval | Choices
+Domain = Range | Choices
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class StudyRun:
     """The study's run in the store.
 
     Args:
-        plan: the study, resolved; its first cell says which store.
+        plan: the study, resolved; its first row says which store.
         cells: its folder remembers the run.
 
     Attributes:
@@ -48,7 +48,7 @@ class StudyRun:
 
     def __init__(self, plan: Plan, cells: CellStore) -> None:
         self._plan, self._cells = plan, cells
-        config = plan.cells[0].recipe.settings.tracking
+        config = plan.rows[0].recipe.settings.tracking
         self._enabled, self._experiment = config.enabled, config.experiment
         self._store = Store(config.resolve_uri(plan.output), config.timeout)
         self._warned = False

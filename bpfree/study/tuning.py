@@ -19,7 +19,7 @@ from bpfree.leaves import Leaf, canonical
 from bpfree.seeds import derive
 from bpfree.study.cells import Plan, cell_of, recipe_with
 from bpfree.study.fingerprints import Fingerprints
-from bpfree.study.model import Domain, Interval, Tune
+from bpfree.study.model import Domain, Range, Tune
 from bpfree.study.rows import Cell, TableRow, Trial, Tuned
 from bpfree.study.store import CellRecord
 
@@ -72,7 +72,7 @@ class Tuner:
         """What is known of the trials."""
         self._settle()
         trials = [self._trial(settings, cells) for settings, cells in zip(self._settings, self._cells, strict=True)]
-        scales = [key for key, domain in self._row.written.space.items() if isinstance(domain, Interval) and domain.log]
+        scales = [key for key, domain in self._row.written.space.items() if isinstance(domain, Range) and domain.log]
         return Tuned(self.keys, trials, self._tune.trials, greater=self._accuracy, logarithmic=scales)
 
     @property
@@ -207,7 +207,7 @@ def _distributions(optuna: Any, space: Mapping[str, Any]) -> dict[str, Any]:
     made = optuna.distributions
     return {
         key: made.CategoricalDistribution(list(domain.values))
-        if not isinstance(domain, Interval)
+        if not isinstance(domain, Range)
         else made.IntDistribution(int(domain.low), int(domain.high), log=domain.log)
         if domain.integer
         else made.FloatDistribution(domain.low, domain.high, log=domain.log)
@@ -289,4 +289,4 @@ def _unused_settings(plan: Plan, tune: Tune) -> Iterator[str]:
 
 
 def _tried(domain: Domain) -> list[Any]:
-    return [domain.low, domain.high] if isinstance(domain, Interval) else list(domain.values)
+    return [domain.low, domain.high] if isinstance(domain, Range) else list(domain.values)

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
-from bpfree.study.controls import Section, difference_texts, error_legend
+from bpfree.study.controls import ComparisonTable, difference_texts, error_legend
 from bpfree.study.differences import Difference
 from bpfree.study.examples import Scores
 from bpfree.study.floors import FloorRecord, Floors, has_floor
@@ -14,10 +14,10 @@ from bpfree.study.report.view import View, compact
 from bpfree.study.rows import percent
 from bpfree.study.verdicts import Verdict, verdicts
 
-__all__ = ["floor_finding", "floor_remarks", "floor_sections"]
+__all__ = ["floor_finding", "floor_remarks", "floor_tables"]
 
 
-def floor_sections(view: View, floors: Floors) -> list[Section]:
+def floor_tables(view: View, floors: Floors) -> list[ComparisonTable]:
     """Make the tables of numbers and of verdicts; none as long as no floor was measured."""
     found = verdicts(view.plan, view.rows, floors, view.metric)
     if not found:
@@ -37,7 +37,7 @@ def _headers(view: View) -> list[str]:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _numbers(view: View, found: Sequence[Verdict]) -> Section:
+def _numbers(view: View, found: Sequence[Verdict]) -> ComparisonTable:
     name = view.metric_name.split(",")[0]
     labels = _headers(view)
     headers = [f"own {name}", "probed", "readout loses", "floor", "share of gap %", "operations to floor"]
@@ -46,7 +46,7 @@ def _numbers(view: View, found: Sequence[Verdict]) -> Section:
     names = [*labels, *headers, "of"]
     shown = [[row[place] for place in kept] for row in table]
     numeric = range(len(labels), len(kept) - 1)
-    return Section([names[place] for place in kept], shown, numeric, _numbers_legend(view, found), "Beside the floor")
+    return ComparisonTable([names[place] for place in kept], shown, numeric, _numbers_legend(view, found), "Beside the floor")
 
 
 def _row(view: View, each: Verdict) -> list[str]:
@@ -113,7 +113,7 @@ def _chance(view: View, found: Sequence[Verdict]) -> Iterator[str]:
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def _verdicts(view: View, judged: Sequence[Verdict]) -> Section:
+def _verdicts(view: View, judged: Sequence[Verdict]) -> ComparisonTable:
     kinds = ("features", "as delivered", "at equal budget")
     columns = {kind: found for kind in kinds if any(found := _all(judged, kind))}
     labels = _headers(view)
@@ -122,7 +122,7 @@ def _verdicts(view: View, judged: Sequence[Verdict]) -> Section:
         for place, each in enumerate(judged)
     ]
     numeric = range(len(labels), len(labels) + len(columns))
-    return Section([*labels, *columns, "verdict"], table, numeric, _verdicts_legend(view, judged, columns), "Verdicts")
+    return ComparisonTable([*labels, *columns, "verdict"], table, numeric, _verdicts_legend(view, judged, columns), "Verdicts")
 
 
 def _all(judged: Sequence[Verdict], kind: str) -> list[Difference | None]:
@@ -169,7 +169,7 @@ def _range(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}"
 
 
-def floor_finding(found: Sequence[Section]) -> str:
+def floor_finding(found: Sequence[ComparisonTable]) -> str:
     """Say in a sentence which rows are above their floors; the empty string without verdicts."""
     verdicts = next((section for section in found if section.title == "Verdicts"), None)
     if verdicts is None:

@@ -14,8 +14,7 @@ from pathlib import Path
 from bpfree.errors import BpfreeError
 from bpfree.files import write_text
 from bpfree.study.cells import Plan
-from bpfree.study.controls import Section as Controls
-from bpfree.study.controls import section_on
+from bpfree.study.controls import ComparisonTable, control_table
 from bpfree.study.floors import Floors
 from bpfree.study.report import about, blocks, curves, leaderboard, profiles, table, targets, tuning
 from bpfree.study.report import floor as floor_report
@@ -53,8 +52,8 @@ class Report:
     command: str
     headers: list[str]
     table: list[list[str]]
-    controls: Controls | None
-    floors: list[Controls]
+    controls: ComparisonTable | None
+    floors: list[ComparisonTable]
     remarks: list[str]
     failures: list[str]
     environment: str
@@ -121,7 +120,7 @@ class Report:
             parts = [Folded("All rows in the order of the study", parts)]
         return Section("The table as the study has it", parts)
 
-    def _comparisons(self) -> list[Controls]:
+    def _comparisons(self) -> list[ComparisonTable]:
         return [*self.floors, *([self.controls] if self.controls else [])]
 
     def _against(self) -> list[Section]:
@@ -147,15 +146,15 @@ def report_on(plan: Plan, rows: Sequence[TableRow], words: Sequence[str], *, hid
         shlex.join(["bpfree", *words]),
         table.headers(view),
         [table.texts(view, row) for row in shown],
-        section_on(plan, shown),
-        [] if floors is None else floor_report.floor_sections(view, floors),
+        control_table(plan, shown),
+        [] if floors is None else floor_report.floor_tables(view, floors),
         [*remarks(plan, shown, hidden=hidden), *(() if floors is None else floor_report.floor_remarks(view, floors))],
         [_failure(*each) for each in failures(shown)],
         "; ".join(environments(shown)),
     )
 
 
-def _as_table(found: Controls) -> Table:
+def _as_table(found: ComparisonTable) -> Table:
     words = [place for place in range(len(found.headers)) if place not in found.numeric]
     return Table(found.headers, found.table, words, found.title)
 

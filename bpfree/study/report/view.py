@@ -162,7 +162,7 @@ def untimed(rows: Iterable[TableRow]) -> bool:
 
 
 def with_histories(rows: Iterable[TableRow], runs: Path) -> list[TableRow]:
-    """Lines whose records have their learning curves, from the runs' own folders where the records have none."""
+    """Rows whose records have their learning curves, from the runs' own folders where the records have none."""
     return [dataclasses.replace(row, records=[record and _with_history(record, runs) for record in row.records]) for row in rows]
 
 
