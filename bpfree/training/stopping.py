@@ -67,7 +67,7 @@ class Stop:
         return [bool(answer) for answer in answers]
 
     def is_time(self, step: int, due: bool) -> bool:
-        """Whether all are to do now what is ``due`` in the first process; of several processes at every 20th step alone."""
+        """Whether to do now what is ``due``; several processes agree on the answer of the first, at every 20th step."""
         if self._world.size == 1:
             return due
         return step % CONFER_EVERY == 0 and self.confer(due and self._world.first)[0]
