@@ -103,9 +103,7 @@ def read_study(path: Path, name: str | None = None, registry: Plugins | None = N
         content = expand(content, registry or installed_plugins(), reader.problems.append)
     study = reader.study(content, name or re.sub(r"[^\w.-]+", "-", path.stem), path)
     if reader.problems:
-        listed = list(dict.fromkeys(reader.problems))
-        what = listed[0] if len(listed) == 1 else f"{len(listed)} things are wrong in the study:\n" + "\n".join(f"  - {p}" for p in listed)
-        raise UsageError(what, where=str(path), fix="docs/studies.md describes the format")
+        raise UsageError.of(reader.problems, "study", where=str(path), fix="docs/studies.md describes the format")
     return study
 
 

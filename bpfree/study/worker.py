@@ -21,11 +21,11 @@ from bpfree.errors import BpfreeError
 from bpfree.hooks import hookimpl
 from bpfree.leaves import Leaf
 from bpfree.recipe import Recipe
+from bpfree.run import Run
 from bpfree.study.concurrency import Concurrency, present
 from bpfree.study.store import CellKey, CellRecord, CellStore
 from bpfree.tasks.task import Task
 from bpfree.training import environment
-from bpfree.training.run import Run
 from bpfree.training.trainer import Interrupted
 
 __all__ = ["CellObserver", "Job", "TaskCache", "Worker"]
