@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -153,7 +155,7 @@ class Resolver:
 
     def _fill(self, base: Any, prefix: str, mine: Any = lambda name: True, *, known: set[str] | None = None) -> Any:
         """``base`` with the leaves under ``prefix``, as an instance of its class; notes what does not fit."""
-        node = OmegaConf.structured(base)
+        node = _tree(base)
         for leaf in self.leaves:
             if not leaf.key.startswith(prefix):
                 continue
@@ -273,7 +275,24 @@ def _kind(config: Any, key: str) -> Any:
     """The type of a key of a dataclass; anything inside a free mapping."""
     if not dataclasses.is_dataclass(config):
         return Any
-    return typing.get_type_hints(config)[key]
+    return _hints(config)[key]
+
+
+# Both are slow, and a study asks for the same few classes in each cell.
+_hints = lru_cache(maxsize=256)(typing.get_type_hints)
+
+
+@lru_cache(maxsize=256)
+def _defaults(config: type) -> tuple[Any, DictConfig]:
+    """An instance with the defaults, and its tree, to be copied."""
+    return config(), OmegaConf.structured(config())
+
+
+def _tree(base: Any) -> DictConfig:
+    needed = any(item.default is item.default_factory is dataclasses.MISSING for item in dataclasses.fields(base))
+    if needed or base != _defaults(type(base))[0]:
+        return OmegaConf.structured(base)
+    return copy.deepcopy(_defaults(type(base))[1])
 
 
 def _refers(value: Any) -> bool:
