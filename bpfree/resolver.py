@@ -271,28 +271,27 @@ class Resolver:
         raise UsageError(f"{len(problems)} things are wrong in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+@lru_cache(maxsize=1024)
 def _kind(config: Any, key: str) -> Any:
     """The type of a key of a dataclass; anything inside a free mapping."""
     if not dataclasses.is_dataclass(config):
         return Any
-    return _hints(config)[key]
-
-
-# Both are slow, and a study asks for the same few classes in each cell.
-_hints = lru_cache(maxsize=256)(typing.get_type_hints)
+    return typing.get_type_hints(config)[key]
 
 
 @lru_cache(maxsize=256)
 def _defaults(config: type) -> tuple[Any, DictConfig]:
-    """An instance with the defaults, and its tree, to be copied."""
-    return config(), OmegaConf.structured(config())
+    """An instance with the defaults, and its tree: to be copied, since it takes milliseconds to make one."""
+    tree: DictConfig = OmegaConf.structured(config())
+    return config(), tree
 
 
 def _tree(base: Any) -> DictConfig:
     needed = any(item.default is item.default_factory is dataclasses.MISSING for item in dataclasses.fields(base))
-    if needed or base != _defaults(type(base))[0]:
-        return OmegaConf.structured(base)
-    return copy.deepcopy(_defaults(type(base))[1])
+    kind: Any = type(base)
+    given = needed or base != _defaults(kind)[0]
+    tree: DictConfig = OmegaConf.structured(base) if given else copy.deepcopy(_defaults(kind)[1])
+    return tree
 
 
 def _refers(value: Any) -> bool:
