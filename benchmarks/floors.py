@@ -23,7 +23,7 @@ from bpfree.config import parse_words
 from bpfree.study.cells import plan
 from bpfree.study.file import find_study
 from bpfree.study.floors import Known, floor_key, measure_floor_of
-from bpfree.study.worker import Tasks
+from bpfree.study.worker import TaskCache
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -53,15 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = ["tracking.enabled=false", f"threads={options.threads}", *options.set]
     made = plan(find_study(options.study), parse_words(words), seeds=1 if options.quick else options.seeds)
     accuracies = known(RESULTS / options.beside, options.study) if options.beside else {}
-    tasks, found, known_before, rows = Tasks(), dict[str, Any](), Known(), []
-    for place, cell in {(cell.row, cell.column): cell for cell in reversed(made.cells)}.items():
-        if options.rows and cell.row not in options.rows:
+    tasks, found, known_before, rows = TaskCache(), dict[str, Any](), Known(), []
+    for place, cell in {(cell.key.row, cell.key.column): cell for cell in reversed(made.cells)}.items():
+        if options.rows and cell.key.row not in options.rows:
             continue
         key = floor_key(cell)
         if key not in found:
-            print(f"{cell.row}: {cell.recipe.names['network']} on {cell.recipe.names['task']}", file=sys.stderr, flush=True)
+            print(f"{cell.key.row}: {cell.recipe.names['network']} on {cell.recipe.names['task']}", file=sys.stderr, flush=True)
             found[key] = measure_floor_of(cell.recipe, made.seeds, tasks, known_before)
-        floor, own = found[key], accuracies.get(cell.row, accuracies.get(f"{cell.row} / {cell.column}"))
+        floor, own = found[key], accuracies.get(cell.key.row, accuracies.get(f"{cell.key.row} / {cell.key.column}"))
         mean = 100 * statistics.fmean(floor.test)
         row = {"row": place[0], "column": place[1], "network": floor.network, "of": floor.source, "penalty": floor.penalty}
         row |= {"floor": list(floor.test), "validation": list(floor.validation), "inputs": list(floor.inputs), "skipped": floor.skipped}

@@ -101,15 +101,15 @@ def measure_table(device: torch.device, *, quick: bool) -> dict[str, dict[str, A
         study = find_study(f"noprop/table1-{task}")
         published = {row.label: row.published[""] for row in study.rows}
         for cell in plan(study, load=False).cells:
-            if not cell.row.endswith("one-hot") or cell.seed != study.seeds[0] or (quick and "CT" not in cell.row):
+            if not cell.key.row.endswith("one-hot") or cell.key.seed != study.seeds[0] or (quick and "CT" not in cell.key.row):
                 continue
             rule, batch = build(cell.recipe, 8 if quick else int(cell.recipe.settings.batch_size), device)
             found = peak(rule, batch, device, most=1)
-            results[f"{task}, {cell.row.removesuffix(' one-hot')}"] = {
+            results[f"{task}, {cell.key.row.removesuffix(' one-hot')}"] = {
                 "step_bytes": found["step"],
                 "kept_bytes": found["kept"],
                 "total_bytes": found["step"] + found["kept"],
-                "published_mib": published[cell.row]["memory_mb"].mean,
+                "published_mib": published[cell.key.row]["memory_mb"].mean,
             }
     return results
 

@@ -26,8 +26,9 @@ from bpfree import Phase, Rule, Trainer
 from bpfree.cli.output import print_table
 from bpfree.config import parse_words
 from bpfree.network.network import evaluating
-from bpfree.study.cells import Cell, plan
+from bpfree.study.cells import plan
 from bpfree.study.file import find_study
+from bpfree.study.rows import Cell
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training.features import feature_loader, feature_split
@@ -43,7 +44,7 @@ def trained(cell: Cell, task: Task) -> tuple[Rule, Phase]:
     phases = list(rule.phases(recipe.settings.budget))
     last = phases[-1]
     if not last.on_features:
-        sys.exit(f"{cell.row}: its last phase, {last.name!r}, is not on features")
+        sys.exit(f"{cell.key.row}: its last phase, {last.name!r}, is not on features")
     settings = dataclasses.replace(recipe.settings, select="last")
     rule.phases = lambda budget: phases[:-1] or [dataclasses.replace(last, epochs=0)]  # type: ignore[method-assign]
     Trainer(rule, dataclasses.replace(task, test=task.validation or task.test), settings).fit()
@@ -142,11 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = plan(find_study(options.study), parse_words(words), seeds=1).cells
     found = {}
     for cell in cells:
-        if cell.row not in options.rows if options.rows is not None else not has_features(cell):
+        if cell.key.row not in options.rows if options.rows is not None else not has_features(cell):
             continue
-        print(f"{cell.row} {time.strftime('%H:%M:%S')}", flush=True)
-        found[cell.row] = sweep(cell, options.rates, options.examples)
-        print_table(("row", "rate", "validation %", "best look", "training %"), [(cell.row, *shown(row)) for row in found[cell.row]])
+        label = cell.key.row
+        print(f"{label} {time.strftime('%H:%M:%S')}", flush=True)
+        found[label] = sweep(cell, options.rates, options.examples)
+        print_table(("row", "rate", "validation %", "best look", "training %"), [(label, *shown(row)) for row in found[label]])
     benchmark.finish({"study": options.study, "rows": found}, suffix=f"_{options.study}")
 
 

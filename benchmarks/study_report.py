@@ -6,6 +6,7 @@ at most 20 s and 5 MB.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -18,12 +19,11 @@ from pathlib import Path
 import measure
 
 from bpfree.config import parse_words
-from bpfree.study.cells import Cell, Plan, plan
+from bpfree.study.cells import Plan, plan
 from bpfree.study.file import read_study
-from bpfree.study.line import Line
 from bpfree.study.report import report_on, write_report
-from bpfree.study.state import Outcome
-from bpfree.study.trials import Trial, Tuned
+from bpfree.study.rows import Cell, TableRow, Trial, Tuned
+from bpfree.study.store import CellRecord
 
 SECONDS, MEGABYTES = 20.0, 5.0
 """What is to be kept to."""
@@ -51,9 +51,9 @@ def planned(folder: Path, rows: int) -> Plan:
     return plan(study, parse_words([f"output={folder}"]))
 
 
-def finished(cell: Cell, row: int, epochs: int) -> Outcome:
+def finished(cell: Cell, row: int, epochs: int) -> CellRecord:
     """A cell with a made-up curve; greater rows learn less."""
-    chance = random.Random(f"{cell.row} {cell.column} {cell.seed}")
+    chance = random.Random(f"{cell.key.row} {cell.key.column} {cell.key.seed}")
     best, seconds = 0.98 - 0.01 * row + chance.gauss(0, 0.003), 0.05 * (1 + row % 5)
     history = []
     for epoch in range(1, epochs + 1):
@@ -67,20 +67,19 @@ def finished(cell: Cell, row: int, epochs: int) -> Outcome:
     result |= {"train/forwards": 4851.0 * epochs, "parameters": 59146.0, "parameters_trained": 1290.0}
     result |= {f"test/b{block}/accuracy": best * block / BLOCKS for block in range(1, BLOCKS + 1)}
     tags = {"network": "mlp", "reverse_span": "1", "downstream_weights": "0", "rule_lines": "40", "torch": "2", "threads": "1"}
-    return Outcome(cell.id, cell.row, cell.column, cell.seed, status="finished", result=result, history=history, tags=tags)
+    return CellRecord(cell.key, status="finished", result=result, history=history, tags=tags)
 
 
-def made_lines(made: Plan, epochs: int) -> list[Line]:
+def made_lines(made: Plan, epochs: int) -> list[TableRow]:
     """All cells finished, all rows tuned."""
     labels = [row.label for row in made.study.rows]
-    lines = {(row.label, column.label): Line(row, column.label) for row, column in made.study.cells()}
-    for cell in made.cells:
-        line, row = lines[cell.row, cell.column], labels.index(cell.row)
-        line.cells.append(cell)
-        line.outcomes.append(finished(cell, row, epochs))
+    lines = []
+    for line in made.rows:
+        row = labels.index(line.written.label)
         rates = [Trial({"optimizer.lr": 10 ** (-trial / 4)}, "finished", 90 - row - abs(trial - 8), 1.0) for trial in range(1, 20)]
-        line.tuned = Tuned(["optimizer.lr"], [Trial({}, "finished", 80.0, 1.0), *rates], 20, logarithmic=["optimizer.lr"])
-    return list(lines.values())
+        tuned = Tuned(["optimizer.lr"], [Trial({}, "finished", 80.0, 1.0), *rates], 20, logarithmic=["optimizer.lr"])
+        lines.append(dataclasses.replace(line, records=[finished(cell, row, epochs) for cell in line.cells], tuned=tuned))
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

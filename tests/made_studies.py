@@ -11,9 +11,8 @@ from pathlib import Path
 from bpfree.config import parse_words
 from bpfree.study.cells import Plan, plan
 from bpfree.study.file import read_study
-from bpfree.study.line import Line
-from bpfree.study.state import Outcome
-from bpfree.study.trials import Trial, Tuned
+from bpfree.study.rows import Cell, TableRow, Trial, Tuned
+from bpfree.study.store import CellRecord
 
 RULES = ("backprop", "dfa", "frozen", "linear")
 TAGS = {
@@ -67,20 +66,22 @@ def planned(
     return plan(study, parse_words([f"output={folder}/runs", *words]))
 
 
-def lines_of(made: Plan, outcomes: Mapping[str, Outcome | None] | None = None) -> list[Line]:
+def lines_of(made: Plan, outcomes: Mapping[str, CellRecord | None] | None = None) -> list[TableRow]:
     """The plan's lines, with outcomes by the cells' hashes; by default all are finished, see :func:`outcome`."""
-    places = {(row.label, column.label): Line(row, column.label) for row, column in made.study.cells()}
-    for cell in made.cells:
-        line = places[cell.row, cell.column]
-        line.cells.append(cell)
-        number = [row.label for row in made.study.rows].index(cell.row)
-        line.outcomes.append(outcome(cell, number) if outcomes is None else outcomes.get(cell.id))
-    return list(places.values())
+    return [
+        dataclasses.replace(
+            row,
+            records=[
+                outcome(cell, made.study.rows.index(row.written)) if outcomes is None else outcomes.get(cell.key.id) for cell in row.cells
+            ],
+        )
+        for row in made.rows
+    ]
 
 
-def outcome(cell: object, number: int, *, epochs: int = 20, loss: bool = False, blocks: int = 0, parallel: int = 1) -> Outcome:
+def outcome(cell: Cell, number: int, *, epochs: int = 20, loss: bool = False, blocks: int = 0, parallel: int = 1) -> CellRecord:
     """A finished cell; the rows with greater numbers learn less, and more slowly."""
-    place = random.Random(f"{cell.row} {cell.column} {cell.seed}")  # type: ignore[attr-defined]
+    place = random.Random(f"{cell.key.row} {cell.key.column} {cell.key.seed}")
     best = 0.985 - 0.011 * number + place.gauss(0, 0.004)
     rate, cost = 0.5 / (1 + 0.4 * number), 0.05 * (1 + number % 5) * (1 + place.random() / 10)
     history = []
@@ -104,10 +105,9 @@ def outcome(cell: object, number: int, *, epochs: int = 20, loss: bool = False, 
     spans = ("all", "1", "0", "1")
     tags = {**TAGS, "network": "mlp", "reverse_span": spans[number % 4], "downstream_weights": "all" if number % 4 == 0 else "0"}
     tags |= {"rule_lines": str(20 + 17 * number), "own_network": str(number % 4 == 3), "data_fingerprint": "same"}
-    return Outcome(
-        cell.id, cell.row, cell.column, cell.seed, status="finished", result=result, history=history, tags=tags, parallel=parallel,  # type: ignore[attr-defined]
-        run=f"run-{cell.row}-{cell.seed}",  # type: ignore[attr-defined]
-    )  # fmt: skip
+    return CellRecord(
+        cell.key, "finished", run=f"run-{cell.key.row}-{cell.key.seed}", result=result, history=history, tags=tags, parallel=parallel
+    )
 
 
 def tuned(number: int, *, keys: Sequence[str] = ("optimizer.lr",), trials: int = 8) -> Tuned:

@@ -30,14 +30,13 @@ It is a study made of words: interrupt it at any time, the same command resumes 
 @click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: beside the cells]")
 @click.option("--quiet", "-q", is_flag=True, help="No progress display.")
 def compare(words: tuple[str, ...], seeds: int, only: bool, jobs: int | None, timeout: float | None, to: Path | None, quiet: bool) -> int:
-    from bpfree.cli.study_progress import StudyProgress
+    from bpfree.cli.study import run_worklist
     from bpfree.errors import UsageError
     from bpfree.leaves import parse_words
-    from bpfree.study import cells, command
-    from bpfree.study.agenda import Agenda
+    from bpfree.study import cells
+    from bpfree.study.command import Options
     from bpfree.study.comparing import comparison
-    from bpfree.study.state import State
-    from bpfree.training.trainer import Interrupted
+    from bpfree.study.worklist import Worklist
 
     rules = [word for word in words if "=" not in word.split(",")[0]]
     common = parse_words(word for word in words if word not in rules)
@@ -45,14 +44,5 @@ def compare(words: tuple[str, ...], seeds: int, only: bool, jobs: int | None, ti
         raise UsageError("a comparison repeats each rule with the seeds 0, 1, ...", where="seed", fix="say how many with --seeds N")
     study = comparison(rules, [leaf for leaf in common if leaf.key != "output"], seeds=seeds, references=not only)
     plan = cells.plan(study, [leaf for leaf in common if leaf.key == "output"])
-    agenda = Agenda(plan, State(plan.output, study.name))
     again = ["compare", *words, "--seeds", str(seeds), *(["--only"] if only else [])]
-    options = command.Options(jobs=jobs, timeout=timeout, folder=to, quiet=quiet)
-    with StudyProgress(agenda.count(), agenda.left(), quiet=quiet) as progress:
-        try:
-            made, page = command.run(plan, agenda, common, again, options, progress.of)
-        except (Interrupted, KeyboardInterrupt):
-            click.echo("the comparison was interrupted: the same command resumes it", err=True)
-            raise
-    click.echo(f"{made.text()}\n\n{page.resolve()}")
-    return 0 if agenda.complete() else 1
+    return run_worklist(Worklist(plan), common, again, Options(jobs=jobs, timeout=timeout, folder=to, quiet=quiet))

@@ -11,9 +11,11 @@ import click
 from bpfree.cli.completion import names_of
 
 if TYPE_CHECKING:
-    from bpfree.study.agenda import Agenda
-    from bpfree.study.cells import Cell, Plan
+    from bpfree.leaves import Leaf
+    from bpfree.study.command import Options
     from bpfree.study.model import Published, Row, Study
+    from bpfree.study.report import Report
+    from bpfree.study.worklist import Worklist
 
 RUN_HELP = """Run what is not finished of a study, and report on it.
 
@@ -192,7 +194,7 @@ def _published(row: Row, column: str) -> str:
 @click.option("--dry-run", is_flag=True, help="Show the cells, how they stand and what they will cost; run nothing.")
 def run(name: str, settings: tuple[str, ...], dry_run: bool, **options: Any) -> int:
     if dry_run:
-        return _dry_run(*_prepared(name, settings, options["seeds"], load=False, rows=options["rows"], columns=options["columns"]))
+        return _dry_run(_worklist(name, settings, options["seeds"], load=False, rows=options["rows"], columns=options["columns"]))
     return _run(name, settings, options)
 
 
@@ -213,9 +215,8 @@ def retry(which: str, name: str, settings: tuple[str, ...], **options: Any) -> i
 def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | None) -> int:
     from bpfree.study import command
 
-    plan, agenda = _prepared(name, settings, seeds, load=False)
-    made, page = command.report(plan, agenda, ["study", "run", *_again(name, settings, seeds)], to)
-    click.echo(f"{made.text()}\n\n{page.resolve()}")
+    worklist = _worklist(name, settings, seeds, load=False)
+    _print(*command.report(worklist, ["study", "run", *_again(name, settings, seeds)], to))
     return 0
 
 
@@ -225,10 +226,10 @@ def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | N
 @seeds
 def status(name: str, settings: tuple[str, ...], seeds: int | None) -> int:
     from bpfree.cli.output import print_table
-    from bpfree.study.standing import standing
+    from bpfree.study.status import status_table
 
-    _, agenda = _prepared(name, settings, seeds, load=False)
-    table, summary = standing(agenda)
+    worklist = _worklist(name, settings, seeds, load=False)
+    table, summary = status_table(worklist)
     print_table(["row", "column", "seed", "state", "epoch", "minutes", "validation", "cell"], table, right=[2, 4, 5, 6])
     click.echo(f"\n{summary}")
     return 0
@@ -238,64 +239,49 @@ def status(name: str, settings: tuple[str, ...], seeds: int | None) -> int:
 
 
 def _run(name: str, settings: tuple[str, ...], options: dict[str, Any], retry: Sequence[str] = ()) -> int:
-    from bpfree.study import receipt
-
-    words = ["study", "run", *_again(name, settings, options["seeds"])]
-    whole = not (retry or options["rows"] or options["columns"])
-    asked = [*words, *(["--to", str(options["to"])] if options["to"] else [])]
-    if whole and (text := receipt.read_receipt(_folder(name, settings), asked)) is not None:
-        click.echo("everything is finished already", err=True)
-        click.echo(text)
-        return 0
-    return _run_now(name, settings, options, retry, words, asked if whole else None)
-
-
-def _run_now(
-    name: str, settings: tuple[str, ...], options: dict[str, Any], retry: Sequence[str], words: list[str], asked: list[str] | None
-) -> int:
-    from bpfree.cli.study_progress import StudyProgress
     from bpfree.leaves import parse_words
-    from bpfree.study import command, receipt
-    from bpfree.training.trainer import Interrupted
+    from bpfree.study.command import Options
 
-    plan, agenda = _prepared(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"], retry=retry)
-    left, count = agenda.left(), agenda.count()
-    click.echo(f"{plan.study.name}: {left} of {count} cells to run{_others(agenda, [name, *settings])}", err=True)
-    chosen = command.Options(
+    worklist = _worklist(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"], retry=retry)
+    counts = f"{worklist.left()} of {worklist.count()} cells to run{_others(worklist, [name, *settings])}"
+    click.echo("everything is finished already" if worklist.complete() else f"{worklist.plan.study.name}: {counts}", err=True)
+    chosen = Options(
         options["executor"], options["jobs"], options["address"], options["gpus"], options["timeout"], options["to"], options["quiet"]
     )
-    with StudyProgress(count, left, quiet=options["quiet"]) as progress:
-        try:
-            made, page = command.run(plan, agenda, parse_words(settings), words, chosen, progress.of)
-        except (Interrupted, KeyboardInterrupt):
-            click.echo("the study was interrupted: the same command resumes it", err=True)
-            raise
-    text = f"{made.text()}\n\n{page.resolve()}"
-    click.echo(text)
-    complete = agenda.complete()
-    if complete and asked is not None and command.is_settled(plan, agenda):
-        receipt.write_receipt(_folder(name, settings), asked, text, page, *command.watched_files(plan, agenda, page))
-    return 0 if complete else 1
+    return run_worklist(worklist, parse_words(settings), ["study", "run", *_again(name, settings, options["seeds"])], chosen)
 
 
-def _others(agenda: Agenda, words: Sequence[str]) -> str:
+def run_worklist(worklist: Worklist, overrides: Sequence[Leaf], words: Sequence[str], options: Options) -> int:
+    """Run a study or a comparison with its progress, and print the report."""
+    from bpfree.cli.study_progress import StudyProgress
+    from bpfree.study import command
+    from bpfree.training.trainer import Interrupted
+
+    progress = StudyProgress(worklist.count(), worklist.left(), quiet=options.quiet)
+    try:
+        _print(*command.run(worklist, overrides, words, options, progress.of))
+    except (Interrupted, KeyboardInterrupt):
+        click.echo(f"the {'comparison' if words[0] == 'compare' else 'study'} was interrupted: the same command resumes it", err=True)
+        raise
+    return 0 if worklist.complete() else 1
+
+
+def _print(made: Report, page: Path) -> None:
+    click.echo(f"{made.text()}\n\n{page.resolve()}")
+
+
+def _others(worklist: Worklist, words: Sequence[str]) -> str:
     """The state of those that are not run."""
     import shlex
 
-    done = [cell for cell in agenda.cells() if not agenda.to_do(cell)]
-    without = sum(not agenda.finished([cell]) for cell in done)
+    done = [cell for cell in worklist.cells() if not worklist.to_do(cell)]
+    without = sum(not worklist.finished([cell]) for cell in done)
     parts = [f"{len(done) - without} are finished"] if len(done) > without else []
     parts += [f"{without} ended without a result (again: {shlex.join(['bpfree', 'study', 'retry', 'failed', *words])})"] if without else []
     return "".join(f", {part}" for part in parts)
 
 
-def _folder(name: str, settings: Sequence[str]) -> Path:
-    """Where receipts are: known before anything is resolved, and the same for the same words."""
-    output = next((word.partition("=")[2] for word in reversed(settings) if word.startswith("output=")), "runs")
-    return Path(output) / "studies"
-
-
-def _prepared(
+def _worklist(
     name: str,
     settings: Sequence[str],
     seeds: int | None,
@@ -304,15 +290,14 @@ def _prepared(
     rows: str | None = None,
     columns: str | None = None,
     retry: Sequence[str] = (),
-) -> tuple[Plan, Agenda]:
+) -> Worklist:
     from bpfree.leaves import parse_words
     from bpfree.study import cells
-    from bpfree.study.agenda import Agenda
     from bpfree.study.file import find_study
-    from bpfree.study.state import State
+    from bpfree.study.worklist import Worklist
 
     plan = cells.plan(find_study(name), parse_words(settings), seeds=seeds, load=load)
-    return plan, Agenda(plan, State(plan.output, plan.study.name), rows=_labels(rows), columns=_labels(columns), retry=retry)
+    return Worklist(plan, rows=_labels(rows), columns=_labels(columns), retry=retry)
 
 
 def _labels(text: str | None) -> list[str] | None:
@@ -323,17 +308,16 @@ def _again(name: str, settings: Sequence[str], seeds: int | None) -> list[str]:
     return [name, *settings, *([] if seeds is None else ["--seeds", str(seeds)])]
 
 
-def _dry_run(plan: Plan, agenda: Agenda) -> int:
+def _dry_run(worklist: Worklist) -> int:
     from bpfree.cli.output import print_table
     from bpfree.study.report.remarks import unused
-    from bpfree.study.standing import costs
+    from bpfree.study.status import costs
 
-    for change in plan.changes:
+    for change in worklist.plan.changes:
         click.echo(f"not as written: {change}")
-    for line in unused(agenda.lines()):
+    for line in unused(worklist.table()):
         click.echo(line)
-    cells: list[Cell] = agenda.cells()
-    table, summary = costs(agenda, cells)
+    table, summary = costs(worklist)
     print_table(["row", "column", "seed", "state", "minutes", "cell"], table, right=[2, 4])
     click.echo(f"\n{summary}")
     return 0

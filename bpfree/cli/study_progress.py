@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
-    from bpfree.study.cells import Cell
-    from bpfree.study.state import Outcome
+    from bpfree.study.rows import Cell
+    from bpfree.study.store import CellRecord
 
 __all__ = ["StudyProgress"]
 
@@ -34,12 +33,6 @@ class StudyProgress:
         self._elsewhere: set[str] = set()
         self._workers, self._said = 1, time.monotonic()
 
-    def __enter__(self) -> StudyProgress:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Nothing stays behind."""
-
     def of(self, workers: int) -> StudyProgress:
         """The same for so many workers."""
         self._workers = workers
@@ -47,29 +40,29 @@ class StudyProgress:
             click.echo(f"{workers} workers", err=True)
         return self
 
-    def started(self, cell: Cell, before: Outcome | None) -> None:
+    def started(self, cell: Cell, before: CellRecord | None) -> None:
         """Report where an interrupted cell resumes."""
         if before is not None and before.run and not before.is_final and before.status != "running":  # that one another process has
-            self.say(f"{cell.label}: resumes {before.run}")
+            self.say(f"{cell.key.label}: resumes {before.run}")
 
     def waiting(self, cells: Sequence[Cell], epoch: Callable[[Cell], str]) -> None:
         """From time to time a line that says what runs, where several cells do; a single one shows itself."""
         if self._workers > 1 and time.monotonic() - self._said > SILENCE:
-            far = ((cell.label, epoch(cell)) for cell in cells)
+            far = ((cell.key.label, epoch(cell)) for cell in cells)
             self.say("running: " + ", ".join(f"{label} (epoch {share})" if share else label for label, share in far))
 
-    def ended(self, cell: Cell, outcome: Outcome | None, left: int) -> None:
-        """A line: place, outcome, what is left."""
+    def ended(self, cell: Cell, record: CellRecord | None, left: int) -> None:
+        """A line: place, record, what is left."""
         self._left = left
-        if outcome is None:
-            if cell.id not in self._elsewhere:
-                self.say(f"{cell.label}: another process runs it")
-            self._elsewhere.add(cell.id)
+        if record is None:
+            if cell.key.id not in self._elsewhere:
+                self.say(f"{cell.key.label}: another process runs it")
+            self._elsewhere.add(cell.key.id)
             return
-        if outcome.status != "finished":
-            self._show(f"{cell.label}: {outcome.status}: {outcome.reason}")
+        if record.status != "finished":
+            self._show(f"{cell.key.label}: {record.status}: {record.reason}")
         elif not self._quiet:
-            self._show(f"{cell.label}: {_score(outcome)}, {outcome.elapsed:.0f} s{self._rest()}")
+            self._show(f"{cell.key.label}: {_score(record)}, {record.elapsed:.0f} s{self._rest()}")
 
     def _show(self, text: str) -> None:
         width = len(str(self._count))
@@ -92,8 +85,8 @@ class StudyProgress:
         self._said = time.monotonic()
 
 
-def _score(outcome: Outcome) -> str:
-    result, last = outcome.result, outcome.history[-1] if outcome.history else {}
+def _score(record: CellRecord) -> str:
+    result, last = record.result, record.history[-1] if record.history else {}
     for name, source in (("test", result), ("val", last)):
         if f"{name}/accuracy" in source:
             return f"{name} accuracy {100 * source[f'{name}/accuracy']:.2f} %"

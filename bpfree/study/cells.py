@@ -30,12 +30,14 @@ from bpfree.plugins import Plugins
 from bpfree.recipe import Recipe
 from bpfree.rule import Rule, Traits
 from bpfree.sources import source_hashes
-from bpfree.study.data import Data, DataBook
+from bpfree.study.fingerprints import Fingerprints, KnownData
 from bpfree.study.model import Column, Row, Study
+from bpfree.study.rows import Cell, TableRow
+from bpfree.study.store import CellKey
 from bpfree.training.environment import resolve_device
 from bpfree.yaml_values import text_of
 
-__all__ = ["Cell", "Place", "Plan", "cell_of", "is_scientific", "plan", "problems_of", "recipe_with", "twin_of", "word"]
+__all__ = ["Plan", "cell_of", "is_scientific", "plan", "problems_of", "recipe_with", "word"]
 
 NOT_SCIENTIFIC = (runner.CHANGEABLE - {"budget", "evaluation"}) | {"output"}
 """How long is part of the result, and so are the draws of an evaluation and which epochs ``best-val`` chooses among."""
@@ -46,81 +48,34 @@ PROBE = "linear-probe"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A computation with its place in the table.
-
-    Attributes:
-        row, column: labels.
-        seed: of this repetition.
-        recipe: resolved.
-        words: ``KEY=VALUE`` words that give the same recipe.
-        identity: what its numbers depend on.
-        id: hash of the identity, 16 hex digits.
-        leaves: the settings that gave the recipe, for another process to do the same.
-        examples: for training, before a validation split is cut; ``None`` where the data are not here.
-        trial: number of the trial, for a cell of tuning, which never sees the test split.
-    """
-
-    row: str
-    column: str
-    seed: int
-    recipe: Recipe
-    words: Sequence[str]
-    identity: Mapping[str, Any]
-    id: str
-    leaves: Sequence[Leaf] = ()
-    examples: int | None = None
-    trial: int | None = None
-
-    @property
-    def label(self) -> str:
-        """As shown while it runs."""
-        number = f"seed {self.seed}" if self.trial is None else f"trial {self.trial}"
-        return " ".join(filter(None, [self.row, self.column and f"[{self.column}]", number]))
-
-
-@dataclass(frozen=True)
-class Place:
-    """A row in one of its columns, resolved; its cells differ in the seed, and in what tuning tries.
-
-    Attributes:
-        row, column: of the study.
-        recipe: with the settings of the file and the command line.
-        leaves: these settings.
-    """
-
-    row: Row
-    column: Column
-    recipe: Recipe
-    leaves: Sequence[Leaf]
-
-
-@dataclass(frozen=True)
 class Plan:
     """A study with what the command line says.
 
     Attributes:
         study: as written.
-        places: of all rows and columns.
-        cells: of the configurations as written; seeds are the outer loop, so that every row has its first number early.
+        rows: in their columns, with the cells of the configurations as written.
         seeds: the repetitions.
         changes: how this differs from the study as written, a phrase each.
         shortened: whether it computes less than is written.
-        book: what is known of the data.
+        fingerprints: of the data.
     """
 
     study: Study
-    places: Sequence[Place]
-    cells: Sequence[Cell]
+    rows: Sequence[TableRow]
     seeds: Sequence[int]
     changes: Sequence[str]
     shortened: bool
-    book: DataBook
+    fingerprints: Fingerprints
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Cells as written; seeds are the outer loop, so that every row has its first number early."""
+        return [row.cells[number] for number in range(len(self.seeds)) for row in self.rows]
 
     @property
     def output(self) -> Path:
         """The folder of runs."""
-        return Path(self.cells[0].recipe.settings.output)
+        return Path(self.rows[0].recipe.settings.output)
 
 
 def plan(
@@ -142,14 +97,21 @@ def plan(
     if taken:
         raise UsageError("a study repeats each cell with its seeds", where=taken[0], fix="say how many with --seeds N")
     repetitions = _repetitions(study, seeds)
-    places = _resolve_all(study, overrides, registry)
-    book = DataBook(Path(places[0].recipe.settings.output) / "studies", load=load)
-    cells = [cell_of(place, seed, book) for seed in repetitions for place in places]
-    changes, shortened = _changes(study, overrides, [place.recipe for place in places], registry) if overrides else ([], False)
+    resolved = _resolve_all(study, overrides, registry)
+    fingerprints = Fingerprints(Path(resolved[0].recipe.settings.output) / "studies", load=load)
+    rows = [
+        dataclasses.replace(
+            row,
+            cells=[cell_of(row, seed, fingerprints) for seed in repetitions],
+            twin=_twin_of(row) if study.equal_budget else None,
+        )
+        for row in resolved
+    ]
+    changes, shortened = _changes(study, overrides, rows, registry) if overrides else ([], False)
     if repetitions != list(study.seeds):
         changes.append(f"seeds {_listed(repetitions)} instead of {_listed(study.seeds)}")
         shortened = shortened or len(repetitions) < len(study.seeds)
-    return Plan(study, places, cells, repetitions, changes, shortened, book)
+    return Plan(study, rows, repetitions, changes, shortened, fingerprints)
 
 
 def _repetitions(study: Study, count: int | None) -> list[int]:
@@ -201,14 +163,14 @@ def is_scientific(key: str) -> bool:
     return key.split(".")[0] not in NOT_SCIENTIFIC
 
 
-def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | None) -> list[Place]:
-    """The cells of one repetition, resolved.
+def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | None) -> list[TableRow]:
+    """The rows in their columns, resolved.
 
     Raises:
         UsageError: with everything that is wrong, each thing once.
     """
     problems: dict[str, list[str]] = {}
-    places = []
+    found = []
     for row, column in study.cells():
         leaves = _leaves(study, row, column, overrides)
         try:
@@ -219,18 +181,18 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
             if study.probe and _can_be_probed(recipe, leaves):
                 leaves.append(Leaf("evaluation.protocols", [PROBE], "every study"))
                 recipe = _without(resolve(leaves, registry), row)
-            places.append(Place(row, column, recipe, leaves))
+            found.append(TableRow(row, column.label, recipe, leaves))
         except UsageError as error:
             for problem in problems_of(error):
                 problems.setdefault(problem, []).append(row.label)
-    for problem in [] if problems else _used_by_none(places):
-        problems.setdefault(problem, [place.row.label for place in places])
+    for problem in [] if problems else _used_by_none(found):
+        problems.setdefault(problem, [each.written.label for each in found])
     if problems:
         every = len(list(study.cells()))
         listed = [_where(problem, rows, every) for problem, rows in problems.items()]
         what = listed[0] if len(listed) == 1 else f"{len(listed)} things are wrong in the study:\n" + "\n".join(f"  - {p}" for p in listed)
         raise UsageError(what, where=f"study {study.name}")
-    return places
+    return found
 
 
 def _can_be_probed(recipe: Recipe, leaves: Sequence[Leaf]) -> bool:
@@ -242,12 +204,12 @@ def _can_be_probed(recipe: Recipe, leaves: Sequence[Leaf]) -> bool:
     return features and not named and recipe.spec().targets in recipe.registry.get("protocols", PROBE).kinds
 
 
-def twin_of(place: Place) -> Place | None:
-    """Make the place of a row's own-prediction twin; ``None`` for a row that is untrained itself, or has no hidden blocks."""
-    if place.recipe.names["rule"] in ("linear", "frozen") or place.recipe.settings.twin:
+def _twin_of(row: TableRow) -> TableRow | None:
+    """Make a row's own-prediction twin; ``None`` for a row that is untrained itself, or has no hidden blocks."""
+    if row.recipe.names["rule"] in ("linear", "frozen") or row.recipe.settings.twin:
         return None
-    recipe, leaves = recipe_with(place, [Leaf("twin", True, "twin"), Leaf("evaluation.protocols", [], "twin")])
-    return Place(dataclasses.replace(place.row, label=f"{place.row.label} (twin)", published={}), place.column, recipe, leaves)
+    recipe, leaves = recipe_with(row, [Leaf("twin", True, "twin"), Leaf("evaluation.protocols", [], "twin")])
+    return TableRow(dataclasses.replace(row.written, label=f"{row.written.label} (twin)", published={}), row.column, recipe, leaves)
 
 
 def _without(recipe: Recipe, row: Row) -> Recipe:
@@ -256,16 +218,16 @@ def _without(recipe: Recipe, row: Row) -> Recipe:
     return dataclasses.replace(recipe, unused={**recipe.unused, **dict.fromkeys(row.without, reason)}) if row.without else recipe
 
 
-def _used_by_none(places: Sequence[Place]) -> Iterator[str]:
+def _used_by_none(rows: Sequence[TableRow]) -> Iterator[str]:
     """What is wrong with each shared setting that reaches some rows, and is used by none of them."""
     unused: dict[tuple[str, str], str] = {}
     used: set[tuple[str, str]] = set()
-    for place in places:
-        for leaf in place.leaves:
+    for row in rows:
+        for leaf in row.leaves:
             key = canonical(leaf.key, leaf.value)
-            source = said(leaf.value) if leaf.key in place.row.shared else leaf.origin  # a network's settings are copied into rows
-            if key in place.recipe.unused:
-                unused.setdefault((key, source), place.recipe.unused[key])
+            source = said(leaf.value) if leaf.key in row.written.shared else leaf.origin  # a network's settings are copied into rows
+            if key in row.recipe.unused:
+                unused.setdefault((key, source), row.recipe.unused[key])
             else:
                 used.add((key, source))
     yield from (f"{key} is used by no row: {reason}" for (key, source), reason in unused.items() if (key, source) not in used)
@@ -289,53 +251,44 @@ def _where(problem: str, rows: Sequence[str], every: int) -> str:
 # --- identity ---------------------------------------------------------------------------------------------------------
 
 
-def cell_of(place: Place, seed: int, book: DataBook, more: Sequence[Leaf] = (), *, trial: int | None = None) -> Cell:
-    """A cell of a place.
+def cell_of(row: TableRow, seed: int, fingerprints: Fingerprints, more: Sequence[Leaf] = (), *, trial: int | None = None) -> Cell:
+    """A cell of a row.
 
     Args:
-        place: whose.
+        row: whose.
         seed: of the repetition.
-        book: what is known of the data.
+        fingerprints: of the data.
         more: settings that tuning tries, or has chosen.
         trial: its number, for a trial.
 
     Raises:
         UsageError: the further settings do not fit.
     """
-    recipe, leaves = recipe_with(place, more)
+    recipe, leaves = recipe_with(row, more)
     recipe = dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, seed=seed))
-    data = book.of(recipe)
+    data = fingerprints.of(recipe)
     identity = _identity(recipe, data)
-    text = json.dumps(identity, sort_keys=True, default=str)
-    return Cell(
-        place.row.label,
-        place.column.label,
-        seed,
-        recipe,
-        [*(word(leaf.key, leaf.value) for leaf in leaves if _is_told(leaf, recipe)), f"seed={seed}"],
-        identity,
-        hashlib.sha256(text.encode()).hexdigest()[:16],
-        [*leaves, Leaf("seed", seed, "seeds of the study")],
-        None if data is None else data.examples,
-        trial,
-    )
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    key = CellKey(digest, row.written.label, row.column, seed, trial, identity, [*leaves, Leaf("seed", seed, "seeds of the study")])
+    words = [*(word(leaf.key, leaf.value) for leaf in leaves if _is_told(leaf, recipe)), f"seed={seed}"]
+    return Cell(key, recipe, words, None if data is None else data.examples)
 
 
 def _is_told(leaf: Leaf, recipe: Recipe) -> bool:
     return leaf.origin != DEFAULT and canonical(leaf.key, leaf.value) not in recipe.unused
 
 
-def recipe_with(place: Place, more: Sequence[Leaf]) -> tuple[Recipe, list[Leaf]]:
-    """A place's recipe and its settings with further ones.
+def recipe_with(row: TableRow, more: Sequence[Leaf]) -> tuple[Recipe, list[Leaf]]:
+    """A row's recipe and its settings with further ones.
 
     Raises:
         UsageError: they do not fit.
     """
     if not more:
-        return place.recipe, list(place.leaves)
-    merged = {canonical(leaf.key, leaf.value): leaf for leaf in place.leaves}
+        return row.recipe, list(row.leaves)
+    merged = {canonical(leaf.key, leaf.value): leaf for leaf in row.leaves}
     replace_in(merged, more)
-    return _without(resolve(list(merged.values()), place.recipe.registry), place.row), list(merged.values())
+    return _without(resolve(list(merged.values()), row.recipe.registry), row.written), list(merged.values())
 
 
 def word(key: str, value: Any) -> str:
@@ -343,7 +296,7 @@ def word(key: str, value: Any) -> str:
     return f"{key}={text_of(value)}"
 
 
-def _identity(recipe: Recipe, data: Data | None) -> dict[str, Any]:
+def _identity(recipe: Recipe, data: KnownData | None) -> dict[str, Any]:
     settings = recipe.settings
     return {
         "config": {key: _without_place(key, value, recipe, data) for key, value in recipe.flat().items() if is_scientific(key)},
@@ -355,7 +308,7 @@ def _identity(recipe: Recipe, data: Data | None) -> dict[str, Any]:
     }
 
 
-def _without_place(key: str, value: Any, recipe: Recipe, data: Data | None) -> Any:
+def _without_place(key: str, value: Any, recipe: Recipe, data: KnownData | None) -> Any:
     """A data file's place does not count, as its content does."""
     places = (Path(), recipe.root() or Path())
     if data is not None and key.startswith("task.") and isinstance(value, str) and any((place / value).is_file() for place in places):
@@ -366,7 +319,7 @@ def _without_place(key: str, value: Any, recipe: Recipe, data: Data | None) -> A
 # --- how it differs from what is written ------------------------------------------------------------------------------
 
 
-def _changes(study: Study, overrides: Sequence[Leaf], now: Sequence[Recipe], registry: Plugins | None) -> tuple[list[str], bool]:
+def _changes(study: Study, overrides: Sequence[Leaf], now: Sequence[TableRow], registry: Plugins | None) -> tuple[list[str], bool]:
     """A phrase for each setting that differs in any cell; whether a budget is smaller than written."""
     try:
         written = _resolve_all(study, [leaf for leaf in overrides if not is_scientific(leaf.key)], registry)
@@ -375,8 +328,8 @@ def _changes(study: Study, overrides: Sequence[Leaf], now: Sequence[Recipe], reg
     before: dict[str, list[Any]] = {}
     after: dict[str, list[Any]] = {}
     shortened = False
-    for recipe, place in zip(now, written, strict=True):
-        values, others = recipe.flat(), place.recipe.flat()
+    for row, as_written in zip(now, written, strict=True):
+        values, others = row.recipe.flat(), as_written.recipe.flat()
         for key in dict.fromkeys([*values, *others]):
             new, old = values.get(key), others.get(key)
             if new != old and is_scientific(key):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bpfree.study.cells import Plan
 from bpfree.study.differences import Difference, Paired, judge
 from bpfree.study.examples import paired, scores_of
-from bpfree.study.line import Line, percent, table_metric
+from bpfree.study.rows import TableRow, percent, table_metric
 
 __all__ = ["Comparison", "Section", "compare", "comparisons", "difference_texts", "error_legend", "section_on"]
 
@@ -50,10 +50,10 @@ class Comparison:
         return {1: "row better", 0: "not distinguishable", -1: "control better"}[self.difference.sign]
 
 
-def comparisons(plan: Plan, lines: Sequence[Line]) -> list[Comparison]:
+def comparisons(plan: Plan, lines: Sequence[TableRow]) -> list[Comparison]:
     """Compare each column's rows with each of its controls, where both have results of a seed."""
     metric, controls = table_metric(plan.study, lines), plan.study.controls
-    places = {(line.column, line.row.label): line for line in lines}
+    places = {(line.column, line.written.label): line for line in lines}
     pairs = [
         (places[column.label, row.label], places[column.label, control])
         for column in plan.study.columns
@@ -64,20 +64,20 @@ def comparisons(plan: Plan, lines: Sequence[Line]) -> list[Comparison]:
     return _judged(plan, pairs, metric)
 
 
-def compare(plan: Plan, row: Line, control: Line, metric: str) -> Comparison | None:
+def compare(plan: Plan, row: TableRow, control: TableRow, metric: str) -> Comparison | None:
     """Compare two rows of a column alone; ``None`` if no seed has finite results of both."""
     return next(iter(_judged(plan, [(row, control)], metric)), None)
 
 
-def _judged(plan: Plan, pairs: Sequence[tuple[Line, Line]], metric: str) -> list[Comparison]:
+def _judged(plan: Plan, pairs: Sequence[tuple[TableRow, TableRow]], metric: str) -> list[Comparison]:
     scores = {id(line): scores_of(line, metric, plan.output) for pair in pairs for line in pair}
     family: dict[object, tuple[object, Paired]] = {
-        (row.column, row.row.label, control.row.label): (row.column, found)
+        (row.column, row.written.label, control.written.label): (row.column, found)
         for row, control in pairs
         if (found := paired(scores[id(row)], scores[id(control)])) is not None
     }
     judged = judge(family)
-    places = [(row.column, row.row.label, control.row.label) for row, control in pairs]
+    places = [(row.column, row.written.label, control.written.label) for row, control in pairs]
     return [
         Comparison(row, column, control, judged[column, row, control])
         for column, row, control in places
@@ -106,7 +106,7 @@ class Section:
     title: str = "Against the controls"
 
 
-def section_on(plan: Plan, lines: Sequence[Line]) -> Section | None:
+def section_on(plan: Plan, lines: Sequence[TableRow]) -> Section | None:
     """The comparisons as text; ``None`` as long as there are none."""
     found, metric = comparisons(plan, lines), table_metric(plan.study, lines)
     if not found:
@@ -144,7 +144,7 @@ def difference_texts(found: Difference, metric: str) -> tuple[str, str]:
     return f"{found.gain:+z.{digits}f}", "" if found.error is None else f"{found.error:.{digits}f}"
 
 
-def _legend(metric: str, found: Sequence[Comparison], tuned: Sequence[Line]) -> str:
+def _legend(metric: str, found: Sequence[Comparison], tuned: Sequence[TableRow]) -> str:
     name = metric.replace("/", " ")
     difference = f"the row's {name} minus the control's" if metric.endswith("accuracy") else f"the control's {name} minus the row's"
     unit = ", in percentage points" if percent(metric) else ""

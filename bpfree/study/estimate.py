@@ -19,8 +19,8 @@ from bpfree.errors import BpfreeError
 from bpfree.recipe import Recipe
 from bpfree.rule import Rule
 from bpfree.step import Batch, Budget, Phase
-from bpfree.study.cells import Cell
-from bpfree.study.state import Outcome
+from bpfree.study.rows import Cell
+from bpfree.study.store import CellRecord
 from bpfree.tasks.task import TaskSpec
 from bpfree.training import environment
 from bpfree.training.phases import learning
@@ -47,7 +47,7 @@ class Estimate:
     reason: str = ""
 
 
-def estimate(cell: Cell, done: Sequence[Outcome]) -> Estimate:
+def estimate(cell: Cell, done: Sequence[CellRecord]) -> Estimate:
     """The cost of a cell.
 
     Args:
@@ -57,7 +57,7 @@ def estimate(cell: Cell, done: Sequence[Outcome]) -> Estimate:
     budget = cell.recipe.settings.budget
     if budget.seconds is not None:
         return Estimate(budget.seconds, "budget")
-    known = [outcome.result["train/seconds"] for outcome in done if "train/seconds" in outcome.result]
+    known = [record.result["train/seconds"] for record in done if "train/seconds" in record.result]
     if known:
         return Estimate(statistics.fmean(known), "cells")
     if cell.examples is None:

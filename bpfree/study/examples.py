@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpfree.study.differences import Paired
-from bpfree.study.line import Line, percent
-from bpfree.study.state import Outcome
+from bpfree.study.rows import TableRow, percent
+from bpfree.study.store import CellRecord
 from bpfree.training.predictions import FILE, read_predictions
 
 __all__ = ["OWN", "PROBED", "Scores", "paired", "scores_of", "twin_scores"]
@@ -38,7 +38,7 @@ class Scores:
     greater: bool
 
 
-def scores_of(line: Line, metric: str, runs: Path, which: str = OWN) -> Scores:
+def scores_of(line: TableRow, metric: str, runs: Path, which: str = OWN) -> Scores:
     """Collect the scores of a row.
 
     Args:
@@ -47,26 +47,25 @@ def scores_of(line: Line, metric: str, runs: Path, which: str = OWN) -> Scores:
         runs: folder of runs, which hold the predictions.
         which: ``OWN`` or ``PROBED``.
     """
-    cells = [(cell.seed, outcome) for cell, outcome in zip(line.cells, line.outcomes, strict=True) if outcome is not None]
-    return _scores([(seed, outcome) for seed, outcome in cells if outcome.status == "finished"], metric, runs, which)
+    return _scores(line.finished, metric, runs, which)
 
 
-def twin_scores(line: Line, metric: str, runs: Path) -> Scores:
+def twin_scores(line: TableRow, metric: str, runs: Path) -> Scores:
     """Collect the scores of a row's own-prediction twin at equal operations."""
-    cells = [(seed, outcome) for seed, outcome in line.twins.items() if outcome is not None and outcome.status == "finished"]
-    return _scores(cells, metric, runs, OWN)
+    return _scores([] if line.twin is None else line.twin.finished, metric, runs, OWN)
 
 
-def _scores(cells: list[tuple[int, Outcome]], metric: str, runs: Path, which: str) -> Scores:
-    means = {seed: value for seed, outcome in cells if (value := _value(outcome, metric, which)) is not None and math.isfinite(value)}
-    examples = {seed: found for seed, outcome in cells if (found := _examples(outcome, metric, runs, which)) is not None}
+def _scores(finished: Sequence[CellRecord], metric: str, runs: Path, which: str) -> Scores:
+    values = {record.key.seed: _value(record, metric, which) for record in finished}
+    means = {seed: value for seed, value in values.items() if value is not None and math.isfinite(value)}
+    examples = {record.key.seed: found for record in finished if (found := _examples(record, metric, runs, which)) is not None}
     return Scores(means, examples, metric.endswith("accuracy"))
 
 
-def _value(outcome: Outcome, metric: str, which: str) -> float | None:
+def _value(record: CellRecord, metric: str, which: str) -> float | None:
     split, _, kind = metric.partition("/")
     prefix = f"{split}/{which}/" if which else f"{split}/"
-    measured = outcome.result.get(f"{prefix}{'loss' if kind == 'loss' else 'accuracy'}")
+    measured = record.result.get(f"{prefix}{'loss' if kind == 'loss' else 'accuracy'}")
     return None if measured is None else in_unit(measured, metric)
 
 
@@ -77,8 +76,8 @@ def in_unit(value: float, metric: str) -> float:
     return 100 * value if metric.endswith("accuracy") else 100 - 100 * value
 
 
-def _examples(outcome: Outcome, metric: str, runs: Path, which: str) -> Examples | None:
-    kept = read_predictions(runs / outcome.run / FILE) if outcome.run else None
+def _examples(record: CellRecord, metric: str, runs: Path, which: str) -> Examples | None:
+    kept = read_predictions(runs / record.run / FILE) if record.run else None
     if kept is None:
         return None
     values = kept.protocols.get(which) if which else kept.correct if percent(metric) else kept.loss

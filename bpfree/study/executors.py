@@ -10,14 +10,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from bpfree import interrupts
-from bpfree.study.state import Outcome
+from bpfree.study.store import CellRecord
 from bpfree.study.worker import Job, Worker
 from bpfree.training.trainer import Interrupted
 
@@ -33,13 +33,13 @@ class Ended:
 
     Attributes:
         cell: its hash.
-        outcome: ``None``: another process runs it, or the worker has died.
+        record: ``None``: another process runs it, or the worker has died.
         died: what became of the worker, if it died.
         final: whether it makes no sense to try again.
     """
 
     cell: str
-    outcome: Outcome | None
+    record: CellRecord | None
     died: str = ""
     final: bool = False
 
@@ -72,12 +72,12 @@ class InProcess:
 
     slots = 1
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._worker, self._ended = Worker(say), list[Ended]()
+    def __init__(self) -> None:
+        self._worker, self._ended = Worker(), list[Ended]()
 
     def start(self, job: Job) -> None:
         """Run it."""
-        self._ended.append(Ended(job.cell, self._worker.run(job)))
+        self._ended.append(Ended(job.key.id, self._worker.run(job)))
 
     def wait(self) -> list[Ended]:
         """What has run."""
@@ -89,7 +89,7 @@ class InProcess:
 
 
 @dataclass
-class _Hand:
+class _WorkerProcess:
     """A process of the pool."""
 
     process: subprocess.Popen[bytes]
@@ -111,36 +111,36 @@ class Pool:
 
     def __init__(self, jobs: int, gpus: Sequence[str] = ()) -> None:
         self.slots, self._gpus = jobs, list(gpus)
-        self._hands: list[_Hand] = []
+        self._workers: list[_WorkerProcess] = []
 
     def start(self, job: Job) -> None:
         """Give it to a free process."""
-        hand = next((hand for hand in self._hands if hand.job is None and hand.process.poll() is None), None) or self._new()
-        hand.job, hand.since = job, time.monotonic()
+        worker = next((worker for worker in self._workers if worker.job is None and worker.process.poll() is None), None) or self._new()
+        worker.job, worker.since = job, time.monotonic()
         with contextlib.suppress(OSError):  # it has just died, which the next wait finds
-            hand.connection.send(job)
+            worker.connection.send(job)
 
     def wait(self) -> list[Ended]:
         """Results, deaths, and cells whose time is long up."""
-        busy = [hand for hand in self._hands if hand.job is not None]
-        wait([hand.connection for hand in busy], timeout=1.0)  # a connection ends when its process does
-        return [found for hand in busy if (found := self._look(hand)) is not None]
+        busy = [worker for worker in self._workers if worker.job is not None]
+        wait([worker.connection for worker in busy], timeout=1.0)  # a connection ends when its process does
+        return [found for worker in busy if (found := self._look(worker)) is not None]
 
     def close(self) -> None:
         """Stop what runs, with its checkpoints."""
-        for hand in self._hands:
+        for worker in self._workers:
             with contextlib.suppress(OSError):
-                if hand.job is not None:
-                    hand.process.terminate()
+                if worker.job is not None:
+                    worker.process.terminate()
                 else:
-                    hand.connection.send(None)
+                    worker.connection.send(None)
         deadline = time.monotonic() + GRACE
-        for hand in self._hands:
-            _end(hand, max(0.0, deadline - time.monotonic()))
-        self._hands.clear()
+        for worker in self._workers:
+            _end(worker, max(0.0, deadline - time.monotonic()))
+        self._workers.clear()
 
-    def _new(self) -> _Hand:
-        taken = {hand.number for hand in self._hands}
+    def _new(self) -> _WorkerProcess:
+        taken = {worker.number for worker in self._workers}
         number = next(number for number in range(len(taken) + 1) if number not in taken)
         ours, theirs = socket.socketpair()
         variables = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # who waits keeps nobody from work
@@ -150,39 +150,39 @@ class Pool:
         command = [sys.executable, "-c", f"from bpfree.study.executors import serve; serve({theirs.fileno()}, {os.getpid()})"]
         process = subprocess.Popen(command, env=variables, pass_fds=[theirs.fileno()], process_group=0, stdin=subprocess.DEVNULL)
         theirs.close()
-        hand = _Hand(process, Connection(ours.detach()), number)
+        worker = _WorkerProcess(process, Connection(ours.detach()), number)
         with contextlib.suppress(OSError):  # it has died at once
-            hand.connection.send(list(sys.path))
-        self._hands.append(hand)
-        return hand
+            worker.connection.send(list(sys.path))
+        self._workers.append(worker)
+        return worker
 
-    def _look(self, hand: _Hand) -> Ended | None:
-        assert hand.job is not None
-        job = hand.job
+    def _look(self, worker: _WorkerProcess) -> Ended | None:
+        assert worker.job is not None
+        job = worker.job
         try:
-            if hand.connection.poll():
-                outcome = hand.connection.recv()
-                hand.job = None
-                return Ended(job.cell, outcome)
+            if worker.connection.poll():
+                record = worker.connection.recv()
+                worker.job = None
+                return Ended(job.key.id, record)
         except (EOFError, OSError):
-            self._hands.remove(hand)
-            _end(hand, 1.0)
-            return Ended(job.cell, None, f"its worker died ({_how(hand.process.returncode)})")
-        if job.timeout is not None and time.monotonic() - hand.since > 1.5 * job.timeout + GRACE:
-            self._hands.remove(hand)
-            _end(hand, 0.0)
-            return Ended(job.cell, None, f"killed: it did not stop after its {job.timeout:g} s", final=True)
+            self._workers.remove(worker)
+            _end(worker, 1.0)
+            return Ended(job.key.id, None, f"its worker died ({_how(worker.process.returncode)})")
+        if job.timeout is not None and time.monotonic() - worker.since > 1.5 * job.timeout + GRACE:
+            self._workers.remove(worker)
+            _end(worker, 0.0)
+            return Ended(job.key.id, None, f"killed: it did not stop after its {job.timeout:g} s", final=True)
         return None
 
 
-def _end(hand: _Hand, patience: float) -> None:
+def _end(worker: _WorkerProcess, patience: float) -> None:
     """Wait for a process so many seconds, then kill it."""
     try:
-        hand.process.wait(patience)
+        worker.process.wait(patience)
     except subprocess.TimeoutExpired:
-        hand.process.kill()
-        hand.process.wait()
-    hand.connection.close()
+        worker.process.kill()
+        worker.process.wait()
+    worker.connection.close()
 
 
 def _how(code: int | None) -> str:
@@ -201,7 +201,7 @@ def serve(handle: int, parent: int) -> None:
     """
     _end_with(parent)
     connection = Connection(handle)
-    worker = Worker(lambda text: None)  # the outcome says it
+    worker = Worker()
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt, Interrupted):
         sys.path[:] = connection.recv()
         while (job := connection.recv()) is not None:

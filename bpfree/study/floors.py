@@ -22,9 +22,9 @@ from bpfree.files import replacing, write_text
 from bpfree.recipe import Recipe
 from bpfree.rule import Rule
 from bpfree.sources import floor_hash
-from bpfree.study.cells import Cell, Plan
-from bpfree.study.line import Line
-from bpfree.study.worker import Tasks, reason_of
+from bpfree.study.cells import Plan
+from bpfree.study.rows import Cell, TableRow
+from bpfree.study.worker import TaskCache, reason_of
 from bpfree.tasks.task import TaskSpec
 from bpfree.training import environment
 from bpfree.training.floor import Floor, Reading, chance_of, measure_floor, nearest_mean, read_inputs
@@ -119,7 +119,7 @@ class Floors:
         self._plan, self._folder = plan, folder / "floors"
         self._known: dict[str, FloorRecord | None] = {}
 
-    def of(self, line: Line, lines: Iterable[Line]) -> FloorRecord | None:
+    def of(self, line: TableRow, lines: Iterable[TableRow]) -> FloorRecord | None:
         """Return the floor of a row; ``None`` where it was not measured."""
         key = floor_key(line.cells[0])
         first = next((other for other in lines if floor_key(other.cells[0]) == key), line)
@@ -131,7 +131,7 @@ class Floors:
             "key": floor_key(cell),
             "stream": cell.recipe.settings.stream,
             "seeds": list(self._plan.seeds),
-            **{name: cell.identity[name] for name in ("data", "torch", "device", "threads")},
+            **{name: cell.key.identity[name] for name in ("data", "torch", "device", "threads")},
             "sources": floor_hash(cell.recipe),
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -170,10 +170,10 @@ class Floors:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callable[[str], None]) -> Floors:
+def measure_floors(plan: Plan, lines: Sequence[TableRow], folder: Path, say: Callable[[str], None]) -> Floors:
     """Measure the floors that are not known yet, of the rows that have a result.
 
-    What cannot be measured is left blank, with a warning. Tasks without targets have no floor.
+    What cannot be measured is left blank, with a warning. TaskCache without targets have no floor.
 
     Args:
         plan: the study.
@@ -181,7 +181,7 @@ def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callabl
         folder: of the study's records.
         say: called with a message before each.
     """
-    floors, tasks = Floors(plan, folder), Tasks()
+    floors, tasks = Floors(plan, folder), TaskCache()
     known = Known()
     groups: dict[str, Cell] = {}
     for line in lines:
@@ -197,11 +197,11 @@ def measure_floors(plan: Plan, lines: Sequence[Line], folder: Path, say: Callabl
             except Interrupted:
                 raise
             except Exception as error:
-                logger.warning("the floor of %s was not measured: %s", cell.row, reason_of(error))
+                logger.warning("the floor of %s was not measured: %s", cell.key.row, reason_of(error))
     return floors
 
 
-def measure_floor_of(recipe: Recipe, seeds: Sequence[int], tasks: Tasks, known: Known) -> FloorRecord:
+def measure_floor_of(recipe: Recipe, seeds: Sequence[int], tasks: TaskCache, known: Known) -> FloorRecord:
     """Measure the floor of a row.
 
     Args:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 from typing import Any
 
 from bpfree.ray_cluster import connect, import_ray, room
 from bpfree.study.executors import Ended
-from bpfree.study.state import Outcome
+from bpfree.study.store import CellRecord
 from bpfree.study.worker import Job, Worker
 
 __all__ = ["RayExecutor"]
@@ -56,10 +55,10 @@ class RayExecutor:
 
     def _ended(self, task: Any, job: Job) -> Ended:
         try:
-            outcome: Outcome | None = self._ray.get(task)
+            record: CellRecord | None = self._ray.get(task)
         except self._ray.exceptions.RayError as error:  # again and again
-            return Ended(job.cell, None, f"its worker died ({type(error).__name__})")
-        return Ended(job.cell, outcome)
+            return Ended(job.key.id, None, f"its worker died ({type(error).__name__})")
+        return Ended(job.key.id, record)
 
     def close(self) -> None:
         """Stop what runs, with its checkpoints, and leave the cluster."""
@@ -73,7 +72,7 @@ class RayExecutor:
             self._ray.shutdown()
 
 
-def _run(job: Job) -> Outcome | None:
+def _run(job: Job) -> CellRecord | None:
     """What a worker of the cluster does."""
-    Path(job.output).mkdir(parents=True, exist_ok=True)
+    job.store.output.mkdir(parents=True, exist_ok=True)
     return Worker().run(job)

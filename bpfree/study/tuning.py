@@ -11,35 +11,46 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bpfree.errors import BpfreeError
-from bpfree.leaves import Leaf
-from bpfree.study.cells import Cell, Place, Plan, cell_of
-from bpfree.study.space import Interval, Tune
-from bpfree.study.state import Outcome
-from bpfree.study.timing import comparable
-from bpfree.study.trials import Trial, Tuned
+from bpfree.errors import BpfreeError, UsageError
+from bpfree.leaves import Leaf, canonical
+from bpfree.study.cells import Plan, cell_of, problems_of, recipe_with
+from bpfree.study.fingerprints import Fingerprints
+from bpfree.study.rows import Cell, TableRow, Trial, Tuned
+from bpfree.study.space import Domain, Interval, Tune
+from bpfree.study.store import CellRecord
 from bpfree.training.seeds import derive
 
-__all__ = ["Tuner"]
+__all__ = ["Tuner", "check_tuning"]
 
-Known = Callable[[str], Outcome | None]
+Known = Callable[[str], CellRecord | None]
+
+UNFAIR = {
+    "budget": "a row would have more training than another",
+    "evaluation": "trials would not be measured alike",
+    "select": "trials would not be measured alike",
+    "stream": "it draws other random numbers, and is no better for it",
+    "task": "trials would not be measured alike",
+    "task.name": "trials would not be measured alike",
+    "task.split_seed": "trials would not be measured alike",
+    "task.validation": "trials would not be measured alike",
+}
 
 
 class Tuner:
     """The trials of a row in a column.
 
     Args:
-        plan: of the study.
-        place: whose trials.
+        row: whose trials, or its twin.
         tune: how.
-        known: the outcome of a cell, by its hash.
+        fingerprints: of the data.
+        known: the record of a cell, by its hash.
     """
 
-    def __init__(self, plan: Plan, place: Place, tune: Tune, known: Known) -> None:
-        self._plan, self._place, self._tune, self._known = plan, place, tune, known
+    def __init__(self, row: TableRow, tune: Tune, fingerprints: Fingerprints, known: Known) -> None:
+        self._row, self._tune, self._fingerprints, self._known = row, tune, fingerprints, known
         self._settings: list[dict[str, Any]] = [{}]
         self._cells: list[list[Cell]] = []
         self._final: dict[str, list[Cell]] = {}
@@ -50,7 +61,7 @@ class Tuner:
     @property
     def keys(self) -> list[str]:
         """What is tuned."""
-        return list(self._place.row.space)
+        return list(self._row.written.space)
 
     def cells(self) -> list[Cell]:
         """The cells of all trials that are settled so far, in their order."""
@@ -61,7 +72,7 @@ class Tuner:
         """What is known of the trials."""
         self._settle()
         trials = [self._trial(settings, cells) for settings, cells in zip(self._settings, self._cells, strict=True)]
-        scales = [key for key, domain in self._place.row.space.items() if isinstance(domain, Interval) and domain.log]
+        scales = [key for key, domain in self._row.written.space.items() if isinstance(domain, Interval) and domain.log]
         return Tuned(self.keys, trials, self._tune.trials, greater=self._accuracy, logarithmic=scales)
 
     @property
@@ -75,7 +86,7 @@ class Tuner:
         settings = self.best
         key = json.dumps([settings, list(seeds)], default=str)
         if key not in self._final:
-            self._final[key] = [cell_of(self._place, seed, self._plan.book, self._leaves(settings)) for seed in seeds]
+            self._final[key] = [cell_of(self._row, seed, self._fingerprints, self._leaves(settings)) for seed in seeds]
         return self._final[key]
 
     # --- trials -----------------------------------------------------------------------------------------------------
@@ -90,32 +101,32 @@ class Tuner:
                 self._settings.append(self._ask(number))
             unseen = {"evaluation.test": False, "evaluation.protocols": []}
             more = self._leaves({**self._settings[number], **self._tune.settings, **unseen})
-            self._cells.append([cell_of(self._place, seed, self._plan.book, more, trial=number) for seed in self._tune.seeds])
+            self._cells.append([cell_of(self._row, seed, self._fingerprints, more, trial=number) for seed in self._tune.seeds])
 
     def _leaves(self, settings: Mapping[str, Any]) -> list[Leaf]:
         # shared: what is tuned may be idle where another tuned key says so; that it is of use at all was seen before
         return [Leaf(key, value, "tuning", shared=True) for key, value in settings.items()]
 
     def _ended(self, cells: Sequence[Cell]) -> bool:
-        found = [self._known(cell.id) for cell in cells]
-        return all(outcome is not None and outcome.is_final for outcome in found)
+        found = [self._known(cell.key.id) for cell in cells]
+        return all(record is not None and record.is_final for record in found)
 
     def _trial(self, settings: Mapping[str, Any], cells: Sequence[Cell]) -> Trial:
-        found = [self._known(cell.id) for cell in cells]
+        found = [self._known(cell.key.id) for cell in cells]
         if not self._ended(cells):
             return Trial(settings, values=self._values(settings))
-        outcomes = [outcome for outcome in found if outcome is not None]
-        bad = next((outcome.status for outcome in outcomes if outcome.status != "finished"), None)
-        scores = [score for cell, outcome in zip(cells, outcomes, strict=True) if (score := self._score(cell, outcome)) is not None]
+        records = [record for record in found if record is not None]
+        bad = next((record.status for record in records if record.status != "finished"), None)
+        scores = [score for cell, record in zip(cells, records, strict=True) if (score := self._score(cell, record)) is not None]
         complete = bad is None and len(scores) == len(cells)
-        seconds = sum(outcome.result.get("train/seconds", 0.0) for outcome in outcomes)
-        timed = all(map(comparable, outcomes))
+        seconds = sum(record.result.get("train/seconds", 0.0) for record in records)
+        timed = all(record.comparable for record in records)
         return Trial(settings, bad or "finished", statistics.fmean(scores) if complete else None, seconds, self._values(settings), timed)
 
     def _values(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Also those that the default configuration has, where it says them; the optimiser's are the rule's own default."""
         if not self._defaults:
-            recipe = self._place.recipe
+            recipe = self._row.recipe
             default = recipe.registry.get("rules", recipe.names["rule"]).optimizer
             if not isinstance(default, property):
                 recipe = dataclasses.replace(
@@ -128,12 +139,12 @@ class Tuner:
 
     @property
     def _accuracy(self) -> bool:
-        return self._place.recipe.spec().targets in ("classes", "soft")
+        return self._row.recipe.spec().targets in ("classes", "soft")
 
-    def _score(self, cell: Cell, outcome: Outcome) -> float | None:
+    def _score(self, cell: Cell, record: CellRecord) -> float | None:
         """On validation, by the weights that ``select`` names: the last, or the best."""
         name, factor = ("val/accuracy", 100.0) if self._accuracy else ("val/loss", 1.0)
-        values = [metrics[name] for metrics in outcome.history if name in metrics and math.isfinite(metrics[name])]
+        values = [metrics[name] for metrics in record.history if name in metrics and math.isfinite(metrics[name])]
         if not values:
             return None
         if cell.recipe.settings.select == "best-val":
@@ -145,7 +156,7 @@ class Tuner:
     def _ask(self, number: int) -> dict[str, Any]:
         """Settings of the trial with this number, from 1; those before it are given to the sampler as far as their scores are known."""
         optuna = import_optuna()
-        space = _distributions(optuna, self._place.row.space)
+        space = _distributions(optuna, self._row.written.space)
         if self._study is None:
             self._study = optuna.create_study(sampler=self._sampler(optuna), direction="maximize" if self._accuracy else "minimize")
             if self._tune.search != "tpe":  # the sampler draws its very first point at random, and only the following ones evenly
@@ -169,7 +180,7 @@ class Tuner:
 
     def _sampler(self, optuna: Any) -> Any:
         # rows that tune the same settings try the same points: none is luckier than another
-        seed = derive("tuning", self._place.recipe.names["task"], *self.keys) % 2**31
+        seed = derive("tuning", self._row.recipe.names["task"], *self.keys) % 2**31
         if self._tune.search == "tpe":
             return optuna.samplers.TPESampler(seed=seed)
         return optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=seed, warn_independent_sampling=False)
@@ -202,3 +213,81 @@ def _distributions(optuna: Any, space: Mapping[str, Any]) -> dict[str, Any]:
         else made.FloatDistribution(domain.low, domain.high, log=domain.log)
         for key, domain in space.items()
     }
+
+
+# --- whether it can be tuned ------------------------------------------------------------------------------------------
+
+
+def check_tuning(plan: Plan) -> None:
+    """Try every choice and both ends of every interval.
+
+    Raises:
+        UsageError: with everything that is wrong.
+    """
+    tune = plan.study.tune
+    if tune is None:
+        return
+    found: dict[str, list[str]] = {}
+    for row in plan.rows:
+        for problem in _problems(row, tune) if row.written.space else ():
+            found.setdefault(problem, []).append(row.written.label)
+    listed = [f"{problem} (row {', '.join(dict.fromkeys(labels))})" for problem, labels in found.items()] or [*_unused_settings(plan, tune)]
+    if listed:
+        what = listed[0] if len(listed) == 1 else f"{len(listed)} things are wrong in the study:\n" + "\n".join(f"  - {p}" for p in listed)
+        raise UsageError(what, where=f"study {plan.study.name}: tune")
+
+
+def _problems(row: TableRow, tune: Tune) -> Iterator[str]:
+    settings = [Leaf(key, value, "tune: settings", shared=True) for key, value in tune.settings.items()]
+    try:
+        if not recipe_with(row, settings)[0].task.validation:
+            yield "tuning chooses on the validation split, and task.validation is 0"
+    except UsageError as error:
+        yield from problems_of(error)
+        return
+    for key, domain in row.written.space.items():
+        reason = UNFAIR.get(key, UNFAIR.get(key.split(".")[0]) if key.split(".")[0] in ("budget", "evaluation") else None)
+        if reason is not None:
+            yield f"{key} is not to be tuned: {reason}"
+            continue
+        yield from _not_used(row, key, settings)
+        for value in _tried(domain):
+            try:
+                recipe_with(row, [*_leaves({key: value}), *settings])
+            except UsageError as error:
+                yield from problems_of(error)
+
+
+def _leaves(values: Mapping[str, Any]) -> list[Leaf]:
+    return [Leaf(key, value, "tune: space", shared=True) for key, value in values.items()]
+
+
+def _not_used(row: TableRow, key: str, settings: Sequence[Leaf]) -> Iterator[str]:
+    """What is wrong if none of its values is used, whatever one other key that is tuned is set to."""
+    space, reason = row.written.space, ""
+    others: list[dict[str, Any]] = [{}, *({other: value} for other in space if other != key for value in _tried(space[other]))]
+    for other in others:
+        for value in _tried(space[key]):
+            try:
+                unused = recipe_with(row, [*_leaves({**other, key: value}), *settings])[0].unused
+            except UsageError:  # which is reported on its own
+                return
+            name = canonical(key, value)
+            if name not in unused:
+                return
+            reason = reason or unused[name]
+    yield f"{key} is tuned and not used: {reason}; tune: {{{key}: null}} of the row takes it away"
+
+
+def _unused_settings(plan: Plan, tune: Tune) -> Iterator[str]:
+    """Settings of trials that no row uses."""
+    leaves = [Leaf(key, value, "tune: settings", shared=True) for key, value in tune.settings.items()]
+    recipes = [recipe_with(row, leaves)[0] for row in plan.rows if row.written.space]
+    for leaf in leaves if recipes else ():
+        key = canonical(leaf.key, leaf.value)
+        if all(key in recipe.unused for recipe in recipes):
+            yield f"{key} is used by no row: {recipes[0].unused[key]}"
+
+
+def _tried(domain: Domain) -> list[Any]:
+    return [domain.low, domain.high] if isinstance(domain, Interval) else list(domain.values)

@@ -16,7 +16,7 @@ from bpfree.study.cells import Plan
 from bpfree.study.differences import Difference, Paired, gap_share, judge
 from bpfree.study.examples import OWN, PROBED, Scores, in_unit, paired, scores_of, to_unit, twin_scores
 from bpfree.study.floors import FloorRecord, Floors, floor_key
-from bpfree.study.line import Line, percent
+from bpfree.study.rows import TableRow, percent
 from bpfree.study.statistics import Interval, first_reached, median_with_misses
 
 __all__ = ["RowFloor", "Verdict", "verdicts"]
@@ -58,7 +58,7 @@ class Verdict:
         operations: median of those spent when validation first reached the floor; infinite for misses, NaN where it is not known.
     """
 
-    line: Line
+    line: TableRow
     own: Scores
     probed: Scores
     floor: RowFloor
@@ -89,18 +89,18 @@ class Verdict:
         return "below its floor" if delivered < 0 else "not shown to learn more than its floor"
 
 
-def is_twin(line: Line) -> bool:
+def is_twin(line: TableRow) -> bool:
     """Whether a row is untrained but for its readout recipe."""
     recipe = line.cells[0].recipe
     return recipe.names["rule"] == "frozen" or recipe.settings.twin
 
 
-def _learns_features(line: Line) -> bool:
+def _learns_features(line: TableRow) -> bool:
     """Whether a row has hidden blocks at all: a linear classifier has none."""
     return line.cells[0].recipe.names["rule"] != "linear"
 
 
-def verdicts(plan: Plan, lines: Sequence[Line], floors: Floors, metric: str) -> list[Verdict]:
+def verdicts(plan: Plan, lines: Sequence[TableRow], floors: Floors, metric: str) -> list[Verdict]:
     """Judge each row that has a result and a floor.
 
     Each of the three verdicts is a family of comparisons of its own, corrected by Holm over rows and columns. Untrained rows and linear
@@ -125,7 +125,7 @@ def verdicts(plan: Plan, lines: Sequence[Line], floors: Floors, metric: str) -> 
 # --- floors -----------------------------------------------------------------------------------------------------------
 
 
-def _floor(line: Line, lines: Sequence[Line], floors: Floors, metric: str, plan: Plan) -> RowFloor | None:
+def _floor(line: TableRow, lines: Sequence[TableRow], floors: Floors, metric: str, plan: Plan) -> RowFloor | None:
     record = floors.of(line, lines)
     if record is None or record.real == percent(metric):
         return None
@@ -138,22 +138,22 @@ def _floor(line: Line, lines: Sequence[Line], floors: Floors, metric: str, plan:
         value = _validation(other, real=record.real) if other is not line and _is_its_twin(other, line) else None
         if value is not None and floor.validation is not None and value > floor.validation:
             floor = RowFloor(
-                other.row.label, scores_of(other, metric, plan.output), value, not converged(other, lines, real=record.real), record
+                other.written.label, scores_of(other, metric, plan.output), value, not converged(other, lines, real=record.real), record
             )
     return floor
 
 
-def _is_its_twin(other: Line, line: Line) -> bool:
+def _is_its_twin(other: TableRow, line: TableRow) -> bool:
     return is_twin(other) and other.column == line.column and floor_key(other.cells[0]) == floor_key(line.cells[0])
 
 
-def _validation(line: Line, *, real: bool) -> float | None:
+def _validation(line: TableRow, *, real: bool) -> float | None:
     """Mean over seeds of the last score on validation, greater is better; ``None`` where a seed has none."""
     known = _validations(line, real=real)
     return statistics.fmean(known) if known else None
 
 
-def _validations(line: Line, *, real: bool) -> list[float]:
+def _validations(line: TableRow, *, real: bool) -> list[float]:
     """The last score on validation of each finished seed; empty where one has none."""
     key, sign = ("val/loss", -1) if real else ("val/accuracy", 1)
     last = [next((epoch[key] for epoch in reversed(each.history) if key in epoch), None) for each in line.finished]
@@ -161,7 +161,7 @@ def _validations(line: Line, *, real: bool) -> list[float]:
     return known if len(known) == len(last) else []
 
 
-def converged(line: Line, lines: Iterable[Line], *, real: bool = False) -> bool:
+def converged(line: TableRow, lines: Iterable[TableRow], *, real: bool = False) -> bool:
     """Whether a readout recipe that is not convex counts as converged.
 
     Its rate was tuned over at least five values with the best not at an edge, it has at least three restarts, and a row that is the same
@@ -177,7 +177,7 @@ def converged(line: Line, lines: Iterable[Line], *, real: bool = False) -> bool:
     return any(_doubled(other, line) and not _better(other, line, real=real) for other in lines)
 
 
-def _doubled(other: Line, line: Line) -> bool:
+def _doubled(other: TableRow, line: TableRow) -> bool:
     mine, its = (each.cells[0].recipe.flat() for each in (line, other))
     changed = {key for key in mine if mine[key] != its.get(key)}
     budgets = {key for key in changed if key.startswith("budget.")}
@@ -185,7 +185,7 @@ def _doubled(other: Line, line: Line) -> bool:
     return same and all(its[key] is not None and mine[key] is not None and its[key] >= 2 * mine[key] for key in budgets)
 
 
-def _better(other: Line, line: Line, *, real: bool) -> bool:
+def _better(other: TableRow, line: TableRow, *, real: bool) -> bool:
     """On validation, by two standard errors; what is not known may be better."""
     theirs, ours = (_validations(one, real=real) for one in (other, line))
     if len(theirs) < 2 or len(ours) < 2:
@@ -200,7 +200,7 @@ def _better(other: Line, line: Line, *, real: bool) -> bool:
 class _Row:
     """A row with its scores, before its verdicts are known."""
 
-    def __init__(self, line: Line, floor: RowFloor, metric: str, plan: Plan) -> None:
+    def __init__(self, line: TableRow, floor: RowFloor, metric: str, plan: Plan) -> None:
         self.line, self.floor, self.metric = line, floor, metric
         self.own, self.probed = (scores_of(line, metric, plan.output, which) for which in (OWN, PROBED))
         self.twin = twin_scores(line, metric, plan.output)
@@ -241,9 +241,7 @@ class _Row:
         real = self.floor.record.real
         key, aim = ("val/loss", -self.floor.validation) if real else ("val/accuracy", self.floor.validation)
         spent = []
-        for outcome in self.line.finished:
-            epoch = first_reached(outcome.history, key, aim, greater=not real)
-            spent.append(
-                math.inf if epoch is None else epoch.get("forwards", math.nan) * outcome.result.get("forward_operations", math.nan)
-            )
+        for record in self.line.finished:
+            epoch = first_reached(record.history, key, aim, greater=not real)
+            spent.append(math.inf if epoch is None else epoch.get("forwards", math.nan) * record.result.get("forward_operations", math.nan))
         return math.nan if any(map(math.isnan, spent)) else median_with_misses(spent)

@@ -7,10 +7,9 @@ checkpoint and its MLflow run again: in the end there is one of each.
 from __future__ import annotations
 
 import gc
-import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +21,14 @@ from bpfree.errors import BpfreeError
 from bpfree.hooks import hookimpl
 from bpfree.leaves import Leaf
 from bpfree.recipe import Recipe
-from bpfree.study.presence import Presence, present
-from bpfree.study.state import Outcome, State
+from bpfree.study.concurrency import Concurrency, present
+from bpfree.study.store import CellKey, CellRecord, CellStore
 from bpfree.tasks.task import Task
 from bpfree.training import environment
 from bpfree.training.run import Run
 from bpfree.training.trainer import Interrupted
 
-__all__ = ["Job", "Tasks", "Watch", "Worker"]
+__all__ = ["CellObserver", "Job", "TaskCache", "Worker"]
 
 WORKERS = ".workers"
 
@@ -39,11 +38,9 @@ class Job:
     """A cell to run, as it travels to another process.
 
     Attributes:
-        study: its name.
-        cell, row, column, seed, trial, identity, leaves: of the cell.
-        output: folder of runs.
+        key: of the cell.
+        store: where it is noted.
         changes: settings of the command line that say where and how; they reach a resumed run too.
-        label: shown while it runs.
         tags: of its run; those of its MLflow run name the study's as its parent.
         timeout: seconds.
         training: whether the training split is scored too.
@@ -52,17 +49,9 @@ class Job:
         quiet: no progress display.
     """
 
-    study: str
-    cell: str
-    row: str
-    column: str
-    seed: int
-    trial: int | None
-    identity: Mapping[str, Any]
-    leaves: Sequence[Leaf]
-    output: str
+    key: CellKey
+    store: CellStore
     changes: Sequence[Leaf]
-    label: str
     tags: Mapping[str, str]
     timeout: float | None = None
     training: bool = False
@@ -71,12 +60,9 @@ class Job:
     quiet: bool = True
 
     @property
-    def run_id(self) -> str:
-        """Name of the run's folder: the same whoever runs the cell."""
-        config = self.identity["config"]
-        twin = "-twin" if config.get("twin") else ""
-        digest = hashlib.sha256(f"{self.study}\0{self.cell}".encode()).hexdigest()[:12]
-        return f"{config['rule.name']}{twin}-{config['task.name']}-s{self.seed}-{digest}"
+    def folder(self) -> Path:
+        """The folder of its run."""
+        return self.store.output / self.store.run_of(self.key)
 
 
 class TimedOut(BpfreeError):
@@ -84,17 +70,12 @@ class TimedOut(BpfreeError):
 
 
 class Worker:
-    """Runs jobs, one after the other.
+    """Runs jobs, one after the other."""
 
-    Args:
-        say: called with messages that a run itself does not show.
-    """
+    def __init__(self) -> None:
+        self._tasks = TaskCache()
 
-    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
-        self._say = say
-        self._tasks = Tasks()
-
-    def run(self, job: Job) -> Outcome | None:
+    def run(self, job: Job) -> CellRecord | None:
         """Run a cell and note how it ended, whatever a plugin's rule may raise.
 
         Returns:
@@ -103,64 +84,62 @@ class Worker:
         Raises:
             Interrupted: it was asked to stop, and has saved a checkpoint.
         """
-        state = State(Path(job.output), job.study)
-        with state.lock(job.cell) as mine:
+        store = job.store
+        with store.lock(job.key.id) as mine:
             if not mine:
                 return None
-            before = state.read(job.cell)
+            before = store.read(job.key.id)
             if before is not None and before.is_final and (before.status == "finished" or not job.again):
                 return before  # somebody was faster
-            outcome = state.begin(job, before)
-            with present(state.folder_of_all / WORKERS) as presence, _garbage_collected():
-                self._run(job, outcome, Watch(job, outcome, presence, state), state)
-            return outcome
+            record = store.begin(job.key, before, restart=job.restart)
+            with present(store.folder_of_all / WORKERS) as concurrency, _garbage_collected():
+                self._run(job, record, CellObserver(job, record, concurrency))
+            return record
 
-    def _run(self, job: Job, outcome: Outcome, watch: Watch, state: State) -> None:
-        state.write(outcome)
+    def _run(self, job: Job, record: CellRecord, observer: CellObserver) -> None:
+        job.store.write(record)
         try:
-            run = self._train(job, watch)
-            outcome.result, outcome.reason, outcome.history = dict(run.result), run.reason, list(run.history)
-            ended = runner.ended_as(Path(job.output) / job.run_id)
-            outcome.tags = run.tags | ended.get("tags", {})
-            outcome.tracking = dict(run.tracking or ended.get("tracking", {}))
+            run = self._train(job, observer)
+            record.result, record.reason, record.history = dict(run.result), run.reason, list(run.history)
+            ended = runner.ended_as(job.folder)
+            record.tags = run.tags | ended.get("tags", {})
+            record.tracking = dict(run.tracking or ended.get("tracking", {}))
             if run.status == "finished" and job.training:
-                self._score_training(job, outcome)
-            outcome.status = "finished" if run.status == "finished" else "diverged"
+                self._score_training(job, record)
+            record.status = "finished" if run.status == "finished" else "diverged"
         except (Interrupted, KeyboardInterrupt) as error:
-            outcome.status, outcome.reason = "interrupted", getattr(error, "what", "stopped")
+            record.status, record.reason = "interrupted", getattr(error, "what", "stopped")
             raise
         except TimedOut as error:
-            outcome.status, outcome.reason = "timeout", error.what
+            record.status, record.reason = "timeout", error.what
         except (Exception, SystemExit) as error:  # a rule that calls sys.exit ends its cell, not the study
-            outcome.status = "refused" if isinstance(error, BpfreeError) and not watch.began else "failed"
-            outcome.reason = reason_of(error)
-            self._say(f"{job.label}: {outcome.reason}")
+            record.status = "refused" if isinstance(error, BpfreeError) and not observer.began else "failed"
+            record.reason = reason_of(error)
         finally:
-            watch.note()
-            state.write(outcome)
+            observer.note()
+            job.store.write(record)
 
-    def _train(self, job: Job, watch: Watch) -> Run:
-        folder = Path(job.output) / job.run_id
-        options: dict[str, Any] = {"quiet": job.quiet, "label": job.label, "observers": [watch], "tags": job.tags}
+    def _train(self, job: Job, observer: CellObserver) -> Run:
+        folder, output = job.folder, str(job.store.output)
+        options: dict[str, Any] = {"quiet": job.quiet, "label": job.key.label, "observers": [observer], "tags": job.tags}
         if not job.restart and (folder / "checkpoints" / "last.pt").is_file():
             if runner.ended_as(folder).get("status") == "finished":  # the process was killed before it could note so
-                return runner.resume(str(folder), output=job.output, quiet=job.quiet)
-            return runner.resume(str(folder), output=job.output, changes=job.changes, task=self._tasks.get(_recipe(job)), **options)
+                return runner.resume(str(folder), output=output, quiet=job.quiet)
+            return runner.resume(str(folder), output=output, changes=job.changes, task=self._tasks.get(_recipe(job)), **options)
         if job.restart:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         recipe = _recipe(job)
-        return runner.run(recipe, run_id=job.run_id, task=self._tasks.get(recipe), **options)
+        return runner.run(recipe, run_id=folder.name, task=self._tasks.get(recipe), **options)
 
-    def _score_training(self, job: Job, outcome: Outcome) -> None:
+    def _score_training(self, job: Job, record: CellRecord) -> None:
         """Loss and accuracy over all examples of the training split, by the weights that were tested."""
         settings = _recipe(job).settings
         try:
             with environment.numerics(threads=settings.threads, deterministic=settings.deterministic):
-                _, scores = scoring.score(str(Path(job.output) / job.run_id), split="train", output=job.output)
-            outcome.result.update({f"train/{name}": scores[name] for name in ("loss", "accuracy") if name in scores})
+                _, scores = scoring.score(str(job.folder), split="train", output=str(job.store.output))
+            record.result.update({f"train/{name}": scores[name] for name in ("loss", "accuracy") if name in scores})
         except Exception as error:  # the test result stands without it
-            outcome.reason = f"the training split could not be scored: {reason_of(error)}"
-            self._say(f"{job.label}: {outcome.reason}")
+            record.reason = f"the training split could not be scored: {reason_of(error)}"
 
 
 @contextmanager
@@ -181,15 +160,15 @@ def _garbage_collected() -> Iterator[None]:
 
 
 def _recipe(job: Job) -> Recipe:
-    return resolve(job.leaves)
+    return resolve(job.key.leaves)
 
 
-class Watch:
+class CellObserver:
     """Follows a run: whether it has begun, how far it is, whether its time is up, and who runs beside it."""
 
-    def __init__(self, job: Job, outcome: Outcome, presence: Presence, state: State) -> None:
-        self._job, self._outcome, self._presence, self._state = job, outcome, presence, state
-        self._since, self._before = time.monotonic(), outcome.elapsed
+    def __init__(self, job: Job, record: CellRecord, concurrency: Concurrency) -> None:
+        self._job, self._record, self._concurrency = job, record, concurrency
+        self._since, self._before = time.monotonic(), record.elapsed
         self.began = False
 
     @hookimpl
@@ -205,7 +184,7 @@ class Watch:
             TimedOut: it is up.
         """
         self.note()
-        if self._job.timeout is not None and self._outcome.elapsed > self._job.timeout:
+        if self._job.timeout is not None and self._record.elapsed > self._job.timeout:
             raise TimedOut(f"not done after {self._job.timeout:g} s, in epoch {run.epoch + 1}")
 
     @hookimpl
@@ -215,14 +194,14 @@ class Watch:
 
     def note(self) -> None:
         """Time and company so far."""
-        self._presence.look()
-        self._outcome.elapsed = self._before + time.monotonic() - self._since
-        if self._presence.most > self._outcome.parallel:
-            self._outcome.parallel = self._presence.most
-            self._state.write(self._outcome)  # at once: a process that is killed must not forget that its seconds cannot be compared
+        self._concurrency.look()
+        self._record.elapsed = self._before + time.monotonic() - self._since
+        if self._concurrency.most > self._record.parallel:
+            self._record.parallel = self._concurrency.most
+            self._job.store.write(self._record)  # at once: a process that is killed must not forget that its seconds cannot be compared
 
 
-class Tasks:
+class TaskCache:
     """The task that was used last, as cells that follow each other often share it; and the sets that cannot be had."""
 
     def __init__(self) -> None:

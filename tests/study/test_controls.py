@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import statistics
@@ -17,9 +18,8 @@ from bpfree.config import parse_words
 from bpfree.study.cells import Plan, plan
 from bpfree.study.controls import Comparison, comparisons
 from bpfree.study.file import find_study, read_study
-from bpfree.study.line import Line
 from bpfree.study.report import Report, report_on, write_report
-from bpfree.study.state import Outcome, State
+from bpfree.study.store import CellRecord, CellStore
 
 HEAD = """title: Controlled
 settings: {task: digits, threads: 1, device: cpu, network.width: 16}
@@ -48,12 +48,12 @@ def planned(folder: Path, text: str, name: str = "table.yaml") -> Plan:
     return plan(read_study(folder / name), parse_words([f"output={folder}"]))
 
 
-def finish(made: Plan, results: Mapping[str, Mapping[int, Mapping[str, float]]], column: str = "") -> State:
+def finish(made: Plan, results: Mapping[str, Mapping[int, Mapping[str, float]]], column: str = "") -> CellStore:
     """Write cells as if they had been run."""
-    state = State(made.output, made.study.name)
+    state = CellStore(made.output, made.study.name)
     for cell in made.cells:
-        if cell.column == column and cell.seed in results.get(cell.row, {}):
-            state.write(Outcome(cell.id, cell.row, cell.column, cell.seed, status="finished", result=dict(results[cell.row][cell.seed])))
+        if cell.key.column == column and cell.key.seed in results.get(cell.key.row, {}):
+            state.write(CellRecord(cell.key, status="finished", result=dict(results[cell.key.row][cell.key.seed])))
     return state
 
 
@@ -61,12 +61,9 @@ def accuracies(correct: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int
     return {row: {seed: {"test/accuracy": number / 100} for seed, number in seeds.items()} for row, seeds in correct.items()}
 
 
-def reported(made: Plan, state: State) -> tuple[Report, dict[tuple[str, str, str], Comparison]]:
-    lines = {(row.label, column.label): Line(row, column.label) for row, column in made.study.cells()}
-    for cell in made.cells:
-        lines[cell.row, cell.column].cells.append(cell)
-        lines[cell.row, cell.column].outcomes.append(state.seen(cell.id))
-    report = report_on(made, list(lines.values()), ["study", "run", "table.yaml"])
+def reported(made: Plan, state: CellStore) -> tuple[Report, dict[tuple[str, str, str], Comparison]]:
+    lines = [dataclasses.replace(row, records=[state.seen(cell.key.id) for cell in row.cells]) for row in made.rows]
+    report = report_on(made, lines, ["study", "run", "table.yaml"])
     return report, {(each.column, each.row, each.control): each for each in comparisons(made, report.lines)}
 
 
@@ -133,11 +130,11 @@ def test_only_seeds_that_both_have_count(tmp_path: Path) -> None:
     made = planned(tmp_path, HEAD + ROWS)
     state = finish(made, accuracies({"frozen": {0: 40, 1: 50}, "dfa": {1: 61, 2: 99}, "bp": {0: 60, 1: 64, 2: 90}}))
     for cell in made.cells:
-        if cell.seed == 2 and cell.row in ("frozen", "random"):
-            broken = {"frozen": "diverged", "random": "failed"}[cell.row]
-            state.write(Outcome(cell.id, cell.row, "", 2, status=broken, result={"test/accuracy": 0.1}))  # type: ignore[arg-type]
-        if cell.seed == 0 and cell.row == "random":
-            state.write(Outcome(cell.id, cell.row, "", 0, status="finished", result={"test/loss": 1.0}))
+        if cell.key.seed == 2 and cell.key.row in ("frozen", "random"):
+            broken = {"frozen": "diverged", "random": "failed"}[cell.key.row]
+            state.write(CellRecord(cell.key, status=broken, result={"test/accuracy": 0.1}))  # type: ignore[arg-type]
+        if cell.key.seed == 0 and cell.key.row == "random":
+            state.write(CellRecord(cell.key, status="finished", result={"test/loss": 1.0}))
     report, _ = reported(made, state)
     # the one pair of two seeds, 20 and 14, has the only deviation, with which both are judged
     assert [cells[:5] for cells in section(report)] == [
@@ -148,7 +145,7 @@ def test_only_seeds_that_both_have_count(tmp_path: Path) -> None:
 
 def test_the_section_appears_with_its_results(tmp_path: Path) -> None:
     made = planned(tmp_path, HEAD + COLUMNS + ROWS.replace("{rule: backprop}}", "{rule: backprop}, columns: [long]}"))
-    state = State(made.output, made.study.name)
+    state = CellStore(made.output, made.study.name)
     assert reported(made, state)[0].controls is None
     finish(made, accuracies({"dfa": {0: 50}, "bp": {0: 50}}), "short")
     assert reported(made, state)[0].controls is None
@@ -205,7 +202,7 @@ def test_wrong_controls_are_told_with_everything_else(tmp_path: Path, controls: 
 
 def test_controls_do_not_change_the_cells(tmp_path: Path) -> None:
     with_them, without = planned(tmp_path, HEAD + ROWS), planned(tmp_path, (HEAD + ROWS).replace("controls: [frozen, random]\n", ""))
-    assert [cell.id for cell in with_them.cells] == [cell.id for cell in without.cells]
+    assert [cell.key.id for cell in with_them.cells] == [cell.key.id for cell in without.cells]
     report, found = reported(without, finish(without, accuracies(CORRECT)))
     assert report.controls is None
     assert not found
@@ -251,5 +248,5 @@ def test_terminal_and_page(workplace: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_page_without_comparisons_has_no_section(tmp_path: Path) -> None:
     made = planned(tmp_path, HEAD + ROWS)
-    report, _ = reported(made, State(made.output, made.study.name))
+    report, _ = reported(made, CellStore(made.output, made.study.name))
     assert "Against" not in write_report(report, tmp_path).read_text()

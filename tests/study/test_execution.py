@@ -20,8 +20,8 @@ import pytest
 import torch
 from study_kit import call, mlflow_runs, outcomes, plugin_on_path, spawn, untimed
 
+from bpfree.study.concurrency import present
 from bpfree.study.executors import Pool
-from bpfree.study.presence import present
 
 COMMON = "settings: {task: digits, device: cpu, network.width: 16}\n"
 BARE = COMMON + "floor: false\nprobe: false\n"
@@ -106,7 +106,7 @@ def test_cells_that_run_at_the_same_time_are_counted_and_dead_ones_are_not(tmp_p
     import subprocess
 
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom bpfree.study.presence import present\n"
+        "import sys, time\nfrom pathlib import Path\nfrom bpfree.study.concurrency import present\n"
         "with present(Path(sys.argv[1])):\n    print('there', flush=True)\n    time.sleep(60)\n"
     )
     with present(tmp_path) as alone:
@@ -394,16 +394,15 @@ def test_workers_that_would_fight_for_processors_are_told_of(
 ) -> None:
     from bpfree.config import parse_words
     from bpfree.study import cells, command
-    from bpfree.study.agenda import Agenda
     from bpfree.study.file import read_study
-    from bpfree.study.state import State
+    from bpfree.study.worklist import Worklist
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
 
     def said(threads: int, jobs: int) -> str:
         caplog.clear()
         plan = cells.plan(read_study(Path(study(FOUR))), parse_words([f"threads={threads}"]))
-        executor = command._executor(plan, Agenda(plan, State(plan.output, "table")), command.Options(jobs=jobs))
+        executor = command.executor_for(Worklist(plan), command.Options(jobs=jobs))
         assert executor.slots == jobs
         executor.close()
         return caplog.text

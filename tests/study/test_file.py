@@ -52,7 +52,7 @@ def test_a_file_becomes_cells(tmp_path: Path) -> None:
     assert [(row.label, column.label) for row, column in study.cells()] == [("DFA", "small"), ("DFA", "large"), ("BP", "large")]
     assert study.rows[0].published == {"small": {"test/error": Published(12.5), "train/error": Published(0.0, 0.1)}, "large": {}}
     cells = plan(study).cells
-    assert [(cell.row, cell.column, cell.seed) for cell in cells[:4]] == [
+    assert [(cell.key.row, cell.key.column, cell.key.seed) for cell in cells[:4]] == [
         ("DFA", "small", 0),
         ("DFA", "large", 0),
         ("BP", "large", 0),
@@ -176,7 +176,7 @@ def test_the_documented_format_is_the_format(tmp_path: Path) -> None:
     assert table.rows[0].published
     assert tuned.tune is not None
     assert [len(row.space) for row in tuned.rows] == [1, 2, 0]
-    assert [len(plan(study).places) for study in (grid, table, tuned)] == [17, 5, 3]
+    assert [len(plan(study).rows) for study in (grid, table, tuned)] == [17, 5, 3]
 
 
 def test_unknown_studies(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_rules_of_a_repetition_share_the_order_of_the_data_and_not_their_initial
         task = recipe.build_task()
         loader = Loader(task.train, task.spec, batch_size=8, device=torch.device("cpu"), seed=recipe.settings.seed)
         batch = next(iter(loader.batches(0, 0)))
-        found[cell.row, cell.seed] = (batch.inputs, next(recipe.build_rule(task.spec).parameters()).detach())
+        found[cell.key.row, cell.key.seed] = (batch.inputs, next(recipe.build_rule(task.spec).parameters()).detach())
     assert torch.equal(found["dfa", 0][0], found["backprop", 0][0])
     assert not torch.equal(found["dfa", 0][0], found["dfa", 1][0])
     assert not torch.equal(found["dfa", 0][1], found["backprop", 0][1])

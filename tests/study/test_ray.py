@@ -124,12 +124,11 @@ def test_a_cluster_of_two_workers_one_of_which_is_killed_loses_nothing(site: Pat
 def test_results_come_back_from_machines_that_do_not_share_the_folder(site: Path) -> None:
     """What a worker returns is noted where the study is run, if it is not there already."""
     from bpfree.study import cells
-    from bpfree.study.agenda import Agenda
     from bpfree.study.engine import Jobs, execute
     from bpfree.study.executors import Ended, InProcess
     from bpfree.study.file import read_study
-    from bpfree.study.state import State
     from bpfree.study.worker import Job
+    from bpfree.study.worklist import Worklist
 
     class Elsewhere(InProcess):
         def start(self, job: Job) -> None:
@@ -148,11 +147,11 @@ def test_results_come_back_from_machines_that_do_not_share_the_folder(site: Path
 
     Path("watched.yaml").write_text(STUDY.replace("[watched, dfa]", "[dfa]").replace("epochs: 4", "epochs: 1, tracking.enabled: false"))
     plan = cells.plan(read_study(Path("watched.yaml")))
-    agenda = Agenda(plan, State(plan.output, plan.study.name))
-    execute(agenda, Jobs(agenda), Elsewhere(lambda text: None), Silent())
+    worklist = Worklist(plan)
+    execute(worklist, Jobs(worklist), Elsewhere(lambda text: None), Silent())
     assert {outcome["status"] for outcome in outcomes()} == {"finished"}
     assert all(outcome["history"] for outcome in outcomes())
-    assert agenda.complete()
+    assert worklist.complete()
 
 
 def test_wrong_requests(site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,12 @@ from made_studies import lines_of, outcome, planned, tuned
 from scipy import stats
 
 from bpfree.study.cells import Plan
-from bpfree.study.line import Line
 from bpfree.study.report import Report, report_on, write_report
 from bpfree.study.report.content import Section, Table
 from bpfree.study.report.leaderboard import best_alternative
 from bpfree.study.report.view import aligned, compact, timed
-from bpfree.study.state import Outcome
-from bpfree.study.trials import Trial, Tuned
+from bpfree.study.rows import TableRow, Trial, Tuned
+from bpfree.study.store import CellRecord
 
 WORDS = ["study", "run", "made.yaml"]
 VOID = {"meta", "br"}
@@ -50,7 +49,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def written(folder: Path, made: Plan, lines: Sequence[Line]) -> tuple[Report, str, str]:
+def written(folder: Path, made: Plan, lines: Sequence[TableRow]) -> tuple[Report, str, str]:
     report = report_on(made, lines, WORDS)
     page = write_report(report, folder)
     return report, page.read_text(), page.with_suffix(".md").read_text()
@@ -78,7 +77,7 @@ def _tables(section: Section) -> list[Table]:
 SCRIPT = '<script>alert("1")</script>'
 
 
-def rich(folder: Path) -> tuple[Plan, list[Line]]:
+def rich(folder: Path) -> tuple[Plan, list[TableRow]]:
     rows = ["BP", SCRIPT, "DFA | *two*", "frozen"]
     columns = ["first", "<b>second</b>", "third"]
     made = planned(
@@ -86,15 +85,15 @@ def rich(folder: Path) -> tuple[Plan, list[Line]]:
     )
     lines = lines_of(made, {})
     for line in lines:
-        number = rows.index(line.row.label)
-        line.outcomes = [outcome(cell, number, blocks=3 if number == 1 else 0) for cell in line.cells]
+        number = rows.index(line.written.label)
+        line.records = [outcome(cell, number, blocks=3 if number == 1 else 0) for cell in line.cells]
         line.tuned = tuned(number)
     return made, lines
 
 
 def test_a_page_is_well_formed_and_opens_offline(tmp_path: Path) -> None:
     made, lines = rich(tmp_path)
-    lines[3].outcomes[0] = dataclasses.replace(lines[3].outcomes[0], status="failed", reason=f"in {SCRIPT}", result={})  # type: ignore[type-var]
+    lines[3].records[0] = dataclasses.replace(lines[3].records[0], status="failed", reason=f"in {SCRIPT}", result={})  # type: ignore[type-var]
     _, page, _ = written(tmp_path, made, lines)
     parsed = Page(page)
     assert "alert" not in re.sub(r"&lt;script&gt;alert\(&quot;1&quot;\)&lt;/script&gt;", "", page)
@@ -151,9 +150,9 @@ def test_markdown_has_the_tables_and_no_markup_of_labels(tmp_path: Path) -> None
 def test_results_hold_every_cell(tmp_path: Path) -> None:
     made = planned(tmp_path, seeds=2)
     lines = lines_of(made)
-    first = lines[0].outcomes[0]
+    first = lines[0].records[0]
     assert first is not None
-    lines[1].outcomes = [None, dataclasses.replace(first, status="diverged", reason="not\nfinite", result={}, parallel=3)]
+    lines[1].records = [None, dataclasses.replace(first, status="diverged", reason="not\nfinite", result={}, parallel=3)]
     write_report(report_on(made, lines, WORDS), tmp_path)
     write_report(report_on(made, lines, WORDS), tmp_path, "report-1234")
     with (tmp_path / "results.csv").open(newline="") as file:
@@ -183,16 +182,13 @@ def test_a_changed_study_has_names_of_its_own(tmp_path: Path) -> None:
 # --- what it says ---------------------------------------------------------------------------------------------------------
 
 
-def scored(made: Plan, accuracies: dict[str, list[float | None]]) -> list[Line]:
+def scored(made: Plan, accuracies: dict[str, list[float | None]]) -> list[TableRow]:
     """Lines whose cells have only a test accuracy; ``None``: not run."""
     lines = lines_of(made, {})
     for line in lines:
-        pairs = zip(line.cells, accuracies[line.row.label], strict=True)
-        line.outcomes = [
-            None
-            if value is None
-            else Outcome(cell.id, cell.row, cell.column, cell.seed, status="finished", result={"test/accuracy": value})
-            for cell, value in pairs
+        pairs = zip(line.cells, accuracies[line.written.label], strict=True)
+        line.records = [
+            None if value is None else CellRecord(cell.key, status="finished", result={"test/accuracy": value}) for cell, value in pairs
         ]
     return lines
 
@@ -253,7 +249,7 @@ def test_losses_decide_where_there_are_no_accuracies(tmp_path: Path) -> None:
     made = planned(tmp_path, rows=("BP", "DFA"), seeds=12)
     lines = lines_of(made, {})
     for number, line in enumerate(reversed(lines)):
-        line.outcomes = [outcome(cell, number, loss=True) for cell in line.cells]
+        line.records = [outcome(cell, number, loss=True) for cell in line.cells]
     report, page, _ = written(tmp_path, made, lines)
     headers, rows = table(report, "Leaderboard")
     assert headers[2] == "test loss"
@@ -266,7 +262,7 @@ def test_results_that_are_not_finite(tmp_path: Path) -> None:
     made = planned(tmp_path, rows=("BP", "DFA", "frozen"), metric="test/loss", published={"BP": 1.0})
     lines = lines_of(made)
     for loss, line in zip((math.nan, math.inf, 0.5), lines, strict=True):
-        for known in line.outcomes:
+        for known in line.records:
             assert known is not None
             known.result["test/loss"] = loss
     report, page, _ = written(tmp_path, made, lines)
@@ -292,7 +288,7 @@ def test_draws_of_stochastic_predictors(tmp_path: Path) -> None:
     made = planned(tmp_path, rows=("BP", "DFA"), seeds=2)
     lines = scored(made, {"BP": [0.9, 0.92], "DFA": [0.8, 0.8]})
     draws = [[0.89, 0.90, 0.91], [0.91, 0.92, 0.94]]
-    for known, values in zip(lines[0].outcomes, draws, strict=True):
+    for known, values in zip(lines[0].records, draws, strict=True):
         assert known is not None
         known.result |= {f"test/accuracy_draw_{place}": value for place, value in enumerate(values, start=1)} | {"test/accuracy_se": 0.01}
     _, rows = table(report_on(made, lines, WORDS), "Leaderboard")
@@ -305,7 +301,7 @@ def test_draws_of_stochastic_predictors(tmp_path: Path) -> None:
 def test_the_best_other_prediction_is_chosen_on_validation_and_is_no_protocol(tmp_path: Path) -> None:
     made = planned(tmp_path, rows=("BP",), seeds=1, words=["evaluation.protocols=[linear-probe]"])
     (line,) = lines_of(made)
-    known = line.outcomes[0]
+    known = line.records[0]
     assert known is not None
     known.result |= {"test/b1/accuracy": 0.99, "test/mean/accuracy": 0.9, "test/linear_probe/accuracy": 1.0}
     known.history = [{"epoch": 1.0, "val/b1/accuracy": 0.95, "val/mean/accuracy": 0.1}]
@@ -316,19 +312,17 @@ def test_the_best_other_prediction_is_chosen_on_validation_and_is_no_protocol(tm
 # --- time -----------------------------------------------------------------------------------------------------------------
 
 
-def with_curves(made: Plan, curves: dict[str, list[list[float]]]) -> list[Line]:
+def with_curves(made: Plan, curves: dict[str, list[list[float]]]) -> list[TableRow]:
     """Validation accuracies by epoch, an epoch taking a second and a hundred examples."""
     lines = lines_of(made, {})
     for line in lines:
-        line.outcomes = []
-        for cell, curve in zip(line.cells, curves[line.row.label], strict=True):
+        line.records = []
+        for cell, curve in zip(line.cells, curves[line.written.label], strict=True):
             history = [
                 {"epoch": float(place), "seconds": float(place), "samples": 100.0 * place, "val/accuracy": value}
                 for place, value in enumerate(curve, start=1)
             ]
-            line.outcomes.append(
-                Outcome(cell.id, cell.row, "", cell.seed, status="finished", result={"test/accuracy": curve[-1]}, history=history)
-            )
+            line.records.append(CellRecord(cell.key, status="finished", result={"test/accuracy": curve[-1]}, history=history))
     return lines
 
 
@@ -347,7 +341,7 @@ def test_time_to_target(tmp_path: Path) -> None:
         "DFA": ["DFA", "2 of 3", "3.0", "300", "3"],
         "frozen": ["frozen", "1 of 3", "inf", "inf", "inf"],
     }
-    known = lines[1].outcomes[2]
+    known = lines[1].records[2]
     assert known is not None
     known.status, known.result, known.parallel = "diverged", {}, 2
     _, rows = table(report_on(made, lines, WORDS), "Time to target")
@@ -362,7 +356,7 @@ def test_seconds_of_cells_that_waited_are_marked_and_not_drawn(tmp_path: Path) -
     made = planned(tmp_path, rows=("BP", "DFA"))
     lines = lines_of(made)
     for line, share in zip(lines, (0.95, 0.07), strict=True):
-        for known in line.outcomes:
+        for known in line.records:
             assert known is not None
             known.parallel = 4 if share > 0.9 else 1
             known.tags |= {"threads": "1", "device": "cpu"}
@@ -387,7 +381,7 @@ def test_seconds_of_cells_that_shared_their_machine_are_marked_where_nothing_els
     made = planned(tmp_path, rows=("BP", "DFA"))
     lines = lines_of(made)
     for line in lines:
-        for known in line.outcomes:
+        for known in line.records:
             assert known is not None
             known.parallel = 4
     report, page, _ = written(tmp_path, made, lines)
@@ -403,7 +397,7 @@ def test_seconds_of_cells_that_shared_their_machine_are_marked_where_nothing_els
 def test_costs_that_were_not_measured_are_blank(tmp_path: Path) -> None:
     made = planned(tmp_path, rows=("BP", "DFA"))
     lines = lines_of(made)
-    for known in lines[1].outcomes:
+    for known in lines[1].records:
         assert known is not None
         del known.result["train/peak_memory_mb"], known.result["train/samples_per_second"]
         for metrics in known.history:
@@ -418,16 +412,16 @@ def test_costs_that_were_not_measured_are_blank(tmp_path: Path) -> None:
 def test_curves_come_from_the_runs_where_records_have_none(tmp_path: Path) -> None:
     made = planned(tmp_path, rows=("BP",), seeds=1)
     lines = lines_of(made)
-    known = lines[0].outcomes[0]
+    known = lines[0].records[0]
     assert known is not None
     known.history = []
     assert "Learning curves" not in titles(report_on(made, lines, WORDS))
-    folder = tmp_path / "elsewhere" / "run-BP-0"
+    folder = made.output / "run-BP-0"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text(
         '{"epoch": 1, "samples": 5, "val/accuracy": 0.5}\n{"epoch": 2, "samples": 9, "val/accuracy": 0.6}\n'
     )
-    assert "Learning curves" in titles(report_on(made, lines, WORDS, runs=tmp_path / "elsewhere"))
+    assert "Learning curves" in titles(report_on(made, lines, WORDS))
     assert known.history == []
 
 
@@ -463,7 +457,7 @@ def test_profiles_need_three_columns_and_five_seeds(tmp_path: Path) -> None:
 def test_rows_with_too_few_seeds_are_left_out_of_profiles(tmp_path: Path) -> None:
     made = planned(tmp_path, columns=("a", "b", "c"), seeds=5)
     lines = lines_of(made)
-    lines[0].outcomes[0] = None
+    lines[0].records[0] = None
     report, page, _ = written(tmp_path, made, lines)
     _, rows = table(report, "Probability of improvement")
     assert list(rows) == ["DFA", "frozen"]
@@ -474,10 +468,10 @@ def test_the_probability_of_improvement_beside_scipys(tmp_path: Path) -> None:
     made = planned(tmp_path, rows=("BP", "DFA"), columns=("a", "b", "c"), seeds=5)
     lines = lines_of(made)
     for line in lines:
-        for place, known in enumerate(line.outcomes):
+        for place, known in enumerate(line.records):
             assert known is not None
-            known.result["test/accuracy"] = 0.8 + 0.01 * ((7 * place + len(line.row.label)) % 5)
-    scores = {(line.row.label, line.column): list(line.by_seed("test/accuracy").values()) for line in lines}
+            known.result["test/accuracy"] = 0.8 + 0.01 * ((7 * place + len(line.written.label)) % 5)
+    scores = {(line.written.label, line.column): list(line.by_seed("test/accuracy").values()) for line in lines}
     oracle = statistics.fmean(stats.mannwhitneyu(scores["BP", column], scores["DFA", column]).statistic / 25 for column in "abc")
     _, rows = table(report_on(made, lines, WORDS), "Probability of improvement")
     assert rows["BP"][list(rows).index("DFA") + 1].startswith(f"{oracle:.2f} (")
@@ -487,7 +481,7 @@ def test_failures_are_a_table_and_in_the_text(tmp_path: Path) -> None:
     made = planned(tmp_path, seeds=2)
     lines = lines_of(made)
     for line, status, reason in zip(lines, ("diverged", "timeout", "refused"), ("loss is nan", "", "no data"), strict=True):
-        known = line.outcomes[1]
+        known = line.records[1]
         assert known is not None
         known.status, known.reason, known.result = status, reason, {}  # type: ignore[assignment]
     report, page, _ = written(tmp_path, made, lines)

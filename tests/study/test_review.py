@@ -21,14 +21,14 @@ from bpfree.baselines import DFA
 from bpfree.config import parse_words
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.plugins import installed_plugins
-from bpfree.study import cells, command, presence
-from bpfree.study.agenda import Agenda
+from bpfree.study import cells, command, concurrency
 from bpfree.study.comparing import comparison
 from bpfree.study.executors import InProcess, Pool
 from bpfree.study.file import read_study
 from bpfree.study.report.view import timed
-from bpfree.study.state import Outcome, State
-from bpfree.study.worker import Job, Tasks, Watch, Worker
+from bpfree.study.store import CellKey, CellRecord, CellStore
+from bpfree.study.worker import CellObserver, Job, TaskCache, Worker
+from bpfree.study.worklist import Worklist
 from bpfree.training.run import Run
 
 COMMON = (
@@ -38,15 +38,15 @@ COMMON = (
 TUNED = COMMON + "rules: [dfa]\ntune: {trials: 3, space: {optimizer.lr: {low: 1e-4, high: 0.1, log: true}}}\n"
 
 
-def agenda_of(text: str, *, retry: tuple[str, ...] = (), **options: Any) -> Agenda:
+def worklist_of(text: str, *, retry: tuple[str, ...] = (), **options: Any) -> Worklist:
     Path("s.yaml").write_text(text)
     plan = cells.plan(read_study(Path("s.yaml")), **options)
-    return Agenda(plan, State(plan.output, plan.study.name), retry=retry)
+    return Worklist(plan, retry=retry)
 
 
 def refused(text: str) -> str:
     with pytest.raises(UsageError) as caught:
-        agenda_of(text)
+        worklist_of(text)
     return f"{caught.value.what} {caught.value.where}"
 
 
@@ -68,42 +68,44 @@ def test_what_cannot_be_tuned_is_refused_at_once(workplace: Path) -> None:
         ("select", "[last, best-val]"),
     ):
         assert f"{key} is not to be tuned" in refused(TUNED.replace("{optimizer.lr:", f"{{{key}: {values}, optimizer.lr:"))
-    agenda_of(TUNED.replace("{optimizer.lr:", "{batch_size: [32, 64], optimizer.lr:"))
+    worklist_of(TUNED.replace("{optimizer.lr:", "{batch_size: [32, 64], optimizer.lr:"))
 
 
 def test_no_trial_sees_the_test_split_whatever_the_file_says(workplace: Path) -> None:
-    agenda = agenda_of(TUNED.replace("trials: 3,", "trials: 3, settings: {evaluation.test: true},"))
-    trials = [cell for cell in agenda.ready() if cell.trial is not None]
+    worklist = worklist_of(TUNED.replace("trials: 3,", "trials: 3, settings: {evaluation.test: true},"))
+    trials = [cell for cell in worklist.ready() if cell.key.trial is not None]
     assert len(trials) == 3
     assert not any(cell.recipe.settings.evaluation.test for cell in trials)
 
 
 def test_more_seeds_are_none_that_tuning_chose_by(workplace: Path) -> None:
-    agenda = agenda_of(TUNED.replace("trials: 3,", "trials: 3, seeds: [3, 5],"), seeds=6)
-    assert list(agenda.plan.seeds) == [0, 1, 2, 4, 6, 7]
-    assert agenda_of(TUNED, seeds=1).plan.seeds == [0]
+    worklist = worklist_of(TUNED.replace("trials: 3,", "trials: 3, seeds: [3, 5],"), seeds=6)
+    assert list(worklist.plan.seeds) == [0, 1, 2, 4, 6, 7]
+    assert worklist_of(TUNED, seeds=1).plan.seeds == [0]
 
 
 def test_choices_of_a_trial_that_is_run_again_wait_for_it(workplace: Path) -> None:
-    first = agenda_of(TUNED)
-    trials = [cell for cell in first.ready() if cell.trial is not None]
+    first = worklist_of(TUNED)
+    trials = [cell for cell in first.ready() if cell.key.trial is not None]
     history = [{"epoch": 1.0, "val/accuracy": 0.5}]
     for cell, status in zip(trials, ("finished", "failed", "finished"), strict=True):
-        first.state.write(Outcome(cell.id, cell.row, cell.column, cell.seed, status, trial=cell.trial, history=history))  # type: ignore[arg-type]
-    assert [cell.trial for cell in first.ready()] == [None, None]
-    again = agenda_of(TUNED, retry=("failed",))
-    assert [cell.trial for cell in again.ready()] == [1]
-    again.tried(trials[1].id)
-    assert [cell.trial for cell in again.ready()] == [None, None]
+        first.store.write(CellRecord(cell.key, status, history=history))  # type: ignore[arg-type]
+    assert [cell.key.trial for cell in first.ready()] == [None, None]
+    again = worklist_of(TUNED, retry=("failed",))
+    assert [cell.key.trial for cell in again.ready()] == [1]
+    again.tried(trials[1].key.id)
+    assert [cell.key.trial for cell in again.ready()] == [None, None]
 
 
 def test_a_trial_that_diverges_for_one_of_its_seeds_has_no_score(workplace: Path) -> None:
-    agenda = agenda_of(TUNED.replace("trials: 3,", "trials: 3, seeds: [7, 8],"))
-    for cell in [cell for cell in agenda.ready() if cell.trial is not None]:
-        status, score = ("diverged", 0.9) if (cell.trial, cell.seed) == (1, 8) else ("finished", 0.9 if cell.trial == 1 else 0.5)
+    worklist = worklist_of(TUNED.replace("trials: 3,", "trials: 3, seeds: [7, 8],"))
+    for cell in [cell for cell in worklist.ready() if cell.key.trial is not None]:
+        status, score = (
+            ("diverged", 0.9) if (cell.key.trial, cell.key.seed) == (1, 8) else ("finished", 0.9 if cell.key.trial == 1 else 0.5)
+        )
         history = [{"epoch": 1.0, "val/accuracy": score}]
-        agenda.state.write(Outcome(cell.id, cell.row, "", cell.seed, status, trial=cell.trial, history=history))  # type: ignore[arg-type]
-    tuned = agenda.lines()[0].tuned
+        worklist.store.write(CellRecord(cell.key, status, history=history))  # type: ignore[arg-type]
+    tuned = worklist.table()[0].tuned
     assert tuned is not None
     assert [(trial.status, trial.score) for trial in tuned.trials] == [("finished", 50.0), ("diverged", None), ("finished", 50.0)]
     assert tuned.best is tuned.trials[0]
@@ -112,8 +114,8 @@ def test_a_trial_that_diverges_for_one_of_its_seeds_has_no_score(workplace: Path
 def test_quasi_random_points_fill_the_space(workplace: Path) -> None:
     """Of eight Sobol points in a row each lies in an eighth of its own, in every coordinate; beside a choice too."""
     space = "{optimizer.lr: {low: 1e-4, high: 0.1, log: true}, optimizer.name: [adam, sgd], optimizer.weight_decay: {low: 0.0, high: 0.8}}"
-    agenda = agenda_of(TUNED.replace("trials: 3", "trials: 9").replace("{optimizer.lr: {low: 1e-4, high: 0.1, log: true}}", space))
-    points = [cell.recipe.flat() for cell in agenda.ready() if cell.trial]
+    worklist = worklist_of(TUNED.replace("trials: 3", "trials: 9").replace("{optimizer.lr: {low: 1e-4, high: 0.1, log: true}}", space))
+    points = [cell.recipe.flat() for cell in worklist.ready() if cell.key.trial]
     assert sorted(int(8 * (math.log10(point["optimizer.lr"]) + 4) / 3) for point in points) == list(range(8))
     assert sorted(int(10 * point["optimizer.weight_decay"]) for point in points) == list(range(8))
     assert {point["optimizer.name"] for point in points} == {"adam", "sgd"}
@@ -130,7 +132,7 @@ def test_a_cell_is_known_by_all_that_its_numbers_depend_on(workplace: Path, monk
 
     def known(settings: str = "", rule: str = "dfa", path: str = "d.npz") -> list[str]:
         common = f"settings: {{task: npz, task.path: {path}, network.width: 4, tracking.enabled: false{settings}}}"
-        return [cell.id for cell in agenda_of(f"title: T\n{common}\nseeds: 2\nrules: [{rule}]\n", load=True).plan.cells]
+        return [cell.key.id for cell in worklist_of(f"title: T\n{common}\nseeds: 2\nrules: [{rule}]\n", load=True).plan.cells]
 
     arrays("d.npz", 1)
     base = known()
@@ -167,43 +169,44 @@ def test_a_cell_is_known_by_all_that_its_numbers_depend_on(workplace: Path, monk
 
 
 def test_where_a_study_is_says_nothing_of_its_runs_but_its_name_does(workplace: Path) -> None:
-    agenda = agenda_of(COMMON + "rules: [dfa]\n")
-    job = job_of(agenda)
-    assert job.run_id == dataclasses.replace(job, output="elsewhere", label="x").run_id
-    assert len({job.run_id, dataclasses.replace(job, study="other").run_id, dataclasses.replace(job, cell="other").run_id}) == 3
+    worklist = worklist_of(COMMON + "rules: [dfa]\n")
+    job = job_of(worklist)
+    assert job.folder.name == dataclasses.replace(job, store=CellStore(Path("elsewhere"), "s")).folder.name
+    other = dataclasses.replace(job.key, id="other")
+    assert len({job.store.run_of(job.key), CellStore(job.store.output, "other").run_of(job.key), job.store.run_of(other)}) == 3
 
 
 def test_seeds_are_the_outer_loop_and_what_follows_is_counted(workplace: Path) -> None:
-    agenda = agenda_of(TUNED.replace("[dfa]", "[dfa, {rule: backprop, tune: false}, {rule: frozen, tune: false}]"))
-    assert [(cell.row, cell.trial, cell.seed) for cell in agenda.ready() if cell.trial is None] == [
+    worklist = worklist_of(TUNED.replace("[dfa]", "[dfa, {rule: backprop, tune: false}, {rule: frozen, tune: false}]"))
+    assert [(cell.key.row, cell.key.trial, cell.key.seed) for cell in worklist.ready() if cell.key.trial is None] == [
         ("backprop", None, 0),
         ("frozen", None, 0),
         ("backprop", None, 1),
         ("frozen", None, 1),
     ]
-    assert agenda.count() == agenda.left() == 3 + 6
-    agenda.tried(agenda.ready()[0].id)
-    assert agenda.left() == 8
+    assert worklist.count() == worklist.left() == 3 + 6
+    worklist.tried(worklist.ready()[0].key.id)
+    assert worklist.left() == 8
 
 
 def test_the_time_of_a_cell_counts_over_interruptions(workplace: Path) -> None:
-    agenda = agenda_of(COMMON + "rules: [dfa]\n")
+    worklist = worklist_of(COMMON + "rules: [dfa]\n")
     alone: Any = SimpleNamespace(most=1, look=lambda: None)
-    before = Outcome(agenda.plan.cells[0].id, "dfa", "", 0, "interrupted", elapsed=50.0)
-    outcome = agenda.state.begin(job_of(agenda), before)
+    before = CellRecord(worklist.plan.cells[0].key, "interrupted", elapsed=50.0)
+    outcome = worklist.store.begin(worklist.plan.cells[0].key, before)
     with pytest.raises(BpfreeError, match="not done after 40 s"):
-        Watch(job_of(agenda, timeout=40.0), outcome, alone, agenda.state).progress(Run("r", "r"))
+        CellObserver(job_of(worklist, timeout=40.0), outcome, alone).progress(Run("r", "r"))
     # whose time was up has it again when it is asked for again
-    again = agenda.state.begin(job_of(agenda), dataclasses.replace(before, status="timeout"))
+    again = worklist.store.begin(worklist.plan.cells[0].key, dataclasses.replace(before, status="timeout"))
     assert again.elapsed == 0
-    Watch(job_of(agenda, timeout=40.0), again, alone, agenda.state).progress(Run("r", "r"))
+    CellObserver(job_of(worklist, timeout=40.0), again, alone).progress(Run("r", "r"))
 
 
 def test_a_budget_of_another_kind_replaces_that_of_the_study(workplace: Path) -> None:
     grid = (
         "rules: [dfa, {rule: dfa, label: s, settings: {budget.samples: 500}}, {rule: dfa, label: f, settings: {budget: {forwards: 900}}}]\n"
     )
-    budgets = [place.recipe.settings.budget for place in agenda_of(COMMON + grid).plan.places]
+    budgets = [place.recipe.settings.budget for place in worklist_of(COMMON + grid).plan.rows]
     assert [(budget.epochs, budget.samples, budget.forwards) for budget in budgets] == [
         (1, None, None),
         (None, 500, None),
@@ -215,12 +218,10 @@ def test_a_set_that_names_no_files_is_the_same_cell_for_those_who_must_not_load(
     registered = installed_plugins()._registered["tasks"]
     source, owner = registered["digits"]
     monkeypatch.setitem(registered, "digits", (dataclasses.replace(source, files=None), owner))
-    ran = agenda_of(COMMON + "rules: [dfa]\n", load=True).plan
-    looked = agenda_of(COMMON + "rules: [dfa]\n", load=False).plan
-    assert ran.cells[0].identity["data"] is not None
-    assert looked.cells[0].id == ran.cells[0].id
-    assert not ran.book.watchable  # no receipt can know that it has not changed
-    assert not command.is_settled(ran, agenda_of(COMMON + "rules: [dfa]\n"))
+    ran = worklist_of(COMMON + "rules: [dfa]\n", load=True).plan
+    looked = worklist_of(COMMON + "rules: [dfa]\n", load=False).plan
+    assert ran.cells[0].key.identity["data"] is not None
+    assert looked.cells[0].key.id == ran.cells[0].key.id
 
 
 def test_a_rule_that_exits_ends_its_cell_alone(
@@ -244,13 +245,13 @@ def test_a_rule_that_exits_ends_its_cell_alone(
 
 
 def test_who_asks_for_processes_has_one_for_the_last_cell_too(workplace: Path) -> None:
-    agenda = agenda_of(COMMON.replace("seeds: 2", "seeds: 1") + "rules: [dfa]\n")
-    pool = command._executor(agenda.plan, agenda, command.Options(jobs=2))
+    worklist = worklist_of(COMMON.replace("seeds: 2", "seeds: 1") + "rules: [dfa]\n")
+    pool = command.executor_for(worklist, command.Options(jobs=2))
     assert isinstance(pool, Pool)
     assert pool.slots == 1
-    assert isinstance(command._executor(agenda.plan, agenda, command.Options()), InProcess)
+    assert isinstance(command.executor_for(worklist, command.Options()), InProcess)
     with pytest.raises(UsageError, match="Ray"):
-        command._executor(agenda.plan, agenda, command.Options(gpus=1.0))
+        command.executor_for(worklist, command.Options(gpus=1.0))
 
 
 def test_a_comparison_has_the_same_name_wherever_it_is_tracked() -> None:
@@ -264,23 +265,21 @@ def test_a_comparison_has_the_same_name_wherever_it_is_tracked() -> None:
 # --- company ------------------------------------------------------------------------------------------------------------
 
 
-def job_of(agenda: Agenda, **changes: Any) -> Job:
-    cell = agenda.plan.cells[0]
-    job = Job("s", cell.id, cell.row, cell.column, cell.seed, None, cell.identity, cell.leaves, "runs", [], cell.label, {})
-    return dataclasses.replace(job, **changes)
+def job_of(worklist: Worklist, **changes: Any) -> Job:
+    return dataclasses.replace(Job(worklist.plan.cells[0].key, worklist.store, [], {}), **changes)
 
 
 def test_the_mark_of_company_stays_with_the_seconds(workplace: Path) -> None:
     """A cell that goes on from its checkpoint has seconds in it that it shared; one that begins anew has not."""
-    agenda = agenda_of(COMMON + "rules: [dfa]\n")
-    before = Outcome(agenda.plan.cells[0].id, "dfa", "", 0, "timeout", parallel=2)
-    assert agenda.state.begin(job_of(agenda), before).parallel == 2
-    assert agenda.state.begin(job_of(agenda, restart=True), before).parallel == 1
+    worklist = worklist_of(COMMON + "rules: [dfa]\n")
+    before = CellRecord(worklist.plan.cells[0].key, "timeout", parallel=2)
+    assert worklist.store.begin(worklist.plan.cells[0].key, before).parallel == 2
+    assert worklist.store.begin(worklist.plan.cells[0].key, before, restart=True).parallel == 1
     # and it is written as soon as it is known, as the process may be killed
-    outcome = agenda.state.begin(job_of(agenda), None)
-    watch = Watch(job_of(agenda), outcome, SimpleNamespace(most=3, look=lambda: None), agenda.state)  # type: ignore[arg-type]
+    outcome = worklist.store.begin(worklist.plan.cells[0].key, None)
+    watch = CellObserver(job_of(worklist), outcome, SimpleNamespace(most=3, look=lambda: None))  # type: ignore[arg-type]
     watch.note()
-    known = agenda.state.read(outcome.cell)
+    known = worklist.store.read(outcome.key.id)
     assert known is not None
     assert known.parallel == 3
 
@@ -297,30 +296,30 @@ def test_who_looks_too_early_makes_nobody_invisible(tmp_path: Path, monkeypatch:
         lock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", raced)
-    with presence.present(tmp_path):
+    with concurrency.present(tmp_path):
         assert len(removed) == 1
-        assert [presence._is_held(path) for path in tmp_path.iterdir()] == [True]
-        with presence.present(tmp_path) as second:
+        assert [concurrency._is_held(path) for path in tmp_path.iterdir()] == [True]
+        with concurrency.present(tmp_path) as second:
             assert second.most == 2
     assert list(tmp_path.iterdir()) == []
 
 
 def test_company_is_counted_by_machine_and_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with presence.present(tmp_path) as first:
-        with presence.present(tmp_path):
+    with concurrency.present(tmp_path) as first:
+        with concurrency.present(tmp_path):
             first.look()
         first.look()
         assert first.most == 2
-    monkeypatch.setattr(presence, "_host", lambda: "there")
-    with presence.present(tmp_path):
-        monkeypatch.setattr(presence, "_host", lambda: "here")
-        with presence.present(tmp_path) as alone:
+    monkeypatch.setattr(concurrency, "_host", lambda: "there")
+    with concurrency.present(tmp_path):
+        monkeypatch.setattr(concurrency, "_host", lambda: "here")
+        with concurrency.present(tmp_path) as alone:
             assert alone.most == 1
 
 
 def test_a_worker_leaves_what_is_finished_and_tells_a_refusal_from_a_failure(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    agenda = agenda_of(COMMON + "rules: [dfa]\n")
-    job = job_of(agenda, again=True)
+    worklist = worklist_of(COMMON + "rules: [dfa]\n")
+    job = job_of(worklist, again=True)
 
     def broken(*arguments: Any) -> None:
         raise RuntimeError("in its constructor")
@@ -330,12 +329,12 @@ def test_a_worker_leaves_what_is_finished_and_tells_a_refusal_from_a_failure(wor
         failed = Worker().run(job)
         assert failed is not None
         assert (failed.status, failed.reason) == ("failed", "RuntimeError: in its constructor")
-    elsewhere = [*(leaf for leaf in job.leaves if leaf.key != "task.name"), *parse_words(["task=npz", "task.path=not-here.npz"])]
-    refused = Worker().run(dataclasses.replace(job, leaves=elsewhere))
+    elsewhere = [*(leaf for leaf in job.key.leaves if leaf.key != "task.name"), *parse_words(["task=npz", "task.path=not-here.npz"])]
+    refused = Worker().run(dataclasses.replace(job, key=dataclasses.replace(job.key, leaves=elsewhere)))
     assert refused is not None
     assert refused.status == "refused"
     # another process was faster, while this one was told to run it again
-    agenda.state.write(Outcome(job.cell, "dfa", "", 0, "finished", result={"test/accuracy": 0.25}))
+    worklist.store.write(CellRecord(job.key, "finished", result={"test/accuracy": 0.25}))
     known = Worker().run(job)
     assert known is not None
     assert known.result == {"test/accuracy": 0.25}
@@ -343,16 +342,16 @@ def test_a_worker_leaves_what_is_finished_and_tells_a_refusal_from_a_failure(wor
 
 def test_cells_of_two_tasks_have_each_their_own_data(workplace: Path) -> None:
     tasks = [{"label": "a", "settings": {"task": "digits"}}, {"label": "b", "settings": {"task": "digits", "task.validation": 0.3}}]
-    agenda = agenda_of(f"title: T\nsettings: {{tracking.enabled: false}}\nrules: [dfa]\ntasks: {json.dumps(tasks)}\n")
-    loaded = Tasks()
-    sizes = [len(loaded.get(place.recipe).train) for place in agenda.plan.places]
+    worklist = worklist_of(f"title: T\nsettings: {{tracking.enabled: false}}\nrules: [dfa]\ntasks: {json.dumps(tasks)}\n")
+    loaded = TaskCache()
+    sizes = [len(loaded.get(place.recipe).train) for place in worklist.plan.rows]
     assert sizes[0] > sizes[1]
-    assert loaded.get(agenda.plan.places[1].recipe) is loaded.get(agenda.plan.places[1].recipe)
+    assert loaded.get(worklist.plan.rows[1].recipe) is loaded.get(worklist.plan.rows[1].recipe)
 
 
 def test_looking_at_a_cell_leaves_nothing_behind(workplace: Path) -> None:
-    state = State(Path("runs"), "s")
-    state.write(Outcome("a" * 16, "dfa", "", 0, "running"))
+    state = CellStore(Path("runs"), "s")
+    state.write(CellRecord(CellKey("a" * 16, "dfa", "", 0), "running"))
     seen = state.seen("a" * 16)
     assert seen is not None
     assert seen.status == "interrupted"
@@ -364,14 +363,14 @@ def test_looking_at_a_cell_leaves_nothing_behind(workplace: Path) -> None:
 
 
 def test_timings_of_parallel_cells_are_marked_in_every_column(workplace: Path) -> None:
-    agenda = agenda_of(COMMON.replace("budget.epochs: 1", "budget.seconds: 2") + "rules: [dfa, backprop]\n")
-    for cell in agenda.ready():
+    worklist = worklist_of(COMMON.replace("budget.epochs: 1", "budget.seconds: 2") + "rules: [dfa, backprop]\n")
+    for cell in worklist.ready():
         result = {"test/accuracy": 0.5, "train/seconds": 2.0, "train/samples_per_second": 4321.0}
-        agenda.state.write(Outcome(cell.id, cell.row, "", cell.seed, "finished", result=result, parallel=1 + (cell.row == "dfa")))
-    text = command.report(agenda.plan, agenda, ["study"], None)[0].text()
+        worklist.store.write(CellRecord(cell.key, "finished", result=result, parallel=1 + (cell.key.row == "dfa")))
+    text = command.report(worklist, ["study"], None)[0].text()
     dfa, backprop = (next(line for line in text.splitlines() if line.startswith(row)) for row in ("dfa", "backprop"))
     assert "4,321*" in dfa
     assert dfa.count("*") == 2
     assert "*" not in backprop
     assert "nor what was reached in so many of them" in text
-    assert [len(timed(line)) for line in agenda.lines()] == [0, 2]  # these are drawn over seconds
+    assert [len(timed(line)) for line in worklist.table()] == [0, 2]  # these are drawn over seconds

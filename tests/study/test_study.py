@@ -18,7 +18,7 @@ import torch
 from study_kit import call, outcomes, plugin_on_path
 
 from bpfree import sources
-from bpfree.study.state import State
+from bpfree.study.store import CellStore
 
 PLUGIN = '''
 import os
@@ -285,7 +285,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(site: Path, capsys: pyt
     assert "the same command resumes it" in capsys.readouterr().err
     (known,) = outcomes()
     assert known["status"] == "interrupted"
-    State(Path("runs"), "table").path_of(str(known["cell"])).write_text(json.dumps({**known, "status": status}))
+    CellStore(Path("runs"), "table").path_of(str(known["cell"])).write_text(json.dumps({**known, "status": status}))
     assert call("study", "report", name) == 0
     assert table_lines(capsys.readouterr().out, "stop")[0] == ["stop", "interrupted", "0", "of", "2"]
     assert call("study", "run", name) == 0
@@ -306,7 +306,7 @@ def test_a_run_that_finished_before_it_was_noted_is_not_tested_again(workplace: 
     name = study(f"title: One\n{BARE}seeds: 1\nrows: [{{label: one, settings: {{rule: dfa, budget.epochs: 1}}}}]\n")
     assert call("study", "run", name, "--quiet") == 0
     (known,) = outcomes()
-    State(Path("runs"), "table").path_of(str(known["cell"])).write_text(
+    CellStore(Path("runs"), "table").path_of(str(known["cell"])).write_text(
         json.dumps({**known, "status": "running", "result": {}, "tags": {}})
     )
     assert call("study", "run", name, "--quiet", "log_interval=2") == 0
@@ -341,7 +341,7 @@ def test_a_cell_that_another_process_runs_is_left_to_it(
     assert call("study", "run", name, "--dry-run") == 0
     first = next(line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("one"))
     with contextlib.ExitStack() as other:
-        assert other.enter_context(State(Path("runs"), "table").lock(first))
+        assert other.enter_context(CellStore(Path("runs"), "table").lock(first))
         waits = []
 
         def wait(seconds: float) -> None:

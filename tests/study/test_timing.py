@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from bpfree.study.state import Outcome
-from bpfree.study.timing import comparable, processor_share
+from bpfree.study.store import CellKey, CellRecord
 
 
-def outcome(wall: float | None, processor: float | None, *, threads: str = "1", device: str = "cpu", parallel: int = 1) -> Outcome:
+def outcome(wall: float | None, processor: float | None, *, threads: str = "1", device: str = "cpu", parallel: int = 1) -> CellRecord:
     known = {"train/seconds": wall, "train/processor_seconds": processor}
     result = {name: value for name, value in known.items() if value is not None}
-    return Outcome("a", "row", "", 0, "finished", result=result, tags={"threads": threads, "device": device}, parallel=parallel)
+    return CellRecord(CellKey("a", "row", "", 0), "finished", result=result, tags={"threads": threads, "device": device}, parallel=parallel)
 
 
 @pytest.mark.parametrize(
@@ -32,12 +31,12 @@ def outcome(wall: float | None, processor: float | None, *, threads: str = "1", 
         (outcome(None, None), True),
     ],
 )
-def test_seconds_that_can_be_compared(made: Outcome, expected: bool) -> None:
-    assert comparable(made) is expected
+def test_seconds_that_can_be_compared(made: CellRecord, expected: bool) -> None:
+    assert made.comparable is expected
 
 
 def test_a_cell_without_a_result_is_judged_by_its_last_epoch() -> None:
     made = outcome(None, None)
     made.history = [{"seconds": 1.0, "processor_seconds": 1.0}, {"seconds": 4.0, "processor_seconds": 2.0}]
-    assert processor_share(made) == 0.5
-    assert not comparable(made)
+    assert made.processor_share == 0.5
+    assert not made.comparable

@@ -10,10 +10,10 @@ import pytest
 from study_kit import call, outcomes
 
 from bpfree.study import cells
-from bpfree.study.agenda import Agenda
 from bpfree.study.file import read_study
-from bpfree.study.state import Outcome, State
-from bpfree.study.trials import Trial, Tuned
+from bpfree.study.rows import Trial, Tuned
+from bpfree.study.store import CellRecord
+from bpfree.study.worklist import Worklist
 
 COMMON = "settings: {task: digits, device: cpu, tracking.enabled: false, network.width: 16, budget.epochs: 1}\nfloor: false\nprobe: false\n"
 TUNED = f"""
@@ -30,9 +30,9 @@ def study(text: str) -> str:
     return "tuned.yaml"
 
 
-def agenda_of(text: str) -> Agenda:
+def worklist_of(text: str) -> Worklist:
     plan = cells.plan(read_study(Path(study(text))))
-    return Agenda(plan, State(plan.output, plan.study.name))
+    return Worklist(plan)
 
 
 def test_trials_choose_by_validation_and_the_final_seeds_are_trained_afresh(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,9 +57,7 @@ def test_trials_choose_by_validation_and_the_final_seeds_are_trained_afresh(work
     told = [outcome["identity"]["config"]["optimizer.lr"] for outcome in trials[1:]]
     assert len(set(told)) == 3
     assert all(1e-4 <= value <= 0.1 for value in told)
-    # again: nothing is run, also without the receipt of the first time
-    for receipt in Path("runs/studies").glob(".receipt*"):
-        receipt.unlink()
+    # again: nothing is run
     assert call("study", "run", name, "--quiet") == 0
     again = capsys.readouterr()
     assert "0 of 8 cells to run" in again.err
@@ -70,39 +68,39 @@ def test_quasi_random_points_are_optunas_and_the_same_in_each_process(workplace:
     from bpfree.training.seeds import derive
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    points = [cell.recipe.flat()["optimizer.lr"] for cell in agenda_of(TUNED).ready() if cell.trial]
+    points = [cell.recipe.flat()["optimizer.lr"] for cell in worklist_of(TUNED).ready() if cell.key.trial]
     seed = derive("tuning", "digits", "optimizer.lr") % 2**31
     by_hand = optuna.create_study(sampler=optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=seed))
     rate = optuna.distributions.FloatDistribution(1e-4, 0.1, log=True)
     assert points == [by_hand.ask({"optimizer.lr": rate}).params["optimizer.lr"] for _ in range(4)][1:]  # its first is no Sobol point
-    assert points == [cell.recipe.flat()["optimizer.lr"] for cell in agenda_of(TUNED).ready() if cell.trial]
+    assert points == [cell.recipe.flat()["optimizer.lr"] for cell in worklist_of(TUNED).ready() if cell.key.trial]
 
 
-def answer(agenda: Agenda, best: float) -> list[float]:
+def answer(worklist: Worklist, best: float) -> list[float]:
     """Note results of all that is ready: the nearer the learning rate is to ``best``, the better. Returns the rates."""
     import math
 
     asked = []
-    while ready := [cell for cell in agenda.ready() if cell.trial is not None]:
+    while ready := [cell for cell in worklist.ready() if cell.key.trial is not None]:
         for cell in ready:
             rate = cell.recipe.flat()["optimizer.lr"] or 1e-3
             asked.append(rate)
             score = 1 - abs(math.log10(rate / best)) / 10
             history = [{"epoch": 1.0, "val/accuracy": score}]
-            agenda.state.write(Outcome(cell.id, cell.row, cell.column, cell.seed, "finished", trial=cell.trial, history=history))
+            worklist.store.write(CellRecord(cell.key, "finished", history=history))
     return asked
 
 
 def test_tpe_learns_from_what_it_is_told_and_can_be_resumed(workplace: Path) -> None:
     """On a landscape with one peak its later trials come closer than its first ones; a new process asks for the same."""
     text = TUNED.replace("trials: 4", "trials: 32, search: tpe")
-    agenda = agenda_of(text)
-    assert len([cell for cell in agenda.ready() if cell.trial is not None]) == 1  # one after the other, the default first
-    asked = answer(agenda, best=3e-3)
+    worklist = worklist_of(text)
+    assert len([cell for cell in worklist.ready() if cell.key.trial is not None]) == 1  # one after the other, the default first
+    asked = answer(worklist, best=3e-3)
     assert len(asked) == 32
-    resumed = agenda_of(text)
-    assert [cell for cell in resumed.ready() if cell.trial is not None] == []
-    line = next(line for line in resumed.lines() if line.tuned is not None)
+    resumed = worklist_of(text)
+    assert [cell for cell in resumed.ready() if cell.key.trial is not None] == []
+    line = next(line for line in resumed.table() if line.tuned is not None)
     assert line.tuned is not None
     assert [trial.settings.get("optimizer.lr", 1e-3) for trial in line.tuned.trials] == asked
 
@@ -117,12 +115,12 @@ def test_tpe_learns_from_what_it_is_told_and_can_be_resumed(workplace: Path) -> 
 
 
 def test_a_trial_that_diverges_counts_as_one_and_is_not_chosen(workplace: Path) -> None:
-    agenda = agenda_of(TUNED)
-    for number, cell in enumerate(cell for cell in agenda.ready() if cell.trial is not None):
+    worklist = worklist_of(TUNED)
+    for number, cell in enumerate(cell for cell in worklist.ready() if cell.key.trial is not None):
         status = "finished" if number == 2 else "diverged"
         history = [{"epoch": 1.0, "val/accuracy": 0.9}] if number == 2 else []
-        agenda.state.write(Outcome(cell.id, cell.row, cell.column, cell.seed, status, trial=cell.trial, history=history))  # type: ignore[arg-type]
-    line = agenda.lines()[0]
+        worklist.store.write(CellRecord(cell.key, status, history=history))  # type: ignore[arg-type]
+    line = worklist.table()[0]
     assert line.tuned is not None
     assert line.tuned.complete
     assert [trial.status for trial in line.tuned.trials] == ["diverged", "diverged", "finished", "diverged"]
@@ -166,11 +164,11 @@ def test_a_best_value_at_the_edge_of_what_was_tried() -> None:
 def test_best_val_takes_the_best_epoch(workplace: Path) -> None:
     """Oracle: a curve whose last point is not its best."""
     for select, expected in (("last", 40.0), ("best-val", 80.0)):
-        agenda = agenda_of(TUNED.replace("budget.epochs: 1", f"budget.epochs: 1, select: {select}"))
+        worklist = worklist_of(TUNED.replace("budget.epochs: 1", f"budget.epochs: 1, select: {select}"))
         history = [{"epoch": 1.0, "val/accuracy": 0.8}, {"epoch": 2.0, "val/accuracy": 0.4}]
-        for cell in [cell for cell in agenda.ready() if cell.trial is not None]:
-            agenda.state.write(Outcome(cell.id, cell.row, cell.column, cell.seed, "finished", trial=cell.trial, history=history))
-        tuned = agenda.lines()[0].tuned
+        for cell in [cell for cell in worklist.ready() if cell.key.trial is not None]:
+            worklist.store.write(CellRecord(cell.key, "finished", history=history))
+        tuned = worklist.table()[0].tuned
         assert tuned is not None
         assert {trial.score for trial in tuned.trials} == {expected}
 

@@ -15,7 +15,7 @@ from bpfree.config import parse_words
 from bpfree.study import cells
 from bpfree.study.comparing import comparison
 from bpfree.study.file import read_study
-from bpfree.study.tunable import check_tuning
+from bpfree.study.tuning import check_tuning
 
 
 def plan(text: str, *words: str) -> cells.Plan:
@@ -31,7 +31,7 @@ def refused(text: str, *words: str) -> str:
 
 
 def unused(made: cells.Plan) -> dict[str, list[str]]:
-    return {place.row.label: sorted(place.recipe.unused) for place in made.places}
+    return {place.written.label: sorted(place.recipe.unused) for place in made.rows}
 
 
 TWO = """
@@ -46,7 +46,7 @@ rows:
 def test_shared_settings_that_a_row_does_not_use_are_listed_and_left_out(workplace: Path) -> None:
     made = plan(TWO)
     assert unused(made) == {"sgd": ["rule.scale"], "dfa": ["optimizer.momentum", "schedule.final"]}
-    sgd, dfa = (place.recipe for place in made.places)
+    sgd, dfa = (place.recipe for place in made.rows)
     assert (sgd.settings.optimizer.momentum, sgd.settings.schedule.final) == (0.9, 0.1)
     assert (dfa.settings.optimizer.momentum, dfa.settings.schedule.final, dfa.options["rule"].scale) == (None, 0.0, 0.5)
     for cell in made.cells:  # what the report offers to run again is what was run
@@ -62,7 +62,7 @@ def test_a_shared_option_that_another_option_of_a_row_makes_idle_is_listed(workp
         "rows: [{label: a, settings: {network.widths: [8]}}, {label: b}]\n"
     )
     assert unused(made) == {"a": ["network.width"], "b": []}
-    assert [place.recipe.options["network"].width for place in made.places] == [128, 16]
+    assert [place.recipe.options["network"].width for place in made.rows] == [128, 16]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_values_of_a_study_have_the_type_of_their_key(workplace: Path) -> None:
     text = (
         "title: 'T'\nsettings: {stream: 01, tracking: {experiment: 83e2010}}\nrows: [{label: a, settings: {rule: dfa, data.root: 007}}]\n"
     )
-    settings = plan(text, "seed=1".replace("seed", "batch_size")).places[0].recipe.settings
+    settings = plan(text, "seed=1".replace("seed", "batch_size")).rows[0].recipe.settings
     assert (settings.stream, settings.tracking.experiment, settings.data.root) == ("01", "83e2010", "007")
     words = plan(text).cells[0].words
     assert "stream=01" in words
@@ -136,7 +136,7 @@ def test_a_tuned_setting_may_hang_on_another_that_is_tuned(workplace: Path) -> N
     both = "rule.scale: null, schedule.name: [constant, cosine], schedule.final: {low: 0.1, high: 0.5}"
     made = plan(TUNED % (both, ""))
     check_tuning(made)
-    place = made.places[1]
+    place = made.rows[1]
     more = [cells.Leaf("schedule.final", 0.2, "tuning", shared=True)]
     assert cells.recipe_with(place, more)[0].settings.schedule.final == 0.0
     more.append(cells.Leaf("schedule.name", "cosine", "tuning", shared=True))
@@ -151,7 +151,7 @@ def test_a_grid_lists_the_networks_that_do_not_reach_a_rule_and_keeps_to_its_rul
     assert unused(listed) == {"dfa": [], "softhebb": ["network.width"]}
     assert "network.width is used by no row" in refused(f"{grid}rules: [softhebb]\ntasks: [digits]\n")
     assert "names another rule" in refused(f"{grid}rules: [{{rule: dfa, settings: {{rule: backprop}}}}]\n")
-    nested = plan(f"{grid}rules: [{{rule: dfa, settings: {{rule: {{scale: 2}}}}}}]\n").places[0].recipe
+    nested = plan(f"{grid}rules: [{{rule: dfa, settings: {{rule: {{scale: 2}}}}}}]\n").rows[0].recipe
     assert (nested.names["rule"], nested.options["rule"].scale) == ("dfa", 2.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -17,16 +18,15 @@ from study_kit import call, outcomes
 from bpfree.config import parse_words
 from bpfree.errors import BpfreeError
 from bpfree.study import floors as floors_module
-from bpfree.study.cells import Cell, Plan, plan
+from bpfree.study.cells import Plan, plan
 from bpfree.study.file import read_study
 from bpfree.study.floors import FloorRecord, Floors, floor_key, measure_floor_of, measure_floors
-from bpfree.study.line import Line
 from bpfree.study.report import report_on
 from bpfree.study.report.floor import floor_finding
-from bpfree.study.state import Outcome, State
-from bpfree.study.trials import Trial, Tuned
+from bpfree.study.rows import Cell, TableRow, Trial, Tuned
+from bpfree.study.store import CellRecord, CellStore
 from bpfree.study.verdicts import Verdict, converged, verdicts
-from bpfree.study.worker import Tasks
+from bpfree.study.worker import TaskCache
 from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training.trainer import Interrupted
 
@@ -73,30 +73,28 @@ def judged(
     """Verdicts of rows with these results by seed; histories rise to the own prediction in four epochs."""
     lines = lines_of(made, results)
     for line in lines:
-        if twins and line.row.label in twins:
-            line.twins = {seed: finished(line.cells[seed], {"test/accuracy": value}) for seed, value in enumerate(twins[line.row.label])}
-    floors = Floors(made, State(made.output, made.study.name).folder)
+        if twins and line.written.label in twins:
+            records = [finished(line.cells[seed], {"test/accuracy": value}) for seed, value in enumerate(twins[line.written.label])]
+            line.twin = dataclasses.replace(line, records=records)
+    floors = Floors(made, CellStore(made.output, made.study.name).folder)
     for line in lines:
         floors.write(floors.id_of(line.cells[0]), record or floor_record())
-    return {each.line.row.label: each for each in verdicts(made, lines, floors, "test/accuracy")}
+    return {each.line.written.label: each for each in verdicts(made, lines, floors, "test/accuracy")}
 
 
-def finished(cell: Cell, result: dict[str, float]) -> Outcome:
+def finished(cell: Cell, result: dict[str, float]) -> CellRecord:
     own = result["test/accuracy"]
     history = [{"epoch": n, "val/accuracy": own * n / 4, "forwards": 100.0 * n} for n in (1.0, 2.0, 3.0, 4.0)]
     whole = {"forward_operations": 50.0, **result}
-    return Outcome(
-        cell.id, cell.row, cell.column, cell.seed, status="finished", run=f"{cell.row}-{cell.seed}", result=whole, history=history
-    )
+    return CellRecord(cell.key, "finished", run=f"{cell.key.row}-{cell.key.seed}", result=whole, history=history)
 
 
-def lines_of(made: Plan, results: Mapping[str, Mapping[str, list[float]]]) -> list[Line]:
-    lines = {row.label: Line(row, "") for row in made.study.rows}
-    for cell in made.cells:
-        known = {key: values[cell.seed] for key, values in results.get(cell.row, {}).items()}
-        lines[cell.row].cells.append(cell)
-        lines[cell.row].outcomes.append(finished(cell, known) if known else None)
-    return list(lines.values())
+def lines_of(made: Plan, results: Mapping[str, Mapping[str, list[float]]]) -> list[TableRow]:
+    def known(cell: Cell) -> CellRecord | None:
+        values = {key: each[cell.key.seed] for key, each in results.get(cell.key.row, {}).items()}
+        return finished(cell, values) if values else None
+
+    return [dataclasses.replace(row, records=[known(cell) for cell in row.cells]) for row in made.rows]
 
 
 def around(mean: float, spread: float = 0.001) -> list[float]:
@@ -169,7 +167,7 @@ def test_another_readout_recipe_that_does_better_is_the_floor(tmp_path: Path) ->
 def test_what_counts_as_a_converged_recipe(tmp_path: Path) -> None:
     text = TEXT + "  - {label: twice, settings: {rule: frozen, budget.epochs: 20}}\n"
     made = planned(tmp_path, text.replace("{rule: frozen}}", "{rule: frozen, budget.epochs: 10}}"))
-    lines = {line.row.label: line for line in lines_of(made, {"twin": {OWN: around(0.9)}, "twice": {OWN: around(0.9)}})}
+    lines = {line.written.label: line for line in lines_of(made, {"twin": {OWN: around(0.9)}, "twice": {OWN: around(0.9)}})}
 
     def tuned(best: float, rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)) -> Tuned:
         trials = [Trial({}, "finished", 90 - abs(math.log10(rate / best)), values={"optimizer.lr": rate}) for rate in rates]
@@ -185,8 +183,8 @@ def test_what_counts_as_a_converged_recipe(tmp_path: Path) -> None:
     twin.tuned = tuned(0.01, (0.003, 0.01, 0.03))
     assert not converged(twin, everything)
     twin.tuned = tuned(0.01)
-    assert not converged(twin, [line for line in everything if line.row.label != "twice"])
-    better = {line.row.label: line for line in lines_of(made, {"twin": {OWN: around(0.9)}, "twice": {OWN: around(0.92)}})}
+    assert not converged(twin, [line for line in everything if line.written.label != "twice"])
+    better = {line.written.label: line for line in lines_of(made, {"twin": {OWN: around(0.9)}, "twice": {OWN: around(0.92)}})}
     better["twin"].tuned = tuned(0.01)
     assert not converged(better["twin"], list(better.values()))
     # the test split has no say in it, and what is not known on validation may be better
@@ -201,7 +199,7 @@ def test_what_counts_as_a_converged_recipe(tmp_path: Path) -> None:
 def test_of_real_targets_twice_the_budget_is_judged_by_the_loss(tmp_path: Path) -> None:
     text = TEXT + "  - {label: twice, settings: {rule: frozen, budget.epochs: 20}}\n"
     made = planned(tmp_path, text.replace("{rule: frozen}}", "{rule: frozen, budget.epochs: 10}}"))
-    lines = {line.row.label: line for line in lines_of(made, {"twin": {OWN: around(0.9)}, "twice": {OWN: around(0.9)}})}
+    lines = {line.written.label: line for line in lines_of(made, {"twin": {OWN: around(0.9)}, "twice": {OWN: around(0.9)}})}
     trials = [Trial({}, "finished", float(place == 2), values={"optimizer.lr": 10.0**-place}) for place in range(5)]
     lines["twin"].tuned = Tuned(["optimizer.lr"], trials, 5)
     for better, expected in ((0.3, False), (0.5, True), (0.7, True)):
@@ -246,7 +244,7 @@ def test_predictions_of_single_examples_widen_the_error(tmp_path: Path) -> None:
 def test_the_report_has_numbers_and_verdicts(tmp_path: Path) -> None:
     made = planned(tmp_path)
     lines = lines_of(made, {"dfa": {OWN: around(0.93), PROBE: around(0.95)}, "bp": {OWN: around(0.98)}, "twin": {OWN: around(0.7)}})
-    floors = Floors(made, State(made.output, made.study.name).folder)
+    floors = Floors(made, CellStore(made.output, made.study.name).folder)
     bare = report_on(made, lines, ["study"], floors=floors)
     assert bare.floors == []
     assert "The floor was not measured for twin, dfa, bp." in bare.remarks
@@ -269,7 +267,7 @@ def test_the_report_has_numbers_and_verdicts(tmp_path: Path) -> None:
     assert [cells[-1] for cells in words.table] == ["above its floor", "above its floor"]
     assert "nearest class mean of the inputs 90.25 %" in numbers.legend
     assert "5 % over the comparisons of each kind (features: 1, as delivered: 2; Holm)" in words.legend
-    found = {each.line.row.label: each for each in verdicts(made, lines, floors, "test/accuracy")}
+    found = {each.line.written.label: each for each in verdicts(made, lines, floors, "test/accuracy")}
     sizes = [each.detectable or math.nan for label in ("dfa", "bp") if (each := found[label].delivered) is not None]
     assert f"as delivered {min(sizes):.2f}" in words.legend
     assert "Seeds for 1 point: features " in words.legend
@@ -286,7 +284,7 @@ def test_rows_share_a_floor_if_they_share_task_network_and_initialisation(tmp_pa
     made = planned(
         tmp_path, TEXT.replace("network.width: 16", "batch_size: 32").replace("{rule: dfa}", "{rule: dfa, optimizer.lr: 0.1}") + rows
     )
-    keys = {cell.row: floor_key(cell) for cell in made.cells}
+    keys = {cell.key.row: floor_key(cell) for cell in made.cells}
     assert keys["twin"] == keys["dfa"] == keys["bp"]
     assert len(set(keys.values())) == 5
 
@@ -350,7 +348,7 @@ class OwnLoss(TaskSpec):
 
 def test_a_loss_of_the_tasks_own_is_not_compared_with_squared_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = Split(torch.zeros(4, 2), torch.zeros(4, 1))
-    tasks = Tasks()
+    tasks = TaskCache()
     monkeypatch.setattr(tasks, "get", lambda recipe: Task(OwnLoss("own", (2,), 1, "real"), split, None, split))
     with pytest.raises(BpfreeError, match="a loss of its own"):
         measure_floor_of(planned(tmp_path).cells[0].recipe, [0], tasks, {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bpfree.study.report.files import files_of, write_report
-from bpfree.study.report.made import Report, report_on
+from bpfree.study.report.report import Report, files_of, report_on, write_report
 
 __all__ = ["Report", "files_of", "report_on", "write_report"]

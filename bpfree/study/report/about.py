@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from bpfree.study.cells import is_scientific, word
-from bpfree.study.line import Line
-from bpfree.study.report.content import Bullets, Code, Folded, Part, Section, Table, Text
+from bpfree.study.report.content import Code, Folded, Part, Section, Table, Text
 from bpfree.study.report.remarks import environments, failures
 from bpfree.study.report.view import View
+from bpfree.study.rows import TableRow
 
 __all__ = ["again", "differences", "failed", "places"]
 
@@ -18,8 +18,8 @@ __all__ = ["again", "differences", "failed", "places"]
 def failed(view: View) -> Iterator[Section]:
     """Cells that ended without a result, or with a part of it missing."""
     rows = [
-        [line.row.label, *([line.column] if view.labelled else []), f"{seed}", status, reason]
-        for line, seed, status, reason in failures(view.lines)
+        [line.written.label, *([line.column] if view.labelled else []), f"{record.key.seed}", record.status, record.reason]
+        for line, record in failures(view.lines)
     ]
     if rows:
         headers = ["row", *(["column"] if view.labelled else []), "seed", "status", "reason"]
@@ -37,7 +37,7 @@ def differences(view: View) -> Iterator[Section]:
         if not keys:
             continue
         cells = [
-            [line.row.label, " ".join(word(key, one[key]) for key in keys if key in one)] for line, one in zip(lines, flat, strict=True)
+            [line.written.label, " ".join(word(key, one[key]) for key in keys if key in one)] for line, one in zip(lines, flat, strict=True)
         ]
         if view.labelled:
             parts.append(Text(f"{column}:"))
@@ -46,7 +46,7 @@ def differences(view: View) -> Iterator[Section]:
         yield Section("How the rows differ", [Folded("Settings that differ between rows; all others are the same", parts)])
 
 
-def _settings(line: Line) -> dict[str, Any]:
+def _settings(line: TableRow) -> dict[str, Any]:
     """Those that can change a number; the seed aside."""
     flat = line.cells[0].recipe.flat()
     return {key: value for key, value in flat.items() if is_scientific(key) and key != "seed" and value is not None}
@@ -61,10 +61,10 @@ def places(view: View) -> Iterator[Section]:
     parts: list[Part] = [Table(["environment", "cells"], rows, [], "Environments")]
     plugins = sorted(
         {
-            f"{outcome.tags['plugin']} {outcome.tags.get('plugin_version', '')}".strip()
+            f"{record.tags['plugin']} {record.tags.get('plugin_version', '')}".strip()
             for line in view.lines
-            for outcome in line.finished
-            if outcome.tags.get("plugin")
+            for record in line.finished
+            if record.tags.get("plugin")
         }
     )
     if plugins:
@@ -78,10 +78,5 @@ def again(view: View, command: str) -> Section:
     return Section("Run it again", [Code([command]), Folded("Each cell as a run of its own (first seed)", [Code(runs)])])
 
 
-def _one_run(line: Line) -> str:
+def _one_run(line: TableRow) -> str:
     return f"{line.label}: {shlex.join(['bpfree', 'train', *line.cells[0].words])}"
-
-
-def bullets(texts: Sequence[str]) -> list[Part]:
-    """A list, where there is anything to list."""
-    return [Bullets(texts)] if texts else []

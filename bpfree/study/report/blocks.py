@@ -6,11 +6,11 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 
-from bpfree.study.line import Line
 from bpfree.study.report.axes import linear
 from bpfree.study.report.content import Figure, Part, Section, Text
 from bpfree.study.report.svg import Point, Series, legend, panel
 from bpfree.study.report.view import View
+from bpfree.study.rows import TableRow
 from bpfree.tasks.protocols import result_key
 
 __all__ = ["blocks"]
@@ -37,13 +37,13 @@ def blocks(view: View) -> Iterator[Section]:
 # --- accuracy -----------------------------------------------------------------------------------------------------------
 
 
-def block_names(line: Line) -> list[str]:
+def block_names(line: TableRow) -> list[str]:
     """Blocks with a validation accuracy of their own, in the order of the network.
 
     Names of blocks end in a number (``b1``, ``t10``); other predictions (``mean``, ``sampled``) and protocols are none.
     """
     protocols = {result_key(name) for name in line.cells[0].recipe.settings.evaluation.protocols}
-    keys = {key: None for outcome in line.finished for metrics in outcome.history[-1:] for key in metrics}
+    keys = {key: None for record in line.finished for metrics in record.history[-1:] for key in metrics}
     names = [parts[1] for key in keys if len(parts := key.split("/")) == 3 and parts[0] == "val" and parts[2] == "accuracy"]
     return sorted((name for name in names if name not in protocols and re.search(r"\d$", name)), key=_natural)
 
@@ -66,13 +66,13 @@ def _accuracies(view: View, column: str) -> Iterator[Part]:
     yield Figure([made], caption, legend((view.style(line), view.label(line)) for line, _ in drawn))
 
 
-def _accuracy(view: View, line: Line, names: Sequence[str]) -> Series:
+def _accuracy(view: View, line: TableRow, names: Sequence[str]) -> Series:
     points = []
     for place, name in enumerate(names, start=1):
         values = [
-            100 * outcome.history[-1][f"val/{name}/accuracy"]
-            for outcome in line.finished
-            if outcome.history and f"val/{name}/accuracy" in outcome.history[-1]
+            100 * record.history[-1][f"val/{name}/accuracy"]
+            for record in line.finished
+            if record.history and f"val/{name}/accuracy" in record.history[-1]
         ]
         mean = statistics.fmean(values)
         bars = (min(values), max(values)) if len(values) > 1 else None
@@ -101,7 +101,7 @@ def _alignments(view: View, column: str) -> Iterator[Part]:
         yield Figure(panels, "", "")
 
 
-def _aligned(view: View, line: Line, kind: str, series: Sequence[Series]) -> str:
+def _aligned(view: View, line: TableRow, kind: str, series: Sequence[Series]) -> str:
     values = [y for one in series for _, y in one.line]
     epochs = [x for one in series for x, _ in one.line]
     y = linear([0.0, 1.0, *values], "cosine", bounds=(-1, 1), pad=0.02)
@@ -109,13 +109,13 @@ def _aligned(view: View, line: Line, kind: str, series: Sequence[Series]) -> str
     return panel(title, linear(epochs, "epochs", pad=0.02), y, series)
 
 
-def _cosines(line: Line, kind: str) -> list[Series]:
+def _cosines(line: TableRow, kind: str) -> list[Series]:
     """A curve for each block that has any."""
     pattern = re.compile(rf"alignment/(.+)/{kind}")
-    keys = {key: None for outcome in line.finished for metrics in outcome.history for key in metrics if pattern.fullmatch(key)}
+    keys = {key: None for record in line.finished for metrics in record.history for key in metrics if pattern.fullmatch(key)}
     series = []
     for place, key in enumerate(keys):
-        curves = [[(m["epoch"], m[key]) for m in outcome.history if key in m and "epoch" in m] for outcome in line.finished]
+        curves = [[(m["epoch"], m[key]) for m in record.history if key in m and "epoch" in m] for record in line.finished]
         together = zip(*(curve for curve in curves if curve), strict=False)
         mean = [(statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points)) for points in together]
         share = place / (len(keys) - 1) if len(keys) > 1 else 1.0

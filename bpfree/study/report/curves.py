@@ -6,13 +6,13 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from bpfree.study.line import Line, percent
 from bpfree.study.report.axes import Axis, linear, logarithmic
 from bpfree.study.report.content import Figure, Part, Section, Text
 from bpfree.study.report.strip import near_the_best
 from bpfree.study.report.svg import Point, Series, legend, panel
 from bpfree.study.report.view import WAITED, View, timed, untimed
-from bpfree.study.state import Outcome
+from bpfree.study.rows import TableRow, percent
+from bpfree.study.store import CellRecord
 
 __all__ = ["costs", "learning_curves"]
 
@@ -64,13 +64,13 @@ def _figure(view: View, column: str) -> Figure | None:
     return Figure(panels, caption, legend(drawn))
 
 
-def _chosen(line: Line, key: str) -> list[Outcome]:
+def _chosen(line: TableRow, key: str) -> list[CellRecord]:
     return timed(line) if key == "seconds" else line.finished
 
 
-def _curve(outcomes: Sequence[Outcome], key: str, metric: str, factor: float) -> Curve:
-    """Over the outcomes, epoch by epoch, as long as all of them go on; nothing of runs without a curve."""
-    every = [_points(outcome.history, key, metric, factor) for outcome in outcomes]
+def _curve(records: Sequence[CellRecord], key: str, metric: str, factor: float) -> Curve:
+    """Over the records, epoch by epoch, as long as all of them go on; nothing of runs without a curve."""
+    every = [_points(record.history, key, metric, factor) for record in records]
     made: Curve = []
     for together in zip(*(points for points in every if points), strict=False):
         values = [y for _, y in together]
@@ -97,7 +97,7 @@ def _y_axis(name: str, values: Sequence[float], *, percents: bool) -> Axis:
     return linear(values, name, bounds=(0, 100) if percents else (-math.inf, math.inf))
 
 
-def _series(view: View, line: Line, curve: Curve) -> Series:
+def _series(view: View, line: TableRow, curve: Curve) -> Series:
     band = [(x, low, high) for x, _, low, high in curve] if len(line.finished) > 1 else []
     return Series(view.style(line), view.label(line), [(x, y) for x, y, _, _ in curve], band)
 
@@ -151,9 +151,9 @@ def _scatter(view: View, column: str) -> Figure | None:
     return Figure(panels, caption, legend((view.style(line), view.label(line)) for line in lines))
 
 
-def _point(view: View, line: Line, key: str, label: str) -> Point | None:
-    outcomes = timed(line) if key == "train/seconds" else line.finished
-    values = [outcome.result[key] for outcome in outcomes if outcome.result.get(key, 0) > 0]
+def _point(view: View, line: TableRow, key: str, label: str) -> Point | None:
+    records = timed(line) if key == "train/seconds" else line.finished
+    values = [record.result[key] for record in records if record.result.get(key, 0) > 0]
     scores = view.scores(line)
     if not values:
         return None

@@ -10,8 +10,8 @@ from bpfree.study.controls import Section, difference_texts, error_legend
 from bpfree.study.differences import Difference
 from bpfree.study.examples import Scores
 from bpfree.study.floors import FloorRecord, Floors, has_floor
-from bpfree.study.line import percent
 from bpfree.study.report.view import View, compact
+from bpfree.study.rows import percent
 from bpfree.study.verdicts import Verdict, verdicts
 
 __all__ = ["floor_finding", "floor_remarks", "floor_sections"]

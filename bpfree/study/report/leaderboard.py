@@ -6,13 +6,13 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
-from bpfree.study.line import Line
 from bpfree.study.model import MEMORY
 from bpfree.study.report.content import Folded, Part, Picture, Section, Table, Text
 from bpfree.study.report.strip import Strip, shared_axis, strip, strip_axis
 from bpfree.study.report.view import WAITED, View, aligned, compact, counted, mean_of, spread, untimed, values_of
-from bpfree.study.state import Outcome
+from bpfree.study.rows import TableRow
 from bpfree.study.statistics import FEW
+from bpfree.study.store import CellRecord
 from bpfree.tasks.protocols import result_key
 
 __all__ = ["best_alternative", "leaderboards"]
@@ -79,8 +79,8 @@ def _legend(view: View) -> str:
 # --- scores -------------------------------------------------------------------------------------------------------------
 
 
-def _scores(view: View, column: str, lines: Sequence[Line]) -> Table:
-    strips = {line.row.label: _strip(view, line) for line in lines if view.scores(line)}
+def _scores(view: View, column: str, lines: Sequence[TableRow]) -> Table:
+    strips = {line.written.label: _strip(view, line) for line in lines if view.scores(line)}
     axis = shared_axis(list(strips.values()), greater=view.greater)
     publishes = any(line.published(view.metric) for line in lines)
     others, draws = any(map(best_alternative, lines)), any(map(_draws, lines))
@@ -94,10 +94,10 @@ def _scores(view: View, column: str, lines: Sequence[Line]) -> Table:
         ranked = mean is not None and math.isfinite(mean)
         known = view.interval(line)
         cells: list[str | Picture] = [view.label(line), f"{place}" if ranked else ""]
-        cells.append(f"{mean:.{view.digits}f}" if mean is not None else "" if line.finished else line.standing())
+        cells.append(f"{mean:.{view.digits}f}" if mean is not None else "" if line.finished else line.status_text())
         cells.append(f"{known.low:.{view.digits}f} to {known.high:.{view.digits}f}" if known else "")
         if strips:
-            cells.append(Picture(strip(strips[line.row.label], axis)) if line.row.label in strips else "")
+            cells.append(Picture(strip(strips[line.written.label], axis)) if line.written.label in strips else "")
         cells.append(counted(line))
         cells += _published(view, line) if publishes else []
         cells += [_draws(line)] if draws else []
@@ -107,16 +107,16 @@ def _scores(view: View, column: str, lines: Sequence[Line]) -> Table:
     return Table(headers, rows, words, f"Leaderboard {column}".strip(), [view.style(line) for line in lines])
 
 
-def _strip(view: View, line: Line) -> Strip:
+def _strip(view: View, line: TableRow) -> Strip:
     by_seed, published = line.by_seed(view.metric), line.published(view.metric)
     values = list(by_seed.values())
     single = ", ".join(f"seed {seed}: {value:.{view.digits}f}" for seed, value in by_seed.items())
-    said = f"{line.row.label}: mean {statistics.fmean(values):.{view.digits}f}; {single}"
+    said = f"{line.written.label}: mean {statistics.fmean(values):.{view.digits}f}; {single}"
     said += f"; published {published.mean:.{view.digits}f}" if published else ""
     return Strip(view.style(line), values, view.interval(line), published.mean if published else None, said)
 
 
-def _published(view: View, line: Line) -> list[str]:
+def _published(view: View, line: TableRow) -> list[str]:
     theirs, mean = line.published(view.metric), view.mean(line)
     if theirs is None:
         return ["", ""]
@@ -124,11 +124,11 @@ def _published(view: View, line: Line) -> list[str]:
     return [spread(theirs.mean, theirs.spread, view.digits), difference]
 
 
-def _draws(line: Line) -> str:
+def _draws(line: TableRow) -> str:
     """Accuracy over all seeds and inference draws with its standard error; blank without several draws."""
     found = [
-        [100 * value for key, value in outcome.result.items() if key.removeprefix("test/accuracy_draw_").isdigit()]
-        for outcome in line.finished
+        [100 * value for key, value in record.result.items() if key.removeprefix("test/accuracy_draw_").isdigit()]
+        for record in line.finished
     ]
     values = [value for draws in found for value in draws]
     if not any(len(draws) > 1 for draws in found) or not all(map(math.isfinite, values)):
@@ -137,13 +137,13 @@ def _draws(line: Line) -> str:
     return f"accuracy {statistics.fmean(values):.2f} +- {error:.2f} ({len(values)} draws)"
 
 
-def best_alternative(line: Line) -> str:
+def best_alternative(line: TableRow) -> str:
     """Test accuracy of the rule's best other prediction (a single block, say), chosen on validation; protocols are no predictions."""
     protocols = {result_key(name) for name in line.cells[0].recipe.settings.evaluation.protocols}
-    keys = {key: None for outcome in line.finished for key in outcome.result}
+    keys = {key: None for record in line.finished for key in record.result}
     names = [parts[1] for key in keys if len(parts := key.split("/")) == 3 and parts[0] == "test" and parts[2] == "accuracy"]
     names = [name for name in names if name not in protocols]
-    scored = {name: [score for outcome in line.finished if (score := _last(outcome, f"val/{name}/accuracy")) is not None] for name in names}
+    scored = {name: [score for record in line.finished if (score := _last(record, f"val/{name}/accuracy")) is not None] for name in names}
     known = [name for name, scores in scored.items() if scores]
     if not known:
         return ""
@@ -151,14 +151,14 @@ def best_alternative(line: Line) -> str:
     return f"accuracy {100 * statistics.fmean(values_of(line, f'test/{best}/accuracy')):.2f} ({best})"
 
 
-def _last(outcome: Outcome, key: str) -> float | None:
-    return next((metrics[key] for metrics in reversed(outcome.history) if key in metrics), None)
+def _last(record: CellRecord, key: str) -> float | None:
+    return next((metrics[key] for metrics in reversed(record.history) if key in metrics), None)
 
 
 # --- costs --------------------------------------------------------------------------------------------------------------
 
 
-def _costs(view: View, column: str, lines: Sequence[Line]) -> Table:
+def _costs(view: View, column: str, lines: Sequence[TableRow]) -> Table:
     headers: list[str] = ["row"]
     columns: list[list[str]] = [[view.label(line) for line in lines]]
 
@@ -188,32 +188,32 @@ def _costs(view: View, column: str, lines: Sequence[Line]) -> Table:
     return Table(headers, rows, words, f"Costs {column}".strip(), [view.style(line) for line in lines])
 
 
-def _ratio(line: Line, key: str, over: str) -> float | None:
-    ratios = [outcome.result[key] / outcome.result[over] for outcome in line.finished if key in outcome.result and outcome.result.get(over)]
+def _ratio(line: TableRow, key: str, over: str) -> float | None:
+    ratios = [record.result[key] / record.result[over] for record in line.finished if key in record.result and record.result.get(over)]
     return statistics.fmean(ratios) if ratios else None
 
 
-def _compact(line: Line, key: str) -> str:
+def _compact(line: TableRow, key: str) -> str:
     mean = mean_of(line, key)
     return "" if mean is None else compact(mean)
 
 
-def _whole(line: Line, key: str) -> str:
+def _whole(line: TableRow, key: str) -> str:
     mean = mean_of(line, key)
     return "" if mean is None else f"{mean:,.0f}"
 
 
-def _tag(line: Line, key: str) -> str:
-    return ", ".join(dict.fromkeys(outcome.tags[key] for outcome in line.finished if outcome.tags.get(key)))
+def _tag(line: TableRow, key: str) -> str:
+    return ", ".join(dict.fromkeys(record.tags[key] for record in line.finished if record.tags.get(key)))
 
 
-def _network(line: Line) -> str:
+def _network(line: TableRow) -> str:
     """By its name, with a word where the rule has it of its own: it must not be taken for the one that the others share."""
     name = _tag(line, "network") or line.cells[0].recipe.names["network"]
     return f"{name} (its own)" if _own_network(line) else name
 
 
-def _own_network(line: Line) -> bool:
+def _own_network(line: TableRow) -> bool:
     tag = _tag(line, "own_network")
     if tag:
         return tag.lower() in ("true", "1", "yes")
@@ -221,7 +221,7 @@ def _own_network(line: Line) -> bool:
     return bool(recipe.registry.get("rules", recipe.names["rule"]).own_network)
 
 
-def _credit(line: Line) -> str:
+def _credit(line: TableRow) -> str:
     span, weights = _tag(line, "reverse_span"), _tag(line, "downstream_weights")
     if not span:
         return ""
@@ -229,7 +229,7 @@ def _credit(line: Line) -> str:
     return f"{text}, weights from above" if weights not in ("", "0") and span != "all" else text
 
 
-def _tuned(line: Line) -> str:
+def _tuned(line: TableRow) -> str:
     if line.tuned is None or not line.tuned.keys:
         return ""
     return f"{len(line.tuned.keys)} ({len(line.tuned.trials)} trials)"

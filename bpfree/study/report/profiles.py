@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from bpfree.study.line import Line
 from bpfree.study.report.axes import linear
 from bpfree.study.report.content import Figure, Part, Section, Table, Text
 from bpfree.study.report.svg import Series, legend, panel
 from bpfree.study.report.targets import ended, times
 from bpfree.study.report.view import WAITED, View
+from bpfree.study.rows import TableRow
 from bpfree.study.statistics import median_with_misses, performance_profile, probability_of_improvement, profile_integral, score_profile
-from bpfree.study.timing import comparable
 
 __all__ = ["across_columns", "why_not"]
 
@@ -25,7 +24,7 @@ COLUMNS, SEEDS = 3, 5
 LIMIT = 4.0
 """Of the ratios to the fastest row, as in AlgoPerf."""
 
-Rows = list[list[Line]]
+Rows = list[list[TableRow]]
 """A line for each column, row by row."""
 
 
@@ -38,7 +37,7 @@ def across_columns(view: View) -> Iterator[Section]:
     timed = _timed(view, rows)
     parts.extend(timed or _scored(view, rows))
     parts.extend(_improvements(view, rows))
-    compared = {lines[0].row.label for lines in rows}
+    compared = {lines[0].written.label for lines in rows}
     left = [row.label for row in view.plan.study.rows if row.label not in compared]
     if left:
         parts.append(Text(f"Left out, as they have fewer than {SEEDS} finished seeds in some column: {', '.join(left)}.", "note"))
@@ -59,11 +58,11 @@ def _rows(view: View) -> Rows:
     """The rows with enough seeds in every column of the study, if it has enough of these."""
     if len(view.columns) < COLUMNS:
         return []
-    by_row = [[line for line in view.lines if line.row is row] for row in view.plan.study.rows]
+    by_row = [[line for line in view.lines if line.written is row] for row in view.plan.study.rows]
     return [lines for lines in by_row if len(lines) == len(view.columns) and all(len(_finite(view, line)) >= SEEDS for line in lines)]
 
 
-def _finite(view: View, line: Line) -> list[float]:
+def _finite(view: View, line: TableRow) -> list[float]:
     return [score for score in view.scores(line) if math.isfinite(score)]
 
 
@@ -78,7 +77,7 @@ def _timed(view: View, rows: Rows) -> list[Part]:
     """Over the time to the target, where every column has one."""
     if not all(view.plan.study.targets.get(column) is not None for column in view.columns):
         return []
-    shared = not all(comparable(outcome) for lines in rows for line in lines for outcome in ended(line))
+    shared = not all(record.comparable for lines in rows for line in lines for record in ended(line))
     key, name = ("samples", "examples drawn") if shared else ("seconds", "seconds")
     table = [[median_with_misses(times(view, line, key)) for line in lines] for lines in rows]
     table = [[math.inf if math.isnan(value) or value <= 0 else value for value in line] for line in table]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from bpfree.study.cells import Plan
 from bpfree.study.controls import compare, comparisons
-from bpfree.study.line import Line, percent
 from bpfree.study.report.view import WAITED, View, compact, untimed
-from bpfree.study.timing import comparable
+from bpfree.study.rows import TableRow, percent
+from bpfree.study.store import CellRecord
 
 __all__ = ["compared", "environments", "failures", "findings", "remarks", "unused"]
 
@@ -37,7 +36,7 @@ def compared(view: View) -> str:
     plan, lines = view.plan, view.lines
     rules = _distinct(line.cells[0].recipe.names["rule"] for line in lines)
     tasks = _distinct(line.cells[0].recipe.names["task"] for line in lines)
-    rows = len({line.row.label for line in lines})
+    rows = len({line.written.label for line in lines})
     seeds = "one seed" if len(plan.seeds) == 1 else f"{len(plan.seeds)} seeds each"
     what = f"{_count(rows, 'row')} with the {'rule' if len(rules) == 1 else 'rules'} {_listed(rules)} on {_listed(tasks)}"
     columns = f" in {len(view.columns)} columns" if len(view.columns) > 1 else ""
@@ -48,7 +47,7 @@ def compared(view: View) -> str:
     if tuned:
         keys, trials = _distinct(key for one in tuned for key in one.keys), _distinct(str(one.planned) for one in tuned)
         parts.append(f"Tuned on the validation split, with {_listed(trials)} trials for each row and column: {_listed(keys)}.")
-    again = sum(outcome.tags.get("test_evaluations", "1") != "1" for line in lines for outcome in line.finished)
+    again = sum(record.tags.get("test_evaluations", "1") != "1" for line in lines for record in line.finished)
     parts.append(
         f"The test split was evaluated more than once in {_count(again, 'run')}."
         if again
@@ -57,7 +56,7 @@ def compared(view: View) -> str:
     return " ".join(parts)
 
 
-def _budget(line: Line) -> str:
+def _budget(line: TableRow) -> str:
     budget = line.cells[0].recipe.settings.budget
     if budget.samples is not None:
         return f"{budget.samples:,} examples drawn"
@@ -95,11 +94,11 @@ def findings(view: View) -> Iterator[str]:
         yield from _over_control(view, control)
 
 
-def _first_two(view: View, best: Line, second: Line) -> str:
+def _first_two(view: View, best: TableRow, second: TableRow) -> str:
     kind, unit = view.metric.split("/")[1], " %" if percent(view.metric) else ""
     a, b = (f"{view.mean(line) or 0.0:.{view.digits}f}{unit}" for line in (best, second))
     extreme = "highest" if view.greater else "lowest"
-    text = f"{best.row.label} has the {extreme} mean test {kind}, {a}; {second.row.label} follows with {b}"
+    text = f"{best.written.label} has the {extreme} mean test {kind}, {a}; {second.written.label} follows with {b}"
     found = compare(view.plan, best, second, view.metric)
     if found is None:
         return f"{text}. They share no seed, so that nothing is said of the difference."
@@ -110,7 +109,7 @@ def _first_two(view: View, best: Line, second: Line) -> str:
         return f"{text}. The two cannot be told apart: the difference over {len(found.gains)} shared seeds is {said} (standard error)."
     if found.gain > 0:
         return f"{text}. The difference over {len(found.gains)} shared seeds is {said} (standard error)."
-    return f"{text}; but over the {len(found.gains)} seeds that both have, {second.row.label} is better."
+    return f"{text}; but over the {len(found.gains)} seeds that both have, {second.written.label} is better."
 
 
 def _over_control(view: View, control: str) -> Iterator[str]:
@@ -143,7 +142,7 @@ def _verdicts(view: View, control: str) -> dict[str, dict[str, str]]:
 # --- what must be known -------------------------------------------------------------------------------------------------
 
 
-def remarks(plan: Plan, lines: Sequence[Line], *, hidden: int = 0) -> Iterator[str]:
+def remarks(plan: Plan, lines: Sequence[TableRow], *, hidden: int = 0) -> Iterator[str]:
     """How this differs from the study as written, how far it is, what was selected, whether the data are the same."""
     if plan.changes:
         word = "shortened: this is not" if plan.shortened else "changed: this is not"
@@ -162,13 +161,13 @@ def remarks(plan: Plan, lines: Sequence[Line], *, hidden: int = 0) -> Iterator[s
     if untimed(lines):
         by_clock = any(line.cells[0].recipe.settings.budget.seconds is not None and untimed([line]) for line in lines)
         what = "cannot be compared, nor what was reached in so many of them" if by_clock else "cannot be compared"
-        cells = sum(not comparable(outcome) for line in lines for outcome in line.finished)
+        cells = sum(not record.comparable for line in lines for record in line.finished)
         yield f"* The seconds of {_count(cells, 'cell')} {what}: {WAITED}. Run on a quiet machine with --jobs 1 for some that can."
     if hidden:
         yield f"Not shown: {hidden} finished cells of other settings, seeds, versions or sources."
 
 
-def unused(lines: Sequence[Line]) -> Iterator[str]:
+def unused(lines: Sequence[TableRow]) -> Iterator[str]:
     """Which settings that rows share are not used by the rules of some."""
     told: dict[str, list[str]] = {}
     for line in lines:
@@ -178,7 +177,7 @@ def unused(lines: Sequence[Line]) -> Iterator[str]:
         yield f"{_listed(labels)}: {keys}: not used by {'this rule' if len(labels) == 1 else 'these rules'}."
 
 
-def _selection(lines: Sequence[Line]) -> Iterable[str]:
+def _selection(lines: Sequence[TableRow]) -> Iterable[str]:
     """On how much the cells were trained, and what chose the weights that were tested."""
     told: dict[str, list[str]] = {}
     for line in lines:
@@ -195,32 +194,29 @@ def _selected(validation: float, select: str) -> str:
     return f"{100 * validation:g} % of the training examples are held out for validation; {chosen}"
 
 
-def _data(lines: Sequence[Line]) -> Iterable[str]:
+def _data(lines: Sequence[TableRow]) -> Iterable[str]:
     """Cells on one task must have seen the same data; a fingerprint is known once they have run."""
     seen: dict[str, set[str]] = {}
     for line in lines:
         recipe = line.cells[0].recipe
         key = str((recipe.names["task"], recipe.options["task"], recipe.task.validation, recipe.task.split_seed))
-        seen.setdefault(key, set()).update(
-            outcome.tags["data_fingerprint"] for outcome in line.finished if "data_fingerprint" in outcome.tags
-        )
+        seen.setdefault(key, set()).update(record.tags["data_fingerprint"] for record in line.finished if "data_fingerprint" in record.tags)
     if any(len(fingerprints) > 1 for fingerprints in seen.values()):
         yield "Not all cells of one task saw the same data: their fingerprints differ."
 
 
-def failures(lines: Sequence[Line]) -> Iterator[tuple[Line, int, str, str]]:
-    """Line, seed, status and reason of each cell that ended without a result, or a part of it; twins are lines of their own."""
+def failures(lines: Sequence[TableRow]) -> Iterator[tuple[TableRow, CellRecord]]:
+    """Row and record of each cell that ended without a result, or with a part of it; twins are rows of their own."""
     for line in lines:
-        twin = dataclasses.replace(line, row=dataclasses.replace(line.row, label=f"{line.row.label} (twin)"))
-        own = [(line, cell.seed, outcome) for cell, outcome in zip(line.cells, line.outcomes, strict=True)]
-        for each, seed, outcome in [*own, *((twin, seed, outcome) for seed, outcome in line.twins.items())]:
-            if outcome is not None and (outcome.reason or outcome.status in ("diverged", "failed", "timeout", "refused")):
-                yield each, seed, outcome.status, outcome.reason
+        for each in filter(None, (line, line.twin)):
+            for record in filter(None, each.records):
+                if record.reason or record.status in ("diverged", "failed", "timeout", "refused"):
+                    yield each, record
 
 
-def environments(lines: Sequence[Line]) -> dict[str, int]:
+def environments(lines: Sequence[TableRow]) -> dict[str, int]:
     """Each place in which finished cells ran, and how many did."""
-    tags: list[Mapping[str, str]] = [outcome.tags for line in lines for outcome in line.finished]
+    tags: list[Mapping[str, str]] = [record.tags for line in lines for record in line.finished]
     counts: dict[str, int] = {}
     for place in tags:
         text = ", ".join(f"{key.removeprefix('device_name')} {place[key]}".strip() for key in ENVIRONMENT if place.get(key))

@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from bpfree.study.line import Line, percent, table_metric
 from bpfree.study.report.view import View, aligned, counted, mean_of, spread, untimed
+from bpfree.study.rows import TableRow, percent, table_metric
 
 __all__ = ["headers", "lines_of_text", "texts"]
 
@@ -38,11 +38,11 @@ def _header(metric: str) -> str:
     return f"{name} %" if percent(metric) else name
 
 
-def texts(view: View, line: Line) -> list[str]:
+def texts(view: View, line: TableRow) -> list[str]:
     """The cells of a line."""
     study = view.plan.study
     cells = [view.label(line), *([line.column] if view.labelled else [])]
-    cells += _beside(line, view.metric, published=study.publishes("test"), empty=line.standing())
+    cells += _beside(line, view.metric, published=study.publishes("test"), empty=line.status_text())
     cells.append(counted(line))
     cells += _beside(line, study.metric("train"), published=True) if study.publishes("train") else []
     for _, key in COSTS:
@@ -52,14 +52,14 @@ def texts(view: View, line: Line) -> list[str]:
     return cells
 
 
-def _seconds(view: View, line: Line) -> str:
+def _seconds(view: View, line: TableRow) -> str:
     """With the decimals that the column needs."""
     column = aligned([mean_of(other, "train/seconds") for other in view.lines])
     place = next(number for number, other in enumerate(view.lines) if other is line)
     return column[place]
 
 
-def _beside(line: Line, metric: str, *, published: bool, empty: str = "") -> list[str]:
+def _beside(line: TableRow, metric: str, *, published: bool, empty: str = "") -> list[str]:
     """Ours; and where the table has them, the published number and the difference. What is not known stays blank."""
     digits = 2 if percent(metric) else 4
     values = list(line.by_seed(metric).values())

@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from bpfree.study.line import Line
 from bpfree.study.report.content import Part, Section, Table, Text
 from bpfree.study.report.view import WAITED, View, aligned, compact
-from bpfree.study.state import Outcome
+from bpfree.study.rows import TableRow
 from bpfree.study.statistics import first_reached, median_with_misses
-from bpfree.study.timing import comparable
+from bpfree.study.store import CellRecord
 
 __all__ = ["reached", "time_to_target", "times"]
 
@@ -29,17 +28,17 @@ COLUMNS = (
 )
 
 
-def ended(line: Line) -> list[Outcome]:
+def ended(line: TableRow) -> list[CellRecord]:
     """Cells that will not go on: finished, diverged, failed, out of time."""
-    return [outcome for outcome in line.outcomes if outcome is not None and outcome.is_final]
+    return [record for record in line.records if record is not None and record.is_final]
 
 
-def _waited(line: Line) -> bool:
+def _waited(line: TableRow) -> bool:
     """Whether its seconds cannot be compared."""
-    return not all(map(comparable, ended(line)))
+    return not all(record.comparable for record in ended(line))
 
 
-def reached(view: View, line: Line) -> list[tuple[Outcome, Mapping[str, float] | None]]:
+def reached(view: View, line: TableRow) -> list[tuple[CellRecord, Mapping[str, float] | None]]:
     """Each cell that ended, with the epoch at which it was at the target; ``None``: never."""
     target = view.plan.study.targets.get(line.column)
     metric = view.validation(view.of(line.column))
@@ -47,18 +46,18 @@ def reached(view: View, line: Line) -> list[tuple[Outcome, Mapping[str, float] |
         return []
     greater = metric.endswith("accuracy")
     aim = target / 100 if greater else target
-    return [(outcome, first_reached(outcome.history, metric, aim, greater=greater)) for outcome in ended(line)]
+    return [(record, first_reached(record.history, metric, aim, greater=greater)) for record in ended(line)]
 
 
-def times(view: View, line: Line, key: str) -> list[float]:
+def times(view: View, line: TableRow, key: str) -> list[float]:
     """What each cell that ended took; infinite for misses."""
-    return [math.inf if epoch is None else _at(outcome, epoch, key) for outcome, epoch in reached(view, line)]
+    return [math.inf if epoch is None else _at(record, epoch, key) for record, epoch in reached(view, line)]
 
 
-def _at(outcome: Outcome, epoch: Mapping[str, float], key: str) -> float:
+def _at(record: CellRecord, epoch: Mapping[str, float], key: str) -> float:
     """What was spent by an epoch; operations are passes times those of one pass."""
     if key == "operations":
-        return epoch.get("forwards", math.nan) * outcome.result.get("forward_operations", math.nan)
+        return epoch.get("forwards", math.nan) * record.result.get("forward_operations", math.nan)
     return epoch.get(key, math.nan)
 
 
@@ -99,18 +98,18 @@ def _table(view: View, column: str) -> Table:
     return Table(headers, rows, [1], f"Time to target {column}".strip(), [view.style(line) for line in lines])
 
 
-def _order(view: View, line: Line) -> float:
+def _order(view: View, line: TableRow) -> float:
     median = median_with_misses(times(view, line, "epoch" if _waited(line) else "seconds"))
     return math.inf if math.isnan(median) else median
 
 
-def _reached(view: View, line: Line) -> str:
+def _reached(view: View, line: TableRow) -> str:
     found = [epoch for _, epoch in reached(view, line)]
     hits = sum(epoch is not None for epoch in found)
     return f"all {hits}" if hits == len(found) else f"{hits or 'none'} of {len(found)}"
 
 
-def _texts(medians: Sequence[float], lines: Sequence[Line], key: str) -> list[str]:
+def _texts(medians: Sequence[float], lines: Sequence[TableRow], key: str) -> list[str]:
     finite = [median if math.isfinite(median) else None for median in medians]
     large = key in ("samples", "forwards", "operations")
     if key == "epoch":

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bpfree.study.cells import word
-from bpfree.study.line import Line
 from bpfree.study.report.axes import linear, logarithmic
 from bpfree.study.report.content import Figure, Part, Section, Table, Text
 from bpfree.study.report.svg import Point, Series, legend, panel
 from bpfree.study.report.view import WAITED, View, aligned
-from bpfree.study.trials import Trial, Tuned
+from bpfree.study.rows import TableRow, Trial, Tuned
 
 __all__ = ["tuning"]
 
@@ -40,7 +39,7 @@ def tuning(view: View) -> Iterator[Section]:
         yield Section(column, _parts(view, column), level=3)
 
 
-def _tuned(view: View, column: str) -> list[tuple[Line, Tuned]]:
+def _tuned(view: View, column: str) -> list[tuple[TableRow, Tuned]]:
     return [(line, line.tuned) for line in view.of(column) if line.tuned is not None and line.tuned.trials]
 
 
@@ -53,7 +52,7 @@ def _parts(view: View, column: str) -> list[Part]:
 # --- figures ------------------------------------------------------------------------------------------------------------
 
 
-def _figure(view: View, found: Sequence[tuple[Line, Tuned]]) -> Figure | None:
+def _figure(view: View, found: Sequence[tuple[TableRow, Tuned]]) -> Figure | None:
     keys = sorted(dict.fromkeys(key for _, tuned in found for key in tuned.keys), key=lambda key: key != FIRST)
     panels = [made for key in keys if (made := _panel(view, found, key))]
     if not panels:
@@ -66,7 +65,7 @@ def _figure(view: View, found: Sequence[tuple[Line, Tuned]]) -> Figure | None:
     return Figure(panels, caption, legend((view.style(line), view.label(line)) for line, _ in found))
 
 
-def _panel(view: View, found: Sequence[tuple[Line, Tuned]], key: str) -> str:
+def _panel(view: View, found: Sequence[tuple[TableRow, Tuned]], key: str) -> str:
     drawn = [(line, tuned, points) for line, tuned in found if (points := _points(tuned, key))]
     if not drawn:
         return ""
@@ -89,7 +88,7 @@ def _number(value: Any) -> float | None:
     return float(value) if known else None
 
 
-def _series(view: View, line: Line, tuned: Tuned, points: Sequence[tuple[float, float]], key: str) -> Series:
+def _series(view: View, line: TableRow, tuned: Tuned, points: Sequence[tuple[float, float]], key: str) -> Series:
     marks = [Point(x, y, f"{view.label(line)}: {y:.{_digits(tuned)}f} at {key} = {x:.3g}") for x, y in points]
     return Series(view.style(line), view.label(line), points if len(tuned.keys) == 1 else [], points=marks)
 
@@ -97,7 +96,7 @@ def _series(view: View, line: Line, tuned: Tuned, points: Sequence[tuple[float, 
 # --- table --------------------------------------------------------------------------------------------------------------
 
 
-def _table(view: View, column: str, found: Sequence[tuple[Line, Tuned]]) -> Table:
+def _table(view: View, column: str, found: Sequence[tuple[TableRow, Tuned]]) -> Table:
     unit = "%" if found[0][1].greater else "loss"
     headers = ["row", "trials", "without a score", f"default, {unit}", f"chosen, {unit}", "gain", "seconds", "chosen settings"]
     seconds = aligned([sum(trial.seconds for trial in tuned.trials) or None for _, tuned in found])

@@ -15,10 +15,9 @@ import numpy as np
 
 from bpfree.study.cells import Plan
 from bpfree.study.examples import scores_of
-from bpfree.study.line import Line, percent, table_metric
-from bpfree.study.state import Outcome
+from bpfree.study.rows import TableRow, percent, table_metric
 from bpfree.study.statistics import Interval, interval
-from bpfree.study.timing import SHARE, comparable
+from bpfree.study.store import SHARE, CellRecord
 
 __all__ = [
     "WAITED",
@@ -46,7 +45,7 @@ class View:
     """A study's plan and lines, as the sections look at them."""
 
     plan: Plan
-    lines: Sequence[Line]
+    lines: Sequence[TableRow]
 
     @cached_property
     def metric(self) -> str:
@@ -79,32 +78,32 @@ class View:
         """Whether the study has columns."""
         return any(self.columns)
 
-    def of(self, column: str) -> list[Line]:
+    def of(self, column: str) -> list[TableRow]:
         """The lines of a column, in the order of the study."""
         return [line for line in self.lines if line.column == column]
 
-    def style(self, line: Line) -> int:
+    def style(self, line: TableRow) -> int:
         """The number of a line's row, which decides on its colour."""
-        return self._styles[line.row.label]
+        return self._styles[line.written.label]
 
     @cached_property
     def _styles(self) -> dict[str, int]:
         return {row.label: number for number, row in enumerate(self.plan.study.rows)}
 
-    def label(self, line: Line) -> str:
+    def label(self, line: TableRow) -> str:
         """A row's label, with a word at controls."""
-        return f"{line.row.label} (control)" if line.row.label in self.plan.study.controls else line.row.label
+        return f"{line.written.label} (control)" if line.written.label in self.plan.study.controls else line.written.label
 
-    def scores(self, line: Line) -> list[float]:
+    def scores(self, line: TableRow) -> list[float]:
         """The metric of each finished cell that measured it."""
         return list(line.by_seed(self.metric).values())
 
-    def mean(self, line: Line) -> float | None:
+    def mean(self, line: TableRow) -> float | None:
         """Of the scores."""
         scores = self.scores(line)
         return statistics.fmean(scores) if scores else None
 
-    def interval(self, line: Line) -> Interval | None:
+    def interval(self, line: TableRow) -> Interval | None:
         """Compute the interval of the mean score, over seeds and (where predictions are at hand) new examples.
 
         Accuracies and errors end at 0 and 100 per cent, which Student's over two or three seeds does not know.
@@ -117,65 +116,65 @@ class View:
             return known
         return Interval(max(0.0, known.low), min(100.0, known.high))
 
-    def over_examples(self, line: Line) -> bool:
+    def over_examples(self, line: TableRow) -> bool:
         """Whether the interval of a row is over new examples too."""
         scores = scores_of(line, self.metric, self.plan.output)
         return bool(scores.means) and len(scores.examples) == len(scores.means)
 
-    def ranked(self, column: str) -> list[Line]:
+    def ranked(self, column: str) -> list[TableRow]:
         """Best mean first; what has no finite mean comes last, in the order of the study."""
 
-        def key(line: Line) -> tuple[bool, float]:
+        def key(line: TableRow) -> tuple[bool, float]:
             mean = self.mean(line)
             known = mean is not None and math.isfinite(mean)
             return (not known, (-mean if self.greater else mean) if known and mean is not None else 0.0)
 
         return sorted(self.of(column), key=key)
 
-    def validation(self, lines: Iterable[Line]) -> str:
+    def validation(self, lines: Iterable[TableRow]) -> str:
         """What learning curves show: ``val/accuracy``, or ``val/loss`` where no epoch has an accuracy; empty without either."""
-        keys = {key for line in lines for outcome in line.outcomes if outcome for metrics in outcome.history for key in metrics}
+        keys = {key for line in lines for record in line.records if record for metrics in record.history for key in metrics}
         return next((name for name in ("val/accuracy", "val/loss") if name in keys), "")
 
 
-# --- outcomes -----------------------------------------------------------------------------------------------------------
+# --- records -----------------------------------------------------------------------------------------------------------
 
 
-def values_of(line: Line, key: str) -> list[float]:
+def values_of(line: TableRow, key: str) -> list[float]:
     """An entry of the finished cells' results, where it is there."""
-    return [outcome.result[key] for outcome in line.finished if key in outcome.result]
+    return [record.result[key] for record in line.finished if key in record.result]
 
 
-def mean_of(line: Line, key: str) -> float | None:
+def mean_of(line: TableRow, key: str) -> float | None:
     """Of :func:`values_of`."""
     values = values_of(line, key)
     return statistics.fmean(values) if values else None
 
 
-def timed(line: Line) -> list[Outcome]:
+def timed(line: TableRow) -> list[CellRecord]:
     """Finished cells whose seconds can be compared."""
-    return [outcome for outcome in line.finished if comparable(outcome)]
+    return [record for record in line.finished if record.comparable]
 
 
-def untimed(lines: Iterable[Line]) -> bool:
+def untimed(lines: Iterable[TableRow]) -> bool:
     """Whether there are finished cells whose seconds cannot be compared."""
-    return any(not comparable(outcome) for line in lines for outcome in line.finished)
+    return any(not record.comparable for line in lines for record in line.finished)
 
 
-def with_histories(lines: Iterable[Line], runs: Path) -> list[Line]:
-    """Lines whose outcomes have their learning curves, from the runs' own folders where the records have none."""
-    return [dataclasses.replace(line, outcomes=[outcome and _with_history(outcome, runs) for outcome in line.outcomes]) for line in lines]
+def with_histories(lines: Iterable[TableRow], runs: Path) -> list[TableRow]:
+    """Lines whose records have their learning curves, from the runs' own folders where the records have none."""
+    return [dataclasses.replace(line, records=[record and _with_history(record, runs) for record in line.records]) for line in lines]
 
 
-def _with_history(outcome: Outcome, runs: Path) -> Outcome:
-    if outcome.history or not outcome.run:
-        return outcome
+def _with_history(record: CellRecord, runs: Path) -> CellRecord:
+    if record.history or not record.run:
+        return record
     try:
-        texts = (runs / outcome.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = (runs / record.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         history = [{key: float(value) for key, value in json.loads(text).items()} for text in texts]
     except (OSError, ValueError, TypeError, AttributeError):
-        return outcome
-    return dataclasses.replace(outcome, history=history)
+        return record
+    return dataclasses.replace(record, history=history)
 
 
 # --- texts --------------------------------------------------------------------------------------------------------------
@@ -186,7 +185,7 @@ def spread(mean: float, deviation: float | None, digits: int) -> str:
     return f"{mean:.{digits}f}" + ("" if deviation is None else f" +- {deviation:.{digits}f}")
 
 
-def counted(line: Line) -> str:
+def counted(line: TableRow) -> str:
     """How many of its cells are finished."""
     finished, planned = len(line.finished), len(line.cells)
     return f"{finished}" if finished == planned else f"{finished} of {planned}"

@@ -144,7 +144,7 @@ def test_the_study() -> None:
         "one-hot with the paper's block": 79.25,
         "back-propagation": 79.92,
     }
-    flats = {cell.row: cell.recipe.flat() for cell in plan(study, load=False).cells}
+    flats = {cell.key.row: cell.recipe.flat() for cell in plan(study, load=False).cells}
     first = flats["one-hot"]
     protocol = {"task.validation": 0, "select": "last", "rule.T": 10, "network.blocks": 10, "rule.eta": 0.1, "rule.updates": "simultaneous"}
     assert {key: first[key] for key in protocol} == protocol

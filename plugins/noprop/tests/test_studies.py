@@ -87,7 +87,7 @@ def test_the_papers_protocol(task: str) -> None:
         "prototype": ("prototype", PIXELS[task], "input"),
     }
     for cell in made.cells:
-        flat, (method, _, embedding) = cell.recipe.flat(), cell.row.partition(" ")
+        flat, (method, _, embedding) = cell.recipe.flat(), cell.key.row.partition(" ")
         wanted = COMMON | TABLE_3[method]
         assert {key: flat[key] for key in wanted} == wanted
         assert (flat["task.name"], flat["budget.epochs"]) == (task, EPOCHS[task][method])
@@ -96,7 +96,7 @@ def test_the_papers_protocol(task: str) -> None:
 
 def test_the_ablation_changes_one_thing_at_a_time() -> None:
     """Against the reference of its column: one setting of the rule, or another rule; and the network that follows from it."""
-    cells = {(cell.row, cell.column): cell.recipe.flat() for cell in plan(find_study("noprop/ablation"), load=False).cells}
+    cells = {(cell.key.row, cell.key.column): cell.recipe.flat() for cell in plan(find_study("noprop/ablation"), load=False).cells}
     for (row, column), flat in cells.items():
         reference = cells["reference", column]
         if flat["rule.name"] == "noprop-dt":
@@ -134,6 +134,6 @@ def test_the_claims(name: str) -> None:
     assert {(flat["budget.epochs"], flat["batch_size"], flat["select"]) for flat in flats} == {(CLAIMS[name], 128, "best-val")}
     assert {tuple(row.space) for row in study.rows} == {("optimizer.lr",)}
     assert study.jobs == 1
-    for place in made.places:
+    for place in made.rows:
         with torch.random.fork_rng(devices=[]):
             place.recipe.build_rule(place.recipe.spec())

@@ -19,13 +19,13 @@ from bpfree.files import write_text
 from bpfree.recipe import Recipe
 from bpfree.tasks.task import Task
 
-__all__ = ["Data", "DataBook"]
+__all__ = ["Fingerprints", "KnownData"]
 
 NAME = "data.json"
 
 
 @dataclass(frozen=True)
-class Data:
+class KnownData:
     """A data set as it lies here.
 
     Attributes:
@@ -37,50 +37,42 @@ class Data:
     examples: int
 
 
-class DataBook:
+class Fingerprints:
     """Fingerprints of data sets.
 
     Args:
         folder: where they are kept, that of all studies; ``None``: nowhere.
         load: whether a set may be loaded (and downloaded) to know them.
-
-    Attributes:
-        files: that the sets are read from.
-        watchable: whether these are all: some sets do not say what they are read from.
     """
 
     def __init__(self, folder: Path | None, *, load: bool) -> None:
         self._path, self._load = None if folder is None else folder / NAME, load
-        self._known: dict[str, Data | None] = {}
-        self.files: set[Path] = set()
-        self.watchable = True
+        self._known: dict[str, KnownData | None] = {}
 
-    def of(self, recipe: Recipe) -> Data | None:
+    def of(self, recipe: Recipe) -> KnownData | None:
         """What is known of the recipe's data; ``None`` if they cannot be had, or are not here and must not be loaded."""
         source = recipe.registry.get("tasks", recipe.names["task"])
         options = dataclasses.asdict(recipe.options["task"])
         files = None if source.files is None else list(source.files(recipe.options["task"], recipe.root()))
-        self.files.update(files or ())
-        self.watchable = self.watchable and files is not None
         state = None if files is None else [_state(path) for path in files]
         key = _hash([recipe.names["task"], options, str(recipe.root()), state])
         if key not in self._known:
             self._known[key] = self._find(recipe, source, key, there=state is not None and all(part[1] is not None for part in state))
         return self._known[key]
 
-    def _find(self, recipe: Recipe, source: Any, key: str, *, there: bool) -> Data | None:
+    def _find(self, recipe: Recipe, source: Any, key: str, *, there: bool) -> KnownData | None:
         # a set that does not name its files is known by loading it; who must not load takes what was found the last time
         trusted = not self._load if source.files is None else there and bool(source.files(recipe.options["task"], recipe.root()))
         kept = self._kept().get(key) if trusted else None
         if kept is not None:
-            return Data(str(kept["fingerprint"]), int(kept["examples"]))
+            return KnownData(str(kept["fingerprint"]), int(kept["examples"]))
         if not there and not self._load:
             return None
         try:
             task = Task.from_source(source, recipe.options["task"], root=recipe.root(), validation=0)
         except BpfreeError:  # the cells will say so
             return None
-        found = Data(task.fingerprint(), len(task.train))
+        found = KnownData(task.fingerprint(), len(task.train))
         if source.files is not None:
             files = [_state(path) for path in source.files(recipe.options["task"], recipe.root())]  # a download has changed them
             key = _hash([recipe.names["task"], dataclasses.asdict(recipe.options["task"]), str(recipe.root()), files])
@@ -94,7 +86,7 @@ class DataBook:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def _keep(self, key: str, data: Data) -> None:
+    def _keep(self, key: str, data: KnownData) -> None:
         if self._path is not None and self._load:
             content = self._kept() | {key: dataclasses.asdict(data)}
             with contextlib.suppress(OSError):  # then it is read again the next time

@@ -1,26 +1,35 @@
-"""The report of a study: what terminal, page and Markdown show, and the writing of it."""
+"""The report of a study: what terminal, page and Markdown show, and its files, each cell's numbers among them."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bpfree.errors import BpfreeError
+from bpfree.files import write_text
 from bpfree.study.cells import Plan
 from bpfree.study.controls import Section as Controls
 from bpfree.study.controls import section_on
 from bpfree.study.floors import Floors
-from bpfree.study.line import Line
 from bpfree.study.report import about, blocks, curves, leaderboard, profiles, table, targets, tuning
 from bpfree.study.report import floor as floor_report
 from bpfree.study.report.content import Bullets, Folded, Part, Section, Table, Text
+from bpfree.study.report.markdown import markdown
+from bpfree.study.report.page import html_page
 from bpfree.study.report.remarks import compared, environments, failures, findings, remarks
 from bpfree.study.report.view import View, with_histories
+from bpfree.study.rows import TableRow
+from bpfree.study.store import CellRecord
 
-__all__ = ["Report", "report_on"]
+__all__ = ["Report", "files_of", "report_on", "results_csv", "write_report"]
+
+HEADERS = ("row", "column", "seed", "status", "reason", "parallel", "run", "settings")
 
 
 @dataclass
@@ -40,7 +49,7 @@ class Report:
     """
 
     plan: Plan
-    lines: list[Line]
+    lines: list[TableRow]
     command: str
     headers: list[str]
     table: list[list[str]]
@@ -55,11 +64,6 @@ class Report:
         """Of its files. A changed study has its own, so that they do not replace those of the whole one."""
         changes = "; ".join(self.plan.changes)
         return f"report-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else "report"
-
-    @property
-    def page_name(self) -> str:
-        """Of its page."""
-        return f"{self.name}.html"
 
     def text(self) -> str:
         """For a terminal: title, table, controls, remarks, failures, environment, command."""
@@ -125,9 +129,7 @@ class Report:
         return [Section(found.title, [_as_table(found), Text(found.legend, "note")]) for found in self._comparisons()]
 
 
-def report_on(
-    plan: Plan, lines: Sequence[Line], words: Sequence[str], *, hidden: int = 0, runs: Path | None = None, floors: Floors | None = None
-) -> Report:
+def report_on(plan: Plan, lines: Sequence[TableRow], words: Sequence[str], *, hidden: int = 0, floors: Floors | None = None) -> Report:
     """The report on what is finished so far.
 
     Args:
@@ -135,10 +137,9 @@ def report_on(
         lines: its rows in their columns, with what is known of their cells.
         words: those of the command line after ``bpfree``.
         hidden: finished cells of other settings, which are not shown.
-        runs: where the runs' folders are, for learning curves that the cells' records lack; by default the plan's output.
         floors: those that were measured; ``None``: the study asks for none.
     """
-    shown = with_histories(lines, runs or plan.output)
+    shown = with_histories(lines, plan.output)
     view = View(plan, shown)
     return Report(
         plan,
@@ -159,10 +160,63 @@ def _as_table(found: Controls) -> Table:
     return Table(found.headers, found.table, words, found.title)
 
 
-def _failure(line: Line, seed: int, status: str, reason: str) -> str:
-    return f"{line.label} seed {seed}: {status}" + (f": {reason}" if reason else "")
+def _failure(line: TableRow, record: CellRecord) -> str:
+    return f"{line.label} seed {record.key.seed}: {record.status}" + (f": {record.reason}" if record.reason else "")
 
 
 def _flowing(notes: str) -> str:
     """Lines of a paragraph joined; a blank line, and a line that begins with a mark or space, still breaks."""
     return re.sub(r"(?<=\S)\n(?=[\w\"'(])", " ", notes)
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+
+def write_report(report: Report, folder: Path, name: str = "report") -> Path:
+    """Write ``NAME.html``, ``NAME.md`` and ``NAME-results.csv`` (``results.csv`` for the name ``report``), each at once.
+
+    Returns:
+        The page.
+
+    Raises:
+        BpfreeError: the folder cannot be written.
+    """
+    title, sections = report.plan.study.title, report.sections()
+    page, text, table = files_of(folder / f"{name}.html")
+    try:
+        write_text(page, html_page(title, sections))
+        write_text(text, markdown(title, sections))
+        write_text(table, results_csv(report.lines))
+    except OSError as error:
+        raise BpfreeError(f"cannot write the report: {error.strerror}", where=str(folder), fix="choose another with --to FOLDER") from error
+    return page
+
+
+def files_of(page: Path) -> list[Path]:
+    """All files of a report, given its page."""
+    name = page.stem
+    return [page, page.with_suffix(".md"), page.with_name("results.csv" if name == "report" else f"{name}-results.csv")]
+
+
+def results_csv(lines: Sequence[TableRow]) -> str:
+    """Each cell's numbers as CSV, whatever became of it: results under the union of their names, shares and losses as measured."""
+    keys = sorted({key for line in lines for record in line.records if record is not None for key in record.result})
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*HEADERS, *keys])
+    for line in lines:
+        for cell, record in zip(line.cells, line.records, strict=True):
+            words = shlex.join(word for word in cell.words if not word.startswith(("output=", "seed=")))
+            writer.writerow([line.written.label, line.column, cell.key.seed, *_status(record), words, *_numbers(record, keys)])
+    return buffer.getvalue()
+
+
+def _status(record: CellRecord | None) -> list[str]:
+    if record is None:
+        return ["not run", "", "", ""]
+    return [record.status, " ".join(record.reason.split()), f"{record.parallel}", record.run]
+
+
+def _numbers(record: CellRecord | None, keys: Sequence[str]) -> list[str]:
+    known = {} if record is None else record.result
+    return [repr(float(known[key])) if key in known else "" for key in keys]

@@ -17,14 +17,16 @@ from typing import Any
 
 from bpfree import runner
 from bpfree.files import write_text
-from bpfree.study.cells import Cell, Plan
-from bpfree.study.line import Line
-from bpfree.study.state import State
+from bpfree.study.cells import Plan
+from bpfree.study.report import Report, files_of
+from bpfree.study.rows import Cell, TableRow
+from bpfree.study.store import CellStore
+from bpfree.study.worklist import Worklist
 from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.events import SPOOL_NAME, Artifact, End, Metrics, Opening, Tags
 from bpfree.tracking.store import RUN_TAG, Store, file_lock, redact
 
-__all__ = ["Parent"]
+__all__ = ["StudyRun"]
 
 logger = logging.getLogger("bpfree.tracking")
 
@@ -32,20 +34,20 @@ NAME = "mlflow.json"
 PARENT = "mlflow.parentRunId"
 
 
-class Parent:
+class StudyRun:
     """The study's run in the store.
 
     Args:
         plan: the study, resolved; its first cell says which store.
-        state: its folder remembers the run.
+        cells: its folder remembers the run.
 
     Attributes:
         run_id: empty as long as the store has not answered, or where nothing is tracked.
         settled: whether the store knows all of the study, as it was when it was last run.
     """
 
-    def __init__(self, plan: Plan, state: State) -> None:
-        self._plan, self._state = plan, state
+    def __init__(self, plan: Plan, cells: CellStore) -> None:
+        self._plan, self._cells = plan, cells
         config = plan.cells[0].recipe.settings.tracking
         self._enabled, self._experiment = config.enabled, config.experiment
         self._store = Store(config.resolve_uri(plan.output), config.timeout)
@@ -56,7 +58,7 @@ class Parent:
 
     def _known(self) -> dict[str, Any]:
         try:
-            content = json.loads((self._state.folder / NAME).read_text(encoding="utf-8"))
+            content = json.loads((self._cells.folder / NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
@@ -71,7 +73,7 @@ class Parent:
         def ask() -> None:
             self._store.check()
             self._store.probe()
-            with file_lock(self._state.folder / ".mlflow.lock"):  # of two processes that begin at once, the second finds the first one's
+            with file_lock(self._cells.folder / ".mlflow.lock"):  # of two processes that begin at once, the second finds the first one's
                 self._store.open(opening, search=True)
 
         if self._asked(ask) and opening.run_id:
@@ -81,15 +83,14 @@ class Parent:
     def _remember(self, *, settled: bool) -> None:
         self.settled = settled
         content = {"uri": self._store.shown, "run_id": self.run_id, "settled": settled}
-        write_text(self._state.folder / NAME, json.dumps(content, indent=2) + "\n")
+        write_text(self._cells.folder / NAME, json.dumps(content, indent=2) + "\n")
 
-    def close(self, lines: Sequence[Line], cells: Iterable[Cell], files: Iterable[Path], status: str) -> None:
+    def close(self, worklist: Worklist, report: Report, page: Path, status: str) -> None:
         """Log the table and the report's files, adopt cells that ran while the store was away, and end the run.
 
         Args:
-            lines: of the table.
-            cells: all that may have runs, those of tuning too.
-            files: of the report.
+            worklist: its cells, those of tuning too, may have runs.
+            report, page: as written.
             status: ``FINISHED``, ``FAILED`` or ``KILLED``.
         """
         if not self._enabled:
@@ -98,13 +99,13 @@ class Parent:
             self.open()
         if not self.run_id:
             return
-        finished = [outcome for line in lines for outcome in line.finished]
-        values = dict(_values(self._plan.study.metric("test"), lines)) | {"cells/finished": float(len(finished))}
+        finished = [record for row in report.lines for record in row.finished]
+        values = dict(_values(self._plan.study.metric("test"), report.lines)) | {"cells/finished": float(len(finished))}
 
         def tell() -> None:
-            self._adopt(cells)
+            self._adopt(worklist.all_cells())
             self._store.send(self.run_id, [Metrics(_now(), len(finished), values), Tags({"status": status.lower()})])
-            self._store.send(self.run_id, [*(Artifact(str(path), "") for path in files), End(status, _now())])
+            self._store.send(self.run_id, [*(Artifact(str(path), "") for path in files_of(page)), End(status, _now())])
 
         if self._asked(tell):
             self._remember(settled=True)
@@ -112,19 +113,19 @@ class Parent:
     def _adopt(self, cells: Iterable[Cell]) -> None:
         """Send what cells could not, and put their runs below this one; those that another store has stay there."""
         client = self._store.connect()
-        known = (self._state.read(cell) for cell in dict.fromkeys(cell.id for cell in cells))
-        for outcome in [one for one in known if one is not None and one.is_final and one.run]:
-            folder = self._plan.output / outcome.run
+        known = (self._cells.read(cell) for cell in dict.fromkeys(cell.key.id for cell in cells))
+        for record in [one for one in known if one is not None and one.is_final and one.run]:
+            folder = self._plan.output / record.run
             if (folder / SPOOL_NAME).is_file() and self._was_meant_here(folder) and runner.complete_tracking(folder):
-                outcome.tracking |= self._found(client, outcome.run)
-            child = outcome.tracking.get("mlflow_run_id")
-            here = outcome.tracking.get("mlflow_uri") == self._store.shown
-            if child and here and outcome.tags.get(PARENT) != self.run_id:
+                record.tracking |= self._found(client, record.run)
+            child = record.tracking.get("mlflow_run_id")
+            here = record.tracking.get("mlflow_uri") == self._store.shown
+            if child and here and record.tags.get(PARENT) != self.run_id:
                 client.set_tag(child, PARENT, self.run_id)
-                outcome.tags[PARENT] = self.run_id
-                with self._state.lock(outcome.cell) as free:
+                record.tags[PARENT] = self.run_id
+                with self._cells.lock(record.key.id) as free:
                     if free:
-                        self._state.write(outcome)
+                        self._cells.write(record)
 
     def _found(self, client: Any, run: str) -> dict[str, str]:
         """Where a cell's run is that this process has not trained."""
@@ -140,7 +141,7 @@ class Parent:
 
     def _tags(self) -> dict[str, str]:
         study = self._plan.study
-        tags = {RUN_TAG: f"study {study.name} in {self._state.folder.absolute()}", "study": study.name, "study_title": study.title}
+        tags = {RUN_TAG: f"study {study.name} in {self._cells.folder.absolute()}", "study": study.name, "study_title": study.title}
         try:
             return tags | {"mlflow.user": getpass.getuser()}
         except Exception:  # a container may have no name for its user
@@ -167,7 +168,7 @@ class Parent:
         return True
 
 
-def _values(metric: str, lines: Sequence[Line]) -> Iterable[tuple[str, float]]:
+def _values(metric: str, lines: Sequence[TableRow]) -> Iterable[tuple[str, float]]:
     """The mean of each line, as a metric of the study's run."""
     for line in lines:
         values: Mapping[int, float] = line.by_seed(metric)

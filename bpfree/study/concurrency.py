@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["Presence", "present"]
+__all__ = ["Concurrency", "present"]
 
 
-class Presence:
+class Concurrency:
     """Counts the cells that run here at the same time.
 
     Attributes:
@@ -38,7 +38,7 @@ class Presence:
 
 
 @contextmanager
-def present(folder: Path) -> Iterator[Presence]:
+def present(folder: Path) -> Iterator[Concurrency]:
     """Be seen while a cell runs.
 
     Args:
@@ -48,7 +48,7 @@ def present(folder: Path) -> Iterator[Presence]:
     own, file = _own_file(folder)
     with file:
         try:
-            yield Presence(folder, own)
+            yield Concurrency(folder, own)
         finally:
             own.unlink(missing_ok=True)
 

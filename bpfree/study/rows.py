@@ -1,0 +1,174 @@
+"""The rows of a study's table, each in one of its columns: resolved, with its cells, what is known of them, and its tuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bpfree.leaves import Leaf
+from bpfree.recipe import Recipe
+from bpfree.study.model import Published, Row, Study
+from bpfree.study.store import CellKey, CellRecord
+
+__all__ = ["Cell", "TableRow", "Trial", "Tuned", "percent", "table_metric", "value_of"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A computation, resolved.
+
+    Attributes:
+        key: which one.
+        recipe: resolved.
+        words: ``KEY=VALUE`` words that give the same recipe.
+        examples: for training, before a validation split is cut; ``None`` where the data are not here.
+    """
+
+    key: CellKey
+    recipe: Recipe
+    words: Sequence[str]
+    examples: int | None = None
+
+
+@dataclass(eq=False)
+class TableRow:
+    """A row of the study in one of its columns, over its seeds.
+
+    Attributes:
+        written: the row of the study's file.
+        column: its label.
+        recipe: with the settings of the file and the command line.
+        leaves: these settings.
+        cells: one per seed, with the settings that tuning has chosen.
+        records: of those cells, where anything is known.
+        tuned: the trials of its tuning; ``None`` where the study does not tune.
+        twin: the own-prediction twin, with the same trials and as many operations; its cells are those of the seeds that are finished.
+            ``None`` where the study asks for none, or the row has none.
+    """
+
+    written: Row
+    column: str
+    recipe: Recipe
+    leaves: Sequence[Leaf]
+    cells: Sequence[Cell] = ()
+    records: Sequence[CellRecord | None] = ()
+    tuned: Tuned | None = None
+    twin: TableRow | None = None
+
+    @property
+    def label(self) -> str:
+        """Row and column."""
+        return f"{self.written.label} [{self.column}]" if self.column else self.written.label
+
+    @property
+    def finished(self) -> list[CellRecord]:
+        """Records with a result."""
+        return [record for record in self.records if record is not None and record.status == "finished"]
+
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """A metric of the finished cells, as far as they measured it; in the table's unit."""
+        return {record.key.seed: value for record in self.finished if (value := value_of(record, metric)) is not None}
+
+    def published(self, metric: str) -> Published | None:
+        """The paper's number, where it is known."""
+        return self.written.published.get(self.column, {}).get(metric)
+
+    def status_text(self) -> str:
+        """Why there is no result yet."""
+        return next((record.status for record in self.records if record is not None), "not run")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration that was tried, on the tuning seeds, scored on the validation split.
+
+    Attributes:
+        settings: of the tuned keys; the first trial of a row has none: it is the configuration as the study's file has it.
+        values: of the tuned keys in full, those of the default configuration too.
+        status: ``finished``, ``diverged``, ``failed``, ``timeout``; ``not run`` as long as nothing is known.
+        score: on validation, in the unit of the table (accuracy in per cent, or loss); ``None`` without a result.
+        seconds: of training, over its seeds.
+        comparable: whether these seconds can be compared.
+    """
+
+    settings: Mapping[str, Any]
+    status: str = "not run"
+    score: float | None = None
+    seconds: float = 0.0
+    values: Mapping[str, Any] = field(default_factory=dict)
+    comparable: bool = True
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The trials of a row in a column.
+
+    Attributes:
+        keys: what was tuned.
+        trials: in their order; the first is the default configuration. A trial that failed counts as one.
+        planned: how many trials the study gives each row.
+        greater: whether a greater score is better (accuracy), or a smaller one (loss).
+        logarithmic: the keys that were searched on a logarithmic scale.
+    """
+
+    keys: Sequence[str]
+    trials: Sequence[Trial]
+    planned: int
+    greater: bool = True
+    logarithmic: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def default(self) -> Trial | None:
+        """The configuration as the file has it."""
+        return self.trials[0] if self.trials else None
+
+    @property
+    def at_edge(self) -> list[str]:
+        """Keys whose best value is the smallest or the largest that was tried: beyond it there may be better ones."""
+        best = self.best
+        if best is None:
+            return []
+        found = []
+        for key in self.keys:
+            tried = {
+                value for trial in self.trials if isinstance(value := trial.values.get(key), (int, float)) and not isinstance(value, bool)
+            }
+            if len(tried) > 1 and best.values.get(key) in (min(tried), max(tried)):
+                found.append(key)
+        return found
+
+    @property
+    def complete(self) -> bool:
+        """Whether every trial has ended."""
+        return len(self.trials) == self.planned and all(trial.status != "not run" for trial in self.trials)
+
+    @property
+    def best(self) -> Trial | None:
+        """The best on validation, the earliest of equals; ``None`` without any result."""
+        scored = [trial for trial in self.trials if trial.score is not None and math.isfinite(trial.score)]
+        return max(scored, key=lambda trial: (trial.score or 0.0) * (1 if self.greater else -1), default=None)
+
+
+def percent(metric: str) -> bool:
+    """Whether a metric is in per cent."""
+    return not metric.endswith("loss")
+
+
+def value_of(record: CellRecord, metric: str) -> float | None:
+    """A metric of a finished cell: errors and accuracies in per cent; ``None`` if it was not measured."""
+    split, _, kind = metric.partition("/")
+    measured = record.result.get(f"{split}/loss" if kind == "loss" else f"{split}/accuracy")
+    if measured is None or kind == "loss":
+        return measured
+    return 100 * measured if kind == "accuracy" else 100 - 100 * measured
+
+
+def table_metric(study: Study, lines: Iterable[TableRow], split: str = "test") -> str:
+    """What is reported of a split: the kind that is published; otherwise the error, or the loss where no run has an accuracy."""
+    if study.publishes(split):
+        return study.metric(split)
+    measured = {key for line in lines for record in line.finished for key in record.result}
+    only_loss = f"{split}/loss" in measured and f"{split}/accuracy" not in measured
+    return f"{split}/loss" if only_loss else study.metric(split)

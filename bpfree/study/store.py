@@ -1,0 +1,246 @@
+"""What is known of cells: one JSON file each, replaced atomically, and a lock while a process works on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bpfree.errors import BpfreeError
+from bpfree.files import write_text
+from bpfree.leaves import Leaf
+from bpfree.tracking.events import strict
+
+__all__ = ["SHARE", "CellKey", "CellRecord", "CellStore"]
+
+Status = Literal["running", "interrupted", "finished", "diverged", "failed", "timeout", "refused"]
+
+SHARE = 0.9
+"""Of its threads' time that a run must have had on the processor."""
+
+
+@dataclass(frozen=True)
+class CellKey:
+    """Which cell: its place in the table, and what its numbers depend on.
+
+    Attributes:
+        id: hash of the identity, 16 hex digits.
+        row, column: labels; in a record, those of the table that asked for the cell first.
+        seed: of the repetition.
+        trial: number of the trial, for a cell of tuning, which never sees the test split.
+        identity: what the numbers depend on.
+        leaves: the settings that give the recipe, for another process to do the same; records do not have them.
+    """
+
+    id: str
+    row: str
+    column: str
+    seed: int
+    trial: int | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    leaves: Sequence[Leaf] = field(default=(), compare=False, repr=False)
+
+    @property
+    def label(self) -> str:
+        """The cell as it is called while it runs."""
+        number = f"seed {self.seed}" if self.trial is None else f"trial {self.trial}"
+        return " ".join(filter(None, [self.row, self.column and f"[{self.column}]", number]))
+
+
+@dataclass
+class CellRecord:
+    """How a cell stands.
+
+    Attributes:
+        key: of the cell.
+        status: ``finished``, ``diverged``, ``failed``, ``timeout``; ``running`` and ``interrupted`` go on from their checkpoint;
+            ``refused`` never began (its data are not there, say) and is tried again.
+        reason: why it did not finish, or what of it could not be measured.
+        run: name of the run's folder in the output folder.
+        result: metrics of the end.
+        history: metrics of each epoch, as the run noted them.
+        tags: of the run: device, versions, data fingerprint.
+        elapsed: seconds that it took in all, evaluation and everything else included.
+        tracking: where its MLflow run is.
+        parallel: the most cells that ran at the same time on its machine.
+    """
+
+    key: CellKey
+    status: Status = "running"
+    reason: str = ""
+    run: str = ""
+    started: str = ""
+    updated: str = ""
+    result: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    elapsed: float = 0.0
+    parallel: int = 1
+    tracking: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it is left alone unless asked for again."""
+        return self.status in ("finished", "diverged", "failed", "timeout")
+
+    @property
+    def processor_share(self) -> float | None:
+        """Processor seconds over threads times wall seconds, of training on a CPU; ``None`` where they were not measured.
+
+        Of a cell without a result (it ran out of time, say): up to its last epoch.
+        """
+        last = self.history[-1] if self.history else {}
+        wall = self.result.get("train/seconds", last.get("seconds"))
+        processor = self.result.get("train/processor_seconds", last.get("processor_seconds"))
+        try:
+            threads = int(self.tags.get("threads", ""))
+        except ValueError:
+            return None
+        if self.tags.get("device", "cpu") != "cpu" or not wall or processor is None or threads < 1:
+            return None
+        return processor / (threads * wall)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether its seconds can be compared with those of other cells.
+
+        On a CPU where the processor worked for it for more than nine tenths of the time of its threads, whatever else ran beside it. On a
+        GPU, and where processor seconds were not measured, where it was the only cell on its machine.
+        """
+        share = self.processor_share
+        return self.parallel <= 1 if share is None else share > SHARE
+
+    def to_json(self) -> str:
+        """Write it as the file of a cell has it: the key's fields lie beside the others, its id as ``cell``."""
+        own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "key"}
+        key = {name: getattr(self.key, name) for name in ("row", "column", "seed", "trial", "identity")}
+        return json.dumps(strict({"cell": self.key.id, **key, **own}), indent=2, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> CellRecord:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: it is something else.
+        """
+        content = json.loads(text)
+        parts = {name: content.pop(name) for name in ("row", "column", "seed", "trial", "identity") if name in content}
+        known = cls(CellKey(content.pop("cell"), **parts), **content)
+        known.result = {key: float(value) for key, value in known.result.items()}
+        known.history = [{key: float(value) for key, value in metrics.items()} for metrics in known.history]
+        return known
+
+
+class CellStore:
+    """The folder of a study's cells.
+
+    Args:
+        output: folder of runs.
+        study: name of the study.
+    """
+
+    def __init__(self, output: Path, study: str) -> None:
+        self.output, self.study = output, study
+        self.folder_of_all = output / "studies"
+        self.folder = self.folder_of_all / study
+
+    def path_of(self, cell: str) -> Path:
+        """The file of a cell."""
+        return self.folder / "cells" / f"{cell}.json"
+
+    def run_of(self, key: CellKey) -> str:
+        """Name the folder of a cell's run: the same whoever runs the cell."""
+        config = key.identity["config"]
+        twin = "-twin" if config.get("twin") else ""
+        digest = hashlib.sha256(f"{self.study}\0{key.id}".encode()).hexdigest()[:12]
+        return f"{config['rule.name']}{twin}-{config['task.name']}-s{key.seed}-{digest}"
+
+    def read(self, cell: str) -> CellRecord | None:
+        """What is known of a cell; ``None`` for nothing, or a file that cannot be read."""
+        try:
+            return CellRecord.from_json(self.path_of(cell).read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def seen(self, cell: str) -> CellRecord | None:
+        """Read a cell's record; one that is running, and whose worker has died, counts as interrupted."""
+        known = self.read(cell)
+        if known is not None and known.status == "running":
+            known.status = "running" if self._is_held(cell) else "interrupted"
+        return known
+
+    def _is_held(self, cell: str) -> bool:
+        """Whether a process works on the cell; changes nothing, so that others may look too."""
+        try:
+            with self._lock_of(cell).open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def _lock_of(self, cell: str) -> Path:
+        return self.folder / "cells" / f".{cell}.lock"
+
+    def write(self, record: CellRecord) -> None:
+        """Note how a cell stands.
+
+        Raises:
+            BpfreeError: the folder cannot be written.
+        """
+        record.updated = now()
+        try:
+            write_text(self.path_of(record.key.id), record.to_json())
+        except OSError as error:
+            raise BpfreeError(
+                f"cannot write the state of the study: {error.strerror}", where=str(self.folder), fix="choose another with output=FOLDER"
+            ) from error
+
+    @contextmanager
+    def lock(self, cell: str) -> Iterator[bool]:
+        """Whether the cell is ours while the context lasts; ``False`` if another process has it. A crash releases it."""
+        path = self._lock_of(cell)  # stays behind: to remove it would race with who just opened it
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise BpfreeError(
+                f"cannot write the state of the study: {error.strerror}", where=str(self.folder), fix="choose another with output=FOLDER"
+            ) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def others(self, cells: set[str]) -> int:
+        """How many finished cells lie here that are none of these: of other settings, seeds or sources."""
+        found = (self.read(path.stem) for path in self.folder.glob("cells/*.json") if path.stem not in cells)
+        return sum(record is not None and record.status == "finished" for record in found)
+
+    def begin(self, key: CellKey, before: CellRecord | None, *, restart: bool = False) -> CellRecord:
+        """The record of a cell that is about to run; with what is known of the run that it resumes.
+
+        Args:
+            key: of the cell.
+            before: what was known of it.
+            restart: whether it begins without the checkpoint of then.
+        """
+        kept = before if before is not None and not before.is_final else CellRecord(key, started=now())
+        parallel = 1 if before is None or restart else before.parallel  # its checkpoint holds the seconds of then
+        return CellRecord(key, run=self.run_of(key), started=kept.started, elapsed=kept.elapsed, parallel=parallel)
+
+
+def now() -> str:
+    """Local time with its offset."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
