@@ -31,7 +31,9 @@ def disabled_plugins() -> list[str]:
     return [name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",") if name.strip()]
 
 
-def kept(name: str, make: Callable[[], tuple[Any, Iterable[Path] | None]]) -> Any:
+def kept(
+    name: str, make: Callable[[], tuple[Any, Iterable[Path] | None]], *, words: Any = None, under: Any = None, folder: Path | None = None
+) -> Any:
     """A value as JSON has it: the kept one where nothing has changed since, else a new one.
 
     A cache that is damaged, missing or not to be written is done without.
@@ -39,10 +41,14 @@ def kept(name: str, make: Callable[[], tuple[Any, Iterable[Path] | None]]) -> An
     Args:
         name: of the value.
         make: makes it, and says which files and folders it depends on beside what is installed; ``None``: it is not to be kept.
+        words: which of several values of this name is asked for.
+        under: further conditions under which it holds.
+        folder: where it is kept, if there is such a folder; ``None``: in the user's cache.
     """
     began = time.time_ns()
     try:
-        path, state = _folder() / f"{name}-{_installation()}.json", _state()
+        place = _folder() if folder is None else folder
+        path, state = place / f"{name}-{_hash([_installation(), words])[:16]}.json", _hash([_state(), under])
     except (OSError, ImportError, ValueError, RuntimeError):  # no sources that could be watched, or no home
         return make()[0]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -50,7 +56,7 @@ def kept(name: str, make: Callable[[], tuple[Any, Iterable[Path] | None]]) -> An
         if content["state"] == state and content["files"] == [_seen(place) for place, *_ in content["files"]]:
             return content["value"]
     value, files = make()
-    if files is not None:
+    if files is not None and (folder is None or folder.is_dir()):
         seen = [_seen(place) for place in sorted({*map(os.path.abspath, files), *_edited()})]
         if all(when is None or when < began for _, _, when in seen):  # else one may have changed since it was read
             with contextlib.suppress(OSError, ValueError, TypeError):
@@ -77,9 +83,9 @@ def _roots() -> list[str]:
     return [str(Path(__file__).parent), *places]
 
 
-def _installation() -> str:
+def _installation() -> list[Any]:
     """Which of several installations (or search paths, or sets of disabled plugins) this is."""
-    return _hash([sys.version, _roots(), _packages(), disabled_plugins()])[:16]
+    return [sys.version, _roots(), _packages(), disabled_plugins()]
 
 
 def _state() -> str:
