@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from bpfree.cli.completion import names_of
 
 if TYPE_CHECKING:
     from bpfree.leaves import Leaf
@@ -52,6 +55,8 @@ What crashed or diverged starts again; what timed out resumes from its checkpoin
   bpfree study retry timeout mine.yaml --timeout 3600
 """
 Command = Callable[..., int]
+TERMINAL = ("COLUMNS", "LINES", "OLDPWD", "PWD", "SHLVL", "_")
+"""Variables of the environment that change from call to call; of others, settings may hold the value."""
 WHICH = {"failed": ("failed", "diverged", "timeout"), "diverged": ("diverged",), "timeout": ("timeout",)}
 
 
@@ -99,11 +104,18 @@ def study() -> None:
 def list_studies() -> None:
     """All installed studies: title, number of cells, and the plugin that brings them."""
     from bpfree.cli.output import print_table
+    from bpfree.kept import kept
+
+    print_table(["study", "title", "cells", "plugin"], kept("studies", _studies), right=[2])
+
+
+def _studies() -> tuple[list[list[str]], list[Path] | None]:
+    """A row for each study, and their files."""
     from bpfree.plugins import installed_plugins
 
     registry = installed_plugins()
     rows = [[name, *_listed(name), owner.name] for name, _, owner in registry.items("studies")]
-    print_table(["study", "title", "cells", "plugin"], rows, right=[2])
+    return rows, [Path(place) for _, place, _ in registry.items("studies")] if registry.sound else None
 
 
 def _listed(name: str) -> tuple[str, str]:
@@ -124,7 +136,7 @@ def _count(found: Study) -> int:
 
 
 @study.command("show", short_help="What a study runs, and what was published.")
-@click.argument("name", metavar="STUDY")
+@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 def show(name: str) -> None:
     """The rows of a study with their settings, and the numbers of the paper."""
     from bpfree.cli.output import print_table
@@ -183,7 +195,7 @@ def _published(row: Row, column: str) -> str:
 
 
 @study.command("run", help=RUN_HELP, short_help="Run what is not finished, and report.")
-@click.argument("name", metavar="STUDY")
+@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @settings
 @running
 @click.option("--dry-run", is_flag=True, help="Show the cells, how they stand and what they will cost; run nothing.")
@@ -195,7 +207,7 @@ def run(name: str, settings: tuple[str, ...], dry_run: bool, **options: Any) -> 
 
 @study.command("retry", help=RETRY_HELP, short_help="Run cells again that failed.")
 @click.argument("which", type=click.Choice(list(WHICH)))
-@click.argument("name", metavar="STUDY")
+@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @settings
 @running
 def retry(which: str, name: str, settings: tuple[str, ...], **options: Any) -> int:
@@ -203,7 +215,7 @@ def retry(which: str, name: str, settings: tuple[str, ...], **options: Any) -> i
 
 
 @study.command("report", help=REPORT_HELP, short_help="Report on what is finished so far.")
-@click.argument("name", metavar="STUDY")
+@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @settings
 @seeds
 @to
@@ -216,18 +228,48 @@ def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | N
 
 
 @study.command("status", help=STATUS_HELP, short_help="How the cells stand, also while it runs.")
-@click.argument("name", metavar="STUDY")
+@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @settings
 @seeds
 def status(name: str, settings: tuple[str, ...], seeds: int | None) -> int:
     from bpfree.cli.output import print_table
     from bpfree.study.status import status_table
+    from bpfree.study.store import CellKey, CellStore
 
-    worklist = _worklist(name, settings, seeds, load=False)
-    table, summary = status_table(worklist)
+    found = _cells(name, settings, seeds)
+    store = CellStore(Path(found["output"]), found["study"])
+    table, summary = status_table(store, [CellKey(*key) for key in found["cells"]], found["later"], found["waits_for"])
     print_table(["row", "column", "seed", "state", "epoch", "minutes", "validation", "cell"], table, right=[2, 4, 5, 6])
     click.echo(f"\n{summary}")
     return 0
+
+
+def _cells(name: str, settings: tuple[str, ...], seeds: int | None) -> dict[str, Any]:
+    """The cells of a study as plain values, kept in the folder of studies as long as all that their identities depend on stays.
+
+    What a study tunes, or gives the operations of its rows, depends on results too, and is planned each time.
+    """
+    from bpfree.kept import kept
+    from bpfree.leaves import last_said, parse_words
+
+    def plan() -> tuple[dict[str, Any], set[Path] | None]:
+        worklist = _worklist(name, settings, seeds, load=False)
+        study, files, keys = worklist.plan.study, worklist.plan.fingerprints.files, [cell.key for cell in worklist.cells()]
+        fixed = worklist.plan.rows[0].recipe.registry.sound and not study.tune and not study.equal_budget
+        found = {
+            "output": str(worklist.store.output),
+            "study": study.name,
+            "cells": [[key.id, key.row, key.column, key.seed, key.trial] for key in keys],
+            "later": worklist.count() - len(keys),
+            "waits_for": worklist.waits_for(),
+        }
+        return found, {study.path, *files} if fixed and files is not None and study.path is not None else None
+
+    folder = Path(last_said(parse_words(settings), "output", "runs")) / "studies"
+    gpus = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+    under = [sorted(set(os.environ.items()) - {(key, os.environ.get(key)) for key in TERMINAL}), gpus, len(os.sched_getaffinity(0))]
+    found: dict[str, Any] = kept(".cells", plan, words=[os.getcwd(), name, settings, seeds], under=under, folder=folder)
+    return found
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
@@ -291,8 +333,8 @@ def _again(name: str, settings: Sequence[str], seeds: int | None) -> list[str]:
 
 def _dry_run(worklist: Worklist) -> int:
     from bpfree.cli.output import print_table
+    from bpfree.study.costs import costs
     from bpfree.study.report.remarks import unused
-    from bpfree.study.status import costs
 
     for change in worklist.plan.changes:
         click.echo(f"not as written: {change}")

@@ -130,6 +130,11 @@ class Worklist:
         ended = [cell for row in self._chosen if row.twin is not None for cell in self._final(row) if not self.to_do(cell)]
         return trials + len(self.plan.seeds) * rows - sum(not self._operations(cell) for cell in ended)
 
+    def waits_for(self) -> str:
+        """What cells wait for that are not known yet."""
+        study = self.plan.study
+        return " and ".join([*(["tuning has chosen"] if study.tune else []), *(["their rows have ended"] if study.equal_budget else [])])
+
     def to_do(self, cell: Cell) -> bool:
         """Whether a cell is to be run."""
         record = self._known(cell.key.id)
