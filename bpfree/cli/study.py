@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +54,6 @@ What crashed or diverged starts again; what timed out resumes from its checkpoin
   bpfree study retry timeout mine.yaml --timeout 3600
 """
 Command = Callable[..., int]
-TERMINAL = ("COLUMNS", "LINES", "OLDPWD", "PWD", "SHLVL", "_")
-"""Variables of the environment that change from call to call; of others, settings may hold the value."""
 WHICH = {"failed": ("failed", "diverged", "timeout"), "diverged": ("diverged",), "timeout": ("timeout",)}
 
 
@@ -233,43 +230,14 @@ def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | N
 @seeds
 def status(name: str, settings: tuple[str, ...], seeds: int | None) -> int:
     from bpfree.cli.output import print_table
+    from bpfree.leaves import last_said, parse_words
     from bpfree.study.status import status_table
-    from bpfree.study.store import CellKey, CellStore
 
-    found = _cells(name, settings, seeds)
-    store = CellStore(Path(found["output"]), found["study"])
-    table, summary = status_table(store, [CellKey(*key) for key in found["cells"]], found["later"], found["waits_for"])
+    folder = Path(last_said(parse_words(settings), "output", "runs")) / "studies"
+    table, summary = status_table(lambda: _worklist(name, settings, seeds, load=False), folder, words=[name, settings, seeds])
     print_table(["row", "column", "seed", "state", "epoch", "minutes", "validation", "cell"], table, right=[2, 4, 5, 6])
     click.echo(f"\n{summary}")
     return 0
-
-
-def _cells(name: str, settings: tuple[str, ...], seeds: int | None) -> dict[str, Any]:
-    """The cells of a study as plain values, kept in the folder of studies as long as all that their identities depend on stays.
-
-    What a study tunes, or gives the operations of its rows, depends on results too, and is planned each time.
-    """
-    from bpfree.kept import kept
-    from bpfree.leaves import last_said, parse_words
-
-    def plan() -> tuple[dict[str, Any], set[Path] | None]:
-        worklist = _worklist(name, settings, seeds, load=False)
-        study, files, keys = worklist.plan.study, worklist.plan.fingerprints.files, [cell.key for cell in worklist.cells()]
-        fixed = worklist.plan.rows[0].recipe.registry.sound and not study.tune and not study.equal_budget
-        found = {
-            "output": str(worklist.store.output),
-            "study": study.name,
-            "cells": [[key.id, key.row, key.column, key.seed, key.trial] for key in keys],
-            "later": worklist.count() - len(keys),
-            "waits_for": worklist.waits_for(),
-        }
-        return found, {study.path, *files} if fixed and files is not None and study.path is not None else None
-
-    folder = Path(last_said(parse_words(settings), "output", "runs")) / "studies"
-    gpus = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
-    under = [sorted(set(os.environ.items()) - {(key, os.environ.get(key)) for key in TERMINAL}), gpus, len(os.sched_getaffinity(0))]
-    found: dict[str, Any] = kept(".cells", plan, words=[os.getcwd(), name, settings, seeds], under=under, folder=folder)
-    return found
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
