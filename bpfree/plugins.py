@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
-import os
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import pluggy
 
 from bpfree import hooks
 from bpfree.errors import UsageError, unknown_name
+from bpfree.kept import GROUP, disabled_plugins, kept
 
-__all__ = ["GROUP", "PluginRecord", "Plugins", "installed_plugins"]
+__all__ = ["PluginIndex", "PluginRecord", "Plugins", "installed_plugins", "plugin_index"]
 
-GROUP = "bpfree"
-DISABLE_VARIABLE = "BPFREE_DISABLE_PLUGINS"
 KINDS = ("rules", "networks", "tasks", "augmentations", "protocols", "diagnostics", "presets", "studies")
 Status = Literal["ok", "broken", "incompatible", "disabled"]
 
@@ -123,15 +123,24 @@ class Plugins:
         record.hooks = sorted(caller.name for caller in self.manager.get_hookcallers(module) or ())
 
     def _provided(self, module: Any, record: PluginRecord, kind: str) -> dict[str, Any]:
+        from bpfree.kinds import misfit
+
         function = getattr(module, f"bpfree_{kind}", None)
         things = {} if function is None else function()
         if not isinstance(things, Mapping):
             raise TypeError(f"bpfree_{kind} must return a mapping of names, not {type(things).__name__}")
-        for name in things:
+        for name, thing in things.items():
+            if wanted := misfit(kind, thing):
+                raise TypeError(f"registers the {singular(kind)} {name!r}, which must be {wanted}, not {thing!r:.80}")
             if name in self._registered[kind]:
                 owner = self._registered[kind][name][1].name
                 raise ValueError(f"registers the {singular(kind)} {name!r}, which plugin {owner!r} has registered already")
         return dict(things)
+
+    @property
+    def sound(self) -> bool:
+        """Whether none is broken or incompatible. What mends one may lie where nobody looks, so that nothing is kept then."""
+        return all(record.status in ("ok", "disabled") for record in self.records.values())
 
     def names(self, kind: str) -> list[str]:
         """Registered names of a kind, one of ``KINDS``."""
@@ -174,11 +183,47 @@ def singular(kind: str) -> str:
     return "study" if kind == "studies" else kind.removesuffix("s")
 
 
+@dataclass(frozen=True)
+class PluginIndex:
+    """What listings show of the installed plugins.
+
+    Attributes:
+        records: as :class:`Plugins` has them, without traces.
+        summaries: ``(name, plugin, summary)`` of what is registered, sorted by name, by kind.
+    """
+
+    records: list[PluginRecord]
+    summaries: dict[str, list[list[str]]]
+
+
+def _indexed(plugins: Plugins) -> tuple[dict[str, Any], list[Path] | None]:
+    """The index as plain values, and what it depends on beside the plugins."""
+    records = [{**dataclasses.asdict(record), "trace": ""} for record in plugins.records.values()]
+    summaries = {kind: [[name, owner.name, _summary(thing)] for name, thing, owner in plugins.items(kind)] for kind in KINDS}
+    return {"records": records, "summaries": summaries}, [] if plugins.sound else None
+
+
+def _summary(thing: Any) -> str:
+    return str(getattr(getattr(thing, "card", thing), "summary", ""))
+
+
 @lru_cache(maxsize=1)
 def installed_plugins() -> Plugins:
     """The plugins installed here, loaded on first use.
 
     The environment variable ``BPFREE_DISABLE_PLUGINS`` names plugins, separated by commas, that are left out.
     """
-    disabled = os.environ.get(DISABLE_VARIABLE, "").split(",")
-    return Plugins(name.strip() for name in disabled if name.strip())
+    loaded: list[Plugins] = []
+
+    def load() -> tuple[dict[str, Any], list[Path] | None]:
+        loaded.append(Plugins(disabled_plugins()))
+        return _indexed(loaded[0])
+
+    kept("plugins", load)  # for listings to come
+    return loaded[0] if loaded else Plugins(disabled_plugins())
+
+
+def plugin_index() -> PluginIndex:
+    """The index of the installed plugins: as it was when they were last loaded, if nothing has changed since."""
+    found = kept("plugins", lambda: _indexed(installed_plugins()))
+    return PluginIndex([PluginRecord(**record) for record in found["records"]], found["summaries"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -153,7 +155,7 @@ class Resolver:
 
     def _fill(self, base: Any, prefix: str, mine: Any = lambda name: True, *, known: set[str] | None = None) -> Any:
         """``base`` with the leaves under ``prefix``, as an instance of its class; notes what does not fit."""
-        node = OmegaConf.structured(base)
+        node = _tree(base)
         for leaf in self.leaves:
             if not leaf.key.startswith(prefix):
                 continue
@@ -265,11 +267,27 @@ class Resolver:
             raise UsageError.of(self.problems, "configuration")
 
 
+@lru_cache(maxsize=1024)
 def _kind(config: Any, key: str) -> Any:
     """The type of a key of a dataclass; anything inside a free mapping."""
     if not dataclasses.is_dataclass(config):
         return Any
     return typing.get_type_hints(config)[key]
+
+
+@lru_cache(maxsize=256)
+def _defaults(config: type) -> tuple[Any, DictConfig]:
+    """An instance with the defaults, and its tree: to be copied, since it takes milliseconds to make one."""
+    tree: DictConfig = OmegaConf.structured(config())
+    return config(), tree
+
+
+def _tree(base: Any) -> DictConfig:
+    needed = any(item.default is item.default_factory is dataclasses.MISSING for item in dataclasses.fields(base))
+    kind: Any = type(base)
+    given = needed or base != _defaults(kind)[0]
+    tree: DictConfig = OmegaConf.structured(base) if given else copy.deepcopy(_defaults(kind)[1])
+    return tree
 
 
 def _refers(value: Any) -> bool:

@@ -5,7 +5,6 @@ Where a launcher has started several processes, each of them runs the same recip
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from bpfree.rule import Rule
 from bpfree.run import Run, new_run_id
 from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Task
-from bpfree.tracking.journal import recorded
+from bpfree.tracking.journal import ended_as, recorded
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.distributed import World
 from bpfree.training.environment import flushing_denormals
@@ -176,15 +175,6 @@ def refuse_changes(keys: Iterable[str]) -> None:
     other = [key for key in keys if key.split(".")[0] not in CHANGEABLE]
     if other:
         raise UsageError("a run cannot be resumed with other settings than it began with", where=", ".join(other), fix="start a new run")
-
-
-def ended_as(folder: Path) -> dict[str, Any]:
-    """The end of a run as its journal records it; empty if it cannot be read."""
-    try:
-        content = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def has_finished(place: str, *, output: str = "runs") -> bool:

@@ -24,6 +24,7 @@ SUFFIXES = {".py", ".pyx", ".c", ".cpp", ".cu", ".cuh", ".h", ".so"}
 SHOWING = (
     "__init__.py",
     "cli",
+    "kept.py",
     "registry",
     "sources.py",
     "study",

@@ -234,9 +234,8 @@ def test_the_other_side_of_predictive_coding_needs_no_library_to_explain_itself(
 
 def test_startup(smoke: Run) -> None:
     result = smoke("startup")
-    check_ratio({**result["rules"], "reached": result["rules"]["median_ratio"] <= result["rules"]["target_ratio"]})
-    assert not {"torchvision", "mlflow"} & set(result["rules"]["imports"])
-    assert result["help"]["imports"] == []
+    for words in ("--help", "rules", "plugins list", "completion"):
+        assert result[words]["imports"] == []
 
 
 def test_accuracy_of_digits(smoke: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from bpfree import Batch, BpfreeError, Network, OptimizerConfig, Phase, Rule, St
 from bpfree.baselines import DFA, Backprop, Frozen
 from bpfree.network import MLPConfig, mlp
 from bpfree.training.accumulation import accumulate
+from bpfree.training.optimizers import check_optimizer, make_optimizer
 from bpfree.training.updater import ClipConfig, Updater
 
 SPEC = TaskSpec("toy", input_shape=(3, 8, 8), outputs=4)
@@ -356,6 +358,25 @@ def test_optimisers_and_their_options_are_checked() -> None:
         Updater(rule, OptimizerConfig("adam", momentum=0.9))
     assert OptimizerConfig(lr=0.5).over(OptimizerConfig("sgd", lr=0.1, momentum=0.9)) == OptimizerConfig("sgd", lr=0.5, momentum=0.9)
     assert OptimizerConfig("sgd").over(OptimizerConfig("adam", lr=0.1, options={"betas": (0.5, 0.9)})) == OptimizerConfig("sgd")
+
+
+def test_no_optimiser_without_further_options_needs_a_trial() -> None:
+    """Oracle: torch, which takes two steps at the ends of the ranges of what :func:`check_optimizer` accepts without a trial."""
+    tried = set()
+    for name in [name for name in vars(torch.optim) if name[0].isupper()]:
+        for lr, decay, momentum in itertools.product((None, 1e-12, 1e6), (None, 0.0, 10.0), (None, 0.0, 0.99)):
+            config = OptimizerConfig(name, lr=lr, weight_decay=decay, momentum=momentum)
+            try:
+                check_optimizer(config)
+            except UsageError:  # it has no such argument, or cannot work here
+                continue
+            parameter = torch.nn.Parameter(torch.ones(1))
+            optimizer = make_optimizer(config, {"all": [parameter]}, {})
+            for _ in range(2):
+                parameter.grad = torch.ones(1)
+                optimizer.step()
+            tried.add(name)
+    assert {"SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "Adafactor"} <= tried
 
 
 def test_micro_batches_have_keyed_noise_of_their_own(device: torch.device) -> None:

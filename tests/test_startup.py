@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 PROBE = """
 import sys
 from bpfree.cli.main import main
-try:
-    main({arguments!r})
-except SystemExit as end:
-    assert not end.code, end.code
+for words in {calls!r}:
+    try:
+        main(words)
+    except SystemExit as end:
+        assert not end.code, end.code
 print("loaded:", *sorted({{"torch", "torchvision", "mlflow", "matplotlib", "rich", "sklearn"}} & set(sys.modules)))
 """
+LISTINGS = [["rules"], ["networks"], ["tasks"], ["plugins", "list"], ["study", "list"]]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "allowed"),
-    [
-        (["--help"], set()),
-        (["--version"], set()),
-        (["train", "--help"], set()),
-        (["rules"], {"torch"}),
-        (["rules", "noprop-dt"], {"torch"}),
-    ],
-)
-def test_commands_import_only_what_they_need(arguments: list[str], allowed: set[str]) -> None:
-    result = subprocess.run([sys.executable, "-c", PROBE.format(arguments=arguments)], capture_output=True, text=True, check=True)
-    assert set(result.stdout.strip().splitlines()[-1].split()[1:]) <= allowed
+def loaded(*calls: list[str]) -> set[str]:
+    """What is imported by calls in one process."""
+    result = subprocess.run([sys.executable, "-c", PROBE.format(calls=calls)], capture_output=True, text=True, check=True)
+    return set(result.stdout.strip().splitlines()[-1].split()[1:])
+
+
+def test_help_imports_nothing_heavy() -> None:
+    assert loaded(["--help"], ["--version"], ["train", "--help"]) == set()
+
+
+def test_listings_import_torch_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card is of the rule itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert loaded(*LISTINGS, ["rules", "noprop-dt"]) == {"torch"}
+    assert loaded(*LISTINGS) == set()
 
 
 def test_importing_the_package_does_not_load_torch() -> None:

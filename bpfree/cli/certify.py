@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bpfree.cli.completion import names_of
+
 if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
     from bpfree.certify.findings import Finding
@@ -28,7 +30,7 @@ and network. Exit status 1: a check failed; each failure says what, where, and w
 
 
 @click.command(short_help="Examine a rule: measured properties, conformance, a certificate.", help=HELP)
-@click.argument("rule", required=False)
+@click.argument("rule", required=False, shell_complete=names_of("rules"))
 @click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
 @click.option("--quick", is_flag=True, help="Everything but learning and permuted labels.")
 @click.option("--only", multiple=True, metavar="CHECK", help="Single checks (repeatable); the certificate is then partial.")

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from bpfree.cli.completion import names_of
+
 
 def options_table(config: type) -> list[list[str]]:
     from bpfree.options import describe
@@ -27,27 +29,27 @@ def show_options(config: type, section: str) -> None:
 
 
 @click.command(short_help="List learning rules, or show one's method card.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=names_of("rules"))
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def rules(name: str | None, as_json: bool) -> None:
     """List the learning rules of all installed plugins; with NAME, show its method card: what it is, where it comes from,
     its update, its declared traits, and its options.
     """
     from bpfree.cli.output import print_table
-    from bpfree.plugins import installed_plugins
+    from bpfree.plugins import installed_plugins, plugin_index
 
-    registry = installed_plugins()
     if name is not None:
+        registry = installed_plugins()
         rule = registry.get("rules", name)
         card = dict(rule_card(name, rule, registry.owner("rules", name)), certificate=certificate_of(name, registry))
         click.echo(json.dumps(card, indent=2)) if as_json else show_card(card, rule)
         return
-    found = list(registry.items("rules"))
     if as_json:
-        click.echo(json.dumps([dict(rule_card(*item)) for item in found], indent=2))
+        click.echo(json.dumps([dict(rule_card(*item)) for item in installed_plugins().items("rules")], indent=2))
         return
-    print_table(["rule", "plugin", "what it is"], [[rule_name, owner.name, rule.card.summary] for rule_name, rule, owner in found])
-    ill = [record for record in registry.records.values() if record.status != "ok"]
+    index = plugin_index()
+    print_table(["rule", "plugin", "what it is"], index.summaries["rules"])
+    ill = [record for record in index.records if record.status != "ok"]
     if ill:
         click.echo(f"\nnot loaded: {', '.join(f'{r.name} ({r.status})' for r in ill)}; see bpfree plugins list", err=True)
 
@@ -102,26 +104,25 @@ def plain(value: Any) -> str:
 
 def list_kind(kind: str, name: str | None) -> None:
     from bpfree.cli.output import print_table
-    from bpfree.plugins import installed_plugins
+    from bpfree.plugins import installed_plugins, plugin_index
 
-    registry = installed_plugins()
     if name is None:
-        print_table([kind[:-1], "plugin", "what it is"], [[n, owner.name, thing.summary] for n, thing, owner in registry.items(kind)])
+        print_table([kind[:-1], "plugin", "what it is"], plugin_index().summaries[kind])
         return
-    thing = registry.get(kind, name)
+    thing = installed_plugins().get(kind, name)
     click.echo(f"{name}: {thing.summary}")
     show_options(thing.Config, kind[:-1])
 
 
 @click.command(short_help="List network builders, or show one's options.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=names_of("networks"))
 def networks(name: str | None) -> None:
     """List the networks that can be named with network=NAME; with NAME, show its options."""
     list_kind("networks", name)
 
 
 @click.command(short_help="List tasks, or show one's options.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=names_of("tasks"))
 def tasks(name: str | None) -> None:
     """List the tasks that can be named with task=NAME; with NAME, show its options (beside validation, split_seed and augment)."""
     list_kind("tasks", name)

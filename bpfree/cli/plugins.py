@@ -31,10 +31,9 @@ def plugins() -> None:
 def list_plugins(as_json: bool) -> None:
     """All installed plugins: version, interface version, state, rules, how many of these are certified, and why one is not usable."""
     from bpfree.cli.output import print_table
-    from bpfree.plugins import installed_plugins
+    from bpfree.kept import kept
 
-    installed, known = installed_plugins(), known_certificates()
-    described = [plain(record, known, installed) for record in installed.records.values()]
+    described: list[dict[str, Any]] = kept("certified", described_plugins)
     if as_json:
         click.echo(json.dumps(described, indent=2))
         return
@@ -55,6 +54,19 @@ def list_plugins(as_json: bool) -> None:
             click.echo(f"\n{record['name']} is {record['status']}: {record['reason']}")
             if record["status"] != "disabled":
                 click.echo(f"leave it out: bpfree --disable {record['name']} ...")
+
+
+def described_plugins() -> tuple[list[dict[str, Any]], list[Path] | None]:
+    """All plugins as plain values, and what this depends on beside the plugins: their certificates."""
+    from bpfree.plugins import installed_plugins
+    from bpfree.registry import registry_folder
+
+    installed, known = installed_plugins(), known_certificates()
+    described = [plain(record, known, installed) for record in installed.records.values()]
+    if not (known and installed.sound):
+        return described, None
+    folder = registry_folder() / "certificates"
+    return described, [folder, *folder.glob("*.json")]
 
 
 @plugins.command(short_help="All about one plugin.")

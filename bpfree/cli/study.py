@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bpfree.cli.completion import names_of
+
 if TYPE_CHECKING:
     from bpfree.leaves import Leaf
     from bpfree.study.command import Options
@@ -99,11 +101,18 @@ def study() -> None:
 def list_studies() -> None:
     """All installed studies: title, number of cells, and the plugin that brings them."""
     from bpfree.cli.output import print_table
+    from bpfree.kept import kept
+
+    print_table(["study", "title", "cells", "plugin"], kept("studies", _studies), right=[2])
+
+
+def _studies() -> tuple[list[list[str]], list[Path] | None]:
+    """A row for each study, and their files."""
     from bpfree.plugins import installed_plugins
 
     registry = installed_plugins()
     rows = [[name, *_listed(name), owner.name] for name, _, owner in registry.items("studies")]
-    print_table(["study", "title", "cells", "plugin"], rows, right=[2])
+    return rows, [Path(place) for _, place, _ in registry.items("studies")] if registry.sound else None
 
 
 def _listed(name: str) -> tuple[str, str]:
@@ -124,7 +133,7 @@ def _count(found: Study) -> int:
 
 
 @study.command("show", short_help="What a study runs, and what was published.")
-@click.argument("name", metavar="STUDY")
+@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 def show(name: str) -> None:
     """The rows of a study with their settings, and the numbers of the paper."""
     from bpfree.cli.output import print_table
@@ -183,7 +192,7 @@ def _published(row: Row, column: str) -> str:
 
 
 @study.command("run", help=RUN_HELP, short_help="Run what is not finished, and report.")
-@click.argument("name", metavar="STUDY")
+@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @settings
 @running
 @click.option("--dry-run", is_flag=True, help="Show the cells, how they stand and what they will cost; run nothing.")
@@ -195,7 +204,7 @@ def run(name: str, settings: tuple[str, ...], dry_run: bool, **options: Any) -> 
 
 @study.command("retry", help=RETRY_HELP, short_help="Run cells again that failed.")
 @click.argument("which", type=click.Choice(list(WHICH)))
-@click.argument("name", metavar="STUDY")
+@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @settings
 @running
 def retry(which: str, name: str, settings: tuple[str, ...], **options: Any) -> int:
@@ -203,7 +212,7 @@ def retry(which: str, name: str, settings: tuple[str, ...], **options: Any) -> i
 
 
 @study.command("report", help=REPORT_HELP, short_help="Report on what is finished so far.")
-@click.argument("name", metavar="STUDY")
+@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @settings
 @seeds
 @to
@@ -216,15 +225,16 @@ def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | N
 
 
 @study.command("status", help=STATUS_HELP, short_help="How the cells stand, also while it runs.")
-@click.argument("name", metavar="STUDY")
+@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @settings
 @seeds
 def status(name: str, settings: tuple[str, ...], seeds: int | None) -> int:
     from bpfree.cli.output import print_table
+    from bpfree.leaves import last_said, parse_words
     from bpfree.study.status import status_table
 
-    worklist = _worklist(name, settings, seeds, load=False)
-    table, summary = status_table(worklist)
+    folder = Path(last_said(parse_words(settings), "output", "runs")) / "studies"
+    table, summary = status_table(lambda: _worklist(name, settings, seeds, load=False), folder, words=[name, settings, seeds])
     print_table(["row", "column", "seed", "state", "epoch", "minutes", "validation", "cell"], table, right=[2, 4, 5, 6])
     click.echo(f"\n{summary}")
     return 0
@@ -291,8 +301,8 @@ def _again(name: str, settings: Sequence[str], seeds: int | None) -> list[str]:
 
 def _dry_run(worklist: Worklist) -> int:
     from bpfree.cli.output import print_table
+    from bpfree.study.costs import costs
     from bpfree.study.report.remarks import unused
-    from bpfree.study.status import costs
 
     for change in worklist.plan.changes:
         click.echo(f"not as written: {change}")

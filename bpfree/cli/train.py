@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bpfree.cli.completion import setting
+
 if TYPE_CHECKING:
     from bpfree.leaves import Leaf
     from bpfree.recipe import Recipe
@@ -36,7 +38,7 @@ the blocks of a network where these are independent, else the examples of each b
 
 
 @click.command(help=HELP, short_help="Train one rule on one task.")
-@click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
+@click.argument("settings", nargs=-1, metavar="[SETTINGS]...", shell_complete=setting)
 @click.option("--config", "-c", "configs", multiple=True, type=click.Path(path_type=Path), help="YAML file of settings; later ones win.")
 @click.option("--print-config", is_flag=True, help="Print the complete configuration with the meaning of each key, and stop.")
 @click.option("--print-plan", is_flag=True, help="Print the rule's plan for its network, if it has one, and stop.")

@@ -7,7 +7,6 @@ What a file holds is described in ``docs/studies.md``. Settings are checked agai
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -61,7 +60,7 @@ def find_study(name: str, registry: Plugins | None = None) -> Study:
     """
     registry = registry or installed_plugins()
     if name in registry.names("studies"):
-        return _registered(name, registry)
+        return read_study(Path(registry.get("studies", name)), name, registry)
     if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
         return read_study(Path(name), registry=registry)
     try:
@@ -69,15 +68,6 @@ def find_study(name: str, registry: Plugins | None = None) -> Study:
     except UsageError as error:
         raise UsageError(error.what, where=error.where, fix=f"{error.fix}; or give a study file, NAME.yaml") from None
     raise AssertionError("a name that is registered was found before")
-
-
-def _registered(name: str, registry: Plugins) -> Study:
-    place, plugin = registry.get("studies", name), registry.owner("studies", name).name
-    try:
-        path = Path(os.fspath(place))
-    except TypeError:
-        raise UsageError(f"plugin {plugin!r} registers the study {name!r} with no path", where=repr(place)) from None
-    return read_study(path, name, registry)
 
 
 def read_study(path: Path, name: str | None = None, registry: Plugins | None = None) -> Study:

@@ -43,17 +43,22 @@ class Fingerprints:
     Args:
         folder: where they are kept, that of all studies; ``None``: nowhere.
         load: whether a set may be loaded (and downloaded) to know them.
+
+    Attributes:
+        files: that they depend on; ``None`` where a set does not say what it is read from.
     """
 
     def __init__(self, folder: Path | None, *, load: bool) -> None:
         self._path, self._load = None if folder is None else folder / NAME, load
         self._known: dict[str, KnownData | None] = {}
+        self.files: set[Path] | None = set() if self._path is None else {self._path}
 
     def of(self, recipe: Recipe) -> KnownData | None:
         """What is known of the recipe's data; ``None`` if they cannot be had, or are not here and must not be loaded."""
         source = recipe.registry.get("tasks", recipe.names["task"])
         options = dataclasses.asdict(recipe.options["task"])
         files = None if source.files is None else list(source.files(recipe.options["task"], recipe.root()))
+        self.files = None if files is None or self.files is None else self.files.union(files)
         state = None if files is None else [_state(path) for path in files]
         key = _hash([recipe.names["task"], options, str(recipe.root()), state])
         if key not in self._known:

@@ -83,9 +83,9 @@ class FloorRecord:
 def floor_key(cell: Cell) -> str:
     """Identify what a cell's floor depends on, apart from seeds, data and versions: task, network, and who initialises it."""
     recipe = cell.recipe
-    named = {key: value for key, value in recipe.flat().items() if key.split(".")[0] in ("task", "network")}
+    named = {key: value for key, value in cell.settings.items() if key.split(".")[0] in ("task", "network")}
     rule = recipe.registry.get("rules", recipe.names["rule"])
-    own = {key: value for key, value in recipe.flat().items() if key.split(".")[0] == "rule"} if _initialises(rule) else {}
+    own = {key: value for key, value in cell.settings.items() if key.split(".")[0] == "rule"} if _initialises(rule) else {}
     return json.dumps([named, own], sort_keys=True, default=str)
 
 

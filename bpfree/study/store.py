@@ -48,9 +48,14 @@ class CellKey:
     leaves: Sequence[Leaf] = field(default=(), compare=False, repr=False)
 
     @property
+    def number(self) -> str:
+        """The seed, or the trial."""
+        return str(self.seed) if self.trial is None else f"trial {self.trial}"
+
+    @property
     def label(self) -> str:
         """The cell as it is called while it runs."""
-        number = f"seed {self.seed}" if self.trial is None else f"trial {self.trial}"
+        number = f"seed {self.seed}" if self.trial is None else self.number
         return " ".join(filter(None, [self.row, self.column and f"[{self.column}]", number]))
 
 

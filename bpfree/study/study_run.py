@@ -24,6 +24,7 @@ from bpfree.study.store import CellStore
 from bpfree.study.worklist import Worklist
 from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.events import SPOOL_NAME, Artifact, End, Metrics, Opening, Tags
+from bpfree.tracking.journal import ended_as
 from bpfree.tracking.store import RUN_TAG, Store, file_lock, redact
 
 __all__ = ["StudyRun"]
@@ -135,7 +136,7 @@ class StudyRun:
 
     def _was_meant_here(self, folder: Path) -> bool:
         """Whether a run's journal names this store."""
-        config = runner.ended_as(folder).get("config", {})
+        config = ended_as(folder).get("config", {})
         named = TrackingConfig(uri=config.get("tracking.uri"), enabled=bool(config.get("tracking.enabled", False)))
         return named.enabled and redact(named.resolve_uri(self._plan.output)) == self._store.shown
 

@@ -176,7 +176,7 @@ def converged(row: TableRow, rows: Iterable[TableRow], *, real: bool = False) ->
 
 
 def _doubled(other: TableRow, row: TableRow) -> bool:
-    mine, its = (each.cells[0].recipe.flat() for each in (row, other))
+    mine, its = (each.cells[0].settings for each in (row, other))
     changed = {key for key in mine if mine[key] != its.get(key)}
     budgets = {key for key in changed if key.startswith("budget.")}
     same = other.column == row.column and changed - {"optimizer.lr"} == budgets and len(budgets) == 1

@@ -25,6 +25,7 @@ from bpfree.run import Run
 from bpfree.study.concurrency import Concurrency, present
 from bpfree.study.store import CellKey, CellRecord, CellStore
 from bpfree.tasks.task import Task
+from bpfree.tracking.journal import ended_as
 from bpfree.training import environment
 from bpfree.training.trainer import Interrupted
 
@@ -101,7 +102,7 @@ class Worker:
         try:
             run = self._train(job, observer)
             record.result, record.reason, record.history = dict(run.result), run.reason, list(run.history)
-            ended = runner.ended_as(job.folder)
+            ended = ended_as(job.folder)
             record.tags = run.tags | ended.get("tags", {})
             record.tracking = dict(run.tracking or ended.get("tracking", {}))
             if run.status == "finished" and job.training:
@@ -123,7 +124,7 @@ class Worker:
         folder, output = job.folder, str(job.store.output)
         options: dict[str, Any] = {"quiet": job.quiet, "label": job.key.label, "observers": [observer], "tags": job.tags}
         if not job.restart and (folder / "checkpoints" / "last.pt").is_file():
-            if runner.ended_as(folder).get("status") == "finished":  # the process was killed before it could note so
+            if ended_as(folder).get("status") == "finished":  # the process was killed before it could note so
                 return runner.resume(str(folder), output=output, quiet=job.quiet)
             return runner.resume(str(folder), output=output, changes=job.changes, task=self._tasks.get(_recipe(job)), **options)
         if job.restart:

@@ -130,6 +130,11 @@ class Worklist:
         ended = [cell for row in self._chosen if row.twin is not None for cell in self._final(row) if not self.to_do(cell)]
         return trials + len(self.plan.seeds) * rows - sum(not self._operations(cell) for cell in ended)
 
+    def waits_for(self) -> str:
+        """What cells wait for that are not known yet."""
+        study = self.plan.study
+        return " and ".join([*(["tuning has chosen"] if study.tune else []), *(["their rows have ended"] if study.equal_budget else [])])
+
     def to_do(self, cell: Cell) -> bool:
         """Whether a cell is to be run."""
         record = self._known(cell.key.id)
@@ -194,8 +199,9 @@ def _check_twins(rows: Sequence[TableRow]) -> None:
             for problem in error.problems:
                 found.setdefault(problem, []).append(row.written.label)
     if found:
-        what = "; ".join(f"{problem} (row {', '.join(dict.fromkeys(labels))})" for problem, labels in found.items())
-        raise UsageError(f"no twin can have as many operations as its row: {what}", where="equal_budget", fix="leave equal_budget out")
+        problems = [f"{problem} (row {', '.join(dict.fromkeys(labels))})" for problem, labels in found.items()]
+        what = f"no twin can have as many operations as its row: {'; '.join(problems)}"
+        raise UsageError(what, where="equal_budget", fix="leave equal_budget out", problems=problems)
 
 
 def _check_labels(given: Sequence[str] | None, labels: Sequence[str], kind: str) -> None:

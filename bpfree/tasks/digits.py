@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
+from bpfree.errors import BpfreeError
 from bpfree.options import option
 from bpfree.tasks.task import DataSource, Split, TaskSpec, stratified_indices
 
@@ -29,20 +33,31 @@ def spec(config: DigitsConfig, root: Path | None) -> TaskSpec:
     return TaskSpec("digits", input_shape=(1, config.size, config.size), outputs=10, mean=(0.3053,), std=(0.3760,), scale=1.0)
 
 
+def _file() -> Path:
+    """The table in scikit-learn's package, which takes a second to import."""
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise BpfreeError("scikit-learn, which brings the digits, is not installed", fix="pip install scikit-learn")
+    return Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+
+
 def load(config: DigitsConfig, root: Path | None) -> tuple[Split, Split]:
     """Pixels 0 to 16 are scaled to [0, 1]; the test split is a fixed stratified fifth."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = torch.from_numpy(data.images).float().div(16).unsqueeze(1)
+    with gzip.open(_file()) as file:
+        data = np.loadtxt(file, delimiter=",")
+    images = torch.from_numpy(data[:, :-1]).float().div(16).reshape(-1, 1, 8, 8)
     times = config.size // 8
     images = images.repeat_interleave(times, 2).repeat_interleave(times, 3) if times > 1 else images
-    everything = Split(images, torch.from_numpy(data.target).long())
+    everything = Split(images, torch.from_numpy(data[:, -1]).long())
     mask = torch.zeros(len(everything), dtype=torch.bool)
     mask[stratified_indices(everything, TEST_SHARE, TEST_SEED)] = True
     return everything.subset((~mask).nonzero().flatten()), everything.subset(mask.nonzero().flatten())
 
 
 DIGITS = DataSource(
-    spec, load, DigitsConfig, "scikit-learn's bundled handwritten digits, 8x8, 10 classes (no download)", files=lambda config, root: []
+    spec,
+    load,
+    DigitsConfig,
+    "scikit-learn's bundled handwritten digits, 8x8, 10 classes (no download)",
+    files=lambda config, root: [_file()],
 )

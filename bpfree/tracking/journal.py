@@ -20,9 +20,18 @@ from bpfree.hooks import hookimpl
 from bpfree.run import Run
 from bpfree.tracking.events import strict
 
-__all__ = ["Journal", "recorded"]
+__all__ = ["Journal", "ended_as", "recorded"]
 
 BETWEEN_WRITES = 1.0
+
+
+def ended_as(folder: Path) -> dict[str, Any]:
+    """The end of a run as its journal records it; empty if it cannot be read."""
+    try:
+        content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def recorded(folder: Path) -> Run:

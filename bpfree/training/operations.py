@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.network.network import evaluating
@@ -124,6 +123,8 @@ FURTHER = {
 @contextmanager
 def counted_operations() -> Iterator[Callable[[], int]]:
     """Count the floating-point operations inside; the function gives their number, also afterwards."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, about 1 s
+
     counter = FlopCounterMode(display=False, custom_mapping=FURTHER)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with counter:

@@ -147,11 +147,15 @@ def adopt(optimizer: torch.optim.Optimizer, groups: Groups, special: Special, re
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
-    """Try the configuration on a single parameter, with two steps.
+    """Try the configuration on a single parameter, with two steps, where it has options whose values torch alone can judge.
 
     Raises:
         UsageError: as :func:`make_optimizer`, or a step fails.
     """
+    if not config.options:  # the first optimiser of a process imports torch's compiler, 2 s
+        for _, error in untaken(config):
+            raise error
+        return
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = make_optimizer(config, {"probe": [parameter]}, {})
     parameter.grad = torch.ones(1)

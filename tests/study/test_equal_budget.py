@@ -98,14 +98,18 @@ def test_twins_are_tuned_with_the_trials_of_their_rows(workplace: Path) -> None:
     assert {cell.recipe.flat()["optimizer.lr"] for cell in final(worklist, "dfa (twin)")} == {sorted(rates["dfa"])[-2]}
 
 
+def status_of(worklist: Worklist) -> str:
+    return status_table(lambda: worklist, worklist.store.folder_of_all, words=[])[1]
+
+
 def test_a_row_without_a_result_has_no_twin_until_it_has_one(workplace: Path) -> None:
     worklist = worklist_of(PLAIN, rows=["dfa"])
-    assert status_table(worklist)[1] == "4 cells: 2 not run, 2 follow when their rows have ended"
+    assert status_of(worklist) == "4 cells: 2 not run, 2 follow when their rows have ended"
     first, second = final(worklist, "dfa")
     note(worklist, first, **{"train/operations": 1e6})
     note(worklist, second, "diverged")
     assert (worklist.count(), worklist.left()) == (3, 1)
-    assert "follow" not in status_table(worklist)[1]
+    assert "follow" not in status_of(worklist)
     spend(worklist, "dfa (twin)", 1e6)
     assert worklist.left() == 0
     assert not worklist.complete()

@@ -48,7 +48,7 @@ def differences(view: View) -> Iterator[Section]:
 
 def _settings(row: TableRow) -> dict[str, Any]:
     """Those that can change a number; the seed aside."""
-    flat = row.cells[0].recipe.flat()
+    flat = row.cells[0].settings
     return {key: value for key, value in flat.items() if is_scientific(key) and key != "seed" and value is not None}
 
 
