@@ -22,6 +22,8 @@ import ci_scripts
 import pytest
 from test_docs import Block, blocks
 
+pytestmark = pytest.mark.timeout(1200)  # the page's commands take a minute and a half, and several times that beside other work
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "worked-example.md"
 NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?(e[-+]\d+)?")
