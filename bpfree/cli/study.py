@@ -111,7 +111,7 @@ def _studies() -> tuple[list[list[str]], list[Path] | None]:
 
     registry = installed_plugins()
     rows = [[name, *_listed(name), owner.name] for name, _, owner in registry.items("studies")]
-    return rows, [Path(place) for _, place, _ in registry.items("studies")] if registry.sound else None
+    return rows, [Path(place) for _, place, _ in registry.items("studies")] if registry.keepable else None
 
 
 def _listed(name: str) -> tuple[str, str]:
@@ -251,7 +251,7 @@ def _cells(name: str, settings: tuple[str, ...], seeds: int | None) -> dict[str,
     def plan() -> tuple[dict[str, Any], set[Path] | None]:
         worklist = _worklist(name, settings, seeds, load=False)
         study, files, keys = worklist.plan.study, worklist.plan.fingerprints.files, [cell.key for cell in worklist.cells()]
-        fixed = worklist.plan.rows[0].recipe.registry.sound and not study.tune and not study.equal_budget
+        fixed = worklist.plan.rows[0].recipe.registry.keepable and not study.tune and not study.equal_budget
         found = {
             "output": str(worklist.store.output),
             "study": study.name,
