@@ -20,7 +20,7 @@ from bpfree.certify.certificate import Certificate, read_certificate
 from bpfree.certify.table import write_docs
 from bpfree.errors import BpfreeError
 from bpfree.plugins import installed_plugins
-from bpfree.registry import read_entries, renew, state
+from bpfree.registry import core_changed, read_entries, renew, state
 from bpfree.registry.certificates import certificate_file, certificates
 
 REGISTRY = Path(__file__).resolve().parent.parent / "registry"
@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.all or not now.startswith("certified"):
             chosen.append(rule)
         else:
-            print(f"{rule:24} {now:24}  fresh", flush=True)
+            since = "; the core has changed beside contract and examiner" if core_changed(present(rule)[rule], plugins) else ""
+            print(f"{rule:24} {now:24}  fresh{since}", flush=True)
     (REGISTRY / "certificates").mkdir(exist_ok=True)
     with ThreadPoolExecutor(given.jobs) as pool:
         outcomes = list(pool.map(certify, chosen))

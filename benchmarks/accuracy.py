@@ -32,8 +32,8 @@ import measure
 
 from bpfree import Task, runner
 from bpfree.config import parse_words, resolve
+from bpfree.run import Run
 from bpfree.training.floor import measure_floor
-from bpfree.training.run import Run
 from bpfree.training.trainer import Interrupted
 
 Row = dict[str, Any]

@@ -42,8 +42,8 @@ def constraints(*, dev: bool = False) -> Iterator[str]:
     """The constraints of the core's dependencies and of what is optional for users, and of the extra ``dev``."""
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
     optional = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *optional["tune"], *optional["ray"], *(optional["dev"] if dev else [])]:
-        yield constraint(requirement)
+    extras = [requirement for name, extra in optional.items() if dev or name != "dev" for requirement in extra]
+    yield from map(constraint, [*project["dependencies"], *extras])
     yield from OF_THE_TIME
 
 

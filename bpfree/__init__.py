@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.rule import Rule as Rule
     from bpfree.rule import Streamed as Streamed
     from bpfree.rule import Traits as Traits
+    from bpfree.run import Run as Run
     from bpfree.saved import Saved as Saved
     from bpfree.saved import load as load
     from bpfree.step import Batch as Batch
@@ -44,7 +45,6 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.training.alignment import AlignmentConfig as AlignmentConfig
     from bpfree.training.config import BudgetConfig as BudgetConfig
     from bpfree.training.config import TrainConfig as TrainConfig
-    from bpfree.training.run import Run as Run
     from bpfree.training.trainer import Trainer as Trainer
     from bpfree.training.updater import new_step as new_step
 
@@ -61,7 +61,7 @@ _HOME = {
     "OptimizerConfig": "options",
     "Phase": "step",
     "Rule": "rule",
-    "Run": "training.run",
+    "Run": "run",
     "Saved": "saved",
     "ScheduleConfig": "options",
     "Split": "tasks.task",

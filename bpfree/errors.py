@@ -19,12 +19,18 @@ class BpfreeError(Exception):
         what: one sentence on what is wrong.
         where: the key, file, block or plugin concerned.
         fix: what the reader can do now.
+        problems: the single faults, where ``what`` sums up several.
+
+    Attributes:
+        problems: the single faults; without several, the one sentence with its place and remedy.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", fix: str = "", problems: Iterable[str] = ()) -> None:
         self.what, self.where, self.fix = what, where, fix
+        more = "; ".join(part for part in (where, fix) if part)
+        self.problems = list(problems) or [f"{what} ({more})" if more else what]
         lines = [what]
         if where:
             lines.append(f"  where: {where}")
@@ -37,6 +43,13 @@ class UsageError(BpfreeError):
     """The request itself cannot be carried out as it stands (command line, configuration, arguments)."""
 
     exit_code = 2
+
+    @classmethod
+    def of(cls, problems: Iterable[str], place: str, *, where: str = "", fix: str = "") -> UsageError:
+        """Make one error of everything that is wrong in a place, such as ``study``; each problem counts once."""
+        listed = list(dict.fromkeys(problems))
+        several = f"{len(listed)} things are wrong in the {place}:\n" + "\n".join(f"  - {problem}" for problem in listed)
+        return cls(listed[0] if len(listed) == 1 else several, where=where, fix=fix, problems=listed)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

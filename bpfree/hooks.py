@@ -46,11 +46,11 @@ if TYPE_CHECKING:
 
     from bpfree.network.builders import NetworkBuilder
     from bpfree.rule import Rule
+    from bpfree.run import Run
     from bpfree.step import Phase, Step
     from bpfree.tasks.augment import Augmentation
     from bpfree.tasks.protocols import EvaluationProtocol
     from bpfree.tasks.task import DataSource
-    from bpfree.training.run import Run
 
 __all__ = ["API_VERSION", "hookimpl", "hookspec"]
 

@@ -18,8 +18,8 @@ from bpfree.config import resolve
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf, last_said
 from bpfree.ray_cluster import connect, import_ray, room
+from bpfree.run import Run, new_run_id
 from bpfree.training.environment import resolve_device
-from bpfree.training.run import Run, new_run_id
 
 __all__ = ["train"]
 

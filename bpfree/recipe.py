@@ -15,10 +15,10 @@ from bpfree.leaves import leaves_of
 from bpfree.options import option
 from bpfree.plugins import Plugins
 from bpfree.rule import Rule
+from bpfree.seeds import derive_in, seeded
 from bpfree.tasks.task import Task, TaskSpec
 from bpfree.tracking.config import PicturesConfig, TrackingConfig
 from bpfree.training.config import TrainConfig
-from bpfree.training.seeds import derive_in, seeded
 
 __all__ = ["CHOSEN", "DataConfig", "Recipe", "RunConfig", "TaskCommon", "changed"]
 
@@ -84,14 +84,9 @@ class Recipe:
         """``{"rule.name": ..., "seed": ...}``."""
         return {leaf.key: leaf.value for leaf in leaves_of(self.to_dict(), "", "")}
 
-    def to_yaml(self, *, comments: bool = False) -> str:
-        """The whole as YAML, optionally with each key's meaning."""
-        text = yaml_values.dump(self.to_dict())
-        if not comments:
-            return text
-        from bpfree.cli.annotate import annotate
-
-        return annotate(text, self)
+    def to_yaml(self) -> str:
+        """The whole as YAML."""
+        return yaml_values.dump(self.to_dict())
 
     def root(self) -> Path | None:
         """Folder of data sets, ``None`` for the data sets' own default."""

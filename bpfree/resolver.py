@@ -13,13 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bpfree.errors import UsageError, nearest
-from bpfree.idle import idle, idle_options, sentence
 from bpfree.leaves import Leaf, leaves_of, said
 from bpfree.options import range_problems
 from bpfree.plugins import Plugins
 from bpfree.recipe import CHOSEN, Recipe, RunConfig, TaskCommon
 from bpfree.rule import Rule
 from bpfree.tasks.task import TaskSpec
+from bpfree.training.idle import idle, idle_options, sentence
 from bpfree.training.optimizers import check_optimizer
 from bpfree.training.schedules import CLASSES, check_length, check_schedule
 from bpfree.typed import Misfit, typed
@@ -263,12 +263,8 @@ class Resolver:
                 self.problems.append(f"evaluation.protocols: {name} scores {known}, but task {spec.name!r} has {spec.targets!r} targets")
 
     def _stop_if_problems(self) -> None:
-        if not self.problems:
-            return
-        problems = list(dict.fromkeys(self.problems))
-        if len(problems) == 1:
-            raise UsageError(problems[0])
-        raise UsageError(f"{len(problems)} things are wrong in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        if self.problems:
+            raise UsageError.of(self.problems, "configuration")
 
 
 @lru_cache(maxsize=1024)

@@ -25,13 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError
-from bpfree.network.network import Network
+from bpfree.network.network import Network, check_readout
 from bpfree.network.receptive_fields import receptive_fields
 from bpfree.network.split import split
 from bpfree.network.trace import Trace, Traces
 from bpfree.options import NoOptions, OptimizerConfig
 from bpfree.step import Batch, Budget, Phase, Step
-from bpfree.tasks.check import check_readout
 from bpfree.tasks.task import Split, TaskSpec
 
 __all__ = ["Broadcast", "Card", "Rule", "Streamed", "Traits"]

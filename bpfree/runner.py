@@ -17,12 +17,12 @@ from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf
 from bpfree.recipe import Recipe, changed
 from bpfree.rule import Rule
+from bpfree.run import Run, new_run_id
 from bpfree.tasks.task import Task
 from bpfree.tracking.journal import ended_as, recorded
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.distributed import World
 from bpfree.training.environment import flushing_denormals
-from bpfree.training.run import Run, new_run_id
 from bpfree.training.trainer import Trainer
 
 __all__ = ["complete_tracking", "resume", "run"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bpfree import seeds
 from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf
@@ -18,7 +19,6 @@ from bpfree.tasks.check import check_split
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.protocols import EvaluationProtocol
 from bpfree.tasks.task import Split
-from bpfree.training import seeds
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.config import TrainConfig
 from bpfree.training.environment import autocast, flushing_denormals, resolve_device

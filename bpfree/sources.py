@@ -1,20 +1,24 @@
 """Hashes of the sources that a result depends on.
 
-A version number does not move when an editable install is edited; these do.
+A version number does not move when an editable install is edited; these do. Comments, docstrings and blank lines of Python files do not
+count, so that a better explanation costs no computing.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import re
 import sys
-from collections.abc import Iterable
-from functools import lru_cache
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import cache, lru_cache
 from pathlib import Path
 
 from bpfree.plugins import Plugins
 from bpfree.recipe import Recipe
 
-__all__ = ["all_roots", "certificate_hashes", "floor_hash", "rule_hashes", "source_hashes"]
+__all__ = ["CONTRACT", "EXAMINER", "REST", "all_roots", "certificate_hashes", "core_parts", "floor_hash", "source_hashes"]
 
 SUFFIXES = {".py", ".pyx", ".c", ".cpp", ".cu", ".cuh", ".h", ".so"}
 SHOWING = (
@@ -53,6 +57,22 @@ NOT_EXAMINED = (
     *("runner.py", "saved.py", "scoring.py", "yaml_values.py"),
 )
 """Parts of the core that a certificate does not depend on."""
+OF_CONTRACT = (
+    "baselines.py",
+    "network",
+    "rule.py",
+    "seeds.py",
+    "step.py",
+    *(f"training/{name}.py" for name in ("optimizers", "phases", "schedules", "updater")),
+)
+"""What a step executes from the rule's credit to the changed parameters, and the rules that others inherit from or are compared with."""
+OF_EXAMINER = ("certify",)
+CONTRACT, EXAMINER, REST = "bpfree contract", "bpfree examiner", "bpfree"
+"""Names of the parts of the core in a certificate."""
+TOKEN = re.compile(
+    rb'''("""(?:[^\\]|\\.)*?"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|\\\n)|\s*#[^\n]*|\s*\n''', re.DOTALL
+)
+"""A string or a continued line, which is kept; a comment; the end of a line, with the blank lines after it."""
 
 
 def source_hashes(recipe: Recipe) -> dict[str, str]:
@@ -76,17 +96,29 @@ def floor_hash(recipe: Recipe) -> dict[str, str]:
     return _hashes(recipe.registry, recipe.names["rule"], named, others)
 
 
-def rule_hashes(registry: Plugins, rule: str, networks: Iterable[str] = ()) -> dict[str, str]:
-    """The same for what is measured of a rule on the named networks; of the core, what an examination executes."""
-    return _hashes(registry, rule, [("rules", rule), *(("networks", name) for name in networks)], NOT_EXAMINED)
-
-
 def certificate_hashes(registry: Plugins, rule: str) -> dict[str, str]:
-    """The same for what a certificate is measured on: the rule, and the networks of its specimens."""
+    """Hash what a certificate is measured on: the plugins of the rule and of its specimens' networks, and the parts of the core."""
     shapes = (("dense", 2, 16), ("convolutional", 2, 8))
     settings = [registry.get("rules", rule).specimen(*shape) or {} for shape in shapes]
     named = {words["network.name"] for words in settings if "network.name" in words}
-    return rule_hashes(registry, rule, sorted(named & set(registry.names("networks"))))
+    networks = sorted(named & set(registry.names("networks")))
+    hashes = _hashes(registry, rule, [("rules", rule), *(("networks", name) for name in networks)], NOT_EXAMINED)
+    return hashes | core_parts(Path(__file__).parent)
+
+
+def core_parts(core: Path) -> dict[str, str]:
+    """Hash the three parts of the core that an examination executes, each file in one of them.
+
+    The contract is what a step of the rule executes: rule, step, networks, updater with its optimisers, schedules and phases, the
+    generators of its draws, and the core's own rules. The examiner is ``certify/`` without its rendering. A certificate is of what a rule
+    is, which the contract defines and the examiner finds: a change of either makes it stale. The rest (configuration, tasks, training
+    loop, meters) is executed too; a change there can move a figure, such as an accuracy, and does not change what the rule is.
+    """
+    return {
+        CONTRACT: hash_of(core, NOT_EXAMINED, OF_CONTRACT),
+        EXAMINER: hash_of(core, NOT_EXAMINED, OF_EXAMINER),
+        REST: hash_of(core, (*NOT_EXAMINED, *OF_CONTRACT, *OF_EXAMINER)),
+    }
 
 
 def all_roots(registry: Plugins) -> list[Path]:
@@ -123,20 +155,72 @@ def _root(module: str) -> Path | None:
 
 
 @lru_cache(maxsize=64)
-def hash_of(root: Path, skipped: tuple[str, ...] = ()) -> str:
-    """SHA-256 over names and contents but those skipped (paths below the root), 16 hex digits.
+def hash_of(root: Path, skipped: tuple[str, ...] = (), chosen: tuple[str, ...] = ()) -> str:
+    """SHA-256 over names and contents of all or the chosen files but those skipped (paths below the root), 16 hex digits.
 
     Once per process: what runs is what was there when it began.
     """
     digest = hashlib.sha256()
-    for name, path in sorted(_files(root, skipped)):
-        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
+    for name, path in sorted(_files(root, skipped, chosen)):
+        content = path.read_bytes()
+        digest.update(f"{name}\0{_hash_of_python(content) if path.suffix == '.py' else hashlib.sha256(content).hexdigest()}\0".encode())
     return digest.hexdigest()[:16]
 
 
-def _files(root: Path, skipped: tuple[str, ...]) -> Iterable[tuple[str, Path]]:
+@cache
+def _hash_of_python(content: bytes) -> str:
+    """SHA-256 of the code, the same on every version of Python; of the bytes if this one cannot read them.
+
+    The syntax tree is used for the places of docstrings alone, since its other details differ between versions.
+    """
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+        code = text.encode()
+        lines = [0]
+        for line in code.split(b"\n"):
+            lines.append(lines[-1] + len(line) + 1)
+        with warnings.catch_warnings(action="ignore"):  # of strings with unknown escapes: their author sees them on import
+            module = ast.parse(text)
+        for node in sorted(_texts(module), key=lambda node: (node.lineno, node.col_offset), reverse=True):
+            code = code[: lines[node.lineno - 1] + node.col_offset] + code[lines[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0) :]
+        content = TOKEN.sub(_kept, code)
+    except (SyntaxError, ValueError):  # no Python, or none that this version reads
+        pass
+    return hashlib.sha256(content).hexdigest()
+
+
+def _texts(module: ast.Module) -> Iterator[ast.Expr]:
+    """All statements that are nothing but a string: docstrings, also those of attributes."""
+    nodes: list[ast.AST] = [module]
+    for node in nodes:
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            for inner in getattr(node, name, ()):
+                if isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant) and isinstance(inner.value.value, str):
+                    yield inner
+                elif isinstance(inner, ast.AST):
+                    nodes.append(inner)
+
+
+def _kept(match: re.Match[bytes]) -> bytes:
+    """What is left of a token.
+
+    Raises:
+        ValueError: an f-string with its own quotes inside, as Python 3.12 allows: where it ends cannot be seen.
+    """
+    token = match[1]
+    if token is None:
+        return b"\n" if match[0].isspace() else b""
+    if token.count(b"{") != token.count(b"}") and re.search(rb"[fF][rR]?$", match.string[max(match.start() - 2, 0) : match.start()]):
+        raise ValueError("quotes within their own quotes")
+    return token
+
+
+def _files(root: Path, skipped: tuple[str, ...], chosen: tuple[str, ...]) -> Iterable[tuple[str, Path]]:
     if root.is_file():
         return [(root.name, root)]
-    found = ((path.relative_to(root), path) for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    return ((place.as_posix(), path) for place, path in found if place.parts[0] not in skipped and place.as_posix() not in skipped)
+    found = ((path.relative_to(root).as_posix(), path) for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    return ((place, path) for place, path in found if not _is_within(place, skipped) and (not chosen or _is_within(place, chosen)))
+
+
+def _is_within(place: str, parts: tuple[str, ...]) -> bool:
+    return any(place == part or place.startswith(f"{part}/") for part in parts)

@@ -12,10 +12,11 @@ import yaml
 
 from bpfree import Task, TaskSpec, TrainConfig, Trainer, UsageError, installed_plugins, mlp, option, vgg
 from bpfree.baselines import Backprop
+from bpfree.cli.annotate import annotate
 from bpfree.config import parse_words, read_yaml, resolve
-from bpfree.idle import idle_options
 from bpfree.network import VGGConfig
 from bpfree.recipe import RunConfig, TaskCommon
+from bpfree.training.idle import idle_options
 from bpfree.typed import typed
 
 
@@ -25,11 +26,22 @@ def problems_of(*words: str) -> str:
     return str(caught.value)
 
 
+def test_an_error_carries_its_problems() -> None:
+    """Oracle: the printed list, and the sentence with its place and remedy where there is only one."""
+    with pytest.raises(UsageError) as caught:
+        resolve(parse_words(["rule.scal=2", "seed=x", "seed=x"]))
+    assert len(caught.value.problems) == 2
+    listed = "".join(f"\n  - {problem}" for problem in caught.value.problems)
+    assert str(caught.value) == f"2 things are wrong in the configuration:{listed}"
+    assert UsageError("a", where="b", fix="c").problems == ["a (b; c)"]
+    assert UsageError.of(["a", "a"], "study", where="b").problems == ["a"]
+
+
 def test_defaults_are_complete_and_resolve_to_themselves() -> None:
     recipe = resolve([])
     assert (recipe.names["rule"], recipe.names["network"], recipe.names["task"]) == ("backprop", "mlp", "digits")
     assert resolve(recipe.to_dict()) == recipe
-    assert resolve(yaml.safe_load(recipe.to_yaml(comments=True))) == recipe
+    assert resolve(yaml.safe_load(annotate(recipe))) == recipe
 
 
 def test_words_and_files_and_the_order_in_which_they_win(tmp_path: Path) -> None:
@@ -141,7 +153,7 @@ def test_values_mean_what_people_mean() -> None:
     assert resolve(parse_words(["data.resident=yes", "deterministic=true"])).settings.deterministic is True
     folder = "/a very long folder name/" * 12
     long = resolve(parse_words([f"data.root={folder}"]))
-    assert resolve(yaml.safe_load(long.to_yaml(comments=True))) == long
+    assert resolve(yaml.safe_load(annotate(long))) == long
 
 
 def test_schedules_are_tried_before_anything_is_loaded() -> None:

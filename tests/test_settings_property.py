@@ -17,6 +17,7 @@ import yaml
 from study_kit import call
 
 from bpfree import UsageError
+from bpfree.cli.annotate import annotate
 from bpfree.config import parse_words, resolve
 from bpfree.recipe import Recipe
 from bpfree.yaml_values import text_of
@@ -163,7 +164,7 @@ def test_what_is_recorded_gives_the_same_configuration_again(seed: int, tmp_path
     generator, file = random.Random(seed), tmp_path / "config.yaml"
     for _ in range(10):
         _, recipe = valid(generator)
-        file.write_text(recipe.to_yaml(comments=True), encoding="utf-8")
+        file.write_text(annotate(recipe), encoding="utf-8")
         assert resolve(read_yaml(file)) == recipe
         assert resolve(recipe.to_dict()) == recipe
         assert resolve(parse_words(f"{key}={text_of(value)}" for key, value in recipe.flat().items())) == recipe

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
-from bpfree.certify.findings import Check, Finding
+from bpfree.certify.checks.check import Check
+from bpfree.certify.findings import Finding
 from bpfree.certify.kit import check_waivers, examine, select, set_aside
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Subject

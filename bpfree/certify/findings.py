@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from bpfree.certify.measurements import Measurements
-
-__all__ = ["NEEDLESS", "Check", "CheckFailed", "Finding", "NotApplicable", "NotShown", "Status", "Unmeasured"]
+__all__ = ["NEEDLESS", "CheckFailed", "Finding", "NotApplicable", "NotShown", "Status", "Unmeasured"]
 
 NEEDLESS = "the waiver is not needed"
 """What is said of a check that passes though it was expected to fail."""
@@ -40,25 +36,6 @@ class NotApplicable(Exception):
 
 class NotShown(Exception):
     """What a check asks for was measured, and not shown; says so. The rule is not wrong for it, and the certificate carries the remark."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question that a certificate answers.
-
-    Attributes:
-        id: short, with hyphens; what waivers and ``--only`` name.
-        title: what holds if it passes, in one line.
-        run: raises ``CheckFailed``, ``NotShown``, ``Unmeasured`` or ``NotApplicable``, else it has passed; may return a remark.
-        quick: whether ``--quick`` includes it.
-        waivable: whether an expected failure can be waived with a reason.
-    """
-
-    id: str
-    title: str
-    run: Callable[[Measurements], str | None]
-    quick: bool = True
-    waivable: bool = True
 
 
 @dataclass

@@ -15,16 +15,17 @@ import torch
 from bpfree import sources
 from bpfree.certify.certificate import Certificate
 from bpfree.certify.checks import contract, isolation, learning, reproducibility, traits
+from bpfree.certify.checks.check import Check
 from bpfree.certify.checks.places import is_own, place_of_error
-from bpfree.certify.findings import NEEDLESS, Check, CheckFailed, Finding, NotApplicable, NotShown, Unmeasured
+from bpfree.certify.findings import NEEDLESS, CheckFailed, Finding, NotApplicable, NotShown, Unmeasured
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Subject
 from bpfree.errors import BpfreeError, UsageError, unknown_name
 from bpfree.hooks import API_VERSION
 from bpfree.plugins import Plugins
 from bpfree.rule import Rule
+from bpfree.seeds import preserved_global_state
 from bpfree.training import environment
-from bpfree.training.seeds import preserved_global_state
 
 __all__ = ["CHECKS", "certify", "check_waivers", "examine", "select", "set_aside"]
 

@@ -15,10 +15,10 @@ from bpfree.certify.subject import Specimen, Subject
 from bpfree.network.network import evaluating
 from bpfree.options import OptimizerConfig
 from bpfree.rule import Metrics, Rule
+from bpfree.seeds import KeyedGenerators, derive
 from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.tasks.task import Split, TaskSpec
 from bpfree.training.phases import learning
-from bpfree.training.seeds import KeyedGenerators, derive
 from bpfree.training.updater import Updater
 
 __all__ = ["EPOCHS", "Loop", "numbered", "predict", "small_rule", "trained"]

@@ -11,11 +11,11 @@ import torch
 
 from bpfree.certify.subject import Specimen, Subject
 from bpfree.rule import Rule
+from bpfree.run import Run
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training.alignment import AlignmentConfig
 from bpfree.training.config import BudgetConfig, CheckpointConfig, EvaluationConfig, TrainConfig
-from bpfree.training.run import Run
 from bpfree.training.trainer import Trainer
 
 __all__ = ["EPOCHS", "PRACTICE", "build", "cut", "digits", "train", "trainer"]

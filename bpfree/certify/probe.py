@@ -29,9 +29,9 @@ from bpfree.errors import BpfreeError
 from bpfree.network.network import Network, evaluating
 from bpfree.options import OptimizerConfig
 from bpfree.rule import Rule
+from bpfree.seeds import seeded
 from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.training.phases import learning
-from bpfree.training.seeds import seeded
 from bpfree.training.updater import Updater, new_step, told_groups
 
 __all__ = ["PLAIN", "Moment", "Probe", "Sampling", "task_gradients"]

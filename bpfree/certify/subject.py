@@ -15,9 +15,9 @@ from bpfree.leaves import Leaf, canonical, parse_words
 from bpfree.plugins import PluginRecord, Plugins, installed_plugins
 from bpfree.recipe import Recipe
 from bpfree.rule import Rule
+from bpfree.seeds import seeded
 from bpfree.step import Batch
 from bpfree.tasks.task import Split, TaskSpec
-from bpfree.training.seeds import seeded
 
 __all__ = ["KINDS", "Specimen", "Subject", "examples"]
 

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 __all__ = ["annotate"]
 
 
-def annotate(text: str, recipe: Recipe) -> str:
-    """Add to each line of the recipe's YAML its key's meaning, as a comment."""
+def annotate(recipe: Recipe) -> str:
+    """Write the recipe as YAML with each key's meaning as a comment."""
     meanings = dict(_meanings(recipe))
     path: list[str] = []
     lines = []
-    for line in text.splitlines():
+    for line in recipe.to_yaml().splitlines():
         key = line.strip().split(":", 1)[0]
         if line.lstrip().startswith("-"):
             lines.append(line)

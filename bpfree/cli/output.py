@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from bpfree.hooks import hookimpl
-from bpfree.training.run import Run
+from bpfree.run import Run
 
 __all__ = ["PlanDisplay", "exit_code", "print_result", "print_table"]
 

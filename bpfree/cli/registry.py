@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import shutil
@@ -204,25 +205,31 @@ def accept(path: Path, record: PluginRecord, plugins: Plugins) -> Certificate:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def validate(folder: Path | None, as_json: bool) -> int:
     """Check a registry's folder: entries against the schema and the installed plugins, certificates (readable, passed, full, not stale),
-    and whether index and tables are up to date. Exit code 1 if anything is wrong; a rule without a certificate is only mentioned.
+    and whether index and tables are up to date. Exit code 1 if anything is wrong; a rule without a certificate is only mentioned, and so
+    is a certificate from before a change of the core beside contract and examiner.
     """
     from bpfree.plugins import installed_plugins
-    from bpfree.registry import missing, problems, registry_folder
+    from bpfree.registry import measured_on_another_core, missing, problems, registry_folder
 
     folder = registry_folder() if folder is None else existing(folder)
     found = problems(folder, installed_plugins())
-    try:
+    without: list[str] = []
+    other: list[str] = []
+    with contextlib.suppress(BpfreeError):  # a file that cannot be read is among the problems
         without = missing(folder)
-    except BpfreeError:  # an entry that cannot be read is among the problems
-        without = []
+        other = measured_on_another_core(folder, installed_plugins())
     if as_json:
         plain = [{"what": problem.what, "where": problem.where, "fix": problem.fix} for problem in found]
-        click.echo(json.dumps({"problems": plain, "without_certificate": without}, indent=2, ensure_ascii=False))
+        click.echo(
+            json.dumps({"problems": plain, "without_certificate": without, "measured_on_another_core": other}, indent=2, ensure_ascii=False)
+        )
         return int(bool(found))
     for problem in found:
         click.echo(f"error: {problem}\n")
     if without:
         click.echo(f"without a certificate: {', '.join(without)}")
+    if other:
+        click.echo(f"the core has changed beside contract and examiner since the certificates of {', '.join(other)}")
     click.echo(f"{folder}: {f'{len(found)} problems' if found else 'valid'}")
     return int(bool(found))
 

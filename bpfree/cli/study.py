@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +54,6 @@ What crashed or diverged starts again; what timed out resumes from its checkpoin
   bpfree study retry timeout mine.yaml --timeout 3600
 """
 Command = Callable[..., int]
-TERMINAL = ("COLUMNS", "LINES", "OLDPWD", "PWD", "SHLVL", "_")
-"""Variables of the environment that change from call to call; of others, settings may hold the value."""
 WHICH = {"failed": ("failed", "diverged", "timeout"), "diverged": ("diverged",), "timeout": ("timeout",)}
 
 
@@ -69,13 +66,17 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return apply
 
 
+def _labels(context: click.Context, parameter: click.Parameter, text: str | None) -> list[str] | None:
+    return None if text is None else [label.strip() for label in text.split(",")]
+
+
 settings = click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
 seeds = click.option("--seeds", type=click.IntRange(min=1), help="How many repetitions.  [default: what the study says]")
 to = click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: beside the cells]")
 running = _options(
     seeds,
-    click.option("--rows", metavar="LABEL,...", help="Run only these rows."),
-    click.option("--columns", metavar="LABEL,...", help="Run only these columns."),
+    click.option("--rows", metavar="LABEL,...", callback=_labels, help="Run only these rows."),
+    click.option("--columns", metavar="LABEL,...", callback=_labels, help="Run only these columns."),
     click.option("--jobs", "-j", type=click.IntRange(min=1), help="Cells at a time.  [default: what the study says, or one per GPU]"),
     click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where cells run."),
     click.option("--address", help="Of a Ray cluster, or `auto`.  [default: RAY_ADDRESS, else one of its own here]"),
@@ -229,43 +230,14 @@ def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | N
 @seeds
 def status(name: str, settings: tuple[str, ...], seeds: int | None) -> int:
     from bpfree.cli.output import print_table
+    from bpfree.leaves import last_said, parse_words
     from bpfree.study.status import status_table
-    from bpfree.study.store import CellKey, CellStore
 
-    found = _cells(name, settings, seeds)
-    store = CellStore(Path(found["output"]), found["study"])
-    table, summary = status_table(store, [CellKey(*key) for key in found["cells"]], found["later"], found["waits_for"])
+    folder = Path(last_said(parse_words(settings), "output", "runs")) / "studies"
+    table, summary = status_table(lambda: _worklist(name, settings, seeds, load=False), folder, words=[name, settings, seeds])
     print_table(["row", "column", "seed", "state", "epoch", "minutes", "validation", "cell"], table, right=[2, 4, 5, 6])
     click.echo(f"\n{summary}")
     return 0
-
-
-def _cells(name: str, settings: tuple[str, ...], seeds: int | None) -> dict[str, Any]:
-    """The cells of a study as plain values, kept in the folder of studies as long as all that their identities depend on stays.
-
-    What a study tunes, or gives the operations of its rows, depends on results too, and is planned each time.
-    """
-    from bpfree.kept import kept
-    from bpfree.leaves import last_said, parse_words
-
-    def plan() -> tuple[dict[str, Any], set[Path] | None]:
-        worklist = _worklist(name, settings, seeds, load=False)
-        study, files, keys = worklist.plan.study, worklist.plan.fingerprints.files, [cell.key for cell in worklist.cells()]
-        fixed = worklist.plan.rows[0].recipe.registry.keepable and not study.tune and not study.equal_budget
-        found = {
-            "output": str(worklist.store.output),
-            "study": study.name,
-            "cells": [[key.id, key.row, key.column, key.seed, key.trial] for key in keys],
-            "later": worklist.count() - len(keys),
-            "waits_for": worklist.waits_for(),
-        }
-        return found, {study.path, *files} if fixed and files is not None and study.path is not None else None
-
-    folder = Path(last_said(parse_words(settings), "output", "runs")) / "studies"
-    gpus = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
-    under = [sorted(set(os.environ.items()) - {(key, os.environ.get(key)) for key in TERMINAL}), gpus, len(os.sched_getaffinity(0))]
-    found: dict[str, Any] = kept(".cells", plan, words=[os.getcwd(), name, settings, seeds], under=under, folder=folder)
-    return found
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
@@ -277,7 +249,7 @@ def _run(name: str, settings: tuple[str, ...], options: dict[str, Any], retry: S
 
     worklist = _worklist(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"], retry=retry)
     counts = f"{worklist.left()} of {worklist.count()} cells to run{_others(worklist, [name, *settings])}"
-    click.echo("everything is finished already" if worklist.complete() else f"{worklist.plan.study.name}: {counts}", err=True)
+    click.echo(f"{worklist.plan.study.name}: {counts}", err=True)
     chosen = Options(
         options["executor"], options["jobs"], options["address"], options["gpus"], options["timeout"], options["to"], options["quiet"]
     )
@@ -314,27 +286,13 @@ def _others(worklist: Worklist, words: Sequence[str]) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def _worklist(
-    name: str,
-    settings: Sequence[str],
-    seeds: int | None,
-    *,
-    load: bool = True,
-    rows: str | None = None,
-    columns: str | None = None,
-    retry: Sequence[str] = (),
-) -> Worklist:
+def _worklist(name: str, settings: Sequence[str], seeds: int | None, *, load: bool = True, **chosen: Any) -> Worklist:
     from bpfree.leaves import parse_words
     from bpfree.study import cells
     from bpfree.study.file import find_study
     from bpfree.study.worklist import Worklist
 
-    plan = cells.plan(find_study(name), parse_words(settings), seeds=seeds, load=load)
-    return Worklist(plan, rows=_labels(rows), columns=_labels(columns), retry=retry)
-
-
-def _labels(text: str | None) -> list[str] | None:
-    return None if text is None else [label.strip() for label in text.split(",")]
+    return Worklist(cells.plan(find_study(name), parse_words(settings), seeds=seeds, load=load), **chosen)
 
 
 def _again(name: str, settings: Sequence[str], seeds: int | None) -> list[str]:
@@ -348,8 +306,8 @@ def _dry_run(worklist: Worklist) -> int:
 
     for change in worklist.plan.changes:
         click.echo(f"not as written: {change}")
-    for line in unused(worklist.table()):
-        click.echo(line)
+    for text in unused(worklist.table()):
+        click.echo(text)
     table, summary = costs(worklist)
     print_table(["row", "column", "seed", "state", "minutes", "cell"], table, right=[2, 4])
     click.echo(f"\n{summary}")

@@ -12,7 +12,7 @@ from bpfree.cli.completion import setting
 if TYPE_CHECKING:
     from bpfree.leaves import Leaf
     from bpfree.recipe import Recipe
-    from bpfree.training.run import Run
+    from bpfree.run import Run
 
 HELP = """Train one rule on one task, test it once, and track the run.
 
@@ -57,6 +57,7 @@ def train(
     address: str | None,
 ) -> int:
     from bpfree import runner
+    from bpfree.cli.annotate import annotate
     from bpfree.cli.output import PlanDisplay, exit_code, print_result
     from bpfree.config import resolve
     from bpfree.errors import UsageError
@@ -76,7 +77,7 @@ def train(
             recipe = resolve(leaves) if resume is None and (ray is None or print_config or print_plan) else None
         if recipe is not None and (print_config or print_plan):
             if world.first:
-                click.echo(recipe.to_yaml(comments=True) if print_config else _plan(recipe), nl=not print_config)
+                click.echo(annotate(recipe) if print_config else _plan(recipe), nl=not print_config)
             return 0
         if ray is not None:
             run = _on_ray(leaves, ray, address, resume, quiet)

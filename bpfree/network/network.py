@@ -12,8 +12,10 @@ from torch.autograd import forward_ad
 from bpfree.errors import BpfreeError, UsageError, unknown_name
 from bpfree.network.forward_mode import prepare
 from bpfree.network.trace import Trace, Traces, run_block
+from bpfree.tasks.check import has_own_loss
+from bpfree.tasks.spec import TaskSpec
 
-__all__ = ["Network", "evaluating"]
+__all__ = ["Network", "check_readout", "evaluating"]
 
 HandOver = Callable[[Trace], Tensor]
 Perturb = Callable[[Trace], Tensor | None]
@@ -203,3 +205,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def check_readout(network: Network, spec: TaskSpec) -> None:
+    """Refuse a readout whose outputs are not those of the task (a spec with a loss of its own decides that itself)."""
+    shape = network.shapes.get(network.readout or "")
+    if shape is None or spec.targets == "none" or has_own_loss(spec):
+        return
+    fits = shape.numel() == spec.outputs if spec.targets == "real" else tuple(shape) == (spec.outputs,)
+    if not fits:
+        raise UsageError(
+            f"the readout {network.readout!r} gives outputs of shape {tuple(shape)}, but the task has {spec.outputs}",
+            where=f"task {spec.name}, targets={spec.targets!r}",
+            fix=f"build the network with {spec.outputs} outputs, or correct the spec",
+        )

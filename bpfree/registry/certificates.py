@@ -1,4 +1,7 @@
-"""The certificates of a registry: which there are, and whether the sources that they were measured on are those of now."""
+"""The certificates of a registry: which there are, and whether the sources that they were measured on are those of now.
+
+A certificate is stale if the plugin, the contract or the examiner has changed. Other changes of the core are named, and fail nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from bpfree.plugins import Plugins
 if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
 
-__all__ = ["certificates", "stale", "state"]
+__all__ = ["certificates", "core_changed", "stale", "state"]
 
 
 def certificate_file(folder: Path, rule: str) -> Path:
@@ -31,11 +34,28 @@ def certificates(folder: Path) -> dict[str, Certificate]:
 
 
 def stale(certificate: Certificate, plugins: Plugins) -> list[str]:
-    """The packages whose sources are not those that the certificate was measured on; none: it is fresh.
+    """Name the plugins and parts of the core that make a certificate stale because they have changed since.
 
     Raises:
         UsageError: no installed plugin registers the rule, so that there is nothing to compare with.
     """
+    from bpfree.sources import REST
+
+    return [name for name in _changed(certificate, plugins) if name != REST]
+
+
+def core_changed(certificate: Certificate, plugins: Plugins) -> bool:
+    """Whether the core has changed since in what an examination executes beside contract and examiner.
+
+    Raises:
+        UsageError: as :func:`stale`.
+    """
+    from bpfree.sources import REST
+
+    return REST in _changed(certificate, plugins)
+
+
+def _changed(certificate: Certificate, plugins: Plugins) -> list[str]:
     from bpfree.sources import certificate_hashes
 
     plugins.get("rules", certificate.rule)

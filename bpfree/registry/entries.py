@@ -53,7 +53,8 @@ class Entry:
         """
         faults = [f"{place} {fault}" if place else fault for place, fault in schema_problems(dict(content), schema())]
         if faults:
-            raise BpfreeError(f"the entry is not as it should be: {'; '.join(faults)}", where=where, fix=f"see {schema_file()}")
+            what = f"the entry is not as it should be: {'; '.join(faults)}"
+            raise BpfreeError(what, where=where, fix=f"see {schema_file()}", problems=faults)
         return cls(**content)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import bpfree
 from bpfree.errors import BpfreeError
 
 __all__ = ["registry_folder"]
@@ -16,7 +15,7 @@ def registry_folder() -> Path:
     Raises:
         BpfreeError: it is in neither place.
     """
-    package = Path(bpfree.__file__).parent
+    package = Path(__file__).parents[1]
     places = (package / "_registry", package.parent / "registry")
     for place in places:
         if (place / "schema.json").is_file():

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from bpfree.errors import BpfreeError
 from bpfree.plugins import Plugins
-from bpfree.registry.certificates import certificate_file, stale
+from bpfree.registry.certificates import certificate_file, certificates, core_changed, stale
 from bpfree.registry.entries import Entry, read_entry
 from bpfree.registry.index import out_of_date
 
 if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
 
-__all__ = ["acceptable", "missing", "problems"]
+__all__ = ["acceptable", "measured_on_another_core", "missing", "problems"]
 
 
 def problems(folder: Path, plugins: Plugins) -> list[BpfreeError]:
@@ -56,6 +56,16 @@ def missing(folder: Path) -> list[str]:
     """
     entries = [read_entry(path) for path in sorted((folder / "plugins").glob("*.toml"))]
     return [rule for entry in entries for rule in entry.rules if not certificate_file(folder, rule).exists()]
+
+
+def measured_on_another_core(folder: Path, plugins: Plugins) -> list[str]:
+    """Name the installed rules whose certificates are fresh, but were measured before the core changed beside contract and examiner.
+
+    Raises:
+        BpfreeError: a certificate cannot be read.
+    """
+    known = {rule: made for rule, made in certificates(folder).items() if made.rule in plugins.names("rules")}
+    return [rule for rule, made in known.items() if core_changed(made, plugins) and not stale(made, plugins)]
 
 
 def acceptable(certificate: Certificate, plugins: Plugins, where: Path) -> Iterator[BpfreeError]:

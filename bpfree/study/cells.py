@@ -37,7 +37,7 @@ from bpfree.study.store import CellKey
 from bpfree.training.environment import resolve_device
 from bpfree.yaml_values import text_of
 
-__all__ = ["Plan", "cell_of", "is_scientific", "plan", "problems_of", "recipe_with", "word"]
+__all__ = ["Plan", "cell_of", "is_scientific", "plan", "recipe_with", "word"]
 
 NOT_SCIENTIFIC = (runner.CHANGEABLE - {"budget", "evaluation"}) | {"output"}
 """How long is part of the result, and so are the draws of an evaluation and which epochs ``best-val`` chooses among."""
@@ -183,15 +183,14 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
                 recipe = _without(resolve(leaves, registry), row)
             found.append(TableRow(row, column.label, recipe, leaves))
         except UsageError as error:
-            for problem in problems_of(error):
+            for problem in error.problems:
                 problems.setdefault(problem, []).append(row.label)
     for problem in [] if problems else _used_by_none(found):
         problems.setdefault(problem, [each.written.label for each in found])
     if problems:
         every = len(list(study.cells()))
         listed = [_where(problem, rows, every) for problem, rows in problems.items()]
-        what = listed[0] if len(listed) == 1 else f"{len(listed)} things are wrong in the study:\n" + "\n".join(f"  - {p}" for p in listed)
-        raise UsageError(what, where=f"study {study.name}")
+        raise UsageError.of(listed, "study", where=f"study {study.name}")
     return found
 
 
@@ -231,15 +230,6 @@ def _used_by_none(rows: Sequence[TableRow]) -> Iterator[str]:
             else:
                 used.add((key, source))
     yield from (f"{key} is used by no row: {reason}" for (key, source), reason in unused.items() if (key, source) not in used)
-
-
-def problems_of(error: UsageError) -> list[str]:
-    """What it says, one by one."""
-    first, *others = error.what.splitlines()
-    if others:
-        return [line.removeprefix("  - ") for line in others]
-    more = "; ".join(part for part in (error.where, error.fix) if part)
-    return [f"{first} ({more})" if more else first]
 
 
 def _where(problem: str, rows: Sequence[str], every: int) -> str:

@@ -10,7 +10,7 @@ from bpfree.study.differences import Difference, Paired, judge
 from bpfree.study.examples import paired, scores_of
 from bpfree.study.rows import TableRow, percent, table_metric
 
-__all__ = ["Comparison", "Section", "compare", "comparisons", "difference_texts", "error_legend", "section_on"]
+__all__ = ["Comparison", "ComparisonTable", "compare", "comparisons", "control_table", "difference_texts", "error_legend"]
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Comparison:
         return {1: "row better", 0: "not distinguishable", -1: "control better"}[self.difference.sign]
 
 
-def comparisons(plan: Plan, lines: Sequence[TableRow]) -> list[Comparison]:
+def comparisons(plan: Plan, rows: Sequence[TableRow]) -> list[Comparison]:
     """Compare each column's rows with each of its controls, where both have results of a seed."""
-    metric, controls = table_metric(plan.study, lines), plan.study.controls
-    places = {(line.column, line.written.label): line for line in lines}
+    metric, controls = table_metric(plan.study, rows), plan.study.controls
+    places = {(row.column, row.written.label): row for row in rows}
     pairs = [
         (places[column.label, row.label], places[column.label, control])
         for column in plan.study.columns
@@ -70,7 +70,7 @@ def compare(plan: Plan, row: TableRow, control: TableRow, metric: str) -> Compar
 
 
 def _judged(plan: Plan, pairs: Sequence[tuple[TableRow, TableRow]], metric: str) -> list[Comparison]:
-    scores = {id(line): scores_of(line, metric, plan.output) for pair in pairs for line in pair}
+    scores = {id(row): scores_of(row, metric, plan.output) for pair in pairs for row in pair}
     family: dict[object, tuple[object, Paired]] = {
         (row.column, row.written.label, control.written.label): (row.column, found)
         for row, control in pairs
@@ -89,7 +89,7 @@ def _judged(plan: Plan, pairs: Sequence[tuple[TableRow, TableRow]], metric: str)
 
 
 @dataclass(frozen=True)
-class Section:
+class ComparisonTable:
     """A section of a report that is a table with a legend.
 
     Attributes:
@@ -106,9 +106,9 @@ class Section:
     title: str = "Against the controls"
 
 
-def section_on(plan: Plan, lines: Sequence[TableRow]) -> Section | None:
+def control_table(plan: Plan, rows: Sequence[TableRow]) -> ComparisonTable | None:
     """The comparisons as text; ``None`` as long as there are none."""
-    found, metric = comparisons(plan, lines), table_metric(plan.study, lines)
+    found, metric = comparisons(plan, rows), table_metric(plan.study, rows)
     if not found:
         return None
     labelled = any(column.label for column in plan.study.columns)
@@ -123,8 +123,8 @@ def section_on(plan: Plan, lines: Sequence[TableRow]) -> Section | None:
         ]
         for each in found
     ]
-    legend = _legend(metric, found, [line for line in lines if line.tuned is not None and line.tuned.keys])
-    return Section([*labels, *numbers, "verdict"], table, range(len(labels), len(labels) + len(numbers)), legend)
+    legend = _legend(metric, found, [row for row in rows if row.tuned is not None and row.tuned.keys])
+    return ComparisonTable([*labels, *numbers, "verdict"], table, range(len(labels), len(labels) + len(numbers)), legend)
 
 
 def _numbers(found: Comparison, seeds: int, metric: str) -> list[str]:

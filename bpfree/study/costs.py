@@ -23,7 +23,7 @@ SOURCES = {
 def costs(worklist: Worklist) -> tuple[list[list[Any]], str]:
     """A row of text for each cell, and what is left in sentences. A few steps are timed where nothing is known."""
     cells = worklist.cells()
-    lines = {(line.written.label, line.column): line for line in worklist.table()}
+    rows = {(row.written.label, row.column): row for row in worklist.table()}
     found: dict[Any, Estimate] = {}
     table, total, unknown = [], 0.0, Counter[str]()
     for cell in cells:
@@ -31,7 +31,7 @@ def costs(worklist: Worklist) -> tuple[list[list[Any]], str]:
         state = "not run" if record is None else record.status
         shown = ""
         if worklist.to_do(cell):
-            cost = found.get(_kind(cell)) or estimate(cell, _done(lines, cell))
+            cost = found.get(_kind(cell)) or estimate(cell, _done(rows, cell))
             found[_kind(cell)] = cost
             shown = "?" if cost.seconds is None else f"{cost.seconds / 60:.1f}"
             total += cost.seconds or 0.0
@@ -45,9 +45,9 @@ def _kind(cell: Cell) -> Any:
     return cell.key.row, cell.key.column, cell.key.trial is None, str(cell.recipe.settings.budget), cell.recipe.settings.batch_size
 
 
-def _done(lines: dict[tuple[str, str], TableRow], cell: Cell) -> list[CellRecord]:
-    line = lines.get((cell.key.row, cell.key.column))  # a twin is no line of the table
-    return line.finished if cell.key.trial is None and line is not None else []
+def _done(rows: dict[tuple[str, str], TableRow], cell: Cell) -> list[CellRecord]:
+    row = rows.get((cell.key.row, cell.key.column))  # a twin is no row of the table
+    return row.finished if cell.key.trial is None and row is not None else []
 
 
 def _summary(worklist: Worklist, cells: Sequence[Cell], total: float, found: dict[Any, Estimate], unknown: Counter[str]) -> Iterable[str]:

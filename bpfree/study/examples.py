@@ -38,21 +38,21 @@ class Scores:
     greater: bool
 
 
-def scores_of(line: TableRow, metric: str, runs: Path, which: str = OWN) -> Scores:
+def scores_of(row: TableRow, metric: str, runs: Path, which: str = OWN) -> Scores:
     """Collect the scores of a row.
 
     Args:
-        line: the row.
+        row: the row.
         metric: of the table, such as ``test/error``.
         runs: folder of runs, which hold the predictions.
         which: ``OWN`` or ``PROBED``.
     """
-    return _scores(line.finished, metric, runs, which)
+    return _scores(row.finished, metric, runs, which)
 
 
-def twin_scores(line: TableRow, metric: str, runs: Path) -> Scores:
+def twin_scores(row: TableRow, metric: str, runs: Path) -> Scores:
     """Collect the scores of a row's own-prediction twin at equal operations."""
-    return _scores([] if line.twin is None else line.twin.finished, metric, runs, OWN)
+    return _scores([] if row.twin is None else row.twin.finished, metric, runs, OWN)
 
 
 def _scores(finished: Sequence[CellRecord], metric: str, runs: Path, which: str) -> Scores:

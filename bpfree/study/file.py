@@ -19,8 +19,7 @@ from bpfree.errors import UsageError, nearest
 from bpfree.leaves import canonical, leaves_of
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.study.grid import expand
-from bpfree.study.model import MEMORY, METRICS, Column, Published, Row, Study
-from bpfree.study.space import Domain, Tune, read_domain
+from bpfree.study.model import MEMORY, METRICS, Choices, Column, Domain, Published, Range, Row, Study, Tune
 
 __all__ = ["find_study", "read_study"]
 
@@ -94,9 +93,7 @@ def read_study(path: Path, name: str | None = None, registry: Plugins | None = N
         content = expand(content, registry or installed_plugins(), reader.problems.append)
     study = reader.study(content, name or re.sub(r"[^\w.-]+", "-", path.stem), path)
     if reader.problems:
-        listed = list(dict.fromkeys(reader.problems))
-        what = listed[0] if len(listed) == 1 else f"{len(listed)} things are wrong in the study:\n" + "\n".join(f"  - {p}" for p in listed)
-        raise UsageError(what, where=str(path), fix="docs/studies.md describes the format")
+        raise UsageError.of(reader.problems, "study", where=str(path), fix="docs/studies.md describes the format")
     return study
 
 
@@ -232,7 +229,7 @@ class _Reader:
         """By dotted key; domains that are ``null`` or wrong are left out."""
         found: dict[str, Domain] = {}
         for key, domain in self._plain(value, where).items():
-            read = None if domain is None else read_domain(domain)
+            read = None if domain is None else _domain(domain)
             if isinstance(read, str):
                 self.problems.append(f"{where}: {key}: {read}, not {domain!r}")
             elif read is not None:
@@ -394,3 +391,25 @@ def _is_integer(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _domain(value: Any) -> Domain | str:
+    """A domain as a study file has it: ``{low: 1e-4, high: 0.1, log: true}``, or a list of choices. What is wrong with it otherwise."""
+    if isinstance(value, list):
+        value = [_choice(entry) for entry in value]
+        return Choices(value) if len(value) > 1 else "a list of choices has two or more"
+    if not isinstance(value, dict) or not {"low", "high"} <= value.keys() <= {"low", "high", "log"}:
+        return "must be {low: ..., high: ..., log: true or false}, or a list of choices"
+    low, high, log = (yaml_values.plain(value.get(key, False)) for key in ("low", "high", "log"))
+    if not all(isinstance(bound, (int, float)) and not isinstance(bound, bool) for bound in (low, high)) or not isinstance(log, bool):
+        return "low and high must be numbers, log true or false"
+    if not low < high or (log and low <= 0):
+        return "low must be less than high" + (", and positive on a logarithmic scale" if log else "")
+    return Range(low, high, log, integer=isinstance(low, int) and isinstance(high, int))
+
+
+def _choice(value: Any) -> Any:
+    """Numbers in whatever notation are numbers; what else has a text of its own is that text, until the key's type is known."""
+    if isinstance(value, yaml_values.Scalar):
+        return value.value if isinstance(value.value, float) and math.isfinite(value.value) else value.text
+    return [_choice(entry) for entry in value] if isinstance(value, list) else value

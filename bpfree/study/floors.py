@@ -83,9 +83,9 @@ class FloorRecord:
 def floor_key(cell: Cell) -> str:
     """Identify what a cell's floor depends on, apart from seeds, data and versions: task, network, and who initialises it."""
     recipe = cell.recipe
-    named = {key: value for key, value in recipe.flat().items() if key.split(".")[0] in ("task", "network")}
+    named = {key: value for key, value in cell.settings.items() if key.split(".")[0] in ("task", "network")}
     rule = recipe.registry.get("rules", recipe.names["rule"])
-    own = {key: value for key, value in recipe.flat().items() if key.split(".")[0] == "rule"} if _initialises(rule) else {}
+    own = {key: value for key, value in cell.settings.items() if key.split(".")[0] == "rule"} if _initialises(rule) else {}
     return json.dumps([named, own], sort_keys=True, default=str)
 
 
@@ -119,10 +119,10 @@ class Floors:
         self._plan, self._folder = plan, folder / "floors"
         self._known: dict[str, FloorRecord | None] = {}
 
-    def of(self, line: TableRow, lines: Iterable[TableRow]) -> FloorRecord | None:
+    def of(self, row: TableRow, rows: Iterable[TableRow]) -> FloorRecord | None:
         """Return the floor of a row; ``None`` where it was not measured."""
-        key = floor_key(line.cells[0])
-        first = next((other for other in lines if floor_key(other.cells[0]) == key), line)
+        key = floor_key(row.cells[0])
+        first = next((other for other in rows if floor_key(other.cells[0]) == key), row)
         return self.read(self.id_of(first.cells[0]))
 
     def id_of(self, cell: Cell) -> str:
@@ -170,24 +170,24 @@ class Floors:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure_floors(plan: Plan, lines: Sequence[TableRow], folder: Path, say: Callable[[str], None]) -> Floors:
+def measure_floors(plan: Plan, rows: Sequence[TableRow], folder: Path, say: Callable[[str], None]) -> Floors:
     """Measure the floors that are not known yet, of the rows that have a result.
 
     What cannot be measured is left blank, with a warning. TaskCache without targets have no floor.
 
     Args:
         plan: the study.
-        lines: its table.
+        rows: its table.
         folder: of the study's records.
         say: called with a message before each.
     """
     floors, tasks = Floors(plan, folder), TaskCache()
     known = Known()
     groups: dict[str, Cell] = {}
-    for line in lines:
-        key = floor_key(line.cells[0])
-        if key not in groups and has_floor(line.cells[0]) and any(floor_key(other.cells[0]) == key and other.finished for other in lines):
-            groups[key] = line.cells[0]
+    for row in rows:
+        key = floor_key(row.cells[0])
+        if key not in groups and has_floor(row.cells[0]) and any(floor_key(other.cells[0]) == key and other.finished for other in rows):
+            groups[key] = row.cells[0]
     for cell in groups.values():
         name = floors.id_of(cell)
         if floors.read(name) is None:

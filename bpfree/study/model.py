@@ -5,15 +5,60 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from bpfree.study.space import Domain, Tune
-
-__all__ = ["MEMORY", "METRICS", "Column", "Published", "Row", "Study"]
+__all__ = ["MEMORY", "METRICS", "Choices", "Column", "Domain", "Published", "Range", "Row", "Study", "Tune"]
 
 MEMORY = "memory_mb"
 METRICS = (*(f"{split}/{kind}" for split in ("test", "train") for kind in ("error", "accuracy", "loss")), MEMORY)
 """What can be published: errors and accuracies in per cent, losses as they are, memory of training in MiB."""
+
+
+Search = Literal["quasi-random", "tpe"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, both included.
+
+    Attributes:
+        log: searched on a logarithmic scale.
+        integer: whole numbers only.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    integer: bool = False
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One of some values."""
+
+    values: Sequence[Any]
+
+
+Domain = Range | Choices
+
+
+@dataclass(frozen=True)
+class Tune:
+    """How the rows of a study are tuned: each with the same number of trials, by validation alone.
+
+    Attributes:
+        trials: of each row in each column; the first is the configuration as the file has it.
+        search: ``quasi-random`` (scrambled Sobol points) or ``tpe`` (tree-structured Parzen estimator).
+        seeds: of the trials, over which a score is the mean; none of them is a seed of the study.
+        space: by setting; a row may change it.
+        settings: of trials alone, such as a shorter budget.
+    """
+
+    trials: int
+    search: Search = "quasi-random"
+    seeds: Sequence[int] = (1000,)
+    space: Mapping[str, Domain] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from bpfree.leaves import Leaf
@@ -30,6 +31,11 @@ class Cell:
     recipe: Recipe
     words: Sequence[str]
     examples: int | None = None
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """All settings by dotted key; kept, as every row of a table is compared with every other."""
+        return self.recipe.flat()
 
 
 @dataclass(eq=False)

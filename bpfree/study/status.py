@@ -3,31 +3,59 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bpfree.kept import kept
 from bpfree.study.store import CellKey, CellRecord, CellStore
 from bpfree.tracking.journal import ended_as
 
+if TYPE_CHECKING:
+    from bpfree.study.worklist import Worklist
+
 __all__ = ["epoch_of", "status_table"]
 
+TERMINAL = ("COLUMNS", "LINES", "OLDPWD", "PWD", "SHLVL", "_")
+"""Variables of the environment that change from call to call; of others, settings may hold the value."""
 
-def status_table(store: CellStore, keys: Sequence[CellKey], later: int = 0, waits_for: str = "") -> tuple[list[list[Any]], str]:
+
+def status_table(planned: Callable[[], Worklist], folder: Path, words: Any) -> tuple[list[list[Any]], str]:
     """A row of text for each cell, and a sentence.
 
+    Cells are kept in the folder of studies as long as all that their identities depend on stays. What a study tunes, or gives the
+    operations of its rows, depends on results too, and is planned each time.
+
     Args:
-        store: of what is known.
-        keys: of the cells that are known so far.
-        later: how many are not.
-        waits_for: what those wait for.
+        planned: plans the study.
+        folder: of all studies.
+        words: of the command line, which say what is planned.
     """
-    known = [(key, store.seen(key.id)) for key in keys]
+    gpus = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+    under = [sorted(set(os.environ.items()) - {(key, os.environ.get(key)) for key in TERMINAL}), gpus, len(os.sched_getaffinity(0))]
+    plan: dict[str, Any] = kept(".cells", lambda: _plain(planned()), words=[os.getcwd(), words], under=under, folder=folder)
+    store, later = CellStore(Path(plan["output"]), plan["study"]), plan["later"]
+    known = [(key, store.seen(key.id)) for key in (CellKey(*each) for each in plan["cells"])]
     counts = Counter("not run" if record is None else record.status for _, record in known)
     parts = [f"{count} {each}" for each, count in counts.most_common()]
-    parts += [f"{later} follow when {waits_for}"] if later else []
+    parts += [f"{later} follow when {plan['waits_for']}"] if later else []
     return [_status_of(store.output, key, record) for key, record in known], f"{len(known) + later} cells: {', '.join(parts)}"
+
+
+def _plain(worklist: Worklist) -> tuple[dict[str, Any], set[Path] | None]:
+    """The cells of a study as plain values, and the files that they depend on; ``None`` where they must be planned each time."""
+    study, files, keys = worklist.plan.study, worklist.plan.fingerprints.files, [cell.key for cell in worklist.cells()]
+    fixed = worklist.plan.rows[0].recipe.registry.keepable and not study.tune and not study.equal_budget
+    found = {
+        "output": str(worklist.store.output),
+        "study": study.name,
+        "cells": [[key.id, key.row, key.column, key.seed, key.trial] for key in keys],
+        "later": worklist.count() - len(keys),
+        "waits_for": worklist.waits_for(),
+    }
+    return found, {study.path, *files} if fixed and files is not None and study.path is not None else None
 
 
 def _status_of(output: Path, key: CellKey, record: CellRecord | None) -> list[Any]:

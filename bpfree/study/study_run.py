@@ -39,7 +39,7 @@ class StudyRun:
     """The study's run in the store.
 
     Args:
-        plan: the study, resolved; its first cell says which store.
+        plan: the study, resolved; its first row says which store.
         cells: its folder remembers the run.
 
     Attributes:
@@ -49,7 +49,7 @@ class StudyRun:
 
     def __init__(self, plan: Plan, cells: CellStore) -> None:
         self._plan, self._cells = plan, cells
-        config = plan.cells[0].recipe.settings.tracking
+        config = plan.rows[0].recipe.settings.tracking
         self._enabled, self._experiment = config.enabled, config.experiment
         self._store = Store(config.resolve_uri(plan.output), config.timeout)
         self._warned = False
@@ -100,8 +100,8 @@ class StudyRun:
             self.open()
         if not self.run_id:
             return
-        finished = [record for row in report.lines for record in row.finished]
-        values = dict(_values(self._plan.study.metric("test"), report.lines)) | {"cells/finished": float(len(finished))}
+        finished = [record for row in report.rows for record in row.finished]
+        values = dict(_values(self._plan.study.metric("test"), report.rows)) | {"cells/finished": float(len(finished))}
 
         def tell() -> None:
             self._adopt(worklist.all_cells())
@@ -169,12 +169,12 @@ class StudyRun:
         return True
 
 
-def _values(metric: str, lines: Sequence[TableRow]) -> Iterable[tuple[str, float]]:
-    """The mean of each line, as a metric of the study's run."""
-    for line in lines:
-        values: Mapping[int, float] = line.by_seed(metric)
+def _values(metric: str, rows: Sequence[TableRow]) -> Iterable[tuple[str, float]]:
+    """The mean of each row, as a metric of the study's run."""
+    for row in rows:
+        values: Mapping[int, float] = row.by_seed(metric)
         if values:
-            yield f"{metric}/{line.label}", statistics.fmean(values.values())
+            yield f"{metric}/{row.label}", statistics.fmean(values.values())
 
 
 def _now() -> int:

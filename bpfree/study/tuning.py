@@ -16,12 +16,12 @@ from typing import Any
 
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf, canonical
-from bpfree.study.cells import Plan, cell_of, problems_of, recipe_with
+from bpfree.seeds import derive
+from bpfree.study.cells import Plan, cell_of, recipe_with
 from bpfree.study.fingerprints import Fingerprints
+from bpfree.study.model import Domain, Range, Tune
 from bpfree.study.rows import Cell, TableRow, Trial, Tuned
-from bpfree.study.space import Domain, Interval, Tune
 from bpfree.study.store import CellRecord
-from bpfree.training.seeds import derive
 
 __all__ = ["Tuner", "check_tuning"]
 
@@ -72,7 +72,7 @@ class Tuner:
         """What is known of the trials."""
         self._settle()
         trials = [self._trial(settings, cells) for settings, cells in zip(self._settings, self._cells, strict=True)]
-        scales = [key for key, domain in self._row.written.space.items() if isinstance(domain, Interval) and domain.log]
+        scales = [key for key, domain in self._row.written.space.items() if isinstance(domain, Range) and domain.log]
         return Tuned(self.keys, trials, self._tune.trials, greater=self._accuracy, logarithmic=scales)
 
     @property
@@ -207,7 +207,7 @@ def _distributions(optuna: Any, space: Mapping[str, Any]) -> dict[str, Any]:
     made = optuna.distributions
     return {
         key: made.CategoricalDistribution(list(domain.values))
-        if not isinstance(domain, Interval)
+        if not isinstance(domain, Range)
         else made.IntDistribution(int(domain.low), int(domain.high), log=domain.log)
         if domain.integer
         else made.FloatDistribution(domain.low, domain.high, log=domain.log)
@@ -233,8 +233,7 @@ def check_tuning(plan: Plan) -> None:
             found.setdefault(problem, []).append(row.written.label)
     listed = [f"{problem} (row {', '.join(dict.fromkeys(labels))})" for problem, labels in found.items()] or [*_unused_settings(plan, tune)]
     if listed:
-        what = listed[0] if len(listed) == 1 else f"{len(listed)} things are wrong in the study:\n" + "\n".join(f"  - {p}" for p in listed)
-        raise UsageError(what, where=f"study {plan.study.name}: tune")
+        raise UsageError.of(listed, "study", where=f"study {plan.study.name}: tune")
 
 
 def _problems(row: TableRow, tune: Tune) -> Iterator[str]:
@@ -243,7 +242,7 @@ def _problems(row: TableRow, tune: Tune) -> Iterator[str]:
         if not recipe_with(row, settings)[0].task.validation:
             yield "tuning chooses on the validation split, and task.validation is 0"
     except UsageError as error:
-        yield from problems_of(error)
+        yield from error.problems
         return
     for key, domain in row.written.space.items():
         reason = UNFAIR.get(key, UNFAIR.get(key.split(".")[0]) if key.split(".")[0] in ("budget", "evaluation") else None)
@@ -255,7 +254,7 @@ def _problems(row: TableRow, tune: Tune) -> Iterator[str]:
             try:
                 recipe_with(row, [*_leaves({key: value}), *settings])
             except UsageError as error:
-                yield from problems_of(error)
+                yield from error.problems
 
 
 def _leaves(values: Mapping[str, Any]) -> list[Leaf]:
@@ -290,4 +289,4 @@ def _unused_settings(plan: Plan, tune: Tune) -> Iterator[str]:
 
 
 def _tried(domain: Domain) -> list[Any]:
-    return [domain.low, domain.high] if isinstance(domain, Interval) else list(domain.values)
+    return [domain.low, domain.high] if isinstance(domain, Range) else list(domain.values)

@@ -50,7 +50,7 @@ class Verdict:
     """A row beside its floor.
 
     Attributes:
-        line: the row.
+        row: the row.
         own, probed: scores; ``probed`` has none where the rule gives no features, or they were not read.
         floor: its floor.
         features, delivered, equal: the three differences; ``None`` where one side is missing.
@@ -58,7 +58,7 @@ class Verdict:
         operations: median of those spent when validation first reached the floor; infinite for misses, NaN where it is not known.
     """
 
-    line: TableRow
+    row: TableRow
     own: Scores
     probed: Scores
     floor: RowFloor
@@ -71,7 +71,7 @@ class Verdict:
     @property
     def text(self) -> str:
         """The three verdicts in words."""
-        if is_twin(self.line) or not _learns_features(self.line):
+        if is_twin(self.row) or not _learns_features(self.row):
             return ""
         if self.delivered is None or self.delivered.error is None:
             return "one seed only" if self.delivered is not None else ""
@@ -89,44 +89,42 @@ class Verdict:
         return "below its floor" if delivered < 0 else "not shown to learn more than its floor"
 
 
-def is_twin(line: TableRow) -> bool:
+def is_twin(row: TableRow) -> bool:
     """Whether a row is untrained but for its readout recipe."""
-    recipe = line.cells[0].recipe
+    recipe = row.cells[0].recipe
     return recipe.names["rule"] == "frozen" or recipe.settings.twin
 
 
-def _learns_features(line: TableRow) -> bool:
+def _learns_features(row: TableRow) -> bool:
     """Whether a row has hidden blocks at all: a linear classifier has none."""
-    return line.cells[0].recipe.names["rule"] != "linear"
+    return row.cells[0].recipe.names["rule"] != "linear"
 
 
-def verdicts(plan: Plan, lines: Sequence[TableRow], floors: Floors, metric: str) -> list[Verdict]:
+def verdicts(plan: Plan, rows: Sequence[TableRow], floors: Floors, metric: str) -> list[Verdict]:
     """Judge each row that has a result and a floor.
 
     Each of the three verdicts is a family of comparisons of its own, corrected by Holm over rows and columns. Untrained rows and linear
     classifiers, of which nothing is claimed, have no part in them.
     """
     found = [
-        _Row(line, floor, metric, plan)
-        for line in lines
-        if line.finished and (floor := _floor(line, lines, floors, metric, plan)) is not None
+        _Row(row, floor, metric, plan) for row in rows if row.finished and (floor := _floor(row, rows, floors, metric, plan)) is not None
     ]
     families: dict[str, Mapping[object, Difference]] = {}
     for name in (FEATURES, DELIVERED, EQUAL):
         pairs: dict[object, tuple[object, Paired]] = {
-            id(row): (row.line.column, pair)
-            for row in found
-            if not is_twin(row.line) and _learns_features(row.line) and (pair := row.pair(name)) is not None
+            id(each): (each.row.column, pair)
+            for each in found
+            if not is_twin(each.row) and _learns_features(each.row) and (pair := each.pair(name)) is not None
         }
         families[name] = judge(pairs)
-    return [row.verdict(families, found) for row in found]
+    return [each.verdict(families, found) for each in found]
 
 
 # --- floors -----------------------------------------------------------------------------------------------------------
 
 
-def _floor(line: TableRow, lines: Sequence[TableRow], floors: Floors, metric: str, plan: Plan) -> RowFloor | None:
-    record = floors.of(line, lines)
+def _floor(row: TableRow, rows: Sequence[TableRow], floors: Floors, metric: str, plan: Plan) -> RowFloor | None:
+    record = floors.of(row, rows)
     if record is None or record.real == percent(metric):
         return None
     sign = -1 if record.real else 1
@@ -134,60 +132,60 @@ def _floor(line: TableRow, lines: Sequence[TableRow], floors: Floors, metric: st
     scores = Scores(means, {seed: to_unit(values, metric) for seed, values in record.examples.items()}, metric.endswith("accuracy"))
     best = statistics.fmean(record.validation) if record.validation else None
     floor = RowFloor(record.source, scores, best, bool(record.skipped), record)
-    for other in lines:  # another readout recipe that does better on untrained features
-        value = _validation(other, real=record.real) if other is not line and _is_its_twin(other, line) else None
+    for other in rows:  # another readout recipe that does better on untrained features
+        value = _validation(other, real=record.real) if other is not row and _is_its_twin(other, row) else None
         if value is not None and floor.validation is not None and value > floor.validation:
             floor = RowFloor(
-                other.written.label, scores_of(other, metric, plan.output), value, not converged(other, lines, real=record.real), record
+                other.written.label, scores_of(other, metric, plan.output), value, not converged(other, rows, real=record.real), record
             )
     return floor
 
 
-def _is_its_twin(other: TableRow, line: TableRow) -> bool:
-    return is_twin(other) and other.column == line.column and floor_key(other.cells[0]) == floor_key(line.cells[0])
+def _is_its_twin(other: TableRow, row: TableRow) -> bool:
+    return is_twin(other) and other.column == row.column and floor_key(other.cells[0]) == floor_key(row.cells[0])
 
 
-def _validation(line: TableRow, *, real: bool) -> float | None:
+def _validation(row: TableRow, *, real: bool) -> float | None:
     """Mean over seeds of the last score on validation, greater is better; ``None`` where a seed has none."""
-    known = _validations(line, real=real)
+    known = _validations(row, real=real)
     return statistics.fmean(known) if known else None
 
 
-def _validations(line: TableRow, *, real: bool) -> list[float]:
+def _validations(row: TableRow, *, real: bool) -> list[float]:
     """The last score on validation of each finished seed; empty where one has none."""
     key, sign = ("val/loss", -1) if real else ("val/accuracy", 1)
-    last = [next((epoch[key] for epoch in reversed(each.history) if key in epoch), None) for each in line.finished]
+    last = [next((epoch[key] for epoch in reversed(each.history) if key in epoch), None) for each in row.finished]
     known = [sign * value for value in last if value is not None and math.isfinite(value)]
     return known if len(known) == len(last) else []
 
 
-def converged(line: TableRow, lines: Iterable[TableRow], *, real: bool = False) -> bool:
+def converged(row: TableRow, rows: Iterable[TableRow], *, real: bool = False) -> bool:
     """Whether a readout recipe that is not convex counts as converged.
 
     Its rate was tuned over at least five values with the best not at an edge, it has at least three restarts, and a row that is the same
     but for twice the budget is not better by two standard errors on validation.
     """
-    tuned = line.tuned
-    if tuned is None or "optimizer.lr" not in tuned.keys or len(line.finished) < 3:
+    tuned = row.tuned
+    if tuned is None or "optimizer.lr" not in tuned.keys or len(row.finished) < 3:
         return False
     rates = [trial.values["optimizer.lr"] for trial in tuned.trials if trial.score is not None and "optimizer.lr" in trial.values]
     best = tuned.best
     if best is None or len(set(rates)) < 5 or best.values.get("optimizer.lr") in (min(rates), max(rates)):
         return False
-    return any(_doubled(other, line) and not _better(other, line, real=real) for other in lines)
+    return any(_doubled(other, row) and not _better(other, row, real=real) for other in rows)
 
 
-def _doubled(other: TableRow, line: TableRow) -> bool:
-    mine, its = (each.cells[0].recipe.flat() for each in (line, other))
+def _doubled(other: TableRow, row: TableRow) -> bool:
+    mine, its = (each.cells[0].settings for each in (row, other))
     changed = {key for key in mine if mine[key] != its.get(key)}
     budgets = {key for key in changed if key.startswith("budget.")}
-    same = other.column == line.column and changed - {"optimizer.lr"} == budgets and len(budgets) == 1
+    same = other.column == row.column and changed - {"optimizer.lr"} == budgets and len(budgets) == 1
     return same and all(its[key] is not None and mine[key] is not None and its[key] >= 2 * mine[key] for key in budgets)
 
 
-def _better(other: TableRow, line: TableRow, *, real: bool) -> bool:
+def _better(other: TableRow, row: TableRow, *, real: bool) -> bool:
     """On validation, by two standard errors; what is not known may be better."""
-    theirs, ours = (_validations(one, real=real) for one in (other, line))
+    theirs, ours = (_validations(one, real=real) for one in (other, row))
     if len(theirs) < 2 or len(ours) < 2:
         return True
     error = math.sqrt(statistics.variance(theirs) / len(theirs) + statistics.variance(ours) / len(ours))
@@ -200,23 +198,23 @@ def _better(other: TableRow, line: TableRow, *, real: bool) -> bool:
 class _Row:
     """A row with its scores, before its verdicts are known."""
 
-    def __init__(self, line: TableRow, floor: RowFloor, metric: str, plan: Plan) -> None:
-        self.line, self.floor, self.metric = line, floor, metric
-        self.own, self.probed = (scores_of(line, metric, plan.output, which) for which in (OWN, PROBED))
-        self.twin = twin_scores(line, metric, plan.output)
+    def __init__(self, row: TableRow, floor: RowFloor, metric: str, plan: Plan) -> None:
+        self.row, self.floor, self.metric = row, floor, metric
+        self.own, self.probed = (scores_of(row, metric, plan.output, which) for which in (OWN, PROBED))
+        self.twin = twin_scores(row, metric, plan.output)
 
     def pair(self, name: str) -> Paired | None:
         if name == FEATURES:
             return paired(self.probed, self.floor.scores)
         return paired(self.own, self.floor.scores if name == DELIVERED else self.twin)
 
-    def verdict(self, families: Mapping[str, Mapping[object, Difference]], rows: Sequence[_Row]) -> Verdict:
+    def verdict(self, families: Mapping[str, Mapping[object, Difference]], found: Sequence[_Row]) -> Verdict:
         features, delivered, equal = (families[name].get(id(self)) for name in (FEATURES, DELIVERED, EQUAL))
-        return Verdict(self.line, self.own, self.probed, self.floor, features, delivered, equal, self._share(rows), self._operations())
+        return Verdict(self.row, self.own, self.probed, self.floor, features, delivered, equal, self._share(found), self._operations())
 
-    def _share(self, rows: Sequence[_Row]) -> tuple[float, Interval | None] | None:
+    def _share(self, found: Sequence[_Row]) -> tuple[float, Interval | None] | None:
         """Of the gap, beside back-propagation of the same network that was tuned alike."""
-        ceiling = next((row for row in rows if row is not self and row.is_ceiling_of(self)), None)
+        ceiling = next((each for each in found if each is not self and each.is_ceiling_of(self)), None)
         if ceiling is None or not percent(self.metric):
             return None
         pair = paired(ceiling.own, self.floor.scores)
@@ -228,10 +226,10 @@ class _Row:
         ours, floor, top = ([sign * scores.means[seed] for seed in seeds] for scores in (self.own, self.floor.scores, ceiling.own))
         return gap_share(ours, floor, top, error=error, least=LEAST_GAP)
 
-    def is_ceiling_of(self, row: _Row) -> bool:
-        line, recipe = self.line, self.line.cells[0].recipe
-        trials = [0 if each.tuned is None else each.tuned.planned for each in (line, row.line)]
-        same = line.column == row.line.column and floor_key(line.cells[0]) == floor_key(row.line.cells[0])
+    def is_ceiling_of(self, other: _Row) -> bool:
+        row, recipe = self.row, self.row.cells[0].recipe
+        trials = [0 if each.tuned is None else each.tuned.planned for each in (row, other.row)]
+        same = row.column == other.row.column and floor_key(row.cells[0]) == floor_key(other.row.cells[0])
         return same and recipe.names["rule"] == "backprop" and not recipe.settings.twin and trials[0] == trials[1]
 
     def _operations(self) -> float:
@@ -241,7 +239,7 @@ class _Row:
         real = self.floor.record.real
         key, aim = ("val/loss", -self.floor.validation) if real else ("val/accuracy", self.floor.validation)
         spent = []
-        for record in self.line.finished:
+        for record in self.row.finished:
             epoch = first_reached(record.history, key, aim, greater=not real)
             spent.append(math.inf if epoch is None else epoch.get("forwards", math.nan) * record.result.get("forward_operations", math.nan))
         return math.nan if any(map(math.isnan, spent)) else median_with_misses(spent)

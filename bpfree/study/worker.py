@@ -21,12 +21,12 @@ from bpfree.errors import BpfreeError
 from bpfree.hooks import hookimpl
 from bpfree.leaves import Leaf
 from bpfree.recipe import Recipe
+from bpfree.run import Run
 from bpfree.study.concurrency import Concurrency, present
 from bpfree.study.store import CellKey, CellRecord, CellStore
 from bpfree.tasks.task import Task
 from bpfree.tracking.journal import ended_as
 from bpfree.training import environment
-from bpfree.training.run import Run
 from bpfree.training.trainer import Interrupted
 
 __all__ = ["CellObserver", "Job", "TaskCache", "Worker"]

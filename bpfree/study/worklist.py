@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from bpfree.errors import UsageError, nearest
 from bpfree.leaves import Leaf
-from bpfree.study.cells import Plan, cell_of, problems_of, recipe_with
+from bpfree.study.cells import Plan, cell_of, recipe_with
 from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellRecord, CellStore
 from bpfree.study.tuning import Tuner, check_tuning
@@ -196,11 +196,12 @@ def _check_twins(rows: Sequence[TableRow]) -> None:
             if row.twin is not None:
                 recipe_with(row.twin, [Leaf("budget.operations", 1.0, "twin")])
         except UsageError as error:
-            for problem in problems_of(error):
+            for problem in error.problems:
                 found.setdefault(problem, []).append(row.written.label)
     if found:
-        what = "; ".join(f"{problem} (row {', '.join(dict.fromkeys(labels))})" for problem, labels in found.items())
-        raise UsageError(f"no twin can have as many operations as its row: {what}", where="equal_budget", fix="leave equal_budget out")
+        problems = [f"{problem} (row {', '.join(dict.fromkeys(labels))})" for problem, labels in found.items()]
+        what = f"no twin can have as many operations as its row: {'; '.join(problems)}"
+        raise UsageError(what, where="equal_budget", fix="leave equal_budget out", problems=problems)
 
 
 def _check_labels(given: Sequence[str] | None, labels: Sequence[str], kind: str) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpfree.training.seeds import derive
+from bpfree.seeds import derive
 
 __all__ = ["CROP", "FLIP", "Augmentation", "Draws"]
 

@@ -9,19 +9,15 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bpfree.errors import UsageError
-from bpfree.tasks.task import Split, Task, TaskSpec
+from bpfree.tasks.spec import Split, TaskSpec
 
-if TYPE_CHECKING:
-    from bpfree.network.network import Network
-    from bpfree.rule import Rule
-
-__all__ = ["check_fit", "check_inputs", "check_lengths", "check_readout", "check_split", "check_task", "is_whole", "listed", "not_finite"]
+__all__ = ["check_inputs", "check_lengths", "check_split", "check_task", "has_own_loss", "is_whole", "listed", "not_finite"]
 
 logger = logging.getLogger("bpfree")
 
@@ -113,45 +109,6 @@ def check_inputs(spec: TaskSpec, inputs: Tensor, where: str) -> None:
     """
     _check_type(inputs, "inputs", where)
     _check_inputs(spec, inputs, "x", where)
-
-
-def check_readout(network: Network, spec: TaskSpec) -> None:
-    """Refuse a readout whose outputs are not those of the task (a spec with a loss of its own decides that itself)."""
-    shape = network.shapes.get(network.readout or "")
-    if shape is None or spec.targets == "none" or _has_own_loss(spec):
-        return
-    fits = shape.numel() == spec.outputs if spec.targets == "real" else tuple(shape) == (spec.outputs,)
-    if not fits:
-        raise UsageError(
-            f"the readout {network.readout!r} gives outputs of shape {tuple(shape)}, but the task has {spec.outputs}",
-            where=f"task {spec.name}, targets={spec.targets!r}",
-            fix=f"build the network with {spec.outputs} outputs, or correct the spec",
-        )
-
-
-def check_fit(rule: Rule, task: Task) -> None:
-    """Check that a rule was built for a task.
-
-    Raises:
-        UsageError: its spec has other inputs, outputs or targets; or the readout gives outputs of another shape than the targets have.
-    """
-    for name in ("input_shape", "outputs", "targets"):
-        built, given = getattr(rule.spec, name), getattr(task.spec, name)
-        if (tuple(built) if name == "input_shape" else built) != (tuple(given) if name == "input_shape" else given):
-            raise UsageError(
-                f"the rule was built for {name}={built!r}, but the task has {given!r}",
-                where=f"{type(rule).__name__} for task {rule.spec.name}, trained on task {task.spec.name}",
-                fix="build network and rule with the task's spec",
-            )
-    shape, targets = rule.network.shapes.get(rule.network.readout or ""), task.train.targets
-    if shape is None or targets is None or task.spec.targets != "real" or _has_own_loss(task.spec):
-        return
-    if tuple(targets.shape[1:]) != tuple(shape):
-        raise UsageError(
-            f"the readout gives outputs of shape {tuple(shape)}, but the targets have {tuple(targets.shape[1:])}",
-            where=f"task {task.spec.name}",
-            fix="give both the same shape",
-        )
 
 
 def not_finite(values: Tensor, name: str) -> str | None:
@@ -297,7 +254,7 @@ def _chunks(values: Tensor) -> Iterator[Tensor]:
 # --- targets --------------------------------------------------------------------------------------------------------------
 
 
-def _has_own_loss(spec: TaskSpec) -> bool:
+def has_own_loss(spec: TaskSpec) -> bool:
     """Whether a subclass says what targets and outputs are."""
     return type(spec).loss is not TaskSpec.loss
 
@@ -312,11 +269,11 @@ def _check_targets(spec: TaskSpec, targets: Tensor | None, name: str, where: str
     problem = not_finite(targets, name)
     if problem:
         raise UsageError(problem, where=where, fix="remove these rows, or fill in numbers")
-    if _has_own_loss(spec) and targets.dim() != 1:
+    if has_own_loss(spec) and targets.dim() != 1:
         return
     check = {"classes": _classes_problem, "soft": _soft_problem, "real": _real_problem}[spec.targets]
     what, fix = check(spec, targets, name)
-    if what and not (_has_own_loss(spec) and spec.targets != "classes"):
+    if what and not (has_own_loss(spec) and spec.targets != "classes"):
         raise UsageError(what, where=where, fix=fix)
 
 
@@ -369,7 +326,7 @@ def _rows_problem(targets: Tensor, shape: tuple[int, ...], name: str) -> tuple[s
 def _check_classes(spec: TaskSpec, splits: dict[str, Split]) -> None:
     """Refuse a single class; warn of classes that never occur in training."""
     labels = {name: split.targets for name, split in splits.items() if split.targets is not None and split.targets.dim() == 1}
-    if spec.targets != "classes" or "train" not in labels or _has_own_loss(spec):
+    if spec.targets != "classes" or "train" not in labels or has_own_loss(spec):
         return
     counts = {name: torch.bincount(targets.long(), minlength=spec.outputs) for name, targets in labels.items()}
     known = counts["train"] > 0

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.seeds import derive
 from bpfree.step import Batch
 from bpfree.tasks.augment import Augmentation, Draws
-from bpfree.tasks.task import Split, TaskSpec, working_dtype
-from bpfree.training.seeds import derive
+from bpfree.tasks.spec import Split, TaskSpec, working_dtype
 
 __all__ = ["Loader", "Resident"]
 

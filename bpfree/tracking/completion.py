@@ -9,12 +9,12 @@ import logging
 import math
 from pathlib import Path
 
+from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.events import SPOOL_NAME, Spool
 from bpfree.tracking.journal import recorded
 from bpfree.tracking.mlflow_tracker import ENDS, MLflowTracker, opening_of
 from bpfree.tracking.store import Store, redact
-from bpfree.training.run import Run
 
 __all__ = ["complete"]
 

@@ -17,8 +17,8 @@ from typing import Any
 from bpfree.errors import BpfreeError
 from bpfree.files import write_text
 from bpfree.hooks import hookimpl
+from bpfree.run import Run
 from bpfree.tracking.events import strict
-from bpfree.training.run import Run
 
 __all__ = ["Journal", "ended_as", "recorded"]
 

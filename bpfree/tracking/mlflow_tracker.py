@@ -25,13 +25,13 @@ from typing import Any
 
 from bpfree.errors import BpfreeError
 from bpfree.hooks import hookimpl
+from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.environment import environment_text
 from bpfree.tracking.events import SPOOL_NAME, Artifact, End, Event, Metrics, Opening, Spool, Tags, Text
 from bpfree.tracking.sender import Sender, without_end
 from bpfree.tracking.store import RUN_TAG, Store, redact
 from bpfree.tracking.system import SystemMetrics
-from bpfree.training.run import Run
 
 __all__ = ["MLflowTracker", "send_unsent"]
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from bpfree.hooks import hookimpl
 from bpfree.network.network import evaluating
+from bpfree.run import Run
+from bpfree.seeds import preserved_global_state
 from bpfree.tracking.config import PicturesConfig
-from bpfree.training.run import Run
-from bpfree.training.seeds import preserved_global_state
 
 if TYPE_CHECKING:
     from bpfree.rule import Rule

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpfree.hooks import hookimpl
-from bpfree.training.run import Run
+from bpfree.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

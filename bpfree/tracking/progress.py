@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from bpfree.hooks import hookimpl
-from bpfree.training.run import Run
+from bpfree.run import Run
 
 if TYPE_CHECKING:
     from rich.live import Live

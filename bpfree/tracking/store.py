@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import sqlite3
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from bpfree.errors import UsageError
 from bpfree.tracking.events import Artifact, End, Event, Metrics, Opening, Tags, Text
 
 if TYPE_CHECKING:
+    from filelock import BaseFileLock
     from mlflow import MlflowClient
 
 __all__ = ["RUN_TAG", "RefusedError", "Store", "file_lock", "prepare_mlflow", "redact"]
@@ -81,36 +81,15 @@ def quiet(*names: str) -> None:
             logger.setLevel(logging.ERROR)
 
 
-@contextlib.contextmanager
-def file_lock(path: Path, timeout: float = LOCK_SECONDS) -> Iterator[None]:
-    """Hold a lock file, which the system releases if the process dies.
+def file_lock(path: Path, timeout: float = LOCK_SECONDS) -> BaseFileLock:
+    """Return a lock file to hold in a ``with`` block; the system releases it if the process dies.
 
-    Raises:
-        TimeoutError: another process kept it all the time.
+    Entering raises ``TimeoutError`` if another process keeps it all the time.
     """
+    from filelock import FileLock
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + timeout
-    with path.open("a+b") as file:
-        while not _try_lock(file.fileno()):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"another process holds {path}")
-            time.sleep(0.05)
-        yield  # closing the file releases the lock
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    return FileLock(path, timeout=timeout)
 
 
 def redact(text: str) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from bpfree.options import option
 from bpfree.rule import Metrics, Rule
+from bpfree.seeds import KeyedGenerators, derive, derive_in
 from bpfree.step import Batch, Step
-from bpfree.training.seeds import KeyedGenerators, derive, derive_in
 from bpfree.training.snapshot import Snapshot
 from bpfree.training.updater import Updater, gather
 

@@ -5,23 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bpfree import seeds
 from bpfree.errors import BpfreeError
 from bpfree.network.network import evaluating
 from bpfree.rule import Rule
-from bpfree.tasks.task import Split, Task
-from bpfree.training import environment, seeds
-from bpfree.training.config import TrainConfig
+from bpfree.tasks.task import Split
+from bpfree.training import environment
 from bpfree.training.guards import Values
 
-if TYPE_CHECKING:
-    from bpfree.training.state import State
-
-__all__ = ["NOT_CALIBRATED", "Calibration", "calibrate", "calibrated", "calibrates"]
+__all__ = ["NOT_CALIBRATED", "Calibration", "calibrate", "calibrates"]
 
 NOT_CALIBRATED = "not calibrated: no validation split"
 """The tag ``calibration`` of a run whose rule had nothing to choose on."""
@@ -64,24 +61,6 @@ class Calibration:
 def calibrates(rule: Rule) -> bool:
     """Whether the rule has anything to choose."""
     return type(rule).calibrate is not Rule.calibrate
-
-
-def calibrated(state: State, task: Task, config: TrainConfig) -> Calibration:
-    """Have the rule choose with its present weights, unless it did so after the same step, before the run was interrupted.
-
-    Its buffers are set. The first of several processes chooses for all.
-    """
-    rule, world, found = state.rule, state.team.world, state.calibration
-    if found is not None and found.step == state.at.step:
-        found.put(rule)
-        return found
-    data, seed = task.validation, seeds.derive_in(config.stream, config.seed, "calibration")
-    assert data is not None
-    generator = torch.Generator(state.device).manual_seed(seed)
-    found = world.from_first(lambda: calibrate(rule, data, generator, step=state.at.step, precision=config.precision))
-    if world.size > 1:
-        world.send(rule.buffers())
-    return found
 
 
 def calibrate(rule: Rule, data: Split, generator: torch.Generator, *, step: int, precision: str = "fp32") -> Calibration:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpfree import seeds
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.network.network import evaluating
 from bpfree.plugins import installed_plugins
@@ -22,7 +23,7 @@ from bpfree.tasks.linear import chunks, classes_of
 from bpfree.tasks.loading import Loader, Resident
 from bpfree.tasks.protocols import EvaluationProtocol, Setting, result_key
 from bpfree.tasks.task import Split, Task, TaskSpec
-from bpfree.training import environment, seeds
+from bpfree.training import environment
 from bpfree.training.config import TrainConfig
 from bpfree.training.features import feature_loader, feature_split
 from bpfree.training.predictions import FILE, Array, Collector, Predictions, write_predictions

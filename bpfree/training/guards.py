@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.rule import Rule
 from bpfree.step import Phase
+from bpfree.tasks.check import has_own_loss
+from bpfree.tasks.task import Task
 from bpfree.training.distributed import World
 
-__all__ = ["LearningWatch", "Values", "check_made_to_learn", "kind_of", "named_tensors", "only_read", "version"]
+__all__ = ["LearningWatch", "Values", "check_fit", "check_made_to_learn", "kind_of", "named_tensors", "only_read", "version"]
 
 logger = logging.getLogger("bpfree")
 
@@ -66,6 +68,31 @@ def named_tensors(rule: nn.Module) -> dict[str, Tensor]:
 def kind_of(rule: nn.Module, name: str) -> str:
     """``the parameter NAME`` or ``the buffer NAME``."""
     return f"the {'buffer' if name in dict(rule.named_buffers()) else 'parameter'} {name}"
+
+
+def check_fit(rule: Rule, task: Task) -> None:
+    """Check that a rule was built for a task.
+
+    Raises:
+        UsageError: its spec has other inputs, outputs or targets; or the readout gives outputs of another shape than the targets have.
+    """
+    for name in ("input_shape", "outputs", "targets"):
+        built, given = getattr(rule.spec, name), getattr(task.spec, name)
+        if (tuple(built) if name == "input_shape" else built) != (tuple(given) if name == "input_shape" else given):
+            raise UsageError(
+                f"the rule was built for {name}={built!r}, but the task has {given!r}",
+                where=f"{type(rule).__name__} for task {rule.spec.name}, trained on task {task.spec.name}",
+                fix="build network and rule with the task's spec",
+            )
+    shape, targets = rule.network.shapes.get(rule.network.readout or ""), task.train.targets
+    if shape is None or targets is None or task.spec.targets != "real" or has_own_loss(task.spec):
+        return
+    if tuple(targets.shape[1:]) != tuple(shape):
+        raise UsageError(
+            f"the readout gives outputs of shape {tuple(shape)}, but the targets have {tuple(targets.shape[1:])}",
+            where=f"task {task.spec.name}",
+            fix="give both the same shape",
+        )
 
 
 def check_made_to_learn(rule: nn.Module) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpfree import seeds
 from bpfree.errors import BpfreeError
-from bpfree.training import seeds
+from bpfree.run import Run
 from bpfree.training.guards import Values, kind_of, named_tensors, version
-from bpfree.training.run import Run
 from bpfree.training.state import State
 
 __all__ = ["HookWatch", "is_our_own", "name_of"]

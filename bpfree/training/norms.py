@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from bpfree import seeds
 from bpfree.errors import UsageError
 from bpfree.rule import Rule
 from bpfree.step import Batch, Budget, Phase
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Task
-from bpfree.training import seeds
 from bpfree.training.phases import learning
 from bpfree.training.updater import new_step
 

@@ -11,8 +11,8 @@ import pluggy
 
 from bpfree import hooks
 from bpfree.errors import BpfreeError
+from bpfree.run import Run, RunView
 from bpfree.training.hook_watch import HookWatch, is_our_own, name_of
-from bpfree.training.run import Run, RunView
 
 __all__ = ["Observers"]
 

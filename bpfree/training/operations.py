@@ -22,9 +22,9 @@ from torch import Tensor
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.network.network import evaluating
 from bpfree.rule import Metrics, Rule
+from bpfree.seeds import preserved_global_state
 from bpfree.step import Batch, Phase, Step
 from bpfree.training.distributed import World
-from bpfree.training.seeds import preserved_global_state
 from bpfree.training.snapshot import Snapshot
 from bpfree.training.updater import Updater
 

@@ -12,11 +12,11 @@ import torch
 
 from bpfree.errors import BpfreeError
 from bpfree.rule import Rule
+from bpfree.run import Run
 from bpfree.step import Budget
 from bpfree.tasks.task import Task
 from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
 from bpfree.training.config import TrainConfig
-from bpfree.training.run import Run
 from bpfree.training.state import State
 from bpfree.version import __version__
 

@@ -7,12 +7,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
+from bpfree import seeds
 from bpfree.errors import BpfreeError
 from bpfree.rule import Rule
+from bpfree.run import Run
 from bpfree.tasks.task import Task
-from bpfree.training.calibration import calibrated, calibrates
+from bpfree.training.calibration import Calibration, calibrate, calibrates
 from bpfree.training.config import TrainConfig
-from bpfree.training.run import Run
 from bpfree.training.saving import Checkpoints
 from bpfree.training.state import State, copied
 
@@ -61,7 +64,7 @@ class Selection:
         if best:
             self._take_best()
         if chooses:
-            state.calibration = calibrated(state, self._task, self._config)
+            state.calibration = _calibrated(state, self._task, self._config)
             if last is not None:
                 self._checkpoints.save_selected(copied(self._rule), state.best[0] if state.best else math.nan)
                 state.calibration.before = {}
@@ -77,3 +80,21 @@ class Selection:
             raise BpfreeError("the best epoch came before the network grew, so its weights do not fit", where="select", fix="select=last")
         self._rule.load_state_dict(weights)
         self._run.result["val/accuracy_selected" if self._by_accuracy else "val/loss_selected"] = score if self._by_accuracy else -score
+
+
+def _calibrated(state: State, task: Task, config: TrainConfig) -> Calibration:
+    """Have the rule choose with its present weights, unless it did so after the same step, before the run was interrupted.
+
+    Its buffers are set. The first of several processes chooses for all.
+    """
+    rule, world, found = state.rule, state.team.world, state.calibration
+    if found is not None and found.step == state.at.step:
+        found.put(rule)
+        return found
+    data, seed = task.validation, seeds.derive_in(config.stream, config.seed, "calibration")
+    assert data is not None
+    generator = torch.Generator(state.device).manual_seed(seed)
+    found = world.from_first(lambda: calibrate(rule, data, generator, step=state.at.step, precision=config.precision))
+    if world.size > 1:
+        world.send(rule.buffers())
+    return found

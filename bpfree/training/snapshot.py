@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bpfree.training import seeds
+from bpfree import seeds
 
 __all__ = ["Snapshot"]
 

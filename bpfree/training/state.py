@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from bpfree import seeds
 from bpfree.errors import BpfreeError
 from bpfree.rule import Rule
 from bpfree.step import Phase, Step
-from bpfree.training import environment, seeds
+from bpfree.training import environment
 from bpfree.training.alignment import Alignment
 from bpfree.training.calibration import Calibration
 from bpfree.training.config import TrainConfig

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
+from bpfree import seeds
 from bpfree.errors import BpfreeError, UsageError
-from bpfree.idle import idle_of_rule
 from bpfree.rule import Metrics, Rule
+from bpfree.run import ReadOnly, Run, new_run_id
 from bpfree.step import Batch, Phase
-from bpfree.tasks.check import check_fit
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Split, Task
-from bpfree.training import environment, seeds
+from bpfree.training import environment
 from bpfree.training.calibration import NOT_CALIBRATED, calibrates
 from bpfree.training.compiling import Compilation
 from bpfree.training.config import TrainConfig
@@ -29,14 +29,14 @@ from bpfree.training.distributed import World
 from bpfree.training.divergence import Diverged, check_losses, check_weights
 from bpfree.training.evaluation import Evaluator, check_protocols
 from bpfree.training.features import FeatureLoader
-from bpfree.training.guards import Values, check_made_to_learn, named_tensors, only_read
+from bpfree.training.guards import Values, check_fit, check_made_to_learn, named_tensors, only_read
 from bpfree.training.hook_watch import HookWatch
+from bpfree.training.idle import idle_of_rule
 from bpfree.training.limits import Limits
 from bpfree.training.norms import check_batches_of_one
 from bpfree.training.observers import Observers
 from bpfree.training.operations import kind_of
 from bpfree.training.phases import learning
-from bpfree.training.run import ReadOnly, Run, new_run_id
 from bpfree.training.saving import Checkpoints
 from bpfree.training.schedules import CLASSES, check_length, planned_steps
 from bpfree.training.selection import Selection

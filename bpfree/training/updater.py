@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from bpfree.errors import BpfreeError, unknown_name
 from bpfree.options import OptimizerConfig, ScheduleConfig, option
 from bpfree.rule import Metrics, Rule
+from bpfree.seeds import KeyedGenerators, derive
 from bpfree.step import Batch, Phase, Step
 from bpfree.training.optimizers import adopt, make_optimizer
 from bpfree.training.schedules import shape_of, torch_scheduler
-from bpfree.training.seeds import KeyedGenerators, derive
 
 __all__ = ["ClipConfig", "Updater", "accumulate", "gather", "new_step", "slices", "told_groups"]
 

@@ -7,8 +7,8 @@ import pytest
 
 from bpfree import Rule
 from bpfree.baselines import DFA, Backprop, Frozen, Linear
+from bpfree.certify.checks.check import Check
 from bpfree.certify.checks.contract import CHECKS
-from bpfree.certify.findings import Check
 
 BY_NAME = {check.id: check for check in CHECKS}
 SLOWEST = "memory-constant"

@@ -79,7 +79,7 @@ def test_add_keeps_what_only_people_can_say(workplace: Path, capsys: pytest.Capt
     [
         ({"findings": [Finding("traits", "t", "failed")]}, "failed its examination: traits"),
         ({"kind": "quick"}, "is quick, not full"),
-        ({"sources": {"bpfree": "0"}}, "is stale"),
+        ({"sources": {"bpfree contract": "0"}}, "is stale"),
         ({"rule": "dfa"}, "the certificate of 'dfa', which 'noprop' does not register"),
     ],
 )
@@ -102,6 +102,17 @@ def ours(workplace: Path) -> Path:
     shutil.copytree(registry_folder(), workplace / "registry", ignore=shutil.ignore_patterns("certificates"))
     assert call("registry", "add", "noprop", "--certificate", write(workplace / "mine.json", certificate("noprop-dt"))) == 0
     return workplace / "registry"
+
+
+def test_validate_names_a_certificate_of_another_core(ours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another hash of what is neither contract nor examiner is no fault."""
+    path = ours / "certificates/noprop-dt.json"
+    path.write_text(path.read_text().replace('"bpfree": "', '"bpfree": "x'))
+    capsys.readouterr()
+    assert call("registry", "validate", "--folder", "registry") == 0
+    assert "since the certificates of noprop-dt\n" in capsys.readouterr().out
+    assert call("registry", "validate", "--folder", "registry", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["measured_on_another_core"] == ["noprop-dt"]
 
 
 @pytest.mark.parametrize(
@@ -189,13 +200,13 @@ def test_plugins_show_what_is_certified(ours: Path, monkeypatch: pytest.MonkeyPa
     assert shown["registry_entry"] == str(ours / "plugins/noprop.toml")
     assert (shown["api"], shown["hooks"]) == (1, ["bpfree_networks", "bpfree_presets", "bpfree_rules", "bpfree_studies"])
     assert Path(shown["path"]).name == "plugin.py"
-    write(ours / "certificates/dfa.json", certificate("dfa", sources={"bpfree": "0"}))
+    write(ours / "certificates/dfa.json", certificate("dfa", sources=certificate("dfa").sources | {"bpfree contract": "0"}))
     assert call("plugins", "list") == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
     assert lines["noprop"].endswith("1 of 5")
     assert lines["core"].endswith("0 of 4 (1 stale)")
     assert call("plugins", "info", "core") == 0
-    assert "stale (bpfree changed)" in capsys.readouterr().out
+    assert "stale (bpfree contract changed)" in capsys.readouterr().out
     (ours / "certificates/dfa.json").write_text("{")
     assert call("plugins", "list") == 0  # also where a certificate cannot be read
     assert "cannot read the certificate" in capsys.readouterr().err

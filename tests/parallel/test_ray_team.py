@@ -11,7 +11,7 @@ import pytest
 
 from bpfree import BpfreeError, ray_team
 from bpfree.ray_team import Order
-from bpfree.training.run import Run
+from bpfree.run import Run
 
 ELSEWHERE = "another process of this run has ended, or cannot be reached"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,27 +12,67 @@ from made_certificates import certificate
 from bpfree import UsageError, sources
 from bpfree.certify.findings import Finding
 from bpfree.plugins import Plugins, installed_plugins
-from bpfree.registry import stale, state
+from bpfree.registry import core_changed, stale, state
 from bpfree.registry.validation import acceptable
+
+CORE = {"bpfree contract", "bpfree examiner", "bpfree"}
 
 
 def test_a_fresh_certificate_names_core_and_plugin() -> None:
     """Those that a rule's sources are in, and no other plugin."""
     made = certificate("noprop-dt")
-    assert set(made.sources) == {"bpfree", "bpfree_noprop"}
+    assert set(made.sources) == {*CORE, "bpfree_noprop"}
     assert stale(made, installed_plugins()) == []
-    assert set(certificate("dfa").sources) == {"bpfree"}
+    assert set(certificate("dfa").sources) == CORE
 
 
 @pytest.mark.parametrize(
     ("changed", "found"),
-    [({"bpfree": "0"}, ["bpfree"]), ({"bpfree_noprop": "0"}, ["bpfree_noprop"]), ({"bpfree_gone": "0"}, ["bpfree_gone"])],
+    [({name: "0"}, [name]) for name in ("bpfree contract", "bpfree examiner", "bpfree_noprop", "bpfree_gone")],
 )
 def test_a_package_with_another_hash_makes_it_stale(changed: dict[str, str], found: list[str]) -> None:
     made = certificate("noprop-dt")
     made.sources |= changed
     assert stale(made, installed_plugins()) == found
     assert state("noprop-dt", {"noprop-dt": made}, installed_plugins()) == f"stale ({found[0]} changed)"
+
+
+@pytest.mark.parametrize(
+    ("file", "parts"),
+    [
+        ("rule.py", {"bpfree contract"}),
+        ("step.py", {"bpfree contract"}),
+        ("network/trace.py", {"bpfree contract"}),
+        ("training/updater.py", {"bpfree contract"}),
+        ("baselines.py", {"bpfree contract"}),
+        ("certify/probe.py", {"bpfree examiner"}),
+        ("certify/checks/traits.py", {"bpfree examiner"}),
+        ("training/trainer.py", {"bpfree"}),
+        ("tasks/loading.py", {"bpfree"}),
+        ("certify/show.py", set()),
+        ("cli/main.py", set()),
+        ("study/cells.py", set()),
+    ],
+)
+def test_each_file_of_the_core_is_in_one_part(file: str, parts: set[str], tmp_path: Path) -> None:
+    """One line is added to a copy of the core."""
+    core = Path(shutil.copytree(Path(sources.__file__).parent, tmp_path / "bpfree"))
+    before = sources.core_parts(core)
+    (core / file).write_text((core / file).read_text() + "EDITED = True\n")
+    sources.hash_of.cache_clear()
+    after = sources.core_parts(core)
+    assert {part for part in before if before[part] != after[part]} == parts
+
+
+def test_another_change_of_the_core_fails_nothing() -> None:
+    """A certificate with another hash of the rest is good."""
+    plugins, made = installed_plugins(), certificate("dfa")
+    assert not core_changed(made, plugins)
+    made.sources["bpfree"] = "0"
+    assert core_changed(made, plugins)
+    assert stale(made, plugins) == []
+    assert state("dfa", {"dfa": made}, plugins) == "certified"
+    assert list(acceptable(made, plugins, Path("there.json"))) == []
 
 
 def test_an_edited_source_makes_it_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +88,7 @@ def test_an_edited_source_makes_it_stale(tmp_path: Path, monkeypatch: pytest.Mon
     plugins = Plugins(entry_points=()).including(bpfree_edited.Mine)
     made = certificate("dfa", rule="Mine", sources=sources.certificate_hashes(plugins, "Mine"))
     assert stale(made, plugins) == []
-    (package / "__init__.py").write_text(text + "# edited\n")
+    (package / "__init__.py").write_text(text + "EDITED = True\n")
     sources.hash_of.cache_clear()
     assert stale(made, plugins) == ["bpfree_edited"]
 
@@ -59,7 +100,7 @@ def test_networks_of_a_specimen_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         DFA, "specimen", classmethod(lambda cls, kind, depth, width: {"network.name": "noprop-mlp"} if kind == "dense" else None)
     )
-    assert set(sources.certificate_hashes(installed_plugins(), "dfa")) == {"bpfree", "bpfree_noprop"}
+    assert set(sources.certificate_hashes(installed_plugins(), "dfa")) == {*CORE, "bpfree_noprop"}
 
 
 def test_the_state_of_a_rule_s_certificate() -> None:
@@ -84,7 +125,7 @@ def test_what_a_registry_accepts() -> None:
     assert faults(kind="quick") == ["the certificate of dfa is quick, not full | bpfree certify dfa --output there.json"]
     (failed,) = faults(findings=[Finding("traits", "true", "failed")])
     assert failed.startswith("dfa failed its examination: traits")
-    (old,) = faults(sources={"bpfree": "0"})
-    assert "the sources of bpfree have changed since" in old
+    (old,) = faults(sources=certificate("dfa").sources | {"bpfree contract": "0"})
+    assert "the sources of bpfree contract have changed since" in old
     assert "bpfree certify dfa --output there.json" in old
     assert "make certify" in old

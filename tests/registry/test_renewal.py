@@ -35,21 +35,25 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_missing_stale_and_unusable_ones_are_renewed(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     place = script.REGISTRY / "certificates"
     write(place / "dfa.json", certificate("dfa"))
-    write(place / "frozen.json", certificate("frozen", sources={"bpfree": "0"}))
+    write(place / "frozen.json", certificate("frozen", sources={"bpfree contract": "0"}))
     write(place / "linear.json", certificate("linear", kind="quick"))
     write(place / "oja.json", certificate("oja")).write_text("{")
     assert script.main(["dfa", "frozen", "linear", "oja", "sanger"]) == 0
     assert sorted(script.renewed) == ["frozen", "linear", "oja", "sanger"]
-    assert "fresh" in capsys.readouterr().out
+    assert "fresh\n" in capsys.readouterr().out
     found = certificates(script.REGISTRY)
     assert sorted(found) == ["dfa", "frozen", "linear", "oja", "sanger"]
     assert not any(stale(made, installed_plugins()) for made in found.values())
     assert problems(script.REGISTRY, installed_plugins()) == []  # index and tables were renewed too
 
 
-def test_all_renews_also_fresh_ones(script: ModuleType) -> None:
+def test_all_renews_also_fresh_ones(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     write(script.REGISTRY / "certificates/dfa.json", certificate("dfa"))
     assert script.main(["dfa"]) == 0
+    made = certificate("dfa")
+    write(script.REGISTRY / "certificates/dfa.json", certificate("dfa", sources=made.sources | {"bpfree": "0"}))
+    assert script.main(["dfa"]) == 0  # a change beside contract and examiner is only said
+    assert "fresh; the core has changed" in capsys.readouterr().out
     assert script.renewed == []
     assert script.main(["--all", "dfa"]) == 0
     assert script.renewed == ["dfa"]

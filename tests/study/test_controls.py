@@ -64,7 +64,7 @@ def accuracies(correct: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int
 def reported(made: Plan, state: CellStore) -> tuple[Report, dict[tuple[str, str, str], Comparison]]:
     lines = [dataclasses.replace(row, records=[state.seen(cell.key.id) for cell in row.cells]) for row in made.rows]
     report = report_on(made, lines, ["study", "run", "table.yaml"])
-    return report, {(each.column, each.row, each.control): each for each in comparisons(made, report.lines)}
+    return report, {(each.column, each.row, each.control): each for each in comparisons(made, report.rows)}
 
 
 def section(report: Report) -> list[list[str]]:

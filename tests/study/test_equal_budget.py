@@ -99,8 +99,7 @@ def test_twins_are_tuned_with_the_trials_of_their_rows(workplace: Path) -> None:
 
 
 def status_of(worklist: Worklist) -> str:
-    keys = [cell.key for cell in worklist.cells()]
-    return status_table(worklist.store, keys, worklist.count() - len(keys), worklist.waits_for())[1]
+    return status_table(lambda: worklist, worklist.store.folder_of_all, words=[])[1]
 
 
 def test_a_row_without_a_result_has_no_twin_until_it_has_one(workplace: Path) -> None:

@@ -13,8 +13,7 @@ from bpfree import UsageError
 from bpfree.plugins import installed_plugins
 from bpfree.study import cells
 from bpfree.study.file import read_study
-from bpfree.study.model import Study
-from bpfree.study.space import Choices, Interval
+from bpfree.study.model import Choices, Range, Study
 
 
 def read(text: str) -> Study:
@@ -121,7 +120,7 @@ def test_a_row_changes_what_is_tuned(workplace: Path) -> None:
         "  - {rule: frozen, tune: {optimizer.lr: null, batch_size: [16, 32]}}\n"
         "tune: {trials: 4, seeds: 2, space: {optimizer.lr: {low: 1e-4, high: 0.1, log: true}}}\n"
     )
-    rate = Interval(1e-4, 0.1, log=True)
+    rate = Range(1e-4, 0.1, log=True)
     assert [dict(row.space) for row in study.rows] == [{"optimizer.lr": rate}, {}, {"batch_size": Choices([16, 32])}]
     assert study.tune is not None
     assert (study.tune.trials, study.tune.search, list(study.tune.seeds)) == (4, "quasi-random", [1000, 1001])

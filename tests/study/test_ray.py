@@ -124,9 +124,10 @@ def test_a_cluster_of_two_workers_one_of_which_is_killed_loses_nothing(site: Pat
 def test_results_come_back_from_machines_that_do_not_share_the_folder(site: Path) -> None:
     """What a worker returns is noted where the study is run, if it is not there already."""
     from bpfree.study import cells
-    from bpfree.study.engine import Jobs, execute
+    from bpfree.study.command import Jobs, execute
     from bpfree.study.executors import Ended, InProcess
     from bpfree.study.file import read_study
+    from bpfree.study.store import CellStore
     from bpfree.study.worker import Job
     from bpfree.study.worklist import Worklist
 
@@ -134,7 +135,7 @@ def test_results_come_back_from_machines_that_do_not_share_the_folder(site: Path
         def start(self, job: Job) -> None:
             from dataclasses import replace
 
-            super().start(replace(job, output="another-machine/runs"))
+            super().start(replace(job, store=CellStore(Path("another-machine/runs"), job.store.study)))
 
         def wait(self) -> list[Ended]:
             return super().wait()
@@ -148,7 +149,7 @@ def test_results_come_back_from_machines_that_do_not_share_the_folder(site: Path
     Path("watched.yaml").write_text(STUDY.replace("[watched, dfa]", "[dfa]").replace("epochs: 4", "epochs: 1, tracking.enabled: false"))
     plan = cells.plan(read_study(Path("watched.yaml")))
     worklist = Worklist(plan)
-    execute(worklist, Jobs(worklist), Elsewhere(lambda text: None), Silent())
+    execute(worklist, Jobs(worklist), Elsewhere(), Silent())
     assert {outcome["status"] for outcome in outcomes()} == {"finished"}
     assert all(outcome["history"] for outcome in outcomes())
     assert worklist.complete()

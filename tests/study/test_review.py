@@ -21,6 +21,7 @@ from bpfree.baselines import DFA
 from bpfree.config import parse_words
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.plugins import installed_plugins
+from bpfree.run import Run
 from bpfree.study import cells, command, concurrency
 from bpfree.study.comparing import comparison
 from bpfree.study.executors import InProcess, Pool
@@ -29,7 +30,6 @@ from bpfree.study.report.view import timed
 from bpfree.study.store import CellKey, CellRecord, CellStore
 from bpfree.study.worker import CellObserver, Job, TaskCache, Worker
 from bpfree.study.worklist import Worklist
-from bpfree.training.run import Run
 
 COMMON = (
     "title: T\nsettings: {task: digits, device: cpu, tracking.enabled: false, network.width: 16, budget.epochs: 1}\nseeds: 2\n"

@@ -65,7 +65,7 @@ def test_trials_choose_by_validation_and_the_final_seeds_are_trained_afresh(work
 
 
 def test_quasi_random_points_are_optunas_and_the_same_in_each_process(workplace: Path) -> None:
-    from bpfree.training.seeds import derive
+    from bpfree.seeds import derive
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     points = [cell.recipe.flat()["optimizer.lr"] for cell in worklist_of(TUNED).ready() if cell.key.trial]

@@ -79,7 +79,7 @@ def judged(
     floors = Floors(made, CellStore(made.output, made.study.name).folder)
     for line in lines:
         floors.write(floors.id_of(line.cells[0]), record or floor_record())
-    return {each.line.written.label: each for each in verdicts(made, lines, floors, "test/accuracy")}
+    return {each.row.written.label: each for each in verdicts(made, lines, floors, "test/accuracy")}
 
 
 def finished(cell: Cell, result: dict[str, float]) -> CellRecord:
@@ -267,7 +267,7 @@ def test_the_report_has_numbers_and_verdicts(tmp_path: Path) -> None:
     assert [cells[-1] for cells in words.table] == ["above its floor", "above its floor"]
     assert "nearest class mean of the inputs 90.25 %" in numbers.legend
     assert "5 % over the comparisons of each kind (features: 1, as delivered: 2; Holm)" in words.legend
-    found = {each.line.written.label: each for each in verdicts(made, lines, floors, "test/accuracy")}
+    found = {each.row.written.label: each for each in verdicts(made, lines, floors, "test/accuracy")}
     sizes = [each.detectable or math.nan for label in ("dfa", "bp") if (each := found[label].delivered) is not None]
     assert f"as delivered {min(sizes):.2f}" in words.legend
     assert "Seeds for 1 point: features " in words.legend

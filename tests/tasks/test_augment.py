@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from scipy import stats
 
 from bpfree.plugins import installed_plugins
+from bpfree.seeds import derive
 from bpfree.tasks.augment import CROP, FLIP, Augmentation, Draws
-from bpfree.training.seeds import derive
 
 MASK = 2**64 - 1
 

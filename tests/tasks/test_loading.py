@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from bpfree import Batch, BpfreeError, Split, TaskSpec, UsageError
+from bpfree.seeds import derive
 from bpfree.tasks import loading
 from bpfree.tasks.augment import CROP, FLIP, Augmentation, Draws
 from bpfree.tasks.loading import Loader, Resident
-from bpfree.training.seeds import derive
 
 SPEC = TaskSpec("toy", (3, 12, 10), 7, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
+from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.mlflow_tracker import MLflowTracker
-from bpfree.training.run import Run
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.events import SPOOL_NAME
 from bpfree.tracking.mlflow_tracker import MLflowTracker
-from bpfree.training.run import Run
+from bpfree.tracking.store import file_lock
 
 
 def finish(run, tracker, status="finished", **result):
@@ -271,6 +272,21 @@ def test_processes_that_meet_a_new_database(tmp_path, monkeypatch):
     assert all(len(client.get_metric_history(run.info.run_id, "loss")) == 5 for run in runs)
 
 
+def test_a_lock_is_waited_for_and_released_by_a_kill(tmp_path):
+    """Oracle: a process that holds the lock and is killed without a chance to release it."""
+    code = (
+        f"from pathlib import Path; from bpfree.tracking.store import *\nwith file_lock(Path({str(tmp_path)!r}) / 'lock'): print(); input()"
+    )
+    with subprocess.Popen([sys.executable, "-uc", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"\n"
+        with pytest.raises(TimeoutError), file_lock(tmp_path / "lock", timeout=0.1):
+            pass
+        holder.kill()
+        holder.wait()
+        with file_lock(tmp_path / "lock", timeout=10):
+            pass
+
+
 def test_import_is_cheap_and_telemetry_is_off(tmp_path):
     """A process of its own, outside of a test's environment: nothing heavy until a run starts; then no telemetry client."""
     code = f"""
@@ -279,7 +295,7 @@ def test_import_is_cheap_and_telemetry_is_off(tmp_path):
         from bpfree.tracking import config, journal, mlflow_tracker, plots, progress, system
         heavy = [name for name in ("mlflow", "torch", "torchvision", "matplotlib", "rich") if name in sys.modules]
         assert not heavy, heavy
-        from bpfree.training.run import Run
+        from bpfree.run import Run
         tracker = mlflow_tracker.MLflowTracker(config.TrackingConfig(uri="sqlite:///{tmp_path}/x/mlflow.db"), Path("{tmp_path}/runs"))
         tracker.config.required = True
         run = Run("id", "name")

@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bpfree.certify.checks.check import Check
 from bpfree.certify.checks.guard import guarded
 from bpfree.certify.checks.places import is_inside, place_now, place_of
-from bpfree.certify.findings import Check, CheckFailed
+from bpfree.certify.findings import CheckFailed
 from bpfree.certify.loop import Loop, numbered
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Specimen, batches

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from bpfree import yaml_values
 from bpfree.certify import practice
 from bpfree.certify.checks import conduct
+from bpfree.certify.checks.check import Check
 from bpfree.certify.checks.guard import guarded
 from bpfree.certify.checks.networks import CATALOGUE, Offer
 from bpfree.certify.checks.places import place_of, place_of_error
-from bpfree.certify.findings import Check, CheckFailed, Unmeasured
+from bpfree.certify.findings import CheckFailed, Unmeasured
 from bpfree.certify.loop import Loop, predict, small_rule
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Specimen, Subject, batches, examples
@@ -24,11 +25,11 @@ from bpfree.config import resolve
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.options import OptimizerConfig
 from bpfree.rule import Card, Rule
+from bpfree.run import Run
+from bpfree.seeds import seeded
 from bpfree.step import Batch
 from bpfree.tasks.task import Task, TaskSpec
 from bpfree.training.environment import autocast
-from bpfree.training.run import Run
-from bpfree.training.seeds import seeded
 
 __all__ = ["CHECKS"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bpfree.training.seeds import derive
+from bpfree.seeds import derive
 
 __all__ = ["FrozenNoise"]
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from bpfree.certify import practice
+from bpfree.certify.checks.check import Check
 from bpfree.certify.checks.frozen_noise import FrozenNoise
 from bpfree.certify.checks.guard import guarded
 from bpfree.certify.checks.places import place_of
-from bpfree.certify.findings import Check, CheckFailed
+from bpfree.certify.findings import CheckFailed
 from bpfree.certify.loop import predict, small_rule, trained
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Specimen, batches

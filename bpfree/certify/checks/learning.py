@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from bpfree.certify.findings import Check, CheckFailed, NotApplicable, NotShown
+from bpfree.certify.checks.check import Check
+from bpfree.certify.findings import CheckFailed, NotApplicable, NotShown
 from bpfree.certify.lesson import NOT_SHOWN, SEEDS, Lesson
 from bpfree.certify.measurements import Measurements
 

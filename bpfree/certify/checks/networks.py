@@ -12,7 +12,7 @@ from bpfree.certify.subject import Specimen, batches
 from bpfree.network.builders import MLPConfig, VGGConfig, mlp, vgg
 from bpfree.network.network import Network
 from bpfree.step import Batch
-from bpfree.tasks.task import TargetKind, TaskSpec
+from bpfree.tasks.spec import TargetKind, TaskSpec
 
 __all__ = ["CATALOGUE", "Offer"]
 

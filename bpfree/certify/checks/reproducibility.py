@@ -11,20 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from bpfree.certify import practice
+from bpfree.certify.checks.check import Check
 from bpfree.certify.checks.draws import changed, first_draw, states
 from bpfree.certify.checks.guard import guarded
 from bpfree.certify.checks.places import place_of
-from bpfree.certify.findings import Check, CheckFailed, NotApplicable, Unmeasured
+from bpfree.certify.findings import CheckFailed, NotApplicable, Unmeasured
 from bpfree.certify.loop import Loop, predict, small_rule, trained
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Specimen, batches
 from bpfree.hooks import hookimpl
 from bpfree.network.network import evaluating
 from bpfree.rule import Rule
+from bpfree.run import Run
+from bpfree.seeds import seeded
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import Task
-from bpfree.training.run import Run
-from bpfree.training.seeds import seeded
 from bpfree.training.trainer import Interrupted, Trainer
 
 __all__ = ["CHECKS"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from bpfree.certify.findings import Check, CheckFailed, Unmeasured
+from bpfree.certify.checks.check import Check
+from bpfree.certify.findings import CheckFailed, Unmeasured
 from bpfree.certify.interventions import Matrix, name_of_dependence
 from bpfree.certify.measurements import DEPENDENCES, SPECIMENS, Measurements
 from bpfree.certify.probe import Probe

@@ -37,13 +37,13 @@ def blocks(view: View) -> Iterator[Section]:
 # --- accuracy -----------------------------------------------------------------------------------------------------------
 
 
-def block_names(line: TableRow) -> list[str]:
+def block_names(row: TableRow) -> list[str]:
     """Blocks with a validation accuracy of their own, in the order of the network.
 
     Names of blocks end in a number (``b1``, ``t10``); other predictions (``mean``, ``sampled``) and protocols are none.
     """
-    protocols = {result_key(name) for name in line.cells[0].recipe.settings.evaluation.protocols}
-    keys = {key: None for record in line.finished for metrics in record.history[-1:] for key in metrics}
+    protocols = {result_key(name) for name in row.cells[0].recipe.settings.evaluation.protocols}
+    keys = {key: None for record in row.finished for metrics in record.history[-1:] for key in metrics}
     names = [parts[1] for key in keys if len(parts := key.split("/")) == 3 and parts[0] == "val" and parts[2] == "accuracy"]
     return sorted((name for name in names if name not in protocols and re.search(r"\d$", name)), key=_natural)
 
@@ -54,8 +54,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _accuracies(view: View, column: str) -> Iterator[Part]:
-    drawn = [(line, names) for line in view.of(column) if (names := block_names(line))]
-    series = [_accuracy(view, line, names) for line, names in drawn]
+    drawn = [(row, names) for row in view.of(column) if (names := block_names(row))]
+    series = [_accuracy(view, row, names) for row, names in drawn]
     if not series:
         return
     x = linear([1, max(len(names) for _, names in drawn)], "block, from the input", pad=0.04)
@@ -63,21 +63,21 @@ def _accuracies(view: View, column: str) -> Iterator[Part]:
     heights = [value for one in series for point in one.points for value in (point.y_range or (point.y,))]
     made = panel("validation accuracy of single blocks, %", x, linear(heights, "validation accuracy, %", bounds=(0, 100)), series)
     caption = "Accuracy of each block's own prediction after the last epoch; mean over seeds, bars from the least to the greatest."
-    yield Figure([made], caption, legend((view.style(line), view.label(line)) for line, _ in drawn))
+    yield Figure([made], caption, legend((view.style(row), view.label(row)) for row, _ in drawn))
 
 
-def _accuracy(view: View, line: TableRow, names: Sequence[str]) -> Series:
+def _accuracy(view: View, row: TableRow, names: Sequence[str]) -> Series:
     points = []
     for place, name in enumerate(names, start=1):
         values = [
             100 * record.history[-1][f"val/{name}/accuracy"]
-            for record in line.finished
+            for record in row.finished
             if record.history and f"val/{name}/accuracy" in record.history[-1]
         ]
         mean = statistics.fmean(values)
         bars = (min(values), max(values)) if len(values) > 1 else None
-        points.append(Point(place, mean, f"{view.label(line)}, {name}: {mean:.2f}", y_range=bars))
-    return Series(view.style(line), view.label(line), [(point.x, point.y) for point in points], points=points)
+        points.append(Point(place, mean, f"{view.label(row)}, {name}: {mean:.2f}", y_range=bars))
+    return Series(view.style(row), view.label(row), [(point.x, point.y) for point in points], points=points)
 
 
 # --- alignment ----------------------------------------------------------------------------------------------------------
@@ -85,12 +85,12 @@ def _accuracy(view: View, line: TableRow, names: Sequence[str]) -> Series:
 
 def _alignments(view: View, column: str) -> Iterator[Part]:
     panels, kinds = [], set()
-    for line in view.of(column):
+    for row in view.of(column):
         for kind in COSINES:
-            series = _cosines(line, kind)
+            series = _cosines(row, kind)
             if series:
                 kinds.add(kind)
-                panels.append(_aligned(view, line, kind, series))
+                panels.append(_aligned(view, row, kind, series))
                 break
     if panels:
         told = " or ".join(f"of {COSINES[kind]}" for kind in COSINES if kind in kinds)
@@ -101,21 +101,21 @@ def _alignments(view: View, column: str) -> Iterator[Part]:
         yield Figure(panels, "", "")
 
 
-def _aligned(view: View, line: TableRow, kind: str, series: Sequence[Series]) -> str:
+def _aligned(view: View, row: TableRow, kind: str, series: Sequence[Series]) -> str:
     values = [y for one in series for _, y in one.line]
     epochs = [x for one in series for x, _ in one.line]
     y = linear([0.0, 1.0, *values], "cosine", bounds=(-1, 1), pad=0.02)
-    title = f"{view.label(line)}: cosine with the gradient" + ("" if kind == "cosine" else " of its objective")
+    title = f"{view.label(row)}: cosine with the gradient" + ("" if kind == "cosine" else " of its objective")
     return panel(title, linear(epochs, "epochs", pad=0.02), y, series)
 
 
-def _cosines(line: TableRow, kind: str) -> list[Series]:
+def _cosines(row: TableRow, kind: str) -> list[Series]:
     """A curve for each block that has any."""
     pattern = re.compile(rf"alignment/(.+)/{kind}")
-    keys = {key: None for record in line.finished for metrics in record.history for key in metrics if pattern.fullmatch(key)}
+    keys = {key: None for record in row.finished for metrics in record.history for key in metrics if pattern.fullmatch(key)}
     series = []
     for place, key in enumerate(keys):
-        curves = [[(m["epoch"], m[key]) for m in record.history if key in m and "epoch" in m] for record in line.finished]
+        curves = [[(m["epoch"], m[key]) for m in record.history if key in m and "epoch" in m] for record in row.finished]
         together = zip(*(curve for curve in curves if curve), strict=False)
         mean = [(statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points)) for points in together]
         share = place / (len(keys) - 1) if len(keys) > 1 else 1.0

@@ -29,7 +29,7 @@ def learning_curves(view: View) -> Iterator[Section]:
     if not figures:
         return
     parts: list[Part] = []
-    if untimed(view.lines):
+    if untimed(view.rows):
         parts.append(Text(NOT_TIMED, "note"))
     if not view.labelled:
         yield Section("Learning curves", [figures[0][1], *parts])
@@ -40,8 +40,8 @@ def learning_curves(view: View) -> Iterator[Section]:
 
 
 def _figure(view: View, column: str) -> Figure | None:
-    lines = view.of(column)
-    metric = view.validation(lines)
+    rows = view.of(column)
+    metric = view.validation(rows)
     if not metric:
         return None
     factor = 100 if metric.endswith("accuracy") else 1
@@ -49,23 +49,23 @@ def _figure(view: View, column: str) -> Figure | None:
     target = view.plan.study.targets.get(column)
     panels = []
     for key, label in AGAINST:
-        curves = {number: curve for number, line in enumerate(lines) if (curve := _curve(_chosen(line, key), key, metric, factor))}
+        curves = {number: curve for number, row in enumerate(rows) if (curve := _curve(_chosen(row, key), key, metric, factor))}
         if not curves:
             continue
         x = _x_axis(key, label, curves.values())
         y = _y_axis(name, [value for curve in curves.values() for point in curve for value in point[2:]], percents=factor == 100)
-        series = [_series(view, lines[number], curve) for number, curve in curves.items()]
+        series = [_series(view, rows[number], curve) for number, curve in curves.items()]
         rules = [(target, "target")] if target is not None and y.low <= target <= y.high else []
         panels.append(panel(f"{name}, over {label}", x, y, series, rules=rules))
     if not panels:
         return None
-    drawn = [(view.style(line), view.label(line)) for line in lines if any(_chosen(line, key) for key, _ in AGAINST)]
+    drawn = [(view.style(row), view.label(row)) for row in rows if any(_chosen(row, key) for key, _ in AGAINST)]
     caption = "Mean over seeds; the band goes from the least to the greatest of them, up to the last epoch that all of them reached."
     return Figure(panels, caption, legend(drawn))
 
 
-def _chosen(line: TableRow, key: str) -> list[CellRecord]:
-    return timed(line) if key == "seconds" else line.finished
+def _chosen(row: TableRow, key: str) -> list[CellRecord]:
+    return timed(row) if key == "seconds" else row.finished
 
 
 def _curve(records: Sequence[CellRecord], key: str, metric: str, factor: float) -> Curve:
@@ -97,9 +97,9 @@ def _y_axis(name: str, values: Sequence[float], *, percents: bool) -> Axis:
     return linear(values, name, bounds=(0, 100) if percents else (-math.inf, math.inf))
 
 
-def _series(view: View, line: TableRow, curve: Curve) -> Series:
-    band = [(x, low, high) for x, _, low, high in curve] if len(line.finished) > 1 else []
-    return Series(view.style(line), view.label(line), [(x, y) for x, y, _, _ in curve], band)
+def _series(view: View, row: TableRow, curve: Curve) -> Series:
+    band = [(x, low, high) for x, _, low, high in curve] if len(row.finished) > 1 else []
+    return Series(view.style(row), view.label(row), [(x, y) for x, y, _, _ in curve], band)
 
 
 # --- accuracy against costs ---------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def costs(view: View) -> Iterator[Section]:
     figures = [(column, figure) for column in view.columns if (figure := _scatter(view, column)) is not None]
     if not figures:
         return
-    parts: list[Part] = [Text(NOT_TIMED, "note")] if untimed(view.lines) else []
+    parts: list[Part] = [Text(NOT_TIMED, "note")] if untimed(view.rows) else []
     if not view.labelled:
         yield Section("Score against cost", [figures[0][1], *parts])
         return
@@ -126,13 +126,13 @@ def costs(view: View) -> Iterator[Section]:
 
 
 def _scatter(view: View, column: str) -> Figure | None:
-    lines = [line for line in view.of(column) if (mean := view.mean(line)) is not None and math.isfinite(mean)]
-    if len(lines) < 2:
+    rows = [row for row in view.of(column) if (mean := view.mean(row)) is not None and math.isfinite(mean)]
+    if len(rows) < 2:
         return None
     panels = []
     beyond: dict[int, str] = {}
     for key, label in COSTS:
-        found = [(line, point) for line in lines if (point := _point(view, line, key, label)) is not None]
+        found = [(row, point) for row in rows if (point := _point(view, row, key, label)) is not None]
         if len(found) < 2:
             continue
         x = logarithmic([value for _, point in found for value in (point.x_range or (point.x,))], f"{label} (logarithmic)")
@@ -140,24 +140,24 @@ def _scatter(view: View, column: str) -> Figure | None:
         kept = near_the_best(heights, [point.y for _, point in found], greater=view.greater)
         y = linear(kept, view.metric_name, bounds=(0, 100) if percent(view.metric) else (-math.inf, math.inf))
         beyond |= {
-            view.style(line): f"{view.label(line)} ({point.y:.{view.digits}f})" for line, point in found if not y.low <= point.y <= y.high
+            view.style(row): f"{view.label(row)} ({point.y:.{view.digits}f})" for row, point in found if not y.low <= point.y <= y.high
         }
-        series = [Series(view.style(line), view.label(line), points=[point]) for line, point in found]
+        series = [Series(view.style(row), view.label(row), points=[point]) for row, point in found]
         panels.append(panel(f"{view.metric_name}, over {label.split(' (')[0].split(',')[0]}", x, y, series))
     if not panels:
         return None
     caption = "A point for each row: means over seeds; bars: 95 % interval of the score, least to greatest cost."
     caption += f" Drawn at the edge, as they lie beyond it: {', '.join(beyond.values())}." if beyond else ""
-    return Figure(panels, caption, legend((view.style(line), view.label(line)) for line in lines))
+    return Figure(panels, caption, legend((view.style(row), view.label(row)) for row in rows))
 
 
-def _point(view: View, line: TableRow, key: str, label: str) -> Point | None:
-    records = timed(line) if key == "train/seconds" else line.finished
+def _point(view: View, row: TableRow, key: str, label: str) -> Point | None:
+    records = timed(row) if key == "train/seconds" else row.finished
     values = [record.result[key] for record in records if record.result.get(key, 0) > 0]
-    scores = view.scores(line)
+    scores = view.scores(row)
     if not values:
         return None
     x, y = statistics.fmean(values), statistics.fmean(scores)
-    known = view.interval(line)
-    title = f"{view.label(line)}: {y:.{view.digits}f} at {x:,.4g} {label.split(' (')[0]}"
+    known = view.interval(row)
+    title = f"{view.label(row)}: {y:.{view.digits}f} at {x:,.4g} {label.split(' (')[0]}"
     return Point(x, y, title, (min(values), max(values)) if len(values) > 1 else None, (known.low, known.high) if known else None)

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
-from bpfree.study.controls import Section, difference_texts, error_legend
+from bpfree.study.controls import ComparisonTable, difference_texts, error_legend
 from bpfree.study.differences import Difference
 from bpfree.study.examples import Scores
 from bpfree.study.floors import FloorRecord, Floors, has_floor
@@ -14,12 +14,12 @@ from bpfree.study.report.view import View, compact
 from bpfree.study.rows import percent
 from bpfree.study.verdicts import Verdict, verdicts
 
-__all__ = ["floor_finding", "floor_remarks", "floor_sections"]
+__all__ = ["floor_finding", "floor_remarks", "floor_tables"]
 
 
-def floor_sections(view: View, floors: Floors) -> list[Section]:
+def floor_tables(view: View, floors: Floors) -> list[ComparisonTable]:
     """Make the tables of numbers and of verdicts; none as long as no floor was measured."""
-    found = verdicts(view.plan, view.lines, floors, view.metric)
+    found = verdicts(view.plan, view.rows, floors, view.metric)
     if not found:
         return []
     judged = [each for each in found if each.text]
@@ -27,7 +27,7 @@ def floor_sections(view: View, floors: Floors) -> list[Section]:
 
 
 def _labels(view: View, each: Verdict) -> list[str]:
-    return [view.label(each.line), *([each.line.column] if view.labelled else [])]
+    return [view.label(each.row), *([each.row.column] if view.labelled else [])]
 
 
 def _headers(view: View) -> list[str]:
@@ -37,7 +37,7 @@ def _headers(view: View) -> list[str]:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _numbers(view: View, found: Sequence[Verdict]) -> Section:
+def _numbers(view: View, found: Sequence[Verdict]) -> ComparisonTable:
     name = view.metric_name.split(",")[0]
     labels = _headers(view)
     headers = [f"own {name}", "probed", "readout loses", "floor", "share of gap %", "operations to floor"]
@@ -46,7 +46,7 @@ def _numbers(view: View, found: Sequence[Verdict]) -> Section:
     names = [*labels, *headers, "of"]
     shown = [[row[place] for place in kept] for row in table]
     numeric = range(len(labels), len(kept) - 1)
-    return Section([names[place] for place in kept], shown, numeric, _numbers_legend(view, found), "Beside the floor")
+    return ComparisonTable([names[place] for place in kept], shown, numeric, _numbers_legend(view, found), "Beside the floor")
 
 
 def _row(view: View, each: Verdict) -> list[str]:
@@ -102,7 +102,7 @@ def _numbers_legend(view: View, found: Sequence[Verdict]) -> str:
 def _chance(view: View, found: Sequence[Verdict]) -> Iterator[str]:
     """Chance and the nearest class mean, per column."""
     for column in view.columns:
-        record = next((each.floor.record for each in found if each.line.column == column and each.floor.record.chance is not None), None)
+        record = next((each.floor.record for each in found if each.row.column == column and each.floor.record.chance is not None), None)
         if record is None or record.chance is None:
             continue
         where = f"{column}: chance" if column else "Chance"
@@ -113,7 +113,7 @@ def _chance(view: View, found: Sequence[Verdict]) -> Iterator[str]:
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def _verdicts(view: View, judged: Sequence[Verdict]) -> Section:
+def _verdicts(view: View, judged: Sequence[Verdict]) -> ComparisonTable:
     kinds = ("features", "as delivered", "at equal budget")
     columns = {kind: found for kind in kinds if any(found := _all(judged, kind))}
     labels = _headers(view)
@@ -122,7 +122,7 @@ def _verdicts(view: View, judged: Sequence[Verdict]) -> Section:
         for place, each in enumerate(judged)
     ]
     numeric = range(len(labels), len(labels) + len(columns))
-    return Section([*labels, *columns, "verdict"], table, numeric, _verdicts_legend(view, judged, columns), "Verdicts")
+    return ComparisonTable([*labels, *columns, "verdict"], table, numeric, _verdicts_legend(view, judged, columns), "Verdicts")
 
 
 def _all(judged: Sequence[Verdict], kind: str) -> list[Difference | None]:
@@ -144,7 +144,7 @@ def _verdicts_legend(view: View, judged: Sequence[Verdict], columns: Mapping[str
             "At equal budget: own less the own-prediction twin (everything but the readout recipe fixed), with the same trials and as many "
             "operations. "
         )
-    tuned = any(each.line.tuned is not None and each.line.tuned.keys for each in judged)
+    tuned = any(each.row.tuned is not None and each.row.tuned.keys for each in judged)
     found = {kind: [each for each in columns[kind] if each is not None] for kind in columns}
     family = f"over the comparisons of each kind ({', '.join(f'{kind}: {len(each)}' for kind, each in found.items())}; Holm)"
     legend = error_legend([each for of_kind in found.values() for each in of_kind], conditional=tuned, family=family)
@@ -169,7 +169,7 @@ def _range(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}"
 
 
-def floor_finding(found: Sequence[Section]) -> str:
+def floor_finding(found: Sequence[ComparisonTable]) -> str:
     """Say in a sentence which rows are above their floors; the empty string without verdicts."""
     verdicts = next((section for section in found if section.title == "Verdicts"), None)
     if verdicts is None:
@@ -183,10 +183,10 @@ def floor_finding(found: Sequence[Section]) -> str:
 
 def floor_remarks(view: View, floors: Floors) -> Iterator[str]:
     """Say what is missing: a floor that was not measured, or a gradient that was left."""
-    missing = [line.label for line in view.lines if line.finished and has_floor(line.cells[0]) and floors.of(line, view.lines) is None]
+    missing = [row.label for row in view.rows if row.finished and has_floor(row.cells[0]) and floors.of(row, view.rows) is None]
     if missing:
         yield f"The floor was not measured for {', '.join(missing)}."
-    records: dict[int, FloorRecord] = {id(known): known for line in view.lines if (known := floors.of(line, view.lines)) is not None}
+    records: dict[int, FloorRecord] = {id(known): known for row in view.rows if (known := floors.of(row, view.rows)) is not None}
     for record in records.values():
         if record.gradient > 1.001e-4 and not record.real:
             yield f"A readout of the floor of {record.network} is left with a gradient of {record.gradient:.1e}, more than 1e-4."

@@ -34,20 +34,20 @@ def leaderboards(view: View) -> Iterator[Section]:
 
 
 def _of_column(view: View, column: str) -> list[Part]:
-    lines = view.ranked(column)
-    parts: list[Part] = [_scores(view, column, lines)]
-    if any(line.finished for line in lines):
-        parts.append(_costs(view, column, lines))
-        if untimed(lines):
+    rows = view.ranked(column)
+    parts: list[Part] = [_scores(view, column, rows)]
+    if any(row.finished for row in rows):
+        parts.append(_costs(view, column, rows))
+        if untimed(rows):
             parts.append(Text(f"* Not comparable, of one cell or more: {WAITED}. Run on a quiet machine with --jobs 1.", "note"))
     return parts
 
 
 def _legend(view: View) -> str:
-    kind = "bootstrap (percentile)" if all(len(view.scores(line)) >= FEW for line in view.lines if line.finished) else "Student's t"
-    mixed = kind != "bootstrap (percentile)" and any(len(view.scores(line)) >= FEW for line in view.lines)
+    kind = "bootstrap (percentile)" if all(len(view.scores(row)) >= FEW for row in view.rows if row.finished) else "Student's t"
+    mixed = kind != "bootstrap (percentile)" and any(len(view.scores(row)) >= FEW for row in view.rows)
     how = "Student's t below ten seeds, bootstrap from ten on" if mixed else kind
-    if any(view.over_examples(line) for line in view.lines):
+    if any(view.over_examples(row) for row in view.rows):
         how = "Student's t, over seeds and over new examples of the test split's kind"
     parts = [
         f"Sorted by the mean {view.metric_name.split(',')[0]} over seeds, best first. 95 % interval of the mean: {how}; none from one "
@@ -56,12 +56,12 @@ def _legend(view: View) -> str:
     ]
     if view.plan.study.publishes("test"):
         parts.append("The diamond is the published number; difference: our mean minus it.")
-    if any(best_alternative(line) for line in view.lines):
+    if any(best_alternative(row) for row in view.rows):
         parts.append(
             "Best other prediction: of a single block, the mean of blocks, another inference; chosen by the validation accuracy of the "
             "last epoch."
         )
-    if any(_draws(line) for line in view.lines):
+    if any(_draws(row) for row in view.rows):
         parts.append(
             "Over draws: for stochastic predictors, mean and standard error over all seeds and inference draws, as papers report it; "
             "draws of one seed share their weights, so that this error is smaller than one over seeds."
@@ -79,56 +79,56 @@ def _legend(view: View) -> str:
 # --- scores -------------------------------------------------------------------------------------------------------------
 
 
-def _scores(view: View, column: str, lines: Sequence[TableRow]) -> Table:
-    strips = {line.written.label: _strip(view, line) for line in lines if view.scores(line)}
+def _scores(view: View, column: str, rows: Sequence[TableRow]) -> Table:
+    strips = {row.written.label: _strip(view, row) for row in rows if view.scores(row)}
     axis = shared_axis(list(strips.values()), greater=view.greater)
-    publishes = any(line.published(view.metric) for line in lines)
-    others, draws = any(map(best_alternative, lines)), any(map(_draws, lines))
+    publishes = any(row.published(view.metric) for row in rows)
+    others, draws = any(map(best_alternative, rows)), any(map(_draws, rows))
     headers: list[str | Picture] = ["row", "rank", view.metric_name, "95 % interval"]
     headers += [Picture(strip_axis(axis))] if strips else []
     headers += ["n", *(["published", "difference"] if publishes else [])]
     headers += [*(["over draws"] if draws else []), *(["best other prediction"] if others else [])]
-    rows: list[list[str | Picture]] = []
-    for place, line in enumerate(lines, start=1):
-        mean = view.mean(line)
+    texts: list[list[str | Picture]] = []
+    for place, row in enumerate(rows, start=1):
+        mean = view.mean(row)
         ranked = mean is not None and math.isfinite(mean)
-        known = view.interval(line)
-        cells: list[str | Picture] = [view.label(line), f"{place}" if ranked else ""]
-        cells.append(f"{mean:.{view.digits}f}" if mean is not None else "" if line.finished else line.status_text())
+        known = view.interval(row)
+        cells: list[str | Picture] = [view.label(row), f"{place}" if ranked else ""]
+        cells.append(f"{mean:.{view.digits}f}" if mean is not None else "" if row.finished else row.status_text())
         cells.append(f"{known.low:.{view.digits}f} to {known.high:.{view.digits}f}" if known else "")
         if strips:
-            cells.append(Picture(strip(strips[line.written.label], axis)) if line.written.label in strips else "")
-        cells.append(counted(line))
-        cells += _published(view, line) if publishes else []
-        cells += [_draws(line)] if draws else []
-        cells += [best_alternative(line)] if others else []
-        rows.append(cells)
+            cells.append(Picture(strip(strips[row.written.label], axis)) if row.written.label in strips else "")
+        cells.append(counted(row))
+        cells += _published(view, row) if publishes else []
+        cells += [_draws(row)] if draws else []
+        cells += [best_alternative(row)] if others else []
+        texts.append(cells)
     words = [place for place, header in enumerate(headers) if isinstance(header, Picture) or header in WORDS]
-    return Table(headers, rows, words, f"Leaderboard {column}".strip(), [view.style(line) for line in lines])
+    return Table(headers, texts, words, f"Leaderboard {column}".strip(), [view.style(row) for row in rows])
 
 
-def _strip(view: View, line: TableRow) -> Strip:
-    by_seed, published = line.by_seed(view.metric), line.published(view.metric)
+def _strip(view: View, row: TableRow) -> Strip:
+    by_seed, published = row.by_seed(view.metric), row.published(view.metric)
     values = list(by_seed.values())
     single = ", ".join(f"seed {seed}: {value:.{view.digits}f}" for seed, value in by_seed.items())
-    said = f"{line.written.label}: mean {statistics.fmean(values):.{view.digits}f}; {single}"
+    said = f"{row.written.label}: mean {statistics.fmean(values):.{view.digits}f}; {single}"
     said += f"; published {published.mean:.{view.digits}f}" if published else ""
-    return Strip(view.style(line), values, view.interval(line), published.mean if published else None, said)
+    return Strip(view.style(row), values, view.interval(row), published.mean if published else None, said)
 
 
-def _published(view: View, line: TableRow) -> list[str]:
-    theirs, mean = line.published(view.metric), view.mean(line)
+def _published(view: View, row: TableRow) -> list[str]:
+    theirs, mean = row.published(view.metric), view.mean(row)
     if theirs is None:
         return ["", ""]
     difference = "" if mean is None else f"{mean - theirs.mean:+.{view.digits}f}"
     return [spread(theirs.mean, theirs.spread, view.digits), difference]
 
 
-def _draws(line: TableRow) -> str:
+def _draws(row: TableRow) -> str:
     """Accuracy over all seeds and inference draws with its standard error; blank without several draws."""
     found = [
         [100 * value for key, value in record.result.items() if key.removeprefix("test/accuracy_draw_").isdigit()]
-        for record in line.finished
+        for record in row.finished
     ]
     values = [value for draws in found for value in draws]
     if not any(len(draws) > 1 for draws in found) or not all(map(math.isfinite, values)):
@@ -137,18 +137,18 @@ def _draws(line: TableRow) -> str:
     return f"accuracy {statistics.fmean(values):.2f} +- {error:.2f} ({len(values)} draws)"
 
 
-def best_alternative(line: TableRow) -> str:
+def best_alternative(row: TableRow) -> str:
     """Test accuracy of the rule's best other prediction (a single block, say), chosen on validation; protocols are no predictions."""
-    protocols = {result_key(name) for name in line.cells[0].recipe.settings.evaluation.protocols}
-    keys = {key: None for record in line.finished for key in record.result}
+    protocols = {result_key(name) for name in row.cells[0].recipe.settings.evaluation.protocols}
+    keys = {key: None for record in row.finished for key in record.result}
     names = [parts[1] for key in keys if len(parts := key.split("/")) == 3 and parts[0] == "test" and parts[2] == "accuracy"]
     names = [name for name in names if name not in protocols]
-    scored = {name: [score for record in line.finished if (score := _last(record, f"val/{name}/accuracy")) is not None] for name in names}
+    scored = {name: [score for record in row.finished if (score := _last(record, f"val/{name}/accuracy")) is not None] for name in names}
     known = [name for name, scores in scored.items() if scores]
     if not known:
         return ""
     best = max(known, key=lambda name: statistics.fmean(scored[name]))
-    return f"accuracy {100 * statistics.fmean(values_of(line, f'test/{best}/accuracy')):.2f} ({best})"
+    return f"accuracy {100 * statistics.fmean(values_of(row, f'test/{best}/accuracy')):.2f} ({best})"
 
 
 def _last(record: CellRecord, key: str) -> float | None:
@@ -158,78 +158,78 @@ def _last(record: CellRecord, key: str) -> float | None:
 # --- costs --------------------------------------------------------------------------------------------------------------
 
 
-def _costs(view: View, column: str, lines: Sequence[TableRow]) -> Table:
+def _costs(view: View, column: str, rows: Sequence[TableRow]) -> Table:
     headers: list[str] = ["row"]
-    columns: list[list[str]] = [[view.label(line) for line in lines]]
+    columns: list[list[str]] = [[view.label(row) for row in rows]]
 
     def add(name: str, cells: list[str]) -> None:
         if any(cells):
             headers.append(name)
             columns.append(cells)
 
-    seconds = aligned([mean_of(line, "train/seconds") for line in lines])
-    marks = ["*" if untimed([line]) else "\u2007" if untimed(lines) else "" for line in lines]
+    seconds = aligned([mean_of(row, "train/seconds") for row in rows])
+    marks = ["*" if untimed([row]) else "\u2007" if untimed(rows) else "" for row in rows]
     add("seconds", [text and text + mark for text, mark in zip(seconds, marks, strict=True)])
-    add("processor seconds", aligned([mean_of(line, "train/processor_seconds") for line in lines]))
-    add("memory, MiB", aligned([mean_of(line, "train/peak_memory_mb") for line in lines]))
-    add("published memory, MiB", aligned([known.mean if known else None for known in (line.published(MEMORY) for line in lines)]))
-    add("passes per example", aligned([_ratio(line, "train/forwards", "train/samples") for line in lines]))
-    add("passes", [_compact(line, "train/forwards") for line in lines])
-    add("operations", [_compact(line, "train/operations") for line in lines])
-    add("probe operations", [_compact(line, "linear_probe/operations") for line in lines])
-    add("parameters", [_whole(line, "parameters") for line in lines])
-    add("trained", [_whole(line, "parameters_trained") for line in lines])
-    add("network", [_network(line) for line in lines])
-    add("credit", [_credit(line) for line in lines])
-    for name, cells in (("lines of code", [_tag(line, "rule_lines") for line in lines]), ("tuned", [_tuned(line) for line in lines])):
+    add("processor seconds", aligned([mean_of(row, "train/processor_seconds") for row in rows]))
+    add("memory, MiB", aligned([mean_of(row, "train/peak_memory_mb") for row in rows]))
+    add("published memory, MiB", aligned([known.mean if known else None for known in (row.published(MEMORY) for row in rows)]))
+    add("passes per example", aligned([_ratio(row, "train/forwards", "train/samples") for row in rows]))
+    add("passes", [_compact(row, "train/forwards") for row in rows])
+    add("operations", [_compact(row, "train/operations") for row in rows])
+    add("probe operations", [_compact(row, "linear_probe/operations") for row in rows])
+    add("parameters", [_whole(row, "parameters") for row in rows])
+    add("trained", [_whole(row, "parameters_trained") for row in rows])
+    add("network", [_network(row) for row in rows])
+    add("credit", [_credit(row) for row in rows])
+    for name, cells in (("lines of code", [_tag(row, "rule_lines") for row in rows]), ("tuned", [_tuned(row) for row in rows])):
         add(name, cells)
     words = [place for place, header in enumerate(headers) if header in WORDS]
-    rows = [list(cells) for cells in zip(*columns, strict=True)]
-    return Table(headers, rows, words, f"Costs {column}".strip(), [view.style(line) for line in lines])
+    texts = [list(cells) for cells in zip(*columns, strict=True)]
+    return Table(headers, texts, words, f"Costs {column}".strip(), [view.style(row) for row in rows])
 
 
-def _ratio(line: TableRow, key: str, over: str) -> float | None:
-    ratios = [record.result[key] / record.result[over] for record in line.finished if key in record.result and record.result.get(over)]
+def _ratio(row: TableRow, key: str, over: str) -> float | None:
+    ratios = [record.result[key] / record.result[over] for record in row.finished if key in record.result and record.result.get(over)]
     return statistics.fmean(ratios) if ratios else None
 
 
-def _compact(line: TableRow, key: str) -> str:
-    mean = mean_of(line, key)
+def _compact(row: TableRow, key: str) -> str:
+    mean = mean_of(row, key)
     return "" if mean is None else compact(mean)
 
 
-def _whole(line: TableRow, key: str) -> str:
-    mean = mean_of(line, key)
+def _whole(row: TableRow, key: str) -> str:
+    mean = mean_of(row, key)
     return "" if mean is None else f"{mean:,.0f}"
 
 
-def _tag(line: TableRow, key: str) -> str:
-    return ", ".join(dict.fromkeys(record.tags[key] for record in line.finished if record.tags.get(key)))
+def _tag(row: TableRow, key: str) -> str:
+    return ", ".join(dict.fromkeys(record.tags[key] for record in row.finished if record.tags.get(key)))
 
 
-def _network(line: TableRow) -> str:
+def _network(row: TableRow) -> str:
     """By its name, with a word where the rule has it of its own: it must not be taken for the one that the others share."""
-    name = _tag(line, "network") or line.cells[0].recipe.names["network"]
-    return f"{name} (its own)" if _own_network(line) else name
+    name = _tag(row, "network") or row.cells[0].recipe.names["network"]
+    return f"{name} (its own)" if _own_network(row) else name
 
 
-def _own_network(line: TableRow) -> bool:
-    tag = _tag(line, "own_network")
+def _own_network(row: TableRow) -> bool:
+    tag = _tag(row, "own_network")
     if tag:
         return tag.lower() in ("true", "1", "yes")
-    recipe = line.cells[0].recipe
+    recipe = row.cells[0].recipe
     return bool(recipe.registry.get("rules", recipe.names["rule"]).own_network)
 
 
-def _credit(line: TableRow) -> str:
-    span, weights = _tag(line, "reverse_span"), _tag(line, "downstream_weights")
+def _credit(row: TableRow) -> str:
+    span, weights = _tag(row, "reverse_span"), _tag(row, "downstream_weights")
     if not span:
         return ""
     text = SPANS.get(span, f"{span} blocks")
     return f"{text}, weights from above" if weights not in ("", "0") and span != "all" else text
 
 
-def _tuned(line: TableRow) -> str:
-    if line.tuned is None or not line.tuned.keys:
+def _tuned(row: TableRow) -> str:
+    if row.tuned is None or not row.tuned.keys:
         return ""
-    return f"{len(line.tuned.keys)} ({len(line.tuned.trials)} trials)"
+    return f"{len(row.tuned.keys)} ({len(row.tuned.trials)} trials)"

@@ -24,21 +24,21 @@ COLUMNS, SEEDS = 3, 5
 LIMIT = 4.0
 """Of the ratios to the fastest row, as in AlgoPerf."""
 
-Rows = list[list[TableRow]]
-"""A line for each column, row by row."""
+Grid = list[list[TableRow]]
+"""Of each row of the study: its row of the table in every column."""
 
 
 def across_columns(view: View) -> Iterator[Section]:
     """Profiles and probabilities, where there is enough to compare."""
-    rows = _rows(view)
-    if len(rows) < 2:
+    grid = _grid(view)
+    if len(grid) < 2:
         return
     parts: list[Part] = []
-    timed = _timed(view, rows)
-    parts.extend(timed or _scored(view, rows))
-    parts.extend(_improvements(view, rows))
-    compared = {lines[0].written.label for lines in rows}
-    left = [row.label for row in view.plan.study.rows if row.label not in compared]
+    timed = _timed(view, grid)
+    parts.extend(timed or _scored(view, grid))
+    parts.extend(_improvements(view, grid))
+    compared = {rows[0].written.label for rows in grid}
+    left = [written.label for written in view.plan.study.rows if written.label not in compared]
     if left:
         parts.append(Text(f"Left out, as they have fewer than {SEEDS} finished seeds in some column: {', '.join(left)}.", "note"))
     yield Section("Across columns", parts)
@@ -46,7 +46,7 @@ def across_columns(view: View) -> Iterator[Section]:
 
 def why_not(view: View) -> str:
     """A sentence for a study of several columns that has too little for this section; empty for others."""
-    if len(view.columns) < 2 or len(_rows(view)) >= 2:
+    if len(view.columns) < 2 or len(_grid(view)) >= 2:
         return ""
     return (
         f"Performance profiles and probabilities of improvement need rows with {SEEDS} finished seeds in each of {COLUMNS} columns or "
@@ -54,40 +54,40 @@ def why_not(view: View) -> str:
     )
 
 
-def _rows(view: View) -> Rows:
+def _grid(view: View) -> Grid:
     """The rows with enough seeds in every column of the study, if it has enough of these."""
     if len(view.columns) < COLUMNS:
         return []
-    by_row = [[line for line in view.lines if line.written is row] for row in view.plan.study.rows]
-    return [lines for lines in by_row if len(lines) == len(view.columns) and all(len(_finite(view, line)) >= SEEDS for line in lines)]
+    by_row = [[row for row in view.rows if row.written is written] for written in view.plan.study.rows]
+    return [rows for rows in by_row if len(rows) == len(view.columns) and all(len(_finite(view, row)) >= SEEDS for row in rows)]
 
 
-def _finite(view: View, line: TableRow) -> list[float]:
-    return [score for score in view.scores(line) if math.isfinite(score)]
+def _finite(view: View, row: TableRow) -> list[float]:
+    return [score for score in view.scores(row) if math.isfinite(score)]
 
 
-def _legend(view: View, rows: Rows) -> str:
-    return legend((view.style(lines[0]), view.label(lines[0])) for lines in rows)
+def _legend(view: View, grid: Grid) -> str:
+    return legend((view.style(rows[0]), view.label(rows[0])) for rows in grid)
 
 
 # --- profiles -----------------------------------------------------------------------------------------------------------
 
 
-def _timed(view: View, rows: Rows) -> list[Part]:
+def _timed(view: View, grid: Grid) -> list[Part]:
     """Over the time to the target, where every column has one."""
     if not all(view.plan.study.targets.get(column) is not None for column in view.columns):
         return []
-    shared = not all(record.comparable for lines in rows for line in lines for record in ended(line))
+    shared = not all(record.comparable for rows in grid for row in rows for record in ended(row))
     key, name = ("samples", "examples drawn") if shared else ("seconds", "seconds")
-    table = [[median_with_misses(times(view, line, key)) for line in lines] for lines in rows]
-    table = [[math.inf if math.isnan(value) or value <= 0 else value for value in line] for line in table]
-    if not any(math.isfinite(value) for line in table for value in line):
+    table = [[median_with_misses(times(view, row, key)) for row in rows] for rows in grid]
+    table = [[math.inf if math.isnan(value) or value <= 0 else value for value in row] for row in table]
+    if not any(math.isfinite(value) for row in table for value in row):
         return []
     taus = [1 + i * (LIMIT - 1) / 119 for i in range(120)]
     profile, integral = performance_profile(table, taus), profile_integral(table)
     series = [
-        Series(view.style(lines[0]), view.label(lines[0]), list(zip(taus, shares.tolist(), strict=True)))
-        for lines, shares in zip(rows, profile, strict=True)
+        Series(view.style(rows[0]), view.label(rows[0]), list(zip(taus, shares.tolist(), strict=True)))
+        for rows, shares in zip(grid, profile, strict=True)
     ]
     title = "columns solved within tau times the least time"
     drawn = panel(title, linear([1, LIMIT], "tau", pad=0), linear([0, 1], "share of columns", pad=0.02), series)
@@ -97,27 +97,27 @@ def _timed(view: View, rows: Rows) -> list[Part]:
     )
     if shared:
         caption += f" Examples drawn stand for seconds, which cannot be compared for some cells: {WAITED}."
-    order = sorted(range(len(rows)), key=lambda place: -integral[place])
-    cells = [[view.label(rows[place][0]), f"{integral[place]:.3f}"] for place in order]
+    order = sorted(range(len(grid)), key=lambda place: -integral[place])
+    cells = [[view.label(grid[place][0]), f"{integral[place]:.3f}"] for place in order]
     score = Table(
-        ["row", "integral of the profile, 0 to 1"], cells, name="Integrals", styles=[view.style(rows[place][0]) for place in order]
+        ["row", "integral of the profile, 0 to 1"], cells, name="Integrals", styles=[view.style(grid[place][0]) for place in order]
     )
-    return [Figure([drawn], caption, _legend(view, rows)), score]
+    return [Figure([drawn], caption, _legend(view, grid)), score]
 
 
-def _scored(view: View, rows: Rows) -> list[Part]:
+def _scored(view: View, grid: Grid) -> list[Part]:
     """Over scores, scaled on each column from its worst run to its best."""
     sign = 1 if view.greater else -1
-    scores = [[[sign * score for score in _finite(view, line)] for line in lines] for lines in rows]
+    scores = [[[sign * score for score in _finite(view, row)] for row in rows] for rows in grid]
     for place in range(len(view.columns)):
-        values = [score for lines in scores for score in lines[place]]
+        values = [score for rows in scores for score in rows[place]]
         low, wide = min(values), max(values) - min(values) or 1.0
-        for lines in scores:
-            lines[place] = [(score - low) / wide for score in lines[place]]
+        for rows in scores:
+            rows[place] = [(score - low) / wide for score in rows[place]]
     taus = np.linspace(0, 1, 120).tolist()
     series = [
-        Series(view.style(lines[0]), view.label(lines[0]), list(zip(taus, score_profile(own, taus).tolist(), strict=True)))
-        for lines, own in zip(rows, scores, strict=True)
+        Series(view.style(rows[0]), view.label(rows[0]), list(zip(taus, score_profile(own, taus).tolist(), strict=True)))
+        for rows, own in zip(grid, scores, strict=True)
     ]
     drawn = panel(
         "share of runs with a scaled score above tau", linear([0, 1], "tau", pad=0), linear([0, 1], "share of runs", pad=0.02), series
@@ -126,23 +126,23 @@ def _scored(view: View, rows: Rows) -> list[Part]:
         "Score distributions (Agarwal et al. 2021): the share of runs with a score above tau, averaged over columns; the scores of each "
         "column are scaled from its worst run (0) to its best (1). Higher is better."
     )
-    return [Figure([drawn], caption, _legend(view, rows))]
+    return [Figure([drawn], caption, _legend(view, grid))]
 
 
 # --- probability of improvement -------------------------------------------------------------------------------------------
 
 
-def _improvements(view: View, rows: Rows) -> list[Part]:
+def _improvements(view: View, grid: Grid) -> list[Part]:
     sign = 1 if view.greater else -1
-    scores = [[[sign * score for score in _finite(view, line)] for line in lines] for lines in rows]
-    order = sorted(range(len(rows)), key=lambda place: -_mean_probability(scores, place))
-    labels = [view.label(rows[place][0]) for place in order]
+    scores = [[[sign * score for score in _finite(view, row)] for row in rows] for rows in grid]
+    order = sorted(range(len(grid)), key=lambda place: -_mean_probability(scores, place))
+    labels = [view.label(grid[place][0]) for place in order]
     table: list[list[str]] = []
     tints: list[list[float | None]] = []
     for i in order:
         found = [None if i == j else probability_of_improvement(scores[i], scores[j]) for j in order]
         table.append(
-            [view.label(rows[i][0])]
+            [view.label(grid[i][0])]
             + ["" if one is None else f"{one.probability:.2f} ({one.interval.low:.2f} to {one.interval.high:.2f})" for one in found]
         )
         tints.append([None, *(None if one is None else one.probability for one in found)])
@@ -154,7 +154,7 @@ def _improvements(view: View, rows: Rows) -> list[Part]:
     )
     return [
         Table(
-            ["better than", *labels], table, name="Probability of improvement", styles=[view.style(rows[i][0]) for i in order], tints=tints
+            ["better than", *labels], table, name="Probability of improvement", styles=[view.style(grid[i][0]) for i in order], tints=tints
         ),
         text,
     ]

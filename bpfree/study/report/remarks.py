@@ -33,21 +33,21 @@ ENVIRONMENT = ("device_name", "threads", "torch", "python", "bpfree")
 
 def compared(view: View) -> str:
     """Rules, tasks, seeds, budget, tuning and selection in a paragraph."""
-    plan, lines = view.plan, view.lines
-    rules = _distinct(line.cells[0].recipe.names["rule"] for line in lines)
-    tasks = _distinct(line.cells[0].recipe.names["task"] for line in lines)
-    rows = len({line.written.label for line in lines})
+    plan, rows = view.plan, view.rows
+    rules = _distinct(row.cells[0].recipe.names["rule"] for row in rows)
+    tasks = _distinct(row.cells[0].recipe.names["task"] for row in rows)
+    count = len({row.written.label for row in rows})
     seeds = "one seed" if len(plan.seeds) == 1 else f"{len(plan.seeds)} seeds each"
-    what = f"{_count(rows, 'row')} with the {'rule' if len(rules) == 1 else 'rules'} {_listed(rules)} on {_listed(tasks)}"
+    what = f"{_count(count, 'row')} with the {'rule' if len(rules) == 1 else 'rules'} {_listed(rules)} on {_listed(tasks)}"
     columns = f" in {len(view.columns)} columns" if len(view.columns) > 1 else ""
-    budgets = _distinct(_budget(line) for line in lines)
+    budgets = _distinct(_budget(row) for row in rows)
     parts = [f"{what[0].upper()}{what[1:]}{columns}, {seeds} ({', '.join(map(str, plan.seeds))})."]
     parts.append(f"Training budget: {_listed(budgets)}." if len(budgets) < 4 else f"Training budgets from {budgets[0]} on; they differ.")
-    tuned = [line.tuned for line in lines if line.tuned is not None and line.tuned.keys]
+    tuned = [row.tuned for row in rows if row.tuned is not None and row.tuned.keys]
     if tuned:
         keys, trials = _distinct(key for one in tuned for key in one.keys), _distinct(str(one.planned) for one in tuned)
         parts.append(f"Tuned on the validation split, with {_listed(trials)} trials for each row and column: {_listed(keys)}.")
-    again = sum(record.tags.get("test_evaluations", "1") != "1" for line in lines for record in line.finished)
+    again = sum(record.tags.get("test_evaluations", "1") != "1" for row in rows for record in row.finished)
     parts.append(
         f"The test split was evaluated more than once in {_count(again, 'run')}."
         if again
@@ -56,8 +56,8 @@ def compared(view: View) -> str:
     return " ".join(parts)
 
 
-def _budget(line: TableRow) -> str:
-    budget = line.cells[0].recipe.settings.budget
+def _budget(row: TableRow) -> str:
+    budget = row.cells[0].recipe.settings.budget
     if budget.samples is not None:
         return f"{budget.samples:,} examples drawn"
     if budget.forwards is not None:
@@ -87,16 +87,16 @@ def _listed(texts: Sequence[str]) -> str:
 def findings(view: View) -> Iterator[str]:
     """A sentence for each column: the best mean, and whether the next one can be told from it."""
     for column in view.columns:
-        lines = [line for line in view.ranked(column) if (mean := view.mean(line)) is not None and math.isfinite(mean)]
-        if len(lines) > 1:
-            yield (f"{column}: " if column else "") + _first_two(view, lines[0], lines[1])
+        rows = [row for row in view.ranked(column) if (mean := view.mean(row)) is not None and math.isfinite(mean)]
+        if len(rows) > 1:
+            yield (f"{column}: " if column else "") + _first_two(view, rows[0], rows[1])
     for control in view.plan.study.controls:
         yield from _over_control(view, control)
 
 
 def _first_two(view: View, best: TableRow, second: TableRow) -> str:
     kind, unit = view.metric.split("/")[1], " %" if percent(view.metric) else ""
-    a, b = (f"{view.mean(line) or 0.0:.{view.digits}f}{unit}" for line in (best, second))
+    a, b = (f"{view.mean(row) or 0.0:.{view.digits}f}{unit}" for row in (best, second))
     extreme = "highest" if view.greater else "lowest"
     text = f"{best.written.label} has the {extreme} mean test {kind}, {a}; {second.written.label} follows with {b}"
     found = compare(view.plan, best, second, view.metric)
@@ -133,7 +133,7 @@ def _over_control(view: View, control: str) -> Iterator[str]:
 def _verdicts(view: View, control: str) -> dict[str, dict[str, str]]:
     """By row and column, where both have a result."""
     found: dict[str, dict[str, str]] = {}
-    for each in comparisons(view.plan, view.lines):
+    for each in comparisons(view.plan, view.rows):
         if each.control == control:
             found.setdefault(each.row, {})[each.column] = each.verdict
     return found
@@ -142,47 +142,47 @@ def _verdicts(view: View, control: str) -> dict[str, dict[str, str]]:
 # --- what must be known -------------------------------------------------------------------------------------------------
 
 
-def remarks(plan: Plan, lines: Sequence[TableRow], *, hidden: int = 0) -> Iterator[str]:
+def remarks(plan: Plan, rows: Sequence[TableRow], *, hidden: int = 0) -> Iterator[str]:
     """How this differs from the study as written, how far it is, what was selected, whether the data are the same."""
     if plan.changes:
         word = "shortened: this is not" if plan.shortened else "changed: this is not"
         yield f"The study was {word} the study as written. {'; '.join(plan.changes)}."
-    finished, cells = sum(len(line.finished) for line in lines), sum(len(line.cells) for line in lines)
+    finished, cells = sum(len(row.finished) for row in rows), sum(len(row.cells) for row in rows)
     if finished < cells:
         yield f"{finished} of {cells} cells are finished."
-    yield from unused(lines)
-    yield from _selection(lines)
+    yield from unused(rows)
+    yield from _selection(rows)
     if plan.study.publishes("train"):
         yield "Training split: all its examples, scored by the weights that were tested."
-    edges = [line.label for line in lines if line.tuned is not None and line.tuned.complete and line.tuned.at_edge]
+    edges = [row.label for row in rows if row.tuned is not None and row.tuned.complete and row.tuned.at_edge]
     if edges:
         yield f"The best value lies at the edge of what was tried, so that better ones may lie beyond: {', '.join(edges)}."
-    yield from _data(lines)
-    if untimed(lines):
-        by_clock = any(line.cells[0].recipe.settings.budget.seconds is not None and untimed([line]) for line in lines)
+    yield from _data(rows)
+    if untimed(rows):
+        by_clock = any(row.cells[0].recipe.settings.budget.seconds is not None and untimed([row]) for row in rows)
         what = "cannot be compared, nor what was reached in so many of them" if by_clock else "cannot be compared"
-        cells = sum(not record.comparable for line in lines for record in line.finished)
+        cells = sum(not record.comparable for row in rows for record in row.finished)
         yield f"* The seconds of {_count(cells, 'cell')} {what}: {WAITED}. Run on a quiet machine with --jobs 1 for some that can."
     if hidden:
         yield f"Not shown: {hidden} finished cells of other settings, seeds, versions or sources."
 
 
-def unused(lines: Sequence[TableRow]) -> Iterator[str]:
+def unused(rows: Sequence[TableRow]) -> Iterator[str]:
     """Which settings that rows share are not used by the rules of some."""
     told: dict[str, list[str]] = {}
-    for line in lines:
-        if keys := ", ".join(line.cells[0].recipe.unused):
-            told.setdefault(keys, []).append(line.label)
+    for row in rows:
+        if keys := ", ".join(row.cells[0].recipe.unused):
+            told.setdefault(keys, []).append(row.label)
     for keys, labels in told.items():
         yield f"{_listed(labels)}: {keys}: not used by {'this rule' if len(labels) == 1 else 'these rules'}."
 
 
-def _selection(lines: Sequence[TableRow]) -> Iterable[str]:
+def _selection(rows: Sequence[TableRow]) -> Iterable[str]:
     """On how much the cells were trained, and what chose the weights that were tested."""
     told: dict[str, list[str]] = {}
-    for line in lines:
-        recipe = line.cells[0].recipe
-        told.setdefault(_selected(recipe.task.validation, recipe.settings.select), []).append(line.label)
+    for row in rows:
+        recipe = row.cells[0].recipe
+        told.setdefault(_selected(recipe.task.validation, recipe.settings.select), []).append(row.label)
     for text, labels in told.items():
         yield f"{text}." if len(told) == 1 else f"{', '.join(labels)}: {text[0].lower()}{text[1:]}."
 
@@ -194,29 +194,29 @@ def _selected(validation: float, select: str) -> str:
     return f"{100 * validation:g} % of the training examples are held out for validation; {chosen}"
 
 
-def _data(lines: Sequence[TableRow]) -> Iterable[str]:
+def _data(rows: Sequence[TableRow]) -> Iterable[str]:
     """Cells on one task must have seen the same data; a fingerprint is known once they have run."""
     seen: dict[str, set[str]] = {}
-    for line in lines:
-        recipe = line.cells[0].recipe
+    for row in rows:
+        recipe = row.cells[0].recipe
         key = str((recipe.names["task"], recipe.options["task"], recipe.task.validation, recipe.task.split_seed))
-        seen.setdefault(key, set()).update(record.tags["data_fingerprint"] for record in line.finished if "data_fingerprint" in record.tags)
+        seen.setdefault(key, set()).update(record.tags["data_fingerprint"] for record in row.finished if "data_fingerprint" in record.tags)
     if any(len(fingerprints) > 1 for fingerprints in seen.values()):
         yield "Not all cells of one task saw the same data: their fingerprints differ."
 
 
-def failures(lines: Sequence[TableRow]) -> Iterator[tuple[TableRow, CellRecord]]:
+def failures(rows: Sequence[TableRow]) -> Iterator[tuple[TableRow, CellRecord]]:
     """Row and record of each cell that ended without a result, or with a part of it; twins are rows of their own."""
-    for line in lines:
-        for each in filter(None, (line, line.twin)):
+    for row in rows:
+        for each in filter(None, (row, row.twin)):
             for record in filter(None, each.records):
                 if record.reason or record.status in ("diverged", "failed", "timeout", "refused"):
                     yield each, record
 
 
-def environments(lines: Sequence[TableRow]) -> dict[str, int]:
+def environments(rows: Sequence[TableRow]) -> dict[str, int]:
     """Each place in which finished cells ran, and how many did."""
-    tags: list[Mapping[str, str]] = [record.tags for line in lines for record in line.finished]
+    tags: list[Mapping[str, str]] = [record.tags for row in rows for record in row.finished]
     counts: dict[str, int] = {}
     for place in tags:
         text = ", ".join(f"{key.removeprefix('device_name')} {place[key]}".strip() for key in ENVIRONMENT if place.get(key))

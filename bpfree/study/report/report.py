@@ -14,8 +14,7 @@ from pathlib import Path
 from bpfree.errors import BpfreeError
 from bpfree.files import write_text
 from bpfree.study.cells import Plan
-from bpfree.study.controls import Section as Controls
-from bpfree.study.controls import section_on
+from bpfree.study.controls import ComparisonTable, control_table
 from bpfree.study.floors import Floors
 from bpfree.study.report import about, blocks, curves, leaderboard, profiles, table, targets, tuning
 from bpfree.study.report import floor as floor_report
@@ -38,7 +37,7 @@ class Report:
 
     Attributes:
         plan: the study with what the command line said.
-        lines: the table's, row by row, with the learning curves of their cells.
+        rows: the table's, row by row, with the learning curves of their cells.
         command: the words that run it.
         headers, table: the cells of the study's table, as text.
         controls: the rows beside the study's controls, where there is anything to compare.
@@ -49,12 +48,12 @@ class Report:
     """
 
     plan: Plan
-    lines: list[TableRow]
+    rows: list[TableRow]
     command: str
     headers: list[str]
     table: list[list[str]]
-    controls: Controls | None
-    floors: list[Controls]
+    controls: ComparisonTable | None
+    floors: list[ComparisonTable]
     remarks: list[str]
     failures: list[str]
     environment: str
@@ -78,7 +77,7 @@ class Report:
 
     def sections(self) -> list[Section]:
         """What page and Markdown show, in their order. Figures are drawn when this is asked for."""
-        view = View(self.plan, self.lines)
+        view = View(self.plan, self.rows)
         return [
             Section("", self._head(view)),
             *leaderboard.leaderboards(view),
@@ -115,13 +114,13 @@ class Report:
         text = "Mean and standard deviation over n seeds. What is blank was not published, not verified, or not measured."
         if self.plan.study.publishes("test") or self.plan.study.publishes("train"):
             text += " Difference: our mean minus the published number."
-        rows = [list(cells) for cells in self.table]
-        parts: list[Part] = [Table(self.headers, rows, words, "The study's table"), Text(text, "note")]
+        texts = [list(cells) for cells in self.table]
+        parts: list[Part] = [Table(self.headers, texts, words, "The study's table"), Text(text, "note")]
         if not self.plan.study.publishes("test"):
             parts = [Folded("All rows in the order of the study", parts)]
         return Section("The table as the study has it", parts)
 
-    def _comparisons(self) -> list[Controls]:
+    def _comparisons(self) -> list[ComparisonTable]:
         return [*self.floors, *([self.controls] if self.controls else [])]
 
     def _against(self) -> list[Section]:
@@ -129,39 +128,39 @@ class Report:
         return [Section(found.title, [_as_table(found), Text(found.legend, "note")]) for found in self._comparisons()]
 
 
-def report_on(plan: Plan, lines: Sequence[TableRow], words: Sequence[str], *, hidden: int = 0, floors: Floors | None = None) -> Report:
+def report_on(plan: Plan, rows: Sequence[TableRow], words: Sequence[str], *, hidden: int = 0, floors: Floors | None = None) -> Report:
     """The report on what is finished so far.
 
     Args:
         plan: the study, resolved.
-        lines: its rows in their columns, with what is known of their cells.
+        rows: its rows in their columns, with what is known of their cells.
         words: those of the command line after ``bpfree``.
         hidden: finished cells of other settings, which are not shown.
         floors: those that were measured; ``None``: the study asks for none.
     """
-    shown = with_histories(lines, plan.output)
+    shown = with_histories(rows, plan.output)
     view = View(plan, shown)
     return Report(
         plan,
         shown,
         shlex.join(["bpfree", *words]),
         table.headers(view),
-        [table.texts(view, line) for line in shown],
-        section_on(plan, shown),
-        [] if floors is None else floor_report.floor_sections(view, floors),
+        [table.texts(view, row) for row in shown],
+        control_table(plan, shown),
+        [] if floors is None else floor_report.floor_tables(view, floors),
         [*remarks(plan, shown, hidden=hidden), *(() if floors is None else floor_report.floor_remarks(view, floors))],
         [_failure(*each) for each in failures(shown)],
         "; ".join(environments(shown)),
     )
 
 
-def _as_table(found: Controls) -> Table:
+def _as_table(found: ComparisonTable) -> Table:
     words = [place for place in range(len(found.headers)) if place not in found.numeric]
     return Table(found.headers, found.table, words, found.title)
 
 
-def _failure(line: TableRow, record: CellRecord) -> str:
-    return f"{line.label} seed {record.key.seed}: {record.status}" + (f": {record.reason}" if record.reason else "")
+def _failure(row: TableRow, record: CellRecord) -> str:
+    return f"{row.label} seed {record.key.seed}: {record.status}" + (f": {record.reason}" if record.reason else "")
 
 
 def _flowing(notes: str) -> str:
@@ -186,7 +185,7 @@ def write_report(report: Report, folder: Path, name: str = "report") -> Path:
     try:
         write_text(page, html_page(title, sections))
         write_text(text, markdown(title, sections))
-        write_text(table, results_csv(report.lines))
+        write_text(table, results_csv(report.rows))
     except OSError as error:
         raise BpfreeError(f"cannot write the report: {error.strerror}", where=str(folder), fix="choose another with --to FOLDER") from error
     return page
@@ -198,16 +197,16 @@ def files_of(page: Path) -> list[Path]:
     return [page, page.with_suffix(".md"), page.with_name("results.csv" if name == "report" else f"{name}-results.csv")]
 
 
-def results_csv(lines: Sequence[TableRow]) -> str:
+def results_csv(rows: Sequence[TableRow]) -> str:
     """Each cell's numbers as CSV, whatever became of it: results under the union of their names, shares and losses as measured."""
-    keys = sorted({key for line in lines for record in line.records if record is not None for key in record.result})
+    keys = sorted({key for row in rows for record in row.records if record is not None for key in record.result})
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*HEADERS, *keys])
-    for line in lines:
-        for cell, record in zip(line.cells, line.records, strict=True):
+    for row in rows:
+        for cell, record in zip(row.cells, row.records, strict=True):
             words = shlex.join(word for word in cell.words if not word.startswith(("output=", "seed=")))
-            writer.writerow([line.written.label, line.column, cell.key.seed, *_status(record), words, *_numbers(record, keys)])
+            writer.writerow([row.written.label, row.column, cell.key.seed, *_status(record), words, *_numbers(record, keys)])
     return buffer.getvalue()
 
 

@@ -28,7 +28,7 @@ def headers(view: View) -> list[str]:
     return [
         *(["row", "column"] if view.labelled else ["row"]),
         *[_header(view.metric), *(beside if study.publishes("test") else []), "n"],
-        *([_header(table_metric(study, view.lines, "train")), *beside] if study.publishes("train") else []),
+        *([_header(table_metric(study, view.rows, "train")), *beside] if study.publishes("train") else []),
         *[name for name, _ in COSTS],
     ]
 
@@ -38,38 +38,38 @@ def _header(metric: str) -> str:
     return f"{name} %" if percent(metric) else name
 
 
-def texts(view: View, line: TableRow) -> list[str]:
-    """The cells of a line."""
+def texts(view: View, row: TableRow) -> list[str]:
+    """The cells of a row."""
     study = view.plan.study
-    cells = [view.label(line), *([line.column] if view.labelled else [])]
-    cells += _beside(line, view.metric, published=study.publishes("test"), empty=line.status_text())
-    cells.append(counted(line))
-    cells += _beside(line, study.metric("train"), published=True) if study.publishes("train") else []
+    cells = [view.label(row), *([row.column] if view.labelled else [])]
+    cells += _beside(row, view.metric, published=study.publishes("test"), empty=row.status_text())
+    cells.append(counted(row))
+    cells += _beside(row, study.metric("train"), published=True) if study.publishes("train") else []
     for _, key in COSTS:
-        mean = mean_of(line, key)
-        text = "" if mean is None else _seconds(view, line) if key == "train/seconds" else f"{mean:,.0f}"
-        cells.append(text + "*" if text and key in TIMINGS and untimed([line]) else text)
+        mean = mean_of(row, key)
+        text = "" if mean is None else _seconds(view, row) if key == "train/seconds" else f"{mean:,.0f}"
+        cells.append(text + "*" if text and key in TIMINGS and untimed([row]) else text)
     return cells
 
 
-def _seconds(view: View, line: TableRow) -> str:
+def _seconds(view: View, row: TableRow) -> str:
     """With the decimals that the column needs."""
-    column = aligned([mean_of(other, "train/seconds") for other in view.lines])
-    place = next(number for number, other in enumerate(view.lines) if other is line)
+    column = aligned([mean_of(other, "train/seconds") for other in view.rows])
+    place = next(number for number, other in enumerate(view.rows) if other is row)
     return column[place]
 
 
-def _beside(line: TableRow, metric: str, *, published: bool, empty: str = "") -> list[str]:
+def _beside(row: TableRow, metric: str, *, published: bool, empty: str = "") -> list[str]:
     """Ours; and where the table has them, the published number and the difference. What is not known stays blank."""
     digits = 2 if percent(metric) else 4
-    values = list(line.by_seed(metric).values())
+    values = list(row.by_seed(metric).values())
     measurable = len(values) > 1 and all(map(math.isfinite, values))  # the loss of a finished run can be infinite
     ours = spread(statistics.fmean(values), statistics.stdev(values) if measurable else None, digits) if values else ""
     if not published:
-        return [ours or ("" if line.finished else empty)]
-    theirs = line.published(metric)
+        return [ours or ("" if row.finished else empty)]
+    theirs = row.published(metric)
     return [
-        ours or ("" if line.finished else empty),
+        ours or ("" if row.finished else empty),
         spread(theirs.mean, theirs.spread, digits) if theirs else "",
         f"{statistics.fmean(values) - theirs.mean:+.{digits}f}" if values and theirs else "",
     ]

@@ -28,30 +28,30 @@ COLUMNS = (
 )
 
 
-def ended(line: TableRow) -> list[CellRecord]:
+def ended(row: TableRow) -> list[CellRecord]:
     """Cells that will not go on: finished, diverged, failed, out of time."""
-    return [record for record in line.records if record is not None and record.is_final]
+    return [record for record in row.records if record is not None and record.is_final]
 
 
-def _waited(line: TableRow) -> bool:
+def _waited(row: TableRow) -> bool:
     """Whether its seconds cannot be compared."""
-    return not all(record.comparable for record in ended(line))
+    return not all(record.comparable for record in ended(row))
 
 
-def reached(view: View, line: TableRow) -> list[tuple[CellRecord, Mapping[str, float] | None]]:
+def reached(view: View, row: TableRow) -> list[tuple[CellRecord, Mapping[str, float] | None]]:
     """Each cell that ended, with the epoch at which it was at the target; ``None``: never."""
-    target = view.plan.study.targets.get(line.column)
-    metric = view.validation(view.of(line.column))
+    target = view.plan.study.targets.get(row.column)
+    metric = view.validation(view.of(row.column))
     if target is None or not metric:
         return []
     greater = metric.endswith("accuracy")
     aim = target / 100 if greater else target
-    return [(record, first_reached(record.history, metric, aim, greater=greater)) for record in ended(line)]
+    return [(record, first_reached(record.history, metric, aim, greater=greater)) for record in ended(row)]
 
 
-def times(view: View, line: TableRow, key: str) -> list[float]:
+def times(view: View, row: TableRow, key: str) -> list[float]:
     """What each cell that ended took; infinite for misses."""
-    return [math.inf if epoch is None else _at(record, epoch, key) for record, epoch in reached(view, line)]
+    return [math.inf if epoch is None else _at(record, epoch, key) for record, epoch in reached(view, row)]
 
 
 def _at(record: CellRecord, epoch: Mapping[str, float], key: str) -> float:
@@ -63,14 +63,14 @@ def _at(record: CellRecord, epoch: Mapping[str, float], key: str) -> float:
 
 def time_to_target(view: View) -> Iterator[Section]:
     """A table for each column that has a target."""
-    columns = [column for column in view.columns if any(reached(view, line) for line in view.of(column))]
+    columns = [column for column in view.columns if any(reached(view, row) for row in view.of(column))]
     if not columns:
         return
     legend = (
         "Median over the cells that ended, to the end of the first epoch at the target; a cell that misses it takes infinitely long. "
         "inf: half of them or more miss it. Memory: the peak up to then."
     )
-    if any(_waited(line) for line in view.lines):
+    if any(_waited(row) for row in view.rows):
         legend += f" * Of one cell or more these seconds cannot be compared: {WAITED}."
     parts: list[Part] = [Text(legend, "note")]
     if not view.labelled:
@@ -87,29 +87,29 @@ def _aim(view: View, column: str) -> str:
 
 
 def _table(view: View, column: str) -> Table:
-    lines = sorted((line for line in view.of(column) if ended(line)), key=lambda line: _order(view, line))
-    headers, cells = ["row", "reached"], [[view.label(line) for line in lines], [_reached(view, line) for line in lines]]
+    rows = sorted((row for row in view.of(column) if ended(row)), key=lambda row: _order(view, row))
+    headers, cells = ["row", "reached"], [[view.label(row) for row in rows], [_reached(view, row) for row in rows]]
     for key, name in COLUMNS:
-        medians = [median_with_misses(times(view, line, key)) for line in lines]
+        medians = [median_with_misses(times(view, row, key)) for row in rows]
         if any(map(math.isfinite, medians)):
             headers.append(name)
-            cells.append(_texts(medians, lines, key))
-    rows = [list(row) for row in zip(*cells, strict=True)]
-    return Table(headers, rows, [1], f"Time to target {column}".strip(), [view.style(line) for line in lines])
+            cells.append(_texts(medians, rows, key))
+    texts = [list(each) for each in zip(*cells, strict=True)]
+    return Table(headers, texts, [1], f"Time to target {column}".strip(), [view.style(row) for row in rows])
 
 
-def _order(view: View, line: TableRow) -> float:
-    median = median_with_misses(times(view, line, "epoch" if _waited(line) else "seconds"))
+def _order(view: View, row: TableRow) -> float:
+    median = median_with_misses(times(view, row, "epoch" if _waited(row) else "seconds"))
     return math.inf if math.isnan(median) else median
 
 
-def _reached(view: View, line: TableRow) -> str:
-    found = [epoch for _, epoch in reached(view, line)]
+def _reached(view: View, row: TableRow) -> str:
+    found = [epoch for _, epoch in reached(view, row)]
     hits = sum(epoch is not None for epoch in found)
     return f"all {hits}" if hits == len(found) else f"{hits or 'none'} of {len(found)}"
 
 
-def _texts(medians: Sequence[float], lines: Sequence[TableRow], key: str) -> list[str]:
+def _texts(medians: Sequence[float], rows: Sequence[TableRow], key: str) -> list[str]:
     finite = [median if math.isfinite(median) else None for median in medians]
     large = key in ("samples", "forwards", "operations")
     if key == "epoch":
@@ -119,5 +119,5 @@ def _texts(medians: Sequence[float], lines: Sequence[TableRow], key: str) -> lis
     texts = [text or ("inf" if math.isinf(median) else "") for text, median in zip(texts, medians, strict=True)]
     if key != "seconds":
         return texts
-    waited = [_waited(line) for line in lines]
+    waited = [_waited(row) for row in rows]
     return [f"{text}*" if text and mark else text + "\u2007" * any(waited) for text, mark in zip(texts, waited, strict=True)]

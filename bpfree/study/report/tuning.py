@@ -24,7 +24,7 @@ def tuning(view: View) -> Iterator[Section]:
     columns = [column for column in view.columns if _tuned(view, column)]
     if not columns:
         return
-    waited = not all(trial.comparable for line in view.lines if line.tuned is not None for trial in line.tuned.trials)
+    waited = not all(trial.comparable for row in view.rows if row.tuned is not None for trial in row.tuned.trials)
     legend = Text(
         "Each trial is trained on the tuning seeds and scored on the validation split; the first has the settings of the study's file. "
         "A trial that failed counts as one. The best on validation was chosen, the earliest of equals; the test split has no part in it."
@@ -40,7 +40,7 @@ def tuning(view: View) -> Iterator[Section]:
 
 
 def _tuned(view: View, column: str) -> list[tuple[TableRow, Tuned]]:
-    return [(line, line.tuned) for line in view.of(column) if line.tuned is not None and line.tuned.trials]
+    return [(row, row.tuned) for row in view.of(column) if row.tuned is not None and row.tuned.trials]
 
 
 def _parts(view: View, column: str) -> list[Part]:
@@ -62,11 +62,11 @@ def _figure(view: View, found: Sequence[tuple[TableRow, Tuned]]) -> Figure | Non
         caption += " Lines join the trials of a row where a single key was tuned."
     if any(len(tuned.keys) > 1 for _, tuned in found):
         caption += " Where several keys were tuned together, each panel shows all trials over one of them."
-    return Figure(panels, caption, legend((view.style(line), view.label(line)) for line, _ in found))
+    return Figure(panels, caption, legend((view.style(row), view.label(row)) for row, _ in found))
 
 
 def _panel(view: View, found: Sequence[tuple[TableRow, Tuned]], key: str) -> str:
-    drawn = [(line, tuned, points) for line, tuned in found if (points := _points(tuned, key))]
+    drawn = [(row, tuned, points) for row, tuned in found if (points := _points(tuned, key))]
     if not drawn:
         return ""
     values = [x for _, _, points in drawn for x, _ in points]
@@ -75,7 +75,7 @@ def _panel(view: View, found: Sequence[tuple[TableRow, Tuned]], key: str) -> str
     x = logarithmic(values, f"{key} (logarithmic)") if log else linear(values, key)
     name = "validation accuracy, %" if drawn[0][1].greater else "validation loss"
     y = linear([score for _, _, points in drawn for _, score in points], name)
-    return panel(f"{name}, over {key}", x, y, [_series(view, line, tuned, points, key) for line, tuned, points in drawn])
+    return panel(f"{name}, over {key}", x, y, [_series(view, row, tuned, points, key) for row, tuned, points in drawn])
 
 
 def _points(tuned: Tuned, key: str) -> list[tuple[float, float]]:
@@ -88,9 +88,9 @@ def _number(value: Any) -> float | None:
     return float(value) if known else None
 
 
-def _series(view: View, line: TableRow, tuned: Tuned, points: Sequence[tuple[float, float]], key: str) -> Series:
-    marks = [Point(x, y, f"{view.label(line)}: {y:.{_digits(tuned)}f} at {key} = {x:.3g}") for x, y in points]
-    return Series(view.style(line), view.label(line), points if len(tuned.keys) == 1 else [], points=marks)
+def _series(view: View, row: TableRow, tuned: Tuned, points: Sequence[tuple[float, float]], key: str) -> Series:
+    marks = [Point(x, y, f"{view.label(row)}: {y:.{_digits(tuned)}f} at {key} = {x:.3g}") for x, y in points]
+    return Series(view.style(row), view.label(row), points if len(tuned.keys) == 1 else [], points=marks)
 
 
 # --- table --------------------------------------------------------------------------------------------------------------
@@ -102,8 +102,8 @@ def _table(view: View, column: str, found: Sequence[tuple[TableRow, Tuned]]) -> 
     seconds = aligned([sum(trial.seconds for trial in tuned.trials) or None for _, tuned in found])
     waited = [not all(trial.comparable for trial in tuned.trials) for _, tuned in found]
     seconds = [text + "*" if text and mark else text for text, mark in zip(seconds, waited, strict=True)]
-    rows = [[view.label(line), *_cells(tuned, spent)] for (line, tuned), spent in zip(found, seconds, strict=True)]
-    return Table(headers, rows, [2, 7], f"Tuning {column}".strip(), [view.style(line) for line, _ in found])
+    texts = [[view.label(row), *_cells(tuned, spent)] for (row, tuned), spent in zip(found, seconds, strict=True)]
+    return Table(headers, texts, [2, 7], f"Tuning {column}".strip(), [view.style(row) for row, _ in found])
 
 
 def _cells(tuned: Tuned, spent: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the sections of a report share: the study's lines by column, their metrics, colours, and numbers as text."""
+"""What the sections of a report share: the study's rows by column, their metrics, colours, and numbers as text."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ WAITED = (
 
 @dataclass(frozen=True)
 class View:
-    """A study's plan and lines, as the sections look at them."""
+    """A study's plan and rows, as the sections look at them."""
 
     plan: Plan
-    lines: Sequence[TableRow]
+    rows: Sequence[TableRow]
 
     @cached_property
     def metric(self) -> str:
         """What is reported of the test split."""
-        return table_metric(self.plan.study, self.lines)
+        return table_metric(self.plan.study, self.rows)
 
     @property
     def greater(self) -> bool:
@@ -70,8 +70,8 @@ class View:
 
     @cached_property
     def columns(self) -> list[str]:
-        """Labels of those that have lines."""
-        return [column.label for column in self.plan.study.columns if any(line.column == column.label for line in self.lines)]
+        """Labels of those that have rows."""
+        return [column.label for column in self.plan.study.columns if any(row.column == column.label for row in self.rows)]
 
     @property
     def labelled(self) -> bool:
@@ -79,91 +79,91 @@ class View:
         return any(self.columns)
 
     def of(self, column: str) -> list[TableRow]:
-        """The lines of a column, in the order of the study."""
-        return [line for line in self.lines if line.column == column]
+        """The rows of a column, in the order of the study."""
+        return [row for row in self.rows if row.column == column]
 
-    def style(self, line: TableRow) -> int:
-        """The number of a line's row, which decides on its colour."""
-        return self._styles[line.written.label]
+    def style(self, row: TableRow) -> int:
+        """The number of the row in the study, which decides on its colour."""
+        return self._styles[row.written.label]
 
     @cached_property
     def _styles(self) -> dict[str, int]:
         return {row.label: number for number, row in enumerate(self.plan.study.rows)}
 
-    def label(self, line: TableRow) -> str:
+    def label(self, row: TableRow) -> str:
         """A row's label, with a word at controls."""
-        return f"{line.written.label} (control)" if line.written.label in self.plan.study.controls else line.written.label
+        return f"{row.written.label} (control)" if row.written.label in self.plan.study.controls else row.written.label
 
-    def scores(self, line: TableRow) -> list[float]:
+    def scores(self, row: TableRow) -> list[float]:
         """The metric of each finished cell that measured it."""
-        return list(line.by_seed(self.metric).values())
+        return list(row.by_seed(self.metric).values())
 
-    def mean(self, line: TableRow) -> float | None:
+    def mean(self, row: TableRow) -> float | None:
         """Of the scores."""
-        scores = self.scores(line)
+        scores = self.scores(row)
         return statistics.fmean(scores) if scores else None
 
-    def interval(self, line: TableRow) -> Interval | None:
+    def interval(self, row: TableRow) -> Interval | None:
         """Compute the interval of the mean score, over seeds and (where predictions are at hand) new examples.
 
         Accuracies and errors end at 0 and 100 per cent, which Student's over two or three seeds does not know.
         """
-        scores = scores_of(line, self.metric, self.plan.output)
+        scores = scores_of(row, self.metric, self.plan.output)
         several = list(scores.examples.values())
         whole = len(several) == len(scores.means) and len({len(each) for each in several}) == 1
-        known = interval(self.scores(line), np.mean(several, axis=0) if whole and several else None)
+        known = interval(self.scores(row), np.mean(several, axis=0) if whole and several else None)
         if known is None or not percent(self.metric):
             return known
         return Interval(max(0.0, known.low), min(100.0, known.high))
 
-    def over_examples(self, line: TableRow) -> bool:
+    def over_examples(self, row: TableRow) -> bool:
         """Whether the interval of a row is over new examples too."""
-        scores = scores_of(line, self.metric, self.plan.output)
+        scores = scores_of(row, self.metric, self.plan.output)
         return bool(scores.means) and len(scores.examples) == len(scores.means)
 
     def ranked(self, column: str) -> list[TableRow]:
         """Best mean first; what has no finite mean comes last, in the order of the study."""
 
-        def key(line: TableRow) -> tuple[bool, float]:
-            mean = self.mean(line)
+        def key(row: TableRow) -> tuple[bool, float]:
+            mean = self.mean(row)
             known = mean is not None and math.isfinite(mean)
             return (not known, (-mean if self.greater else mean) if known and mean is not None else 0.0)
 
         return sorted(self.of(column), key=key)
 
-    def validation(self, lines: Iterable[TableRow]) -> str:
+    def validation(self, rows: Iterable[TableRow]) -> str:
         """What learning curves show: ``val/accuracy``, or ``val/loss`` where no epoch has an accuracy; empty without either."""
-        keys = {key for line in lines for record in line.records if record for metrics in record.history for key in metrics}
+        keys = {key for row in rows for record in row.records if record for metrics in record.history for key in metrics}
         return next((name for name in ("val/accuracy", "val/loss") if name in keys), "")
 
 
 # --- records -----------------------------------------------------------------------------------------------------------
 
 
-def values_of(line: TableRow, key: str) -> list[float]:
+def values_of(row: TableRow, key: str) -> list[float]:
     """An entry of the finished cells' results, where it is there."""
-    return [record.result[key] for record in line.finished if key in record.result]
+    return [record.result[key] for record in row.finished if key in record.result]
 
 
-def mean_of(line: TableRow, key: str) -> float | None:
+def mean_of(row: TableRow, key: str) -> float | None:
     """Of :func:`values_of`."""
-    values = values_of(line, key)
+    values = values_of(row, key)
     return statistics.fmean(values) if values else None
 
 
-def timed(line: TableRow) -> list[CellRecord]:
+def timed(row: TableRow) -> list[CellRecord]:
     """Finished cells whose seconds can be compared."""
-    return [record for record in line.finished if record.comparable]
+    return [record for record in row.finished if record.comparable]
 
 
-def untimed(lines: Iterable[TableRow]) -> bool:
+def untimed(rows: Iterable[TableRow]) -> bool:
     """Whether there are finished cells whose seconds cannot be compared."""
-    return any(not record.comparable for line in lines for record in line.finished)
+    return any(not record.comparable for row in rows for record in row.finished)
 
 
-def with_histories(lines: Iterable[TableRow], runs: Path) -> list[TableRow]:
-    """Lines whose records have their learning curves, from the runs' own folders where the records have none."""
-    return [dataclasses.replace(line, records=[record and _with_history(record, runs) for record in line.records]) for line in lines]
+def with_histories(rows: Iterable[TableRow], runs: Path) -> list[TableRow]:
+    """Rows whose records have their learning curves, from the runs' own folders where the records have none."""
+    return [dataclasses.replace(row, records=[record and _with_history(record, runs) for record in row.records]) for row in rows]
 
 
 def _with_history(record: CellRecord, runs: Path) -> CellRecord:
@@ -185,9 +185,9 @@ def spread(mean: float, deviation: float | None, digits: int) -> str:
     return f"{mean:.{digits}f}" + ("" if deviation is None else f" +- {deviation:.{digits}f}")
 
 
-def counted(line: TableRow) -> str:
+def counted(row: TableRow) -> str:
     """How many of its cells are finished."""
-    finished, planned = len(line.finished), len(line.cells)
+    finished, planned = len(row.finished), len(row.cells)
     return f"{finished}" if finished == planned else f"{finished} of {planned}"
 
 
