@@ -20,7 +20,7 @@ from typing import Any
 
 from bpfree.files import write_text
 
-__all__ = ["GROUP", "disabled_plugins", "kept"]
+__all__ = ["GROUP", "disabled_plugins", "installed_state", "kept"]
 
 GROUP = "bpfree"
 DISABLE_VARIABLE = "BPFREE_DISABLE_PLUGINS"
@@ -48,7 +48,7 @@ def kept(
     began = time.time_ns()
     try:
         place = _folder() if folder is None else folder
-        path, state = place / f"{name}-{_hash([_installation(), words])[:16]}.json", _hash([_state(), under])
+        path, state = place / f"{name}-{_hash([_installation(), words])[:16]}.json", _hash([installed_state(), under])
     except (OSError, ImportError, ValueError, RuntimeError):  # no sources that could be watched, or no home
         return make()[0]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -88,11 +88,11 @@ def _installation() -> list[Any]:
     return [sys.version, _roots(), _packages(), disabled_plugins()]
 
 
-def _state() -> str:
+def installed_state() -> str:
     """A hash that moves with what is installed.
 
     Raises:
-        OSError: sources cannot be seen.
+        OSError, ImportError, ValueError: sources cannot be seen.
     """
     entries = [(e.name, e.value, *((e.dist.name, e.dist.version) if e.dist is not None else ())) for e in _entries()]
     seen = [_seen(path) for path in sorted({path for root in _roots() for path in _sources(root)})]

@@ -16,7 +16,7 @@ import pluggy
 
 from bpfree import hooks
 from bpfree.errors import UsageError, unknown_name
-from bpfree.kept import GROUP, disabled_plugins, kept
+from bpfree.kept import GROUP, disabled_plugins, installed_state, kept
 
 __all__ = ["PluginIndex", "PluginRecord", "Plugins", "installed_plugins", "plugin_index"]
 
@@ -61,6 +61,7 @@ class Plugins:
     """
 
     def __init__(self, disabled: Iterable[str] = (), entry_points: Iterable[Any] | None = None) -> None:
+        self._state = _state()
         self.manager = pluggy.PluginManager("bpfree")
         self.manager.add_hookspecs(hooks)
         self.records: dict[str, PluginRecord] = {}
@@ -138,9 +139,10 @@ class Plugins:
         return dict(things)
 
     @property
-    def sound(self) -> bool:
-        """Whether none is broken or incompatible. What mends one may lie where nobody looks, so that nothing is kept then."""
-        return all(record.status in ("ok", "disabled") for record in self.records.values())
+    def keepable(self) -> bool:
+        """Whether listings of these may be kept: no source has changed since they were loaded, and none is broken or incompatible, which
+        something may mend that nobody watches."""
+        return self._state == _state() and all(record.status in ("ok", "disabled") for record in self.records.values())
 
     def names(self, kind: str) -> list[str]:
         """Registered names of a kind, one of ``KINDS``."""
@@ -178,6 +180,14 @@ class Plugins:
             yield name, *self._registered[kind][name]
 
 
+def _state() -> str:
+    """What is installed; empty where that cannot be seen."""
+    try:
+        return installed_state()
+    except (OSError, ImportError, ValueError):
+        return ""
+
+
 def singular(kind: str) -> str:
     """One of a kind."""
     return "study" if kind == "studies" else kind.removesuffix("s")
@@ -200,7 +210,7 @@ def _indexed(plugins: Plugins) -> tuple[dict[str, Any], list[Path] | None]:
     """The index as plain values, and what it depends on beside the plugins."""
     records = [{**dataclasses.asdict(record), "trace": ""} for record in plugins.records.values()]
     summaries = {kind: [[name, owner.name, _summary(thing)] for name, thing, owner in plugins.items(kind)] for kind in KINDS}
-    return {"records": records, "summaries": summaries}, [] if plugins.sound else None
+    return {"records": records, "summaries": summaries}, [] if plugins.keepable else None
 
 
 def _summary(thing: Any) -> str:

@@ -111,6 +111,16 @@ def test_a_library_that_is_edited_in_place_counts_too(site: Path, capsys: pytest
     assert "from an edited library" in same(capsys, site, ["rules"])
 
 
+def test_plugins_that_were_loaded_before_an_edit_are_not_kept(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fresh()
+    plugins.installed_plugins()
+    site.write_text(RULE.replace("first", "second"))
+    with pytest.raises(SystemExit):
+        main(["rules"])
+    assert "a first try" in capsys.readouterr().out
+    assert "a second try" in same(capsys, site, ["rules"])
+
+
 def test_a_damaged_cache_is_done_without(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = said(capsys, ["rules"])
     (file,) = (site.parent.parent / "cache").rglob("*.json")

@@ -63,7 +63,7 @@ def described_plugins() -> tuple[list[dict[str, Any]], list[Path] | None]:
 
     installed, known = installed_plugins(), known_certificates()
     described = [plain(record, known, installed) for record in installed.records.values()]
-    if not (known and installed.sound):
+    if not (known and installed.keepable):
         return described, None
     folder = registry_folder() / "certificates"
     return described, [folder, *folder.glob("*.json")]

@@ -112,7 +112,7 @@ def _studies() -> tuple[list[list[str]], list[Path] | None]:
 
     registry = installed_plugins()
     rows = [[name, *_listed(name), owner.name] for name, _, owner in registry.items("studies")]
-    return rows, [Path(place) for _, place, _ in registry.items("studies")] if registry.sound else None
+    return rows, [Path(place) for _, place, _ in registry.items("studies")] if registry.keepable else None
 
 
 def _listed(name: str) -> tuple[str, str]:

@@ -47,7 +47,7 @@ def status_table(planned: Callable[[], Worklist], folder: Path, words: Any) -> t
 def _plain(worklist: Worklist) -> tuple[dict[str, Any], set[Path] | None]:
     """The cells of a study as plain values, and the files that they depend on; ``None`` where they must be planned each time."""
     study, files, keys = worklist.plan.study, worklist.plan.fingerprints.files, [cell.key for cell in worklist.cells()]
-    fixed = worklist.plan.rows[0].recipe.registry.sound and not study.tune and not study.equal_budget
+    fixed = worklist.plan.rows[0].recipe.registry.keepable and not study.tune and not study.equal_budget
     found = {
         "output": str(worklist.store.output),
         "study": study.name,
