@@ -32,6 +32,7 @@ import measure
 
 from bpfree import Task, runner
 from bpfree.config import parse_words, resolve
+from bpfree.recipe import Recipe
 from bpfree.run import Run
 from bpfree.training.floor import measure_floor
 from bpfree.training.trainer import Interrupted
@@ -87,10 +88,22 @@ def train(words: Sequence[str], folder: Path, task: Task | None) -> Run:
     return runner.run(resolve(parse_words([*words, "tracking.enabled=false", f"output={folder}"])), quiet=True, task=task)
 
 
+FLOORS: dict[str, Row] = {}
+"""Of networks, by all that a floor depends on."""
+
+
 def floor_of(words: Sequence[str], seeds: int, task: Task | None) -> Row:
-    """The floor of a row's network, over the same seeds."""
+    """The floor of a row's network, over the same seeds; measured once for rows that share a network and its initialisation."""
     recipe = resolve(parse_words(words))
-    task = task or recipe.build_task()
+    own = recipe.names["rule"] if recipe.names["rule"] not in ("backprop", "dfa", "frozen") else ""
+    key = repr((recipe.names["network"], own, recipe.options["network"], recipe.options["rule"] if own else None, recipe.task, seeds))
+    if key not in FLOORS:
+        FLOORS[key] = measured_floor(recipe, seeds, task or recipe.build_task())
+    return FLOORS[key]
+
+
+def measured_floor(recipe: Recipe, seeds: int, task: Task) -> Row:
+    """The floor over the first n seeds."""
     recipes = (dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, seed=seed)) for seed in range(seeds))
     found = measure_floor(task, [each.build_rule(task.spec) for each in recipes])
     return {"of": found.name, "penalty": found.best.penalty, "accuracies": list(found.test), "mean": statistics.fmean(found.test)}

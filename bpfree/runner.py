@@ -323,7 +323,8 @@ def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> lis
     diagnostics = [recipe.registry.get("diagnostics", name)() for name in settings.diagnostics]
     tracker = [MLflowTracker(settings.tracking, Path(settings.output))] if settings.tracking.enabled else []
     modules = [module for name, module in recipe.registry.manager.list_name_plugin() if module is not None]
-    return [*diagnostics, Pictures(settings.pictures), Journal(), Plots(), *tracker, ProgressDisplay(quiet=quiet, label=label), *modules]
+    plots = [Plots()] if settings.pictures.curves else []
+    return [*diagnostics, Pictures(settings.pictures), Journal(), *plots, *tracker, ProgressDisplay(quiet=quiet, label=label), *modules]
 
 
 def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
