@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             os.chdir(folder)
-            cache = {"XDG_CACHE_HOME": folder}
+            cache = {"XDG_CACHE_HOME": f"{folder}/cache"}  # not the working folder: its part "bpfree" would be taken for the package
             if not options.quick:
                 process(INSPECT, BEFORE.split(), cache)
             for words, target in TARGETS.items():
