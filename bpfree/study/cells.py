@@ -128,8 +128,10 @@ def _repetitions(study: Study, count: int | None) -> list[int]:
 def _leaves(study: Study, row: Row, column: Column, overrides: Sequence[Leaf]) -> list[Leaf]:
     """Later ones win: all cells, the column, the row, the cell alone, the command line."""
     layers: list[tuple[Mapping[str, Any], str]] = [
-        # so that a store shows the study's runs together; the report has their curves, and their folders what a store would keep again
-        ({"tracking.experiment": study.name, "tracking.artifacts": False, "pictures.every": 0, "pictures.curves": False}, DEFAULT),
+        # so that a store shows the study's runs together
+        ({"tracking.experiment": study.name}, DEFAULT),
+        # the report has the curves of all cells, and their folders what a store would keep a second time
+        ({"tracking.artifacts": False, "tracking.checkpoint": False, "pictures.every": 0, "pictures.curves": False}, DEFAULT),
         # the same numbers with any number of workers, who do not fight for processors
         ({"threads": 1}, "every study"),
         (study.settings, "settings of the study"),
