@@ -53,7 +53,7 @@ def process(code: str, words: Sequence[str], environment: Mapping[str, str]) -> 
 
 
 def measured(words: str, target: float, count: int, environment: Mapping[str, str]) -> dict[str, Any]:
-    """A command, called once and then so many times."""
+    """Call a command once to fill the caches, then ``count`` times."""
     calls = [process(INSPECT, words.split(), environment) for _ in range(count + 1)]
     seconds = [each for each, _ in calls[1:]]
     median = statistics.median(seconds)

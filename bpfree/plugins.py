@@ -140,8 +140,8 @@ class Plugins:
 
     @property
     def keepable(self) -> bool:
-        """Whether listings of these may be kept: no source has changed since they were loaded, and none is broken or incompatible, which
-        something may mend that nobody watches."""
+        """Whether listings of these may be kept: no source has changed since they were loaded, and none is broken or incompatible: what
+        would repair those (an installed library, say) is not among the files that are compared."""
         return self._state == _state() and all(record.status in ("ok", "disabled") for record in self.records.values())
 
     def names(self, kind: str) -> list[str]:

@@ -81,7 +81,7 @@ class Member:
 
 
 def train(leaves: Sequence[Leaf], *, size: int, address: str | None = None, resume: str | None = None) -> Run:
-    """Train, or resume a run, in so many processes, and return the run as the first one sees it.
+    """Train or resume a run in n processes, and return the run of the first one.
 
     Args:
         leaves: of the configuration, or its changes.

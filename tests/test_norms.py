@@ -59,7 +59,7 @@ def _dense(task: Task, factory: type[Rule], **options: Any) -> Rule:
 
 
 def _maps(task: Task, factory: type[Rule], side: int) -> Rule:
-    """Batch norms that see so many rows and columns of a channel; the last one of 1x1 maps."""
+    """Batch norms over maps of a given size; the last one over 1x1 maps."""
     pools = [1, 2, 3] if side == 1 else [1, 2]
     return factory(vgg(task.spec, VGGConfig(channels=[4, 4, 4, 4], pool_after=pools, norm="batch")), task.spec)
 

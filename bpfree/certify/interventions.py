@@ -30,7 +30,7 @@ from bpfree.step import Batch, Step
 __all__ = ["Matrix", "dependence", "downstream_weights", "name_of_dependence"]
 
 ROUNDS = 32
-"""How often all phases together repeat their batches in the search for credit that comes late: by weights copied every so many steps."""
+"""Passes over the batches, of all phases together, in the search for delayed credit (a rule may copy weights every n steps)."""
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative changes below it are rounding: honest rules stay below 1e-13 in double precision."""
 OVERWRITTEN = "its weights are overwritten in a step, by what the rule keeps elsewhere"

@@ -45,7 +45,7 @@ class Loop(Stepper):
         return [phase if self._keep_optimizers else replace(phase, optimizer=None) for phase in found]
 
     def turns(self, batches: Sequence[Batch], *, each: int) -> Iterator[Batch]:
-        """The batch of each step to come, for :meth:`take`: so many steps per phase, repeating the given batches.
+        """Yield the batch of each step, for :meth:`take`: n steps per phase, repeating the given batches.
 
         A phase on features gets the rule's features of the batch.
         """
@@ -81,7 +81,7 @@ def numbered(loop: Loop, batches: Sequence[Batch], *, each: int) -> Iterator[tup
 
 
 def trained(rule: Rule, batches: Sequence[Batch], *, each: int, seed: int = 0) -> Rule:
-    """The rule after so many steps of each of its phases."""
+    """The rule after n steps of each of its phases."""
     loop = Loop(rule, seed=seed)
     for batch in loop.turns(batches, each=each):
         loop.take(batch)

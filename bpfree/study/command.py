@@ -74,7 +74,7 @@ class Display(Protocol):
         """About once a second, while these run; ``epoch`` says how far one is."""
 
     def ended(self, cell: Cell, record: CellRecord | None, left: int) -> None:
-        """A cell has ended (``None``: another process runs it), and so many are left."""
+        """A cell has ended (``None``: another process runs it); ``left`` are still to run."""
 
     def say(self, text: str) -> None:
         """Anything else."""

@@ -198,7 +198,7 @@ class Readout(ABC):
     def _score(self, fitted: LinearMap, split: Split) -> float: ...
 
     def _product(self, examples: int) -> int:
-        """Operations of one product of so many examples' features with a weight matrix."""
+        """Operations of one product of n examples' features with a weight matrix."""
         return 2 * examples * self.features.shape[1] * self.outputs
 
 

@@ -30,7 +30,7 @@ def gather(
         batch: the whole.
         step: handed to ``credit``, with its ``part`` set.
         parts: as many micro-batches in each process, if the batch has two examples for each.
-        rank, size: which of so many processes this is; it takes its own micro-batches alone.
+        rank, size: of this process, which takes only its own micro-batches.
 
     Returns:
         Means of the metrics over the batch; of several processes, the sum of what they return.

@@ -176,7 +176,7 @@ class Session:
     # --- phases -----------------------------------------------------------------------------------------------------
 
     def _phases(self) -> Iterator[Phase]:
-        """The phases that are to be trained, each when it has begun; a resumed run goes on with the one that it was in."""
+        """Yield the phases to train, each after it has begun; a resumed run starts with the one that it was in."""
         phases, state, saved = iter(self._rule.phases(self._setup.budget)), self.state, self._saved
         if saved is None:
             self._prepare()
