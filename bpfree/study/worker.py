@@ -29,7 +29,7 @@ from bpfree.tracking.journal import ended_as
 from bpfree.training import environment
 from bpfree.training.trainer import Interrupted
 
-__all__ = ["CellObserver", "Job", "TaskCache", "Worker"]
+__all__ = ["CellObserver", "Job", "TaskCache", "Worker", "garbage_collected"]
 
 WORKERS = ".workers"
 
@@ -93,7 +93,7 @@ class Worker:
             if before is not None and before.is_final and (before.status == "finished" or not job.again):
                 return before  # somebody was faster
             record = store.begin(job.key, before, restart=job.restart)
-            with present(store.folder_of_all / WORKERS) as concurrency, _garbage_collected():
+            with present(store.folder_of_all / WORKERS) as concurrency, garbage_collected():
                 self._run(job, record, CellObserver(job, record, concurrency))
             return record
 
@@ -144,7 +144,7 @@ class Worker:
 
 
 @contextmanager
-def _garbage_collected() -> Iterator[None]:
+def garbage_collected() -> Iterator[None]:
     """Free what was made inside: a run's tensors are held by objects that refer to each other, too few for Python to look by itself.
 
     What was there before (imported libraries, for the most part) is left out, because looking through it takes a quarter of a second.

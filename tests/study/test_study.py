@@ -6,10 +6,12 @@ Oracles: the number of run folders; the weights of an undisturbed run, bit for b
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import re
 import shutil
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from study_kit import call, outcomes, plugin_on_path
 
 from bpfree import sources
 from bpfree.study.store import CellStore
+from bpfree.study.worker import garbage_collected
 
 PLUGIN = '''
 import os
@@ -426,3 +429,22 @@ def test_the_content_of_a_data_file_counts_and_not_its_path(workplace: Path, cap
     assert a != b
     assert call("study", "run", name, "task.path=a.npz", "--dry-run") == 0
     assert "not as written: task.path=a.npz" in capsys.readouterr().out
+
+
+def test_what_a_cell_leaves_in_cycles_is_freed_when_it_ends() -> None:
+    """Oracle: weak references; Python's own collection is off, and what was frozen for the time is not frozen afterwards."""
+
+    class Held:
+        def __init__(self) -> None:
+            self.itself = self
+
+    before = gc.get_freeze_count()
+    gc.disable()
+    try:
+        with garbage_collected():
+            seen = weakref.ref(Held())
+            assert seen() is not None
+        assert seen() is None
+    finally:
+        gc.enable()
+    assert gc.get_freeze_count() == before
