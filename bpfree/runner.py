@@ -16,17 +16,19 @@ from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf
 from bpfree.recipe import Recipe, changed
+from bpfree.record.folder import RunFolder, read_run
+from bpfree.record.recorder import Recorder
 from bpfree.rule import Rule
 from bpfree.run import Run, new_run_id
 from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Task
-from bpfree.tracking.journal import ended_as, recorded
+from bpfree.tracking.mlflow_tracker import MLflowTracker, complete, settled
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.distributed import World
 from bpfree.training.environment import flushing_denormals
 from bpfree.training.trainer import Trainer
 
-__all__ = ["complete_tracking", "resume", "run"]
+__all__ = ["resume", "run"]
 
 CHANGEABLE = {
     "budget",
@@ -44,9 +46,6 @@ CHANGEABLE = {
     "parallel",
 }
 """Sections and keys that may change when a run is resumed."""
-
-LEFTOVERS = ("config.yaml", "plan.txt", "run.json", "metrics.jsonl", "checkpoints", "plots", "pictures")
-"""Files of an earlier attempt that a run replaces when it starts again."""
 
 RESIDENT = {"auto": None, "yes": True, "no": False}
 
@@ -95,7 +94,7 @@ def new_record(recipe: Recipe, run_id: str | None) -> Run:
     if run_id is not None:
         if run_id != record.folder.name or run_id == "..":
             raise UsageError("a run's identifier is the name of its folder", where=run_id, fix="use letters, digits, dots and hyphens")
-        record.tracking = clear_attempt(record.folder)
+        clear_attempt(record.folder)
     make_folder(record.folder, again=record.reopened)
     return record
 
@@ -134,8 +133,9 @@ def resume(
             return found
         record, path, config, count = found
         recipe = recipe_of(config, changes, where=str(path))
-        further = count | dict(tags or {})
-        return _train(recipe, record, path, world, quiet=quiet, label=label, observers=observers, task=task, further=further)
+        elsewhere = any(leaf.key == "tracking.uri" for leaf in changes)
+        options: dict[str, Any] = {"quiet": quiet, "label": label, "observers": observers, "task": task}
+        return _train(recipe, record, path, world, **options, further=count | dict(tags or {}), elsewhere=elsewhere)
 
 
 def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Run, Path, dict[str, Any], dict[str, str]]:
@@ -151,16 +151,29 @@ def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Ru
     if saved.get("training") is None:
         raise BpfreeError("the checkpoint holds weights only: a run cannot be resumed from it", where=str(path), fix="use last.pt")
     about, folder = saved["training"]["run"], path.parent.parent
-    ended = ended_as(folder)
-    if path.parent.name != "checkpoints" or ended.get("id", about["id"]) != about["id"]:
+    before = known_run(folder)
+    if path.parent != RunFolder(folder).checkpoints or (before and about["id"] not in ids_of(folder)):
         raise UsageError("the checkpoint lies outside its run's folder", where=str(path), fix="resume the run by its folder or name")
-    finished = ended.get("status") == "finished"
-    if finished and not changes:
-        complete_tracking(folder)
-        return recorded(folder)
-    record = Run(about["id"], about["name"], folder=folder, history=list(saved["training"]["history"]), tags=ended.get("tags", {}))
-    count = {"test_evaluations": str(tests_before(ended) + recipe.settings.evaluation.test)}
+    if before and before.status == "finished" and not changes:
+        complete(folder)
+        return before
+    own = RunFolder(folder).name_copy() or (before.id if before else about["id"])
+    record = Run(own, about["name"], folder=folder, tags=before.tags if before else {}, history=before.history if before else [])
+    count = {"test_evaluations": str(tests_before(before) + recipe.settings.evaluation.test)}
     return record, path, saved["config"], count
+
+
+def known_run(folder: Path) -> Run | None:
+    """A run as its log has it, if there is one."""
+    try:
+        return read_run(folder)
+    except BpfreeError:
+        return None
+
+
+def ids_of(folder: Path) -> set[str]:
+    """Every identifier that a run has had: a copy gets one of its own."""
+    return {str(event.get("id")) for event, _ in RunFolder(folder).log.read() if event["event"] in ("begin", "copied")}
 
 
 def refuse_changes(keys: Iterable[str]) -> None:
@@ -183,60 +196,39 @@ def has_finished(place: str, *, output: str = "runs") -> bool:
     Raises:
         UsageError: no such run.
     """
-    return ended_as(find_checkpoint(place, output=output).parent.parent).get("status") == "finished"
+    before = known_run(find_checkpoint(place, output=output).parent.parent)
+    return before is not None and before.status == "finished"
 
 
-def tests_before(ended: Mapping[str, Any]) -> int:
-    """How often a run has seen the test split, given its journal: 0 if it has not finished, whatever its settings are."""
-    meant = bool(ended.get("config", {}).get("evaluation.test", True))
-    counted = int(ended.get("tags", {}).get("test_evaluations", int(meant)))
-    return counted - (meant and ended.get("status") != "finished")
+def tests_before(run: Run | None) -> int:
+    """How often a run has seen the test split, by its log: 0 if it has not finished, whatever its settings are."""
+    if run is None:
+        return 0
+    meant = bool(run.config.get("evaluation.test", True))
+    counted = int(run.tags.get("test_evaluations", int(meant)))
+    return counted - (meant and run.status != "finished")
 
 
-def clear_attempt(folder: Path) -> dict[str, str]:
-    """Remove what an attempt without a checkpoint left in a run's folder, except what is still to be sent to the tracking store.
+def clear_attempt(folder: Path) -> None:
+    """Remove what an attempt without a checkpoint left in a run's folder, except its log, which the next attempt continues.
 
     Raises:
         UsageError: it has a checkpoint.
-
-    Returns:
-        Where the attempt was tracked.
     """
-    if (folder / "checkpoints" / "last.pt").is_file():
+    place = RunFolder(folder)
+    if place.last.is_file():
         raise UsageError("the run has a checkpoint", where=str(folder), fix="resume it, or remove its folder")
-    tracking = ended_as(folder).get("tracking", {})
-    for path in (folder / name for name in LEFTOVERS):
+    for path in place.files():
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    return dict(tracking)
 
 
 def remove_untrained(folder: Path) -> None:
     """Remove the folder of a run that has not trained."""
     if {path.name for path in folder.iterdir()} <= {"config.yaml", "plan.txt"}:
         shutil.rmtree(folder)
-
-
-def complete_tracking(folder: str | Path) -> bool:
-    """Send the tracking store what it lacks of a run that has ended, in case its process was killed while sending.
-
-    The run in the store is the same, and each metric keeps one value per step. Nothing happens where the store has it all, where tracking
-    is disabled, or to a run that has not ended; an outage is a warning, and the call can be repeated.
-
-    Args:
-        folder: the run's.
-
-    Raises:
-        BpfreeError: there is no record of a run.
-
-    Returns:
-        Whether nothing is left to send.
-    """
-    from bpfree.tracking.completion import complete
-
-    return complete(Path(folder))
 
 
 def make_folder(folder: Path, *, again: bool = False) -> None:
@@ -268,9 +260,11 @@ def _train(
     observers: Iterable[Any],
     task: Task | None,
     further: Mapping[str, str],
+    elsewhere: bool = True,
 ) -> Run:
-    folder = record.folder
+    folder, settings = record.folder, recipe.settings
     assert folder is not None
+    tracking = settings.tracking if elsewhere else settled(settings.tracking, folder)
     try:
         with world.agreed():
             task = task or recipe.build_task()
@@ -281,6 +275,7 @@ def _train(
                 task,
                 recipe.settings,
                 observers=[*standard_observers(recipe, quiet=quiet, label=label), *observers] if world.first else [],
+                recorder=Recorder([MLflowTracker(tracking, folder.parent)] if tracking.enabled else []),
                 run=record,
                 recipe=recipe.to_dict(),
                 augment=[recipe.registry.get("augmentations", name) for name in recipe.task.augment],
@@ -305,26 +300,24 @@ def _train(
 
 def write_recipe(recipe: Recipe, plan: str, record: Run, folder: Path) -> None:
     """Keep the configuration, and the rule's plan, with the run."""
-    (folder / "config.yaml").write_text(recipe.to_yaml())
+    place = RunFolder(folder)
+    place.config.write_text(recipe.to_yaml(), encoding="utf-8")
     if plan:
-        record.artifacts["plan.txt"] = folder / "plan.txt"
-        record.artifacts["plan.txt"].write_text(f"{plan.rstrip()}\n", encoding="utf-8")
+        record.artifacts["plan.txt"] = place.plan
+        place.plan.write_text(f"{plan.rstrip()}\n", encoding="utf-8")
 
 
 def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> list[Any]:
-    """Pictures, journal, plots, tracking, progress display, the diagnostics asked for, and every plugin that observes."""
-    from bpfree.tracking.journal import Journal
-    from bpfree.tracking.mlflow_tracker import MLflowTracker
+    """Pictures, plots, progress display, the diagnostics asked for, and every plugin that observes."""
     from bpfree.tracking.pictures import Pictures
     from bpfree.tracking.plots import Plots
     from bpfree.tracking.progress import ProgressDisplay
 
     settings = recipe.settings
     diagnostics = [recipe.registry.get("diagnostics", name)() for name in settings.diagnostics]
-    tracker = [MLflowTracker(settings.tracking, Path(settings.output))] if settings.tracking.enabled else []
     modules = [module for name, module in recipe.registry.manager.list_name_plugin() if module is not None]
     plots = [Plots()] if settings.pictures.curves else []
-    return [*diagnostics, Pictures(settings.pictures), Journal(), *plots, *tracker, ProgressDisplay(quiet=quiet, label=label), *modules]
+    return [*diagnostics, Pictures(settings.pictures), *plots, ProgressDisplay(quiet=quiet, label=label), *modules]
 
 
 def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:

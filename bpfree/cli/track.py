@@ -16,27 +16,31 @@ def track() -> None:
 @click.argument("run")
 @click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
 def send(run: str, settings: tuple[str, ...]) -> int:
-    """Send what the tracking store could not take when RUN (a run's folder, or its name) was tracked.
+    """Send what the tracking store does not have of RUN (a run's folder, or its name).
 
-    The store is the one that the run's configuration names, unless SETTINGS say otherwise: `tracking.uri=...`.
+    The store is the one that has the run, or that its configuration names, unless SETTINGS say otherwise: `tracking.uri=...`.
     """
     from bpfree.config import resolve
     from bpfree.errors import BpfreeError, UsageError
     from bpfree.leaves import Leaf, last_said, parse_words, read_yaml
-    from bpfree.tracking.events import SPOOL_NAME
-    from bpfree.tracking.mlflow_tracker import send_unsent
+    from bpfree.record.folder import RunFolder
+    from bpfree.tracking.mlflow_tracker import send as send_run
+    from bpfree.tracking.mlflow_tracker import settled
 
     leaves = parse_words(settings)
     output = last_said(leaves, "output", "runs")
-    folder = next((path for path in (Path(run), Path(output) / run) if (path / "config.yaml").exists()), None)
+    folder = next((place for place in (RunFolder(run), RunFolder(Path(output) / run)) if place.log.size), None)
     if folder is None:
         raise UsageError("no such run", where=run, fix=f"give a run's folder, or the name of a run in {output}/")
-    if not (folder / SPOOL_NAME).exists():
-        click.echo("nothing is left to send")
-        return 0
     patient = Leaf("tracking.flush_timeout", 600.0, "bpfree track send")  # a run must end soon; this need not
-    recipe = resolve([*read_yaml(folder / "config.yaml"), patient, *leaves])
-    if not send_unsent(folder, recipe.settings.tracking, Path(recipe.settings.output)):
-        raise BpfreeError("not everything could be sent", where=str(folder / SPOOL_NAME), fix="try again when the server is back")
+    config = resolve([*read_yaml(folder.config), patient, *leaves]).settings.tracking
+    if not any(leaf.key == "tracking.uri" for leaf in leaves):
+        config = settled(config, folder.path)
+    refused = send_run(folder.path, config)
+    if refused is None:
+        raise BpfreeError("not everything could be sent", where=str(folder.path), fix="try again when the server is back")
+    if refused:
+        lost = "; ".join(f"{each.get('path') or each.get('event', 'a line')}: {each['reason']}" for each in refused)
+        raise BpfreeError(f"everything is sent, but {len(refused)} of its events: {lost}", where=str(folder.path))
     click.echo("sent")
     return 0

@@ -259,7 +259,7 @@ def execute(worklist: Worklist, jobs: Jobs, executor: Executor, display: Display
         ended: list[Ended] = []
         while running and not ended:
             ended = executor.wait()
-            display.waiting(list(running.values()), lambda cell: epoch_of(worklist.store.output, worklist.store.read(cell.key.id)))
+            display.waiting(list(running.values()), lambda cell: epoch_of(worklist.store.read(cell.key.id)))
         for one in ended:
             _note(one, running.pop(one.cell), worklist, elsewhere, deaths, display)
 

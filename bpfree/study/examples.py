@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bpfree.study.differences import Paired
 from bpfree.study.rows import TableRow, percent
 from bpfree.study.store import CellRecord
-from bpfree.training.predictions import FILE, read_predictions
+from bpfree.training.predictions import read_predictions
 
 __all__ = ["OWN", "PROBED", "Scores", "paired", "scores_of", "twin_scores"]
 
@@ -77,7 +77,7 @@ def in_unit(value: float, metric: str) -> float:
 
 
 def _examples(record: CellRecord, metric: str, runs: Path, which: str) -> Examples | None:
-    kept = read_predictions(runs / record.run / FILE) if record.run else None
+    kept = read_predictions(runs / record.run) if record.run else None
     if kept is None:
         return None
     values = kept.protocols.get(which) if which else kept.correct if percent(metric) else kept.loss

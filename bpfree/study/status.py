@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from bpfree.kept import kept
 from bpfree.study.store import CellKey, CellRecord, CellStore
-from bpfree.tracking.journal import ended_as
 
 if TYPE_CHECKING:
     from bpfree.study.worklist import Worklist
@@ -41,7 +40,7 @@ def status_table(planned: Callable[[], Worklist], folder: Path, words: Any) -> t
     counts = Counter("not run" if record is None else record.status for _, record in known)
     parts = [f"{count} {each}" for each, count in counts.most_common()]
     parts += [f"{later} follow when {plan['waits_for']}"] if later else []
-    return [_status_of(store.output, key, record) for key, record in known], f"{len(known) + later} cells: {', '.join(parts)}"
+    return [_status_of(key, record) for key, record in known], f"{len(known) + later} cells: {', '.join(parts)}"
 
 
 def _plain(worklist: Worklist) -> tuple[dict[str, Any], set[Path] | None]:
@@ -58,7 +57,7 @@ def _plain(worklist: Worklist) -> tuple[dict[str, Any], set[Path] | None]:
     return found, {study.path, *files} if fixed and files is not None and study.path is not None else None
 
 
-def _status_of(output: Path, key: CellKey, record: CellRecord | None) -> list[Any]:
+def _status_of(key: CellKey, record: CellRecord | None) -> list[Any]:
     if record is None:
         return [key.row, key.column, key.number, "not run", "", "", "", key.id]
     return [
@@ -66,7 +65,7 @@ def _status_of(output: Path, key: CellKey, record: CellRecord | None) -> list[An
         key.column,
         key.number,
         f"{record.status}: {record.reason}" if record.reason else record.status,
-        epoch_of(output, record),
+        epoch_of(record),
         f"{_elapsed(record) / 60:.1f}",
         _score(record),
         key.id,
@@ -81,15 +80,14 @@ def _elapsed(record: CellRecord) -> float:
     return record.elapsed + max(0.0, since.total_seconds())
 
 
-def epoch_of(output: Path, record: CellRecord | None) -> str:
+def epoch_of(record: CellRecord | None) -> str:
     """How far a cell is; empty if that is not known."""
     if record is None or not record.run:
         return ""
     if record.is_final:
         return f"{record.history[-1].get('epoch', 0):g}" if record.history else ""
-    ended = ended_as(output / record.run)
-    total = ended.get("total_epochs")
-    return f"{ended.get('epoch', 0)}{f' of {total}' if total else ''}"
+    run = record.seen()
+    return f"{run.epoch}{f' of {run.total_epochs}' if run.total_epochs else ''}"
 
 
 def _score(record: CellRecord) -> str:

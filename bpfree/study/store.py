@@ -1,14 +1,16 @@
-"""What is known of cells: one JSON file each, replaced atomically, and a lock while a process works on it."""
+"""What is known of cells: one JSON file each, replaced atomically, and a lock while a process works on it.
+
+What happened to a cell's run is in the log of the run's folder; the record of the cell names the folder.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +18,16 @@ from typing import Any, Literal
 from bpfree.errors import BpfreeError
 from bpfree.files import write_text
 from bpfree.leaves import Leaf
-from bpfree.tracking.events import strict
+from bpfree.record.folder import RunFolder, read_run
+from bpfree.record.log import strict
+from bpfree.run import Run
 
 __all__ = ["SHARE", "CellKey", "CellRecord", "CellStore"]
 
 Status = Literal["running", "interrupted", "finished", "diverged", "failed", "timeout", "refused"]
+
+ABOUT = ("result", "history", "tags", "tracking")
+"""What a record keeps of a run whose folder is not on this machine."""
 
 SHARE = 0.9
 """Of its threads' time that a run must have had on the processor."""
@@ -69,12 +76,10 @@ class CellRecord:
             ``refused`` never began (its data are not there, say) and is tried again.
         reason: why it did not finish, or what of it could not be measured.
         run: name of the run's folder in the output folder.
-        result: metrics of the end.
-        history: metrics of each epoch, as the run noted them.
-        tags: of the run: device, versions, data fingerprint.
         elapsed: seconds that it took in all, evaluation and everything else included.
-        tracking: where its MLflow run is.
         parallel: the most cells that ran at the same time on its machine.
+        place: the run's folder.
+        about: the run, once its log was read; for a run whose folder is on another machine, what that one sent.
     """
 
     key: CellKey
@@ -83,12 +88,37 @@ class CellRecord:
     run: str = ""
     started: str = ""
     updated: str = ""
-    result: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
     elapsed: float = 0.0
     parallel: int = 1
-    tracking: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
+    place: Path | None = field(default=None, repr=False, compare=False)
+    about: Run | None = field(default=None, repr=False, compare=False)
+
+    def seen(self) -> Run:
+        """The run, as its log has it; one that is empty where it has none."""
+        if self.about is None and self.place is not None:
+            with suppress(BpfreeError):
+                self.about = read_run(self.place)
+        return self.about or Run("", "")
+
+    @property
+    def result(self) -> dict[str, float]:
+        """Metrics of the run's end."""
+        return self.seen().result
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """Metrics of each epoch of the run."""
+        return self.seen().history
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Of the run: device, versions, data fingerprint."""
+        return self.seen().tags
+
+    @property
+    def tracking(self) -> dict[str, str]:
+        """Where its MLflow run is."""
+        return self.seen().tracking
 
     @property
     def is_final(self) -> bool:
@@ -124,7 +154,9 @@ class CellRecord:
 
     def to_json(self) -> str:
         """Write it as the file of a cell has it: the key's fields lie beside the others, its id as ``cell``."""
-        own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "key"}
+        own = {name: getattr(self, name) for name in ("status", "reason", "run", "started", "updated", "elapsed", "parallel")}
+        if self.about is not None and (self.place is None or not RunFolder(self.place).log.size):
+            own |= {name: getattr(self.about, name) for name in ABOUT}
         key = {name: getattr(self.key, name) for name in ("row", "column", "seed", "trial", "identity")}
         return json.dumps(strict({"cell": self.key.id, **key, **own}), indent=2, default=str) + "\n"
 
@@ -137,9 +169,12 @@ class CellRecord:
         """
         content = json.loads(text)
         parts = {name: content.pop(name) for name in ("row", "column", "seed", "trial", "identity") if name in content}
+        facts = {name: content.pop(name) for name in ABOUT if name in content}
         known = cls(CellKey(content.pop("cell"), **parts), **content)
-        known.result = {key: float(value) for key, value in known.result.items()}
-        known.history = [{key: float(value) for key, value in metrics.items()} for metrics in known.history]
+        if facts:
+            known.about = Run("", "", **facts)
+            known.about.result = {key: float(value) for key, value in known.result.items()}
+            known.about.history = [{key: float(value) for key, value in metrics.items()} for metrics in known.history]
         return known
 
 
@@ -170,7 +205,9 @@ class CellStore:
     def read(self, cell: str) -> CellRecord | None:
         """What is known of a cell; ``None`` for nothing, or a file that cannot be read."""
         try:
-            return CellRecord.from_json(self.path_of(cell).read_text(encoding="utf-8"))
+            known = CellRecord.from_json(self.path_of(cell).read_text(encoding="utf-8"))
+            known.place = self.output / known.run if known.run else None
+            return known
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
 
@@ -243,7 +280,8 @@ class CellStore:
         """
         kept = before if before is not None and not before.is_final else CellRecord(key, started=now())
         parallel = 1 if before is None or restart else before.parallel  # its checkpoint holds the seconds of then
-        return CellRecord(key, run=self.run_of(key), started=kept.started, elapsed=kept.elapsed, parallel=parallel)
+        run = self.run_of(key)
+        return CellRecord(key, run=run, started=kept.started, elapsed=kept.elapsed, parallel=parallel, place=self.output / run)
 
 
 def now() -> str:

@@ -1,37 +1,35 @@
 """The MLflow run of a study: the parent of its cells' runs, with the report as its artifacts.
 
-It is found again by the study's name and folder, so that a study has one, however often its processes were killed. A store that is away
-costs a warning; cells that ran meanwhile become its children when it is back.
+It is found again by an identifier that the study's folder keeps, so that a study has one, however often its processes were killed; a
+copy of the folder is another study. A store that is away costs a warning; cells that ran meanwhile become its children when it is back.
 """
 
 from __future__ import annotations
 
 import getpass
-import json
 import logging
+import secrets
 import statistics
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bpfree import runner
-from bpfree.files import write_text
+from bpfree.record.folder import Cursor, RunFolder
+from bpfree.record.log import now
+from bpfree.run import Run
 from bpfree.study.cells import Plan
 from bpfree.study.report import Report, files_of
 from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellStore
 from bpfree.study.worklist import Worklist
-from bpfree.tracking.config import TrackingConfig
-from bpfree.tracking.events import SPOOL_NAME, Artifact, End, Metrics, Opening, Tags
-from bpfree.tracking.journal import ended_as
-from bpfree.tracking.store import RUN_TAG, Store, file_lock, redact
+from bpfree.tracking.events import Artifact, End, Metrics, Opening, Tags
+from bpfree.tracking.mlflow_tracker import complete, config_of
+from bpfree.tracking.store import RUN_TAG, Store, file_lock
 
 __all__ = ["StudyRun"]
 
 logger = logging.getLogger("bpfree.tracking")
 
-NAME = "mlflow.json"
 PARENT = "mlflow.parentRunId"
 
 
@@ -53,23 +51,21 @@ class StudyRun:
         self._enabled, self._experiment = config.enabled, config.experiment
         self._store = Store(config.resolve_uri(plan.output), config.timeout)
         self._warned = False
-        known = self._known() if self._known().get("uri") == self._store.shown else {}
-        self.run_id = str(known.get("run_id", ""))
-        self.settled = not self._enabled or bool(known.get("settled"))
-
-    def _known(self) -> dict[str, Any]:
-        try:
-            content = json.loads((self._cells.folder / NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        self._path = cells.folder / "sent-mlflow.json"
+        known = Cursor.read(self._path)
+        if known.is_copy(self._path) or known.store != self._store.shown:
+            known = Cursor(self._store.shown)
+        self._cursor = known
+        self.run_id = str(known.known.get("mlflow_run_id", ""))
+        self.settled = not self._enabled or bool(known.known.get("settled"))
 
     def open(self) -> None:
         """Make the run, or find it again; also the database, before several processes would."""
         if not self._enabled:
             return
-        opening = Opening(self._store.shown, self._experiment, self._plan.study.name, _now(), self._tags(), self._params(), None)
+        opening = Opening(self._store.shown, self._experiment, self._plan.study.name, now(), self._tags(), self._params(), None)
         opening.run_id = self.run_id or None
+        self._remember(settled=False)
 
         def ask() -> None:
             self._store.check()
@@ -83,8 +79,8 @@ class StudyRun:
 
     def _remember(self, *, settled: bool) -> None:
         self.settled = settled
-        content = {"uri": self._store.shown, "run_id": self.run_id, "settled": settled}
-        write_text(self._cells.folder / NAME, json.dumps(content, indent=2) + "\n")
+        self._cursor.known |= {"mlflow_run_id": self.run_id, "settled": settled}
+        self._cursor.write(self._path)
 
     def close(self, worklist: Worklist, report: Report, page: Path, status: str) -> None:
         """Log the table and the report's files, adopt cells that ran while the store was away, and end the run.
@@ -105,44 +101,33 @@ class StudyRun:
 
         def tell() -> None:
             self._adopt(worklist.all_cells())
-            self._store.send(self.run_id, [Metrics(_now(), len(finished), values), Tags({"status": status.lower()})])
-            self._store.send(self.run_id, [*(Artifact(str(path), "") for path in files_of(page)), End(status, _now())])
+            self._store.send(self.run_id, [Metrics(now(), len(finished), values), Tags({"status": status.lower()})])
+            self._store.send(self.run_id, [*(Artifact(path, "") for path in files_of(page)), End(status, now())])
 
         if self._asked(tell):
             self._remember(settled=True)
 
     def _adopt(self, cells: Iterable[Cell]) -> None:
         """Send what cells could not, and put their runs below this one; those that another store has stay there."""
-        client = self._store.connect()
         known = (self._cells.read(cell) for cell in dict.fromkeys(cell.key.id for cell in cells))
-        for record in [one for one in known if one is not None and one.is_final and one.run]:
-            folder = self._plan.output / record.run
-            if (folder / SPOOL_NAME).is_file() and self._was_meant_here(folder) and runner.complete_tracking(folder):
-                record.tracking |= self._found(client, record.run)
-            child = record.tracking.get("mlflow_run_id")
-            here = record.tracking.get("mlflow_uri") == self._store.shown
-            if child and here and record.tags.get(PARENT) != self.run_id:
-                client.set_tag(child, PARENT, self.run_id)
-                record.tags[PARENT] = self.run_id
-                with self._cells.lock(record.key.id) as free:
-                    if free:
-                        self._cells.write(record)
+        for record in [one for one in known if one is not None and one.is_final and one.place is not None]:
+            run, folder = record.seen(), RunFolder(record.place or "")
+            if not folder.log.size or folder.log.is_held() or not self._is_tracked_here(run):
+                continue
+            if run.tags.get(PARENT) != self.run_id:
+                with folder.log as log:
+                    log.append("tags", tags={PARENT: self.run_id})
+            complete(folder.path)
 
-    def _found(self, client: Any, run: str) -> dict[str, str]:
-        """Where a cell's run is that this process has not trained."""
-        experiment = client.get_experiment_by_name(self._experiment)
-        found = client.search_runs([experiment.experiment_id], f"tags.`{RUN_TAG}` = '{run}'", max_results=1) if experiment else []
-        return {"mlflow_run_id": str(found[0].info.run_id), "mlflow_uri": self._store.shown} if found else {}
-
-    def _was_meant_here(self, folder: Path) -> bool:
-        """Whether a run's journal names this store."""
-        config = ended_as(folder).get("config", {})
-        named = TrackingConfig(uri=config.get("tracking.uri"), enabled=bool(config.get("tracking.enabled", False)))
-        return named.enabled and redact(named.resolve_uri(self._plan.output)) == self._store.shown
+    def _is_tracked_here(self, run: Run) -> bool:
+        """Whether a run's configuration names this store."""
+        config = config_of(run)
+        return config.enabled and Store(config.resolve_uri(self._plan.output), config.timeout).shown == self._store.shown
 
     def _tags(self) -> dict[str, str]:
         study = self._plan.study
-        tags = {RUN_TAG: f"study {study.name} in {self._cells.folder.absolute()}", "study": study.name, "study_title": study.title}
+        own = self._cursor.known.setdefault("id", f"study-{study.name}-{secrets.token_hex(6)}")
+        tags = {RUN_TAG: own, "study": study.name, "study_title": study.title}
         try:
             return tags | {"mlflow.user": getpass.getuser()}
         except Exception:  # a container may have no name for its user
@@ -175,7 +160,3 @@ def _values(metric: str, rows: Sequence[TableRow]) -> Iterable[tuple[str, float]
         values: Mapping[int, float] = row.by_seed(metric)
         if values:
             yield f"{metric}/{row.label}", statistics.fmean(values.values())
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000

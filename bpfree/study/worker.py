@@ -21,11 +21,11 @@ from bpfree.errors import BpfreeError
 from bpfree.hooks import hookimpl
 from bpfree.leaves import Leaf
 from bpfree.recipe import Recipe
+from bpfree.record.folder import RunFolder
 from bpfree.run import Run
 from bpfree.study.concurrency import Concurrency, present
 from bpfree.study.store import CellKey, CellRecord, CellStore
 from bpfree.tasks.task import Task
-from bpfree.tracking.journal import ended_as
 from bpfree.training import environment
 from bpfree.training.trainer import Interrupted
 
@@ -100,11 +100,8 @@ class Worker:
     def _run(self, job: Job, record: CellRecord, observer: CellObserver) -> None:
         job.store.write(record)
         try:
-            run = self._train(job, observer)
-            record.result, record.reason, record.history = dict(run.result), run.reason, list(run.history)
-            ended = ended_as(job.folder)
-            record.tags = run.tags | ended.get("tags", {})
-            record.tracking = dict(run.tracking or ended.get("tracking", {}))
+            run = record.about = self._train(job, observer)
+            record.reason = run.reason
             if run.status == "finished" and job.training:
                 self._score_training(job, record)
             record.status = "finished" if run.status == "finished" else "diverged"
@@ -124,7 +121,7 @@ class Worker:
         folder, output = job.folder, str(job.store.output)
         options: dict[str, Any] = {"quiet": job.quiet, "label": job.key.label, "observers": [observer], "tags": job.tags}
         if not job.restart and (folder / "checkpoints" / "last.pt").is_file():
-            if ended_as(folder).get("status") == "finished":  # the process was killed before it could note so
+            if runner.has_finished(str(folder)):  # the process was killed before it could note so
                 return runner.resume(str(folder), output=output, quiet=job.quiet)
             return runner.resume(str(folder), output=output, changes=job.changes, task=self._tasks.get(_recipe(job)), **options)
         if job.restart:
@@ -138,7 +135,10 @@ class Worker:
         try:
             with environment.numerics(threads=settings.threads, deterministic=settings.deterministic):
                 _, scores = scoring.score(str(job.folder), split="train", output=str(job.store.output))
-            record.result.update({f"train/{name}": scores[name] for name in ("loss", "accuracy") if name in scores})
+            measured = {f"train/{name}": scores[name] for name in ("loss", "accuracy") if name in scores}
+            record.result.update(measured)
+            with RunFolder(job.folder).log as log:
+                log.append("result", metrics=measured)
         except Exception as error:  # the test result stands without it
             record.reason = f"the training split could not be scored: {reason_of(error)}"
 

@@ -1,4 +1,4 @@
-"""Tracking with MLflow that costs a run nothing: hooks put events into a queue, a thread sends them.
+"""Tracking with MLflow that costs a run nothing: a thread reads the run's log, and sends what is new.
 
 What goes there: the flat configuration as parameters; the run's tags, ``status`` and ``reason``; the metrics of each epoch
 (step: the epoch), those inside an epoch as ``step/...`` (step: the update), the final ones (step: the last epoch),
@@ -6,49 +6,46 @@ What goes there: the flat configuration as parameters; the run's tags, ``status`
 environment, plots, pictures and checkpoint as artifacts, files that are made on the way within a minute.
 
 MLflow stores an infinite value as 1.8e308; it is logged as it is, and the tag ``infinite_metrics`` names it. A store that
-is slow, down or gone costs one warning; what is not sent by the end lies in ``tracking-unsent.jsonl`` in the run's folder
-(one JSON object per line, see :mod:`bpfree.tracking.events`), and is sent when the run is resumed, or by
-:func:`send_unsent`.
+is slow, down or gone costs one warning; what it lacks at the end is sent when the run is resumed, or by ``bpfree track send``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import getpass
 import json
 import logging
 import math
-import time
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bpfree.errors import BpfreeError
-from bpfree.hooks import hookimpl
+from bpfree.record.folder import Cursor, RunFolder, read_run
+from bpfree.record.log import Event, EventLog
+from bpfree.redaction import redact
 from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig
-from bpfree.tracking.environment import environment_text
-from bpfree.tracking.events import SPOOL_NAME, Artifact, End, Event, Metrics, Opening, Spool, Tags, Text
-from bpfree.tracking.sender import Sender, without_end
-from bpfree.tracking.store import RUN_TAG, Store, redact
+from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, Text
+from bpfree.tracking.follower import Follower, RefusedError
+from bpfree.tracking.store import RUN_TAG, Store, sqlite_file
 from bpfree.tracking.system import SystemMetrics
 
-__all__ = ["MLflowTracker", "send_unsent"]
+__all__ = ["MLflowTracker", "complete", "config_of", "is_sent", "send", "settled"]
 
 logger = logging.getLogger("bpfree.tracking")
 
 LOCAL_PATIENCE = 120.0
 """Seconds for a local database, which may have to be made first, or wait for others that make it."""
 
-BETWEEN_FILES = 60.0
-"""Seconds between uploads of new artifacts while a run trains: an upload takes some milliseconds of the processor."""
-
-PER_EVENT = 900
+PER_EVENT, PER_CALL = 900, 1000
 ENDS = {"finished": "FINISHED", "interrupted": "KILLED"}
 
 
 class MLflowTracker:
-    """Tracks runs, one after the other.
+    """Has a thread read the logs of runs, one after the other, and send them to MLflow.
 
     Args:
         config: where to and what.
@@ -57,228 +54,319 @@ class MLflowTracker:
 
     def __init__(self, config: TrackingConfig, output_folder: Path) -> None:
         self.config, self._output_folder = config, Path(output_folder)
-        self._sender: Sender | None = None
+        self._follower: Follower | None = None
         self._system: SystemMetrics | None = None
-        self._store: Store | None = None
-        self._opening: Opening | None = None
-        self._infinite: dict[str, int] = {}
-        self._began = 0
-        self._looks = 0
-        self._uploaded: dict[Path, int] = {}  # artifacts that are queued already, and when they were last changed
-        self._files_at = 0.0
 
-    # --- hooks ------------------------------------------------------------------------------------------------------
-
-    @hookimpl(tryfirst=True)
-    def run_start(self, run: Run) -> None:
+    def start(self, run: Run, log: EventLog) -> None:
         """Create the run in the store, or find it again.
 
         Raises:
             UsageError: a store that MLflow cannot use.
             BpfreeError: the store is required and cannot be reached.
         """
-        if not self.config.enabled:
+        if not self.config.enabled or run.folder is None:
             return
-        store = self._store = Store(self.config.resolve_uri(self._output_folder), self.config.timeout)
+        store = self._store()
+        if store is None:
+            return
+        folder = RunFolder(run.folder)
+        follower = self._follower = Follower(folder, MLflowSink(store, self.config, folder), interval=self.config.interval)
+        if not follower.start(max(self.config.timeout, LOCAL_PATIENCE) if store.database is not None else self.config.timeout):
+            if self.config.required:
+                fix = "start the server, correct tracking.uri, or set tracking.required=false"
+                raise BpfreeError(
+                    f"the tracking store does not answer: {redact(follower.reason)}", where=f"tracking.uri={store.shown}", fix=fix
+                )
+            follower.warn(follower.reason)
+        run.tracking.update(follower.cursor.known)
+        if self.config.system:
+            self._system = SystemMetrics(lambda sample: log.append("system", metrics=sample), self.config.system_interval)
+            self._system.start()
+
+    def _store(self) -> Store | None:
+        store = Store(self.config.resolve_uri(self._output_folder), self.config.timeout)
         try:
             store.check()
         except ImportError as error:
-            self._without_mlflow(error)
-            return
-        spool = Spool(run.folder / SPOOL_NAME if run.folder is not None else None)
-        self._infinite, self._looks = _infinite(run.history), 0
-        self._uploaded, self._files_at = {}, time.monotonic()
-        sender = self._open(run, store, spool)
-        if not sender.start(max(self.config.timeout, LOCAL_PATIENCE) if store.database is not None else self.config.timeout):
             if self.config.required:
-                sender.stop()
-                fix = "start the server, correct tracking.uri, or set tracking.required=false"
-                raise BpfreeError(
-                    f"the tracking store does not answer: {redact(sender.reason)}", where=f"tracking.uri={store.shown}", fix=fix
-                )
-            sender.warn(sender.reason)
-        self._sender = sender
-        self._publish(run)
-        sender.put(Tags(_standing(run, "running") | self._infinite_tag()))
-        if self.config.system:
-            self._system = SystemMetrics(self._take_sample, self.config.system_interval)
-            self._system.start()
+                fix = "pip install mlflow, or set tracking.enabled=false"
+                raise BpfreeError(f"MLflow cannot be imported: {error}", fix=fix) from error
+            logger.warning("the run is not tracked, as MLflow cannot be imported: %s", error)
+            return None
+        return store
 
-    @hookimpl
-    def epoch_end(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """Queue the metrics of an epoch, and from time to time the files that have come since."""
-        self._publish(run)
-        self._put_metrics(metrics, step=int(metrics.get("epoch", run.epoch)))
-        if self._sender is not None and self.config.artifacts and time.monotonic() - self._files_at >= BETWEEN_FILES:
-            for event in self._new_artifacts(run):
-                self._sender.put(event)
-            self._files_at = time.monotonic()
-
-    @hookimpl
-    def progress(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """Queue metrics inside an epoch; their step axis is another one, so they have names of their own."""
-        self._looks += 1
-        step = int(metrics.get("step", self._looks))
-        self._put_metrics({f"step/{name}": value for name, value in metrics.items() if name != "step"}, step=step)
-
-    @hookimpl(trylast=True)
-    def run_end(self, run: Run) -> None:
-        """Queue the results and files, wait for them for a while, and end the run in the store."""
-        self.finish(run, _now())
-
-    def finish(self, run: Run, ended: int) -> None:
-        """The same for a run that ended at another time (milliseconds since 1970)."""
+    def stop(self) -> None:
+        """End the samples of the system's use."""
         if self._system is not None:
             self._system.stop()
-        sender = self._sender
-        if sender is None:
-            return
-        self._publish(run)
-        self._put_metrics(run.result, step=run.epoch)
-        sender.put(Tags(_standing(run, run.status)))
-        for event in self._files(run):
-            sender.put(event)
-        sender.put(End(ENDS.get(run.status, "FAILED"), ended))
-        sender.finish(self.config.flush_timeout)
-        self._publish(run)
-        self._sender = self._system = None
+        self._system = None
 
-    def _without_mlflow(self, error: ImportError) -> None:
-        if self.config.required:
-            raise BpfreeError(f"MLflow cannot be imported: {error}", fix="pip install mlflow, or set tracking.enabled=false") from error
-        logger.warning("the run is not tracked, as MLflow cannot be imported: %s", error)
+    def finish(self, run: Run) -> bool:
+        """Wait for a while until the store has all of the log; whether it has."""
+        if self._follower is None:
+            return True
+        complete = self._follower.finish(self.config.flush_timeout)
+        run.tracking.update(self._follower.cursor.known)
+        self._follower = None
+        return complete
 
-    # --- beginning --------------------------------------------------------------------------------------------------
+    def abandon(self) -> None:
+        """Stop at once."""
+        if self._follower is not None:
+            self._follower.stop()
+        self._follower = None
 
-    def _open(self, run: Run, store: Store, spool: Spool) -> Sender:
-        again = run.resumed or run.reopened
-        left_opening, left = spool.read() if again else (None, [])
-        self._began = int(run.tracking.get("mlflow_started") or (left_opening.time if left_opening else _now()))
-        opening = self._opening = opening_of(run, store, self.config, self._began)
-        opening.run_id = opening.run_id or (left_opening.run_id if left_opening else None)
-        earlier = list(self._known(run, without_end(left))) if again else []
-        return Sender(store, opening, spool, interval=self.config.interval, earlier=earlier, again=again)
 
-    def _known(self, run: Run, left: list[Event]) -> Iterator[Event]:
-        """What is known of the epochs behind a resumed run: its history, and in between what was left unsent.
+class MLflowSink:
+    """Tells an MLflow store what the events of a run's log say.
 
-        The sender drops what the store has; a store that never saw the run gets all of it.
-        """
-        spooled = {event.step for event in left if isinstance(event, Metrics) and "epoch" in event.values}
-        history = [(int(metrics["epoch"]), metrics) for metrics in run.history if "epoch" in metrics]
-        events = {step: self._metrics(metrics, step, self._began + int(1000 * metrics.get("seconds", 0))) for step, metrics in history}
-        for step, parts in events.items():
-            if step < min(spooled, default=math.inf):
-                yield from parts
-        yield from left
-        for step, parts in events.items():
-            if spooled and step > max(spooled):
-                yield from parts
+    Args:
+        store: where to.
+        config: what is sent, and into which experiment.
+        folder: of the run.
+    """
 
-    def _publish(self, run: Run) -> None:
-        """Note in the run where it is tracked, as soon as that is known, and since when."""
-        sender, store = self._sender, self._store
-        if sender is None or store is None:
-            return
-        if sender.run_id is not None and self._opening is not None:
-            self._began = self._opening.time  # the store's, for a run that was there
-        run.tracking["mlflow_started"] = str(self._began)
-        if sender.run_id is None or run.tracking.get("mlflow_run_id") == sender.run_id:
-            return
-        run.tracking.update(mlflow_run_id=sender.run_id, mlflow_uri=store.shown, mlflow_experiment_id=store.experiment_id)
+    name = "mlflow"
 
-    # --- metrics and files ------------------------------------------------------------------------------------------
+    def __init__(self, store: Store, config: TrackingConfig, folder: RunFolder) -> None:
+        self.store, self._config, self._folder = store, config, folder
+        self.shown, self.known = store.shown, dict[str, Any]()
+        self._run: Run | None = None
+        self._environment: Any = {}
+        self._began = self._looks = 0
+        self._again = self._ask = False
+        self._steps: dict[str, int] = {}  # the last step of each metric that the store has, for a run that was resumed
+        self._infinite: dict[str, int] = {}
 
-    def _take_sample(self, sample: dict[str, float]) -> None:
-        now = _now()
-        if self._sender is not None:
-            self._sender.put(Metrics(now, now - self._began, sample))
+    def holds_run(self) -> bool:
+        """Whether the store has the run that was made in it."""
+        return "mlflow_run_id" in self.known and self.store.holds(self.known["mlflow_run_id"])
 
-    def _put_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        if self._sender is None or not metrics:
-            return
-        for event in self._metrics(metrics, step, _now()):
-            self._sender.put(event)
-        infinite = [name for name, value in metrics.items() if math.isinf(value) and name not in self._infinite]
+    def probe(self) -> None:
+        """Look quickly whether anybody listens."""
+        self.store.probe()
+
+    def open(self, run: Run, began: int, seen: Sequence[Event], again: bool) -> bool:
+        """Make the run in the store, or find it: by the identifier that MLflow gave it, else by the tag with its own."""
+        wanted = self.known.get("mlflow_run_id")
+        opening = Opening(self.shown, self._config.experiment, run.name, began, _tags(run), _params(run.config), _dataset(run), wanted)
+        there = self.store.open(opening, search=True)
+        self.known.update(mlflow_run_id=opening.run_id, mlflow_uri=self.shown, mlflow_experiment_id=self.store.experiment_id)
+        self.known["mlflow_started"] = str(opening.time)
+        same = wanted is not None and wanted == opening.run_id
+        self._run, self._began = run, opening.time
+        self._again, self._ask = again or there, there and not same
+        for event in seen:
+            for message in self._told(event):
+                if same and isinstance(message, Metrics):
+                    self._steps.update(dict.fromkeys(message.values, message.step))
+        return same or wanted is None
+
+    def send(self, events: Sequence[Event]) -> list[tuple[Event, str]]:
+        """Send what the events say: metrics and tags together, anything else alone."""
+        refused: list[tuple[Event, str]] = []
+        messages: list[tuple[Event, Message]] = []
+        for event in events:
+            try:
+                messages += [(event, message) for message in self._told(event)]
+            except RefusedError as error:
+                refused.append((event, str(error)))
+        for batch in _batches(messages):
+            refused += self._send(self._unknown(batch))
+        return refused
+
+    def _send(self, batch: Sequence[tuple[Event, Message]]) -> list[tuple[Event, str]]:
+        """Send together; if the store refuses, one by one."""
+        if not batch:
+            return []
+        try:
+            self.store.send(self.known["mlflow_run_id"], [message for _, message in batch])
+        except RefusedError as error:
+            if len(batch) > 1:
+                return [one for each in batch for one in self._send([each])]
+            return [(batch[0][0], str(error))]
+        return []
+
+    def _unknown(self, batch: Sequence[tuple[Event, Message]]) -> list[tuple[Event, Message]]:
+        """Without the metrics of a resumed run that the store has already: the steps of a key only ever grow."""
+        if not self._again:
+            return list(batch)
+        kept: list[tuple[Event, Message]] = []
+        for event, message in batch:
+            if isinstance(message, Metrics):
+                values = {key: value for key, value in message.values.items() if message.step > self._last_step(key)}
+                self._steps.update(dict.fromkeys(values, message.step))
+                message = Metrics(message.time, message.step, values)
+            kept.append((event, message))
+        return kept
+
+    def _last_step(self, key: str) -> int:
+        if key not in self._steps:
+            self._steps[key] = self.store.last_step(self.known["mlflow_run_id"], key) if self._ask else -1
+        return self._steps[key]
+
+    # --- what events say --------------------------------------------------------------------------------------------
+
+    def _told(self, event: Event) -> Iterator[Message]:
+        kind, when = event["event"], event["time"]
+        if kind == "begin":
+            self._environment = event.get("environment", {})
+            yield Tags({"status": "running"} | ({"reason": ""} if event["resumed"] else {}))
+        elif kind == "epoch":
+            yield from self._metrics(event["metrics"], int(event["epoch"]), when)
+        elif kind == "progress":
+            self._looks += 1
+            step = int(event["metrics"].get("step", self._looks))
+            yield from self._metrics({f"step/{name}": value for name, value in event["metrics"].items() if name != "step"}, step, when)
+        elif kind == "system":
+            yield Metrics(when, when - self._began, event["metrics"])
+        elif kind == "tags":
+            yield Tags(event["tags"])
+        elif kind == "artifact" and self._config.artifacts:
+            yield self._artifact(event["path"])
+        elif kind in ("end", "stopped"):
+            yield from self._metrics(event["result"], int(event["epoch"]), when)
+            if kind == "end":
+                yield from self._end(event)
+
+    def _metrics(self, metrics: Mapping[str, float], step: int, when: int) -> Iterator[Message]:
+        """Say metrics in messages of a size that one call takes, and name those that are infinite."""
+        items = list(metrics.items())
+        for start in range(0, len(items), PER_EVENT):
+            yield Metrics(when, step, dict(items[start : start + PER_EVENT]))
+        infinite = [name for name, value in items if math.isinf(value) and name not in self._infinite]
         if infinite:
             self._infinite.update(dict.fromkeys(infinite, step))
-            self._sender.put(Tags(self._infinite_tag()))
+            yield Tags({"infinite_metrics": ", ".join(f"{name} at {first}" for name, first in self._infinite.items())})
 
-    def _infinite_tag(self) -> dict[str, str]:
-        text = ", ".join(f"{name} at {first}" for name, first in self._infinite.items())
-        return {"infinite_metrics": text} if text else {}
+    def _artifact(self, name: str) -> Artifact:
+        path = self._folder.inside(name)
+        if path is None:
+            raise RefusedError("it leads out of the run's folder")
+        return Artifact(path, name if path.is_dir() else name.rpartition("/")[0])
 
-    def _metrics(self, metrics: Mapping[str, float], step: int, now: int) -> list[Event]:
-        """Events of a size that one call takes; ``epoch`` comes last, so that it tells that the others are there."""
-        items = [(name, float(value)) for name, value in sorted(metrics.items(), key=lambda item: item[0] == "epoch")]
-        return [Metrics(now, step, dict(items[start : start + PER_EVENT])) for start in range(0, len(items), PER_EVENT)]
-
-    def _files(self, run: Run) -> Iterator[Event]:
-        if self.config.artifacts:
-            yield Text("environment.json", environment_text())
-            if run.folder is not None and (run.folder / "config.yaml").is_file():
-                yield Artifact(str(run.folder / "config.yaml"), "")
-            yield from self._new_artifacts(run)
-            yield from (Artifact(str(path), _folder_of(path, run)) for path in run.artifacts.values() if not path.is_file())
-        if self.config.checkpoint and run.folder is not None:
-            for name in ("selected.pt", "last.pt"):
-                if (run.folder / "checkpoints" / name).is_file():
-                    yield Artifact(str(run.folder / "checkpoints" / name), "checkpoints")
-                    break
-
-    def _new_artifacts(self, run: Run) -> Iterator[Event]:
-        """The files that are new, or have changed since they were queued."""
-        for path in run.artifacts.values():
-            changed = path.stat().st_mtime_ns if path.is_file() else None
-            if changed is not None and self._uploaded.get(path) != changed:
-                self._uploaded[path] = changed
-                yield Artifact(str(path), _folder_of(path, run))
+    def _end(self, event: Event) -> Iterator[Message]:
+        resumed = self._run is not None and self._run.resumed
+        yield Tags({"status": event["status"]} | ({"reason": event["reason"]} if event["reason"] or resumed else {}))
+        if self._config.artifacts:
+            yield Text("environment.json", json.dumps(self._environment, indent=2) + "\n")
+            if self._folder.config.is_file():
+                yield Artifact(self._folder.config, "")
+        if self._config.checkpoint:
+            chosen = next((path for path in (self._folder.selected, self._folder.last) if path.is_file()), None)
+            if chosen is not None:
+                yield Artifact(chosen, "checkpoints")
+        yield End(ENDS.get(event["status"], "FAILED"), event["time"])
 
 
-def send_unsent(folder: Path, config: TrackingConfig, output_folder: Path) -> bool:
-    """Send what a run that is over has left in its folder. Returns whether nothing is left.
+def _batches(messages: Iterable[tuple[Event, Message]]) -> Iterator[list[tuple[Event, Message]]]:
+    """Metrics and tags together up to what one call takes; anything else alone."""
+    batch: list[tuple[Event, Message]] = []
+    size = 0
+    for event, message in messages:
+        together = isinstance(message, (Metrics, Tags))
+        weight = len(message.values) if isinstance(message, (Metrics, Tags)) else PER_CALL
+        if batch and (not together or size + weight > PER_CALL):
+            yield batch
+            batch, size = [], 0
+        batch.append((event, message))
+        size += weight
+    if batch:
+        yield batch
+
+
+# --- runs that are over -------------------------------------------------------------------------------------------------
+
+
+def send(folder: str | Path, config: TrackingConfig) -> list[dict[str, Any]] | None:
+    """Send what the store lacks of a run that no process trains any more; one that was killed ends as interrupted.
 
     Args:
         folder: of the run.
         config: where to, and how long it may take.
-        output_folder: folder of runs.
+
+    Returns:
+        What the store has refused, each with its reason; ``None`` if not everything could be sent.
+
+    Raises:
+        BpfreeError: there is no record of a run, or a process still trains it.
     """
-    spool = Spool(Path(folder) / SPOOL_NAME)
-    opening, events = spool.read()
-    if opening is None:
-        return True
-    store = Store(config.resolve_uri(output_folder), config.timeout)
+    place, run = RunFolder(folder), read_run(folder)
+    if place.log.is_held():
+        raise BpfreeError("the run still trains", where=str(folder), fix="wait until it ends: it is sent meanwhile")
+    place.name_copy()
+    if run.status == "running":
+        with place.log as log:
+            log.append("end", status="interrupted", reason="its process was killed", epoch=run.epoch, result={}, tags={})
+    store = Store(config.resolve_uri(place.path.absolute().parent), config.timeout)
     store.check()
-    sender = Sender(store, opening, spool, interval=config.interval, earlier=events, again=True)
-    sender.start(0.0)
-    return sender.finish(config.flush_timeout)
+    sink = MLflowSink(store, config, place)
+    follower = Follower(place, sink, interval=config.interval)
+    with contextlib.suppress(Exception):  # a store that is away is noticed below
+        if follower.cursor.known and not sink.holds_run():
+            follower.cursor.offset, follower.cursor.refused = 0, []
+    if follower.cursor.offset >= place.log.size:
+        return follower.cursor.refused
+    follower.start(0.0)
+    return follower.cursor.refused if follower.finish(config.flush_timeout) else None
 
 
-def opening_of(run: Run, store: Store, config: TrackingConfig, began: int) -> Opening:
-    """How a run is created in the store, or found again there, by the tag with its own identifier if not by MLflow's.
+def complete(folder: str | Path) -> bool:
+    """Send what the store lacks of a run that has ended, if anything: its process may have been killed while it sent.
+
+    The run in the store is the same, and each metric keeps one value per step. An outage is a warning, and the call can be repeated.
 
     Args:
-        run: with configuration and tags.
-        store: where to.
-        config: whose experiment it is in.
-        began: milliseconds since 1970.
+        folder: of the run.
+
+    Raises:
+        BpfreeError: there is no record of a run.
+
+    Returns:
+        Whether nothing is left to send.
     """
-    opening = Opening(store.shown, config.experiment, run.name, began, _tags(run), _params(run.config), _dataset(run))
-    opening.run_id = run.tracking.get("mlflow_run_id")
-    return opening
+    run = read_run(folder)
+    config = settled(config_of(run), folder)
+    if not config.enabled or run.status in ("created", "running") or is_sent(folder):
+        return True
+    try:
+        return send(folder, config) is not None
+    except Exception as error:
+        logger.warning("the tracking of %s could not be completed: %s", run.name, redact(f"{type(error).__name__}: {error}"))
+        return False
 
 
-def _infinite(history: Iterable[Mapping[str, float]]) -> dict[str, int]:
-    """Metrics that have been infinite, and in which epoch first."""
-    first: dict[str, int] = {}
-    for metrics in history:
-        for name in (name for name, value in metrics.items() if math.isinf(value)):
-            first.setdefault(name, int(metrics.get("epoch", 0)))
-    return first
+def is_sent(folder: str | Path) -> bool:
+    """Whether a store has all of a run's log, as far as is known here."""
+    place = RunFolder(folder)
+    return Cursor.read(place.cursor(MLflowSink.name)).offset >= place.log.size
 
 
-def _now() -> int:
-    return time.time_ns() // 1_000_000
+def config_of(run: Run) -> TrackingConfig:
+    """Rebuild a run's own options of tracking from its configuration."""
+    known = {item.name for item in dataclasses.fields(TrackingConfig)}
+    options = {key.removeprefix("tracking."): value for key, value in run.config.items() if key.startswith("tracking.")}
+    return TrackingConfig(**{name: value for name, value in options.items() if name in known})
+
+
+def settled(config: TrackingConfig, folder: str | Path) -> TrackingConfig:
+    """Point the options of a run at the store that has it, wherever the run's folder, or this process, is now.
+
+    ``MLFLOW_TRACKING_URI`` counts where nothing else is configured, as for a new run; so does the default store where the database that
+    had the run is gone.
+
+    Args:
+        config: as the run recorded it.
+        folder: of the run.
+    """
+    before = Cursor.read(RunFolder(folder).cursor(MLflowSink.name)).store
+    if not before or "***" in before or (config.uri is None and os.environ.get("MLFLOW_TRACKING_URI")):
+        return config
+    database = sqlite_file(before)
+    return config if database is not None and not database.is_file() else dataclasses.replace(config, uri=before)
+
+
+# --- a run as MLflow has it ---------------------------------------------------------------------------------------------
 
 
 def _tags(run: Run) -> dict[str, str]:
@@ -286,11 +374,6 @@ def _tags(run: Run) -> dict[str, str]:
     with contextlib.suppress(Exception):  # a container may have no name for its user
         tags.setdefault("mlflow.user", getpass.getuser())
     return tags
-
-
-def _standing(run: Run, status: str) -> dict[str, str]:
-    """How the run stands; a resumed run takes back the reason why it was interrupted."""
-    return {"status": status, "reason": run.reason} if run.reason or run.resumed else {"status": status}
 
 
 def _params(config: Mapping[str, Any]) -> dict[str, str]:
@@ -305,12 +388,3 @@ def _dataset(run: Run) -> tuple[str, str] | None:
     name = run.tags.get("task")
     digest = run.tags.get("fingerprint") or run.tags.get("data_fingerprint") or run.tags.get("data") or ""
     return (name, digest or "unknown") if name else None
-
-
-def _folder_of(path: Path, run: Run) -> str:
-    """Where a file goes in the store: its place in the run's folder."""
-    if run.folder is None or not path.is_relative_to(run.folder):
-        return path.name if path.is_dir() else ""
-    inside = path.relative_to(run.folder)
-    folder = inside if path.is_dir() else inside.parent
-    return "" if folder == Path(".") else folder.as_posix()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bpfree.hooks import hookimpl
 from bpfree.network.network import evaluating
+from bpfree.record.folder import RunFolder
 from bpfree.run import Run
 from bpfree.seeds import preserved_global_state
 from bpfree.tracking.config import PicturesConfig
@@ -63,7 +64,7 @@ class Pictures:
             for name, fields in self._pictures(rule).items():
                 if name in self._drawn and torch.equal(fields, self._drawn[name]):
                     continue
-                path = run.folder / "pictures" / _file_name(name) / f"epoch-{run.epoch:04d}.png"
+                path = RunFolder(run.folder).pictures / _file_name(name) / f"epoch-{run.epoch:04d}.png"
                 _save(grid(fields), path)
                 run.artifacts[path.relative_to(run.folder).as_posix()] = path
                 self._drawn[name] = fields

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpfree.hooks import hookimpl
+from bpfree.record.folder import RunFolder
 from bpfree.run import Run
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Plots:
             figures = {"curves": _curves(run), "blocks": _blocks(run)}
             for name, figure in figures.items():
                 if figure is not None:
-                    run.artifacts.update(_save(figure, run.folder / "plots", name))
+                    run.artifacts.update(_save(figure, RunFolder(run.folder).plots, name))
         except Exception as error:
             logger.warning("no plots of %s: %s: %s", run.name, type(error).__name__, error)
 

@@ -6,23 +6,24 @@ import contextlib
 import logging
 import math
 import os
-import re
 import socket
 import sqlite3
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from bpfree.errors import UsageError
-from bpfree.tracking.events import Artifact, End, Event, Metrics, Opening, Tags, Text
+from bpfree.redaction import redact
+from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, Text
+from bpfree.tracking.follower import RefusedError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
     from mlflow import MlflowClient
 
-__all__ = ["RUN_TAG", "RefusedError", "Store", "file_lock", "prepare_mlflow", "redact"]
+__all__ = ["RUN_TAG", "Store", "file_lock", "prepare_mlflow"]
 
 RUN_TAG = "bpfree.run"
 """Tag with the run's own identifier, by which a run is found again whose creation was not confirmed."""
@@ -51,10 +52,6 @@ PERMANENT = {
     "MALFORMED_REQUEST",
 }
 NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p", "afs"}
-
-
-class RefusedError(Exception):
-    """The store answered, and will never take this."""
 
 
 def prepare_mlflow(timeout: float) -> None:
@@ -90,11 +87,6 @@ def file_lock(path: Path, timeout: float = LOCK_SECONDS) -> BaseFileLock:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path, timeout=timeout)
-
-
-def redact(text: str) -> str:
-    """The text without passwords in its addresses."""
-    return re.sub(r"(://[^/:@\s]+):[^/@\s]+@", r"\1:***@", text)
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -141,9 +133,11 @@ class Store:
     """
 
     def __init__(self, uri: str, timeout: float) -> None:
-        self.uri, self.timeout = uri, timeout
-        self.shown = redact(uri)
-        self.database = sqlite_file(uri)
+        self.database, self.timeout = sqlite_file(uri), timeout
+        if self.database is not None and not self.database.is_absolute():  # the run may be resumed from another directory
+            self.database = self.database.absolute()
+            uri = uri.replace(sqlite_file(uri).__str__(), self.database.as_posix(), 1)
+        self.uri, self.shown = uri, redact(uri)
         self._client: MlflowClient | None = None
         self.experiment_id = ""
 
@@ -250,39 +244,28 @@ class Store:
             self._params(client, opening, known)
             return existing is not None
 
-    def has(self, opening: Opening, status: str, metrics: Mapping[str, float]) -> bool:
-        """Whether the run has ended in this way, and has metrics of these names; changes nothing.
-
-        Args:
-            opening: the run.
-            status: MLflow's.
-            metrics: also the values of those whose last one is known: where there is none it is NaN.
-        """
-        client = self.connect()
-        experiment = client.get_experiment_by_name(opening.experiment)
-        self.experiment_id = "" if experiment is None else str(experiment.experiment_id)
-        found = self._find(client, opening, search=experiment is not None)
-        if found is None or found.info.status != status:
-            return False
-        known = found.data.metrics
-        return all(_name(key) in known and (math.isnan(value) or known[_name(key)] == value) for key, value in metrics.items())
+    def holds(self, run_id: str) -> bool:
+        """Whether the store has a run that nobody has deleted."""
+        return self._active(self.connect(), run_id) is not None
 
     def _find(self, client: MlflowClient, opening: Opening, search: bool) -> Any:
-        from mlflow.exceptions import MlflowException
-
-        if opening.run_id is not None:
-            try:
-                run = client.get_run(opening.run_id)
-                if run.info.lifecycle_stage == "active":
-                    return run
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-        if not search:
-            return None
+        known = None if opening.run_id is None else self._active(client, opening.run_id)
+        if known is not None or not search:
+            return known
         name = opening.tags[RUN_TAG].replace("'", "")
         found = client.search_runs([self.experiment_id], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
         return found[0] if found else None
+
+    def _active(self, client: MlflowClient, run_id: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return run if run.info.lifecycle_stage == "active" else None
 
     def _change_tags(self, client: MlflowClient, opening: Opening, known: dict[str, str]) -> None:
         """Set the tags that a run which goes on has otherwise; its user stays the one who began it."""
@@ -314,7 +297,7 @@ class Store:
         history = self.connect().get_metric_history(run_id, _name(key))
         return max((point.step for point in history), default=-1)
 
-    def send(self, run_id: str, events: Sequence[Event]) -> None:
+    def send(self, run_id: str, events: Sequence[Message]) -> None:
         """Send events: any number of metrics and tags together, anything else alone.
 
         Raises:
@@ -332,7 +315,7 @@ class Store:
                 elif isinstance(event, End):
                     client.set_terminated(run_id, event.status, end_time=event.time)
 
-    def _send_batch(self, client: MlflowClient, run_id: str, events: Sequence[Event]) -> None:
+    def _send_batch(self, client: MlflowClient, run_id: str, events: Sequence[Message]) -> None:
         from mlflow.entities import Metric, RunTag
 
         metrics = [Metric(_name(key), value, e.time, e.step) for e in events if isinstance(e, Metrics) for key, value in e.values.items()]
@@ -344,13 +327,10 @@ class Store:
             client.log_batch(run_id, metrics=metrics, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _upload(self, client: MlflowClient, run_id: str, event: Artifact) -> None:
-        path = Path(event.path)
-        if not path.exists():
-            raise RefusedError(f"{path} is gone")
-        if path.is_dir():
-            client.log_artifacts(run_id, str(path), event.folder or None)
-        else:
-            client.log_artifact(run_id, str(path), event.folder or None)
+        if not event.path.exists():
+            raise RefusedError(f"{event.path} is gone")
+        upload = client.log_artifacts if event.path.is_dir() else client.log_artifact
+        upload(run_id, str(event.path), event.folder or None)
 
     @contextlib.contextmanager
     def _judged(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ import torch
 
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.files import replacing
+from bpfree.record.folder import RunFolder
 from bpfree.rule import Rule
 from bpfree.step import Phase
 
@@ -104,16 +105,15 @@ def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: s
         UsageError: if there is none.
     """
     candidates = [Path(place), Path(output) / str(place)]
-    names = ("selected.pt", "last.pt") if prefer == "selected" else ("last.pt",)
     for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-        for name in names:
-            if (candidate / "checkpoints" / name).is_file():
-                return candidate / "checkpoints" / name
-    folder = next((c for c in candidates if c.is_dir()), None)
-    if folder is not None:
-        raise UsageError("the run has no checkpoint yet", where=str(folder), fix="start it again from the beginning")
+        folder = RunFolder(candidate)
+        known = [candidate, folder.selected, folder.last] if prefer == "selected" else [candidate, folder.last]
+        found = next((path for path in known if path.is_file()), None)
+        if found is not None:
+            return found
+    unfinished = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    if unfinished is not None:
+        raise UsageError("the run has no checkpoint yet", where=str(unfinished), fix="start it again from the beginning")
     raise UsageError(
         "no such run or checkpoint", where=str(place), fix=f"give a checkpoint file, a run's folder, or the name of a run in {output}/"
     )

@@ -16,6 +16,7 @@ from bpfree import seeds
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.network.network import evaluating
 from bpfree.plugins import installed_plugins
+from bpfree.record.folder import RunFolder
 from bpfree.rule import Rule
 from bpfree.step import Batch
 from bpfree.tasks.linear import chunks, classes_of
@@ -24,7 +25,7 @@ from bpfree.tasks.protocols import EvaluationProtocol, Setting, result_key
 from bpfree.tasks.task import Split, TaskSpec
 from bpfree.training import environment
 from bpfree.training.features import feature_loader, feature_split
-from bpfree.training.predictions import FILE, Array, Collector, Predictions, write_predictions
+from bpfree.training.predictions import Array, Collector, Predictions, write_predictions
 from bpfree.training.setup import Setup
 
 __all__ = ["Evaluator", "check_protocols", "evaluate", "evaluate_features", "flat_features"]
@@ -132,7 +133,7 @@ class Evaluator:
         if folder is None or self.predictions is None:
             return
         try:
-            write_predictions(folder / FILE, self.predictions)
+            write_predictions(RunFolder(folder).predictions, self.predictions)
         except OSError as error:
             logger.warning("the predictions for the test split could not be written: %s", error)
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from bpfree.files import replacing
+from bpfree.record.folder import RunFolder
 from bpfree.step import Batch
 from bpfree.tasks.task import TaskSpec
 
-__all__ = ["FILE", "Collector", "Predictions", "read_predictions", "write_predictions"]
+__all__ = ["Collector", "Predictions", "read_predictions", "write_predictions"]
 
-FILE = "predictions.npz"
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -122,7 +122,7 @@ def read_predictions(path: Path) -> Predictions | None:
         path: of the file, or of the run's folder.
     """
     try:
-        with np.load(path / FILE if path.is_dir() else path, allow_pickle=False) as content:
+        with np.load(RunFolder(path).predictions if path.is_dir() else path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
     except Exception:  # what a damaged archive raises is nowhere written
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bpfree.errors import BpfreeError
+from bpfree.record.folder import RunFolder, read_run
 from bpfree.training.checkpoint import check_rule, read_checkpoint, write_checkpoint
 from bpfree.training.setup import Setup
 from bpfree.training.state import State
@@ -49,7 +50,7 @@ class Checkpoints:
     def _write(self, name: str, content: dict[str, Any]) -> Path | None:
         if self._run.folder is None:
             return None
-        path = self._run.folder / "checkpoints" / name
+        path = RunFolder(self._run.folder).checkpoints / name
         write_checkpoint(path, self._identity() | content)
         return path
 
@@ -57,8 +58,8 @@ class Checkpoints:
         """Write the state (``last.pt``), with the rule's weights or others; ``None`` if nothing is written here."""
         if not self._writes:
             return None
-        about = {"id": self._run.id, "name": self._run.name, "tracking": dict(self._run.tracking)}
-        training = self._state.state_dict() | {"history": self._run.history, "run": about, "fingerprint": self._task.fingerprint()}
+        about = {"id": self._run.id, "name": self._run.name}
+        training = self._state.state_dict() | {"run": about, "fingerprint": self._task.fingerprint()}
         weights = self._state.team.weights() if weights is None else weights
         path = self._world.from_first(lambda: self._write("last.pt", {"weights": weights, "training": training}))
         self.saved_at, self.saved_epoch = time.monotonic(), self._state.at.epoch
@@ -67,6 +68,15 @@ class Checkpoints:
     def save_selected(self, weights: Mapping[str, Any], score: float) -> None:
         """Write the weights that will be tested (``selected.pt``)."""
         self._write("selected.pt", {"weights": weights, "score": score})
+
+    def _history(self, path: Path) -> list[dict[str, float]]:
+        """Learning curves so far, from the log in the checkpoint's folder."""
+        if self._run.history or not self._writes:
+            return self._run.history
+        try:
+            return read_run(path.parent.parent).history
+        except BpfreeError:
+            return []
 
     def read(self, path: Path) -> Mapping[str, Any]:
         """Read a checkpoint and take up its position; weights follow when the phases have been replayed.
@@ -87,6 +97,6 @@ class Checkpoints:
                 fix="resume with the same task, split and data",
             )
         self._state.take_position(training)
-        self._run.resumed, self._run.epoch, self._run.history = True, self._state.at.epoch, list(training["history"])
-        self._run.tracking.update(training["run"]["tracking"])
+        self._run.resumed, self._run.epoch = True, self._state.at.epoch
+        self._run.history = [metrics for metrics in self._history(path) if metrics["epoch"] <= self._run.epoch]
         return saved

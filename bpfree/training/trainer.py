@@ -12,6 +12,7 @@ import torch
 
 from bpfree import seeds
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.record.recorder import Recorder
 from bpfree.rule import Rule
 from bpfree.run import Run, new_run_id
 from bpfree.tasks.augment import Augmentation
@@ -47,7 +48,8 @@ class Trainer:
         config: everything about training.
         folder: where checkpoints go; ``None``: nothing is written.
         observers: objects with lifecycle hooks (``bpfree.hooks``): tracking, progress, diagnostics.
-        run: the record that observers see; made from the configuration if ``None``.
+        recorder: keeps the run's log in its folder, and has trackers read it; one without trackers if ``None``.
+        run: what observers see of the run; made from the configuration if ``None``.
         recipe: the nested configuration that rebuilds rule and task, kept in checkpoints.
         augment: augmentations of the training batches.
         loading: how batches reach the device.
@@ -67,6 +69,7 @@ class Trainer:
         *,
         folder: str | Path | None = None,
         observers: Iterable[Any] = (),
+        recorder: Recorder | None = None,
         run: Run | None = None,
         recipe: Mapping[str, Any] | None = None,
         augment: Iterable[Augmentation] = (),
@@ -79,14 +82,14 @@ class Trainer:
         if folder is not None:
             run.folder = Path(folder)
         if not world.first:
-            run.folder, observers = None, ()
+            run.folder = None
         self.rule, self.config, self.run = rule, config, run
         budget = config.budget.resolve(len(task.train))
         check_fit(rule, task)
         team = make_team(rule, config, world)
         self.setup = Setup(rule, task, config, budget, device, team, run, recipe, loading or Loading(), tuple(augment))
         self._check()
-        self._observers, self._stop = Observers(observers, run), Stop(world)
+        self._observers, self._stop = Observers([recorder or Recorder(), *observers] if world.first else [], run), Stop(world)
 
     def _check(self) -> None:
         rule, task, config, budget = self.rule, self.setup.task, self.config, self.setup.budget

@@ -22,7 +22,7 @@ from bpfree.study.report.content import Bullets, Folded, Part, Section, Table, T
 from bpfree.study.report.markdown import markdown
 from bpfree.study.report.page import html_page
 from bpfree.study.report.remarks import compared, environments, failures, findings, remarks
-from bpfree.study.report.view import View, with_histories
+from bpfree.study.report.view import View
 from bpfree.study.rows import TableRow
 from bpfree.study.store import CellRecord
 
@@ -138,7 +138,7 @@ def report_on(plan: Plan, rows: Sequence[TableRow], words: Sequence[str], *, hid
         hidden: finished cells of other settings, which are not shown.
         floors: those that were measured; ``None``: the study asks for none.
     """
-    shown = with_histories(rows, plan.output)
+    shown = list(rows)
     view = View(plan, shown)
     return Report(
         plan,

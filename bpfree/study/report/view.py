@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -30,7 +27,6 @@ __all__ = [
     "timed",
     "untimed",
     "values_of",
-    "with_histories",
 ]
 
 WAITED = (
@@ -159,22 +155,6 @@ def timed(row: TableRow) -> list[CellRecord]:
 def untimed(rows: Iterable[TableRow]) -> bool:
     """Whether there are finished cells whose seconds cannot be compared."""
     return any(not record.comparable for row in rows for record in row.finished)
-
-
-def with_histories(rows: Iterable[TableRow], runs: Path) -> list[TableRow]:
-    """Rows whose records have their learning curves, from the runs' own folders where the records have none."""
-    return [dataclasses.replace(row, records=[record and _with_history(record, runs) for record in row.records]) for row in rows]
-
-
-def _with_history(record: CellRecord, runs: Path) -> CellRecord:
-    if record.history or not record.run:
-        return record
-    try:
-        texts = (runs / record.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        history = [{key: float(value) for key, value in json.loads(text).items()} for text in texts]
-    except (OSError, ValueError, TypeError, AttributeError):
-        return record
-    return dataclasses.replace(record, history=history)
 
 
 # --- texts --------------------------------------------------------------------------------------------------------------

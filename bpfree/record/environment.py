@@ -1,9 +1,8 @@
-"""What a run ran on, as one JSON text."""
+"""What a run ran on."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -11,14 +10,14 @@ from typing import Any
 
 from bpfree.version import __version__
 
-__all__ = ["environment_text"]
+__all__ = ["environment"]
 
 PACKAGES = ("torch", "torchvision", "numpy", "mlflow", "mlflow-skinny", "pluggy", "omegaconf", "psutil", "nvidia-ml-py")
 
 
-def environment_text() -> str:
-    """Versions of Python, packages and plugins; system, processors, memory and GPUs."""
-    content = {
+def environment() -> dict[str, Any]:
+    """Describe versions of Python, packages and plugins; system, processors, memory and GPUs."""
+    return {
         "bpfree": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -28,7 +27,6 @@ def environment_text() -> str:
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "plugins": _plugins(),
     }
-    return json.dumps(content, indent=2) + "\n"
 
 
 def _version(name: str) -> str | None:

@@ -1,0 +1,1 @@
+"""A run's folder, and the log in it: the one record of a run, which everything else reads."""

@@ -1,0 +1,231 @@
+"""The log of a run, ``events.jsonl``: one line of strict JSON for each fact, appended, never changed.
+
+Every line has ``event`` and ``time`` (milliseconds since 1970), and
+
+``begin``      ``format``, ``id``, ``name``, ``config``, ``tags``, ``total_epochs``, ``resumed``, ``epoch``: training begins, or is resumed
+               after this epoch; epochs that an earlier session had completed beyond it are computed again, and no longer count
+``epoch``      ``epoch``, ``metrics``: of a pass over the training split
+``progress``   ``step``, ``metrics``: means of the steps since the last such line
+``system``     ``metrics``: use of processors, memory, disk, network and GPUs
+``artifact``   ``path`` of a file in the folder that is new, or has changed
+``end``        ``status``, ``reason``, ``epoch``, ``result``, ``tags``
+``result``     ``metrics``: further results, measured after the end
+``tags``       ``tags``: further ones
+``copied``     ``id``: the folder is a copy of another run's, and has this identifier from here on
+
+Numbers that are not finite are the strings ``NaN``, ``Infinity`` and ``-Infinity``, which ``float`` reads. Paths are relative to
+the folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bpfree.errors import BpfreeError
+
+__all__ = ["FORMAT", "UNREADABLE", "Event", "EventLog", "now", "strict"]
+
+FORMAT = 2
+"""Of the log; runs of version 0.1 have none."""
+
+UNREADABLE = "unreadable"
+"""The event of a line that is not JSON, or is no event."""
+
+LOCK_SECONDS = 10.0
+"""How long a session waits for the processes of a killed one to go."""
+
+WRITE_SECONDS = 15.0
+"""How long the end of a run tries to write what could not be written."""
+
+Event = dict[str, Any]
+
+
+def now() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def strict(value: Any) -> Any:
+    """Replace non-finite numbers by strings (``NaN``, ``Infinity``, ``-Infinity``, as in protobuf's JSON)."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {str(key): strict(entry) for key, entry in value.items()}
+    return [strict(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+class EventLog:
+    """Appends to a run's log, and reads it.
+
+    A line that cannot be written (a full disk) waits in memory for the next one, and for :meth:`close`. The writer holds a lock on the
+    file, which the system releases when its process ends.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._pending: deque[bytes] = deque()
+        self._file: int | None = None
+        self._trouble: OSError | None = None
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Open the file for appending; the rest of a line that a killed process has begun is cut off.
+
+        Raises:
+            BpfreeError: another process writes to it.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._take()
+            self._cut()
+        except OSError as error:
+            self._trouble = error
+
+    def _take(self) -> None:
+        assert self._file is not None
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(self._file)
+                    self._file = None
+                    fix = "wait until it ends, or stop it"
+                    raise BpfreeError("another process trains this run", where=str(self.path.parent), fix=fix) from None
+                time.sleep(0.05)
+            except OSError:  # a file system without locks
+                return None
+
+    def _cut(self) -> None:
+        assert self._file is not None
+        size = os.fstat(self._file).st_size
+        while size and os.pread(self._file, 1, size - 1) != b"\n":
+            size = max(0, size - 1)
+        os.ftruncate(self._file, size)
+
+    def append(self, event: str, **facts: Any) -> None:
+        """Write a fact, now or later."""
+        line = json.dumps({"event": event, "time": now(), **strict(facts)}, allow_nan=False, default=str) + "\n"
+        with self._lock:
+            self._pending.append(line.encode())
+            self._write()
+
+    def _write(self) -> bool:
+        """Write what waits; whether nothing is left."""
+        if self._file is None:
+            self.open()
+        try:
+            while self._pending and self._file is not None:
+                written = os.write(self._file, self._pending[0])
+                rest = self._pending.popleft()[written:]
+                if rest:
+                    self._pending.appendleft(rest)
+        except OSError as error:
+            self._trouble = error
+        return not self._pending
+
+    def close(self, patience: float = WRITE_SECONDS) -> None:
+        """Write what waits, and release the file.
+
+        Args:
+            patience: seconds for which writing is tried again.
+
+        Raises:
+            BpfreeError: the file could not be written.
+        """
+        deadline = time.monotonic() + patience
+        with self._lock:
+            while not self._write() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+            lost = len(self._pending)
+        if lost:
+            reason = self._trouble.strerror if self._trouble else "unknown error"
+            raise BpfreeError(
+                f"the run's record could not be written ({reason}): {lost} of its last events are lost",
+                where=str(self.path),
+                fix="make room on the disk, or choose another with output=FOLDER",
+            )
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def read(self, start: int = 0, *, without: tuple[str, ...] = ()) -> Iterator[tuple[Event, int]]:
+        """Read complete lines.
+
+        Args:
+            start: offset in bytes, as an earlier call gave it.
+            without: kinds of events to leave out, unparsed.
+
+        Yields:
+            Each event, and the offset of what follows it.
+        """
+        left_out = tuple(f'{{"event": "{kind}"'.encode() for kind in without)
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(start)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                start += len(line)
+                if not (left_out and line.startswith(left_out)):
+                    yield _parsed(line), start
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file; 0 if there is none."""
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
+
+    def is_held(self) -> bool:
+        """Whether a process writes to it; changes nothing."""
+        with suppress(OSError), self.path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+
+def _parsed(line: bytes) -> Event:
+    try:
+        content = json.loads(line)
+        kind, when = content["event"], content["time"]
+        if not isinstance(kind, str) or not isinstance(when, int):
+            raise ValueError
+        for key in ("metrics", "result"):
+            if key in content:
+                content[key] = {str(name): float(value) for name, value in content[key].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {"event": UNREADABLE, "time": 0}
+    event: Event = content
+    return event

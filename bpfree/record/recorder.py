@@ -1,0 +1,144 @@
+"""Writing a run's log, and starting those who read it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from bpfree.hooks import hookimpl
+from bpfree.record.environment import environment
+from bpfree.record.folder import RunFolder
+from bpfree.record.log import FORMAT, EventLog
+from bpfree.redaction import redacted
+from bpfree.run import Run
+
+__all__ = ["Recorder", "Tracker"]
+
+logger = logging.getLogger("bpfree.tracking")
+
+BETWEEN_FILES = 60.0
+"""Seconds between looks for new artifacts while a run trains: trackers upload each, which takes time of the processor."""
+
+
+class Tracker(Protocol):
+    """Follows a run by its log."""
+
+    def start(self, run: Run, log: EventLog) -> None:
+        """Begin to read; the log has the run's beginning.
+
+        Raises:
+            BpfreeError: the run is to be refused.
+        """
+
+    def stop(self) -> None:
+        """Add nothing more to the log: the run ends."""
+
+    def finish(self, run: Run) -> bool:
+        """Read to the end, which the log has; whether all of it has arrived."""
+
+    def abandon(self) -> None:
+        """Stop at once: the run was refused."""
+
+
+class Recorder:
+    """Records what happens to a run in its folder, and has trackers read it; does nothing for a run without a folder.
+
+    Args:
+        trackers: readers of the log.
+    """
+
+    def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
+        self._trackers, self._reading = list(trackers), list[Tracker]()
+        self._folder: RunFolder | None = None
+        self._log: EventLog | None = None
+        self._noted: dict[Path, int] = {}
+        self._looked = 0.0
+
+    @hookimpl(tryfirst=True)
+    def run_start(self, run: Run) -> None:
+        """Note that the run begins, and start the trackers.
+
+        Raises:
+            BpfreeError: another process trains this run, or a tracker refuses it.
+        """
+        if run.folder is None:
+            return
+        self._folder = RunFolder(run.folder)
+        self._log, self._noted, self._looked = self._folder.log, {}, time.monotonic()
+        self._log.open()
+        config, about = redacted(run.config), {"total_epochs": run.total_epochs, "resumed": run.resumed, "epoch": run.epoch}
+        self._log.append("begin", format=FORMAT, id=run.id, name=run.name, config=config, tags=run.tags, environment=environment(), **about)
+        self._reading = []
+        try:
+            for tracker in self._trackers:
+                self._reading.append(tracker)
+                tracker.start(run, self._log)
+        except BaseException:
+            self._refuse(run)
+            raise
+
+    def _refuse(self, run: Run) -> None:
+        """A run that a tracker refuses leaves nothing behind, unless there was something before."""
+        assert self._log is not None
+        assert self._folder is not None
+        for tracker in self._reading:
+            tracker.abandon()
+        self._reading = []
+        if not run.resumed and not run.reopened:
+            self._log.close()
+            for path in (self._log.path, *self._folder.cursors()):
+                path.unlink(missing_ok=True)
+            self._log = None
+
+    @hookimpl(tryfirst=True)
+    def epoch_end(self, run: Run, metrics: Mapping[str, float]) -> None:
+        """Note an epoch, and from time to time the files that have come since."""
+        if self._log is None:
+            return
+        self._log.append("epoch", epoch=int(metrics.get("epoch", run.epoch)), metrics=metrics)
+        if time.monotonic() - self._looked >= BETWEEN_FILES:
+            self._note_artifacts(run)
+
+    @hookimpl(tryfirst=True)
+    def progress(self, run: Run, metrics: Mapping[str, float]) -> None:
+        """Note the means of some steps."""
+        if self._log is not None:
+            self._log.append("progress", metrics=metrics)
+
+    @hookimpl(trylast=True)
+    def run_end(self, run: Run) -> None:
+        """Note how the run ended, and let the trackers read to the end.
+
+        Raises:
+            BpfreeError: the record could not be written.
+        """
+        if self._log is None:
+            return
+        for tracker in self._reading:
+            tracker.stop()
+        self._note_artifacts(run)
+        self._log.append("end", status=run.status, reason=run.reason, epoch=run.epoch, result=run.result, tags=run.tags)
+        try:
+            self._log.close()
+        finally:
+            for tracker in self._reading:
+                tracker.finish(run)
+            self._log, self._reading = None, []
+
+    def _note_artifacts(self, run: Run) -> None:
+        """Note the files that are new, or have changed since they were noted."""
+        assert self._log is not None
+        assert self._folder is not None
+        self._looked = time.monotonic()
+        for name, path in run.artifacts.items():
+            changed = path.stat().st_mtime_ns if path.exists() else None
+            if changed is None or self._noted.get(path) == changed:
+                continue
+            self._noted[path], inside = changed, self._folder.relative(path)
+            if inside is None:
+                logger.warning("the artifact %s lies outside of the run's folder, and is not recorded: %s", name, path)
+            else:
+                self._log.append("artifact", path=inside)

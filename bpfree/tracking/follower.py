@@ -1,0 +1,229 @@
+"""The thread that brings the events of a run's log to a store: in order, in batches, again and again if it must.
+
+How far it has come lies in the run's folder, so that whoever continues (after an outage, a SIGKILL, in a resumed run, by ``bpfree track
+send``) reads on from there. An event that is sent twice has the same time, step and value, of which a store keeps one; epochs that a
+resumed run computes again are not sent again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+from bpfree.record.folder import Cursor, RunFolder, read_events
+from bpfree.record.log import UNREADABLE, Event
+from bpfree.redaction import redact
+from bpfree.run import Run
+
+__all__ = ["Follower", "RefusedError", "Sink"]
+
+logger = logging.getLogger("bpfree.tracking")
+
+PER_BATCH = 500
+LONGEST_WAIT = 30.0
+
+
+class RefusedError(Exception):
+    """The store answered, and will never take this."""
+
+
+class Sink(Protocol):
+    """A store that takes events.
+
+    Attributes:
+        name: of its kind, which names the cursor's file.
+        shown: its address, without what is secret in it.
+        known: what the next session must know of it; kept in the cursor.
+    """
+
+    name: str
+    shown: str
+    known: dict[str, Any]
+
+    def holds_run(self) -> bool:
+        """Whether the store has the run that ``known`` names."""
+
+    def probe(self) -> None:
+        """Look quickly whether anybody listens.
+
+        Raises:
+            OSError: nobody does.
+        """
+
+    def open(self, run: Run, began: int, seen: Sequence[Event], again: bool) -> bool:
+        """Make the run in the store, or find it again.
+
+        Args:
+            run: as the log has it.
+            began: when it began for the first time, in milliseconds since 1970.
+            seen: events that were sent to it before.
+            again: whether the run was resumed, so that it computes epochs again that were sent.
+
+        Returns:
+            Whether it is the run that ``known`` named, so that the events before the cursor are there.
+
+        Raises:
+            RefusedError: the store will never take it. Any other exception: try again.
+        """
+
+    def send(self, events: Sequence[Event]) -> list[tuple[Event, str]]:
+        """Send events of the log; the end of a session that was resumed has the kind ``stopped``.
+
+        Returns:
+            What the store refuses, with reasons. An exception: try again.
+        """
+
+
+class Follower:
+    """Reads a run's log, and sends what is new.
+
+    Args:
+        folder: the run's.
+        sink: where to.
+        interval: seconds between batches.
+    """
+
+    def __init__(self, folder: RunFolder, sink: Sink, *, interval: float) -> None:
+        self._folder, self._log, self._sink, self._interval = folder, folder.log, sink, interval
+        self._keeping = threading.Lock()
+        self._path = folder.cursor(sink.name)
+        self.cursor = Cursor.read(self._path)
+        if self.cursor.store != sink.shown:
+            self.cursor = Cursor(store=sink.shown)
+        sink.known = self.cursor.known
+        self._session = 0  # where in the log the last session begins
+        self._failures = 0
+        self._warned = self._abandoned = self._closing = self._hopeless = self._opened = False
+        self._wake, self._tried, self._done = threading.Event(), threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, name=f"bpfree-{sink.name}", daemon=True)
+        self.reason = ""
+
+    # --- the run's thread -------------------------------------------------------------------------------------------
+
+    def start(self, patience: float) -> bool:
+        """Begin; wait until the run exists in the store, or the first attempt has failed, or for so many seconds."""
+        self._thread.start()
+        if not self._tried.wait(patience):
+            self.reason = f"no answer in {patience:g} s"
+        return self._opened
+
+    def finish(self, patience: float) -> bool:
+        """Read to the end of the log, for at most so many seconds; whether everything is sent."""
+        self._hopeless = self._failures > 0
+        self._closing = True
+        self._wake.set()
+        try:
+            self._done.wait(patience)
+        finally:  # an impatient person interrupts
+            self._abandoned = True
+        complete = self._done.is_set() and self.cursor.offset >= self._log.size
+        if not complete:
+            self.warn(self.reason or f"not done after {patience:g} s")
+        elif self._warned and not self.cursor.refused:
+            logger.info("MLflow at %s is back: everything was sent", self._sink.shown)
+        return complete
+
+    def stop(self) -> None:
+        """Give up at once, and write nothing more."""
+        with self._keeping:
+            self._abandoned = self._closing = True
+        self._wake.set()
+
+    def warn(self, reason: str) -> None:
+        """Warn once in a run that something could not be sent, and how to send it later."""
+        if self._warned:
+            return
+        self._warned = True
+        fix = f"what is missing there is in {self._log.path}: send it later with `bpfree track send {self._folder.path}`"
+        logger.warning("MLflow at %s: %s. The run continues; %s", self._sink.shown, redact(reason), fix)
+
+    # --- the thread -------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while not self._abandoned:
+            closing = self._closing
+            self._attempt()
+            self._tried.set()
+            if closing and (self._failures == 0 or self._hopeless):
+                break  # everything is sent; or it was away before the end, and one last attempt is enough
+            wait = min(LONGEST_WAIT, self._interval * 2 ** min(self._failures, 10)) if self._failures else self._interval
+            self._wake.wait(min(wait, 1.0) if closing else wait)
+            self._wake.clear()
+        self._done.set()
+
+    def _attempt(self) -> None:
+        try:
+            if self._failures:
+                self._sink.probe()
+            if not self._opened:
+                self._open()
+            while not self._abandoned and self._send_next():
+                pass
+        except Exception as error:
+            self._failures += 1
+            self._hopeless = self._hopeless or isinstance(error, RefusedError)
+            self.reason = _reason(error)
+            if self._tried.is_set() and not self._abandoned:  # of the first attempt, the run's thread speaks
+                self.warn(self.reason)
+            return
+        self._failures = 0
+
+    def _open(self) -> None:
+        events, begins, at = list[tuple[Event, int]](), list[Event](), 0
+        for event, offset in self._log.read():
+            if event["event"] == "begin":
+                self._session = at
+                begins.append(event)
+            at = offset
+            events.append((event, offset))
+        run = read_events(event for event, _ in events)
+        if run is None:
+            raise RefusedError("the log has no beginning of a run")
+        run.folder = self._folder.path
+        self._keep()
+        seen, wanted = [event for event, offset in events if offset <= self.cursor.offset], dict(self.cursor.known)
+        if not self._sink.open(run, begins[0]["time"], seen, len(begins) > 1):
+            self.cursor.offset, self.cursor.refused = 0, []
+            if wanted:
+                logger.info("MLflow at %s does not have the run: it is sent from its beginning", self._sink.shown)
+        self._opened = True
+        self._keep()
+
+    def _send_next(self) -> bool:
+        """Send the next batch, if there is one."""
+        batch = list(itertools.islice(self._log.read(self.cursor.offset), PER_BATCH))
+        if not batch:
+            return False
+        for event, offset in batch:
+            if event["event"] == "end" and offset <= self._session:
+                event["event"] = "stopped"
+        refused = self._sink.send([event for event, _ in batch])
+        refused += [(event, "it cannot be read") for event, _ in batch if event["event"] == UNREADABLE]
+        for event, reason in refused:
+            self.warn(f"{_title(event)} is not there: {reason}")
+        self.cursor.refused += [{"reason": reason, **event} for event, reason in refused]
+        self.cursor.offset = batch[-1][1]
+        self._keep()
+        return True
+
+    def _keep(self) -> None:
+        with self._keeping, suppress(OSError):  # a full disk: what was sent is sent once more, which does no harm
+            if not self._abandoned:
+                self.cursor.write(self._path)
+
+
+def _title(event: Event) -> str:
+    return f"a line of the log ({event['event']})" if "path" not in event else f"the file {event['path']}"
+
+
+def _reason(error: BaseException) -> str:
+    """The first line, and of a failed request only its kind, because its text repeats address and library."""
+    kind = re.search(r"failed with exception .*?(?:Caused by |: )(\w+)\(", str(error))
+    if kind:
+        return f"a request failed ({kind[1]})"
+    return next(itertools.chain(str(error).splitlines(), [type(error).__name__]))[:300]
