@@ -13,8 +13,9 @@ from typing import Any
 from bpfree import Run, Step, hookimpl, runner
 from bpfree.config import parse_words, resolve
 from bpfree.recipe import Recipe
-from bpfree.tracking.events import Artifact, End, Event, Metrics
-from bpfree.tracking.sender import Sender
+from bpfree.record.log import EventLog
+from bpfree.tracking.events import Artifact, End, Message
+from bpfree.tracking.follower import Follower
 from bpfree.tracking.store import Store
 
 NAME = "the-run"
@@ -62,7 +63,7 @@ def kill() -> None:
 class KillAt:
     """An observer that ends the process at ``run_start``, ``step_end:40``, ``epoch_end:2``, ``checkpoint_saved:1`` or ``run_end``.
 
-    It is called after the journal, and before the tracker ends the run.
+    It is called after the run's log is written, and before the tracker ends the run.
     """
 
     def __init__(self, point: str, samples: threading.Semaphore | None) -> None:
@@ -102,7 +103,7 @@ def kill_in_store(point: str) -> None:
     """End the process in the store: once the run is ``created``, before a ``file`` or the ``end`` is sent, or when the end ``is sent``."""
     send, params = Store.send, Store._params
 
-    def sending(self: Store, run_id: str, events: list[Event]) -> None:
+    def sending(self: Store, run_id: str, events: list[Message]) -> None:
         if (point == "file" and isinstance(events[0], Artifact)) or (point == "end" and isinstance(events[0], End)):
             kill()
         send(self, run_id, events)
@@ -119,17 +120,22 @@ def kill_in_store(point: str) -> None:
 
 def wait_for_the_store(samples: threading.Semaphore) -> None:
     """Each event is in the store before the run goes on, so that a kill finds all that was told before it there."""
-    put = Sender.put
+    append, begin, followers = EventLog.append, Follower.start, list[Follower]()
 
-    def patiently(self: Sender, event: Event) -> None:
-        put(self, event)
-        while not (self._inbox.empty() and not self._pending):
-            self._wake.set()
+    def starting(self: Follower, patience: float) -> bool:
+        followers.append(self)
+        return begin(self, patience)
+
+    def patiently(self: EventLog, event: str, **facts: Any) -> None:
+        append(self, event, **facts)
+        while any(follower.cursor.offset < self.size for follower in followers):
+            for follower in followers:
+                follower._wake.set()
             time.sleep(0.001)
-        if isinstance(event, Metrics) and any(key.startswith("system/") for key in event.values):
+        if event == "system":
             samples.release()
 
-    Sender.put = patiently  # type: ignore[method-assign]
+    Follower.start, EventLog.append = starting, patiently  # type: ignore[method-assign]
 
 
 def be_killed(folder: Path, uri: str, point: str, patient: bool, system: bool) -> None:

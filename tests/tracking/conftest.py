@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from bpfree.record.folder import Cursor, RunFolder
+from bpfree.record.recorder import Recorder
 from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.mlflow_tracker import MLflowTracker
@@ -59,18 +61,18 @@ def new_run(tmp_path: Path) -> Callable[..., Run]:
     def make(name: str = "rule-task-s0", **fields: Any) -> Run:
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True, exist_ok=True)
-        return Run(f"id-{name}", name, folder=folder, **fields)
+        return Run(f"{tmp_path.name}-{name}", name, folder=folder, **fields)
 
     return make
 
 
 @pytest.fixture
-def track(tmp_path: Path) -> Callable[..., MLflowTracker]:
-    """A tracker without system metrics, unless asked for."""
+def track(tmp_path: Path) -> Callable[..., Recorder]:
+    """A recorder whose log a tracker reads; without system metrics, unless asked for."""
 
-    def make(uri: str | None, **options: Any) -> MLflowTracker:
+    def make(uri: str | None, **options: Any) -> Recorder:
         options = {"system": False, "interval": 0.05, "timeout": 5.0} | options
-        return MLflowTracker(TrackingConfig(uri=uri, **options), tmp_path / "runs")
+        return Recorder([MLflowTracker(TrackingConfig(uri=uri, **options), tmp_path / "runs")])
 
     return make
 
@@ -106,6 +108,17 @@ def stored() -> Callable[[Run, str], Any]:
         found = client.get_run(run.tracking["mlflow_run_id"])
         points = {key: [(p.step, p.value) for p in client.get_metric_history(found.info.run_id, key)] for key in found.data.metrics}
         return found, points
+
+    return read
+
+
+@pytest.fixture
+def unsent() -> Callable[[Run], list[dict[str, Any]]]:
+    """What the log has of a run beyond what MLflow is known to have."""
+
+    def read(run: Run) -> list[dict[str, Any]]:
+        folder = RunFolder(run.folder or "")
+        return [event for event, _ in folder.log.read(Cursor.read(folder.cursor("mlflow")).offset)]
 
     return read
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import shutil
 import signal
@@ -17,6 +18,8 @@ from training_rules import assert_equal_bits
 
 from bpfree import BpfreeError, Run, UsageError, runner
 from bpfree.config import parse_words
+from bpfree.record.folder import RunFolder, read_run
+from bpfree.tracking.mlflow_tracker import complete, config_of, is_sent, send
 from bpfree.training.checkpoint import read_checkpoint
 
 SLOW_MODULES = ("sklearn.datasets", "torchvision", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image")
@@ -71,7 +74,7 @@ def killed() -> Callable[..., None]:
     """Runs in a process until it is killed; they are forked from one in which all modules are loaded."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["bpfree.training.trainer", "bpfree.tracking.completion", "bpfree_noprop", "mlflow.tracking", *SLOW_MODULES]
+        ["bpfree.training.trainer", "bpfree.tracking.mlflow_tracker", "bpfree_noprop", "mlflow.tracking", *SLOW_MODULES]
     )
 
     def run(*arguments: Any) -> None:
@@ -113,7 +116,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_nothing_had_happened(
     assert found.data.tags["test_evaluations"] == "1"
     assert len(found.inputs.dataset_inputs) == 1
     assert files_of(found.info.run_id, uri) == files_of(expected.info.run_id, other_uri)
-    assert not (tmp_path / "runs" / NAME / "tracking-unsent.jsonl").exists()
+    assert is_sent(tmp_path / "runs" / NAME)
 
 
 @pytest.mark.parametrize("point", ["step_end:20", "step_end:40"])
@@ -136,7 +139,7 @@ def test_completing_a_run_that_is_there_changes_nothing(tmp_path: Path, uri: str
     run = start(tmp_path, uri)
     assert run.folder is not None
     before, points = tracked(uri)
-    assert runner.complete_tracking(run.folder)
+    assert complete(run.folder)
     again = runner.resume(str(run.folder))
     after, same = tracked(uri)
     assert (same, after.info.end_time, after.data.tags) == (points, before.info.end_time, before.data.tags)
@@ -151,11 +154,9 @@ def test_a_store_that_lost_the_run_gets_it_again(tmp_path: Path, uri: str, templ
     for path in tmp_path.glob("mlflow.db*"):
         path.unlink()
     shutil.copy(template, tmp_path / "other.db")
-    run_json = tmp_path / "runs" / NAME / "run.json"
     other = f"sqlite:///{tmp_path / 'other.db'}"
-    run_json.write_text(run_json.read_text().replace(uri, other))
     assert run.folder is not None
-    assert runner.complete_tracking(run.folder)
+    assert send(run.folder, dataclasses.replace(config_of(run), uri=other)) == []
     after, same = tracked(other)
     assert same == points
     assert after.info.status == "FINISHED"
@@ -167,28 +168,28 @@ def test_completing_where_it_cannot_be_done(tmp_path: Path, uri: str, closed_por
     """An outage is a warning; a run that is not tracked has nothing to complete; a folder without a run is an error."""
     run = start(tmp_path, uri)
     assert run.folder is not None
-    journal = run.folder / "run.json"
-    text = journal.read_text()
-    journal.write_text(text.replace(uri, f"http://127.0.0.1:{closed_port}"))
-    assert not runner.complete_tracking(run.folder)
-    assert "could not be completed" in caplog.text
-    journal.write_text(text.replace(uri, "nowhere://").replace('"tracking.enabled": true', '"tracking.enabled": false'))
-    assert runner.complete_tracking(run.folder)
+    RunFolder(run.folder).cursor("mlflow").unlink()
+    log = run.folder / "events.jsonl"
+    text = log.read_text()
+    log.write_text(text.replace(uri, f"http://127.0.0.1:{closed_port}").replace('"tracking.flush_timeout": 30.0', '"tracking.flush_timeout": 0.1'))
+    assert not complete(run.folder)
+    assert "MLflow at" in caplog.text
+    log.write_text(text.replace(uri, "nowhere://").replace('"tracking.enabled": true', '"tracking.enabled": false'))
+    assert complete(run.folder)
     with pytest.raises(BpfreeError, match="no record of a run"):
-        runner.complete_tracking(tmp_path)
+        complete(tmp_path)
 
 
 def test_what_an_attempt_left_behind_is_replaced(tmp_path: Path, uri: str) -> None:
     """Files of the run itself; those of others stay. A run with a checkpoint is not begun again."""
     folder = tmp_path / "runs" / NAME
     (folder / "pictures" / "b9").mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text('{"epoch": 9}\n')
-    (folder / "run.json").write_text("{")
+    (folder / "events.jsonl").write_text('{"event": "epoch", "time": 1, "epoch": 9, "metrics": {"epoch": 9}}\n{"event"')
     (folder / "notes.txt").write_text("mine")
     run = start(tmp_path, uri)
     assert run.reopened
     assert (run.folder, run.id) == (folder, NAME)
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    assert [metrics["epoch"] for metrics in read_run(folder).history] == [1, 2, 3]
     assert not (folder / "pictures" / "b9").exists()
     assert (folder / "notes.txt").read_text() == "mine"
     with pytest.raises(UsageError, match="has a checkpoint"):
@@ -199,7 +200,7 @@ def test_what_an_attempt_left_behind_is_replaced(tmp_path: Path, uri: str) -> No
 
 
 def test_tags_of_a_run_that_goes_on_reach_the_store(tmp_path: Path, uri: str) -> None:
-    """New ones beside the old ones, which the journal keeps."""
+    """New ones beside the old ones, which the log keeps."""
     run = start(tmp_path, uri)
     longer = runner.resume(str(run.folder), changes=parse_words(["budget.epochs=4"]), quiet=True, tags={"stage": "longer"})
     found, points = tracked(uri)

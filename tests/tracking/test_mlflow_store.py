@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,8 +17,9 @@ import pytest
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig
-from bpfree.tracking.events import SPOOL_NAME
-from bpfree.tracking.mlflow_tracker import MLflowTracker
+from bpfree.record.folder import Cursor, RunFolder
+from bpfree.record.recorder import Recorder
+from bpfree.tracking.mlflow_tracker import MLflowTracker, is_sent
 from bpfree.tracking.store import file_lock
 
 
@@ -68,7 +70,7 @@ def test_a_run_arrives_whole(uri, new_run, track, epoch, stored):
         for a in list_artifacts(run_id=found.info.run_id, artifact_path=folder or None, tracking_uri=uri)
     }
     assert {"config.yaml", "environment.json", "plots/curves.png", "checkpoints/last.pt"} <= paths
-    assert not (run.folder / SPOOL_NAME).exists()
+    assert is_sent(run.folder)
     assert run.tracking["mlflow_experiment_id"] == found.info.experiment_id
 
 
@@ -147,7 +149,7 @@ def test_resumed_run_goes_on_without_duplicates(uri, new_run, track, epoch, stor
     again = new_run(config={"budget.epochs": 6}, resumed=True, epoch=2, history=run.history[:2], tracking=dict(run.tracking))
     tracker = track(uri)
     tracker.run_start(again)
-    assert again.tracking == run.tracking
+    assert again.tracking["mlflow_run_id"] == run.tracking["mlflow_run_id"]
     assert stored(again, uri)[0].info.status == "RUNNING"
     for number in (3, 4, 5, 6):
         tracker.progress(again, {"step": 10.0 * number, "rule/loss": 1.0})
@@ -162,21 +164,29 @@ def test_resumed_run_goes_on_without_duplicates(uri, new_run, track, epoch, stor
     assert (found.data.tags["status"], found.data.tags["reason"]) == ("finished", "")
 
 
-def test_run_resumed_on_another_store_brings_its_history(uri, new_run, track, epoch, stored):
+def test_run_resumed_on_another_store_brings_its_history(tmp_path, template, uri, new_run, track, epoch, stored):
     """The store never saw the run: a new one begins there, with every epoch."""
-    run = new_run(resumed=True, epoch=2, tracking={"mlflow_run_id": "0" * 32, "mlflow_started": "1700000000000"})
-    run.history = [{"epoch": 1.0, "seconds": 1.0, "train/loss": 1.0}, {"epoch": 2.0, "seconds": 2.0, "train/loss": 0.5}]
+    run = new_run()
+    tracker = track(uri)
+    tracker.run_start(run)
+    epoch(run, tracker, 1)
+    epoch(run, tracker, 2)
+    finish(run, tracker, "interrupted")
+    first = run.tracking["mlflow_run_id"]
+    shutil.copy(template, tmp_path / "other.db")
+    uri = f"sqlite:///{tmp_path / 'other.db'}"
+    run = new_run(resumed=True, epoch=2)
     tracker = track(uri)
     tracker.run_start(run)
     epoch(run, tracker, 3)
     finish(run, tracker)
-    assert run.tracking["mlflow_run_id"] != "0" * 32
+    assert run.tracking["mlflow_run_id"] != first
     _, points = stored(run, uri)
     assert points["train/loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
 
 
 def test_deleted_run_costs_a_warning(uri, new_run, track, epoch, caplog):
-    """Somebody deletes the run while it trains: refused events lie in the spool with the reason, nothing is raised."""
+    """Somebody deletes the run while it trains: what is refused is noted with the reason, nothing is raised."""
     run = new_run()
     tracker = track(uri)
     tracker.run_start(run)
@@ -186,7 +196,8 @@ def test_deleted_run_costs_a_warning(uri, new_run, track, epoch, caplog):
     epoch(run, tracker, 1)
     finish(run, tracker)
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
-    assert '"rejected"' in (run.folder / SPOOL_NAME).read_text()
+    refused = Cursor.read(RunFolder(run.folder).cursor("mlflow")).refused
+    assert [event["event"] for event in refused if "must be in the 'active' state" in event["reason"]][0] == "epoch"
 
 
 def test_folder_of_files_is_refused(tmp_path, new_run, track):
@@ -242,8 +253,8 @@ def one_process(folder: str, number: int, together: Barrier) -> None:
     import mlflow.tracking  # noqa: F401
 
     together.wait(120)
-    run = Run(f"id{number}", f"run{number}")
-    tracker = MLflowTracker(TrackingConfig(system=False, interval=0.05, required=True), Path(folder) / "runs")
+    run = Run(f"id{number}", f"run{number}", folder=Path(folder, "runs", f"id{number}"))
+    tracker = Recorder([MLflowTracker(TrackingConfig(system=False, interval=0.05, required=True), Path(folder) / "runs")])
     tracker.run_start(run)
     for epoch in range(1, 6):
         tracker.epoch_end(run, {"epoch": float(epoch), "loss": 1 / epoch})
@@ -292,13 +303,14 @@ def test_import_is_cheap_and_telemetry_is_off(tmp_path):
     code = f"""
         import sys
         from pathlib import Path
-        from bpfree.tracking import config, journal, mlflow_tracker, plots, progress, system
+        from bpfree.record import folder, recorder
+        from bpfree.tracking import config, mlflow_tracker, plots, progress, system
         heavy = [name for name in ("mlflow", "torch", "torchvision", "matplotlib", "rich") if name in sys.modules]
         assert not heavy, heavy
         from bpfree.run import Run
-        tracker = mlflow_tracker.MLflowTracker(config.TrackingConfig(uri="sqlite:///{tmp_path}/x/mlflow.db"), Path("{tmp_path}/runs"))
-        tracker.config.required = True
-        run = Run("id", "name")
+        options = config.TrackingConfig(uri="sqlite:///{tmp_path}/x/mlflow.db", required=True)
+        tracker = recorder.Recorder([mlflow_tracker.MLflowTracker(options, Path("{tmp_path}/runs"))])
+        run = Run("id", "name", folder=Path("{tmp_path}/runs/id"))
         tracker.run_start(run)
         tracker.run_end(run)
         import mlflow.telemetry

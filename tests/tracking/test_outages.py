@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import pytest
 
 from bpfree.errors import BpfreeError
+from bpfree.record.folder import RunFolder
 from bpfree.tracking.config import TrackingConfig
-from bpfree.tracking.events import SPOOL_NAME
-from bpfree.tracking.mlflow_tracker import send_unsent
+from bpfree.tracking.mlflow_tracker import is_sent, send
 
 
 def warnings(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno >= 30]
 
 
-def spooled(run):
-    return [json.loads(line) for line in (run.folder / SPOOL_NAME).read_text().splitlines()]
+def epochs(events):
+    return [event["epoch"] for event in events if event["event"] == "epoch"]
 
 
-def epochs(lines):
-    return [line["step"] for line in lines if line["event"] == "metrics" and "epoch" in line["values"]]
+def run_log(run):
+    return (event for event, _ in RunFolder(run.folder).log.read())
 
 
 def finish(run, tracker, status="finished"):
@@ -50,8 +49,8 @@ def test_real_server(server, new_run, track, epoch, stored):
     assert {a.path for a in MlflowClient(server.uri).list_artifacts(found.info.run_id)} == {"config.yaml", "environment.json"}
 
 
-def test_nobody_listens(closed_port, new_run, track, epoch, caplog):
-    """The start waits no longer than a connection attempt (plus importing MLflow); the spool has everything."""
+def test_nobody_listens(closed_port, new_run, track, epoch, unsent, caplog):
+    """The start waits no longer than a connection attempt (plus importing MLflow); the log has everything."""
     import mlflow  # noqa: F401
 
     run = new_run(config={"seed": 1})
@@ -63,14 +62,13 @@ def test_nobody_listens(closed_port, new_run, track, epoch, caplog):
         epoch(run, tracker, number)
     finish(run, tracker)
     assert time.monotonic() - began < 10
-    lines = spooled(run)
-    assert lines[0]["event"] == "open"
-    assert lines[0]["params"] == {"seed": "1"}
-    assert lines[0]["run_id"] is None
-    assert epochs(lines) == [1, 2, 3]
-    assert lines[-1]["event"] == "end"
+    events = unsent(run)
+    assert events[0]["event"] == "begin"
+    assert events[0]["config"] == {"seed": 1}
+    assert epochs(events) == [1, 2, 3]
+    assert events[-1]["event"] == "end"
     assert len(warnings(caplog)) == 1
-    assert str(run.folder / SPOOL_NAME) in warnings(caplog)[0]
+    assert f"bpfree track send {run.folder}" in warnings(caplog)[0]
 
 
 def test_required(closed_port, new_run, track, caplog):
@@ -84,7 +82,7 @@ def test_required(closed_port, new_run, track, caplog):
     assert list(run.folder.iterdir()) == []
 
 
-def test_black_hole(black_hole, new_run, track, epoch, caplog):
+def test_black_hole(black_hole, new_run, track, epoch, unsent, caplog):
     """A server that accepts and never answers: the start waits for the timeout, hooks wait for nothing."""
     run = new_run()
     tracker = track(black_hole, timeout=1.0, flush_timeout=1.0)
@@ -102,20 +100,17 @@ def test_black_hole(black_hole, new_run, track, epoch, caplog):
     began = time.monotonic()
     finish(run, tracker)
     assert time.monotonic() - began < 4
-    assert epochs(spooled(run)) == list(range(1, 31))
+    assert epochs(unsent(run)) == list(range(1, 31))
     assert len(warnings(caplog)) == 1
 
 
-def test_spool_survives_a_kill(closed_port, new_run, track, epoch):
-    """During an outage the spool is on disk before the run ends, so that even SIGKILL loses only the last moments."""
+def test_the_log_is_there_at_once(closed_port, new_run, track, epoch, unsent):
+    """During an outage each fact is in the file before the next one, so that SIGKILL loses nothing."""
     run = new_run()
     tracker = track(f"http://127.0.0.1:{closed_port}", flush_timeout=0.1)
     tracker.run_start(run)
     epoch(run, tracker, 1)
-    deadline = time.monotonic() + 10
-    while not ((run.folder / SPOOL_NAME).exists() and epochs(spooled(run)) == [1]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert epochs(spooled(run)) == [1]
+    assert epochs(unsent(run)) == [1]
     finish(run, tracker)
 
 
@@ -136,11 +131,11 @@ def test_server_comes_back(gate, server, new_run, track, epoch, stored, caplog):
     finish(run, tracker)
     _, points = stored(run, server.uri)
     assert points["train/loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
-    assert not (run.folder / SPOOL_NAME).exists()
+    assert is_sent(run.folder)
     assert len(warnings(caplog)) == 1
 
 
-def test_run_resumed_after_an_outage_sends_what_was_left(gate, server, new_run, track, epoch, stored):
+def test_run_resumed_after_an_outage_sends_what_was_left(gate, server, new_run, track, epoch, unsent, stored):
     """Epochs 3 and 4 unsent, resumed from a checkpoint of epoch 3 with the server back: one point per epoch."""
     run = new_run()
     tracker = track(gate.uri, flush_timeout=0.5)
@@ -152,7 +147,7 @@ def test_run_resumed_after_an_outage_sends_what_was_left(gate, server, new_run, 
     epoch(run, tracker, 3)
     epoch(run, tracker, 4)
     finish(run, tracker, "interrupted")
-    assert epochs(spooled(run)) == [3, 4]
+    assert epochs(unsent(run)) == [3, 4]
 
     gate.open()
     again = new_run(resumed=True, epoch=3, history=run.history[:3], tracking=dict(run.tracking))
@@ -165,10 +160,10 @@ def test_run_resumed_after_an_outage_sends_what_was_left(gate, server, new_run, 
     found, points = stored(again, server.uri)
     assert points["train/loss"] == [(n, 1 / n) for n in range(1, 6)]
     assert found.info.status == "FINISHED"
-    assert not (run.folder / SPOOL_NAME).exists()
+    assert is_sent(run.folder)
 
 
-def test_send_unsent(closed_port, uri, new_run, track, epoch):
+def test_sending_later(closed_port, uri, new_run, track, epoch):
     """A run that never reached its store is sent later, elsewhere even: whole, with its own times."""
     run = new_run(config={"seed": 5})
     tracker = track(f"http://127.0.0.1:{closed_port}", flush_timeout=0.1)
@@ -176,32 +171,20 @@ def test_send_unsent(closed_port, uri, new_run, track, epoch):
     epoch(run, tracker, 1)
     epoch(run, tracker, 2)
     finish(run, tracker)
-    assert send_unsent(run.folder, TrackingConfig(uri=uri, interval=0.05), run.folder.parent)
-    assert not (run.folder / SPOOL_NAME).exists()
+    assert send(run.folder, TrackingConfig(uri=uri, interval=0.05)) == []
+    assert is_sent(run.folder)
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
     found = client.search_runs([client.get_experiment_by_name("bpfree").experiment_id])[0]
     assert found.info.status == "FINISHED"
-    assert found.info.start_time == int(run.tracking["mlflow_started"])
+    assert found.info.start_time == next(run_log(run))["time"]
     assert found.data.params == {"seed": "5"}
     assert [p.step for p in client.get_metric_history(found.info.run_id, "train/loss")] == [1, 2]
 
 
-def test_run_without_folder(closed_port, new_run, track, caplog):
-    """There is nowhere to keep it, and the warning says so."""
-    run = new_run()
-    run.folder = None
-    tracker = track(f"http://127.0.0.1:{closed_port}", flush_timeout=0.1)
-    tracker.run_start(run)
-    tracker.epoch_end(run, {"epoch": 1.0})
-    finish(run, tracker)
-    assert len(warnings(caplog)) == 1
-    assert "is lost" in warnings(caplog)[0]
-
-
-def test_server_dies(server, new_run, track, epoch, caplog):
-    """Killed between epochs 2 and 3: no exception, what follows is in the spool, what came before is not.
+def test_server_dies(server, new_run, track, epoch, unsent, caplog):
+    """Killed between epochs 2 and 3: no exception, what follows is left to send, what came before is not.
 
     It is the last test here, because the next one that needs a server has to start another.
     """
@@ -216,7 +199,5 @@ def test_server_dies(server, new_run, track, epoch, caplog):
     time.sleep(0.5)
     epoch(run, tracker, 4)
     finish(run, tracker)
-    lines = spooled(run)
-    assert epochs(lines) == [3, 4]
-    assert lines[0]["run_id"] == run.tracking["mlflow_run_id"]
+    assert epochs(unsent(run)) == [3, 4]
     assert len(warnings(caplog)) == 1
