@@ -25,8 +25,8 @@ class Run:
     Attributes:
         id: unique, and the name of the run's folder.
         name: for people: rule, task, seed.
-        folder: holds ``config.yaml``, ``run.json``, ``metrics.jsonl``, ``checkpoints/`` and, where the rule has them,
-            ``plan.txt`` and ``pictures/``; ``None``: nothing is written.
+        folder: holds ``events.jsonl``, ``config.yaml``, ``checkpoints/`` and, where the rule has them, ``plan.txt`` and ``pictures/``;
+            ``None``: nothing is written.
         config: the resolved configuration, flat: ``{"rule.name": "dfa", "seed": 0, ...}`` of plain values.
         tags: rule, plugin and its version, task, data fingerprint, seed, device, versions, numerical settings.
         total_epochs: passes over the training split that the budget amounts to, where that is known beforehand.
@@ -38,8 +38,8 @@ class Run:
         epoch: passes over the training split completed.
         history: metrics of each completed pass, in order; each has ``epoch``, ``samples`` and ``seconds``.
         result: metrics of the end: ``test/accuracy``, ``train/seconds`` and so on.
-        artifacts: files that observers made or that belong to the run, by name.
-        tracking: what a tracker needs to find the run again, such as its identifier in the store; kept in checkpoints.
+        artifacts: files in the folder that observers made or that belong to the run, by name.
+        tracking: where trackers have the run, such as its identifier in MLflow.
     """
 
     id: str

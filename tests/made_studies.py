@@ -7,12 +7,14 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bpfree.config import parse_words
+from bpfree.run import Run
 from bpfree.study.cells import Plan, plan
 from bpfree.study.file import read_study
 from bpfree.study.rows import Cell, TableRow, Trial, Tuned
-from bpfree.study.store import CellRecord
+from bpfree.study.store import CellKey, CellRecord
 
 RULES = ("backprop", "dfa", "frozen", "linear")
 TAGS = {
@@ -24,6 +26,14 @@ TAGS = {
     "plugin": "bpfree",
     "plugin_version": "0.1",
 }
+
+
+def cell_record(
+    key: CellKey, status: str = "running", *, elapsed: float = 0.0, run: str = "", parallel: int = 1, **facts: Any
+) -> CellRecord:
+    """A record whose run has these facts: ``result``, ``history``, ``tags``, ``tracking``."""
+    about = Run("", "", **facts)
+    return CellRecord(key, status, elapsed=elapsed, run=run, parallel=parallel, about=about)  # type: ignore[arg-type]
 
 
 def planned(
@@ -105,7 +115,7 @@ def outcome(cell: Cell, number: int, *, epochs: int = 20, loss: bool = False, bl
     spans = ("all", "1", "0", "1")
     tags = {**TAGS, "network": "mlp", "reverse_span": spans[number % 4], "downstream_weights": "all" if number % 4 == 0 else "0"}
     tags |= {"rule_lines": str(20 + 17 * number), "own_network": str(number % 4 == 3), "data_fingerprint": "same"}
-    return CellRecord(
+    return cell_record(
         cell.key, "finished", run=f"run-{cell.key.row}-{cell.key.seed}", result=result, history=history, tags=tags, parallel=parallel
     )
 

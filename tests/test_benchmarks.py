@@ -253,7 +253,7 @@ def test_accuracy_goes_on_where_it_stopped(load: Callable[[str], Any], smoke: Ru
     words = ("cifar10", "--output", str(tmp_path / "runs"))
     first = smoke("accuracy", *words, suffix="_cifar10")
     (folder,) = (tmp_path / "runs" / "noprop-dt" / "s0").iterdir()
-    epochs = (folder / "metrics.jsonl").read_text().count("\n")
+    epochs = (folder / "events.jsonl").read_text().count('"epoch", ')
     script = load("accuracy")
     task = script.smoke_task("cifar10")
     recipe_of = script.runner.recipe_of
@@ -261,7 +261,7 @@ def test_accuracy_goes_on_where_it_stopped(load: Callable[[str], Any], smoke: Ru
         patch.setattr(script.runner, "recipe_of", lambda *a, **k: WithTask(recipe_of(*a, **k, spec=task.spec), task))
         again = script.train([], folder.parent, None)
     assert again.result["test/accuracy"] == first["rows"][0]["accuracies"][0]
-    assert (folder / "metrics.jsonl").read_text().count("\n") == epochs
+    assert (folder / "events.jsonl").read_text().count('"epoch", ') == epochs
 
 
 class WithTask:

@@ -16,7 +16,7 @@ from training_rules import ONE, assert_equal_bits, config_of, failing, noisy, ru
 
 from bpfree import Rule, Run, Step, Task, Trainer, hookimpl
 from bpfree.baselines import Backprop
-from bpfree.tracking.journal import Journal
+from bpfree.record.folder import read_run
 from bpfree.tracking.pictures import Pictures
 from bpfree.training.hook_watch import HookWatch
 
@@ -67,12 +67,12 @@ def cheating(hook: str, cheat: Callable[[], Any]) -> Any:
 def test_a_hook_that_trains_fails_the_run(digits: Task, device: torch.device, tmp_path: Path, hook: str, cheat: Any) -> None:
     rule = rule_on(digits, norm="batch")
     options: dict[str, Any] = {"budget": ONE, "log_interval": 1e-6}
-    observers = [Journal(), cheating(hook, lambda: cheat(rule))]
+    observers = [cheating(hook, lambda: cheat(rule))]
     trainer = Trainer(rule, digits, config_of(device, **options), folder=tmp_path, observers=observers)
     text = failing(trainer)
     assert f"the observer Cheat changed {CHEATS[cheat]}" in text
     assert f"in {hook}" in text
-    assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
+    assert read_run(tmp_path).status == "failed"
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
@@ -243,5 +243,5 @@ def test_steps_are_not_watched_where_nobody_listens(digits: Task, device: torch.
     hooks: list[str] = []
     around = HookWatch.around
     monkeypatch.setattr(HookWatch, "around", lambda self, hook, plugin: hooks.append(hook) or around(self, hook, plugin))
-    Trainer(rule_on(digits), digits, config_of(device, budget=ONE), observers=[Journal(), Pictures(), cheating("run_end", int)]).fit()
+    Trainer(rule_on(digits), digits, config_of(device, budget=ONE), observers=[Pictures(), cheating("run_end", int)]).fit()
     assert set(hooks) == {"epoch_end", "run_end"}

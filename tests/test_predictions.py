@@ -15,8 +15,10 @@ from bpfree import Batch, Rule, Run, Split, Task, TaskSpec, Trainer
 from bpfree.baselines import Backprop
 from bpfree.network import MLPConfig, mlp
 from bpfree.training.config import BudgetConfig, EvaluationConfig
-from bpfree.training.predictions import FILE, Collector, Predictions, read_predictions, write_predictions
+from bpfree.training.predictions import Collector, Predictions, read_predictions, write_predictions
 from bpfree.training.trainer import Interrupted
+
+FILE = "predictions.npz"
 
 
 def trained(rule: Rule, task: Task, folder: Path | None, device: torch.device, **options: Any) -> Run:
@@ -43,7 +45,7 @@ def test_a_byte_for_each_example_in_the_order_of_the_split(digits: Task, device:
     assert (found.correct == (expected == digits.test.targets.numpy())).all()
     assert found.correct.mean() == pytest.approx(run.result["test/accuracy"], abs=1e-9)
     assert not found.protocols
-    assert {path.name for path in tmp_path.iterdir()} == {FILE, "checkpoints"}  # nothing temporary is left
+    assert {path.name for path in tmp_path.iterdir()} == {FILE, "checkpoints", "events.jsonl"}  # nothing temporary is left
 
 
 def test_protocols_keep_their_decisions(digits: Task, device: torch.device, tmp_path: Path) -> None:

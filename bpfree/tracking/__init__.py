@@ -1,1 +1,1 @@
-"""Observers that write down and show what a run does: MLflow, system metrics, journal, progress, plots."""
+"""Following a run: MLflow, which reads its log; system metrics, progress, plots, pictures."""

@@ -13,6 +13,8 @@ import yaml
 
 import bpfree
 from bpfree.cli.main import main
+from bpfree.record.folder import read_run
+from bpfree.tracking.mlflow_tracker import is_sent
 
 FAST = ["budget.epochs=2", "tracking.system=false", "threads=1", "device=cpu"]
 
@@ -32,15 +34,15 @@ def test_train_then_predict_evaluate_and_reproduce(workplace: Path, capsys: pyte
     assert call("train", "rule=dfa", *FAST) == 0
     assert "test accuracy" in capsys.readouterr().out
     run = only_run(workplace)
-    assert {path.name for path in run.iterdir()} >= {"config.yaml", "run.json", "metrics.jsonl", "checkpoints", "plots"}
-    result = json.loads((run / "run.json").read_text())
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "events.jsonl", "checkpoints", "plots"}
+    result = read_run(run).result
     assert result["status"] == "finished"
 
     # the library, without trainer and MLflow
     saved = bpfree.load(run)
     task = bpfree.Task.from_source(__import__("bpfree.tasks.digits", fromlist=["DIGITS"]).DIGITS)
     accuracy = (saved.predict(task.test.inputs).argmax(1) == task.test.targets).float().mean().item()
-    assert accuracy == pytest.approx(result["result"]["test/accuracy"])
+    assert accuracy == pytest.approx(result["test/accuracy"])
     assert isinstance(saved.network, torch.nn.Module)
     with pytest.raises(bpfree.UsageError, match=r"expected \(N, 1, 8, 8\)"):
         saved.predict(torch.zeros(2, 64))
@@ -50,7 +52,7 @@ def test_train_then_predict_evaluate_and_reproduce(workplace: Path, capsys: pyte
         assert call("evaluate", str(run), "--json", *arguments) == 0
         scores = json.loads(capsys.readouterr().out)
         assert scores["split"] == split
-    assert scores["accuracy"] == pytest.approx(result["result"]["test/accuracy"])
+    assert scores["accuracy"] == pytest.approx(result["test/accuracy"])
     assert call("evaluate", run.name) == 0
 
     # the logged configuration gives the same weights, bit for bit
@@ -91,7 +93,7 @@ def test_protocols_score_features_in_a_run_and_later(workplace: Path, capsys: py
     assert call("train", "rule=dfa", asked, *FAST) == 0
     shown = capsys.readouterr().out
     run = only_run(workplace)
-    result = json.loads((run / "run.json").read_text())["result"]
+    result = read_run(run).result
     for name in names:
         accuracies = [result[f"{split}/{name}/accuracy"] for split in ("test", "val")]
         assert re.search(rf"{name.replace('_', '-')} +{accuracies[0]:.2%}, {accuracies[1]:.2%} on validation", shown)
@@ -248,12 +250,13 @@ def test_an_unreachable_tracking_server(workplace: Path, capsys: pytest.CaptureF
     gone = ["tracking.uri=http://127.0.0.1:9", "tracking.timeout=2", "tracking.flush_timeout=1"]
     assert "error" in refused(capsys, 1, "train", "rule=frozen", "tracking.required=true", *gone, *FAST)
     assert call("train", "rule=frozen", "--quiet", *gone, *FAST) == 0  # a warning, and the run goes on
-    (run,) = [path for path in (workplace / "runs").iterdir() if (path / "tracking-unsent.jsonl").exists()]
+    run = only_run(workplace)
+    assert not is_sent(run)
     assert (run / "checkpoints" / "last.pt").exists()
     capsys.readouterr()
     assert "try again" in refused(capsys, 1, "track", "send", str(run), "tracking.flush_timeout=1")
     assert call("track", "send", run.name, "tracking.uri=sqlite:///mlflow.db") == 0
-    assert not (run / "tracking-unsent.jsonl").exists()
+    assert is_sent(run)
     store = sqlite3.connect(workplace / "mlflow.db")
     assert store.execute("select count(*) from metrics where key='val/accuracy'").fetchone() == (2,)
     assert call("track", "send", run.name) == 0
@@ -267,23 +270,24 @@ def test_debug_shows_the_traceback(workplace: Path, capsys: pytest.CaptureFixtur
 def test_a_finished_run_is_not_tested_again_unless_it_goes_on(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", "rule=dfa", "tracking.enabled=false", *FAST) == 0
     run = only_run(workplace)
-    before = json.loads((run / "run.json").read_text())
-    assert before["tags"]["test_evaluations"] == "1"
+    before = read_run(run)
+    assert before.tags["test_evaluations"] == "1"
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["optimizer"]["name"], config["optimizer"]["lr"]) == ("adam", 1e-3)  # what auto stood for
     capsys.readouterr()
     assert call("train", "--resume", str(run)) == 0
     output = capsys.readouterr()
     assert "finished already" in output.err
-    assert f"{before['result']['test/accuracy']:.2%}" in output.out
-    assert json.loads((run / "run.json").read_text()) == before
+    assert f"{before.result['test/accuracy']:.2%}" in output.out
+    assert read_run(run) == before
     assert call("train", "--resume", str(run), "budget.epochs=3") == 0
-    after = json.loads((run / "run.json").read_text())
-    assert after["tags"]["test_evaluations"] == "2"
-    assert after["result"]["train/samples"] == 1.5 * before["result"]["train/samples"]
-    (run / "run.json").write_text(json.dumps({**after, "status": "interrupted"}))  # in the middle of its second stretch
+    after = read_run(run)
+    assert after.tags["test_evaluations"] == "2"
+    assert after.result["train/samples"] == 1.5 * before.result["train/samples"]
+    log = run / "events.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # killed at the end of its second session
     assert call("train", "--resume", str(run)) == 0
-    assert json.loads((run / "run.json").read_text())["tags"]["test_evaluations"] == "2"
+    assert read_run(run).tags["test_evaluations"] == "2"
 
 
 def test_settings_of_a_comparison_reach_the_rules_that_they_fit(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,9 +310,9 @@ def test_help_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_goes_on_with_its_own_settings_in_its_own_folder(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", "rule=dfa", "tracking.enabled=false", *FAST) == 0
     run = only_run(workplace)
-    before = {path.name: path.read_bytes() for path in (run / "config.yaml", run / "run.json")}
+    before = {path.name: path.read_bytes() for path in (run / "config.yaml", run / "events.jsonl")}
     assert "network.width" in refused(capsys, 2, "train", "--resume", str(run), "network.width=64")
-    assert {path.name: path.read_bytes() for path in (run / "config.yaml", run / "run.json")} == before
+    assert {path.name: path.read_bytes() for path in (run / "config.yaml", run / "events.jsonl")} == before
     assert call("train", "--resume", str(run), "seed=0") == 0  # what it was
     elsewhere = workplace / "mine" / "ck"
     elsewhere.mkdir(parents=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from bpfree.record.folder import read_run
 
 TRAIN = ["rule=dfa", "network.dropout=0.1", "budget.epochs=60", "threads=1", "device=cpu", "tracking.enabled=false", "evaluation.every=20"]
 
@@ -78,8 +79,8 @@ def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(tmp_path: 
     assert killed >= 1
     weights = last_weights(run)
     assert all(torch.equal(weights[name], value) for name, value in undisturbed.items())
-    assert json.loads((run / "run.json").read_text())["status"] == "finished"
-    epochs = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert read_run(run).status == "finished"
+    epochs = [metrics["epoch"] for metrics in read_run(run).history]
     assert epochs == list(range(1, 61))
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name != "last.pt" and not path.name.startswith(".")] == []
 
@@ -96,7 +97,7 @@ def test_a_signal_leaves_a_checkpoint_and_a_resumable_run(
     assert "--resume" in errors
     assert "Traceback" not in errors
     (run,) = (tmp_path / "runs").iterdir()
-    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    assert read_run(run).status == "interrupted"
     resumed = bpfree("train", "--resume", str(run), "--quiet", folder=tmp_path)
     _, errors = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, errors

@@ -117,8 +117,8 @@ def test_a_new_plugin_in_a_clean_environment(clean: tuple[ModuleType, Path, Path
     assert {name: record["status"] for name, record in script.plugins_seen(interpreter, folder).items()} == {"core": "ok", "my-rule": "ok"}
     words = ["rule=my-rule", "task=digits", "budget.epochs=5", "device=cpu", "threads=1", "tracking.enabled=false"]
     script.call(bpfree, "train", *words, cwd=folder)
-    (run,) = (folder / "runs").glob("*/run.json")
-    assert json.loads(run.read_text())["result"]["test/accuracy"] > 0.85
+    (run,) = (folder / "runs").glob("*/events.jsonl")
+    assert json.loads(run.read_text().splitlines()[-1])["result"]["test/accuracy"] > 0.85
     script.call(bpfree, "certify", "my-rule", "--quick", "--output", folder / "my-rule.json", cwd=folder)
     assert json.loads((folder / "my-rule.json").read_text())["status"] == "passed (quick)"
     refused = script.call(bpfree, "registry", "add", "my-rule", "--certificate", folder / "my-rule.json", cwd=folder, check=False)

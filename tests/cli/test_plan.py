@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from bpfree.baselines import DFA
 from bpfree.cli.main import main
+from bpfree.record.folder import read_run
 
 FAST = ["budget.epochs=1", "tracking.system=false", "threads=1", "device=cpu"]
 PLAN = "b1: feedback of 10 errors\nb2: the same"
@@ -35,7 +35,7 @@ def test_the_plan_is_shown_kept_and_tracked(planned: None, workplace: Path, caps
     (run,) = (workplace / "runs").iterdir()
     text = f"{PLAN}\n2 hidden blocks\n"
     assert (run / "plan.txt").read_text() == text
-    assert json.loads((run / "run.json").read_text())["artifacts"]["plan.txt"] == "plan.txt"
+    assert read_run(run).artifacts == {"plan.txt": run / "plan.txt"}
     assert [path.read_text() for path in (workplace / "mlruns").rglob("plan.txt")] == [text]
     assert call("train", "--resume", str(run), "budget.epochs=2") == 0
     assert PLAN in capsys.readouterr().err

@@ -7,7 +7,6 @@ take many seconds to start, are slow tests but for one.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from study_kit import call, mlflow_runs
 from torch import Tensor
 from training_rules import assert_equal_bits
 
+from bpfree.record.folder import read_run
 from bpfree.training.checkpoint import read_checkpoint
 
 SMALL = ("network.width=8", "network.depth=1", "rule.T=4", "network.blocks=4", "rule.execution=loop", "pictures.every=0")
@@ -103,11 +103,11 @@ def test_one_run_is_made_and_tracked(workplace: Path) -> None:
         process.wait(120)
     assert said().count("\nstatus ") == said().count("2 processes share the blocks") == 1, said()
     assert_equal_bits(the_weights(the_run()), the_weights(alone))
-    about, other = (json.loads((run / "run.json").read_text()) for run in (the_run(), alone))
-    assert (about["status"], about["tags"]["world_size"], about["tags"]["parallel"]) == ("finished", "2", "blocks")
-    assert (other["tags"]["world_size"], other["tags"]["parallel"]) == ("1", "none")
+    about, other = (read_run(run) for run in (the_run(), alone))
+    assert (about.status, about.tags["world_size"], about.tags["parallel"]) == ("finished", "2", "blocks")
+    assert (other.tags["world_size"], other.tags["parallel"]) == ("1", "none")
     for name in ("test/accuracy", "train/samples", "train/steps", "train/operations"):
-        assert about["result"][name] == other["result"][name]
+        assert about.result[name] == other.result[name]
     (run,) = mlflow_runs()
     assert run["tags"]["world_size"] == "2"
     assert all(count == 1 for count in run["counts"].values())
@@ -125,7 +125,7 @@ def test_processes_are_stopped_killed_and_gone_on_with(
         os.kill(number, signal.SIGTERM)
     assert [answer[0][0] for answer in ranks.collect(2)] == [143, 143]
     run = the_run()
-    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    assert read_run(run).status == "interrupted"
     stopped = position(run)
     assert 21 <= stopped < 840
 
@@ -137,7 +137,7 @@ def test_processes_are_stopped_killed_and_gone_on_with(
     assert "another process of this run has ended" in told
     assert "--resume" in told
     assert position(run) < 840
-    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    assert read_run(run).status == "failed"
 
     assert call("train", "--resume", str(run), "--quiet") == 0
     assert_equal_bits(the_weights(run), undisturbed)
@@ -152,7 +152,7 @@ def test_stopped_killed_and_gone_on_with(workplace: Path, undisturbed: dict[str,
         process.terminate()
         process.wait(60)
     run = the_run()
-    assert json.loads((run / "run.json").read_text())["status"] == "interrupted", said()
+    assert read_run(run).status == "interrupted", said()
     stopped = position(run)
     assert 21 <= stopped < 840
 
@@ -163,7 +163,7 @@ def test_stopped_killed_and_gone_on_with(workplace: Path, undisturbed: dict[str,
         process.wait(60)
     assert position(run) < 840
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.pt"]
-    assert json.loads((run / "run.json").read_text())["status"] in ("failed", "running"), said()
+    assert read_run(run).status in ("failed", "running"), said()
 
     assert call("train", "--resume", str(run), "--quiet") == 0
     assert_equal_bits(the_weights(run), undisturbed)

@@ -53,7 +53,9 @@ def test_a_run_is_read_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "curves.png").write_bytes(b"png")
     artifacts = {"curves": tmp_path / "plots" / "curves.png", "other": Path(__file__)}
-    run, told = recorded(tmp_path, range(1, 3), config={"seed": 1}, tags={"rule": "dfa"}, total_epochs=2, result=result, artifacts=artifacts)
+    run, told = recorded(
+        tmp_path, range(1, 3), config={"seed": 1}, tags={"rule": "dfa"}, total_epochs=2, result=result, artifacts=artifacts
+    )
     seen = read_run(tmp_path)
     assert (seen.id, seen.name, seen.config, seen.tags, seen.total_epochs) == (run.id, run.name, run.config, run.tags, 2)
     assert (seen.status, seen.epoch, seen.result, seen.history) == ("finished", 2, result, told)

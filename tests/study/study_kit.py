@@ -17,6 +17,7 @@ import pytest
 from bpfree import sources
 from bpfree.cli.main import main
 from bpfree.plugins import installed_plugins
+from bpfree.study.store import CellStore
 
 UNTIMED = ("second", "step_ms", "elapsed", "system/", "load_")
 """Parts of the names of metrics that differ from run to run."""
@@ -65,8 +66,14 @@ def spawn(*words: str, **variables: str) -> subprocess.Popen[str]:
 
 
 def outcomes(folder: str | Path = "runs/studies") -> list[dict[str, Any]]:
-    """The records of all cells, in the order of the table."""
-    found = [json.loads(path.read_text()) for path in Path(folder).rglob("cells/*.json")]
+    """The records of all cells with what is known of their runs, in the order of the table."""
+    found = []
+    for path in Path(folder).rglob("cells/*.json"):
+        store = CellStore(path.parents[3], path.parents[1].name)
+        known = store.read(path.stem)
+        assert known is not None
+        facts = {"result": known.result, "history": known.history, "tags": known.tags, "tracking": known.tracking}
+        found.append(facts | json.loads(path.read_text()))
     return sorted(found, key=lambda outcome: (outcome["row"], outcome["column"], outcome["seed"], outcome["trial"] or 0))
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from study_kit import call, mlflow_runs
 
-from bpfree.study import cells
+from bpfree.record.folder import RunFolder, read_run
+from bpfree.study import cells, study_run
 from bpfree.study.file import read_study
-from bpfree.study.store import CellRecord
 from bpfree.study.study_run import StudyRun
 from bpfree.study.worklist import Worklist
 from bpfree.tracking.store import Store
@@ -72,19 +71,26 @@ def test_a_store_that_was_away_is_told_when_the_command_is_given_again(workplace
 
 
 def test_cells_of_another_store_stay_there(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two finished runs, one of which names another store, the other becomes the study's, once."""
     worklist = worklist_of(COMMON)
     parent = StudyRun(worklist.plan, worklist.store)
     parent.run_id = "p"
-    here = parent._store.shown
-    for cell, uri in zip(worklist.plan.cells, (here, "http://elsewhere"), strict=True):
-        tracking = {"mlflow_run_id": f"child {cell.key.seed}", "mlflow_uri": uri}
-        worklist.store.write(CellRecord(cell.key, "failed", run="none", tracking=tracking))
-    told: list[tuple[str, str, str]] = []
-    client = SimpleNamespace(set_tag=lambda *words: told.append(words))
-    monkeypatch.setattr(Store, "connect", lambda self: client)
+    completed: list[Path] = []
+    monkeypatch.setattr(study_run, "complete", completed.append)
+    for cell, uri in zip(worklist.plan.cells, (parent._store.uri, "http://elsewhere"), strict=True):
+        record = worklist.store.begin(cell.key, None)
+        record.status = "failed"
+        config = {"tracking.uri": uri, "tracking.enabled": True}
+        with RunFolder(record.place or "").log as log:
+            log.append("begin", format=2, id=record.run, name="a", config=config, tags={}, total_epochs=2, resumed=False, epoch=0)
+            log.append("end", status="failed", reason="", epoch=0, result={}, tags={})
+        worklist.store.write(record)
     parent._adopt(worklist.all_cells())
     parent._adopt(worklist.all_cells())
-    assert told == [("child 0", "mlflow.parentRunId", "p")]  # once, also those that failed
+    folders = [worklist.store.output / worklist.store.run_of(cell.key) for cell in worklist.plan.cells]
+    assert [read_run(folder).tags for folder in folders] == [{"mlflow.parentRunId": "p"}, {}]
+    assert (folders[0] / "events.jsonl").read_text().count("mlflow.parentRunId") == 1
+    assert set(completed) == {folders[0]}
 
 
 def test_a_finished_study_writes_files_of_its_report_that_are_gone(workplace: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
+from made_studies import cell_record
 from scipy import stats
 
 from bpfree import UsageError
@@ -19,7 +20,7 @@ from bpfree.study.cells import Plan, plan
 from bpfree.study.controls import Comparison, comparisons
 from bpfree.study.file import find_study, read_study
 from bpfree.study.report import Report, report_on, write_report
-from bpfree.study.store import CellRecord, CellStore
+from bpfree.study.store import CellStore
 
 HEAD = """title: Controlled
 settings: {task: digits, threads: 1, device: cpu, network.width: 16}
@@ -53,7 +54,7 @@ def finish(made: Plan, results: Mapping[str, Mapping[int, Mapping[str, float]]],
     state = CellStore(made.output, made.study.name)
     for cell in made.cells:
         if cell.key.column == column and cell.key.seed in results.get(cell.key.row, {}):
-            state.write(CellRecord(cell.key, status="finished", result=dict(results[cell.key.row][cell.key.seed])))
+            state.write(cell_record(cell.key, status="finished", result=dict(results[cell.key.row][cell.key.seed])))
     return state
 
 
@@ -132,9 +133,9 @@ def test_only_seeds_that_both_have_count(tmp_path: Path) -> None:
     for cell in made.cells:
         if cell.key.seed == 2 and cell.key.row in ("frozen", "random"):
             broken = {"frozen": "diverged", "random": "failed"}[cell.key.row]
-            state.write(CellRecord(cell.key, status=broken, result={"test/accuracy": 0.1}))  # type: ignore[arg-type]
+            state.write(cell_record(cell.key, status=broken, result={"test/accuracy": 0.1}))  # type: ignore[arg-type]
         if cell.key.seed == 0 and cell.key.row == "random":
-            state.write(CellRecord(cell.key, status="finished", result={"test/loss": 1.0}))
+            state.write(cell_record(cell.key, status="finished", result={"test/loss": 1.0}))
     report, _ = reported(made, state)
     # the one pair of two seeds, 20 and 14, has the only deviation, with which both are judged
     assert [cells[:5] for cells in section(report)] == [

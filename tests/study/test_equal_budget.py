@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_studies import cell_record
 
 from bpfree.errors import UsageError
 from bpfree.study import cells
@@ -14,7 +15,6 @@ from bpfree.study.file import read_study
 from bpfree.study.report import report_on
 from bpfree.study.rows import Cell
 from bpfree.study.status import status_table
-from bpfree.study.store import CellRecord
 from bpfree.study.worklist import Worklist
 
 COMMON = (
@@ -31,7 +31,7 @@ def worklist_of(text: str, **options: Any) -> Worklist:
 
 
 def note(worklist: Worklist, cell: Cell, status: Any = "finished", **result: float) -> None:
-    worklist.store.write(CellRecord(cell.key, status, result=result))
+    worklist.store.write(cell_record(cell.key, status, result=result))
 
 
 def final(worklist: Worklist, row: str) -> list[Cell]:
@@ -81,8 +81,8 @@ def test_twins_are_tuned_with_the_trials_of_their_rows(workplace: Path) -> None:
         rate = cell.recipe.flat()["optimizer.lr"] or 1e-3
         rates[cell.key.row].append(rate)
         peak = 1e-4 if cell.key.row == "dfa" else 0.1
-        known = CellRecord(cell.key, "finished")
-        known.history = [{"epoch": 1.0, "val/accuracy": 1 - abs(math.log10(rate / peak)) / 10}]
+        known = cell_record(cell.key, "finished")
+        known.seen().history = [{"epoch": 1.0, "val/accuracy": 1 - abs(math.log10(rate / peak)) / 10}]
         worklist.store.write(known)
         assert cell.recipe.settings.evaluation.test is False
     assert rates["dfa"] == rates["dfa (twin)"]

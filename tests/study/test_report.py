@@ -12,16 +12,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_studies import lines_of, outcome, planned, tuned
+from made_studies import cell_record, lines_of, outcome, planned, tuned
 from scipy import stats
 
+from bpfree.record.folder import RunFolder
 from bpfree.study.cells import Plan
 from bpfree.study.report import Report, report_on, write_report
 from bpfree.study.report.content import Section, Table
 from bpfree.study.report.leaderboard import best_alternative
 from bpfree.study.report.view import aligned, compact, timed
 from bpfree.study.rows import TableRow, Trial, Tuned
-from bpfree.study.store import CellRecord
+from bpfree.study.store import CellStore
 
 WORDS = ["study", "run", "made.yaml"]
 VOID = {"meta", "br"}
@@ -93,7 +94,7 @@ def rich(folder: Path) -> tuple[Plan, list[TableRow]]:
 
 def test_a_page_is_well_formed_and_opens_offline(tmp_path: Path) -> None:
     made, lines = rich(tmp_path)
-    lines[3].records[0] = dataclasses.replace(lines[3].records[0], status="failed", reason=f"in {SCRIPT}", result={})  # type: ignore[type-var]
+    lines[3].records[0] = dataclasses.replace(lines[3].records[0], status="failed", reason=f"in {SCRIPT}", about=None)  # type: ignore[type-var]
     _, page, _ = written(tmp_path, made, lines)
     parsed = Page(page)
     assert "alert" not in re.sub(r"&lt;script&gt;alert\(&quot;1&quot;\)&lt;/script&gt;", "", page)
@@ -152,7 +153,8 @@ def test_results_hold_every_cell(tmp_path: Path) -> None:
     lines = lines_of(made)
     first = lines[0].records[0]
     assert first is not None
-    lines[1].records = [None, dataclasses.replace(first, status="diverged", reason="not\nfinite", result={}, parallel=3)]
+    about = dataclasses.replace(first.seen(), result={})
+    lines[1].records = [None, dataclasses.replace(first, status="diverged", reason="not\nfinite", about=about, parallel=3)]
     write_report(report_on(made, lines, WORDS), tmp_path)
     write_report(report_on(made, lines, WORDS), tmp_path, "report-1234")
     with (tmp_path / "results.csv").open(newline="") as file:
@@ -188,7 +190,7 @@ def scored(made: Plan, accuracies: dict[str, list[float | None]]) -> list[TableR
     for line in lines:
         pairs = zip(line.cells, accuracies[line.written.label], strict=True)
         line.records = [
-            None if value is None else CellRecord(cell.key, status="finished", result={"test/accuracy": value}) for cell, value in pairs
+            None if value is None else cell_record(cell.key, status="finished", result={"test/accuracy": value}) for cell, value in pairs
         ]
     return lines
 
@@ -290,7 +292,9 @@ def test_draws_of_stochastic_predictors(tmp_path: Path) -> None:
     draws = [[0.89, 0.90, 0.91], [0.91, 0.92, 0.94]]
     for known, values in zip(lines[0].records, draws, strict=True):
         assert known is not None
-        known.result |= {f"test/accuracy_draw_{place}": value for place, value in enumerate(values, start=1)} | {"test/accuracy_se": 0.01}
+        known.seen().result |= {f"test/accuracy_draw_{place}": value for place, value in enumerate(values, start=1)} | {
+            "test/accuracy_se": 0.01
+        }
     _, rows = table(report_on(made, lines, WORDS), "Leaderboard")
     every = [100 * value for values in draws for value in values]
     error = statistics.stdev(every) / math.sqrt(6)
@@ -303,8 +307,8 @@ def test_the_best_other_prediction_is_chosen_on_validation_and_is_no_protocol(tm
     (line,) = lines_of(made)
     known = line.records[0]
     assert known is not None
-    known.result |= {"test/b1/accuracy": 0.99, "test/mean/accuracy": 0.9, "test/linear_probe/accuracy": 1.0}
-    known.history = [{"epoch": 1.0, "val/b1/accuracy": 0.95, "val/mean/accuracy": 0.1}]
+    known.seen().result |= {"test/b1/accuracy": 0.99, "test/mean/accuracy": 0.9, "test/linear_probe/accuracy": 1.0}
+    known.seen().history = [{"epoch": 1.0, "val/b1/accuracy": 0.95, "val/mean/accuracy": 0.1}]
     known.history.append({"epoch": 2.0, "val/b1/accuracy": 0.8, "val/mean/accuracy": 0.85, "val/linear_probe/accuracy": 1.0})
     assert best_alternative(line) == "accuracy 90.00 (mean)"
 
@@ -322,7 +326,7 @@ def with_curves(made: Plan, curves: dict[str, list[list[float]]]) -> list[TableR
                 {"epoch": float(place), "seconds": float(place), "samples": 100.0 * place, "val/accuracy": value}
                 for place, value in enumerate(curve, start=1)
             ]
-            line.records.append(CellRecord(cell.key, status="finished", result={"test/accuracy": curve[-1]}, history=history))
+            line.records.append(cell_record(cell.key, status="finished", result={"test/accuracy": curve[-1]}, history=history))
     return lines
 
 
@@ -343,7 +347,7 @@ def test_time_to_target(tmp_path: Path) -> None:
     }
     known = lines[1].records[2]
     assert known is not None
-    known.status, known.result, known.parallel = "diverged", {}, 2
+    known.status, known.seen().result, known.parallel = "diverged", {}, 2
     _, rows = table(report_on(made, lines, WORDS), "Time to target")
     assert rows["DFA"][1:3] == ["2 of 3", "3.0*"]  # a cell that diverged misses; seconds of shared machines are marked
     known.status = "interrupted"
@@ -359,7 +363,7 @@ def test_seconds_of_cells_that_waited_are_marked_and_not_drawn(tmp_path: Path) -
         for known in line.records:
             assert known is not None
             known.parallel = 4 if share > 0.9 else 1
-            known.tags |= {"threads": "1", "device": "cpu"}
+            known.seen().tags |= {"threads": "1", "device": "cpu"}
             known.result["train/processor_seconds"] = share * known.result["train/seconds"]
             for metrics in known.history:
                 metrics["processor_seconds"] = share * metrics["seconds"]
@@ -409,20 +413,21 @@ def test_costs_that_were_not_measured_are_blank(tmp_path: Path) -> None:
     assert rows["DFA"][place] == ""
 
 
-def test_curves_come_from_the_runs_where_records_have_none(tmp_path: Path) -> None:
+def test_curves_come_from_the_runs(tmp_path: Path) -> None:
+    """A record in a study's folder names the run, whose log has the curve."""
     made = planned(tmp_path, rows=("BP",), seeds=1)
-    lines = lines_of(made)
-    known = lines[0].records[0]
-    assert known is not None
-    known.history = []
-    assert "Learning curves" not in titles(report_on(made, lines, WORDS))
-    folder = made.output / "run-BP-0"
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text(
-        '{"epoch": 1, "samples": 5, "val/accuracy": 0.5}\n{"epoch": 2, "samples": 9, "val/accuracy": 0.6}\n'
-    )
-    assert "Learning curves" in titles(report_on(made, lines, WORDS))
-    assert known.history == []
+    (cell,) = made.cells
+    store = CellStore(made.output, made.study.name)
+    record = store.begin(cell.key, None)
+    record.status = "finished"
+    with RunFolder(record.place or "").log as log:
+        log.append("begin", format=2, id="a", name="a", config={}, tags={}, total_epochs=2, resumed=False, epoch=0)
+        for epoch in (1, 2):
+            log.append("epoch", epoch=epoch, metrics={"epoch": epoch, "samples": 5 * epoch, "val/accuracy": 0.5})
+    store.write(record)
+    assert "history" not in store.path_of(cell.key.id).read_text()
+    known = store.read(cell.key.id)
+    assert "Learning curves" in titles(report_on(made, lines_of(made, {cell.key.id: known}), WORDS))
 
 
 # --- tuning, profiles, failures ---------------------------------------------------------------------------------------------
@@ -483,7 +488,7 @@ def test_failures_are_a_table_and_in_the_text(tmp_path: Path) -> None:
     for line, status, reason in zip(lines, ("diverged", "timeout", "refused"), ("loss is nan", "", "no data"), strict=True):
         known = line.records[1]
         assert known is not None
-        known.status, known.reason, known.result = status, reason, {}  # type: ignore[assignment]
+        known.status, known.reason, known.seen().result = status, reason, {}  # type: ignore[assignment]
     report, page, _ = written(tmp_path, made, lines)
     _, rows = table(report, "Failures")
     assert rows["BP"] == ["BP", "1", "diverged", "loss is nan"]

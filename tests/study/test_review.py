@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_studies import cell_record
 from study_kit import call, outcomes
 
 from bpfree.baselines import DFA
@@ -27,7 +28,7 @@ from bpfree.study.comparing import comparison
 from bpfree.study.executors import InProcess, Pool
 from bpfree.study.file import read_study
 from bpfree.study.report.view import timed
-from bpfree.study.store import CellKey, CellRecord, CellStore
+from bpfree.study.store import CellKey, CellStore
 from bpfree.study.worker import CellObserver, Job, TaskCache, Worker
 from bpfree.study.worklist import Worklist
 
@@ -89,7 +90,7 @@ def test_choices_of_a_trial_that_is_run_again_wait_for_it(workplace: Path) -> No
     trials = [cell for cell in first.ready() if cell.key.trial is not None]
     history = [{"epoch": 1.0, "val/accuracy": 0.5}]
     for cell, status in zip(trials, ("finished", "failed", "finished"), strict=True):
-        first.store.write(CellRecord(cell.key, status, history=history))  # type: ignore[arg-type]
+        first.store.write(cell_record(cell.key, status, history=history))  # type: ignore[arg-type]
     assert [cell.key.trial for cell in first.ready()] == [None, None]
     again = worklist_of(TUNED, retry=("failed",))
     assert [cell.key.trial for cell in again.ready()] == [1]
@@ -104,7 +105,7 @@ def test_a_trial_that_diverges_for_one_of_its_seeds_has_no_score(workplace: Path
             ("diverged", 0.9) if (cell.key.trial, cell.key.seed) == (1, 8) else ("finished", 0.9 if cell.key.trial == 1 else 0.5)
         )
         history = [{"epoch": 1.0, "val/accuracy": score}]
-        worklist.store.write(CellRecord(cell.key, status, history=history))  # type: ignore[arg-type]
+        worklist.store.write(cell_record(cell.key, status, history=history))  # type: ignore[arg-type]
     tuned = worklist.table()[0].tuned
     assert tuned is not None
     assert [(trial.status, trial.score) for trial in tuned.trials] == [("finished", 50.0), ("diverged", None), ("finished", 50.0)]
@@ -192,7 +193,7 @@ def test_seeds_are_the_outer_loop_and_what_follows_is_counted(workplace: Path) -
 def test_the_time_of_a_cell_counts_over_interruptions(workplace: Path) -> None:
     worklist = worklist_of(COMMON + "rules: [dfa]\n")
     alone: Any = SimpleNamespace(most=1, look=lambda: None)
-    before = CellRecord(worklist.plan.cells[0].key, "interrupted", elapsed=50.0)
+    before = cell_record(worklist.plan.cells[0].key, "interrupted", elapsed=50.0)
     outcome = worklist.store.begin(worklist.plan.cells[0].key, before)
     with pytest.raises(BpfreeError, match="not done after 40 s"):
         CellObserver(job_of(worklist, timeout=40.0), outcome, alone).progress(Run("r", "r"))
@@ -272,7 +273,7 @@ def job_of(worklist: Worklist, **changes: Any) -> Job:
 def test_the_mark_of_company_stays_with_the_seconds(workplace: Path) -> None:
     """A cell that goes on from its checkpoint has seconds in it that it shared; one that begins anew has not."""
     worklist = worklist_of(COMMON + "rules: [dfa]\n")
-    before = CellRecord(worklist.plan.cells[0].key, "timeout", parallel=2)
+    before = cell_record(worklist.plan.cells[0].key, "timeout", parallel=2)
     assert worklist.store.begin(worklist.plan.cells[0].key, before).parallel == 2
     assert worklist.store.begin(worklist.plan.cells[0].key, before, restart=True).parallel == 1
     # and it is written as soon as it is known, as the process may be killed
@@ -334,7 +335,7 @@ def test_a_worker_leaves_what_is_finished_and_tells_a_refusal_from_a_failure(wor
     assert refused is not None
     assert refused.status == "refused"
     # another process was faster, while this one was told to run it again
-    worklist.store.write(CellRecord(job.key, "finished", result={"test/accuracy": 0.25}))
+    worklist.store.write(cell_record(job.key, "finished", result={"test/accuracy": 0.25}))
     known = Worker().run(job)
     assert known is not None
     assert known.result == {"test/accuracy": 0.25}
@@ -351,7 +352,7 @@ def test_cells_of_two_tasks_have_each_their_own_data(workplace: Path) -> None:
 
 def test_looking_at_a_cell_leaves_nothing_behind(workplace: Path) -> None:
     state = CellStore(Path("runs"), "s")
-    state.write(CellRecord(CellKey("a" * 16, "dfa", "", 0), "running"))
+    state.write(cell_record(CellKey("a" * 16, "dfa", "", 0), "running"))
     seen = state.seen("a" * 16)
     assert seen is not None
     assert seen.status == "interrupted"
@@ -366,7 +367,7 @@ def test_timings_of_parallel_cells_are_marked_in_every_column(workplace: Path) -
     worklist = worklist_of(COMMON.replace("budget.epochs: 1", "budget.seconds: 2") + "rules: [dfa, backprop]\n")
     for cell in worklist.ready():
         result = {"test/accuracy": 0.5, "train/seconds": 2.0, "train/samples_per_second": 4321.0}
-        worklist.store.write(CellRecord(cell.key, "finished", result=result, parallel=1 + (cell.key.row == "dfa")))
+        worklist.store.write(cell_record(cell.key, "finished", result=result, parallel=1 + (cell.key.row == "dfa")))
     text = command.report(worklist, ["study"], None)[0].text()
     dfa, backprop = (next(line for line in text.splitlines() if line.startswith(row)) for row in ("dfa", "backprop"))
     assert "4,321*" in dfa

@@ -20,7 +20,8 @@ import torch
 from study_kit import call, outcomes, plugin_on_path
 
 from bpfree import sources
-from bpfree.study.store import CellStore
+from bpfree.record.folder import read_run
+from bpfree.study.store import ABOUT, CellStore
 from bpfree.study.worker import garbage_collected
 
 PLUGIN = '''
@@ -122,11 +123,11 @@ def test_a_table_end_to_end_and_once(workplace: Path, capsys: pytest.CaptureFixt
 
     # ours are the runs' own numbers; the published one stands beside them, and what is not known stays blank
     lines = {(line[0], line[1]): line for line in table_lines(output.out, "DFA", "BP")}
-    records = [json.loads((path / "run.json").read_text()) for path in runs()]
+    records = [read_run(path) for path in runs()]
     errors = [
-        100 - 100 * record["result"]["test/accuracy"]
+        100 - 100 * record.result["test/accuracy"]
         for record in records
-        if record["config"]["rule.name"] == "dfa" and record["config"]["budget.epochs"] == 1
+        if record.config["rule.name"] == "dfa" and record.config["budget.epochs"] == 1
     ]
     mean = sum(errors) / 2
     deviation = abs(errors[0] - errors[1]) / 2**0.5
@@ -143,7 +144,7 @@ def test_a_table_end_to_end_and_once(workplace: Path, capsys: pytest.CaptureFixt
     for said in ("Someone, Table 1", "<td>12.34</td>", f"{mean:.2f} ± {deviation:.2f}", "bpfree study run table.yaml", "threads 1", "<svg"):
         assert said in text
     assert "not the study as written" not in text
-    assert {record["tags"]["study_row"] for record in records} == {"DFA", "BP"}
+    assert {record.tags["study_row"] for record in records} == {"DFA", "BP"}
 
     # the training error is over the whole training split
     assert call("evaluate", str(runs()[0]), "--split", "train", "--json") == 0
@@ -310,13 +311,13 @@ def test_a_run_that_finished_before_it_was_noted_is_not_tested_again(workplace: 
     assert call("study", "run", name, "--quiet") == 0
     (known,) = outcomes()
     CellStore(Path("runs"), "table").path_of(str(known["cell"])).write_text(
-        json.dumps({**known, "status": "running", "result": {}, "tags": {}})
+        json.dumps({name: value for name, value in known.items() if name not in ABOUT} | {"status": "running"})
     )
     assert call("study", "run", name, "--quiet", "log_interval=2") == 0
     (again,) = outcomes()
     timings = {"updated": "", "elapsed": 0}
     assert {**again, **timings} == {**known, **timings}
-    assert json.loads((runs()[0] / "run.json").read_text())["tags"]["test_evaluations"] == "1"
+    assert read_run(runs()[0]).tags["test_evaluations"] == "1"
 
 
 def test_an_interruption_between_training_and_the_last_number_loses_neither(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from made_studies import cell_record
 
 from bpfree.study.store import CellKey, CellRecord
 
@@ -10,7 +11,9 @@ from bpfree.study.store import CellKey, CellRecord
 def outcome(wall: float | None, processor: float | None, *, threads: str = "1", device: str = "cpu", parallel: int = 1) -> CellRecord:
     known = {"train/seconds": wall, "train/processor_seconds": processor}
     result = {name: value for name, value in known.items() if value is not None}
-    return CellRecord(CellKey("a", "row", "", 0), "finished", result=result, tags={"threads": threads, "device": device}, parallel=parallel)
+    return cell_record(
+        CellKey("a", "row", "", 0), "finished", result=result, tags={"threads": threads, "device": device}, parallel=parallel
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,6 @@ def test_seconds_that_can_be_compared(made: CellRecord, expected: bool) -> None:
 
 def test_a_cell_without_a_result_is_judged_by_its_last_epoch() -> None:
     made = outcome(None, None)
-    made.history = [{"seconds": 1.0, "processor_seconds": 1.0}, {"seconds": 4.0, "processor_seconds": 2.0}]
+    made.seen().history = [{"seconds": 1.0, "processor_seconds": 1.0}, {"seconds": 4.0, "processor_seconds": 2.0}]
     assert made.processor_share == 0.5
     assert not made.comparable

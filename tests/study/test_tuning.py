@@ -7,12 +7,12 @@ from pathlib import Path
 
 import optuna
 import pytest
+from made_studies import cell_record
 from study_kit import call, outcomes
 
 from bpfree.study import cells
 from bpfree.study.file import read_study
 from bpfree.study.rows import Trial, Tuned
-from bpfree.study.store import CellRecord
 from bpfree.study.worklist import Worklist
 
 COMMON = "settings: {task: digits, device: cpu, tracking.enabled: false, network.width: 16, budget.epochs: 1}\nfloor: false\nprobe: false\n"
@@ -87,7 +87,7 @@ def answer(worklist: Worklist, best: float) -> list[float]:
             asked.append(rate)
             score = 1 - abs(math.log10(rate / best)) / 10
             history = [{"epoch": 1.0, "val/accuracy": score}]
-            worklist.store.write(CellRecord(cell.key, "finished", history=history))
+            worklist.store.write(cell_record(cell.key, "finished", history=history))
     return asked
 
 
@@ -119,7 +119,7 @@ def test_a_trial_that_diverges_counts_as_one_and_is_not_chosen(workplace: Path) 
     for number, cell in enumerate(cell for cell in worklist.ready() if cell.key.trial is not None):
         status = "finished" if number == 2 else "diverged"
         history = [{"epoch": 1.0, "val/accuracy": 0.9}] if number == 2 else []
-        worklist.store.write(CellRecord(cell.key, status, history=history))  # type: ignore[arg-type]
+        worklist.store.write(cell_record(cell.key, status, history=history))  # type: ignore[arg-type]
     line = worklist.table()[0]
     assert line.tuned is not None
     assert line.tuned.complete
@@ -167,7 +167,7 @@ def test_best_val_takes_the_best_epoch(workplace: Path) -> None:
         worklist = worklist_of(TUNED.replace("budget.epochs: 1", f"budget.epochs: 1, select: {select}"))
         history = [{"epoch": 1.0, "val/accuracy": 0.8}, {"epoch": 2.0, "val/accuracy": 0.4}]
         for cell in [cell for cell in worklist.ready() if cell.key.trial is not None]:
-            worklist.store.write(CellRecord(cell.key, "finished", history=history))
+            worklist.store.write(cell_record(cell.key, "finished", history=history))
         tuned = worklist.table()[0].tuned
         assert tuned is not None
         assert {trial.score for trial in tuned.trials} == {expected}

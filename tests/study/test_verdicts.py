@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_studies import cell_record
 from study_kit import call, outcomes
 
 from bpfree.config import parse_words
@@ -86,7 +87,7 @@ def finished(cell: Cell, result: dict[str, float]) -> CellRecord:
     own = result["test/accuracy"]
     history = [{"epoch": n, "val/accuracy": own * n / 4, "forwards": 100.0 * n} for n in (1.0, 2.0, 3.0, 4.0)]
     whole = {"forward_operations": 50.0, **result}
-    return CellRecord(cell.key, "finished", run=f"{cell.key.row}-{cell.key.seed}", result=whole, history=history)
+    return cell_record(cell.key, "finished", run=f"{cell.key.row}-{cell.key.seed}", result=whole, history=history)
 
 
 def lines_of(made: Plan, results: Mapping[str, Mapping[str, list[float]]]) -> list[TableRow]:
@@ -189,10 +190,10 @@ def test_what_counts_as_a_converged_recipe(tmp_path: Path) -> None:
     assert not converged(better["twin"], list(better.values()))
     # the test split has no say in it, and what is not known on validation may be better
     for outcome in better["twice"].finished:
-        outcome.history = lines["twin"].finished[0].history
+        outcome.seen().history = lines["twin"].finished[0].history
     assert converged(better["twin"], list(better.values()))
     for outcome in better["twice"].finished:
-        outcome.history = []
+        outcome.seen().history = []
     assert not converged(better["twin"], list(better.values()))
 
 
@@ -205,7 +206,7 @@ def test_of_real_targets_twice_the_budget_is_judged_by_the_loss(tmp_path: Path) 
     for better, expected in ((0.3, False), (0.5, True), (0.7, True)):
         for label, loss in (("twin", 0.5), ("twice", better)):
             for place, outcome in enumerate(lines[label].finished):
-                outcome.history, outcome.result = [{"val/loss": loss + 0.001 * place}], {}
+                outcome.seen().history, outcome.seen().result = [{"val/loss": loss + 0.001 * place}], {}
         assert converged(lines["twin"], list(lines.values()), real=True) is expected
 
 

@@ -171,7 +171,9 @@ def test_completing_where_it_cannot_be_done(tmp_path: Path, uri: str, closed_por
     RunFolder(run.folder).cursor("mlflow").unlink()
     log = run.folder / "events.jsonl"
     text = log.read_text()
-    log.write_text(text.replace(uri, f"http://127.0.0.1:{closed_port}").replace('"tracking.flush_timeout": 30.0', '"tracking.flush_timeout": 0.1'))
+    log.write_text(
+        text.replace(uri, f"http://127.0.0.1:{closed_port}").replace('"tracking.flush_timeout": 30.0', '"tracking.flush_timeout": 0.1')
+    )
     assert not complete(run.folder)
     assert "MLflow at" in caplog.text
     log.write_text(text.replace(uri, "nowhere://").replace('"tracking.enabled": true', '"tracking.enabled": false'))

@@ -20,11 +20,10 @@ from bpfree import Phase, Run, Task, Trainer, hookimpl, runner
 from bpfree.baselines import Backprop, Frozen
 from bpfree.config import parse_words, resolve
 from bpfree.network import MLPConfig, mlp
-from bpfree.tracking import mlflow_tracker
+from bpfree.record import recorder
+from bpfree.record.folder import RunFolder, read_run
 from bpfree.tracking.config import PicturesConfig
-from bpfree.tracking.events import Artifact
 from bpfree.tracking.pictures import Pictures, grid, is_due
-from bpfree.tracking.sender import Sender
 from bpfree.training.config import BudgetConfig, TrainConfig
 
 ONE = {"rule": "backprop", "network.depth": 2, "network.width": 6, "device": "cpu", "threads": 1}
@@ -118,7 +117,7 @@ def test_a_run_leaves_them(workplace: Path) -> None:
     assert files(run.folder) == [f"b{block}/epoch-000{epoch}.png" for block in (1, 2) for epoch in (1, 2)]
     assert {name for name in run.artifacts if name.startswith("pictures/")} == {f"pictures/{name}" for name in files(run.folder)}
     assert run.folder is not None
-    assert '"pictures/b1/epoch-0002.png": "pictures/b1/epoch-0002.png"' in (run.folder / "run.json").read_text()
+    assert read_run(run.folder).artifacts["pictures/b1/epoch-0002.png"] == run.folder / "pictures/b1/epoch-0002.png"
     weights = torch.load(run.folder / "checkpoints" / "last.pt", weights_only=True)["weights"]["network.blocks.b1.1.weight"]
     with Image.open(run.folder / "pictures/b1/epoch-0002.png") as image:
         assert image.mode == "L"
@@ -259,18 +258,14 @@ def test_the_hook_gets_the_rule(digits: Task) -> None:
 
 
 @pytest.fixture
-def uploads(track: Any, uri: str, new_run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A tracked run, its tracker, and the names of the files that were handed over."""
-    names: list[str] = []
-    put = Sender.put
-
-    def noted(self: Sender, event: Any) -> None:
-        names.extend([Path(event.path).name] if isinstance(event, Artifact) else [])
-        put(self, event)
-
-    monkeypatch.setattr(Sender, "put", noted)
+def uploads(track: Any, uri: str, new_run: Any) -> Any:
+    """A tracked run, its recorder, and a function that gives the names of the files that are to be sent."""
     run, tracker = new_run(), track(uri, checkpoint=False)
     tracker.run_start(run)
+
+    def names() -> list[str]:
+        return [Path(event["path"]).name for event, _ in RunFolder(run.folder).log.read() if event["event"] == "artifact"]
+
     return run, tracker, names
 
 
@@ -286,20 +281,20 @@ def test_files_travel_on_the_way(uploads: Any, stored: Any, uri: str, monkeypatc
     """Each once, where it belongs; but a file that has changed again at the end."""
     from mlflow.artifacts import list_artifacts
 
-    monkeypatch.setattr(mlflow_tracker, "BETWEEN_FILES", 0.0)
+    monkeypatch.setattr(recorder, "BETWEEN_FILES", 0.0)
     run, tracker, names = uploads
     add(run, "first.png")
     tracker.epoch_end(run, {"epoch": 1.0})
-    assert names == ["first.png"]
+    assert names() == ["first.png"]
     add(run, "second.png")
     tracker.epoch_end(run, {"epoch": 2.0})
     tracker.epoch_end(run, {"epoch": 3.0})
-    assert names == ["first.png", "second.png"]
+    assert names() == ["first.png", "second.png"]
     path = run.artifacts["pictures/b1/first.png"]
     os.utime(path, ns=(1, 1))
     add(run, "third.png")
     tracker.run_end(run)
-    assert names == ["first.png", "second.png", "first.png", "third.png"]
+    assert names() == ["first.png", "second.png", "first.png", "third.png"]
     found, _ = stored(run, uri)
     held = list_artifacts(run_id=found.info.run_id, artifact_path="pictures/b1", tracking_uri=uri)
     assert {entry.path.rpartition("/")[2] for entry in held} == {"first.png", "second.png", "third.png"}
@@ -310,6 +305,6 @@ def test_short_runs_send_them_at_the_end(uploads: Any) -> None:
     run, tracker, names = uploads
     add(run, "first.png")
     tracker.epoch_end(run, {"epoch": 1.0})
-    assert names == []
+    assert names() == []
     tracker.run_end(run)
-    assert names == ["first.png"]
+    assert names() == ["first.png"]
