@@ -35,6 +35,7 @@ Examples:
   bpfree train --config runs/RUN/config.yaml          the same run again
   bpfree train --resume runs/RUN                      resume after an interruption
   bpfree evaluate runs/RUN --split test
+  bpfree runs                                         what was run, and how it ended
   bpfree compare noprop-dt dfa --seeds 3              beside floor and ceiling
   bpfree study list                                   tables of papers, to run
   bpfree certify dfa                                  what a rule really does, measured
@@ -56,6 +57,7 @@ class Commands(click.Group):
         "tasks": "listing",
         "plugins": "plugins",
         "registry": "registry",
+        "runs": "runs",
         "track": "track",
     }
 

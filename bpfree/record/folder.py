@@ -61,12 +61,28 @@ class RunFolder:
 
     def inside(self, name: str) -> Path | None:
         """Resolve a path of the log; ``None`` if it leads out of the folder, through a symbolic link too."""
-        path, root = (self.path / name).resolve(), self.path.resolve()
-        return path if path.is_relative_to(root) and path != root else None
+        path, root = self.path / name, self.path.resolve()
+        return path if path.resolve().is_relative_to(root) and path.resolve() != root else None
 
     def files(self) -> Iterator[Path]:
         """What a run makes, apart from its log and its readers' files."""
         return iter((self.config, self.plan, self.predictions, self.checkpoints, self.plots, self.pictures))
+
+    def end_if_killed(self) -> bool:
+        """Note the end of a run whose process was killed; it can be resumed all the same.
+
+        Returns:
+            Whether it was.
+
+        Raises:
+            BpfreeError: there is no log of a run.
+        """
+        run = read_run(self.path)
+        if run.status != "running" or self.log.is_held():
+            return False
+        with self.log as log:
+            log.append("end", status="interrupted", reason="its process was killed", epoch=run.epoch, result={}, tags={})
+        return True
 
     def name_copy(self) -> str | None:
         """Give a copy of another run's folder an identifier of its own, so that a reader of its log makes another run.

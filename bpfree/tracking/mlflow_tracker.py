@@ -291,13 +291,12 @@ def send(folder: str | Path, config: TrackingConfig) -> list[dict[str, Any]] | N
     Raises:
         BpfreeError: there is no record of a run, or a process still trains it.
     """
-    place, run = RunFolder(folder), read_run(folder)
+    place = RunFolder(folder)
+    read_run(folder)  # or there is nothing to send
     if place.log.is_held():
         raise BpfreeError("the run still trains", where=str(folder), fix="wait until it ends: it is sent meanwhile")
     place.name_copy()
-    if run.status == "running":
-        with place.log as log:
-            log.append("end", status="interrupted", reason="its process was killed", epoch=run.epoch, result={}, tags={})
+    place.end_if_killed()
     store = Store(config.resolve_uri(place.path.absolute().parent), config.timeout)
     store.check()
     sink = MLflowSink(store, config, place)

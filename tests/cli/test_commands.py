@@ -36,7 +36,7 @@ def test_train_then_predict_evaluate_and_reproduce(workplace: Path, capsys: pyte
     run = only_run(workplace)
     assert {path.name for path in run.iterdir()} >= {"config.yaml", "events.jsonl", "checkpoints", "plots"}
     result = read_run(run).result
-    assert result["status"] == "finished"
+    assert read_run(run).status == "finished"
 
     # the library, without trainer and MLflow
     saved = bpfree.load(run)
