@@ -35,7 +35,7 @@ def test_the_plan_is_shown_kept_and_tracked(planned: None, workplace: Path, caps
     (run,) = (workplace / "runs").iterdir()
     text = f"{PLAN}\n2 hidden blocks\n"
     assert (run / "plan.txt").read_text() == text
-    assert read_run(run).artifacts == {"plan.txt": run / "plan.txt"}
+    assert read_run(run).artifacts["plan.txt"] == run / "plan.txt"
     assert [path.read_text() for path in (workplace / "mlruns").rglob("plan.txt")] == [text]
     assert call("train", "--resume", str(run), "budget.epochs=2") == 0
     assert PLAN in capsys.readouterr().err
