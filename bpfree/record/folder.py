@@ -157,7 +157,7 @@ def _place(path: Path) -> list[Any]:
         number = path.parent.stat().st_ino
     except OSError:
         number = 0
-    return [socket.gethostname(), str(path.absolute()), number]
+    return [socket.gethostname(), str(path.resolve()), number]
 
 
 def read_run(folder: str | Path) -> Run:

@@ -133,10 +133,10 @@ class Store:
     """
 
     def __init__(self, uri: str, timeout: float) -> None:
-        self.database, self.timeout = sqlite_file(uri), timeout
-        if self.database is not None and not self.database.is_absolute():  # the run may be resumed from another directory
-            self.database = self.database.absolute()
-            uri = uri.replace(sqlite_file(uri).__str__(), self.database.as_posix(), 1)
+        self.timeout, named = timeout, sqlite_file(uri)
+        self.database = named and named.resolve()  # one address for one file, wherever it is named from
+        if named is not None:
+            uri = uri.replace(str(named), str(self.database), 1)
         self.uri, self.shown = uri, redact(uri)
         self._client: MlflowClient | None = None
         self.experiment_id = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -299,6 +300,28 @@ def test_settings_of_a_comparison_reach_the_rules_that_they_fit(workplace: Path,
     assert lines["dfa"][-1] == lines["backprop"][-1]
     assert "seeds N" in refused(capsys, 2, "compare", "dfa", "seed=3")
     assert "no hidden blocks" in refused(capsys, 2, "train", "rule=linear", "network.depth=3")
+
+
+def test_folders_that_are_moved_copied_or_named_from_elsewhere(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One database, one MLflow run for the run wherever it is, one for the copy. Oracle: the points in the database."""
+    assert call("train", "rule=dfa", "--quiet", *FAST) == 0
+    run = only_run(workplace)
+    (workplace / "deep" / "down").mkdir(parents=True)
+    monkeypatch.chdir(workplace / "deep" / "down")
+    assert call("train", "--quiet", "--resume", f"../../runs/{run.name}", "budget.epochs=3") == 0
+    monkeypatch.chdir(workplace)
+    shutil.copytree(run, workplace / "runs" / "copy")
+    for epochs in (4, 5):
+        assert call("train", "--quiet", "--resume", "copy", f"budget.epochs={epochs}") == 0
+    run.rename(workplace / "moved")
+    assert call("train", "--quiet", "--resume", "moved", "budget.epochs=4") == 0
+    assert [path.relative_to(workplace) for path in workplace.rglob("mlflow.db")] == [Path("mlflow.db")]
+    with sqlite3.connect("mlflow.db") as store:
+        named = dict(store.execute("select value, run_uuid from tags where key = 'bpfree.run'"))
+        points = store.execute("select run_uuid, step from metrics where key = 'val/accuracy' order by step").fetchall()
+    assert named.keys() == {run.name, "copy"}
+    assert [step for run_uuid, step in points if run_uuid == named[run.name]] == [1, 2, 3, 4]
+    assert [step for run_uuid, step in points if run_uuid == named["copy"]] == [1, 2, 3, 4, 5]
 
 
 def test_help_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:

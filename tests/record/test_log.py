@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,12 +187,14 @@ def test_offsets(tmp_path: Path) -> None:
 
 def test_copies_and_moves(tmp_path: Path) -> None:
     """A copy is another run, as long as the first one is there; what was moved is the same one."""
-    import shutil
-
     run = tmp_path / "run"
     recorded(run, range(1, 2))
+    (tmp_path / "x").mkdir()
     Cursor("store", 10, {"mlflow_run_id": "x"}).write(RunFolder(run).cursor("mlflow"))
     assert RunFolder(run).name_copy() is None
+    assert RunFolder(tmp_path / "x" / ".." / "run").name_copy() is None  # by another name
+    (tmp_path / "link").symlink_to(run)
+    assert RunFolder(tmp_path / "link").name_copy() is None
     shutil.copytree(run, tmp_path / "copy")
     shutil.copytree(run, tmp_path / "elsewhere" / "run")
     run.rename(tmp_path / "moved")
