@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.rule import Rule as Rule
     from bpfree.rule import Streamed as Streamed
     from bpfree.rule import Traits as Traits
+    from bpfree.rule import always as always
     from bpfree.run import Run as Run
     from bpfree.saved import Saved as Saved
     from bpfree.saved import load as load
@@ -77,6 +78,7 @@ _HOME = {
     "Trainer": "training.trainer",
     "Traits": "rule",
     "UsageError": "errors",
+    "always": "rule",
     "hookimpl": "hooks",
     "load": "saved",
     "load_task": "config",

@@ -18,7 +18,7 @@ from bpfree.errors import UsageError
 from bpfree.network.network import Network
 from bpfree.network.trace import Traces
 from bpfree.options import OptimizerConfig, option
-from bpfree.rule import Broadcast, Card, Metrics, Rule, Traits
+from bpfree.rule import Broadcast, Card, Metrics, Rule, Traits, always
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import TaskSpec
 
@@ -38,8 +38,8 @@ class Backprop(Rule):
         paper="Rumelhart, Hinton, Williams: Learning representations by back-propagating errors. Nature 323 (1986)",
         equation="delta_l = J_{l+1}^T delta_{l+1};  grad W_l = delta_l h_{l-1}^T",
     )
-    traits = Traits(dependence="all", downstream_weights="all", reverse_span="all")
-    optimizer = OptimizerConfig("adam", lr=3e-3)
+    traits_of = always(Traits(dependence="all", downstream_weights="all", reverse_span="all"))
+    optimizer_of = always(OptimizerConfig("adam", lr=3e-3))
 
     def credit(self, batch: Batch, step: Step) -> Metrics:
         loss = self.spec.loss(self.network(batch.inputs), batch)
@@ -57,8 +57,8 @@ class Frozen(Rule):
         notes="No floor: a readout that is trained for a few epochs at some rate has not converged. A study measures the floor itself. "
         "Running statistics of batch norm still follow the data.",
     )
-    traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1)
-    optimizer = Backprop.optimizer
+    traits_of = always(Traits(dependence="upstream", downstream_weights=0, reverse_span=1))
+    optimizer_of = Backprop.optimizer_of
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -75,9 +75,8 @@ class Linear(Backprop):
     """A linear classifier on the inputs: what a task gives away without any hidden layer."""
 
     card = Card("a linear classifier on the raw inputs", equation="grad W = (softmax(W x) - y) x^T")
-    traits = Traits(dependence="independent", downstream_weights=0, reverse_span=1)
-    own_network = True
-    optimizer = Backprop.optimizer
+    traits_of = always(Traits(dependence="independent", downstream_weights=0, reverse_span=1))
+    brings_network = True
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)

@@ -20,11 +20,11 @@ for ``run.artifacts`` and ``run.tracking``. The trainer's loop, with the places 
     run_end(run)
 
 A plugin is a module (or object) named by an entry point in the group ``bpfree``. It states the interface version it was
-written for as ``bpfree_api = 1`` and implements hooks as functions marked with ``bpfree.hookimpl``::
+written for as ``bpfree_api = 2`` and implements hooks as functions marked with ``bpfree.hookimpl``::
 
     import bpfree
 
-    bpfree_api = 1
+    bpfree_api = 2
 
     @bpfree.hookimpl
     def bpfree_rules():
@@ -52,10 +52,12 @@ if TYPE_CHECKING:
     from bpfree.tasks.protocols import EvaluationProtocol
     from bpfree.tasks.task import DataSource
 
-__all__ = ["API_VERSION", "hookimpl", "hookspec"]
+__all__ = ["API_VERSION", "OLDEST_API", "hookimpl", "hookspec"]
 
-API_VERSION = 1
+API_VERSION = 2
 """Version of this interface. It moves when a plugin written for the previous one would no longer work."""
+OLDEST_API = 1
+"""The oldest version whose plugins still work, by the translation in ``interface_v1``; goes with it after one release."""
 
 hookspec = pluggy.HookspecMarker("bpfree")
 hookimpl = pluggy.HookimplMarker("bpfree")

@@ -33,7 +33,7 @@ class PluginRecord:
         distribution, version: of the package that installed it; the core's for the built-in one.
         status: ``ok``, ``broken`` (fails to import, or implements hooks wrongly), ``incompatible`` (written for another
             version of the interface), or ``disabled``.
-        reason: why it is not ok.
+        reason: why it is not ok, or soon will not be.
         provides: registered names by kind.
         hooks: the hooks that it implements.
         api: the interface version that it states; ``None``: none, or it was not imported.
@@ -98,10 +98,12 @@ class Plugins:
             return
         api = getattr(module, "bpfree_api", None)
         record.api, record.path = api if isinstance(api, int) else None, getattr(module, "__file__", None) or ""
-        if api != hooks.API_VERSION:
+        if not isinstance(api, int) or not hooks.OLDEST_API <= api <= hooks.API_VERSION:
             said = "states no bpfree_api" if api is None else f"is written for interface version {api}"
             self._fail(record, "incompatible", f"{said}; this is version {hooks.API_VERSION}: install a matching {record.distribution}")
             return
+        if api < hooks.API_VERSION:
+            record.reason = f"written for interface version {api}, which works for this release alone: docs/from-1-to-2.md"
         self._register(module, record)
 
     def _fail(self, record: PluginRecord, status: Status, reason: str) -> None:

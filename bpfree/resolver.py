@@ -76,10 +76,10 @@ class Resolver:
         rule = self._class("rules", "rule")
         options["rule"] = None if rule is None else self._options(rule.Config(), "rule.")
         self._stop_if_problems()
-        settings = self._without_idle(settings, self._settings, lambda filled: idle(filled, rule))
+        settings = self._without_idle(settings, self._settings, lambda filled: idle(filled, rule, options["rule"]))
         spec = self.spec or Recipe(self.names, options, common, settings, self.registry).spec()
         options["network"] = self._network(rule, spec, options["rule"])
-        self._check_settings(rule, spec, common, settings)
+        self._check_settings(rule, options["rule"], spec, common, settings)
         self._stop_if_problems()
         return Recipe(self.names, options, common, settings, self.registry, dict(sorted(self.unused.items())))
 
@@ -223,7 +223,7 @@ class Resolver:
                 keys.update(dataclasses.asdict(self.registry.get(f"{section}s", self.names[section]).Config()))
         return [leaf.key for leaf in leaves_of({**known, **dataclasses.asdict(RunConfig())}, "", "")]
 
-    def _check_settings(self, rule: type[Rule], spec: TaskSpec, common: TaskCommon, settings: RunConfig) -> None:
+    def _check_settings(self, rule: type[Rule], config: Any, spec: TaskSpec, common: TaskCommon, settings: RunConfig) -> None:
         if common.validation == 0 and settings.select == "best-val":
             self.problems.append("task.validation=0 leaves nothing to choose by: it needs select=last")
         if settings.accumulate > settings.batch_size:
@@ -237,10 +237,9 @@ class Resolver:
             self._protocol_fits(name, spec)
         for name in settings.diagnostics:
             self._named("diagnostics", name, "diagnostics")
-        default = rule.optimizer
         checks = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
-        if not isinstance(default, property) and "optimizer" not in self.idle:
-            checks.append(lambda: check_optimizer(settings.optimizer.over(default)))
+        if "optimizer" not in self.idle:
+            checks.append(lambda: check_optimizer(settings.optimizer.over(rule.optimizer_of(config))))
         if settings.schedule.name in CLASSES and rule.phases is Rule.phases and settings.budget.samples is None:
             checks.append(lambda: check_length(settings.schedule, settings.budget.resolve(1).epochs))
         for check in checks:

@@ -19,11 +19,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from bpfree import interface_v1
 from bpfree.errors import UsageError
 from bpfree.network.network import Network, check_readout
 from bpfree.network.receptive_fields import receptive_fields
@@ -33,10 +34,11 @@ from bpfree.options import NoOptions, OptimizerConfig
 from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.tasks.task import Split, TaskSpec
 
-__all__ = ["Broadcast", "Card", "Rule", "Streamed", "Traits"]
+__all__ = ["Broadcast", "Card", "Rule", "Streamed", "Traits", "always"]
 
 Metrics = dict[str, Tensor]
 Span = int | Literal["all"]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,21 @@ class Card:
     notes: str = ""
 
 
+@dataclass(frozen=True)
+class _Always(Generic[Value]):
+    """A function that is not bound to a class or instance, so that it can be taken over by name."""
+
+    value: Value
+
+    def __call__(self, config: Any, network: Network | None = None) -> Value:
+        return self.value
+
+
+def always(value: Value) -> Callable[..., Value]:
+    """Make a function of options and network that always gives this value: ``traits_of = always(Traits(...))``."""
+    return _Always(value)
+
+
 class Rule(nn.Module, ABC):
     """How a batch becomes an update of each block's parameters.
 
@@ -104,22 +121,14 @@ class Rule(nn.Module, ABC):
     Config: ClassVar[type] = NoOptions
     """Dataclass of the rule's options."""
     card: ClassVar[Card] = Card("a learning rule without a description")
-    traits: Traits = Traits()
-    """A class attribute, or a property where the configuration changes it."""
-    optimizer: OptimizerConfig = OptimizerConfig("adam", lr=1e-3)
-    """The default optimiser; a class attribute, or a property where the configuration changes it."""
-    optimizer_keys: tuple[str, ...] | None = None
-    """Which keys of ``optimizer`` the rule reads; settings of others are refused. ``None``: all, or ``lr`` alone where the rule updates in
-    place. Without ``lr`` it reads no ``schedule`` either. A class attribute, or a property where the configuration changes it."""
-    own_network: ClassVar[bool] = False
+    brings_network: ClassVar[bool] = False
     """Whether the rule brings its network, so that the common one of a comparison is not for it."""
-    shared_groups: tuple[str, ...] = ()
-    """Groups whose gradient is a sum of what single blocks add: where blocks are dealt to several processes, each fills these
-    for its own blocks (``Step.fills``), and the sum is taken over processes. A class attribute, or a property."""
-    draws: int = 1
-    """How many draws of a stochastic ``predict`` the final evaluation averages over."""
     waivers: ClassVar[dict[str, str]] = {}
     """Checks of the certificate that are expected to fail, by id, each with its reason: they are shown as waived, never as passed."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        interface_v1.translate(cls, Rule)
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__()
@@ -143,9 +152,71 @@ class Rule(nn.Module, ABC):
         if traits.readout:
             check_readout(self.network, self.spec)
 
+    # --- what the rule says of itself: asked of its class before it is built, where the network is not known, and of the rule after ---
+
+    @classmethod
+    def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
+        """Declare what the rule is with these options on this network.
+
+        Without a network: what holds on every one (the largest number of passes, the longest span).
+        """
+        return Traits()
+
+    @classmethod
+    def optimizer_of(cls, config: Any, network: Network | None = None) -> OptimizerConfig:
+        """Give the default optimiser; without a network, ``None`` for what only the network decides (and ``auto`` for a name)."""
+        return OptimizerConfig("adam", lr=1e-3)
+
+    @classmethod
+    def optimizer_keys_of(cls, config: Any, network: Network | None = None) -> tuple[str, ...] | None:
+        """Name the keys of ``optimizer`` that the rule reads; settings of others are refused.
+
+        ``None``: all, or ``lr`` alone where the rule updates in place. Without ``lr`` it reads no ``schedule`` either.
+        """
+        return None
+
+    @classmethod
+    def shared_groups_of(cls, config: Any, network: Network | None = None) -> tuple[str, ...]:
+        """Name the groups whose gradient is a sum of what single blocks add.
+
+        Where blocks are dealt to several processes, each fills these for its own blocks (``Step.fills``), and the sum is taken over
+        processes.
+        """
+        return ()
+
+    @classmethod
+    def draws_of(cls, config: Any, network: Network | None = None) -> int:
+        """Say how many draws of a stochastic ``predict`` the final evaluation averages over."""
+        return 1
+
+    @property
+    def traits(self) -> Traits:
+        """Return :meth:`traits_of` this rule's options and network."""
+        return self.traits_of(self.config, self.network)
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Return :meth:`optimizer_of` this rule's options and network."""
+        return self.optimizer_of(self.config, self.network)
+
+    @property
+    def optimizer_keys(self) -> tuple[str, ...] | None:
+        """Return :meth:`optimizer_keys_of` this rule's options and network."""
+        return self.optimizer_keys_of(self.config, self.network)
+
+    @property
+    def shared_groups(self) -> tuple[str, ...]:
+        """Return :meth:`shared_groups_of` this rule's options and network."""
+        return self.shared_groups_of(self.config, self.network)
+
+    @property
+    def draws(self) -> int:
+        """Return :meth:`draws_of` this rule's options and network."""
+        return self.draws_of(self.config, self.network)
+
     @classmethod
     def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
-        """The network that the rule takes unless told otherwise: options of the ``network`` section, with ``name``.
+        """Choose the network that the rule takes unless told otherwise: options of the ``network`` section, with ``name``.
 
         A rule with a network of its own returns its builder's name and the sizes that its configuration implies.
         """
@@ -153,7 +224,7 @@ class Rule(nn.Module, ABC):
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
-        """Settings of a small instance, on which the certificate takes its measurements: flat keys of ``network`` and ``rule``.
+        """Give settings of a small instance for the certificate to measure: flat keys of ``network`` and ``rule``.
 
         Without normalisation and dropout if the rule can do without, so that batches of one and random generators can be examined.
         A rule with a network of its own returns the settings that make it so small.
@@ -172,7 +243,7 @@ class Rule(nn.Module, ABC):
         return {"network.name": "vgg", "network.channels": [width] * depth, "network.pool_after": [], **plain}
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by group: one per block, and one per child of the rule (``heads.b1`` in containers)."""
+        """Return the trainable parameters by group: one per block, and one per child of the rule (``heads.b1`` in containers)."""
         groups = {name: list(block.parameters()) for name, block in self.network.blocks.items()}
         for name, child in self.named_children():
             if child is self.network:
@@ -187,7 +258,7 @@ class Rule(nn.Module, ABC):
         return {name: members for name, members in groups.items() if members}
 
     def group_options(self) -> dict[str, dict[str, Any]]:
-        """Options of the optimiser for single groups, such as ``{"head": {"lr": 0.01}}``."""
+        """Give options of the optimiser to single groups, such as ``{"head": {"lr": 0.01}}``."""
         return {}
 
     def freeze_features(self) -> None:
@@ -224,14 +295,14 @@ class Rule(nn.Module, ABC):
         return {}
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
-        """The phases of a run, in order; may be endless. By default one, in which everything learns."""
+        """Give the phases of a run, in order, perhaps endlessly; by default one, in which everything learns."""
         return [Phase("train", epochs=None if budget.samples is not None else budget.epochs)]
 
     def start_phase(self, phase: Phase) -> None:
-        """Reset or grow parameters. Sees no data: a resumed run replays it before loading its weights."""
+        """Reset or grow parameters at the start of a phase, without data: a resumed run replays it before loading its weights."""
 
     def end_phase(self, phase: Phase, step: Step) -> None:
-        """Solve what the phase accumulated."""
+        """End a phase: solve for parameters, say, with what was accumulated in it."""
 
     @abstractmethod
     def credit(self, batch: Batch, step: Step) -> Metrics:
@@ -242,21 +313,21 @@ class Rule(nn.Module, ABC):
         """
 
     def objective(self, batch: Batch, step: Step) -> Tensor | None:
-        """The scalar, differentiable by autograd, whose gradient ``credit`` estimates; for diagnostics and tests only.
+        """Return the scalar, differentiable by autograd, whose gradient ``credit`` estimates; for diagnostics and tests only.
 
         ``None``: the task's loss of the network's output. Noise is to be drawn from ``step`` as in ``credit``.
         """
         return None
 
     def plan(self) -> str:
-        """What the rule makes of this very network, in plain text: which layers, where noise goes, which path is used.
+        """Say in plain text what the rule makes of this very network: which layers, where noise goes, which path is used.
 
         Shown before training and kept with the run; the empty string: there is nothing to say.
         """
         return ""
 
     def pictures(self, count: int = 64) -> dict[str, Tensor]:
-        """What has been learned, to be drawn: by name (a block's, usually), up to ``count`` images (K, C, H, W), C 1 or 3.
+        """Return pictures of what has been learned: by name (a block's, usually), up to ``count`` images (K, C, H, W), C 1 or 3.
 
         Values are signed, zero is mid-grey, and each image is scaled by itself. Called after epochs, in eval mode under ``no_grad``;
         it must change nothing. Here: the linear receptive fields of hidden units, where the network is a chain on images.
@@ -264,13 +335,13 @@ class Rule(nn.Module, ABC):
         return receptive_fields(self.network, count, image=self.spec.input_shape)
 
     def learn(self, batch: Batch, step: Step) -> Metrics:
-        """One step: by default ``credit``, then ``step.apply()``."""
+        """Take one step of training: by default ``credit``, then ``step.apply()``."""
         metrics = self.credit(batch, step)
         step.apply()
         return metrics
 
     def before_update(self, groups: Sequence[str]) -> None:
-        """Normalise or precondition: ``.grad`` is complete (accumulated, averaged), clipping and the optimiser come next.
+        """Normalise or precondition gradients: ``.grad`` is complete (accumulated, averaged), clipping and the optimiser come next.
 
         Touch the parameters of these groups only: those of others are not applied now, and would be changed again at their own turn.
 
@@ -279,31 +350,31 @@ class Rule(nn.Module, ABC):
         """
 
     def after_update(self, groups: Sequence[str]) -> None:
-        """Project or renormalise: the parameters of these groups, and of no others, have moved.
+        """Project or renormalise parameters: those of these groups, and of no others, have moved.
 
         Args:
             groups: names of the groups that were applied now.
         """
 
     def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
-        """Scores (N, C), higher is better, or real outputs (N, ...). Called in eval mode under ``no_grad``, never with targets."""
+        """Predict scores (N, C), higher is better, or real outputs (N, ...); called in eval mode under ``no_grad``, never with targets."""
         scores: Tensor = self.network(inputs)
         return scores
 
-    final: bool = True
-    """Whether predictions are final; those after epochs are not, so that a rule may spend less on them (fewer steps of a flow)."""
+    final_prediction: bool = True
+    """Whether predictions made now are final; those after epochs are not, and a rule may spend less on them (fewer steps of a flow)."""
 
     @contextmanager
-    def in_passing(self) -> Iterator[None]:
-        """Predictions inside are not ``final``."""
-        before, self.final = self.final, False
+    def quick_predictions(self) -> Iterator[None]:
+        """Make predictions inside that are not final: ``final_prediction`` is false."""
+        before, self.final_prediction = self.final_prediction, False
         try:
             yield
         finally:
-            self.final = before
+            self.final_prediction = before
 
     def features(self, inputs: Any) -> Tensor:
-        """(N, ...) what the rule makes of its inputs before the readout: the readout's input, deterministic in eval mode.
+        """Return what the rule makes of its inputs before the readout, (N, ...): the readout's input, deterministic in eval mode.
 
         Phases ``on_features`` and evaluation protocols (linear probe and so on, which flatten it) take it.
         """
@@ -323,13 +394,16 @@ class Rule(nn.Module, ABC):
         return found
 
     def read(self, features: Tensor, generator: torch.Generator) -> Tensor:
-        """The scores of features: ``read(features(x))`` is ``predict(x)``. Needed for phases ``on_features`` only."""
+        """Predict from features: ``read(features(x))`` is ``predict(x)``; needed for phases ``on_features`` only."""
         scores: Tensor = self.network.blocks[self.network.readout or ""](features)
         return scores
 
     def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Further predictions worth reporting beside ``predict``, by name (single blocks, ensembles): scores (N, C)."""
+        """Return further predictions worth reporting beside ``predict``, by name (single blocks, ensembles): scores (N, C)."""
         return {}
+
+
+interface_v1.install(Rule, Step)
 
 
 class Streamed(Rule):
@@ -340,25 +414,25 @@ class Streamed(Rule):
     ``hand_over`` the next one's.
     """
 
-    traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1)
+    traits_of = always(Traits(dependence="upstream", downstream_weights=0, reverse_span=1))
 
     @abstractmethod
     def local_loss(self, trace: Trace, batch: Batch, step: Step) -> Tensor | None:
-        """The scalar loss of a hidden block, a mean over the batch; ``None`` if it does not learn from this batch.
+        """Return the scalar loss of a hidden block, a mean over the batch; ``None`` if it does not learn from this batch.
 
         A teaching signal is the loss ``(trace.output * signal.detach()).sum()``.
         """
 
     def readout_loss(self, trace: Trace, batch: Batch, step: Step) -> Tensor | None:
-        """The readout's loss; by default the task's."""
+        """Return the readout's loss; by default the task's."""
         return self.spec.loss(trace.output, batch)
 
     def encode(self, batch: Batch) -> Tensor:
-        """The first block's input; by default the batch's."""
+        """Make the first block's input; by default the batch's."""
         return batch.inputs  # type: ignore[no-any-return]
 
     def hand_over(self, trace: Trace, batch: Batch) -> Tensor:
-        """The next block's input; by default the trace's detached output."""
+        """Make the next block's input; by default the trace's detached output."""
         return trace.output.detach()
 
     def credit(self, batch: Batch, step: Step) -> Metrics:
@@ -379,11 +453,11 @@ class Broadcast(Rule):
     All blocks are executed once, each with a graph of its own; the readout learns from the output error.
     """
 
-    traits = Traits(dependence="all", downstream_weights=0, reverse_span=1)
+    traits_of = always(Traits(dependence="all", downstream_weights=0, reverse_span=1))
 
     @abstractmethod
     def signals(self, traces: Traces, batch: Batch, error: Tensor, step: Step) -> Sequence[Tensor | None]:
-        """A teaching signal for each hidden block, of its output's shape; ``None``: the block does not learn.
+        """Return a teaching signal for each hidden block, of its output's shape; ``None``: the block does not learn.
 
         Args:
             traces: of all blocks, the readout's last.

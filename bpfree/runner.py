@@ -339,7 +339,7 @@ def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
         "dependence": rule.traits.dependence,
         "downstream_weights": str(rule.traits.downstream_weights),
         "supervision": rule.traits.supervision,
-        "own_network": str(rule.own_network),
+        "own_network": str(rule.brings_network),
         **({} if lines is None else {"rule_lines": str(lines)}),
         **({"unused": ", ".join(recipe.unused)} if recipe.unused else {}),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),

@@ -1,4 +1,4 @@
-"""What a rule gets: a batch, the step it belongs to, and the phase of training."""
+"""The things that a rule is given: a batch, the step it belongs to, the phase of training and the budget of a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How long a run may train; at least one is set.
+    """A limit of training, of which at least one kind is set.
 
     Attributes:
         epochs: passes over the training split, as the rule counts them (a rule may need several passes per epoch).
@@ -102,7 +102,7 @@ class Step:
         progress: share of the run's budget that is used, 0 to 1.
         apply: ``apply()`` updates all groups, ``apply("b1", ...)`` some: optimiser step, then drop their ``.grad``.
         lr: the current learning rate of a group.
-        here: groups whose gradients this process is to fill, where the blocks of a network are dealt to several; ``None``: all.
+        local_groups: groups whose gradients this process is to fill, where the blocks of a network are dealt to several; ``None``: all.
     """
 
     generator: torch.Generator
@@ -114,9 +114,9 @@ class Step:
     index: int = 0
     part: int = 0
     progress: float = 0.0
-    here: frozenset[str] | None = None
+    local_groups: frozenset[str] | None = None
 
     def fills(self, name: str) -> bool:
-        """Whether a group learns in this phase, and is to be filled by this process."""
+        """Tell whether a group learns in this phase, and is to be filled by this process."""
         learns = self.phase.groups is None or name in self.phase.groups
-        return learns and (self.here is None or name in self.here)
+        return learns and (self.local_groups is None or name in self.local_groups)

@@ -10,6 +10,12 @@ import click
 
 from bpfree.cli.completion import names_of
 
+REMARKS = {
+    "optimizer": " (with the default options; settings that are not named: the network decides, or torch's own)",
+    "traits": " (with the default options, for any network)",
+}
+"""What is to be said of single lines of a card."""
+
 
 def options_table(config: type) -> list[list[str]]:
     from bpfree.options import describe
@@ -55,21 +61,15 @@ def rules(name: str | None, as_json: bool) -> None:
 
 
 def rule_card(name: str, rule: Any, owner: Any) -> Iterator[tuple[str, Any]]:
-    """The card as plain values."""
+    """The card as plain values; traits and optimiser as the default options have them, before the network is known."""
     import dataclasses
 
-    card, traits = rule.card, rule.traits
+    card, defaults = rule.card, rule.Config()
     yield "name", name
     yield "plugin", f"{owner.name} ({owner.distribution} {owner.version})"
     yield from dataclasses.asdict(card).items()
-    yield "traits", "depend on its options" if isinstance(traits, property) else dataclasses.asdict(traits)
-    default = rule.optimizer
-    yield (
-        "optimizer",
-        "depends on its options"
-        if isinstance(default, property)
-        else {k: v for k, v in dataclasses.asdict(default).items() if v not in (None, {})},
-    )
+    yield "traits", dataclasses.asdict(rule.traits_of(defaults))
+    yield "optimizer", {key: value for key, value in dataclasses.asdict(rule.optimizer_of(defaults)).items() if value not in (None, {})}
     yield "options", [dict(zip(("key", "type", "default", "meaning"), row, strict=True)) for row in options_table(rule.Config)]
 
 
@@ -94,7 +94,7 @@ def show_card(card: dict[str, Any], rule: Any) -> None:
     for key in ("optimizer", "traits", "certificate"):
         value = card[key]
         text = value if isinstance(value, str) else ", ".join(f"{k}={plain(v)}" for k, v in value.items())
-        click.echo(f"{key.ljust(12)}{text}")
+        click.echo(f"{key.ljust(12)}{text}{REMARKS.get(key, '')}")
     show_options(rule.Config, "rule")
 
 

@@ -52,7 +52,7 @@ def list_plugins(as_json: bool) -> None:
     for record in described:
         if record["reason"]:
             click.echo(f"\n{record['name']} is {record['status']}: {record['reason']}")
-            if record["status"] != "disabled":
+            if record["status"] not in ("ok", "disabled"):
                 click.echo(f"leave it out: bpfree --disable {record['name']} ...")
 
 

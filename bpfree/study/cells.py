@@ -28,7 +28,7 @@ from bpfree.errors import UsageError
 from bpfree.leaves import Leaf, canonical, said
 from bpfree.plugins import Plugins
 from bpfree.recipe import Recipe
-from bpfree.rule import Rule, Traits
+from bpfree.rule import Rule
 from bpfree.sources import source_hashes
 from bpfree.study.fingerprints import Fingerprints, KnownData
 from bpfree.study.model import Column, Row, Study
@@ -199,8 +199,7 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
 def _can_be_probed(recipe: Recipe, leaves: Sequence[Leaf]) -> bool:
     """Whether a converged readout can read the rule's features; a study that names protocols itself gets those."""
     rule: type[Rule] = recipe.registry.get("rules", recipe.names["rule"])
-    chain = rule.traits.chain if isinstance(rule.traits, Traits) else not rule.own_network  # traits may depend on the options
-    features = rule.features is not Rule.features or chain
+    features = rule.features is not Rule.features or rule.traits_of(recipe.options["rule"]).chain
     named = any(leaf.key == "evaluation.protocols" for leaf in leaves)
     return features and not named and recipe.spec().targets in recipe.registry.get("protocols", PROBE).kinds
 

@@ -11,7 +11,7 @@ from typing import Any
 from bpfree.errors import UsageError
 from bpfree.leaves import Leaf, canonical, parse_words
 from bpfree.plugins import Plugins, installed_plugins
-from bpfree.rule import Rule, Traits
+from bpfree.rule import Rule
 from bpfree.study.cells import is_scientific
 from bpfree.study.model import Column, Row, Study
 
@@ -76,7 +76,7 @@ def _settings(word: str, registry: Plugins) -> dict[str, Any]:
 
 def _row(label: str, settings: Mapping[str, Any], networks: Mapping[str, Any], registry: Plugins) -> Row:
     """With the settings of the common network, unless the rule brings its own."""
-    if not _rule(settings, registry).own_network:
+    if not _rule(settings, registry).brings_network:
         return Row(label, {**networks, **settings}, {"": {}}, {}, shared=[key for key in networks if key not in settings])
     named = any(key.split(".")[0] == "network" for key in settings)
     return Row(label, settings, {"": {}}, {}, without=[] if named else [canonical(key, value) for key, value in networks.items()])
@@ -89,7 +89,7 @@ def _rule(settings: Mapping[str, Any], registry: Plugins) -> type[Rule]:
 
 def _reads_out(rule: type[Rule]) -> bool:
     """Whether a rule trains a readout; one that predicts by goodness, norms or clusters does not."""
-    return not isinstance(rule.traits, Traits) or rule.traits.readout
+    return rule.traits_of(rule.Config()).readout
 
 
 def _twin(label: str, settings: Mapping[str, Any], registry: Plugins) -> tuple[str, dict[str, Any]]:

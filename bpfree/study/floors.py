@@ -96,7 +96,7 @@ def has_floor(cell: Cell) -> bool:
 
 def _initialises(rule: type[Rule]) -> bool:
     """Whether a rule has a network, or initial weights, of its own."""
-    return rule.own_network or getattr(rule.network_options, "__func__", None) is not Rule.network_options.__func__  # type: ignore[attr-defined]
+    return rule.brings_network or getattr(rule.network_options, "__func__", None) is not Rule.network_options.__func__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

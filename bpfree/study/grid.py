@@ -1,6 +1,6 @@
 """Grids: rules x networks x tasks, written out as the rows and columns of a table.
 
-A rule that takes a network has a row for each of the study's networks; one with a network of its own (``Rule.own_network``, or settings
+A rule that takes a network has a row for each of the study's networks; one with a network of its own (``Rule.brings_network``, or settings
 of ``network`` in its entry) has one. A task is a column. A *preset* stands for a rule with settings that a plugin ships for it.
 """
 
@@ -157,7 +157,7 @@ class _Grid:
 
     def _brings_network(self, name: str, where: str) -> bool:
         try:
-            return bool(self._registry.get("rules", name, where=where).own_network)
+            return bool(self._registry.get("rules", name, where=where).brings_network)
         except UsageError as error:
             self._note(f"{where}: {error.what} ({error.fix})")
             return True

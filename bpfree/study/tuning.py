@@ -127,11 +127,10 @@ class Tuner:
         """Also those that the default configuration has, where it says them; the optimiser's are the rule's own default."""
         if not self._defaults:
             recipe = self._row.recipe
-            default = recipe.registry.get("rules", recipe.names["rule"]).optimizer
-            if not isinstance(default, property):
-                recipe = dataclasses.replace(
-                    recipe, settings=dataclasses.replace(recipe.settings, optimizer=recipe.settings.optimizer.over(default))
-                )
+            default = recipe.registry.get("rules", recipe.names["rule"]).optimizer_of(recipe.options["rule"])
+            recipe = dataclasses.replace(
+                recipe, settings=dataclasses.replace(recipe.settings, optimizer=recipe.settings.optimizer.over(default))
+            )
             self._defaults = {key: value for key, value in recipe.flat().items() if key in self.keys and value is not None}
         return {**self._defaults, **settings}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
 
@@ -13,9 +14,14 @@ from torch import Tensor
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.step import Batch
 
-__all__ = ["Split", "TargetKind", "TaskSpec", "working_dtype"]
+__all__ = ["Split", "TargetKind", "TaskSpec", "is_image", "working_dtype"]
 
 TargetKind = Literal["classes", "soft", "real", "none"]
+
+
+def is_image(input_shape: Sequence[int]) -> bool:
+    """Tell whether inputs of this shape are (channels, height, width) images of at least 16x16 pixels."""
+    return len(input_shape) == 3 and min(input_shape[1:]) >= 16
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class TaskSpec:
     @property
     def is_image(self) -> bool:
         """Whether inputs are (channels, height, width) images of at least 16x16 pixels."""
-        return len(self.input_shape) == 3 and min(self.input_shape[1:]) >= 16
+        return is_image(self.input_shape)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Mean loss over the batch: cross-entropy of scores (N, C), or half the squared error summed over outputs.

@@ -109,7 +109,7 @@ class Evaluator:
 
     def validate(self, epoch: int) -> dict[str, float]:
         """``train/loss``, ``train/accuracy`` on a fixed sample of the training split, and ``val/...``."""
-        with self._rule.in_passing():
+        with self._rule.quick_predictions():
             train = self._score("train", self._splits["train"], epoch)
             return train | self._score("val", self._splits["val"], epoch, alternatives=self._config.evaluation.alternatives)
 

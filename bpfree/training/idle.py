@@ -12,7 +12,7 @@ from typing import Any
 
 from bpfree.errors import UsageError
 from bpfree.options import OptimizerConfig, ScheduleConfig
-from bpfree.rule import Rule
+from bpfree.rule import Rule, Traits
 from bpfree.training.config import TrainConfig
 from bpfree.training.optimizers import untaken
 from bpfree.training.schedules import CLASSES, SHAPES
@@ -26,16 +26,18 @@ OWN_RATES = {"OneCycleLR": "max_lr", "CyclicLR": "base_lr and max_lr"}
 """Schedulers that begin from rates of their own."""
 
 
-def idle(settings: TrainConfig, rule: type[Rule]) -> Iterator[tuple[str, str]]:
+def idle(settings: TrainConfig, rule: type[Rule], config: Any) -> Iterator[tuple[str, str]]:
     """Each idle setting by its key, with a sentence that names what it depends on.
 
     Args:
         settings: of training.
-        rule: its class. What its instances alone know is for :func:`idle_of_rule`.
+        rule: its class. What depends on the network is for :func:`idle_of_rule`.
+        config: the rule's options.
     """
+    default = rule.optimizer_of(config)
     yield from _schedule(settings.schedule)
-    yield from _rates(settings, rule)
-    yield from idle_of_rule(settings, rule)
+    yield from _rates(settings, default)
+    yield from _of_rule(settings, rule.__name__, rule.traits_of(config), default, rule.optimizer_keys_of(config))
     yield from idle_options(settings, type(settings)(), "")
 
 
@@ -88,12 +90,11 @@ def _schedule(schedule: ScheduleConfig) -> Iterator[tuple[str, str]]:
         yield "schedule.warmup", f"schedule.name={schedule.name} has no warm-up here ({where}; use a named shape, or OneCycleLR)"
 
 
-def _rates(settings: TrainConfig, rule: type[Rule]) -> Iterator[tuple[str, str]]:
+def _rates(settings: TrainConfig, default: OptimizerConfig) -> Iterator[tuple[str, str]]:
     """Rates and momentum that a scheduler replaces by its own."""
     name, schedule = settings.schedule.name, settings.schedule
     if name not in OWN_RATES:
         return
-    default = OptimizerConfig() if isinstance(rule.optimizer, property) else rule.optimizer
     lr, momentum = settings.optimizer.lr, settings.optimizer.momentum
     if lr not in (None, default.lr):
         rates = ", ".join(f"schedule.options.{key}" for key in OWN_RATES[name].split(" and "))
@@ -105,25 +106,22 @@ def _rates(settings: TrainConfig, rule: type[Rule]) -> Iterator[tuple[str, str]]
         )
 
 
-def idle_of_rule(settings: TrainConfig, rule: type[Rule] | Rule) -> Iterator[tuple[str, str]]:
-    """The settings that this rule does not read; of a class, what is the same for all of its instances.
+def idle_of_rule(settings: TrainConfig, rule: Rule) -> Iterator[tuple[str, str]]:
+    """The settings that this rule does not read, and its own idle options, which may have been given in Python."""
+    yield from idle_options(rule.config, type(rule.config)(), "rule.")
+    yield from _of_rule(settings, type(rule).__name__, rule.traits, rule.optimizer, rule.optimizer_keys)
 
-    Of an instance also its own idle options, which may have been given in Python.
-    """
-    if not isinstance(rule, type):
-        yield from idle_options(rule.config, type(rule.config)(), "rule.")
-    name = rule.__name__ if isinstance(rule, type) else type(rule).__name__
-    traits, default, keys = rule.traits, rule.optimizer, rule.optimizer_keys
-    known = not isinstance(traits, property)
-    update = traits.update if known else "grad"
+
+def _of_rule(
+    settings: TrainConfig, name: str, traits: Traits, default: OptimizerConfig, keys: tuple[str, ...] | None
+) -> Iterator[tuple[str, str]]:
+    update = traits.update
     if settings.accumulate > 1 and update != "grad":
         yield "accumulate", f"this rule applies its updates itself ({update}), so gradients cannot be accumulated: accumulate=1"
     if settings.clip.norm is not None and update == "in-place":
         yield "clip.norm", "this rule updates in place, so there are no gradients to clip: clip.norm=null"
     if keys is None and update == "in-place":
         keys = ("lr",)
-    if isinstance(keys, property) or isinstance(default, property):
-        return
     if keys is not None:
         yield from _unread(settings, name, keys, default)
         return

@@ -222,7 +222,7 @@ class Operations:
 
     def _count_aside(self, call: Callable[[], Tensor]) -> int | None:
         try:
-            with evaluating(self._rule), self._rule.in_passing(), torch.no_grad(), preserved_global_state(self._device):
+            with evaluating(self._rule), self._rule.quick_predictions(), torch.no_grad(), preserved_global_state(self._device):
                 with counted_operations() as operations:
                     call()
                 return operations()

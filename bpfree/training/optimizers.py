@@ -78,11 +78,13 @@ def _factory(config: OptimizerConfig) -> Any:
 
 
 def untaken(config: OptimizerConfig) -> Iterator[tuple[str, UsageError]]:
-    """Each setting of the optimiser that this one does not take, by its key, with the error that says so.
+    """Each setting of the optimiser that this one does not take, by its key, with the error that says so; none of an unknown ``auto``.
 
     Raises:
         UsageError: there is no such optimiser.
     """
+    if config.name == "auto":
+        return
     accepted = inspect.signature(_factory(config)).parameters
     names = [name for name in accepted if name != "params"]
     for key in OWN_KEYS:
@@ -152,7 +154,7 @@ def check_optimizer(config: OptimizerConfig) -> None:
     Raises:
         UsageError: as :func:`make_optimizer`, or a step fails.
     """
-    if not config.options:  # the first optimiser of a process imports torch's compiler, 2 s
+    if not config.options or config.name == "auto":  # the first optimiser of a process imports torch's compiler, 2 s
         for _, error in untaken(config):
             raise error
         return

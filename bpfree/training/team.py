@@ -178,8 +178,8 @@ class BlockTeam(_Several):
         self._owners = self._deal()
         mine = {name for name, owner in self._owners.items() if owner == self.world.rank}
         shared = set(self.rule.shared_groups)
-        step.here = frozenset(mine | shared)
-        others = [p for name, members in updater.groups.items() if name not in step.here for p in members]
+        step.local_groups = frozenset(mine | shared)
+        others = [p for name, members in updater.groups.items() if name not in step.local_groups for p in members]
         common = {id(p) for name in shared for p in updater.groups.get(name, ())}
 
         def exchange(parameters: Iterable[nn.Parameter]) -> None:

@@ -20,7 +20,7 @@ TOLERANCE = 0.01
 
 
 def _declaration(m: Measurements) -> str:
-    return f"{m.subject.rule.__module__}.{m.subject.rule.__qualname__}.traits"
+    return f"{m.subject.rule.__module__}.{m.subject.rule.__qualname__}.traits_of"
 
 
 def _dependence(m: Measurements) -> str | None:

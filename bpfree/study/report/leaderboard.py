@@ -218,7 +218,7 @@ def _own_network(row: TableRow) -> bool:
     if tag:
         return tag.lower() in ("true", "1", "yes")
     recipe = row.cells[0].recipe
-    return bool(recipe.registry.get("rules", recipe.names["rule"]).own_network)
+    return bool(recipe.registry.get("rules", recipe.names["rule"]).brings_network)
 
 
 def _credit(row: TableRow) -> str:

@@ -11,7 +11,7 @@ from bpfree.rule import Rule
 from bpfree_forward_gradient.mixer import LOCAL_MIXER
 from bpfree_forward_gradient.rules import ForwardGradient, LocalBackprop, LocalForwardGradient
 
-bpfree_api = 1
+bpfree_api = 2
 
 
 @hookimpl

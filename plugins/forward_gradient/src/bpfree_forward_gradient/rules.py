@@ -41,10 +41,10 @@ class ForwardGradient(Rule):
     )
     config: ForwardGradientConfig
 
-    @property
-    def traits(self) -> Traits:  # type: ignore[override]
+    @classmethod
+    def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
         """A forward pass, and one of each tangent."""
-        return Traits("all", downstream_weights="all", reverse_span=0, passes=1 + self.config.tangents)
+        return Traits("all", downstream_weights="all", reverse_span=0, passes=1 + config.tangents)
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -99,11 +99,11 @@ class LocalForwardGradient(ForwardGradient):
     )
     config: LocalForwardGradientConfig
 
-    @property
-    def traits(self) -> Traits:  # type: ignore[override]
+    @classmethod
+    def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
         """Tangents begin behind a block's first linear map, so that in a block with one of them none goes through weights."""
-        deep = any(sum(map(is_linear, self.network.blocks[name].modules())) > 1 for name in self.network.hidden)
-        return Traits("upstream", downstream_weights=0, reverse_span=0, passes=1 + self.config.tangents * deep)
+        deep = network is None or any(sum(map(is_linear, network.blocks[name].modules())) > 1 for name in network.hidden)
+        return Traits("upstream", downstream_weights=0, reverse_span=0, passes=1 + config.tangents * deep)
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -159,9 +159,9 @@ class LocalBackprop(Rule):
     )
     config: LocalBackpropConfig
 
-    @property
-    def traits(self) -> Traits:  # type: ignore[override]
-        if self.config.greedy:
+    @classmethod
+    def traits_of(cls, config: LocalBackpropConfig, network: Network | None = None) -> Traits:
+        if config.greedy:
             return Traits(dependence="upstream", downstream_weights=0, reverse_span=1)
         return Traits(dependence="all", downstream_weights="all", reverse_span="all")
 

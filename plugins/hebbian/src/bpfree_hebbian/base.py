@@ -11,11 +11,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bpfree import Batch, Budget, Network, OptimizerConfig, Phase, Rule, ScheduleConfig, Split, Step, TaskSpec, Traits, UsageError, option
+from bpfree import (
+    Batch,
+    Budget,
+    Network,
+    OptimizerConfig,
+    Phase,
+    Rule,
+    ScheduleConfig,
+    Split,
+    Step,
+    TaskSpec,
+    Traits,
+    UsageError,
+    always,
+    option,
+)
 from bpfree.network.closed_form import is_batch_norm
 from bpfree.network.network import evaluating
 from bpfree.network.statistics import cumulative_statistics
-from bpfree_hebbian.layer import Layer, layers_of, per_unit
+from bpfree_hebbian.layer import Layer, fit, layers_of, per_unit
 from bpfree_hebbian.networks import each
 
 __all__ = ["HALVINGS", "Defaults", "Hebbian", "HebbianConfig", "Response"]
@@ -93,9 +108,7 @@ class Hebbian(Rule):
     """
 
     Config = HebbianConfig
-    traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1, supervision="readout")
-    defaults: Defaults = Defaults([0.01])
-    """A class attribute, or a property where the configuration changes it."""
+    traits_of = always(Traits(dependence="upstream", downstream_weights=0, reverse_span=1, supervision="readout"))
     config: Any
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
@@ -106,7 +119,18 @@ class Hebbian(Rule):
         self.rates = dict(zip(self.layers, each(self.config.lr, self.defaults.lr, len(self.layers), "rule.lr"), strict=True))
         self.frozen = False
         for layer in self.layers.values():
+            fit(layer)
             self._initialise(layer)
+
+    @classmethod
+    def defaults_of(cls, config: Any, network: Network) -> Defaults:
+        """What the rule takes on this network where its options say nothing."""
+        return Defaults([0.01])
+
+    @property
+    def defaults(self) -> Defaults:
+        """:meth:`defaults_of` this rule's options and network."""
+        return self.defaults_of(self.config, self.network)
 
     @classmethod
     def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
@@ -131,11 +155,13 @@ class Hebbian(Rule):
         if init == "positive":
             weight.abs_()
 
-    @property
-    def optimizer(self) -> OptimizerConfig:  # type: ignore[override]
+    @classmethod
+    def optimizer_of(cls, config: Any, network: Network | None = None) -> OptimizerConfig:
         """The readout's."""
-        last = list(self.layers)[-1]
-        return OptimizerConfig("adam", lr=self.defaults.readout_lr or 0.4 / math.sqrt(self.network.shapes[last].numel()))
+        if network is None:
+            return OptimizerConfig("adam")
+        features = network.shapes[network.hidden[-1]].numel()
+        return OptimizerConfig("adam", lr=cls.defaults_of(config, network).readout_lr or 0.4 / math.sqrt(features))
 
     def plan(self) -> str:
         size = self.config.feature_batch_size or self.defaults.feature_batch_size

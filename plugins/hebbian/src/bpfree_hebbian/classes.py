@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree import Batch, Budget, Card, Network, OptimizerConfig, Phase, Rule, Step, TaskSpec, Traits, UsageError, option
+from bpfree import Batch, Budget, Card, Network, OptimizerConfig, Phase, Rule, Step, TaskSpec, Traits, UsageError, always, option
 from bpfree.network.builders import NetworkBuilder
 from bpfree_hebbian.networks import Activation, Pixels, UnitLength
 
@@ -97,8 +97,8 @@ class HebbianNorm(Rule):
         "norm is that of the projection on the class's principal components. Updates are means over the batch times the number of "
         "classes, so a rare class learns more slowly. The reported loss takes norms for logits and means little.",
     )
-    own_network = True
-    traits = Traits("independent", 0, 0, supervision="labels", chain=False, readout=False, targets=("classes", "soft"))
+    brings_network = True
+    traits_of = always(Traits("independent", 0, 0, supervision="labels", chain=False, readout=False, targets=("classes", "soft")))
     config: HebbianNormConfig
 
     def __init__(self, network: Any, spec: TaskSpec, config: Any = None) -> None:
@@ -111,10 +111,10 @@ class HebbianNorm(Rule):
                 fix="use network=auto or hebbian-classes",
             )
 
-    @property
-    def optimizer(self) -> OptimizerConfig:  # type: ignore[override]
+    @classmethod
+    def optimizer_of(cls, config: HebbianNormConfig, network: Network | None = None) -> OptimizerConfig:
         """Rates for inputs of length one: longer ones need smaller rates, by the square of the length."""
-        return OptimizerConfig("sgd", lr=0.1 if self.config.update == "hebb" else 1.0)
+        return OptimizerConfig("sgd", lr=0.1 if config.update == "hebb" else 1.0)
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:

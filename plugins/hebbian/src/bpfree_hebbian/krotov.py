@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bpfree import Card, ScheduleConfig, TaskSpec, UsageError, option
+from bpfree import Card, Network, ScheduleConfig, TaskSpec, UsageError, option
 from bpfree_hebbian.base import Defaults, Hebbian, HebbianConfig, Response
-from bpfree_hebbian.layer import Layer, channel_sum, largest_entry, winners
+from bpfree_hebbian.layer import Layer, channel_sum, largest_entry, layers_of, winners
 
 __all__ = ["KrotovHopfield", "KrotovHopfieldConfig"]
 
@@ -65,10 +65,11 @@ class KrotovHopfield(Hebbian):
                     f"block {layer.name!r} has {layer.units} units, so none of rank {self.config.rank}", where="rule.rank", fix="more units"
                 )
 
-    @property
-    def defaults(self) -> Defaults:  # type: ignore[override]
-        many = max(layer.units for layer in self.layers.values()) >= FEW
-        rates = [0.2 if layer.units >= FEW else 0.02 for layer in self.layers.values()]
+    @classmethod
+    def defaults_of(cls, config: Any, network: Network) -> Defaults:
+        units = [layer.units for layer in layers_of(network).values()]
+        many = max(units) >= FEW
+        rates = [0.2 if count >= FEW else 0.02 for count in units]
         return Defaults(rates, feature_batch_size=20, schedule=ScheduleConfig("linear"), readout_lr=1e-3 if many else 0.1)
 
     @classmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bpfree import Network, UsageError
 from bpfree.network.closed_form import is_linear, parameter_gradients
 
-__all__ = ["Layer", "channel_sum", "largest_entry", "layers_of", "per_unit", "winners"]
+__all__ = ["Layer", "channel_sum", "fit", "largest_entry", "layers_of", "per_unit", "winners"]
 
 
 class Layer:
@@ -88,7 +88,7 @@ class Layer:
 
 
 def layers_of(network: Network) -> dict[str, Layer]:
-    """The linear map of each hidden block; biases are set to zero, and activations that overwrite their input no longer do.
+    """The linear map of each hidden block, which stays as it is: see :func:`fit`.
 
     Raises:
         UsageError: a block without a linear map, or with several.
@@ -105,14 +105,19 @@ def layers_of(network: Network) -> dict[str, Layer]:
         linear = found[0]
         if type(linear) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) or getattr(linear, "groups", 1) != 1:
             raise UsageError(f"no Hebbian update is known for {linear}", where=f"block {name}", fix="use nn.Linear or nn.Conv2d")
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
-            linear.bias.requires_grad_(False)  # type: ignore[union-attr]
-        for part in block.modules():
-            if getattr(part, "inplace", False):
-                part.inplace = False  # type: ignore[assignment]
         layers[name] = Layer(name, block, linear)
     return layers
+
+
+def fit(layer: Layer) -> None:
+    """Prepare a block for Hebbian learning: its bias is zero and stays so, and activations that overwrite their input no longer do."""
+    bias = layer.linear.bias
+    if bias is not None:
+        nn.init.zeros_(bias)  # type: ignore[arg-type]
+        bias.requires_grad_(False)  # type: ignore[union-attr]
+    for part in layer.block.modules():
+        if getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]
 
 
 def channel_sum(values: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bpfree import Card, ScheduleConfig, TaskSpec
+from bpfree import Card, Network, ScheduleConfig, TaskSpec
 from bpfree.network.closed_form import is_batch_norm
 from bpfree_hebbian.base import Defaults, Hebbian, Response
-from bpfree_hebbian.layer import Layer
+from bpfree_hebbian.layer import Layer, layers_of
 
 __all__ = ["Oja", "Sanger"]
 
@@ -44,15 +44,13 @@ class Oja(Hebbian):
         notes="The units make an orthonormal basis of the principal subspace, in no order; sanger orders them. " + CENTRING,
     )
 
-    @property
-    def defaults(self) -> Defaults:  # type: ignore[override]
-        rates = [RATE / size for size in _squared_lengths(self.layers)]
-        return Defaults(rates, radius=RADIUS, feature_batch_size=16, schedule=ScheduleConfig("linear"), readout_lr=self._readout_lr)
-
-    @property
-    def _readout_lr(self) -> float:
+    @classmethod
+    def defaults_of(cls, config: Any, network: Network) -> Defaults:
         """Few components are read at a large rate, chosen on digits and MNIST; the maps of a convolution, which are many, at Adam's own."""
-        return 0.1 if isinstance(list(self.layers.values())[-1].linear, nn.Linear) else 1e-3
+        layers = layers_of(network)
+        rates = [RATE / size for size in _squared_lengths(layers)]
+        readout_lr = 0.1 if isinstance(layers[network.hidden[-1]].linear, nn.Linear) else 1e-3
+        return Defaults(rates, radius=RADIUS, feature_batch_size=16, schedule=ScheduleConfig("linear"), readout_lr=readout_lr)
 
     @classmethod
     def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:

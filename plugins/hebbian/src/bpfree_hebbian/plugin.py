@@ -14,7 +14,7 @@ from bpfree_hebbian.networks import CNN, MLP
 from bpfree_hebbian.oja import Oja, Sanger
 from bpfree_hebbian.softhebb import SoftHebb
 
-bpfree_api = 1
+bpfree_api = 2
 
 
 @hookimpl

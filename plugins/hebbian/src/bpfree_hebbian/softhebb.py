@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bpfree import Card, TaskSpec, option
+from bpfree import Card, Network, TaskSpec, option
+from bpfree.tasks.spec import is_image
 from bpfree_hebbian.base import Defaults, Hebbian, HebbianConfig, Response
 from bpfree_hebbian.layer import Layer, channel_sum, largest_entry, per_unit, winners
 from bpfree_hebbian.networks import each
@@ -97,27 +98,23 @@ class SoftHebb(Hebbian):
 
     def __init__(self, network: Any, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
-        sharpness = each(self.config.t_invert, self.preset.t_invert, len(self.layers), "rule.t_invert")
+        preset = _preset(self.network.input_shape, self.config)
+        sharpness = each(self.config.t_invert, preset.t_invert, len(self.layers), "rule.t_invert")
         self.t_invert = dict(zip(self.layers, sharpness, strict=True))
-        anti = self.preset.anti_hebbian if self.config.anti_hebbian is None else self.config.anti_hebbian
+        anti = preset.anti_hebbian if self.config.anti_hebbian is None else self.config.anti_hebbian
         self.anti_hebbian = anti  # of soft competition; where the winner alone learns, losers cannot unlearn
-        self.power_lr = self.preset.power_lr if self.config.power_lr is None else self.config.power_lr
+        self.power_lr = preset.power_lr if self.config.power_lr is None else self.config.power_lr
 
-    @property
-    def preset(self) -> Preset:
-        """What holds where the configuration says nothing."""
-        return PRESETS[_preset_name(self.spec, self.config)]
-
-    @property
-    def defaults(self) -> Defaults:  # type: ignore[override]
-        return self.preset.defaults
+    @classmethod
+    def defaults_of(cls, config: Any, network: Network) -> Defaults:
+        return _preset(network.input_shape, config).defaults
 
     @classmethod
     def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
         implied = super().network_options(spec, config)
         if implied["name"] == "hebbian-mlp":
             implied |= {"inputs": "contrast", "power": 2.0}
-        return PRESETS[_preset_name(spec, config)].network or implied
+        return _preset(spec.input_shape, config).network or implied
 
     @torch.no_grad()
     def respond(self, layer: Layer, source: Tensor, u: Tensor) -> Response:
@@ -158,7 +155,8 @@ class SoftHebb(Hebbian):
             gradient.mul_(per_unit(factor, gradient))
 
 
-def _preset_name(spec: TaskSpec, config: SoftHebbConfig) -> str:
+def _preset(input_shape: Sequence[int], config: SoftHebbConfig) -> Preset:
+    """What holds where the configuration says nothing."""
     if config.preset != "auto":
-        return config.preset
-    return "cifar" if spec.is_image and spec.input_shape[0] > 1 else "dense"
+        return PRESETS[config.preset]
+    return PRESETS["cifar" if is_image(input_shape) and input_shape[0] > 1 else "dense"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bpfree.errors import BpfreeError
 from bpfree.network.network import Network
 from bpfree.options import OptimizerConfig, option
-from bpfree.rule import Card, Metrics, Traits
+from bpfree.rule import Card, Metrics, Traits, always
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import TaskSpec
 from bpfree_noprop.base import PAPER
@@ -65,17 +65,17 @@ class NoPropAdjoint(TimedRule):
         notes="Back-propagation through time by torchdiffeq's odeint_adjoint, for comparison. The paper gives no equations: ours is a "
         "reading. Each update takes many steps forwards and as many backwards (1000 in the paper, which trains for two to four epochs).",
     )
-    optimizer = OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3)
+    optimizer_of = always(OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3))
     waivers: ClassVar[dict[str, str]] = {"no-host-sync": "torchdiffeq reads its grid of times on the host, at each call"}
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropAdjointConfig | None = None) -> None:
         super().__init__(network, spec, config)
         import_torchdiffeq()
 
-    @property
-    def traits(self) -> Traits:  # type: ignore[override]
+    @classmethod
+    def traits_of(cls, config: NoPropAdjointConfig, network: Network | None = None) -> Traits:
         """Of one block: credit crosses no other, but it passes through all steps within."""
-        return Traits("independent", 0, 1, passes=self.config.training_steps, chain=False, readout=False, targets=("classes", "soft"))
+        return Traits("independent", 0, 1, passes=config.training_steps, chain=False, readout=False, targets=("classes", "soft"))
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:

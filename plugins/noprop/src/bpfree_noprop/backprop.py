@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bpfree.network.network import Network
 from bpfree.options import option
-from bpfree.rule import Card, Metrics, Traits
+from bpfree.rule import Card, Metrics, Traits, always
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import TaskSpec
 from bpfree_noprop.base import PAPER
@@ -56,7 +56,7 @@ class NoPropBackprop(ChainRule):
         "L = CE(head(z_T), y)",
         notes="End-to-end back-propagation, for comparison on equal networks. How w_t starts is not in the paper (ours: alpha = 0.5).",
     )
-    traits = Traits("all", "all", "all", chain=False, readout=False, targets=("classes", "soft"))
+    traits_of = always(Traits("all", "all", "all", chain=False, readout=False, targets=("classes", "soft")))
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropBackpropConfig | None = None) -> None:
         super().__init__(network, spec, config)

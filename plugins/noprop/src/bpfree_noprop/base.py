@@ -48,7 +48,7 @@ class NoPropRule(Rule):
     """
 
     config: Any
-    own_network = True
+    brings_network = True
     network_kind: type[LabelBlock] = DenoisingBlock
     """The class of its blocks."""
     networks: tuple[str, str] = ("noprop-mlp", "noprop-cnn")
@@ -93,14 +93,14 @@ class NoPropRule(Rule):
         """Narrow blocks on vectors; their convolutional siblings are for images of 16 pixels and more."""
         return None if kind != "dense" else {"network.name": cls.networks[0], "network.width": width, "network.depth": 1}
 
-    @property
-    def shared_groups(self) -> tuple[str, ...]:  # type: ignore[override]
+    @classmethod
+    def shared_groups_of(cls, config: Any, network: Network | None = None) -> tuple[str, ...]:
         """A learned embedding gets gradients from every block."""
-        return () if self.embed.fixed else ("embed",)
+        return () if config.embedding == "one-hot" else ("embed",)
 
-    @property
-    def draws(self) -> int:  # type: ignore[override]
-        return 1 if self.config.inference == "deterministic" else int(self.config.draws)
+    @classmethod
+    def draws_of(cls, config: Any, network: Network | None = None) -> int:
+        return 1 if config.inference == "deterministic" else int(config.draws)
 
     def freeze_features(self) -> None:
         """Each block's body stays as initialised; its last linear map, the head and the embedding learn."""

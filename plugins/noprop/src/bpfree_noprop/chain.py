@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 from bpfree.errors import UsageError
 from bpfree.network.network import Network
 from bpfree.options import OptimizerConfig, option
+from bpfree.rule import always
 from bpfree.tasks.task import TaskSpec
 from bpfree_noprop.base import NoPropConfig, NoPropRule
 from bpfree_noprop.blocks import DenoisingBlock
@@ -30,7 +31,7 @@ class ChainRule(NoPropRule):
     """A rule whose network is T blocks :class:`DenoisingBlock`, named t1 to tT."""
 
     config: Any
-    optimizer = OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3)
+    optimizer_of = always(OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3))
 
     def check_network(self, network: Network, d: int) -> None:
         super().check_network(network, d)

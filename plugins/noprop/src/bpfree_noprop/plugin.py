@@ -15,7 +15,7 @@ from bpfree_noprop.ct import NoPropCT
 from bpfree_noprop.dt import NoPropDT
 from bpfree_noprop.fm import NoPropFM
 
-bpfree_api = 1
+bpfree_api = 2
 
 
 @hookimpl

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bpfree.options import OptimizerConfig, option
-from bpfree.rule import Metrics, Traits
+from bpfree.rule import Metrics, Traits, always
 from bpfree.step import Batch, Step
 from bpfree_noprop.base import NoPropConfig, NoPropRule
 from bpfree_noprop.timed import TimedBlock
@@ -44,7 +44,7 @@ class TimedRule(NoPropRule):
     @property
     def steps(self) -> int:
         """Of a prediction made now."""
-        return int(self.config.steps if self.final else self.config.validation_steps)
+        return int(self.config.steps if self.final_prediction else self.config.validation_steps)
 
 
 class MatchingRule(TimedRule):
@@ -53,8 +53,8 @@ class MatchingRule(TimedRule):
     Its configuration has ``inference``, one of ``kinds``; of these ``deterministic`` starts from 0, the others from noise.
     """
 
-    optimizer = OptimizerConfig("adam", lr=1e-3, weight_decay=1e-3)
-    traits = Traits("independent", 0, 1, chain=False, readout=False, targets=("classes", "soft"))
+    optimizer_of = always(OptimizerConfig("adam", lr=1e-3, weight_decay=1e-3))
+    traits_of = always(Traits("independent", 0, 1, chain=False, readout=False, targets=("classes", "soft")))
     kinds: ClassVar[tuple[str, ...]]
 
     @abstractmethod
@@ -104,7 +104,7 @@ class MatchingRule(TimedRule):
 
     def alternatives(self, inputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """A single step from pure noise, and the other kinds of inference with the steps of a validation."""
-        with self.in_passing():
+        with self.quick_predictions():
             judge, start = self.judged(inputs), self.start(inputs, generator)
             others = [kind for kind in self.kinds if kind != self.config.inference]
             return {"one_step": self.leap(start, judge(start, 0))} | {kind: self.arrive(inputs, judge, generator, kind) for kind in others}

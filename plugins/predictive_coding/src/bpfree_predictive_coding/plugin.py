@@ -11,7 +11,7 @@ from bpfree_predictive_coding import profile
 from bpfree_predictive_coding.networks import RESIDUAL_MLP, VGG
 from bpfree_predictive_coding.rules import ZIL, ErrorPC, FixedPrediction, IncrementalPC, PredictiveCoding, Relaxed
 
-bpfree_api = 1
+bpfree_api = 2
 
 
 @hookimpl

@@ -54,9 +54,9 @@ class Relaxed(Rule):
             return {"name": "pc-vgg"}
         return {"name": "mlp"}
 
-    @property
-    def optimizer(self) -> OptimizerConfig:  # type: ignore[override]
-        return OptimizerConfig("adam", lr=0.1 if self.factors else self.weight_lr)
+    @classmethod
+    def optimizer_of(cls, config: Any, network: Network | None = None) -> OptimizerConfig:
+        return OptimizerConfig("adam", lr=0.1 if getattr(config, "scaling", "none") == "mupc" else cls.weight_lr)
 
     @property
     def output_kind(self) -> Literal["squared", "cross-entropy"]:
@@ -93,10 +93,10 @@ class Relaxed(Rule):
         """How many hidden blocks, from the last one down, learn from a batch."""
         return int(self.config.T)
 
-    def _span(self, otherwise: int | Literal["all"]) -> int | Literal["all"]:
+    @staticmethod
+    def _span(config: OutputConfig, network: Network | None) -> int:
         """Blocks that a reverse-mode call crosses: none where all derivatives are taken in closed form."""
-        closed = Executor(self.network, self.config.path).closed
-        return 0 if len(closed) == len(self.network.blocks) else otherwise
+        return int(network is None or len(Executor(network, config.path).closed) < len(network.blocks))
 
     def _output(self, batch: Batch, scores: Tensor) -> Output:
         dtype = scores.dtype if scores.dtype.itemsize >= 4 else torch.float32
@@ -165,9 +165,9 @@ class PredictiveCoding(Relaxed):
         "nudging too: ours stays at -1.",
     )
 
-    @property
-    def traits(self) -> Traits:  # type: ignore[override]
-        return Traits("all", downstream_weights=self.config.T, reverse_span=self._span(1), passes=1 + self.config.T)
+    @classmethod
+    def traits_of(cls, config: PredictiveCodingConfig, network: Network | None = None) -> Traits:
+        return Traits("all", downstream_weights=config.T, reverse_span=cls._span(config, network), passes=1 + config.T)
 
     def beta(self, epoch: int) -> float:
         """Signed strength of the nudging; 1 clamps."""
@@ -208,9 +208,9 @@ class IncrementalPC(Relaxed):
         "Gradients cannot be accumulated over micro-batches.",
     )
 
-    @property
-    def traits(self) -> Traits:  # type: ignore[override]
-        return Traits("all", downstream_weights=self.reach, reverse_span=self._span(1), update="own-steps", passes=self.config.T)
+    @classmethod
+    def traits_of(cls, config: IPCConfig, network: Network | None = None) -> Traits:
+        return Traits("all", config.T - 1, reverse_span=cls._span(config, network), update="own-steps", passes=config.T)
 
     @property
     def reach(self) -> int:
@@ -251,9 +251,9 @@ class FixedPrediction(Relaxed):
         "pass, whose values have to be remembered.",
     )
 
-    @property
-    def traits(self) -> Traits:  # type: ignore[override]
-        return Traits("all", downstream_weights=self.config.T, reverse_span=self._span(1), passes=1)
+    @classmethod
+    def traits_of(cls, config: FixedPredictionConfig, network: Network | None = None) -> Traits:
+        return Traits("all", downstream_weights=config.T, reverse_span=cls._span(config, network), passes=1)
 
     def _begin(self, batch: Batch, step: Step) -> Relaxation:
         return self._relaxation(batch, lr=self.config.state_lr, hold=True)
@@ -276,9 +276,9 @@ class ZIL(Relaxed):
         notes="Local calls, global dependence: chained products of single blocks are back-propagation. An oracle, not a proposal.",
     )
 
-    @property
-    def traits(self) -> Traits:  # type: ignore[override]
-        return Traits("all", "all", reverse_span=self._span(1), update="own-steps")
+    @classmethod
+    def traits_of(cls, config: ZILConfig, network: Network | None = None) -> Traits:
+        return Traits("all", "all", reverse_span=cls._span(config, network), update="own-steps")
 
     def _steps(self) -> list[str]:
         return ["relaxation: rate 1, from the forward pass; each block learns when the error has reached it"]
@@ -315,9 +315,9 @@ class ErrorPC(Relaxed):
         "output's error through all blocks.",
     )
 
-    @property
-    def traits(self) -> Traits:  # type: ignore[override]
-        return Traits("all", "all", reverse_span=self._span(1), passes=1 + self.config.T)
+    @classmethod
+    def traits_of(cls, config: EPCConfig, network: Network | None = None) -> Traits:
+        return Traits("all", "all", reverse_span=cls._span(config, network), passes=1 + config.T)
 
     @property
     def reach(self) -> int:

@@ -1,0 +1,139 @@
+"""Translate what a rule says in the words of plugin interface 1, for one release.
+
+In interface 1 the traits of a rule, its default optimiser and so on are class attributes, or properties where its options change them;
+in interface 2 they are functions of the options and the network, and some names are others: ``docs/from-1-to-2.md``. Each old spelling
+gives one ``DeprecationWarning`` that names the new one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from bpfree.options import OptimizerConfig
+
+__all__ = ["FUNCTIONS", "install", "translate"]
+
+FUNCTIONS = ("traits", "optimizer", "optimizer_keys", "shared_groups", "draws")
+"""What became a function, ``NAME_of``; what a rule says of itself can still be read by this name."""
+RENAMED = {"own_network": "brings_network", "final": "final_prediction", "in_passing": "quick_predictions"}
+"""Names of a rule."""
+
+
+def install(rule: type, step: type) -> None:
+    """Make the old names readable: of rules and steps, and what is a function now also on the class, with its default options."""
+    for name in FUNCTIONS:
+        setattr(rule, name, _ReadOnClass(vars(rule)[name].fget))
+    for old, new in RENAMED.items():
+        setattr(rule, old, _Alias(f"Rule.{old}", new))
+    step.here = _Alias("Step.here", "local_groups")  # type: ignore[attr-defined]
+
+
+def translate(rule: type, base: type) -> None:
+    """Give a new class of rule the functions that its class attributes and properties stand for.
+
+    Args:
+        rule: as its author wrote it.
+        base: the class ``Rule``.
+    """
+    for name in FUNCTIONS:
+        new = f"{name}_of"
+        says = next(cls for cls in rule.__mro__ if name in vars(cls) or new in vars(cls))
+        if new not in vars(says):
+            _warn(f"{says.__name__}.{name} as an attribute of the class", f"the function {new}(config, network)", 4)
+            _to_function(rule, name, vars(says)[name])
+        elif says is rule:  # the function is what counts, also below a class that has a property
+            setattr(rule, name, vars(base)[name])
+    for old in RENAMED.keys() & vars(rule).keys():
+        _warn(f"{rule.__name__}.{old}", RENAMED[old], 4)
+        setattr(rule, RENAMED[old], vars(rule)[old])
+        delattr(rule, old)
+
+
+def _to_function(rule: type, name: str, said: Any) -> None:
+    if isinstance(said, property) and said.fget is not None:
+        function, value = _of_property(rule, name, said.fget)
+        setattr(rule, name, property(value))
+    else:
+        if name in vars(rule):
+            delattr(rule, name)
+
+        def function(cls: type, config: Any, network: nn.Module | None = None) -> Any:
+            return said
+
+    setattr(rule, f"{name}_of", classmethod(function))
+
+
+def _of_property(rule: type, name: str, asked: Callable[[Any], Any]) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
+    """The function for a property, and the property's own, in which ``super().NAME`` is what the class above says."""
+    new = f"{name}_of"
+
+    def value(self: Any) -> Any:
+        with _set(self, new, getattr(super(rule, self), new)):
+            return asked(self)
+
+    def function(cls: Any, config: Any, network: nn.Module | None = None) -> Any:
+        """Ask an instance that has its options, perhaps its network, and nothing else."""
+        stand_in = cls.__new__(cls)
+        nn.Module.__init__(stand_in)
+        stand_in.config = config
+        if network is not None:
+            stand_in.network = network
+        try:
+            return value(stand_in)
+        except Exception:  # it needs more than there is, whatever that raises: not known before the rule is built
+            return OptimizerConfig() if name == "optimizer" else getattr(super(rule, cls), new)(config, network)
+
+    return function, value
+
+
+@contextmanager
+def _set(instance: Any, name: str, value: Any) -> Iterator[None]:
+    attributes = vars(instance)
+    before = attributes.get(name)
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        attributes.pop(name) if before is None else attributes.update({name: before})
+
+
+class _ReadOnClass(property):
+    """A property that also says on the class what holds with its default options."""
+
+    def __get__(self, instance: Any, owner: Any = None, /) -> Any:
+        if instance is not None:
+            return super().__get__(instance, owner)
+        name = self.fget.__name__  # type: ignore[union-attr]
+        _warn_once(f"{owner.__name__}.{name} of the class", f"{owner.__name__}.{name}_of(config)")
+        return getattr(owner, f"{name}_of")(owner.Config())
+
+
+class _Alias:
+    """An old name of an attribute or method."""
+
+    def __init__(self, old: str, new: str) -> None:
+        self.old, self.new = old, new
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        _warn_once(self.old, self.new)
+        return getattr(owner if instance is None else instance, self.new)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        _warn_once(self.old, self.new)
+        setattr(instance, self.new, value)
+
+
+def _warn(old: str, new: str, level: int) -> None:
+    warnings.warn(f"{old} is of plugin interface 1: write {new}; docs/from-1-to-2.md", DeprecationWarning, stacklevel=level + 1)
+
+
+@cache
+def _warn_once(old: str, new: str) -> None:
+    """The first time that it is read, at the line that reads it."""
+    _warn(old, new, 3)
