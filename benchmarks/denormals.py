@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def predict() -> None:
         rule.eval()
-        with torch.no_grad(), rule.in_passing():
+        with torch.no_grad(), rule.quick_predictions():
             rule.predict(images, generator)
 
     results = {}

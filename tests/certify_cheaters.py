@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree import Batch, Budget, Card, OptimizerConfig, Phase, Rule, Step, Streamed, Trace, UsageError
+from bpfree import Batch, Budget, Card, OptimizerConfig, Phase, Rule, Step, Streamed, Trace, UsageError, always
 from bpfree.baselines import Backprop
 from bpfree.options import option
 from bpfree.tasks.digits import DIGITS
@@ -241,7 +241,7 @@ class WithDropout(Backprop):
 class TwoPhases(Noisy):
     """Honest, with phases, an optimiser of its own, and parameters that are made when the second begins."""
 
-    optimizer = OptimizerConfig("adam", lr=3e-3)
+    optimizer_of = always(OptimizerConfig("adam", lr=3e-3))
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
         half = max(1, (budget.epochs or 2) // 2)

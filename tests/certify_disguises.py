@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from bpfree import Batch, Card, Phase, Rule, Step, Trace, Traits
+from bpfree import Batch, Card, Phase, Rule, Step, Trace, Traits, always
 
 LOCAL = Traits(dependence="all", downstream_weights=0, reverse_span=1)
 
@@ -22,7 +22,7 @@ class Liar(Rule):
     """Says that it is local; what descends is in ``gradients``."""
 
     card = Card("a liar", equation="none")
-    traits = LOCAL
+    traits_of = always(LOCAL)
 
     def gradients(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """By parameter of the network."""
@@ -170,7 +170,7 @@ def layers(rule: Rule) -> Iterator[tuple[str, nn.Linear]]:
 class HandWritten(Liar):
     """The chain rule by hand, without autograd: spans nothing."""
 
-    traits = Traits(dependence="all", downstream_weights=0, reverse_span=0)
+    traits_of = always(Traits(dependence="all", downstream_weights=0, reverse_span=0))
 
     @torch.no_grad()
     def gradients(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -203,7 +203,7 @@ class PhaseCopies(HandWritten):
 class ForwardBasis(Liar):
     """The whole Jacobian by forward mode, one basis direction of a block's output after the other."""
 
-    traits = Traits(dependence="all", downstream_weights=0, reverse_span=0)
+    traits_of = always(Traits(dependence="all", downstream_weights=0, reverse_span=0))
 
     def gradients(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         names, result, x = self.network.names, {}, batch.inputs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from training_rules import StopAfter, weights
 
-from bpfree import Batch, Budget, Network, Phase, Rule, Run, Step, Task, TrainConfig, Trainer, Traits, UsageError, hookimpl
+from bpfree import Batch, Budget, Network, Phase, Rule, Run, Step, Task, TrainConfig, Trainer, Traits, UsageError, always, hookimpl
 from bpfree.baselines import DFA, Backprop
 from bpfree.cli import main as cli
 from bpfree.network import MLPConfig, mlp
@@ -70,7 +70,7 @@ def unkeyed(task: Task) -> Rule:
 class Islands(Rule):
     """Blocks that learn a noised copy of the target alone, as NoProp's do, each with a head of its own; perhaps a shared embedding."""
 
-    traits = Traits("independent", 0, 1, chain=False, readout=False)
+    traits_of = always(Traits("independent", 0, 1, chain=False, readout=False))
     sharing = False
     steps = 0
 
@@ -82,9 +82,9 @@ class Islands(Rule):
         self.embed = nn.Embedding(outputs, 8) if self.sharing else nn.Identity()
         self.filled: set[str] = set()
 
-    @property
-    def shared_groups(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("embed",) if self.sharing else ()
+    @classmethod
+    def shared_groups_of(cls, config: Any, network: Any = None) -> tuple[str, ...]:
+        return ("embed",) if cls.sharing else ()
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         losses = {}
@@ -212,7 +212,7 @@ def two_islands(task: Task) -> Rule:
 
 
 class OwnSteps(Backprop):
-    traits = Traits(update="own-steps")
+    traits_of = always(Traits(update="own-steps"))
 
 
 class Solving(Backprop):

@@ -11,7 +11,22 @@ import torch
 from torch import Tensor, nn
 from training_rules import assert_equal_bits, config_of, noisy, rule_on, weights
 
-from bpfree import Batch, Network, OptimizerConfig, Rule, Step, Stepper, Task, TaskSpec, Trainer, Traits, UsageError, hookimpl, new_step
+from bpfree import (
+    Batch,
+    Network,
+    OptimizerConfig,
+    Rule,
+    Step,
+    Stepper,
+    Task,
+    TaskSpec,
+    Trainer,
+    Traits,
+    UsageError,
+    always,
+    hookimpl,
+    new_step,
+)
 from bpfree.baselines import DFA, Backprop
 from bpfree.config import resolve
 from bpfree.network import MLPConfig, mlp
@@ -76,7 +91,7 @@ class Noised(Backprop):
 class TopDown(Backprop):
     """Each block moves before the block below gets its signal through the moved weights."""
 
-    traits = Traits(update="own-steps")
+    traits_of = always(Traits(update="own-steps"))
 
     def learn(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         traces = self.network.traces(batch.inputs)
@@ -92,7 +107,7 @@ class TopDown(Backprop):
 class InPlace(Backprop):
     """Gradient descent written by hand, with a momentum that it keeps outside of its buffers, and a counter."""
 
-    traits = Traits(update="in-place")
+    traits_of = always(Traits(update="in-place"))
 
     def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -113,7 +128,7 @@ class InPlace(Backprop):
 class Blocky(Rule):
     """A network that is no chain, without a loss that reverse mode could be taken of: only its noise can be measured."""
 
-    traits = Traits(chain=False, readout=False)
+    traits_of = always(Traits(chain=False, readout=False))
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         weight = next(self.network.blocks["t1"].parameters())

@@ -13,7 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from bpfree import Batch, Broadcast, Budget, OptimizerConfig, Phase, Rule, Step, Task, TaskSpec, Trace, Traces, Trainer, Traits, new_step
+from bpfree import (
+    Batch,
+    Broadcast,
+    Budget,
+    OptimizerConfig,
+    Phase,
+    Rule,
+    Step,
+    Task,
+    TaskSpec,
+    Trace,
+    Traces,
+    Trainer,
+    Traits,
+    always,
+    new_step,
+)
 from bpfree.baselines import Backprop, Frozen
 from bpfree.network import MLPConfig, mlp
 from bpfree.training.config import BudgetConfig, TrainConfig
@@ -51,7 +67,7 @@ class ForwardGradient(Broadcast):
 class Sanger(Rule):
     """Unsupervised hidden blocks, then a supervised readout: two phases with their own optimisers and batch sizes."""
 
-    traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1, supervision="readout")
+    traits_of = always(Traits(dependence="upstream", downstream_weights=0, reverse_span=1, supervision="readout"))
     normalised = 0
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
@@ -106,7 +122,7 @@ class PredictiveCoding(Rule):
 class ZIL(PredictiveCoding):
     """Z-IL (Song et al. 2020): forward initialisation, rate 1, layer l updated at step L - l only."""
 
-    traits = Traits(update="own-steps")
+    traits_of = always(Traits(update="own-steps"))
 
     def learn(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         names = self.network.names
@@ -123,7 +139,7 @@ class ZIL(PredictiveCoding):
 class Zeroth(Rule):
     """Two-point zeroth order (MeZO), in place."""
 
-    traits = Traits(update="in-place", reverse_span=0)
+    traits_of = always(Traits(update="in-place", reverse_span=0))
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         raise AssertionError("learn does it all")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from training_rules import ONE, StopAfter, assert_equal_bits, config_of, failing, rule_on, weights
 
-from bpfree import Batch, Budget, Phase, Rule, Split, Step, Task, Trainer, Traits, UsageError
+from bpfree import Batch, Budget, Phase, Rule, Split, Step, Task, Trainer, Traits, UsageError, always
 from bpfree.baselines import DFA, Backprop
 from bpfree.training.trainer import Interrupted
 
@@ -66,7 +66,7 @@ class WithoutGrad(Backprop):
 
 
 class NeverApplies(Backprop):
-    traits = Traits(update="own-steps")
+    traits_of = always(Traits(update="own-steps"))
 
     def learn(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         return self.credit(batch, step)
@@ -182,7 +182,7 @@ def test_what_is_solved_counts_and_what_cannot_learn_need_not(digits: Task, devi
 class InPlace(Backprop):
     """Random search of a kind: writes into every parameter; ``write`` says how."""
 
-    traits = Traits(update="in-place")
+    traits_of = always(Traits(update="in-place"))
     write: Callable[[nn.Parameter], object] = staticmethod(lambda p: p.add_(0.01))
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ RULE = """
 import bpfree
 from bpfree.baselines import DFA
 
-bpfree_api = 1
+bpfree_api = 2
 
 
 class Mine(DFA):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from training_rules import StopAfter, assert_equal_bits, config_of, noisy, rule_on, weights
 
-from bpfree import Batch, Budget, Phase, Rule, Run, Step, Task, TaskSpec, Trainer, Traits, UsageError
+from bpfree import Batch, Budget, Phase, Rule, Run, Step, Task, TaskSpec, Trainer, Traits, UsageError, always
 from bpfree.baselines import DFA, Backprop, Frozen, Linear
 from bpfree.config import parse_words, resolve
 from bpfree.network import MLPConfig, mlp
@@ -230,7 +230,7 @@ def test_a_rule_that_cannot_be_counted_trains_as_if_nobody_had_tried(
 class Scaling(Rule):
     """No matrix product anywhere."""
 
-    traits = Traits(readout=False)
+    traits_of = always(Traits(readout=False))
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         loss = self.spec.loss(self.network(batch.inputs), batch)

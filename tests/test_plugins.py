@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bpfree import UsageError, hookimpl
+from bpfree import API_VERSION, UsageError, hookimpl
 from bpfree.baselines import DFA
 from bpfree.plugins import Plugins
 
@@ -27,7 +27,7 @@ class Entry:
         return self._load
 
 
-def module(api: Any = 1, **hooks: Any) -> Any:
+def module(api: Any = API_VERSION, **hooks: Any) -> Any:
     made = types.ModuleType("plugin")
     if api is not None:
         made.bpfree_api = api  # type: ignore[attr-defined]
@@ -51,7 +51,7 @@ def broken_call() -> dict[str, Any]:
 GOOD = module(bpfree_rules=lambda: {"mine": DFA})
 BAD = {
     "imports": (ImportError("no module named flux"), "broken", "fails to import: ImportError: no module named flux"),
-    "future": (module(api=99), "incompatible", "interface version 99; this is version 1"),
+    "future": (module(api=99), "incompatible", "interface version 99; this is version 2"),
     "silent": (module(api=None), "incompatible", "states no bpfree_api"),
     "signature": (module(bpfree_rules=broken_spec), "broken", "nonsense"),
     "misspelt": (module(bpfree_rulez=nothing), "broken", "bpfree_rulez"),
@@ -68,7 +68,7 @@ def test_broken_plugins_are_named_with_their_reason_and_the_others_work() -> Non
     assert registry.records["good"].provides["rules"] == ["mine"]
     assert registry.records["good"].hooks == ["bpfree_rules"]
     assert {name: registry.records[name].api for name in ("good", "future", "silent", "imports")} == {
-        "good": 1,
+        "good": 2,
         "future": 99,
         "silent": None,
         "imports": None,
@@ -104,4 +104,3 @@ def test_every_installed_rule_has_a_card() -> None:
     for name, rule, _ in registry.items("rules"):
         assert rule.card.summary, name
         assert rule.card.equation, name
-        assert rule.traits is not None

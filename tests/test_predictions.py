@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from training_rules import StopAfter, config_of, rule_on
 
-from bpfree import Batch, Rule, Run, Split, Task, TaskSpec, Trainer
+from bpfree import Batch, Rule, Run, Split, Task, TaskSpec, Trainer, always
 from bpfree.baselines import Backprop
 from bpfree.network import MLPConfig, mlp
 from bpfree.training.config import BudgetConfig, EvaluationConfig
@@ -60,7 +60,7 @@ def test_protocols_keep_their_decisions(digits: Task, device: torch.device, tmp_
 
 
 class Wavering(Backprop):
-    draws = 3
+    draws_of = always(3)
 
     def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
         scores = super().predict(inputs, generator)

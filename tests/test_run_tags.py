@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bpfree import Batch, Broadcast, Step
+from bpfree import Batch, Broadcast, Step, always
 from bpfree.baselines import DFA, Backprop, Linear
 from bpfree.code_lines import class_lines, code_lines
 from bpfree.config import parse_words, resolve
@@ -55,7 +55,7 @@ def test_lines_are_counted_without_blanks_comments_and_docstrings() -> None:
 
 def test_lines_of_bases_elsewhere_do_not_count_and_a_class_without_source_has_no_number() -> None:
     class Derived(Backprop):
-        draws = 3
+        draws_of = always(3)
 
     assert class_lines(Derived) == 2
     space: dict[str, Any] = {"Backprop": Backprop, "__name__": "nowhere"}

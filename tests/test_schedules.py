@@ -19,7 +19,7 @@ from bpfree.config import parse_words, resolve
 from bpfree.network.builders import MLPConfig
 from bpfree.options import OptimizerConfig, ScheduleConfig
 from bpfree.plugins import installed_plugins
-from bpfree.rule import Traits
+from bpfree.rule import Traits, always
 from bpfree.step import Budget, Phase
 from bpfree.training.config import BudgetConfig
 from bpfree.training.schedules import check_length, planned_steps
@@ -107,14 +107,14 @@ def test_passes_of_a_rule_count_where_it_takes_several_per_epoch() -> None:
 class Restless(Zeroth):
     """In place, and with a rate of its own."""
 
-    optimizer_keys = ()
+    optimizer_keys_of = always(())
 
 
 class Decaying(Zeroth):
     """In place, and reads weight decay too."""
 
-    optimizer_keys = ("lr", "weight_decay")
-    traits = Traits(update="in-place", reverse_span=0)
+    optimizer_keys_of = always(("lr", "weight_decay"))
+    traits_of = always(Traits(update="in-place", reverse_span=0))
 
 
 @pytest.mark.parametrize(

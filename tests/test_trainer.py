@@ -24,6 +24,7 @@ from bpfree import (
     Trainer,
     Traits,
     UsageError,
+    always,
     hookimpl,
 )
 from bpfree.baselines import DFA, Backprop, Frozen
@@ -164,7 +165,7 @@ def test_gradient_accumulation_and_clipping_in_the_trainer(digits: Task, device:
 
 def test_rules_that_apply_themselves_exclude_what_the_core_cannot_offer(digits: Task) -> None:
     class Own(Backprop):
-        traits = Traits(update="in-place")
+        traits_of = always(Traits(update="in-place"))
 
     with pytest.raises(UsageError, match="cannot be accumulated"):
         Trainer(rule_on(digits, Own), digits, TrainConfig(accumulate=2, device="cpu"))

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from training_rules import ONE, config_of, rule_on, weights
 
-from bpfree import Batch, OptimizerConfig, Rule, Step, Task, Trainer, Traits
+from bpfree import Batch, OptimizerConfig, Rule, Step, Task, Trainer, Traits, always
 from bpfree.baselines import DFA, Backprop
 
 
 class InParts(DFA):
     """Applies its groups one by one, and halves each gradient before."""
 
-    traits = Traits(dependence="all", downstream_weights=0, update="own-steps")
+    traits_of = always(Traits(dependence="all", downstream_weights=0, update="own-steps"))
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -43,7 +43,7 @@ class InParts(DFA):
 
 
 class Whole(InParts):
-    traits = Traits(dependence="all", downstream_weights=0)
+    traits_of = always(Traits(dependence="all", downstream_weights=0))
 
     def learn(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         return Rule.learn(self, batch, step)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree import Batch, Budget, Card, Network, Phase, Rule, Step, Streamed, Trace, Traits
+from bpfree import Batch, Budget, Card, Network, Phase, Rule, Step, Streamed, Trace, Traits, always
 from bpfree.baselines import DFA, Backprop
 from bpfree.certify import Finding, Measurements, Subject, certify, examine
 from bpfree.certify.checks import traits
@@ -122,7 +122,7 @@ class DecaysAndCopiesEveryTenSteps(CopiesEveryTenSteps):
 class MasterWeights(Backprop):
     """Learns on a copy of its network, and writes the result into the network."""
 
-    traits = Traits(downstream_weights=0, update="in-place")
+    traits_of = always(Traits(downstream_weights=0, update="in-place"))
 
     def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -326,7 +326,7 @@ class Through(Rule):
     """Random feedback to the last hidden block, and autograd through all hidden blocks from there."""
 
     card = Card("credit through hidden blocks", equation="none")
-    traits = Traits(dependence="all", downstream_weights=0, reverse_span=3)
+    traits_of = always(Traits(dependence="all", downstream_weights=0, reverse_span=3))
     kind: type[nn.Module]
 
     def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
@@ -387,7 +387,7 @@ class HeadsOnAnything(Through):
     """Local losses: nothing done to a block above changes anything, so that its weights need not be reached one by one."""
 
     kind = BesideAttention
-    traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1)
+    traits_of = always(Traits(dependence="upstream", downstream_weights=0, reverse_span=1))
 
     def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -409,7 +409,7 @@ def test_local_losses_are_local_on_blocks_of_any_kind() -> None:
 class Decoy(Backprop):
     """Back-propagation in a network of its own; the one that it was given stands idle."""
 
-    traits = Traits(dependence="independent", downstream_weights=0, reverse_span=0)
+    traits_of = always(Traits(dependence="independent", downstream_weights=0, reverse_span=0))
 
     def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
         super().__init__(network, spec, config)

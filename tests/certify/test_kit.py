@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bpfree.certify
-from bpfree import BpfreeError, Card, Traits, UsageError
+from bpfree import BpfreeError, Card, Traits, UsageError, always
 from bpfree.baselines import DFA, Frozen
 from bpfree.certify import (
     CHECKS,
@@ -200,7 +200,7 @@ def test_the_checks_are_test_cases(check: Any) -> None:
 
 
 class Boasts(DFA):
-    traits = Traits(dependence="all", downstream_weights=0, reverse_span=1, passes=3)
+    traits_of = always(Traits(dependence="all", downstream_weights=0, reverse_span=1, passes=3))
 
 
 def test_cases_fail_skip_and_are_expected_to_fail() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from bpfree import Batch, Card, Rule, Step, Traits
+from bpfree import Batch, Card, Rule, Step, Traits, always
 from bpfree.certify import Measurements, Subject, certify, examine
 from bpfree.certify.checks import traits
 from bpfree.certify.passes import Work, disagreement, stands_as_weight
@@ -28,7 +28,7 @@ class Searches(Rule):
     """Without gradients: of candidates around the weights, or of steps along them."""
 
     card = Card("a search", equation="none")
-    traits = Traits(dependence="all", downstream_weights="all", update="in-place", passes=1)
+    traits_of = always(Traits(dependence="all", downstream_weights="all", update="in-place", passes=1))
 
     def candidates(self, step: Step) -> dict[str, Tensor]:
         """By parameter: (K, ...)."""
@@ -157,7 +157,7 @@ class WrittenInPlace(Searches):
 class MeZO(Searches):
     """Malladi et al. 2023: the weights are moved there and back in place; two passes."""
 
-    traits = Traits(dependence="all", downstream_weights="all", update="in-place", passes=2)
+    traits_of = always(Traits(dependence="all", downstream_weights="all", update="in-place", passes=2))
 
     @torch.no_grad()
     def learn(self, batch: Batch, step: Step) -> dict[str, Tensor]:

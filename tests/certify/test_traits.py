@@ -11,7 +11,7 @@ import torch
 from certify_cheaters import LocalHeads
 from torch import Tensor
 
-from bpfree import Batch, Rule, Step, Traits
+from bpfree import Batch, Rule, Step, Traits, always
 from bpfree.baselines import DFA, Backprop, Frozen, Linear
 from bpfree.certify import Finding, Measurements, Specimen, Subject, examine
 from bpfree.certify.checks import traits
@@ -103,11 +103,13 @@ def test_weights_copied_when_a_phase_begins_are_found_on_a_single_phase_too() ->
 
 
 class TooModest(DFA):
-    traits = Traits(dependence="all", downstream_weights="all", reverse_span="all", passes=3, supervision="readout", update="own-steps")
+    traits_of = always(
+        Traits(dependence="all", downstream_weights="all", reverse_span="all", passes=3, supervision="readout", update="own-steps")
+    )
 
 
 class SaysNeighbours(Backprop):
-    traits = Traits(dependence="neighbours", downstream_weights="all", reverse_span="all")
+    traits_of = always(Traits(dependence="neighbours", downstream_weights="all", reverse_span="all"))
 
 
 def test_traits_that_say_too_much_fail_as_well() -> None:
@@ -133,7 +135,7 @@ def test_truth_of_the_traits_cannot_be_waived() -> None:
 
 
 class InPlace(Backprop):
-    traits = Traits(update="in-place")
+    traits_of = always(Traits(update="in-place"))
 
     def learn(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         metrics = self.credit(batch, step)
@@ -146,7 +148,7 @@ class InPlace(Backprop):
 
 
 class BlockByBlock(Backprop):
-    traits = Traits(update="own-steps")
+    traits_of = always(Traits(update="own-steps"))
 
     def learn(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         metrics = self.credit(batch, step)
@@ -166,7 +168,7 @@ def test_who_applies_updates_is_observed(rule: type[Rule]) -> None:
 
 
 class Undeclared(InPlace):
-    traits = Traits()
+    traits_of = always(Traits())
 
 
 def test_updates_in_place_must_be_declared() -> None:

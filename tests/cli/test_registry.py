@@ -45,7 +45,7 @@ def test_add_then_list_show_and_validate(workplace: Path, capsys: pytest.Capture
     assert call("registry", "add", "noprop", "--certificate", made) == 0
     assert "5 rules, 1 with a certificate" in capsys.readouterr().out
     entry = read_entry(workplace / "registry/plugins/noprop.toml")
-    assert (entry.distribution, entry.rules, entry.api, entry.licence) == ("bpfree-noprop", NOPROP, [1, 1], "Apache-2.0")
+    assert (entry.distribution, entry.rules, entry.api, entry.licence) == ("bpfree-noprop", NOPROP, [2, 2], "Apache-2.0")
     assert "2503.24322" in entry.papers[0]
     assert (workplace / "registry/certificates/noprop-dt.json").read_text() == made.read_text()
     assert call("registry", "validate", "--folder", "registry") == 0
@@ -127,7 +127,7 @@ def test_validate_names_a_certificate_of_another_core(ours: Path, capsys: pytest
             "",
             "the plugin registers noprop-adjoint, noprop-backprop, noprop-ct, noprop-dt, noprop-fm",
         ),
-        ("plugins/noprop.toml", "api = [1, 1]", "api = [2, 3]", "interface version 1, which is not in [2, 3]"),
+        ("plugins/noprop.toml", "api = [2, 2]", "api = [3, 4]", "interface version 2, which is not in [3, 4]"),
         ("plugins/noprop.toml", "seeds = 5", "seeds = 1", "a deviation belongs to several seeds"),
         ("plugins/noprop.toml", "= [", "= ", "cannot read the entry"),
         ("plugins/hebbian.toml", '"oja",', '"oja",\n"noprop-dt",', "both hebbian and noprop list the rule 'noprop-dt'"),
@@ -198,7 +198,7 @@ def test_plugins_show_what_is_certified(ours: Path, monkeypatch: pytest.MonkeyPa
     assert certificates["noprop-dt"] == {"state": "certified", "date": "2026-11-20"}
     assert certificates["noprop-ct"]["state"] == "none"
     assert shown["registry_entry"] == str(ours / "plugins/noprop.toml")
-    assert (shown["api"], shown["hooks"]) == (1, ["bpfree_networks", "bpfree_presets", "bpfree_rules", "bpfree_studies"])
+    assert (shown["api"], shown["hooks"]) == (2, ["bpfree_networks", "bpfree_presets", "bpfree_rules", "bpfree_studies"])
     assert Path(shown["path"]).name == "plugin.py"
     write(ours / "certificates/dfa.json", certificate("dfa", sources=certificate("dfa").sources | {"bpfree contract": "0"}))
     assert call("plugins", "list") == 0

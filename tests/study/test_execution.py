@@ -34,7 +34,7 @@ from pathlib import Path
 import bpfree
 from bpfree.baselines import DFA
 
-bpfree_api = 1
+bpfree_api = 2
 
 
 class Dying(DFA):

@@ -132,7 +132,7 @@ def test_a_row_changes_what_is_tuned(workplace: Path) -> None:
 PRESETS = """
 import bpfree
 
-bpfree_api = 1
+bpfree_api = 2
 
 
 @bpfree.hookimpl

@@ -16,7 +16,7 @@ PLUGIN = """
 import bpfree
 from bpfree.baselines import DFA
 
-bpfree_api = 1
+bpfree_api = 2
 
 
 class Mine(DFA):

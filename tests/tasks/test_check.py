@@ -318,7 +318,7 @@ def test_a_run_whose_scores_are_no_numbers_diverges() -> None:
 
     class BrokenInTheEnd(Broken):
         def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
-            return super().predict(inputs, generator) if self.final else self.network(inputs)
+            return super().predict(inputs, generator) if self.final_prediction else self.network(inputs)
 
     for kind, epochs in ((Broken, 0), (BrokenInTheEnd, 2)):
         config = TrainConfig(budget=BudgetConfig(epochs=2), device="cpu", batch_size=16)

@@ -23,7 +23,7 @@ from bpfree import Batch, Network, Split, Step, Task, TaskSpec, Trainer, UsageEr
 from bpfree.baselines import Backprop, Linear
 from bpfree.config import parse_words, resolve
 from bpfree.plugins import Plugins
-from bpfree.rule import Streamed, Traits
+from bpfree.rule import Streamed, Traits, always
 from bpfree.tasks import linear, protocols
 from bpfree.tasks.linear import classes_of
 from bpfree.tasks.protocols import (
@@ -294,7 +294,7 @@ def test_without_a_validation_split_there_is_the_test_split(digits: Task, device
 class Hebb(Streamed):
     """Learns nothing, on a network that ends in a feature map."""
 
-    traits = Traits(dependence="upstream", downstream_weights=0, reverse_span=1, readout=False, supervision="none")
+    traits_of = always(Traits(dependence="upstream", downstream_weights=0, reverse_span=1, readout=False, supervision="none"))
 
     def local_loss(self, trace: Any, batch: Batch, step: Step) -> Tensor:
         return trace.output.square().mean()
@@ -353,7 +353,7 @@ def test_wrong_requests_are_refused_before_the_training(digits: Task, device: to
 class NoChain(Hebb):
     """Blocks side by side, and no word on what its features are."""
 
-    traits = Traits(chain=False, readout=False)
+    traits_of = always(Traits(chain=False, readout=False))
 
 
 @pytest.mark.parametrize("targets", ["soft", "real"])
@@ -417,7 +417,7 @@ class Entry:
             raise ArithmeticError("no inverse")
 
         class Module:
-            bpfree_api = 1
+            bpfree_api = 2
 
             @hookimpl
             def bpfree_protocols(self) -> dict[str, EvaluationProtocol]:

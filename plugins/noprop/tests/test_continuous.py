@@ -228,7 +228,7 @@ def test_features_once_per_image_and_few_steps_after_epochs(name: str, make: Mak
     with torch.no_grad():
         rule.predict(batch.inputs, generator)
         assert calls == {"stem": 1, "label": 30}
-        with rule.in_passing():
+        with rule.quick_predictions():
             rule.predict(batch.inputs, generator)
     assert calls == {"stem": 2, "label": 34}
     assert rule.final
@@ -325,9 +325,9 @@ def test_kinds_of_inference(name: str, inference: str, draws: int, others: list[
     with torch.no_grad():
         found = rule.alternatives(batch.inputs, torch.Generator(batch.inputs.device).manual_seed(1))
     assert list(found) == others
-    with rule.in_passing(), torch.no_grad():
+    with rule.quick_predictions(), torch.no_grad():
         again = make(name, inference=others[1])
-        with again.in_passing():
+        with again.quick_predictions():
             again.eval()
             alone = again.predict(batch.inputs, torch.Generator(batch.inputs.device).manual_seed(1))
     if others[1] == "deterministic":
