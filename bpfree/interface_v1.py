@@ -81,9 +81,7 @@ def _of_property(rule: type, name: str, asked: Callable[[Any], Any]) -> tuple[Ca
         """Ask an instance that has its options, perhaps its network, and nothing else."""
         stand_in = cls.__new__(cls)
         nn.Module.__init__(stand_in)
-        stand_in.config = config
-        if network is not None:
-            stand_in.network = network
+        stand_in.config, stand_in.network = config, network
         try:
             return value(stand_in)
         except Exception:  # it needs more than there is, whatever that raises: not known before the rule is built
