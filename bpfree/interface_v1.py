@@ -50,8 +50,9 @@ def translate(rule: type, base: type) -> None:
         elif says is rule:  # the function is what counts, also below a class that has a property
             setattr(rule, name, vars(base)[name])
     for old in RENAMED.keys() & vars(rule).keys():
-        _warn(f"{rule.__name__}.{old}", RENAMED[old], 4)
-        setattr(rule, RENAMED[old], vars(rule)[old])
+        if RENAMED[old] not in vars(rule):
+            _warn(f"{rule.__name__}.{old}", RENAMED[old], 4)
+            setattr(rule, RENAMED[old], vars(rule)[old])
         delattr(rule, old)
 
 

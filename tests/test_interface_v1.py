@@ -291,7 +291,10 @@ def test_of_both_spellings_in_a_class_the_new_one_counts_and_nothing_is_said(rec
     class Both(DFA):
         traits = Traits(passes=7)  # type: ignore[assignment]
         traits_of = always(Traits(passes=8))
+        own_network = False
+        brings_network = True
 
+    assert Both.brings_network
     assert built(Both).traits.passes == 8
     assert not [warning for warning in recwarn if OLDER in str(warning.message)]
 
