@@ -57,8 +57,8 @@ def translate(rule: type, base: type) -> None:
 
 
 def _to_function(rule: type, name: str, said: Any) -> None:
-    if isinstance(said, property) and said.fget is not None:
-        function, value = _of_property(rule, name, said.fget)
+    if hasattr(said, "__get__"):
+        function, value = _of_property(rule, name, said)
         setattr(rule, name, property(value))
     else:
         if name in vars(rule):
@@ -70,13 +70,13 @@ def _to_function(rule: type, name: str, said: Any) -> None:
     setattr(rule, f"{name}_of", classmethod(function))
 
 
-def _of_property(rule: type, name: str, asked: Callable[[Any], Any]) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
+def _of_property(rule: type, name: str, said: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
     """The function for a property, and the property's own, in which ``super().NAME`` is what the class above says."""
     new = f"{name}_of"
 
     def value(self: Any) -> Any:
         with _set(self, new, getattr(super(rule, self), new)):
-            return asked(self)
+            return said.__get__(self, type(self))
 
     def function(cls: Any, config: Any, network: nn.Module | None = None) -> Any:
         """Ask an instance that has its options, perhaps its network, and nothing else."""
@@ -111,6 +111,11 @@ class _ReadOnClass(property):
         name = self.fget.__name__  # type: ignore[union-attr]
         _warn_once(f"{owner.__name__}.{name} of the class", f"{owner.__name__}.{name}_of(config)")
         return getattr(owner, f"{name}_of")(owner.Config())
+
+    def __set__(self, instance: Any, value: Any, /) -> None:
+        name = self.fget.__name__  # type: ignore[union-attr]
+        _warn_once(f"{type(instance).__name__}.{name} set on a rule", f"the function {name}_of(config, network)")
+        vars(instance)[f"{name}_of"] = lambda config, network=None: value
 
 
 class _Alias:

@@ -9,6 +9,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -325,19 +326,23 @@ def test_old_names_can_be_set() -> None:
     with pytest.warns(DeprecationWarning, match=r"Rule.final .* final_prediction"):
         rule.final = False
     assert not rule.final_prediction
+    with pytest.warns(DeprecationWarning, match=r"DFA.draws set on a rule .* draws_of"):
+        rule.draws = 6  # type: ignore[misc]
+    assert rule.draws == 6
 
 
 def test_the_network_is_there_where_a_property_asks_for_it() -> None:
     with pytest.warns(DeprecationWarning, match=OLDER):
 
         class Deep(DFA):
-            @property
-            def optimizer(self) -> OptimizerConfig:
+            @cached_property
+            def optimizer(self) -> OptimizerConfig:  # type: ignore[override]
                 return OptimizerConfig("sgd", lr=1 / len(self.network.names))
 
     network: Network = mlp(SPEC, MLPConfig(depth=3, width=4))
     assert Deep.optimizer_of(None, network) == OptimizerConfig("sgd", lr=0.25)
     assert Deep.optimizer_of(None) == OptimizerConfig()
+    assert Deep(network, SPEC).optimizer == OptimizerConfig("sgd", lr=0.25)
 
 
 def test_plugins_list_says_that_the_interface_is_an_old_one(

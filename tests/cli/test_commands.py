@@ -135,6 +135,10 @@ def test_listings_and_cards(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in card
     assert call("rules", "dfa", "--json") == 0
     assert json.loads(capsys.readouterr().out)["traits"]["downstream_weights"] == 0
+    for name, passes, optimizer in (("ipc", 8, {"name": "adam", "lr": 3e-4}), ("softhebb", 1, {"name": "adam"})):
+        assert call("rules", name, "--json") == 0  # of the default options; the rate of softhebb depends on the network
+        card = json.loads(capsys.readouterr().out)
+        assert (card["traits"]["passes"], card["optimizer"]) == (passes, optimizer)
     assert call("plugins", "list", "--json") == 0
     assert {record["name"] for record in json.loads(capsys.readouterr().out)} >= {"core", "noprop"}
     assert call("tasks") == 0

@@ -183,6 +183,15 @@ def test_z_il_with_dropout() -> None:
     assert_same(moved(rule_of(ZIL, network=network), batch), exact)
 
 
+def test_what_no_instance_takes_is_refused_before_one_is_built() -> None:
+    """Since traits and optimiser are known from the options."""
+    with pytest.raises(UsageError, match=r"\(own-steps\), so gradients cannot be accumulated"):
+        resolve(parse_words(["rule=ipc", "accumulate=2"]))
+    with pytest.raises(UsageError, match="unknown option of adam 'momentum'"):
+        resolve(parse_words(["rule=predictive-coding", "optimizer.momentum=0.9"]))
+    assert resolve(parse_words(["rule=predictive-coding", "accumulate=2"]))
+
+
 # --- plans, traits, networks ---------------------------------------------------------------------------------------------
 
 
