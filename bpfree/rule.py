@@ -43,7 +43,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Traits:
-    """What a rule declares of itself; the certificate measures it.
+    """Properties that a rule declares of itself, and that the certificate measures.
 
     Attributes:
         dependence: whose parameters change a block's update: its own (``independent``), also those below
@@ -74,7 +74,7 @@ class Traits:
 
 @dataclass(frozen=True)
 class Card:
-    """What a reader wants to know of a method: shown by ``bpfree rules NAME``.
+    """A description of a method for its readers: shown by ``bpfree rules NAME``.
 
     Attributes:
         summary: one line.
@@ -105,7 +105,7 @@ def always(value: Value) -> Callable[..., Value]:
 
 
 class Rule(nn.Module, ABC):
-    """How a batch becomes an update of each block's parameters.
+    """A learning rule: how a batch becomes an update of each block's parameters.
 
     All parameters are made in ``__init__`` (or in :meth:`start_phase`); ``prepare`` fills them.
 
@@ -407,7 +407,7 @@ interface_v1.install(Rule, Step)
 
 
 class Streamed(Rule):
-    """A rule given by one scalar local loss per block.
+    """A rule that is given by one scalar local loss per block.
 
     The blocks are executed in order, each from its predecessor's detached output, and one backward per block reaches
     the block and the rule's local heads. Two small hooks adapt what flows: ``encode`` makes the first block's input,
@@ -448,7 +448,7 @@ class Streamed(Rule):
 
 
 class Broadcast(Rule):
-    """A rule given by a teaching signal per hidden block, with the output error at hand.
+    """A rule that is given by a teaching signal per hidden block, made with the output error at hand.
 
     All blocks are executed once, each with a graph of its own; the readout learns from the output error.
     """
