@@ -127,7 +127,7 @@ def test_validate_names_a_certificate_of_another_core(ours: Path, capsys: pytest
             "",
             "the plugin registers noprop-adjoint, noprop-backprop, noprop-ct, noprop-dt, noprop-fm",
         ),
-        ("plugins/noprop.toml", "api = [2, 2]", "api = [3, 4]", "interface version 2, which is not in [3, 4]"),
+        ("plugins/noprop.toml", "api = [1, 2]", "api = [3, 4]", "interface version 2, which is not in [3, 4]"),
         ("plugins/noprop.toml", "seeds = 5", "seeds = 1", "a deviation belongs to several seeds"),
         ("plugins/noprop.toml", "= [", "= ", "cannot read the entry"),
         ("plugins/hebbian.toml", '"oja",', '"oja",\n"noprop-dt",', "both hebbian and noprop list the rule 'noprop-dt'"),
