@@ -20,7 +20,7 @@ from typing import Any
 
 from bpfree.files import write_text
 
-__all__ = ["GROUP", "disabled_plugins", "installed_state", "kept"]
+__all__ = ["GROUP", "cache_folder", "disabled_plugins", "installed_state", "kept"]
 
 GROUP = "bpfree"
 DISABLE_VARIABLE = "BPFREE_DISABLE_PLUGINS"
@@ -47,7 +47,7 @@ def kept(
     """
     began = time.time_ns()
     try:
-        place = _folder() if folder is None else folder
+        place = cache_folder() / "listings" if folder is None else folder
         path, state = place / f"{name}-{_hash([_installation(), words])[:16]}.json", _hash([installed_state(), under])
     except (OSError, ImportError, ValueError, RuntimeError):  # no sources that could be watched, or no home
         return make()[0]
@@ -64,28 +64,33 @@ def kept(
     return value
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpfree" / "listings"
+def cache_folder() -> Path:
+    """Return the user's cache.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpfree"
 
 
 def _entries() -> list[importlib.metadata.EntryPoint]:
     return sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
 
 
-def _roots() -> list[str]:
-    """Folders or files of the core's package and the plugins'; nothing is imported.
+def _roots(entries: Iterable[importlib.metadata.EntryPoint]) -> list[str]:
+    """Folders or files of the core's package and of plugins; nothing is imported.
 
     Raises:
         ImportError, ValueError: one cannot be found.
     """
-    specs = [importlib.util.find_spec(entry.module.partition(".")[0]) for entry in _entries()]
+    specs = [importlib.util.find_spec(name) for name in dict.fromkeys(entry.module.partition(".")[0] for entry in entries)]
     places = [place for spec in specs if spec for place in spec.submodule_search_locations or [spec.origin or ""]]
     return [str(Path(__file__).parent), *places]
 
 
 def _installation() -> list[Any]:
     """Which of several installations (or search paths, or sets of disabled plugins) this is."""
-    return [sys.version, _roots(), _packages(), disabled_plugins()]
+    return [sys.version, _roots(_entries()), _packages(), disabled_plugins()]
 
 
 def installed_state() -> str:
@@ -94,8 +99,9 @@ def installed_state() -> str:
     Raises:
         OSError, ImportError, ValueError: sources cannot be seen.
     """
-    entries = [(e.name, e.value, *((e.dist.name, e.dist.version) if e.dist is not None else ())) for e in _entries()]
-    seen = [_seen(path) for path in sorted({path for root in _roots() for path in _sources(root)})]
+    found = _entries()
+    entries = [(e.name, e.value, *((e.dist.name, e.dist.version) if e.dist is not None else ())) for e in found]
+    seen = [_seen(path) for path in sorted({path for root in _roots(found) for path in _sources(root)})]
     if any(when is None for _, _, when in seen):
         raise FileNotFoundError
     return _hash([entries, [_seen(path)[2] for path in _packages()], seen])
@@ -110,7 +116,7 @@ def _edited() -> list[str]:
     """Files that were imported from elsewhere than where packages are installed, such as those of a library that is edited in place."""
     import sysconfig
 
-    watched = (*(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), *_roots())
+    watched = (*(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), *_roots(_entries()))
     files = {getattr(module, "__dict__", {}).get("__file__") for module in list(sys.modules.values())}  # lazy ones stay lazy
     return sorted(path for path in files if isinstance(path, str) and os.path.isabs(path) and not path.startswith(watched))
 

@@ -20,10 +20,27 @@ from bpfree.tasks.task import Task, TaskSpec
 from bpfree.tracking.config import PicturesConfig, TrackingConfig
 from bpfree.training.config import TrainConfig
 
-__all__ = ["CHOSEN", "DataConfig", "Recipe", "RunConfig", "TaskCommon", "changed"]
+__all__ = ["CHANGEABLE", "CHOSEN", "DataConfig", "Recipe", "RunConfig", "TaskCommon", "changed"]
 
 CHOSEN = ("rule", "network", "task")
 """Sections whose options depend on their name."""
+
+CHANGEABLE = {
+    "budget",
+    "evaluation",
+    "checkpoint",
+    "tracking",
+    "pictures",
+    "data",
+    "device",
+    "threads",
+    "compile",
+    "log_interval",
+    "diagnostics",
+    "alignment",
+    "parallel",
+}
+"""Sections and keys that may change when a run is resumed."""
 
 
 @dataclass

@@ -15,7 +15,7 @@ from bpfree.code_lines import class_lines
 from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf
-from bpfree.recipe import Recipe, changed
+from bpfree.recipe import CHANGEABLE, Recipe, changed
 from bpfree.record.folder import RunFolder, read_run
 from bpfree.record.recorder import Recorder
 from bpfree.rule import Rule
@@ -30,22 +30,6 @@ from bpfree.training.trainer import Trainer
 
 __all__ = ["resume", "run"]
 
-CHANGEABLE = {
-    "budget",
-    "evaluation",
-    "checkpoint",
-    "tracking",
-    "pictures",
-    "data",
-    "device",
-    "threads",
-    "compile",
-    "log_interval",
-    "diagnostics",
-    "alignment",
-    "parallel",
-}
-"""Sections and keys that may change when a run is resumed."""
 
 RESIDENT = {"auto": None, "yes": True, "no": False}
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from functools import cache, lru_cache
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
+from bpfree.files import write_text
+from bpfree.kept import cache_folder
 from bpfree.plugins import Plugins
 from bpfree.recipe import Recipe
 
@@ -74,6 +78,8 @@ OF_CONTRACT = (
 OF_EXAMINER = ("certify",)
 CONTRACT, EXAMINER, REST = "bpfree contract", "bpfree examiner", "bpfree"
 """Names of the parts of the core in a certificate."""
+MOST_KNOWN = 5000
+"""Hashes that are kept."""
 TOKEN = re.compile(
     rb'''("""(?:[^\\]|\\.)*?"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|\\\n)|\s*#[^\n]*|\s*\n''', re.DOTALL
 )
@@ -165,14 +171,37 @@ def hash_of(root: Path, skipped: tuple[str, ...] = (), chosen: tuple[str, ...] =
 
     Once per process: what runs is what was there when it began.
     """
-    digest = hashlib.sha256()
+    digest, known = hashlib.sha256(), _known_hashes()
+    before = len(known)
     for name, path in sorted(_files(root, skipped, chosen)):
         content = path.read_bytes()
-        digest.update(f"{name}\0{_hash_of_python(content) if path.suffix == '.py' else hashlib.sha256(content).hexdigest()}\0".encode())
+        found = hashlib.sha256(content).hexdigest()
+        if path.suffix == ".py":
+            if found not in known:
+                known[found] = _hash_of_python(content)
+            found = known[found]
+        digest.update(f"{name}\0{found}\0".encode())
+    if len(known) > before:
+        with suppress(OSError, RuntimeError):
+            write_text(_place_of_hashes(), json.dumps(dict(list(known.items())[-MOST_KNOWN:])))
     return digest.hexdigest()[:16]
 
 
-@cache
+def _known_hashes() -> dict[str, str]:
+    """Hashes of code, by those of the files' bytes, of which they are a function: parsing takes a hundred times as long."""
+    try:
+        known = json.loads(_place_of_hashes().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _place_of_hashes() -> Path:
+    """In the user's cache, by what computes them: this file, and the version of Python that parses."""
+    digest = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode()).hexdigest()
+    return cache_folder() / f"code-{digest[:16]}.json"
+
+
 def _hash_of_python(content: bytes) -> str:
     """SHA-256 of the code, the same on every version of Python; of the bytes if this one cannot read them.
 

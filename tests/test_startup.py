@@ -16,7 +16,7 @@ for words in {calls!r}:
         main(words)
     except SystemExit as end:
         assert not end.code, end.code
-print("loaded:", *sorted({{"torch", "torchvision", "mlflow", "matplotlib", "rich", "sklearn"}} & set(sys.modules)))
+print("loaded:", *sorted({{"torch", "torchvision", "mlflow", "matplotlib", "rich", "sklearn", "torch._dynamo"}} & set(sys.modules)))
 """
 LISTINGS = [["rules"], ["networks"], ["tasks"], ["plugins", "list"], ["study", "list"]]
 
@@ -36,6 +36,11 @@ def test_listings_import_torch_only_once(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert loaded(*LISTINGS, ["rules", "noprop-dt"]) == {"torch"}
     assert loaded(*LISTINGS) == set()
+
+
+def test_a_dry_run_does_without_torchs_compiler(workplace: Path) -> None:
+    """It times steps of each row, with optimisers."""
+    assert loaded(["study", "run", "quickstart", "--dry-run"]) == {"torch"}
 
 
 def test_importing_the_package_does_not_load_torch() -> None:

@@ -302,7 +302,7 @@ def _again(name: str, settings: Sequence[str], seeds: int | None) -> list[str]:
 def _dry_run(worklist: Worklist) -> int:
     from bpfree.cli.output import print_table
     from bpfree.study.costs import costs
-    from bpfree.study.report.remarks import unused
+    from bpfree.study.rows import unused
 
     for change in worklist.plan.changes:
         click.echo(f"not as written: {change}")

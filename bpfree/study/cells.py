@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 
-from bpfree import runner
 from bpfree.config import resolve
 from bpfree.errors import UsageError
 from bpfree.leaves import Leaf, canonical, said
 from bpfree.plugins import Plugins
-from bpfree.recipe import Recipe
+from bpfree.recipe import CHANGEABLE, Recipe
 from bpfree.rule import Rule
 from bpfree.sources import source_hashes
 from bpfree.study.fingerprints import Fingerprints, KnownData
@@ -39,7 +38,7 @@ from bpfree.yaml_values import text_of
 
 __all__ = ["Plan", "cell_of", "is_scientific", "plan", "recipe_with", "word"]
 
-NOT_SCIENTIFIC = (runner.CHANGEABLE - {"budget", "evaluation"}) | {"output"}
+NOT_SCIENTIFIC = (CHANGEABLE - {"budget", "evaluation"}) | {"output"}
 """How long is part of the result, and so are the draws of an evaluation and which epochs ``best-val`` chooses among."""
 
 DEFAULT = "default"
@@ -107,7 +106,7 @@ def plan(
         )
         for row in resolved
     ]
-    changes, shortened = _changes(study, overrides, rows, registry) if overrides else ([], False)
+    changes, shortened = _changes(study, overrides, rows, registry) if any(is_scientific(leaf.key) for leaf in overrides) else ([], False)
     if repetitions != list(study.seeds):
         changes.append(f"seeds {_listed(repetitions)} instead of {_listed(study.seeds)}")
         shortened = shortened or len(repetitions) < len(study.seeds)
@@ -182,7 +181,8 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
             resolve_device(recipe.settings.device)
             if study.probe and _can_be_probed(recipe, leaves):
                 leaves.append(Leaf("evaluation.protocols", [PROBE], "every study"))
-                recipe = _without(resolve(leaves, registry), row)
+                evaluation = dataclasses.replace(recipe.settings.evaluation, protocols=[PROBE])
+                recipe = dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, evaluation=evaluation))
             found.append(TableRow(row, column.label, recipe, leaves))
         except UsageError as error:
             for problem in error.problems:

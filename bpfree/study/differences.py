@@ -153,7 +153,10 @@ def _difference(paired: Paired, deviation: float | None, freedom: int, point: fl
 
 def _seeds_for(point: float, deviation: float, freedom: float, over_examples: float, examples: float) -> int | None:
     """The fewest seeds with which a difference of ``point`` is detected; ``None`` beyond ``MOST_SEEDS``."""
-    for n in range(2, MOST_SEEDS + 1):
+    normal = (quantile(math.inf, (1 + LEVEL) / 2) + quantile(math.inf, POWER)) ** 2  # Student's quantiles are larger: fewer will not do
+    room = point**2 / normal - over_examples
+    fewest = math.ceil(deviation**2 / room) if room > 0 else MOST_SEEDS + 1
+    for n in range(max(2, fewest), MOST_SEEDS + 1):
         error, free = total_error(deviation**2 / n, freedom, over_examples, examples)
         if (quantile(free, (1 + LEVEL) / 2) + quantile(free, POWER)) * error <= point:
             return n

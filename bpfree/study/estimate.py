@@ -27,7 +27,7 @@ from bpfree.training.stepper import Stepper
 
 __all__ = ["Estimate", "estimate"]
 
-WARM_UP, TIMED = 2, 3
+WARM_UP, TIMED = 1, 2
 MOST_PHASES = 10_000
 
 

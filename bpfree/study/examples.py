@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bpfree.record.folder import RunFolder
 from bpfree.study.differences import Paired
 from bpfree.study.rows import TableRow, percent
 from bpfree.study.store import CellRecord
-from bpfree.training.predictions import read_predictions
+from bpfree.training.predictions import Predictions, read_predictions
 
 __all__ = ["OWN", "PROBED", "Scores", "paired", "scores_of", "twin_scores"]
 
@@ -77,11 +79,21 @@ def in_unit(value: float, metric: str) -> float:
 
 
 def _examples(record: CellRecord, metric: str, runs: Path, which: str) -> Examples | None:
-    kept = read_predictions(runs / record.run) if record.run else None
+    path = RunFolder(runs / record.run).predictions
+    try:
+        kept = _predictions(path, path.stat().st_mtime_ns) if record.run else None
+    except OSError:
+        kept = None
     if kept is None:
         return None
     values = kept.protocols.get(which) if which else kept.correct if percent(metric) else kept.loss
     return None if values is None else to_unit(values, metric)
+
+
+@lru_cache(maxsize=256)
+def _predictions(path: Path, modified: int) -> Predictions | None:
+    """Read a run's predictions once: a report compares each row with several others."""
+    return read_predictions(path)
 
 
 def to_unit(values: Any, metric: str) -> Examples:

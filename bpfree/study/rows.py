@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from bpfree.recipe import Recipe
 from bpfree.study.model import Published, Row, Study
 from bpfree.study.store import CellKey, CellRecord
 
-__all__ = ["Cell", "TableRow", "Trial", "Tuned", "percent", "table_metric", "value_of"]
+__all__ = ["Cell", "TableRow", "Trial", "Tuned", "listed", "percent", "table_metric", "unused", "value_of"]
 
 
 @dataclass(frozen=True)
@@ -178,3 +178,18 @@ def table_metric(study: Study, lines: Iterable[TableRow], split: str = "test") -
     measured = {key for line in lines for record in line.finished for key in record.result}
     only_loss = f"{split}/loss" in measured and f"{split}/accuracy" not in measured
     return f"{split}/loss" if only_loss else study.metric(split)
+
+
+def unused(rows: Sequence[TableRow]) -> Iterator[str]:
+    """Which settings that rows share are not used by the rules of some."""
+    told: dict[str, list[str]] = {}
+    for row in rows:
+        if keys := ", ".join(row.cells[0].recipe.unused):
+            told.setdefault(keys, []).append(row.label)
+    for keys, labels in told.items():
+        yield f"{listed(labels)}: {keys}: not used by {'this rule' if len(labels) == 1 else 'these rules'}."
+
+
+def listed(texts: Sequence[str]) -> str:
+    """Join words as a sentence has them: ``a, b and c``."""
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"

@@ -68,7 +68,8 @@ def numerics(*, threads: int | None, deterministic: bool) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])
+        if torch.are_deterministic_algorithms_enabled() != before[1]:  # the call itself imports torch's compiler
+            torch.use_deterministic_algorithms(before[1])
         torch.backends.cudnn.benchmark = before[2]
 
 

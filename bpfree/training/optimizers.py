@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, special: Special) ->
         late = factory is torch.optim.SGD and bool(arguments.get("momentum"))
         arguments["fused"] = not late and all(p.is_floating_point() for params in groups.values() for p in params)
     try:
-        optimizer: torch.optim.Optimizer = factory(list(merged(groups, special).values()), **arguments)
+        made: type[Any] = factory if arguments.get("differentiable") else _without_compiler(factory)
+        optimizer: torch.optim.Optimizer = made(list(merged(groups, special).values()), **arguments)
     except Exception as error:  # torch checks little, and raises what it happens to meet
         raise UsageError(f"{config.name} refuses its options: {error}", where=_said(config)) from error
     for group in optimizer.param_groups:
@@ -75,6 +77,23 @@ def _factory(config: OptimizerConfig) -> Any:
     if config.name.lower() not in known:
         raise unknown_name("optimizer", config.name, known, where="optimizer.name")
     return known[config.name.lower()]
+
+
+@cache
+def _without_compiler(factory: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Make an optimiser's class whose methods do not import torch's compiler, which takes 1.4 s of processor time.
+
+    Torch wraps them in marks for code that it compiles; optimisers are not compiled here. What is not wrapped so stays as it is.
+    """
+    methods = ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step")
+    plain = {name: inspect.unwrap(getattr(factory, name), stop=lambda method: not _names_compiler(method)) for name in methods}
+    if plain["step"] is not factory.step:
+        plain["step"] = torch.no_grad()(plain["step"])  # that mark also switches gradients off
+    return type(factory.__name__, (factory,), plain)
+
+
+def _names_compiler(method: Any) -> bool:
+    return "_dynamo" in getattr(getattr(method, "__code__", None), "co_names", ())
 
 
 def untaken(config: OptimizerConfig) -> Iterator[tuple[str, UsageError]]:
@@ -149,12 +168,12 @@ def adopt(optimizer: torch.optim.Optimizer, groups: Groups, special: Special, re
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
-    """Try the configuration on a single parameter, with two steps, where it has options whose values torch alone can judge.
+    """Try the configuration on a single parameter, with two steps: torch alone can judge the values of options.
 
     Raises:
         UsageError: as :func:`make_optimizer`, or a step fails.
     """
-    if not config.options or config.name == "auto":  # the first optimiser of a process imports torch's compiler, 2 s
+    if config.name == "auto":  # the rule's, which depends on its options
         for _, error in untaken(config):
             raise error
         return

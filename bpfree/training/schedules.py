@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from bpfree.errors import UsageError, unknown_name
-from bpfree.options import ScheduleConfig
+from bpfree.options import OptimizerConfig, ScheduleConfig
 from bpfree.rule import Rule
 from bpfree.step import Budget
-from bpfree.training.optimizers import misfit
+from bpfree.training.optimizers import make_optimizer, misfit
 
 __all__ = ["CLASSES", "SHAPES", "check_length", "check_schedule", "planned_steps", "shape_of", "torch_scheduler"]
 
@@ -111,7 +111,7 @@ def _stepped(schedule: ScheduleConfig, steps: int) -> tuple[Any, list[float]]:
     """
     if schedule.name in SHAPES:
         return None, []
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # the first optimiser of a process imports torch's compiler: 2 s
+    optimizer = make_optimizer(OptimizerConfig("sgd", lr=0.1), {"probe": [nn.Parameter(torch.zeros(1))]}, {})
     scheduler, rates = torch_scheduler(schedule, optimizer), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, that no step of the optimiser was taken

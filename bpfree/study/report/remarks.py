@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from bpfree.study.cells import Plan
 from bpfree.study.controls import compare, comparisons
 from bpfree.study.report.view import WAITED, View, compact, untimed
-from bpfree.study.rows import TableRow, percent
+from bpfree.study.rows import TableRow, listed, percent, unused
 from bpfree.study.store import CellRecord
 
-__all__ = ["compared", "environments", "failures", "findings", "remarks", "unused"]
+__all__ = ["compared", "environments", "failures", "findings", "remarks"]
 
 PHRASES = {
     "row better": "better",
@@ -38,15 +38,15 @@ def compared(view: View) -> str:
     tasks = _distinct(row.cells[0].recipe.names["task"] for row in rows)
     count = len({row.written.label for row in rows})
     seeds = "one seed" if len(plan.seeds) == 1 else f"{len(plan.seeds)} seeds each"
-    what = f"{_count(count, 'row')} with the {'rule' if len(rules) == 1 else 'rules'} {_listed(rules)} on {_listed(tasks)}"
+    what = f"{_count(count, 'row')} with the {'rule' if len(rules) == 1 else 'rules'} {listed(rules)} on {listed(tasks)}"
     columns = f" in {len(view.columns)} columns" if len(view.columns) > 1 else ""
     budgets = _distinct(_budget(row) for row in rows)
     parts = [f"{what[0].upper()}{what[1:]}{columns}, {seeds} ({', '.join(map(str, plan.seeds))})."]
-    parts.append(f"Training budget: {_listed(budgets)}." if len(budgets) < 4 else f"Training budgets from {budgets[0]} on; they differ.")
+    parts.append(f"Training budget: {listed(budgets)}." if len(budgets) < 4 else f"Training budgets from {budgets[0]} on; they differ.")
     tuned = [row.tuned for row in rows if row.tuned is not None and row.tuned.keys]
     if tuned:
         keys, trials = _distinct(key for one in tuned for key in one.keys), _distinct(str(one.planned) for one in tuned)
-        parts.append(f"Tuned on the validation split, with {_listed(trials)} trials for each row and column: {_listed(keys)}.")
+        parts.append(f"Tuned on the validation split, with {listed(trials)} trials for each row and column: {listed(keys)}.")
     again = sum(record.tags.get("test_evaluations", "1") != "1" for row in rows for record in row.finished)
     parts.append(
         f"The test split was evaluated more than once in {_count(again, 'run')}."
@@ -75,10 +75,6 @@ def _count(number: int, noun: str) -> str:
 
 def _distinct(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(texts))
-
-
-def _listed(texts: Sequence[str]) -> str:
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
 # --- what came out ------------------------------------------------------------------------------------------------------
@@ -125,7 +121,7 @@ def _over_control(view: View, control: str) -> Iterator[str]:
             columns = [column for column in by_column if by_column[column] == verdict]
             whole = len(columns) == len(by_column)
             texts.setdefault(verdict, []).append(label if whole else f"{label} [{', '.join(columns)}]")
-    told = [f"{PHRASES[verdict]}: {_listed(texts[verdict])}" for verdict in PHRASES if verdict in texts]
+    told = [f"{PHRASES[verdict]}: {listed(texts[verdict])}" for verdict in PHRASES if verdict in texts]
     if told:
         yield f"Against the control {control}: {'; '.join(told)}."
 
@@ -165,16 +161,6 @@ def remarks(plan: Plan, rows: Sequence[TableRow], *, hidden: int = 0) -> Iterato
         yield f"* The seconds of {_count(cells, 'cell')} {what}: {WAITED}. Run on a quiet machine with --jobs 1 for some that can."
     if hidden:
         yield f"Not shown: {hidden} finished cells of other settings, seeds, versions or sources."
-
-
-def unused(rows: Sequence[TableRow]) -> Iterator[str]:
-    """Which settings that rows share are not used by the rules of some."""
-    told: dict[str, list[str]] = {}
-    for row in rows:
-        if keys := ", ".join(row.cells[0].recipe.unused):
-            told.setdefault(keys, []).append(row.label)
-    for keys, labels in told.items():
-        yield f"{_listed(labels)}: {keys}: not used by {'this rule' if len(labels) == 1 else 'these rules'}."
 
 
 def _selection(rows: Sequence[TableRow]) -> Iterable[str]:
