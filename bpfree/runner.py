@@ -132,15 +132,17 @@ def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Ru
     saved = read_checkpoint(path)
     recipe = recipe_of(saved["config"], changes, where=str(path))
     refuse_changes(changed(recipe_of(saved["config"], where=str(path)), recipe))
-    if saved.get("training") is None:
-        raise BpfreeError("the checkpoint holds weights only: a run cannot be resumed from it", where=str(path), fix="use last.pt")
-    about, folder = saved["training"]["run"], path.parent.parent
+    folder, about = path.parent.parent, (saved.get("training") or {}).get("run")
     before = known_run(folder)
-    if path.parent != RunFolder(folder).checkpoints or (before and about["id"] not in ids_of(folder)):
+    ended = before if before and before.status == "finished" and not changes else None
+    if about is None and ended is None:
+        fix = "use last.pt; or start a new run: of a study's finished cells the weights alone are kept"
+        raise BpfreeError("the checkpoint holds weights only: a run cannot be resumed from it", where=str(path), fix=fix)
+    if path.parent != RunFolder(folder).checkpoints or (before and about and about["id"] not in ids_of(folder)):
         raise UsageError("the checkpoint lies outside its run's folder", where=str(path), fix="resume the run by its folder or name")
-    if before and before.status == "finished" and not changes:
+    if ended:
         complete(folder)
-        return before
+        return ended
     own = RunFolder(folder).name_copy() or (before.id if before else about["id"])
     record = Run(own, about["name"], folder=folder, tags=before.tags if before else {}, history=before.history if before else [])
     count = {"test_evaluations": str(tests_before(before) + recipe.settings.evaluation.test)}

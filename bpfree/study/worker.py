@@ -27,6 +27,7 @@ from bpfree.study.concurrency import Concurrency, present
 from bpfree.study.store import CellKey, CellRecord, CellStore
 from bpfree.tasks.task import Task
 from bpfree.training import environment
+from bpfree.training.checkpoint import keep_weights
 from bpfree.training.trainer import Interrupted
 
 __all__ = ["CellObserver", "Job", "TaskCache", "Worker", "garbage_collected"]
@@ -95,6 +96,8 @@ class Worker:
             record = store.begin(job.key, before, restart=job.restart)
             with present(store.folder_of_all / WORKERS) as concurrency, garbage_collected():
                 self._run(job, record, CellObserver(job, record, concurrency))
+            if record.status == "finished":
+                keep_weights(job.folder / "checkpoints")
             return record
 
     def _run(self, job: Job, record: CellRecord, observer: CellObserver) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from bpfree.record.folder import RunFolder
 from bpfree.rule import Rule
 from bpfree.step import Phase
 
-__all__ = ["FORMAT", "check_rule", "find_checkpoint", "load_weights", "read_checkpoint", "replay", "write_checkpoint"]
+__all__ = ["FORMAT", "check_rule", "find_checkpoint", "keep_weights", "load_weights", "read_checkpoint", "replay", "write_checkpoint"]
 
 FORMAT = 1
 
@@ -93,6 +94,20 @@ def load_weights(rule: Rule, content: Mapping[str, Any], where: str = "", fix: s
         raise BpfreeError("the checkpoint's weights do not fit this network", where=f"{where}{place}", fix=fix) from error
 
 
+def keep_weights(folder: Path) -> None:
+    """Keep one checkpoint of a run that is over, with the weights that were tested and nothing that only a resumed run needs.
+
+    Args:
+        folder: of the checkpoints. Nothing changes where there is none, or where it cannot be read or written.
+    """
+    last = folder / "last.pt"
+    with suppress(BpfreeError, OSError):
+        if (folder / "selected.pt").is_file():
+            last.unlink(missing_ok=True)
+        elif last.is_file() and (content := read_checkpoint(last)).pop("training", None) is not None:
+            write_checkpoint(last, content)
+
+
 def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: str = "last") -> Path:
     """The checkpoint that a person means: a file, a run's folder, or a run's name under the output folder.
 
@@ -107,7 +122,7 @@ def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: s
     candidates = [Path(place), Path(output) / str(place)]
     for candidate in candidates:
         folder = RunFolder(candidate)
-        known = [candidate, folder.selected, folder.last] if prefer == "selected" else [candidate, folder.last]
+        known = [candidate, folder.selected, folder.last] if prefer == "selected" else [candidate, folder.last, folder.selected]
         found = next((path for path in known if path.is_file()), None)
         if found is not None:
             return found
