@@ -219,7 +219,7 @@ def retry(which: str, name: str, settings: tuple[str, ...], **options: Any) -> i
 def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | None) -> int:
     from bpfree.study import command
 
-    worklist = _worklist(name, settings, seeds, load=False)
+    worklist = _worklist(name, settings, seeds, load=False, older=True)
     _print(*command.report(worklist, ["study", "run", *_again(name, settings, seeds)], to))
     return 0
 
@@ -234,7 +234,7 @@ def status(name: str, settings: tuple[str, ...], seeds: int | None) -> int:
     from bpfree.study.status import status_table
 
     folder = Path(last_said(parse_words(settings), "output", "runs")) / "studies"
-    table, summary = status_table(lambda: _worklist(name, settings, seeds, load=False), folder, words=[name, settings, seeds])
+    table, summary = status_table(lambda: _worklist(name, settings, seeds, load=False, older=True), folder, words=[name, settings, seeds])
     print_table(["row", "column", "seed", "state", "epoch", "minutes", "validation", "cell"], table, right=[2, 4, 5, 6])
     click.echo(f"\n{summary}")
     return 0

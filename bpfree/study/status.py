@@ -13,6 +13,7 @@ from bpfree.kept import kept
 from bpfree.study.store import CellKey, CellRecord, CellStore
 
 if TYPE_CHECKING:
+    from bpfree.study.rows import Cell
     from bpfree.study.worklist import Worklist
 
 __all__ = ["epoch_of", "status_table"]
@@ -33,28 +34,40 @@ def status_table(planned: Callable[[], Worklist], folder: Path, words: Any) -> t
         words: of the command line, which say what is planned.
     """
     gpus = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
-    under = [sorted(set(os.environ.items()) - {(key, os.environ.get(key)) for key in TERMINAL}), gpus, len(os.sched_getaffinity(0))]
+    found = sorted(path.name for path in folder.glob("*/cells/*.json"))  # an older one may stand for one of the plan's
+    under = [found, sorted(set(os.environ.items()) - {(key, os.environ.get(key)) for key in TERMINAL}), gpus, len(os.sched_getaffinity(0))]
     plan: dict[str, Any] = kept(".cells", lambda: _plain(planned()), words=[os.getcwd(), words], under=under, folder=folder)
     store, later = CellStore(Path(plan["output"]), plan["study"]), plan["later"]
-    known = [(key, store.seen(key.id)) for key in (CellKey(*each) for each in plan["cells"])]
+    known = [(CellKey(*each), store.seen(each[0]) or (store.read(older) if older else None)) for *each, older in plan["cells"]]
     counts = Counter("not run" if record is None else record.status for _, record in known)
     parts = [f"{count} {each}" for each, count in counts.most_common()]
+    others = sum(record is not None and record.key.id != key.id for key, record in known)
+    parts += [f"{others} of them of other sources, which `bpfree study run` would compute again"] if others else []
     parts += [f"{later} follow when {plan['waits_for']}"] if later else []
     return [_status_of(key, record) for key, record in known], f"{len(known) + later} cells: {', '.join(parts)}"
 
 
 def _plain(worklist: Worklist) -> tuple[dict[str, Any], set[Path] | None]:
     """The cells of a study as plain values, and the files that they depend on; ``None`` where they must be planned each time."""
-    study, files, keys = worklist.plan.study, worklist.plan.fingerprints.files, [cell.key for cell in worklist.cells()]
+    study, files, keys = (
+        worklist.plan.study,
+        worklist.plan.fingerprints.files,
+        [(cell.key, _older(worklist, cell)) for cell in worklist.cells()],
+    )
     fixed = worklist.plan.rows[0].recipe.registry.keepable and not study.tune and not study.equal_budget
     found = {
         "output": str(worklist.store.output),
         "study": study.name,
-        "cells": [[key.id, key.row, key.column, key.seed, key.trial] for key in keys],
+        "cells": [[key.id, key.row, key.column, key.seed, key.trial, older] for key, older in keys],
         "later": worklist.count() - len(keys),
         "waits_for": worklist.waits_for(),
     }
     return found, {study.path, *files} if fixed and files is not None and study.path is not None else None
+
+
+def _older(worklist: Worklist, cell: Cell) -> str:
+    known = worklist.older(cell)
+    return "" if known is None else known.key.id
 
 
 def _status_of(key: CellKey, record: CellRecord | None) -> list[Any]:

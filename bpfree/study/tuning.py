@@ -25,7 +25,7 @@ from bpfree.study.store import CellRecord
 
 __all__ = ["Tuner", "check_tuning"]
 
-Known = Callable[[str], CellRecord | None]
+Known = Callable[[Cell], CellRecord | None]
 
 UNFAIR = {
     "budget": "a row would have more training than another",
@@ -46,7 +46,7 @@ class Tuner:
         row: whose trials, or its twin.
         tune: how.
         fingerprints: of the data.
-        known: the record of a cell, by its hash.
+        known: the record of a cell.
     """
 
     def __init__(self, row: TableRow, tune: Tune, fingerprints: Fingerprints, known: Known) -> None:
@@ -108,11 +108,11 @@ class Tuner:
         return [Leaf(key, value, "tuning", shared=True) for key, value in settings.items()]
 
     def _ended(self, cells: Sequence[Cell]) -> bool:
-        found = [self._known(cell.key.id) for cell in cells]
+        found = [self._known(cell) for cell in cells]
         return all(record is not None and record.is_final for record in found)
 
     def _trial(self, settings: Mapping[str, Any], cells: Sequence[Cell]) -> Trial:
-        found = [self._known(cell.key.id) for cell in cells]
+        found = [self._known(cell) for cell in cells]
         if not self._ended(cells):
             return Trial(settings, values=self._values(settings))
         records = [record for record in found if record is not None]

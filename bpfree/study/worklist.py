@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from bpfree.errors import UsageError, nearest
 from bpfree.leaves import Leaf
 from bpfree.study.cells import Plan, cell_of, recipe_with
+from bpfree.study.older import OlderCells
 from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellRecord, CellStore
 from bpfree.study.tuning import Tuner, check_tuning
@@ -23,6 +24,7 @@ class Worklist:
         plan: the study, resolved.
         rows, columns: only these are run; ``None``: all.
         retry: statuses that are run again.
+        older: whether finished cells of other sources or versions stand for those that are missing: for reports alone.
 
     Attributes:
         store: where cells are noted; it is read again at each question.
@@ -38,6 +40,7 @@ class Worklist:
         rows: Sequence[str] | None = None,
         columns: Sequence[str] | None = None,
         retry: Iterable[str] = (),
+        older: bool = False,
     ) -> None:
         study = plan.study
         _check_labels(rows, [row.label for row in study.rows], "rows")
@@ -56,21 +59,29 @@ class Worklist:
         }
         self._twins: dict[tuple[TableRow, str], Cell] = {}
         self._done: dict[str, CellRecord] = {}
+        self._older = OlderCells(self.store) if older else None
         self._tried: set[str] = set()
 
-    def _known(self, cell: str) -> CellRecord | None:
+    def _known(self, cell: Cell) -> CellRecord | None:
         """The record of a cell; a finished one is read once."""
-        if cell in self._done:
-            return self._done[cell]
-        record = self.store.read(cell)
+        if cell.key.id in self._done:
+            return self._done[cell.key.id]
+        record = self.store.read(cell.key.id) or self.older(cell)
         if record is not None and record.status == "finished":
-            self._done[cell] = record
+            self._done[cell.key.id] = record
         return record
 
-    def _settled(self, cell: str) -> CellRecord | None:
+    def older(self, cell: Cell) -> CellRecord | None:
+        """Find the record that stands for a missing one, of other sources or another version."""
+        return None if self._older is None else self._older.find(cell)
+
+    def _shown(self, cells: Iterable[Cell]) -> list[CellRecord | None]:
+        return [self.store.seen(cell.key.id) or self.older(cell) for cell in cells]
+
+    def _settled(self, cell: Cell) -> CellRecord | None:
         """The record of a cell for tuning, which waits for a trial that is run again."""
         record = self._known(cell)
-        again = record is not None and record.status in self.retry and cell not in self._tried
+        again = record is not None and record.status in self.retry and cell.key.id not in self._tried
         return None if again else record
 
     def _tuners_of(self, row: TableRow) -> list[Tuner]:
@@ -104,7 +115,7 @@ class Worklist:
 
     def _operations(self, cell: Cell) -> float:
         """What the training of a finished cell took; 0 where there is no result, or nothing was measured."""
-        record = self._known(cell.key.id)
+        record = self._known(cell)
         return record.result.get("train/operations", 0.0) if record is not None and record.status == "finished" else 0.0
 
     # --- questions --------------------------------------------------------------------------------------------------
@@ -137,7 +148,7 @@ class Worklist:
 
     def to_do(self, cell: Cell) -> bool:
         """Whether a cell is to be run."""
-        record = self._known(cell.key.id)
+        record = self._known(cell)
         return cell.key.id not in self._tried and (record is None or not record.is_final or record.status in self.retry)
 
     def ready(self) -> list[Cell]:
@@ -164,7 +175,7 @@ class Worklist:
 
     def finished(self, cells: Iterable[Cell]) -> bool:
         """Whether all of these are finished."""
-        return all((known := self._known(cell.key.id)) is not None and known.status == "finished" for cell in cells)
+        return all((known := self._known(cell)) is not None and known.status == "finished" for cell in cells)
 
     def complete(self) -> bool:
         """Whether every cell that was chosen is finished; of trials it is enough that they have ended."""
@@ -179,13 +190,14 @@ class Worklist:
     def _filled(self, row: TableRow) -> TableRow:
         tuned = self._tuners[row].tuned() if row in self._tuners else None
         cells, twins = self._final(row) or row.cells, self._twins_of(row)
-        records = [self.store.seen(cell.key.id) if tuned is None or tuned.complete else None for cell in cells]
-        twin = row.twin and dataclasses.replace(row.twin, cells=twins, records=[self.store.seen(cell.key.id) for cell in twins])
+        records = self._shown(cells) if tuned is None or tuned.complete else [None] * len(cells)
+        twin = row.twin and dataclasses.replace(row.twin, cells=twins, records=self._shown(twins))
         return dataclasses.replace(row, cells=cells, records=records, tuned=tuned, twin=twin)
 
     def hidden(self) -> int:
         """Finished cells that lie here and are none of these."""
-        return self.store.others({cell.key.id for cell in [*self.all_cells(), *self.plan.cells]})
+        cells = [*self.all_cells(), *self.plan.cells]
+        return self.store.others({known.key.id for cell in cells if (known := self._known(cell))} | {cell.key.id for cell in cells})
 
 
 def _check_twins(rows: Sequence[TableRow]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from bpfree.study.cells import Plan
 from bpfree.study.controls import compare, comparisons
+from bpfree.study.older import older_cells
 from bpfree.study.report.view import WAITED, View, compact, untimed
 from bpfree.study.rows import TableRow, listed, percent, unused
 from bpfree.study.store import CellRecord
@@ -146,6 +147,9 @@ def remarks(plan: Plan, rows: Sequence[TableRow], *, hidden: int = 0) -> Iterato
     finished, cells = sum(len(row.finished) for row in rows), sum(len(row.cells) for row in rows)
     if finished < cells:
         yield f"{finished} of {cells} cells are finished."
+    for version, count in older_cells(rows).items():
+        again = "`bpfree study run` would compute them again"
+        yield f"{_count(count, 'cell')} measured by bpfree {version} from other sources than those installed here; {again}."
     yield from unused(rows)
     yield from _selection(rows)
     if plan.study.publishes("train"):
