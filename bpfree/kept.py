@@ -14,7 +14,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpfree"
 
 
-def _entries() -> list[importlib.metadata.EntryPoint]:
+def _entries() -> Sequence[importlib.metadata.EntryPoint]:
+    return _entries_in(tuple((path, *_seen(path)[1:]) for path in sys.path))
+
+
+@lru_cache(maxsize=1)
+def _entries_in(state: object) -> Sequence[importlib.metadata.EntryPoint]:
+    """Look once, as long as nothing is installed or removed."""
     return sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
 
 

@@ -92,7 +92,7 @@ def test_a_study_is_reported_with_a_remark_and_run_again(
 
 def test_a_folder_is_told_by_what_it_lacks(old: Path) -> None:
     assert is_of_version_1(old / "unfinished")
-    with pytest.raises(bpfree.UsageError, match="a run of bpfree 0.1 cannot be resumed by this version"):
+    with pytest.raises(bpfree.UsageError, match=r"a run of bpfree 0\.1 cannot be resumed by this version"):
         refuse_version_1(old / "unfinished", "resumed")
     (old / "unfinished" / "events.jsonl").touch()
     assert not is_of_version_1(old / "unfinished")
