@@ -22,7 +22,7 @@ from bpfree.kept import cache_folder
 from bpfree.plugins import Plugins
 from bpfree.recipe import Recipe
 
-__all__ = ["CONTRACT", "EXAMINER", "REST", "all_roots", "certificate_hashes", "core_parts", "floor_hash", "source_hashes"]
+__all__ = ["CONTRACT", "EXAMINER", "REST", "certificate_hashes", "core_parts", "floor_hash", "source_hashes"]
 
 SUFFIXES = {".py", ".pyx", ".c", ".cpp", ".cu", ".cuh", ".h", ".so"}
 SHOWING = (
@@ -130,12 +130,6 @@ def core_parts(core: Path) -> dict[str, str]:
         EXAMINER: hash_of(core, NOT_EXAMINED, OF_EXAMINER),
         REST: hash_of(core, (*NOT_EXAMINED, *OF_CONTRACT, *OF_EXAMINER)),
     }
-
-
-def all_roots(registry: Plugins) -> list[Path]:
-    """Folders (or files) of the core's package and of all plugins'."""
-    roots = {_root("bpfree"), *(_root_of_plugin(registry, name) for name, record in registry.records.items() if record.status == "ok")}
-    return sorted(root for root in roots if root is not None)
 
 
 def _hashes(registry: Plugins, rule: str, named: Iterable[tuple[str, str]], skipped: tuple[str, ...]) -> dict[str, str]:

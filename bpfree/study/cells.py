@@ -11,9 +11,7 @@ the rule and the repetition (the setting ``stream``, which a study sets to the r
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -29,7 +27,7 @@ from bpfree.plugins import Plugins
 from bpfree.recipe import CHANGEABLE, Recipe
 from bpfree.rule import Rule
 from bpfree.sources import source_hashes
-from bpfree.study.fingerprints import Fingerprints, KnownData
+from bpfree.study.fingerprints import Fingerprints, KnownData, digest
 from bpfree.study.model import Column, Row, Study
 from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellKey
@@ -259,8 +257,9 @@ def cell_of(row: TableRow, seed: int, fingerprints: Fingerprints, more: Sequence
     recipe = dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, seed=seed))
     data = fingerprints.of(recipe)
     identity = _identity(recipe, data)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    key = CellKey(digest, row.written.label, row.column, seed, trial, identity, [*leaves, Leaf("seed", seed, "seeds of the study")])
+    key = CellKey(
+        digest(identity), row.written.label, row.column, seed, trial, identity, [*leaves, Leaf("seed", seed, "seeds of the study")]
+    )
     words = [*(word(leaf.key, leaf.value) for leaf in leaves if _is_told(leaf, recipe)), f"seed={seed}"]
     return Cell(key, recipe, words, None if data is None else data.examples)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bpfree.errors import UsageError
@@ -13,6 +11,7 @@ from bpfree.leaves import Leaf, canonical, parse_words
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.rule import Rule
 from bpfree.study.cells import is_scientific
+from bpfree.study.fingerprints import digest
 from bpfree.study.model import Column, Row, Study
 
 __all__ = ["comparison"]
@@ -52,7 +51,7 @@ def comparison(
     networks = {leaf.key: leaf.value for leaf in common if leaf.key not in shared}
     return Study(
         # what says only where and how has no part in it, so that the same comparison finds its cells again
-        name=f"compare-{_digest(rows, {key: value for key, value in shared.items() if is_scientific(key)}, networks)}",
+        name=f"compare-{digest([rows, {key: value for key, value in shared.items() if is_scientific(key)}, networks])[:8]}",
         title=f"{', '.join(asked)} on {shared.get('task', shared.get('task.name', 'digits'))}",
         paper="",
         notes="",
@@ -99,7 +98,3 @@ def _twin(label: str, settings: Mapping[str, Any], registry: Plugins) -> tuple[s
     if not own and len(settings) == 1:
         return "frozen", {"rule": "frozen"}
     return f"{label} (twin)", {**settings, "twin": True}
-
-
-def _digest(*parts: Iterable[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]

@@ -19,7 +19,7 @@ from bpfree.files import write_text
 from bpfree.recipe import Recipe
 from bpfree.tasks.task import Task
 
-__all__ = ["Fingerprints", "KnownData"]
+__all__ = ["Fingerprints", "KnownData", "digest"]
 
 NAME = "data.json"
 
@@ -60,7 +60,7 @@ class Fingerprints:
         files = None if source.files is None else list(source.files(recipe.options["task"], recipe.root()))
         self.files = None if files is None or self.files is None else self.files.union(files)
         state = None if files is None else [_state(path) for path in files]
-        key = _hash([recipe.names["task"], options, str(recipe.root()), state])
+        key = digest([recipe.names["task"], options, str(recipe.root()), state])
         if key not in self._known:
             self._known[key] = self._find(recipe, source, key, there=state is not None and all(part[1] is not None for part in state))
         return self._known[key]
@@ -80,7 +80,7 @@ class Fingerprints:
         found = KnownData(task.fingerprint(), len(task.train))
         if source.files is not None:
             files = [_state(path) for path in source.files(recipe.options["task"], recipe.root())]  # a download has changed them
-            key = _hash([recipe.names["task"], dataclasses.asdict(recipe.options["task"]), str(recipe.root()), files])
+            key = digest([recipe.names["task"], dataclasses.asdict(recipe.options["task"]), str(recipe.root()), files])
         self._keep(key, found)
         return found
 
@@ -106,5 +106,6 @@ def _state(path: Path) -> tuple[str, int | None, int | None]:
     return str(path), found.st_size, found.st_mtime_ns
 
 
-def _hash(content: Any) -> str:
+def digest(content: Any) -> str:
+    """Hash plain values, 16 hex digits."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -23,6 +23,7 @@ from bpfree.recipe import Recipe
 from bpfree.rule import Rule
 from bpfree.sources import floor_hash
 from bpfree.study.cells import Plan
+from bpfree.study.fingerprints import digest
 from bpfree.study.rows import Cell, TableRow
 from bpfree.study.worker import TaskCache, reason_of
 from bpfree.tasks.task import TaskSpec
@@ -134,7 +135,7 @@ class Floors:
             **{name: cell.key.identity[name] for name in ("data", "torch", "device", "threads")},
             "sources": floor_hash(cell.recipe),
         }
-        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return digest(identity)
 
     def read(self, name: str) -> FloorRecord | None:
         """Return a record; ``None`` for nothing, or a file that cannot be read."""
