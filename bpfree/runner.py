@@ -15,6 +15,7 @@ from bpfree.code_lines import class_lines
 from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf
+from bpfree.legacy import refuse_version_1
 from bpfree.recipe import CHANGEABLE, Recipe, changed
 from bpfree.record.folder import RunFolder, read_run
 from bpfree.record.recorder import Recorder
@@ -129,20 +130,20 @@ def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Ru
         BpfreeError: no such run, or one that does not fit the changes.
     """
     path = find_checkpoint(place, output=output)
+    refuse_version_1(path.parent.parent, "resumed")
     saved = read_checkpoint(path)
     recipe = recipe_of(saved["config"], changes, where=str(path))
     refuse_changes(changed(recipe_of(saved["config"], where=str(path)), recipe))
     folder, about = path.parent.parent, (saved.get("training") or {}).get("run")
     before = known_run(folder)
-    ended = before if before and before.status == "finished" and not changes else None
-    if about is None and ended is None:
-        fix = "use last.pt; or start a new run: of a study's finished cells the weights alone are kept"
-        raise BpfreeError("the checkpoint holds weights only: a run cannot be resumed from it", where=str(path), fix=fix)
     if path.parent != RunFolder(folder).checkpoints or (before and about and about["id"] not in ids_of(folder)):
         raise UsageError("the checkpoint lies outside its run's folder", where=str(path), fix="resume the run by its folder or name")
-    if ended:
+    if before and before.status == "finished" and not changes:
         complete(folder)
-        return ended
+        return before
+    if about is None:
+        fix = "use last.pt; or start a new run: of a study's finished cells the weights alone are kept"
+        raise BpfreeError("the checkpoint holds weights only: a run cannot be resumed from it", where=str(path), fix=fix)
     own = RunFolder(folder).name_copy() or (before.id if before else about["id"])
     record = Run(own, about["name"], folder=folder, tags=before.tags if before else {}, history=before.history if before else [])
     count = {"test_evaluations": str(tests_before(before) + recipe.settings.evaluation.test)}

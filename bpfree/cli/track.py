@@ -23,12 +23,15 @@ def send(run: str, settings: tuple[str, ...]) -> int:
     from bpfree.config import resolve
     from bpfree.errors import BpfreeError, UsageError
     from bpfree.leaves import Leaf, last_said, parse_words, read_yaml
+    from bpfree.legacy import refuse_version_1
     from bpfree.record.folder import RunFolder
     from bpfree.tracking.mlflow_tracker import send as send_run
     from bpfree.tracking.mlflow_tracker import settled
 
     leaves = parse_words(settings)
     output = last_said(leaves, "output", "runs")
+    for path in (Path(run), Path(output) / run):
+        refuse_version_1(path, "sent")
     folder = next((place for place in (RunFolder(run), RunFolder(Path(output) / run)) if place.log.size), None)
     if folder is None:
         raise UsageError("no such run", where=run, fix=f"give a run's folder, or the name of a run in {output}/")
