@@ -142,7 +142,9 @@ def _leaves(study: Study, row: Row, column: Column, overrides: Sequence[Leaf]) -
     merged: dict[str, Leaf] = {}
     for settings, origin in layers:
         own = origin.startswith("row ")
-        replace_in(merged, [Leaf(key, value, origin, not own or key in row.shared) for key, value in settings.items()])
+        # a comparison is made of words; a study file may be somebody else's
+        word = study.path is None
+        replace_in(merged, [Leaf(key, value, origin, not own or key in row.shared, word) for key, value in settings.items()])
     replace_in(merged, [dataclasses.replace(leaf, shared=True) for leaf in overrides])
     if "stream" not in merged:
         named = merged.get("rule.name", Leaf("rule", "", ""))  # without a rule a row is refused
