@@ -51,7 +51,9 @@ def test_a_configuration_file_may_not(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError) as caught:
         resolve(read_yaml(path))
     message = str(caught.value)
-    assert f"{path}, line 2" in message and "write the value itself" in message and text.split(":")[0] in message
+    assert f"{path}, line 2" in message
+    assert "write the value itself" in message
+    assert text.split(":")[0] in message
     assert SECRET not in message
 
 
@@ -75,7 +77,8 @@ def test_a_study_file_may_not(tmp_path: Path, part: str) -> None:
     with pytest.raises(UsageError) as caught:
         cells.plan(read_study(path))
     message = str(caught.value)
-    assert str(path) in message and "write the value itself" in message
+    assert str(path) in message
+    assert "write the value itself" in message
     assert "stream" in message or "threads" in message
     assert SECRET not in message
 
