@@ -28,6 +28,7 @@ from bpfree.errors import UsageError
 from bpfree.leaves import Leaf, canonical, said
 from bpfree.plugins import Plugins
 from bpfree.recipe import Recipe
+from bpfree.redaction import redacted
 from bpfree.rule import Rule
 from bpfree.sources import source_hashes
 from bpfree.study.fingerprints import Fingerprints, KnownData
@@ -262,7 +263,9 @@ def cell_of(row: TableRow, seed: int, fingerprints: Fingerprints, more: Sequence
     data = fingerprints.of(recipe)
     identity = _identity(recipe, data)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    key = CellKey(digest, row.written.label, row.column, seed, trial, identity, [*leaves, Leaf("seed", seed, "seeds of the study")])
+    key = CellKey(
+        digest, row.written.label, row.column, seed, trial, redacted(identity), [*leaves, Leaf("seed", seed, "seeds of the study")]
+    )
     words = [*(word(leaf.key, leaf.value) for leaf in leaves if _is_told(leaf, recipe)), f"seed={seed}"]
     return Cell(key, recipe, words, None if data is None else data.examples)
 
@@ -285,8 +288,8 @@ def recipe_with(row: TableRow, more: Sequence[Leaf]) -> tuple[Recipe, list[Leaf]
 
 
 def word(key: str, value: Any) -> str:
-    """A setting as the command line takes it."""
-    return f"{key}={text_of(value)}"
+    """A setting as the command line takes it, to be shown: addresses are redacted."""
+    return f"{key}={text_of(redacted({key: value})[key])}"
 
 
 def _identity(recipe: Recipe, data: KnownData | None) -> dict[str, Any]:
@@ -333,7 +336,7 @@ def _changes(study: Study, overrides: Sequence[Leaf], now: Sequence[TableRow], r
 
 
 def _distinct(values: Iterable[Any]) -> Iterator[Any]:
-    return iter(dict.fromkeys(map(text_of, values)))
+    return iter(dict.fromkeys(text_of(redacted(value)) for value in values))
 
 
 def _listed(values: Iterable[Any]) -> str:
