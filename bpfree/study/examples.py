@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bpfree.files import inside
 from bpfree.study.differences import Paired
 from bpfree.study.rows import TableRow, percent
 from bpfree.study.store import CellRecord
@@ -77,7 +78,8 @@ def in_unit(value: float, metric: str) -> float:
 
 
 def _examples(record: CellRecord, metric: str, runs: Path, which: str) -> Examples | None:
-    kept = read_predictions(runs / record.run) if record.run else None
+    file = inside(runs, f"{record.run}/{FILE}") if record.run else None
+    kept = None if file is None else read_predictions(file)
     if kept is None:
         return None
     values = kept.protocols.get(which) if which else kept.correct if percent(metric) else kept.loss
