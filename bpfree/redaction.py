@@ -87,10 +87,14 @@ class _Redacting(logging.Filter):
 
 
 REDACTING = _Redacting()
+LOGGERS = ("bpfree", "mlflow", "sqlalchemy", "urllib3")
 
 
 def redact_logs(others: Iterable[logging.Filterer] = ()) -> None:
-    """Redact what this package's loggers say, and other loggers or handlers; to call it again does nothing."""
-    ours = [logging.getLogger(name) for name in ("bpfree", *logging.root.manager.loggerDict) if name.split(".")[0] == "bpfree"]
-    for one in (*ours, *others):
+    """Redact what the loggers of this package say, those of libraries that take addresses, and others or handlers.
+
+    A library's loggers are there when it is imported; to call this again does no harm.
+    """
+    known = [name for name in ("bpfree", *logging.root.manager.loggerDict) if name.split(".")[0] in LOGGERS]
+    for one in (*map(logging.getLogger, known), *others):
         one.addFilter(REDACTING)

@@ -91,6 +91,8 @@ def cli(debug: bool, disable: tuple[str, ...]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong request, 130 or 143 interrupted and resumable."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # the process is the command's own: Python in others that it starts imports nothing from the current folder
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     debug = "--debug" in words
     # accepted anywhere
     words = [word for word in words if word != "--debug"]

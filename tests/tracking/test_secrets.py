@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from bpfree.config import parse_words, recipe_of, resolve
 from bpfree.recipe import changed
 from bpfree.study import cells
 from bpfree.study.command import Jobs
+from bpfree.study.comparing import comparison
 from bpfree.study.file import read_study
 from bpfree.study.worker import Worker
 from bpfree.study.worklist import Worklist
 from bpfree.tracking.config import TrackingConfig
+from bpfree.tracking.store import prepare_mlflow
 from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.trainer import Interrupted
 
@@ -164,3 +167,24 @@ def test_other_addresses(workplace: Path) -> None:
     again = recipe_of(written, parse_words([f"task.path={URI}"]), spec=resolve([]).spec(), where="a checkpoint")
     assert again.options["task"].path == URI
     assert changed(read, again) == []
+
+
+def test_rows_of_a_comparison_are_labelled_without_it() -> None:
+    study = comparison([f"dfa,tracking.uri={URI}"], [], seeds=1, references=False)
+    assert [row.label for row in study.rows] == [f"dfa,tracking.uri={SHOWN}"]
+    assert study.rows[0].settings["tracking.uri"] == URI
+    with pytest.raises(UsageError, match="not shown"):
+        comparison([f"dfa,tracking.uri={URI}", f"dfa,tracking.uri={URI}&x=1"], [], seeds=1)
+
+
+def test_loggers_of_libraries(caplog: pytest.LogCaptureFixture) -> None:
+    prepare_mlflow(1.0)
+    logger = logging.getLogger("mlflow.store.db.utils")
+    with caplog.at_level("ERROR"):
+        logger.handlers, handlers = [*logger.handlers, caplog.handler], logger.handlers
+        try:
+            logger.error("no engine for %s", URI)
+        finally:
+            logger.handlers = handlers
+    assert f"no engine for {SHOWN}" in caplog.text
+    assert SECRET not in caplog.text
