@@ -70,6 +70,10 @@ def test_a_run_is_recorded_without_it_and_resumed_with_it(
         assert f"tracking.uri={SHOWN}" in said
         assert "MLFLOW_TRACKING_URI" in said
     assert [path.name for path in Path("runs").iterdir()] == [run.name]  # nothing was begun
+    assert call("track", "send", str(run)) == 2
+    assert f"tracking.uri={SHOWN}" in capsys.readouterr().err
+    assert call("track", "send", str(run), f"tracking.uri={URI}", "tracking.flush_timeout=0") == 1  # the store is away
+    assert SHOWN in capsys.readouterr().err + caplog.text
     assert call("train", "--resume", str(run), "budget.epochs=2", f"tracking.uri={URI}") == 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", URI)
     with caplog.at_level("INFO", logger="bpfree"):
