@@ -31,10 +31,10 @@ def redact(text: str) -> str:
 def _part(part: str) -> str:
     """A part of a text between blanks, redacted."""
     before, scheme, address = part.partition("://")
-    if not scheme:
-        part = USER.sub(f"{HIDDEN}@", part)
-        query = QUERY.search(part)
-        return part if query is None else _cut(part, query.start())
+    before = USER.sub(f"{HIDDEN}@", before)
+    query = QUERY.search(before)
+    if query is not None:
+        return _cut(f"{before}{scheme}{address}", query.start())
     if "@" in address and not address.startswith("/"):
         address = f"{HIDDEN}@{address.rpartition('@')[2]}"  # the last one: a password may hold it, as it may hold a slash
     value = address.rfind("=")
@@ -78,11 +78,15 @@ class _Redacting(logging.Filter):
     """Redacts messages and tracebacks."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
+        try:
+            message = record.getMessage()
+        except Exception:  # arguments that do not fit, of which the handler will complain
+            return True
         if redact(message) != message:
             record.msg, record.args = redact(message), ()
-        if record.exc_info and not record.exc_text:
-            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info and not record.exc_text else ""
+        if redact(trace) != trace:
+            record.exc_text = redact(trace)
         return True
 
 

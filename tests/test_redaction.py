@@ -25,6 +25,7 @@ ADDRESSES = {
     "http://host/path;key=TOKEN": "http://host/path;***",
     "sqlite:///mlflow.db?password=hunter2": "sqlite:///mlflow.db?***",
     "HTTP://somebody:hunter2@host": "HTTP://***@host",
+    "/api?password=hunter2&next=http://host": "/api?***",
     "somebody:p@ss@host": "***@host",
     "somebody:hunter2@host:5000": "***@host:5000",
 }
@@ -106,6 +107,7 @@ def test_logged_messages_and_tracebacks(caplog: pytest.LogCaptureFixture) -> Non
     except OSError:
         logger.warning("at %s: %s", "http://TOKEN@h", "100 % away", exc_info=True)
     logger.warning("%d %%", 5)
+    logging.Logger.filter(logger, logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))
     assert "hunter2" not in caplog.text
     assert "TOKEN" not in caplog.text
     assert "at http://***@h: 100 % away" in caplog.text

@@ -19,6 +19,7 @@ import pytest
 import torch
 from study_kit import call, mlflow_runs, outcomes, plugin_on_path, untimed
 
+from bpfree import ray_cluster
 from bpfree.ray_cluster import connect, import_ray
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
@@ -156,6 +157,15 @@ def test_results_come_back_from_machines_that_do_not_share_the_folder(site: Path
     assert {outcome["status"] for outcome in outcomes()} == {"finished"}
     assert all(outcome["history"] for outcome in outcomes())
     assert worklist.complete()
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "own"), [(None, "", True), ("local", "", True), (None, "local", True), ("auto", "", False)]
+)
+def test_which_clusters_are_its_own(address: str | None, variable: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert ray_cluster._is_own(address) is own
+    assert not ray_cluster._is_own("127.0.0.1:6379")
 
 
 def surroundings() -> tuple[list[str], dict[str, str], str]:
