@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpfree.files import inside
+from bpfree.record.folder import RunFolder
 from bpfree.study.differences import Paired
 from bpfree.study.rows import TableRow, percent
 from bpfree.study.store import CellRecord
@@ -78,7 +79,7 @@ def in_unit(value: float, metric: str) -> float:
 
 
 def _examples(record: CellRecord, metric: str, runs: Path, which: str) -> Examples | None:
-    file = inside(runs, f"{record.run}/{FILE}") if record.run else None
+    file = inside(runs, str(RunFolder(record.run).predictions)) if record.run else None
     kept = None if file is None else read_predictions(file)
     if kept is None:
         return None

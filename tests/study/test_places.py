@@ -10,7 +10,7 @@ import pytest
 from bpfree.files import write_text
 from bpfree.study.examples import _examples
 from bpfree.study.store import CellKey, CellRecord, CellStore
-from bpfree.training.predictions import FILE, Predictions, write_predictions
+from bpfree.training.predictions import Predictions, write_predictions
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def runs(tmp_path: Path) -> Path:
     """A folder of runs with one run, another run beside it, and a link to that one."""
     for folder in (tmp_path / "runs" / "mine", tmp_path / "theirs"):
         folder.mkdir(parents=True)
-        write_predictions(folder / FILE, Predictions(np.zeros(4, np.uint8), np.ones(4, np.uint8)))
+        write_predictions(folder / "predictions.npz", Predictions(np.zeros(4, np.uint8), np.ones(4, np.uint8)))
     (tmp_path / "runs" / "link").symlink_to(tmp_path / "theirs")
     return tmp_path / "runs"
 
@@ -37,6 +37,6 @@ def test_only_runs_in_the_folder_of_runs_are_read(runs: Path) -> None:
     assert read(runs, "mine") == (runs / "mine", True)
     for run in ("../theirs", str(runs.parent / "theirs"), "mine/../../theirs", "link"):
         assert read(runs, run) == (None, False), run
-    (runs / "mine" / FILE).unlink()
-    (runs / "mine" / FILE).symlink_to(runs.parent / "theirs" / FILE)
+    (runs / "mine" / "predictions.npz").unlink()
+    (runs / "mine" / "predictions.npz").symlink_to(runs.parent / "theirs" / "predictions.npz")
     assert read(runs, "mine") == (runs / "mine", False)

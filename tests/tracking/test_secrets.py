@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from bpfree import UsageError, hookimpl, load
 from bpfree.cli.main import main
 from bpfree.config import parse_words, recipe_of, resolve
 from bpfree.recipe import changed
+from bpfree.record.folder import read_run
 from bpfree.study import cells
 from bpfree.study.command import Jobs
 from bpfree.study.comparing import comparison
@@ -59,7 +59,7 @@ def test_a_run_is_recorded_without_it_and_resumed_with_it(
     (run,) = Path("runs").iterdir()
     assert not files_with(SECRET, workplace)
     checkpoint = run / "checkpoints" / "last.pt"
-    assert json.loads((run / "run.json").read_text())["config"]["tracking.uri"] == SHOWN
+    assert read_run(run).config["tracking.uri"] == SHOWN
     assert read_checkpoint(checkpoint)["config"]["tracking"]["uri"] == SHOWN
     assert load(run).rule is not None  # nothing is tracked
 
@@ -79,7 +79,7 @@ def test_a_run_is_recorded_without_it_and_resumed_with_it(
     with caplog.at_level("INFO", logger="bpfree"):
         assert call("train", "--resume", str(run), "budget.epochs=3") == 0
     assert f"tracking to {SHOWN}, from MLFLOW_TRACKING_URI" in caplog.text
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len(read_run(run).history) == 3
     assert not files_with(SECRET, workplace)
     assert SECRET not in caplog.text + "".join(capsys.readouterr())
 
