@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from bpfree.redaction import redact
+
 __all__ = ["BpfreeError", "UsageError", "nearest", "unknown_name"]
 
 
 class BpfreeError(Exception):
-    """A failure with a place and a remedy.
+    """A failure with a place and a remedy, of which addresses are shown without passwords.
 
     Args:
         what: one sentence on what is wrong.
@@ -28,9 +30,9 @@ class BpfreeError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str = "", fix: str = "", problems: Iterable[str] = ()) -> None:
-        self.what, self.where, self.fix = what, where, fix
+        what, where, fix = self.what, self.where, self.fix = redact(what), redact(where), redact(fix)
         more = "; ".join(part for part in (where, fix) if part)
-        self.problems = list(problems) or [f"{what} ({more})" if more else what]
+        self.problems = [redact(problem) for problem in problems] or [f"{what} ({more})" if more else what]
         lines = [what]
         if where:
             lines.append(f"  where: {where}")

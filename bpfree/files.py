@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole: readers see the old or the new one, never a part."""
+"""Files that are replaced as a whole: readers see the old or the new one, never a part; and places that a record may name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["replacing", "write_text"]
+__all__ = ["inside", "replacing", "write_text"]
 
 
 @contextmanager
@@ -43,3 +43,21 @@ def write_text(path: Path, text: str) -> None:
     """Write or replace a text file, in UTF-8."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """Find a file or folder that a record names; ``None`` where it would lie outside, so that nothing of it is to be opened.
+
+    A record may be somebody else's, and name anything: an absolute path, one with ``..``, a symbolic link that leads out.
+
+    Args:
+        folder: that the record belongs to.
+        name: relative to it; what it names need not exist.
+    """
+    try:
+        place = Path(name)
+        if not place.parts or place.is_absolute() or ".." in place.parts:
+            return None
+        return folder / place if (folder / place).resolve().is_relative_to(folder.resolve()) else None
+    except (OSError, RuntimeError, TypeError, ValueError):  # a circle of links, no text, or text that is no path
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,14 @@ from bpfree import yaml_values
 from bpfree.errors import UsageError
 from bpfree.typed import Misfit, typed
 
-__all__ = ["NAMED", "Leaf", "canonical", "last_said", "leaves_of", "once", "parse_words", "read_yaml", "said"]
+__all__ = ["NAMED", "REFERENCE", "Leaf", "canonical", "last_said", "leaves_of", "once", "parse_words", "read_yaml", "refers", "said"]
 
 FORMER = {"frozen_twin": "twin"}
 """Keys by their former names, which saved configurations may have."""
 NAMED = ("rule", "network", "task", "optimizer", "schedule")
 """Sections that may be given by their name alone."""
+REFERENCE = "${...} stands for another value in words of the command line alone: write the value itself"
+"""What is wrong with a value in a file, which may be somebody else's: ``${oc.env:NAME}`` would read this user's environment."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,21 @@ class Leaf:
         value: a plain one, or a :class:`~bpfree.yaml_values.Scalar`, which keeps its text until the key's type is known.
         origin: for messages.
         shared: whether it is meant for several rows of a study; one that this row has no use for is listed, not refused.
+        word: whether it is a word of the command line, in which alone ``${...}`` stands for another value.
     """
 
     key: str
     value: Any
     origin: str
     shared: bool = False
+    word: bool = False
+
+
+def refers(value: Any) -> bool:
+    """Whether a value, or a part of it, stands for another one."""
+    if isinstance(value, (list, tuple, Mapping)):
+        return any(map(refers, [*value, *value.values()] if isinstance(value, Mapping) else value))
+    return isinstance(value, str) and "${" in value
 
 
 def canonical(key: str, value: Any) -> str:
@@ -133,7 +145,7 @@ def parse_words(words: Iterable[str]) -> list[Leaf]:
             raise UsageError(f"{word}: {'; '.join(repeated)}", where="command line", fix="keep one of them")
         if not isinstance(value, (list, dict)) and text[:1] not in ("'", '"') and yaml_values.text_of(value) != text:
             value = yaml_values.Scalar(text, yaml_values.plain(value))  # a comment or blanks are part of a text
-        leaves.extend(once(leaves_of({key: value}, "", "command line")))
+        leaves.extend(dataclasses.replace(leaf, word=True) for leaf in once(leaves_of({key: value}, "", "command line")))
     return leaves
 
 

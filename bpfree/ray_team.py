@@ -17,7 +17,7 @@ from bpfree import interrupts
 from bpfree.config import resolve
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf, last_said
-from bpfree.ray_cluster import connect, import_ray, room
+from bpfree.ray_cluster import SECRETS, connect, import_ray, room
 from bpfree.run import Run, new_run_id
 from bpfree.training.environment import resolve_device
 
@@ -102,7 +102,7 @@ def train(leaves: Sequence[Leaf], *, size: int, address: str | None = None, resu
     else:
         threads, device = last_said(leaves, "threads", None, int | None) or 1, last_said(leaves, "device", "auto")
     gpus = float(resolve_device(device).type == "cuda")
-    ray = import_ray()
+    ray = import_ray(address)
     own = connect(ray, address, processors=size * threads)
     members: list[Any] = []
     try:
@@ -139,6 +139,7 @@ def _together(ray: Any, members: Sequence[Any], order: Order) -> Run:
             "WORLD_SIZE": str(len(members)),
             "LOCAL_RANK": "0",
             "LOCAL_WORLD_SIZE": "1",
+            **{name: os.environ[name] for name in SECRETS if name in os.environ},
         }
         tasks = [member.train.remote(order, {**meeting, "RANK": str(rank)}) for rank, member in enumerate(members)]
         with _forwarded(ray, standings):

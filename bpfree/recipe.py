@@ -11,9 +11,11 @@ from typing import Any, Literal
 import torch
 
 from bpfree import yaml_values
+from bpfree.errors import UsageError
 from bpfree.leaves import leaves_of
 from bpfree.options import option
 from bpfree.plugins import Plugins
+from bpfree.redaction import is_redacted, redacted
 from bpfree.rule import Rule
 from bpfree.seeds import derive_in, seeded
 from bpfree.tasks.task import Task, TaskSpec
@@ -92,18 +94,22 @@ class Recipe:
     unused: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole as nested plain values; ``resolve`` of it gives the same recipe."""
+        """The whole as nested plain values; ``resolve`` of it gives the same recipe. Its addresses are whole: not to be shown."""
         chosen = {kind: {"name": self.names[kind], **dataclasses.asdict(self.options[kind])} for kind in CHOSEN}
         chosen["task"] |= dataclasses.asdict(self.task)
         return {**chosen, **dataclasses.asdict(self.settings)}
 
     def flat(self) -> dict[str, Any]:
-        """``{"rule.name": ..., "seed": ...}``."""
-        return {leaf.key: leaf.value for leaf in leaves_of(self.to_dict(), "", "")}
+        """``{"rule.name": ..., "seed": ...}``; addresses are whole."""
+        return _flat(self.to_dict())
+
+    def recorded(self) -> dict[str, Any]:
+        """The whole as it is written down: nested, its addresses redacted."""
+        return redacted(self.to_dict())  # type: ignore[no-any-return]
 
     def to_yaml(self) -> str:
-        """The whole as YAML."""
-        return yaml_values.dump(self.to_dict())
+        """The whole as YAML, its addresses redacted."""
+        return yaml_values.dump(self.recorded())
 
     def root(self) -> Path | None:
         """Folder of data sets, ``None`` for the data sets' own default."""
@@ -119,15 +125,31 @@ class Recipe:
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, optimizer=optimizer, threads=threads))
 
     def spec(self) -> TaskSpec:
-        """The task's spec, without loading its data."""
+        """The task's spec, without loading its data.
+
+        Raises:
+            UsageError: an option of the task is an address that was recorded without its secrets.
+        """
+        self._refuse_redacted()
         return self.registry.get("tasks", self.names["task"]).spec(self.options["task"], self.root())  # type: ignore[no-any-return]
 
     def build_task(self) -> Task:
-        """Load the data and cut the splits."""
+        """Load the data and cut the splits.
+
+        Raises:
+            UsageError: an option of the task is an address that was recorded without its secrets.
+        """
+        self._refuse_redacted()
         source = self.registry.get("tasks", self.names["task"])
         return Task.from_source(
             source, self.options["task"], root=self.root(), validation=self.task.validation, split_seed=self.task.split_seed
         )
+
+    def _refuse_redacted(self) -> None:
+        for key, value in _flat({"task": dataclasses.asdict(self.options["task"])}).items():
+            if is_redacted(value):
+                what = "an address was recorded without its user, password and query"
+                raise UsageError(what, where=f"{key}={value}", fix=f"give it again: {key}=...")
 
     def build_rule(self, spec: TaskSpec) -> Rule:
         """Build the rule (or its own-prediction twin) on its network, on the CPU, initialised from seed and stream.
@@ -143,6 +165,10 @@ class Recipe:
 
 
 def changed(before: Recipe, after: Recipe) -> list[str]:
-    """The keys in which two recipes differ."""
-    values, others = before.flat(), after.flat()
+    """The keys in which two recipes differ, as they are recorded."""
+    values, others = _flat(before.recorded()), _flat(after.recorded())
     return [key for key in dict.fromkeys([*values, *others]) if key not in values or key not in others or values[key] != others[key]]
+
+
+def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {leaf.key: leaf.value for leaf in leaves_of(content, "", "")}

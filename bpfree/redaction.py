@@ -1,19 +1,104 @@
-"""Addresses without what is secret in them."""
+"""Addresses without what lets anybody in: user, password, token and query are ``***`` wherever an address is written.
+
+What a run records can be read by whoever sees its folder, its tracking store or its report; the settings that it works with keep the
+whole address. One that was recorded is known by its ``***`` (:func:`is_redacted`), and is asked for again.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["redact", "redacted"]
+__all__ = ["is_redacted", "redact", "redact_logs", "redact_word", "redacted"]
+
+HIDDEN = "***"
+WHOLE = re.compile(r"\A([\w+.-]{1,40}://)(?![/\s])[^\n]*@")
+"""Of a text that is an address, up to its last ``@``: a password may hold blanks."""
+USER = re.compile(r"(?<![\w/.])[^\s:/@'\"=()]{1,200}:[^\s/'\"]{1,200}@(?=[\w\[])")
+"""``user:password@host``, as it is typed without a scheme."""
+QUERY = re.compile(r"\?[\w.~%\[\]-]{1,80}=")
+"""Begin of the query of an address of which a library's message shows but the path."""
+AROUND = ")]}>\"'`,.:;"
 
 
 def redact(text: str) -> str:
-    """The text without passwords in its addresses."""
-    return re.sub(r"(://[^/:@\s]+):[^/@\s]+@", r"\1:***@", text)
+    """Return the text with ``***`` for users, passwords, tokens and queries of the addresses in it."""
+    return "".join(map(_part, re.split(r"(\s+)", WHOLE.sub(rf"\1{HIDDEN}@", text))))
 
 
-def redacted(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat configuration without passwords in its addresses."""
-    return {key: redact(value) if isinstance(value, str) else value for key, value in config.items()}
+def _part(part: str) -> str:
+    """A part of a text between blanks, redacted."""
+    before, scheme, address = part.partition("://")
+    before = USER.sub(f"{HIDDEN}@", before)
+    query = QUERY.search(before)
+    if query is not None:
+        return _cut(f"{before}{scheme}{address}", query.start())
+    if "@" in address and not address.startswith("/"):
+        address = f"{HIDDEN}@{address.rpartition('@')[2]}"  # the last one: a password may hold it, as it may hold a slash
+    value = address.rfind("=")
+    places = [address.find("?"), *(place for place in (address.find("#"), address.find(";")) if place < value)]
+    first = min((place for place in places if place >= 0), default=None)
+    return f"{before}{scheme}{address if first is None else _cut(address, first)}"
+
+
+def _cut(text: str, place: int) -> str:
+    """The text without what follows a place, but for a quotation mark or a full stop at its end."""
+    query = text[place + 1 :]
+    end = query[len(query.rstrip(AROUND)) :]
+    return f"{text[: place + 1]}{HIDDEN}{end}" if len(end) < len(query) else text
+
+
+def redacted(value: Any) -> Any:
+    """Return a value as it is recorded: every address in it redacted, also inside lists and mappings.
+
+    Text is an address by its scheme, or by its key: ``uri``, or one that ends with ``.uri``.
+    """
+    if isinstance(value, Mapping):
+        named = {key for key, entry in value.items() if str(key).rpartition(".")[2] == "uri" and isinstance(entry, str)}
+        return {key: redact(entry) if key in named else redacted(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(redacted, value))
+    return redact(value) if isinstance(value, str) and "://" in value else value
+
+
+def redact_word(word: str) -> str:
+    """Return a word of the command line, such as ``tracking.uri=http://...``, with its addresses redacted."""
+    key, sign, value = word.partition("=")
+    return f"{key}{sign}{redact(value)}" if sign else redact(word)
+
+
+def is_redacted(value: Any) -> bool:
+    """Whether a value is an address that has been recorded: what was left out of it is not known here."""
+    return isinstance(value, str) and HIDDEN in value and (value.startswith(HIDDEN) or "://" in value) and redact(value) == value
+
+
+class _Redacting(logging.Filter):
+    """Redacts messages and tracebacks."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        try:
+            message = record.getMessage()
+        except Exception:  # arguments that do not fit, of which the handler will complain
+            return True
+        if redact(message) != message:
+            record.msg, record.args = redact(message), ()
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info and not record.exc_text else ""
+        if redact(trace) != trace:
+            record.exc_text = redact(trace)
+        return True
+
+
+REDACTING = _Redacting()
+LOGGERS = ("bpfree", "mlflow", "sqlalchemy", "urllib3")
+
+
+def redact_logs(others: Iterable[logging.Filterer] = ()) -> None:
+    """Redact what the loggers of this package say, those of libraries that take addresses, and others or handlers.
+
+    A library's loggers are there when it is imported; to call this again does no harm.
+    """
+    known = [name for name in ("bpfree", *logging.root.manager.loggerDict) if name.split(".")[0] in LOGGERS]
+    for one in (*map(logging.getLogger, known), *others):
+        one.addFilter(REDACTING)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bpfree.errors import UsageError, nearest
-from bpfree.leaves import Leaf, leaves_of, said
+from bpfree.leaves import REFERENCE, Leaf, leaves_of, refers, said
 from bpfree.options import range_problems
 from bpfree.plugins import Plugins
 from bpfree.recipe import CHOSEN, Recipe, RunConfig, TaskCommon
@@ -195,8 +195,12 @@ class Resolver:
             example = f"{leaf.key}.{next(iter(node[key]))}"
             self.problems.append(f"{leaf.key}={said(leaf.value)}: is a section; set one of its keys, such as {example} ({leaf.origin})")
             return
+        reference = refers(leaf.value)
+        if reference and not leaf.word:
+            self.problems.append(f"{leaf.key}={said(leaf.value)}: {REFERENCE} ({leaf.origin})")
+            return
         try:
-            value = leaf.value if _refers(leaf.value) else typed(leaf.value, _kind(kind, key), leaf.key)
+            value = leaf.value if reference and isinstance(leaf.value, str) else typed(leaf.value, _kind(kind, key), leaf.key)
             OmegaConf.update(node, key, value, merge=False)
         except (Misfit, OmegaConfBaseException) as error:
             reason = str(getattr(error, "msg", None) or error).splitlines()[0]
@@ -287,8 +291,3 @@ def _tree(base: Any) -> DictConfig:
     given = needed or base != _defaults(kind)[0]
     tree: DictConfig = OmegaConf.structured(base) if given else copy.deepcopy(_defaults(kind)[1])
     return tree
-
-
-def _refers(value: Any) -> bool:
-    """Whether it is an interpolation, which stands for the value of another key."""
-    return isinstance(value, str) and "${" in value

@@ -14,11 +14,12 @@ from typing import Any
 from bpfree.code_lines import class_lines
 from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
-from bpfree.leaves import Leaf
+from bpfree.leaves import Leaf, leaves_of
 from bpfree.legacy import refuse_version_1
 from bpfree.recipe import CHANGEABLE, Recipe, changed
 from bpfree.record.folder import RunFolder, read_run
 from bpfree.record.recorder import Recorder
+from bpfree.redaction import redact, redact_logs, redacted
 from bpfree.rule import Rule
 from bpfree.run import Run, new_run_id
 from bpfree.tasks.loading import Loading
@@ -253,7 +254,10 @@ def _train(
     assert folder is not None
     tracking = settings.tracking if elsewhere else settled(settings.tracking, folder)
     try:
+        redact_logs()
         with world.agreed():
+            if world.first and recipe.settings.tracking.enabled:
+                recipe.settings.tracking.resolve_uri(Path(recipe.settings.output))  # refused before anything is loaded
             task = task or recipe.build_task()
             rule = recipe.build_rule(task.spec)
             recipe = recipe.pinned(rule)
@@ -264,7 +268,7 @@ def _train(
                 observers=[*standard_observers(recipe, quiet=quiet, label=label), *observers] if world.first else [],
                 recorder=Recorder([MLflowTracker(tracking, folder.parent)] if tracking.enabled else []),
                 run=record,
-                recipe=recipe.to_dict(),
+                recipe=recipe.recorded(),
                 augment=[recipe.registry.get("augmentations", name) for name in recipe.task.augment],
                 loading=Loading(RESIDENT[recipe.settings.data.resident], recipe.settings.data.workers),
             )
@@ -273,8 +277,8 @@ def _train(
         if checkpoint is None and world.first:
             remove_untrained(folder)
         raise
-    record.config = recipe.flat()
-    record.tags = {**record.tags, **standard_tags(recipe, task, rule), **further}
+    record.config = {leaf.key: leaf.value for leaf in leaves_of(recipe.recorded(), "", "")}
+    record.tags = redacted({**record.tags, **standard_tags(recipe, task, rule), **further})
     if world.first:
         write_recipe(recipe, plan, record, folder)
     try:
@@ -291,7 +295,7 @@ def write_recipe(recipe: Recipe, plan: str, record: Run, folder: Path) -> None:
     place.config.write_text(recipe.to_yaml(), encoding="utf-8")
     if plan:
         record.artifacts["plan.txt"] = place.plan
-        place.plan.write_text(f"{plan.rstrip()}\n", encoding="utf-8")
+        place.plan.write_text(f"{redact(plan.rstrip())}\n", encoding="utf-8")
 
 
 def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> list[Any]:

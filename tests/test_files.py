@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bpfree.files import replacing, write_text
+from bpfree.files import inside, replacing, write_text
 
 
 def test_a_file_is_written_and_replaced_and_its_folder_made(tmp_path: Path) -> None:
@@ -38,3 +38,23 @@ def test_a_file_that_cannot_be_moved_into_place_leaves_no_temporary_one(tmp_path
     with pytest.raises(OSError, match="taken"):
         write_text(tmp_path / "taken", "a folder has this name")
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_record_names_nothing_outside_its_folder(tmp_path: Path) -> None:
+    """Oracle: where the kernel says that a path leads."""
+    folder, other = tmp_path / "runs", tmp_path / "other"
+    (folder / "one" / "plots").mkdir(parents=True)
+    other.mkdir()
+    (folder / "link").symlink_to(other)
+    (folder / "one" / "file").symlink_to(other / "file")
+    (folder / "near").symlink_to(folder / "one")
+    (folder / "circle").symlink_to("circle")
+    for name in ("one", "one/plots", "one/new.npz", "near/plots", "./one"):
+        assert inside(folder, name) == folder / name
+    for name in ("", ".", "..", "../other", "one/../../other", "/etc/passwd", str(folder / "one"), "a\0b"):
+        assert inside(folder, name) is None, name
+    for name in ("link", "link/file", "one/file", "circle/file"):
+        assert inside(folder, name) is None, name
+    assert inside(folder, 3) is None  # type: ignore[arg-type]
+    (tmp_path / "runs-by-link").symlink_to(folder)  # the folder itself may be one: its owner has made it
+    assert inside(tmp_path / "runs-by-link", "one") == tmp_path / "runs-by-link" / "one"

@@ -163,7 +163,7 @@ def test_many_classes(outputs: int, dtype: type[Any]) -> None:
 
 def test_a_damaged_file_is_none(tmp_path: Path) -> None:
     whole = Predictions(np.arange(50, dtype=np.uint8), np.ones(50, dtype=np.uint8))
-    path = tmp_path / FILE
+    path = tmp_path / "predictions.npz"
     assert read_predictions(path) is None
     write_predictions(path, whole)
     content = path.read_bytes()
@@ -207,3 +207,18 @@ def test_scores_that_are_no_numbers_are_not_kept_as_predictions(digits: Task, de
     assert "test/loss" in run.result
     assert "test/accuracy" not in run.result
     assert read_predictions(tmp_path) is None
+
+
+def test_a_flipped_bit_changes_no_prediction(tmp_path: Path) -> None:
+    """An archive of NumPy has a checksum of each array: what is damaged is not there, the rest is what was written."""
+    path = tmp_path / "predictions.npz"
+    written = Predictions(np.arange(200, dtype=np.uint8), np.ones(200, np.uint8))
+    write_predictions(path, written)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        found = read_predictions(path)
+        if found is not None:
+            assert {name: array.tobytes() for name, array in found.arrays().items()} == {
+                name: array.tobytes() for name, array in written.arrays().items()
+            }

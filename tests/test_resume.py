@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ from bpfree import (
     Task,
     Trainer,
     hookimpl,
+    load,
+    runner,
 )
 from bpfree.baselines import DFA
+from bpfree.scoring import score
 from bpfree.tasks.digits import DIGITS
-from bpfree.training.checkpoint import read_checkpoint
+from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
 from bpfree.training.config import BudgetConfig, CheckpointConfig
 from bpfree.training.trainer import Interrupted
 
@@ -167,3 +172,61 @@ def test_a_trainer_that_was_stopped_can_go_on(digits: Task, device: torch.device
     run = watch.trainer.fit(tmp_path / "checkpoints" / "last.pt")
     assert run.status == "finished"
     assert run.epoch == 3
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path: Path) -> None:
+    """Oracle: the bytes that were written; torch reads most of these files without a word."""
+    path = tmp_path / "last.pt"
+    write_checkpoint(path, {"weights": {"w": torch.arange(300.0)}, "config": {"rule": {"name": "dfa"}}})
+    whole = path.read_bytes()
+    assert torch.equal(torch.load(path, weights_only=True)["weights"]["w"], torch.arange(300.0))
+    places = [*range(0, len(whole), 7), *range(len(whole) - 110, len(whole))]
+    for number, place in enumerate(places):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << number % 8)]) + whole[place + 1 :])
+        with pytest.raises(BpfreeError, match="cannot read the checkpoint"):
+            read_checkpoint(path)
+    for length in (0, 1, 21, len(whole) // 2, len(whole) - 78, len(whole) - 1):  # cut off, also where the digest begins
+        path.write_bytes(whole[:length])
+        with pytest.raises(BpfreeError, match="cannot read the checkpoint"):
+            read_checkpoint(path)
+
+
+def test_a_flipped_bit_ends_whatever_reads_a_checkpoint(digits: Task, device: torch.device, tmp_path: Path) -> None:
+    """A weight changes, which no format would show: training, loading and scoring refuse it."""
+    run = Trainer(rule_on(digits), digits, config_of(device, budget=BudgetConfig(epochs=1)), folder=tmp_path).fit()
+    assert run.status == "finished"
+    path = tmp_path / "checkpoints" / "last.pt"
+    whole = bytearray(path.read_bytes())
+    weight = weights(rule_on(digits))
+    content = read_checkpoint(path)["weights"]
+    name = next(name for name in weight if content[name].numel() > 100)
+    whole[whole.index(content[name].cpu().numpy().tobytes()) + 3] ^= 1
+    path.write_bytes(whole)
+    assert not torch.equal(torch.load(path, weights_only=True, map_location="cpu")["weights"][name], content[name].cpu())
+    for read in (
+        lambda: Trainer(rule_on(digits), digits, config_of(device)).fit(path),
+        lambda: load(path, rule=rule_on(digits)),
+        lambda: score(str(path)),
+        lambda: runner.resume(str(tmp_path)),
+    ):
+        with pytest.raises(BpfreeError, match="digest"):
+            read()
+
+
+def test_a_checkpoint_of_version_0_1_is_read_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "old.pt"
+    torch.save({"format": 1, "weights": {"w": torch.ones(3)}}, path)
+    with caplog.at_level("WARNING", logger="bpfree"):
+        assert torch.equal(read_checkpoint(path)["weights"]["w"], read_checkpoint(path)["weights"]["w"])
+    assert [record.message.count("no digest") for record in caplog.records] == [1]
+
+
+def test_no_advice_to_run_code_of_a_file(tmp_path: Path) -> None:
+    """Torch's message for a file with other objects begins with ``weights_only=False``."""
+    path = tmp_path / "other.pt"
+    torch.save({"format": 1, "weights": {"w": Path("x")}}, path)
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+        torch.load(path, weights_only=True)
+    with pytest.raises(BpfreeError, match="other than tensors and plain values") as caught:
+        read_checkpoint(path)
+    assert "weights_only" not in "".join(traceback.format_exception(caught.value))

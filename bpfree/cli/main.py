@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from bpfree.errors import BpfreeError
+from bpfree.redaction import redact, redact_logs
 from bpfree.version import __version__
 
 __all__ = ["cli", "main"]
@@ -81,6 +82,7 @@ def cli(debug: bool, disable: tuple[str, ...]) -> None:
     Settings are words of the form KEY=VALUE, the same everywhere; `bpfree train --print-config` lists every key.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    redact_logs(logging.getLogger().handlers)
     logging.getLogger("bpfree").setLevel(logging.ERROR if _rank() else logging.INFO)
     if disable:
         os.environ["BPFREE_DISABLE_PLUGINS"] = ",".join(filter(None, [os.environ.get("BPFREE_DISABLE_PLUGINS", ""), *disable]))
@@ -89,6 +91,8 @@ def cli(debug: bool, disable: tuple[str, ...]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong request, 130 or 143 interrupted and resumable."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # the process is the command's own: Python in others that it starts imports nothing from the current folder
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     debug = "--debug" in words
     # accepted anywhere
     words = [word for word in words if word != "--debug"]
@@ -144,9 +148,10 @@ def _rank() -> int:
 
 def _say(error: BaseException, message: str, code: int, debug: bool) -> int:
     if debug:
-        traceback.print_exception(error)
+        click.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
     rank = _rank()
     if rank and code == 2:  # of several processes that make the same request, the first one says what is wrong with it
         return code
+    message = redact(message)
     click.echo(f"process {rank}: {message}" if rank else message, err=True)
     return code

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,6 +139,7 @@ def add(plugin: str, files: tuple[Path, ...], entry_file: Path | None, folder: P
 
     What is not read from the package is kept from an existing entry.
     """
+    from bpfree.files import write_text
     from bpfree.plugins import installed_plugins
     from bpfree.registry import entry_of, read_entry, renew, to_toml
     from bpfree.registry.certificates import certificate_file
@@ -153,13 +153,11 @@ def add(plugin: str, files: tuple[Path, ...], entry_file: Path | None, folder: P
     known = said_by(entry_file, record) if entry_file else there
     entry = entry_of(record, plugins, added=there.added if there else datetime.date.today().isoformat(), known=known)
     accepted = [(path, accept(path, record, plugins)) for path in files]
-    for path in (place, folder / "certificates" / "any"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(to_toml(entry), encoding="utf-8")
+    write_text(place, to_toml(entry))  # in the place of a link, not through it
     for path, certificate in accepted:
         target = certificate_file(folder, certificate.rule)
         if path.resolve() != target.resolve():
-            shutil.copyfile(path, target)
+            write_text(target, path.read_text(encoding="utf-8"))
     renew(folder)
     without = [rule for rule in entry.rules if not certificate_file(folder, rule).exists()]
     click.echo(f"{place}: {len(entry.rules)} rules, {len(entry.rules) - len(without)} with a certificate")

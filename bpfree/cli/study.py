@@ -279,10 +279,13 @@ def _others(worklist: Worklist, words: Sequence[str]) -> str:
     """The state of those that are not run."""
     import shlex
 
+    from bpfree.redaction import redact_word
+
     done = [cell for cell in worklist.cells() if not worklist.to_do(cell)]
     without = sum(not worklist.finished([cell]) for cell in done)
     parts = [f"{len(done) - without} are finished"] if len(done) > without else []
-    parts += [f"{without} ended without a result (again: {shlex.join(['bpfree', 'study', 'retry', 'failed', *words])})"] if without else []
+    again = shlex.join(["bpfree", "study", "retry", "failed", *map(redact_word, words)])
+    parts += [f"{without} ended without a result (again: {again})"] if without else []
     return "".join(f", {part}" for part in parts)
 
 

@@ -99,8 +99,10 @@ def train(
 
 
 def _plan(recipe: Recipe) -> str:
+    from bpfree.redaction import redact
+
     plan = recipe.build_rule(recipe.spec()).plan()
-    return plan.rstrip() or f"the rule {recipe.names['rule']!r} has no plan to print"
+    return redact(plan.rstrip()) or f"the rule {recipe.names['rule']!r} has no plan to print"
 
 
 def _on_ray(leaves: list[Leaf], size: int, address: str | None, resume: str | None, quiet: bool) -> Run:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpfree.errors import BpfreeError
+from bpfree.files import write_text
 from bpfree.registry.certificates import certificates
 from bpfree.registry.entries import Entry, read_entries
 
@@ -95,7 +96,7 @@ def renew(folder: Path) -> list[Path]:
     """
     changed = out_of_date(folder)
     for path, text in changed.items():
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     return list(changed)
 
 

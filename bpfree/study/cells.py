@@ -25,6 +25,7 @@ from bpfree.errors import UsageError
 from bpfree.leaves import Leaf, canonical, said
 from bpfree.plugins import Plugins
 from bpfree.recipe import CHANGEABLE, Recipe
+from bpfree.redaction import redacted
 from bpfree.rule import Rule
 from bpfree.sources import source_hashes
 from bpfree.study.fingerprints import Fingerprints, KnownData, digest
@@ -139,7 +140,9 @@ def _leaves(study: Study, row: Row, column: Column, overrides: Sequence[Leaf]) -
     merged: dict[str, Leaf] = {}
     for settings, origin in layers:
         own = origin.startswith("row ")
-        replace_in(merged, [Leaf(key, value, origin, not own or key in row.shared) for key, value in settings.items()])
+        # a comparison is made of words; a study file may be somebody else's
+        word = study.path is None
+        replace_in(merged, [Leaf(key, value, origin, not own or key in row.shared, word) for key, value in settings.items()])
     replace_in(merged, [dataclasses.replace(leaf, shared=True) for leaf in overrides])
     if "stream" not in merged:
         named = merged.get("rule.name", Leaf("rule", "", ""))  # without a rule a row is refused
@@ -257,9 +260,8 @@ def cell_of(row: TableRow, seed: int, fingerprints: Fingerprints, more: Sequence
     recipe = dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, seed=seed))
     data = fingerprints.of(recipe)
     identity = _identity(recipe, data)
-    key = CellKey(
-        digest(identity), row.written.label, row.column, seed, trial, identity, [*leaves, Leaf("seed", seed, "seeds of the study")]
-    )
+    settings = [*leaves, Leaf("seed", seed, "seeds of the study")]
+    key = CellKey(digest(identity), row.written.label, row.column, seed, trial, redacted(identity), settings)
     words = [*(word(leaf.key, leaf.value) for leaf in leaves if _is_told(leaf, recipe)), f"seed={seed}"]
     return Cell(key, recipe, words, None if data is None else data.examples)
 
@@ -282,8 +284,8 @@ def recipe_with(row: TableRow, more: Sequence[Leaf]) -> tuple[Recipe, list[Leaf]
 
 
 def word(key: str, value: Any) -> str:
-    """A setting as the command line takes it."""
-    return f"{key}={text_of(value)}"
+    """A setting as the command line takes it, to be shown: addresses are redacted."""
+    return f"{key}={text_of(redacted({key: value})[key])}"
 
 
 def _identity(recipe: Recipe, data: KnownData | None) -> dict[str, Any]:
@@ -330,7 +332,7 @@ def _changes(study: Study, overrides: Sequence[Leaf], now: Sequence[TableRow], r
 
 
 def _distinct(values: Iterable[Any]) -> Iterator[Any]:
-    return iter(dict.fromkeys(map(text_of, values)))
+    return iter(dict.fromkeys(text_of(redacted(value)) for value in values))
 
 
 def _listed(values: Iterable[Any]) -> str:

@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 
 from bpfree.errors import UsageError
 from bpfree.leaves import Leaf
+from bpfree.redaction import redacted
 from bpfree.study.cells import is_scientific
 from bpfree.study.executors import Ended, Executor, InProcess, Pool, stoppable
 from bpfree.study.floors import Floors, measure_floors
@@ -218,7 +219,7 @@ class Jobs:
         return Job(
             cell.key,
             self._worklist.store,
-            changes=self._changes,
+            changes=[*_unrecorded(cell.key.leaves), *self._changes],
             tags=self._tags(cell),
             timeout=self._timeout,
             training=cell.key.trial is None and self._worklist.plan.study.publishes("train"),
@@ -234,6 +235,11 @@ class Jobs:
         tags |= {"unused": unused} if unused else {}
         tags |= {} if key.trial is None else {"study_trial": str(key.trial)}
         return tags | ({"mlflow.parentRunId": self._parent} if self._parent else {})
+
+
+def _unrecorded(leaves: Sequence[Leaf]) -> list[Leaf]:
+    """Settings that a checkpoint does not hold whole, because they are addresses with passwords."""
+    return [leaf for leaf in leaves if redacted({leaf.key: leaf.value}) != {leaf.key: leaf.value}]
 
 
 def execute(worklist: Worklist, jobs: Jobs, executor: Executor, display: Display) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from bpfree.errors import UsageError
 from bpfree.leaves import Leaf, canonical, parse_words
 from bpfree.plugins import Plugins, installed_plugins
+from bpfree.redaction import redact_word
 from bpfree.rule import Rule
 from bpfree.study.cells import is_scientific
 from bpfree.study.fingerprints import digest
@@ -35,7 +36,9 @@ def comparison(
         UsageError: an unknown rule, or none.
     """
     registry = registry or installed_plugins()
-    asked = {word: _settings(word, registry) for word in words}
+    asked = {redact_word(word): _settings(word, registry) for word in words}
+    if len(asked) < len({*words}):
+        raise UsageError("rules differ in the query of an address alone, which is not shown", fix="label them, as rows of a study file")
     if not asked:
         raise UsageError("no rule to compare", fix="name some; bpfree rules lists them")
     rows, controls = dict(asked), list[str]()

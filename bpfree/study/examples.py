@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bpfree.files import inside
 from bpfree.record.folder import RunFolder
 from bpfree.study.differences import Paired
 from bpfree.study.rows import TableRow, percent
@@ -79,9 +80,9 @@ def in_unit(value: float, metric: str) -> float:
 
 
 def _examples(record: CellRecord, metric: str, runs: Path, which: str) -> Examples | None:
-    path = RunFolder(runs / record.run).predictions
+    path = inside(runs, str(RunFolder(record.run).predictions)) if record.run else None
     try:
-        kept = _predictions(path, path.stat().st_mtime_ns) if record.run else None
+        kept = None if path is None else _predictions(path, path.stat().st_mtime_ns)
     except OSError:
         kept = None
     if kept is None:

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from bpfree import interrupts
+from bpfree.search_path import search_path
 from bpfree.study.store import CellRecord
 from bpfree.study.worker import Job, Worker
 from bpfree.training.trainer import Interrupted
@@ -144,15 +145,17 @@ class Pool:
         number = next(number for number in range(len(taken) + 1) if number not in taken)
         ours, theirs = socket.socketpair()
         variables = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # who waits keeps nobody from work
+        variables["PYTHONSAFEPATH"] = "1"  # nothing is imported from the current folder, also by processes that a worker starts
         if self._gpus:
             variables["CUDA_VISIBLE_DEVICES"] = self._gpus[number % len(self._gpus)]
         # a process group of its own: a keyboard's interrupt is for us, who tell the workers to stop
-        command = [sys.executable, "-c", f"from bpfree.study.executors import serve; serve({theirs.fileno()}, {os.getpid()})"]
+        code = (
+            f"import sys; sys.path[:] = {search_path()}; from bpfree.study.executors import serve; serve({theirs.fileno()}, {os.getpid()})"
+        )
+        command = [sys.executable, "-c", code]
         process = subprocess.Popen(command, env=variables, pass_fds=[theirs.fileno()], process_group=0, stdin=subprocess.DEVNULL)
         theirs.close()
         worker = _WorkerProcess(process, Connection(ours.detach()), number)
-        with contextlib.suppress(OSError):  # it has died at once
-            worker.connection.send(list(sys.path))
         self._workers.append(worker)
         return worker
 
@@ -203,7 +206,6 @@ def serve(handle: int, parent: int) -> None:
     connection = Connection(handle)
     worker = Worker()
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt, Interrupted):
-        sys.path[:] = connection.recv()
         while (job := connection.recv()) is not None:
             connection.send(worker.run(job))
 

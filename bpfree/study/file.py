@@ -16,7 +16,7 @@ import yaml
 
 from bpfree import yaml_values
 from bpfree.errors import UsageError, nearest
-from bpfree.leaves import canonical, leaves_of
+from bpfree.leaves import REFERENCE, canonical, leaves_of, refers
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.study.grid import expand
 from bpfree.study.model import MEMORY, METRICS, Choices, Column, Domain, Published, Range, Row, Study, Tune
@@ -229,7 +229,7 @@ class _Reader:
         """By dotted key; domains that are ``null`` or wrong are left out."""
         found: dict[str, Domain] = {}
         for key, domain in self._plain(value, where).items():
-            read = None if domain is None else _domain(domain)
+            read = None if domain is None else REFERENCE if refers(domain) else _domain(domain)
             if isinstance(read, str):
                 self.problems.append(f"{where}: {key}: {read}, not {domain!r}")
             elif read is not None:
@@ -370,6 +370,8 @@ class _Reader:
             key = canonical(leaf.key, leaf.value)
             if key in keys:
                 self.problems.append(f"{where}: {key} is given twice")
+            if refers(leaf.value):
+                self.problems.append(f"{where}: {leaf.key}: {REFERENCE}")
             if leaf.key in NOT_HERE:
                 self.problems.append(f"{where}: {leaf.key} has no place here: {NOT_HERE[leaf.key]}")
             keys.add(key)

@@ -11,7 +11,7 @@ import contextlib
 import os
 from typing import Any
 
-from bpfree.ray_cluster import connect, import_ray, room
+from bpfree.ray_cluster import SECRETS, connect, import_ray, room
 from bpfree.study.executors import Ended
 from bpfree.study.store import CellRecord
 from bpfree.study.worker import Job, Worker
@@ -37,7 +37,7 @@ class RayExecutor:
     """
 
     def __init__(self, *, address: str | None = None, jobs: int | None = None, threads: int = 1, gpus: float = 0) -> None:
-        self._ray = import_ray()
+        self._ray = import_ray(address)
         self._tasks: dict[Any, Job] = {}
         self._own = connect(self._ray, address, processors=(jobs or os.cpu_count() or 1) * threads)
         self._remote = self._ray.remote(_run).options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=False)
@@ -46,7 +46,7 @@ class RayExecutor:
 
     def start(self, job: Job) -> None:
         """Submit it."""
-        self._tasks[self._remote.remote(job)] = job
+        self._tasks[self._remote.remote(job, {name: os.environ[name] for name in SECRETS if name in os.environ})] = job
 
     def wait(self) -> list[Ended]:
         """The task that has ended, if any."""
@@ -72,7 +72,8 @@ class RayExecutor:
             self._ray.shutdown()
 
 
-def _run(job: Job) -> CellRecord | None:
+def _run(job: Job, environment: dict[str, str]) -> CellRecord | None:
     """What a worker of the cluster does."""
+    os.environ.update(environment)
     job.store.output.mkdir(parents=True, exist_ok=True)
     return Worker().run(job)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bpfree.errors import BpfreeError
-from bpfree.files import write_text
+from bpfree.files import inside, write_text
 from bpfree.leaves import Leaf
 from bpfree.record.folder import RunFolder, read_run
 from bpfree.record.log import strict
@@ -206,7 +206,7 @@ class CellStore:
         """What is known of a cell; ``None`` for nothing, or a file that cannot be read."""
         try:
             known = CellRecord.from_json(self.path_of(cell).read_text(encoding="utf-8"))
-            known.place = self.output / known.run if known.run else None
+            known.place = inside(self.output, known.run)
             return known
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None

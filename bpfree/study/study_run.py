@@ -16,6 +16,7 @@ from typing import Any
 
 from bpfree.record.folder import Cursor, RunFolder
 from bpfree.record.log import now
+from bpfree.redaction import redact
 from bpfree.run import Run
 from bpfree.study.cells import Plan
 from bpfree.study.report import Report, files_of
@@ -117,12 +118,12 @@ class StudyRun:
             if run.tags.get(PARENT) != self.run_id:
                 with folder.log as log:
                     log.append("tags", tags={PARENT: self.run_id})
-            complete(folder.path)
+            complete(folder.path, self._store.uri)
 
     def _is_tracked_here(self, run: Run) -> bool:
-        """Whether a run's configuration names this store."""
+        """Whether a run's configuration names this store; its address is recorded without its secrets."""
         config = config_of(run)
-        return config.enabled and Store(config.resolve_uri(self._plan.output), config.timeout).shown == self._store.shown
+        return config.enabled and redact(config.uri or config.resolve_uri(self._plan.output)) == self._store.shown
 
     def _tags(self) -> dict[str, str]:
         study = self._plan.study

@@ -22,6 +22,7 @@ from bpfree.hooks import hookimpl
 from bpfree.leaves import Leaf
 from bpfree.recipe import Recipe
 from bpfree.record.folder import RunFolder
+from bpfree.redaction import redact
 from bpfree.run import Run
 from bpfree.study.concurrency import Concurrency, present
 from bpfree.study.store import CellKey, CellRecord, CellStore
@@ -237,4 +238,4 @@ def reason_of(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, BpfreeError):
         return " ".join(f"{error.what} ({error.where})".split()) if error.where else " ".join(error.what.split())
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return redact(f"{type(error).__name__}: {' '.join(str(error).split())}")

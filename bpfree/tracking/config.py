@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+from bpfree.errors import UsageError
 from bpfree.options import option
+from bpfree.redaction import is_redacted, redact
 
 __all__ = ["PicturesConfig", "TrackingConfig"]
+
+logger = logging.getLogger("bpfree.tracking")
 
 
 @dataclass
@@ -39,6 +45,23 @@ class TrackingConfig:
     checkpoint: bool = option(True, "upload the tested or last checkpoint too")
 
     def resolve_uri(self, output_folder: Path) -> str:
-        """The store: what is configured, ``MLFLOW_TRACKING_URI``, or SQLite beside the output folder."""
-        chosen = self.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        """The store: what is configured, ``MLFLOW_TRACKING_URI``, or SQLite beside the output folder.
+
+        Raises:
+            UsageError: what is configured was recorded, without user, password and query, and the environment names no store.
+        """
+        environment = os.environ.get("MLFLOW_TRACKING_URI")
+        if self.enabled and is_redacted(self.uri):
+            if not environment:
+                what = "the address of the tracking store was recorded without its user, password and query"
+                fix = "give it again with tracking.uri=..., or by MLFLOW_TRACKING_URI; or tracking.enabled=false"
+                raise UsageError(what, where=f"tracking.uri={self.uri}", fix=fix)
+            _say_once(redact(environment), str(self.uri))
+            return environment
+        chosen = self.uri or environment
         return chosen or f"sqlite:///{(output_folder.absolute().parent / 'mlflow.db').as_posix()}"
+
+
+@lru_cache(maxsize=64)
+def _say_once(taken: str, recorded: str) -> None:
+    logger.info("tracking to %s, from MLFLOW_TRACKING_URI: tracking.uri=%s was recorded without its secrets", taken, recorded)

@@ -206,7 +206,7 @@ class Follower:
         refused += [(event, "it cannot be read") for event, _ in batch if event["event"] == UNREADABLE]
         for event, reason in refused:
             self.warn(f"{_title(event)} is not there: {reason}")
-        self.cursor.refused += [{"reason": reason, **event} for event, reason in refused]
+        self.cursor.refused += [{"reason": redact(reason), **event} for event, reason in refused]
         self.cursor.offset = batch[-1][1]
         self._keep()
         return True

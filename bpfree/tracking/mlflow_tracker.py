@@ -310,13 +310,14 @@ def send(folder: str | Path, config: TrackingConfig) -> list[dict[str, Any]] | N
     return follower.cursor.refused if follower.finish(config.flush_timeout) else None
 
 
-def complete(folder: str | Path) -> bool:
+def complete(folder: str | Path, uri: str | None = None) -> bool:
     """Send what the store lacks of a run that has ended, if anything: its process may have been killed while it sent.
 
     The run in the store is the same, and each metric keeps one value per step. An outage is a warning, and the call can be repeated.
 
     Args:
         folder: of the run.
+        uri: of the store, whose secrets the run's record does not have; ``None``: as the record says.
 
     Raises:
         BpfreeError: there is no record of a run.
@@ -325,7 +326,7 @@ def complete(folder: str | Path) -> bool:
         Whether nothing is left to send.
     """
     run = read_run(folder)
-    config = settled(config_of(run), folder)
+    config = settled(config_of(run), folder) if uri is None else dataclasses.replace(config_of(run), uri=uri)
     if not config.enabled or run.status in ("created", "running") or is_sent(folder):
         return True
     try:

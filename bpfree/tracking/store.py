@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from bpfree.errors import UsageError
-from bpfree.redaction import redact
+from bpfree.redaction import redact, redact_logs
 from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, Text
 from bpfree.tracking.follower import RefusedError
 
@@ -68,6 +68,7 @@ def prepare_mlflow(timeout: float) -> None:
     import mlflow.tracking  # noqa: F401  sets up its own logging, which is then turned down
 
     quiet(*CHATTER)
+    redact_logs()
 
 
 def quiet(*names: str) -> None:

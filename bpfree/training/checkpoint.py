@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, read without running code, complete enough to resume bit for bit.
+"""Checkpoints: written atomically, read whole or not at all and without running code, complete enough to resume bit for bit.
 
 A checkpoint is one file of tensors and plain values (``torch.load(..., weights_only=True)``):
 
@@ -7,15 +7,22 @@ A checkpoint is one file of tensors and plain values (``torch.load(..., weights_
 ``rule``, ``task``              the rule's class or name, and the task's spec
 ``weights``                     the rule's state dict: its network, heads, buffers
 ``training``                    absent from weights-only files: position, optimisers, generators, meters, best so far
+``digest``                      the method of the digest that the file ends with (files of version 0.1 have none)
+
+The file is torch's zip archive with a comment, the SHA-256 of the archive: torch itself reads damaged numbers without a word.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import logging
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -27,35 +34,109 @@ from bpfree.step import Phase
 
 __all__ = ["FORMAT", "check_rule", "find_checkpoint", "keep_weights", "load_weights", "read_checkpoint", "replay", "write_checkpoint"]
 
+logger = logging.getLogger("bpfree")
+
 FORMAT = 1
+DIGEST = "sha256"
+MARK = b"bpfree sha256 "
+TAIL = len(MARK) + 64
+"""Bytes of the archive's comment: the mark and 64 hex digits."""
+CHUNK = 1 << 20
+FIX = "it is damaged, or was not written by bpfree: use another checkpoint, or start the run again"
+
+
+class _Hashed:
+    """A file that is hashed as it is written.
+
+    Args:
+        file: open for writing.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest = file, hashlib.new(DIGEST)
+
+    def write(self, content: Any) -> int:
+        """Write, and hash."""
+        self.digest.update(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        """Flush the file."""
+        self._file.flush()
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write or replace the file as a whole."""
+    """Write or replace the file as a whole, with the digest of its bytes at the end."""
     with replacing(path, durable=True) as file:
-        torch.save({"format": FORMAT, **content}, file)
+        hashed: Any = _Hashed(file)  # torch asks for no more of a file
+        torch.save({"format": FORMAT, "digest": DIGEST, **content}, hashed)
+        file.seek(-2, 2)  # an archive ends with the length of its comment; torch writes none
+        file.write(TAIL.to_bytes(2, "little") + MARK + hashed.digest.hexdigest().encode())
 
 
 def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint.
+    """Read a checkpoint whose bytes are those that were written.
+
+    One of version 0.1, which has no digest, is read with a warning.
 
     Raises:
-        BpfreeError: the file is corrupt, no checkpoint, or of a later format.
+        BpfreeError: the file is damaged, no checkpoint, or of a later format.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with path.open("rb") as file:  # one open file: what is checked is what is read, also where another replaces it
+            digested = _check_digest(file, path)
+            content = torch.load(file, map_location=device, weights_only=True)
+    except OSError as error:
+        raise BpfreeError(f"cannot read the checkpoint: {error.strerror or error}", where=str(path)) from error
+    except BpfreeError:
+        raise
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BpfreeError(
-            f"cannot read the checkpoint: {first}", where=str(path), fix="it is corrupt, or was not written by bpfree"
-        ) from error
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in first:  # it advises to run the code in the file
+            first = "it holds other than tensors and plain values"
+        raise BpfreeError(f"cannot read the checkpoint: {first}", where=str(path), fix=FIX) from None
     if not isinstance(content, dict) or "weights" not in content or "format" not in content:
         raise BpfreeError("the file is no checkpoint of bpfree", where=str(path))
     if content["format"] > FORMAT:
         raise BpfreeError(
             f"the checkpoint has format {content['format']}, this version reads up to {FORMAT}", where=str(path), fix="update bpfree"
         )
+    if not digested and content.get("digest") is not None:
+        raise _damaged(path)
+    if not digested:
+        _warn_undigested(path)
     return content
+
+
+def _check_digest(file: IO[bytes], path: Path) -> bool:
+    """Whether the file has a digest; it is at its beginning afterwards.
+
+    Raises:
+        BpfreeError: the digest is another than that of its bytes.
+    """
+    size = file.seek(0, 2)
+    file.seek(max(0, size - TAIL - 2))
+    end = file.read()
+    if end[2:].startswith(MARK):
+        found, left = hashlib.new(DIGEST), size - len(end)
+        file.seek(0)
+        while left > 0 and (part := file.read(min(CHUNK, left))):
+            found.update(part)
+            left -= len(part)
+        found.update(bytes(2))  # the length of the comment, before there was one
+        if end != TAIL.to_bytes(2, "little") + MARK + found.hexdigest().encode():
+            raise _damaged(path)
+    file.seek(0)
+    return end[2:].startswith(MARK)
+
+
+def _damaged(path: Path) -> BpfreeError:
+    return BpfreeError("cannot read the checkpoint: its digest is that of other bytes", where=str(path), fix=FIX)
+
+
+@lru_cache(maxsize=64)
+def _warn_undigested(path: Path) -> None:
+    logger.warning("the checkpoint %s has no digest, as version 0.1 wrote them: damage to it would not be seen", path)
 
 
 def check_rule(content: Mapping[str, Any], rule: Rule, path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from bpfree.errors import BpfreeError
 from bpfree.record.folder import RunFolder, read_run
+from bpfree.redaction import redacted
 from bpfree.training.checkpoint import check_rule, read_checkpoint, write_checkpoint
 from bpfree.training.setup import Setup
 from bpfree.training.state import State
@@ -39,7 +40,7 @@ class Checkpoints:
     def _identity(self) -> dict[str, Any]:
         return {
             "bpfree": __version__,
-            "config": self._setup.recipe,
+            "config": redacted(self._setup.recipe),
             "rule": type(self._setup.rule).__name__,
             "task": dataclasses.asdict(self._task.spec),
             "seed": self._setup.config.seed,

@@ -13,6 +13,7 @@ import torch
 from bpfree import seeds
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.record.recorder import Recorder
+from bpfree.redaction import redact
 from bpfree.rule import Rule
 from bpfree.run import Run, new_run_id
 from bpfree.tasks.augment import Augmentation
@@ -156,7 +157,7 @@ class Trainer:
             run.status, run.reason = "interrupted", error.what
             raise
         except BaseException as error:
-            run.status, run.reason = "failed", error.what if isinstance(error, BpfreeError) else f"{type(error).__name__}: {error}"
+            run.status, run.reason = "failed", error.what if isinstance(error, BpfreeError) else redact(f"{type(error).__name__}: {error}")
             raise
         finally:
             self._stop.forget()

@@ -76,7 +76,7 @@ def test_cells_of_another_store_stay_there(workplace: Path, monkeypatch: pytest.
     parent = StudyRun(worklist.plan, worklist.store)
     parent.run_id = "p"
     completed: list[Path] = []
-    monkeypatch.setattr(study_run, "complete", completed.append)
+    monkeypatch.setattr(study_run, "complete", lambda folder, uri: completed.append(folder))
     for cell, uri in zip(worklist.plan.cells, (parent._store.uri, "http://elsewhere"), strict=True):
         record = worklist.store.begin(cell.key, None)
         record.status = "failed"

@@ -14,9 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from study_kit import call, mlflow_runs, outcomes, plugin_on_path, untimed
+
+from bpfree import ray_cluster
+from bpfree.ray_cluster import connect, import_ray
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -153,6 +157,47 @@ def test_results_come_back_from_machines_that_do_not_share_the_folder(site: Path
     assert {outcome["status"] for outcome in outcomes()} == {"finished"}
     assert all(outcome["history"] for outcome in outcomes())
     assert worklist.complete()
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "own"), [(None, "", True), ("local", "", True), (None, "local", True), ("auto", "", False)]
+)
+def test_which_clusters_are_its_own(address: str | None, variable: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert ray_cluster._is_own(address) is own
+    assert not ray_cluster._is_own("127.0.0.1:6379")
+
+
+def surroundings() -> tuple[list[str], dict[str, str], str]:
+    """What a task of the cluster sees."""
+    import filelock
+
+    return sys.path, dict(os.environ), str(filelock.__file__)
+
+
+def test_a_cluster_of_its_own_lets_no_one_in(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracles: the sockets that the kernel lists; a file in the current folder named as a library; a task's environment and path."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))))  # empty: here
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somebody:hunter2@127.0.0.1:9")
+    Path("filelock.py").write_text("raise SystemExit('executed')")
+    ours = import_ray(None)
+    assert connect(ours, None, processors=1)
+    path, environment, library = ours.get(ours.remote(surroundings).remote())
+    assert str(site) not in path
+    assert Path(library).parent != site
+    assert str(site / "site") in path  # what is on our path is on theirs
+    if hasattr(ours._private, "authentication"):  # before, Ray had no tokens
+        assert len(environment["RAY_AUTH_TOKEN"]) >= 32
+        assert environment["RAY_AUTH_MODE"] == "token"
+
+    here = psutil.Process()
+    sockets = [socket for one in (here, *here.children(recursive=True)) for socket in one.net_connections("inet")]
+    places = {socket.laddr.ip.removeprefix("::ffff:") for socket in sockets if socket.status == psutil.CONN_LISTEN}
+    assert places == {"127.0.0.1"}
+
+    logs = Path(ours._private.worker._global_node.get_session_dir_path())
+    ray.shutdown()
+    assert not [file for file in logs.rglob("*") if file.is_file() and b"hunter2" in file.read_bytes()]
 
 
 def test_wrong_requests(site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,7 +246,7 @@ def test_password_in_the_address_is_not_logged(new_run, uri, track, stored):
     tracker = track(uri)
     tracker.run_start(run)
     finish(run, tracker)
-    assert stored(run, uri)[0].data.params["tracking.uri"] == "http://me:***@host:5000"
+    assert stored(run, uri)[0].data.params["tracking.uri"] == "http://***@host:5000"
 
 
 def one_process(folder: str, number: int, together: Barrier) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bpfree.errors import BpfreeError
 from bpfree.files import write_text
+from bpfree.redaction import redact_word
 from bpfree.study.cells import Plan
 from bpfree.study.controls import ComparisonTable, control_table
 from bpfree.study.floors import Floors
@@ -143,7 +144,7 @@ def report_on(plan: Plan, rows: Sequence[TableRow], words: Sequence[str], *, hid
     return Report(
         plan,
         shown,
-        shlex.join(["bpfree", *words]),
+        shlex.join(["bpfree", *map(redact_word, words)]),
         table.headers(view),
         [table.texts(view, row) for row in shown],
         control_table(plan, shown),
