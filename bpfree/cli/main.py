@@ -122,6 +122,10 @@ def _run(words: list[str], *, debug: bool) -> int:
             return 0
         usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
         return _say(error, "\n".join(filter(None, [f"error: {error.format_message()}", usage])), error.exit_code, debug)
+    except SystemExit as error:  # none of ours
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"error: foreign code has called sys.exit({error.code!r})\n  where: {place.filename}, line {place.lineno}, in {place.name}"
+        return _say(error, text, 1, debug)
     except (click.Abort, KeyboardInterrupt) as error:
         return _say(error, "interrupted", 130, debug)
     except BrokenPipeError:  # the reader of our output has gone, as in `bpfree rules | head`

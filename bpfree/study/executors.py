@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from bpfree import interrupts
+from bpfree.plugins import installed_plugins
 from bpfree.study.store import CellRecord
 from bpfree.study.worker import Job, Worker
 from bpfree.training.trainer import Interrupted
@@ -204,6 +205,7 @@ def serve(handle: int, parent: int) -> None:
     worker = Worker()
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt, Interrupted):
         sys.path[:] = connection.recv()
+        installed_plugins().reported = True  # by the process that we belong to
         while (job := connection.recv()) is not None:
             connection.send(worker.run(job))
 
