@@ -21,7 +21,6 @@ import pluggy
 from bpfree import hooks
 from bpfree.errors import UsageError, unknown_name
 from bpfree.kept import GROUP, disabled_plugins, installed_state, kept
-from bpfree.process_state import unchanged
 
 __all__ = ["PluginIndex", "PluginRecord", "Plugins", "installed_plugins", "plugin_index"]
 
@@ -73,6 +72,8 @@ def contained(doing: str) -> Iterator[None]:
     Raises:
         Broken: it has failed, asked to end the process, or changed settings of the whole process.
     """
+    from bpfree.process_state import unchanged  # which imports torch, as listings from the index do not
+
     try:
         with contextlib.redirect_stdout(sys.stderr), unchanged() as changed:
             yield

@@ -71,13 +71,13 @@ def _labels(context: click.Context, parameter: click.Parameter, text: str | None
 
 
 settings = click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
-seeds = click.option("--seeds", type=click.IntRange(min=1), help="How many repetitions.  [default: what the study says]")
+seeds = click.option("--seeds", type=click.IntRange(1, 10_000), help="How many repetitions.  [default: what the study says]")
 to = click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: beside the cells]")
 running = _options(
     seeds,
     click.option("--rows", metavar="LABEL,...", callback=_labels, help="Run only these rows."),
     click.option("--columns", metavar="LABEL,...", callback=_labels, help="Run only these columns."),
-    click.option("--jobs", "-j", type=click.IntRange(min=1), help="Cells at a time.  [default: what the study says, or one per GPU]"),
+    click.option("--jobs", "-j", type=click.IntRange(1, 1024), help="Cells at a time.  [default: what the study says, or one per GPU]"),
     click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where cells run."),
     click.option("--address", help="Of a Ray cluster, or `auto`.  [default: RAY_ADDRESS, else one of its own here]"),
     click.option("--gpus", type=click.FloatRange(min=0), help="GPUs that a cell asks of Ray, perhaps a share.  [default: 1 on GPUs]"),

@@ -44,7 +44,7 @@ the blocks of a network where these are independent, else the examples of each b
 @click.option("--print-plan", is_flag=True, help="Print the rule's plan for its network, if it has one, and stop.")
 @click.option("--resume", metavar="RUN", help="Resume a run: its folder, its name, or a checkpoint.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress display.")
-@click.option("--ray", type=click.IntRange(1), metavar="N", help="Train in N processes of a Ray cluster, together.")
+@click.option("--ray", type=click.IntRange(1, 1024), metavar="N", help="Train in N processes of a Ray cluster, together.")
 @click.option("--address", metavar="ADDRESS", help="Of the Ray cluster, or auto; none: RAY_ADDRESS, else one on this machine.")
 def train(
     settings: tuple[str, ...],

@@ -7,12 +7,13 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 
 from bpfree.errors import UsageError
 from bpfree.version import __version__
 
-__all__ = ["autocast", "describe", "flushing_denormals", "load", "numerics", "resolve_device"]
+__all__ = ["autocast", "describe", "flushing_denormals", "free_memory", "load", "numerics", "resolve_device"]
 
 
 def resolve_device(name: str, *, process: int = 0) -> torch.device:
@@ -32,6 +33,17 @@ def resolve_device(name: str, *, process: int = 0) -> torch.device:
     if int(index or 0) >= available:
         raise UsageError(f"device {name!r} is not here: {available} CUDA devices found", where="device", fix="use device=auto or cpu")
     return torch.device(kind, int(index or process % available)) if kind == "cuda" else torch.device("cpu")
+
+
+def free_memory(name: str) -> tuple[int, str]:
+    """Bytes that are free for a run on a device of this name, and whose they are: the machine's, which makes the network, or the device's.
+
+    Raises:
+        UsageError: no such device.
+    """
+    device, here = resolve_device(name), int(psutil.virtual_memory().available)
+    free = here if device.type == "cpu" else min(here, torch.cuda.mem_get_info(device)[0])
+    return free, "the machine's memory" if free == here else f"the memory of {device}"
 
 
 @contextmanager
