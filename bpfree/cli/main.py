@@ -87,7 +87,7 @@ def cli(debug: bool, disable: tuple[str, ...]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong request, 130 or 143 interrupted and resumable."""
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong request, 129, 130 or 143 interrupted and resumable."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     # accepted anywhere
@@ -113,7 +113,7 @@ def _run(words: list[str], *, debug: bool) -> int:
         result: Any = cli.main(args=words, prog_name="bpfree", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except BpfreeError as error:
-        if error.exit_code in (130, 143):  # interrupted: the progress display has said how to resume
+        if error.exit_code > 128:  # interrupted: the progress display has said how to resume
             return error.exit_code
         return _say(error, f"error: {error}", error.exit_code, debug)
     except click.ClickException as error:

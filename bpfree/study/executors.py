@@ -203,7 +203,7 @@ def serve(handle: int, parent: int) -> None:
     _end_with(parent)
     connection = Connection(handle)
     worker = Worker()
-    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt, Interrupted):
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt, Interrupted), stoppable():
         sys.path[:] = connection.recv()
         installed_plugins().reported = True  # by the process that we belong to
         while (job := connection.recv()) is not None:
@@ -221,7 +221,7 @@ def _end_with(parent: int) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM end what is done inside, in an orderly way.
+    """Signals end what is done inside, in an orderly way.
 
     Raises:
         Interrupted: one of them came.

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import re
 import shutil
+import signal
 import time
 import weakref
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from bpfree import sources
 from bpfree.record.folder import read_run
 from bpfree.study.store import ABOUT, CellStore
 from bpfree.study.worker import garbage_collected
+from bpfree.training.evaluation import Evaluator
 
 PLUGIN = '''
 import os
@@ -449,3 +452,15 @@ def test_what_a_cell_leaves_in_cycles_is_freed_when_it_ends() -> None:
     finally:
         gc.enable()
     assert gc.get_freeze_count() == before
+
+
+def test_a_signal_while_a_run_ends_begins_no_further_cell(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the records of the cells, before and after the study is run again."""
+    name = study(f"title: Two\n{BARE}seeds: 2\nrows: [{{label: one, settings: {{rule: dfa, budget.epochs: 1}}}}]\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "keep_predictions", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+        assert call("study", "run", name, "--quiet") == 143
+    assert [(cell["seed"], cell["status"]) for cell in outcomes()] == [(0, "interrupted")]
+    assert call("study", "run", name, "--quiet") == 0
+    assert [(cell["seed"], cell["status"]) for cell in outcomes()] == [(0, "finished"), (1, "finished")]
+    assert len(runs()) == 2
