@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["replacing", "write_text"]
+from bpfree.errors import UsageError
+
+__all__ = ["expanded", "replacing", "write_text"]
 
 
 @contextmanager
@@ -43,3 +45,15 @@ def write_text(path: Path, text: str) -> None:
     """Write or replace a text file, in UTF-8."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def expanded(path: Path) -> Path:
+    """The path with the user's home for ``~``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UsageError("there is no home folder", where=str(path), fix="name a folder: data.root=FOLDER, or BPFREE_DATA") from error

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from bpfree import yaml_values
+from bpfree.files import expanded
 from bpfree.leaves import leaves_of
 from bpfree.network.memory import built
 from bpfree.options import option
@@ -96,7 +97,7 @@ class Recipe:
         import os
 
         place = self.settings.data.root or os.environ.get("BPFREE_DATA")
-        return Path(place).expanduser() if place else None
+        return expanded(Path(place)) if place else None
 
     def pinned(self, rule: Rule) -> Recipe:
         """The same with what ``auto`` and ``none`` stand for written out: the optimiser, and the number of threads."""

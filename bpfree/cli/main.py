@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -88,6 +89,8 @@ def cli(debug: bool, disable: tuple[str, ...]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong request, 129, 130 or 143 interrupted and resumable."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in a locale without them, signs are told rather than end the command
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     # accepted anywhere

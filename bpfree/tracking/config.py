@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from bpfree.options import option
 
-__all__ = ["PicturesConfig", "TrackingConfig"]
+__all__ = ["PicturesConfig", "TrackingConfig", "sqlite_file", "sqlite_uri"]
 
 
 @dataclass
@@ -41,4 +42,30 @@ class TrackingConfig:
     def resolve_uri(self, output_folder: Path) -> str:
         """The store: what is configured, ``MLFLOW_TRACKING_URI``, or SQLite beside the output folder."""
         chosen = self.uri or os.environ.get("MLFLOW_TRACKING_URI")
-        return chosen or f"sqlite:///{(output_folder.absolute().parent / 'mlflow.db').as_posix()}"
+        return chosen or sqlite_uri(output_folder.absolute().parent / "mlflow.db")
+
+
+def sqlite_uri(path: Path) -> str:
+    """The address of a SQLite database, whatever its path holds: ``?`` begins the options of one, and ``%`` stands for other characters."""
+    name = path.as_posix()
+    if not {"?", "%"} & set(name):
+        return f"sqlite:///{name}"
+    from sqlalchemy.engine import make_url  # whose versions read them differently
+
+    for uri in (f"sqlite:///{quote(name, safe='/#: ')}", f"sqlite:///{name}"):
+        if make_url(uri).database == name:
+            return uri
+    return f"sqlite:///file:{quote(name)}?uri=true"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of a SQLite address; ``None`` for other addresses."""
+    scheme, _, rest = uri.partition("///")
+    if scheme.partition("+")[0].rstrip(":") != "sqlite" or rest in ("", ":memory:"):
+        return None
+    if {"?", "%"} & set(rest):
+        from sqlalchemy.engine import make_url
+
+        rest = make_url(uri).database or ""
+        rest = unquote(rest.removeprefix("file:")) if rest.startswith("file:") else rest
+    return Path(rest) if rest and rest != ":memory:" else None
