@@ -248,12 +248,16 @@ def _run(name: str, settings: tuple[str, ...], options: dict[str, Any], retry: S
     from bpfree.study.command import Options
 
     worklist = _worklist(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"], retry=retry)
+    if retry and not worklist.to_retry():
+        click.echo(f"no cell of {worklist.plan.study.name} is {' or '.join(retry)}: nothing to run again", err=True)
+        return 0
     counts = f"{worklist.left()} of {worklist.count()} cells to run{_others(worklist, [name, *settings])}"
     click.echo(f"{worklist.plan.study.name}: {counts}", err=True)
     chosen = Options(
         options["executor"], options["jobs"], options["address"], options["gpus"], options["timeout"], options["to"], options["quiet"]
     )
-    return run_worklist(worklist, parse_words(settings), ["study", "run", *_again(name, settings, options["seeds"])], chosen)
+    words = ["study", "run", *_again(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"])]
+    return run_worklist(worklist, parse_words(settings), words, chosen)
 
 
 def run_worklist(worklist: Worklist, overrides: Sequence[Leaf], words: Sequence[str], options: Options) -> int:
@@ -295,8 +299,10 @@ def _worklist(name: str, settings: Sequence[str], seeds: int | None, *, load: bo
     return Worklist(cells.plan(find_study(name), parse_words(settings), seeds=seeds, load=load), **chosen)
 
 
-def _again(name: str, settings: Sequence[str], seeds: int | None) -> list[str]:
-    return [name, *settings, *([] if seeds is None else ["--seeds", str(seeds)])]
+def _again(name: str, settings: Sequence[str], seeds: int | None, **chosen: Sequence[str] | None) -> list[str]:
+    """The words that ask for the same cells."""
+    labels = [word for kind, given in chosen.items() if given is not None for word in (f"--{kind}", ",".join(given))]
+    return [name, *settings, *([] if seeds is None else ["--seeds", str(seeds)]), *labels]
 
 
 def _dry_run(worklist: Worklist) -> int:

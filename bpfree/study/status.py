@@ -39,6 +39,8 @@ def status_table(planned: Callable[[], Worklist], folder: Path, words: Any) -> t
     known = [(key, store.seen(key.id)) for key in (CellKey(*each) for each in plan["cells"])]
     counts = Counter("not run" if record is None else record.status for _, record in known)
     parts = [f"{count} {each}" for each, count in counts.most_common()]
+    others = store.others({key.id for key, _ in known})
+    parts += [f"{others} finished ones of other settings lie here too: give the settings they were run with"] if others else []
     parts += [f"{later} follow when {plan['waits_for']}"] if later else []
     return [_status_of(key, record) for key, record in known], f"{len(known) + later} cells: {', '.join(parts)}"
 
