@@ -46,6 +46,8 @@ CHANGEABLE = {
     "parallel",
 }
 """Sections and keys that may change when a run is resumed."""
+PLACES = {"task.path"}
+"""Keys that say where data are; what they are is in the checkpoint's fingerprint."""
 
 RESIDENT = {"auto": None, "yes": True, "no": False}
 
@@ -147,7 +149,7 @@ def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Ru
     path = find_checkpoint(place, output=output)
     saved = read_checkpoint(path)
     recipe = recipe_of(saved["config"], changes, where=str(path))
-    refuse_changes(changed(recipe_of(saved["config"], where=str(path)), recipe))
+    refuse_changes(changed(recipe_of(saved["config"], spec=recipe.spec(), where=str(path)), recipe))
     if saved.get("training") is None:
         raise BpfreeError("the checkpoint holds weights only: a run cannot be resumed from it", where=str(path), fix="use last.pt")
     about, folder = saved["training"]["run"], path.parent.parent
@@ -185,7 +187,7 @@ def refuse_changes(keys: Iterable[str]) -> None:
     Raises:
         UsageError: some keys would make it another run.
     """
-    other = [key for key in keys if key.split(".")[0] not in CHANGEABLE]
+    other = [key for key in keys if key.split(".")[0] not in CHANGEABLE and key not in PLACES]
     if other:
         raise UsageError("a run cannot be resumed with other settings than it began with", where=", ".join(other), fix="start a new run")
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bpfree.errors import BpfreeError, UsageError
-from bpfree.files import replacing
+from bpfree.files import remove_abandoned, replacing
 from bpfree.record.folder import RunFolder
 from bpfree.rule import Rule
 from bpfree.step import Phase
@@ -30,7 +30,8 @@ FORMAT = 1
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write or replace the file as a whole."""
+    """Write or replace the file as a whole; what killed processes have left of others is removed."""
+    remove_abandoned(path.parent, path.name)
     with replacing(path, durable=True) as file:
         torch.save({"format": FORMAT, **content}, file)
 
@@ -107,6 +108,8 @@ def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: s
     candidates = [Path(place), Path(output) / str(place)]
     for candidate in candidates:
         folder = RunFolder(candidate)
+        remove_abandoned(folder.last.parent, "*.pt")
+        remove_abandoned(candidate, "predictions.npz")
         known = [candidate, folder.selected, folder.last] if prefer == "selected" else [candidate, folder.last]
         found = next((path for path in known if path.is_file()), None)
         if found is not None:

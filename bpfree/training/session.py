@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bpfree.errors import BpfreeError
+from bpfree.errors import BpfreeError, UsageError
 from bpfree.rule import Metrics, Rule
 from bpfree.run import ReadOnly
 from bpfree.step import Batch, Phase, Step
@@ -56,7 +57,7 @@ class Session:
         at_rest: whether nothing but an evaluation is in progress: a checkpoint is whole wherever that is stopped.
 
     Raises:
-        BpfreeError: the checkpoint cannot be read, or is of another rule or other data.
+        BpfreeError: the checkpoint cannot be read, or is of another rule or other data, or is beyond the budget.
     """
 
     def __init__(self, setup: Setup, observers: Observers, stop: Stop, resume: Path | None = None) -> None:
@@ -75,7 +76,17 @@ class Session:
         self._next_look = time.perf_counter() + self._config.log_interval
         self.at_rest = self._tests = False
         self._saved = None if resume is None else self._checkpoints.read(resume)
+        self._check_budget()
         self._describe()
+
+    def _check_budget(self) -> None:
+        if self._saved is None or self._saved["budget"] == dataclasses.asdict(self._setup.budget) or (used := self._limits.used()) <= 1:
+            return
+        raise UsageError(
+            f"the run has trained longer than that: {100 * used:.0f} % of the new budget are used",
+            where="budget",
+            fix="give a larger budget; what it has learned is tested by bpfree evaluate",
+        )
 
     def _describe(self) -> None:
         if self._setup.task.validation is None and calibrates(self._rule):
