@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -15,8 +16,10 @@ import torch
 
 from bpfree import API_VERSION, UsageError, hookimpl
 from bpfree.baselines import DFA
+from bpfree.cli.main import main
 from bpfree.config import resolve
 from bpfree.plugins import KINDS, Plugins
+from bpfree.study.file import find_study
 
 
 class Entry:
@@ -178,6 +181,25 @@ def test_a_broken_plugin_is_reported_once_and_by_who_needs_it(caplog: pytest.Log
     assert [record.message for record in caplog.records] == ["the plugin zz is left out, because it calls sys.exit(0) in its import"]
     with pytest.raises(UsageError, match=r"not loaded: zz \(broken: calls sys.exit\(0\) in its import\)"):
         resolve({"rule": "zz", "task": "digits"}, registry)
+
+
+@pytest.mark.parametrize("preset", [{"rule": "nope"}, {"lr": 3}, {"rule": "dfa", "network.width": "x"}, {"rule": {"a": 1}}])
+def test_a_preset_that_is_wrong_is_left_out_of_the_studies_of_all(preset: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: the study without the plugin."""
+    installed = importlib.metadata.entry_points(group="bpfree")
+    registry = Plugins(entry_points=[*installed, Entry("zz", module(bpfree_presets=lambda: {"quickstart/zz": preset}))])
+    rows = find_study("quickstart", registry).rows
+    assert [row.label for row in rows] == [row.label for row in find_study("quickstart", Plugins()).rows]
+    assert "the preset quickstart/zz of the plugin zz is left out: " in caplog.text
+
+
+def test_foreign_code_that_leaves_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
+    """`sys.exit` where nothing contains it, as in a rule."""
+    monkeypatch.setattr(DFA, "signals", lambda *arguments: leaving(0))
+    with pytest.raises(SystemExit) as end:
+        main(["train", "rule=dfa", "budget.epochs=1", "tracking.enabled=false", "device=cpu", "--quiet"])
+    assert end.value.code == 1
+    assert f"foreign code has called sys.exit(0)\n  where: {__file__}, line" in capsys.readouterr().err
 
 
 def test_a_plugin_can_be_disabled_by_name() -> None:
