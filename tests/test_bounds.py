@@ -5,6 +5,7 @@ Oracles: the exit code of a wrong request, and how much Python has allocated mea
 
 from __future__ import annotations
 
+import contextlib
 import tracemalloc
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from bpfree.cli.main import main
 from bpfree.config import parse_words, read_yaml, resolve
 from bpfree.network import memory
 from bpfree.study.file import read_study
+from bpfree.training import environment
 
 STUDY = "title: t\nrows: [{label: a, settings: {rule: dfa}}]\n"
 TUNE = "tune: {space: {optimizer.lr: {low: 0.1, high: 1}}, "
@@ -138,3 +140,17 @@ def test_a_large_network_that_fits_is_the_same(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(memory, "SMALL", 2000)
     large = recipe.build_rule(recipe.spec()).state_dict()
     assert all(torch.equal(small[name], large[name]) for name in small)
+
+
+@pytest.mark.parametrize(
+    ("free", "place"), [({"device": 10**9, "machine": 10**10}, "device"), ({"device": 10**10, "machine": 10**8}, "machine"), (None, "")]
+)
+def test_the_device_holds_gradients_too_and_the_machine_weights(
+    free: dict[str, int] | None, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: 144 million weights, 576 MB, and as many gradients."""
+    free = free or {"device": 2 * 580_000_000, "machine": 580_000_000}
+    monkeypatch.setattr(environment, "free_memory", lambda device: free)
+    recipe = resolve(parse_words(["rule=backprop", "task=digits", "network.width=12000", "network.depth=2"]))
+    with pytest.raises(UsageError, match=rf"GiB of {place} are free") if place else contextlib.nullcontext():
+        recipe.build_rule(recipe.spec())

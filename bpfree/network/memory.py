@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,13 +37,13 @@ class _Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def built(build: Callable[[], Network], *, copies: int, free: Callable[[], tuple[int, str]]) -> Network:
+def built(build: Callable[[], Network], *, copies: int, free: Callable[[], Mapping[str, int]]) -> Network:
     """Make a network if its memory suffices.
 
     Args:
         build: makes it; called again, with the same state of torch's global generator, where the network is large.
-        copies: of each parameter that training will hold, such as 2 for weights and gradients.
-        free: bytes, and of what.
+        copies: of each parameter that training will hold on its device, such as 2 for weights and gradients.
+        free: bytes of the memory that it is made in, and of its device's, which is the first, by their names.
 
     Raises:
         UsageError: the parameters would take more than that, or no tensor can have such a size.
@@ -54,14 +54,12 @@ def built(build: Callable[[], Network], *, copies: int, free: Callable[[], tuple
             return build()
     except _Large:
         needed = _bytes_of(build)
-        available, place = free()
-        if needed * copies > available:
-            raise UsageError(
-                f"the network's parameters{' and their gradients' if copies > 1 else ''} take {_gib(needed * copies)}, "
-                f"and {_gib(available)} of {place} are free",
-                where="network",
-                fix="choose smaller sizes",
-            ) from None
+        for place, available in free().items():
+            if needed * copies > available:
+                what = f"the network's parameters{' and their gradients' if copies > 1 else ''} take {_gib(needed * copies)}"
+                found = f"{what}, and {_gib(available)} of {place} are free"
+                raise UsageError(found, where="network", fix="choose smaller sizes") from None
+            copies = 1
     torch.set_rng_state(random)
     return build()
 

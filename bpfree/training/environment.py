@@ -35,15 +35,14 @@ def resolve_device(name: str, *, process: int = 0) -> torch.device:
     return torch.device(kind, int(index or process % available)) if kind == "cuda" else torch.device("cpu")
 
 
-def free_memory(name: str) -> tuple[int, str]:
-    """Bytes that are free for a run on a device of this name, and whose they are: the machine's, which makes the network, or the device's.
+def free_memory(name: str) -> dict[str, int]:
+    """Bytes that are free for a run on a device of this name: the device's, and the machine's, where networks are made.
 
     Raises:
         UsageError: no such device.
     """
-    device, here = resolve_device(name), int(psutil.virtual_memory().available)
-    free = here if device.type == "cpu" else min(here, torch.cuda.mem_get_info(device)[0])
-    return free, "the machine's memory" if free == here else f"the memory of {device}"
+    device, here = resolve_device(name), {"the machine's memory": int(psutil.virtual_memory().available)}
+    return here if device.type == "cpu" else {f"the memory of {device}": torch.cuda.mem_get_info(device)[0], **here}
 
 
 @contextmanager
