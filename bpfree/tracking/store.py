@@ -90,8 +90,6 @@ def file_lock(path: Path, timeout: float = LOCK_SECONDS) -> BaseFileLock:
     return FileLock(path, timeout=timeout)
 
 
-
-
 def _on_network(folder: Path) -> bool:
     import psutil
 

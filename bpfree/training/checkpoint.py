@@ -108,7 +108,7 @@ def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: s
     candidates = [Path(place), Path(output) / str(place)]
     for candidate in candidates:
         folder = RunFolder(candidate)
-        remove_abandoned(folder.last.parent, "*.pt")
+        remove_abandoned(folder.checkpoints, "*.pt")
         remove_abandoned(candidate, "predictions.npz")
         known = [candidate, folder.selected, folder.last] if prefer == "selected" else [candidate, folder.last]
         found = next((path for path in known if path.is_file()), None)
