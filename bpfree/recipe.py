@@ -126,7 +126,7 @@ class Recipe:
         """
         with seeded(derive_in(self.settings.stream, self.settings.seed, "initialisation")):
             builder, kind = self.registry.get("networks", self.names["network"]), self.registry.get("rules", self.names["rule"])
-            in_place = getattr(kind.traits, "update", "") == "in-place"
+            in_place = kind.traits_of(self.options["rule"]).update == "in-place"
             network = built(
                 partial(builder.build, spec, self.options["network"]),
                 copies=1 if in_place else 2,
