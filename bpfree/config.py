@@ -35,6 +35,7 @@ def resolve(leaves: Iterable[Leaf] | Mapping[str, Any], registry: Plugins | None
         UsageError: with everything that is wrong.
     """
     registry = registry or installed_plugins()
+    registry.report()
     listed = once(leaves_of(leaves, "", "configuration")) if isinstance(leaves, Mapping) else list(leaves)
     listed = [dataclasses.replace(leaf, key=canonical(leaf.key, leaf.value)) for leaf in listed]
     return Resolver(listed, registry, spec).resolve()

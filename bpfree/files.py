@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -9,14 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["inside", "replacing", "write_text"]
+from bpfree.errors import UsageError
+
+__all__ = ["expanded", "inside", "remove_abandoned", "replacing", "write_text"]
 
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
     """Open a file that takes the place of another when the block ends; if it fails, the old one stays.
 
-    The content goes to a temporary file in the same folder, which is made if it does not exist.
+    The content goes to a temporary file in the same folder, which is made if it does not exist. It is locked while it is written: where its
+    writer is killed, :func:`remove_abandoned` knows it by that.
 
     Args:
         path: of the file to write or replace.
@@ -26,17 +31,42 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
         OSError: the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    temporary, file = _temporary(path)
     try:
-        with temporary.open("xb") as file:
+        with file:
             yield file
+            file.flush()
             if durable:
-                file.flush()
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # still locked, so that nobody takes it for abandoned
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _temporary(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new file beside another, locked where the file system can."""
+    while True:
+        temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+        file = temporary.open("xb")
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():
+            return temporary, file
+        file.close()  # somebody has looked at it before it was locked, and taken it for abandoned
+
+
+def remove_abandoned(folder: Path, names: str) -> None:
+    """Remove temporary files of :func:`replacing` whose writers were killed; what is being written stays.
+
+    Args:
+        folder: where to look.
+        names: pattern of the files that they were to replace, such as ``*.pt``.
+    """
+    for path in folder.glob(f".{names}-{'[0-9a-f]' * 8}"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,3 +91,15 @@ def inside(folder: Path, name: str) -> Path | None:
         return folder / place if (folder / place).resolve().is_relative_to(folder.resolve()) else None
     except (OSError, RuntimeError, TypeError, ValueError):  # a circle of links, no text, or text that is no path
         return None
+
+
+def expanded(path: Path) -> Path:
+    """The path with the user's home for ``~``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UsageError("there is no home folder", where=str(path), fix="name a folder: data.root=FOLDER, or BPFREE_DATA") from error

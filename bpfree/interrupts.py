@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do for as long as something lasts."""
+"""What SIGINT, SIGTERM and SIGHUP (a terminal or a connection that closes) do for as long as something lasts."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Handler", "answer", "handling"]
+__all__ = ["NUMBERS", "Handler", "answer", "handling"]
 
 Handler = Callable[[int, Any], Any] | signal.Handlers
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def answer(handler: Handler) -> None:
-    """From now on both are answered so."""
+    """From now on all are answered so, but a hang-up that ``nohup`` has had ignored."""
     for number in NUMBERS:
-        signal.signal(number, handler)
+        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @contextmanager
 def handling(handler: Handler) -> Iterator[None]:
-    """Both are answered so inside, and as before afterwards. Only in the main thread, as ``signal.signal``."""
+    """All are answered so inside, and as before afterwards. Only in the main thread, as ``signal.signal``."""
     before = {number: signal.getsignal(number) for number in NUMBERS}
     answer(handler)
     try:

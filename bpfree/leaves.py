@@ -57,8 +57,9 @@ def canonical(key: str, value: Any) -> str:
 
 
 def said(value: Any) -> str:
-    """A value in a message: text in quotes, anything else as it is typed."""
-    return repr(value) if isinstance(value, str) else yaml_values.text_of(value)
+    """A value in a message: text in quotes, anything else as it is typed; only the beginning of a long one."""
+    text = repr(value) if isinstance(value, str) else yaml_values.text_of(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def last_said(leaves: Sequence[Leaf], key: str, default: Any, kind: Any = str) -> Any:
@@ -83,7 +84,7 @@ def read_yaml(path: Path) -> list[Leaf]:
         UsageError: no such file, no mapping of names, or a key that is given twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = yaml_values.text_in(path)
         repeated, found = yaml_values.repeated(text), yaml_values.entries(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the configuration: {getattr(error, 'strerror', None) or error}", where=str(path)) from error
@@ -139,6 +140,8 @@ def parse_words(words: Iterable[str]) -> list[Leaf]:
             )
         try:
             repeated, value = yaml_values.repeated(text), yaml_values.written(text)
+        except yaml_values.TooMuch as error:
+            raise UsageError(f"{key}: {error}", where="command line") from error
         except yaml.YAMLError:
             repeated, value = [], text
         if repeated:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
+import logging
+import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +24,8 @@ from bpfree.kept import GROUP, disabled_plugins, installed_state, kept
 
 __all__ = ["PluginIndex", "PluginRecord", "Plugins", "installed_plugins", "plugin_index"]
 
+logger = logging.getLogger("bpfree")
+
 KINDS = ("rules", "networks", "tasks", "augmentations", "protocols", "diagnostics", "presets", "studies")
 Status = Literal["ok", "broken", "incompatible", "disabled"]
 
@@ -31,8 +37,8 @@ class PluginRecord:
     Attributes:
         name: of its entry point.
         distribution, version: of the package that installed it; the core's for the built-in one.
-        status: ``ok``, ``broken`` (fails to import, or implements hooks wrongly), ``incompatible`` (written for another
-            version of the interface), or ``disabled``.
+        status: ``ok``, ``broken`` (fails to import, changes settings of the process, or implements hooks wrongly), ``incompatible``
+            (written for another version of the interface), or ``disabled``.
         reason: why it is not ok, or soon will not be.
         provides: registered names by kind.
         hooks: the hooks that it implements.
@@ -52,12 +58,44 @@ class PluginRecord:
     path: str = ""
 
 
+class Broken(Exception):
+    """What a plugin does wrong, as the end of a sentence that begins with its name."""
+
+
+@contextmanager
+def contained(doing: str) -> Iterator[None]:
+    """A plugin's code inside: whatever it does, this process goes on as before, and its output is not mixed with ours.
+
+    Args:
+        doing: what the plugin does, for messages.
+
+    Raises:
+        Broken: it has failed, asked to end the process, or changed settings of the whole process.
+    """
+    from bpfree.process_state import unchanged  # which imports torch, as listings from the index do not
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr), unchanged() as changed:
+            yield
+    except (Broken, KeyboardInterrupt):
+        raise
+    except SystemExit as error:
+        raise Broken(f"calls sys.exit({error.code!r}) in {doing}") from error
+    except BaseException as error:
+        raise Broken(f"fails in {doing}: {type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")) from error
+    if changed:
+        raise Broken(f"changes {' and '.join(changed)} in {doing}, for everything else in this process")
+
+
 class Plugins:
     """The plugins of this process and what they register.
 
     Args:
         disabled: names of plugins that are not loaded.
         entry_points: for tests; by default those installed in the group ``bpfree``.
+
+    Attributes:
+        reported: whether it has been said which plugins are left out.
     """
 
     def __init__(self, disabled: Iterable[str] = (), entry_points: Iterable[Any] | None = None) -> None:
@@ -66,7 +104,7 @@ class Plugins:
         self.manager.add_hookspecs(hooks)
         self.records: dict[str, PluginRecord] = {}
         self._registered: dict[str, dict[str, tuple[Any, PluginRecord]]] = {kind: {} for kind in KINDS}
-        self._disabled = set(disabled)
+        self._disabled, self.reported = set(disabled), False
         self._load_builtin()
         found = importlib.metadata.entry_points(group=GROUP) if entry_points is None else entry_points
         for entry in sorted(found, key=lambda entry: entry.name):
@@ -84,7 +122,7 @@ class Plugins:
         record = PluginRecord(entry.name, dist.name if dist else "?", dist.version if dist else "?")
         if entry.name in self.records:
             other = self.records[entry.name]
-            record.status, record.reason = "broken", f"its name is already taken by {other.distribution}"
+            record.status, record.reason = "broken", f"has a name that {other.distribution} has taken already"
             self.records[f"{entry.name} ({record.distribution})"] = record
             return
         self.records[entry.name] = record
@@ -92,12 +130,13 @@ class Plugins:
             record.status, record.reason = "disabled", "disabled by name"
             return
         try:
-            module = entry.load()
-        except Exception as error:
-            self._fail(record, "broken", f"fails to import: {type(error).__name__}: {error}")
+            with contained("its import"):
+                module = entry.load()
+                api, path = getattr(module, "bpfree_api", None), getattr(module, "__file__", None)
+        except Broken as error:
+            self._fail(record, "broken", str(error))
             return
-        api = getattr(module, "bpfree_api", None)
-        record.api, record.path = api if isinstance(api, int) else None, getattr(module, "__file__", None) or ""
+        record.api, record.path = api if isinstance(api, int) else None, str(path or "")
         if not isinstance(api, int) or not hooks.OLDEST_API <= api <= hooks.API_VERSION:
             said = "states no bpfree_api" if api is None else f"is written for interface version {api}"
             self._fail(record, "incompatible", f"{said}; this is version {hooks.API_VERSION}: install a matching {record.distribution}")
@@ -112,33 +151,46 @@ class Plugins:
     def _register(self, module: Any, record: PluginRecord) -> None:
         """Register with pluggy, then collect what it provides; undo everything if any of it fails."""
         try:
-            self.manager.register(module, record.name)
-            self.manager.check_pending()
-            provided = {kind: self._provided(module, record, kind) for kind in KINDS}
-        except Exception as error:
+            with contained("its hooks"):
+                self.manager.register(module, record.name)
+                self.manager.check_pending()
+                hooks = sorted(caller.name for caller in self.manager.get_hookcallers(module) or ())
+            provided = {kind: self._provided(module, kind) for kind in KINDS}
+        except Broken as error:
             if self.manager.get_plugin(record.name) is not None:
                 self.manager.unregister(name=record.name)
-            self._fail(record, "broken", " ".join(str(error).split()) or type(error).__name__)
+            self._fail(record, "broken", str(error))
             return
         for kind, things in provided.items():
             self._registered[kind].update({name: (thing, record) for name, thing in things.items()})
             record.provides[kind] = sorted(things)
-        record.hooks = sorted(caller.name for caller in self.manager.get_hookcallers(module) or ())
+        record.hooks = hooks
 
-    def _provided(self, module: Any, record: PluginRecord, kind: str) -> dict[str, Any]:
+    def _provided(self, module: Any, kind: str) -> dict[str, Any]:
         from bpfree.kinds import misfit
 
-        function = getattr(module, f"bpfree_{kind}", None)
-        things = {} if function is None else function()
-        if not isinstance(things, Mapping):
-            raise TypeError(f"bpfree_{kind} must return a mapping of names, not {type(things).__name__}")
-        for name, thing in things.items():
-            if wanted := misfit(kind, thing):
-                raise TypeError(f"registers the {singular(kind)} {name!r}, which must be {wanted}, not {thing!r:.80}")
-            if name in self._registered[kind]:
-                owner = self._registered[kind][name][1].name
-                raise ValueError(f"registers the {singular(kind)} {name!r}, which plugin {owner!r} has registered already")
-        return dict(things)
+        with contained(f"bpfree_{kind}"):
+            function = getattr(module, f"bpfree_{kind}", None)
+            given = {} if function is None else function()
+            if not isinstance(given, Mapping):
+                raise Broken(f"returns from bpfree_{kind} what must be a mapping of names, not {type(given).__name__}")
+            things = dict(given)
+            for name, thing in things.items():
+                if not isinstance(name, str) or not name.strip() or not name.isprintable():
+                    raise Broken(f"registers the {singular(kind)} {name!r}: a name must be text of one line")
+                if wanted := misfit(kind, thing):
+                    raise Broken(f"registers the {singular(kind)} {name!r}, which must be {wanted}, not {thing!r:.80}")
+                if name in self._registered[kind]:
+                    owner = self._registered[kind][name][1].name
+                    raise Broken(f"registers the {singular(kind)} {name!r}, which plugin {owner!r} has registered already")
+        return things
+
+    def report(self) -> None:
+        """Log, the first time, which plugins were left out against their users' wish, and why."""
+        for record in [] if self.reported else self.records.values():
+            if record.status in ("broken", "incompatible"):
+                logger.warning("the plugin %s is left out, because it %s", record.name, record.reason)
+        self.reported = True
 
     @property
     def keepable(self) -> bool:

@@ -160,7 +160,7 @@ def _wait(ray: Any, tasks: list[Any], order: Order) -> Run:
     if not failures:
         return ray.get(tasks[0])[0]  # type: ignore[no-any-return]
     code, text = min(failures, key=lambda failure: "another process of this run" in failure[1] or "the first process failed" in failure[1])
-    if code in (130, 143):
+    if code > 128:
         raise _lost(text.splitlines()[0], order, code)
     error = BpfreeError(text)
     error.exit_code = code

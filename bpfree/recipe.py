@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,9 @@ import torch
 
 from bpfree import yaml_values
 from bpfree.errors import UsageError
+from bpfree.files import expanded
 from bpfree.leaves import leaves_of
+from bpfree.network.memory import built
 from bpfree.options import option
 from bpfree.plugins import Plugins
 from bpfree.redaction import is_redacted, redacted
@@ -20,6 +23,7 @@ from bpfree.rule import Rule
 from bpfree.seeds import derive_in, seeded
 from bpfree.tasks.task import Task, TaskSpec
 from bpfree.tracking.config import PicturesConfig, TrackingConfig
+from bpfree.training import environment
 from bpfree.training.config import TrainConfig
 
 __all__ = ["CHANGEABLE", "CHOSEN", "DataConfig", "Recipe", "RunConfig", "TaskCommon", "changed"]
@@ -51,7 +55,7 @@ class DataConfig:
 
     root: str | None = option(None, "folder of data sets (none: the environment's BPFREE_DATA, else the user's cache)")
     resident: Literal["auto", "yes", "no"] = option("auto", "keep the set as tensors on the device (auto: if it fits)")
-    workers: int = option(0, "processes that read a set which is not resident", ge=0, unless={"resident": ("yes",)})
+    workers: int = option(0, "processes that read a set which is not resident", ge=0, le=256, unless={"resident": ("yes",)})
 
 
 @dataclass
@@ -116,7 +120,7 @@ class Recipe:
         import os
 
         place = self.settings.data.root or os.environ.get("BPFREE_DATA")
-        return Path(place).expanduser() if place else None
+        return expanded(Path(place)) if place else None
 
     def pinned(self, rule: Rule) -> Recipe:
         """The same with what ``auto`` and ``none`` stand for written out: the optimiser, and the number of threads."""
@@ -155,10 +159,19 @@ class Recipe:
         """Build the rule (or its own-prediction twin) on its network, on the CPU, initialised from seed and stream.
 
         The caller's random state stays.
+
+        Raises:
+            UsageError: the network's parameters do not fit the memory, or it does not fit the task.
         """
         with seeded(derive_in(self.settings.stream, self.settings.seed, "initialisation")):
-            network = self.registry.get("networks", self.names["network"]).build(spec, self.options["network"])
-            rule: Rule = self.registry.get("rules", self.names["rule"])(network, spec, self.options["rule"])
+            builder, kind = self.registry.get("networks", self.names["network"]), self.registry.get("rules", self.names["rule"])
+            in_place = kind.traits_of(self.options["rule"]).update == "in-place"
+            network = built(
+                partial(builder.build, spec, self.options["network"]),
+                copies=1 if in_place else 2,
+                free=partial(environment.free_memory, self.settings.device),
+            )
+            rule: Rule = kind(network, spec, self.options["rule"])
         if self.settings.twin:
             rule.freeze_features()
         return rule

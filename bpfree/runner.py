@@ -32,6 +32,8 @@ from bpfree.training.trainer import Trainer
 
 __all__ = ["resume", "run"]
 
+PLACES = {"task.path"}
+"""Keys that say where data are; what they are is in the checkpoint's fingerprint."""
 
 RESIDENT = {"auto": None, "yes": True, "no": False}
 
@@ -134,7 +136,7 @@ def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Ru
     refuse_version_1(path.parent.parent, "resumed")
     saved = read_checkpoint(path)
     recipe = recipe_of(saved["config"], changes, where=str(path))
-    refuse_changes(changed(recipe_of(saved["config"], where=str(path)), recipe))
+    refuse_changes(changed(recipe_of(saved["config"], spec=recipe.spec(), where=str(path)), recipe))
     folder, about = path.parent.parent, (saved.get("training") or {}).get("run")
     before = known_run(folder)
     if path.parent != RunFolder(folder).checkpoints or (before and about and about["id"] not in ids_of(folder)):
@@ -173,7 +175,7 @@ def refuse_changes(keys: Iterable[str]) -> None:
     Raises:
         UsageError: some keys would make it another run.
     """
-    other = [key for key in keys if key.split(".")[0] not in CHANGEABLE]
+    other = [key for key in keys if key.split(".")[0] not in CHANGEABLE and key not in PLACES]
     if other:
         raise UsageError("a run cannot be resumed with other settings than it began with", where=", ".join(other), fix="start a new run")
 

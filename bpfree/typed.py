@@ -84,7 +84,7 @@ def _bool(value: Any) -> bool:
 
 def _int(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
-        return value
+        return _of_64_bits(value)
     text = (_written(value) or "").strip() if isinstance(value, (str, Scalar)) else ""
     if len(text) > 100 or not WHOLE.fullmatch(text):
         number = plain(value) if not isinstance(value, str) else value.replace("_", "").replace(",", "")
@@ -93,7 +93,13 @@ def _int(value: Any) -> int:
         except (TypeError, ValueError, OverflowError):
             whole = None
         raise Misfit("must be a whole number" + (f", such as {whole}" if whole is not None else ""))
-    return int(text)
+    return _of_64_bits(int(text))
+
+
+def _of_64_bits(value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise Misfit("is too large for a whole number")
+    return value
 
 
 def _float(value: Any) -> float:

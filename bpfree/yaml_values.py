@@ -12,16 +12,25 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["Entry", "Scalar", "dump", "entries", "plain", "read", "repeated", "text_of", "written"]
+__all__ = ["Entry", "Scalar", "TooMuch", "dump", "entries", "plain", "read", "repeated", "text_in", "text_of", "written"]
 
 FLOAT = re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$")
 INTEGER = re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
 NULL = re.compile(r"^(?:null|Null|NULL|~|)$")
 BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+
+MOST_CHARACTERS, MOST_VALUES, MOST_LEVELS, MOST_DIGITS = 1_000_000, 50_000, 50, 100
+"""Of a text (values with what its aliases stand for); beyond, it is refused before any of it is made."""
+
+
+class TooMuch(yaml.YAMLError):
+    """A text that stands for more than a person would write."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,45 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", INTEGER, list("-+01234567
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
+@lru_cache(maxsize=4)
+def _checked(text: str) -> str:
+    """The text, if what it stands for is finite and of a size that people write.
+
+    Raises:
+        TooMuch: it is not.
+        yaml.YAMLError: it is not YAML.
+    """
+    if len(text) <= MOST_DIGITS and "*" not in text:  # too short for any of it
+        return text
+    if len(text) > MOST_CHARACTERS:
+        raise TooMuch(f"more than {MOST_CHARACTERS} characters")
+    sizes: dict[str, int] = {}
+    above: list[tuple[str | None, int]] = []  # for each mapping and list around: its anchor, and the count when it began
+    count = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes and event.anchor in (anchor for anchor, _ in above):
+                raise TooMuch(f"line {event.start_mark.line + 1}: *{event.anchor} stands for what it is part of")
+            count += sizes.get(event.anchor, 1)
+        elif isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)):
+            count += 1
+            if isinstance(event, yaml.ScalarEvent):
+                sizes |= {event.anchor: 1} if event.anchor else {}
+            else:
+                above.append((event.anchor, count - 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, begun = above.pop()
+            sizes |= {anchor: count - begun} if anchor else {}
+        if len(above) > MOST_LEVELS:
+            raise TooMuch(f"line {event.start_mark.line + 1}: more than {MOST_LEVELS} levels of mappings and lists")
+        if count > MOST_VALUES:
+            raise TooMuch(f"line {event.start_mark.line + 1}: more than {MOST_VALUES} names and values, with what aliases stand for")
+    return text
+
+
 def _integer(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
 
 
@@ -115,13 +162,19 @@ def _canonical(value: Any) -> str:
     return repr(value)
 
 
+def text_in(path: Path) -> str:
+    """The text of a file, no more of it than is refused for its length."""
+    with path.open(encoding="utf-8") as file:
+        return file.read(MOST_CHARACTERS + 1)
+
+
 def read(text: str) -> Any:
     """The value that a YAML text stands for.
 
     Raises:
         yaml.YAMLError: it stands for none.
     """
-    return yaml.load(text, Loader=_Loader)
+    return yaml.load(_checked(text), Loader=_Loader)
 
 
 def written(text: str) -> Any:
@@ -130,7 +183,7 @@ def written(text: str) -> Any:
     Raises:
         yaml.YAMLError: it stands for no value.
     """
-    return yaml.load(text, Loader=_Writing)
+    return yaml.load(_checked(text), Loader=_Writing)
 
 
 def entries(text: str) -> list[Entry] | None:
@@ -141,7 +194,7 @@ def entries(text: str) -> list[Entry] | None:
     Raises:
         yaml.YAMLError: it is not YAML.
     """
-    loader = _Writing(text)
+    loader = _Writing(_checked(text))
     try:
         node = loader.get_single_node()
         return list(_entries(loader, node, ())) if isinstance(node, yaml.MappingNode) else None
@@ -179,7 +232,7 @@ def repeated(text: str) -> list[str]:
     Raises:
         yaml.YAMLError: it is not YAML.
     """
-    return list(_repeated(yaml.compose(text, Loader=_Loader), ""))
+    return list(_repeated(yaml.compose(_checked(text), Loader=_Loader), ""))
 
 
 def _repeated(node: Any, where: str) -> Iterator[str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bpfree.files import inside, replacing, write_text
+from bpfree.files import inside, remove_abandoned, replacing, write_text
 
 
 def test_a_file_is_written_and_replaced_and_its_folder_made(tmp_path: Path) -> None:
@@ -58,3 +62,47 @@ def test_a_record_names_nothing_outside_its_folder(tmp_path: Path) -> None:
     assert inside(folder, 3) is None  # type: ignore[arg-type]
     (tmp_path / "runs-by-link").symlink_to(folder)  # the folder itself may be one: its owner has made it
     assert inside(tmp_path / "runs-by-link", "one") == tmp_path / "runs-by-link" / "one"
+
+
+WRITER = """
+import os, signal, sys
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from bpfree.files import replacing
+with replacing(Path(sys.argv[1]), durable=True) as file:
+    file.write(b"half of the new")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_leaves_is_removed_and_what_is_written_stays(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+    subprocess.run([sys.executable, "-c", WRITER, str(path)], check=False)
+    (tmp_path / ".cache-deadbeef").write_text("somebody's own")
+    (left,) = [entry for entry in tmp_path.iterdir() if entry.name.startswith(".last.pt-")]
+    with replacing(tmp_path / "other.pt") as file:
+        file.write(b"whole")
+        remove_abandoned(tmp_path, "*.pt")
+        assert not left.exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".cache-deadbeef", "last.pt", "other.pt"]
+    assert (tmp_path / "other.pt").read_bytes() == b"whole"
+    assert path.read_bytes() == b"old"
+
+
+def test_a_temporary_file_that_is_taken_for_abandoned_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody looks just before it is locked."""
+    lock, looks = fcntl.flock, [1]
+
+    def late(file: Any, how: int) -> None:
+        if how == fcntl.LOCK_EX and looks:
+            looks.pop()
+            remove_abandoned(tmp_path, "*.txt")
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write_text(tmp_path / "page.txt", "all of it")
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("page.txt", "all of it")]

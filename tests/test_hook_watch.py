@@ -53,6 +53,8 @@ CHEATS = {
     _leave_gradients: "gradients",
     nn.Module.train: "train or eval mode",
     lambda rule: torch.set_grad_enabled(False): "grad mode",
+    lambda rule: torch.set_default_dtype(torch.float64): "default dtype",
+    lambda rule: torch.manual_seed(1234): "torch's seed",
 }
 HOOKS = ("run_start", "phase_start", "step_end", "progress", "epoch_end", "checkpoint_saved", "phase_end", "run_end")
 

@@ -89,7 +89,7 @@ def test_a_listing_is_that_of_the_plugins_as_they_are_now(
     (site.parent / "a_library_that_comes_later.py").touch()
     assert "states no bpfree_api" in same(capsys, site, *CALLS)
     site.write_text(RULE.replace("Mine}", "5}"))
-    assert "registers the rule 'mine', which must be a subclass of bpfree.Rule with a card, not 5" in same(capsys, site, *CALLS)
+    assert "registers the rule 'mine', which must be a subclass of bpfree.Rule with a card" in same(capsys, site, *CALLS)
     site.write_text(RULE)
     assert "a first try" in same(capsys, site, *CALLS)
     monkeypatch.setenv("BPFREE_DISABLE_PLUGINS", "mine")

@@ -18,6 +18,7 @@ from bpfree import (
     Step,
     Task,
     Trainer,
+    UsageError,
     hookimpl,
     load,
     runner,
@@ -25,7 +26,7 @@ from bpfree import (
 from bpfree.baselines import DFA
 from bpfree.scoring import score
 from bpfree.tasks.digits import DIGITS
-from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
+from bpfree.training.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
 from bpfree.training.config import BudgetConfig, CheckpointConfig
 from bpfree.training.trainer import Interrupted
 
@@ -230,3 +231,28 @@ def test_no_advice_to_run_code_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(BpfreeError, match="other than tensors and plain values") as caught:
         read_checkpoint(path)
     assert "weights_only" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_opening_a_run_removes_what_a_killed_writer_has_left(digits: Task, device: torch.device, tmp_path: Path) -> None:
+    Trainer(rule_on(digits), digits, config_of(device, budget=BudgetConfig(epochs=1)), folder=tmp_path).fit()
+    left = [tmp_path / "checkpoints" / ".last.pt-0123abcd", tmp_path / ".predictions.npz-0123abcd"]
+    for path in left:
+        path.write_bytes(b"half")
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "last.pt"
+    assert not any(path.exists() for path in left)
+
+
+@pytest.mark.parametrize("budget", [BudgetConfig(epochs=1), BudgetConfig(samples=100), BudgetConfig(seconds=1e-6)])
+def test_a_budget_that_is_used_already_is_refused(digits: Task, device: torch.device, tmp_path: Path, budget: BudgetConfig) -> None:
+    path = tmp_path / "checkpoints" / "last.pt"
+    Trainer(rule_on(digits), digits, config_of(device, budget=BudgetConfig(epochs=2)), folder=tmp_path).fit()
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="the run has trained longer than that"):
+        Trainer(rule_on(digits), digits, config_of(device, budget=budget), folder=tmp_path).fit(path)
+    assert path.read_bytes() == before
+
+
+def test_the_same_budget_is_not_refused_though_a_batch_exceeds_it(digits: Task, device: torch.device, tmp_path: Path) -> None:
+    config = config_of(device, budget=BudgetConfig(samples=100))
+    assert Trainer(rule_on(digits), digits, config, folder=tmp_path).fit().result["train/samples"] == 128
+    assert Trainer(rule_on(digits), digits, config, folder=tmp_path).fit(tmp_path / "checkpoints" / "last.pt").status == "finished"

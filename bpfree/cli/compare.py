@@ -23,9 +23,9 @@ It is a study made of words: interrupt it at any time, the same command resumes 
 
 @click.command(help=HELP, short_help="Compare rules over seeds, beside floor and ceiling.")
 @click.argument("words", nargs=-1, required=True, metavar="WORD...")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Repetitions, with seeds 0, 1, ...")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1, 10_000), help="Repetitions, with seeds 0, 1, ...")
 @click.option("--only", is_flag=True, help="Only the rules named: no linear classifier, own-prediction twins and back-propagation.")
-@click.option("--jobs", "-j", type=click.IntRange(min=1), help="Cells at a time.  [default: 1, or one per GPU]")
+@click.option("--jobs", "-j", type=click.IntRange(1, 1024), help="Cells at a time.  [default: 1, or one per GPU]")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Longest time of a cell.")
 @click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: beside the cells]")
 @click.option("--quiet", "-q", is_flag=True, help="No progress display.")

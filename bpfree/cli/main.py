@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -89,7 +90,9 @@ def cli(debug: bool, disable: tuple[str, ...]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong request, 130 or 143 interrupted and resumable."""
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong request, 129, 130 or 143 interrupted and resumable."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in a locale without them, signs are told rather than end the command
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:  # the process is the command's own: Python in others that it starts imports nothing from the current folder
         os.environ.setdefault("PYTHONSAFEPATH", "1")
@@ -117,7 +120,7 @@ def _run(words: list[str], *, debug: bool) -> int:
         result: Any = cli.main(args=words, prog_name="bpfree", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except BpfreeError as error:
-        if error.exit_code in (130, 143):  # interrupted: the progress display has said how to resume
+        if error.exit_code > 128:  # interrupted: the progress display has said how to resume
             return error.exit_code
         return _say(error, f"error: {error}", error.exit_code, debug)
     except click.ClickException as error:
@@ -126,6 +129,10 @@ def _run(words: list[str], *, debug: bool) -> int:
             return 0
         usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
         return _say(error, "\n".join(filter(None, [f"error: {error.format_message()}", usage])), error.exit_code, debug)
+    except SystemExit as error:  # none of ours
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"error: foreign code has called sys.exit({error.code!r})\n  where: {place.filename}, line {place.lineno}, in {place.name}"
+        return _say(error, text, 1, debug)
     except (click.Abort, KeyboardInterrupt) as error:
         return _say(error, "interrupted", 130, debug)
     except BrokenPipeError:  # the reader of our output has gone, as in `bpfree rules | head`

@@ -71,13 +71,13 @@ def _labels(context: click.Context, parameter: click.Parameter, text: str | None
 
 
 settings = click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
-seeds = click.option("--seeds", type=click.IntRange(min=1), help="How many repetitions.  [default: what the study says]")
+seeds = click.option("--seeds", type=click.IntRange(1, 10_000), help="How many repetitions.  [default: what the study says]")
 to = click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: beside the cells]")
 running = _options(
     seeds,
     click.option("--rows", metavar="LABEL,...", callback=_labels, help="Run only these rows."),
     click.option("--columns", metavar="LABEL,...", callback=_labels, help="Run only these columns."),
-    click.option("--jobs", "-j", type=click.IntRange(min=1), help="Cells at a time.  [default: what the study says, or one per GPU]"),
+    click.option("--jobs", "-j", type=click.IntRange(1, 1024), help="Cells at a time.  [default: what the study says, or one per GPU]"),
     click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where cells run."),
     click.option("--address", help="Of a Ray cluster, or `auto`.  [default: RAY_ADDRESS, else one of its own here]"),
     click.option("--gpus", type=click.FloatRange(min=0), help="GPUs that a cell asks of Ray, perhaps a share.  [default: 1 on GPUs]"),
@@ -248,12 +248,16 @@ def _run(name: str, settings: tuple[str, ...], options: dict[str, Any], retry: S
     from bpfree.study.command import Options
 
     worklist = _worklist(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"], retry=retry)
+    if retry and not worklist.to_retry():
+        click.echo(f"no cell of {worklist.plan.study.name} is {' or '.join(retry)}: nothing to run again", err=True)
+        return 0
     counts = f"{worklist.left()} of {worklist.count()} cells to run{_others(worklist, [name, *settings])}"
     click.echo(f"{worklist.plan.study.name}: {counts}", err=True)
     chosen = Options(
         options["executor"], options["jobs"], options["address"], options["gpus"], options["timeout"], options["to"], options["quiet"]
     )
-    return run_worklist(worklist, parse_words(settings), ["study", "run", *_again(name, settings, options["seeds"])], chosen)
+    words = ["study", "run", *_again(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"])]
+    return run_worklist(worklist, parse_words(settings), words, chosen)
 
 
 def run_worklist(worklist: Worklist, overrides: Sequence[Leaf], words: Sequence[str], options: Options) -> int:
@@ -298,8 +302,10 @@ def _worklist(name: str, settings: Sequence[str], seeds: int | None, *, load: bo
     return Worklist(cells.plan(find_study(name), parse_words(settings), seeds=seeds, load=load), **chosen)
 
 
-def _again(name: str, settings: Sequence[str], seeds: int | None) -> list[str]:
-    return [name, *settings, *([] if seeds is None else ["--seeds", str(seeds)])]
+def _again(name: str, settings: Sequence[str], seeds: int | None, **chosen: Sequence[str] | None) -> list[str]:
+    """The words that ask for the same cells."""
+    labels = [word for kind, given in chosen.items() if given is not None for word in (f"--{kind}", ",".join(given))]
+    return [name, *settings, *([] if seeds is None else ["--seeds", str(seeds)]), *labels]
 
 
 def _dry_run(worklist: Worklist) -> int:

@@ -30,7 +30,7 @@ SETTINGS are KEY=VALUE words over the defaults and over --config files, for exam
 A run has a folder under runs/ (output=...): its configuration, metrics, plots and checkpoints. MLflow shows all runs:
 `mlflow ui --backend-store-uri sqlite:///mlflow.db`.
 
-Ctrl-C (or SIGTERM) saves a checkpoint first; `bpfree train --resume RUN` continues it, bit for bit.
+Ctrl-C (or SIGTERM, or SIGHUP) saves a checkpoint first; `bpfree train --resume RUN` continues it, bit for bit.
 
 Several processes train together under a launcher: `torchrun --nproc-per-node 2 -m bpfree train ...`, or `--ray N` for a cluster. They share
 the blocks of a network where these are independent, else the examples of each batch (parallel=blocks, data).
@@ -44,7 +44,7 @@ the blocks of a network where these are independent, else the examples of each b
 @click.option("--print-plan", is_flag=True, help="Print the rule's plan for its network, if it has one, and stop.")
 @click.option("--resume", metavar="RUN", help="Resume a run: its folder, its name, or a checkpoint.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress display.")
-@click.option("--ray", type=click.IntRange(1), metavar="N", help="Train in N processes of a Ray cluster, together.")
+@click.option("--ray", type=click.IntRange(1, 1024), metavar="N", help="Train in N processes of a Ray cluster, together.")
 @click.option("--address", metavar="ADDRESS", help="Of the Ray cluster, or auto; none: RAY_ADDRESS, else one on this machine.")
 def train(
     settings: tuple[str, ...],
@@ -114,6 +114,6 @@ def _on_ray(leaves: list[Leaf], size: int, address: str | None, resume: str | No
     try:
         return ray_team.train(leaves, size=size, address=address, resume=resume)
     except BpfreeError as error:
-        if error.exit_code in (130, 143):  # no progress display has said how to resume
+        if error.exit_code > 128:  # no progress display has said how to resume
             click.echo(str(error), err=True)
         raise

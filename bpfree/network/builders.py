@@ -46,7 +46,7 @@ class NetworkBuilder:
 class MLPConfig:
     """A multilayer perceptron; images are flattened."""
 
-    depth: int = option(4, "number of hidden layers", ge=0, needs={"widths": ([],)})
+    depth: int = option(4, "number of hidden layers", ge=0, le=10_000, needs={"widths": ([],)})
     width: int = option(128, "units in each hidden layer", ge=1, needs={"widths": ([],)}, unless={"depth": (0,)})
     widths: list[int] = option(factory=list, help="units of each hidden layer, in place of depth and width", ge=1)
     activation: Activation = option("relu", "nonlinearity after each hidden layer")

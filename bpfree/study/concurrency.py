@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 __all__ = ["Concurrency", "present"]
 
@@ -53,11 +53,11 @@ def present(folder: Path) -> Iterator[Concurrency]:
             own.unlink(missing_ok=True)
 
 
-def _own_file(folder: Path) -> tuple[Path, TextIO]:
+def _own_file(folder: Path) -> tuple[Path, BinaryIO]:
     """A new file that is held. Who looks between making and locking takes it for a dead one's, and removes it: then another is made."""
     while True:
         own = folder / f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-        file = own.open("w")
+        file = own.open("wb")
         fcntl.flock(file, fcntl.LOCK_EX)
         if own.exists():
             return own, file
@@ -66,7 +66,7 @@ def _own_file(folder: Path) -> tuple[Path, TextIO]:
 
 def _is_held(path: Path) -> bool:
     try:
-        with path.open("r+") as file:
+        with path.open("rb+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

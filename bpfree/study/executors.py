@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -12,11 +13,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from bpfree import interrupts
+from bpfree.plugins import installed_plugins
 from bpfree.search_path import search_path
 from bpfree.study.store import CellRecord
 from bpfree.study.worker import Job, Worker
@@ -24,6 +26,8 @@ from bpfree.training.trainer import Interrupted
 
 __all__ = ["Ended", "Executor", "InProcess", "Pool", "serve", "stoppable"]
 
+READY = "ready"
+"""What a worker says when it has imported what it needs."""
 GRACE = 60.0
 """Seconds that workers have to save what they are doing, and that a cell has beyond its time before its worker is killed."""
 
@@ -97,7 +101,12 @@ class _WorkerProcess:
     connection: Connection
     number: int
     job: Job | None = None
-    since: float = field(default_factory=time.monotonic)
+    ready: bool = False
+    since: float = math.inf
+
+    def begin(self) -> None:
+        """The time of its cell begins, if it is there to work: that it imports libraries first is not the cell's."""
+        self.since = time.monotonic() if self.ready else math.inf
 
 
 class Pool:
@@ -117,7 +126,8 @@ class Pool:
     def start(self, job: Job) -> None:
         """Give it to a free process."""
         worker = next((worker for worker in self._workers if worker.job is None and worker.process.poll() is None), None) or self._new()
-        worker.job, worker.since = job, time.monotonic()
+        worker.job = job
+        worker.begin()
         with contextlib.suppress(OSError):  # it has just died, which the next wait finds
             worker.connection.send(job)
 
@@ -165,6 +175,10 @@ class Pool:
         try:
             if worker.connection.poll():
                 record = worker.connection.recv()
+                if record == READY:
+                    worker.ready = True
+                    worker.begin()
+                    return None
                 worker.job = None
                 return Ended(job.key.id, record)
         except (EOFError, OSError):
@@ -205,7 +219,9 @@ def serve(handle: int, parent: int) -> None:
     _end_with(parent)
     connection = Connection(handle)
     worker = Worker()
-    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt, Interrupted):
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt, Interrupted), stoppable():
+        installed_plugins().reported = True  # by the process that we belong to
+        connection.send(READY)
         while (job := connection.recv()) is not None:
             connection.send(worker.run(job))
 
@@ -221,7 +237,7 @@ def _end_with(parent: int) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM end what is done inside, in an orderly way.
+    """Signals end what is done inside, in an orderly way.
 
     Raises:
         Interrupted: one of them came.

@@ -45,6 +45,7 @@ ROW_KEYS = ("label", "settings", "columns", "published", "tune")
 TUNE_KEYS = ("trials", "search", "seeds", "space", "settings")
 SEARCHES = ("quasi-random", "tpe")
 FIRST_TUNING_SEED = 1000
+MOST = {"jobs": 1024, "trials": 10_000, "seeds": 10_000}
 NOT_HERE = {
     "seed": "the seeds of a study are its key seeds",
     "seeds": "it is a key of the study, not a setting",
@@ -82,7 +83,7 @@ def read_study(path: Path, name: str | None = None, registry: Plugins | None = N
         UsageError: no such file, no YAML, or with everything that is wrong in it.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = yaml_values.text_in(path)
         content, repeated = _content(yaml_values.read(text), yaml_values.written(text)), yaml_values.repeated(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the study: {getattr(error, 'strerror', None) or error}", where=str(path)) from error
@@ -213,7 +214,7 @@ class _Reader:
             return None
         node = self._mapping(value, "tune", TUNE_KEYS)
         trials, search = self._positive(node, "trials", "tune", whole=True), node.get("search", SEARCHES[0])
-        if not trials:
+        if node.get("trials") is None:
             self.problems.append("tune: trials: must say how many, the default configuration included")
         if search not in SEARCHES:
             self._unknown("search", search, SEARCHES, "tune: search")
@@ -347,9 +348,15 @@ class _Reader:
             kind = "whole number" if whole else "number"
             self.problems.append(f"{f'{where}: ' if where else ''}{key}: must be a {kind} above 0, not {value!r}")
             return None
+        if whole and value > MOST[key]:
+            self.problems.append(f"{f'{where}: ' if where else ''}{key}: must be at most {MOST[key]}, not {value}")
+            return None
         return value
 
     def _seeds(self, value: Any, where: str = "seeds") -> list[int]:
+        if _is_integer(value) and value > MOST["seeds"]:
+            self.problems.append(f"{where}: must be at most {MOST['seeds']}, not {value}")
+            return []
         listed = list(range(value)) if _is_integer(value) else value
         if not isinstance(listed, list) or not listed or not all(_is_integer(seed) and seed >= 0 for seed in listed):
             self.problems.append(f"{where}: must be how many (1 or more), or a list of seeds, not {value!r}")

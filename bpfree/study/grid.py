@@ -7,15 +7,19 @@ of ``network`` in its entry) has one. A task is a column. A *preset* stands for 
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bpfree.config import resolve
 from bpfree.errors import UsageError, nearest
 from bpfree.leaves import canonical, leaves_of
 from bpfree.plugins import Plugins
 
 __all__ = ["GRID_KEYS", "GridRow", "expand"]
+
+logger = logging.getLogger("bpfree")
 
 GRID_KEYS = ("rules", "networks", "tasks", "exclude")
 RULE_KEYS = ("rule", "preset", "presets", "label", "settings", "published", "tune")
@@ -147,13 +151,23 @@ class _Grid:
             return
         known = self._registry.names("presets")
         if "presets" in node:
-            found = [name for name in known if fnmatch.fnmatchcase(name, str(node["presets"]))]
+            found = [name for name in known if fnmatch.fnmatchcase(name, str(node["presets"])) and self._is_right(name)]
             yield from ((name, dict(self._registry.get("presets", name))) for name in found)
             return
         try:
             yield str(node["preset"]), dict(self._registry.get("presets", str(node["preset"]), where=where))
         except UsageError as error:
             self._note(f"{where}: {error.what}: {error.fix}")
+
+    def _is_right(self, preset: str) -> bool:
+        """Whether the settings of a preset are those of its rule; one plugin's mistake is not to refuse the study of all."""
+        try:
+            resolve(self._registry.get("presets", preset), self._registry)
+        except UsageError as error:
+            owner = self._registry.owner("presets", preset).name
+            logger.warning("the preset %s of the plugin %s is left out: %s", preset, owner, "; ".join(error.problems))
+            return False
+        return True
 
     def _brings_network(self, name: str, where: str) -> bool:
         try:

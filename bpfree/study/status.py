@@ -43,6 +43,8 @@ def status_table(planned: Callable[[], Worklist], folder: Path, words: Any) -> t
     parts = [f"{count} {each}" for each, count in counts.most_common()]
     others = sum(record is not None and record.key.id != key.id for key, record in known)
     parts += [f"{others} of them of other sources, which `bpfree study run` would compute again"] if others else []
+    here = store.others({key.id for key, _ in known} | {record.key.id for _, record in known if record is not None})
+    parts += [f"{here} finished ones of other settings lie here too: give the settings they were run with"] if here else []
     parts += [f"{later} follow when {plan['waits_for']}"] if later else []
     return [_status_of(key, record) for key, record in known], f"{len(known) + later} cells: {', '.join(parts)}"
 

@@ -221,7 +221,7 @@ class CellStore:
     def _is_held(self, cell: str) -> bool:
         """Whether a process works on the cell; changes nothing, so that others may look too."""
         try:
-            with self._lock_of(cell).open() as file:
+            with self._lock_of(cell).open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -252,7 +252,7 @@ class CellStore:
         path = self._lock_of(cell)  # stays behind: to remove it would race with who just opened it
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
+            file = path.open("wb")
         except OSError as error:
             raise BpfreeError(
                 f"cannot write the state of the study: {error.strerror}", where=str(self.folder), fix="choose another with output=FOLDER"

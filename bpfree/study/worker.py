@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +36,8 @@ from bpfree.training.trainer import Interrupted
 __all__ = ["CellObserver", "Job", "TaskCache", "Worker", "garbage_collected"]
 
 WORKERS = ".workers"
+PATIENCE = 5.0
+"""Seconds beyond its time that a cell has until it looks at the clock by itself, after a step."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class Worker:
                 return before  # somebody was faster
             record = store.begin(job.key, before, restart=job.restart)
             with present(store.folder_of_all / WORKERS) as concurrency, garbage_collected():
-                self._run(job, record, CellObserver(job, record, concurrency))
+                observer = CellObserver(job, record, concurrency)
+                self._run(job, record, observer)
             if record.status == "finished":
                 keep_weights(job.folder / "checkpoints")
             return record
@@ -104,7 +109,8 @@ class Worker:
     def _run(self, job: Job, record: CellRecord, observer: CellObserver) -> None:
         job.store.write(record)
         try:
-            run = record.about = self._train(job, observer)
+            with observer.alarm():
+                run = record.about = self._train(job, observer)
             record.reason = run.reason
             if run.status == "finished" and job.training:
                 self._score_training(job, record)
@@ -196,6 +202,37 @@ class CellObserver:
     def epoch_end(self, run: Run) -> None:
         """The same after an epoch."""
         self.progress(run)
+
+    @hookimpl
+    def run_end(self, run: Run) -> None:
+        """What is left to do is not the cell's."""
+        self._stop_alarm()
+
+    @contextmanager
+    def alarm(self) -> Iterator[None]:
+        """End what is inside when its time is long up, whatever it does instead of looking at the clock. In the main thread alone.
+
+        Raises:
+            TimedOut: it is; again every second, where that is caught.
+        """
+        if self._job.timeout is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ring(number: int, frame: Any) -> None:
+            raise TimedOut(f"not done after {self._job.timeout:g} s, and it does not look at the time")
+
+        former = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, max(0.0, self._job.timeout - self._before) + PATIENCE, 1.0)
+        try:
+            yield
+        finally:
+            self._stop_alarm()
+            signal.signal(signal.SIGALRM, former)
+
+    def _stop_alarm(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def note(self) -> None:
         """Time and company so far."""

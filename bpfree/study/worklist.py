@@ -123,6 +123,10 @@ class Worklist:
     def cells(self) -> list[Cell]:
         """All cells that are known so far: trials first, then seeds as the outer loop. Those of a row that is still being tuned come
         when its trials have ended."""
+        return list({cell.key.id: cell for cell in reversed(self._listed())}.values())[::-1]
+
+    def _listed(self) -> list[Cell]:
+        """The same, a cell as often as rows share it."""
         trials = [cell for row in self._chosen for tuner in self._tuners_of(row) for cell in tuner.cells()]
         final = [self._final(row) for row in self._chosen]
         twins = [cell for row in self._chosen for cell in self._twins_of(row)]
@@ -138,8 +142,9 @@ class Worklist:
         tune = self.plan.study.tune
         trials = sum(tune.trials * len(tune.seeds) for row in self._chosen for _ in self._tuners_of(row)) if tune else 0
         rows = sum(1 + (row.twin is not None) for row in self._chosen)
+        shared = len(self._listed()) - len(self.cells())
         ended = [cell for row in self._chosen if row.twin is not None for cell in self._final(row) if not self.to_do(cell)]
-        return trials + len(self.plan.seeds) * rows - sum(not self._operations(cell) for cell in ended)
+        return trials + len(self.plan.seeds) * rows - shared - sum(not self._operations(cell) for cell in ended)
 
     def waits_for(self) -> str:
         """What cells wait for that are not known yet."""
@@ -153,11 +158,11 @@ class Worklist:
 
     def ready(self) -> list[Cell]:
         """The cells that can be run now."""
-        found: dict[str, Cell] = {}
-        for cell in self.cells():
-            if cell.key.id not in found and self.to_do(cell):
-                found[cell.key.id] = cell
-        return list(found.values())
+        return [cell for cell in self.cells() if self.to_do(cell)]
+
+    def to_retry(self) -> bool:
+        """Whether any cell has ended so that it is to be run again."""
+        return any(record.status in self.retry for cell in self.cells() if (record := self._known(cell)) is not None)
 
     def take(self, record: CellRecord) -> None:
         """Note a record that comes from a machine which does not share the folder."""

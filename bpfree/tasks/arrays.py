@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bpfree.errors import UsageError
+from bpfree.files import expanded
 from bpfree.options import option
 from bpfree.tasks.check import BRIGHT, SUM_TOLERANCE, WHITE, is_whole, listed, not_finite
 from bpfree.tasks.task import DataSource, Split, TaskSpec, stratified_indices
@@ -110,8 +111,8 @@ def load(config: ArraysConfig, root: Path | None) -> tuple[Split, Split]:
 def locate(config: ArraysConfig, root: Path | None) -> Path:
     if not config.path:
         raise UsageError("task npz needs a file of arrays", where="task.path", fix="give task.path=FILE.npz")
-    path = Path(config.path).expanduser()
-    places = [path] if path.is_absolute() or root is None else [path, root.expanduser() / path]
+    path = expanded(Path(config.path))
+    places = [path] if path.is_absolute() or root is None else [path, expanded(root) / path]
     for place in places:
         if place.is_file():
             return place

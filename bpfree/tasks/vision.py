@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bpfree.errors import BpfreeError
+from bpfree.files import expanded
 from bpfree.options import NoOptions
 from bpfree.tasks.task import DataSource, Split, TaskSpec
 
@@ -61,7 +62,7 @@ class VisionSet:
 
 def files(known: VisionSet, config: NoOptions, root: Path | None) -> list[Path]:
     """What :func:`load` reads."""
-    root = (root or DEFAULT_ROOT).expanduser()
+    root = expanded(root or DEFAULT_ROOT)
     if known.single and (root / known.single).is_file() and not known.present(root):
         return [root / known.single]
     return [root / known.folder / name for name in known.files]
@@ -73,7 +74,7 @@ def load(known: VisionSet, config: NoOptions, root: Path | None) -> tuple[Split,
     Raises:
         BpfreeError: if the files are missing and cannot be downloaded, or are damaged.
     """
-    root = (root or DEFAULT_ROOT).expanduser()
+    root = expanded(root or DEFAULT_ROOT)
     if not known.present(root):
         if known.single and (root / known.single).is_file():
             return read_single(root / known.single)

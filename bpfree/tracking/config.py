@@ -7,12 +7,13 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from bpfree.errors import UsageError
 from bpfree.options import option
 from bpfree.redaction import is_redacted, redact
 
-__all__ = ["PicturesConfig", "TrackingConfig"]
+__all__ = ["PicturesConfig", "TrackingConfig", "sqlite_file", "sqlite_uri"]
 
 logger = logging.getLogger("bpfree.tracking")
 
@@ -59,9 +60,35 @@ class TrackingConfig:
             _say_once(redact(environment), str(self.uri))
             return environment
         chosen = self.uri or environment
-        return chosen or f"sqlite:///{(output_folder.absolute().parent / 'mlflow.db').as_posix()}"
+        return chosen or sqlite_uri(output_folder.absolute().parent / "mlflow.db")
 
 
 @lru_cache(maxsize=64)
 def _say_once(taken: str, recorded: str) -> None:
     logger.info("tracking to %s, from MLFLOW_TRACKING_URI: tracking.uri=%s was recorded without its secrets", taken, recorded)
+
+
+def sqlite_uri(path: Path) -> str:
+    """The address of a SQLite database, whatever its path holds: ``?`` begins the options of one, and ``%`` stands for other characters."""
+    name = path.as_posix()
+    if not {"?", "%"} & set(name):
+        return f"sqlite:///{name}"
+    from sqlalchemy.engine import make_url  # whose versions read them differently
+
+    for uri in (f"sqlite:///{quote(name, safe='/#: ')}", f"sqlite:///{name}"):
+        if make_url(uri).database == name:
+            return uri
+    return f"sqlite:///file:{quote(name)}?uri=true"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of a SQLite address; ``None`` for other addresses."""
+    scheme, _, rest = uri.partition("///")
+    if scheme.partition("+")[0].rstrip(":") != "sqlite" or rest in ("", ":memory:"):
+        return None
+    if {"?", "%"} & set(rest):
+        from sqlalchemy.engine import make_url
+
+        rest = make_url(uri).database or ""
+        rest = unquote(rest.removeprefix("file:")) if rest.startswith("file:") else rest
+    return Path(rest) if rest and rest != ":memory:" else None

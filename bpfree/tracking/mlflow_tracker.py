@@ -27,10 +27,10 @@ from bpfree.record.folder import Cursor, RunFolder, read_run
 from bpfree.record.log import Event, EventLog
 from bpfree.redaction import redact
 from bpfree.run import Run
-from bpfree.tracking.config import TrackingConfig
+from bpfree.tracking.config import TrackingConfig, sqlite_file
 from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, Text
 from bpfree.tracking.follower import Follower, RefusedError
-from bpfree.tracking.store import RUN_TAG, Store, sqlite_file
+from bpfree.tracking.store import RUN_TAG, Store
 from bpfree.tracking.system import SystemMetrics
 
 __all__ = ["MLflowTracker", "complete", "config_of", "is_sent", "send", "settled"]

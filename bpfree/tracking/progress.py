@@ -112,9 +112,9 @@ class _Plain:
 
     def inside(self, run: Run, metrics: Mapping[str, float]) -> None:
         self._clock.note(metrics.get("progress", math.nan))
-        if "features" in metrics and time.monotonic() - self._shown >= BETWEEN_FEATURES:
+        if (aside := _aside(metrics)) and time.monotonic() - self._shown >= BETWEEN_FEATURES:
             self._shown = time.monotonic()
-            print_line(self._stream, f"{self._name}: computing features {100 * metrics['features']:.0f} %")
+            print_line(self._stream, f"{self._name}: {aside}")
 
     def epoch(self, run: Run, metrics: Mapping[str, float]) -> None:
         share = metrics.get("epoch", 0) / run.total_epochs if run.total_epochs else math.nan
@@ -183,8 +183,8 @@ class _Live:
 
     def inside(self, run: Run, metrics: Mapping[str, float]) -> None:
         losses = [name for name in metrics if name.endswith("loss")]
-        if "features" in metrics:  # computed once, before the phase's first step
-            self._show(run, metrics, metrics.get("progress", math.nan), [f"computing features {100 * metrics['features']:.0f} %"])
+        if aside := _aside(metrics):
+            self._show(run, metrics, metrics.get("progress", math.nan), [aside])
             return
         now = [f"loss {metrics[losses[0]]:.4g}"] if losses and not self._texts else []
         self._show(run, metrics, metrics.get("progress", math.nan), now + self._texts)
@@ -230,6 +230,12 @@ class _Clock:
         since, begun = self._first
         self._left = _duration((now - since) / (share - begun) * (1 - share)) if begun < share < 1 else ""
         return self._left
+
+
+def _aside(metrics: Mapping[str, float]) -> str:
+    """What is done beside training: features, which are computed once before a phase's first step, or an evaluation."""
+    shares = {"features": "computing features", "evaluation": "evaluating"}
+    return next((f"{what} {100 * metrics[name]:.0f} %" for name, what in shares.items() if name in metrics), "")
 
 
 def _count(run: Run, metrics: Mapping[str, float]) -> str:

@@ -16,6 +16,7 @@ from urllib.parse import quote, urlsplit
 
 from bpfree.errors import UsageError
 from bpfree.redaction import redact, redact_logs
+from bpfree.tracking.config import sqlite_file, sqlite_uri
 from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, Text
 from bpfree.tracking.follower import RefusedError
 
@@ -90,13 +91,6 @@ def file_lock(path: Path, timeout: float = LOCK_SECONDS) -> BaseFileLock:
     return FileLock(path, timeout=timeout)
 
 
-def sqlite_file(uri: str) -> Path | None:
-    """The database file of a SQLite URI."""
-    scheme, _, rest = uri.partition("///")
-    name = rest.partition("?")[0]
-    return Path(name) if scheme.partition("+")[0].rstrip(":") == "sqlite" and name and name != ":memory:" else None
-
-
 def _on_network(folder: Path) -> bool:
     import psutil
 
@@ -115,7 +109,7 @@ def _make_database(path: Path) -> None:
     made = path.with_name(f".{path.name}.new")
     for part in (made, *(made.with_name(f"{made.name}-{kind}") for kind in ("journal", "wal", "shm"))):
         part.unlink(missing_ok=True)
-    client = _client_of(f"sqlite:///{made.as_posix()}")
+    client = _client_of(sqlite_uri(made))
     with contextlib.suppress(AttributeError):  # its connections would keep the file under its first name
         client._tracking_client.store.engine.dispose()
     if not _on_network(path.absolute().parent):
@@ -136,7 +130,7 @@ class Store:
     def __init__(self, uri: str, timeout: float) -> None:
         self.timeout, named = timeout, sqlite_file(uri)
         self.database = named and named.resolve()  # one address for one file, wherever it is named from
-        if named is not None:
+        if named is not None and not {"?", "%"} & set(uri):
             uri = uri.replace(str(named), str(self.database), 1)
         self.uri, self.shown = uri, redact(uri)
         self._client: MlflowClient | None = None

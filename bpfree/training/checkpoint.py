@@ -27,7 +27,7 @@ from typing import IO, Any
 import torch
 
 from bpfree.errors import BpfreeError, UsageError
-from bpfree.files import replacing
+from bpfree.files import remove_abandoned, replacing
 from bpfree.record.folder import RunFolder
 from bpfree.rule import Rule
 from bpfree.step import Phase
@@ -66,7 +66,8 @@ class _Hashed:
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write or replace the file as a whole, with the digest of its bytes at the end."""
+    """Write or replace the file as a whole, with the digest of its bytes at the end; what killed processes have left is removed."""
+    remove_abandoned(path.parent, path.name)
     with replacing(path, durable=True) as file:
         hashed: Any = _Hashed(file)  # torch asks for no more of a file
         torch.save({"format": FORMAT, "digest": DIGEST, **content}, hashed)
@@ -203,6 +204,8 @@ def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: s
     candidates = [Path(place), Path(output) / str(place)]
     for candidate in candidates:
         folder = RunFolder(candidate)
+        remove_abandoned(folder.checkpoints, "*.pt")
+        remove_abandoned(candidate, "predictions.npz")
         known = [candidate, folder.selected, folder.last] if prefer == "selected" else [candidate, folder.last, folder.selected]
         found = next((path for path in known if path.is_file()), None)
         if found is not None:

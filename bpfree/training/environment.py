@@ -7,12 +7,13 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 
 from bpfree.errors import UsageError
 from bpfree.version import __version__
 
-__all__ = ["autocast", "describe", "flushing_denormals", "load", "numerics", "resolve_device"]
+__all__ = ["autocast", "describe", "flushing_denormals", "free_memory", "load", "numerics", "resolve_device"]
 
 
 def resolve_device(name: str, *, process: int = 0) -> torch.device:
@@ -32,6 +33,16 @@ def resolve_device(name: str, *, process: int = 0) -> torch.device:
     if int(index or 0) >= available:
         raise UsageError(f"device {name!r} is not here: {available} CUDA devices found", where="device", fix="use device=auto or cpu")
     return torch.device(kind, int(index or process % available)) if kind == "cuda" else torch.device("cpu")
+
+
+def free_memory(name: str) -> dict[str, int]:
+    """Bytes that are free for a run on a device of this name: the device's, and the machine's, where networks are made.
+
+    Raises:
+        UsageError: no such device.
+    """
+    device, here = resolve_device(name), {"the machine's memory": int(psutil.virtual_memory().available)}
+    return here if device.type == "cpu" else {f"the memory of {device}": torch.cuda.mem_get_info(device)[0], **here}
 
 
 @contextmanager
@@ -112,7 +123,7 @@ def load() -> float | None:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     except OSError:
         names = []

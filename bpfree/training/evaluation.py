@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,12 +45,14 @@ class Evaluator:
 
     Args:
         setup: the run's.
+        look: called before each batch with the share of its split that is scored; what it raises ends the evaluation.
 
     Attributes:
         predictions: for each example of the test split, once it was scored, and where they can be had.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, look: Callable[[float], None] = lambda share: None) -> None:
+        self._look = look
         self._setup, self._rule, self._task, self._config, self._device = setup, setup.rule, setup.task, setup.config, setup.device
         task, config = setup.task, setup.config
         count = len(task.validation) if task.validation is not None else TRAIN_SAMPLE
@@ -104,7 +106,7 @@ class Evaluator:
         generator = torch.Generator(self._device).manual_seed(seed)
         with environment.autocast(self._device, self._config.precision):
             further = {"alternatives": alternatives and not read, "on_features": read, "each_draw": each_draw}
-            scores = evaluate(self._rule, batches, generator, draws=draws, keep=keep, **further)
+            scores = evaluate(self._rule, _Watched(batches, self._look), generator, draws=draws, keep=keep, **further)
         return {f"{name}/{key}": value for key, value in scores.items()}
 
     def validate(self, epoch: int) -> dict[str, float]:
@@ -179,6 +181,19 @@ class Evaluator:
         if self.predictions is not None:
             self.predictions = replace(self.predictions, protocols=correct)
         return result
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """Batches, with a look before each."""
+
+    batches: Loader
+    look: Callable[[float], None]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, batch in enumerate(self.batches):
+            self.look(number / len(self.batches))
+            yield batch
 
 
 def _warn(what: str, error: Exception) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bpfree import seeds
 from bpfree.errors import BpfreeError
+from bpfree.process_state import unchanged
 from bpfree.run import Run
 from bpfree.training.guards import Values, kind_of, named_tensors, version
 from bpfree.training.state import State
@@ -37,7 +38,7 @@ class HookWatch:
     Tensors are compared by value, except around ``step_end``, where versions have to suffice so that no step waits for the device: there by
     value at the 1st, 2nd, 4th, 8th ... call. An observer that was found to write into weights and put them back is compared by value at
     each call.
-    The states of torch's global generators and the rule's are restored: an observer may draw.
+    The states of torch's global generators and the rule's are restored: an observer may draw. Settings of the process are restored too.
 
     Args:
         run: the trainer's own.
@@ -69,14 +70,15 @@ class HookWatch:
         before, versions = self._facts(whole=not in_step), self._versions()
         values = Values(self._tensors) if by_value else None
         try:
-            yield
+            with unchanged() as settings:
+                yield
         finally:
             seeds.set_global_state(random, device)
             generator.set_state(drawn)
         changed = self._changed_tensors(versions, values, plugin)
         after = self._facts(whole=not in_step)
         changed = changed or next((what for what, fact in before.items() if after[what] != fact), None)
-        changed = changed or self._rewritten(recorded)
+        changed = changed or self._rewritten(recorded) or next(iter(settings), None)
         if changed:
             who = name_of(plugin)
             raise BpfreeError(
@@ -106,7 +108,6 @@ class HookWatch:
             "the parameters, by step.apply()": state.updater.count,  # fused optimisers move no version
             "gradients": [(id(p.grad), None if p.grad is None else version(p.grad)) for p in parameters],
             "which parameters learn (requires_grad)": [p.requires_grad for p in parameters],
-            "torch's grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
             "train or eval mode of the rule": [module.training for module in self._modules],
             "the step": [getattr(step, field.name) for field in dataclasses.fields(step)],
             "settings of the optimiser": [

@@ -72,9 +72,9 @@ class Observers:
         given = {"run": self._view, **arguments}
         try:
             implementation.function(*(given[name] for name in implementation.argnames))
-        except BpfreeError:
+        except (BpfreeError, KeyboardInterrupt):
             raise
-        except Exception:
+        except BaseException:  # also sys.exit
             name = name_of(implementation.plugin)
             logger.warning("observer %s failed in %s and is dropped; the run goes on", name, hook, exc_info=True)
             self._manager.unregister(implementation.plugin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bpfree.errors import BpfreeError
+from bpfree.errors import BpfreeError, UsageError
 from bpfree.rule import Metrics, Rule
 from bpfree.run import ReadOnly
 from bpfree.step import Batch, Phase, Step
@@ -33,7 +34,7 @@ from bpfree.training.saving import Checkpoints
 from bpfree.training.selection import Selection
 from bpfree.training.setup import Setup
 from bpfree.training.state import State
-from bpfree.training.stopping import Interrupted, Stop
+from bpfree.training.stopping import Stop
 from bpfree.training.supply import Supply
 
 __all__ = ["Session"]
@@ -53,9 +54,10 @@ class Session:
 
     Attributes:
         state: everything that changes while it trains.
+        at_rest: whether nothing but an evaluation is in progress: a checkpoint is whole wherever that is stopped.
 
     Raises:
-        BpfreeError: the checkpoint cannot be read, or is of another rule or other data.
+        BpfreeError: the checkpoint cannot be read, or is of another rule or other data, or is beyond the budget.
     """
 
     def __init__(self, setup: Setup, observers: Observers, stop: Stop, resume: Path | None = None) -> None:
@@ -67,13 +69,24 @@ class Session:
         self.state = State(setup)
         self._checkpoints = Checkpoints(setup, self.state)
         self._selection = Selection(setup, self.state, self._checkpoints)
-        self._evaluator = Evaluator(setup)
+        self._evaluator = Evaluator(setup, self._while_evaluating)
         self._supply = Supply(setup, self._evaluator)
         self._limits = Limits(setup, self.state)
         observers.watch = HookWatch(self._run, self.state)
         self._next_look = time.perf_counter() + self._config.log_interval
+        self.at_rest = self._tests = False
         self._saved = None if resume is None else self._checkpoints.read(resume)
+        self._check_budget()
         self._describe()
+
+    def _check_budget(self) -> None:
+        if self._saved is None or self._saved["budget"] == dataclasses.asdict(self._setup.budget) or (used := self._limits.used()) <= 1:
+            return
+        raise UsageError(
+            f"the run has trained longer than that: {100 * used:.0f} % of the new budget are used",
+            where="budget",
+            fix="give a larger budget; what it has learned is tested by bpfree evaluate",
+        )
 
     def _describe(self) -> None:
         if self._setup.task.validation is None and calibrates(self._rule):
@@ -98,6 +111,7 @@ class Session:
             with learning(self._rule, phase):
                 state.learning.begin_phase(phase, state.updater.groups, at.step)
                 self._notify("phase_start", phase=phase)
+                self._catch_up(phase)
                 while not self._limits.phase_is_over(phase):
                     self._one_pass(phase)
                 if not at.phase_epoch:  # a phase without a pass
@@ -136,15 +150,21 @@ class Session:
             self._team.synchronise()
         state.clock.stop()
         if halted:
-            raise Interrupted(self._stop.reason, self._run.folder)
+            self._stop.obey(self._run.folder)
         state.clock.settle()
         state.end_pass()
         if self._limits.phase_is_over(phase):  # before the evaluation and the checkpoint, which are to see what it solves
             state.solve("end_phase", phase, state.step)
         self._end_epoch(phase)
         self._stop.confer()
-        if self._stop.reason:
-            raise Interrupted(self._stop.reason, self._run.folder)
+        self._stop.obey(self._run.folder)
+
+    def _catch_up(self, phase: Phase) -> None:
+        """Evaluate after the last pass of a run that was stopped before it could."""
+        at, evaluated = self.state.at, self._run.history[-1]["epoch"] if self._run.history else 0
+        if self._saved is not None and at.phase_epoch and not at.batch and at.epoch > evaluated:
+            self._supply.batches(phase, self.state.clock, self._while_computing_features)
+            self._end_epoch(phase)
 
     def _aim(self, phase: Phase) -> None:
         """Set progress and learning rates for the step that comes."""
@@ -157,13 +177,18 @@ class Session:
 
     def _end_epoch(self, phase: Phase) -> None:
         epoch = self._run.epoch = self.state.at.epoch
+        self._stop.confer()
+        self._stop.obey(self._run.folder)
         self.state.learning.check_fixed()
         self.state.learning.look(steps=self.state.at.step)
-        metrics = self.state.epoch_metrics()
         last = self._limits.used() >= 1 or self._limits.phase_is_over(phase)
+        evaluated: dict[str, float] = {}
         if phase.evaluate and (last or epoch % self._config.evaluation.every == 0):
             validate = only_read(self._rule, *PREDICTING)(partial(self._evaluator.validate, epoch))
-            metrics.update(self._setup.world.from_first(validate))
+            self.at_rest = True
+            evaluated = self._setup.world.from_first(validate)
+            self.at_rest = False
+        metrics = self.state.epoch_metrics() | evaluated  # now, as a run that is stopped while it evaluates does so when it is resumed
         self._run.history.append(metrics)
         self._notify("epoch_end", metrics=metrics, rule=self._rule)
         check_losses(metrics, self.state.at.step)
@@ -226,11 +251,19 @@ class Session:
 
     def _while_computing_features(self, share: float) -> None:
         """Show the progress; weights do not change, so there is nothing to save."""
-        if self._stop.reason:
-            raise Interrupted(self._stop.reason, self._run.folder)
+        self._stop.obey(self._run.folder)
+        self._show({"features": share})
+
+    def _while_evaluating(self, share: float) -> None:
+        """The same, between the batches of a split of which a share is scored; several processes wait for the first one."""
+        if self._setup.world.size == 1:
+            self._stop.obey(self._run.folder)
+        self._show({"evaluation": share})
+
+    def _show(self, metrics: dict[str, float]) -> None:
         if time.perf_counter() >= self._next_look:
             self._next_look = time.perf_counter() + self._config.log_interval
-            self._notify("progress", metrics=self._standing() | {"features": share})
+            self._notify("progress", metrics=self._standing() | metrics)
 
     def _look(self) -> None:
         """Read the step metrics, notice divergence, save if it is time."""
@@ -258,6 +291,11 @@ class Session:
         if path is not None:
             self._notify("checkpoint_saved", path=path)
 
+    def rescue(self) -> None:
+        """Save what a run that was stopped has reached, unless the weights to be tested are in place of its own: then it is saved."""
+        if not self._tests:
+            self.save()
+
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
@@ -267,6 +305,7 @@ class Session:
         state.learning.end_run(steps=state.at.step, gradients=state.updater.received)
         if self._checkpoints.saved_epoch != state.at.epoch:
             self.save()
+        self._tests = True
         self._selection.take(self.save)
         tested = world.from_first(only_read(self._rule, *PREDICTING)(self._evaluator.test))
         result.update(tested | state.costs())

@@ -18,18 +18,18 @@ __all__ = ["Interrupted", "Stop"]
 CONFER_EVERY = 20
 """Steps between the moments at which several processes agree whether to report, save or stop."""
 
-REASONS = ("", "asked to stop", "stopped by SIGINT", "stopped by SIGTERM")
+REASONS = ("", "asked to stop", *(f"stopped by {number.name}" for number in interrupts.NUMBERS))
 
 
 class Interrupted(BpfreeError):
-    """The run was asked to stop (SIGINT, SIGTERM, ``Trainer.stop``) and has saved a checkpoint to resume from.
+    """The run was asked to stop (by a signal, or ``Trainer.stop``) and has saved a checkpoint to resume from.
 
     Attributes:
-        exit_code: 130 for SIGINT, 143 for SIGTERM, as shells have it.
+        exit_code: 128 and the number of the signal, as shells have it; that of SIGINT without one.
     """
 
     def __init__(self, reason: str, folder: Path | None) -> None:
-        self.exit_code = 143 if "SIGTERM" in reason else 130
+        self.exit_code = 128 + next((number for number in interrupts.NUMBERS if number.name in reason), signal.SIGINT)
         super().__init__(reason, fix=f"resume it with: bpfree train --resume {folder}" if folder else "")
 
 
@@ -58,6 +58,15 @@ class Stop:
         """Clear the request."""
         self.asked = self.reason = ""
 
+    def obey(self, folder: Path | None) -> None:
+        """End what is in progress, if all processes know that they were asked to.
+
+        Raises:
+            Interrupted: they were.
+        """
+        if self.reason:
+            raise Interrupted(self.reason, folder)
+
     def confer(self, *flags: bool) -> list[bool]:
         """Exchange requests with the other processes; also return which of some flags any of them has set."""
         code = REASONS.index(self.asked) if self.asked in REASONS else 1
@@ -74,15 +83,20 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask, inside; a second one ends the run at once."""
+        """Signals ask, inside; a second one ends the run at once. One that came too late to stop it is passed on when it has ended."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
+        received: list[int] = []
+
         def ask(number: int, frame: Any) -> None:
+            received.append(number)
             if self.asked:
                 raise KeyboardInterrupt
             self.ask(f"stopped by {signal.Signals(number).name}")
 
         with interrupts.handling(ask):
             yield
+        if received:
+            signal.raise_signal(received[0])

@@ -153,8 +153,13 @@ class Trainer:
             run.status, run.reason = "diverged", str(error)
             run.result.update(session.state.costs())
         except Interrupted as error:
-            session.save()
+            session.rescue()
             run.status, run.reason = "interrupted", error.what
+            raise
+        except KeyboardInterrupt:
+            if session.at_rest and self.setup.world.size == 1:  # other processes do not know of it
+                session.rescue()
+            run.status, run.reason = "interrupted", f"{self._stop.asked or 'stopped'}, at once"
             raise
         except BaseException as error:
             run.status, run.reason = "failed", error.what if isinstance(error, BpfreeError) else redact(f"{type(error).__name__}: {error}")

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -187,8 +188,6 @@ def test_wrong_requests(workplace: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def vectors(folder: Path) -> Path:
-    import numpy as np
-
     path = folder / "vectors.npz"
     np.savez(path, x=np.random.default_rng(0).normal(size=(50, 4)).astype("float32"), y=np.arange(50) % 2)
     return path
@@ -348,8 +347,6 @@ def test_a_run_goes_on_with_its_own_settings_in_its_own_folder(workplace: Path, 
 
 
 def test_a_comparison_survives_a_rule_that_fails_and_tasks_without_classes(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import numpy as np
-
     from bpfree.baselines import DFA
 
     draw = np.random.default_rng(0)
@@ -366,3 +363,28 @@ def test_a_comparison_survives_a_rule_that_fails_and_tasks_without_classes(workp
     assert re.search(r"dfa,.* +failed", output)
     assert "failed: ZeroDivisionError" in output
     assert re.search(r"backprop +\d+\.\d\d ", output)
+
+
+def test_a_run_whose_data_have_moved_goes_on_with_the_same_data(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the weights of a run whose data stayed where they were."""
+    settings = ["rule=dfa", "task=npz", "network.width=8", "tracking.enabled=false", "threads=1", "device=cpu", "--quiet"]
+    vectors(workplace)
+    for output, epochs in (("stayed", 3), ("runs", 2)):
+        assert call("train", *settings, "task.path=vectors.npz", f"budget.epochs={epochs}", f"output={output}") == 0
+    (workplace / "elsewhere").mkdir()
+    (workplace / "vectors.npz").rename(workplace / "elsewhere" / "vectors.npz")
+    run, (stayed,) = only_run(workplace), (workplace / "stayed").iterdir()
+    capsys.readouterr()
+    assert call("train", "--resume", str(run), "budget.epochs=3", "--quiet") == 2
+    assert "no such file of arrays" in capsys.readouterr().err
+    path = "task.path=elsewhere/vectors.npz"
+    assert call("train", "--resume", str(run), path, "budget.epochs=1", "--quiet") == 2
+    assert "the run has trained longer than that: 200 % of the new budget are used" in capsys.readouterr().err
+    assert call("train", "--resume", str(run), path, "task.split_seed=3", "budget.epochs=3", "--quiet") == 2
+    assert "task.split_seed" in capsys.readouterr().err
+    assert call("train", "--resume", str(run), path, "budget.epochs=3", "--quiet") == 0
+    first, second = (torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["weights"] for folder in (run, stayed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    np.savez(workplace / "other.npz", x=np.ones((50, 4), "float32") * np.arange(50)[:, None], y=np.arange(50) % 2)
+    assert call("train", "--resume", str(run), "task.path=other.npz", "budget.epochs=4", "--quiet") == 1
+    assert "the checkpoint was made on other data" in capsys.readouterr().err

@@ -10,16 +10,21 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from study_kit import call, mlflow_runs, outcomes, plugin_on_path, spawn, untimed
 
+from bpfree.study import executors
 from bpfree.study.concurrency import present
 from bpfree.study.executors import Pool
 
@@ -189,9 +194,51 @@ def test_a_cell_whose_time_is_up_is_a_row_and_goes_on_with_more_of_it(
     assert {outcome["status"] for outcome in outcomes()} == {"finished"}
 
 
+HANGING = """
+            if index == 3:
+                Path("alarm").write_text(str(signal.getitimer(signal.ITIMER_REAL)[0]))
+                signal.raise_signal(signal.SIGALRM)  # the time is up now
+                time.sleep(600)
+"""
+
+
+def test_a_rule_that_hangs_ends_with_its_time_in_the_same_process(site: Path) -> None:
+    """Oracle: the kernel's own timer, which the rule reads, and runs down."""
+    code = PLUGIN.replace("        time.sleep(0.05)\n", "        index = step.index\n" + HANGING.replace(" " * 12, " " * 8))
+    (site / "site" / "troubled" / "__init__.py").write_text(code)
+    name = study(f"title: Slow\n{BARE}seeds: 1\nrules: [slow, dfa]\n")
+    assert call("study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--quiet", "--timeout", "50000") == 1
+    known = {outcome["row"]: (outcome["status"], outcome["reason"]) for outcome in outcomes()}
+    assert known == {"slow": ("timeout", "not done after 50000 s, and it does not look at the time"), "dfa": ("finished", "")}
+    assert 49000 < float(Path("alarm").read_text()) < 50006
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_the_time_of_a_cell_begins_when_its_worker_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a clock that is put forward while the worker starts, and afterwards."""
+    ours, theirs = socket.socketpair()
+    connection, there = Connection(ours.detach()), Connection(theirs.detach())
+    process: Any = SimpleNamespace(returncode=None, wait=lambda patience=None: 0, kill=lambda: None)
+    pool, job = Pool(1), SimpleNamespace(key=SimpleNamespace(id="cell"), timeout=10.0)
+    worker = executors._WorkerProcess(process, connection, 0, job)  # type: ignore[arg-type]
+    pool._workers.append(worker)
+    now = [0.0]
+    monkeypatch.setattr(executors, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    worker.begin()
+    now[0] = 1e6
+    assert pool._look(worker) is None
+    there.send(executors.READY)
+    assert pool._look(worker) is None
+    now[0] += 1.5 * job.timeout + executors.GRACE - 1
+    assert pool._look(worker) is None
+    now[0] += 2
+    ended = pool._look(worker)
+    assert ended is not None
+    assert ended.final
+
+
 def test_a_worker_that_hangs_is_killed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the run is called any more, so that it cannot see that its time is up. The parent's clock is put forward."""
-    from bpfree.study import executors
 
     class Late:
         """Put forward a while after the other cell has finished, so that the parent has heard of it."""

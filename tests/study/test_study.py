@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import re
 import shutil
+import signal
 import time
 import weakref
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from bpfree import sources
 from bpfree.record.folder import read_run
 from bpfree.study.store import ABOUT, CellStore
 from bpfree.study.worker import garbage_collected
+from bpfree.training.evaluation import Evaluator
 
 PLUGIN = '''
 import os
@@ -449,3 +452,38 @@ def test_what_a_cell_leaves_in_cycles_is_freed_when_it_ends() -> None:
     finally:
         gc.enable()
     assert gc.get_freeze_count() == before
+
+
+def test_a_signal_while_a_run_ends_begins_no_further_cell(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the records of the cells, before and after the study is run again."""
+    name = study(f"title: Two\n{BARE}seeds: 2\nrows: [{{label: one, settings: {{rule: dfa, budget.epochs: 1}}}}]\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "keep_predictions", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+        assert call("study", "run", name, "--quiet") == 143
+    assert [(cell["seed"], cell["status"]) for cell in outcomes()] == [(0, "interrupted")]
+    assert call("study", "run", name, "--quiet") == 0
+    assert [(cell["seed"], cell["status"]) for cell in outcomes()] == [(0, "finished"), (1, "finished")]
+    assert len(runs()) == 2
+
+
+def test_counts_agree_and_the_command_is_whole(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of three rows share a cell. Oracle: the records on disk."""
+    rows = "[{label: one, settings: {rule: dfa}}, {label: same, settings: {rule: dfa}}, {label: two, settings: {rule: backprop}}]"
+    name = study(f"title: Three\n{BARE}seeds: 1\nrows: {rows}\n")
+    short = "budget.epochs=1"
+    assert call("study", "retry", "failed", name, short) == 0
+    assert "nothing to run again" in capsys.readouterr().err
+    assert not outcomes()
+    assert call("study", "run", name, short, "--dry-run") == 0
+    assert "2 of 2 cells would be run" in capsys.readouterr().out
+    assert call("study", "run", name, short, "--rows", "same", "--quiet") == 0
+    out, err = capsys.readouterr()
+    assert "1 of 1 cells to run" in err
+    assert f"Again: bpfree study run {name} {short} --rows same" in out
+    assert len(outcomes()) == 1
+    assert call("study", "run", name, short, "--quiet") == 0
+    assert "1 of 2 cells to run, 1 are finished" in capsys.readouterr().err
+    assert call("study", "status", name, short) == 0
+    assert "2 cells: 2 finished\n" in capsys.readouterr().out
+    assert call("study", "status", name) == 0
+    assert "2 not run, 2 finished ones of other settings" in capsys.readouterr().out
