@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from bpfree.redaction import redact
 
-__all__ = ["BpfreeError", "UsageError", "nearest", "unknown_name"]
+__all__ = ["BpfreeError", "DiskError", "UsageError", "nearest", "unknown_name"]
 
 
 class BpfreeError(Exception):
@@ -39,6 +39,10 @@ class BpfreeError(Exception):
         if fix:
             lines.append(f"  fix:   {fix}")
         super().__init__("\n".join(lines))
+
+
+class DiskError(BpfreeError):
+    """A file could not be written: not the work, but the disk is at fault, and the work can be resumed."""
 
 
 class UsageError(BpfreeError):

@@ -49,9 +49,9 @@ class MLPConfig:
     depth: int = option(4, "number of hidden layers", ge=0, le=10_000, needs={"widths": ([],)})
     width: int = option(128, "units in each hidden layer", ge=1, needs={"widths": ([],)}, unless={"depth": (0,)})
     widths: list[int] = option(factory=list, help="units of each hidden layer, in place of depth and width", ge=1)
-    activation: Activation = option("relu", "nonlinearity after each hidden layer")
-    norm: Norm = option("none", "normalisation before the nonlinearity")
-    dropout: float = option(0.0, "dropout after the nonlinearity", ge=0, lt=1)
+    activation: Activation = option("relu", "nonlinearity after each hidden layer", unless={"depth": (0,)})
+    norm: Norm = option("none", "normalisation before the nonlinearity", unless={"depth": (0,)})
+    dropout: float = option(0.0, "dropout after the nonlinearity", ge=0, lt=1, unless={"depth": (0,)})
 
 
 @dataclass

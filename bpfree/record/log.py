@@ -31,7 +31,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bpfree.errors import BpfreeError
+from bpfree.errors import BpfreeError, DiskError
 
 __all__ = ["FORMAT", "UNREADABLE", "Event", "EventLog", "now", "strict"]
 
@@ -148,7 +148,7 @@ class EventLog:
             patience: seconds for which writing is tried again.
 
         Raises:
-            BpfreeError: the file could not be written.
+            DiskError: the file could not be written.
         """
         deadline = time.monotonic() + patience
         with self._lock:
@@ -160,7 +160,7 @@ class EventLog:
             lost = len(self._pending)
         if lost:
             reason = self._trouble.strerror if self._trouble else "unknown error"
-            raise BpfreeError(
+            raise DiskError(
                 f"the run's record could not be written ({reason}): {lost} of its last events are lost",
                 where=str(self.path),
                 fix="make room on the disk, or choose another with output=FOLDER",

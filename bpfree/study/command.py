@@ -102,6 +102,7 @@ def run(
     """
     if World.here().size > 1:
         raise UsageError("a study has processes of its own, and no launcher", where="WORLD_SIZE", fix="--jobs N, or --executor ray")
+    worklist.store.claim(worklist.plan.study.path)
     study_run = StudyRun(worklist.plan, worklist.store)
     if ran := bool(worklist.ready()):
         try:

@@ -59,7 +59,7 @@ def _plain(worklist: Worklist) -> tuple[dict[str, Any], set[Path] | None]:
     fixed = worklist.plan.rows[0].recipe.registry.keepable and not study.tune and not study.equal_budget
     found = {
         "output": str(worklist.store.output),
-        "study": study.name,
+        "study": worklist.store.study,
         "cells": [[key.id, key.row, key.column, key.seed, key.trial, older] for key, older in keys],
         "later": worklist.count() - len(keys),
         "waits_for": worklist.waits_for(),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bpfree.errors import BpfreeError
+from bpfree.errors import BpfreeError, DiskError
 from bpfree.files import inside, write_text
 from bpfree.leaves import Leaf
 from bpfree.record.folder import RunFolder, read_run
@@ -28,6 +28,9 @@ Status = Literal["running", "interrupted", "finished", "diverged", "failed", "ti
 
 ABOUT = ("result", "history", "tags", "tracking")
 """What a record keeps of a run whose folder is not on this machine."""
+
+OWNER = "study-file"
+"""In a study's folder: the path of its file."""
 
 SHARE = 0.9
 """Of its threads' time that a run must have had on the processor."""
@@ -191,6 +194,32 @@ class CellStore:
         self.folder_of_all = output / "studies"
         self.folder = self.folder_of_all / study
 
+    @classmethod
+    def of(cls, output: Path, study: str, path: Path | None) -> CellStore:
+        """The store of a study; that of another file of the same name is another one, as long as that file is there.
+
+        Args:
+            output: folder of runs.
+            study: name of the study.
+            path: of its file.
+        """
+        store = cls(output, study)
+        with suppress(OSError, ValueError):
+            owner = Path((store.folder / OWNER).read_text(encoding="utf-8").strip())
+            if path is not None and owner != path.resolve() and owner.is_file():
+                return cls(output, f"{study}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}")
+        return store
+
+    def claim(self, path: Path | None) -> None:
+        """Note whose folder it is.
+
+        Args:
+            path: of the study's file.
+        """
+        if path is not None:
+            with suppress(OSError):  # said when the first cell is written
+                write_text(self.folder / OWNER, f"{path.resolve()}\n")
+
     def path_of(self, cell: str) -> Path:
         """The file of a cell."""
         return self.folder / "cells" / f"{cell}.json"
@@ -236,13 +265,13 @@ class CellStore:
         """Note how a cell stands.
 
         Raises:
-            BpfreeError: the folder cannot be written.
+            DiskError: the folder cannot be written.
         """
         record.updated = now()
         try:
             write_text(self.path_of(record.key.id), record.to_json())
         except OSError as error:
-            raise BpfreeError(
+            raise DiskError(
                 f"cannot write the state of the study: {error.strerror}", where=str(self.folder), fix="choose another with output=FOLDER"
             ) from error
 
@@ -254,7 +283,7 @@ class CellStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("wb")
         except OSError as error:
-            raise BpfreeError(
+            raise DiskError(
                 f"cannot write the state of the study: {error.strerror}", where=str(self.folder), fix="choose another with output=FOLDER"
             ) from error
         with file:

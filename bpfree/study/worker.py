@@ -19,7 +19,7 @@ from typing import Any
 
 from bpfree import runner, scoring
 from bpfree.config import resolve
-from bpfree.errors import BpfreeError
+from bpfree.errors import BpfreeError, DiskError
 from bpfree.hooks import hookimpl
 from bpfree.leaves import Leaf
 from bpfree.recipe import Recipe
@@ -118,6 +118,8 @@ class Worker:
         except (Interrupted, KeyboardInterrupt) as error:
             record.status, record.reason = "interrupted", getattr(error, "what", "stopped")
             raise
+        except DiskError as error:  # to be resumed once there is room
+            record.status, record.reason = "interrupted", reason_of(error)
         except TimedOut as error:
             record.status, record.reason = "timeout", error.what
         except (Exception, SystemExit) as error:  # a rule that calls sys.exit ends its cell, not the study

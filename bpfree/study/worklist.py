@@ -47,7 +47,7 @@ class Worklist:
         _check_labels(columns, [column.label for column in study.columns], "columns")
         check_tuning(plan)
         _check_twins(plan.rows)
-        self.plan, self.store, self.retry = plan, CellStore(plan.output, study.name), frozenset(retry)
+        self.plan, self.store, self.retry = plan, CellStore.of(plan.output, study.name, study.path), frozenset(retry)
         self._chosen = [
             row for row in plan.rows if (rows is None or row.written.label in rows) and (columns is None or row.column in columns)
         ]

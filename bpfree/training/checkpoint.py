@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import torch
 
-from bpfree.errors import BpfreeError, UsageError
+from bpfree.errors import BpfreeError, DiskError, UsageError
 from bpfree.files import remove_abandoned, replacing
 from bpfree.record.folder import RunFolder
 from bpfree.rule import Rule
@@ -54,11 +54,16 @@ class _Hashed:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest = file, hashlib.new(DIGEST)
+        self.trouble: OSError | None = None
 
     def write(self, content: Any) -> int:
         """Write, and hash."""
         self.digest.update(content)
-        return self._file.write(content)
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.trouble = error  # which torch turns into an error about its archive
+            raise
 
     def flush(self) -> None:
         """Flush the file."""
@@ -66,13 +71,25 @@ class _Hashed:
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write or replace the file as a whole, with the digest of its bytes at the end; what killed processes have left is removed."""
+    """Write or replace the file as a whole, with the digest of its bytes at the end; what killed processes have left is removed.
+
+    Raises:
+        DiskError: it cannot be written; the one before it stays.
+    """
     remove_abandoned(path.parent, path.name)
-    with replacing(path, durable=True) as file:
-        hashed: Any = _Hashed(file)  # torch asks for no more of a file
-        torch.save({"format": FORMAT, "digest": DIGEST, **content}, hashed)
-        file.seek(-2, 2)  # an archive ends with the length of its comment; torch writes none
-        file.write(TAIL.to_bytes(2, "little") + MARK + hashed.digest.hexdigest().encode())
+    hashed: Any = None
+    try:
+        with replacing(path, durable=True) as file:
+            hashed = _Hashed(file)  # torch asks for no more of a file
+            torch.save({"format": FORMAT, "digest": DIGEST, **content}, hashed)
+            file.seek(-2, 2)  # an archive ends with the length of its comment; torch writes none
+            file.write(TAIL.to_bytes(2, "little") + MARK + hashed.digest.hexdigest().encode())
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else hashed and hashed.trouble
+        if not isinstance(reason, OSError):
+            raise
+        fix = "make room there, then resume the run from its last checkpoint"
+        raise DiskError(f"cannot write the checkpoint: {reason.strerror}", where=str(path), fix=fix) from error
 
 
 def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -30,12 +30,13 @@ class Checkpoints:
 
     Attributes:
         saved_at, saved_epoch: when the last one was written (on the monotonic clock), and after which epoch.
+        trouble: why one could not be written, if any since the last one that was.
     """
 
     def __init__(self, setup: Setup, state: State) -> None:
         self._setup, self._run, self._task, self._state, self._world = setup, setup.run, setup.task, state, setup.world
         self._writes = self._world.from_first(lambda: setup.run.folder is not None)
-        self.saved_at, self.saved_epoch = time.monotonic(), -1
+        self.saved_at, self.saved_epoch, self.trouble = time.monotonic(), -1, ""
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -63,7 +64,7 @@ class Checkpoints:
         training = self._state.state_dict() | {"run": about, "fingerprint": self._task.fingerprint()}
         weights = self._state.team.weights() if weights is None else weights
         path = self._world.from_first(lambda: self._write("last.pt", {"weights": weights, "training": training}))
-        self.saved_at, self.saved_epoch = time.monotonic(), self._state.at.epoch
+        self.saved_at, self.saved_epoch, self.trouble = time.monotonic(), self._state.at.epoch, ""
         return path if self._world.first else None
 
     def save_selected(self, weights: Mapping[str, Any], score: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bpfree.errors import BpfreeError, UsageError
+from bpfree.errors import BpfreeError, DiskError, UsageError
 from bpfree.rule import Metrics, Rule
 from bpfree.run import ReadOnly
 from bpfree.step import Batch, Phase, Step
@@ -38,6 +39,8 @@ from bpfree.training.stopping import Stop
 from bpfree.training.supply import Supply
 
 __all__ = ["Session"]
+
+logger = logging.getLogger("bpfree")
 
 PREDICTING = ("predict", "alternatives", "read")
 """Methods of a rule that an evaluation of its predictions calls."""
@@ -196,7 +199,7 @@ class Session:
         self._selection.keep(metrics)
         every = self._config.checkpoint.every
         if (every and epoch % every == 0) or self._limits.used() >= 1:
-            self.save()
+            self._save_on_the_way()
 
     # --- phases -----------------------------------------------------------------------------------------------------
 
@@ -274,7 +277,7 @@ class Session:
         late = time.monotonic() - self._checkpoints.saved_at > 60 * self._config.checkpoint.minutes
         if self._stop.confer(late and self._setup.world.first)[0]:
             with self.state.clock.stopped():
-                self.save()
+                self._save_on_the_way()
 
     def _standing(self) -> dict[str, float]:
         state, at = self.state, self.state.at
@@ -290,6 +293,15 @@ class Session:
         path = self._checkpoints.save(weights)
         if path is not None:
             self._notify("checkpoint_saved", path=path)
+
+    def _save_on_the_way(self) -> None:
+        """Write a checkpoint; training continues where the disk is full for now, and the next one comes in time."""
+        try:
+            self.save()
+        except DiskError as error:
+            if not self._checkpoints.trouble:
+                logger.warning("%s (%s); training continues, and tries again", error.what, error.where)
+            self._checkpoints.trouble = error.what
 
     def rescue(self) -> None:
         """Save what a run that was stopped has reached, unless the weights to be tested are in place of its own: then it is saved."""

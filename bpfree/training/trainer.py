@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bpfree import seeds
-from bpfree.errors import BpfreeError, UsageError
+from bpfree.errors import BpfreeError, DiskError, UsageError
 from bpfree.record.recorder import Recorder
 from bpfree.redaction import redact
 from bpfree.rule import Rule
@@ -160,6 +160,9 @@ class Trainer:
             if session.at_rest and self.setup.world.size == 1:  # other processes do not know of it
                 session.rescue()
             run.status, run.reason = "interrupted", f"{self._stop.asked or 'stopped'}, at once"
+            raise
+        except DiskError as error:  # what was trained up to the last checkpoint is there
+            run.status, run.reason = "interrupted", error.what
             raise
         except BaseException as error:
             run.status, run.reason = "failed", error.what if isinstance(error, BpfreeError) else redact(f"{type(error).__name__}: {error}")

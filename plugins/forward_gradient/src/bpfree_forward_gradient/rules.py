@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree import Batch, Card, Network, Rule, Step, Traits
+from bpfree.errors import UsageError
 from bpfree.network.closed_form import is_linear
 from bpfree.network.perturb import frozen_statistics
 from bpfree.network.reach import channel_axis
@@ -189,6 +190,8 @@ class LocalBackprop(Rule):
 
 def local_heads(network: Network, spec: TaskSpec, pool: int) -> nn.ModuleDict:
     """A head for each hidden block."""
+    if pool > 1 and all(len(network.shapes[name]) < 3 for name in network.hidden):
+        raise UsageError(f"rule.pool={pool} does nothing on a network without feature maps", where="rule.pool", fix="leave it out")
     return nn.ModuleDict({name: Head(network.shapes[name], spec.outputs, pool) for name in network.hidden})
 
 
