@@ -64,7 +64,7 @@ class Broken(Exception):
 
 @contextmanager
 def contained(doing: str) -> Iterator[None]:
-    """A plugin's code inside: whatever it does, this process goes on as before, and its output is not mixed with ours.
+    """A plugin's code inside: whatever it does, this process continues as before, and its output is not mixed with ours.
 
     Args:
         doing: what the plugin does, for messages.

@@ -68,7 +68,7 @@ class MemoryCurve:
 
 
 def measure_memory(subject: Subject, specimen: Specimen) -> MemoryCurve:
-    """Watch a step at several depths, in single precision, with so many examples that weights are small beside activations."""
+    """Watch a step at several depths, in single precision, with enough examples that weights are small beside activations."""
     depths: list[int] = []
     saved: list[int] = []
     peak: list[int] = []

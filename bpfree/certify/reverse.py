@@ -98,7 +98,7 @@ class Execution:
         return max(self.products.get(block, Counter()).values(), default=0) / self.examples if self.examples else 0.0
 
     def disagreement(self, most: float) -> str:
-        """Why the operations do not agree with so many passes; empty: they do."""
+        """Why the operations do not agree with the number of passes; empty: they do."""
         rows = {name: count for counts in self.products.values() for name, count in counts.items()}
         one_pass = sum(operations * self.examples / rows[name] for name, operations in self.work.forward.items())
         return disagreement(self.work, one_pass, most, forward_mode=self.forward_mode > 0)

@@ -161,7 +161,7 @@ def examples(spec: TaskSpec, count: int, *, seed: int = 0) -> Split:
 
 
 def batches(spec: TaskSpec, size: int, count: int, *, dtype: torch.dtype, seed: int = 1) -> list[Batch]:
-    """So many different batches of made-up examples."""
+    """Make n different batches of made-up examples."""
     split = examples(spec, size * count, seed=seed)
     assert split.targets is not None
     cut = zip(split.inputs.to(dtype).split(size), split.targets.split(size), strict=True)

@@ -34,7 +34,7 @@ class StudyProgress:
         self._workers, self._said = 1, time.monotonic()
 
     def of(self, workers: int) -> StudyProgress:
-        """The same for so many workers."""
+        """Begin the display, for a number of workers."""
         self._workers = workers
         if workers > 1 and not self._quiet:
             click.echo(f"{workers} workers", err=True)

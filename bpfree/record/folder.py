@@ -87,7 +87,7 @@ class RunFolder:
     def name_copy(self) -> str | None:
         """Give a copy of another run's folder an identifier of its own, so that a reader of its log makes another run.
 
-        A folder that was moved stays what it was: a copy is told by the first one, which is still at its place.
+        A folder that was moved stays what it was: a folder is a copy where the first one is still at its place.
 
         Returns:
             The identifier; ``None`` if the folder is no copy.
@@ -110,7 +110,7 @@ class Cursor:
     Attributes:
         store: address of where it brings what it reads, without what is secret in it.
         offset: bytes of the log that it has read.
-        known: what it needs to go on, such as the run's identifier in a store.
+        known: what it needs to continue, such as the run's identifier in a store.
         refused: what it could not take, each with the reason.
         place: where this was written: machine, file, and the number of its folder in the file system.
     """

@@ -113,7 +113,7 @@ def plan(
 
 
 def _repetitions(study: Study, count: int | None) -> list[int]:
-    """The seeds of the study; or so many, of which none is one that tuning chooses by: what is tested is trained afresh."""
+    """The seeds of the study; or that many, of which none is one that tuning chooses by: what is tested is trained afresh."""
     if count is None:
         return list(study.seeds)
     taken = {*study.seeds, *(study.tune.seeds if study.tune is not None else ())}

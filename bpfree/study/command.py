@@ -225,7 +225,7 @@ class Jobs:
             timeout=self._timeout,
             training=cell.key.trial is None and self._worklist.plan.study.publishes("train"),
             again=again,
-            # a cell whose time was up goes on from its checkpoint; one that was refused may have one that cannot be read
+            # a cell whose time was up resumes from its checkpoint; one that was refused may have one that cannot be read
             restart=before is not None and ((again and before.status in ("failed", "diverged")) or before.status == "refused"),
             quiet=self._quiet,
         )
@@ -275,7 +275,7 @@ def _note(ended: Ended, cell: Cell, worklist: Worklist, elsewhere: set[str], dea
     if ended.died:
         deaths[cell.key.id] += 1
         if deaths[cell.key.id] < DEATHS and not ended.final:
-            display.say(f"{cell.key.label}: {ended.died}; it goes on in another worker")
+            display.say(f"{cell.key.label}: {ended.died}; another worker resumes it")
             return
         record = worklist.store.read(cell.key.id) or CellRecord(cell.key)
         record.status, record.reason = ("timeout" if ended.final else "failed"), ended.died

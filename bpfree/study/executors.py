@@ -193,7 +193,7 @@ class Pool:
 
 
 def _end(worker: _WorkerProcess, patience: float) -> None:
-    """Wait for a process so many seconds, then kill it."""
+    """Wait for a process to end, for some seconds, then kill it."""
     try:
         worker.process.wait(patience)
     except subprocess.TimeoutExpired:

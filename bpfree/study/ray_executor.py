@@ -1,7 +1,7 @@
 """Cells as tasks of a Ray cluster: many machines, the same cells, the same store.
 
 A task asks for as many processors as its cell has threads, and for a GPU where there are any. Ray starts the task of a worker that dies
-again in another one, which goes on from the checkpoint if it sees the folder of runs; machines that do not share it send their results
+again in another one, which resumes from the checkpoint if it sees the folder of runs; machines that do not share it send their results
 back all the same.
 """
 

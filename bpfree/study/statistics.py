@@ -34,7 +34,7 @@ __all__ = [
 LEVEL = 0.95
 RESAMPLES = 10_000
 FEW = 10
-"""Below so many values an interval is Student's: percentiles of a bootstrap over a handful of values are far too narrow."""
+"""Below this number of values an interval is Student's: percentiles of a bootstrap over a handful of values are far too narrow."""
 
 Array = NDArray[np.float64]
 

@@ -75,7 +75,7 @@ class CellRecord:
 
     Attributes:
         key: of the cell.
-        status: ``finished``, ``diverged``, ``failed``, ``timeout``; ``running`` and ``interrupted`` go on from their checkpoint;
+        status: ``finished``, ``diverged``, ``failed``, ``timeout``; ``running`` and ``interrupted`` are resumed from their checkpoint;
             ``refused`` never began (its data are not there, say) and is tried again.
         reason: why it did not finish, or what of it could not be measured.
         run: name of the run's folder in the output folder.

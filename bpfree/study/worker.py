@@ -1,4 +1,4 @@
-"""Running one cell, in whatever process: what is finished stays, what was interrupted goes on, what fails is a row.
+"""Running one cell, in whatever process: what is finished stays, what was interrupted is resumed, what fails is a row.
 
 A cell's run has a name that follows from study and cell, so that whoever comes after a killed process finds the run's folder, its
 checkpoint and its MLflow run again: in the end there is one of each.

@@ -211,7 +211,7 @@ class Logistic(Readout):
         J(W, b) = -1/N sum_n sum_c y_nc log softmax(W z_n + b)_c + penalty / 2 * sum(W ** 2)
 
     is minimised by L-BFGS (10 pairs, strong Wolfe line search; Nocedal and Wright, Numerical Optimization, 2006, ch. 3 and 7) until no
-    entry of its gradient exceeds 1e-4. Rounding may end the search before that: then it goes on in float64. 1000 iterations without
+    entry of its gradient exceeds 1e-4. Rounding may end the search before that: then it continues in float64. 1000 iterations without
     success are reported in a warning. J is strictly convex in W, and the bias is determined up to a constant which moves no decision:
     so there is one solution, wherever the search begins. It is scikit-learn's ``LogisticRegression(C=1 / (penalty * N))`` after
     ``StandardScaler``.

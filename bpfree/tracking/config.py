@@ -23,7 +23,7 @@ class PicturesConfig:
     """Grids of what the rule learns (``pictures/`` in the run's folder), drawn after the epoch's evaluation."""
 
     every: int | None = option(
-        None, "draw after every so many epochs; 0: never (none: after each of the first 20, then fewer: 30, 40, ..., 200, 300, ...)", ge=0
+        None, "epochs between pictures; 0: never (none: after each of the first 20, then fewer: 30, 40, ..., 200, 300, ...)", ge=0
     )
     count: int = option(64, "units drawn of each block: its first ones", ge=1, unless={"every": (0,)})
     curves: bool = option(True, "draw the run's curves when it ends (plots/ in its folder)")

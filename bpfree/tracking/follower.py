@@ -106,14 +106,14 @@ class Follower:
     # --- the run's thread -------------------------------------------------------------------------------------------
 
     def start(self, patience: float) -> bool:
-        """Begin; wait until the run exists in the store, or the first attempt has failed, or for so many seconds."""
+        """Begin; wait until the run exists in the store, or the first attempt has failed, or the patience (seconds) is over."""
         self._thread.start()
         if not self._tried.wait(patience):
             self.reason = f"no answer in {patience:g} s"
         return self._opened
 
     def finish(self, patience: float) -> bool:
-        """Read to the end of the log, for at most so many seconds; whether everything is sent."""
+        """Read to the end of the log, for at most that many seconds; whether everything is sent."""
         self._hopeless = self._failures > 0
         self._closing = True
         self._wake.set()

@@ -81,7 +81,7 @@ class Pictures:
 
 
 def is_due(epoch: int, every: int | None, total: int | None = None) -> bool:
-    """Whether an epoch is drawn: every so many, and the last of ``total``; never for 0.
+    """Whether an epoch is drawn: every n-th, and the last of ``total``; never for 0.
 
     ``None`` thins out: each of the first 20, then every 10th, from 200 on every 100th, and so on: 28 of 100 epochs, 41 of 500.
     """

@@ -75,7 +75,7 @@ class ProgressDisplay:
 
     @hookimpl(trylast=True)
     def run_end(self, run: Run) -> None:
-        """Say how it ended, and how to go on."""
+        """Print how the run ended, and how to resume it."""
         text = f"{self.label} {_ending(run)}" if self.label else _ending(run)
         if self._view is not None:
             self._view.end(text)

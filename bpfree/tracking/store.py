@@ -263,7 +263,7 @@ class Store:
         return run if run.info.lifecycle_stage == "active" else None
 
     def _change_tags(self, client: MlflowClient, opening: Opening, known: dict[str, str]) -> None:
-        """Set the tags that a run which goes on has otherwise; its user stays the one who began it."""
+        """Set the tags that a resumed run has otherwise; its user stays the one who began it."""
         from mlflow.entities import RunTag
 
         assert opening.run_id is not None

@@ -34,7 +34,7 @@ Vectors = dict[str, Tensor]
 class AlignmentConfig:
     """How often a rule's credit is compared with true gradients; none of it counts as training time."""
 
-    every: int = option(0, "compare the rule's credit with true gradients at every so many steps; 0: never", ge=0)
+    every: int = option(0, "steps between comparisons of the rule's credit with true gradients; 0: never", ge=0)
     draws: int = option(
         0,
         "estimates of the same batch, with other noise, that the variance is taken from; 0 or 1: no variance",

@@ -26,7 +26,7 @@ NOT_CALIBRATED = "not calibrated: no validation split"
 
 @dataclass
 class Calibration:
-    """What was chosen, after so many steps; kept in checkpoints, so that nothing is chosen twice.
+    """What was chosen, and after how many steps; kept in checkpoints, so that nothing is chosen twice.
 
     Attributes:
         step: of the run.

@@ -29,7 +29,7 @@ class BudgetConfig:
     operations: float | None = option(None, "floating-point operations of training, equal for all rules and networks", gt=0)
 
     def resolve(self, examples: int) -> Budget:
-        """The budget for a training split of so many examples.
+        """Resolve the budget for a training split of n examples.
 
         Raises:
             UsageError: if more than one limit is set.
@@ -54,7 +54,7 @@ class BudgetConfig:
 class EvaluationConfig:
     """When and how predictions are scored; none of it counts as training time."""
 
-    every: int = option(1, "evaluate after every so many epochs, and after the last", ge=1)
+    every: int = option(1, "epochs between evaluations; the last one is always evaluated", ge=1)
     batch_size: int = option(512, "examples per forward pass", ge=1)
     draws: int | None = option(None, "draws of a stochastic rule averaged in the final evaluation (none: what the rule says)", ge=1)
     test: bool = option(True, "evaluate the test split at the end; false for trials of tuning, which must not see it")
@@ -66,8 +66,8 @@ class EvaluationConfig:
 class CheckpointConfig:
     """When the state is saved (``last.pt``); the weights that are tested are kept beside it."""
 
-    every: int = option(1, "save after every so many epochs; 0: only at the end and on interruption", ge=0)
-    minutes: float = option(5.0, "save also in the middle of an epoch when so many minutes have passed", gt=0)
+    every: int = option(1, "epochs between checkpoints; 0: only at the end and on interruption", ge=0)
+    minutes: float = option(5.0, "minutes between checkpoints inside an epoch", gt=0)
 
 
 @dataclass

@@ -172,7 +172,7 @@ class LearningWatch:
         self._note(bool(set(before.changed(named_tensors(self._rule))) & set(names)))
 
     def begin_phase(self, phase: Phase, groups: Mapping[str, list[nn.Parameter]], step: int) -> None:
-        """A phase begins, after so many steps; its groups have ``requires_grad`` already."""
+        """Note that a phase begins after n steps; its groups have ``requires_grad`` already."""
         self._phase, self._groups, self._step = phase, dict(groups), step
         others = [] if phase.groups is None else [p for name, members in groups.items() if name not in phase.groups for p in members]
         fixed = {id(p) for p in others} | {id(p) for p in self._rule.parameters() if self._twin and not p.requires_grad}

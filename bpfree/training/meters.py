@@ -220,7 +220,7 @@ class Clock:
         return taken.wall + own.wall
 
     def deduct(self, seconds: float) -> None:
-        """Take back so many seconds of what ran outside steps."""
+        """Take back seconds of what ran outside steps."""
         self._timed -= Spent(seconds, seconds if self._timed.processor >= seconds else 0.0)
 
     # --- accounts ---------------------------------------------------------------------------------------------------

@@ -76,5 +76,5 @@ class Observers:
             raise
         except BaseException:  # also sys.exit
             name = name_of(implementation.plugin)
-            logger.warning("observer %s failed in %s and is dropped; the run goes on", name, hook, exc_info=True)
+            logger.warning("observer %s failed in %s and is dropped; the run continues", name, hook, exc_info=True)
             self._manager.unregister(implementation.plugin)

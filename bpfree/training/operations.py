@@ -76,7 +76,7 @@ def _cubed(matrix: Any) -> int:
 
 
 def _factor(thirds: int) -> Callable[..., int]:
-    """So many thirds of n^3, for matrices (..., n, n)."""
+    """n^3 in thirds, for matrices (..., n, n)."""
 
     def count(matrix: Any, *arguments: Any, **options: Any) -> int:
         return thirds * _cubed(matrix) // 3
@@ -244,7 +244,7 @@ class Operations:
             self.add_features(len(batch))
 
     def add_features(self, examples: int) -> None:
-        """Features of so many examples were computed."""
+        """Note that features of n examples were computed."""
         self.total += round((self.features or 0) * examples / self.examples)
 
     @property

@@ -104,7 +104,7 @@ def check_schedule(schedule: ScheduleConfig) -> None:
 
 
 def _stepped(schedule: ScheduleConfig, steps: int) -> tuple[Any, list[float]]:
-    """The scheduler over a single parameter after so many steps, and the rates that epochs had.
+    """The scheduler over a single parameter after n steps, and the rates that epochs had.
 
     Raises:
         UsageError: it cannot be made, or does not go so far.

@@ -113,7 +113,7 @@ class State:
         self.at.phase_seconds, self.at.phase_operations = self.clock.report(), self.operations.total
 
     def advance(self, examples: int, batches: int) -> None:
-        """A step was taken, on so many examples, in a pass of so many batches."""
+        """Note a step, with its number of examples, and of batches of the pass."""
         at = self.at
         at.batch, at.samples = at.batch + 1, at.samples + examples
         at.step = self.step.index = at.step + 1

@@ -49,11 +49,11 @@ class Team:
         return ()
 
     def examples(self, batch: Batch, parts: int) -> int:
-        """How many of a batch in so many micro-batches this process learns from."""
+        """How many examples of a batch that is cut into micro-batches this process learns from."""
         return len(batch)
 
     def update(self, batch: Batch, step: Step, parts: int) -> Metrics:
-        """One step, from so many micro-batches; the metrics are of what this process learned from."""
+        """Take one step from micro-batches; the metrics are of what this process learned from."""
         return self.rule.learn(batch, step) if parts == 1 else accumulate(self.rule, batch, step, parts)
 
     def check(self, phase: Phase) -> None:

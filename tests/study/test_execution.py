@@ -136,7 +136,7 @@ def test_a_cell_that_takes_its_worker_with_it_goes_on_in_another(site: Path, cap
     assert call("study", "run", name, *words, "output=undisturbed", "--quiet") == 0
     Path("lives").write_text("2")
     assert call("study", "run", name, *words, "--jobs", "2") == 0
-    assert "its worker died (SIGKILL); it goes on in another worker" in capsys.readouterr().err
+    assert "its worker died (SIGKILL); another worker resumes it" in capsys.readouterr().err
     assert_same(Path("undisturbed"), Path("runs"))
 
 

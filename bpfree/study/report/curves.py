@@ -69,7 +69,7 @@ def _chosen(row: TableRow, key: str) -> list[CellRecord]:
 
 
 def _curve(records: Sequence[CellRecord], key: str, metric: str, factor: float) -> Curve:
-    """Over the records, epoch by epoch, as long as all of them go on; nothing of runs without a curve."""
+    """Over the records, epoch by epoch, as long as all of them have one; nothing of runs without a curve."""
     every = [_points(record.history, key, metric, factor) for record in records]
     made: Curve = []
     for together in zip(*(points for points in every if points), strict=False):

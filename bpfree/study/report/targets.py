@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def ended(row: TableRow) -> list[CellRecord]:
-    """Cells that will not go on: finished, diverged, failed, out of time."""
+    """Cells that have ended: finished, diverged, failed, out of time."""
     return [record for record in row.records if record is not None and record.is_final]
 
 

@@ -31,7 +31,7 @@ class RelaxedConfig(OutputConfig):
     scaling: Literal["none", "mupc"] = option(
         "none", "mupc: weights N(0, 1) with multipliers that depend on width and depth, no biases (Innocenti et al. 2025)"
     )
-    profile_every: int = option(100, "measure energies and the distance to equilibrium at every so many steps; 0: never", ge=0)
+    profile_every: int = option(100, "steps between measurements of energies and the distance to equilibrium; 0: never", ge=0)
 
 
 @dataclass
@@ -59,7 +59,7 @@ class FixedPredictionConfig(OutputConfig):
 
     T: int = option(20, "inference steps per batch; back-propagation's errors with state_lr=1 and as many steps as blocks", ge=1)
     state_lr: float = option(0.1, "rate of the errors", gt=0)
-    profile_every: int = option(100, "measure energies and the distance to equilibrium at every so many steps; 0: never", ge=0)
+    profile_every: int = option(100, "steps between measurements of energies and the distance to equilibrium; 0: never", ge=0)
 
 
 @dataclass
