@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bpfree import baselines, hooks
-from bpfree.network import builders, foreign
+from bpfree.network import builders, torchvision_models
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
 from bpfree.tasks import arrays, augment, protocols, vision
@@ -26,7 +26,9 @@ def bpfree_networks() -> dict[str, NetworkBuilder]:
         "mlp": NetworkBuilder(builders.mlp, builders.MLPConfig, "multilayer perceptron; images are flattened"),
         "vgg": NetworkBuilder(builders.vgg, builders.VGGConfig, "3x3 convolutions with max-poolings and a linear readout"),
         "torchvision": NetworkBuilder(
-            foreign.torchvision_network, foreign.TorchvisionConfig, "a model of torchvision (model=resnet18, ...), split into blocks"
+            torchvision_models.torchvision_network,
+            torchvision_models.TorchvisionConfig,
+            "a model of torchvision (model=resnet18, ...), split into blocks",
         ),
     }
 

@@ -15,8 +15,8 @@
 from bpfree.certify.cases import Case, cases, parametrize_with_checks
 from bpfree.certify.certificate import Certificate, read_certificate
 from bpfree.certify.checks.check import Check
+from bpfree.certify.examination import CHECKS, certify, examine
 from bpfree.certify.findings import CheckFailed, Finding, NotApplicable, NotShown, Unmeasured
-from bpfree.certify.kit import CHECKS, certify, examine
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Specimen, Subject
 

@@ -7,8 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 from bpfree.certify.checks.check import Check
+from bpfree.certify.examination import check_waivers, examine, select, set_aside
 from bpfree.certify.findings import Finding
-from bpfree.certify.kit import check_waivers, examine, select, set_aside
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Subject
 from bpfree.rule import Rule

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bpfree.certify import practice
+from bpfree.certify import training_runs
 from bpfree.certify.cost import MemoryCurve, measure_memory
 from bpfree.certify.interventions import Matrix, dependence, downstream_weights, name_of_dependence
-from bpfree.certify.lesson import Lesson, learn_lesson
+from bpfree.certify.learning import Lesson, learn_lesson
 from bpfree.certify.loop import Loop
 from bpfree.certify.pace import CLOCK, measure_time
 from bpfree.certify.probe import MOST_PHASES, PLAIN, Moment, Probe, Sampling
@@ -245,7 +245,7 @@ class Measurements:
     @cached_property
     def alignment(self) -> dict[str, dict[str, float]]:
         """``early`` and ``late`` in training on digits: each block's mean cosine with the true gradient; empty where there is none."""
-        run = practice.train(self.subject, epochs=PRACTICE_EPOCHS, alignment_every=4)
+        run = training_runs.train(self.subject, epochs=PRACTICE_EPOCHS, alignment_every=4)
         seen: dict[str, dict[str, list[float]]] = {"early": {}, "late": {}}
         for name in sorted({key for epoch in run.history for key in epoch if key.startswith("alignment/") and key.endswith("/cosine")}):
             values = [epoch[name] for epoch in run.history if name in epoch and math.isfinite(epoch[name])]

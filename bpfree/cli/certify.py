@@ -56,7 +56,7 @@ def certify(
         raise click.UsageError("name a rule (bpfree rules lists them)")
     for path in filter(None, (output, page)):  # now, not after two minutes
         _check_writable(path)
-    from bpfree.certify.kit import certify as examine
+    from bpfree.certify.examination import certify as examine
 
     certificate = examine(rule, settings, quick=quick, only=only, waive=_waivers(waive), progress=None if as_json else _progress)
     if output is not None:
@@ -70,7 +70,7 @@ def certify(
 
 
 def _list() -> int:
-    from bpfree.certify.kit import CHECKS
+    from bpfree.certify.examination import CHECKS
     from bpfree.cli.output import print_table
 
     def remarks(check: Any) -> str:

@@ -18,9 +18,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 
 from bpfree.errors import UsageError
-from bpfree.network.chain import Chain
 from bpfree.network.closed_form import is_batch_norm, is_linear
 from bpfree.network.forward_mode import Products, differentiable_attention, dual, prepare, where_active
+from bpfree.network.sequential_jvp import Chain
 from bpfree.network.sites import Site
 
 __all__ = ["Execution", "Perturber", "frozen_statistics", "mixes_by_batch_norm"]
@@ -48,7 +48,7 @@ class Perturber:
 
     Args:
         module: a block, or several in sequence; it is kept, not copied.
-        quick: use :class:`bpfree.network.chain.Chain` where it fits, which calls no function of torch for a ReLU's derivative.
+        quick: use :class:`bpfree.network.sequential_jvp.Chain` where it fits, which calls no function of torch for a ReLU's derivative.
     """
 
     def __init__(self, module: nn.Module, *, quick: bool = True) -> None:

@@ -16,7 +16,7 @@ from bpfree.errors import BpfreeError
 from bpfree.process_state import unchanged
 from bpfree.run import Run
 from bpfree.training.guards import Values, kind_of, named_tensors, version
-from bpfree.training.state import State
+from bpfree.training.state import RunState
 
 __all__ = ["HookWatch", "is_our_own", "name_of"]
 
@@ -45,7 +45,7 @@ class HookWatch:
         state: of the run.
     """
 
-    def __init__(self, run: Run, state: State) -> None:
+    def __init__(self, run: Run, state: RunState) -> None:
         self._run, self._state = run, state
         self._calls: dict[tuple[int, str], int] = {}
         self._perturbing: set[int] = set()

@@ -13,7 +13,7 @@ from bpfree.record.folder import RunFolder, read_run
 from bpfree.redaction import redacted
 from bpfree.training.checkpoint import check_rule, read_checkpoint, write_checkpoint
 from bpfree.training.setup import Setup
-from bpfree.training.state import State
+from bpfree.training.state import RunState
 from bpfree.version import __version__
 
 __all__ = ["Checkpoints"]
@@ -33,7 +33,7 @@ class Checkpoints:
         trouble: why one could not be written, if any since the last one that was.
     """
 
-    def __init__(self, setup: Setup, state: State) -> None:
+    def __init__(self, setup: Setup, state: RunState) -> None:
         self._setup, self._run, self._task, self._state, self._world = setup, setup.run, setup.task, state, setup.world
         self._writes = self._world.from_first(lambda: setup.run.folder is not None)
         self.saved_at, self.saved_epoch, self.trouble = time.monotonic(), -1, ""

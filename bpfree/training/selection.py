@@ -14,7 +14,7 @@ from bpfree.errors import BpfreeError
 from bpfree.training.calibration import Calibration, calibrate, calibrates
 from bpfree.training.saving import Checkpoints
 from bpfree.training.setup import Setup
-from bpfree.training.state import State, copied
+from bpfree.training.state import RunState, copied
 
 __all__ = ["Selection"]
 
@@ -30,7 +30,7 @@ class Selection:
         checkpoints: of the run.
     """
 
-    def __init__(self, setup: Setup, state: State, checkpoints: Checkpoints) -> None:
+    def __init__(self, setup: Setup, state: RunState, checkpoints: Checkpoints) -> None:
         self._setup, self._run, self._rule, self._state, self._checkpoints = setup, setup.run, setup.rule, state, checkpoints
         self._by_accuracy = setup.task.spec.targets in ("classes", "soft")  # losses may be negative, so the sign does not distinguish them
 
@@ -79,7 +79,7 @@ class Selection:
         self._run.result["val/accuracy_selected" if self._by_accuracy else "val/loss_selected"] = score if self._by_accuracy else -score
 
 
-def _calibrated(state: State, setup: Setup) -> Calibration:
+def _calibrated(state: RunState, setup: Setup) -> Calibration:
     """Have the rule choose with its present weights, unless it did so after the same step, before the run was interrupted.
 
     Its buffers are set. The first of several processes chooses for all.

@@ -19,6 +19,8 @@ from bpfree.step import Batch, Phase, Step
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Split
 from bpfree.training import environment
+from bpfree.training.batches import Batches
+from bpfree.training.budget import BudgetTracker
 from bpfree.training.calibration import NOT_CALIBRATED, calibrates
 from bpfree.training.checkpoint import replay
 from bpfree.training.divergence import check_losses, check_weights
@@ -26,7 +28,6 @@ from bpfree.training.evaluation import Evaluator
 from bpfree.training.features import FeatureLoader
 from bpfree.training.guards import Values, named_tensors, only_read
 from bpfree.training.hook_watch import HookWatch
-from bpfree.training.limits import Limits
 from bpfree.training.observers import Observers
 from bpfree.training.operations import kind_of
 from bpfree.training.phases import learning
@@ -34,9 +35,8 @@ from bpfree.training.probes import take_step
 from bpfree.training.saving import Checkpoints
 from bpfree.training.selection import Selection
 from bpfree.training.setup import Setup
-from bpfree.training.state import State
+from bpfree.training.state import RunState
 from bpfree.training.stopping import Stop
-from bpfree.training.supply import Supply
 
 __all__ = ["Session"]
 
@@ -69,12 +69,12 @@ class Session:
         self._rule.to(setup.device)
         if self._config.twin:
             self._rule.freeze_features()
-        self.state = State(setup)
+        self.state = RunState(setup)
         self._checkpoints = Checkpoints(setup, self.state)
         self._selection = Selection(setup, self.state, self._checkpoints)
         self._evaluator = Evaluator(setup, self._while_evaluating)
-        self._supply = Supply(setup, self._evaluator)
-        self._limits = Limits(setup, self.state)
+        self._batches = Batches(setup, self._evaluator)
+        self._budget_tracker = BudgetTracker(setup, self.state)
         observers.watch = HookWatch(self._run, self.state)
         self._next_look = time.perf_counter() + self._config.log_interval
         self.at_rest = self._tests = False
@@ -83,7 +83,11 @@ class Session:
         self._describe()
 
     def _check_budget(self) -> None:
-        if self._saved is None or self._saved["budget"] == dataclasses.asdict(self._setup.budget) or (used := self._limits.used()) <= 1:
+        if (
+            self._saved is None
+            or self._saved["budget"] == dataclasses.asdict(self._setup.budget)
+            or (used := self._budget_tracker.used()) <= 1
+        ):
             return
         raise UsageError(
             f"the run has trained longer than that: {100 * used:.0f} % of the new budget are used",
@@ -94,7 +98,7 @@ class Session:
     def _describe(self) -> None:
         if self._setup.task.validation is None and calibrates(self._rule):
             self._run.tags["calibration"] = NOT_CALIBRATED
-        self._run.total_epochs = self._limits.passes or None
+        self._run.total_epochs = self._budget_tracker.passes or None
         together = {"world_size": str(self._setup.world.size), "parallel": self._team.kind}
         self._run.tags.update(environment.describe(self._setup.device) | together)
 
@@ -115,22 +119,22 @@ class Session:
                 state.learning.begin_phase(phase, state.updater.groups, at.step)
                 self._notify("phase_start", phase=phase)
                 self._catch_up(phase)
-                while not self._limits.phase_is_over(phase):
+                while not self._budget_tracker.phase_is_over(phase):
                     self._one_pass(phase)
                 if not at.phase_epoch:  # a phase without a pass
                     state.solve("end_phase", phase, state.step)
                 state.learning.end_phase(steps=at.step, whole=whole)
-            self._supply.end_phase()
+            self._batches.end_phase()
             self._notify("phase_end", phase=phase)
             state.end_phase()
-            if self._limits.is_over():
+            if self._budget_tracker.is_over():
                 break
         self._finish()
 
     def _one_pass(self, phase: Phase) -> None:
         """A pass over the training split, or the rest of one that was interrupted."""
         state, watched = self.state, self._observers.listens("step_end")
-        loader = self._supply.batches(phase, state.clock, self._while_computing_features)
+        loader = self._batches.batches(phase, state.clock, self._while_computing_features)
         self._count_forward(phase, loader)
         state.clock.start()
         with environment.autocast(self._setup.device, self._config.precision):
@@ -146,9 +150,9 @@ class Session:
                     self._notify("step_end", step=state.step)
                 if self._stop.is_time(state.at.step, time.perf_counter() >= self._next_look):
                     self._look()
-                if self._stop.reason or self._limits.is_used_up(phase):
+                if self._stop.reason or self._budget_tracker.is_used_up(phase):
                     break
-        halted = self._stop.reason and state.at.batch < len(loader) and not self._limits.is_used_up(phase)
+        halted = self._stop.reason and state.at.batch < len(loader) and not self._budget_tracker.is_used_up(phase)
         if not halted:
             self._team.synchronise()
         state.clock.stop()
@@ -156,7 +160,7 @@ class Session:
             self._stop.obey(self._run.folder)
         state.clock.settle()
         state.end_pass()
-        if self._limits.phase_is_over(phase):  # before the evaluation and the checkpoint, which are to see what it solves
+        if self._budget_tracker.phase_is_over(phase):  # before the evaluation and the checkpoint, which are to see what it solves
             state.solve("end_phase", phase, state.step)
         self._end_epoch(phase)
         self._stop.confer()
@@ -166,13 +170,13 @@ class Session:
         """Evaluate after the last pass of a run that was stopped before it could."""
         at, evaluated = self.state.at, self._run.history[-1]["epoch"] if self._run.history else 0
         if self._saved is not None and at.phase_epoch and not at.batch and at.epoch > evaluated:
-            self._supply.batches(phase, self.state.clock, self._while_computing_features)
+            self._batches.batches(phase, self.state.clock, self._while_computing_features)
             self._end_epoch(phase)
 
     def _aim(self, phase: Phase) -> None:
         """Set progress and learning rates for the step that comes."""
-        progress = min(1.0, self._limits.used())
-        self.state.stepper.at(progress, None if phase.schedule is None else self._limits.phase_progress(phase, progress))
+        progress = min(1.0, self._budget_tracker.used())
+        self.state.stepper.at(progress, None if phase.schedule is None else self._budget_tracker.phase_progress(phase, progress))
 
     def _update(self, batch: Batch, step: Step) -> Metrics:
         learned = self._team.update(batch, step, self._config.accumulate)
@@ -184,7 +188,7 @@ class Session:
         self._stop.obey(self._run.folder)
         self.state.learning.check_fixed()
         self.state.learning.look(steps=self.state.at.step)
-        last = self._limits.used() >= 1 or self._limits.phase_is_over(phase)
+        last = self._budget_tracker.used() >= 1 or self._budget_tracker.phase_is_over(phase)
         evaluated: dict[str, float] = {}
         if phase.evaluate and (last or epoch % self._config.evaluation.every == 0):
             validate = only_read(self._rule, *PREDICTING)(partial(self._evaluator.validate, epoch))
@@ -198,7 +202,7 @@ class Session:
         check_weights(self._rule, epoch)
         self._selection.keep(metrics)
         every = self._config.checkpoint.every
-        if (every and epoch % every == 0) or self._limits.used() >= 1:
+        if (every and epoch % every == 0) or self._budget_tracker.used() >= 1:
             self._save_on_the_way()
 
     # --- phases -----------------------------------------------------------------------------------------------------
@@ -322,7 +326,7 @@ class Session:
         tested = world.from_first(only_read(self._rule, *PREDICTING)(self._evaluator.test))
         result.update(tested | state.costs())
         check_losses(tested, state.at.step)
-        protocols = partial(self._evaluator.protocols, self._trained_features, self._supply.resident)
+        protocols = partial(self._evaluator.protocols, self._trained_features, self._batches.resident)
         result.update(world.from_first(only_read(self._rule, "features")(protocols)))
         self._evaluator.keep_predictions()
 
@@ -333,4 +337,4 @@ class Session:
             if self._stop.asked:
                 raise BpfreeError(f"{self._stop.asked}; bpfree evaluate computes them")
 
-        return self._supply.features(batches, look)
+        return self._batches.features(batches, look)

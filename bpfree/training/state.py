@@ -24,7 +24,7 @@ from bpfree.training.probes import StepProbe
 from bpfree.training.setup import Setup
 from bpfree.training.stepper import Stepper
 
-__all__ = ["Position", "State", "copied"]
+__all__ = ["Position", "RunState", "copied"]
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Position:
     epoch_step: int = 0
 
 
-class State:
+class RunState:
     """The changing parts of a run.
 
     Args:

@@ -36,7 +36,7 @@ class ClipConfig:
 class Updater:
     """One optimiser over all groups of a rule, and what surrounds its step.
 
-    A phase may name another optimiser; each is made when first needed and kept. State is saved by parameter name, because
+    A phase may name another optimiser; each is made when first needed and kept. RunState is saved by parameter name, because
     torch's positional state silently moves to the wrong parameter when a network grows.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bpfree import Card, Rule
 from bpfree.baselines import DFA, Backprop, Frozen, Linear
-from bpfree.certify import Measurements, examine, practice
+from bpfree.certify import Measurements, examine, training_runs
 from bpfree.certify.checks.frozen_noise import HANDLERS, FrozenNoise
 from bpfree.certify.checks.isolation import CHECKS, _variance_of_chance
 from bpfree.certify.subject import Subject
@@ -46,7 +46,7 @@ def test_honest_rules_pass(rule: type[Rule]) -> None:
 
 
 def test_labels_are_as_they_were_afterwards() -> None:
-    digits = practice.digits()
+    digits = training_runs.digits()
     before = [split.targets.clone() for split in (digits.train, digits.validation, digits.test)]
     cheaters.outcomes(cheaters.KeepsLabels, QUICK[:1])
     for split, targets in zip((digits.train, digits.validation, digits.test), before, strict=True):
@@ -145,8 +145,8 @@ def test_frozen_noise_knows_the_usual_draws() -> None:
 
 def test_the_keeper_of_labels_does_find_them() -> None:
     """The cheater would be no test if it found nothing."""
-    digits = practice.digits()
-    rule = practice.build(Subject(cheaters.KeepsLabels), digits.spec)
+    digits = training_runs.digits()
+    rule = training_runs.build(Subject(cheaters.KeepsLabels), digits.spec)
     scores = rule.predict(digits.spec.normalise(digits.test.inputs), torch.Generator())
     assert torch.equal(scores.argmax(1), digits.test.targets)
 

@@ -12,10 +12,10 @@ from made_certificates import certificate
 
 from bpfree import Batch, Card, Rule, Step
 from bpfree.baselines import Backprop, Frozen
-from bpfree.certify import Case, Certificate, Measurements, Subject, cases, certify, practice
+from bpfree.certify import Case, Certificate, Measurements, Subject, cases, certify, training_runs
 from bpfree.certify.checks.learning import CHECKS
 from bpfree.certify.findings import CheckFailed, NotShown
-from bpfree.certify.lesson import NOT_SHOWN, SEEDS, FloorScores, Lesson, floor_of
+from bpfree.certify.learning import NOT_SHOWN, SEEDS, FloorScores, Lesson, floor_of
 from bpfree.certify.page import write_page
 from bpfree.certify.show import render
 from bpfree.certify.table import table
@@ -127,9 +127,9 @@ def test_the_floor_is_the_floors_own_and_measured_once_for_each_network() -> Non
     """Oracle: ``measure_floor`` of the untrained networks of the same seeds."""
 
     def untrained(rule: str) -> list[Any]:
-        return [practice.build(Subject(rule), practice.digits().spec, seed=seed) for seed in range(2)]
+        return [training_runs.build(Subject(rule), training_runs.digits().spec, seed=seed) for seed in range(2)]
 
-    expected = measure_floor(practice.digits(), untrained("dfa"))
+    expected = measure_floor(training_runs.digits(), untrained("dfa"))
     found = floor_of(untrained("dfa"))
     assert (found.name, found.best.penalty) == (expected.name, expected.best.penalty)
     assert found.test == pytest.approx(expected.test)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bpfree.network.chain import Chain
 from bpfree.network.perturb import Execution, Perturber
+from bpfree.network.sequential_jvp import Chain
 from bpfree.network.sites import find_sites
 
 MODULES = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree import TaskSpec, UsageError, split
-from bpfree.network.foreign import TorchvisionConfig, torchvision_network
+from bpfree.network.torchvision_models import TorchvisionConfig, torchvision_network
 from bpfree.plugins import installed_plugins
 
 models = pytest.importorskip("torchvision.models")

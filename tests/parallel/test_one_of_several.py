@@ -17,7 +17,7 @@ from bpfree.training.distributed import World
 from bpfree.training.meters import Clock
 from bpfree.training.operations import Operations
 from bpfree.training.setup import Setup
-from bpfree.training.state import State
+from bpfree.training.state import RunState
 from bpfree.training.stopping import Stop
 from bpfree.training.team import BlockTeam, DataTeam, Team
 
@@ -59,8 +59,8 @@ def batch_of(task: Task, examples: int) -> Batch:
     return Batch(task.train.inputs[:examples], task.train.targets[:examples])
 
 
-def state_of(rule: Rule, task: Task, world: World, kind: type[Team] = DataTeam, **options: Any) -> State:
-    return State(Setup(rule, task, config_of(CPU, **options), Budget(), CPU, kind(rule, world), Run("a", "a")))
+def state_of(rule: Rule, task: Task, world: World, kind: type[Team] = DataTeam, **options: Any) -> RunState:
+    return RunState(Setup(rule, task, config_of(CPU, **options), Budget(), CPU, kind(rule, world), Run("a", "a")))
 
 
 # --- a step -------------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def one_checkpoint(task: Task, step: int, **further: Any) -> tuple[dict[str, Any
     return state.state_dict() | further, rule.state_dict()
 
 
-def resumed(task: Task, rank: int, size: int, saved: dict[str, Any], weights: dict[str, Tensor]) -> State:
+def resumed(task: Task, rank: int, size: int, saved: dict[str, Any], weights: dict[str, Tensor]) -> RunState:
     rule = cases.plain(task)
     state = state_of(rule, task, Told(rank, size) if size > 1 else World(), DataTeam if size > 1 else Team)
     state.take_position(saved)
@@ -191,7 +191,7 @@ def resumed(task: Task, rank: int, size: int, saved: dict[str, Any], weights: di
     return state
 
 
-def draws(state: State) -> tuple[float, float]:
+def draws(state: RunState) -> tuple[float, float]:
     """Of the rule's own generator, and of torch's global one."""
     return float(torch.rand((), generator=state.step.generator)), float(torch.rand(()))
 

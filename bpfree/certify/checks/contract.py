@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bpfree import yaml_values
-from bpfree.certify import practice
-from bpfree.certify.checks import conduct
+from bpfree.certify import training_runs
+from bpfree.certify.checks import step_behaviour
 from bpfree.certify.checks.check import Check
 from bpfree.certify.checks.guard import guarded
 from bpfree.certify.checks.networks import CATALOGUE, Offer
@@ -241,7 +241,7 @@ def _layouts(m: Measurements, spec: TaskSpec, name: str, lay: Callable[[Tensor],
     laid = [Batch(lay(batch.inputs), batch.targets) for batch in given]
     updates = []
     for some in (given, laid):
-        rule = practice.build(m.subject, spec, specimen=Specimen(kind or m.kind, depth=2, width=8)).train()
+        rule = training_runs.build(m.subject, spec, specimen=Specimen(kind or m.kind, depth=2, width=8)).train()
         before = {key: p.detach().clone() for key, p in rule.named_parameters()}
         try:
             _learn(Loop(rule, optimizer=SGD), some)
@@ -309,7 +309,7 @@ def nan_reported(m: Measurements) -> str | None:
 
 
 def _run_on(m: Measurements, task: Task) -> Run:
-    return practice.train(m.subject, task, rule=small_rule(m.subject, m.kind, task.spec), epochs=EPOCHS)
+    return training_runs.train(m.subject, task, rule=small_rule(m.subject, m.kind, task.spec), epochs=EPOCHS)
 
 
 CHECKS = [
@@ -318,5 +318,5 @@ CHECKS = [
     Check("batch-shapes", "batches of any size and layout work", guarded(batch_shapes)),
     Check("bf16", "two steps under bf16 autocast stay finite", guarded(bf16)),
     Check("nan-reported", "a run on inputs that hold NaN is called diverged", guarded(nan_reported)),
-    *conduct.CHECKS,
+    *step_behaviour.CHECKS,
 ]

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from bpfree.certify import practice
+from bpfree.certify import training_runs
 from bpfree.certify.checks.check import Check
 from bpfree.certify.checks.frozen_noise import FrozenNoise
 from bpfree.certify.checks.guard import guarded
@@ -51,7 +51,7 @@ class Recorder(TaskSpec):
 
 def _evaluations(task: Task) -> list[Split]:
     """Splits whose labels the rule may not see: the task's, and those it was cut from."""
-    return [split for whole in (task, practice.digits()) for split in (whole.validation, whole.test) if split is not None]
+    return [split for whole in (task, training_runs.digits()) for split in (whole.validation, whole.test) if split is not None]
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def _permuted(splits: list[Split]) -> Iterator[None]:
 
 def _predictions(m: Measurements, rule: Rule, task: Task) -> list[Tensor]:
     """All scores of an evaluation of the validation and the test split, as a run makes it."""
-    setup = practice.trainer(m.subject, task, rule=rule).setup
+    setup = training_runs.trainer(m.subject, task, rule=rule).setup
     spec, recorder = rule.spec, Recorder(**{item.name: getattr(rule.spec, item.name) for item in fields(TaskSpec)})
     rule.spec = recorder
     try:
@@ -84,7 +84,7 @@ def _predictions(m: Measurements, rule: Rule, task: Task) -> list[Tensor]:
 
 def _unique_task(seed: int) -> Task:
     """Digits that no other object of the process knows: a little noise is added to them."""
-    task = practice.cut(practice.digits(), EXAMPLES)
+    task = training_runs.cut(training_runs.digits(), EXAMPLES)
     generator = torch.Generator().manual_seed(seed)
 
     def noised(split: Split) -> Split:
@@ -98,7 +98,7 @@ def _unique_task(seed: int) -> Task:
 def _learned(m: Measurements, task: Task) -> Rule:
     """A rule that was built beside the task, and trained for a few steps."""
     rule = small_rule(m.subject, m.kind, task.spec)
-    practice.train(m.subject, task, rule=rule, epochs=EPOCHS)
+    training_runs.train(m.subject, task, rule=rule, epochs=EPOCHS)
     return rule
 
 
@@ -147,8 +147,8 @@ def permuted_labels(m: Measurements) -> str | None:
     """What is learned from permuted training labels says nothing of the true ones; the mean over a few permutations."""
     found = [_from_permuted(m, seed) for seed in range(PERMUTATIONS)]
     accuracy = sum(float(confusion.trace()) for confusion in found) / PERMUTATIONS
-    chance = chance_of(practice.digits()) or 1 / len(found[0])
-    error = sum(_variance_of_chance(confusion, len(practice.digits().test)) for confusion in found) ** 0.5 / PERMUTATIONS
+    chance = chance_of(training_runs.digits()) or 1 / len(found[0])
+    error = sum(_variance_of_chance(confusion, len(training_runs.digits().test)) for confusion in found) ** 0.5 / PERMUTATIONS
     bound = chance + STANDARD_ERRORS * error
     if accuracy > bound:
         raise CheckFailed(
@@ -161,12 +161,12 @@ def permuted_labels(m: Measurements) -> str | None:
 
 def _from_permuted(m: Measurements, seed: int) -> Tensor:
     """The confusion matrix on the test split of a rule that was trained on permuted labels."""
-    digits = practice.digits()
+    digits = training_runs.digits()
     assert digits.train.targets is not None
     order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(seed))
     task = replace(digits, train=Split(digits.train.inputs, digits.train.targets[order]), _fingerprint=[])
     rule = small_rule(m.subject, m.kind, task.spec, seed=seed)
-    practice.train(m.subject, task, rule=rule, seed=seed)
+    training_runs.train(m.subject, task, rule=rule, seed=seed)
     return _confusion(rule, digits)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from bpfree.certify.checks.check import Check
 from bpfree.certify.findings import CheckFailed, NotApplicable, NotShown
-from bpfree.certify.lesson import NOT_SHOWN, SEEDS, Lesson
+from bpfree.certify.learning import NOT_SHOWN, SEEDS, Lesson
 from bpfree.certify.measurements import Measurements
 
 __all__ = ["CHECKS"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bpfree.certify import practice
+from bpfree.certify import training_runs
 from bpfree.certify.checks.check import Check
 from bpfree.certify.checks.draws import changed, first_draw, states
 from bpfree.certify.checks.guard import guarded
@@ -105,7 +105,7 @@ class _Stop:
 
 
 def _trainer(m: Measurements, task: Task, **options: Any) -> Trainer:
-    return practice.trainer(m.subject, task, rule=small_rule(m.subject, m.kind, task.spec), epochs=EPOCHS, **options)
+    return training_runs.trainer(m.subject, task, rule=small_rule(m.subject, m.kind, task.spec), epochs=EPOCHS, **options)
 
 
 def _interrupted(m: Measurements, task: Task, epoch: int, folder: Path) -> str | None:
@@ -129,7 +129,7 @@ def _resumed(m: Measurements, task: Task, folder: Path) -> tuple[dict[str, Tenso
 
 def resume(m: Measurements) -> str | None:
     """A run that was interrupted in the middle of a pass and resumed by a fresh trainer, against one that was not."""
-    task = practice.cut(practice.digits(), EXAMPLES)
+    task = training_runs.cut(training_runs.digits(), EXAMPLES)
     straight = _trainer(m, task)
     loss = straight.fit().result["test/loss"]
     found = []
@@ -261,7 +261,7 @@ def _settings() -> dict[str, object]:
 
 def caller_state(m: Measurements) -> str | None:
     """The process's settings before and after a run."""
-    task = practice.cut(practice.digits(), EXAMPLES)
+    task = training_runs.cut(training_runs.digits(), EXAMPLES)
     trainer = _trainer(m, task)
     before = _settings()
     trainer.fit()

@@ -7,15 +7,15 @@ import itertools
 from bpfree.rule import Rule
 from bpfree.step import Phase
 from bpfree.training.setup import Setup
-from bpfree.training.state import State
+from bpfree.training.state import RunState
 
-__all__ = ["Limits"]
+__all__ = ["BudgetTracker"]
 
 MOST_PHASES = 1_000_000
 """Phases of a plan are counted up to here; one with more is endless."""
 
 
-class Limits:
+class BudgetTracker:
     """The budget against the run's state.
 
     Args:
@@ -26,7 +26,7 @@ class Limits:
         passes: over the training split that the budget amounts to; 0 where that is not known beforehand.
     """
 
-    def __init__(self, setup: Setup, state: State) -> None:
+    def __init__(self, setup: Setup, state: RunState) -> None:
         self._budget, self._state, budget = setup.budget, state, setup.budget
         # whether the budget ends the run, rather than the last of its phases
         self._ends = budget.epochs is None or budget.samples is not None

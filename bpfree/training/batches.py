@@ -16,14 +16,14 @@ from bpfree.training.guards import only_read
 from bpfree.training.meters import Clock
 from bpfree.training.setup import Setup
 
-__all__ = ["Supply"]
+__all__ = ["Batches"]
 
 logger = logging.getLogger("bpfree")
 
 Look = Callable[[float], None]
 
 
-class Supply:
+class Batches:
     """The batches of a run's phases; loaders of different sizes share the examples.
 
     Args:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from bpfree.baselines import Backprop
-from bpfree.certify import practice
+from bpfree.certify import training_runs
 from bpfree.certify.subject import Subject
 from bpfree.errors import UsageError
 from bpfree.rule import Rule
@@ -102,7 +102,7 @@ class Lesson:
     twin: tuple[float, ...]
     backprop: tuple[float, ...]
     chance: float
-    epochs: int = practice.EPOCHS
+    epochs: int = training_runs.EPOCHS
 
     @property
     def over_floor(self) -> Comparison:
@@ -138,8 +138,8 @@ class Lesson:
 
 def learn_lesson(subject: Subject) -> Lesson:
     """Train the rule, its own-prediction twin and back-propagation on the same network, over seeds, and measure the floor beside them."""
-    task = practice.digits()
-    network = practice.build(subject, task.spec).network
+    task = training_runs.digits()
+    network = training_runs.build(subject, task.spec).network
     words = f"{', '.join(f'{name} {tuple(p.shape)}' for name, p in network.blocks.named_parameters() if p.dim() > 1)}"
     reference = words
     try:
@@ -148,7 +148,7 @@ def learn_lesson(subject: Subject) -> Lesson:
         reference = "mlp of two hidden layers of 16 units"
     own = [_own(subject, seed) for seed in range(SEEDS)]
     probed = tuple(features for _, features in own if features is not None)
-    floor = floor_of([practice.build(subject, task.spec, seed=seed) for seed in range(SEEDS)])
+    floor = floor_of([training_runs.build(subject, task.spec, seed=seed) for seed in range(SEEDS)])
     return Lesson(
         network=words,
         reference=reference,
@@ -176,8 +176,8 @@ def _own(subject: Subject, seed: int) -> tuple[float, float | None]:
 def _ceiling(subject: Subject, seed: int, same_network: bool) -> float:
     if not same_network:
         return _plain_ceiling(seed)
-    spec = practice.digits().spec
-    network = practice.build(subject, spec, seed=seed).network.requires_grad_(True)
+    spec = training_runs.digits().spec
+    network = training_runs.build(subject, spec, seed=seed).network.requires_grad_(True)
     return _train(subject, seed, rule=Backprop(network, spec))["test/accuracy"]
 
 
@@ -188,7 +188,7 @@ def _plain_ceiling(seed: int) -> float:
 
 def _train(subject: Subject, seed: int, **options: Any) -> Mapping[str, float]:
     """Train, and score once at the end: all seeds together take most of a certificate's time."""
-    return practice.train(subject, seed=seed, evaluate_every=practice.EPOCHS, **options).result
+    return training_runs.train(subject, seed=seed, evaluate_every=training_runs.EPOCHS, **options).result
 
 
 # --- the floor ------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def floor_of(rules: Sequence[Rule]) -> Floor:
     """
     key = _fingerprint(rules)
     if key not in _floors:
-        _floors[key] = measure_floor(practice.digits(), rules, inputs=_inputs(len(rules)))
+        _floors[key] = measure_floor(training_runs.digits(), rules, inputs=_inputs(len(rules)))
     return _floors[key]
 
 
@@ -221,4 +221,4 @@ def _fingerprint(rules: Sequence[Rule]) -> str:
 
 @lru_cache(maxsize=4)
 def _inputs(seeds: int) -> Reading:
-    return read_inputs(practice.digits(), seeds)
+    return read_inputs(training_runs.digits(), seeds)
