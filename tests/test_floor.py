@@ -139,6 +139,15 @@ def test_features_that_are_too_large_are_not_read(small: Task, monkeypatch: pyte
     assert found.best.source == INPUTS
 
 
+def test_without_validation_no_block_stands_for_the_inputs(small: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All together where that is read, else the inputs: a narrow block, which reads far worse, is not the floor because it came last."""
+    task = dataclasses.replace(small, validation=None)
+    assert measure_floor(task, [untrained(small, 0, depth=1, width=2)]).best.source == ALL
+    monkeypatch.setattr(floor, "MOST_NUMBERS", 400 * 65)
+    found = measure_floor(task, [untrained(small, 0, depth=1, width=2)])
+    assert (found.best.source, found.skipped) == (INPUTS, ("inputs and all blocks (66 features)",))
+
+
 def test_products_of_real_targets_features_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ridge regression holds features times features: few examples do not make a wide source a small one."""
     split = Split(torch.randn(30, 6), torch.randn(30, 2))

@@ -219,8 +219,8 @@ def measure_floor(
         look: called with the name of each source before it is read.
 
     Returns:
-        The best on validation of the inputs, each block and all together; without a validation split all together, with the default
-        penalty.
+        The best on validation of the inputs, each block and all together; without a validation split all together with the default
+        penalty, or the inputs where that has too many features: a block of a deep network may be far below them.
     """
     device = device or torch.device("cpu")
     look(INPUTS)
@@ -235,7 +235,7 @@ def measure_floor(
         look(name)
         source = _Source(name, task, [partial(_represent, rule, device=device, source=name) for rule in rules], device)
         readings.append(source.read())
-        if task.validation is None or readings[-1].rank > readings[best].rank:
+        if name == ALL if task.validation is None else readings[-1].rank > readings[best].rank:
             best, kept = len(readings) - 1, source
     if kept is not None and test:
         readings[best] = kept.tested(readings[best], task.test)
