@@ -14,6 +14,8 @@ from typing import Any
 from bpfree.code_lines import class_lines
 from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.files import write_text
+from bpfree.hooks import hookimpl
 from bpfree.leaves import Leaf, leaves_of
 from bpfree.legacy import refuse_version_1
 from bpfree.recipe import CHANGEABLE, Recipe, changed
@@ -258,8 +260,8 @@ def _train(
     try:
         redact_logs()
         with world.agreed():
-            if world.first and recipe.settings.tracking.enabled:
-                recipe.settings.tracking.resolve_uri(Path(recipe.settings.output))  # refused before anything is loaded
+            if world.first and tracking.enabled:
+                tracking.resolve_uri(folder.parent)  # refused before anything is loaded
             task = task or recipe.build_task()
             rule = recipe.build_rule(task.spec)
             recipe = recipe.pinned(rule)
@@ -267,22 +269,19 @@ def _train(
                 rule,
                 task,
                 recipe.settings,
-                observers=[*standard_observers(recipe, quiet=quiet, label=label), *observers] if world.first else [],
+                observers=[RecipeFile(recipe, rule.plan()), *standard_observers(recipe, quiet=quiet, label=label), *observers],
                 recorder=Recorder([MLflowTracker(tracking, folder.parent)] if tracking.enabled else []),
                 run=record,
                 recipe=recipe.recorded(),
                 augment=[recipe.registry.get("augmentations", name) for name in recipe.task.augment],
                 loading=Loading(RESIDENT[recipe.settings.data.resident], recipe.settings.data.workers),
             )
-            plan = rule.plan()
     except BaseException:
         if checkpoint is None and world.first:
             remove_untrained(folder)
         raise
     record.config = {leaf.key: leaf.value for leaf in leaves_of(recipe.recorded(), "", "")}
     record.tags = redacted({**record.tags, **standard_tags(recipe, task, rule), **further})
-    if world.first:
-        write_recipe(recipe, plan, record, folder)
     try:
         return trainer.fit(checkpoint)
     except BaseException:
@@ -291,13 +290,27 @@ def _train(
         raise
 
 
-def write_recipe(recipe: Recipe, plan: str, record: Run, folder: Path) -> None:
-    """Keep the configuration, and the rule's plan, with the run."""
-    place = RunFolder(folder)
-    place.config.write_text(recipe.to_yaml(), encoding="utf-8")
-    if plan:
-        record.artifacts["plan.txt"] = place.plan
-        place.plan.write_text(f"{redact(plan.rstrip())}\n", encoding="utf-8")
+class RecipeFile:
+    """Keeps the configuration, and the rule's plan, in the run's folder once the run begins: one that is refused changes nothing.
+
+    Args:
+        recipe: the configuration.
+        plan: the rule's; may be empty.
+    """
+
+    def __init__(self, recipe: Recipe, plan: str) -> None:
+        self._recipe, self._plan = recipe, plan
+
+    @hookimpl(tryfirst=True)
+    def run_start(self, run: Run) -> None:
+        """Write both."""
+        if run.folder is None:
+            return
+        place = RunFolder(run.folder)
+        write_text(place.config, self._recipe.to_yaml())
+        if self._plan:
+            run.artifacts["plan.txt"] = place.plan
+            write_text(place.plan, f"{redact(self._plan.rstrip())}\n")
 
 
 def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> list[Any]:

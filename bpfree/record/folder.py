@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bpfree.errors import BpfreeError
-from bpfree.files import write_text
+from bpfree.files import inside, write_text
 from bpfree.record.log import Event, EventLog
 from bpfree.run import Run
 
@@ -61,8 +61,7 @@ class RunFolder:
 
     def inside(self, name: str) -> Path | None:
         """Resolve a path of the log; ``None`` if it leads out of the folder, through a symbolic link too."""
-        path, root = self.path / name, self.path.resolve()
-        return path if path.resolve().is_relative_to(root) and path.resolve() != root else None
+        return inside(self.path, name)
 
     def files(self) -> Iterator[Path]:
         """What a run makes, apart from its log and its readers' files."""

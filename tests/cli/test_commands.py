@@ -339,6 +339,8 @@ def test_a_run_goes_on_with_its_own_settings_in_its_own_folder(workplace: Path, 
     before = {path.name: path.read_bytes() for path in (run / "config.yaml", run / "events.jsonl")}
     assert "network.width" in refused(capsys, 2, "train", "--resume", str(run), "network.width=64")
     assert {path.name: path.read_bytes() for path in (run / "config.yaml", run / "events.jsonl")} == before
+    assert "budget" in refused(capsys, 2, "train", "--resume", str(run), "budget.epochs=1")
+    assert {path.name: path.read_bytes() for path in (run / "config.yaml", run / "events.jsonl")} == before
     assert call("train", "--resume", str(run), "seed=0") == 0  # what it was
     elsewhere = workplace / "mine" / "ck"
     elsewhere.mkdir(parents=True)
