@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.errors import UsageError as UsageError
     from bpfree.hooks import API_VERSION as API_VERSION
     from bpfree.hooks import hookimpl as hookimpl
+    from bpfree.kinds import Maker as Maker
     from bpfree.network.builders import mlp as mlp
     from bpfree.network.builders import vgg as vgg
     from bpfree.network.network import Network as Network
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.tasks.task import Split as Split
     from bpfree.tasks.task import Task as Task
     from bpfree.tasks.task import TaskSpec as TaskSpec
+    from bpfree.tracking.tracker import Tracker as Tracker
     from bpfree.training.alignment import AlignmentConfig as AlignmentConfig
     from bpfree.training.config import BudgetConfig as BudgetConfig
     from bpfree.training.config import TrainConfig as TrainConfig
@@ -59,6 +61,7 @@ _HOME = {
     "Broadcast": "rule",
     "Budget": "step",
     "Card": "rule",
+    "Maker": "kinds",
     "Network": "network.network",
     "OptimizerConfig": "options",
     "Phase": "step",
@@ -75,6 +78,7 @@ _HOME = {
     "TrainConfig": "training.config",
     "Trace": "network.trace",
     "Traces": "network.trace",
+    "Tracker": "tracking.tracker",
     "Trainer": "training.trainer",
     "Traits": "rule",
     "UsageError": "errors",

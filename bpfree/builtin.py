@@ -1,10 +1,11 @@
-"""The plugin that the core is to itself: its baselines, networks and tasks."""
+"""The plugin that the core is to itself: its baselines, networks and tasks, its trackers and executors."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from bpfree import baselines, hooks
+from bpfree.kinds import Maker
 from bpfree.network import builders, torchvision_models
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
@@ -63,3 +64,13 @@ def bpfree_protocols() -> dict[str, protocols.EvaluationProtocol]:
 def bpfree_studies() -> dict[str, Path]:
     presets = Path(__file__).parent / "study" / "presets"
     return {name: presets / f"{name}.yaml" for name in ("digits-floor-ceiling", "floor", "quickstart", "claims", "claims-cifar10")}
+
+
+@hooks.hookimpl
+def bpfree_trackers() -> dict[str, Maker]:
+    files = "bpfree.tracking.file_trackers"
+    return {
+        "mlflow": Maker("bpfree.tracking.mlflow_tracker:MLflowTracker", "an MLflow store: tracking.uri, or mlflow.db"),
+        "csv": Maker(f"{files}:CSVTracker", "metrics.csv, a line for each value"),
+        "tensorboard": Maker(f"{files}:TensorBoardTracker", "an event file for TensorBoard"),
+    }

@@ -44,6 +44,7 @@ import pluggy
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from bpfree.kinds import Maker
     from bpfree.network.builders import NetworkBuilder
     from bpfree.rule import Rule
     from bpfree.run import Run
@@ -108,6 +109,18 @@ def bpfree_presets() -> Mapping[str, Mapping[str, Any]]:  # type: ignore[empty-b
 @hookspec
 def bpfree_studies() -> Mapping[str, str | PathLike[str]]:  # type: ignore[empty-body]
     """Study files (YAML, see ``docs/studies.md``) by name."""
+
+
+@hookspec
+def bpfree_trackers() -> Mapping[str, Maker]:  # type: ignore[empty-body]
+    """Makers of trackers by name, switched on with ``tracking.to=[name]``: called with the run and the options ``tracking.*``, each gives
+    a :class:`bpfree.Tracker`."""
+
+
+@hookspec
+def bpfree_executors() -> Mapping[str, Maker]:  # type: ignore[empty-body]
+    """Makers of executors by name, chosen with ``bpfree study run --executor name``: called with a :class:`bpfree.study.executor.Request`
+    and the executor's own options, each gives a :class:`bpfree.Executor`."""
 
 
 # --- lifecycle ------------------------------------------------------------------------------------------------------

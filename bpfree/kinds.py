@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pkgutil
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -13,7 +16,53 @@ from bpfree.tasks.augment import Augmentation
 from bpfree.tasks.protocols import EvaluationProtocol
 from bpfree.tasks.task import DataSource
 
-__all__ = ["misfit"]
+__all__ = ["Maker", "misfit"]
+
+ADDRESS = re.compile(r"[\w.]+:[\w.]+")
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What makes a tracker or an executor, when one is asked for.
+
+    Attributes:
+        make: a class or function, or its address, ``module:name``, which is imported on the first use. Of a tracker it is called with the
+            run and the options ``tracking.*`` (:class:`bpfree.Tracker`), of an executor with the request and its own options, of which its
+            ``Config`` is the dataclass, if it has any (:class:`bpfree.Executor`).
+        summary: one line for listings.
+    """
+
+    make: Callable[..., Any] | str
+    summary: str = ""
+
+    @property
+    def target(self) -> Callable[..., Any]:
+        """The class or function itself.
+
+        Raises:
+            ImportError: the address leads nowhere, or what is there needs a library that is missing.
+        """
+        if not isinstance(self.make, str):
+            return self.make
+        try:
+            return pkgutil.resolve_name(self.make)  # type: ignore[no-any-return]
+        except AttributeError as error:
+            raise ImportError(f"there is no {self.make}") from error
+
+    @property
+    def Config(self) -> type:
+        """Dataclass of the options."""
+        return getattr(self.target, "Config", NoOptions)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether there is something that can make anything."""
+        return ADDRESS.fullmatch(self.make) is not None if isinstance(self.make, str) else callable(self.make)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Make one."""
+        return self.target(*arguments)
+
 
 TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "networks": ((NetworkBuilder,), "a NetworkBuilder, whose Config is a dataclass"),
@@ -31,6 +80,8 @@ def misfit(kind: str, thing: Any) -> str:
         return "" if good else "a subclass of bpfree.Rule with a card, whose Config is a dataclass"
     if kind == "presets":
         return "" if isinstance(thing, Mapping) and all(isinstance(key, str) for key in thing) else "a mapping of settings by their keys"
+    if kind in ("trackers", "executors"):
+        return "" if isinstance(thing, Maker) and thing.is_sound else "a bpfree.Maker of something callable, or of its address, module:name"
     if kind == "diagnostics":
         return "" if callable(thing) else "a factory of observers"
     types, meaning = TYPES[kind]

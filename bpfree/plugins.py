@@ -26,7 +26,7 @@ __all__ = ["PluginIndex", "PluginRecord", "Plugins", "installed_plugins", "plugi
 
 logger = logging.getLogger("bpfree")
 
-KINDS = ("rules", "networks", "tasks", "augmentations", "protocols", "diagnostics", "presets", "studies")
+KINDS = ("rules", "networks", "tasks", "augmentations", "protocols", "diagnostics", "presets", "studies", "trackers", "executors")
 Status = Literal["ok", "broken", "incompatible", "disabled"]
 
 

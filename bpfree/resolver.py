@@ -241,6 +241,8 @@ class Resolver:
             self._protocol_fits(name, spec)
         for name in settings.diagnostics:
             self._named("diagnostics", name, "diagnostics")
+        for name in settings.tracking.to if settings.tracking.enabled else ():
+            self._named("trackers", name, "tracking.to")
         checks = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
         if "optimizer" not in self.idle:
             checks.append(lambda: check_optimizer(settings.optimizer.over(rule.optimizer_of(config))))

@@ -26,7 +26,8 @@ from bpfree.rule import Rule
 from bpfree.run import Run, new_run_id
 from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Task
-from bpfree.tracking.mlflow_tracker import MLflowTracker, complete, settled
+from bpfree.tracking.mlflow_tracker import settled
+from bpfree.tracking.sending import Tracking, complete, makers
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.distributed import World
 from bpfree.training.environment import flushing_denormals
@@ -260,7 +261,7 @@ def _train(
     try:
         redact_logs()
         with world.agreed():
-            if world.first and tracking.enabled:
+            if world.first and tracking.to_mlflow:
                 tracking.resolve_uri(folder.parent)  # refused before anything is loaded
             task = task or recipe.build_task()
             rule = recipe.build_rule(task.spec)
@@ -270,7 +271,7 @@ def _train(
                 task,
                 recipe.settings,
                 observers=[RecipeFile(recipe, rule.plan()), *standard_observers(recipe, quiet=quiet, label=label), *observers],
-                recorder=Recorder([MLflowTracker(tracking, folder.parent)] if tracking.enabled else []),
+                recorder=Recorder([Tracking(tracking, makers(tracking, recipe.registry))] if tracking.enabled else []),
                 run=record,
                 recipe=recipe.recorded(),
                 augment=[recipe.registry.get("augmentations", name) for name in recipe.task.augment],

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
     from bpfree.plugins import PluginRecord, Plugins
 
-REGISTERS = ("rules", "networks", "tasks", "augmentations", "protocols", "diagnostics", "presets", "studies")
-
 
 @click.group(short_help="Look at installed plugins, or begin one.")
 def plugins() -> None:
@@ -90,6 +88,7 @@ def info(name: str, as_json: bool) -> None:
 def show(described: dict[str, Any]) -> None:
     from bpfree.cli.output import print_table
     from bpfree.hooks import API_VERSION
+    from bpfree.plugins import KINDS
 
     api = "unknown" if described["api"] is None else f"{described['api']} (this bpfree: {API_VERSION})"
     lines = {
@@ -100,7 +99,7 @@ def show(described: dict[str, Any]) -> None:
         "source": described["path"] or "not imported",
         "entry": described["registry_entry"] or "not in the registry",
         "hooks": ", ".join(described["hooks"]),
-        **{kind: ", ".join(described["provides"].get(kind, [])) for kind in REGISTERS},
+        **{kind: ", ".join(described["provides"].get(kind, [])) for kind in KINDS},
     }
     for key, text in lines.items():
         if text:

@@ -43,7 +43,7 @@ def _line(folder: Path, clean: bool) -> dict[str, Any] | None:
     place = RunFolder(folder)
     try:
         if place.end_if_killed():
-            from bpfree.tracking.mlflow_tracker import complete
+            from bpfree.tracking.sending import complete
 
             complete(folder)  # its run in the store ends too
         run = read_run(folder)

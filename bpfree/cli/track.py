@@ -12,21 +12,21 @@ def track() -> None:
     """Manage the tracking of runs."""
 
 
-@track.command("send", short_help="Send what an outage of the tracking server has left behind.")
+@track.command("send", short_help="Send what an outage of a tracker has left behind.")
 @click.argument("run")
 @click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
 def send(run: str, settings: tuple[str, ...]) -> int:
-    """Send what the tracking store does not have of RUN (a run's folder, or its name).
+    """Send what the trackers of RUN (a run's folder, or its name) do not have of it.
 
-    The store is the one that has the run, or that its configuration names, unless SETTINGS say otherwise: `tracking.uri=...`.
+    They are those that its configuration names, unless SETTINGS say otherwise: `tracking.to=[csv]`, `tracking.uri=...`.
     """
     from bpfree.config import resolve
     from bpfree.errors import BpfreeError, UsageError
     from bpfree.leaves import Leaf, last_said, parse_words, read_yaml
     from bpfree.legacy import refuse_version_1
     from bpfree.record.folder import RunFolder
-    from bpfree.tracking.mlflow_tracker import send as send_run
     from bpfree.tracking.mlflow_tracker import settled
+    from bpfree.tracking.sending import send as send_run
 
     leaves = parse_words(settings)
     output = last_said(leaves, "output", "runs")

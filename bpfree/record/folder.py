@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from bpfree.errors import BpfreeError
 from bpfree.files import inside, write_text
@@ -47,7 +48,7 @@ class RunFolder:
 
     def cursor(self, reader: str) -> Path:
         """The file that says how far a reader of the log has come."""
-        return self.path / CURSOR.format(reader)
+        return self.path / CURSOR.format(quote(reader, safe=""))
 
     def cursors(self) -> list[Path]:
         """The files of all readers."""
@@ -120,6 +121,11 @@ class Cursor:
     refused: list[dict[str, Any]] = field(default_factory=list)
     place: list[Any] = field(default_factory=list)
 
+    @property
+    def told(self) -> dict[str, str]:
+        """What a run shows of ``known``: its texts, such as an identifier in a store."""
+        return {name: value for name, value in self.known.items() if isinstance(value, str)}
+
     @classmethod
     def read(cls, path: Path) -> Cursor:
         """Read a cursor's file; where there is none, or it is damaged, begin at the beginning."""
@@ -178,7 +184,7 @@ def read_run(folder: str | Path) -> Run:
     run.folder = place.path
     run.artifacts = {name: path for name in run.artifacts if (path := place.inside(name)) is not None}
     for path in place.cursors():
-        run.tracking |= {str(key): str(value) for key, value in Cursor.read(path).known.items()}
+        run.tracking |= Cursor.read(path).told
     return run
 
 

@@ -15,7 +15,7 @@ from bpfree.record.log import FORMAT, EventLog
 from bpfree.redaction import redacted
 from bpfree.run import Run
 
-__all__ = ["Recorder", "Tracker"]
+__all__ = ["Reader", "Recorder"]
 
 logger = logging.getLogger("bpfree.tracking")
 
@@ -23,8 +23,8 @@ BETWEEN_FILES = 60.0
 """Seconds between looks for new artifacts while a run trains: trackers upload each, which takes time of the processor."""
 
 
-class Tracker(Protocol):
-    """Follows a run by its log."""
+class Reader(Protocol):
+    """Follows a run by its log, and has trackers do so."""
 
     def start(self, run: Run, log: EventLog) -> None:
         """Begin to read; the log has the run's beginning.
@@ -44,14 +44,14 @@ class Tracker(Protocol):
 
 
 class Recorder:
-    """Records what happens to a run in its folder, and has trackers read it; does nothing for a run without a folder.
+    """Records what happens to a run in its folder, and has it read; does nothing for a run without a folder.
 
     Args:
-        trackers: readers of the log.
+        readers: of the log.
     """
 
-    def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
-        self._trackers, self._reading = list(trackers), list[Tracker]()
+    def __init__(self, readers: Iterable[Reader] = ()) -> None:
+        self._readers, self._reading = list(readers), list[Reader]()
         self._folder: RunFolder | None = None
         self._log: EventLog | None = None
         self._noted: dict[Path, int] = {}
@@ -59,10 +59,10 @@ class Recorder:
 
     @hookimpl(tryfirst=True)
     def run_start(self, run: Run) -> None:
-        """Note that the run begins, and start the trackers.
+        """Note that the run begins, and start the readers.
 
         Raises:
-            BpfreeError: another process trains this run, or a tracker refuses it.
+            BpfreeError: another process trains this run, or a reader refuses it.
         """
         if run.folder is None:
             return
@@ -73,19 +73,19 @@ class Recorder:
         self._log.append("begin", format=FORMAT, id=run.id, name=run.name, config=config, tags=run.tags, environment=environment(), **about)
         self._reading = []
         try:
-            for tracker in self._trackers:
-                self._reading.append(tracker)
-                tracker.start(run, self._log)
+            for reader in self._readers:
+                self._reading.append(reader)
+                reader.start(run, self._log)
         except BaseException:
             self._refuse(run)
             raise
 
     def _refuse(self, run: Run) -> None:
-        """A run that a tracker refuses leaves nothing behind, unless there was something before."""
+        """A run that a reader refuses leaves nothing behind, unless there was something before."""
         assert self._log is not None
         assert self._folder is not None
-        for tracker in self._reading:
-            tracker.abandon()
+        for reader in self._reading:
+            reader.abandon()
         self._reading = []
         if not run.resumed and not run.reopened:
             self._log.close()
@@ -110,22 +110,22 @@ class Recorder:
 
     @hookimpl(trylast=True)
     def run_end(self, run: Run) -> None:
-        """Note how the run ended, and let the trackers read to the end.
+        """Note how the run ended, and let the readers read to the end.
 
         Raises:
             BpfreeError: the record could not be written.
         """
         if self._log is None:
             return
-        for tracker in self._reading:
-            tracker.stop()
+        for reader in self._reading:
+            reader.stop()
         self._note_artifacts(run)
         self._log.append("end", status=run.status, reason=run.reason, epoch=run.epoch, result=run.result, tags=run.tags)
         try:
             self._log.close()
         finally:
-            for tracker in self._reading:
-                tracker.finish(run)
+            for reader in self._reading:
+                reader.finish(run)
             self._log, self._reading = None, []
 
     def _note_artifacts(self, run: Run) -> None:

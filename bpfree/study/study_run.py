@@ -24,7 +24,7 @@ from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellStore
 from bpfree.study.worklist import Worklist
 from bpfree.tracking.events import Artifact, End, Metrics, Opening, Tags
-from bpfree.tracking.mlflow_tracker import complete, config_of
+from bpfree.tracking.sending import complete, config_of
 from bpfree.tracking.store import RUN_TAG, Store, file_lock
 
 __all__ = ["StudyRun"]
@@ -49,7 +49,7 @@ class StudyRun:
     def __init__(self, plan: Plan, cells: CellStore) -> None:
         self._plan, self._cells = plan, cells
         config = plan.rows[0].recipe.settings.tracking
-        self._enabled, self._experiment = config.enabled, config.experiment
+        self._enabled, self._experiment = config.to_mlflow, config.experiment
         self._store = Store(config.resolve_uri(plan.output), config.timeout)
         self._warned = False
         self._path = cells.folder / "sent-mlflow.json"
@@ -123,7 +123,7 @@ class StudyRun:
     def _is_tracked_here(self, run: Run) -> bool:
         """Whether a run's configuration names this store; its address is recorded without its secrets."""
         config = config_of(run)
-        return config.enabled and redact(config.uri or config.resolve_uri(self._plan.output)) == self._store.shown
+        return config.to_mlflow and redact(config.uri or config.resolve_uri(self._plan.output)) == self._store.shown
 
     def _tags(self) -> dict[str, str]:
         study = self._plan.study

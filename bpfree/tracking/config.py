@@ -31,19 +31,29 @@ class PicturesConfig:
 
 @dataclass
 class TrackingConfig:
-    """What is sent to MLflow, where to, and how long a run waits for it."""
+    """Who is told of a run, what of it, and how long the run waits for them."""
 
-    enabled: bool = option(True, "track the run with MLflow")
-    uri: str | None = option(None, "tracking store; none: MLFLOW_TRACKING_URI, or else mlflow.db beside the output folder")
+    enabled: bool = option(True, "have trackers read the run's log")
+    to: list[str] = option(factory=lambda: ["mlflow"], help="trackers by name: mlflow, csv, tensorboard, and what plugins bring")
+    folder: str | None = option(
+        None,
+        "folder for trackers that write files: one in it for each run; relative to where the output folder lies (none: the run's own)",
+    )
+    uri: str | None = option(None, "MLflow's store; none: MLFLOW_TRACKING_URI, or else mlflow.db beside the output folder")
     experiment: str = option("bpfree", "MLflow experiment")
-    required: bool = option(False, "refuse to train while the store cannot be reached, instead of warning")
-    interval: float = option(1.0, "seconds between batches sent to the store", gt=0)
+    required: bool = option(False, "refuse to train while a tracker cannot be reached, instead of warning")
+    interval: float = option(1.0, "seconds between batches sent", gt=0)
     system: bool = option(True, "sample the use of processors, memory, disk, network and GPUs")
     system_interval: float = option(1.0, "seconds between system samples", ge=0.05, unless={"system": (False,)})
     timeout: float = option(10.0, "seconds that one request may take, and that the start of a run waits for a server", gt=0)
     flush_timeout: float = option(30.0, "seconds that the end of a run waits for what is not sent yet", ge=0)
     artifacts: bool = option(True, "upload configuration, environment, plots and pictures")
     checkpoint: bool = option(True, "upload the tested or last checkpoint too")
+
+    @property
+    def to_mlflow(self) -> bool:
+        """Whether MLflow tracks the run."""
+        return self.enabled and "mlflow" in self.to
 
     def resolve_uri(self, output_folder: Path) -> str:
         """The store: what is configured, ``MLFLOW_TRACKING_URI``, or SQLite beside the output folder.
@@ -52,7 +62,7 @@ class TrackingConfig:
             UsageError: what is configured was recorded, without user, password and query, and the environment names no store.
         """
         environment = os.environ.get("MLFLOW_TRACKING_URI")
-        if self.enabled and is_redacted(self.uri):
+        if self.to_mlflow and is_redacted(self.uri):
             if not environment:
                 what = "the address of the tracking store was recorded without its user, password and query"
                 fix = "give it again with tracking.uri=..., or by MLFLOW_TRACKING_URI; or tracking.enabled=false"

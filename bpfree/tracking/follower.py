@@ -11,16 +11,14 @@ import itertools
 import logging
 import re
 import threading
-from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Protocol
 
-from bpfree.record.folder import Cursor, RunFolder, read_events
+from bpfree.record.folder import Cursor, read_events
 from bpfree.record.log import UNREADABLE, Event
 from bpfree.redaction import redact
-from bpfree.run import Run
+from bpfree.tracking.tracker import RefusedError, Tracker
 
-__all__ = ["Follower", "RefusedError", "Sink"]
+__all__ = ["Follower"]
 
 logger = logging.getLogger("bpfree.tracking")
 
@@ -28,74 +26,23 @@ PER_BATCH = 500
 LONGEST_WAIT = 30.0
 
 
-class RefusedError(Exception):
-    """The store answered, and will never take this."""
-
-
-class Sink(Protocol):
-    """A store that takes events.
-
-    Attributes:
-        name: of its kind, which names the cursor's file.
-        shown: its address, without what is secret in it.
-        known: what the next session must know of it; kept in the cursor.
-    """
-
-    name: str
-    shown: str
-    known: dict[str, Any]
-
-    def holds_run(self) -> bool:
-        """Whether the store has the run that ``known`` names."""
-
-    def probe(self) -> None:
-        """Look quickly whether anybody listens.
-
-        Raises:
-            OSError: nobody does.
-        """
-
-    def open(self, run: Run, began: int, seen: Sequence[Event], again: bool) -> bool:
-        """Make the run in the store, or find it again.
-
-        Args:
-            run: as the log has it.
-            began: when it began for the first time, in milliseconds since 1970.
-            seen: events that were sent to it before.
-            again: whether the run was resumed, so that it computes epochs again that were sent.
-
-        Returns:
-            Whether it is the run that ``known`` named, so that the events before the cursor are there.
-
-        Raises:
-            RefusedError: the store will never take it. Any other exception: try again.
-        """
-
-    def send(self, events: Sequence[Event]) -> list[tuple[Event, str]]:
-        """Send events of the log; the end of a session that was resumed has the kind ``stopped``.
-
-        Returns:
-            What the store refuses, with reasons. An exception: try again.
-        """
-
-
 class Follower:
     """Reads a run's log, and sends what is new.
 
     Args:
-        folder: the run's.
         sink: where to.
         interval: seconds between batches.
     """
 
-    def __init__(self, folder: RunFolder, sink: Sink, *, interval: float) -> None:
-        self._folder, self._log, self._sink, self._interval = folder, folder.log, sink, interval
+    def __init__(self, sink: Tracker, *, interval: float) -> None:
+        self._folder, self._log, self._sink, self._interval = sink.folder, sink.folder.log, sink, interval
         self._keeping = threading.Lock()
-        self._path = folder.cursor(sink.name)
+        self._path = self._folder.cursor(sink.name)
         self.cursor = Cursor.read(self._path)
         if self.cursor.store != sink.shown:
             self.cursor = Cursor(store=sink.shown)
         sink.known = self.cursor.known
+        self._title = f"{sink.title or sink.name} at {sink.shown}"
         self._session = 0  # where in the log the last session begins
         self._failures = 0
         self._warned = self._abandoned = self._closing = self._hopeless = self._opened = False
@@ -112,11 +59,16 @@ class Follower:
             self.reason = f"no answer in {patience:g} s"
         return self._opened
 
-    def finish(self, patience: float) -> bool:
-        """Read to the end of the log, for at most that many seconds; whether everything is sent."""
-        self._hopeless = self._failures > 0
+    def close(self) -> None:
+        """The log has its end: read to there, and stop."""
+        if not self._closing:
+            self._hopeless = self._failures > 0
         self._closing = True
         self._wake.set()
+
+    def finish(self, patience: float) -> bool:
+        """Read to the end of the log, for at most that many seconds; whether everything is sent."""
+        self.close()
         try:
             self._done.wait(patience)
         finally:  # an impatient person interrupts
@@ -125,7 +77,7 @@ class Follower:
         if not complete:
             self.warn(self.reason or f"not done after {patience:g} s")
         elif self._warned and not self.cursor.refused:
-            logger.info("MLflow at %s is back: everything was sent", self._sink.shown)
+            logger.info("%s is back: everything was sent", self._title)
         return complete
 
     def stop(self) -> None:
@@ -140,7 +92,7 @@ class Follower:
             return
         self._warned = True
         fix = f"what is missing there is in {self._log.path}: send it later with `bpfree track send {self._folder.path}`"
-        logger.warning("MLflow at %s: %s. The run continues; %s", self._sink.shown, redact(reason), fix)
+        logger.warning("%s: %s. The run continues; %s", self._title, redact(reason), fix)
 
     # --- the thread -------------------------------------------------------------------------------------------------
 
@@ -190,7 +142,7 @@ class Follower:
         if not self._sink.open(run, begins[0]["time"], seen, len(begins) > 1):
             self.cursor.offset, self.cursor.refused = 0, []
             if wanted:
-                logger.info("MLflow at %s does not have the run: it is sent from its beginning", self._sink.shown)
+                logger.info("%s does not have the run: it is sent from its beginning", self._title)
         self._opened = True
         self._keep()
 
@@ -206,7 +158,7 @@ class Follower:
         refused += [(event, "it cannot be read") for event, _ in batch if event["event"] == UNREADABLE]
         for event, reason in refused:
             self.warn(f"{_title(event)} is not there: {reason}")
-        self.cursor.refused += [{"reason": redact(reason), **event} for event, reason in refused]
+        self.cursor.refused += [{**event, "reason": redact(reason)} for event, reason in refused]  # an end has a reason too
         self.cursor.offset = batch[-1][1]
         self._keep()
         return True

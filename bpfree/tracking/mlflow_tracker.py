@@ -15,27 +15,22 @@ import contextlib
 import dataclasses
 import getpass
 import json
-import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bpfree.errors import BpfreeError
-from bpfree.record.folder import Cursor, RunFolder, read_run
-from bpfree.record.log import Event, EventLog
+from bpfree.record.folder import Cursor, RunFolder
+from bpfree.record.log import Event
 from bpfree.redaction import redact
 from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig, sqlite_file
 from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, Text
-from bpfree.tracking.follower import Follower, RefusedError
 from bpfree.tracking.store import RUN_TAG, Store
-from bpfree.tracking.system import SystemMetrics
+from bpfree.tracking.tracker import RefusedError, Tracker, measured
 
-__all__ = ["MLflowTracker", "complete", "config_of", "is_sent", "send", "settled"]
-
-logger = logging.getLogger("bpfree.tracking")
+__all__ = ["MLflowTracker", "settled"]
 
 LOCAL_PATIENCE = 120.0
 """Seconds for a local database, which may have to be made first, or wait for others that make it."""
@@ -44,99 +39,28 @@ PER_EVENT, PER_CALL = 900, 1000
 ENDS = {"finished": "FINISHED", "interrupted": "KILLED"}
 
 
-class MLflowTracker:
-    """Has a thread read the logs of runs, one after the other, and send them to MLflow.
+class MLflowTracker(Tracker):
+    """Tells an MLflow store what the events of a run's log say."""
 
-    Args:
-        config: where to and what.
-        output_folder: folder of runs; the default store is beside it.
-    """
+    name, title = "mlflow", "MLflow"
 
-    def __init__(self, config: TrackingConfig, output_folder: Path) -> None:
-        self.config, self._output_folder = config, Path(output_folder)
-        self._follower: Follower | None = None
-        self._system: SystemMetrics | None = None
-
-    def start(self, run: Run, log: EventLog) -> None:
-        """Create the run in the store, or find it again.
-
-        Raises:
-            UsageError: a store that MLflow cannot use.
-            BpfreeError: the store is required and cannot be reached.
-        """
-        if not self.config.enabled or run.folder is None:
-            return
-        store = self._store()
-        if store is None:
-            return
-        folder = RunFolder(run.folder)
-        follower = self._follower = Follower(folder, MLflowSink(store, self.config, folder), interval=self.config.interval)
-        if not follower.start(max(self.config.timeout, LOCAL_PATIENCE) if store.database is not None else self.config.timeout):
-            if self.config.required:
-                fix = "start the server, correct tracking.uri, or set tracking.required=false"
-                raise BpfreeError(
-                    f"the tracking store does not answer: {redact(follower.reason)}", where=f"tracking.uri={store.shown}", fix=fix
-                )
-            follower.warn(follower.reason)
-        run.tracking.update(follower.cursor.known)
-        if self.config.system:
-            self._system = SystemMetrics(lambda sample: log.append("system", metrics=sample), self.config.system_interval)
-            self._system.start()
-
-    def _store(self) -> Store | None:
-        store = Store(self.config.resolve_uri(self._output_folder), self.config.timeout)
-        try:
-            store.check()
-        except ImportError as error:
-            if self.config.required:
-                fix = "pip install mlflow, or set tracking.enabled=false"
-                raise BpfreeError(f"MLflow cannot be imported: {error}", fix=fix) from error
-            logger.warning("the run is not tracked, as MLflow cannot be imported: %s", error)
-            return None
-        return store
-
-    def stop(self) -> None:
-        """End the samples of the system's use."""
-        if self._system is not None:
-            self._system.stop()
-        self._system = None
-
-    def finish(self, run: Run) -> bool:
-        """Wait for a while until the store has all of the log; whether it has."""
-        if self._follower is None:
-            return True
-        complete = self._follower.finish(self.config.flush_timeout)
-        run.tracking.update(self._follower.cursor.known)
-        self._follower = None
-        return complete
-
-    def abandon(self) -> None:
-        """Stop at once."""
-        if self._follower is not None:
-            self._follower.stop()
-        self._follower = None
-
-
-class MLflowSink:
-    """Tells an MLflow store what the events of a run's log say.
-
-    Args:
-        store: where to.
-        config: what is sent, and into which experiment.
-        folder: of the run.
-    """
-
-    name = "mlflow"
-
-    def __init__(self, store: Store, config: TrackingConfig, folder: RunFolder) -> None:
-        self.store, self._config, self._folder = store, config, folder
-        self.shown, self.known = store.shown, dict[str, Any]()
+    def __init__(self, run: Run, config: TrackingConfig) -> None:
+        super().__init__(run, config)
+        store = self.store = Store(config.resolve_uri(self.folder.path.absolute().parent), config.timeout)
+        self.shown, self.patience = store.shown, max(config.timeout, LOCAL_PATIENCE) if store.database is not None else config.timeout
         self._run: Run | None = None
         self._environment: Any = {}
-        self._began = self._looks = 0
+        self._began = 0
         self._again = self._ask = False
         self._steps: dict[str, int] = {}  # the last step of each metric that the store has, for a run that was resumed
         self._infinite: dict[str, int] = {}
+
+    def check(self) -> None:
+        """Refuse a store that MLflow cannot use."""
+        try:
+            self.store.check()
+        except ImportError as error:
+            raise ImportError(f"{error}: pip install mlflow") from error
 
     def holds_run(self) -> bool:
         """Whether the store has the run that was made in it."""
@@ -149,7 +73,7 @@ class MLflowSink:
     def open(self, run: Run, began: int, seen: Sequence[Event], again: bool) -> bool:
         """Make the run in the store, or find it: by the identifier that MLflow gave it, else by the tag with its own."""
         wanted = self.known.get("mlflow_run_id")
-        opening = Opening(self.shown, self._config.experiment, run.name, began, _tags(run), _params(run.config), _dataset(run), wanted)
+        opening = Opening(self.shown, self.config.experiment, run.name, began, _tags(run), _params(run.config), _dataset(run), wanted)
         there = self.store.open(opening, search=True)
         self.known.update(mlflow_run_id=opening.run_id, mlflow_uri=self.shown, mlflow_experiment_id=self.store.experiment_id)
         self.known["mlflow_started"] = str(opening.time)
@@ -157,9 +81,10 @@ class MLflowSink:
         self._run, self._began = run, opening.time
         self._again, self._ask = again or there, there and not same
         for event in seen:
-            for message in self._told(event):
-                if same and isinstance(message, Metrics):
-                    self._steps.update(dict.fromkeys(message.values, message.step))
+            with contextlib.suppress(RefusedError):  # as it was when it was sent
+                for message in self._told(event):
+                    if same and isinstance(message, Metrics):
+                        self._steps.update(dict.fromkeys(message.values, message.step))
         return same or wanted is None
 
     def send(self, events: Sequence[Event]) -> list[tuple[Event, str]]:
@@ -209,23 +134,22 @@ class MLflowSink:
 
     def _told(self, event: Event) -> Iterator[Message]:
         kind, when = event["event"], event["time"]
+        step, metrics = measured(event, self._began)
         if kind == "begin":
             self._environment = event.get("environment", {})
             yield Tags({"status": "running"} | ({"reason": ""} if event["resumed"] else {}))
         elif kind == "epoch":
-            yield from self._metrics(event["metrics"], int(event["epoch"]), when)
+            yield from self._metrics(metrics, step, when)
         elif kind == "progress":
-            self._looks += 1
-            step = int(event["metrics"].get("step", self._looks))
-            yield from self._metrics({f"step/{name}": value for name, value in event["metrics"].items() if name != "step"}, step, when)
+            yield from self._metrics({f"step/{name}": value for name, value in metrics.items()}, step, when)
         elif kind == "system":
-            yield Metrics(when, when - self._began, event["metrics"])
+            yield Metrics(when, step, dict(metrics))
         elif kind == "tags":
             yield Tags(event["tags"])
-        elif kind == "artifact" and self._config.artifacts:
+        elif kind == "artifact" and self.config.artifacts:
             yield self._artifact(event["path"])
         elif kind in ("end", "stopped"):
-            yield from self._metrics(event["result"], int(event["epoch"]), when)
+            yield from self._metrics(metrics, step, when)
             if kind == "end":
                 yield from self._end(event)
 
@@ -240,7 +164,7 @@ class MLflowSink:
             yield Tags({"infinite_metrics": ", ".join(f"{name} at {first}" for name, first in self._infinite.items())})
 
     def _artifact(self, name: str) -> Artifact:
-        path = self._folder.inside(name)
+        path = self.folder.inside(name)
         if path is None:
             raise RefusedError("it leads out of the run's folder")
         return Artifact(path, name if path.is_dir() else name.rpartition("/")[0])
@@ -248,12 +172,12 @@ class MLflowSink:
     def _end(self, event: Event) -> Iterator[Message]:
         resumed = self._run is not None and self._run.resumed
         yield Tags({"status": event["status"]} | ({"reason": event["reason"]} if event["reason"] or resumed else {}))
-        if self._config.artifacts:
+        if self.config.artifacts:
             yield Text("environment.json", json.dumps(self._environment, indent=2) + "\n")
-            if self._folder.config.is_file():
-                yield Artifact(self._folder.config, "")
-        if self._config.checkpoint:
-            chosen = next((path for path in (self._folder.selected, self._folder.last) if path.is_file()), None)
+            if self.folder.config.is_file():
+                yield Artifact(self.folder.config, "")
+        if self.config.checkpoint:
+            chosen = next((path for path in (self.folder.selected, self.folder.last) if path.is_file()), None)
             if chosen is not None:
                 yield Artifact(chosen, "checkpoints")
         yield End(ENDS.get(event["status"], "FAILED"), event["time"])
@@ -275,80 +199,6 @@ def _batches(messages: Iterable[tuple[Event, Message]]) -> Iterator[list[tuple[E
         yield batch
 
 
-# --- runs that are over -------------------------------------------------------------------------------------------------
-
-
-def send(folder: str | Path, config: TrackingConfig) -> list[dict[str, Any]] | None:
-    """Send what the store lacks of a run that no process trains any more; one that was killed ends as interrupted.
-
-    Args:
-        folder: of the run.
-        config: where to, and how long it may take.
-
-    Returns:
-        What the store has refused, each with its reason; ``None`` if not everything could be sent.
-
-    Raises:
-        BpfreeError: there is no record of a run, or a process still trains it.
-    """
-    place = RunFolder(folder)
-    read_run(folder)  # or there is nothing to send
-    if place.log.is_held():
-        raise BpfreeError("the run still trains", where=str(folder), fix="wait until it ends: it is sent meanwhile")
-    place.name_copy()
-    place.end_if_killed()
-    store = Store(config.resolve_uri(place.path.absolute().parent), config.timeout)
-    store.check()
-    sink = MLflowSink(store, config, place)
-    follower = Follower(place, sink, interval=config.interval)
-    with contextlib.suppress(Exception):  # a store that is away is noticed below
-        if follower.cursor.known and not sink.holds_run():
-            follower.cursor.offset, follower.cursor.refused = 0, []
-    if follower.cursor.offset >= place.log.size:
-        return follower.cursor.refused
-    follower.start(0.0)
-    return follower.cursor.refused if follower.finish(config.flush_timeout) else None
-
-
-def complete(folder: str | Path, uri: str | None = None) -> bool:
-    """Send what the store lacks of a run that has ended, if anything: its process may have been killed while it sent.
-
-    The run in the store is the same, and each metric keeps one value per step. An outage is a warning, and the call can be repeated.
-
-    Args:
-        folder: of the run.
-        uri: of the store, whose secrets the run's record does not have; ``None``: as the record says.
-
-    Raises:
-        BpfreeError: there is no record of a run.
-
-    Returns:
-        Whether nothing is left to send.
-    """
-    run = read_run(folder)
-    config = settled(config_of(run), folder) if uri is None else dataclasses.replace(config_of(run), uri=uri)
-    if not config.enabled or run.status in ("created", "running") or is_sent(folder):
-        return True
-    try:
-        return send(folder, config) is not None
-    except Exception as error:
-        logger.warning("the tracking of %s could not be completed: %s", run.name, redact(f"{type(error).__name__}: {error}"))
-        return False
-
-
-def is_sent(folder: str | Path) -> bool:
-    """Whether a store has all of a run's log, as far as is known here."""
-    place = RunFolder(folder)
-    return Cursor.read(place.cursor(MLflowSink.name)).offset >= place.log.size
-
-
-def config_of(run: Run) -> TrackingConfig:
-    """Rebuild a run's own options of tracking from its configuration."""
-    known = {item.name for item in dataclasses.fields(TrackingConfig)}
-    options = {key.removeprefix("tracking."): value for key, value in run.config.items() if key.startswith("tracking.")}
-    return TrackingConfig(**{name: value for name, value in options.items() if name in known})
-
-
 def settled(config: TrackingConfig, folder: str | Path) -> TrackingConfig:
     """Point the options of a run at the store that has it, wherever the run's folder, or this process, is now.
 
@@ -359,7 +209,7 @@ def settled(config: TrackingConfig, folder: str | Path) -> TrackingConfig:
         config: as the run recorded it.
         folder: of the run.
     """
-    before = Cursor.read(RunFolder(folder).cursor(MLflowSink.name)).store
+    before = Cursor.read(RunFolder(folder).cursor(MLflowTracker.name)).store
     if not before or "***" in before or (config.uri is None and os.environ.get("MLFLOW_TRACKING_URI")):
         return config
     database = sqlite_file(before)

@@ -18,7 +18,7 @@ from bpfree.errors import UsageError
 from bpfree.redaction import redact, redact_logs
 from bpfree.tracking.config import sqlite_file, sqlite_uri
 from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, Text
-from bpfree.tracking.follower import RefusedError
+from bpfree.tracking.tracker import RefusedError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -55,13 +55,18 @@ PERMANENT = {
 NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p", "afs"}
 
 
+def without_telemetry() -> None:
+    """Have MLflow send nothing to its makers, unless the user has said otherwise; to be called before it is imported."""
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
+        os.environ.setdefault(name, "true")
+
+
 def prepare_mlflow(timeout: float) -> None:
     """Import MLflow without telemetry and chatter, with bounded requests; what the user has set stays as it is.
 
     MLflow reads all of these from the environment of the process, and offers no other way.
     """
-    for name in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
-        os.environ.setdefault(name, "true")
+    without_telemetry()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the sender retries, with its own back-off
     if os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") == os.environ.get(OUR_TIMEOUT):  # unset, or set here for another run
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = os.environ[OUR_TIMEOUT] = str(math.ceil(timeout))

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bpfree.tracking.store import without_telemetry
+
 __all__ = ["SystemMetrics"]
 
 logger = logging.getLogger("bpfree.tracking")
@@ -54,6 +56,7 @@ class SystemMetrics:
             import psutil
 
             psutil.cpu_percent()
+        without_telemetry()
         monitors = list(_monitors())
         wait = min(self._interval, FIRST_SECONDS)
         while not self._stopped.wait(wait):

@@ -16,7 +16,7 @@ import yaml
 import bpfree
 from bpfree.cli.main import main
 from bpfree.record.folder import read_run
-from bpfree.tracking.mlflow_tracker import is_sent
+from bpfree.tracking.sending import is_sent
 
 FAST = ["budget.epochs=2", "tracking.system=false", "threads=1", "device=cpu"]
 

@@ -23,6 +23,7 @@ from bpfree.record.recorder import Recorder
 from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.mlflow_tracker import MLflowTracker
+from bpfree.tracking.sending import Tracking
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def track(tmp_path: Path) -> Callable[..., Recorder]:
 
     def make(uri: str | None, **options: Any) -> Recorder:
         options = {"system": False, "interval": 0.05, "timeout": 5.0} | options
-        return Recorder([MLflowTracker(TrackingConfig(uri=uri, **options), tmp_path / "runs")])
+        return Recorder([Tracking(TrackingConfig(uri=uri, **options), {"mlflow": MLflowTracker})])
 
     return make
 

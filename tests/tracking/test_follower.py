@@ -11,24 +11,24 @@ from typing import Any
 from bpfree.record.folder import Cursor, RunFolder
 from bpfree.record.log import Event, EventLog
 from bpfree.run import Run
-from bpfree.tracking.follower import Follower, RefusedError
+from bpfree.tracking.config import TrackingConfig
+from bpfree.tracking.follower import Follower
+from bpfree.tracking.tracker import RefusedError, Tracker
 
 
-class FakeSink:
+class FakeSink(Tracker):
     """Takes batches while ``allowed`` lasts; refuses events that are ``bad``."""
 
     name, shown = "fake", "fake://store"
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        super().__init__(Run("id", "name", folder=folder), TrackingConfig())
         self.allowed, self.attempts, self.knows = 10**9, 0, True
-        self.known: dict[str, Any] = {}
         self.batches: list[list[Event]] = []
         self.refuses = False
 
     def holds_run(self) -> bool:
         return self.knows
-
-    def probe(self) -> None: ...
 
     def open(self, run: Run, began: int, seen: Sequence[Event], again: bool) -> bool:
         if self.refuses:
@@ -55,8 +55,8 @@ def begun(folder: Path) -> EventLog:
     return log
 
 
-def follower(sink: FakeSink, folder: Path, *, interval: float = 0.02) -> Follower:
-    return Follower(RunFolder(folder), sink, interval=interval)
+def follower(sink: FakeSink, *, interval: float = 0.02) -> Follower:
+    return Follower(sink, interval=interval)
 
 
 def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -68,17 +68,17 @@ def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 def test_everything_arrives_once_and_in_order(tmp_path: Path) -> None:
     """More than a batch, some before the thread begins, some after; the next reader has nothing to send."""
-    sink, log = FakeSink(), begun(tmp_path)
+    sink, log = FakeSink(tmp_path), begun(tmp_path)
     for number in range(700):
         log.append("metrics", number=number)
-    reader = follower(sink, tmp_path)
+    reader = follower(sink)
     assert reader.start(30)
     for number in range(700, 900):
         log.append("metrics", number=number)
     assert reader.finish(30)
     assert sink.sent == ["begin", *range(900)]
     assert Cursor.read(tmp_path / "sent-fake.json").offset == log.size
-    again = follower(sink, tmp_path)
+    again = follower(sink)
     again.start(30)
     assert again.finish(30)
     assert sink.sent == ["begin", *range(900)]
@@ -86,9 +86,9 @@ def test_everything_arrives_once_and_in_order(tmp_path: Path) -> None:
 
 def test_a_store_that_comes_and_goes(tmp_path: Path) -> None:
     """Whoever reads on begins where the store went away."""
-    sink, log = FakeSink(), begun(tmp_path)
+    sink, log = FakeSink(tmp_path), begun(tmp_path)
     sink.allowed = 1
-    reader = follower(sink, tmp_path)
+    reader = follower(sink)
     reader.start(30)
     log.append("metrics", number=1)
     until(lambda: sink.attempts > 1)
@@ -96,7 +96,7 @@ def test_a_store_that_comes_and_goes(tmp_path: Path) -> None:
     assert not reader.finish(1)
     assert sink.sent == ["begin"]
     sink.allowed = 10
-    reader = follower(sink, tmp_path)
+    reader = follower(sink)
     reader.start(30)
     assert reader.finish(30)
     assert sink.sent == ["begin", 1, 2]
@@ -104,9 +104,9 @@ def test_a_store_that_comes_and_goes(tmp_path: Path) -> None:
 
 def test_one_last_attempt_if_it_was_away_before_the_end(tmp_path: Path) -> None:
     """The end does not wait for a store that is known to be away, however long it may: ``finish`` would take an hour."""
-    sink, _ = FakeSink(), begun(tmp_path)
+    sink, _ = FakeSink(tmp_path), begun(tmp_path)
     sink.allowed = 0
-    reader = follower(sink, tmp_path)
+    reader = follower(sink)
     reader.start(30)
     until(lambda: sink.attempts >= 2)
     assert not reader.finish(3600)
@@ -114,8 +114,8 @@ def test_one_last_attempt_if_it_was_away_before_the_end(tmp_path: Path) -> None:
 
 def test_patience_if_it_went_away_at_the_end(tmp_path: Path) -> None:
     """A short outage at the very end is waited for."""
-    sink, log = FakeSink(), begun(tmp_path)
-    reader = follower(sink, tmp_path, interval=5.0)
+    sink, log = FakeSink(tmp_path), begun(tmp_path)
+    reader = follower(sink, interval=5.0)
     reader.start(30)  # the next attempt would come in five seconds: the first failure is the end's
     sink.allowed = 0
     log.append("metrics", number=1)
@@ -128,12 +128,12 @@ def test_patience_if_it_went_away_at_the_end(tmp_path: Path) -> None:
 
 def test_what_is_refused_is_noted(tmp_path: Path, caplog: Any) -> None:
     """The others arrive; what the store refuses, and lines that cannot be read, are noted with the reason, and told once."""
-    sink, log = FakeSink(), begun(tmp_path)
+    sink, log = FakeSink(tmp_path), begun(tmp_path)
     log.append("metrics", number=1)
     log.append("metrics", bad=True)
     log.path.write_bytes(log.path.read_bytes() + b"{damaged\n")
     log.append("metrics", number=2)
-    reader = follower(sink, tmp_path)
+    reader = follower(sink)
     reader.start(30)
     assert reader.finish(30)
     assert [number for number in sink.sent if number != "unreadable"] == ["begin", 1, 2]
@@ -144,34 +144,34 @@ def test_what_is_refused_is_noted(tmp_path: Path, caplog: Any) -> None:
 
 def test_a_store_that_never_takes_the_run(tmp_path: Path) -> None:
     """It is not asked for ever: ``finish`` would take an hour."""
-    sink, _ = FakeSink(), begun(tmp_path)
+    sink, _ = FakeSink(tmp_path), begun(tmp_path)
     sink.refuses = True
-    reader = follower(sink, tmp_path)
+    reader = follower(sink)
     reader.start(0.0)
     assert not reader.finish(3600)
     assert reader.reason == "never"
 
 
 def test_a_store_that_lost_the_run_gets_all_of_it(tmp_path: Path) -> None:
-    sink, log = FakeSink(), begun(tmp_path)
+    sink, log = FakeSink(tmp_path), begun(tmp_path)
     log.append("metrics", number=1)
-    reader = follower(sink, tmp_path)
+    reader = follower(sink)
     reader.start(30)
     assert reader.finish(30)
     sink.knows = False
     log.append("metrics", number=2)
-    reader = follower(sink, tmp_path)
+    reader = follower(sink)
     reader.start(30)
     assert reader.finish(30)
     assert sink.sent == ["begin", 1, "begin", 1, 2]
 
 
 def test_another_store_gets_all_of_it(tmp_path: Path) -> None:
-    sink, log = FakeSink(), begun(tmp_path)
+    sink, log = FakeSink(tmp_path), begun(tmp_path)
     log.append("metrics", number=1)
     for name in ("one", "other"):
         sink.shown = f"fake://{name}"
-        reader = follower(sink, tmp_path)
+        reader = follower(sink)
         reader.start(30)
         assert reader.finish(30)
     assert sink.sent == ["begin", 1, "begin", 1]
@@ -179,12 +179,12 @@ def test_another_store_gets_all_of_it(tmp_path: Path) -> None:
 
 def test_ends_of_sessions_that_were_resumed(tmp_path: Path) -> None:
     """Only the last end ends the run."""
-    sink, log = FakeSink(), begun(tmp_path)
+    sink, log = FakeSink(tmp_path), begun(tmp_path)
     log.append("end", status="interrupted")
     begun_again = {"format": 2, "id": "id", "name": "name", "config": {}, "tags": {}, "total_epochs": 1, "resumed": True, "epoch": 0}
     log.append("begin", **begun_again)
     log.append("end", status="finished")
-    reader = follower(sink, tmp_path)
+    reader = follower(sink)
     reader.start(30)
     assert reader.finish(30)
     assert sink.sent == ["begin", "stopped", "begin", "end"]

@@ -19,7 +19,7 @@ from training_rules import assert_equal_bits
 from bpfree import BpfreeError, Run, UsageError, runner
 from bpfree.config import parse_words
 from bpfree.record.folder import RunFolder, read_run
-from bpfree.tracking.mlflow_tracker import complete, config_of, is_sent, send
+from bpfree.tracking.sending import complete, config_of, is_sent, send
 from bpfree.training.checkpoint import read_checkpoint
 
 SLOW_MODULES = ("sklearn.datasets", "torchvision", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image")

@@ -19,7 +19,8 @@ from bpfree.record.folder import Cursor, RunFolder
 from bpfree.record.recorder import Recorder
 from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig
-from bpfree.tracking.mlflow_tracker import MLflowTracker, is_sent
+from bpfree.tracking.mlflow_tracker import MLflowTracker
+from bpfree.tracking.sending import Tracking, is_sent
 from bpfree.tracking.store import file_lock
 
 
@@ -254,7 +255,7 @@ def one_process(folder: str, number: int, together: Barrier) -> None:
 
     together.wait(120)
     run = Run(f"id{number}", f"run{number}", folder=Path(folder, "runs", f"id{number}"))
-    tracker = Recorder([MLflowTracker(TrackingConfig(system=False, interval=0.05, required=True), Path(folder) / "runs")])
+    tracker = Recorder([Tracking(TrackingConfig(system=False, interval=0.05, required=True), {"mlflow": MLflowTracker})])
     tracker.run_start(run)
     for epoch in range(1, 6):
         tracker.epoch_end(run, {"epoch": float(epoch), "loss": 1 / epoch})
@@ -304,12 +305,12 @@ def test_import_is_cheap_and_telemetry_is_off(tmp_path):
         import sys
         from pathlib import Path
         from bpfree.record import folder, recorder
-        from bpfree.tracking import config, mlflow_tracker, plots, progress, system
+        from bpfree.tracking import config, file_trackers, mlflow_tracker, plots, progress, sending, system
         heavy = [name for name in ("mlflow", "torch", "torchvision", "matplotlib", "rich") if name in sys.modules]
         assert not heavy, heavy
         from bpfree.run import Run
         options = config.TrackingConfig(uri="sqlite:///{tmp_path}/x/mlflow.db", required=True)
-        tracker = recorder.Recorder([mlflow_tracker.MLflowTracker(options, Path("{tmp_path}/runs"))])
+        tracker = recorder.Recorder([sending.Tracking(options, {{"mlflow": mlflow_tracker.MLflowTracker}})])
         run = Run("id", "name", folder=Path("{tmp_path}/runs/id"))
         tracker.run_start(run)
         tracker.run_end(run)

@@ -9,7 +9,7 @@ import pytest
 from bpfree.errors import BpfreeError
 from bpfree.record.folder import RunFolder
 from bpfree.tracking.config import TrackingConfig
-from bpfree.tracking.mlflow_tracker import is_sent, send
+from bpfree.tracking.sending import is_sent, send
 
 
 def warnings(caplog):
