@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.step import Budget as Budget
     from bpfree.step import Phase as Phase
     from bpfree.step import Step as Step
+    from bpfree.study.executor import Executor as Executor
     from bpfree.tasks.task import Split as Split
     from bpfree.tasks.task import Task as Task
     from bpfree.tasks.task import TaskSpec as TaskSpec
@@ -61,6 +62,7 @@ _HOME = {
     "Broadcast": "rule",
     "Budget": "step",
     "Card": "rule",
+    "Executor": "study.executor",
     "Maker": "kinds",
     "Network": "network.network",
     "OptimizerConfig": "options",

@@ -74,3 +74,12 @@ def bpfree_trackers() -> dict[str, Maker]:
         "csv": Maker(f"{files}:CSVTracker", "metrics.csv, a line for each value"),
         "tensorboard": Maker(f"{files}:TensorBoardTracker", "an event file for TensorBoard"),
     }
+
+
+@hooks.hookimpl
+def bpfree_executors() -> dict[str, Maker]:
+    return {
+        "local": Maker("bpfree.study.executors:local", "this process, or --jobs processes on this machine"),
+        "ray": Maker("bpfree.study.ray_executor:RayExecutor", "a Ray cluster"),
+        "slurm": Maker("bpfree.study.slurm_executor:SlurmExecutor", "a SLURM cluster, a job for each cell"),
+    }

@@ -50,8 +50,8 @@ class Maker:
             raise ImportError(f"there is no {self.make}") from error
 
     @property
-    def Config(self) -> type:
-        """Dataclass of the options."""
+    def options(self) -> type:
+        """Dataclass of its own options."""
         return getattr(self.target, "Config", NoOptions)
 
     @property

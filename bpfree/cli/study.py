@@ -78,9 +78,14 @@ running = _options(
     click.option("--rows", metavar="LABEL,...", callback=_labels, help="Run only these rows."),
     click.option("--columns", metavar="LABEL,...", callback=_labels, help="Run only these columns."),
     click.option("--jobs", "-j", type=click.IntRange(1, 1024), help="Cells at a time.  [default: what the study says, or one per GPU]"),
-    click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where cells run."),
-    click.option("--address", help="Of a Ray cluster, or `auto`.  [default: RAY_ADDRESS, else one of its own here]"),
-    click.option("--gpus", type=click.FloatRange(min=0), help="GPUs that a cell asks of Ray, perhaps a share.  [default: 1 on GPUs]"),
+    click.option(
+        "--executor", default="local", show_default=True, metavar="NAME", shell_complete=names_of("executors"), help="Where cells run."
+    ),
+    click.option("--address", help="Of a Ray cluster, or `auto`: short for --with address=..."),
+    click.option("--gpus", help="GPUs that a cell asks of a cluster: short for --with gpus=..."),
+    click.option(
+        "--with", "settings_of_executor", multiple=True, metavar="KEY=VALUE", help="An option of the executor, such as `minutes=60`."
+    ),
     click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Longest time of a cell."),
     to,
     click.option("--quiet", "-q", is_flag=True, help="No progress display."),
@@ -253,9 +258,9 @@ def _run(name: str, settings: tuple[str, ...], options: dict[str, Any], retry: S
         return 0
     counts = f"{worklist.left()} of {worklist.count()} cells to run{_others(worklist, [name, *settings])}"
     click.echo(f"{worklist.plan.study.name}: {counts}", err=True)
-    chosen = Options(
-        options["executor"], options["jobs"], options["address"], options["gpus"], options["timeout"], options["to"], options["quiet"]
-    )
+    short = [f"{key}={options[key]}" for key in ("address", "gpus") if options[key] is not None]
+    own = [*options["settings_of_executor"], *short]
+    chosen = Options(options["executor"], options["jobs"], own, options["timeout"], options["to"], options["quiet"])
     words = ["study", "run", *_again(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"])]
     return run_worklist(worklist, parse_words(settings), words, chosen)
 

@@ -5,21 +5,25 @@ The loop starts what is ready wherever there is room, and notes what has ended, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import os
 import time
+import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
-from bpfree.errors import UsageError
-from bpfree.leaves import Leaf
+from bpfree.errors import BpfreeError, UsageError
+from bpfree.leaves import Leaf, parse_words, said
+from bpfree.options import range_problems
+from bpfree.plugins import installed_plugins
 from bpfree.redaction import redacted
 from bpfree.study.cells import is_scientific
-from bpfree.study.executors import Ended, Executor, InProcess, Pool, stoppable
+from bpfree.study.executor import Ended, Executor, Request
+from bpfree.study.executors import InProcess, stoppable
 from bpfree.study.floors import Floors, measure_floors
 from bpfree.study.report import Report, report_on, write_report
 from bpfree.study.rows import Cell
@@ -31,6 +35,8 @@ from bpfree.study.worklist import Worklist
 from bpfree.training.distributed import World
 from bpfree.training.environment import resolve_device
 from bpfree.training.trainer import Interrupted
+from bpfree.typed import Misfit, typed
+from bpfree.yaml_values import plain
 
 __all__ = ["Display", "Jobs", "Options", "execute", "executor_for", "report", "run"]
 
@@ -47,19 +53,17 @@ class Options:
     """How a study is run.
 
     Attributes:
-        executor: ``local`` (in process for one job, else a pool) or ``ray``.
+        executor: its name: ``local`` (in process for one job, else a pool), ``ray``, ``slurm``, or a plugin's.
         jobs: cells at a time; ``None``: what the study says, or one per GPU where there are several.
-        address: of a Ray cluster.
-        gpus: that a cell asks of a Ray cluster; ``None``: 1 where its device is a GPU.
+        settings: the executor's own options, ``key=value``.
         timeout: seconds of a cell; ``None``: what the study says.
         folder: where the report goes; ``None``: beside the cells.
         quiet: no progress display.
     """
 
-    executor: Literal["local", "ray"] = "local"
+    executor: str = "local"
     jobs: int | None = None
-    address: str | None = None
-    gpus: float | None = None
+    settings: Sequence[str] = ()
     timeout: float | None = None
     folder: Path | None = None
     quiet: bool = False
@@ -140,40 +144,57 @@ def _measure_floors(worklist: Worklist, say: Callable[[str], None]) -> None:
 
 
 def executor_for(worklist: Worklist, options: Options) -> Executor:
-    """Choose where cells run: in this process, in a pool of processes, or on a Ray cluster.
+    """Make the executor that is asked for.
 
     Raises:
-        UsageError: options of a cluster without one.
-        BpfreeError: Ray is not installed, or the cluster does not answer.
+        UsageError: no plugin registers it, or an option that it does not have.
+        BpfreeError: a library is missing, or the cluster does not answer.
     """
-    settings = worklist.plan.rows[0].recipe.settings
+    maker = installed_plugins().get("executors", options.executor, where="--executor")
+    settings, study = worklist.plan.rows[0].recipe.settings, worklist.plan.study
     on_gpu = resolve_device(settings.device).type == "cuda"
-    gpus = visible_gpus() if on_gpu else []
-    if options.executor == "ray":
-        from bpfree.study.ray_executor import RayExecutor
-
-        share = options.gpus if options.gpus is not None else float(on_gpu)
-        return RayExecutor(address=options.address, jobs=options.jobs, threads=settings.threads or 1, gpus=share)
-    if options.address is not None:
-        raise UsageError("an address is that of a Ray cluster", where="--address", fix="--executor ray")
-    if options.gpus is not None:
-        raise UsageError("GPUs of a cell are asked of a Ray cluster", where="--gpus", fix="--executor ray; a pool gives each process one")
-    wanted = options.jobs or max(worklist.plan.study.jobs, len(gpus))
-    jobs = min(wanted, max(1, worklist.left()))
-    threads, cores = settings.threads or 1, len(os.sched_getaffinity(0))
-    if jobs > 1 and not gpus and jobs * threads > cores:
-        logger.warning("%d cells at a time with %d threads each, on %d processors: they will hold each other up", jobs, threads, cores)
-    # a pool for the last cell too: who asks for processes may have a rule that takes its process with it
-    return InProcess() if wanted == 1 else Pool(jobs, gpus)
+    request = Request(options.jobs, study.jobs, worklist.left(), settings.threads or 1, on_gpu, worklist.store.folder)
+    try:
+        made = maker(request, configured(options.executor, maker.options, options.settings))
+    except ImportError as error:
+        raise BpfreeError(f"the executor {options.executor!r} cannot be used here: {error}", fix="install what is missing") from error
+    if not isinstance(made, Executor):
+        what = f"the executor {options.executor!r} is no bpfree.Executor, but {made!r:.80}"
+        raise UsageError(what, where="--executor", fix="tell its author")
+    return made
 
 
-def visible_gpus() -> list[str]:
-    """The CUDA devices of this process, as ``CUDA_VISIBLE_DEVICES`` names them."""
-    import torch
+def configured(name: str, config: type, words: Sequence[str]) -> Any:
+    """Fill an executor's options from words ``key=value``.
 
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return named.split(",")[:count] if named else [str(index) for index in range(count)]
+    Raises:
+        UsageError: with everything that is wrong.
+    """
+    hints, values, problems = typing.get_type_hints(config), dict[str, Any](), list[str]()
+    for leaf in parse_words(words):
+        key, _, part = leaf.key.partition(".")
+        if key not in hints:
+            elsewhere = _who_has(key) or f"its options: {', '.join(hints) or 'none'}"
+            problems.append(f"the executor {name!r} has no option {key} ({elsewhere})")
+            continue
+        try:
+            values[key] = values.get(key, {}) | {part: plain(leaf.value)} if part else typed(leaf.value, hints[key], key)
+        except Misfit as error:
+            problems.append(f"{key}={said(leaf.value)}: {error}")
+    made = config(**values)
+    problems += range_problems(made)
+    if problems:
+        raise UsageError.of(problems, "options of the executor", where=f"--executor {name}")
+    return made
+
+
+def _who_has(key: str) -> str:
+    """The executors that have such an option."""
+    found = []
+    for name, maker, _ in installed_plugins().items("executors"):
+        with contextlib.suppress(ImportError):  # another one, which cannot be used here
+            found += [f"--executor {name}"] if key in typing.get_type_hints(maker.options) else []
+    return " or ".join(found)
 
 
 def report(worklist: Worklist, words: Sequence[str], folder: Path | None) -> tuple[Report, Path]:

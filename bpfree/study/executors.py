@@ -1,9 +1,10 @@
-"""Where cells run: in this process, or in a pool of processes on this machine. (On many machines: :mod:`bpfree.study.ray_executor`.)"""
+"""The executor ``local``: cells run in this process, or in a pool of processes on this machine."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import signal
@@ -15,61 +16,48 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any
 
 from bpfree import interrupts
+from bpfree.options import NoOptions
 from bpfree.plugins import installed_plugins
 from bpfree.search_path import search_path
-from bpfree.study.store import CellRecord
+from bpfree.study.executor import GRACE, Ended, Executor, Request
 from bpfree.study.worker import Job, Worker
 from bpfree.training.trainer import Interrupted
 
-__all__ = ["Ended", "Executor", "InProcess", "Pool", "serve", "stoppable"]
+__all__ = ["InProcess", "Pool", "local", "serve", "stoppable", "visible_gpus"]
+
+logger = logging.getLogger("bpfree")
 
 READY = "ready"
 """What a worker says when it has imported what it needs."""
-GRACE = 60.0
-"""Seconds that workers have to save what they are doing, and that a cell has beyond its time before its worker is killed."""
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a job ended.
+def local(request: Request, options: NoOptions) -> Executor:
+    """Run one cell after the other here, or several at a time in a pool: as many as there are GPUs, where they are used.
 
-    Attributes:
-        cell: its hash.
-        record: ``None``: another process runs it, or the worker has died.
-        died: what became of the worker, if it died.
-        final: whether it makes no sense to try again.
+    Args:
+        request: without ``jobs``, the study or the number of GPUs says how many.
+        options: none.
     """
+    gpus = visible_gpus() if request.on_gpu else []
+    wanted = request.jobs or max(request.usual, len(gpus))
+    jobs, cores = min(wanted, max(1, request.left)), len(os.sched_getaffinity(0))
+    if jobs > 1 and not gpus and jobs * request.threads > cores:
+        many = "%d cells at a time with %d threads each, on %d processors: they will hold each other up"
+        logger.warning(many, jobs, request.threads, cores)
+    # a pool for the last cell too: who asks for processes may have a rule that takes its process with it
+    return InProcess() if wanted == 1 else Pool(jobs, gpus)
 
-    cell: str
-    record: CellRecord | None
-    died: str = ""
-    final: bool = False
 
+def visible_gpus() -> list[str]:
+    """The CUDA devices of this process, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    import torch
 
-class Executor(Protocol):
-    """Runs jobs.
-
-    Attributes:
-        slots: how many at a time.
-    """
-
-    slots: int
-
-    def start(self, job: Job) -> None:
-        """Give a job to a worker that is free."""
-
-    def wait(self) -> list[Ended]:
-        """What has ended within about a second; perhaps nothing.
-
-        Raises:
-            Interrupted: asked to stop.
-        """
-
-    def close(self) -> None:
-        """End the workers: those that still run a cell save it first."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return named.split(",")[:count] if named else [str(index) for index in range(count)]
 
 
 class InProcess:

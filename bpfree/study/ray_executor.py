@@ -9,40 +9,53 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass
 from typing import Any
 
+from bpfree.options import option
 from bpfree.ray_cluster import SECRETS, connect, import_ray, room
-from bpfree.study.executors import Ended
+from bpfree.study.executor import GRACE, Ended, Request, run_job
 from bpfree.study.store import CellRecord
-from bpfree.study.worker import Job, Worker
+from bpfree.study.worker import Job
 
-__all__ = ["RayExecutor"]
+__all__ = ["RayConfig", "RayExecutor"]
 
 RETRIES = 3
 """How often Ray starts a task again whose worker has died."""
+
+
+@dataclass
+class RayConfig:
+    """Which cluster, and what a cell asks of it."""
+
+    address: str | None = option(
+        None, "of the cluster, or auto: the one that this machine belongs to (none: RAY_ADDRESS, else one of its own)"
+    )
+    gpus: float | None = option(None, "GPUs of a cell, perhaps a share (none: 1 where its device is one)", ge=0)
 
 
 class RayExecutor:
     """Runs jobs as tasks of a cluster.
 
     Args:
-        address: of the cluster, or ``auto`` for the one that this machine belongs to; ``None``: the environment's ``RAY_ADDRESS``,
-            else a cluster of its own on this machine.
-        jobs: processors of a cluster of its own; most cells at a time on another (``None``: as many as it has processors or GPUs).
-        threads: of a cell.
-        gpus: of a cell, perhaps a share; 0 on the CPU.
+        request: ``jobs`` are the processors of a cluster of its own, or the most cells at a time on another (``None``: as many as it has
+            room for).
+        config: which cluster.
 
     Raises:
         BpfreeError: Ray is not installed, or the cluster does not answer.
     """
 
-    def __init__(self, *, address: str | None = None, jobs: int | None = None, threads: int = 1, gpus: float = 0) -> None:
-        self._ray = import_ray(address)
+    Config = RayConfig
+
+    def __init__(self, request: Request, config: RayConfig) -> None:
+        threads, gpus = request.threads, float(request.on_gpu) if config.gpus is None else config.gpus
+        self._ray = import_ray(config.address)
         self._tasks: dict[Any, Job] = {}
-        self._own = connect(self._ray, address, processors=(jobs or os.cpu_count() or 1) * threads)
+        self._own = connect(self._ray, config.address, processors=(request.jobs or os.cpu_count() or 1) * threads)
         self._remote = self._ray.remote(_run).options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=False)
         most = room(self._ray, processors=threads, gpus=gpus, what="cell")
-        self.slots = min(most, jobs or most)
+        self.slots = min(most, request.jobs or most)
 
     def start(self, job: Job) -> None:
         """Submit it."""
@@ -66,7 +79,7 @@ class RayExecutor:
             with contextlib.suppress(Exception):
                 self._ray.cancel(task, force=False, recursive=False)
         if self._tasks:
-            self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=60.0)
+            self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=GRACE)
         self._tasks.clear()
         if self._own:
             self._ray.shutdown()
@@ -75,5 +88,4 @@ class RayExecutor:
 def _run(job: Job, environment: dict[str, str]) -> CellRecord | None:
     """What a worker of the cluster does."""
     os.environ.update(environment)
-    job.store.output.mkdir(parents=True, exist_ok=True)
-    return Worker().run(job)
+    return run_job(job)

@@ -397,7 +397,7 @@ def test_a_pool_shares_gpus_among_its_processes(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_visible_gpus_are_those_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bpfree.study.command import visible_gpus
+    from bpfree.study.executors import visible_gpus
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "3,GPU-abc")

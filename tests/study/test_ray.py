@@ -129,7 +129,8 @@ def test_results_come_back_from_machines_that_do_not_share_the_folder(site: Path
     """What a worker returns is noted where the study is run, if it is not there already."""
     from bpfree.study import cells
     from bpfree.study.command import Jobs, execute
-    from bpfree.study.executors import Ended, InProcess
+    from bpfree.study.executor import Ended
+    from bpfree.study.executors import InProcess
     from bpfree.study.file import read_study
     from bpfree.study.store import CellStore
     from bpfree.study.worker import Job

@@ -1,0 +1,97 @@
+"""What an executor is: it runs the cells of a study somewhere, in any order, each in a process that may die.
+
+The study (:func:`bpfree.study.command.execute`) gives it jobs as long as there is room, asks what has ended, and notes it. A cell whose
+worker has died is given to it again, and goes on from its checkpoint. So an executor need not try again, and keeps nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from bpfree.study.store import CellRecord
+from bpfree.study.worker import Job, Worker
+
+__all__ = ["GRACE", "Ended", "Executor", "Request", "run_job"]
+
+GRACE = 60.0
+"""Seconds that workers have to save what they are doing, and that a cell has beyond its time before its worker is killed."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of an executor when it is made.
+
+    Attributes:
+        jobs: cells at a time, as ``--jobs`` says; ``None``: it does not.
+        usual: the same, as the study says.
+        left: cells that are to be run.
+        threads: processors of a cell.
+        on_gpu: whether cells train on a GPU.
+        folder: of the study, for files of the executor's own.
+    """
+
+    jobs: int | None
+    usual: int
+    left: int
+    threads: int
+    on_gpu: bool
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended.
+
+    Attributes:
+        cell: ``job.key.id``.
+        record: what :func:`run_job` has returned; ``None``: another process runs the cell, or the worker has died.
+        died: what became of the worker, if it died.
+        final: whether it makes no sense to try again.
+    """
+
+    cell: str
+    record: CellRecord | None
+    died: str = ""
+    final: bool = False
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Runs jobs; made with a :class:`Request` and its options, whose dataclass is its attribute ``Config``, if it has any.
+
+    Attributes:
+        slots: how many at a time.
+    """
+
+    slots: int
+
+    def start(self, job: Job) -> None:
+        """Have a worker call :func:`run_job` with this job, which can be pickled; there is room for it."""
+
+    def wait(self) -> list[Ended]:
+        """Give back what has ended within about a second; perhaps nothing.
+
+        Raises:
+            Interrupted: asked to stop.
+        """
+
+    def close(self) -> None:
+        """End the workers: those that still run a cell get a SIGTERM, and time to save it."""
+
+
+def run_job(job: Job) -> CellRecord | None:
+    """Run a cell in this process, which may be on a machine that does not share the study's folder.
+
+    Args:
+        job: of the cell.
+
+    Returns:
+        How it ended; ``None``: another process has it.
+
+    Raises:
+        Interrupted: this process was asked to stop; the cell has a checkpoint.
+    """
+    job.store.output.mkdir(parents=True, exist_ok=True)
+    return Worker().run(job)
