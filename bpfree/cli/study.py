@@ -28,7 +28,7 @@ the same study.
   bpfree study run quickstart
   bpfree study run digits-floor-ceiling budget.epochs=1 --seeds 1 --rows dfa,backprop
   bpfree study run mine.yaml --jobs 4                      # four processes; one per GPU where there are several
-  bpfree study run mine.yaml --executor ray --address auto # on a Ray cluster
+  bpfree study run mine.yaml --executor ray --address auto # on a Ray cluster; slurm: as SLURM jobs
   bpfree study run mine.yaml --dry-run                     # the cells, and what they will cost
 
 A cell computes with one thread unless `threads` says otherwise, so that its numbers do not depend on --jobs. Timings of cells that ran at

@@ -25,7 +25,7 @@ SETTINGS are KEY=VALUE words over the defaults and over --config files, for exam
   network=mlp network.depth=6 which network, and its sizes (bpfree networks)
   budget.epochs=20            or budget.samples=..., .seconds=..., .forwards=..., .operations=...
   optimizer.lr=0.001 batch_size=128 seed=1 device=cpu
-  tracking.enabled=false      no MLflow
+  tracking.to=[csv]           metrics.csv instead of MLflow; tracking.enabled=false: neither
 
 A run has a folder under runs/ (output=...): its configuration, metrics, plots and checkpoints. MLflow shows all runs:
 `mlflow ui --backend-store-uri sqlite:///mlflow.db`.

@@ -131,12 +131,13 @@ class Tracking:
 # --- runs that are over -------------------------------------------------------------------------------------------------
 
 
-def send(folder: str | Path, config: TrackingConfig) -> list[dict[str, Any]] | None:
+def send(folder: str | Path, config: TrackingConfig, made_by: Makers | None = None) -> list[dict[str, Any]] | None:
     """Send what the trackers lack of a run that no process trains any more; one that was killed ends as interrupted.
 
     Args:
         folder: of the run.
         config: where to, and how long it may take.
+        made_by: what makes the trackers, by name; ``None``: what plugins register.
 
     Returns:
         What was refused, each with its reason; ``None`` if not everything could be sent.
@@ -151,7 +152,7 @@ def send(folder: str | Path, config: TrackingConfig) -> list[dict[str, Any]] | N
     place.name_copy()
     place.end_if_killed()
     run = read_run(folder)
-    trackers = [_tracker(name, make, run, config) for name, make in makers(config).items()]
+    trackers = [_tracker(name, make, run, config) for name, make in (makers(config) if made_by is None else made_by).items()]
     answers = [_send(tracker) for tracker in trackers]
     return None if None in answers else [refused for answer in answers for refused in answer or ()]
 
