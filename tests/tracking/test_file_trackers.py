@@ -54,7 +54,7 @@ def csv_points(place: Path) -> Points:
 
 def tensorboard_points(place: Path) -> Points:
     """By tag, in the place of kind and name; each step is there once."""
-    reader = EventAccumulator(str(place / "tensorboard"), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    reader = EventAccumulator(str(place / "tensorboard"), size_guidance={"scalars": 0})
     reader.Reload()
     points: Points = {}
     for tag in reader.Tags()["scalars"]:
