@@ -251,8 +251,8 @@ def test_who_asks_for_processes_has_one_for_the_last_cell_too(workplace: Path) -
     assert isinstance(pool, Pool)
     assert pool.slots == 1
     assert isinstance(command.executor_for(worklist, command.Options()), InProcess)
-    with pytest.raises(UsageError, match="Ray"):
-        command.executor_for(worklist, command.Options(gpus=1.0))
+    with pytest.raises(UsageError, match="--executor ray"):
+        command.executor_for(worklist, command.Options(settings=["gpus=1"]))
 
 
 def test_a_comparison_has_the_same_name_wherever_it_is_tracked() -> None:
