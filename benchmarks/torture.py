@@ -101,7 +101,7 @@ def one(kind: Kind, plan: Plan) -> dict[str, Any]:
     line = {"name": kind.name, "fault": kind.title, "asked": kind.full, "injected": outcome.injected, "lost": outcome.failed}
     line |= {"failures": outcome.failures, "facts": outcome.facts, "seed": plan.seed, "seconds": round(time.monotonic() - began, 1)}
     print(f"{kind.name}: {outcome.injected} injected, {outcome.failed} lost, {line['seconds']} s", file=sys.stderr, flush=True)
-    for failure in outcome.failures[:5]:
+    for failure in outcome.failures:
         print(f"  {json.dumps(failure, default=str)}", file=sys.stderr, flush=True)
     return line
 

@@ -12,6 +12,7 @@ import sqlite3
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -181,6 +182,8 @@ def _life(
 ) -> None:
     """The whole life of a command's process."""
     folder, variables, user = settings
+    sys.modules["__main__"] = types.ModuleType("__main__")  # processes that it starts need not import this program
+    multiprocessing.set_start_method(None, force=True)  # nor the server that it comes from
     os.setsid()
     os.chdir(folder)
     os.environ.update(variables)
