@@ -1,13 +1,13 @@
 """Disks that are full for a while or for good, and folders that cannot be written.
 
 A full disk is a limit of the kernel on the size of files (RLIMIT_FSIZE): each write beyond it fails, of the log, of
-checkpoints, of the SQLite store. A line of the log may be half written. Read-only folders are met by a user without privileges.
+checkpoints, of the SQLite store. A line of the log may be half written. Read-only folders are met by a
+process without privileges.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import resource
 import shutil
@@ -22,7 +22,6 @@ from faults.stores import Pausing, empty_database
 
 __all__ = ["full_for_a_while", "full_for_good", "read_only"]
 
-NOBODY = 65534
 PAUSE = 0.4
 
 
@@ -120,16 +119,9 @@ def read_only(plan: Plan) -> Outcome:
     return outcome
 
 
-def _user() -> int | None:
-    """Of commands for which permissions are to count: root has none to respect."""
-    return NOBODY if os.geteuid() == 0 else None
-
-
 def _give(folder: Path, mode: int) -> None:
-    """Hand a folder and what is in it to the user, with these permissions of folders."""
+    """Give a folder and what is in it these permissions of folders; files get none to execute."""
     for path in (folder, *folder.rglob("*")):
-        if os.geteuid() == 0:
-            os.chown(path, NOBODY, NOBODY)
         path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
@@ -146,7 +138,7 @@ def _at_the_start(plan: Plan, number: int, folder: Path, words: list[str], log: 
     (folder / "runs").mkdir()
     _give(folder, 0o755)
     (folder / "runs").chmod(0o555)
-    command = Command(program, "train", "--quiet", *words, folder=folder, user=_user(), variables=_variables(folder))
+    command = Command(program, "train", "--quiet", *words, folder=folder, powerless=True, variables=_variables(folder))
     code = command.wait()
     problems = faults_of(command.text, code, refused=True)
     return problems + [f"{path.name} is left behind" for path in (folder / "runs").iterdir()]
@@ -154,23 +146,23 @@ def _at_the_start(plan: Plan, number: int, folder: Path, words: list[str], log: 
 
 def _resumed(plan: Plan, number: int, folder: Path, words: list[str], log: Path) -> list[str]:
     _give(folder, 0o755)
-    first = Command(_paused, words, NAME, folder=folder, user=_user(), variables=_variables(folder))
+    first = Command(_paused, words, NAME, folder=folder, powerless=True, variables=_variables(folder))
     problems = [f"exit code {code}: {first.text[-300:]}"] if (code := first.wait()) else []
     _give(folder / "runs", 0o555)
     before = _hashes(folder / "runs")
     longer = ("train", "--quiet", "--resume", str(folder / "runs" / NAME), "budget.epochs=4")
-    command = Command(program, *longer, folder=folder, user=_user(), variables=_variables(folder))
+    command = Command(program, *longer, folder=folder, powerless=True, variables=_variables(folder))
     code = command.wait()
     problems += faults_of(command.text, code, refused=True)
     problems += ["files have changed"] if _hashes(folder / "runs") != before else []
     _give(folder / "runs", 0o755)
-    again = Command(program, *longer, folder=folder, user=_user(), variables=_variables(folder))
+    again = Command(program, *longer, folder=folder, powerless=True, variables=_variables(folder))
     return problems + ([f"once it can be written: exit code {code}: {again.text[-300:]}"] if (code := again.wait()) else [])
 
 
 def _on_the_way(plan: Plan, number: int, folder: Path, words: list[str], log: Path) -> list[str]:
     _give(folder, 0o755)
-    command = Command(_paused, words, NAME, folder=folder, user=_user(), variables=_variables(folder))
+    command = Command(_paused, words, NAME, folder=folder, powerless=True, variables=_variables(folder))
     epoch = plan.draws(number).randint(0, 2)
     wait_for(lambda: not command.alive or _epochs(log) >= epoch)
     if (folder / "runs" / NAME).is_dir():
@@ -180,7 +172,7 @@ def _on_the_way(plan: Plan, number: int, folder: Path, words: list[str], log: Pa
     problems = faults_of(command.text, code, refused=False)
     _give(folder / "runs", 0o755)
     if code:
-        last = Command(_paused, words, NAME, folder=folder, user=_user(), variables=_variables(folder))
+        last = Command(_paused, words, NAME, folder=folder, powerless=True, variables=_variables(folder))
         problems += [f"the last attempt ends with exit code {code}: {last.text[-300:]}"] if (code := last.wait()) else []
     shutil.rmtree(folder / "cache", ignore_errors=True)
     return problems + _sent(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -111,17 +112,17 @@ class Command:
         target: called with the arguments; an importable function.
         folder: the working directory.
         variables: of the environment.
-        user: number of the user that it runs as, where this process may change that.
+        powerless: it has no privileges, so that permissions of files count for root too.
     """
 
     def __init__(
-        self, target: Callable[..., Any], *arguments: Any, folder: Path, variables: Mapping[str, str] | None = None, user: int | None = None
+        self, target: Callable[..., Any], *arguments: Any, folder: Path, variables: Mapping[str, str] | None = None, powerless: bool = False
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, *PRELOADED])
         ours, theirs = context.Pipe(duplex=False)
         self._text = bytearray()
-        settings = (str(folder), dict(variables or {}), user)
+        settings = (str(folder), dict(variables or {}), powerless)
         self.process: BaseProcess = context.Process(target=_life, args=(theirs, settings, target, arguments))
         self.took, self.began = 0.0, time.monotonic()
         self.process.start()
@@ -177,11 +178,9 @@ class Command:
         return []
 
 
-def _life(
-    output: Connection, settings: tuple[str, dict[str, str], int | None], target: Callable[..., Any], arguments: Sequence[Any]
-) -> None:
+def _life(output: Connection, settings: tuple[str, dict[str, str], bool], target: Callable[..., Any], arguments: Sequence[Any]) -> None:
     """The whole life of a command's process."""
-    folder, variables, user = settings
+    folder, variables, powerless = settings
     sys.modules["__main__"] = types.ModuleType("__main__")  # processes that it starts need not import this program
     multiprocessing.set_start_method(None, force=True)  # nor the server that it comes from
     os.setsid()
@@ -193,9 +192,10 @@ def _life(
         os.dup2(output.fileno(), number)
     output.close()
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    if user is not None:
-        os.setegid(user)
-        os.seteuid(user)
+    if powerless:
+        header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        if ctypes.CDLL(None).capset(header, nothing):
+            raise RuntimeError("the process cannot give up its privileges")
     target(*arguments)
 
 

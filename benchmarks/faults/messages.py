@@ -7,6 +7,11 @@ import re
 __all__ = ["faults_of"]
 
 
+REMEDY = r"(did you mean|known:|known here:|must|set one of|write the value|lists them|give|has no parts|cannot be set)"
+ONE_SENTENCE = rf"^(error: |  - )(unknown \w+ |[\w.]+=?[^ ]*[ :]).*{REMEDY}"
+"""Of a setting: its name is the place, and the sentence says what it must be, or gives the nearest name."""
+
+
 def faults_of(text: str, code: int, *, refused: bool) -> list[str]:
     """What is wrong with what a command has said and with its exit code.
 
@@ -26,6 +31,8 @@ def faults_of(text: str, code: int, *, refused: bool) -> list[str]:
         return [f"an unexpected error: {shown}"]
     if not re.search(r"^error: \S", text, re.M):
         return [f"no message: {shown}"]
+    if re.search(ONE_SENTENCE, text, re.M):
+        return []
     missing = [part for part in ("where:", "fix:") if not re.search(rf"^\s+{part}\s+\S", text, re.M)]
     usage = "Usage: bpfree" in text  # a word of the command line, which is the place, and how to use it
     return [f"a message without {' and '.join(missing)} {shown}"] if missing and not usage else []

@@ -44,7 +44,7 @@ def empty_database() -> Path:
 def _make_database(path: str) -> None:
     from bpfree.tracking.store import Store
 
-    Store(f"sqlite:///{path}", 60)._experiment("bpfree")
+    Store(f"sqlite:///{path}", 60).connect()
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 

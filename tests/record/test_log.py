@@ -228,3 +228,9 @@ def test_without_a_folder(tmp_path: Path) -> None:
     recorder.run_end(run)
     with pytest.raises(BpfreeError, match="no record of a run"):
         read_run(tmp_path)
+
+
+def test_a_folder_in_place_of_a_log_is_no_log(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").mkdir()
+    with pytest.raises(BpfreeError, match="no record of a run"):
+        read_run(tmp_path)
