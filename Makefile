@@ -6,7 +6,7 @@ JOBS ?= 2
 export OMP_WAIT_POLICY = PASSIVE
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: help install quickstart test test-slow test-oldest lint types bench gpu certify downstream clean
+.PHONY: help install quickstart test test-slow test-oldest lint types bench torture gpu certify downstream clean
 
 help:
 	@echo "make quickstart    install, then compare a rule of each plugin with floor and ceiling on digits (no download)"
@@ -16,6 +16,7 @@ help:
 	@echo "make certify       renew the registry's missing or stale certificates (ALL=1: all), its index and tables"
 	@echo "make downstream    install each plugin against this core in a clean environment, and certify it there (PLUGINS=\"noprop hebbian\")"
 	@echo "make bench         speed and memory, as ratios (benchmarks/)"
+	@echo "make torture       faults of machines, servers, disks and people, injected and counted (FAULTS=\"kill-run fuzz\", QUICK=1; hours)"
 	@echo "make gpu           tests, benchmarks and studies on CUDA, in resumable parts (PART=tests|bench|studies|papers)"
 
 $(VENV)/installed: pyproject.toml requirements-dev.txt $(wildcard plugins/*/pyproject.toml)
@@ -54,6 +55,10 @@ types: install
 
 bench: install
 	$(BIN)/python benchmarks/run_all.py
+
+# Writes benchmarks/results/torture-cpu.json and the table of docs/reliability.md; with QUICK=1 it only reports.
+torture: install
+	$(BIN)/python benchmarks/torture.py $(if $(QUICK),--quick,--save) $(if $(FAULTS),--faults $(FAULTS))
 
 certify: install
 	$(BIN)/python .ci/certify.py $(if $(ALL),--all)

@@ -87,11 +87,14 @@ def read_yaml(path: Path) -> list[Leaf]:
         text = yaml_values.text_in(path)
         repeated, found = yaml_values.repeated(text), yaml_values.entries(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the configuration: {getattr(error, 'strerror', None) or error}", where=str(path)) from error
+        what = f"cannot read the configuration: {getattr(error, 'strerror', None) or error}"
+        raise UsageError(what, where=str(path), fix=yaml_values.FIX) from error
     except yaml.YAMLError as error:
-        raise UsageError("the configuration is not valid YAML", where=f"{path}: {' '.join(str(error).split())}") from error
+        raise UsageError(
+            "the configuration is not valid YAML", where=f"{path}: {' '.join(str(error).split())}", fix=yaml_values.FIX
+        ) from error
     if found is None:
-        raise UsageError("the configuration must be a mapping of names to values", where=str(path))
+        raise UsageError("the configuration must be a mapping of names to values", where=str(path), fix=yaml_values.FIX)
     seen: dict[str, yaml_values.Entry] = {}
     for entry in found:
         key = canonical(_dotted(entry.path, f"{path}, line {entry.line}"), entry.value)

@@ -20,6 +20,8 @@ import yaml
 
 __all__ = ["Entry", "Scalar", "TooMuch", "dump", "entries", "plain", "read", "repeated", "text_in", "text_of", "written"]
 
+FIX = "write it in YAML: names with values, in UTF-8, without tags, each name once"
+
 FLOAT = re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$")
 INTEGER = re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
 NULL = re.compile(r"^(?:null|Null|NULL|~|)$")

@@ -140,6 +140,28 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"format": None}, {"rule": 3}, {"phases_begun": {}}, {"weights": []}, {"training": "x"}),
+        *({"position": torch.zeros(2)}, {"metrics": None}, {"metrics": []}, {"generator": 3}, {"optimizers": "x"}, {"fingerprint": None}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_somebody_elses_making_is_refused(
+    digits: Task, device: torch.device, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Its bytes are those that were written, but not by bpfree. Oracle: the message has a place and a remedy."""
+    path = tmp_path / "checkpoints" / "last.pt"
+    Trainer(rule_on(digits), digits, config_of(device, budget=BudgetConfig(epochs=1)), folder=tmp_path).fit()
+    content = read_checkpoint(path)
+    (key,) = change
+    write_checkpoint(path, content | change if key in content else content | {"training": content["training"] | change})
+    with pytest.raises(BpfreeError) as caught:
+        Trainer(rule_on(digits), digits, config_of(device), folder=tmp_path).fit(path)
+    assert caught.value.fix
+
+
 def test_checkpoints_by_time_in_the_middle_of_an_epoch(digits: Task, device: torch.device, tmp_path: Path) -> None:
     saved: list[int] = []
 

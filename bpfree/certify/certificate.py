@@ -15,6 +15,8 @@ from bpfree.errors import BpfreeError
 
 __all__ = ["FORMAT", "Certificate", "read_certificate"]
 
+FIX = "write it with bpfree certify RULE --output FILE"
+
 FORMAT = 1
 """Version of the file's layout."""
 
@@ -109,7 +111,7 @@ class Certificate:
             values = {key: value for key, value in content.items() if key in known}
             return cls(**{**values, "findings": [Finding(**finding) for finding in content["findings"]]})
         except (KeyError, TypeError) as error:
-            raise BpfreeError(f"this is no certificate: {error}", fix="write it with bpfree certify RULE --output FILE") from error
+            raise BpfreeError(f"this is no certificate: {error}", fix=FIX) from error
 
 
 def read_certificate(path: Path) -> Certificate:
@@ -120,10 +122,10 @@ def read_certificate(path: Path) -> Certificate:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BpfreeError(f"cannot read the certificate: {error}", where=str(path)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BpfreeError(f"cannot read the certificate: {error}", where=str(path), fix=FIX) from error
     if not isinstance(content, dict):
-        raise BpfreeError("this is no certificate", where=str(path))
+        raise BpfreeError("this is no certificate", where=str(path), fix=FIX)
     try:
         return Certificate.from_dict(content)
     except BpfreeError as error:

@@ -44,6 +44,8 @@ def send(run: str, settings: tuple[str, ...]) -> int:
         raise BpfreeError("not everything could be sent", where=str(folder.path), fix="try again when the server is back")
     if refused:
         lost = "; ".join(f"{each.get('path') or each.get('event', 'a line')}: {each['reason']}" for each in refused)
-        raise BpfreeError(f"everything is sent, but {len(refused)} of its events: {lost}", where=str(folder.path))
+        raise BpfreeError(
+            f"everything is sent, but {len(refused)} of its events: {lost}", where=str(folder.path), fix="nothing more can be sent"
+        )
     click.echo("sent")
     return 0

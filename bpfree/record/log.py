@@ -187,7 +187,7 @@ class EventLog:
         left_out = tuple(f'{{"event": "{kind}"'.encode() for kind in without)
         try:
             file = self.path.open("rb")
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return
         with file:
             file.seek(start)

@@ -104,8 +104,8 @@ class Recorder:
 
     @hookimpl(tryfirst=True)
     def progress(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """Note the means of some steps."""
-        if self._log is not None:
+        """Note the means of some steps; how far an evaluation between two steps has come is nothing to keep."""
+        if self._log is not None and not metrics.keys() & {"evaluation", "features"}:
             self._log.append("progress", metrics=metrics)
 
     @hookimpl(trylast=True)

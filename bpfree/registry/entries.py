@@ -76,8 +76,8 @@ def read_entry(path: Path) -> Entry:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BpfreeError(f"cannot read the entry: {error}", where=str(path)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BpfreeError(f"cannot read the entry: {error}", where=str(path), fix="bpfree registry add PLUGIN writes one") from error
     return Entry.from_dict(content, where=str(path))
 
 

@@ -58,7 +58,7 @@ def read_index(path: Path) -> list[dict[str, Any]]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BpfreeError(f"cannot read the index: {error}", where=str(path), fix="bpfree registry index writes one") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BpfreeError(f"this is no index of format {FORMAT}", where=str(path), fix="bpfree registry index writes one")

@@ -86,9 +86,10 @@ def read_study(path: Path, name: str | None = None, registry: Plugins | None = N
         text = yaml_values.text_in(path)
         content, repeated = _content(yaml_values.read(text), yaml_values.written(text)), yaml_values.repeated(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the study: {getattr(error, 'strerror', None) or error}", where=str(path)) from error
+        what = f"cannot read the study: {getattr(error, 'strerror', None) or error}"
+        raise UsageError(what, where=str(path), fix=yaml_values.FIX) from error
     except yaml.YAMLError as error:
-        raise UsageError("the study is not valid YAML", where=f"{path}: {' '.join(str(error).split())}") from error
+        raise UsageError("the study is not valid YAML", where=f"{path}: {' '.join(str(error).split())}", fix=yaml_values.FIX) from error
     reader = _Reader(repeated)
     if isinstance(content, dict):
         content = expand(content, registry or installed_plugins(), reader.problems.append)

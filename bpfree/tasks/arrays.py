@@ -134,7 +134,7 @@ def read_headers(path: Path) -> dict[str, Header]:
                         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                         shape, _, dtype = read(file)
                     headers[name.removesuffix(".npy")] = Header(shape, dtype)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, MemoryError, zipfile.BadZipFile) as error:
         fix = "save it with numpy.savez('FILE.npz', x=inputs, y=targets)"
         if path.suffix.lower() in (".csv", ".tsv", ".txt"):
             fix = f"read the table with numpy.loadtxt, then {fix}"
@@ -171,7 +171,7 @@ def read_arrays(path: Path, names: list[str]) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, MemoryError, zipfile.BadZipFile) as error:
         raise UsageError(f"cannot read the arrays: {error}", where=str(path), fix="save them again with numpy.savez") from error
 
 
@@ -187,7 +187,11 @@ def input_shape(shape: tuple[int, ...], config: ArraysConfig, path: Path) -> tup
             return (1, height, width)
         case (int(first), int(second), int(third)):
             return (first, second, third) if layout(shape, config, path) == "nchw" else (third, first, second)
-    raise UsageError(f"inputs of shape {shape} are neither vectors nor images", where=str(path))
+    raise UsageError(
+        f"inputs of shape {shape} are neither vectors nor images",
+        where=str(path),
+        fix="save them as (N, features) or (N, channels, height, width)",
+    )
 
 
 def layout(shape: tuple[int, ...], config: ArraysConfig, path: Path) -> str:

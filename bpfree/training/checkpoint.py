@@ -42,6 +42,8 @@ MARK = b"bpfree sha256 "
 TAIL = len(MARK) + 64
 """Bytes of the archive's comment: the mark and 64 hex digits."""
 CHUNK = 1 << 20
+KINDS: dict[str, type] = {"format": int, "weights": dict, "rule": str, "phases_begun": int, "training": dict}
+"""Of what a checkpoint holds, where it is there."""
 FIX = "it is damaged, or was not written by bpfree: use another checkpoint, or start the run again"
 
 
@@ -105,7 +107,7 @@ def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[s
             digested = _check_digest(file, path)
             content = torch.load(file, map_location=device, weights_only=True)
     except OSError as error:
-        raise BpfreeError(f"cannot read the checkpoint: {error.strerror or error}", where=str(path)) from error
+        raise BpfreeError(f"cannot read the checkpoint: {error.strerror or error}", where=str(path), fix=FIX) from error
     except BpfreeError:
         raise
     except Exception as error:
@@ -114,7 +116,10 @@ def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[s
             first = "it holds other than tensors and plain values"
         raise BpfreeError(f"cannot read the checkpoint: {first}", where=str(path), fix=FIX) from None
     if not isinstance(content, dict) or "weights" not in content or "format" not in content:
-        raise BpfreeError("the file is no checkpoint of bpfree", where=str(path))
+        raise BpfreeError("the file is no checkpoint of bpfree", where=str(path), fix=FIX)
+    odd = [key for key, kind in KINDS.items() if not isinstance(content.get(key, kind()), kind)]
+    if odd:
+        raise BpfreeError(f"the checkpoint is not as bpfree writes it: {', '.join(odd)}", where=str(path), fix=FIX)
     if content["format"] > FORMAT:
         raise BpfreeError(
             f"the checkpoint has format {content['format']}, this version reads up to {FORMAT}", where=str(path), fix="update bpfree"
@@ -164,7 +169,8 @@ def check_rule(content: Mapping[str, Any], rule: Rule, path: Path) -> None:
         BpfreeError: it is.
     """
     if content["rule"] != type(rule).__name__:
-        raise BpfreeError(f"the checkpoint is of another rule: {content['rule']}, not {type(rule).__name__}", where=str(path))
+        what = f"the checkpoint is of another rule: {content['rule']}, not {type(rule).__name__}"
+        raise BpfreeError(what, where=str(path), fix="name the rule that it was made with")
 
 
 def replay(rule: Rule, phases: Iterator[Phase], content: Mapping[str, Any]) -> Iterator[Phase]:

@@ -11,7 +11,7 @@ from typing import Any
 from bpfree.errors import BpfreeError
 from bpfree.record.folder import RunFolder, read_run
 from bpfree.redaction import redacted
-from bpfree.training.checkpoint import check_rule, read_checkpoint, write_checkpoint
+from bpfree.training.checkpoint import FIX, check_rule, read_checkpoint, write_checkpoint
 from bpfree.training.setup import Setup
 from bpfree.training.state import RunState
 from bpfree.version import __version__
@@ -92,13 +92,18 @@ class Checkpoints:
         training = saved.get("training")
         if training is None:
             raise BpfreeError("the checkpoint holds weights only: a run cannot be resumed from it", where=str(path), fix="use last.pt")
-        if training["fingerprint"] != self._task.fingerprint():
+        if training.get("fingerprint") != self._task.fingerprint():
             raise BpfreeError(
                 "the checkpoint was made on other data",
                 where=f"{path}, task {saved['task']['name']}",
                 fix="resume with the same task, split and data",
             )
-        self._state.take_position(training)
+        try:
+            self._state.take_position(training)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # whoever wrote it, it was not bpfree
+            raise BpfreeError(
+                f"the checkpoint's state of training is not as bpfree writes it: {error}", where=str(path), fix=FIX
+            ) from error
         self._run.resumed, self._run.epoch = True, self._state.at.epoch
         self._run.history = [metrics for metrics in self._history(path) if metrics["epoch"] <= self._run.epoch]
         return saved

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bpfree import seeds
+from bpfree.errors import BpfreeError
 from bpfree.rule import Rule
 from bpfree.training import environment
 from bpfree.training.alignment import Alignment
@@ -248,7 +249,12 @@ class RunState:
             BpfreeError: they do not fit the network.
         """
         load_weights(self.rule, content, fix="resume with the same configuration")
-        saved = content["training"]
+        try:
+            self._take_training(content["training"])
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise BpfreeError(f"the checkpoint's state of training does not fit: {error}", fix="use another checkpoint") from error
+
+    def _take_training(self, saved: Mapping[str, Any]) -> None:
         if self.calibration is not None:  # what was chosen is no part of the training, which may be resumed
             self.calibration.undo(self.rule)
         self.updater.load_state_dict(self.team.own_optimizers(saved["optimizers"]))

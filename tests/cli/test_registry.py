@@ -189,6 +189,17 @@ def test_wrong_places(words: list[str], said: str, workplace: Path, capsys: pyte
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["[" * 3000, "", "\0", "NaN"], ids=["nested", "empty", "NUL", "no JSON"])
+def test_a_damaged_index_or_certificate_says_what_writes_one(text: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "x.json").write_text(text)
+    for words in (["list", "--index", "x.json"], ["add", "core", "--certificate", "x.json", "--folder", "new"]):
+        assert call("registry", *words) == 1
+        said = capsys.readouterr().err
+        assert "where: x.json" in said
+        assert "fix:   " in said
+    assert not (workplace / "new").exists()
+
+
 def test_plugins_show_what_is_certified(ours: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("bpfree.registry.registry_folder", lambda: ours)
     assert call("plugins", "info", "noprop", "--json") == 0

@@ -65,6 +65,19 @@ def test_a_run_is_read_as_it_was(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["events.jsonl", "plots"]
 
 
+def test_how_far_an_evaluation_has_come_is_not_kept(tmp_path: Path) -> None:
+    """Between two steps the number of the step stays the same, and a store keeps one value for each. Oracle: the lines of the log."""
+    run, recorder = Run("id", "name", folder=tmp_path), Recorder()
+    recorder.run_start(run)
+    recorder.progress(run, {"step": 12.0, "rule/loss": 1.0})
+    for share in (0.25, 0.5):
+        recorder.progress(run, {"step": 12.0, "evaluation": share})
+    recorder.progress(run, {"step": 12.0, "features": 0.5})
+    recorder.run_end(run)
+    found = [event["metrics"] for event, _ in RunFolder(tmp_path).log.read() if event["event"] == "progress"]
+    assert found == [{"step": 12.0, "rule/loss": 1.0}]
+
+
 def test_a_resumed_run_keeps_each_epoch_once(tmp_path: Path) -> None:
     """Killed in epoch 5 in the middle of a line, resumed after epoch 2: then 3 and 4 again."""
     _, told = recorded(tmp_path, range(1, 5), status=None)
@@ -213,5 +226,11 @@ def test_without_a_folder(tmp_path: Path) -> None:
     recorder.run_start(run)
     recorder.epoch_end(run, {"epoch": 1.0})
     recorder.run_end(run)
+    with pytest.raises(BpfreeError, match="no record of a run"):
+        read_run(tmp_path)
+
+
+def test_a_folder_in_place_of_a_log_is_no_log(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").mkdir()
     with pytest.raises(BpfreeError, match="no record of a run"):
         read_run(tmp_path)
