@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmark.parser.add_argument("--seed", type=int, default=0, help="of all moments and inputs")
     benchmark.parser.add_argument("--share", type=float, default=1.0, help="of each count")
     benchmark.parser.add_argument("--count", type=int, help="of each kind")
-    benchmark.parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what did not survive here")
+    benchmark.parser.add_argument("--output", type=Path, metavar="FOLDER", help="keep what did not survive here")
     options = benchmark.start(arguments)
     folder, lines = Path(tempfile.mkdtemp(prefix="bpfree-torture-")), list[dict[str, Any]]()
     folder.chmod(0o755)
@@ -77,9 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind in KINDS:
             if not options.faults or kind.name in options.faults:
                 full = kind.few if options.quick else math.ceil(kind.full * options.share)
-                lines.append(one(kind, Plan(options.count or full, options.seed, folder / kind.name, options.quick)))
-                if options.keep and lines[-1]["failures"]:
-                    shutil.copytree(folder / kind.name, options.keep / kind.name, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+                line = one(kind, Plan(options.count or full, options.seed, folder / kind.name, options.quick))
+                lines.append(json.loads(without_paths(json.dumps(line | {"command": benchmark.command()}, default=str), folder)))
+                if options.output and lines[-1]["failures"]:
+                    shutil.copytree(folder / kind.name, options.output / kind.name, dirs_exist_ok=True, ignore_dangling_symlinks=True)
                 shutil.rmtree(folder / kind.name, ignore_errors=True)
     finally:
         stores.stop_servers()
@@ -104,6 +105,18 @@ def one(kind: Kind, plan: Plan) -> dict[str, Any]:
     for failure in outcome.failures:
         print(f"  {json.dumps(failure, default=str)}", file=sys.stderr, flush=True)
     return line
+
+
+def without_paths(text: str, folder: Path) -> str:
+    """A text without the places of this machine."""
+    for place, name in (
+        (folder, "FOLDER"),
+        (DOCS.parent.parent, "CHECKOUT"),
+        (Path(sys.prefix), "PREFIX"),
+        (Path(sys.base_prefix), "PYTHON"),
+    ):
+        text = text.replace(str(place), name)
+    return text
 
 
 def merged(benchmark: measure.Benchmark, lines: list[dict[str, Any]], options: Any) -> dict[str, Any]:

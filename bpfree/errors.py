@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from bpfree.redaction import redact
 
-__all__ = ["BpfreeError", "DiskError", "UsageError", "nearest", "unknown_name"]
+__all__ = ["BpfreeError", "DiskError", "UsageError", "nearest", "told", "unknown_name"]
 
 
 class BpfreeError(Exception):
@@ -56,6 +56,15 @@ class UsageError(BpfreeError):
         listed = list(dict.fromkeys(problems))
         several = f"{len(listed)} things are wrong in the {place}:\n" + "\n".join(f"  - {problem}" for problem in listed)
         return cls(listed[0] if len(listed) == 1 else several, where=where, fix=fix, problems=listed)
+
+
+def told(error: BaseException) -> str:
+    """Name a foreign exception with its words, if it has any: those of a plugin may fail to say them."""
+    try:
+        words = str(error)
+    except Exception:
+        words = ""
+    return f"{type(error).__name__}: {words or 'no message'}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -6,6 +6,7 @@ store exactly once, with its value, and nothing else is; and each artifact is th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import shutil
@@ -35,6 +36,7 @@ PAUSE = 0.3
 def empty_database() -> Path:
     """A SQLite store without runs; making one takes seconds."""
     folder = Path(tempfile.mkdtemp(prefix="bpfree-torture-store-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     command = Command(_make_database, str(folder / "mlflow.db"), folder=folder)
     if command.wait():
         raise RuntimeError(f"no empty store: {command.text}")

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from bpfree.errors import BpfreeError
+from bpfree.errors import BpfreeError, told
 from bpfree.redaction import redact, redact_logs
 from bpfree.version import __version__
 
@@ -130,17 +130,22 @@ def _run(words: list[str], *, debug: bool) -> int:
         usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
         return _say(error, "\n".join(filter(None, [f"error: {error.format_message()}", usage])), error.exit_code, debug)
     except SystemExit as error:  # none of ours
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"error: foreign code has called sys.exit({error.code!r})\n  where: {place.filename}, line {place.lineno}, in {place.name}"
+        text = f"error: foreign code has called sys.exit({error.code!r})\n  where: {_place(error)}"
         return _say(error, text, 1, debug)
     except (click.Abort, KeyboardInterrupt) as error:
         return _say(error, "interrupted", 130, debug)
     except BrokenPipeError:  # the reader of our output has gone, as in `bpfree rules | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
-        text = " ".join(str(error).split()) or "no message"
-        return _say(error, f"error: unexpected {type(error).__name__}: {text}\n  fix:   run again with --debug for the traceback", 1, debug)
+    except BaseException as error:  # foreign code may raise anything
+        words, fix = " ".join(told(error).split()), "run again with --debug for the traceback"
+        return _say(error, f"error: unexpected {words}\n  where: {_place(error)}\n  fix:   {fix}", 1, debug)
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{place.filename}, line {place.lineno}, in {place.name}"
 
 
 def _several() -> bool:

@@ -74,15 +74,16 @@ def prepare_mlflow(timeout: float) -> None:
     import mlflow.tracking  # noqa: F401  sets up its own logging, which is then turned down
 
     quiet(*CHATTER)
+    quiet("mlflow.store.db.utils", level=logging.CRITICAL)  # it prints the traceback of what it raises, which is told elsewhere
     redact_logs()
 
 
-def quiet(*names: str) -> None:
-    """Turn loggers down to errors, unless somebody wants to debug them."""
+def quiet(*names: str, level: int = logging.ERROR) -> None:
+    """Turn loggers down to errors, or to less, unless somebody wants to debug them."""
     for name in names:
         logger = logging.getLogger(name)
         if logger.level in (logging.NOTSET, logging.INFO):
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(level)
 
 
 def file_lock(path: Path, timeout: float = LOCK_SECONDS) -> BaseFileLock:

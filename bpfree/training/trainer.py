@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bpfree import seeds
-from bpfree.errors import BpfreeError, DiskError, UsageError
+from bpfree.errors import BpfreeError, DiskError, UsageError, told
 from bpfree.record.recorder import Recorder
 from bpfree.redaction import redact
 from bpfree.rule import Rule
@@ -165,7 +165,7 @@ class Trainer:
             run.status, run.reason = "interrupted", error.what
             raise
         except BaseException as error:
-            run.status, run.reason = "failed", error.what if isinstance(error, BpfreeError) else redact(f"{type(error).__name__}: {error}")
+            run.status, run.reason = "failed", error.what if isinstance(error, BpfreeError) else redact(told(error))
             raise
         finally:
             self._stop.forget()

@@ -390,3 +390,29 @@ def test_a_run_whose_data_have_moved_goes_on_with_the_same_data(workplace: Path,
     np.savez(workplace / "other.npz", x=np.ones((50, 4), "float32") * np.arange(50)[:, None], y=np.arange(50) % 2)
     assert call("train", "--resume", str(run), "task.path=other.npz", "budget.epochs=4", "--quiet") == 1
     assert "the checkpoint was made on other data" in capsys.readouterr().err
+
+
+class Odd(BaseException):
+    """What no library should raise: no Exception, and without words."""
+
+    def __str__(self) -> str:
+        raise ValueError
+
+
+@pytest.mark.parametrize(("error", "said"), [(ValueError("two\nlines"), "ValueError: two lines"), (Odd(), "Odd: no message")])
+def test_an_error_of_foreign_code_says_where_it_was_raised(
+    error: BaseException, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: this file, and the function that raises."""
+    from bpfree.cli import main as module
+
+    def raise_it(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module.cli, "main", raise_it)
+    with pytest.raises(SystemExit) as caught:
+        module.main(["rules"])
+    assert caught.value.code == 1
+    text = capsys.readouterr().err
+    assert f"error: unexpected {said}\n  where: {__file__}, line " in text
+    assert "in raise_it\n  fix:   " in text

@@ -82,6 +82,20 @@ def test_required(closed_port, new_run, track, caplog):
     assert list(run.folder.iterdir()) == []
 
 
+def test_a_database_that_fails_shows_no_traceback(uri, new_run, track, epoch, capfd):
+    """MLflow logs the tracebacks of what SQLite refuses, such as a table that is gone. Oracle: what is written to the terminal."""
+    import sqlite3
+
+    run = new_run()
+    tracker = track(uri, flush_timeout=0.5)
+    tracker.run_start(run)
+    with sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=10) as database:
+        database.execute("drop table metrics")
+    epoch(run, tracker, 1)
+    finish(run, tracker)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_black_hole(black_hole, new_run, track, epoch, unsent, caplog):
     """A server that accepts and never answers: the start waits for the timeout, hooks wait for nothing."""
     run = new_run()
