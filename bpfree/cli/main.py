@@ -138,8 +138,8 @@ def _run(words: list[str], *, debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except BaseException as error:  # foreign code may raise anything
-        words, fix = " ".join(told(error).split()), "run again with --debug for the traceback"
-        return _say(error, f"error: unexpected {words}\n  where: {_place(error)}\n  fix:   {fix}", 1, debug)
+        text, fix = " ".join(told(error).split()), "run again with --debug for the traceback"
+        return _say(error, f"error: unexpected {text}\n  where: {_place(error)}\n  fix:   {fix}", 1, debug)
 
 
 def _place(error: BaseException) -> str:
