@@ -24,6 +24,7 @@ from bpfree import (
     runner,
 )
 from bpfree.baselines import DFA
+from bpfree.errors import DiskError
 from bpfree.scoring import score
 from bpfree.tasks.digits import DIGITS
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
@@ -134,7 +135,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DiskError, match="disk full"):
         checkpoint.write_checkpoint(path, {"weights": {}})
     assert torch.equal(read_checkpoint(path)["weights"]["w"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]

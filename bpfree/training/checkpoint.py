@@ -91,7 +91,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         if not isinstance(reason, OSError):
             raise
         fix = "make room there, then resume the run from its last checkpoint"
-        raise DiskError(f"cannot write the checkpoint: {reason.strerror}", where=str(path), fix=fix) from error
+        raise DiskError(f"cannot write the checkpoint: {reason.strerror or reason}", where=str(path), fix=fix) from error
 
 
 def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
