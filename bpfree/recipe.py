@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,9 @@ from bpfree.training import environment
 from bpfree.training.config import TrainConfig
 
 __all__ = ["CHANGEABLE", "CHOSEN", "DataConfig", "Recipe", "RunConfig", "TaskCommon", "changed"]
+
+LARGE = 4096
+"""A size of a network above which its memory is checked before it is made."""
 
 CHOSEN = ("rule", "network", "task")
 """Sections whose options depend on their name."""
@@ -166,15 +170,22 @@ class Recipe:
         with seeded(derive_in(self.settings.stream, self.settings.seed, "initialisation")):
             builder, kind = self.registry.get("networks", self.names["network"]), self.registry.get("rules", self.names["rule"])
             in_place = kind.traits_of(self.options["rule"]).update == "in-place"
-            network = built(
-                partial(builder.build, spec, self.options["network"]),
-                copies=1 if in_place else 2,
-                free=partial(environment.free_memory, self.settings.device),
-            )
+            build = partial(builder.build, spec, self.options["network"])
+            free = partial(environment.free_memory, self.settings.device)
+            # to count what is made imports torch's compiler, which takes longer than to make most networks
+            network = built(build, copies=1 if in_place else 2, free=free) if _may_be_large(self.options["network"]) else build()
             rule: Rule = kind(network, spec, self.options["rule"])
         if self.settings.twin:
             rule.freeze_features()
         return rule
+
+
+def _may_be_large(options: Any) -> bool:
+    """Whether one of the sizes among a network's options, or all of them multiplied, may ask for hundreds of MiB of parameters."""
+    values = [getattr(options, item.name) for item in dataclasses.fields(options)]
+    sizes = [sum(value) if isinstance(value, list) else value for value in values if not isinstance(value, (bool, str))]
+    known = [float(size) for size in sizes if isinstance(size, (int, float))]
+    return max(known, default=0.0) > LARGE or math.prod(max(1.0, size) for size in known) > 64 * LARGE
 
 
 def changed(before: Recipe, after: Recipe) -> list[str]:

@@ -138,6 +138,7 @@ def test_a_large_network_that_fits_is_the_same(monkeypatch: pytest.MonkeyPatch) 
     recipe = resolve(parse_words(["rule=backprop", "task=digits", "network.width=32"]))
     small = recipe.build_rule(recipe.spec()).state_dict()
     monkeypatch.setattr(memory, "SMALL", 2000)
+    monkeypatch.setattr("bpfree.recipe.LARGE", 16)
     large = recipe.build_rule(recipe.spec()).state_dict()
     assert all(torch.equal(small[name], large[name]) for name in small)
 
