@@ -19,6 +19,7 @@ from pathlib import Path
 import measure
 
 from bpfree.config import parse_words
+from bpfree.run import Run
 from bpfree.study.cells import Plan, plan
 from bpfree.study.file import read_study
 from bpfree.study.report import report_on, write_report
@@ -67,7 +68,7 @@ def finished(cell: Cell, row: int, epochs: int) -> CellRecord:
     result |= {"train/forwards": 4851.0 * epochs, "parameters": 59146.0, "parameters_trained": 1290.0}
     result |= {f"test/b{block}/accuracy": best * block / BLOCKS for block in range(1, BLOCKS + 1)}
     tags = {"network": "mlp", "reverse_span": "1", "downstream_weights": "0", "rule_lines": "40", "torch": "2", "threads": "1"}
-    return CellRecord(cell.key, status="finished", result=result, history=history, tags=tags)
+    return CellRecord(cell.key, status="finished", about=Run("", "", result=result, history=history, tags=tags))
 
 
 def made_lines(made: Plan, epochs: int) -> list[TableRow]:

@@ -282,7 +282,8 @@ class Watch:
 
     @hookimpl
     def progress(self, run: Run, metrics: Mapping[str, float]) -> None:
-        self.looked.append(int(metrics["step"]))
+        if "evaluation" not in metrics:
+            self.looked.append(int(metrics["step"]))
 
     @hookimpl
     def checkpoint_saved(self, run: Run, path: Path) -> None:

@@ -258,7 +258,7 @@ def test_accuracy_goes_on_where_it_stopped(load: Callable[[str], Any], smoke: Ru
     task = script.smoke_task("cifar10")
     recipe_of = script.runner.recipe_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script.runner, "recipe_of", lambda *a, **k: WithTask(recipe_of(*a, **k, spec=task.spec), task))
+        patch.setattr(script.runner, "recipe_of", lambda *a, **k: WithTask(recipe_of(*a, **{**k, "spec": task.spec}), task))
         again = script.train([], folder.parent, None)
     assert again.result["test/accuracy"] == first["rows"][0]["accuracies"][0]
     assert (folder / "events.jsonl").read_text().count('"epoch", ') == epochs

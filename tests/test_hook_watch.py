@@ -199,7 +199,7 @@ def test_observers_see_the_run_read_only(digits: Task, device: torch.device, wha
     config = config_of(device, budget=ONE, deterministic=True)
     plain = Trainer(rule_on(digits), digits, config).fit()
     run = Trainer(rule_on(digits), digits, config, observers=[Rewriter()]).fit()
-    assert [record.getMessage() for record in caplog.records] == ["observer Rewriter failed in run_end and is dropped; the run goes on"]
+    assert [record.getMessage() for record in caplog.records] == ["observer Rewriter failed in run_end and is dropped; the run continues"]
     assert "read-only" in caplog.text
     assert run.status == "finished"
     assert run.result["test/accuracy"] == plain.result["test/accuracy"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_rules import assert_equal_bits, config_of, noisy, weights
 
-from bpfree import Batch, Rule, Step, Task, Trainer, runner
+from bpfree import Batch, Rule, Run, Step, Task, Trainer, runner
 from bpfree.baselines import Backprop
 from bpfree.config import parse_words, resolve
 from bpfree.seeds import KeyedGenerators, derive, derive_in
@@ -162,12 +162,12 @@ def test_how_often_the_test_split_was_seen_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ended", "count"),
     [
-        ({}, 0),
+        (None, 0),
         ({"status": "running", "tags": {"test_evaluations": "1"}}, 0),
         ({"status": "finished", "tags": {"test_evaluations": "1"}}, 1),
         ({"status": "interrupted", "tags": {"test_evaluations": "2"}}, 1),
         ({"status": "interrupted", "tags": {"test_evaluations": "1"}, "config": {"evaluation.test": False}}, 1),
     ],
 )
-def test_tests_before(ended: dict[str, Any], count: int) -> None:
-    assert runner.tests_before(ended) == count
+def test_tests_before(ended: dict[str, Any] | None, count: int) -> None:
+    assert runner.tests_before(None if ended is None else Run("id", "name", **ended)) == count

@@ -212,7 +212,7 @@ def test_an_observer_that_fails_is_dropped_and_the_run_goes_on(
 
     run = Trainer(rule_on(digits), digits, config_of(device), observers=[Broken()]).fit()
     assert run.status == "finished"
-    assert [record.getMessage() for record in caplog.records] == ["observer Broken failed in epoch_end and is dropped; the run goes on"]
+    assert [record.getMessage() for record in caplog.records] == ["observer Broken failed in epoch_end and is dropped; the run continues"]
 
 
 def test_observers_with_wrong_hooks_are_refused(digits: Task) -> None:

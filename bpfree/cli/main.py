@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -130,6 +131,8 @@ def _run(words: list[str], *, debug: bool) -> int:
         usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
         return _say(error, "\n".join(filter(None, [f"error: {error.format_message()}", usage])), error.exit_code, debug)
     except SystemExit as error:  # none of ours
+        if _place(error).startswith(str(Path(click.__file__).parent)):  # what a shell completes is printed
+            return int(error.code or 0)
         text = f"error: foreign code has called sys.exit({error.code!r})\n  where: {_place(error)}"
         return _say(error, text, 1, debug)
     except (click.Abort, KeyboardInterrupt) as error:

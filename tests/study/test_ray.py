@@ -176,11 +176,19 @@ def surroundings() -> tuple[list[str], dict[str, str], str]:
     return sys.path, dict(os.environ), str(filelock.__file__)
 
 
+def listening() -> set[tuple[str, int]]:
+    """Where this process and its children listen."""
+    here = psutil.Process()
+    sockets = [socket for one in (here, *here.children(recursive=True)) for socket in one.net_connections("inet")]
+    return {(socket.laddr.ip.removeprefix("::ffff:"), socket.laddr.port) for socket in sockets if socket.status == psutil.CONN_LISTEN}
+
+
 def test_a_cluster_of_its_own_lets_no_one_in(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracles: the sockets that the kernel lists; a file in the current folder named as a library; a task's environment and path."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))))  # empty: here
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somebody:hunter2@127.0.0.1:9")
     Path("filelock.py").write_text("raise SystemExit('executed')")
+    before = listening()  # of other tests in this process
     ours = import_ray(None)
     assert connect(ours, None, processors=1)
     path, environment, library = ours.get(ours.remote(surroundings).remote())
@@ -191,9 +199,7 @@ def test_a_cluster_of_its_own_lets_no_one_in(site: Path, monkeypatch: pytest.Mon
         assert len(environment["RAY_AUTH_TOKEN"]) >= 32
         assert environment["RAY_AUTH_MODE"] == "token"
 
-    here = psutil.Process()
-    sockets = [socket for one in (here, *here.children(recursive=True)) for socket in one.net_connections("inet")]
-    places = {socket.laddr.ip.removeprefix("::ffff:") for socket in sockets if socket.status == psutil.CONN_LISTEN}
+    places = {place for place, _ in listening() - before}
     assert places == {"127.0.0.1"}
 
     logs = Path(ours._private.worker._global_node.get_session_dir_path())

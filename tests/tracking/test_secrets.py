@@ -183,7 +183,7 @@ def test_rows_of_a_comparison_are_labelled_without_it() -> None:
 
 def test_loggers_of_libraries(caplog: pytest.LogCaptureFixture) -> None:
     prepare_mlflow(1.0)
-    logger = logging.getLogger("mlflow.store.db.utils")
+    logger = logging.getLogger("mlflow.tracking.client")
     with caplog.at_level("ERROR"):
         logger.handlers, handlers = [*logger.handlers, caplog.handler], logger.handlers
         try:

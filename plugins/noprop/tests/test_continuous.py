@@ -231,7 +231,7 @@ def test_features_once_per_image_and_few_steps_after_epochs(name: str, make: Mak
         with rule.quick_predictions():
             rule.predict(batch.inputs, generator)
     assert calls == {"stem": 2, "label": 34}
-    assert rule.final
+    assert rule.final_prediction
 
 
 def test_the_adjoint_takes_as_many_steps_as_it_is_told(make: Make, batch: Batch) -> None:

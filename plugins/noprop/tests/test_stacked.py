@@ -171,7 +171,7 @@ def test_what_makes_a_step_a_loop(make_rule: MakeRule, batch: Batch, stackings: 
             setattr(step, name, value)
         rule.credit(batch, step)
 
-    credited(make_rule(execution="stacked"), here=frozenset({"t1", "t2", "head"}))
+    credited(make_rule(execution="stacked"), local_groups=frozenset({"t1", "t2", "head"}))
     credited(make_rule(execution="stacked"), phase=Phase(groups=("t1", "t2")))
     credited(make_rule(execution="stacked", T=1))
     rule, called = make_rule(execution="stacked"), []
