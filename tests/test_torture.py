@@ -44,6 +44,7 @@ def run(torture: Any, folder: Path, name: str) -> dict[str, Any]:
     return dict(line)
 
 
+@pytest.mark.slow  # half a minute to minutes each, and they wait for the machine
 @pytest.mark.parametrize("name", FAST)
 def test_nothing_is_lost(torture: Any, tmp_path: Path, name: str) -> None:
     line = run(torture, tmp_path, name)
