@@ -176,7 +176,7 @@ def differences(folder: Path, like: Path) -> list[str]:
     import torch
 
     from bpfree.record.folder import read_run
-    from bpfree.tracking.mlflow_tracker import is_sent
+    from bpfree.tracking.sending import is_sent
 
     own, other = folder / "runs" / NAME, like / "runs" / NAME
     mine, theirs = weights_of(own), weights_of(other)

@@ -118,7 +118,7 @@ def delivered(folder: Path, database: Path, artifacts: Path) -> list[str]:
 
 def send_rest(folder: Path, *words: str) -> list[str]:
     """Send what a run's store does not have yet; what is wrong if that fails."""
-    from bpfree.tracking.mlflow_tracker import is_sent
+    from bpfree.tracking.sending import is_sent
 
     (place,) = (folder / "runs").iterdir()
     if is_sent(place) and not words:
