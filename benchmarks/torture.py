@@ -1,6 +1,6 @@
 """Do to bpfree what goes wrong in practice, many times, and count what was lost. `make torture` writes docs/reliability.md.
 
-Each kind of fault is repeated so many times, at moments drawn from a seed, and what comes of it is compared with what must come of it:
+Each kind of fault is repeated n times, at moments drawn from a seed, and its outcome is compared with the one that must follow:
 an undisturbed run bit for bit, the run's own log point by point, the files as they were. What did not survive is listed with what repeats
 it. `--quick` does a few of each, `--faults` some kinds alone, `--share 0.1` a tenth of each count.
 """

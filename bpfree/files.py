@@ -38,7 +38,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)  # still locked, so that nobody takes it for abandoned
+            os.replace(temporary, path)  # still locked, so that no other process removes it as abandoned
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -144,7 +144,7 @@ def new() -> str:
 
 @pytest.fixture(autouse=True)
 def untold() -> Iterator[None]:
-    """Each test is told of the old names that it reads."""
+    """Each test gets the warnings of the old names that it reads."""
     interface_v1._warn_once.cache_clear()
     yield
     interface_v1._warn_once.cache_clear()

@@ -1,4 +1,4 @@
-"""Plugins that raise, print, exit, or change torch's state: what has nothing to do with them goes on as if they were not there."""
+"""Plugins that raise, print, exit, or change torch's state: a rule of another plugin works as if they were not there."""
 
 from __future__ import annotations
 

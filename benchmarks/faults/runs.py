@@ -167,7 +167,7 @@ def _where(folder: Path) -> str:
     except OSError:
         return "before the log begins"
     if '{"event": "end"' in text:
-        return "while the store is told"
+        return "while it is sent to the store"
     return "after a checkpoint" if (folder / "checkpoints" / "last.pt").is_file() else "before a checkpoint"
 
 

@@ -92,7 +92,7 @@ def cli(debug: bool, disable: tuple[str, ...]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong request, 129, 130 or 143 interrupted and resumable."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # in a locale without them, signs are told rather than end the command
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale without these characters gets escapes instead of an error
         sys.stdout.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:  # the process is the command's own: Python in others that it starts imports nothing from the current folder

@@ -1,7 +1,7 @@
 """What an executor is: it runs the cells of a study somewhere, in any order, each in a process that may die.
 
 The study (:func:`bpfree.study.command.execute`) gives it jobs as long as there is room, asks what has ended, and notes it. A cell whose
-worker has died is given to it again, and goes on from its checkpoint. So an executor need not try again, and keeps nothing.
+worker has died is given to it again, and resumes from its checkpoint. So an executor need not try again, and keeps nothing.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def read_study(path: Path, name: str | None = None, registry: Plugins | None = N
         raise UsageError(what, where=str(path), fix=yaml_values.FIX) from error
     except yaml.YAMLError as error:
         raise UsageError("the study is not valid YAML", where=f"{path}: {' '.join(str(error).split())}", fix=yaml_values.FIX) from error
-    reader = _Reader(repeated)
+    reader = _StudyReader(repeated)
     if isinstance(content, dict):
         content = expand(content, registry or installed_plugins(), reader.problems.append)
     study = reader.study(content, name or re.sub(r"[^\w.-]+", "-", path.stem), path)
@@ -117,7 +117,7 @@ def _are_settings(parents: Sequence[str], content: Any) -> bool:
     return parents[-2:-1] == ("*",) and (parents[-1] == "tune" or (parents[-1] == "columns" and isinstance(content, dict)))
 
 
-class _Reader:
+class _StudyReader:
     """Collects problems instead of stopping at the first."""
 
     def __init__(self, problems: Iterable[str] = ()) -> None:

@@ -42,7 +42,7 @@ class GridRow(dict[str, Any]):
 
 
 @dataclass
-class _Entry:
+class _Item:
     """A rule, network or task of the grid."""
 
     label: str
@@ -85,7 +85,7 @@ def _listed(content: Mapping[str, Any], key: str, note: Note) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _rows(rules: Sequence[_Entry], networks: Sequence[_Entry], tasks: Sequence[_Entry], excluded: _Excluded) -> Iterator[dict[str, Any]]:
+def _rows(rules: Sequence[_Item], networks: Sequence[_Item], tasks: Sequence[_Item], excluded: _Excluded) -> Iterator[dict[str, Any]]:
     for rule in rules:
         own = rule.own_network or not networks
         for network in [None] if own else networks:
@@ -110,19 +110,19 @@ class _Grid:
     def __init__(self, registry: Plugins, note: Note) -> None:
         self._registry, self._note = registry, note
 
-    def entry(self, node: Any, kind: str, keys: Sequence[str]) -> _Entry:
+    def entry(self, node: Any, kind: str, keys: Sequence[str]) -> _Item:
         """A name, or a mapping with a label and settings."""
         if isinstance(node, str):
-            return _Entry(node, {kind: node})
+            return _Item(node, {kind: node})
         if not isinstance(node, dict):
             self._note(f"{kind}s: must be a name, or a mapping of {', '.join(keys)}, not {node!r}")
-            return _Entry("", {})
+            return _Item("", {})
         self._check(node, f"{kind} {node.get('label', '')}".strip(), keys)
         settings = self._settings(node, f"{kind} {node.get('label', '')}".strip())
         named = settings.get(kind, settings.get(f"{kind}.name", ""))
-        return _Entry(str(node.get("label", named)), settings, {key: node[key] for key in keys[2:] if key in node})
+        return _Item(str(node.get("label", named)), settings, {key: node[key] for key in keys[2:] if key in node})
 
-    def rules(self, node: Any) -> Iterator[_Entry]:
+    def rules(self, node: Any) -> Iterator[_Item]:
         """The rule, or the rules, that an entry stands for."""
         if isinstance(node, str):
             node = {"rule": node}
@@ -142,7 +142,7 @@ class _Grid:
             more = {key: node[key] for key in ("published", "tune") if key in node}
             named = any(key.split(".")[0] == "network" for key in merged)
             brings = self._brings_network(rule, where)
-            yield _Entry(label, merged, more, brings or named, brings and not named)
+            yield _Item(label, merged, more, brings or named, brings and not named)
 
     def _named(self, node: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """``(name, settings)`` of the rule, the preset, or of every installed preset that the pattern fits."""
@@ -204,7 +204,7 @@ class _Grid:
 class _Excluded:
     """Combinations that the grid leaves out: mappings of any of rule, network and task to labels."""
 
-    def __init__(self, content: Mapping[str, Any], axes: Sequence[Sequence[_Entry]], note: Note) -> None:
+    def __init__(self, content: Mapping[str, Any], axes: Sequence[Sequence[_Item]], note: Note) -> None:
         labels = dict(zip(("rule", "network", "task"), ([entry.label for entry in axis] for axis in axes), strict=True))
         self._combinations: list[dict[str, list[str]]] = []
         for node in _listed(content, "exclude", note):

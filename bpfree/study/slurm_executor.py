@@ -31,7 +31,7 @@ POLL = 1.0
 class SlurmConfig:
     """What each job asks of the cluster."""
 
-    minutes: int = option(240, "that a cell may take; one that takes longer goes on from its checkpoint in another job, twice", ge=1)
+    minutes: int = option(240, "that a cell may take; one that takes longer is resumed in another job, twice", ge=1)
     partition: str | None = option(None, "partition (none: the cluster's default)")
     gpus: int | None = option(None, "GPUs of a cell (none: 1 where its device is one)", ge=0)
     memory: float | None = option(None, "GB of a cell (none: the cluster's default)", gt=0)

@@ -107,7 +107,7 @@ def verdicts(plan: Plan, rows: Sequence[TableRow], floors: Floors, metric: str) 
     classifiers, of which nothing is claimed, have no part in them.
     """
     found = [
-        _Row(row, floor, metric, plan) for row in rows if row.finished and (floor := _floor(row, rows, floors, metric, plan)) is not None
+        _Judged(row, floor, metric, plan) for row in rows if row.finished and (floor := _floor(row, rows, floors, metric, plan)) is not None
     ]
     families: dict[str, Mapping[object, Difference]] = {}
     for name in (FEATURES, DELIVERED, EQUAL):
@@ -195,7 +195,7 @@ def _better(other: TableRow, row: TableRow, *, real: bool) -> bool:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-class _Row:
+class _Judged:
     """A row with its scores, before its verdicts are known."""
 
     def __init__(self, row: TableRow, floor: RowFloor, metric: str, plan: Plan) -> None:
@@ -208,11 +208,11 @@ class _Row:
             return paired(self.probed, self.floor.scores)
         return paired(self.own, self.floor.scores if name == DELIVERED else self.twin)
 
-    def verdict(self, families: Mapping[str, Mapping[object, Difference]], found: Sequence[_Row]) -> Verdict:
+    def verdict(self, families: Mapping[str, Mapping[object, Difference]], found: Sequence[_Judged]) -> Verdict:
         features, delivered, equal = (families[name].get(id(self)) for name in (FEATURES, DELIVERED, EQUAL))
         return Verdict(self.row, self.own, self.probed, self.floor, features, delivered, equal, self._share(found), self._operations())
 
-    def _share(self, found: Sequence[_Row]) -> tuple[float, Interval | None] | None:
+    def _share(self, found: Sequence[_Judged]) -> tuple[float, Interval | None] | None:
         """Of the gap, beside back-propagation of the same network that was tuned alike."""
         ceiling = next((each for each in found if each is not self and each.is_ceiling_of(self)), None)
         if ceiling is None or not percent(self.metric):
@@ -226,7 +226,7 @@ class _Row:
         ours, floor, top = ([sign * scores.means[seed] for seed in seeds] for scores in (self.own, self.floor.scores, ceiling.own))
         return gap_share(ours, floor, top, error=error, least=LEAST_GAP)
 
-    def is_ceiling_of(self, other: _Row) -> bool:
+    def is_ceiling_of(self, other: _Judged) -> bool:
         row, recipe = self.row, self.row.cells[0].recipe
         trials = [0 if each.tuned is None else each.tuned.planned for each in (row, other.row)]
         same = row.column == other.row.column and floor_key(row.cells[0]) == floor_key(other.row.cells[0])

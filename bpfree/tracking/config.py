@@ -31,7 +31,7 @@ class PicturesConfig:
 
 @dataclass
 class TrackingConfig:
-    """Who is told of a run, what of it, and how long the run waits for them."""
+    """Which trackers read a run, what they get, and how long the run waits for them."""
 
     enabled: bool = option(True, "have trackers read the run's log")
     to: list[str] = option(factory=lambda: ["mlflow"], help="trackers by name: mlflow, csv, tensorboard, and what plugins bring")

@@ -1,7 +1,7 @@
 """Trackers that write a file for each run: ``csv`` for programs and spreadsheets, ``tensorboard`` for its viewer.
 
-Their files grow with the log. What is kept with the place in the log is how long the file was: whoever goes on, after whatever has
-happened, cuts off what came after, so that nothing is there twice.
+Their files grow with the log. What is kept with the place in the log is how long the file was: the next session cuts off what came
+after, so that nothing is there twice.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import csv
 import io
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,9 +60,9 @@ class FileTracker(Tracker):
         """What the file begins with."""
         return b""
 
+    @abstractmethod
     def encoded(self, point: Point) -> bytes:
-        """A point as it is written."""
-        raise NotImplementedError
+        """Encode a point as the file has it."""
 
     def holds_run(self) -> bool:
         """Whether the file has all that was written."""
@@ -71,7 +72,7 @@ class FileTracker(Tracker):
             return False
 
     def open(self, run: Run, began: int, seen: Sequence[Event], again: bool) -> bool:
-        """Go on with the file, or begin it."""
+        """Continue the file, or begin it."""
         self._began, self._epoch = began, run.epoch
         there = self.holds_run()
         if not there:

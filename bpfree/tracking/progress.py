@@ -95,7 +95,7 @@ class _Plain:
 
     def __init__(self, name: str, stream: TextIO, run: Run) -> None:
         self._name, self._stream = name, stream
-        self._clock = _Clock()
+        self._clock = _ClockText()
         self._shown = -math.inf
         self._held: str | None = None
         self._phases = 0
@@ -146,7 +146,7 @@ class _Live:
     def __init__(self, name: str, stream: TextIO, run: Run) -> None:
         self._name, self._stream = name, stream
         self._shown: tuple[Live, Progress, TaskID, Text] | None = None
-        self._clock = _Clock()
+        self._clock = _ClockText()
         self._phase = ""
         self._texts: list[str] = []
 
@@ -213,7 +213,7 @@ class _Live:
         print_line(self._stream, text)
 
 
-class _Clock:
+class _ClockText:
     """What is left, from the share of the budget that this session has used and the wall time that it took."""
 
     def __init__(self) -> None:

@@ -74,7 +74,7 @@ def prepare_mlflow(timeout: float) -> None:
     import mlflow.tracking  # noqa: F401  sets up its own logging, which is then turned down
 
     quiet(*CHATTER)
-    quiet("mlflow.store.db.utils", level=logging.CRITICAL)  # it prints the traceback of what it raises, which is told elsewhere
+    quiet("mlflow.store.db.utils", level=logging.CRITICAL)  # it prints the traceback of an error that we report ourselves
     redact_logs()
 
 
@@ -246,7 +246,7 @@ class Store:
             return existing is not None
 
     def holds(self, run_id: str) -> bool:
-        """Whether the store has a run that nobody has deleted."""
+        """Whether the store has the run, and it is not deleted."""
         return self._active(self.connect(), run_id) is not None
 
     def _find(self, client: MlflowClient, opening: Opening, search: bool) -> Any:

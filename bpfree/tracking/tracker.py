@@ -1,12 +1,13 @@
 """What a tracker is: it brings what a run's log says to a place where people look, and may miss any part of it for any time.
 
 A thread (:class:`~bpfree.tracking.follower.Follower`) reads the log and calls the tracker. How far it has come is kept in the run's
-folder (``sent-NAME.json``) together with what the tracker must know to go on, so that an outage, a SIGKILL, a resumed run and
+folder (``sent-NAME.json``) together with what the tracker must know to continue, so that an outage, a SIGKILL, a resumed run and
 ``bpfree track send`` are one operation: read on. Nothing here reads what a tracker has written.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ class RefusedError(Exception):
     """The store answered, and will never take this."""
 
 
-class Tracker:
+class Tracker(ABC):
     """Brings events of a run's log somewhere. Derive from it; only :meth:`send` must be written.
 
     Args:
@@ -48,7 +49,7 @@ class Tracker:
         self.folder, self.config = RunFolder(run.folder), config
         self.patience, self.known = config.timeout, dict[str, Any]()
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  optional
         """Refuse before anything is trained what can never work here.
 
         Raises:
@@ -60,7 +61,7 @@ class Tracker:
         """Whether what ``known`` names is still there; if not, ``bpfree track send`` reads the log from its beginning."""
         return True
 
-    def probe(self) -> None:
+    def probe(self) -> None:  # noqa: B027  optional
         """Look quickly, after a failure, whether trying again makes sense.
 
         Raises:
@@ -84,6 +85,7 @@ class Tracker:
         """
         return True
 
+    @abstractmethod
     def send(self, events: Sequence[Event]) -> list[tuple[Event, str]]:
         """Bring events, in the order of the log; the end of a session that was resumed has the kind ``stopped``.
 
@@ -92,7 +94,6 @@ class Tracker:
         Returns:
             What can never be taken, with reasons. An exception: try again.
         """
-        raise NotImplementedError
 
 
 def measured(event: Event, began: int, epoch: int = 0) -> tuple[int, Mapping[str, float]]:

@@ -139,14 +139,21 @@ class Disk:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What could not be written is written later, in order."""
+@pytest.fixture
+def filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Disk, EventLog]:
+    """A log whose disk is full since its second event."""
     disk = Disk()
     monkeypatch.setattr(log_module.os, "write", disk)
     log = EventLog(tmp_path / "events.jsonl")
     log.append("a")
     disk.full = True
     log.append("b")
+    return disk, log
+
+
+def test_a_disk_that_is_full_for_a_while(filled: tuple[Disk, EventLog]) -> None:
+    """What could not be written is written later, in order."""
+    disk, log = filled
     log.append("c")
     assert [event["event"] for event, _ in log.read()] == ["a"]
     disk.full = False
@@ -155,14 +162,9 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.Mon
     assert [line["event"] for line in lines(log.path)] == ["a", "b", "c", "d"]
 
 
-def test_a_disk_that_stays_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_stays_full(filled: tuple[Disk, EventLog]) -> None:
     """The end says so, with disk and file: exit status 1."""
-    disk = Disk()
-    monkeypatch.setattr(log_module.os, "write", disk)
-    log = EventLog(tmp_path / "events.jsonl")
-    log.append("a")
-    disk.full = True
-    log.append("b")
+    _, log = filled
     with pytest.raises(BpfreeError, match="No space left on device") as caught:
         log.close(patience=0.0)
     assert (caught.value.exit_code, caught.value.where) == (1, str(log.path))

@@ -19,6 +19,26 @@ from bpfree.cli.main import main
 from bpfree.plugins import installed_plugins
 from bpfree.study.store import CellStore
 
+DYING = '''
+import os
+import signal
+from pathlib import Path
+
+from bpfree.baselines import DFA
+
+
+class Dying(DFA):
+    """Takes its process with it, in the middle of its second epoch, as often as the file `lives` says."""
+
+    def credit(self, batch, step):
+        lives = Path("lives")
+        if step.index == 30 and int(lives.read_text()):
+            lives.write_text(str(int(lives.read_text()) - 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().credit(batch, step)
+'''
+"""The source of a rule that kills its worker, for plugins of tests."""
+
 UNTIMED = ("second", "step_ms", "elapsed", "system/", "load_")
 """Parts of the names of metrics that differ from run to run."""
 

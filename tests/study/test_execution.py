@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from study_kit import call, mlflow_runs, outcomes, plugin_on_path, spawn, untimed
+from study_kit import DYING, call, mlflow_runs, outcomes, plugin_on_path, spawn, untimed
 
 from bpfree.study import executors
 from bpfree.study.concurrency import present
@@ -30,7 +30,9 @@ from bpfree.study.executors import Pool
 
 COMMON = "settings: {task: digits, device: cpu, network.width: 16}\n"
 BARE = COMMON + "floor: false\nprobe: false\n"
-PLUGIN = '''
+PLUGIN = (
+    DYING
+    + """
 import os
 import signal
 import time
@@ -42,17 +44,6 @@ from bpfree.baselines import DFA
 bpfree_api = 2
 
 
-class Dying(DFA):
-    """Takes its process with it, in the middle of its second epoch, as often as the file `lives` says."""
-
-    def credit(self, batch, step):
-        lives = Path("lives")
-        if step.index == 30 and int(lives.read_text()):
-            lives.write_text(str(int(lives.read_text()) - 1))
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().credit(batch, step)
-
-
 class Slow(DFA):
     def credit(self, batch, step):
         time.sleep(0.05)
@@ -62,7 +53,8 @@ class Slow(DFA):
 @bpfree.hookimpl
 def bpfree_rules():
     return {"dying": Dying, "slow": Slow}
-'''
+"""
+)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from study_kit import call, outcomes, plugin_on_path, untimed
+from study_kit import DYING, call, outcomes, plugin_on_path, untimed
 
 from bpfree.study import command
 
@@ -26,7 +26,9 @@ floor: false
 probe: false
 rules: [dying]
 """
-PLUGIN = '''
+PLUGIN = (
+    DYING
+    + '''
 import os
 import signal
 from dataclasses import dataclass
@@ -38,17 +40,6 @@ from bpfree.baselines import DFA
 from bpfree.study.executor import Ended, run_job
 
 bpfree_api = 2
-
-
-class Dying(DFA):
-    """Takes its process with it in its second epoch, as often as the file `lives` says."""
-
-    def credit(self, batch, step):
-        lives = Path("lives")
-        if step.index == 30 and int(lives.read_text()):
-            lives.write_text(str(int(lives.read_text()) - 1))
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().credit(batch, step)
 
 
 class Lines(bpfree.Tracker):
@@ -101,6 +92,7 @@ def bpfree_trackers():
 def bpfree_executors():
     return {"backwards": bpfree.Maker(Backwards, "the last one first"), "nothing": bpfree.Maker(lambda request, config: 7)}
 '''
+)
 needs_submitit = pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from bpfree.study.report.axes import linear, logarithmic, short
 from bpfree.study.report.strip import Strip, near_the_best, shared_axis, strip, strip_axis
-from bpfree.study.report.svg import Point, Series, legend, marker, panel, style_of, thinned
+from bpfree.study.report.svg import Mark, Series, legend, marker, panel, style_of, thinned
 from bpfree.study.statistics import Interval
 
 
@@ -83,7 +83,7 @@ def test_32_rows_can_be_told_apart() -> None:
 
 def test_a_panel_is_well_formed_and_says_what_it_shows() -> None:
     label = '<script>"&'
-    points = [Point(1, 50, label, (0.9, 1.2), (40, 60)), Point(math.nan, 3, "nowhere"), Point(-1, 3, "not on this axis")]
+    points = [Mark(1, 50, label, (0.9, 1.2), (40, 60)), Mark(math.nan, 3, "nowhere"), Mark(-1, 3, "not on this axis")]
     one = Series(0, label, [(1, 10), (2, 20), (3, math.inf)], [(1, 8, 12), (2, 15, 25)], points)
     text = panel("", logarithmic([1, 3], "seconds"), linear([0, 60], label), [one, Series(1, "lonely", [(2, 5)])], rules=[(30, "target")])
     root = ElementTree.fromstring(text)

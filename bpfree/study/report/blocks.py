@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from bpfree.study.report.axes import linear
 from bpfree.study.report.content import Figure, Part, Section, Text
-from bpfree.study.report.svg import Point, Series, legend, panel
+from bpfree.study.report.svg import Mark, Series, legend, panel
 from bpfree.study.report.view import View
 from bpfree.study.rows import TableRow
 from bpfree.tasks.protocols import result_key
@@ -76,7 +76,7 @@ def _accuracy(view: View, row: TableRow, names: Sequence[str]) -> Series:
         ]
         mean = statistics.fmean(values)
         bars = (min(values), max(values)) if len(values) > 1 else None
-        points.append(Point(place, mean, f"{view.label(row)}, {name}: {mean:.2f}", y_range=bars))
+        points.append(Mark(place, mean, f"{view.label(row)}, {name}: {mean:.2f}", y_range=bars))
     return Series(view.style(row), view.label(row), [(point.x, point.y) for point in points], points=points)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from bpfree.study.report.axes import Axis, linear, logarithmic
 from bpfree.study.report.content import Figure, Part, Section, Text
 from bpfree.study.report.strip import near_the_best
-from bpfree.study.report.svg import Point, Series, legend, panel
+from bpfree.study.report.svg import Mark, Series, legend, panel
 from bpfree.study.report.view import WAITED, View, timed, untimed
 from bpfree.study.rows import TableRow, percent
 from bpfree.study.store import CellRecord
@@ -151,7 +151,7 @@ def _scatter(view: View, column: str) -> Figure | None:
     return Figure(panels, caption, legend((view.style(row), view.label(row)) for row in rows))
 
 
-def _point(view: View, row: TableRow, key: str, label: str) -> Point | None:
+def _point(view: View, row: TableRow, key: str, label: str) -> Mark | None:
     records = timed(row) if key == "train/seconds" else row.finished
     values = [record.result[key] for record in records if record.result.get(key, 0) > 0]
     scores = view.scores(row)
@@ -160,4 +160,4 @@ def _point(view: View, row: TableRow, key: str, label: str) -> Point | None:
     x, y = statistics.fmean(values), statistics.fmean(scores)
     known = view.interval(row)
     title = f"{view.label(row)}: {y:.{view.digits}f} at {x:,.4g} {label.split(' (')[0]}"
-    return Point(x, y, title, (min(values), max(values)) if len(values) > 1 else None, (known.low, known.high) if known else None)
+    return Mark(x, y, title, (min(values), max(values)) if len(values) > 1 else None, (known.low, known.high) if known else None)

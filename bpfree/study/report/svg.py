@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from bpfree.study.report.axes import Axis
 
-__all__ = ["COLOURS", "Point", "Series", "escape", "legend", "marker", "number", "panel", "style_of", "thinned"]
+__all__ = ["COLOURS", "Mark", "Series", "escape", "legend", "marker", "number", "panel", "style_of", "thinned"]
 
 COLOURS, DASHES, MARKERS = 8, 4, 4
 """How many there are of each; the style has the colours."""
@@ -25,7 +25,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 14, 30, 44
 
 
 @dataclass(frozen=True)
-class Point:
+class Mark:
     """A marker with optional error bars, and the text that shows when the pointer rests on it."""
 
     x: float
@@ -52,7 +52,7 @@ class Series:
     label: str
     line: Sequence[tuple[float, float]] = ()
     band: Sequence[tuple[float, float, float]] = ()
-    points: Sequence[Point] = field(default_factory=tuple)
+    points: Sequence[Mark] = field(default_factory=tuple)
     colour: str = ""
 
 
@@ -205,7 +205,7 @@ def _path(frame: _Frame, points: Iterable[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{number(frame.x(x))} {number(frame.y(y))}" for x, y in points)
 
 
-def _point(frame: _Frame, style: int, point: Point) -> str:
+def _point(frame: _Frame, style: int, point: Mark) -> str:
     x, y = frame.x(point.x), frame.y(point.y)
     bars = ""
     if point.y_range:

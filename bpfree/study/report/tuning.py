@@ -10,7 +10,7 @@ from typing import Any
 from bpfree.study.cells import word
 from bpfree.study.report.axes import linear, logarithmic
 from bpfree.study.report.content import Figure, Part, Section, Table, Text
-from bpfree.study.report.svg import Point, Series, legend, panel
+from bpfree.study.report.svg import Mark, Series, legend, panel
 from bpfree.study.report.view import WAITED, View, aligned
 from bpfree.study.rows import TableRow, Trial, Tuned
 
@@ -89,7 +89,7 @@ def _number(value: Any) -> float | None:
 
 
 def _series(view: View, row: TableRow, tuned: Tuned, points: Sequence[tuple[float, float]], key: str) -> Series:
-    marks = [Point(x, y, f"{view.label(row)}: {y:.{_digits(tuned)}f} at {key} = {x:.3g}") for x, y in points]
+    marks = [Mark(x, y, f"{view.label(row)}: {y:.{_digits(tuned)}f} at {key} = {x:.3g}") for x, y in points]
     return Series(view.style(row), view.label(row), points if len(tuned.keys) == 1 else [], points=marks)
 
 
