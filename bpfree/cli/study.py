@@ -203,6 +203,7 @@ def _published(row: Row, column: str) -> str:
 @click.option("--dry-run", is_flag=True, help="Show the cells, how they stand and what they will cost; run nothing.")
 def run(name: str, settings: tuple[str, ...], dry_run: bool, **options: Any) -> int:
     if dry_run:
+        _chosen(options)
         return _dry_run(_worklist(name, settings, options["seeds"], load=False, rows=options["rows"], columns=options["columns"]))
     return _run(name, settings, options)
 
@@ -250,19 +251,27 @@ def status(name: str, settings: tuple[str, ...], seeds: int | None) -> int:
 
 def _run(name: str, settings: tuple[str, ...], options: dict[str, Any], retry: Sequence[str] = ()) -> int:
     from bpfree.leaves import parse_words
-    from bpfree.study.command import Options
 
+    chosen = _chosen(options)
     worklist = _worklist(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"], retry=retry)
     if retry and not worklist.to_retry():
         click.echo(f"no cell of {worklist.plan.study.name} is {' or '.join(retry)}: nothing to run again", err=True)
         return 0
     counts = f"{worklist.left()} of {worklist.count()} cells to run{_others(worklist, [name, *settings])}"
     click.echo(f"{worklist.plan.study.name}: {counts}", err=True)
+    words = ["study", "run", *_again(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"])]
+    return run_worklist(worklist, parse_words(settings), words, chosen)
+
+
+def _chosen(options: dict[str, Any]) -> Options:
+    """How cells are run; an executor or an option of it that does not exist is refused, whether or not anything is to run."""
+    from bpfree.study.command import Options, asked_for
+
     short = [f"{key}={options[key]}" for key in ("address", "gpus") if options[key] is not None]
     own = [*options["settings_of_executor"], *short]
     chosen = Options(options["executor"], options["jobs"], own, options["timeout"], options["to"], options["quiet"])
-    words = ["study", "run", *_again(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"])]
-    return run_worklist(worklist, parse_words(settings), words, chosen)
+    asked_for(chosen)
+    return chosen
 
 
 def run_worklist(worklist: Worklist, overrides: Sequence[Leaf], words: Sequence[str], options: Options) -> int:

@@ -38,7 +38,7 @@ from bpfree.training.trainer import Interrupted
 from bpfree.typed import Misfit, typed
 from bpfree.yaml_values import plain
 
-__all__ = ["Display", "Jobs", "Options", "execute", "executor_for", "report", "run"]
+__all__ = ["Display", "Jobs", "Options", "asked_for", "execute", "executor_for", "report", "run"]
 
 logger = logging.getLogger("bpfree")
 
@@ -143,6 +143,16 @@ def _measure_floors(worklist: Worklist, say: Callable[[str], None]) -> None:
         measure_floors(worklist.plan, worklist.table(), worklist.store.folder, say)
 
 
+def asked_for(options: Options) -> tuple[Any, Any]:
+    """Look up the executor that is asked for, and fill its options; nothing is started.
+
+    Raises:
+        UsageError: no plugin registers it, or an option that it does not have.
+    """
+    maker = installed_plugins().get("executors", options.executor, where="--executor")
+    return maker, configured(options.executor, maker.options, options.settings)
+
+
 def executor_for(worklist: Worklist, options: Options) -> Executor:
     """Make the executor that is asked for.
 
@@ -150,12 +160,12 @@ def executor_for(worklist: Worklist, options: Options) -> Executor:
         UsageError: no plugin registers it, or an option that it does not have.
         BpfreeError: a library is missing, or the cluster does not answer.
     """
-    maker = installed_plugins().get("executors", options.executor, where="--executor")
+    maker, own = asked_for(options)
     settings, study = worklist.plan.rows[0].recipe.settings, worklist.plan.study
     on_gpu = resolve_device(settings.device).type == "cuda"
     request = Request(options.jobs, study.jobs, worklist.left(), settings.threads or 1, on_gpu, worklist.store.folder)
     try:
-        made = maker(request, configured(options.executor, maker.options, options.settings))
+        made = maker(request, own)
     except ImportError as error:
         raise BpfreeError(f"the executor {options.executor!r} cannot be used here: {error}", fix="install what is missing") from error
     if not isinstance(made, Executor):

@@ -191,3 +191,17 @@ def test_what_is_registered_must_be_a_maker() -> None:
     for address in ("bpfree.nowhere:Thing", "bpfree.kinds:Nothing"):
         with pytest.raises(ImportError):
             Maker(address).target
+
+
+@pytest.mark.parametrize("mode", [(), ("--dry-run",)])
+def test_an_executor_that_is_not_there_is_refused_although_nothing_is_to_run(
+    mode: tuple[str, ...], workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished study with a wrong word is not the request that was made."""
+    Path("s.yaml").write_text(
+        "title: S\nsettings: {task: digits, budget.samples: 64, tracking.enabled: false}\nseeds: 1\nfloor: false\nrules: [linear]\n"
+    )
+    assert call("study", "run", "s.yaml", "--quiet") == 0
+    for words, message in ((("--executor", "slrum"), "unknown executor 'slrum'"), (("--with", "minutes=3"), "has no option minutes")):
+        assert call("study", "run", "s.yaml", "--quiet", *words, *mode) == 2
+        assert message in capsys.readouterr().err
