@@ -72,6 +72,5 @@ def test_the_log_alone(digits: Task, device: torch.device, tmp_path: Path, monke
     """A record that never could be written ends the call with an error, whatever the rest did."""
     monkeypatch.setattr(EventLog, "_write", lambda log: False)
     monkeypatch.setattr("bpfree.record.log.WRITE_SECONDS", 0.0)
-    monkeypatch.setattr(EventLog.close, "__defaults__", (0.0,))
     with pytest.raises(BpfreeError, match="could not be written"):
         trained(digits, tmp_path, device, []).fit()

@@ -141,16 +141,16 @@ class EventLog:
             self._trouble = error
         return not self._pending
 
-    def close(self, patience: float = WRITE_SECONDS) -> None:
+    def close(self, patience: float | None = None) -> None:
         """Write what waits, and release the file.
 
         Args:
-            patience: seconds for which writing is tried again.
+            patience: seconds for which writing is tried again; ``WRITE_SECONDS`` by default.
 
         Raises:
             DiskError: the file could not be written.
         """
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + (WRITE_SECONDS if patience is None else patience)
         with self._lock:
             while not self._write() and time.monotonic() < deadline:
                 time.sleep(0.2)

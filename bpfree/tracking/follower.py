@@ -30,24 +30,24 @@ class Follower:
     """Reads a run's log, and sends what is new.
 
     Args:
-        sink: where to.
+        tracker: where events are sent.
         interval: seconds between batches.
     """
 
-    def __init__(self, sink: Tracker, *, interval: float) -> None:
-        self._folder, self._log, self._sink, self._interval = sink.folder, sink.folder.log, sink, interval
+    def __init__(self, tracker: Tracker, *, interval: float) -> None:
+        self._folder, self._log, self._tracker, self._interval = tracker.folder, tracker.folder.log, tracker, interval
         self._keeping = threading.Lock()
-        self._path = self._folder.cursor(sink.name)
+        self._path = self._folder.cursor(tracker.name)
         self.cursor = Cursor.read(self._path)
-        if self.cursor.store != sink.shown:
-            self.cursor = Cursor(store=sink.shown)
-        sink.known = self.cursor.known
-        self._title = f"{sink.title or sink.name} at {sink.shown}"
+        if self.cursor.store != tracker.shown:
+            self.cursor = Cursor(store=tracker.shown)
+        tracker.known = self.cursor.known
+        self._title = f"{tracker.title or tracker.name} at {tracker.shown}"
         self._session = 0  # where in the log the last session begins
         self._failures = 0
         self._warned = self._abandoned = self._closing = self._hopeless = self._opened = False
         self._wake, self._tried, self._done = threading.Event(), threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._work, name=f"bpfree-{sink.name}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"bpfree-{tracker.name}", daemon=True)
         self.reason = ""
 
     # --- the run's thread -------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class Follower:
     def _attempt(self) -> None:
         try:
             if self._failures:
-                self._sink.probe()
+                self._tracker.probe()
             if not self._opened:
                 self._open()
             while not self._abandoned and self._send_next():
@@ -139,7 +139,7 @@ class Follower:
         run.folder = self._folder.path
         self._keep()
         seen, wanted = [event for event, offset in events if offset <= self.cursor.offset], dict(self.cursor.known)
-        if not self._sink.open(run, begins[0]["time"], seen, len(begins) > 1):
+        if not self._tracker.open(run, begins[0]["time"], seen, len(begins) > 1):
             self.cursor.offset, self.cursor.refused = 0, []
             if wanted:
                 logger.info("%s does not have the run: it is sent from its beginning", self._title)
@@ -154,7 +154,7 @@ class Follower:
         for event, offset in batch:
             if event["event"] == "end" and offset <= self._session:
                 event["event"] = "stopped"
-        refused = self._sink.send([event for event, _ in batch])
+        refused = self._tracker.send([event for event, _ in batch])
         refused += [(event, "it cannot be read") for event, _ in batch if event["event"] == UNREADABLE]
         for event, reason in refused:
             self.warn(f"{_title(event)} is not there: {reason}")
