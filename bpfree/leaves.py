@@ -95,7 +95,7 @@ def read_yaml(path: Path) -> list[Leaf]:
         ) from error
     if found is None:
         raise UsageError("the configuration must be a mapping of names to values", where=str(path), fix=yaml_values.FIX)
-    seen: dict[str, yaml_values.Entry] = {}
+    seen: dict[str, yaml_values.YamlLeaf] = {}
     for entry in found:
         key = canonical(_dotted(entry.path, f"{path}, line {entry.line}"), entry.value)
         first = seen.setdefault(key, entry)

@@ -84,11 +84,11 @@ def connect(ray: Any, address: str | None, *, processors: float) -> bool:
 def _job(ray: Any) -> Any:
     """A job whose workers do not look for modules in the current folder first, as Ray has it."""
 
-    class Job(ray.job_config.JobConfig):  # type: ignore[misc]
+    class JobConfig(ray.job_config.JobConfig):  # type: ignore[misc]
         def _runtime_env_has_working_dir(self) -> bool:
             return True  # Ray then adds neither the current nor the script's folder; the paths that are named are in PYTHONPATH
 
-    return Job()
+    return JobConfig()
 
 
 @contextmanager

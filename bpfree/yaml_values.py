@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["Entry", "Scalar", "TooMuch", "dump", "entries", "plain", "read", "repeated", "text_in", "text_of", "written"]
+__all__ = ["Scalar", "TooMuch", "YamlLeaf", "dump", "entries", "plain", "read", "repeated", "text_in", "text_of", "written"]
 
 FIX = "write it in YAML: names with values, in UTF-8, without tags, each name once"
 
@@ -52,7 +52,7 @@ class Scalar:
 
 
 @dataclass(frozen=True)
-class Entry:
+class YamlLeaf:
     """A value of a mapping, with its place.
 
     Attributes:
@@ -188,7 +188,7 @@ def written(text: str) -> Any:
     return yaml.load(_checked(text), Loader=_Writing)
 
 
-def entries(text: str) -> list[Entry] | None:
+def entries(text: str) -> list[YamlLeaf] | None:
     """The values of a mapping, nested ones included, in order; ``None``: the text is no mapping.
 
     An empty mapping is a value.
@@ -204,14 +204,14 @@ def entries(text: str) -> list[Entry] | None:
         loader.dispose()
 
 
-def _entries(loader: _Writing, node: yaml.MappingNode, path: tuple[Any, ...]) -> Iterator[Entry]:
+def _entries(loader: _Writing, node: yaml.MappingNode, path: tuple[Any, ...]) -> Iterator[YamlLeaf]:
     loader.flatten_mapping(node)
     for name, value in node.value:
         where = (*path, loader.construct_object(name, deep=True))
         if isinstance(value, yaml.MappingNode) and value.value:
             yield from _entries(loader, value, where)
         else:
-            yield Entry(where, loader.construct_object(value, deep=True), name.start_mark.line + 1)
+            yield YamlLeaf(where, loader.construct_object(value, deep=True), name.start_mark.line + 1)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -17,7 +17,7 @@ from bpfree.errors import UsageError
 from bpfree.rule import Rule
 from bpfree.training.floor import Floor, Reading, chance_of, measure_floor, read_inputs
 
-__all__ = ["ERRORS", "NOT_SHOWN", "SEEDS", "Comparison", "FloorScores", "Lesson", "floor_of", "learn_lesson"]
+__all__ = ["ERRORS", "NOT_SHOWN", "SEEDS", "FloorScores", "LearningGain", "Lesson", "floor_of", "learn_lesson"]
 
 SEEDS = 5
 ERRORS = 2.0
@@ -29,7 +29,7 @@ PROTOCOLS = "evaluation.protocols"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LearningGain:
     """Accuracies less others, paired by seed.
 
     Attributes:
@@ -41,7 +41,7 @@ class Comparison:
     standard_error: float
 
     @classmethod
-    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> LearningGain:
         """Pair by pair."""
         pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
         return cls(round(statistics.fmean(pairs), 4), round(statistics.stdev(pairs) / len(pairs) ** 0.5, 4))
@@ -105,19 +105,19 @@ class Lesson:
     epochs: int = training_runs.EPOCHS
 
     @property
-    def over_floor(self) -> Comparison:
+    def over_floor(self) -> LearningGain:
         """Own prediction less the floor."""
-        return Comparison.of(self.rule, self.floor.test)
+        return LearningGain.of(self.rule, self.floor.test)
 
     @property
-    def over_twin(self) -> Comparison:
+    def over_twin(self) -> LearningGain:
         """Own prediction less the own-prediction twin."""
-        return Comparison.of(self.rule, self.twin)
+        return LearningGain.of(self.rule, self.twin)
 
     @property
-    def over_chance(self) -> Comparison:
+    def over_chance(self) -> LearningGain:
         """Own prediction less chance."""
-        return Comparison.of(self.rule, [self.chance] * len(self.rule))
+        return LearningGain.of(self.rule, [self.chance] * len(self.rule))
 
     @property
     def remark(self) -> str:

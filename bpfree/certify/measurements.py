@@ -20,7 +20,7 @@ from bpfree.certify.learning import Lesson, learn_lesson
 from bpfree.certify.loop import Loop
 from bpfree.certify.pace import CLOCK, measure_time
 from bpfree.certify.probe import MOST_PHASES, PLAIN, Moment, Probe, Sampling
-from bpfree.certify.reverse import OWN, Execution, observed
+from bpfree.certify.reverse import OWN, ObservedSteps, observed
 from bpfree.certify.subject import Specimen, Subject, batches
 from bpfree.rule import Rule, Traits
 from bpfree.step import Batch, Step
@@ -48,11 +48,11 @@ class Observation:
     """
 
     moments: list[Moment]
-    steps: list[Execution]
+    steps: list[ObservedSteps]
 
-    def total(self) -> Execution:
+    def total(self) -> ObservedSteps:
         """All steps together."""
-        whole = Execution()
+        whole = ObservedSteps()
         for step in self.steps:
             whole.merge(step)
         return whole
@@ -74,8 +74,8 @@ class Observation:
         """The passes; ``None`` where the operations do not agree with them."""
         return None if self.disagreement() else self.passes()
 
-    def _by_phase(self) -> Iterable[list[Execution]]:
-        phases: dict[str, list[Execution]] = {}
+    def _by_phase(self) -> Iterable[list[ObservedSteps]]:
+        phases: dict[str, list[ObservedSteps]] = {}
         for moment, step in zip(self.moments, self.steps, strict=True):
             phases.setdefault(moment.phase, []).append(step)
         return phases.values()
@@ -197,7 +197,7 @@ class Measurements:
         return {kind: self._observe(kind) for kind in self.kinds}
 
     def _observe(self, kind: str) -> Observation:
-        steps: list[Execution] = []
+        steps: list[ObservedSteps] = []
 
         @contextmanager
         def watch(rule: Rule, batch: Batch, step: Step) -> Iterator[None]:

@@ -27,7 +27,7 @@ from bpfree.rule import Rule
 from bpfree.step import Batch, Step
 from bpfree.training.operations import counted_operations
 
-__all__ = ["Execution", "ReverseCall", "observed", "place_of_caller"]
+__all__ = ["ObservedSteps", "ReverseCall", "observed", "place_of_caller"]
 
 PRODUCTS = {
     *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "addr"),
@@ -59,7 +59,7 @@ class ReverseCall:
 
 
 @dataclass
-class Execution:
+class ObservedSteps:
     """What the observed steps did.
 
     Attributes:
@@ -103,7 +103,7 @@ class Execution:
         one_pass = sum(operations * self.examples / rows[name] for name, operations in self.work.forward.items())
         return disagreement(self.work, one_pass, most, forward_mode=self.forward_mode > 0)
 
-    def merge(self, other: Execution) -> None:
+    def merge(self, other: ObservedSteps) -> None:
         """Add another step's."""
         self.calls += other.calls
         self.forward_mode += other.forward_mode
@@ -115,10 +115,10 @@ class Execution:
 
 
 @contextmanager
-def observed(rule: Rule, batch: Batch, step: Step) -> Iterator[Execution]:
+def observed(rule: Rule, batch: Batch, step: Step) -> Iterator[ObservedSteps]:
     """Observe one ``learn``; the result is complete at the end."""
-    result = Execution(examples=len(batch), steps=1)
-    watch = _Watch(rule, result)
+    result = ObservedSteps(examples=len(batch), steps=1)
+    watch = _ReverseWatch(rule, result)
     names = {id(block): name for name, block in rule.network.blocks.items()}
     with ExitStack() as stack:
         stack.enter_context(_hooked_outputs(names, watch))
@@ -134,10 +134,10 @@ def observed(rule: Rule, batch: Batch, step: Step) -> Iterator[Execution]:
     watch.finish()
 
 
-class _Watch(TorchDispatchMode):
+class _ReverseWatch(TorchDispatchMode):
     """Attributes every operation."""
 
-    def __init__(self, rule: Rule, result: Execution) -> None:
+    def __init__(self, rule: Rule, result: ObservedSteps) -> None:
         super().__init__()
         self._result = result
         self._owners: dict[int, tuple[str, str, Tensor]] = {}
@@ -298,7 +298,7 @@ class _Identity(torch.autograd.Function):
 
 
 @contextmanager
-def _hooked_outputs(names: dict[int, str], watch: _Watch) -> Iterator[None]:
+def _hooked_outputs(names: dict[int, str], watch: _ReverseWatch) -> Iterator[None]:
     """Through torch's hook for all modules, because rules may treat modules with hooks of their own differently."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -319,7 +319,7 @@ def _hooked_outputs(names: dict[int, str], watch: _Watch) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked_parameters(rule: Rule, watch: _Watch) -> Iterator[None]:
+def _hooked_parameters(rule: Rule, watch: _ReverseWatch) -> Iterator[None]:
     blocks = {id(p): name for name, block in rule.network.blocks.items() for p in block.parameters()}
 
     def hook(name: str) -> Callable[[Tensor], None]:

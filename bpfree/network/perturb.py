@@ -23,11 +23,11 @@ from bpfree.network.forward_mode import Products, differentiable_attention, dual
 from bpfree.network.sequential_jvp import Chain
 from bpfree.network.sites import Site
 
-__all__ = ["Execution", "Perturber", "frozen_statistics", "mixes_by_batch_norm"]
+__all__ = ["PerturbedPass", "Perturber", "frozen_statistics", "mixes_by_batch_norm"]
 
 
 @dataclass
-class Execution:
+class PerturbedPass:
     """What one perturbed execution gave, for K directions on N examples.
 
     Attributes:
@@ -69,7 +69,7 @@ class Perturber:
         record: Collection[str] = (),
         mask: bool = True,
         together: bool = True,
-    ) -> Execution:
+    ) -> PerturbedPass:
         """Execute once, with the derivative along K directions.
 
         Args:
@@ -88,7 +88,7 @@ class Perturber:
             return self._plain(x, record)
         at_once = directions == 1 or (together and not mixes_by_batch_norm(self.module))
         if at_once and self._chain is not None and self._chain.fits(sites, weights, record):
-            return Execution(*self._chain.execute(x, sites, noise, weights, record, mask))
+            return PerturbedPass(*self._chain.execute(x, sites, noise, weights, record, mask))
         if directions == 1:
             return self._once(x, sites, noise, weights, record, mask, 0)
         if at_once:
@@ -96,9 +96,9 @@ class Perturber:
         results = _repeated(self.module, x, lambda k: self._once(x, sites, noise, weights, record, mask, k), directions)
         tangent = torch.cat([result.tangent for result in results if result.tangent is not None])
         used = [torch.cat(parts) for parts in zip(*(result.noise for result in results), strict=True)]
-        return Execution(results[0].output, tangent, results[0].inputs, used)
+        return PerturbedPass(results[0].output, tangent, results[0].inputs, used)
 
-    def execute_per_example(self, x: Tensor, weights: Mapping[str, Tensor], *, record: Collection[str] = ()) -> Execution:
+    def execute_per_example(self, x: Tensor, weights: Mapping[str, Tensor], *, record: Collection[str] = ()) -> PerturbedPass:
         """Like :meth:`execute` along parameters, with a direction of its own for each example.
 
         Args:
@@ -128,17 +128,17 @@ class Perturber:
             batched = vmap(one, in_dims=(0, 0), randomness="different")
             each: Any = vmap(batched, in_dims=(None, 0), out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
             tangent, (output, inputs) = each(x, dict(weights))
-        return Execution(output, tangent, inputs, [])
+        return PerturbedPass(output, tangent, inputs, [])
 
     def _values(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.module.get_parameter(name).detach() for name in weights}
 
-    def _plain(self, x: Tensor, record: Collection[str]) -> Execution:
+    def _plain(self, x: Tensor, record: Collection[str]) -> PerturbedPass:
         if self._chain is not None and self._chain.fits((), (), record):
-            return Execution(*self._chain.execute(x, (), (), {}, record, mask=False))
+            return PerturbedPass(*self._chain.execute(x, (), (), {}, record, mask=False))
         inputs: dict[str, Tensor] = {}
         with torch.no_grad(), self._hooked((), _unchanged, record, inputs.__setitem__):
-            return Execution(self.module(x), None, inputs, [])
+            return PerturbedPass(self.module(x), None, inputs, [])
 
     def _once(
         self,
@@ -149,7 +149,7 @@ class Perturber:
         record: Collection[str],
         mask: bool,
         k: int,
-    ) -> Execution:
+    ) -> PerturbedPass:
         """Along direction k alone, by dual numbers."""
         used = [n[k : k + 1] for n in noise]
         inputs: dict[str, Tensor] = {}
@@ -170,7 +170,7 @@ class Perturber:
             duals = {name: forward_ad.make_dual(value, weights[name][k]) for name, value in self._values(weights).items()}
             moved = functional_call(self.module, duals, (x,)) if duals else self.module(x)
             output, tangent = forward_ad.unpack_dual(moved)
-        return Execution(output, (torch.zeros_like(output) if tangent is None else tangent).unsqueeze(0), inputs, used)
+        return PerturbedPass(output, (torch.zeros_like(output) if tangent is None else tangent).unsqueeze(0), inputs, used)
 
     def _together(
         self,
@@ -180,7 +180,7 @@ class Perturber:
         weights: Mapping[str, Tensor],
         record: Collection[str],
         mask: bool,
-    ) -> Execution:
+    ) -> PerturbedPass:
         """Along all directions at once: the output is computed once, and only derivatives are batched."""
         parameters = self._values(weights)
         zeros = [torch.zeros(n.shape[1:], dtype=n.dtype, device=n.device) for n in noise]
@@ -205,7 +205,7 @@ class Perturber:
             each: Any = vmap(along, out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
             tangent, (output, inputs, active) = each(list(noise), dict(weights))
         used = [where_active(n, active[i]) if i in active else n for i, n in enumerate(noise)]
-        return Execution(output, tangent, inputs, used)
+        return PerturbedPass(output, tangent, inputs, used)
 
     @contextmanager
     def _hooked(
@@ -249,7 +249,7 @@ def _unchanged(index: int, value: Tensor) -> Tensor:
     return value
 
 
-def _repeated(module: nn.Module, x: Tensor, run: Callable[[int], Execution], times: int) -> list[Execution]:
+def _repeated(module: nn.Module, x: Tensor, run: Callable[[int], PerturbedPass], times: int) -> list[PerturbedPass]:
     """Execute several times as if once: the same dropout masks, running statistics updated once."""
     devices = [x.device] if x.is_cuda else []
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]

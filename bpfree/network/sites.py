@@ -90,7 +90,7 @@ class _Tensor:
 
 
 @dataclass
-class _Watch(TorchFunctionMode):
+class _SiteWatch(TorchFunctionMode):
     """Records the linear maps' outputs and their consumers during one execution.
 
     Attributes:
@@ -196,7 +196,7 @@ def find_sites(module: nn.Module, x: Tensor, *, final: bool = True) -> Sites:
         x: (N, ...) an input; two examples do, if no other axis that is moved to the front is as long.
         final: whether a linear map that makes the module's output is set apart, as ``Sites.final``, instead of being a site.
     """
-    watch = _Watch(len(x), _owners(module))
+    watch = _SiteWatch(len(x), _owners(module))
     with torch.no_grad(), _rehearsing(module, x), _watched(module, watch), watch:
         output = module(x)
     end, last = watch.end(output), None
@@ -242,7 +242,7 @@ def _rehearsing(module: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(module: nn.Module, watch: _Watch) -> Iterator[None]:
+def _watched(module: nn.Module, watch: _SiteWatch) -> Iterator[None]:
     """Reports each call of a known module to the watch."""
     shared = _shared(module)
     watch.odd |= {path for key, paths in watch.owners.items() if key in shared for path in paths}
@@ -258,7 +258,7 @@ def _watched(module: nn.Module, watch: _Watch) -> Iterator[None]:
             handle.remove()
 
 
-def _resolve(watch: _Watch) -> Iterator[Site]:
+def _resolve(watch: _SiteWatch) -> Iterator[Site]:
     """A site for each linear map that is executed once, as late before the nonlinearity as its consumers allow."""
     chosen: list[tuple[int, Site]] = []
     covered: set[str] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Artifact", "End", "Message", "Metrics", "Opening", "Tags", "Text"]
+__all__ = ["Artifact", "End", "Message", "Metrics", "Opening", "Tags", "TextArtifact"]
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Artifact:
 
 
 @dataclass
-class Text:
+class TextArtifact:
     """A small file to write in the store."""
 
     name: str
@@ -62,4 +62,4 @@ class End:
     time: int
 
 
-Message = Metrics | Tags | Artifact | Text | End
+Message = Metrics | Tags | Artifact | TextArtifact | End

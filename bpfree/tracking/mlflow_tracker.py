@@ -26,7 +26,7 @@ from bpfree.record.log import Event
 from bpfree.redaction import redact
 from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig, sqlite_file
-from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, Text
+from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, TextArtifact
 from bpfree.tracking.store import RUN_TAG, Store
 from bpfree.tracking.tracker import RefusedError, Tracker, measured
 
@@ -173,7 +173,7 @@ class MLflowTracker(Tracker):
         resumed = self._run is not None and self._run.resumed
         yield Tags({"status": event["status"]} | ({"reason": event["reason"]} if event["reason"] or resumed else {}))
         if self.config.artifacts:
-            yield Text("environment.json", json.dumps(self._environment, indent=2) + "\n")
+            yield TextArtifact("environment.json", json.dumps(self._environment, indent=2) + "\n")
             if self.folder.config.is_file():
                 yield Artifact(self.folder.config, "")
         if self.config.checkpoint:

@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 from bpfree.errors import UsageError
 from bpfree.redaction import redact, redact_logs
 from bpfree.tracking.config import sqlite_file, sqlite_uri
-from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, Text
+from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, TextArtifact
 from bpfree.tracking.tracker import RefusedError
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ class Store:
             for event in events:
                 if isinstance(event, Artifact):
                     self._upload(client, run_id, event)
-                elif isinstance(event, Text):
+                elif isinstance(event, TextArtifact):
                     client.log_text(run_id, event.text, event.name)
                 elif isinstance(event, End):
                     client.set_terminated(run_id, event.status, end_time=event.time)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bpfree.network.perturb import Execution, Perturber
+from bpfree.network.perturb import PerturbedPass, Perturber
 from bpfree.network.sequential_jvp import Chain
 from bpfree.network.sites import find_sites
 
@@ -41,7 +41,7 @@ class Wrapped(nn.Module):
         return result
 
 
-def run(module: nn.Module, directions: int, kind: str, mask: bool, prefix: str, device: torch.device) -> Execution:
+def run(module: nn.Module, directions: int, kind: str, mask: bool, prefix: str, device: torch.device) -> PerturbedPass:
     torch.manual_seed(0)
     x = torch.randn(5, 6, dtype=torch.float64, device=device)
     sites = find_sites(module, x, final=False).sites if kind != "weights" else ()

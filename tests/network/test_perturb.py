@@ -15,7 +15,7 @@ from torch.func import functional_call, jvp
 
 from bpfree import UsageError
 from bpfree.network.forward_mode import Products
-from bpfree.network.perturb import Execution, Perturber, frozen_statistics, mixes_by_batch_norm
+from bpfree.network.perturb import PerturbedPass, Perturber, frozen_statistics, mixes_by_batch_norm
 from bpfree.network.sites import Site, find_sites
 
 N, K = 4, 3
@@ -507,7 +507,7 @@ def test_products_equal_torch_s_own(name: str, moving: int, device: torch.device
 def test_an_execution_is_a_plain_one_without_directions(device: torch.device) -> None:
     module, x, _ = prepared("mlp", device)
     found = Perturber(module).execute(x)
-    assert isinstance(found, Execution)
+    assert isinstance(found, PerturbedPass)
     assert found.tangent is None
     assert not found.output.requires_grad
     torch.testing.assert_close(found.output, functional_call(module, dict(module.named_parameters()), (x,)).detach())

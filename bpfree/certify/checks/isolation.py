@@ -39,7 +39,7 @@ PERMUTATIONS, STANDARD_ERRORS = 3, 4
 
 
 @dataclass(frozen=True)
-class Recorder(TaskSpec):
+class RecordingSpec(TaskSpec):
     """A task's spec that keeps the scores that are compared with targets; no frame is added between evaluation and rule."""
 
     scores: list[Tensor] = field(default_factory=list, compare=False)
@@ -71,7 +71,7 @@ def _permuted(splits: list[Split]) -> Iterator[None]:
 def _predictions(m: Measurements, rule: Rule, task: Task) -> list[Tensor]:
     """All scores of an evaluation of the validation and the test split, as a run makes it."""
     setup = training_runs.trainer(m.subject, task, rule=rule).setup
-    spec, recorder = rule.spec, Recorder(**{item.name: getattr(rule.spec, item.name) for item in fields(TaskSpec)})
+    spec, recorder = rule.spec, RecordingSpec(**{item.name: getattr(rule.spec, item.name) for item in fields(TaskSpec)})
     rule.spec = recorder
     try:
         evaluator = Evaluator(replace(setup, task=replace(task, spec=recorder)))

@@ -152,7 +152,7 @@ class _ToHost(TorchFunctionMode):
             self.harmless = False
 
 
-class _Watch:
+class _StepWatch:
     """What makes the host wait, each with its line.
 
     Attributes:
@@ -181,7 +181,7 @@ def _is_mask(indices: Sequence[Tensor | None]) -> bool:
 def no_host_sync(m: Measurements) -> str | None:
     """Operations in ``learn``, from each phase's third step on, that would make the host wait for a GPU; the optimiser's do not count."""
     rule = m.build()
-    loop, watch = Loop(rule), _Watch(type(rule))
+    loop, watch = Loop(rule), _StepWatch(type(rule))
     for turn, batch in numbered(loop, _batches(m, 4), each=WARM + 2):
         with watch.watching() if turn >= WARM else nullcontext():
             rule.learn(batch, loop.step)

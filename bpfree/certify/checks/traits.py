@@ -10,7 +10,7 @@ from bpfree.certify.findings import CheckFailed, Unmeasured
 from bpfree.certify.interventions import Matrix, name_of_dependence
 from bpfree.certify.measurements import DEPENDENCES, SPECIMENS, Measurements
 from bpfree.certify.probe import Probe
-from bpfree.certify.reverse import Execution
+from bpfree.certify.reverse import ObservedSteps
 from bpfree.rule import Rule
 from bpfree.step import Batch, Step
 
@@ -55,8 +55,8 @@ def _place(m: Measurements, kind: str, pair: tuple[str, str] | None, matrix: Mat
     return "; ".join(parts)
 
 
-def _crossing(execution: Execution, pair: tuple[str, str]) -> str:
-    return next((call.where for call in execution.calls if set(pair) <= call.blocks), "")
+def _crossing(observed_steps: ObservedSteps, pair: tuple[str, str]) -> str:
+    return next((call.where for call in observed_steps.calls if set(pair) <= call.blocks), "")
 
 
 def _downstream(m: Measurements) -> str | None:
@@ -103,9 +103,9 @@ def _declared(measured: int, matrix: Matrix) -> str:
 def _reverse_span(m: Measurements) -> str | None:
     """Equal; and nothing in reverse mode that belongs to no block."""
     for kind, observation in m.observations.items():
-        execution, declared = observation.total(), m.traits(kind).reverse_span
-        if execution.unattributed:
-            call = execution.unattributed[0]
+        observed_steps, declared = observation.total(), m.traits(kind).reverse_span
+        if observed_steps.unattributed:
+            call = observed_steps.unattributed[0]
             raise CheckFailed(
                 f"unattributed reverse mode: {call.products} matrix products in a reverse-mode call that reaches no block and no parameter "
                 "of the rule",
@@ -114,18 +114,18 @@ def _reverse_span(m: Measurements) -> str | None:
             )
         count = len(observation.moments[0].updates)
         expected = count if declared == "all" else min(int(declared), count)
-        if execution.span != expected:
-            raise _wrong_span(m, execution, declared, expected, kind)
+        if observed_steps.span != expected:
+            raise _wrong_span(m, observed_steps, declared, expected, kind)
     return "observed on the steps of the probe, not proved"
 
 
-def _wrong_span(m: Measurements, execution: Execution, declared: int | str, expected: int, kind: str) -> CheckFailed:
-    widest = execution.widest
-    crossed = f" ({', '.join(sorted(widest.blocks))})" if widest and execution.span else ""
+def _wrong_span(m: Measurements, observed_steps: ObservedSteps, declared: int | str, expected: int, kind: str) -> CheckFailed:
+    widest = observed_steps.widest
+    crossed = f" ({', '.join(sorted(widest.blocks))})" if widest and observed_steps.span else ""
     return CheckFailed(
-        f"it declares reverse_span={declared!r}, but its widest reverse-mode call crosses {execution.span} blocks{crossed}",
-        where=f"{widest.where if widest and execution.span > expected else _declaration(m)}; {kind} network",
-        fix=f"declare reverse_span={_span_word(execution.span, m, kind)}, or mend the rule",
+        f"it declares reverse_span={declared!r}, but its widest reverse-mode call crosses {observed_steps.span} blocks{crossed}",
+        where=f"{widest.where if widest and observed_steps.span > expected else _declaration(m)}; {kind} network",
+        fix=f"declare reverse_span={_span_word(observed_steps.span, m, kind)}, or mend the rule",
     )
 
 

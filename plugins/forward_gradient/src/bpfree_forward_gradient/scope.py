@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from bpfree.errors import UsageError
 from bpfree.network.closed_form import input_gradient, norm_parameter_gradients, output_rows, parameter_gradients
-from bpfree.network.perturb import Execution, Perturber, frozen_statistics, mixes_by_batch_norm
+from bpfree.network.perturb import PerturbedPass, Perturber, frozen_statistics, mixes_by_batch_norm
 from bpfree.network.reach import Reach, channel_axis, probe
 from bpfree.network.sites import Site, Source, find_sites
 from bpfree_forward_gradient.losses import Head, own_derivatives, spread
@@ -199,7 +199,7 @@ class Scope:
 class Pass:
     """One perturbed execution of a scope, waiting for the cotangent of its output."""
 
-    def __init__(self, scope: Scope, execution: Execution, active: list[int], weights: dict[str, Tensor]) -> None:
+    def __init__(self, scope: Scope, execution: PerturbedPass, active: list[int], weights: dict[str, Tensor]) -> None:
         self._scope, self._execution, self._active, self._weights = scope, execution, active, weights
         self.output = execution.output
 
