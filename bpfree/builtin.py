@@ -6,10 +6,11 @@ from pathlib import Path
 
 from bpfree import baselines, hooks
 from bpfree.kinds import Maker
+from bpfree.metric import Metric
 from bpfree.network import builders, torchvision_models
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
-from bpfree.tasks import arrays, augment, protocols, vision
+from bpfree.tasks import arrays, augment, metrics, protocols, vision
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.task import DataSource
 
@@ -49,6 +50,11 @@ def bpfree_tasks() -> dict[str, DataSource]:
 @hooks.hookimpl
 def bpfree_augmentations() -> dict[str, augment.Augmentation]:
     return {"flip": augment.FLIP, "crop": augment.CROP}
+
+
+@hooks.hookimpl
+def bpfree_metrics() -> dict[str, Metric]:
+    return dict(metrics.BUILT_IN)
 
 
 @hooks.hookimpl

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bpfree.kinds import Maker
+    from bpfree.metric import Metric
     from bpfree.network.builders import NetworkBuilder
     from bpfree.rule import Rule
     from bpfree.run import Run
@@ -90,6 +91,11 @@ def bpfree_augmentations() -> Mapping[str, Augmentation]:  # type: ignore[empty-
 @hookspec
 def bpfree_protocols() -> Mapping[str, EvaluationProtocol]:  # type: ignore[empty-body]
     """Protocols that score features by name, switched on with ``evaluation.protocols=[name]``."""
+
+
+@hookspec
+def bpfree_metrics() -> Mapping[str, Metric]:  # type: ignore[empty-body]
+    """Metrics of predictions by name, switched on with ``evaluation.metrics=[name]``."""
 
 
 @hookspec

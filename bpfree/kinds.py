@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+from bpfree.metric import Metric
 from bpfree.network.builders import NetworkBuilder
 from bpfree.options import NoOptions, describe
 from bpfree.rule import Card, Rule
@@ -68,6 +69,7 @@ TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "networks": ((NetworkBuilder,), "a NetworkBuilder, whose Config is a dataclass"),
     "tasks": ((DataSource,), "a DataSource, whose Config is a dataclass"),
     "augmentations": ((Augmentation,), "an Augmentation"),
+    "metrics": ((Metric,), "a bpfree.Metric that can be measured (with begin)"),
     "protocols": ((EvaluationProtocol,), "an EvaluationProtocol"),
     "studies": ((str, PathLike), "a path"),
 }
@@ -84,6 +86,8 @@ def misfit(kind: str, thing: Any) -> str:
         return "" if isinstance(thing, Maker) and thing.is_sound else "a bpfree.Maker of something callable, or of its address, module:name"
     if kind == "diagnostics":
         return "" if callable(thing) else "a factory of observers"
+    if kind == "metrics" and isinstance(thing, Metric) and thing.begin is None:
+        return TYPES[kind][1]
     types, meaning = TYPES[kind]
     return "" if isinstance(thing, types) and _has_options(thing) else meaning
 

@@ -26,7 +26,19 @@ __all__ = ["PluginIndex", "PluginRecord", "Plugins", "installed_plugins", "plugi
 
 logger = logging.getLogger("bpfree")
 
-KINDS = ("rules", "networks", "tasks", "augmentations", "protocols", "diagnostics", "presets", "studies", "trackers", "executors")
+KINDS = (
+    "rules",
+    "networks",
+    "tasks",
+    "augmentations",
+    "metrics",
+    "protocols",
+    "diagnostics",
+    "presets",
+    "studies",
+    "trackers",
+    "executors",
+)
 Status = Literal["ok", "broken", "incompatible", "disabled"]
 
 

@@ -239,6 +239,9 @@ class Resolver:
         for name in settings.evaluation.protocols:
             self._named("protocols", name, "evaluation.protocols")
             self._protocol_fits(name, spec)
+        for name in settings.evaluation.metrics:
+            self._named("metrics", name, "evaluation.metrics")
+            self._metric_fits(name, spec)
         for name in settings.diagnostics:
             self._named("diagnostics", name, "diagnostics")
         for name in settings.tracking.to if settings.tracking.enabled else ():
@@ -266,6 +269,12 @@ class Resolver:
             if spec.targets not in kinds:
                 known = " or ".join(kinds)
                 self.problems.append(f"evaluation.protocols: {name} scores {known}, but task {spec.name!r} has {spec.targets!r} targets")
+
+    def _metric_fits(self, name: str, spec: TaskSpec) -> None:
+        kinds = self.registry.get("metrics", name).kinds if name in self.registry.names("metrics") else ()
+        if kinds and spec.targets not in kinds:
+            known = " or ".join(kinds)
+            self.problems.append(f"evaluation.metrics: {name} is of {known}, but task {spec.name!r} has {spec.targets!r} targets")
 
     def _stop_if_problems(self) -> None:
         if self.problems:

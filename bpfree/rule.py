@@ -32,7 +32,7 @@ from bpfree.network.split import split
 from bpfree.network.trace import Trace, Traces
 from bpfree.options import NoOptions, OptimizerConfig
 from bpfree.step import Batch, Budget, Phase, Step
-from bpfree.tasks.task import Split, TaskSpec
+from bpfree.tasks.task import Examples, TaskSpec
 
 __all__ = ["Broadcast", "Card", "Rule", "Streamed", "Traits", "always"]
 
@@ -270,7 +270,7 @@ class Rule(nn.Module, ABC):
         for name in self.network.hidden:
             self.network.blocks[name].requires_grad_(False)
 
-    def prepare(self, data: Split, generator: torch.Generator) -> None:
+    def prepare(self, data: Examples, generator: torch.Generator) -> None:
         """See the training split once before training, for data-dependent initialisation: fill, never create.
 
         Args:
@@ -278,7 +278,7 @@ class Rule(nn.Module, ABC):
             generator: the rule's stream, on the run's device.
         """
 
-    def calibrate(self, data: Split, generator: torch.Generator) -> dict[str, float]:
+    def calibrate(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
         """Choose on the validation split what is neither weight nor setting: a threshold, a temperature, a number of steps.
 
         Called once, after training and before the test, with the weights that will be tested, in eval mode under ``no_grad``; not at all

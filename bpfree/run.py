@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from bpfree.metric import ACCURACY, LOSS, Metric, metric_of, metrics_from
+
 __all__ = ["ReadOnly", "Run", "RunView", "new_run_id"]
 
 Status = Literal["created", "running", "finished", "diverged", "interrupted", "failed"]
@@ -40,6 +42,8 @@ class Run:
         result: metrics of the end: ``test/accuracy``, ``train/seconds`` and so on.
         artifacts: files in the folder that observers made or that belong to the run, by name.
         tracking: where trackers have the run, such as its identifier in MLflow.
+        metrics: what its predictions are scored by: direction and unit by name, first the one to choose by
+            (:func:`bpfree.metric.metrics_from`).
     """
 
     id: str
@@ -57,6 +61,25 @@ class Run:
     result: dict[str, float] = field(default_factory=dict)
     artifacts: dict[str, Path] = field(default_factory=dict)
     tracking: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def measures(self) -> dict[str, Metric]:
+        """The metrics by name, first the one to choose by; of a run that does not say them, those that it has numbers of."""
+        found = metrics_from(self.metrics)
+        if found:
+            return found
+        keys = {key.rsplit("/", 1)[-1] for key in (*self.result, *(self.history[-1] if self.history else ()))}
+        return {metric.name: metric for metric in (ACCURACY, LOSS) if metric.name in keys} or {ACCURACY.name: ACCURACY}
+
+    @property
+    def primary(self) -> Metric:
+        """The metric that the run is judged by."""
+        return next(iter(self.measures.values()))
+
+    def metric(self, key: str) -> Metric:
+        """Find the metric that a key of the result or the history is about."""
+        return metric_of(key, self.measures)
 
 
 class ReadOnly(dict[str, Any]):
@@ -101,7 +124,7 @@ def _seen(name: str) -> Callable[[RunView], Any]:
         value = getattr(view.__dict__["_run"], name)
         if name == "history":
             return [ReadOnly(metrics) for metrics in value]
-        if name in ("config", "tags", "result"):
+        if name in ("config", "tags", "result", "metrics"):
             return ReadOnly(copy.deepcopy(value))
         return value
 

@@ -13,7 +13,7 @@ from bpfree.certify.subject import Specimen, Subject
 from bpfree.rule import Rule
 from bpfree.run import Run
 from bpfree.tasks.digits import DIGITS
-from bpfree.tasks.task import Split, Task, TaskSpec
+from bpfree.tasks.task import Examples, Task, TaskSpec
 from bpfree.training.alignment import AlignmentConfig
 from bpfree.training.config import BudgetConfig, CheckpointConfig, EvaluationConfig, TrainConfig
 from bpfree.training.trainer import Trainer
@@ -35,7 +35,7 @@ def digits() -> Task:
 def cut(task: Task, examples: int) -> Task:
     """The task with the first examples of its training split, and an eighth as many of its others."""
 
-    def first(split: Split | None, count: int) -> Split | None:
+    def first(split: Examples | None, count: int) -> Examples | None:
         return None if split is None else split.subset(torch.arange(min(count, len(split))))
 
     few = max(40, examples // 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from torch.autograd import forward_ad
 from bpfree.errors import BpfreeError, UsageError, unknown_name
 from bpfree.network.forward_mode import prepare
 from bpfree.network.trace import Trace, Traces, run_block
-from bpfree.tasks.check import has_own_loss
-from bpfree.tasks.spec import TaskSpec
+from bpfree.tasks.spec import TaskSpec, has_own_loss
+from bpfree.tasks.trees import leaves, move
 
 __all__ = ["Network", "check_readout", "evaluating"]
 
@@ -30,6 +31,7 @@ class Network(nn.Module):
         readout: name of the block that makes the scores; it must be the last. ``None``: the network has none.
         chain: whether each block takes the previous one's output, and nothing else. Networks that are no chain are
             executed by their rule, block by block.
+        example: inputs of one example (1, ...) for the dry run, where they are no single tensor of real numbers: ``spec.example(1)``.
 
     Attributes:
         shapes: shape of each block's output without the batch axis, from a dry run in eval mode (chains only).
@@ -46,6 +48,7 @@ class Network(nn.Module):
         input_shape: Sequence[int],
         readout: str | None = None,
         chain: bool = True,
+        example: Any = None,
     ) -> None:
         super().__init__()
         names = list(blocks)
@@ -58,7 +61,7 @@ class Network(nn.Module):
         self.readout = readout
         self.chain = chain
         self.input_shape = torch.Size(input_shape)
-        self.shapes: dict[str, torch.Size] = self._dry_run() if chain else {}
+        self.shapes: dict[str, torch.Size] = self._dry_run(example) if chain else {}
 
     @property
     def names(self) -> list[str]:
@@ -75,28 +78,29 @@ class Network(nn.Module):
         """Of its inputs: that of its first floating-point parameter; float32 where it has none."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
 
-    def _dry_run(self) -> dict[str, torch.Size]:
+    def _dry_run(self, example: Any) -> dict[str, torch.Size]:
         shapes = {}
         device, dtype = next((p.device for p in self.parameters()), torch.device("cpu")), self.dtype
         with torch.inference_mode(False), torch.no_grad(), evaluating(self):  # versions are looked at
-            x = torch.zeros(1, *self.input_shape, device=device, dtype=dtype)
+            x = torch.zeros(1, *self.input_shape, device=device, dtype=dtype) if example is None else move(example, device)
             for name, block in self.blocks.items():
-                version = x._version
+                versions = [leaf._version for leaf in leaves(x)]
                 try:
                     y = block(x)
                 except (RuntimeError, ValueError, TypeError, IndexError) as error:
                     raise UsageError(
-                        f"block {name!r} cannot take an input of shape {tuple(x.shape[1:])}",
+                        f"block {name!r} cannot take an input of shape {_shapes(x)}",
                         where=f"{type(error).__name__}: {str(error).splitlines()[0]}",
                         fix="choose a network that fits the task's inputs, or change its sizes",
                     ) from error
-                if x._version != version:
+                if [leaf._version for leaf in leaves(x)] != versions:
                     raise UsageError(
                         f"block {name!r} overwrites its input in place, which would corrupt its neighbour's output",
                         fix="set inplace=False on its first operation, or cut the blocks elsewhere",
                     )
                 x = y
-                shapes[name] = x.shape[1:]
+                if isinstance(x, Tensor):
+                    shapes[name] = x.shape[1:]
         return shapes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,15 +211,25 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
+def _shapes(tree: Any) -> str:
+    return " and ".join(str(tuple(leaf.shape[1:])) for leaf in leaves(tree))
+
+
 def check_readout(network: Network, spec: TaskSpec) -> None:
     """Refuse a readout whose outputs are not those of the task (a spec with a loss of its own decides that itself)."""
     shape = network.shapes.get(network.readout or "")
     if shape is None or spec.targets == "none" or has_own_loss(spec):
         return
-    fits = shape.numel() == spec.outputs if spec.targets == "real" else tuple(shape) == (spec.outputs,)
+    if spec.targets == "tokens":
+        fits = len(shape) > 1 and shape[-1] == spec.outputs
+    elif spec.targets == "real" and spec.output_shape is None:
+        fits = shape.numel() == spec.outputs
+    else:
+        fits = tuple(shape) == spec.output_size
     if not fits:
+        wanted = spec.outputs if spec.output_size == (spec.outputs,) else spec.output_size
         raise UsageError(
-            f"the readout {network.readout!r} gives outputs of shape {tuple(shape)}, but the task has {spec.outputs}",
+            f"the readout {network.readout!r} gives outputs of shape {tuple(shape)}, but the task has {wanted}",
             where=f"task {spec.name}, targets={spec.targets!r}",
             fix=f"build the network with {spec.outputs} outputs, or correct the spec",
         )

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from bpfree.errors import UsageError
 
 __all__ = ["Trace", "Traces", "run_block"]
 
@@ -74,7 +77,11 @@ class Traces(list[Trace]):
 
 def run_block(index: int, name: str, block: nn.Module, x: Any, *, input_grad: bool = False) -> Trace:
     """Execute a block on a detached input and return its trace."""
-    x = x.detach()
+    x = x.detach() if isinstance(x, Tensor) else tree_map(torch.detach, x)
     if input_grad:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise UsageError(
+                f"the input of block {name!r} is no tensor of real numbers, so it has no derivative", fix="begin at a later block"
+            )
         x.requires_grad_()
     return Trace(index, name, block, x, block(x))

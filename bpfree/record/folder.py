@@ -206,6 +206,7 @@ def read_events(events: Iterable[Event]) -> Run | None:
                     epoch=int(event["epoch"]),
                     history=[metrics for metrics in before if metrics["epoch"] <= event["epoch"]],
                     artifacts={} if run is None else run.artifacts,
+                    metrics=dict(event.get("metrics", {})),
                 )
             elif run is not None:
                 _take(run, event)

@@ -2,8 +2,8 @@
 
 Every line has ``event`` and ``time`` (milliseconds since 1970), and
 
-``begin``      ``format``, ``id``, ``name``, ``config``, ``tags``, ``total_epochs``, ``resumed``, ``epoch``: training begins, or is resumed
-               after this epoch; epochs that an earlier session had completed beyond it are computed again, and no longer count
+``begin``      ``format``, ``id``, ``name``, ``config``, ``tags``, ``total_epochs``, ``resumed``, ``epoch``, ``metrics``: it begins, or
+               is resumed after this epoch; epochs that an earlier session had completed beyond it are computed again, and no longer count
 ``epoch``      ``epoch``, ``metrics``: of a pass over the training split
 ``progress``   ``step``, ``metrics``: means of the steps since the last such line
 ``system``     ``metrics``: use of processors, memory, disk, network and GPUs

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from bpfree.hooks import hookimpl
 from bpfree.record.environment import environment
@@ -69,8 +69,10 @@ class Recorder:
         self._folder = RunFolder(run.folder)
         self._log, self._noted, self._looked = self._folder.log, {}, time.monotonic()
         self._log.open()
-        config, about = redacted(run.config), {"total_epochs": run.total_epochs, "resumed": run.resumed, "epoch": run.epoch}
-        self._log.append("begin", format=FORMAT, id=run.id, name=run.name, config=config, tags=run.tags, environment=environment(), **about)
+        config: dict[str, Any] = redacted(run.config)
+        about: dict[str, Any] = {"total_epochs": run.total_epochs, "resumed": run.resumed, "epoch": run.epoch}
+        about |= {"metrics": run.metrics, "environment": environment()}
+        self._log.append("begin", format=FORMAT, id=run.id, name=run.name, config=config, tags=run.tags, **about)
         self._reading = []
         try:
             for reader in self._readers:

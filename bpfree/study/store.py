@@ -26,7 +26,7 @@ __all__ = ["SHARE", "CellKey", "CellRecord", "CellStore"]
 
 Status = Literal["running", "interrupted", "finished", "diverged", "failed", "timeout", "refused"]
 
-ABOUT = ("result", "history", "tags", "tracking")
+ABOUT = ("result", "history", "tags", "tracking", "metrics")
 """What a record keeps of a run whose folder is not on this machine."""
 
 OWNER = "study-file"

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from bpfree.errors import UsageError
-from bpfree.tasks.spec import Split, TaskSpec
+from bpfree.tasks.spec import IGNORED, InputPart, TaskSpec, has_own_loss
+from bpfree.tasks.splits import Examples, Split
+from bpfree.tasks.trees import check_tree, named_leaves
 
-__all__ = ["check_inputs", "check_lengths", "check_split", "check_task", "has_own_loss", "is_whole", "listed", "not_finite"]
+__all__ = ["check_inputs", "check_lengths", "check_split", "check_task", "is_whole", "listed", "not_finite"]
 
 logger = logging.getLogger("bpfree")
 
@@ -29,6 +31,8 @@ BRIGHT = 64.0
 """Non-negative floats that reach this value and stay below 256 may be resized pictures."""
 SLACK = 0.1
 """Share of their range by which inputs may be outside of it: resizing overshoots."""
+LOOKED_AT = 64
+"""Examples that are checked where they have to be read for it, one by one."""
 SHOWN = 8
 """Labels that a message names."""
 SUM_TOLERANCE = 1e-3
@@ -39,7 +43,7 @@ SCALE_FIX = (
 Extent = tuple[float, float]
 
 
-def check_task(spec: TaskSpec, train: Split, validation: Split | None, test: Split) -> TaskSpec:
+def check_task(spec: TaskSpec, train: Examples, validation: Examples | None, test: Examples) -> TaskSpec:
     """Check the splits of a task.
 
     Args:
@@ -54,12 +58,13 @@ def check_task(spec: TaskSpec, train: Split, validation: Split | None, test: Spl
     """
     splits = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
     for name, split in splits.items():
-        if not isinstance(split, Split):
-            fix = "make it one: bpfree.Split(inputs, targets), two tensors"
+        if not isinstance(split, Examples):
+            fix = "make it one: bpfree.Split(inputs, targets), or bpfree.Task.of(train, test)"
             raise UsageError(f"the {name} split is no Split but {type(split).__name__}", where=f"task {spec.name}", fix=fix)
-        for kind, values in (("inputs", split.inputs), ("targets", split.targets)):
-            if values is not None or kind == "inputs":
-                _check_type(values, f"the {kind} of the {name} split", f"task {spec.name}")
+        if isinstance(split, Split):
+            _check_inputs_type(split.inputs, f"the inputs of the {name} split", f"task {spec.name}")
+        if split.targets is not None:
+            _check_type(split.targets, f"the targets of the {name} split", f"task {spec.name}")
     spec = _settled(spec, train)
     for name, split in splits.items():
         check_split(spec, split, name)
@@ -67,8 +72,10 @@ def check_task(spec: TaskSpec, train: Split, validation: Split | None, test: Spl
     return spec
 
 
-def check_split(spec: TaskSpec, split: Split, name: str) -> None:
+def check_split(spec: TaskSpec, split: Examples, name: str) -> None:
     """Check that a split fits a spec, and that all of its numbers are finite.
+
+    Of examples that have to be read one by one, the first 64 are looked at.
 
     Args:
         spec: the task's, or that of the task on which a rule was trained.
@@ -84,8 +91,26 @@ def check_split(spec: TaskSpec, split: Split, name: str) -> None:
         fix = "give it examples" if name != "test" else "give test examples: a run is tested once, at its end"
         raise UsageError(f"the {name} split holds no examples", where=where, fix=fix)
     check_lengths(split, f"the {name} split")
-    _check_inputs(spec, split.inputs, f"x_{name}", where)
-    _check_targets(spec, split.targets, f"y_{name}", where)
+    looked_at = _looked_at(split, f"the {name} split", f"task {spec.name}")
+    _check_inputs(spec, looked_at.inputs, f"x_{name}", where)
+    _check_targets(spec, looked_at.targets, f"y_{name}", where)
+
+
+def _looked_at(split: Examples, what: str, where: str) -> Split:
+    """The split itself, or as much of it as is read to be checked."""
+    if isinstance(split, Split):
+        return split
+    inputs, targets = split.batch(torch.arange(min(LOOKED_AT, len(split))))
+    _check_inputs_type(inputs, f"the inputs of {what}", where)
+    return Split(inputs, targets)
+
+
+def _check_inputs_type(inputs: Any, what: str, where: str) -> None:
+    if isinstance(inputs, (dict, list, tuple)):
+        if problem := check_tree(inputs):
+            raise UsageError(f"{what}: {problem}", where=where, fix="give tensors with the same first axis, the examples")
+        return
+    _check_type(inputs, what, where)
 
 
 def _check_type(values: Any, what: str, where: str) -> None:
@@ -93,21 +118,19 @@ def _check_type(values: Any, what: str, where: str) -> None:
         raise UsageError(f"{what} are no tensor but {type(values).__name__}", where=where, fix="give torch.as_tensor(...)")
 
 
-def check_lengths(split: Split, what: str) -> None:
+def check_lengths(split: Examples, what: str) -> None:
     """Refuse inputs and targets that differ in number."""
-    if split.targets is not None and len(split.inputs) != len(split.targets):
-        raise UsageError(
-            f"{what} has {len(split.inputs)} inputs and {len(split.targets)} targets", fix="each input needs a target of its own"
-        )
+    if split.targets is not None and len(split) != len(split.targets):
+        raise UsageError(f"{what} has {len(split)} inputs and {len(split.targets)} targets", fix="each input needs a target of its own")
 
 
-def check_inputs(spec: TaskSpec, inputs: Tensor, where: str) -> None:
+def check_inputs(spec: TaskSpec, inputs: Any, where: str) -> None:
     """Check inputs alone, such as those that are given to ``predict``.
 
     Raises:
         UsageError: another shape or range than the spec's, numbers that are not finite, or a scale that is ambiguous.
     """
-    _check_type(inputs, "inputs", where)
+    _check_inputs_type(inputs, "inputs", where)
     _check_inputs(spec, inputs, "x", where)
 
 
@@ -141,7 +164,13 @@ def listed(labels: Iterable[float]) -> str:
 # --- inputs ---------------------------------------------------------------------------------------------------------------
 
 
-def _check_inputs(spec: TaskSpec, inputs: Tensor, name: str, where: str) -> None:
+def _check_inputs(spec: TaskSpec, inputs: Any, name: str, where: str) -> None:
+    if not spec.takes_real_tensors:
+        _check_parts(spec, inputs, name, where)
+        return
+    if not isinstance(inputs, Tensor):
+        fix = "describe them: TaskSpec(..., structure={...: bpfree.InputPart(shape)})"
+        raise UsageError("the inputs are several tensors, but the spec describes one", where=where, fix=fix)
     expected = tuple(spec.input_shape)
     if tuple(inputs.shape[1:]) != expected or not inputs.dim():
         raise UsageError(
@@ -157,12 +186,47 @@ def _check_inputs(spec: TaskSpec, inputs: Tensor, name: str, where: str) -> None
         return
     extent = _extent(inputs)
     _check_finite(inputs, extent, name, where)
+    if type(spec).normalise is not TaskSpec.normalise:
+        return
     if spec.scale is None and _scale_of(inputs, extent) is None:  # a checkpoint from before there was a scale
         raise UsageError(
             _ambiguous(inputs, extent, name), where=where, fix="give uint8 (divided by 255), floats from 0 to 1, or a spec with a scale"
         )
     if spec.limits is not None:
         _check_limits(inputs, extent, spec.limits, name, where)
+
+
+def _check_parts(spec: TaskSpec, inputs: Any, name: str, where: str) -> None:
+    """Check integers, and inputs of several tensors, against the parts of the spec."""
+    described, given = dict(named_leaves(spec.parts)), dict(named_leaves(inputs))
+    if described.keys() != given.keys():
+        have, wanted = (", ".join(each) or "one tensor" for each in (given, described))
+        raise UsageError(
+            f"the inputs have the parts {have}, but the spec describes {wanted}", where=where, fix="give both the same structure"
+        )
+    for place, part in described.items():
+        _check_part(part, given[place], name + place, where)
+
+
+def _check_part(part: InputPart, leaf: Tensor, name: str, where: str) -> None:
+    shape = tuple(leaf.shape[1:])
+    if len(shape) != len(part.shape) or any(want not in (-1, have) for want, have in zip(part.shape, shape, strict=True)):
+        wanted = ", ".join("any" if size == -1 else str(size) for size in part.shape)
+        raise UsageError(f"{name} has shape {tuple(leaf.shape)}, expected (N, {wanted})", where=where, fix="correct the data or the spec")
+    if part.dtype == "real":
+        if leaf.is_complex():
+            raise UsageError(f"{name} holds complex numbers", where=where, fix="give real ones, such as x.abs()")
+        if problem := not_finite(leaf, name):
+            raise UsageError(problem, where=where, fix="remove these rows, or fill in numbers")
+        return
+    if leaf.is_floating_point() or leaf.is_complex():
+        raise UsageError(f"{name} holds {leaf.dtype}, but its numbers are {part.dtype}", where=where, fix="give integers: x.long()")
+    if part.vocabulary is None or not leaf.numel():
+        return
+    low, high = _extent(leaf)
+    if low < 0 or high >= part.vocabulary:
+        what = f"{name} holds integers from {low:g} to {high:g}, but its vocabulary is 0 to {part.vocabulary - 1}"
+        raise UsageError(what, where=where, fix=f"count them from 0, or say vocabulary={int(high) + 1}")
 
 
 def _check_finite(inputs: Tensor, extent: Extent, name: str, where: str) -> None:
@@ -191,10 +255,12 @@ def _check_limits(inputs: Tensor, extent: Extent, limits: Extent, name: str, whe
     )
 
 
-def _settled(spec: TaskSpec, train: Split) -> TaskSpec:
+def _settled(spec: TaskSpec, train: Examples) -> TaskSpec:
     """The spec with scale and limits, as far as the training inputs determine them; faults in the inputs are left to the check."""
-    inputs, scale, limits = train.inputs, spec.scale, spec.limits
-    if not inputs.numel() or inputs.is_complex() or (scale is not None and limits is not None):
+    if not spec.takes_real_tensors or type(spec).normalise is not TaskSpec.normalise or not len(train):
+        return spec
+    inputs, scale, limits = _looked_at(train, "the train split", f"task {spec.name}").inputs, spec.scale, spec.limits
+    if not isinstance(inputs, Tensor) or not inputs.numel() or inputs.is_complex() or (scale is not None and limits is not None):
         return spec
     pixels = inputs.dtype == torch.uint8 and (scale == WHITE or (scale is None and _are_images(inputs)))
     extent = (0.0, WHITE) if pixels else _extent(inputs)
@@ -254,11 +320,6 @@ def _chunks(values: Tensor) -> Iterator[Tensor]:
 # --- targets --------------------------------------------------------------------------------------------------------------
 
 
-def has_own_loss(spec: TaskSpec) -> bool:
-    """Whether a subclass says what targets and outputs are."""
-    return type(spec).loss is not TaskSpec.loss
-
-
 def _check_targets(spec: TaskSpec, targets: Tensor | None, name: str, where: str) -> None:
     if targets is None or spec.targets == "none":
         if (targets is None) != (spec.targets == "none"):
@@ -271,7 +332,13 @@ def _check_targets(spec: TaskSpec, targets: Tensor | None, name: str, where: str
         raise UsageError(problem, where=where, fix="remove these rows, or fill in numbers")
     if has_own_loss(spec) and targets.dim() != 1:
         return
-    check = {"classes": _classes_problem, "soft": _soft_problem, "real": _real_problem}[spec.targets]
+    check = {
+        "classes": _classes_problem,
+        "multilabel": _labels_problem,
+        "soft": _soft_problem,
+        "real": _real_problem,
+        "tokens": _tokens_problem,
+    }[spec.targets]
     what, fix = check(spec, targets, name)
     if what and not (has_own_loss(spec) and spec.targets != "classes"):
         raise UsageError(what, where=where, fix=fix)
@@ -303,8 +370,34 @@ def _soft_problem(spec: TaskSpec, targets: Tensor, name: str) -> tuple[str, str]
     return what, fix
 
 
+def _labels_problem(spec: TaskSpec, targets: Tensor, name: str) -> tuple[str, str]:
+    if tuple(targets.shape[1:]) != (spec.outputs,):
+        return f"{name} has shape {tuple(targets.shape)}, expected (N, {spec.outputs})", "give a 0 or 1 for each label"
+    if not bool(((targets == 0) | (targets == 1)).all()):
+        return f"{name} holds numbers other than 0 and 1", "targets='soft' for distributions, targets='real' if they are numbers"
+    return "", ""
+
+
+def _tokens_problem(spec: TaskSpec, targets: Tensor, name: str) -> tuple[str, str]:
+    if targets.dim() < 2:
+        what = f"{name} has shape {tuple(targets.shape)}, but tokens are (N, ...), several for each example"
+        return what, "targets='classes' for one class each"
+    if targets.is_floating_point() or targets.is_complex():
+        return f"{name} holds {targets.dtype}, but tokens are integers", "targets.long()"
+    counts = targets[targets != IGNORED]
+    if not counts.numel():
+        return f"{name} holds no token that counts: all are {IGNORED}", "give tokens to predict"
+    low, high = _extent(counts)
+    if low < 0 or high >= spec.outputs:
+        what = f"{name} holds tokens from {low:g} to {high:g}, but those of {spec.outputs} outputs are 0 to {spec.outputs - 1}"
+        return what, f"count them from 0, with {IGNORED} for those that do not count; or a spec with {int(high) + 1} outputs"
+    return "", ""
+
+
 def _real_problem(spec: TaskSpec, targets: Tensor, name: str) -> tuple[str, str]:
     shape = tuple(targets.shape[1:])
+    if spec.output_shape is not None:
+        return _rows_problem(targets, tuple(spec.output_shape), name)
     fits = targets.dim() > 1 and math.prod(shape) == spec.outputs
     return _rows_problem(targets, shape if fits else (spec.outputs,), name)
 
@@ -323,7 +416,7 @@ def _rows_problem(targets: Tensor, shape: tuple[int, ...], name: str) -> tuple[s
     return "", ""
 
 
-def _check_classes(spec: TaskSpec, splits: dict[str, Split]) -> None:
+def _check_classes(spec: TaskSpec, splits: dict[str, Examples]) -> None:
     """Refuse a single class; warn of classes that never occur in training."""
     labels = {name: split.targets for name, split in splits.items() if split.targets is not None and split.targets.dim() == 1}
     if spec.targets != "classes" or "train" not in labels or has_own_loss(spec):

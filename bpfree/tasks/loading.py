@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from bpfree.errors import BpfreeError, UsageError
 from bpfree.seeds import derive
 from bpfree.step import Batch
 from bpfree.tasks.augment import Augmentation, Draws
-from bpfree.tasks.spec import Split, TaskSpec, working_dtype
+from bpfree.tasks.spec import TaskSpec, working_dtype
+from bpfree.tasks.splits import Examples, Split, StreamedSplit
+from bpfree.tasks.trees import bytes_of, cat, leaves, move, select
 
 __all__ = ["Loader", "Loading", "Resident"]
 
@@ -31,13 +33,16 @@ CHUNK = 4096
 class Normaliser:
     """``spec.normalise`` with its constants kept on the device, so that no batch waits for a copy from the host."""
 
-    def __init__(self, spec: TaskSpec, device: torch.device, dims: int, dtype: torch.dtype = torch.float32) -> None:
-        shape = (1, -1) + (1,) * (dims - 2)
+    def __init__(self, spec: TaskSpec, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        shape = (1, -1) + (1,) * (len(spec.input_shape) - 1)
         self.spec, self.dtype, work = spec, dtype, working_dtype(dtype)
+        self.is_own = not spec.takes_real_tensors or type(spec).normalise is not TaskSpec.normalise
         self.mean = torch.tensor(spec.mean, device=device, dtype=work).view(shape)
         self.std = torch.tensor(spec.std, device=device, dtype=work).view(shape)
 
-    def __call__(self, raw: Tensor) -> Tensor:
+    def __call__(self, raw: Any) -> Any:
+        if self.is_own:
+            return self.spec.normalise(raw, self.dtype)
         return (self.spec.scaled(raw, self.mean.dtype) - self.mean).div_(self.std).to(self.dtype)
 
 
@@ -46,12 +51,12 @@ class Resident:
     """A split's tensors on a device, which several loaders may share.
 
     Attributes:
-        inputs: (N, ...) normalised, or raw.
+        inputs: (N, ...) or a tree of such tensors, normalised or raw.
         targets: (N, ...) int64 or float32, or ``None``.
         normalised: which of the two ``inputs`` is.
     """
 
-    inputs: Tensor
+    inputs: Any
     targets: Tensor | None
     normalised: bool
 
@@ -60,12 +65,15 @@ class Resident:
         """Put a split on a device: normalised to ``dtype`` unless ``raw`` is asked for or float32 would take more than 1 GiB."""
         targets = None if split.targets is None else typed(split.targets).to(device)
         if raw or float_bytes(split) > FLOAT_LIMIT:
-            return cls(split.inputs.to(device), targets, normalised=False)
-        normalise = Normaliser(spec, device, split.inputs.dim(), dtype)
-        inputs = torch.empty(split.inputs.shape, dtype=dtype, device=device)
-        for first in range(0, len(split), CHUNK):  # in pieces: no further float copies of the whole
-            inputs[first : first + CHUNK] = normalise(split.inputs[first : first + CHUNK].to(device))
-        return cls(inputs, targets, normalised=True)
+            return cls(move(split.inputs, device), targets, normalised=False)
+        normalise = Normaliser(spec, device, dtype)
+        if isinstance(split.inputs, Tensor) and spec.takes_real_tensors and not normalise.is_own:
+            inputs = torch.empty(split.inputs.shape, dtype=dtype, device=device)
+            for first in range(0, len(split), CHUNK):  # in pieces: no further float copies of the whole
+                inputs[first : first + CHUNK] = normalise(split.inputs[first : first + CHUNK].to(device))
+            return cls(inputs, targets, normalised=True)
+        pieces = torch.arange(len(split)).split(CHUNK)
+        return cls(cat(normalise(move(select(split.inputs, piece), device)) for piece in pieces), targets, normalised=True)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Loader:
     a single example.
 
     Args:
-        split: the examples.
+        split: the examples; kept on the device only where they are tensors.
         spec: whose ``normalise`` is applied.
         batch_size: examples per batch; ``"all"``: the split as one batch.
         device: where batches are made.
@@ -107,7 +115,7 @@ class Loader:
 
     def __init__(
         self,
-        split: Split,
+        split: Examples,
         spec: TaskSpec,
         *,
         batch_size: int | Literal["all"],
@@ -131,11 +139,11 @@ class Loader:
         self.split, self.spec, self.device, self.seed = split, spec, device, seed
         self.augment, self.workers = tuple(augment), workers
         self.resident = share
-        if share is None and (fits(split, device, raw=bool(augment)) if resident is None else resident):
+        if isinstance(split, Split) and share is None and (fits(split, device, raw=bool(augment)) if resident is None else resident):
             self.resident = Resident.of(split, spec, device, raw=bool(augment), dtype=dtype)
         single = seed is not None and len(split) > self.batch_size and len(split) % self.batch_size == 1
         self.examples = len(split) - int(single)
-        self._normalise = Normaliser(spec, device, split.inputs.dim(), dtype)
+        self._normalise = Normaliser(spec, device, dtype)
 
     @property
     def left_out(self) -> int:
@@ -156,7 +164,10 @@ class Loader:
         if not len(order):
             return
         chosen = order.to(self.device).split(self.batch_size)
-        raws = self._stream(order.split(self.batch_size)) if self.resident is None else self._select(self.resident, chosen)
+        if isinstance(self.split, StreamedSplit):
+            raws = self._follow(self.split, epoch, start)
+        else:
+            raws = self._stream(order.split(self.batch_size)) if self.resident is None else self._select(self.resident, chosen)
         ready = self.resident is not None and self.resident.normalised
         for indices, (inputs, targets) in zip(chosen, raws, strict=True):
             if self.seed is not None and self.augment:
@@ -167,16 +178,23 @@ class Loader:
 
     def order(self, epoch: int) -> Tensor:
         """(examples,) positions in the split in the order of a pass, on the CPU."""
-        if self.seed is None:
+        if self.seed is None or isinstance(self.split, StreamedSplit):
             return torch.arange(self.examples)
         generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
         return torch.randperm(len(self.split), generator=generator)[: self.examples]
 
-    def _select(self, kept: Resident, chosen: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _select(self, kept: Resident, chosen: Sequence[Tensor]) -> Iterator[tuple[Any, Tensor | None]]:
         for indices in chosen:
-            yield kept.inputs.index_select(0, indices), None if kept.targets is None else kept.targets.index_select(0, indices)
+            yield select(kept.inputs, indices), None if kept.targets is None else kept.targets.index_select(0, indices)
 
-    def _stream(self, chosen: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _follow(self, split: StreamedSplit, epoch: int, start: int) -> Iterator[tuple[Any, Tensor | None]]:
+        """The batches of a data set that is read in its own order."""
+        sizes = [len(part) for part in torch.arange(self.examples).split(self.batch_size)]
+        for place, (inputs, targets) in enumerate(split.passes(epoch, sizes)):
+            if place >= start:
+                yield move(inputs, self.device), None if targets is None else typed(targets.to(self.device))
+
+    def _stream(self, chosen: Sequence[Tensor]) -> Iterator[tuple[Any, Tensor | None]]:
         cuda = self.device.type == "cuda"
         # A generator of its own: without one, DataLoader would draw from torch's global generator at each pass.
         loader = DataLoader(
@@ -184,21 +202,20 @@ class Loader:
         )
         for inputs, targets in loader:
             moved = None if targets is None else typed(targets.to(self.device, non_blocking=True))
-            yield inputs.to(self.device, non_blocking=True), moved
+            yield move(inputs, self.device, non_blocking=True), moved
 
 
-class Gathers(Dataset[tuple[Tensor, Tensor | None]]):
+class Gathers(Dataset[tuple[Any, Tensor | None]]):
     """Whole batches as the items of a data set, so that a worker makes one gather per batch."""
 
-    def __init__(self, split: Split, chosen: Sequence[Tensor]) -> None:
+    def __init__(self, split: Examples, chosen: Sequence[Tensor]) -> None:
         self.split, self.chosen = split, chosen
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]:
-        part = self.split.subset(self.chosen[index])
-        return part.inputs, part.targets
+    def __getitem__(self, index: int) -> tuple[Any, Tensor | None]:
+        return self.split.batch(self.chosen[index])
 
 
 def typed(targets: Tensor) -> Tensor:
@@ -208,12 +225,12 @@ def typed(targets: Tensor) -> Tensor:
 
 def float_bytes(split: Split) -> int:
     """Bytes of a split's inputs as float32."""
-    return 4 * split.inputs.numel()
+    return bytes_of(split.inputs)
 
 
 def fits(split: Split, device: torch.device, *, raw: bool) -> bool:
     """Whether a split is kept on the device by default."""
     if device.type != "cuda":
         return float_bytes(split) <= HOST_LIMIT
-    stored = split.inputs.nbytes if raw or float_bytes(split) > FLOAT_LIMIT else float_bytes(split)
+    stored = sum(leaf.nbytes for leaf in leaves(split.inputs)) if raw or float_bytes(split) > FLOAT_LIMIT else float_bytes(split)
     return stored <= SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]

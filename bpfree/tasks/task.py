@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from bpfree.errors import UsageError
 from bpfree.options import NoOptions
 from bpfree.tasks.check import check_lengths, check_task
-from bpfree.tasks.spec import Split, TaskSpec
+from bpfree.tasks.spec import TaskSpec
+from bpfree.tasks.splits import DatasetSplit, Examples, Split, fingerprint_of
+from bpfree.tasks.trees import tree_map
 
-__all__ = ["DataSource", "Split", "Task", "TaskSpec", "split_validation"]
+__all__ = ["DataSource", "Examples", "Split", "Task", "TaskSpec", "split_validation"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class DataSource:
 
     Attributes:
         spec: ``(config, root) -> TaskSpec`` without reading the data.
-        load: ``(config, root) -> (train, test)``.
+        load: ``(config, root) -> (train, test)``, of which the validation split is cut; or ``(train, validation, test)`` where the data
+            come with a validation split, or can have none (``None``).
         Config: dataclass of its own options.
         summary: one line for listings.
         files: ``(config, root) -> paths`` of the files that ``load`` would read, whether they are there or not; empty for data that
@@ -33,7 +36,7 @@ class DataSource:
     """
 
     spec: Callable[[Any, Path | None], TaskSpec]
-    load: Callable[[Any, Path | None], tuple[Split, Split]]
+    load: Callable[[Any, Path | None], tuple[Examples, Examples] | tuple[Examples, Examples | None, Examples]]
     Config: type = NoOptions
     summary: str = ""
     files: Callable[[Any, Path | None], Sequence[Path]] | None = None
@@ -52,9 +55,9 @@ class Task:
     """
 
     spec: TaskSpec
-    train: Split
-    validation: Split | None
-    test: Split
+    train: Examples
+    validation: Examples | None
+    test: Examples
     _fingerprint: list[str] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -64,27 +67,104 @@ class Task:
     def from_source(
         cls, source: DataSource, config: Any = None, *, root: Path | None = None, validation: float = 0.1, split_seed: int = 0
     ) -> Task:
-        """Load a data set and cut the validation split from its training examples."""
+        """Load a data set; cut the validation split from its training examples, unless it comes with one."""
         config = source.Config() if config is None else config
         spec = source.spec(config, root)
-        train, test = source.load(config, root)
-        kept, held = split_validation(train, validation, split_seed)
-        return cls(spec, kept, held, test)
+        loaded = source.load(config, root)
+        if len(loaded) == 3:
+            return cls(spec, *loaded)
+        kept, held = split_validation(loaded[0], validation, split_seed)
+        return cls(spec, kept, held, loaded[1])
+
+    @classmethod
+    def of(
+        cls,
+        train: Any,
+        test: Any,
+        *,
+        validation: Any = 0.1,
+        name: str = "task",
+        spec: TaskSpec | None = None,
+        split_seed: int = 0,
+    ) -> Task:
+        """Make a task of data in memory.
+
+        Args:
+            train, test: each a split (:class:`Split` and its relatives), a pair of arrays or tensors ``(inputs, targets)``, a tree of
+                tensors without targets, or a data set of torch, whose items are ``(inputs, target)``.
+            validation: likewise, or the share of the training examples that is held out; 0 or ``None``: none.
+            name: of the task, where ``spec`` does not say it.
+            spec: what the data are; ``None``: found from the training examples, where they are one tensor each with integer classes
+                (N,) or real targets (N, ...).
+            split_seed: of the validation cut.
+
+        Raises:
+            UsageError: data that are none of these, or a spec that cannot be found from them.
+        """
+        kept, tested = as_split(train, "train"), as_split(test, "test")
+        held: Examples | None
+        if isinstance(validation, (int, float)) or validation is None:
+            kept, held = split_validation(kept, float(validation or 0), split_seed)
+        else:
+            held = as_split(validation, "validation")
+        return cls(spec or guessed_spec(name, kept, tested), kept, held, tested)
 
     def fingerprint(self) -> str:
         """SHA-256 over all three splits' shapes and contents, 16 hex digits; computed once."""
         if not self._fingerprint:
-            digest = hashlib.sha256()
-            for split in (self.train, self.validation, self.test):
-                for tensor in (split.inputs, split.targets) if split is not None else ():
-                    if tensor is not None:
-                        digest.update(str((tuple(tensor.shape), str(tensor.dtype))).encode())
-                        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)  # numpy knows no bfloat16
-            self._fingerprint.append(digest.hexdigest()[:16])
+            self._fingerprint.append(fingerprint_of((self.train, self.validation, self.test)))
         return self._fingerprint[0]
 
 
-def split_validation(train: Split, share: float, seed: int) -> tuple[Split, Split | None]:
+def as_split(data: Any, name: str) -> Examples:
+    """Make a split of what ``Task.of`` takes.
+
+    Raises:
+        UsageError: it is nothing of the kind.
+    """
+    if isinstance(data, (torch.utils.data.Dataset, Subset)) and not isinstance(data, torch.utils.data.TensorDataset):
+        if isinstance(data, torch.utils.data.IterableDataset):
+            fix = "wrap it: bpfree.StreamedSplit(dataset, count)"
+            raise UsageError("the number of examples of an iterable data set is not known", where=name, fix=fix)
+        return DatasetSplit(data)
+    if isinstance(data, torch.utils.data.TensorDataset):
+        data = data.tensors
+    if isinstance(data, Examples):
+        return data
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        return Split(_tensors(data[0]), None if data[1] is None else torch.as_tensor(data[1]))
+    if isinstance(data, (Tensor, Mapping)):
+        return Split(_tensors(data), None)
+    fix = "give a pair (inputs, targets) of arrays, a bpfree.Split, or a torch Dataset"
+    raise UsageError(f"{type(data).__name__} is no split", where=name, fix=fix)
+
+
+def _tensors(inputs: Any) -> Any:
+    return torch.as_tensor(inputs) if not isinstance(inputs, (Mapping, list, tuple)) else tree_map(torch.as_tensor, inputs)
+
+
+def guessed_spec(name: str, train: Examples, test: Examples) -> TaskSpec:
+    """Find the spec of data whose inputs are one tensor each, with integer classes or real targets.
+
+    Raises:
+        UsageError: the data may mean several things.
+    """
+    inputs, targets = train.batch(torch.arange(min(2, len(train))))
+    fix = "say it: Task.of(..., spec=bpfree.TaskSpec(...))"
+    if not isinstance(inputs, Tensor):
+        raise UsageError("the inputs are no single tensor, so what they are cannot be told from them", where=name, fix=fix)
+    shape = tuple(inputs.shape[1:])
+    if targets is None:
+        return TaskSpec(name, shape, 1, "none")
+    known = [split.targets for split in (train, test)]
+    if targets.is_floating_point():
+        return TaskSpec(name, shape, max(1, targets[0].numel()), "real", output_shape=tuple(targets.shape[1:]) or (1,))
+    if targets.dim() != 1 or any(found is None for found in known):
+        raise UsageError(f"the targets have shape (N, {', '.join(map(str, targets.shape[1:]))}): which kind are they?", where=name, fix=fix)
+    return TaskSpec(name, shape, 1 + max(int(found.max()) for found in known if found is not None and len(found)))
+
+
+def split_validation(train: Examples, share: float, seed: int) -> tuple[Examples, Examples | None]:
     """Cut a validation split from the training examples: stratified by class, shuffled by ``seed``.
 
     Args:
@@ -113,7 +193,7 @@ def split_validation(train: Split, share: float, seed: int) -> tuple[Split, Spli
     return train.subset((~mask).nonzero().flatten()), train.subset(mask.nonzero().flatten())
 
 
-def stratified_indices(split: Split, share: float, seed: int) -> Tensor:
+def stratified_indices(split: Examples, share: float, seed: int) -> Tensor:
     """Indices (M,) of a random ``share`` of the examples of each class (of all, where there are no classes)."""
     generator = torch.Generator().manual_seed(seed)
     count = len(split)

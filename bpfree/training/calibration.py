@@ -14,7 +14,7 @@ from bpfree import seeds
 from bpfree.errors import BpfreeError
 from bpfree.network.network import evaluating
 from bpfree.rule import Rule
-from bpfree.tasks.task import Split
+from bpfree.tasks.task import Examples
 from bpfree.training import environment
 from bpfree.training.guards import Values
 
@@ -63,7 +63,7 @@ def calibrates(rule: Rule) -> bool:
     return type(rule).calibrate is not Rule.calibrate
 
 
-def calibrate(rule: Rule, data: Split, generator: torch.Generator, *, step: int, precision: str = "fp32") -> Calibration:
+def calibrate(rule: Rule, data: Examples, generator: torch.Generator, *, step: int, precision: str = "fp32") -> Calibration:
     """Let a rule choose: in eval mode, without gradients.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,21 +14,23 @@ from torch import Tensor
 
 from bpfree import seeds
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.metric import Accumulator, Metric
 from bpfree.network.network import evaluating
 from bpfree.plugins import installed_plugins
 from bpfree.record.folder import RunFolder
 from bpfree.rule import Rule
 from bpfree.step import Batch
+from bpfree.tasks import metrics as built_in
 from bpfree.tasks.linear import chunks, classes_of
 from bpfree.tasks.loading import Loader, Resident
 from bpfree.tasks.protocols import EvaluationProtocol, Setting, result_key
-from bpfree.tasks.task import Split, TaskSpec
+from bpfree.tasks.task import Examples, Split, TaskSpec
 from bpfree.training import environment
 from bpfree.training.features import feature_loader, feature_split
 from bpfree.training.predictions import Array, Collector, Predictions, write_predictions
 from bpfree.training.setup import Setup
 
-__all__ = ["Evaluator", "check_protocols", "evaluate", "evaluate_features", "flat_features"]
+__all__ = ["Evaluator", "check_metrics", "check_protocols", "evaluate", "evaluate_features", "flat_features", "scored_by"]
 
 logger = logging.getLogger("bpfree")
 
@@ -60,15 +62,16 @@ class Evaluator:
         self._sample = order[:count]
         self._splits = {"train": task.train.subset(self._sample), "val": task.validation}
         self._protocols = check_protocols(config.evaluation.protocols, setup.rule)
+        self._metrics = [metric for metric in scored_by(task.spec, config.evaluation.metrics) if metric.name != built_in.LOSS.name]
         self._loaders: dict[str, Loader] = {}
         self._features: dict[str, Loader] = {}
         self.predictions: Predictions | None = None
 
-    def raw(self, split: Split, share: Resident | None = None) -> Loader:
+    def raw(self, split: Examples, share: Resident | None = None) -> Loader:
         """Batches of a split in its original order."""
         return self._setup.batches(split, self._config.evaluation.batch_size, share=share)
 
-    def _loader(self, name: str, split: Split) -> Loader:
+    def _loader(self, name: str, split: Examples) -> Loader:
         if name not in self._loaders:
             self._loaders[name] = self.raw(split)
         return self._loaders[name]
@@ -90,7 +93,7 @@ class Evaluator:
     def _score(
         self,
         name: str,
-        split: Split | None,
+        split: Examples | None,
         epoch: int,
         *,
         draws: int = 1,
@@ -106,17 +109,18 @@ class Evaluator:
         generator = torch.Generator(self._device).manual_seed(seed)
         with environment.autocast(self._device, self._config.precision):
             further = {"alternatives": alternatives and not read, "on_features": read, "each_draw": each_draw}
-            scores = evaluate(self._rule, _Watched(batches, self._look), generator, draws=draws, keep=keep, **further)
+            watched = _Watched(batches, self._look)
+            scores = evaluate(self._rule, watched, generator, metrics=self._metrics, draws=draws, keep=keep, **further)
         return {f"{name}/{key}": value for key, value in scores.items()}
 
     def validate(self, epoch: int) -> dict[str, float]:
-        """``train/loss``, ``train/accuracy`` on a fixed sample of the training split, and ``val/...``."""
+        """Score a fixed sample of the training split, ``train/loss`` and so on, and the validation split, ``val/...``."""
         with self._rule.quick_predictions():
             train = self._score("train", self._splits["train"], epoch)
             return train | self._score("val", self._splits["val"], epoch, alternatives=self._config.evaluation.alternatives)
 
     def test(self) -> dict[str, float]:
-        """``test/...``, averaged over the draws of a stochastic rule, and each draw's accuracy (``test/accuracy_draw_1``).
+        """Score the test split: means over the draws of a stochastic rule, and each draw's primary metric (``test/accuracy_draw_1``).
 
         Nothing where the test split is not to be seen.
         """
@@ -125,7 +129,7 @@ class Evaluator:
         draws, alternatives = self._config.evaluation.draws or self._rule.draws, self._config.evaluation.alternatives
         kept = Collector(self._task.spec)
         scores = self._score("test", self._task.test, 0, draws=draws, alternatives=alternatives, each_draw=True, keep=kept)
-        counted = self._task.spec.targets not in ("classes", "soft") or "test/accuracy" in scores
+        counted = not self._task.spec.metrics() or f"test/{self._task.spec.primary.name}" in scores
         self.predictions = kept.predictions() if counted else None  # scores that are no numbers say nothing of their examples
         return scores
 
@@ -199,6 +203,37 @@ class _Watched:
 def _warn(what: str, error: Exception) -> None:
     reason = str(error) if isinstance(error, BpfreeError) else f"{type(error).__name__}: {error}"
     logger.warning("without numbers of %s: %s", what, reason)
+
+
+def scored_by(spec: TaskSpec, further: Iterable[str]) -> list[Metric]:
+    """List what the predictions of a run are scored by: the task's metrics, the loss, and further ones by name; first the primary one.
+
+    Raises:
+        UsageError: as of ``check_metrics``.
+    """
+    return [*spec.metrics(), *([built_in.LOSS] if spec.is_scored else []), *check_metrics(further, spec)]
+
+
+def check_metrics(names: Iterable[str], spec: TaskSpec) -> list[Metric]:
+    """Give the registered metrics of these names, if they can measure this task; those that the task has anyway are left out.
+
+    Raises:
+        UsageError: an unknown name, or a metric of other targets.
+    """
+    where, own = "evaluation.metrics", {metric.name for metric in spec.metrics()} | {built_in.LOSS.name}
+    found: list[Metric] = []
+    for name in names:
+        metric: Metric = installed_plugins().get("metrics", name, where=where)
+        if metric.kinds and spec.targets not in metric.kinds:
+            raise UsageError(
+                f"the metric {name} is of {' or '.join(metric.kinds)}, but task {spec.name!r} has {spec.targets!r} targets",
+                where=where,
+                fix=f"leave {name} out of {where}",
+            )
+        if metric.name not in own:
+            found.append(metric)
+            own.add(metric.name)
+    return found
 
 
 def check_protocols(names: Iterable[str], rule: Rule) -> dict[str, EvaluationProtocol]:
@@ -303,86 +338,93 @@ def evaluate(
     batches: Iterable[Batch],
     generator: torch.Generator,
     *,
+    metrics: Sequence[Metric] | None = None,
     draws: int = 1,
     alternatives: bool = False,
     on_features: bool = False,
     each_draw: bool = False,
     keep: Collector | None = None,
 ) -> dict[str, float]:
-    """Mean loss, and accuracy where targets are classes, over all examples.
+    """Score all examples: the task's loss, and its metrics.
 
     Args:
         rule: in whatever mode; it predicts in eval mode and gets its own mode back.
         batches: an iterable that can be gone through ``draws`` times.
         generator: of a stochastic predictor.
-        draws: passes to average over; their standard error is reported as ``accuracy_se`` if there are several.
-        alternatives: also score ``rule.alternatives``, as ``<name>/accuracy``.
+        metrics: beside the loss; ``None``: the task's.
+        draws: passes to average over; of several, the standard error of the primary metric is reported as ``accuracy_se``.
+        alternatives: also score ``rule.alternatives`` by the primary metric, as ``<name>/accuracy``.
         on_features: the batches hold the rule's features in place of its inputs.
-        each_draw: also report the accuracy of each of several draws, as ``accuracy_draw_1`` and so on.
+        each_draw: also report the primary metric of each of several draws, as ``accuracy_draw_1`` and so on.
         keep: takes up what is predicted for each example.
 
     Returns:
-        ``loss``, ``accuracy`` (share, 0 to 1) and so on. Empty for a task without targets. Where a score is NaN or infinite there is
-        no accuracy, and a warning says so.
+        ``loss``, ``accuracy`` (shares from 0 to 1) and so on, by the metrics' names. Where an output is NaN or infinite there is only
+        the loss, and a warning says so.
     """
+    chosen = tuple(rule.spec.metrics() if metrics is None else metrics)
     with evaluating(rule):
         predict = rule.read if on_features else rule.predict
-        rounds = [_one_pass(rule, predict, batches, generator, alternatives and index == 0, keep) for index in range(draws)]
+        rounds = [_Pass(rule, predict, chosen, keep).scores(batches, generator, alternatives and index == 0) for index in range(draws)]
     _drop_what_is_not_finite(rounds)
     result = {name: statistics.fmean(r[name] for r in rounds if name in r) for name in rounds[0]}
-    if draws > 1 and "accuracy" in result:
-        result["accuracy_se"] = statistics.stdev(r["accuracy"] for r in rounds) / draws**0.5
+    name = rule.spec.primary.name
+    if draws > 1 and name in result:
+        result[f"{name}_se"] = statistics.stdev(r[name] for r in rounds) / draws**0.5
         if each_draw:
-            result.update({f"accuracy_draw_{number}": r["accuracy"] for number, r in enumerate(rounds, start=1)})
+            result.update({f"{name}_draw_{number}": r[name] for number, r in enumerate(rounds, start=1)})
     return result
 
 
-def _one_pass(
-    rule: Rule,
-    predict: Callable[[Any, torch.Generator], Tensor],
-    batches: Iterable[Batch],
-    generator: torch.Generator,
-    alternatives: bool,
-    keep: Collector | None,
-) -> dict[str, float]:
-    sums: dict[str, Tensor] = {}
-    if keep is not None:
-        keep.begin_draw()
-    examples = 0
-    for batch in batches:
-        if batch.targets is None:
-            continue
-        blind = batch.inputs
-        scores = {"": predict(blind, generator)}
+class _Pass:
+    """One pass over a split, whose sums stay on the device until its end."""
+
+    def __init__(
+        self, rule: Rule, predict: Callable[[Any, torch.Generator], Tensor], metrics: Sequence[Metric], keep: Collector | None
+    ) -> None:
+        self._rule, self._predict, self._metrics, self._keep = rule, predict, metrics, keep
+        self._sums: dict[str, Accumulator] = {}
+        self._strange: dict[str, Tensor] = {}
+        self._examples = 0
+
+    def scores(self, batches: Iterable[Batch], generator: torch.Generator, alternatives: bool) -> dict[str, float]:
+        """Score the rule's own prediction by all metrics, and its alternatives by the primary one."""
+        spec, keep = self._rule.spec, self._keep
+        metrics = ([built_in.LOSS] if spec.is_scored else []) + list(self._metrics)
+        if not metrics:
+            return {}
         if keep is not None:
-            keep.add(scores[""], batch)
-        if alternatives:
-            scores.update({f"{name}/": value for name, value in rule.alternatives(blind, generator).items()})
-        for prefix, value in scores.items():
-            for name, total in _totals(rule.spec, value, batch, loss=not prefix).items():
-                key = prefix + name
-                sums[key] = sums[key] + total if key in sums else total
-        examples += len(batch)
-    return {name: float(total) / examples for name, total in sums.items()}
+            keep.begin_draw()
+        for batch in batches:
+            own = self._predict(batch.inputs, generator)
+            if keep is not None:
+                keep.add(own, batch)
+            self._add("", own, batch, metrics, generator)
+            for name, value in self._rule.alternatives(batch.inputs, generator).items() if alternatives and spec.metrics() else ():
+                self._add(f"{name}/", value, batch, [spec.primary], generator)
+            self._examples += len(batch)
+        found = {name: accumulator.value() for name, accumulator in self._sums.items()}
+        return found | {f"{prefix}{NOT_FINITE}": float(total) / self._examples for prefix, total in self._strange.items()}
 
-
-def _totals(spec: TaskSpec, scores: Tensor, batch: Batch, *, loss: bool) -> dict[str, Tensor]:
-    assert batch.targets is not None
-    totals = {"loss": spec.loss(scores.float(), batch).double() * len(batch)} if loss else {}
-    if spec.targets in ("classes", "soft"):
-        totals["accuracy"] = spec.correct(scores, batch.targets).sum().double()
-        totals[NOT_FINITE] = (
-            (~(scores < math.inf)).reshape(len(scores), -1).any(1).sum().double()
-        )  # minus infinity is a score: it never wins
-    return totals
+    def _add(self, prefix: str, outputs: Tensor, batch: Batch, metrics: Sequence[Metric], generator: torch.Generator) -> None:
+        for metric in metrics:
+            key = prefix + metric.name
+            if key not in self._sums:
+                assert metric.begin is not None
+                self._sums[key] = metric.begin(self._rule.spec, lambda inputs: self._predict(inputs, generator))
+            self._sums[key].add(outputs, batch)
+        if self._metrics:  # minus infinity is a score: it never wins
+            strange = (~(outputs < math.inf)).reshape(len(outputs), -1).any(1).sum().double()
+            self._strange[prefix] = self._strange[prefix] + strange if prefix in self._strange else strange
 
 
 def _drop_what_is_not_finite(rounds: list[dict[str, float]]) -> None:
-    """Take out accuracies that were counted over scores of which some are no numbers."""
+    """Take out metrics that were taken over outputs of which some are no numbers; the loss says so itself."""
     for prefix in {key.removesuffix(NOT_FINITE) for key in rounds[0] if key.endswith(NOT_FINITE)}:
         share = max(scores.pop(prefix + NOT_FINITE, 0.0) for scores in rounds)
         if share:
             for scores in rounds:
-                scores.pop(f"{prefix}accuracy", None)
+                for name in [name for name in scores if name.rpartition("/")[0] == prefix.removesuffix("/") and name != "loss"]:
+                    del scores[name]
             of = f"of {prefix.removesuffix('/')} " if prefix else ""
-            logger.warning("scores %sare NaN or infinite for %.2f %% of the examples, so they have no accuracy", of, 100 * share)
+            logger.warning("outputs %sare NaN or infinite for %.2f %% of the examples, so they have no score", of, 100 * share)

@@ -65,7 +65,8 @@ def feature_loader(split: Split, spec: TaskSpec, *, batch_size: int, device: tor
     """Batches of a split of features, in the order that the raw split's have."""
     # on a CPU they are where they are needed, in memory or in a file mapped into it; a GPU takes them if it has room
     shared = Resident(split.inputs, split.targets, normalised=True) if device.type == "cpu" else None
-    return Loader(split, spec.plain(), batch_size=batch_size, device=device, seed=seed, share=shared, dtype=split.inputs.dtype)
+    described = TaskSpec(spec.name, tuple(split.inputs.shape[1:]), spec.outputs, scale=1.0)  # of features, which are taken as they are
+    return Loader(split, described, batch_size=batch_size, device=device, seed=seed, share=shared, dtype=split.inputs.dtype)
 
 
 class FeatureLoader:

@@ -16,12 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bpfree.errors import UsageError
 from bpfree.network.network import evaluating
 from bpfree.network.statistics import cumulative_statistics
 from bpfree.rule import Rule
 from bpfree.tasks.linear import DEFAULT_PENALTY, LinearMap, Readout, choose_penalty, make_readout
 from bpfree.tasks.protocols import Setting, fit_nearest_centroid
-from bpfree.tasks.task import Split, Task
+from bpfree.tasks.task import Examples, Split, Task
 
 __all__ = ["ALL", "INPUTS", "Floor", "Reading", "chance_of", "fill_statistics", "measure_floor", "read_inputs"]
 
@@ -103,9 +104,22 @@ def _pieces(split: Split) -> Iterator[Tensor]:
     return iter(torch.arange(len(split)).tensor_split(-(-len(split) // BATCH)))
 
 
+def tensors_of(split: Examples, task: Task) -> Split:
+    """Give a split whose inputs can be read by a linear map.
+
+    Raises:
+        UsageError: its inputs are no single tensor of real numbers, or its targets are none that a linear map reads.
+    """
+    if not isinstance(split, Split) or not task.spec.takes_real_tensors:
+        what = "the floor is that of a linear readout of inputs that are one tensor of real numbers"
+        raise UsageError(what, where=f"task {task.spec.name}", fix="floor: false")
+    return split
+
+
 def _inputs(rule: Rule, raw: Tensor, device: torch.device) -> Tensor:
     """As in training: normalised, and of the network's dtype."""
-    return rule.spec.normalise(raw.to(device)).to(rule.network.dtype)
+    inputs: Tensor = rule.spec.normalise(raw.to(device))
+    return inputs.to(rule.network.dtype)
 
 
 @torch.no_grad()
@@ -147,8 +161,9 @@ class _Source:
     def __init__(self, name: str, task: Task, features: Sequence[Callable[[Split], Split]], device: torch.device) -> None:
         spec = task.spec
         self.name, self.task, self.features = name, task, features
-        self.readouts: list[Readout] = [make_readout(of(task.train), spec.targets, spec.outputs, device) for of in features]
-        self.held = None if task.validation is None else [of(task.validation) for of in features]
+        train, held = tensors_of(task.train, task), task.validation
+        self.readouts: list[Readout] = [make_readout(of(train), spec.targets, spec.outputs, device) for of in features]
+        self.held = None if held is None else [of(tensors_of(held, task)) for of in features]
         self.fitted: dict[float, list[LinearMap]] = {}
         self.scores: dict[float, tuple[float, ...]] = {}
 
@@ -195,7 +210,7 @@ def read_inputs(task: Task, seeds: int, device: torch.device | None = None, *, t
 
     source = _Source(INPUTS, task, [features], device)
     reading = source.read()
-    once = source.tested(reading, task.test) if test else reading
+    once = source.tested(reading, tensors_of(task.test, task)) if test else reading
     return Reading(INPUTS, once.penalty, once.validation * seeds, once.test * seeds, once.examples * seeds, once.gradient)
 
 
@@ -222,13 +237,13 @@ def measure_floor(
         The best on validation of the inputs, each block and all together; without a validation split all together with the default
         penalty, or the inputs where that has too many features: a block of a deep network may be far below them.
     """
-    device = device or torch.device("cpu")
+    device, train = device or torch.device("cpu"), tensors_of(task.train, task)
     look(INPUTS)
     readings = [inputs or read_inputs(task, len(rules), device, test=test)]
     best, kept, skipped = 0, None, list[str]()
     for rule in rules:
-        fill_statistics(rule.to(device), task.train, device)
-    for name, size in _sizes(rules[0], task.train, device).items():
+        fill_statistics(rule.to(device), train, device)
+    for name, size in _sizes(rules[0], train, device).items():
         if size * (max(size, len(task.train)) if task.spec.targets == "real" else len(task.train)) > MOST_NUMBERS:
             skipped.append(f"{name} ({size:,} features)")
             continue
@@ -238,7 +253,7 @@ def measure_floor(
         if name == ALL if task.validation is None else readings[-1].rank > readings[best].rank:
             best, kept = len(readings) - 1, source
     if kept is not None and test:
-        readings[best] = kept.tested(readings[best], task.test)
+        readings[best] = kept.tested(readings[best], tensors_of(task.test, task))
     return Floor(readings[best], tuple(readings), tuple(skipped), task.spec.targets == "real", task.validation is not None)
 
 
@@ -262,4 +277,6 @@ def nearest_mean(task: Task, device: torch.device | None = None) -> float | None
     def flat(split: Split) -> Split:
         return Split(task.spec.normalise(split.inputs).flatten(1).cpu(), split.targets)
 
-    return fit_nearest_centroid(flat(task.train), Setting(task.spec.outputs, 0, device))(flat(task.test))["accuracy"]
+    return fit_nearest_centroid(flat(tensors_of(task.train, task)), Setting(task.spec.outputs, 0, device))(
+        flat(tensors_of(task.test, task))
+    )["accuracy"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.rule import Rule
 from bpfree.step import Phase
-from bpfree.tasks.check import has_own_loss
+from bpfree.tasks.spec import has_own_loss
 from bpfree.tasks.task import Task
 from bpfree.training.distributed import World
 

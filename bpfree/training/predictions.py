@@ -72,7 +72,8 @@ class Collector:
     def add(self, scores: Tensor, batch: Batch) -> None:
         """The scores of a batch."""
         if self._spec.targets not in ("classes", "soft"):
-            self._values[-1].append(_losses(self._spec, scores.float(), batch))
+            if self._spec.is_scored and self._spec.targets != "tokens":  # of tokens there are several for each example
+                self._values[-1].append(self._spec.losses(scores.float(), batch))
             return
         assert batch.targets is not None
         self._values[-1].append(self._spec.correct(scores, batch.targets).to(torch.uint8))
@@ -93,15 +94,6 @@ class Collector:
             predicted = predicted.astype(np.uint16)
         correct = draws[0] if self._draws == 1 else torch.stack(draws).double().mean(0).float()
         return Predictions(predicted, correct.numpy())
-
-
-def _losses(spec: TaskSpec, outputs: Tensor, batch: Batch) -> Tensor:
-    """(N,) the task's loss of each example; one by one where the task has a loss of its own."""
-    assert batch.targets is not None
-    if type(spec).loss is TaskSpec.loss:
-        return 0.5 * (outputs - batch.targets).pow(2).flatten(1).sum(1)
-    places = [slice(place, place + 1) for place in range(len(batch))]
-    return torch.stack([spec.loss(outputs[place], Batch(batch.inputs[place], batch.targets[place])) for place in places]).float()
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:

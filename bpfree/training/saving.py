@@ -43,7 +43,7 @@ class Checkpoints:
             "bpfree": __version__,
             "config": redacted(self._setup.recipe),
             "rule": type(self._setup.rule).__name__,
-            "task": dataclasses.asdict(self._task.spec),
+            "task": self._task.spec.recorded(),
             "seed": self._setup.config.seed,
             "budget": dataclasses.asdict(self._setup.budget),
             "phases_begun": self._state.begun,

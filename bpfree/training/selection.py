@@ -32,15 +32,15 @@ class Selection:
 
     def __init__(self, setup: Setup, state: RunState, checkpoints: Checkpoints) -> None:
         self._setup, self._run, self._rule, self._state, self._checkpoints = setup, setup.run, setup.rule, state, checkpoints
-        self._by_accuracy = setup.task.spec.targets in ("classes", "soft")  # losses may be negative, so the sign does not distinguish them
+        self._metric = setup.task.spec.primary
 
     def keep(self, metrics: Mapping[str, float]) -> None:
         """Keep the present weights if they are the best on validation so far, and such are selected.
 
         Args:
-            metrics: of the epoch that has ended, with ``val/accuracy`` or ``val/loss`` where it was evaluated.
+            metrics: of the epoch that has ended, with the task's primary metric (``val/accuracy``) where it was evaluated.
         """
-        score = metrics.get("val/accuracy", math.nan) if self._by_accuracy else -metrics.get("val/loss", math.nan)
+        score = self._metric.sign * metrics.get(f"val/{self._metric.name}", math.nan)
         best = self._state.best
         if self._setup.config.select != "best-val" or not math.isfinite(score) or (best is not None and score <= best[0]):
             return
@@ -76,7 +76,7 @@ class Selection:
         if weights.keys() != self._rule.state_dict().keys():
             raise BpfreeError("the best epoch came before the network grew, so its weights do not fit", where="select", fix="select=last")
         self._rule.load_state_dict(weights)
-        self._run.result["val/accuracy_selected" if self._by_accuracy else "val/loss_selected"] = score if self._by_accuracy else -score
+        self._run.result[f"val/{self._metric.name}_selected"] = self._metric.sign * score
 
 
 def _calibrated(state: RunState, setup: Setup) -> Calibration:

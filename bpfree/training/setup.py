@@ -13,7 +13,7 @@ from bpfree.run import Run
 from bpfree.step import Budget
 from bpfree.tasks.augment import Augmentation
 from bpfree.tasks.loading import Loader, Loading, Resident
-from bpfree.tasks.task import Split, Task
+from bpfree.tasks.task import Examples, Task
 from bpfree.training.config import TrainConfig
 from bpfree.training.distributed import World
 from bpfree.training.team import Team
@@ -54,7 +54,7 @@ class Setup:
 
     def batches(
         self,
-        split: Split,
+        split: Examples,
         batch_size: int | Literal["all"],
         *,
         seed: int | None = None,

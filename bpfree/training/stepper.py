@@ -13,7 +13,7 @@ from bpfree import seeds
 from bpfree.options import OptimizerConfig, ScheduleConfig
 from bpfree.rule import Metrics, Rule
 from bpfree.step import Batch, Phase, Step
-from bpfree.tasks.task import Split
+from bpfree.tasks.task import Examples
 from bpfree.training.accumulation import accumulate
 from bpfree.training.phases import learning
 from bpfree.training.updater import ClipConfig, Updater
@@ -69,7 +69,7 @@ class Stepper:
 
     # --- in the order of a run --------------------------------------------------------------------------------------
 
-    def prepare(self, data: Split) -> None:
+    def prepare(self, data: Examples) -> None:
         """Call ``rule.prepare`` with the training split, raw."""
         with self.drawing():
             self.rule.prepare(data, self.step.generator)

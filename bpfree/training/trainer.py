@@ -12,6 +12,7 @@ import torch
 
 from bpfree import seeds
 from bpfree.errors import BpfreeError, DiskError, UsageError, told
+from bpfree.metric import recorded_metrics
 from bpfree.record.recorder import Recorder
 from bpfree.redaction import redact
 from bpfree.rule import Rule
@@ -23,7 +24,7 @@ from bpfree.training import environment
 from bpfree.training.config import TrainConfig
 from bpfree.training.distributed import World
 from bpfree.training.divergence import Diverged
-from bpfree.training.evaluation import check_protocols
+from bpfree.training.evaluation import check_protocols, scored_by
 from bpfree.training.guards import check_fit, check_made_to_learn
 from bpfree.training.idle import idle_of_rule
 from bpfree.training.norms import check_batches_of_one
@@ -87,6 +88,7 @@ class Trainer:
         self.rule, self.config, self.run = rule, config, run
         budget = config.budget.resolve(len(task.train))
         check_fit(rule, task)
+        run.metrics = recorded_metrics(scored_by(task.spec, config.evaluation.metrics))
         team = make_team(rule, config, world)
         self.setup = Setup(rule, task, config, budget, device, team, run, recipe, loading or Loading(), tuple(augment))
         self._check()

@@ -342,7 +342,7 @@ def test_evaluate_says_that_scores_are_no_numbers(
     capsys.readouterr()
     assert command(["evaluate", str(path)]) == 0
     assert "accuracy" not in capsys.readouterr().out
-    assert "scores are NaN or infinite for 100.00 %" in caplog.text
+    assert "outputs are NaN or infinite for 100.00 %" in caplog.text
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------------
@@ -512,7 +512,7 @@ def test_what_is_no_tensor_is_refused() -> None:
         check_inputs(FLAT, vectors().numpy(), "predict")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{"targets": "tokens"}, {"outputs": 0}, {"std": (0.0,)}, {"mean": (1.0, 2.0)}, {"scale": 0.0}])
+@pytest.mark.parametrize("options", [{"targets": "labels"}, {"outputs": 0}, {"std": (0.0,)}, {"mean": (1.0, 2.0)}, {"scale": 0.0}])
 def test_a_spec_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         dataclasses.replace(FLAT, **options)

@@ -23,7 +23,7 @@ from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Specimen, batches
 from bpfree.network.network import evaluating
 from bpfree.rule import Rule
-from bpfree.tasks.task import Split, Task, TaskSpec
+from bpfree.tasks.task import Examples, Split, Task, TaskSpec
 from bpfree.training.evaluation import Evaluator
 from bpfree.training.floor import chance_of
 
@@ -49,13 +49,13 @@ class RecordingSpec(TaskSpec):
         return super().correct(scores, targets)
 
 
-def _evaluations(task: Task) -> list[Split]:
+def _evaluations(task: Task) -> list[Examples]:
     """Splits whose labels the rule may not see: the task's, and those it was cut from."""
     return [split for whole in (task, training_runs.digits()) for split in (whole.validation, whole.test) if split is not None]
 
 
 @contextmanager
-def _permuted(splits: list[Split]) -> Iterator[None]:
+def _permuted(splits: list[Examples]) -> Iterator[None]:
     """Other labels in the same memory, so that a rule that has found the tensors finds other labels in them."""
     saved = [(split.targets, split.targets.clone()) for split in splits if split.targets is not None]
     try:
@@ -87,7 +87,8 @@ def _unique_task(seed: int) -> Task:
     task = training_runs.cut(training_runs.digits(), EXAMPLES)
     generator = torch.Generator().manual_seed(seed)
 
-    def noised(split: Split) -> Split:
+    def noised(split: Examples) -> Split:
+        assert isinstance(split, Split)
         inputs = task.spec.normalise(split.inputs)
         return Split(inputs + 0.01 * torch.randn(inputs.shape, generator=generator), split.targets)
 
@@ -162,6 +163,7 @@ def permuted_labels(m: Measurements) -> str | None:
 def _from_permuted(m: Measurements, seed: int) -> Tensor:
     """The confusion matrix on the test split of a rule that was trained on permuted labels."""
     digits = training_runs.digits()
+    assert isinstance(digits.train, Split)
     assert digits.train.targets is not None
     order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(seed))
     task = replace(digits, train=Split(digits.train.inputs, digits.train.targets[order]), _fingerprint=[])
@@ -172,6 +174,7 @@ def _from_permuted(m: Measurements, seed: int) -> Tensor:
 
 def _confusion(rule: Rule, task: Task) -> Tensor:
     """(C, C) shares of the test examples, by true and by predicted class."""
+    assert isinstance(task.test, Split)
     assert task.test.targets is not None
     made = predict(rule, task.spec.normalise(task.test.inputs)).argmax(1)
     counts = torch.zeros(task.spec.outputs, task.spec.outputs, dtype=torch.float64)

@@ -1,0 +1,136 @@
+"""A metric: its name, its direction and unit, how it is shown, and how it is accumulated over a split. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bpfree.step import Batch
+    from bpfree.tasks.spec import TaskSpec
+
+__all__ = ["ACCURACY", "ERROR", "LOSS", "Accumulator", "Metric", "metric_of", "metrics_from", "recorded_metrics"]
+
+DERIVED = re.compile(r"_(selected|se|draw_\d+)$")
+"""What is appended to a metric's name for the same quantity, measured otherwise."""
+DIGITS = 4
+
+
+class Accumulator(Protocol):
+    """What a metric measures over one pass of a split."""
+
+    def add(self, outputs: Tensor, batch: Batch) -> None:
+        """Take up the outputs for a batch; nothing is copied to the host here."""
+
+    def value(self) -> float:
+        """Give the metric of all that was added; NaN if it is not defined for it."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Describe a number that says how good predictions are.
+
+    Attributes:
+        name: the last part of its keys, such as ``accuracy`` in ``test/accuracy``; letters, digits and ``_``.
+        greater: whether greater values are better.
+        share: whether it is a share of 0 to 1: logged as such, shown in per cent.
+        unit: shown behind values that are no shares, such as ``nats``.
+        summary: one line for listings.
+        kinds: of targets for which it can be measured; empty: all.
+        begin: makes what accumulates it over one pass: called with the task's spec and the rule's ``predict`` (inputs to outputs), for
+            metrics that need more than the outputs for the split's inputs. ``None``: described alone, as in the record of a run.
+    """
+
+    name: str
+    greater: bool = True
+    share: bool = False
+    unit: str = ""
+    summary: str = ""
+    kinds: tuple[str, ...] = ()
+    begin: Callable[[TaskSpec, Callable[[Any], Tensor]], Accumulator] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z]\w*", self.name):
+            raise ValueError(f"a metric cannot be named {self.name!r}: letters, digits and _, beginning with a letter")
+
+    @property
+    def sign(self) -> int:
+        """1 where greater values are better, -1 where smaller ones are."""
+        return 1 if self.greater else -1
+
+    @property
+    def label(self) -> str:
+        """``accuracy, %`` or ``bits per character``: for columns and axes."""
+        unit = "%" if self.share else self.unit
+        return f"{self.name.replace('_', ' ')}, {unit}" if unit else self.name.replace("_", " ")
+
+    @property
+    def factor(self) -> float:
+        """What values are multiplied by where they are shown: 100 for shares."""
+        return 100.0 if self.share else 1.0
+
+    def best(self, values: Iterable[float]) -> float:
+        """Give the best of some values.
+
+        Raises:
+            ValueError: there are none.
+        """
+        return max(values) if self.greater else min(values)
+
+    def text(self, value: float) -> str:
+        """Write a value as people read it: ``97.49 %``, or four significant digits and the unit."""
+        if self.share:
+            return f"{100 * value:.2f} %"
+        number = f"{value:.{DIGITS}g}"
+        return f"{number} {self.unit}" if self.unit else number
+
+    def recorded(self) -> dict[str, Any]:
+        """Describe it by plain values, for the record of a run."""
+        return {"greater": self.greater, "share": self.share, "unit": self.unit}
+
+
+LOSS = Metric("loss", greater=False, summary="the task's loss, mean over examples (or tokens)")
+ACCURACY = Metric("accuracy", share=True, summary="share of examples (or tokens) whose best score is at the target's class")
+ERROR = Metric("error", greater=False, share=True, summary="1 less the accuracy")
+KNOWN = {metric.name: metric for metric in (LOSS, ACCURACY, ERROR)}
+
+
+def metric_of(key: str, known: Mapping[str, Metric] = KNOWN) -> Metric:
+    """Find the metric that a key is about: of ``val/linear_probe/accuracy`` it is the accuracy.
+
+    Args:
+        key: of a result or of the metrics of an epoch; also of what is derived, such as ``test/accuracy_se``.
+        known: metrics of the task, by name.
+
+    Returns:
+        The metric; for an unknown name one that is no share, greater being better unless the name ends with ``loss`` or ``error``.
+    """
+    name = DERIVED.sub("", key.rsplit("/", 1)[-1])
+    found = known.get(name) or KNOWN.get(name)
+    if found is not None:
+        return found
+    name = re.sub(r"\W", "_", name) or "value"
+    name = name if name[0].isalpha() else f"m{name}"
+    if name.endswith("accuracy"):
+        return Metric(name, share=True)
+    return Metric(name, greater=not name.endswith(("loss", "error")))
+
+
+def recorded_metrics(metrics: Iterable[Metric]) -> dict[str, Any]:
+    """Describe metrics by plain values in their order, of which the first is the one to choose by."""
+    return {metric.name: metric.recorded() for metric in metrics}
+
+
+def metrics_from(recorded: Mapping[str, Any]) -> dict[str, Metric]:
+    """Read what ``recorded_metrics`` wrote; what is no description of a metric is left out."""
+    found = {}
+    for name, values in recorded.items():
+        try:
+            found[name] = Metric(name, bool(values["greater"]), bool(values["share"]), str(values.get("unit", "")))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue
+    return found
