@@ -74,6 +74,7 @@ OF_CONTRACT = (
     "baselines.py",
     "network",
     "rule.py",
+    "solved.py",
     "seeds.py",
     "step.py",
     *(f"training/{name}.py" for name in ("accumulation", "optimizers", "phases", "schedules", "stepper", "updater")),
