@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from bpfree.version import __version__
 
 if TYPE_CHECKING:  # `as` makes them exports for type checkers
+    from bpfree.addons import Activations as Activations
+    from bpfree.addons import AddonKind as AddonKind
     from bpfree.config import load_task as load_task
     from bpfree.errors import BpfreeError as BpfreeError
     from bpfree.errors import UsageError as UsageError
@@ -68,6 +70,8 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
 
 _HOME = {
     "API_VERSION": "hooks",
+    "Activations": "addons",
+    "AddonKind": "addons",
     "AlignmentConfig": "training.alignment",
     "Batch": "step",
     "BudgetConfig": "training.config",

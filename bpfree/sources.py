@@ -71,6 +71,7 @@ NOT_EXAMINED = (
 )
 """Parts of the core that a certificate does not depend on."""
 OF_CONTRACT = (
+    "addons.py",
     "baselines.py",
     "network",
     "rule.py",
