@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.options import ScheduleConfig as ScheduleConfig
     from bpfree.options import option as option
     from bpfree.plugins import installed_plugins as installed_plugins
+    from bpfree.pure import Gradients as Gradients
+    from bpfree.pure import Pure as Pure
     from bpfree.rule import Broadcast as Broadcast
     from bpfree.rule import Card as Card
     from bpfree.rule import Rule as Rule
@@ -96,7 +98,9 @@ _HOME = {
     "class_stream": "tasks.class_streams",
     "mean_metric": "tasks.metrics",
     "whole_metric": "tasks.metrics",
+    "Gradients": "pure",
     "Network": "network.network",
+    "Pure": "pure",
     "OptimizerConfig": "options",
     "Phase": "step",
     "Rule": "rule",

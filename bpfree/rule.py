@@ -346,6 +346,10 @@ class Rule(nn.Module, ABC):
         """
         return None
 
+    def compiled(self) -> Iterable[nn.Module]:
+        """Name the modules that ``compile`` compiles, each as a whole: by default the blocks."""
+        return self.network.blocks.values()
+
     def plan(self) -> str:
         """Say in plain text what the rule makes of this very network: which layers, where noise goes, which path is used.
 

@@ -74,6 +74,7 @@ OF_CONTRACT = (
     "addons.py",
     "baselines.py",
     "network",
+    "pure.py",
     "rule.py",
     "solved.py",
     "seeds.py",
