@@ -7,10 +7,10 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-
 from bpfree.study.report.axes import linear, logarithmic, short
 from bpfree.study.report.strip import Strip, near_the_best, shared_axis, strip, strip_axis
 from bpfree.study.report.svg import Mark, Series, legend, marker, panel, style_of, thinned
+
 from bpfree.study.statistics import Interval
 
 

@@ -12,13 +12,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from bpfree.study.report.content import Section, Table
 from made_studies import cell_record, lines_of, outcome, planned, tuned
 from scipy import stats
 
 from bpfree.record.folder import RunFolder
 from bpfree.study.cells import Plan
 from bpfree.study.report import Report, report_on, write_report
-from bpfree.study.report.content import Section, Table
 from bpfree.study.report.leaderboard import best_alternative
 from bpfree.study.report.view import aligned, compact, timed
 from bpfree.study.rows import TableRow, Trial, Tuned

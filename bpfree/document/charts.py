@@ -1,22 +1,26 @@
-"""Figures of a report as SVG elements: panels with axes, lines, bands, points and error bars.
+"""Charts as SVG elements: panels with axes, lines, bands, points and error bars, and maps of cells.
 
-Colours are classes that the page's style gives a meaning (:mod:`bpfree.study.report.style`), so that one figure does for light and
-dark pages and for paper. A row has the same colour, dash pattern and marker in every figure.
+Colours are classes to which :mod:`bpfree.document.style` gives a meaning, so that one chart does for light and dark pages and for
+paper. What has the same :class:`Key` has the same colour, dash pattern and marker in every chart.
 """
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from bpfree.study.report.axes import Axis
+from bpfree.document.axes import Axis
+from bpfree.document.content import Key, Panel
 
-__all__ = ["COLOURS", "Mark", "Series", "escape", "legend", "marker", "number", "panel", "style_of", "thinned"]
+__all__ = ["Mark", "Series", "Shade", "escape", "in_order", "look", "marker", "natural", "number", "panel", "shades", "swatch", "thinned"]
 
 COLOURS, DASHES, MARKERS = 8, 4, 4
 """How many there are of each; the style has the colours."""
+FIRST, LAST = (0xE6, 0x9F, 0x00), (0x00, 0x72, 0xB2)
+"""Ends of the colours of things that have an order, which both a light and a dark page show."""
 MOST_POINTS = 120
 """Of a curve: more cannot be told apart at the size of a panel."""
 
@@ -37,23 +41,19 @@ class Mark:
 
 @dataclass(frozen=True)
 class Series:
-    """What one row draws in a panel.
+    """What has one key in a panel.
 
     Attributes:
-        style: number of the row, which decides on colour, dash pattern and marker.
-        label: of the row.
+        key: its name and look.
         line: (x, y) in order.
         band: (x, low, high) in order.
         points: markers.
-        colour: instead of the row's.
     """
 
-    style: int
-    label: str
+    key: Key
     line: Sequence[tuple[float, float]] = ()
     band: Sequence[tuple[float, float, float]] = ()
-    points: Sequence[Mark] = field(default_factory=tuple)
-    colour: str = ""
+    points: Sequence[Mark] = ()
 
 
 def escape(text: str) -> str:
@@ -67,9 +67,25 @@ def number(value: float) -> str:
     return text[:-2] if text.endswith(".0") else text
 
 
-def style_of(index: int) -> str:
-    """Classes of a row: eight colours, and beyond them the same with other dashes."""
-    return f"s c{index % COLOURS} d{index // COLOURS % DASHES}"
+def look(key: Key) -> str:
+    """Attributes of a group of elements: eight colours, and beyond them the same with other dashes."""
+    colour = f' style="color:{escape(key.colour)}"' if key.colour else ""
+    return f'class="c{key.style % COLOURS} d{key.style // COLOURS % DASHES}"{colour}'
+
+
+def in_order(labels: Sequence[str], style: int = 0) -> list[Key]:
+    """Keys of things that have an order, such as blocks: from orange (first) to blue (last)."""
+    shares = [place / (len(labels) - 1) if len(labels) > 1 else 1.0 for place in range(len(labels))]
+    return [Key(style, label, _between(share)) for label, share in zip(labels, shares, strict=True)]
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort ``b2`` before ``b10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _between(share: float) -> str:
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(FIRST, LAST, strict=True))
 
 
 def thinned(points: Sequence[tuple[float, ...]], most: int = MOST_POINTS) -> list[tuple[float, ...]]:
@@ -92,14 +108,9 @@ def marker(index: int, x: float, y: float, size: float = 4.0) -> str:
     return f'<polygon points="{" ".join(f"{number(x + size * a)},{number(y + size * b)}" for a, b in corners)}"/>'
 
 
-def legend(rows: Iterable[tuple[int, str]]) -> str:
-    """A list of rows with their lines and markers; without a script it is only read, with one it hides rows."""
-    items = (
-        f'<li data-row="{index}"><svg class="key {style_of(index)}" viewBox="0 0 28 12" width="28" height="12" aria-hidden="true">'
-        f'<path class="line" d="M1 6H27"/><g class="dot">{marker(index, 14, 6, 3.5)}</g></svg><span>{escape(label)}</span></li>'
-        for index, label in rows
-    )
-    return f'<ul class="legend">{"".join(items)}</ul>'
+def swatch(key: Key, x: float, y: float) -> str:
+    """Line and marker of a key, 26 wide, around a height."""
+    return f'<g {look(key)}><path class="line" d="M{number(x)} {number(y)}h26"/><g class="dot">{marker(key.style, x + 13, y, 3.5)}</g></g>'
 
 
 class _Frame:
@@ -130,8 +141,8 @@ def panel(
     rules: Sequence[tuple[float, str]] = (),
     width: int = WIDTH,
     height: int = HEIGHT,
-) -> str:
-    """An SVG element.
+) -> Panel:
+    """Draw series over two axes.
 
     Args:
         title: above it; where there is none, what y shows.
@@ -141,16 +152,10 @@ def panel(
         width, height: of the view box.
     """
     frame = _Frame(x, y, width, height)
-    said = f"{title or y.label} against {x.label}: {', '.join(dict.fromkeys(one.label for one in series if one.label))}"
-    parts = [
-        f'<svg class="panel" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}">',
-        f'<text class="head" x="{4 if len(title or y.label) > 44 else LEFT - 6}" y="16">{escape(title or y.label)}</text>',
-        *_axes(frame),
-        *_rules(frame, rules),
-        *(_series(frame, one) for one in series),
-        "</svg>",
-    ]
-    return "".join(parts)
+    said = f"{title or y.label} against {x.label}: {', '.join(dict.fromkeys(one.key.label for one in series if one.key.label))}"
+    head = f'<text class="head" x="{4 if len(title or y.label) > 44 else LEFT - 6}" y="16">{escape(title or y.label)}</text>'
+    parts = [head, *_axes(frame), *_rules(frame, rules), *(_series(frame, one) for one in series)]
+    return Panel(width, height, said, "".join(parts))
 
 
 def _axes(frame: _Frame) -> Iterator[str]:
@@ -185,19 +190,19 @@ def _rules(frame: _Frame, rules: Sequence[tuple[float, str]]) -> Iterator[str]:
 
 
 def _series(frame: _Frame, one: Series) -> str:
-    colour = f' style="--c:{escape(one.colour)}"' if one.colour else ""
-    parts = [f'<g class="{style_of(one.style)}" data-row="{one.style}"{colour}>']
+    title = f"<title>{escape(one.key.label)}</title>"
+    parts = [f'<g {look(one.key)} data-row="{one.key.style}">']
     band = [(x, low, high) for x, low, high in thinned(one.band) if frame.visible(x, low) and frame.visible(x, high)]  # type: ignore[misc]
     if len(band) > 1:
         edge = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
         parts.append(f'<path class="band" d="{_path(frame, edge)}Z"/>')
     line = [(x, y) for x, y in thinned(one.line) if frame.visible(x, y)]  # type: ignore[misc]
     if len(line) > 1:
-        parts.append(f'<path class="line" d="{_path(frame, line)}"><title>{escape(one.label)}</title></path>')
-    elif line:  # a line of one point is invisible
+        parts.append(f'<path class="line" d="{_path(frame, line)}">{title}</path>')
+    elif line and not one.points:  # a line of one point is invisible
         (x, y) = line[0]
-        parts.append(f'<g class="dot"><title>{escape(one.label)}</title>{marker(one.style, frame.x(x), frame.y(y))}</g>')
-    parts.extend(_point(frame, one.style, point) for point in one.points if frame.visible(point.x, point.y))
+        parts.append(f'<g class="dot">{title}{marker(one.key.style, frame.x(x), frame.y(y))}</g>')
+    parts.extend(_point(frame, one.key.style, point) for point in one.points if frame.visible(point.x, point.y))
     return "".join(parts) + "</g>"
 
 
@@ -213,3 +218,59 @@ def _point(frame: _Frame, style: int, point: Mark) -> str:
     if point.x_range:
         bars += f'<path class="bar" d="M{number(frame.x(point.x_range[0]))} {number(y)}H{number(frame.x(point.x_range[1]))}"/>'
     return f'<g class="dot"><title>{escape(point.title)}</title>{bars}{marker(style, x, y)}</g>'
+
+
+# --- maps ---------------------------------------------------------------------------------------------------------------
+
+CELL, NAMES, HEAD, LEAST_WIDTH = 44, 74, 58, 190
+
+
+@dataclass(frozen=True)
+class Shade:
+    """A cell of a map.
+
+    Attributes:
+        share: of colour, from 0 (none) to 1; ``None``: unknown.
+        text: in it.
+        title: what it says, for the pointer.
+    """
+
+    share: float | None
+    text: str
+    title: str
+
+
+def shades(
+    title: str, below: str, names: Sequence[str], rows: Sequence[Sequence[Shade | None]], *, small: Mapping[str, str], axes: str
+) -> Panel:
+    """Draw a square map: a row and a column for each name, and nothing where there is no shade.
+
+    Args:
+        title: above it, with ``below`` in smaller print.
+        names: of rows and columns.
+        rows: cells.
+        small: below the names of rows, by name.
+        axes: what rows and columns are.
+    """
+    size = len(names) * CELL
+    width = NAMES + max(size, LEAST_WIDTH, 6 * len(below) - NAMES) + 8
+    parts = [f'<text class="head" x="4" y="14">{escape(title)}</text><text class="name" x="4" y="29">{escape(below)}</text>']
+    parts += [_shade(one, NAMES + j * CELL, HEAD + i * CELL) for i, row in enumerate(rows) for j, one in enumerate(row) if one is not None]
+    for place, name in enumerate(names):
+        middle = place * CELL + CELL // 2
+        shown = escape(name if len(name) < 9 else f"{name[:8]}…")
+        parts.append(f'<text class="item" x="{NAMES - 6}" y="{HEAD + middle + 3}" text-anchor="end">{shown}</text>')
+        parts.append(f'<text class="item" x="{NAMES + middle - 1}" y="{HEAD - 6}" text-anchor="middle">{shown}</text>')
+        if name in small:
+            parts.append(f'<text class="note" x="{NAMES - 6}" y="{HEAD + middle + 15}" text-anchor="end">{escape(small[name])}</text>')
+    parts.append(f'<text class="note" x="{NAMES}" y="{HEAD + size + 16}">{escape(axes)}</text>')
+    return Panel(width, HEAD + size + 30, f"{title}: {below}", "".join(parts))
+
+
+def _shade(one: Shade, x: int, y: int) -> str:
+    """Never so dark that the text in it could not be read."""
+    kind = "unknown" if one.share is None else "cell" if one.share else "none"
+    opacity = f' fill-opacity="{0.08 + 0.47 * one.share:.3f}"' if one.share else ""
+    box = f'x="{x}" y="{y}" width="{CELL - 2}" height="{CELL - 2}" rx="3"{opacity}'
+    text = f'<text class="item" x="{x + CELL // 2 - 1}" y="{y + CELL // 2 + 3}" text-anchor="middle">{escape(one.text)}</text>'
+    return f'<g><title>{escape(one.title)}</title><rect class="{kind}" {box}/>{text}</g>'
