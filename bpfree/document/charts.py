@@ -19,8 +19,10 @@ __all__ = ["Mark", "Series", "Shade", "escape", "in_order", "look", "marker", "n
 
 COLOURS, DASHES, MARKERS = 8, 4, 4
 """How many there are of each; the style has the colours."""
-FIRST, LAST = (0xE6, 0x9F, 0x00), (0x00, 0x72, 0xB2)
-"""Ends of the colours of things that have an order, which both a light and a dark page show."""
+ORDERED = ((0xE6, 0x9F, 0x00), (0x00, 0x9E, 0x73), (0x00, 0x72, 0xB2))
+"""Colours of things that have an order: first, middle, last. Both a light and a dark page show them."""
+APART = (9, 11, 14, 15)
+"""Styles, with dashes, of what stands beside them without a number."""
 MOST_POINTS = 120
 """Of a curve: more cannot be told apart at the size of a panel."""
 
@@ -73,10 +75,17 @@ def look(key: Key) -> str:
     return f'class="c{key.style % COLOURS} d{key.style // COLOURS % DASHES}"{colour}'
 
 
-def in_order(labels: Sequence[str], style: int = 0) -> list[Key]:
-    """Keys of things that have an order, such as blocks: from orange (first) to blue (last)."""
-    shares = [place / (len(labels) - 1) if len(labels) > 1 else 1.0 for place in range(len(labels))]
-    return [Key(style, label, _between(share)) for label, share in zip(labels, shares, strict=True)]
+def in_order(labels: Sequence[str]) -> list[Key]:
+    """Keys of things that have an order, such as blocks: from orange (first) to blue (last).
+
+    Where two or more names end in a number, the order is theirs; others, such as ``readout`` or ``mean``, have dashes and other colours.
+    """
+    numbered = [label for label in labels if label[-1:].isdigit()]
+    ordered = numbered if len(numbered) > 1 else list(labels)
+    apart = [label for label in labels if label not in ordered]
+    keys = {label: Key(0, label, _between(place / max(1, len(ordered) - 1))) for place, label in enumerate(ordered)}
+    keys |= {label: Key(APART[place % len(APART)], label) for place, label in enumerate(apart)}
+    return [keys[label] for label in labels]
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -85,7 +94,8 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def _between(share: float) -> str:
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(FIRST, LAST, strict=True))
+    low, high, rest = (ORDERED[0], ORDERED[1], 2 * share) if share <= 0.5 else (ORDERED[1], ORDERED[2], 2 * share - 1)
+    return "#" + "".join(f"{round(a + (b - a) * rest):02x}" for a, b in zip(low, high, strict=True))
 
 
 def thinned(points: Sequence[tuple[float, ...]], most: int = MOST_POINTS) -> list[tuple[float, ...]]:

@@ -65,7 +65,8 @@ def _figure(figure: Figure) -> str:
 
 
 def _panel(panel: Panel) -> str:
-    box = f'viewBox="0 0 {panel.width} {panel.height}"'
+    """As wide as its place, but with letters of the same size in all of them."""
+    box = f'viewBox="0 0 {panel.width} {panel.height}" style="max-width:{1.2 * panel.width:g}px"'
     return f'<svg class="panel" {box} role="img" aria-label="{escape(panel.label)}">{panel.body}</svg>'
 
 

@@ -60,7 +60,7 @@ pre{font:.85rem/1.5 ui-monospace,monospace;background:var(--panel);border-radius
 white-space:pre-wrap;overflow-wrap:anywhere} summary{cursor:pointer;color:var(--soft)}
 figure{margin:.8rem 0 1.4rem} figcaption{color:var(--soft);font-size:.875rem;max-width:52rem;margin-top:.3rem}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.8rem 1rem;align-items:start}
-.panels svg{width:100%;height:auto;max-width:34rem} .strip{display:block}
+.panels svg{width:100%;height:auto} .strip{display:block}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.15rem 1rem;padding:0;margin:.2rem 0 .5rem;font-size:.85rem}
 .legend li{display:flex;align-items:center;gap:.35rem;max-width:100%} .legend span{overflow-wrap:anywhere} .legend svg{flex:none}
 .legend [role=button]{cursor:pointer;border-radius:3px} .legend [aria-pressed=false]{opacity:.35} .gone{display:none}

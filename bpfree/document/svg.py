@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from bpfree.document.charts import escape, look, number, swatch
 from bpfree.document.content import Figure, Key
@@ -10,9 +10,9 @@ from bpfree.document.style import CHART_STYLE
 
 __all__ = ["svg_file"]
 
-GAP, MARGIN, LINE = 16, 10, 19
+GAP, MARGIN, LINE, LETTER, BAND = 16, 10, 19, 6.6, 160
 MOST_KEYS = 12
-"""Of a legend; of more, which have an order, it shows the colours of the first to the last."""
+"""Of things in order; of more, a legend shows the colours of the first to the last."""
 
 
 def svg_file(title: str, figure: Figure) -> str:
@@ -39,11 +39,13 @@ def _legend(keys: Sequence[Key], width: float, top: float) -> tuple[list[str], f
     """The elements, and where they end."""
     if not keys:
         return [], top
-    if len(keys) > MOST_KEYS:
-        return list(_range(keys, top + LINE / 2)), top + LINE
     parts, x, y = [], float(MARGIN), top + LINE / 2
+    ordered = [key for key in keys if key.colour]
+    if len(ordered) > MOST_KEYS:
+        parts, x = _range(ordered, y)
+        keys = [key for key in keys if not key.colour]
     for key in keys:
-        wide = 34 + 6.6 * len(key.label)
+        wide = 34 + LETTER * len(key.label)
         if x > MARGIN and x + wide > width - MARGIN:
             x, y = MARGIN, y + LINE
         parts.append(f'{swatch(key, x, y)}<text class="item" x="{number(x + 31)}" y="{number(y + 4)}">{escape(key.label)}</text>')
@@ -51,12 +53,13 @@ def _legend(keys: Sequence[Key], width: float, top: float) -> tuple[list[str], f
     return parts, y + LINE / 2 + 4
 
 
-def _range(keys: Sequence[Key], y: float) -> Iterator[str]:
-    """The first key's name, a band of all colours in their order, and the last one's name."""
-    x = MARGIN + 7 * len(keys[0].label)
-    yield f'<text class="item" x="{MARGIN}" y="{number(y + 4)}">{escape(keys[0].label)}</text>'
-    wide = 160 / len(keys)
+def _range(keys: Sequence[Key], y: float) -> tuple[list[str], float]:
+    """The first key's name, a band of all colours in their order, and the last one's name; and where they end."""
+    first, last = keys[0].label, keys[-1].label
+    x, wide = MARGIN + 8 + LETTER * len(first), BAND / len(keys)
+    parts = [f'<text class="item" x="{MARGIN}" y="{number(y + 4)}">{escape(first)}</text>']
     for place, key in enumerate(keys):
         at = f'x="{number(x + place * wide)}" y="{number(y - 5)}" width="{number(wide + 0.2)}" height="10"'
-        yield f'<g {look(key)}><rect class="dot" {at}><title>{escape(key.label)}</title></rect></g>'
-    yield f'<text class="item" x="{number(x + 168)}" y="{number(y + 4)}">{escape(keys[-1].label)}</text>'
+        parts.append(f'<g {look(key)}><rect class="dot" {at}><title>{escape(key.label)}</title></rect></g>')
+    parts.append(f'<text class="item" x="{number(x + BAND + 8)}" y="{number(y + 4)}">{escape(last)}</text>')
+    return parts, x + BAND + 8 + LETTER * len(last) + GAP

@@ -12,10 +12,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from bpfree.study.report.content import Section, Table
 from made_studies import cell_record, lines_of, outcome, planned, tuned
 from scipy import stats
 
+from bpfree.document.content import Section, Table
 from bpfree.record.folder import RunFolder
 from bpfree.study.cells import Plan
 from bpfree.study.report import Report, report_on, write_report

@@ -80,7 +80,8 @@ def _alignments(view: View, column: str) -> Iterator[Part]:
         told = " or ".join(f"of {COSINES[kind]}" for kind in COSINES if kind in kinds)
         yield Text(
             f"Cosine between a rule's credit and the gradient {told} by reverse mode, block by block, over the epochs; mean over "
-            "seeds. 1: the same direction; 0: none in common. Colours go from the first block (orange) to the last (blue)."
+            "seeds. 1: the same direction; 0: none in common. Colours go from the first block (orange) to the last (blue); dashed: blocks "
+            "without a number, such as a readout."
         )
         yield Figure(panels)
 
