@@ -21,6 +21,8 @@ CAPTION = (
 LEAST = 1e-9
 """Relative change at the light end of the scale; 1 is the dark end."""
 
+Rows = Sequence[Sequence[float | None]]
+
 
 def figure(properties: Mapping[str, Any]) -> Figure:
     """Heat maps of what was measured; without any, the figure has no panels."""
@@ -32,30 +34,21 @@ def figure(properties: Mapping[str, Any]) -> Figure:
     return Figure(panels, CAPTION)
 
 
-def heat_map(
-    title: str,
-    changed: str,
-    blocks: Sequence[str],
-    rows: Sequence[Sequence[float | None]],
-    *,
-    silent: Sequence[str] = (),
-    above: bool = False,
-) -> Panel:
+def heat_map(title: str, changed: str, blocks: Sequence[str], rows: Rows, *, silent: Sequence[str] = (), above: bool = False) -> Panel:
     """Draw a row per update, and a column per block whose weights were changed.
 
     Args:
-        title: above it.
-        changed: what was done to the columns' blocks.
+        title, changed: above it, the latter says what was done to the columns' blocks.
         blocks: names, first to last.
         rows: relative changes; 0: none, ``None``: not measured.
         silent: blocks whose update is zero; their rows say so.
         above: only draw what lies above the diagonal: weights of blocks that come later.
     """
     cells = [
-        [None if above and j <= i else _shade(blocks[i], blocks[j], value) for j, value in enumerate(row)] for i, row in enumerate(rows)
+        [None if above and j <= i else _shade(update, block, value) for j, (block, value) in enumerate(zip(blocks, row, strict=True))]
+        for i, (update, row) in enumerate(zip(blocks, rows, strict=True))
     ]
-    small = dict.fromkeys(silent, "no update")
-    return shades(title, changed, blocks, cells, small=small, axes="rows: update of; columns: weights of")
+    return shades(title, changed, blocks, cells, small=dict.fromkeys(silent, "no update"), axes="rows: update of; columns: weights of")
 
 
 def _shade(update: str, changed: str, value: float | None) -> Shade:

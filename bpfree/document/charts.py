@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from bpfree.document.axes import Axis
 from bpfree.document.content import Key, Panel
@@ -235,15 +236,8 @@ def _point(frame: _Frame, style: int, point: Mark) -> str:
 CELL, NAMES, HEAD, LEAST_WIDTH = 44, 74, 58, 190
 
 
-@dataclass(frozen=True)
-class Shade:
-    """A cell of a map.
-
-    Attributes:
-        share: of colour, from 0 (none) to 1; ``None``: unknown.
-        text: in it.
-        title: what it says, for the pointer.
-    """
+class Shade(NamedTuple):
+    """A cell of a map: its share of colour from 0 (none) to 1 (``None``: unknown), the text in it, and the one for the pointer."""
 
     share: float | None
     text: str
@@ -253,14 +247,12 @@ class Shade:
 def shades(
     title: str, below: str, names: Sequence[str], rows: Sequence[Sequence[Shade | None]], *, small: Mapping[str, str], axes: str
 ) -> Panel:
-    """Draw a square map: a row and a column for each name, and nothing where there is no shade.
+    """Draw a square map, a row and a column for each name.
 
     Args:
         title: above it, with ``below`` in smaller print.
-        names: of rows and columns.
-        rows: cells.
-        small: below the names of rows, by name.
-        axes: what rows and columns are.
+        names: of rows and columns, with ``small`` print below those of rows; ``axes`` says what the two are.
+        rows: cells; nothing is drawn for ``None``.
     """
     size = len(names) * CELL
     width = NAMES + max(size, LEAST_WIDTH, 6 * len(below) - NAMES) + 8

@@ -22,10 +22,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Picture:
-    """A cell of a table that is drawn; Markdown has its text."""
+    """A cell of a table that is drawn; Markdown leaves its column out."""
 
     svg: str
-    text: str = ""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def _table(table: Table) -> str:
 def _cell(cell: Cell) -> str:
     if isinstance(cell, Noted):
         return "<br>".join(map(_plain, (cell.text, *cell.notes)))
-    return _plain(cell.text if isinstance(cell, Picture) else cell)
+    return "" if isinstance(cell, Picture) else _plain(cell)
 
 
 def _plain(text: str) -> str:

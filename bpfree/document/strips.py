@@ -83,7 +83,7 @@ def strip(row: Strip, axis: Axis) -> str:
     ]
     parts.append(f"<title>{escape(row.said)}</title>{grid}<g {look(row.key)}>")
     finite = [value for value in row.values if math.isfinite(value)]
-    if row.interval is not None and _within(axis, *row.interval):
+    if row.interval is not None and row.interval[0] <= axis.high and row.interval[1] >= axis.low:
         left, right = (_x(axis, end) for end in row.interval)
         parts.append(
             f'<rect class="range" x="{number(left)}" y="{middle - 5:g}" width="{number(max(right - left, 1))}" height="10" rx="2"/>'
@@ -105,7 +105,3 @@ def strip(row: Strip, axis: Axis) -> str:
 
 def _x(axis: Axis, value: float) -> float:
     return MARGIN + (WIDTH - 2 * MARGIN) * axis.share(value)
-
-
-def _within(axis: Axis, low: float, high: float) -> bool:
-    return low <= axis.high and high >= axis.low

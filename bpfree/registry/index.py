@@ -114,16 +114,16 @@ def _tables(records: Sequence[dict[str, Any]]) -> str:
     ]
     results = [
         [
-            f"`{result['rule']}`",
-            result.get("row", ""),
-            result["task"],
-            result["metric"],
-            value_of(result),
-            result["seeds"],
-            f"`{result['command']}`",
+            f"`{found['rule']}`",
+            found.get("row", ""),
+            found["task"],
+            found["metric"],
+            value_of(found),
+            found["seeds"],
+            f"`{found['command']}`",
         ]
         for record in records
-        for result in record["results"]
+        for found in record["results"]
     ]
     parts = ["## Plugins", markdown_table(["plugin", "what it is", "rules", "certified", "status", "licence"], plugins)]
     if results:

@@ -46,6 +46,6 @@ def test_a_table_of_facts_has_no_head_and_small_print() -> None:
     assert "| credit | local<br>\\<measured><br>twice |" in markdown("t", [Section("", [facts])])
 
 
-def test_markdown_leaves_drawn_columns_out_and_says_what_cells_show() -> None:
-    drawn = Table(["row", Picture("<svg/>"), "n"], [["a", Picture("<svg/>"), Picture("<svg/>", "seven")]])
-    assert markdown("t", [Section("S", [drawn])]).splitlines()[4:] == ["| row | n |", "| --- | ---: |", "| a | seven |"]
+def test_markdown_leaves_drawn_columns_out() -> None:
+    drawn = Table(["row", Picture("<svg/>"), "n"], [["a", Picture("<svg/>"), "7"]])
+    assert markdown("t", [Section("S", [drawn])]).splitlines()[4:] == ["| row | n |", "| --- | ---: |", "| a | 7 |"]

@@ -25,11 +25,8 @@ Curve = list[tuple[float, float, float, float]]
 
 def learning_curves(view: View) -> Iterator[Section]:
     """Validation accuracy (or loss) over epochs, examples and seconds, for each column."""
-    return view.by_column("Learning curves", lambda column: _figure(view, column), *_not_timed(view))
-
-
-def _not_timed(view: View) -> list[Text]:
-    return [Text(NOT_TIMED, "note")] if untimed(view.rows) else []
+    notes = [Text(NOT_TIMED, "note")] if untimed(view.rows) else []
+    return view.by_column("Learning curves", lambda column: _figure(view, column), *notes)
 
 
 def _figure(view: View, column: str) -> Iterator[Figure]:
@@ -46,7 +43,8 @@ def _figure(view: View, column: str) -> Iterator[Figure]:
         if not curves:
             continue
         x = _x_axis(key, label, curves.values())
-        y = _y_axis(name, [value for curve in curves.values() for point in curve for value in point[2:]], percents=factor == 100)
+        values = [value for curve in curves.values() for point in curve for value in point[2:]]
+        y = linear(values, name, bounds=(0, 100)) if factor == 100 else fitting(values, name)
         series = [_series(view, rows[number], curve) for number, curve in curves.items()]
         rules = [(target, "target")] if target is not None and y.low <= target <= y.high else []
         panels.append(panel(f"{name}, over {label}", x, y, series, rules=rules))
@@ -86,10 +84,6 @@ def _x_axis(key: str, label: str, curves: Iterable[Curve]) -> Axis:
     return linear([0.0, *values], label, bounds=(0, math.inf), pad=0.02)
 
 
-def _y_axis(name: str, values: Sequence[float], *, percents: bool) -> Axis:
-    return linear(values, name, bounds=(0, 100)) if percents else fitting(values, name)
-
-
 def _series(view: View, row: TableRow, curve: Curve) -> Series:
     band = [(x, low, high) for x, _, low, high in curve] if len(row.finished) > 1 else []
     return Series(view.key(row), [(x, y) for x, y, _, _ in curve], band)
@@ -106,7 +100,8 @@ COSTS = (
 
 def costs(view: View) -> Iterator[Section]:
     """Score against seconds, memory and passes, a point for each row."""
-    return view.by_column("Score against cost", lambda column: _scatter(view, column), *_not_timed(view))
+    notes = [Text(NOT_TIMED, "note")] if untimed(view.rows) else []
+    return view.by_column("Score against cost", lambda column: _scatter(view, column), *notes)
 
 
 def _scatter(view: View, column: str) -> Iterator[Figure]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from bpfree.document.axes import linear
 from bpfree.document.charts import Series, panel
-from bpfree.document.content import Figure, Key, Part, Section, Table, Text
+from bpfree.document.content import Figure, Part, Section, Table, Text
 from bpfree.study.report.targets import ended, times
 from bpfree.study.report.view import WAITED, View
 from bpfree.study.rows import TableRow
@@ -66,10 +66,6 @@ def _finite(view: View, row: TableRow) -> list[float]:
     return [score for score in view.scores(row) if math.isfinite(score)]
 
 
-def _keys(view: View, grid: Grid) -> list[Key]:
-    return [view.key(rows[0]) for rows in grid]
-
-
 # --- profiles -----------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +95,7 @@ def _timed(view: View, grid: Grid) -> list[Part]:
     score = Table(
         ["row", "integral of the profile, 0 to 1"], cells, name="Integrals", styles=[view.style(grid[place][0]) for place in order]
     )
-    return [Figure([drawn], caption, _keys(view, grid)), score]
+    return [Figure([drawn], caption, [one.key for one in series]), score]
 
 
 def _scored(view: View, grid: Grid) -> list[Part]:
@@ -123,7 +119,7 @@ def _scored(view: View, grid: Grid) -> list[Part]:
         "Score distributions (Agarwal et al. 2021): the share of runs with a score above tau, averaged over columns; the scores of each "
         "column are scaled from its worst run (0) to its best (1). Higher is better."
     )
-    return [Figure([drawn], caption, _keys(view, grid))]
+    return [Figure([drawn], caption, [one.key for one in series])]
 
 
 # --- probability of improvement -------------------------------------------------------------------------------------------
