@@ -39,7 +39,8 @@ def _legend(keys: Sequence[Key], width: float, top: float) -> tuple[list[str], f
     """The elements, and where they end."""
     if not keys:
         return [], top
-    parts, x, y = [], float(MARGIN), top + LINE / 2
+    parts: list[str] = []
+    x, y = float(MARGIN), top + LINE / 2
     ordered = [key for key in keys if key.colour]
     if len(ordered) > MOST_KEYS:
         parts, x = _range(ordered, y)

@@ -113,17 +113,9 @@ def _tables(records: Sequence[dict[str, Any]]) -> str:
         for r in records
     ]
     results = [
-        [
-            f"`{found['rule']}`",
-            found.get("row", ""),
-            found["task"],
-            found["metric"],
-            value_of(found),
-            found["seeds"],
-            f"`{found['command']}`",
-        ]
+        [f"`{r['rule']}`", r.get("row", ""), r["task"], r["metric"], value_of(r), r["seeds"], f"`{r['command']}`"]
         for record in records
-        for found in record["results"]
+        for r in record["results"]
     ]
     parts = ["## Plugins", markdown_table(["plugin", "what it is", "rules", "certified", "status", "licence"], plugins)]
     if results:
