@@ -79,10 +79,10 @@ def look(key: Key) -> str:
 def in_order(labels: Sequence[str]) -> list[Key]:
     """Keys of things that have an order, such as blocks: from orange (first) to blue (last).
 
-    Where two or more names end in a number, the order is theirs; others, such as ``readout`` or ``mean``, have dashes and other colours.
+    Where any names end in a number, the order is theirs; others, such as ``readout`` or ``mean``, have dashes and other colours, and so
+    has a single one.
     """
-    numbered = [label for label in labels if label[-1:].isdigit()]
-    ordered = numbered if len(numbered) > 1 else list(labels)
+    ordered = [label for label in labels if label[-1:].isdigit()] or (list(labels) if len(labels) > 1 else [])
     apart = [label for label in labels if label not in ordered]
     keys = {label: Key(0, label, _between(place / max(1, len(ordered) - 1))) for place, label in enumerate(ordered)}
     keys |= {label: Key(APART[place % len(APART)], label) for place, label in enumerate(apart)}

@@ -155,7 +155,8 @@ def test_an_order_shows_in_colours() -> None:
     assert [key.colour for key in keys] == ["#e69f00", "#009e73", "#0072b2", ""]
     assert look(keys[3]) == 'class="c1 d1"'
     assert [key.colour for key in in_order(["stem", "head"])] == ["#e69f00", "#0072b2"]
-    assert [key.colour for key in in_order(["b1", "readout"])] == ["#e69f00", "#0072b2"]
+    assert [key.colour for key in in_order(["b1", "readout"])] == ["#e69f00", ""]
+    assert [look(key) for key in in_order(["readout"])] == ['class="c1 d1"']
     assert in_order([]) == []
     assert sorted(["b10", "b2", "a", "b1"], key=natural) == ["a", "b1", "b2", "b10"]
 
