@@ -28,6 +28,7 @@ SUFFIXES = {".py", ".pyx", ".c", ".cpp", ".cu", ".cuh", ".h", ".so"}
 SHOWING = (
     "__init__.py",
     "cli",
+    "document",
     "kept.py",
     "legacy.py",
     "record",

@@ -22,7 +22,7 @@ configuration, for example `task=fashion-mnist`, `rule.inference=deterministic`,
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on one line.")
 def evaluate(checkpoint: str, settings: tuple[str, ...], split: str, as_json: bool) -> int:
-    from bpfree.cli.output import print_table
+    from bpfree.cli.output import print_pairs, print_table
     from bpfree.leaves import last_said, parse_words
     from bpfree.scoring import score
 
@@ -32,8 +32,7 @@ def evaluate(checkpoint: str, settings: tuple[str, ...], split: str, as_json: bo
     if as_json:
         click.echo(json.dumps({**about, **scores}))
         return 0
-    for name, value in about.items():
-        click.echo(f"{name.ljust(10)}  {value}")
+    print_pairs(about.items())
     print_table(
         ["metric", "value"], [[name, f"{value:.2%}" if "accuracy" in name else f"{value:.5g}"] for name, value in scores.items()], right=[1]
     )

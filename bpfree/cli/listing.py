@@ -85,16 +85,14 @@ def certificate_of(name: str, registry: Any) -> str:
 
 
 def show_card(card: dict[str, Any], rule: Any) -> None:
-    for key in ("name", "plugin", "summary", "paper", "equation", "notes"):
-        if card[key]:
-            lines = str(card[key]).strip().splitlines()
-            click.echo(f"{key.ljust(12)}{lines[0]}")
-            for line in lines[1:]:
-                click.echo(f"{'':12}{line}")
+    from bpfree.cli.output import print_pairs
+
+    pairs = [(key, str(card[key] or "").strip()) for key in ("name", "plugin", "summary", "paper", "equation", "notes")]
     for key in ("optimizer", "traits", "certificate"):
         value = card[key]
         text = value if isinstance(value, str) else ", ".join(f"{k}={plain(v)}" for k, v in value.items())
-        click.echo(f"{key.ljust(12)}{text}{REMARKS.get(key, '')}")
+        pairs.append((key, f"{text}{REMARKS.get(key, '')}"))
+    print_pairs(pairs)
     show_options(rule.Config, "rule")
 
 

@@ -15,10 +15,10 @@ import pytest
 from made_studies import cell_record, lines_of, outcome, planned, tuned
 from scipy import stats
 
+from bpfree.document.content import Section, Table
 from bpfree.record.folder import RunFolder
 from bpfree.study.cells import Plan
 from bpfree.study.report import Report, report_on, write_report
-from bpfree.study.report.content import Section, Table
 from bpfree.study.report.leaderboard import best_alternative
 from bpfree.study.report.view import aligned, compact, timed
 from bpfree.study.rows import TableRow, Trial, Tuned
