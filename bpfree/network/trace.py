@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Trace", "Traces", "run_block"]
+__all__ = ["Trace", "Traces", "run_block", "run_blocks"]
 
 
 class Trace:
@@ -20,12 +20,17 @@ class Trace:
         block: the module that was executed.
         input: (N, ...) detached from whatever made it.
         output: (N, ...) with the block's local graph, or none if nothing in it requires a gradient.
+        parts: the output of each block of a run, by name, all in one graph: a loss of ``parts["b1"]`` reaches ``b1``, and one of
+            ``parts["b2"]`` both blocks. Of a single block, its own output.
     """
 
-    __slots__ = ("block", "index", "input", "name", "output")
+    __slots__ = ("block", "index", "input", "name", "output", "parts")
 
-    def __init__(self, index: int, name: str, block: nn.Module, input: Tensor, output: Tensor) -> None:
+    def __init__(
+        self, index: int, name: str, block: nn.Module, input: Tensor, output: Tensor, parts: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.index, self.name, self.block, self.input, self.output = index, name, block, input, output
+        self.parts: Mapping[str, Tensor] = {name: output} if parts is None else parts
 
     def pull(self, signal: Tensor) -> Tensor:
         """The input's cotangent ``J^T signal``; leaves every ``.grad`` alone and may be called again.
@@ -78,3 +83,15 @@ def run_block(index: int, name: str, block: nn.Module, x: Any, *, input_grad: bo
     if input_grad:
         x.requires_grad_()
     return Trace(index, name, block, x, block(x))
+
+
+def run_blocks(index: int, blocks: Mapping[str, nn.Module], x: Any, *, input_grad: bool = False) -> Trace:
+    """Execute consecutive blocks under one graph that ends at the detached input, and return their trace with its parts."""
+    source = x.detach()
+    if input_grad:
+        source.requires_grad_()
+    parts: dict[str, Tensor] = {}
+    output = source
+    for name, block in blocks.items():
+        output = parts[name] = block(output)
+    return Trace(index, "+".join(blocks), nn.Sequential(*blocks.values()), source, output, parts)

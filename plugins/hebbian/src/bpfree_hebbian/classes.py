@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree import Batch, Budget, Card, Network, OptimizerConfig, Phase, Rule, Step, TaskSpec, Traits, UsageError, always, option
+from bpfree.network import add_gradient
 from bpfree.network.builders import NetworkBuilder
 from bpfree_hebbian.networks import Activation, Pixels, UnitLength
 
@@ -98,7 +99,7 @@ class HebbianNorm(Rule):
         "classes, so a rare class learns more slowly. The reported loss takes norms for logits and means little.",
     )
     brings_network = True
-    traits_of = always(Traits("independent", 0, 0, supervision="labels", chain=False, readout=False, targets=("classes", "soft")))
+    traits_of = always(Traits("independent", 0, 0, supervision="labels", chain=False, readout="none", targets=("classes", "soft")))
     config: HebbianNormConfig
 
     def __init__(self, network: Any, spec: TaskSpec, config: Any = None) -> None:
@@ -149,9 +150,7 @@ class HebbianNorm(Rule):
         y = self._outputs(x, weights)
         increment = self.increment(x, y, weights, self.spec.target_rows(batch, x.dtype))
         for network, change in zip(self.networks, increment.neg_(), strict=True):
-            weight = network.linear.weight
-            if weight.requires_grad:
-                weight.grad = change if weight.grad is None else weight.grad.add_(change)
+            add_gradient(network.linear.weight, change)
         return {"weight_norm": torch.linalg.vector_norm(weights, dim=2).mean()}
 
     def increment(self, x: Tensor, y: Tensor, weights: Tensor, membership: Tensor) -> Tensor:
