@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-__all__ = ["Operation", "Recording", "Ref", "Watched", "assigned", "mapped", "merged", "needed", "part_of", "to_graph"]
+__all__ = ["Operation", "Recording", "Ref", "Watched", "created", "mapped", "merged", "needed", "to_graph"]
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,8 @@ def to_graph(operations: list[Operation], recording: Recording) -> tuple[fx.Grap
             node = graph.get_attr(operation.target)
         else:
             node = graph.create_node(operation.kind, operation.target, mapped(operation.args, found), mapped(operation.kwargs, found))
+        if operation.target is created:
+            node.meta["is_wrapped"] = True  # or a copy of the graph would call it with symbolic sizes
         watched.owners[node] = operation.owner
         nodes.append(node)
         recent = node if operation.batched else recent
@@ -209,20 +211,11 @@ def to_graph(operations: list[Operation], recording: Recording) -> tuple[fx.Grap
     return graph, watched
 
 
-# --- executed by the blocks -------------------------------------------------------------------------------------------
-
-
-def assigned(x: Tensor, index: Any, value: Any) -> Tensor:
-    """``x[index] = value``, and ``x``."""
-    x[index] = value
-    return x
-
-
-def part_of(value: Any, key: Any) -> Any:
-    """An entry of what an operation returned."""
-    return value[key]
-
-
 def examples_of(x: Tensor, times: int) -> int:
-    """A multiple of the number of examples."""
-    return len(x) * times
+    """A multiple of the number of examples; executed by the blocks."""
+    return x.size(0) * times
+
+
+def created(name: str, *args: Any, **kwargs: Any) -> Any:
+    """A tensor that a function of torch makes of nothing but numbers; executed by the blocks."""
+    return getattr(torch, name)(*args, **kwargs)

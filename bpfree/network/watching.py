@@ -9,6 +9,7 @@ what depends on that number), values of both signs, and both modes. A module tha
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from bpfree.errors import UsageError
 from bpfree.network.cuts import Traced, first_line, in_mode
-from bpfree.network.recordings import Operation, Recording, Ref, assigned, mapped, merged, needed, part_of, to_graph
+from bpfree.network.recordings import Operation, Recording, Ref, created, mapped, merged, needed, to_graph
 from bpfree.network.statistics import kept_buffers
 
 __all__ = ["main_output", "watch"]
@@ -104,11 +105,9 @@ class Recorder(TorchFunctionMode):
             self.recording.reads.append(name)
         if name == "__set__":
             raise UsageError("it sets an attribute of a tensor", where=self._scopes[-1] or type(self._module).__name__)
-        if name == "__setitem__":
-            given = self._referred(args)
-            function(*args, **kwargs)
-            self._note(args[0], "call_function", assigned, given, {}, self._scopes[-1], in_place=True)
-            return None
+        if name == "__setitem__":  # its value is the tensor as it was called before
+            self._append(Operation("call_method", name, self._referred(args), {}, self._scopes[-1], in_place=True))
+            return function(*args, **kwargs)
         result = function(*args, **kwargs)
         if any(isinstance(leaf, Tensor) for leaf in _leaves(result)):
             kind, target, given = _spelling(function, name, args)
@@ -133,7 +132,7 @@ class Recorder(TorchFunctionMode):
 
     def _note_part(self, value: Any, whole: Ref, key: Any, owner: str) -> None:
         if any(isinstance(leaf, Tensor) for leaf in _leaves(value)):
-            self._note(value, "call_function", part_of, (whole, key), {}, owner)
+            self._note(value, "call_function", operator.getitem, (whole, key), {}, owner)
 
     def _append(self, operation: Operation) -> Ref:
         self.recording.operations.append(operation)
@@ -244,6 +243,8 @@ def _spelling(function: Any, name: str, args: Any) -> tuple[str, Any, Any]:
         return "call_function", getattr, (args[0], function.__self__.__name__)
     if function is getattr(Tensor, name, None):
         return "call_method", name, args
+    if function is getattr(torch, name, None) and not any(isinstance(leaf, Tensor) for leaf in _leaves(args)):
+        return "call_function", created, (name, *args)
     return "call_function", function, args
 
 
