@@ -53,7 +53,7 @@ def build_network(name: str, spec: TaskSpec, registry: Plugins | None = None, **
         if key not in keys:
             raise unknown_name("option", key, keys, where=f"network {known}")
     config = builder.Config(**{**implied, **options})
-    if problems := range_problems(config, "network."):
+    if problems := list(range_problems(config, "network.")):
         raise UsageError.of(problems, "network")
     network: Network = builder.build(spec, config)
     return network
