@@ -166,8 +166,7 @@ class Resolver:
         builder = self._class("networks", "network")
         if builder is None:
             return None
-        fields = {item.name for item in dataclasses.fields(builder.Config)}
-        base = builder.Config(**{key: value for key, value in implied.items() if key in fields})
+        base = builder.Config(**{key: value for key, value in implied.items() if _fits(builder.Config, key, value)})
         return self._options(base, "network.")
 
     # --- values -----------------------------------------------------------------------------------------------------
@@ -289,6 +288,17 @@ class Resolver:
     def _stop_if_problems(self) -> None:
         if self.problems:
             raise UsageError.of(self.problems, "configuration")
+
+
+def _fits(config: type, key: str, value: Any) -> bool:
+    """Whether a value that a rule implies, perhaps for another network, is one of this one: presets are not the same everywhere."""
+    if key not in {item.name for item in dataclasses.fields(config)}:
+        return False
+    try:
+        typed(value, _kind(config, key), key)
+    except Misfit:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1024)
