@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from bpfree.errors import BpfreeError, UsageError, unknown_name
-from bpfree.network.forward_mode import prepare
+from bpfree.network.forward_mode import differentiable_kernels, prepare
 from bpfree.network.trace import Trace, Traces, run_block, run_blocks
 from bpfree.tasks.check import has_own_loss
 from bpfree.tasks.spec import TaskSpec
@@ -199,7 +199,7 @@ class Network(nn.Module):
         result = Traces()
         tangent: Tensor | None = None
         prepare()
-        with forward_ad.dual_level():
+        with differentiable_kernels(self), forward_ad.dual_level():
             for index, (name, block) in enumerate(self.blocks.items()):
                 source = x.detach()
                 if input_grad:
