@@ -156,7 +156,7 @@ class Rule(nn.Module, ABC):
                 where=f"task {self.spec.name}",
                 fix=f"it can from: {', '.join(traits.targets)}",
             )
-        if traits.readout != "none":
+        if traits.readout == "required":
             check_readout(self.network, self.spec)
 
     # --- what the rule says of itself: asked of its class before it is built, where the network is not known, and of the rule after ---
