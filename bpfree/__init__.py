@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.hooks import hookimpl as hookimpl
     from bpfree.kinds import Maker as Maker
     from bpfree.metric import Metric as Metric
+    from bpfree.named_networks import build_network as build_network
     from bpfree.network.builders import mlp as mlp
     from bpfree.network.builders import vgg as vgg
     from bpfree.network.network import Network as Network
@@ -121,6 +122,7 @@ _HOME = {
     "Traits": "rule",
     "UsageError": "errors",
     "always": "rule",
+    "build_network": "named_networks",
     "hookimpl": "hooks",
     "load": "saved",
     "load_task": "config",

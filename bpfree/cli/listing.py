@@ -107,6 +107,10 @@ def list_kind(kind: str, name: str | None) -> None:
     if name is None:
         print_table([kind[:-1], "plugin", "what it is"], plugin_index().summaries[kind])
         return
+    if kind == "networks":
+        from bpfree.named_networks import spelled_out
+
+        name = spelled_out(name, installed_plugins())[0]
     thing = installed_plugins().get(kind, name)
     click.echo(f"{name}: {thing.summary}")
     show_options(thing.Config, kind[:-1])
