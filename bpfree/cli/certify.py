@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bpfree.cli.code import allow_code
 from bpfree.cli.completion import names_of
 
 if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
     from bpfree.certify.findings import Finding
+    from bpfree.plugins import Plugins
+    from bpfree.rule import Rule
 
 HELP = """Examine a learning rule, and measure what it really does.
 
@@ -25,6 +28,7 @@ and network. Exit status 1: a check failed; each failure says what, where, and w
   bpfree certify predictive-coding rule.T=2 --page certificate.html
   bpfree certify my-rule --output my-rule.json       what bpfree registry add takes
   bpfree certify my-rule --only learning --waive 'learning=needs 60 epochs'
+  bpfree certify mine.py:MyRule --quick              a rule in a file, whose code is executed
   bpfree certify --list                              the checks
 """
 
@@ -38,6 +42,7 @@ and network. Exit status 1: a check failed; each failure says what, where, and w
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the certificate as JSON.")
 @click.option("--page", type=click.Path(path_type=Path, dir_okay=False), help="Write it as an HTML page with heat maps.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON, and nothing else.")
+@allow_code
 @click.option("--list", "list_only", is_flag=True, help="List the checks.")
 def certify(
     rule: str | None,
@@ -48,6 +53,7 @@ def certify(
     output: Path | None,
     page: Path | None,
     as_json: bool,
+    allow_code: tuple[str, ...],
     list_only: bool,
 ) -> int:
     if list_only:
@@ -58,7 +64,10 @@ def certify(
         _check_writable(path)
     from bpfree.certify.examination import certify as examine
 
-    certificate = examine(rule, settings, quick=quick, only=only, waive=_waivers(waive), progress=None if as_json else _progress)
+    subject, registry = _subject(rule, settings, allow_code)
+    certificate = examine(
+        subject, settings, registry=registry, quick=quick, only=only, waive=_waivers(waive), progress=None if as_json else _progress
+    )
     if output is not None:
         output.write_text(certificate.to_json(), encoding="utf-8")
     if page is not None:
@@ -67,6 +76,17 @@ def certify(
         write_page(page, certificate)
     _show(certificate, as_json, [path for path in (output, page) if path is not None])
     return 0 if certificate.passed else 1
+
+
+def _subject(rule: str, settings: tuple[str, ...], files: tuple[str, ...]) -> tuple[str | type[Rule], Plugins]:
+    """The rule's name, or the class that ``FILE.py:NAME`` leads to; and where names are looked up."""
+    from bpfree.code_files import CodeName
+    from bpfree.config import allowing
+    from bpfree.leaves import Leaf, leaf_at, parse_words
+
+    named = leaf_at(Leaf("rule", rule, "command line", word=True))
+    registry = allowing([named, *parse_words(settings)], files)
+    return (rule if CodeName.parse(rule) is None else registry.get("rules", named.value, where="command line")), registry
 
 
 def _list() -> int:

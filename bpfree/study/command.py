@@ -259,6 +259,7 @@ class Jobs:
             # a cell whose time was up resumes from its checkpoint; one that was refused may have one that cannot be read
             restart=before is not None and ((again and before.status in ("failed", "diverged")) or before.status == "refused"),
             quiet=self._quiet,
+            given=cell.recipe.registry.given,
         )
 
     def _tags(self, cell: Cell) -> dict[str, str]:

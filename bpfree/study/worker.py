@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from bpfree import runner, scoring
 from bpfree.config import resolve
 from bpfree.errors import BpfreeError, DiskError
 from bpfree.hooks import hookimpl
-from bpfree.leaves import Leaf
+from bpfree.leaves import Leaf, names_code
+from bpfree.plugins import Given, Plugins, installed_plugins
 from bpfree.recipe import Recipe
 from bpfree.record.folder import RunFolder
 from bpfree.redaction import redact
@@ -54,6 +55,7 @@ class Job:
         again: although it failed before.
         restart: from the beginning, whatever checkpoint there is.
         quiet: no progress display.
+        given: files of code that may be executed, and things made in Python.
     """
 
     key: CellKey
@@ -65,6 +67,7 @@ class Job:
     again: bool = False
     restart: bool = False
     quiet: bool = True
+    given: Given = field(default_factory=Given, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -135,7 +138,8 @@ class Worker:
         if not job.restart and (folder / "checkpoints" / "last.pt").is_file():
             if runner.has_finished(str(folder)):  # the process was killed before it could note so
                 return runner.resume(str(folder), output=output, quiet=job.quiet)
-            return runner.resume(str(folder), output=output, changes=job.changes, task=self._tasks.get(_recipe(job)), **options)
+            options |= {"changes": [*_code(job), *job.changes], "registry": _registry(job)}
+            return runner.resume(str(folder), output=output, task=self._tasks.get(_recipe(job)), **options)
         if job.restart:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         recipe = _recipe(job)
@@ -146,7 +150,7 @@ class Worker:
         settings = _recipe(job).settings
         try:
             with environment.numerics(threads=settings.threads, deterministic=settings.deterministic):
-                _, scores = scoring.score(str(job.folder), split="train", output=str(job.store.output))
+                _, scores = scoring.score(str(job.folder), _code(job), split="train", output=str(job.store.output), registry=_registry(job))
             measured = {f"train/{name}": scores[name] for name in ("loss", "accuracy") if name in scores}
             record.result.update(measured)
             with RunFolder(job.folder).log as log:
@@ -173,7 +177,16 @@ def garbage_collected() -> Iterator[None]:
 
 
 def _recipe(job: Job) -> Recipe:
-    return resolve(job.key.leaves)
+    return resolve(job.key.leaves, _registry(job))
+
+
+def _code(job: Job) -> list[Leaf]:
+    """Where its code is now: the same as when the cell began, by the cell's hash, but perhaps in another place."""
+    return [leaf for leaf in job.key.leaves if names_code(leaf)]
+
+
+def _registry(job: Job) -> Plugins:
+    return installed_plugins().extended(job.given)
 
 
 class CellObserver:
@@ -259,7 +272,7 @@ class TaskCache:
         Raises:
             BpfreeError: it cannot be loaded; asked again, it is not tried again.
         """
-        key = (recipe.names["task"], recipe.options["task"], recipe.task, recipe.root())
+        key = (recipe.task_id, recipe.options["task"], recipe.task, recipe.root())
         for other, error in self._missing:
             if other == key:
                 raise error
