@@ -70,7 +70,7 @@ class Given:
 
     Attributes:
         files: of code that may be executed, by absolute path.
-        things: made in Python, with their records, by kind and name.
+        things: made in Python, as they are there, with their records, by kind and name.
     """
 
     files: Mapping[str, CodeFile] = field(default_factory=dict)
@@ -129,6 +129,7 @@ class Plugins:
         self._registered: dict[str, dict[str, tuple[Any, PluginRecord]]] = {kind: {} for kind in KINDS}
         self._disabled, self.reported = set(disabled), False
         self.given = Given()
+        self._coded: dict[tuple[str, ...], tuple[Any, PluginRecord]] = {}
         self._load_builtin()
         found = importlib.metadata.entry_points(group=GROUP) if entry_points is None else entry_points
         for entry in sorted(found, key=lambda entry: entry.name):
@@ -258,10 +259,12 @@ class Plugins:
         """A copy that knows further files and things, also those that another process was given."""
         if not given.files and not given.things:
             return self
+        from bpfree.objects import registered
+
         self.report()  # once, and not for each copy
         copied = copy.copy(self)
         for (kind, name), (thing, record) in given.things.items():
-            copied = copied.knowing(kind, name, thing, record)
+            copied = copied.knowing(kind, name, registered(kind, thing, name), record)
         copied.given = self.given | given
         return copied
 
@@ -275,17 +278,23 @@ class Plugins:
         Raises:
             UsageError: the file is not allowed, has changed, or fails; it has no such name, or something of another kind.
         """
-        from bpfree.objects import registered
-
         code = code.resolved()
         file = self.given.files.get(code.path)
         if file is None:
-            what = f"{where or 'a setting'} names code in {code.path}, which is executed only if the command line allows it"
-            raise UsageError(what, where=where, fix=f"--allow-code {shlex.quote(code.path)}, if you trust it (Python: allow_code=[FILE])")
+            what = f"the code in {code.path} is executed only if the command line names it"
+            raise UsageError(what, where=where, fix=f"--allow-code {shlex.quote(code.path)}, if you trust it")
         if code.hash not in ("", file.hash):
             what = f"the code in {file.path} has changed: it was {code.hash}, and is {file.hash}"
             fix = f"restore it (a run keeps a copy in code/), or name it as it is now: {singular(kind)}={file.path}:{code.name}"
             raise UsageError(what, where=where, fix=fix)
+        key = kind, code.path, file.hash, code.name
+        if key not in self._coded:  # a task's data are loaded once
+            self._coded[key] = self._coded_in(file, kind, code)
+        return self._coded[key]
+
+    def _coded_in(self, file: CodeFile, kind: str, code: CodeName) -> tuple[Any, PluginRecord]:
+        from bpfree.objects import registered
+
         try:
             with contained("its import"):
                 module = file.module()
@@ -297,7 +306,7 @@ class Plugins:
             names = [name for name, thing in vars(module).items() if getattr(thing, "__module__", "") == module.__name__]
             raise unknown_name(f"name in {file.path.name}", code.name, names, where=str(file.path))
         thing = registered(kind, getattr(module, code.name), code.short)
-        return thing, PluginRecord(code.short, file.path.name, file.hash, path=str(file.path), code=file.hash)
+        return thing, PluginRecord(file.path.name, file.path.name, file.hash, path=str(file.path), code=file.hash)
 
     def owner(self, kind: str, name: str) -> PluginRecord:
         """The plugin that registered a name."""

@@ -134,7 +134,7 @@ def core_parts(core: Path) -> dict[str, str]:
 
 def _hashes(registry: Plugins, rule: str, named: Iterable[tuple[str, str]], skipped: tuple[str, ...]) -> dict[str, str]:
     named = [*named, ("rules", rule)]
-    coded = {owner.name: owner.code for kind, name in named if (owner := registry.owner(kind, name)).code}
+    coded = {name: owner.code for kind, name in named if (owner := registry.owner(kind, name)).code}
     owners = {_root_of_plugin(registry, registry.owner(kind, name).name) for kind, name in named}
     plugins = {_root_of_plugin(registry, name) for name in registry.records}
     bases = {_root(base.__module__) for base in registry.get("rules", rule).__mro__}

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
     from bpfree.certify.findings import Finding
     from bpfree.plugins import Plugins
-    from bpfree.rule import Rule
 
 HELP = """Examine a learning rule, and measure what it really does.
 
@@ -78,15 +77,18 @@ def certify(
     return 0 if certificate.passed else 1
 
 
-def _subject(rule: str, settings: tuple[str, ...], files: tuple[str, ...]) -> tuple[str | type[Rule], Plugins]:
-    """The rule's name, or the class that ``FILE.py:NAME`` leads to; and where names are looked up."""
+def _subject(rule: str, settings: tuple[str, ...], files: tuple[str, ...]) -> tuple[str, Plugins]:
+    """The rule's name, a short one for ``FILE.py:NAME``; and where names are looked up."""
     from bpfree.code_files import CodeName
     from bpfree.config import allowing
     from bpfree.leaves import Leaf, leaf_at, parse_words
 
     named = leaf_at(Leaf("rule", rule, "command line", word=True))
     registry = allowing([named, *parse_words(settings)], files)
-    return (rule if CodeName.parse(rule) is None else registry.get("rules", named.value, where="command line")), registry
+    code = CodeName.parse(str(named.value))
+    if code is None:
+        return rule, registry
+    return code.short, registry.knowing("rules", code.short, *registry.coded("rules", code, where="command line"))
 
 
 def _list() -> int:

@@ -84,6 +84,17 @@ class Worker:
 
     def __init__(self) -> None:
         self._tasks = TaskCache()
+        self._given = Given()
+        self._registry: Plugins | None = None
+
+    def _known(self, job: Job) -> Plugins:
+        """What the names of a job lead to; kept, so that cells which follow each other share data that were made in Python."""
+        if self._registry is None or job.given is not self._given:
+            self._given, self._registry = job.given, installed_plugins().extended(job.given)
+        return self._registry
+
+    def _recipe(self, job: Job) -> Recipe:
+        return resolve(job.key.leaves, self._known(job))
 
     def run(self, job: Job) -> CellRecord | None:
         """Run a cell and note how it ended, whatever a plugin's rule may raise.
@@ -138,19 +149,21 @@ class Worker:
         if not job.restart and (folder / "checkpoints" / "last.pt").is_file():
             if runner.has_finished(str(folder)):  # the process was killed before it could note so
                 return runner.resume(str(folder), output=output, quiet=job.quiet)
-            options |= {"changes": [*_code(job), *job.changes], "registry": _registry(job)}
-            return runner.resume(str(folder), output=output, task=self._tasks.get(_recipe(job)), **options)
+            options |= {"changes": [*_code(job), *job.changes], "registry": self._known(job)}
+            return runner.resume(str(folder), output=output, task=self._tasks.get(self._recipe(job)), **options)
         if job.restart:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        recipe = _recipe(job)
+        recipe = self._recipe(job)
         return runner.run(recipe, run_id=folder.name, task=self._tasks.get(recipe), **options)
 
     def _score_training(self, job: Job, record: CellRecord) -> None:
         """Loss and accuracy over all examples of the training split, by the weights that were tested."""
-        settings = _recipe(job).settings
+        settings = self._recipe(job).settings
         try:
             with environment.numerics(threads=settings.threads, deterministic=settings.deterministic):
-                _, scores = scoring.score(str(job.folder), _code(job), split="train", output=str(job.store.output), registry=_registry(job))
+                _, scores = scoring.score(
+                    str(job.folder), _code(job), split="train", output=str(job.store.output), registry=self._known(job)
+                )
             measured = {f"train/{name}": scores[name] for name in ("loss", "accuracy") if name in scores}
             record.result.update(measured)
             with RunFolder(job.folder).log as log:
@@ -176,17 +189,9 @@ def garbage_collected() -> Iterator[None]:
             gc.unfreeze()
 
 
-def _recipe(job: Job) -> Recipe:
-    return resolve(job.key.leaves, _registry(job))
-
-
 def _code(job: Job) -> list[Leaf]:
     """Where its code is now: the same as when the cell began, by the cell's hash, but perhaps in another place."""
     return [leaf for leaf in job.key.leaves if names_code(leaf)]
-
-
-def _registry(job: Job) -> Plugins:
-    return installed_plugins().extended(job.given)
 
 
 class CellObserver:
