@@ -42,6 +42,10 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.step import Phase as Phase
     from bpfree.step import Step as Step
     from bpfree.study.executor import Executor as Executor
+    from bpfree.study.model import Row as Row
+    from bpfree.study.model import Study as Study
+    from bpfree.study.python import compare as compare
+    from bpfree.study.python import run_study as run_study
     from bpfree.tasks.task import Split as Split
     from bpfree.tasks.task import Task as Task
     from bpfree.tasks.task import TaskSpec as TaskSpec
@@ -68,6 +72,7 @@ _HOME = {
     "OptimizerConfig": "options",
     "Phase": "step",
     "Rule": "rule",
+    "Row": "study.model",
     "Run": "run",
     "Saved": "saved",
     "ScheduleConfig": "options",
@@ -75,6 +80,7 @@ _HOME = {
     "Step": "step",
     "Stepper": "training.stepper",
     "Streamed": "rule",
+    "Study": "study.model",
     "Task": "tasks.task",
     "TaskSpec": "tasks.task",
     "TrainConfig": "training.config",
@@ -85,6 +91,7 @@ _HOME = {
     "Traits": "rule",
     "UsageError": "errors",
     "always": "rule",
+    "compare": "study.python",
     "hookimpl": "hooks",
     "load": "saved",
     "load_task": "config",
@@ -93,6 +100,7 @@ _HOME = {
     "new_step": "training.stepper",
     "plan": "network.split",
     "installed_plugins": "plugins",
+    "run_study": "study.python",
     "split": "network.split",
     "vgg": "network.builders",
 }

@@ -6,7 +6,7 @@ function that returns either, or ``(train, test)``, each a :class:`bpfree.Split`
 
 Functions and modules are called with what their parameters ask for by name: ``spec``, ``input_shape`` and ``outputs`` of the task for a
 network (a first parameter without a default is the spec, whatever its name), ``root`` for a task. Further parameters have defaults and
-are options, ``network.NAME`` and ``task.NAME``.
+are options, ``network.NAME`` and ``task.NAME``; or there is one, ``config``, whose type is the dataclass of the options.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ class _Call:
 
     def __init__(self, function: Callable[..., Any], name: str, given: Sequence[str], first: str = "") -> None:
         self._function, self._given = function, dict[str, str]()
+        self._whole: type | None = None
         parameters = inspect.signature(function).parameters
         hints = _hints(function)
         fields: list[tuple[str, Any, Any]] = []
@@ -110,15 +111,16 @@ class _Call:
                 self._given[key] = key
             elif position == 0 and first and parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
                 self._given[key] = first
+            elif key == "config" and (own := _dataclass_in(hints.get(key))) is not None:
+                self._whole = own
             elif parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 fields.append((key, *_option(parameter, hints.get(key), name, given)))
-        self.Config: type = (
-            dataclasses.make_dataclass("Config", fields, namespace={"__doc__": f"Options of {name}."}) if fields else NoOptions
-        )
+        made = dataclasses.make_dataclass("Config", fields, namespace={"__doc__": f"Options of {name}."}) if fields else NoOptions
+        self.Config: type = self._whole or made
 
     def __call__(self, config: Any, values: Mapping[str, Any]) -> Any:
         """Call it with the options, and those of the values that it asks for."""
-        own = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+        own = {"config": config} if self._whole else {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
         return self._function(**{key: values[source] for key, source in self._given.items()}, **own)
 
 
@@ -127,6 +129,11 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
         return typing.get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
     except (NameError, TypeError, AttributeError):  # annotations that mean nothing here
         return {}
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass of a hint, which may be one ``or None``."""
+    return next((part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
 
 
 def _option(parameter: inspect.Parameter, hint: Any, name: str, given: Sequence[str]) -> tuple[Any, Any]:

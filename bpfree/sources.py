@@ -7,21 +7,25 @@ count, so that a better explanation costs no computing.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sys
+import textwrap
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from types import FunctionType
 
 from bpfree import code_hash
 from bpfree.code_hash import hash_of_python
+from bpfree.errors import UsageError
 from bpfree.files import write_text
 from bpfree.kept import cache_folder
 from bpfree.plugins import Plugins
 from bpfree.recipe import Recipe
 
-__all__ = ["CONTRACT", "EXAMINER", "REST", "certificate_hashes", "core_parts", "floor_hash", "source_hashes"]
+__all__ = ["CONTRACT", "EXAMINER", "REST", "certificate_hashes", "core_parts", "floor_hash", "source_hashes", "source_of"]
 
 SUFFIXES = {".py", ".pyx", ".c", ".cpp", ".cu", ".cuh", ".h", ".so"}
 SHOWING = (
@@ -130,6 +134,22 @@ def core_parts(core: Path) -> dict[str, str]:
         EXAMINER: hash_of(core, NOT_EXAMINED, OF_EXAMINER),
         REST: hash_of(core, (*NOT_EXAMINED, *OF_CONTRACT, *OF_EXAMINER)),
     }
+
+
+def source_of(made: type | FunctionType) -> str:
+    """Hash the source of a class or function: of its module's file, of its package where it belongs to one; of itself in a session.
+
+    Raises:
+        UsageError: there is no source, as of what was typed into an interpreter.
+    """
+    root = _root(made.__module__)
+    if root is not None and root.exists():
+        return hash_of(root, NOT_EXAMINED if root.name == "bpfree" else ())
+    try:
+        return hash_of_python(textwrap.dedent(inspect.getsource(made)).encode())[:16]
+    except (OSError, TypeError) as error:
+        what = f"the source of {made.__qualname__} cannot be read, so that nobody would notice a change"
+        raise UsageError(what, where=made.__module__, fix="write it into a file") from error
 
 
 def _hashes(registry: Plugins, rule: str, named: Iterable[tuple[str, str]], skipped: tuple[str, ...]) -> dict[str, str]:

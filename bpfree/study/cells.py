@@ -24,7 +24,7 @@ from bpfree.code_files import shown
 from bpfree.config import resolve
 from bpfree.errors import UsageError
 from bpfree.leaves import Leaf, canonical, leaf_at, said
-from bpfree.plugins import Plugins
+from bpfree.plugins import Plugins, installed_plugins
 from bpfree.recipe import CHANGEABLE, Recipe
 from bpfree.redaction import redacted
 from bpfree.rule import Rule
@@ -33,6 +33,7 @@ from bpfree.study.fingerprints import Fingerprints, KnownData, digest
 from bpfree.study.model import Column, Row, Study
 from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellKey
+from bpfree.study.things import named
 from bpfree.training.environment import resolve_device
 from bpfree.yaml_values import text_of
 
@@ -83,7 +84,7 @@ def plan(
     """Resolve every cell of a study.
 
     Args:
-        study: as written.
+        study: as written; rules, networks and tasks may be objects in place of names.
         overrides: settings of all cells, over those of the file.
         seeds: how many, instead of those of the file.
         load: whether data may be loaded (and downloaded) to know their fingerprints; otherwise sets that are not here count as unknown.
@@ -92,6 +93,7 @@ def plan(
     Raises:
         UsageError: with everything that is wrong in any cell.
     """
+    study, registry = named(study, registry or installed_plugins())
     taken = [leaf.key for leaf in overrides if leaf.key in ("seed", "seeds")]
     if taken:
         raise UsageError("a study repeats each cell with its seeds", where=taken[0], fix="say how many with --seeds N")
