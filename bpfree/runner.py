@@ -26,8 +26,10 @@ from bpfree.record.recorder import Recorder
 from bpfree.redaction import redact, redact_logs, redacted
 from bpfree.rule import Rule
 from bpfree.run import Run, new_run_id
+from bpfree.summary import SummaryDisplay, summary
 from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Task
+from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.mlflow_tracker import settled
 from bpfree.tracking.sending import Tracking, complete, makers
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
@@ -273,11 +275,12 @@ def _train(
             task = task or recipe.build_task()
             rule = recipe.build_rule(task.spec)
             recipe = recipe.pinned(rule)
+            told = [] if quiet else [SummaryDisplay(summary(recipe, task, rule, record, places(tracking, folder)), label)]
             trainer = Trainer(
                 rule,
                 task,
                 recipe.settings,
-                observers=[RecipeFile(recipe, rule.plan()), *standard_observers(recipe, quiet=quiet, label=label), *observers],
+                observers=[RecipeFile(recipe, rule.plan()), *told, *standard_observers(recipe, quiet=quiet, label=label), *observers],
                 recorder=Recorder([Tracking(tracking, makers(tracking, recipe.registry))] if tracking.enabled else []),
                 run=record,
                 recipe=recipe.recorded(),
@@ -296,6 +299,13 @@ def _train(
         if world.first:
             remove_untrained(folder)
         raise
+
+
+def places(tracking: TrackingConfig, folder: Path) -> list[str]:
+    """Where else than in its folder a run is recorded: its trackers, MLflow with the address of its store."""
+    if not tracking.enabled:
+        return []
+    return [f"mlflow, {tracking.resolve_uri(folder.parent)}" if name == "mlflow" else name for name in tracking.to]
 
 
 class RecipeFile:
