@@ -83,8 +83,9 @@ def recipe_of(
         )
     wanted = {leaf.key.removesuffix(".name"): _name_in(leaf) for leaf in changes if leaf.key.removesuffix(".name") in CHOSEN}
     wanted = {section: name for section, name in wanted.items() if name}  # an empty name is refused below
-    if shown(wanted.get("rule", saved["rule"]["name"])) != shown(saved["rule"]["name"]):
-        raise BpfreeError(f"the checkpoint is of another rule: {saved['rule']['name']}, not {wanted['rule']}", where=where)
+    rule, now = shown(saved["rule"]["name"]), shown(wanted.get("rule", saved["rule"]["name"]))
+    if now != rule:
+        raise BpfreeError(f"the checkpoint is of another rule: {rule}, not {now}", where=where)
     kept = dict(saved)
     if shown(wanted.get("task", saved["task"]["name"])) != shown(saved["task"]["name"]):
         common = {item.name for item in dataclasses.fields(TaskCommon)}
