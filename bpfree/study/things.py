@@ -16,6 +16,7 @@ from typing import Any
 from bpfree.errors import UsageError
 from bpfree.leaves import canonical
 from bpfree.network.builders import NetworkBuilder
+from bpfree.objects import registered
 from bpfree.plugins import Given, PluginRecord, Plugins
 from bpfree.recipe import CHOSEN
 from bpfree.sources import source_of
@@ -68,7 +69,9 @@ class Things:
         for (other, name), (known, _) in self.registry.given.things.items():
             if other == kind and known is thing:
                 return name
-        name, module, code = self._own_name(kind, thing), _module(thing), _code(thing)
+        name, module = self._own_name(kind, thing), _module(thing)
+        registered(kind, thing, name)  # refused before its source is looked for
+        code = _code(thing)
         self.registry = self.registry.extended(Given(things={(kind, name): (thing, PluginRecord(module, module, "?", code=code))}))
         return name
 
