@@ -55,7 +55,7 @@ def registered(kind: str, thing: Any, name: str) -> Any:
         wanted = {"networks": NETWORKS, "tasks": TASKS}.get(kind, wanted)
         is_instance = not isinstance(thing, type) and isinstance(thing, nn.Module)
         fix = "each seed needs a new one: give the class, or a function that makes it" if is_instance else ""
-        raise UsageError(f"{name} is {_what(thing)}, not {wanted}", where=name, fix=fix or f"name another one: {kind[:-1]}=FILE.py:NAME")
+        raise UsageError(f"{name} is {_what(thing)}, not {wanted}", where=name, fix=fix or "name another one")
     return made
 
 

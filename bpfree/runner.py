@@ -146,16 +146,16 @@ def find_run(
     path = find_checkpoint(place, output=output)
     refuse_version_1(path.parent.parent, "resumed")
     saved = read_checkpoint(path)
+    recipe = recipe_of(saved["config"], changes, where=str(path), registry=registry)
+    moved = [leaf for leaf in changes if names_code(leaf)]  # code is where, and as, the changes name it
+    refuse_changes(changed(recipe_of(saved["config"], moved, spec=recipe.spec(), where=str(path), registry=registry), recipe))
     folder, about = path.parent.parent, (saved.get("training") or {}).get("run")
     before = known_run(folder)
     if path.parent != RunFolder(folder).checkpoints or (before and about and about["id"] not in ids_of(folder)):
         raise UsageError("the checkpoint lies outside its run's folder", where=str(path), fix="resume the run by its folder or name")
-    if before and before.status == "finished" and not changes:
+    if before and before.status == "finished" and len(moved) == len(changes):
         complete(folder)
         return before
-    recipe = recipe_of(saved["config"], changes, where=str(path), registry=registry)
-    moved = [leaf for leaf in changes if names_code(leaf)]  # code is where, and as, the changes name it
-    refuse_changes(changed(recipe_of(saved["config"], moved, spec=recipe.spec(), where=str(path), registry=registry), recipe))
     if about is None:
         fix = "use last.pt; or start a new run: of a study's finished cells the weights alone are kept"
         raise BpfreeError("the checkpoint holds weights only: a run cannot be resumed from it", where=str(path), fix=fix)

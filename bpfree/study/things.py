@@ -28,6 +28,10 @@ from bpfree.yaml_values import Scalar
 __all__ = ["Things", "named"]
 
 
+PLAIN = (str, int, float, list, tuple, Mapping, Scalar)
+"""What a file may hold in place of a name, rightly or wrongly."""
+
+
 class Things:
     """Names for what is made in Python.
 
@@ -47,7 +51,7 @@ class Things:
 
     def _value(self, key: str, value: Any) -> Any:
         section, _, rest = canonical(key, value).partition(".")
-        if section not in CHOSEN or rest != "name" or value is None or isinstance(value, (str, Scalar)):
+        if section not in CHOSEN or rest != "name" or value is None or isinstance(value, PLAIN):
             return value
         return self.name(f"{section}s", value)
 

@@ -148,7 +148,7 @@ class Worker:
         options: dict[str, Any] = {"quiet": job.quiet, "label": job.key.label, "observers": [observer], "tags": job.tags}
         if not job.restart and (folder / "checkpoints" / "last.pt").is_file():
             if runner.has_finished(str(folder)):  # the process was killed before it could note so
-                return runner.resume(str(folder), output=output, quiet=job.quiet)
+                return runner.resume(str(folder), output=output, changes=_code(job), quiet=job.quiet, registry=self._known(job))
             options |= {"changes": [*_code(job), *job.changes], "registry": self._known(job)}
             return runner.resume(str(folder), output=output, task=self._tasks.get(self._recipe(job)), **options)
         if job.restart:

@@ -292,7 +292,7 @@ def capturing(scale: float) -> type[DFA]:
         ("network", functools.partial(Net, width=4), "of type partial, not a function that returns a network"),
         ("network", Net(10), "give the class, or a function that makes it"),
         ("rule", Net, "the class Net, not a subclass of bpfree.Rule"),
-        ("task", 3, "of type int, not a bpfree.Task"),
+        ("task", object(), "of type object, not a bpfree.Task"),
     ],
 )
 def test_objects_that_a_study_does_not_take(workplace: Path, kind: str, thing: Any, message: str) -> None:
