@@ -84,7 +84,8 @@ def _builder(thing: Any, name: str) -> Any:
 
 
 def _summary(thing: Any) -> str:
-    return (inspect.getdoc(thing) or "").partition("\n")[0] if "__doc__" in vars(thing) else ""
+    """The first line of its own docstring; that of a base would be of something else."""
+    return inspect.cleandoc(thing.__doc__ or "").partition("\n")[0]
 
 
 class _Call:

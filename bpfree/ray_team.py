@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Order:
     output: str
     run_id: str
     folder: str
-    given: Given
+    given: Given = field(default_factory=Given)
 
     @property
     def place(self) -> Path:

@@ -397,6 +397,15 @@ def test_recipes_are_whole(workplace: Path) -> None:
     assert str(workplace) not in str(made.flat())
 
 
+@pytest.mark.parametrize(("kind", "name"), [("rules", "Mine"), ("networks", "Net"), ("tasks", "data")])
+def test_options_are_shown(workplace: Path, capsys: pytest.CaptureFixture[str], kind: str, name: str) -> None:
+    written(workplace)
+    assert call(kind, f"mine.py:{name}") == 0
+    text = capsys.readouterr().out
+    assert f"mine.py:{name}" in text
+    assert {"rules": "Options (rule.KEY=VALUE): none", "networks": "width", "tasks": "noise"}[kind] in text
+
+
 def test_certify(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written(workplace)
     assert call("certify", "mine.py:Mine", "--only", "trait-update", "--json") == 0

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bpfree.cli.code import allow_code
+from bpfree.cli.code import allow_code, named
 from bpfree.cli.completion import names_of
 
 if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
     from bpfree.certify.findings import Finding
-    from bpfree.plugins import Plugins
 
 HELP = """Examine a learning rule, and measure what it really does.
 
@@ -63,7 +62,7 @@ def certify(
         _check_writable(path)
     from bpfree.certify.examination import certify as examine
 
-    subject, registry = _subject(rule, settings, allow_code)
+    subject, registry = named("rules", rule, settings, allow_code)
     certificate = examine(
         subject, settings, registry=registry, quick=quick, only=only, waive=_waivers(waive), progress=None if as_json else _progress
     )
@@ -75,20 +74,6 @@ def certify(
         write_page(page, certificate)
     _show(certificate, as_json, [path for path in (output, page) if path is not None])
     return 0 if certificate.passed else 1
-
-
-def _subject(rule: str, settings: tuple[str, ...], files: tuple[str, ...]) -> tuple[str, Plugins]:
-    """The rule's name, a short one for ``FILE.py:NAME``; and where names are looked up."""
-    from bpfree.code_files import CodeName
-    from bpfree.config import allowing
-    from bpfree.leaves import Leaf, leaf_at, parse_words
-
-    named = leaf_at(Leaf("rule", rule, "command line", word=True))
-    registry = allowing([named, *parse_words(settings)], files)
-    code = CodeName.parse(str(named.value))
-    if code is None:
-        return rule, registry
-    return code.short, registry.knowing("rules", code.short, *registry.coded("rules", code, where="command line"))
 
 
 def _list() -> int:
