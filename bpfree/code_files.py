@@ -26,9 +26,12 @@ from bpfree.code_hash import hash_of_python
 from bpfree.errors import UsageError
 from bpfree.files import expanded
 
-__all__ = ["CodeFile", "CodeName", "files_of", "placed", "shown"]
+__all__ = ["MODULE", "CodeFile", "CodeName", "files_of", "placed", "shown"]
 
 CODE = re.compile(r"(?P<path>.+\.py)(?:@(?P<hash>[0-9a-f]{16}))?:(?P<name>[^\W\d]\w*)", re.DOTALL)
+
+MODULE = "bpfree_code_"
+"""Begin of the names of modules that are files of code."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class CodeFile:
             BaseException: whatever the code raises.
         """
         digest = hashlib.sha256(f"{self.path}\0".encode() + self.source).hexdigest()[:8]
-        name = f"bpfree_code_{re.sub(r'[^A-Za-z0-9]', '_', self.path.stem)}_{digest}"
+        name = f"{MODULE}{re.sub(r'[^A-Za-z0-9]', '_', self.path.stem)}_{digest}"
         if name in sys.modules:
             return sys.modules[name]
         module = ModuleType(name)

@@ -220,7 +220,7 @@ class Plugins:
     @property
     def keepable(self) -> bool:
         """Whether listings of these may be kept: no source has changed since they were loaded, and none is broken or incompatible: what
-        what would repair those (an installed library, say) is not among the files that are compared. Nor is what they were given."""
+        would repair those (an installed library, say) is not among the files that are compared. Nor is what was given."""
         unchanged = self._state == _state() and not self.given.files and not self.given.things
         return unchanged and all(record.status in ("ok", "disabled") for record in self.records.values())
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FunctionType
 
 from bpfree import code_hash
+from bpfree.code_files import MODULE
 from bpfree.code_hash import hash_of_python
 from bpfree.errors import UsageError
 from bpfree.files import write_text
@@ -158,11 +159,19 @@ def _hashes(registry: Plugins, rule: str, named: Iterable[tuple[str, str]], skip
     owners = {_root_of_plugin(registry, registry.owner(kind, name).name) for kind, name in named}
     plugins = {_root_of_plugin(registry, name) for name in registry.records}
     bases = {_root(base.__module__) for base in registry.get("rules", rule).__mro__}
-    own = None if registry.owner("rules", rule).code else _root(registry.get("rules", rule).__module__)
-    roots = {_root("bpfree"), *owners, *(bases & plugins), own}
+    kind = registry.get("rules", rule)
+    own = _roots_of_bases(kind) if registry.owner("rules", rule).code else {_root(kind.__module__)}
+    roots = {_root("bpfree"), *owners, *(bases & plugins), *own}
     return {
         root.stem: hash_of(root, skipped if root.name == "bpfree" else ()) for root in sorted(root for root in roots if root is not None)
     } | coded
+
+
+def _roots_of_bases(kind: type) -> set[Path | None]:
+    """Where the classes come from that one inherits from which no plugin has registered, but for files of code, torch and Python."""
+    foreign = {"torch", *sys.stdlib_module_names}
+    modules = {base.__module__ for base in kind.__mro__ if base.__module__.partition(".")[0] not in foreign}
+    return {_root(module) for module in modules if not module.startswith(MODULE)}
 
 
 def _root_of_plugin(registry: Plugins, name: str) -> Path | None:

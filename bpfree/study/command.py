@@ -127,7 +127,11 @@ def _execute(
 ) -> None:
     executor = executor_for(worklist, options)
     if not isinstance(executor, InProcess):
-        _refuse_unimportable(worklist)
+        try:
+            _refuse_unimportable(worklist)
+        except UsageError:
+            executor.close()
+            raise
     shown = display(executor.slots)
     study_run.open()
     quiet = options.quiet or not isinstance(executor, InProcess)

@@ -18,7 +18,7 @@ from study_kit import call, outcomes, untimed
 from torch import nn
 
 import bpfree
-from bpfree import UsageError
+from bpfree import UsageError, sources
 from bpfree.baselines import DFA
 from bpfree.config import allowing, parse_words
 from bpfree.study import cells
@@ -265,6 +265,29 @@ def test_a_tasks_data_and_spec_are_part_of_a_cells_key(workplace: Path) -> None:
     scaled = bpfree.Task(bpfree.TaskSpec("digits", (1, 8, 8), 10, std=(2.0,)), whole.train, whole.validation, whole.test)
     assert key(whole) == key(task())
     assert len({key(whole), key(other), key(scaled)}) == 3
+
+
+def test_the_bases_of_a_rule_are_part_of_a_cells_key(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of a library that is no plugin, of which a file of code makes use."""
+    (workplace / "lib").mkdir()
+    library = written(workplace / "lib", name="a_library_of_rules.py")
+    monkeypatch.syspath_prepend(str(workplace / "lib"))
+    written(workplace, "from a_library_of_rules import Mine as Base\n\n\nclass Mine(Base):\n    pass\n")
+    found = []
+    try:
+        for code in (MINE, MINE.replace("(error @", "(2 * error @")):
+            library.write_text(code)
+            for name in [name for name in sys.modules if name == "a_library_of_rules" or name.startswith("bpfree_code_mine")]:
+                del sys.modules[name]
+            sources.hash_of.cache_clear()
+            bpfree.installed_plugins()._coded.clear()
+            registry = allowing(files=["mine.py"])
+            study = bpfree.Study("s", settings=QUICK, seeds=[0], rows=[bpfree.Row("a", {"rule": "mine.py:Mine"})])
+            found.append(cells.plan(study, registry=registry).cells[0].key)
+    finally:
+        sys.modules.pop("a_library_of_rules", None)
+    assert found[0].identity["sources"]["mine.py:Mine"] == found[1].identity["sources"]["mine.py:Mine"]
+    assert found[0].id != found[1].id
 
 
 def test_a_task_keeps_its_validation_split(workplace: Path) -> None:
