@@ -11,7 +11,8 @@ import torch
 from bpfree import seeds
 from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
-from bpfree.leaves import Leaf
+from bpfree.leaves import Leaf, names_code
+from bpfree.plugins import Plugins
 from bpfree.recipe import changed
 from bpfree.rule import Rule
 from bpfree.saved import load
@@ -37,7 +38,7 @@ OF_TRAINING = (
 
 @flushing_denormals()
 def score(
-    place: str, changes: Sequence[Leaf] = (), *, split: str = "validation", output: str = "runs"
+    place: str, changes: Sequence[Leaf] = (), *, split: str = "validation", output: str = "runs", registry: Plugins | None = None
 ) -> tuple[dict[str, str | int], dict[str, float]]:
     """Metrics of a saved rule on the ``validation``, ``test`` or ``train`` split.
 
@@ -46,6 +47,7 @@ def score(
         changes: of the run's configuration, such as another task.
         split: which examples.
         output: folder of runs.
+        registry: of names; the installed plugins by default.
 
     Returns:
         What was scored (checkpoint, rule, task, split, number of examples), and the metrics; also those of
@@ -56,8 +58,10 @@ def score(
     """
     path = find_checkpoint(place, output=output, prefer="selected")
     content = read_checkpoint(path)
-    recipe = recipe_of(content["config"], changes, where=str(path))
-    idle = [key for key in changed(recipe_of(content["config"], where=str(path)), recipe) if f"{key}.".startswith(OF_TRAINING)]
+    recipe = recipe_of(content["config"], changes, where=str(path), registry=registry)
+    moved = [leaf for leaf in changes if names_code(leaf)]
+    before = recipe_of(content["config"], moved, where=str(path), registry=registry)
+    idle = [key for key in changed(before, recipe) if f"{key}.".startswith(OF_TRAINING)]
     if idle:
         raise UsageError("these settings are of training, and would not change the score", where=", ".join(idle), fix="leave them out")
     spec = recipe.spec()
@@ -69,7 +73,7 @@ def score(
             fix="choose a task of the same shape",
         )
     device = resolve_device(recipe.settings.device)
-    saved = load(path, device=device, changes=changes)
+    saved = load(path, device=device, changes=changes, registry=registry)
     rule = saved.rule
     task = recipe.build_task()
     examples = getattr(task, split)

@@ -6,6 +6,8 @@ import json
 
 import click
 
+from bpfree.cli.code import allow_code
+
 HELP = """Score a trained rule: CHECKPOINT is a run's folder, its name, or a checkpoint file.
 
 By default on the validation split, so that looking often does not wear out the test split. SETTINGS change the run's own
@@ -20,15 +22,17 @@ configuration, for example `task=fashion-mnist`, `rule.inference=deterministic`,
 @click.option(
     "--split", type=click.Choice(["validation", "test", "train"]), default="validation", show_default=True, help="Which examples."
 )
+@allow_code
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on one line.")
-def evaluate(checkpoint: str, settings: tuple[str, ...], split: str, as_json: bool) -> int:
+def evaluate(checkpoint: str, settings: tuple[str, ...], split: str, allow_code: tuple[str, ...], as_json: bool) -> int:
     from bpfree.cli.output import print_pairs, print_table
+    from bpfree.config import allowing
     from bpfree.leaves import last_said, parse_words
     from bpfree.scoring import score
 
     leaves = parse_words(settings)
     output = last_said(leaves, "output", "runs")
-    about, scores = score(checkpoint, leaves, split=split, output=output)
+    about, scores = score(checkpoint, leaves, split=split, output=output, registry=allowing(leaves, allow_code))
     if as_json:
         click.echo(json.dumps({**about, **scores}))
         return 0

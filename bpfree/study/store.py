@@ -20,7 +20,7 @@ from bpfree.files import inside, write_text
 from bpfree.leaves import Leaf
 from bpfree.record.folder import RunFolder, read_run
 from bpfree.record.log import strict
-from bpfree.run import Run
+from bpfree.run import Run, as_file
 
 __all__ = ["SHARE", "CellKey", "CellRecord", "CellStore"]
 
@@ -229,7 +229,7 @@ class CellStore:
         config = key.identity["config"]
         twin = "-twin" if config.get("twin") else ""
         digest = hashlib.sha256(f"{self.study}\0{key.id}".encode()).hexdigest()[:12]
-        return f"{config['rule.name']}{twin}-{config['task.name']}-s{key.seed}-{digest}"
+        return f"{as_file(config['rule.name'])}{twin}-{as_file(config['task.name'])}-s{key.seed}-{digest}"
 
     def read(self, cell: str) -> CellRecord | None:
         """What is known of a cell; ``None`` for nothing, or a file that cannot be read."""
