@@ -28,7 +28,7 @@ def runs(output: str, clean: bool, as_json: bool) -> None:
         raise UsageError("no such folder", where=output, fix="give the folder of runs (output=FOLDER of the runs)")
     lines = [line for folder in sorted(Path(output).iterdir()) if (line := _line(folder, clean)) is not None]
     if as_json:
-        click.echo(json.dumps(lines, indent=2))
+        click.echo(json.dumps([{key: value for key, value in line.items() if key != "shown"} for line in lines], indent=2))
     elif lines:
         print_table(["run", "status", "epoch", "test"], [_texts(line) for line in lines], right=(2, 3))
     else:

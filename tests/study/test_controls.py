@@ -96,7 +96,7 @@ def test_gains_are_paired_and_positive_where_the_row_is_better(tmp_path: Path, k
     """Whatever is reported, an error or an accuracy, the gain is the same. Oracle of errors: SciPy's t, Holm's correction by hand."""
     made = planned(tmp_path, HEAD + ROWS.replace("{rule: dfa}}", f"{{rule: dfa}}, published: {{test/{kind}: 20}}}}"))
     report, found = reported(made, finish(made, accuracies(CORRECT)))
-    assert made.study.metric("test") == f"test/{kind}"
+    assert made.study.published_metric("test") == f"test/{kind}"
     assert [(each[1], each[2]) for each in found] == list(GAINS)
     for (_, row, control), each in found.items():
         assert each.gains == pytest.approx(GAINS[row, control])

@@ -15,8 +15,10 @@ import pytest
 from made_studies import cell_record, lines_of, outcome, planned, tuned
 from scipy import stats
 
+from bpfree.metric import ACCURACY
 from bpfree.record.folder import RunFolder
 from bpfree.study.cells import Plan
+from bpfree.study.measures import Measure
 from bpfree.study.report import Report, report_on, write_report
 from bpfree.study.report.content import Section, Table
 from bpfree.study.report.leaderboard import best_alternative
@@ -476,7 +478,7 @@ def test_the_probability_of_improvement_beside_scipys(tmp_path: Path) -> None:
         for place, known in enumerate(line.records):
             assert known is not None
             known.result["test/accuracy"] = 0.8 + 0.01 * ((7 * place + len(line.written.label)) % 5)
-    scores = {(line.written.label, line.column): list(line.by_seed("test/accuracy").values()) for line in lines}
+    scores = {(line.written.label, line.column): list(line.by_seed(Measure("test", ACCURACY, "accuracy")).values()) for line in lines}
     oracle = statistics.fmean(stats.mannwhitneyu(scores["BP", column], scores["DFA", column]).statistic / 25 for column in "abc")
     _, rows = table(report_on(made, lines, WORDS), "Probability of improvement")
     assert rows["BP"][list(rows).index("DFA") + 1].startswith(f"{oracle:.2f} (")
