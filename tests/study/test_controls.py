@@ -175,7 +175,7 @@ def test_losses_are_compared_as_they_are(tmp_path: Path) -> None:
     made = planned(tmp_path, head + rows, "real.yaml")
     losses = {"frozen": {0: {"test/loss": 1.5}, 1: {"test/loss": math.inf}}, "dfa": {0: {"test/loss": 0.25}, 1: {"test/loss": 0.25}}}
     report, _ = reported(made, finish(made, losses))
-    assert section(report) == [["dfa", "frozen", "+1.2500", "", "1 of 2", "", "", "one seed only"]]
+    assert section(report) == [["dfa", "frozen", "+1.25", "", "1 of 2", "", "", "one seed only"]]
     assert report.table[0][:2] == ["frozen (control)", "inf"]  # without a deviation
     assert report.controls is not None
     assert "percentage" not in report.controls.legend

@@ -182,7 +182,8 @@ def floor_finding(found: Sequence[ComparisonTable]) -> str:
 def floor_remarks(view: View, floors: Floors) -> Iterator[str]:
     """Say what is missing: a floor that was not measured, or a gradient that was left."""
     if not view.measure.of_predictions:
-        yield f"Nothing is put beside its floor: floors are measured in accuracy or loss, and the table has the {view.measure.name}."
+        if any(has_floor(row.cells[0]) for row in view.rows):
+            yield f"Nothing is put beside its floor: floors are measured in accuracy or loss, and the table has the {view.measure.name}."
         return
     missing = [row.label for row in view.rows if row.finished and has_floor(row.cells[0]) and floors.of(row, view.rows) is None]
     if missing:
