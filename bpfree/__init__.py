@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.hooks import API_VERSION as API_VERSION
     from bpfree.hooks import hookimpl as hookimpl
     from bpfree.kinds import Maker as Maker
+    from bpfree.metric import Metric as Metric
     from bpfree.network.builders import mlp as mlp
     from bpfree.network.builders import vgg as vgg
     from bpfree.network.network import Network as Network
@@ -42,6 +43,13 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.step import Phase as Phase
     from bpfree.step import Step as Step
     from bpfree.study.executor import Executor as Executor
+    from bpfree.tasks.metrics import mean_metric as mean_metric
+    from bpfree.tasks.metrics import whole_metric as whole_metric
+    from bpfree.tasks.spec import InputPart as InputPart
+    from bpfree.tasks.splits import DatasetSplit as DatasetSplit
+    from bpfree.tasks.splits import ItemSplit as ItemSplit
+    from bpfree.tasks.splits import StreamedSplit as StreamedSplit
+    from bpfree.tasks.task import DataSource as DataSource
     from bpfree.tasks.task import Split as Split
     from bpfree.tasks.task import Task as Task
     from bpfree.tasks.task import TaskSpec as TaskSpec
@@ -63,7 +71,15 @@ _HOME = {
     "Budget": "step",
     "Card": "rule",
     "Executor": "study.executor",
+    "DataSource": "tasks.task",
+    "DatasetSplit": "tasks.splits",
+    "InputPart": "tasks.spec",
+    "ItemSplit": "tasks.splits",
     "Maker": "kinds",
+    "Metric": "metric",
+    "StreamedSplit": "tasks.splits",
+    "mean_metric": "tasks.metrics",
+    "whole_metric": "tasks.metrics",
     "Network": "network.network",
     "OptimizerConfig": "options",
     "Phase": "step",

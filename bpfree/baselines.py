@@ -113,10 +113,11 @@ class DFA(Broadcast):
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
+        errors = self.network.shapes[self.network.readout or ""].numel()
         for name in self.network.hidden:
             size = self.network.shapes[name].numel()
-            feedback = (torch.randn(spec.outputs, size) * self.config.scale / spec.outputs**0.5).to(self.network.dtype)
+            feedback = (torch.randn(errors, size) * self.config.scale / errors**0.5).to(self.network.dtype)
             self.register_buffer(f"feedback_{name}", feedback)
 
     def signals(self, traces: Traces, batch: Batch, error: Tensor, step: Step) -> Sequence[Tensor | None]:
-        return [(error @ self.get_buffer(f"feedback_{t.name}")).view_as(t.output) for t in traces[:-1]]
+        return [(error.flatten(1) @ self.get_buffer(f"feedback_{t.name}")).view_as(t.output) for t in traces[:-1]]

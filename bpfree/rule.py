@@ -32,6 +32,7 @@ from bpfree.network.split import split
 from bpfree.network.trace import Trace, Traces
 from bpfree.options import NoOptions, OptimizerConfig
 from bpfree.step import Batch, Budget, Phase, Step
+from bpfree.tasks.spec import has_own_loss
 from bpfree.tasks.task import Examples, TaskSpec
 
 __all__ = ["Broadcast", "Card", "Rule", "Streamed", "Traits", "always"]
@@ -59,6 +60,9 @@ class Traits:
         chain: whether the rule needs a network that is a chain.
         readout: whether the rule needs a network with a readout.
         targets: kinds of targets that it can learn from.
+        inputs: ``real`` if it needs inputs that are one tensor of real numbers; ``any``: also integers, and inputs of several tensors.
+        own_loss: whether it learns from a loss that a task brings itself (``TaskSpec.loss`` of a subclass), through ``spec.loss`` or
+            ``spec.error``; such a task may have no targets.
     """
 
     dependence: Literal["independent", "upstream", "neighbours", "all"] = "all"
@@ -69,7 +73,9 @@ class Traits:
     passes: float = 1
     chain: bool = True
     readout: bool = True
-    targets: tuple[str, ...] = ("classes", "soft", "real")
+    targets: tuple[str, ...] = ("classes", "multilabel", "soft", "real", "tokens")
+    inputs: Literal["any", "real"] = "any"
+    own_loss: bool = True
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,19 @@ class Rule(nn.Module, ABC):
             raise UsageError(f"{name} needs a network that is a chain of blocks", fix="use network=auto, mlp or vgg")
         if traits.readout and self.network.readout is None:
             raise UsageError(f"{name} needs a network with a readout", fix="name the last block as the network's readout")
-        if self.spec.targets not in traits.targets:
+        if traits.inputs == "real" and not self.spec.takes_real_tensors:
+            raise UsageError(
+                f"{name} needs inputs that are one tensor of real numbers",
+                where=f"task {self.spec.name}",
+                fix="choose a rule for other inputs (trait inputs=any)",
+            )
+        if has_own_loss(self.spec) and not traits.own_loss:
+            raise UsageError(
+                f"{name} teaches a loss of its own, but the task brings one: {type(self.spec).__name__}",
+                where=f"task {self.spec.name}",
+                fix="choose a rule that learns from the task's loss (trait own_loss)",
+            )
+        if self.spec.targets not in traits.targets and not (self.spec.targets == "none" and has_own_loss(self.spec)):
             raise UsageError(
                 f"{name} cannot learn from targets of kind {self.spec.targets!r}",
                 where=f"task {self.spec.name}",
@@ -462,7 +480,7 @@ class Broadcast(Rule):
         Args:
             traces: of all blocks, the readout's last.
             batch: the batch.
-            error: (N, C) dLoss/dScores, with the 1/N of the mean.
+            error: dLoss/dOutputs of the outputs' shape, such as (N, C), with the 1/N of the mean.
             step: the step.
         """
 

@@ -21,13 +21,13 @@ class Trace:
         index: position of the block in the network.
         name: its name; names joined by ``+`` for a run of consecutive blocks.
         block: the module that was executed.
-        input: (N, ...) detached from whatever made it.
+        input: (N, ...) detached from whatever made it; a tree of tensors where the network's inputs are one.
         output: (N, ...) with the block's local graph, or none if nothing in it requires a gradient.
     """
 
     __slots__ = ("block", "index", "input", "name", "output")
 
-    def __init__(self, index: int, name: str, block: nn.Module, input: Tensor, output: Tensor) -> None:
+    def __init__(self, index: int, name: str, block: nn.Module, input: Any, output: Tensor) -> None:
         self.index, self.name, self.block, self.input, self.output = index, name, block, input, output
 
     def pull(self, signal: Tensor) -> Tensor:
@@ -39,7 +39,8 @@ class Trace:
         Raises:
             RuntimeError: if the trace was made without ``input_grad=True``.
         """
-        return torch.autograd.grad(self.output, self.input, signal, retain_graph=True)[0]
+        cotangent: Tensor = torch.autograd.grad(self.output, self.input, signal, retain_graph=True)[0]
+        return cotangent
 
     def backward(self, signal: Tensor) -> Tensor | None:
         """Add the vector-Jacobian product with ``signal`` to the parameters' ``.grad``; frees the graph.
@@ -53,6 +54,8 @@ class Trace:
         if self.output.grad_fn is None:  # a frozen block: nothing to do
             return None
         self.output.backward(signal)
+        if not isinstance(self.input, Tensor):  # inputs of several tensors have no cotangent
+            return None
         cotangent, self.input.grad = self.input.grad, None
         return cotangent
 

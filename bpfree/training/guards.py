@@ -76,7 +76,7 @@ def check_fit(rule: Rule, task: Task) -> None:
     Raises:
         UsageError: its spec has other inputs, outputs or targets; or the readout gives outputs of another shape than the targets have.
     """
-    for name in ("input_shape", "outputs", "targets"):
+    for name in ("input_shape", "outputs", "targets", "vocabulary", "structure"):
         built, given = getattr(rule.spec, name), getattr(task.spec, name)
         if (tuple(built) if name == "input_shape" else built) != (tuple(given) if name == "input_shape" else given):
             raise UsageError(

@@ -72,7 +72,7 @@ class Collector:
     def add(self, scores: Tensor, batch: Batch) -> None:
         """The scores of a batch."""
         if self._spec.targets not in ("classes", "soft"):
-            if self._spec.is_scored and self._spec.targets != "tokens":  # of tokens there are several for each example
+            if self._spec.targets not in ("tokens", "none"):  # of which a loss is not of single examples
                 self._values[-1].append(self._spec.losses(scores.float(), batch))
             return
         assert batch.targets is not None

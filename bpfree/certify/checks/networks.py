@@ -68,6 +68,8 @@ class Offer:
 def _targets(batch: Batch, spec: TaskSpec) -> Tensor | None:
     if spec.targets == "classes":
         return batch.targets
+    if spec.targets == "multilabel":
+        return nn.functional.one_hot(batch.targets, spec.outputs).float() if batch.targets is not None else None
     rows = nn.functional.one_hot(batch.targets, spec.outputs).float() if batch.targets is not None else torch.empty(0)
     return 0.9 * rows + 0.1 / spec.outputs if spec.targets == "soft" else rows - rows.mean()
 
@@ -109,6 +111,15 @@ def _no_chain(spec: TaskSpec) -> Network:
     return Network({**blocks, "readout": _readout(24, spec)}, input_shape=spec.input_shape, readout="readout", chain=False)
 
 
+@dataclass(frozen=True)
+class SmoothedSpec(TaskSpec):
+    """A task that brings its own loss: cross-entropy with smoothed labels."""
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        assert batch.targets is not None
+        return nn.functional.cross_entropy(outputs, batch.targets, label_smoothing=0.6)
+
+
 def _with(targets: TargetKind) -> TaskSpec:
     return replace(CLASSES, targets=targets)
 
@@ -123,4 +134,6 @@ CATALOGUE = [
     Offer("a network that is no chain", CLASSES, _no_chain),
     Offer("soft labels", _with("soft"), _plain),
     Offer("real-valued targets", _with("real"), _plain),
+    Offer("several labels", _with("multilabel"), _plain),
+    Offer("a loss of the task's own", SmoothedSpec(CLASSES.name, CLASSES.input_shape, CLASSES.outputs), _plain),
 ]

@@ -23,6 +23,8 @@ from bpfree_forward_gradient.scope import Scope
 
 __all__ = ["ForwardGradient", "LocalBackprop", "LocalForwardGradient"]
 
+OF_EXAMPLES = ("classes", "multilabel", "soft", "real")
+"""Kinds of targets that a head on the features of a whole example can be taught."""
 BAYDIN = "Baydin, Pearlmutter, Syme, Wood, Torr: Gradients without backpropagation. 2022, arXiv 2202.08587"
 REN = "Ren, Kornblith, Liao, Hinton: Scaling forward gradient with local losses. ICLR 2023, arXiv 2210.03310"
 
@@ -45,7 +47,7 @@ class ForwardGradient(Rule):
     @classmethod
     def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
         """A forward pass, and one of each tangent."""
-        return Traits("all", downstream_weights="all", reverse_span=0, passes=1 + config.tangents)
+        return Traits("all", downstream_weights="all", reverse_span=0, passes=1 + config.tangents, inputs="real")
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -104,7 +106,9 @@ class LocalForwardGradient(ForwardGradient):
     def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
         """Tangents begin behind a block's first linear map, so that in a block with one of them none goes through weights."""
         deep = network is None or any(sum(map(is_linear, network.blocks[name].modules())) > 1 for name in network.hidden)
-        return Traits("upstream", downstream_weights=0, reverse_span=0, passes=1 + config.tangents * deep)
+        return Traits(
+            "upstream", downstream_weights=0, reverse_span=0, passes=1 + config.tangents * deep, inputs="real", targets=OF_EXAMPLES
+        )
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -163,8 +167,8 @@ class LocalBackprop(Rule):
     @classmethod
     def traits_of(cls, config: LocalBackpropConfig, network: Network | None = None) -> Traits:
         if config.greedy:
-            return Traits(dependence="upstream", downstream_weights=0, reverse_span=1)
-        return Traits(dependence="all", downstream_weights="all", reverse_span="all")
+            return Traits(dependence="upstream", downstream_weights=0, reverse_span=1, targets=OF_EXAMPLES)
+        return Traits(dependence="all", downstream_weights="all", reverse_span="all", targets=OF_EXAMPLES)
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -192,6 +196,9 @@ def local_heads(network: Network, spec: TaskSpec, pool: int) -> nn.ModuleDict:
     """A head for each hidden block."""
     if pool > 1 and all(len(network.shapes[name]) < 3 for name in network.hidden):
         raise UsageError(f"rule.pool={pool} does nothing on a network without feature maps", where="rule.pool", fix="leave it out")
+    if spec.output_size != (spec.outputs,):
+        what = f"local heads give (N, {spec.outputs}), but the task has outputs of shape {spec.output_size}"
+        raise UsageError(what, where=f"task {spec.name}", fix="choose a rule without heads, such as forward-gradient")
     return nn.ModuleDict({name: Head(network.shapes[name], spec.outputs, pool) for name in network.hidden})
 
 

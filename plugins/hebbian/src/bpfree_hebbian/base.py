@@ -108,7 +108,7 @@ class Hebbian(Rule):
     """
 
     Config = HebbianConfig
-    traits_of = always(Traits(dependence="upstream", downstream_weights=0, reverse_span=1, supervision="readout"))
+    traits_of = always(Traits(dependence="upstream", downstream_weights=0, reverse_span=1, supervision="readout", inputs="real"))
     config: Any
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:

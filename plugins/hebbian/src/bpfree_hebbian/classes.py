@@ -98,7 +98,19 @@ class HebbianNorm(Rule):
         "classes, so a rare class learns more slowly. The reported loss takes norms for logits and means little.",
     )
     brings_network = True
-    traits_of = always(Traits("independent", 0, 0, supervision="labels", chain=False, readout=False, targets=("classes", "soft")))
+    traits_of = always(
+        Traits(
+            "independent",
+            0,
+            0,
+            supervision="labels",
+            chain=False,
+            readout=False,
+            targets=("classes", "soft"),
+            inputs="real",
+            own_loss=False,
+        )
+    )
     config: HebbianNormConfig
 
     def __init__(self, network: Any, spec: TaskSpec, config: Any = None) -> None:

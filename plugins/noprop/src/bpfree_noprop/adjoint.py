@@ -75,7 +75,17 @@ class NoPropAdjoint(TimedRule):
     @classmethod
     def traits_of(cls, config: NoPropAdjointConfig, network: Network | None = None) -> Traits:
         """Of one block: credit crosses no other, but it passes through all steps within."""
-        return Traits("independent", 0, 1, passes=config.training_steps, chain=False, readout=False, targets=("classes", "soft"))
+        return Traits(
+            "independent",
+            0,
+            1,
+            passes=config.training_steps,
+            chain=False,
+            readout=False,
+            targets=("classes", "soft"),
+            inputs="real",
+            own_loss=False,
+        )
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:

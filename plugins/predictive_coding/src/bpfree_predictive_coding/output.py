@@ -8,6 +8,10 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from bpfree.errors import BpfreeError
+from bpfree.step import Batch
+from bpfree.tasks.task import TaskSpec
+
 __all__ = ["Output"]
 
 
@@ -60,3 +64,41 @@ class Output:
         if self.kind == "squared":
             return 0.5 * (target - scores).square().sum() / len(scores)
         return -(target * F.log_softmax(scores, 1)).sum() / len(scores)
+
+
+@dataclass(frozen=True)
+class TaskOutput:
+    """Energy of the last prediction by the task's own loss: pi times the loss of each example, for tasks whose loss is none of the above.
+
+    Attributes:
+        spec: whose ``loss`` and ``error`` are asked.
+        batch: what is predicted.
+        precision: pi.
+    """
+
+    spec: TaskSpec
+    batch: Batch
+    precision: float = 1.0
+
+    def nudged(self, scores: Tensor, beta: float) -> TaskOutput:
+        """Refuse: such a loss has no target that could be moved.
+
+        Raises:
+            BpfreeError: always.
+        """
+        raise BpfreeError(
+            f"task {self.spec.name!r} has a loss of its own, whose target cannot be nudged", where="rule.nudge", fix="rule.nudge=none"
+        )
+
+    def error(self, scores: Tensor) -> Tensor:
+        """Give minus the energy's derivative by the scores, of each example; of the scores' shape."""
+        scores = scores.float() if scores.dtype.itemsize < 4 else scores
+        return self.spec.error(scores, self.batch) * (-self.precision * len(scores))
+
+    def energy(self, scores: Tensor) -> Tensor:
+        """Give the mean over the examples, a scalar."""
+        return self.loss(scores) * self.precision
+
+    def loss(self, scores: Tensor) -> Tensor:
+        """Give the energy with precision one: what back-propagation would descend."""
+        return self.spec.loss(scores.float() if scores.dtype.itemsize < 4 else scores, self.batch).detach()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bpfree_predictive_coding.execution import Execution, Executor
-from bpfree_predictive_coding.output import Output
+from bpfree_predictive_coding.output import Output, TaskOutput
 
 __all__ = ["ErrorRelaxation", "Relaxation"]
 
@@ -51,7 +51,7 @@ class Relaxation:
         self,
         execute: Executor,
         inputs: Tensor,
-        output: Callable[[Tensor], Output],
+        output: Callable[[Tensor], Output | TaskOutput],
         *,
         lr: float,
         momentum: float = 0.0,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from bpfree import Batch, Card, Network, OptimizerConfig, Rule, Step, TaskSpec, Traits, UsageError
+from bpfree.tasks.spec import has_own_loss
 from bpfree_predictive_coding.execution import Executor
 from bpfree_predictive_coding.options import (
     EPCConfig,
@@ -20,7 +21,7 @@ from bpfree_predictive_coding.options import (
     RelaxedConfig,
     ZILConfig,
 )
-from bpfree_predictive_coding.output import Output
+from bpfree_predictive_coding.output import Output, TaskOutput
 from bpfree_predictive_coding.profile import Profile
 from bpfree_predictive_coding.relaxation import ErrorRelaxation, Relaxation
 from bpfree_predictive_coding.scaling import mupc
@@ -59,13 +60,15 @@ class Relaxed(Rule):
         return OptimizerConfig("adam", lr=0.1 if getattr(config, "scaling", "none") == "mupc" else cls.weight_lr)
 
     @property
-    def output_kind(self) -> Literal["squared", "cross-entropy"]:
+    def output_kind(self) -> Literal["squared", "cross-entropy", "task"]:
         """Kind of the output's energy."""
-        kind: Literal["squared", "cross-entropy"] = self._task_kind if self.config.output == "auto" else self.config.output
+        kind: Literal["squared", "cross-entropy", "task"] = self._task_kind if self.config.output == "auto" else self.config.output
         return kind
 
     @property
-    def _task_kind(self) -> Literal["squared", "cross-entropy"]:
+    def _task_kind(self) -> Literal["squared", "cross-entropy", "task"]:
+        if has_own_loss(self.spec) or self.spec.targets in ("multilabel", "tokens"):
+            return "task"
         return "squared" if self.spec.targets == "real" else "cross-entropy"
 
     def plan(self) -> str:
@@ -98,7 +101,9 @@ class Relaxed(Rule):
         """Blocks that a reverse-mode call crosses: none where all derivatives are taken in closed form."""
         return int(network is None or len(Executor(network, config.path).closed) < len(network.blocks))
 
-    def _output(self, batch: Batch, scores: Tensor) -> Output:
+    def _output(self, batch: Batch, scores: Tensor) -> Output | TaskOutput:
+        if self.output_kind == "task":
+            return TaskOutput(self.spec, batch, self.config.precision)
         dtype = scores.dtype if scores.dtype.itemsize >= 4 else torch.float32
         return Output(self.output_kind, self.spec.target_rows(batch, dtype), self.config.precision)
 
@@ -180,7 +185,7 @@ class PredictiveCoding(Relaxed):
     def _begin(self, batch: Batch, step: Step) -> Relaxation:
         config, beta = self.config, self.beta(step.epoch)
 
-        def output(scores: Tensor) -> Output:
+        def output(scores: Tensor) -> Output | TaskOutput:
             clamped = self._output(batch, scores)
             return clamped if beta == 1.0 else clamped.nudged(scores, beta)
 
