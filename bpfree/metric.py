@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bpfree.step import Batch
-    from bpfree.tasks.spec import TaskSpec
 
 __all__ = ["ACCURACY", "ERROR", "LOSS", "Accumulator", "Metric", "metric_of", "metrics_from", "recorded_metrics", "scores_in"]
 
@@ -51,7 +50,7 @@ class Metric:
     unit: str = ""
     summary: str = ""
     kinds: tuple[str, ...] = ()
-    begin: Callable[[TaskSpec, Callable[[Any], Tensor]], Accumulator] | None = field(default=None, compare=False, repr=False)
+    begin: Callable[[Any, Callable[[Any], Tensor]], Accumulator] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z]\w*", self.name):
