@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from bpfree.version import __version__
 
 if TYPE_CHECKING:  # `as` makes them exports for type checkers
+    from bpfree.addons import Activations as Activations
+    from bpfree.addons import AddonKind as AddonKind
     from bpfree.config import load_task as load_task
     from bpfree.errors import BpfreeError as BpfreeError
     from bpfree.errors import UsageError as UsageError
@@ -38,6 +40,8 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.run import Run as Run
     from bpfree.saved import Saved as Saved
     from bpfree.saved import load as load
+    from bpfree.solved import RidgeSums as RidgeSums
+    from bpfree.solved import Solved as Solved
     from bpfree.step import Batch as Batch
     from bpfree.step import Budget as Budget
     from bpfree.step import Phase as Phase
@@ -49,6 +53,9 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.tasks.splits import DatasetSplit as DatasetSplit
     from bpfree.tasks.splits import ItemSplit as ItemSplit
     from bpfree.tasks.splits import StreamedSplit as StreamedSplit
+    from bpfree.tasks.stages import Memory as Memory
+    from bpfree.tasks.stages import Stage as Stage
+    from bpfree.tasks.stages import class_stream as class_stream
     from bpfree.tasks.task import DataSource as DataSource
     from bpfree.tasks.task import Split as Split
     from bpfree.tasks.task import Task as Task
@@ -63,6 +70,8 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
 
 _HOME = {
     "API_VERSION": "hooks",
+    "Activations": "addons",
+    "AddonKind": "addons",
     "AlignmentConfig": "training.alignment",
     "Batch": "step",
     "BudgetConfig": "training.config",
@@ -77,7 +86,12 @@ _HOME = {
     "ItemSplit": "tasks.splits",
     "Maker": "kinds",
     "Metric": "metric",
+    "Memory": "tasks.stages",
+    "RidgeSums": "solved",
+    "Solved": "solved",
+    "Stage": "tasks.stages",
     "StreamedSplit": "tasks.splits",
+    "class_stream": "tasks.stages",
     "mean_metric": "tasks.metrics",
     "whole_metric": "tasks.metrics",
     "Network": "network.network",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bpfree import baselines, hooks
+from bpfree.addons import CENTRALISE, AddonKind
 from bpfree.kinds import Maker
 from bpfree.metric import Metric
 from bpfree.network import builders, torchvision_models
@@ -50,6 +51,11 @@ def bpfree_tasks() -> dict[str, DataSource]:
 @hooks.hookimpl
 def bpfree_augmentations() -> dict[str, augment.Augmentation]:
     return {"flip": augment.FLIP, "crop": augment.CROP}
+
+
+@hooks.hookimpl
+def bpfree_addons() -> dict[str, AddonKind]:
+    return {"centralise": CENTRALISE}
 
 
 @hooks.hookimpl

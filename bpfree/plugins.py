@@ -27,17 +27,8 @@ __all__ = ["PluginIndex", "PluginRecord", "Plugins", "installed_plugins", "plugi
 logger = logging.getLogger("bpfree")
 
 KINDS = (
-    "rules",
-    "networks",
-    "tasks",
-    "augmentations",
-    "metrics",
-    "protocols",
-    "diagnostics",
-    "presets",
-    "studies",
-    "trackers",
-    "executors",
+    *("rules", "networks", "tasks", "augmentations", "metrics", "optimizers", "addons", "protocols", "diagnostics"),
+    *("presets", "studies", "trackers", "executors"),
 )
 Status = Literal["ok", "broken", "incompatible", "disabled"]
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bpfree.addons import configured
 from bpfree.errors import UsageError, nearest
 from bpfree.leaves import REFERENCE, Leaf, leaves_of, refers, said
 from bpfree.options import range_problems
@@ -246,8 +247,10 @@ class Resolver:
             self._named("diagnostics", name, "diagnostics")
         for name in settings.tracking.to if settings.tracking.enabled else ():
             self._named("trackers", name, "tracking.to")
-        checks = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
+        checks: list[Callable[[], object]] = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
         if "optimizer" not in self.idle:
+            kinds = {name: kind for name, kind, _ in self.registry.items("addons")}
+            checks.append(lambda: configured(settings.optimizer.addons, kinds))
             checks.append(lambda: check_optimizer(settings.optimizer.over(rule.optimizer_of(config))))
         if settings.schedule.name in CLASSES and rule.phases is Rule.phases and settings.budget.samples is None:
             checks.append(lambda: check_length(settings.schedule, settings.budget.resolve(1).epochs))

@@ -33,6 +33,7 @@ from bpfree.network.trace import Trace, Traces
 from bpfree.options import NoOptions, OptimizerConfig
 from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.tasks.spec import has_own_loss
+from bpfree.tasks.stages import Stage
 from bpfree.tasks.task import Examples, TaskSpec
 
 __all__ = ["Broadcast", "Card", "Rule", "Streamed", "Traits", "always"]
@@ -129,6 +130,8 @@ class Rule(nn.Module, ABC):
     card: ClassVar[Card] = Card("a learning rule without a description")
     brings_network: ClassVar[bool] = False
     """Whether the rule brings its network, so that the common one of a comparison is not for it."""
+    growing: ClassVar[tuple[str, ...]] = ()
+    """Names of buffers that grow with the data, such as stored examples: a loaded rule gives them the size that they were saved in."""
     waivers: ClassVar[dict[str, str]] = {}
     """Checks of the certificate that are expected to fail, by id, each with its reason: they are shown as waived, never as passed."""
 
@@ -315,6 +318,13 @@ class Rule(nn.Module, ABC):
     def phases(self, budget: Budget) -> Iterable[Phase]:
         """Give the phases of a run, in order, perhaps endlessly; by default one, in which everything learns."""
         return [Phase("train", epochs=None if budget.samples is not None else budget.epochs)]
+
+    def start_stage(self, stage: Stage) -> None:
+        """Begin a stage of a stream: grow for its classes, say.
+
+        Called before the stage's first phase, and again, on a freshly built rule, when a run is loaded or resumed: parameters and
+        buffers that it makes get their saved values then. ``stage.train`` and its relatives are ``None`` in that case.
+        """
 
     def start_phase(self, phase: Phase) -> None:
         """Reset or grow parameters at the start of a phase, without data: a resumed run replays it before loading its weights."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bpfree.addons import names_of
 from bpfree.code_lines import class_lines
 from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
@@ -337,7 +338,7 @@ def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
         "plugin_version": owner.version,
         "data_fingerprint": task.fingerprint(),
         "seed": str(recipe.settings.seed),
-        "optimizer": recipe.settings.optimizer.name,
+        "optimizer": " + ".join([recipe.settings.optimizer.name, *names_of(recipe.settings.optimizer.addons)]),
         "test_evaluations": str(int(recipe.settings.evaluation.test)),
         "twin": str(recipe.settings.twin),
         "validation": str(recipe.task.validation),

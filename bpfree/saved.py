@@ -23,6 +23,7 @@ from bpfree.rule import Rule
 from bpfree.step import Budget
 from bpfree.tasks.check import check_inputs
 from bpfree.tasks.spec import CLASS, TaskSpec, structure_from
+from bpfree.tasks.stages import stages_from, walk
 from bpfree.tasks.trees import move
 from bpfree.training.checkpoint import check_rule, find_checkpoint, load_weights, read_checkpoint, replay
 
@@ -148,7 +149,7 @@ def load(
         rule = recipe.build_rule(spec)
     check_rule(content, rule, path)
     with torch.random.fork_rng(devices=[]):  # phases may add parameters, and initialise them
-        list(replay(rule, iter(rule.phases(Budget(**content["budget"]))), content))
+        list(replay(rule, walk(rule, Budget(**content["budget"]), stages_from(content.get("stages", ()))), content))
     load_weights(rule, content, where=f"{path}: ")
     rule.to(device)
     return Saved(rule.eval(), spec, recipe, path)

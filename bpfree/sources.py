@@ -71,9 +71,11 @@ NOT_EXAMINED = (
 )
 """Parts of the core that a certificate does not depend on."""
 OF_CONTRACT = (
+    "addons.py",
     "baselines.py",
     "network",
     "rule.py",
+    "solved.py",
     "seeds.py",
     "step.py",
     *(f"training/{name}.py" for name in ("accumulation", "optimizers", "phases", "schedules", "stepper", "updater")),

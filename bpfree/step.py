@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from bpfree.options import OptimizerConfig, ScheduleConfig
+
+if TYPE_CHECKING:
+    from bpfree.tasks.stages import Stage
 
 __all__ = ["Batch", "Budget", "Phase", "Step"]
 
@@ -66,6 +69,8 @@ class Phase:
         schedule: over the phase's own progress; ``None``: the run's schedule, over the run's progress.
         reset: groups that ``Rule.start_phase`` initialises again; their optimiser state is dropped.
         evaluate: whether the epochs of this phase end with an evaluation.
+        part: of the training split that the phase is on: a name in ``Task.parts``; ``None``: all, or in a stream the stage's examples with
+            what is kept of earlier ones.
         on_features: whether batches hold ``Rule.features`` of the inputs in place of these, for a phase in which the
             readout alone learns. They are computed once, in eval mode, and kept (in memory, or else in a temporary file);
             again for each batch where augmentations change the inputs.
@@ -83,6 +88,12 @@ class Phase:
     reset: tuple[str, ...] = ()
     evaluate: bool = True
     on_features: bool = False
+    part: str | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the phase says nothing of its end, so that the run's budget ends it."""
+        return self.epochs is self.seconds is self.forwards is self.operations is None
 
 
 @dataclass(slots=True)
@@ -102,6 +113,7 @@ class Step:
         progress: share of the run's budget that is used, 0 to 1.
         apply: ``apply()`` updates all groups, ``apply("b1", ...)`` some: optimiser step, then drop their ``.grad``.
         lr: the current learning rate of a group.
+        stage: of a stream, that is learned now; ``None``: the task is no stream.
         local_groups: groups whose gradients this process is to fill, where the blocks of a network are dealt to several; ``None``: all.
     """
 
@@ -114,6 +126,7 @@ class Step:
     index: int = 0
     part: int = 0
     progress: float = 0.0
+    stage: Stage | None = None
     local_groups: frozenset[str] | None = None
 
     def fills(self, name: str) -> bool:

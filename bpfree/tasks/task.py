@@ -16,6 +16,7 @@ from bpfree.options import NoOptions
 from bpfree.tasks.check import check_lengths, check_task
 from bpfree.tasks.spec import TaskSpec
 from bpfree.tasks.splits import DatasetSplit, Examples, Split, fingerprint_of
+from bpfree.tasks.stages import Memory, Stage
 from bpfree.tasks.trees import tree_map
 
 __all__ = ["DataSource", "Examples", "Split", "Task", "TaskSpec", "split_validation"]
@@ -49,6 +50,9 @@ class Task:
     Attributes:
         spec: the part that rules see; its ``scale`` and ``limits`` are filled in from the training inputs where they were not given.
         train, validation, test: ``validation`` is ``None`` when the whole training set is used.
+        parts: (M,) positions in the training split by name, for phases that are on a part of it (``Phase.part``).
+        stages: of a stream, which are learned one after the other; none: all examples are learned together.
+        memory: how many examples of earlier stages are trained on again; ``None``: none.
 
     Raises:
         UsageError: a split that is empty, does not fit the spec, holds numbers that are not finite, or whose meaning is ambiguous.
@@ -58,6 +62,9 @@ class Task:
     train: Examples
     validation: Examples | None
     test: Examples
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    memory: Memory | None = None
     _fingerprint: list[str] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -6,10 +6,12 @@ import logging
 from collections.abc import Callable
 from typing import Literal
 
-from bpfree.errors import BpfreeError
+from torch import Tensor
+
+from bpfree.errors import BpfreeError, unknown_name
 from bpfree.step import Phase
 from bpfree.tasks.loading import Loader, Resident
-from bpfree.tasks.task import Split
+from bpfree.tasks.task import Examples, Split
 from bpfree.training.evaluation import Evaluator
 from bpfree.training.features import FeatureLoader, feature_loader, feature_split
 from bpfree.training.guards import only_read
@@ -34,7 +36,32 @@ class Batches:
     def __init__(self, setup: Setup, evaluator: Evaluator) -> None:
         self._setup, self._rule, self._evaluator = setup, setup.rule, evaluator
         self._loaders: dict[int | Literal["all"], Loader] = {}
+        self._positions: Tensor | None = None
+        self._part: str | None = None
         self._on_features: Loader | FeatureLoader | None = None
+
+    def begin_stage(self, positions: Tensor | None) -> None:
+        """Take the batches from the training examples at these positions from now on; ``None``: from all."""
+        self._positions = positions
+        self._loaders = {}
+
+    def _begin_part(self, part: str | None) -> None:
+        """Let go of the loaders of another part of the training split."""
+        if part != self._part:
+            self._part, self._loaders = part, {}
+
+    def examples(self, phase: Phase) -> Examples:
+        """The training examples that a phase is on.
+
+        Raises:
+            UsageError: the task has no such part.
+        """
+        task = self._setup.task
+        if phase.part is None:
+            return task.train if self._positions is None else task.train.subset(self._positions)
+        if phase.part not in task.parts:
+            raise unknown_name("part of the training split", phase.part, list(task.parts))
+        return task.train.subset(task.parts[phase.part])
 
     @property
     def resident(self) -> Resident | None:
@@ -52,6 +79,7 @@ class Batches:
         Raises:
             BpfreeError: the phase is on features, but what makes them learns in it.
         """
+        self._begin_part(phase.part)
         if not phase.on_features:
             return self._raw(phase)
         if self._on_features is None:
@@ -75,9 +103,11 @@ class Batches:
         raw = self._raw(phase)
         with only_read(self._rule, "features"):
             clock.start()
-            train = self.features(self._evaluator.raw(self._setup.task.train, raw.resident), look)
+            examples = self.examples(phase)
+            train = self.features(self._evaluator.raw(examples, raw.resident), look)
             clock.stop()
-            self._evaluator.take_features(train, lambda batches: self.features(batches, look))
+            if examples is self._setup.task.train:
+                self._evaluator.take_features(train, lambda batches: self.features(batches, look))
         return feature_loader(train, raw.spec, batch_size=raw.batch_size, device=raw.device, seed=raw.seed)
 
     def features(self, batches: Loader, look: Look) -> Split:
@@ -92,7 +122,7 @@ class Batches:
     def _raw(self, phase: Phase) -> Loader:
         setup, size = self._setup, phase.batch_size or self._setup.config.batch_size
         if size not in self._loaders:
-            train, seed = setup.task.train, setup.config.seed
+            train, seed = self.examples(phase), setup.config.seed
             self._loaders[size] = setup.batches(train, size, seed=seed, augment=setup.augment, share=self.resident)
             if self._loaders[size].left_out:
                 logger.warning("the last batch of one example is left out of each epoch: batch_size=%d", self._loaders[size].batch_size)

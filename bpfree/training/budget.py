@@ -6,6 +6,7 @@ import itertools
 
 from bpfree.rule import Rule
 from bpfree.step import Phase
+from bpfree.tasks.stages import walk
 from bpfree.training.setup import Setup
 from bpfree.training.state import RunState
 
@@ -27,15 +28,16 @@ class BudgetTracker:
     """
 
     def __init__(self, setup: Setup, state: RunState) -> None:
-        self._budget, self._state, budget = setup.budget, state, setup.budget
+        self._budget, self._state, self._stages, budget = setup.budget, state, setup.task.stages, setup.budget
         # whether the budget ends the run, rather than the last of its phases
         self._ends = budget.epochs is None or budget.samples is not None
         self.passes = 0 if budget.epochs is None else self._count_passes(setup.rule)
 
     def _count_passes(self, rule: Rule) -> int:
         """Passes that the phases amount to. Where they are open or endless, the budget's epochs, which then end the run."""
-        phases = list(itertools.islice(rule.phases(self._budget), MOST_PHASES))
-        if len(phases) == MOST_PHASES or any(map(_is_open, phases)):
+        steps = itertools.islice(walk(rule, self._budget, self._stages), MOST_PHASES)
+        phases = [each for each in steps if isinstance(each, Phase)]
+        if len(phases) == MOST_PHASES or any(phase.is_open for phase in phases):
             self._ends = True
             return self._budget.epochs or 0
         return sum(phase.epochs or 0 for phase in phases)
@@ -86,8 +88,3 @@ class BudgetTracker:
         if phase.operations is not None and state.operations.counted(state.at.phase_operations) >= phase.operations:
             return True
         return self.is_over()
-
-
-def _is_open(phase: Phase) -> bool:
-    """Whether a phase says nothing of its end, so that the run's budget ends it."""
-    return phase.epochs is phase.seconds is phase.forwards is phase.operations is None

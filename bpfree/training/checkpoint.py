@@ -15,7 +15,6 @@ The file is torch's zip archive with a comment, the SHA-256 of the archive: torc
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import pickle
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,7 @@ from bpfree.files import remove_abandoned, replacing
 from bpfree.record.folder import RunFolder
 from bpfree.rule import Rule
 from bpfree.step import Phase
+from bpfree.tasks.stages import Stage
 
 __all__ = ["FORMAT", "check_rule", "find_checkpoint", "keep_weights", "load_weights", "read_checkpoint", "replay", "write_checkpoint"]
 
@@ -173,17 +173,22 @@ def check_rule(content: Mapping[str, Any], rule: Rule, path: Path) -> None:
         raise BpfreeError(what, where=str(path), fix="name the rule that it was made with")
 
 
-def replay(rule: Rule, phases: Iterator[Phase], content: Mapping[str, Any]) -> Iterator[Phase]:
-    """Begin the phases that had begun when a checkpoint was written, which may make parameters; its weights fit afterwards.
+def replay(rule: Rule, steps: Iterator[Stage | Phase], content: Mapping[str, Any]) -> Iterator[Stage | Phase]:
+    """Begin the stages and phases that had begun when a checkpoint was written, which may make parameters; its weights fit afterwards.
 
     Args:
         rule: freshly built.
-        phases: of its run, from the first; those that come next are left in it.
+        steps: of its run (:func:`bpfree.tasks.stages.walk`), from the first; those that come next are left in it.
         content: of the checkpoint.
     """
-    for phase in itertools.islice(phases, content["phases_begun"]):
-        rule.start_phase(phase)
-        yield phase
+    begun = 0
+    while begun < content["phases_begun"] and (each := next(steps, None)) is not None:
+        if isinstance(each, Phase):
+            rule.start_phase(each)
+            begun += 1
+        else:
+            rule.start_stage(each)
+        yield each
 
 
 def load_weights(rule: Rule, content: Mapping[str, Any], where: str = "", fix: str = "") -> None:
@@ -193,6 +198,10 @@ def load_weights(rule: Rule, content: Mapping[str, Any], where: str = "", fix: s
         BpfreeError: they do not fit the network.
     """
     try:
+        for name in rule.growing:
+            if name in content["weights"]:
+                owner, _, own = name.rpartition(".")
+                setattr(rule.get_submodule(owner), own, torch.empty_like(content["weights"][name], device=rule.get_buffer(name).device))
         rule.load_state_dict(content["weights"])
     except RuntimeError as error:
         place = str(error).splitlines()[-1].strip()

@@ -24,6 +24,7 @@ from bpfree.tasks import metrics as built_in
 from bpfree.tasks.linear import chunks, classes_of
 from bpfree.tasks.loading import Loader, Resident
 from bpfree.tasks.protocols import EvaluationProtocol, Setting, result_key
+from bpfree.tasks.stages import Stage
 from bpfree.tasks.task import Examples, Split, TaskSpec
 from bpfree.training import environment
 from bpfree.training.features import feature_loader, feature_split
@@ -66,6 +67,36 @@ class Evaluator:
         self._loaders: dict[str, Loader] = {}
         self._features: dict[str, Loader] = {}
         self.predictions: Predictions | None = None
+
+    def begin_stage(self, stage: Stage, seen: Sequence[Stage]) -> None:
+        """Validate on what a stream has shown so far: training examples of this stage, and the validation examples of all."""
+        task = self._task
+        if stage.train is not None:
+            self._sample = stage.train[
+                torch.randperm(len(stage.train), generator=torch.Generator().manual_seed(seeds.derive("train sample")))
+            ]
+            held = [each.validation for each in seen if each.validation is not None]
+            self._sample = self._sample[: sum(map(len, held)) or TRAIN_SAMPLE]
+            self._splits = {
+                "train": task.train.subset(self._sample),
+                "val": task.validation.subset(torch.cat(held)) if task.validation is not None and held else None,
+            }
+            self._loaders = {}
+
+    def score_stages(self, seen: Sequence[Stage]) -> dict[str, list[float]]:
+        """Score each stage seen so far by the primary metric, on validation, and on the test split where that is to be seen."""
+        name, found = self._task.spec.primary.name, dict[str, list[float]]()
+        for split, examples in {"val": self._task.validation, "test": self._task.test if self._config.evaluation.test else None}.items():
+            places = [stage.test if split == "test" else stage.validation for stage in seen]
+            if examples is None or any(each is None or not len(each) for each in places):
+                continue
+            scored = [
+                self._score(f"{split} of {stage.name}", examples.subset(each), seen[-1].index)
+                for stage, each in zip(seen, places, strict=True)
+                if each is not None
+            ]
+            found[split] = [next((value for key, value in each.items() if key.endswith(f"/{name}")), math.nan) for each in scored]
+        return found
 
     def raw(self, split: Examples, share: Resident | None = None) -> Loader:
         """Batches of a split in its original order."""

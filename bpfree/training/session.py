@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bpfree.errors import BpfreeError, DiskError, UsageError
 from bpfree.rule import Metrics, Rule
 from bpfree.run import ReadOnly
 from bpfree.step import Batch, Phase, Step
 from bpfree.tasks.loading import Loader
+from bpfree.tasks.stages import Stage, walk
 from bpfree.tasks.task import Split
 from bpfree.training import environment
 from bpfree.training.batches import Batches
@@ -209,25 +211,58 @@ class Session:
 
     def _phases(self) -> Iterator[Phase]:
         """Yield the phases to train, each after it has begun; a resumed run starts with the one that it was in."""
-        phases, state, saved = iter(self._rule.phases(self._setup.budget)), self.state, self._saved
+        steps, state, saved = walk(self._rule, self._setup.budget, self._setup.task.stages), self.state, self._saved
         if saved is None:
             self._prepare()
             state.begin()
         else:
             current = None
-            for current in replay(self._rule, phases, saved):
-                self._team.check(current)
-                self._enter(current)
+            for each in replay(self._rule, steps, saved):
+                if isinstance(each, Stage):
+                    self._begin_stage(each)
+                else:
+                    current = each
+                    self._team.check(current)
+                    self._enter(current)
             state.take_weights(saved)
             if current is not None and state.at.phase < state.begun:
                 yield current
-        for phase in phases:
-            self._team.check(phase)
-            state.solve("start_phase", phase)
-            self._enter(phase)
+        for each in steps:
+            if isinstance(each, Stage):
+                self._end_stage()
+                state.solve("start_stage", each)
+                self._begin_stage(each)
+                continue
+            self._team.check(each)
+            state.solve("start_phase", each)
+            self._enter(each)
             if state.begun == 1:
                 self._evaluator.try_protocols()
-            yield phase
+            yield each
+
+    def _begin_stage(self, stage: Stage) -> None:
+        stream = self.state.stream
+        stream.stage = self.state.step.stage = stage
+        self._batches.begin_stage(stream.positions())
+        self._evaluator.begin_stage(stage, stream.seen)
+
+    def _end_stage(self) -> None:
+        """Score the stages seen so far, and choose what is kept of the present one; once, also where a run is resumed after it."""
+        stream = self.state.stream
+        if stream.ended:
+            return
+        scored = only_read(self._rule, *PREDICTING)(partial(self._evaluator.score_stages, stream.seen))
+        for split, scores in self._setup.world.from_first(scored).items():
+            stream.add(split, scores)
+
+        def features(positions: Tensor) -> Tensor:
+            inputs: Tensor = self._batches.features(
+                self._evaluator.raw(self._setup.task.train.subset(positions)), lambda share: None
+            ).inputs
+            return inputs
+
+        with only_read(self._rule, "features"):
+            stream.keep(features)
 
     def _prepare(self) -> None:
         if type(self._rule).prepare is not Rule.prepare:
@@ -252,7 +287,7 @@ class Session:
                 if few:
                     operations.count_features(phase, batch.inputs)
         if isinstance(loader, Loader) and phase.on_features and not at.phase_epoch and not at.batch:  # they were computed here
-            operations.add_features(len(train))
+            operations.add_features(len(self._batches.examples(phase)))
 
     # --- between steps ----------------------------------------------------------------------------------------------
 
@@ -317,6 +352,7 @@ class Session:
     def _finish(self) -> None:
         """Take the weights that were selected, and test them: once, or not at all where the configuration says so."""
         state, world, result = self.state, self._setup.world, self._run.result
+        self._end_stage()
         state.end_training()
         state.learning.end_run(steps=state.at.step, gradients=state.updater.received)
         if self._checkpoints.saved_epoch != state.at.epoch:
@@ -324,7 +360,7 @@ class Session:
         self._tests = True
         self._selection.take(self.save)
         tested = world.from_first(only_read(self._rule, *PREDICTING)(self._evaluator.test))
-        result.update(tested | state.costs())
+        result.update(tested | state.stream.results(self._setup.task.spec.primary) | state.costs())
         check_losses(tested, state.at.step)
         protocols = partial(self._evaluator.protocols, self._trained_features, self._batches.resident)
         result.update(world.from_first(only_read(self._rule, "features")(protocols)))

@@ -24,6 +24,7 @@ from bpfree.training.operations import Operations
 from bpfree.training.probes import StepProbe
 from bpfree.training.setup import Setup
 from bpfree.training.stepper import Stepper
+from bpfree.training.streams import StreamState
 
 __all__ = ["Position", "RunState", "copied"]
 
@@ -70,6 +71,7 @@ class RunState:
         begun: phases that have begun, which is what a loaded rule must replay.
         best: validation score and weights (on the CPU) of the best epoch, where weights are selected so.
         learning: sees to it that what is fixed stays, and what learns moves.
+        stream: what a task of several stages has reached.
         calibration: what the rule chose on the validation split after the last step, where it has done so.
     """
 
@@ -93,6 +95,7 @@ class RunState:
         self.load = environment.load()
         self.learning = LearningWatch(rule, team.world, twin=config.twin)
         self.calibration: Calibration | None = None
+        self.stream = StreamState(setup.task, config.seed)
         self.begun = 0
         self._complete: Position | None = None
 
@@ -213,6 +216,8 @@ class RunState:
             "metrics": self.team.merged(own["metrics"]),
             "best": None if self.best is None else {"score": self.best[0], "weights": self.best[1]},
             "learning": self.learning.state_dict(),
+            "stream": self.stream.state_dict(),
+            "addons": self.updater.addon_states(),
             "calibration": None if self.calibration is None or self.calibration.step != self.at.step else self.calibration.to_dict(),
             "device": self.device.type,
             **({} if self.team.world.size == 1 else {"parallel": self.team.kind, "ranks": self.team.world.collected(own)}),
@@ -237,6 +242,7 @@ class RunState:
             memory = {"step_bytes": memory["step_bytes"], "seen": {}}  # a step is different now
         self.memory.load_state_dict(memory if own is None else own["memory"])
         self.learning.load_state_dict(saved.get("learning"))
+        self.stream.load_state_dict(saved.get("stream"))
         self.calibration = Calibration(**saved["calibration"]) if saved.get("calibration") else None
         self.step.index, self.step.epoch = self.at.step, self.at.epoch
         if saved["best"] is not None:
@@ -257,6 +263,7 @@ class RunState:
     def _take_training(self, saved: Mapping[str, Any]) -> None:
         if self.calibration is not None:  # what was chosen is no part of the training, which may be resumed
             self.calibration.undo(self.rule)
+        self.updater.load_addon_states(saved.get("addons", ()))
         self.updater.load_state_dict(self.team.own_optimizers(saved["optimizers"]))
         self._take_generators(saved)
 

@@ -107,6 +107,9 @@ class Trainer:
             raise UsageError(
                 "without a validation split no best weights can be chosen", where="select", fix="select=last, or task.validation above 0"
             )
+        if task.stages and config.select == "best-val":
+            what = "in a stream the best epoch on validation may come before later stages were learned"
+            raise UsageError(what, where="select", fix="select=last")
         check_made_to_learn(rule)
         check_batches_of_one(rule, task, budget, config.batch_size)
 

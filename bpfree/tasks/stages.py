@@ -1,0 +1,181 @@
+"""Streams: a task that is learned in stages, one after the other, and what is kept of earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from bpfree.errors import UsageError
+from bpfree.seeds import derive
+from bpfree.step import Budget, Phase
+
+if TYPE_CHECKING:
+    from bpfree.rule import Rule
+    from bpfree.tasks.task import Task
+
+__all__ = ["Memory", "Stage", "class_stream", "stages_from", "walk"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Describe a stage of a stream.
+
+    Attributes:
+        name: shown in metrics and reports.
+        index: its place, from 0.
+        classes: that begin in it; empty for streams whose classes stay the same.
+        train, test: (M,) positions of its examples in the task's splits.
+        validation: likewise; ``None``: it has none.
+    """
+
+    name: str
+    index: int
+    classes: tuple[int, ...] = ()
+    train: Tensor | None = None
+    test: Tensor | None = None
+    validation: Tensor | None = None
+
+    def recorded(self) -> dict[str, Any]:
+        """Describe it without its examples, for a checkpoint."""
+        return {"name": self.name, "index": self.index, "classes": list(self.classes)}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How many examples of earlier stages are trained on again in later ones.
+
+    Attributes:
+        total: examples in all, shared evenly by the classes seen so far; ``None``: ``per_class`` says.
+        per_class: examples of each class; for streams without new classes of each stage.
+        choose: ``random``, or ``herding``: those whose mean of features, one by one, stays nearest to their class's (Rebuffi et al. 2017,
+            algorithm 4).
+    """
+
+    total: int | None = None
+    per_class: int | None = None
+    choose: Literal["random", "herding"] = "random"
+
+    def __post_init__(self) -> None:
+        if (self.total is None) == (self.per_class is None) or min(self.total or 1, self.per_class or 1) < 1:
+            raise UsageError("a memory has a total or a number per class, of 1 or more", where="Memory", fix="Memory(total=2000)")
+
+    def each(self, groups: int) -> int:
+        """Count the examples of each of so many classes."""
+        return self.per_class if self.per_class is not None else (self.total or 0) // max(1, groups)
+
+
+def stages_from(recorded: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
+    """Read the stages of a checkpoint, which have no examples."""
+    return tuple(Stage(str(each["name"]), int(each["index"]), tuple(each["classes"])) for each in recorded)
+
+
+def walk(rule: Rule, budget: Budget, stages: Sequence[Stage]) -> Iterator[Stage | Phase]:
+    """Yield the phases of a run; in a stream each stage and then its phases, whose share of the budget ends them.
+
+    Args:
+        rule: whose phases.
+        budget: of the run; epochs are those of each stage, everything else is shared evenly by the stages.
+        stages: of the task; none: it is no stream.
+    """
+    if not stages:
+        yield from rule.phases(budget)
+        return
+    count = len(stages)
+    share = Budget(
+        budget.epochs,
+        None if budget.samples is None else max(1, budget.samples // count),
+        *(None if value is None else value / count for value in (budget.seconds, budget.forwards, budget.operations)),
+    )
+    for stage in stages:
+        yield stage
+        for phase in rule.phases(share):
+            yield _closed(phase, share)
+
+
+def _closed(phase: Phase, share: Budget) -> Phase:
+    """A phase that ends with its stage's share of the budget, where it says nothing of its end."""
+    if not phase.is_open:
+        return phase
+    return replace(phase, epochs=share.epochs, seconds=share.seconds, forwards=share.forwards, operations=share.operations)
+
+
+def class_stream(task: Task, *, start: int, increment: int, order: Sequence[int] | None = None, memory: Memory | None = None) -> Task:
+    """Make a stream of a task's classes: ``start`` of them first, then ``increment`` at a time.
+
+    Args:
+        task: with integer classes.
+        start, increment: classes of the first stage, and of each later one; the last has what is left.
+        order: of the classes; ``None``: as they are numbered.
+        memory: of examples of earlier stages.
+
+    Raises:
+        UsageError: a task without classes, or numbers that are no order of them.
+    """
+    spec = task.spec
+    if spec.targets != "classes" or task.train.targets is None or task.test.targets is None:
+        raise UsageError(f"task {spec.name!r} has no classes to learn one after the other", fix="give a task with targets='classes'")
+    classes = list(range(spec.outputs)) if order is None else [int(label) for label in order]
+    if sorted(classes) != list(range(spec.outputs)):
+        raise UsageError(f"order={classes} is no order of the classes 0 to {spec.outputs - 1}", fix="name each class once")
+    if not 1 <= start <= len(classes) or increment < 1:
+        raise UsageError(
+            f"start={start} and increment={increment} of {len(classes)} classes", fix="give 1 or more, and a start that exists"
+        )
+    cuts = [classes[:start], *(classes[place : place + increment] for place in range(start, len(classes), increment))]
+    stages = tuple(
+        Stage(
+            f"stage {index + 1}",
+            index,
+            tuple(labels),
+            _places(task.train.targets, labels),
+            _places(task.test.targets, labels),
+            None if task.validation is None or task.validation.targets is None else _places(task.validation.targets, labels),
+        )
+        for index, labels in enumerate(cuts)
+    )
+    return replace(task, stages=stages, memory=memory)
+
+
+def _places(targets: Tensor, labels: Sequence[int]) -> Tensor:
+    return torch.isin(targets, torch.tensor(list(labels))).nonzero().flatten()
+
+
+def chosen(memory: Memory, targets: Tensor, features: Tensor | None, groups: int, seed: int, stage: int) -> list[Tensor]:
+    """Choose what is kept of a stage: positions among its examples, by class, the most useful first.
+
+    Args:
+        memory: how many, and how.
+        targets: (M,) classes of the stage's examples, or (M, ...) of other kinds, which are one group.
+        features: (M, F) of the examples, for herding.
+        groups: classes seen so far.
+        seed, stage: of a random choice.
+    """
+    labels = targets if targets.dim() == 1 and not targets.is_floating_point() else torch.zeros(len(targets), dtype=torch.long)
+    found = []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        count = min(memory.each(groups), len(members))
+        if memory.choose == "herding" and features is not None:
+            found.append(members[herded(features[members], count)])
+        else:
+            generator = torch.Generator().manual_seed(derive(seed, "memory", stage, label))
+            found.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    return found
+
+
+def herded(features: Tensor, count: int) -> Tensor:
+    """Choose ``count`` rows (M, F) one by one, so that their mean stays nearest to the mean of all (Rebuffi et al. 2017, algorithm 4)."""
+    rows = torch.nn.functional.normalize(features.double().flatten(1), dim=1)
+    mean, total = rows.mean(0), torch.zeros(rows.shape[1], dtype=torch.float64)
+    free, found = torch.ones(len(rows), dtype=torch.bool), []
+    for number in range(1, count + 1):
+        distance = (mean - (total + rows) / number).pow(2).sum(1)
+        best = int(distance.masked_fill(~free, torch.inf).argmin())
+        free[best] = False
+        total += rows[best]
+        found.append(best)
+    return torch.tensor(found, dtype=torch.long)
