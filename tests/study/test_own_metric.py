@@ -17,6 +17,9 @@ from study_kit import call, outcomes, plugin_on_path
 from bpfree.plugins import installed_plugins
 from bpfree.record.folder import read_run
 from bpfree.run import Run
+from bpfree.study.cells import plan
+from bpfree.study.file import read_study
+from bpfree.study.worklist import Worklist
 
 CODE = '''
 from dataclasses import dataclass
@@ -196,6 +199,32 @@ def test_a_study_tunes_compares_and_reports_by_it(max_cut: Path, capsys: pytest.
         assert "accura" not in words.lower()
     assert "test cut" in said.err
     assert "test tiny 1e-09" in said.err
+
+
+def test_a_search_goes_by_the_loss_where_that_is_primary(max_cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tree-structured Parzen estimator minimises it, and the least is chosen. Oracle: the records of the trials."""
+    text = STUDY.replace("task: max-cut,", "task: max-cut-plain,").replace("evaluation.metrics: [tiny]", "select: last")
+    text = (
+        text.replace("select: best-val, ", "")
+        .replace("trials: 3", "trials: 4\n  search: tpe")
+        .replace("{test/cut: 3.5}", "{test/loss: -3}")
+    )
+    Path("cuts.yaml").write_text(text.replace("target: 2.5", "target: -2.6").replace("seeds: 3", "seeds: 1"))
+    made = Worklist(plan(read_study(Path("cuts.yaml"))))
+    assert call("study", "run", "cuts.yaml", "--rows", "BP", "tracking.enabled=false", "-q") == 0
+    found = outcomes()
+    trials = [each for each in found if each["trial"] is not None]
+    best = min(trials, key=lambda each: each["history"][-1]["val/loss"])
+    (final,) = (each for each in found if each["trial"] is None)
+    assert final["identity"]["config"]["optimizer.lr"] == best["identity"]["config"]["optimizer.lr"]
+    assert len(trials) == 4
+    assert best["history"][-1]["val/loss"] < 0
+    tuner = next(iter(made._tuners.values()))
+    tuner._ask(1)
+    assert tuner._study.direction.name == "MINIMIZE"
+    page = next(Path("runs/studies/cuts").glob("*.md")).read_text()
+    assert "Target: validation loss of -2.6 or less." in page
+    assert "accura" not in page.lower()
 
 
 def test_the_metric_is_listed(max_cut: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
+from bpfree.metric import LOSS
 from bpfree.study.measures import Measure
 from bpfree.study.model import MEMORY
 from bpfree.study.report.content import Folded, Part, Picture, Section, Table, Text
@@ -87,6 +88,8 @@ def _scores(view: View, column: str, rows: Sequence[TableRow]) -> Table:
     others, draws = any(map(best_alternative, rows)), any(map(_draws, rows))
     headers: list[str | Picture] = ["row", "rank", view.measure.label, "95 % interval"]
     headers += [Picture(strip_axis(axis))] if strips else []
+    further = _further(view, rows)
+    headers += [measure.label for measure in further]
     headers += ["n", *(["published", "difference"] if publishes else [])]
     headers += [*(["over draws"] if draws else []), *(["best other prediction"] if others else [])]
     texts: list[list[str | Picture]] = []
@@ -99,6 +102,7 @@ def _scores(view: View, column: str, rows: Sequence[TableRow]) -> Table:
         cells.append(f"{view.measure.text(known.low)} to {view.measure.text(known.high)}" if known else "")
         if strips:
             cells.append(Picture(strip(strips[row.written.label], axis)) if row.written.label in strips else "")
+        cells += [_mean_text(row, measure) for measure in further]
         cells.append(counted(row))
         cells += _published(view, row) if publishes else []
         cells += [_draws(row)] if draws else []
@@ -106,6 +110,18 @@ def _scores(view: View, column: str, rows: Sequence[TableRow]) -> Table:
         texts.append(cells)
     words = [place for place, header in enumerate(headers) if isinstance(header, Picture) or header in WORDS]
     return Table(headers, texts, words, f"Leaderboard {column}".strip(), [view.style(row) for row in rows])
+
+
+def _further(view: View, rows: Sequence[TableRow]) -> list[Measure]:
+    """What else the task and ``evaluation.metrics`` name, as far as it was measured; not the loss."""
+    metrics = {name: metric for row in rows for name, metric in row.metrics.items()}
+    found = (Measure("test", metric, name) for name, metric in metrics.items() if name not in (view.measure.measured, LOSS.name))
+    return [measure for measure in found if any(row.by_seed(measure) for row in rows)]
+
+
+def _mean_text(row: TableRow, measure: Measure) -> str:
+    values = list(row.by_seed(measure).values())
+    return measure.text(statistics.fmean(values)) if values else ""
 
 
 def _strip(view: View, row: TableRow) -> Strip:
