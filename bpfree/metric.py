@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bpfree.step import Batch
-
 __all__ = ["ACCURACY", "ERROR", "LOSS", "Accumulator", "Metric", "metric_of", "metrics_from", "recorded_metrics", "scores_in"]
 
 DERIVED = re.compile(r"_(selected|se|draw_\d+)$")
@@ -22,8 +20,8 @@ DIGITS = 4
 class Accumulator(Protocol):
     """What a metric measures over one pass of a split."""
 
-    def add(self, outputs: Tensor, batch: Batch) -> None:
-        """Take up the outputs for a batch; nothing is copied to the host here."""
+    def add(self, outputs: Tensor, batch: Any) -> None:
+        """Take up the outputs for a :class:`bpfree.Batch`; nothing is copied to the host here."""
 
     def value(self) -> float:
         """Give the metric of all that was added; NaN if it is not defined for it."""

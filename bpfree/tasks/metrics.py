@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,45 +14,20 @@ from torch import Tensor
 
 from bpfree import metric as described
 from bpfree.metric import Accumulator, Metric
-
-if TYPE_CHECKING:
-    from bpfree.step import Batch
+from bpfree.step import Batch
 
 __all__ = ["ACCURACY", "BUILT_IN", "LOSS", "mean_metric", "whole_metric"]
 
-Values = Callable[["Spec", Tensor, "Batch"], Tensor]
-Measure = Callable[["Spec", Tensor, "Tensor | None"], float]
+Values = Callable[[Any, Tensor, Batch], Tensor]
+Measure = Callable[[Any, Tensor, Tensor | None], float]
 BINS = 15
 """Of the expected calibration error (Guo et al. 2017)."""
-
-
-class Spec(Protocol):
-    """What metrics need of a task: :class:`bpfree.TaskSpec` has it."""
-
-    @property
-    def targets(self) -> str:
-        """The kind of targets."""
-
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The mean loss over a batch."""
-
-    def counted(self, batch: Batch) -> int | Tensor:
-        """What it is a mean over."""
-
-    def correct(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """Whether each example's best score is at its class."""
-
-    def scored_classes(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (M, C) beside classes (M,)."""
-
-    def beside(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The targets, of the outputs' shape."""
 
 
 class _Mean:
     """The mean of values over all examples or tokens; sums stay on the device until they are read."""
 
-    def __init__(self, values: Values, spec: Spec) -> None:
+    def __init__(self, values: Values, spec: Any) -> None:
         self._values, self._spec = values, spec
         self._total: Tensor | None = None
         self._count = 0
@@ -70,7 +45,7 @@ class _Mean:
 class _MeanLoss:
     """The task's loss: the mean of its batches, weighted by what each is a mean over."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Any) -> None:
         self._spec = spec
         self._total: Tensor | None = None
         self._count: int | Tensor = 0
@@ -91,7 +66,7 @@ class _MeanLoss:
 class _Whole:
     """A function of all outputs and targets, which are kept on the CPU."""
 
-    def __init__(self, measure: Measure, spec: Spec) -> None:
+    def __init__(self, measure: Measure, spec: Any) -> None:
         self._measure, self._spec = measure, spec
         self._outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
@@ -156,44 +131,48 @@ def _targets(batch: Batch) -> Tensor:
     return batch.targets
 
 
-def _correct(spec: Spec, outputs: Tensor, batch: Batch) -> Tensor:
-    return spec.correct(outputs, _targets(batch))
+def _correct(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
+    right: Tensor = spec.correct(outputs, _targets(batch))
+    return right
 
 
 def _among(count: int) -> Values:
-    def values(spec: Spec, outputs: Tensor, batch: Batch) -> Tensor:
+    def values(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
         scores, classes = spec.scored_classes(outputs, _targets(batch))
         best = scores.topk(min(count, scores.shape[1]), dim=1).indices
-        return (best == classes[:, None]).any(1)
+        found: Tensor = (best == classes[:, None]).any(1)
+        return found
 
     return values
 
 
-def _labels_right(spec: Spec, outputs: Tensor, batch: Batch) -> Tensor:
+def _labels_right(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
     return ((outputs > 0) == (_targets(batch) > 0.5)).flatten()
 
 
-def _all_labels_right(spec: Spec, outputs: Tensor, batch: Batch) -> Tensor:
+def _all_labels_right(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
     return ((outputs > 0) == (_targets(batch) > 0.5)).flatten(1).all(1)
 
 
-def _absolute(spec: Spec, outputs: Tensor, batch: Batch) -> Tensor:
-    return (outputs - spec.beside(outputs, _targets(batch))).abs().double().flatten()
+def _absolute(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
+    distance: Tensor = outputs - spec.beside(outputs, _targets(batch))
+    return distance.abs().double().flatten()
 
 
 # --- of a whole split ----------------------------------------------------------------------------------------------------
 
 
-def _classes(spec: Spec, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+def _classes(spec: Any, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scores (M, C) and classes (M,)."""
     assert targets is not None
-    return spec.scored_classes(outputs, targets)
+    found: tuple[Tensor, Tensor] = spec.scored_classes(outputs, targets)
+    return found
 
 
 def _of_decisions(name: str, **options: Any) -> Measure:
     """A function of ``sklearn.metrics`` of true and predicted classes or labels, in per-class means."""
 
-    def measure(spec: Spec, outputs: Tensor, targets: Tensor | None) -> float:
+    def measure(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
         from sklearn import metrics
 
         if spec.targets == "multilabel":
@@ -209,7 +188,7 @@ def _of_decisions(name: str, **options: Any) -> Measure:
     return measure
 
 
-def _auc(spec: Spec, outputs: Tensor, targets: Tensor | None) -> float:
+def _auc(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
     """Area under the ROC curve, mean over classes that occur and do not always occur, each against all others."""
     from sklearn.metrics import roc_auc_score
 
@@ -227,7 +206,7 @@ def _auc(spec: Spec, outputs: Tensor, targets: Tensor | None) -> float:
     return sum(areas) / len(areas) if areas else math.nan
 
 
-def _average_precision(spec: Spec, outputs: Tensor, targets: Tensor | None) -> float:
+def _average_precision(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
     from sklearn.metrics import average_precision_score
 
     assert targets is not None
@@ -239,7 +218,7 @@ def _average_precision(spec: Spec, outputs: Tensor, targets: Tensor | None) -> f
     return sum(found) / len(found) if found else math.nan
 
 
-def _calibration_error(spec: Spec, outputs: Tensor, targets: Tensor | None) -> float:
+def _calibration_error(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
     """Expected calibration error: mean distance of confidence and accuracy over 15 bins of equal width (Guo et al. 2017, equation 3)."""
     scores, classes = _classes(spec, outputs, targets)
     confidence, made = scores.double().softmax(1).max(1)
@@ -249,7 +228,7 @@ def _calibration_error(spec: Spec, outputs: Tensor, targets: Tensor | None) -> f
     return float(gap.abs().sum()) / len(classes)
 
 
-def _explained(spec: Spec, outputs: Tensor, targets: Tensor | None) -> float:
+def _explained(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
     """Coefficient of determination, mean over outputs; an output that is constant in the split is left out."""
     assert targets is not None
     made, truth = outputs.double().flatten(1), spec.beside(outputs, targets).double().flatten(1)
@@ -260,7 +239,7 @@ def _explained(spec: Spec, outputs: Tensor, targets: Tensor | None) -> float:
     return float((1 - (made - truth).pow(2).sum(0)[varies] / spread[varies]).mean())
 
 
-def _rms(spec: Spec, outputs: Tensor, targets: Tensor | None) -> float:
+def _rms(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
     assert targets is not None
     return float((outputs.double() - spec.beside(outputs, targets).double()).pow(2).mean().sqrt())
 
