@@ -145,7 +145,10 @@ class Rule(nn.Module, ABC):
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__()
-        self.network = network if isinstance(network, Network) else split(network, spec.input_shape)
+        if isinstance(network, Network):
+            self.network = network
+        else:
+            self.network = split(network, spec.input_shape, example=None if spec.takes_real_tensors else spec.example(2))
         self.spec = spec
         self.config = self.Config() if config is None else config
         if self.traits.readout == "none":

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from bpfree.errors import UsageError, unknown_name
 from bpfree.network.network import evaluating
+from bpfree.tasks.trees import move
 
 __all__ = ["Cut", "Traced", "automatic_cuts", "named_cuts", "trace"]
 
@@ -100,7 +101,7 @@ class Traced:
         weights: positions of the operations with weights (convolutions, linear maps, embeddings, ...).
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, tracer: Tracer, input_shape: Sequence[int]) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph, tracer: Tracer, input_shape: Sequence[int], example: Any = None) -> None:
         self.module, self.calls = module, tracer.calls
         nodes = list(graph.nodes)
         self.result: fx.Node = single_output(nodes[-1])
@@ -108,7 +109,7 @@ class Traced:
         self.owners = [tracer.owner(node) for node in self.nodes]
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.constants = constants_of(self.nodes)
-        batched = run_once(module, graph, input_shape)
+        batched = run_once(module, graph, input_shape, example)
         self.single = [self._single(index, batched) for index in range(len(self.nodes))]
         self.weights = [index for index, node in enumerate(self.nodes) if has_weight(node, module, self.constants)]
 
@@ -129,7 +130,7 @@ class Traced:
         return [index for index, owner in enumerate(self.owners) if owner == path or owner.startswith(f"{path}.")]
 
 
-def trace(module: nn.Module, input_shape: Sequence[int]) -> Traced:
+def trace(module: nn.Module, input_shape: Sequence[int], example: Any = None) -> Traced:
     """The module's operations.
 
     Raises:
@@ -152,7 +153,7 @@ def trace(module: nn.Module, input_shape: Sequence[int]) -> Traced:
             culprit = mode_dependence(*tracers)
             problem = "its forward depends on self.training, as functional dropout or batch norm does, and a cut would freeze that"
         if culprit is None:
-            return Traced(module, *tracers[0], input_shape)
+            return Traced(module, *tracers[0], input_shape, example)
         if culprit == "" or culprit in opaque:
             fix = (
                 "name the submodules that begin a block, at=[...] (network.at=[...]), so that one forward pass is watched; "
@@ -323,13 +324,15 @@ class Shapes(fx.Interpreter):
         return value
 
 
-def run_once(module: nn.Module, graph: fx.Graph, input_shape: Sequence[int]) -> dict[str, bool]:
+def run_once(module: nn.Module, graph: fx.Graph, input_shape: Sequence[int], example: Any = None) -> dict[str, bool]:
     """Whether each operation's value is a tensor with a batch axis, by its name."""
     some = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), torch.zeros(()))
     shapes = Shapes(fx.GraphModule(module, graph))
     try:
         with torch.no_grad(), evaluating(module):
-            shapes.run(torch.zeros(2, *input_shape, device=some.device, dtype=some.dtype))
+            shapes.run(
+                torch.zeros(2, *input_shape, device=some.device, dtype=some.dtype) if example is None else move(example, some.device)
+            )
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise UsageError(
             f"{type(module).__name__} cannot take an input of shape {tuple(input_shape)}",

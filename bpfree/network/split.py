@@ -24,13 +24,21 @@ from bpfree.errors import UsageError
 from bpfree.network.cuts import Cut, Traced, automatic_cuts, common_path, named_cuts, trace
 from bpfree.network.network import Network, evaluating
 from bpfree.network.watching import main_output, watch
+from bpfree.tasks.trees import move
 
 __all__ = ["plan", "split"]
 
 logger = logging.getLogger("bpfree.network")
 
 
-def split(module: nn.Module, input_shape: Sequence[int], *, at: Sequence[str] | None = None, readout: str | None = "auto") -> Network:
+def split(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    at: Sequence[str] | None = None,
+    readout: str | None = "auto",
+    example: Any = None,
+) -> Network:
     """Cut a module into blocks at places where a single tensor passes.
 
     Composed in order, the blocks are the module: in value, in gradients, in train and in eval mode. A block that is
@@ -47,6 +55,7 @@ def split(module: nn.Module, input_shape: Sequence[int], *, at: Sequence[str] | 
             that has weights, so that norm, activation and pooling stay with the layer before them, and residual blocks stay whole.
         readout: name of the last block as the readout; ``None``: there is none; ``"auto"``: it is, if its only layer
             with weights is an ``nn.Linear`` that makes the final output.
+        example: made-up inputs of two examples, where they are no single tensor of real numbers: ``spec.example(2)``.
 
     Returns:
         A network whose blocks are named after submodules, with ``_`` for ``.``; a name that would begin with a digit
@@ -59,9 +68,9 @@ def split(module: nn.Module, input_shape: Sequence[int], *, at: Sequence[str] | 
     before = set(vars(module))
     try:
         if at is None and hasattr(module, "bpfree_blocks"):
-            network = own_blocks(module, input_shape, readout)
+            network = own_blocks(module, input_shape, readout, example)
         else:
-            network = traced_blocks(module, input_shape, at, readout)
+            network = traced_blocks(module, input_shape, at, readout, example)
         logger.info("%s is split into blocks:\n%s", type(module).__name__, plan(network))
         return network
     finally:
@@ -69,16 +78,18 @@ def split(module: nn.Module, input_shape: Sequence[int], *, at: Sequence[str] | 
             delattr(module, leftover)
 
 
-def traced_blocks(module: nn.Module, input_shape: Sequence[int], at: Sequence[str] | None, readout: str | None) -> Network:
+def traced_blocks(
+    module: nn.Module, input_shape: Sequence[int], at: Sequence[str] | None, readout: str | None, example: Any = None
+) -> Network:
     """Blocks from tracing the module, or, where that fails and it is said where blocks begin, from watching it."""
     try:
-        traced = trace(module, input_shape)
+        traced = trace(module, input_shape, example)
     except UsageError as error:
-        if at is None:
+        if at is None or example is not None:  # watching makes up examples of real numbers
             raise
         return watched_blocks(module, input_shape, at, readout, error)
     cuts = automatic_cuts(traced) if at is None else named_cuts(traced, at)
-    return assemble(traced, cuts, input_shape, readout)
+    return assemble(traced, cuts, input_shape, readout, example)
 
 
 def watched_blocks(module: nn.Module, input_shape: Sequence[int], at: Sequence[str], readout: str | None, untraced: UsageError) -> Network:
@@ -93,7 +104,7 @@ def watched_blocks(module: nn.Module, input_shape: Sequence[int], at: Sequence[s
     return network
 
 
-def own_blocks(module: Any, input_shape: Sequence[int], readout: str | None) -> Network:
+def own_blocks(module: Any, input_shape: Sequence[int], readout: str | None, example: Any = None) -> Network:
     """The blocks that a module says it has."""
     blocks = {name.replace(".", "_"): block for name, block in module.bpfree_blocks().items()}
     refuse_sharing(blocks)
@@ -102,15 +113,17 @@ def own_blocks(module: Any, input_shape: Sequence[int], readout: str | None) -> 
         linear = list(last)[-1] if isinstance(last, nn.Sequential) else last
         matrices = [parameter for parameter in last.parameters() if parameter.dim() > 1]
         readout = list(blocks)[-1] if isinstance(linear, nn.Linear) and len(matrices) == 1 else None
-    network = Network(blocks, input_shape=input_shape, readout=readout)
+    network = Network(blocks, input_shape=input_shape, readout=readout, example=example)
     check_composition(network, module, rtol=1e-4, atol=1e-5)
     return network
 
 
 def check_composition(network: Network, module: nn.Module, *, rtol: float, atol: float) -> None:
     """Refuse blocks that give something else than the module's forward."""
-    x = torch.randn(2, *network.input_shape, generator=torch.Generator().manual_seed(0)).to(network.dtype)
-    x = x.to(next((parameter.device for parameter in network.parameters()), torch.device("cpu")))
+    x = network.example
+    if x is None:
+        x = torch.randn(2, *network.input_shape, generator=torch.Generator().manual_seed(0)).to(network.dtype)
+    x = move(x, next((parameter.device for parameter in network.parameters()), torch.device("cpu")))
     name = type(module).__name__
     with torch.no_grad(), evaluating(module):
         try:
@@ -126,7 +139,7 @@ def check_composition(network: Network, module: nn.Module, *, rtol: float, atol:
         )
 
 
-def assemble(traced: Traced, cuts: Sequence[Cut], input_shape: Sequence[int], readout: str | None) -> Network:
+def assemble(traced: Traced, cuts: Sequence[Cut], input_shape: Sequence[int], readout: str | None, example: Any = None) -> Network:
     starts = [cut.position for cut in cuts if cut.position > 0]
     spans = [range(first, last) for first, last in pairwise([0, *starts, len(traced.nodes)])]
     names = unique(block_names(traced, spans, {cut.position: cut.name for cut in cuts}))
@@ -134,7 +147,8 @@ def assemble(traced: Traced, cuts: Sequence[Cut], input_shape: Sequence[int], re
     refuse_sharing(blocks)
     if readout == "auto":
         readout = names[-1] if ends_in_linear(traced, spans[-1]) else None
-    return Network(blocks, input_shape=input_shape, readout=None if readout is None else readout.replace(".", "_"))
+    last = None if readout is None else readout.replace(".", "_")
+    return Network(blocks, input_shape=input_shape, readout=last, example=example)
 
 
 def segment(traced: Traced, span: range) -> nn.Module:
