@@ -27,7 +27,7 @@ from bpfree.network.builders import NetworkBuilder
 from bpfree.network.network import Network
 from bpfree.network.split import split
 from bpfree.options import NoOptions, option
-from bpfree.tasks.task import DataSource, Task, TaskSpec
+from bpfree.tasks.task import DataSource, Task, TaskSpec, as_split, guessed_spec
 
 __all__ = ["WholeTask", "registered"]
 

@@ -22,15 +22,17 @@ import torch
 
 from bpfree.code_files import shown
 from bpfree.config import resolve
-from bpfree.errors import UsageError
+from bpfree.errors import UsageError, nearest
 from bpfree.leaves import Leaf, canonical, leaf_at, said
+from bpfree.metric import ACCURACY, ERROR
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.recipe import CHANGEABLE, Recipe
 from bpfree.redaction import redacted
 from bpfree.rule import Rule
 from bpfree.sources import source_hashes
 from bpfree.study.fingerprints import Fingerprints, KnownData, digest
-from bpfree.study.model import Column, Row, Study
+from bpfree.study.measures import measure_of
+from bpfree.study.model import MEMORY, Column, Row, Study
 from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellKey
 from bpfree.study.things import named
@@ -207,6 +209,9 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
         except UsageError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(row.label)
+    for each in found:
+        for problem in (*_wrongly_published(each), *_wrong_target(study.targets.get(each.column), each)):
+            problems.setdefault(problem, []).append(each.written.label)
     for problem in [] if problems else _used_by_none(found):
         problems.setdefault(problem, [each.written.label for each in found])
     if problems:
@@ -214,6 +219,29 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
         listed = [_where(problem, rows, every) for problem, rows in problems.items()]
         raise UsageError.of(listed, "study", where=f"study {study.name}")
     return found
+
+
+def _wrongly_published(row: TableRow) -> Iterator[str]:
+    """What is wrong with the published numbers of a row: metrics that its task does not have, and shares out of range."""
+    for key, number in row.written.published.get(row.column, {}).items():
+        if key == MEMORY:
+            continue
+        known = row.metrics
+        measure = measure_of(key, known)
+        low, high = measure.bounds
+        if measure.measured not in known:
+            names = [*known, *([ERROR.name] if ACCURACY.name in known else [])]
+            guess = nearest(measure.metric.name, names)
+            hint = f"did you mean {measure.split}/{guess}?" if guess else f"known here: {', '.join(names)}"
+            yield f"published: unknown metric {key!r}: {hint} (further ones: evaluation.metrics)"
+        elif not low <= number.mean <= high:
+            yield f"published: {key}={number.mean:g} is out of range: in per cent, from {low:g} to {high:g}"
+
+
+def _wrong_target(target: float | None, row: TableRow) -> Iterator[str]:
+    """What is wrong with the target of a row: shares are in per cent."""
+    if target is not None and row.primary.share and not 0 <= target <= 100:
+        yield f"target: {target:g} is out of range: {row.primary.name} is in per cent, from 0 to 100"
 
 
 def _can_be_probed(recipe: Recipe, leaves: Sequence[Leaf]) -> bool:

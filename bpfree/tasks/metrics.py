@@ -53,6 +53,8 @@ class _MeanLoss:
     def add(self, outputs: Tensor, batch: Batch) -> None:
         count = self._spec.counted(batch)
         total = self._spec.loss(outputs.float(), batch).double() * count
+        if isinstance(count, Tensor):  # of a batch in which every token is ignored the mean is NaN
+            total = torch.where(count > 0, total, 0.0)
         self._total = total if self._total is None else self._total + total
         self._count = self._count + count
 
@@ -267,7 +269,7 @@ class _Exponential:
 
     def value(self) -> float:
         value = self._inner.value()
-        return math.exp(value) if value < 700 else math.inf
+        return math.inf if value >= 700 else math.exp(value)
 
 
 BUILT_IN: dict[str, Metric] = {

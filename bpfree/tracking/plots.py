@@ -14,6 +14,7 @@ from bpfree.document.content import Figure, Key, Panel
 from bpfree.document.svg import svg_file
 from bpfree.files import write_text
 from bpfree.hooks import hookimpl
+from bpfree.metric import LOSS, Metric
 from bpfree.record.folder import RunFolder
 from bpfree.run import Run
 
@@ -52,43 +53,52 @@ def _save(text: str, path: Path) -> Path:
 
 
 def curves(run: Run) -> Figure | None:
-    """Draw loss and accuracy against epochs, training and validation; ``None``: neither was measured."""
-    drawn = {name: _measured(run, {TRAINING: f"train/{name}", VALIDATION: f"val/{name}"}) for name in ("loss", "accuracy")}
-    if not any(drawn.values()):
-        drawn["loss"] = _measured(run, {OWN: "rule/loss"})
-    tested = run.result.get("test/accuracy", math.nan)
-    if drawn["accuracy"] and math.isfinite(tested):
-        drawn["accuracy"].append((Key(TEST, f"test {100 * tested:.2f} %"), [(run.epoch, 100 * tested)]))
-    return _figure({"loss": "loss", "accuracy": "accuracy, %"}, drawn, f"Curves of {run.name} over its epochs.")
+    """Draw loss and metrics against epochs, training and validation; ``None``: nothing was measured."""
+    drawn = []
+    for metric in sorted({**run.measures, LOSS.name: LOSS}.values(), key=lambda metric: metric.name != LOSS.name):
+        found = _measured(run, {TRAINING: f"train/{metric.name}", VALIDATION: f"val/{metric.name}"}, metric)
+        tested = run.result.get(f"test/{metric.name}", math.nan)
+        if found and metric.name != LOSS.name and math.isfinite(tested):
+            found.append((Key(TEST, f"test {metric.text(tested)}"), [(run.epoch, metric.factor * tested)]))
+        drawn.append((metric.label, metric, found))
+    if not any(found for _, _, found in drawn):
+        drawn = [(LOSS.label, LOSS, _measured(run, {OWN: "rule/loss"}, LOSS))]
+    return _figure(drawn, f"Curves of {run.name} over its epochs.")
 
 
 def blocks(run: Run) -> Figure | None:
-    """Draw a panel for each metric that several blocks report: their own losses, and the accuracy of their own predictions."""
-    found: dict[str, dict[str, str]] = {}
+    """Draw a panel for each metric that several blocks report: their own losses, and the primary metric of their own predictions."""
+    primary, name = run.primary, run.primary.name.replace("_", " ")
+    kinds = {
+        ("rule", LOSS.name): ("loss of each block", LOSS),
+        ("val", primary.name): (f"validation {name} of single blocks{primary.label.removeprefix(name)}", primary),
+    }
+    found: dict[tuple[str, str], dict[str, str]] = {}
     for key in dict.fromkeys(key for metrics in run.history for key in metrics):
         match = BLOCK_METRIC.fullmatch(key)
-        if match and (match["split"], match["name"]) in (("rule", "loss"), ("val", "accuracy")):
-            found.setdefault(match["name"], {})[match["block"]] = key
-    names = sorted({name for metrics in found.values() for name in metrics}, key=natural)
+        if match and (match["split"], match["name"]) in kinds:
+            found.setdefault((match["split"], match["name"]), {})[match["block"]] = key
+    names = sorted({block for of in found.values() for block in of}, key=natural)
     keys = dict(zip(names, in_order(names), strict=True))
-    drawn = {name: _measured(run, {keys[block]: of[block] for block in names if block in of}) for name, of in found.items()}
-    titles = {"loss": "loss of each block", "accuracy": "validation accuracy of single blocks, %"}
-    return _figure(titles, drawn, f"Blocks of {run.name}, from the first (orange) to the last (blue).")
+    drawn = []
+    for kind, of in found.items():
+        title, metric = kinds[kind]
+        drawn.append((title, metric, _measured(run, {keys[block]: of[block] for block in names if block in of}, metric)))
+    return _figure(drawn, f"Blocks of {run.name}, from the first (orange) to the last (blue).")
 
 
-def _measured(run: Run, metrics: Mapping[Key, str]) -> Curves:
-    """Epochs and finite values of each metric that has any, accuracies in per cent."""
+def _measured(run: Run, metrics: Mapping[Key, str], metric: Metric) -> Curves:
+    """Epochs and finite values of each metric that has any, shares in per cent."""
     found = []
     for key, name in metrics.items():
-        scale = 100.0 if name.endswith("accuracy") else 1.0
-        points = [(m["epoch"], scale * m[name]) for m in run.history if "epoch" in m and math.isfinite(m.get(name, math.nan))]
+        points = [(m["epoch"], metric.factor * m[name]) for m in run.history if "epoch" in m and math.isfinite(m.get(name, math.nan))]
         found += [(key, points)] if points else []
     return found
 
 
-def _figure(titles: Mapping[str, str], drawn: Mapping[str, Curves], caption: str) -> Figure | None:
-    panels = [_panel(titles[name], found, percents=name == "accuracy") for name, found in drawn.items() if found]
-    return Figure(panels, caption, list(dict.fromkeys(key for found in drawn.values() for key, _ in found))) if panels else None
+def _figure(drawn: Sequence[tuple[str, Metric, Curves]], caption: str) -> Figure | None:
+    panels = [_panel(title, found, percents=metric.share) for title, metric, found in drawn if found]
+    return Figure(panels, caption, list(dict.fromkeys(key for _, _, found in drawn for key, _ in found))) if panels else None
 
 
 def _panel(title: str, drawn: Curves, *, percents: bool) -> Panel:

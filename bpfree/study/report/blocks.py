@@ -1,4 +1,4 @@
-"""What happens inside: the accuracy of each block's own prediction, and how its credit agrees with the true gradient."""
+"""What happens inside: the score of each block's own prediction, and how its credit agrees with the true gradient."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from itertools import chain
 from bpfree.document.axes import linear
 from bpfree.document.charts import Mark, Series, in_order, natural, panel
 from bpfree.document.content import Figure, Panel, Part, Section, Text
+from bpfree.study.measures import Measure
 from bpfree.study.report.view import View
 from bpfree.study.rows import TableRow
 from bpfree.tasks.protocols import result_key
@@ -21,46 +22,52 @@ COSINES = {"cosine": "the task's loss", "objective_cosine": "the rule's own obje
 
 def blocks(view: View) -> Iterator[Section]:
     """A section where anything was measured of single blocks."""
-    return view.by_column("Block by block", lambda column: chain(_accuracies(view, column), _alignments(view, column)))
+    return view.by_column("Block by block", lambda column: chain(_scores(view, column), _alignments(view, column)))
 
 
-# --- accuracy -----------------------------------------------------------------------------------------------------------
+# --- scores -------------------------------------------------------------------------------------------------------------
 
 
 def block_names(row: TableRow) -> list[str]:
-    """Blocks with a validation accuracy of their own, in the order of the network.
+    """Blocks whose own predictions were scored on validation by the primary metric, in the order of the network.
 
     Names of blocks end in a number (``b1``, ``t10``); other predictions (``mean``, ``sampled``) and protocols are none.
     """
     protocols = {result_key(name) for name in row.cells[0].recipe.settings.evaluation.protocols}
     keys = {key: None for record in row.finished for metrics in record.history[-1:] for key in metrics}
-    names = [parts[1] for key in keys if len(parts := key.split("/")) == 3 and parts[0] == "val" and parts[2] == "accuracy"]
+    names = [parts[1] for key in keys if len(parts := key.split("/")) == 3 and parts[0] == "val" and parts[2] == row.primary.name]
     return sorted((name for name in names if name not in protocols and re.search(r"\d$", name)), key=natural)
 
 
-def _accuracies(view: View, column: str) -> Iterator[Part]:
-    drawn = [(row, names) for row in view.of(column) if (names := block_names(row))]
-    series = [_accuracy(view, row, names) for row, names in drawn]
+def _scores(view: View, column: str) -> Iterator[Part]:
+    found = [(row, names) for row in view.of(column) if (names := block_names(row))]
+    drawn = [(row, names) for row, names in found if row.primary.name == found[0][0].primary.name]
+    series = [_scored(view, row, names) for row, names in drawn]
     if not series:
         return
     x = linear([1, max(len(names) for _, names in drawn)], "block, from the input", whole=True)
     heights = [value for one in series for point in one.points for value in (point.y_range or (point.y,))]
-    made = panel("validation accuracy of single blocks, %", x, linear(heights, "validation accuracy, %", bounds=(0, 100)), series)
-    caption = "Accuracy of each block's own prediction after the last epoch; mean over seeds, bars from the least to the greatest."
+    measure = _measure(drawn[0][0])
+    word, unit = measure.metric.name.replace("_", " "), f",{measure.unit}" if measure.unit else ""
+    y = linear(heights, f"validation {word}{unit}", bounds=measure.bounds)
+    made = panel(f"validation {word} of single blocks{unit}", x, y, series)
+    whose = f"{word[0].upper()}{word[1:]} of each block's own prediction"
+    caption = f"{whose} after the last epoch; mean over seeds, bars from the least to the greatest."
     yield Figure([made], caption, [view.key(row) for row, _ in drawn])
 
 
-def _accuracy(view: View, row: TableRow, names: Sequence[str]) -> Series:
-    points = []
+def _measure(row: TableRow) -> Measure:
+    return Measure("val", row.primary, row.primary.name)
+
+
+def _scored(view: View, row: TableRow, names: Sequence[str]) -> Series:
+    points, measure = [], _measure(row)
     for place, name in enumerate(names, start=1):
-        values = [
-            100 * record.history[-1][f"val/{name}/accuracy"]
-            for record in row.finished
-            if record.history and f"val/{name}/accuracy" in record.history[-1]
-        ]
+        known = [measure.of(record.history[-1], name) for record in row.finished if record.history]
+        values = [value for value in known if value is not None]
         mean = statistics.fmean(values)
         bars = (min(values), max(values)) if len(values) > 1 else None
-        points.append(Mark(place, mean, f"{view.label(row)}, {name}: {mean:.2f}", y_range=bars))
+        points.append(Mark(place, mean, f"{view.label(row)}, {name}: {measure.text(mean)}", y_range=bars))
     return Series(view.key(row), [(point.x, point.y) for point in points], points=points)
 
 
