@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from support_table import FAILS, INPUTS, NETWORKS, TARGETS, WORKS, generated, line, reasons, row, rules, sections, tables
 
 
