@@ -101,7 +101,10 @@ class Goodness(bpfree.Streamed):
         return rows.view_as(x)
 
     def hand_over(self, trace: Trace, batch: Batch, step: Step) -> Tensor:
-        return torch.nn.functional.normalize(trace.output.detach().flatten(1))
+        return self.normed(trace.output.detach())
+
+    def normed(self, h: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(h.flatten(1)).view_as(h)
 
     def local_loss(self, trace: Trace, batch: Batch, step: Step) -> Tensor:
         goodness = trace.output.flatten(1).square().mean(1)
@@ -112,8 +115,8 @@ class Goodness(bpfree.Streamed):
         scores = []
         for label in range(self.spec.outputs):
             x = self.labelled(inputs, torch.full((len(inputs),), label))
-            traces = self.network.stream(x, grad=False, hand_over=lambda trace: torch.nn.functional.normalize(trace.output))
-            scores.append(sum(trace.output.square().mean(1) for trace in traces))
+            traces = self.network.stream(x, grad=False, hand_over=lambda trace: self.normed(trace.output))
+            scores.append(sum(trace.output.flatten(1).square().mean(1) for trace in traces))
         return torch.stack(scores, dim=1)
 
 
