@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 import torch
+from children import Child
 
 from bpfree.training.distributed import LEAVING_HANGS
 
@@ -40,11 +39,11 @@ class Ranks:
         if LEAVING_HANGS:  # they are still in their group
             self.close()
         for rank in range(size):
-            if not self._members[rank][0].is_alive():
+            if self._members[rank][0].poll() is not None:
                 self._members[rank] = _stand_by()
             where = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             self._members[rank][1].send((where, work, arguments))
-        return [process.pid or 0 for process, _ in self._members[:size]]
+        return [process.pid for process, _ in self._members[:size]]
 
     def collect(self, size: int) -> list[tuple[Any, BaseException | None, str]]:
         """For each process: what it returned, or the exception that it raised and its traceback."""
@@ -62,14 +61,12 @@ class Ranks:
     def close(self) -> None:
         for process, _ in self._members:
             process.kill()
-            process.join()
+            process.wait()
 
 
-def _stand_by() -> tuple[BaseProcess, Connection]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
+def _stand_by() -> tuple[Child, Connection]:
+    ours, theirs = Pipe()
+    process = Child(_serve, theirs)
     theirs.close()
     return process, ours
 

@@ -5,23 +5,16 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from children import Child, command
 
 from bpfree.record.folder import read_run
 
 TRAIN = ["rule=dfa", "network.dropout=0.1", "budget.epochs=60", "threads=1", "device=cpu", "tracking.enabled=false", "evaluation.every=20"]
-
-
-def bpfree(*words: str, folder: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "bpfree", *words]
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def last_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -31,14 +24,14 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    process = bpfree("train", *TRAIN, folder=folder)
+    process = command("train", *TRAIN, folder=folder)
     process.communicate(timeout=240)
     assert process.returncode == 0
     (run,) = (folder / "runs").iterdir()
     return last_weights(run)
 
 
-def wait_for(condition: object, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(condition: object, process: Child, seconds: float = 120) -> None:
     assert callable(condition)
     end = time.monotonic() + seconds
     while not condition():
@@ -54,7 +47,7 @@ def the_checkpoint(folder: Path) -> Path | None:
 def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(tmp_path: Path, undisturbed: dict[str, torch.Tensor]) -> None:
     """SIGKILL, which nothing can catch, at three random moments (seeded, and shown on failure)."""
     moments = random.Random(time.time_ns())
-    process = bpfree("train", *TRAIN, folder=tmp_path)
+    process = command("train", *TRAIN, folder=tmp_path)
     wait_for(lambda: the_checkpoint(tmp_path), process)
     killed = 0
     for _ in range(3):
@@ -65,11 +58,9 @@ def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(tmp_path: 
         process.communicate()
         (run,) = (tmp_path / "runs").iterdir()
         before = os.stat(run / "checkpoints" / "last.pt").st_mtime_ns
-        process = bpfree("train", "--resume", run.name, folder=tmp_path)
+        process = command("train", "--resume", run.name, folder=tmp_path)
 
-        def progressed(
-            process: subprocess.Popen[str] = process, path: Path = run / "checkpoints" / "last.pt", before: int = before
-        ) -> bool:
+        def progressed(process: Child = process, path: Path = run / "checkpoints" / "last.pt", before: int = before) -> bool:
             return os.stat(path).st_mtime_ns != before or process.poll() is not None
 
         while not progressed():
@@ -89,7 +80,7 @@ def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(tmp_path: 
 def test_a_signal_leaves_a_checkpoint_and_a_resumable_run(
     tmp_path: Path, undisturbed: dict[str, torch.Tensor], number: signal.Signals, code: int
 ) -> None:
-    process = bpfree("train", *TRAIN, folder=tmp_path)
+    process = command("train", *TRAIN, folder=tmp_path)
     wait_for(lambda: the_checkpoint(tmp_path), process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -98,7 +89,7 @@ def test_a_signal_leaves_a_checkpoint_and_a_resumable_run(
     assert "Traceback" not in errors
     (run,) = (tmp_path / "runs").iterdir()
     assert read_run(run).status == "interrupted"
-    resumed = bpfree("train", "--resume", str(run), "--quiet", folder=tmp_path)
+    resumed = command("train", "--resume", str(run), "--quiet", folder=tmp_path)
     _, errors = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, errors
     weights = last_weights(run)

@@ -22,7 +22,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from study_kit import DYING, call, mlflow_runs, outcomes, plugin_on_path, spawn, untimed
+from children import command
+from study_kit import DYING, call, mlflow_runs, outcomes, plugin_on_path, untimed
 
 from bpfree.study import executors
 from bpfree.study.concurrency import present
@@ -265,7 +266,7 @@ def wait_for(condition: object, seconds: float = 60) -> None:
 def test_an_interrupted_pool_saves_what_it_does_and_leaves_nobody_behind(site: Path, number: signal.Signals) -> None:
     name = study(f"title: Slow\n{BARE}seeds: 2\nrules: [slow]\n")
     words = ("study", "run", name, "budget.epochs=2", "tracking.enabled=false", "--jobs", "2")
-    process = spawn(*words, PYTHONPATH=str(site / "site"))
+    process = command(*words, group=True)
     wait_for(lambda: len(list(Path("runs").glob("slow-*/events.jsonl"))) == 2)
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2
@@ -281,7 +282,7 @@ def test_an_interrupted_pool_saves_what_it_does_and_leaves_nobody_behind(site: P
 
 def test_workers_do_not_outlive_a_killed_study(site: Path) -> None:
     name = study(f"title: Slow\n{BARE}seeds: 2\nrules: [slow]\n")
-    process = spawn("study", "run", name, "budget.epochs=9", "tracking.enabled=false", "--jobs", "2", PYTHONPATH=str(site / "site"))
+    process = command("study", "run", name, "budget.epochs=9", "tracking.enabled=false", "--jobs", "2", group=True)
     wait_for(lambda: len(list(Path("runs").glob("slow-*/events.jsonl"))) == 2)
     workers = psutil.Process(process.pid).children()
     process.kill()
@@ -302,7 +303,7 @@ def test_a_study_killed_ten_times_ends_like_one_that_was_not(workplace: Path) ->
     random_moments = random.Random(20)
     kills = 0
     while kills < 10:
-        process = spawn(*words, "--jobs", str(1 + kills % 2))
+        process = command(*words, "--jobs", str(1 + kills % 2), group=True)
         moment = random_moments.uniform(3, 9)
         deadline = time.monotonic() + moment
         while time.monotonic() < deadline and process.poll() is None:
