@@ -10,9 +10,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest
 import torch
+from made_time import Time
 
 from bpfree import Task
 from bpfree.tasks.digits import DIGITS
+from bpfree.training import meters
 
 torch.set_num_threads(1)
 
@@ -27,6 +29,14 @@ def device() -> torch.device:
 def digits() -> Task:
     """The bundled digits with their default splits."""
     return Task.from_source(DIGITS)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
+    """The time of a run's training, which stands still unless the test moves it."""
+    made = Time()
+    monkeypatch.setattr(meters, "time", made)
+    return made
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ Oracles: an undisturbed study, bit for bit; the MLflow database, read with SQL; 
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import re
@@ -24,9 +23,11 @@ import pytest
 import torch
 from children import command
 from study_kit import DYING, call, mlflow_runs, outcomes, plugin_on_path, untimed
+from waiting import until
 
 from bpfree.study import executors
 from bpfree.study.concurrency import present
+from bpfree.study.executor import Ended
 from bpfree.study.executors import Pool
 
 COMMON = "settings: {task: digits, device: cpu, network.width: 16}\n"
@@ -100,6 +101,7 @@ def test_a_pool_gives_the_same_numbers_and_marks_its_timings(workplace: Path, ca
     assert not any("executors import serve" in " ".join(child.cmdline()) for child in psutil.Process().children())
 
 
+@pytest.mark.time_dependent
 def test_cells_that_run_at_the_same_time_are_counted_and_dead_ones_are_not(tmp_path: Path) -> None:
     import subprocess
 
@@ -122,6 +124,7 @@ def test_cells_that_run_at_the_same_time_are_counted_and_dead_ones_are_not(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.time_dependent
 def test_a_cell_that_takes_its_worker_with_it_goes_on_in_another(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = study(f"title: Dying\n{BARE}seeds: 1\nrules: [dying, dfa]\n")
     words = ("budget.epochs=3", "tracking.enabled=false")
@@ -195,6 +198,7 @@ HANGING = """
 """
 
 
+@pytest.mark.time_dependent
 def test_a_rule_that_hangs_ends_with_its_time_in_the_same_process(site: Path) -> None:
     """Oracle: the kernel's own timer, which the rule reads, and runs down."""
     code = PLUGIN.replace("        time.sleep(0.05)\n", "        index = step.index\n" + HANGING.replace(" " * 12, " " * 8))
@@ -230,20 +234,28 @@ def test_the_time_of_a_cell_begins_when_its_worker_is_there(monkeypatch: pytest.
     assert ended.final
 
 
+@pytest.mark.time_dependent
 def test_a_worker_that_hangs_is_killed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the run is called any more, so that it cannot see that its time is up. The parent's clock is put forward."""
 
-    class Late:
-        """Put forward a while after the other cell has finished, so that the parent has heard of it."""
+    heard: list[Ended] = []
+    wait = Pool.wait
 
-        finished = math.inf
+    def waiting(pool: Pool) -> list[Ended]:
+        ended = wait(pool)
+        heard.extend(ended)
+        return ended
+
+    class Late:
+        """Put forward by each look at it from the moment on that the parent has heard of the other cell."""
+
+        forward = 0.0
 
         def monotonic(self) -> float:
-            now = time.monotonic()
-            if any(outcome["status"] == "finished" for outcome in outcomes()):
-                self.finished = min(self.finished, now)
-            return now + 1e6 * (now > self.finished + 5)
+            self.forward += 1e6 * bool(heard)
+            return time.monotonic() + self.forward
 
+    monkeypatch.setattr(Pool, "wait", waiting)
     monkeypatch.setattr(executors, "time", Late())
     (site / "site" / "troubled" / "__init__.py").write_text(PLUGIN.replace("time.sleep(0.05)", "time.sleep(600)"))
     name = study(f"title: Slow\n{BARE}seeds: 1\nrules: [slow, dfa]\n")
@@ -255,23 +267,17 @@ def test_a_worker_that_hangs_is_killed(site: Path, monkeypatch: pytest.MonkeyPat
 # --- stopping ---------------------------------------------------------------------------------------------------------
 
 
-def wait_for(condition: object, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
+@pytest.mark.time_dependent
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_pool_saves_what_it_does_and_leaves_nobody_behind(site: Path, number: signal.Signals) -> None:
     name = study(f"title: Slow\n{BARE}seeds: 2\nrules: [slow]\n")
-    words = ("study", "run", name, "budget.epochs=2", "tracking.enabled=false", "--jobs", "2")
+    words = ("study", "run", name, "budget.epochs=999", "tracking.enabled=false", "--jobs", "2")
     process = command(*words, group=True)
-    wait_for(lambda: len(list(Path("runs").glob("slow-*/events.jsonl"))) == 2)
+    until(lambda: len(list(Path("runs").glob("slow-*/events.jsonl"))) == 2, process)
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 128 + number
     assert "the same command resumes it" in errors
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
@@ -280,18 +286,20 @@ def test_an_interrupted_pool_saves_what_it_does_and_leaves_nobody_behind(site: P
     assert list(Path("runs/studies").glob("table/report*.html"))  # on what there is
 
 
+@pytest.mark.time_dependent
 def test_workers_do_not_outlive_a_killed_study(site: Path) -> None:
     name = study(f"title: Slow\n{BARE}seeds: 2\nrules: [slow]\n")
-    process = command("study", "run", name, "budget.epochs=9", "tracking.enabled=false", "--jobs", "2", group=True)
-    wait_for(lambda: len(list(Path("runs").glob("slow-*/events.jsonl"))) == 2)
+    process = command("study", "run", name, "budget.epochs=999", "tracking.enabled=false", "--jobs", "2", group=True)
+    until(lambda: len(list(Path("runs").glob("slow-*/events.jsonl"))) == 2, process)
     workers = psutil.Process(process.pid).children()
     process.kill()
     process.communicate()
-    gone, alive = psutil.wait_procs(workers, timeout=30)
-    assert (len(gone), alive) == (2, [])
+    assert len(workers) == 2
+    psutil.wait_procs(workers)  # as long as it takes
 
 
 @pytest.mark.slow
+@pytest.mark.time_dependent
 def test_a_study_killed_ten_times_ends_like_one_that_was_not(workplace: Path) -> None:
     """SIGKILL at random moments; the whole process group with its workers, or the parent alone."""
     name = study(f"title: Killed\n{COMMON}seeds: 2\ntasks: [digits]\nrules: [dfa, backprop, noprop-dt]\n")

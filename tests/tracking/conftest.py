@@ -71,9 +71,14 @@ def new_run(tmp_path: Path) -> Callable[..., Run]:
 def track(tmp_path: Path) -> Callable[..., Recorder]:
     """A recorder whose log a tracker reads; without system metrics, unless asked for."""
 
-    def make(uri: str | None, **options: Any) -> Recorder:
+    def make(uri: str | None, patience: float | None = None, **options: Any) -> Recorder:
+        def tracker(run: Run, config: TrackingConfig) -> MLflowTracker:
+            made = MLflowTracker(run, config)
+            made.patience = made.patience if patience is None else patience
+            return made
+
         options = {"system": False, "interval": 0.05, "timeout": 5.0} | options
-        return Recorder([Tracking(TrackingConfig(uri=uri, **options), {"mlflow": MLflowTracker})])
+        return Recorder([Tracking(TrackingConfig(uri=uri, **options), {"mlflow": tracker})])
 
     return make
 
