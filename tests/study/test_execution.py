@@ -10,6 +10,7 @@ import random
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from children import command
+from children import Child, command
 from study_kit import DYING, call, mlflow_runs, outcomes, plugin_on_path, untimed
 from waiting import until
 
@@ -66,6 +67,23 @@ def site(workplace: Path) -> Iterator[Path]:
         yield workplace
 
 
+def work(connection: Connection) -> None:
+    executors.serve(connection.fileno(), os.getppid())
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of pools are forked, where their beginning is not what a test is about."""
+
+    def start(command: list[str], *, env: dict[str, str], pass_fds: list[int], **options: Any) -> Child:
+        with Connection(os.dup(pass_fds[0])) as connection:
+            return Child(work, connection, group=True, **env)
+
+    monkeypatch.setattr(
+        executors, "subprocess", SimpleNamespace(Popen=start, **{n: getattr(subprocess, n) for n in ("DEVNULL", "TimeoutExpired")})
+    )
+
+
 def study(text: str, name: str = "table.yaml") -> str:
     Path(name).write_text(text)
     return name
@@ -103,8 +121,6 @@ def test_a_pool_gives_the_same_numbers_and_marks_its_timings(workplace: Path, ca
 
 @pytest.mark.time_dependent
 def test_cells_that_run_at_the_same_time_are_counted_and_dead_ones_are_not(tmp_path: Path) -> None:
-    import subprocess
-
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom bpfree.study.concurrency import present\n"
         "with present(Path(sys.argv[1])):\n    print('there', flush=True)\n    time.sleep(60)\n"
@@ -125,7 +141,7 @@ def test_cells_that_run_at_the_same_time_are_counted_and_dead_ones_are_not(tmp_p
 
 
 @pytest.mark.time_dependent
-def test_a_cell_that_takes_its_worker_with_it_goes_on_in_another(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cell_that_takes_its_worker_with_it_goes_on_in_another(site: Path, forked: None, capsys: pytest.CaptureFixture[str]) -> None:
     name = study(f"title: Dying\n{BARE}seeds: 1\nrules: [dying, dfa]\n")
     words = ("budget.epochs=3", "tracking.enabled=false")
     Path("lives").write_text("0")
@@ -136,7 +152,7 @@ def test_a_cell_that_takes_its_worker_with_it_goes_on_in_another(site: Path, cap
     assert_same(Path("undisturbed"), Path("runs"))
 
 
-def test_a_cell_that_kills_its_worker_again_and_again_has_failed(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cell_that_kills_its_worker_again_and_again_has_failed(site: Path, forked: None, capsys: pytest.CaptureFixture[str]) -> None:
     name = study(f"title: Dying\n{BARE}seeds: 1\nrules: [dying, dfa]\n")
     words = ("budget.epochs=3", "tracking.enabled=false", "--quiet", "--jobs", "2", "checkpoint.every=0")
     Path("lives").write_text("9")
@@ -168,7 +184,7 @@ LATE = PLUGIN.replace(
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_cell_whose_time_is_up_is_a_row_and_goes_on_with_more_of_it(
-    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, jobs: str
+    site: Path, forked: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, jobs: str
 ) -> None:
     from bpfree.study import worker
 
@@ -235,7 +251,7 @@ def test_the_time_of_a_cell_begins_when_its_worker_is_there(monkeypatch: pytest.
 
 
 @pytest.mark.time_dependent
-def test_a_worker_that_hangs_is_killed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_hangs_is_killed(site: Path, forked: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the run is called any more, so that it cannot see that its time is up. The parent's clock is put forward."""
 
     heard: list[Ended] = []
@@ -378,8 +394,6 @@ def test_a_store_that_is_away_costs_a_warning_and_adopts_the_cells_later(
 
 def test_a_pool_shares_gpus_among_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as there are, each process sees one of them, in turn. (No GPU is needed to look at the environment.)"""
-    import subprocess
-
     seen = []
 
     class Process:
@@ -446,7 +460,9 @@ def test_workers_that_would_fight_for_processors_are_told_of(
     assert "3 cells at a time with 2 threads each, on 4 processors" in said(2, 3)
 
 
-def test_what_runs_is_said_from_time_to_time(site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_is_said_from_time_to_time(
+    site: Path, forked: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from bpfree.cli import study_progress
 
     monkeypatch.setattr(study_progress, "SILENCE", 0.0)
