@@ -217,6 +217,7 @@ def test_a_task_that_is_loaded_already_is_used_when_a_run_goes_on(tmp_path: Path
     assert task.fingerprint() == fingerprint
 
 
+@pytest.mark.makes_database
 def test_a_database_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ended before the tables are all there, nothing has the database's name, and the next attempt makes it."""
     from bpfree.tracking import store
