@@ -12,6 +12,8 @@ from pathlib import Path
 import children
 import pytest
 
+pytestmark = pytest.mark.time_dependent
+
 
 def look(path: str) -> None:
     """Write down which heavy modules are loaded, and how many threads the parent has."""

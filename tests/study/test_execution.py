@@ -324,14 +324,16 @@ def test_a_study_killed_ten_times_ends_like_one_that_was_not(workplace: Path) ->
     words = ["study", "run", name, "budget.epochs=12", "log_interval=0.2"]
     assert call(*words, "output=undisturbed/runs", "--quiet") == 0
 
+    def written() -> int:
+        """Bytes in the logs of all runs: how far the study is."""
+        return sum(path.stat().st_size for path in Path("runs").rglob("events.jsonl"))
+
     random_moments = random.Random(20)
     kills = 0
     while kills < 10:
         process = command(*words, "--jobs", str(1 + kills % 2), group=True)
-        moment = random_moments.uniform(3, 9)
-        deadline = time.monotonic() + moment
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.02)
+        moment = written() + random_moments.randrange(8000)
+        until(lambda moment=moment, process=process: written() > moment or process.poll() is not None)  # type: ignore[misc]
         if process.poll() is not None:  # it was faster: what is left of the kills meets a finished study
             process.communicate()
             break

@@ -145,9 +145,8 @@ class Server:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
 
-    def wait(self, seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self._process.poll() is None:
+    def wait(self) -> None:
+        while self._process.poll() is None:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
                 if answer.status == 200:
                     return

@@ -178,6 +178,7 @@ NAMES = ["csv"] if EventAccumulator is None else ["csv", "tensorboard"]
 TO = f"tracking.to=[{','.join(NAMES)}]"
 
 
+@pytest.mark.time_dependent
 @pytest.mark.parametrize("point", ["sent", "noted"])
 def test_a_run_that_was_killed_and_goes_on_has_each_point_once(killed: Callable[..., Path], point: str) -> None:
     """The epoch that is computed again has the same numbers, but for times; the readers refuse a step that is there twice."""
@@ -191,6 +192,7 @@ def test_a_run_that_was_killed_and_goes_on_has_each_point_once(killed: Callable[
         assert_as_recorded(name, place, seen, timed=False)
 
 
+@pytest.mark.time_dependent
 def test_what_a_killed_run_has_not_sent_is_sent_later(killed: Callable[..., Path]) -> None:
     """``bpfree track send`` reads on: the run ends as interrupted, with what it had; a second call changes no byte."""
     place = killed("unsent", "budget.epochs=3", TO, "tracking.interval=100")

@@ -24,6 +24,8 @@ from bpfree.training.checkpoint import read_checkpoint
 
 TIMES = ("seconds", "processor_seconds", "samples_per_second", "step_ms", "load_start", "load_end")
 
+pytestmark = pytest.mark.time_dependent
+
 
 def files_of(run_id: str, uri: str) -> list[str]:
     from mlflow.artifacts import list_artifacts

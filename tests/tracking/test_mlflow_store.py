@@ -263,6 +263,7 @@ def one_process(folder: str, number: int, together: Barrier) -> None:
     tracker.run_end(run)
 
 
+@pytest.mark.time_dependent
 def test_processes_that_meet_a_new_database(tmp_path, monkeypatch):
     """Without the lock all but one die in MLflow's migrations (measured); with it all four runs are complete."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
@@ -282,6 +283,7 @@ def test_processes_that_meet_a_new_database(tmp_path, monkeypatch):
     assert all(len(client.get_metric_history(run.info.run_id, "loss")) == 5 for run in runs)
 
 
+@pytest.mark.time_dependent
 def test_a_lock_is_waited_for_and_released_by_a_kill(tmp_path):
     """Oracle: a process that holds the lock and is killed without a chance to release it."""
     code = (
