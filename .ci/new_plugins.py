@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from bpfree.template import write_plugin
@@ -18,16 +19,18 @@ NAMES = ("my-rule", "x", "a-rather-long-name-for-a-rule-of-learning"[:40])
 SETTINGS = str(ROOT / "pyproject.toml")
 
 
-def lint(folders: list[Path]) -> list[list[str]]:
-    """Commands that ruff fails where something is to be mended."""
+def lint(folders: list[Path]) -> Iterator[tuple[Path, list[str]]]:
+    """In which folder which command is run: ruff, which looks for what is a package's own from there."""
     checks = (["check"], ["format", "--check"], ["check", "--config", SETTINGS], ["format", "--check", "--config", SETTINGS])
-    return [["ruff", *words, "--no-cache", "--quiet", str(folder)] for folder in folders for words in checks]
+    for folder in folders:
+        yield from ((folder, ["ruff", *words, "--no-cache", "--quiet", "."]) for words in checks)
 
 
-def types(folders: list[Path]) -> list[list[str]]:
+def types(folders: list[Path]) -> Iterator[tuple[Path, list[str]]]:
     """One command for all: what the core means is found out once."""
     places = [str(folder / part) for folder in folders for part in ("src", "tests")]
-    return [["mypy", "--config-file", SETTINGS, "--cache-dir", str(ROOT / ".mypy_cache" / "new"), "--follow-imports", "silent", *places]]
+    options = ("--config-file", SETTINGS, "--cache-dir", str(ROOT / ".mypy_cache" / "new"), "--follow-imports", "silent")
+    yield folders[0], ["mypy", *options, *places]
 
 
 def main(what: str) -> int:
@@ -36,9 +39,9 @@ def main(what: str) -> int:
         folders = [Path(scratch, name) for name in NAMES]
         for name, folder in zip(NAMES, folders, strict=True):
             write_plugin(name, folder)
-        os.environ["MYPYPATH"] = os.pathsep.join([str(ROOT), *(str(folder / "src") for folder in folders)])
-        for words in {"lint": lint, "types": types}[what](folders):
-            if code := subprocess.run([sys.executable, "-m", *words], cwd=scratch, check=False).returncode:
+        environment = {**os.environ, "MYPYPATH": os.pathsep.join([str(ROOT), *(str(folder / "src") for folder in folders)])}
+        for folder, words in {"lint": lint, "types": types}[what](folders):
+            if code := subprocess.run([sys.executable, "-m", *words], cwd=folder, env=environment, check=False).returncode:
                 return code
     return 0
 

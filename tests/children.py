@@ -105,7 +105,7 @@ class Child:
 
 def command(*words: str, folder: Path | None = None, group: bool = False, **variables: str) -> Child:
     """Start ``bpfree WORDS``."""
-    return Child(_command, *words, folder=folder, group=group, **variables)
+    return Child(call_command, *words, folder=folder, group=group, **variables)
 
 
 def run(*words: str, folder: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -115,7 +115,8 @@ def run(*words: str, folder: Path | None = None, **variables: str) -> subprocess
     return subprocess.CompletedProcess(words, child.wait(), output, errors)
 
 
-def _command(*words: str) -> None:
+def call_command(*words: str) -> None:
+    """Be ``bpfree WORDS``, in a child."""
     from bpfree.cli.main import main
 
     sys.argv[:] = ["bpfree", *words]

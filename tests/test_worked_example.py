@@ -22,7 +22,10 @@ import ci_scripts
 import pytest
 from test_docs import Block, blocks
 
-pytestmark = pytest.mark.timeout(1200)  # the page's commands take a minute and a half, and several times that beside other work
+pytestmark = [
+    pytest.mark.timeout(1200),  # the page's commands take a minute and a half, and several times that beside other work
+    pytest.mark.xdist_group("worked example"),  # by one reader
+]
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "worked-example.md"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from children import Child, command
-from waiting import until
+from children import command
+from signalled_commands import signalled
 
 from bpfree.record.folder import read_run
 
@@ -41,28 +40,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Ten
     return last_weights(run)
 
 
-def checkpoint_of(folder: Path) -> int:
-    """When it was written; 0 without one."""
-    return next((path.stat().st_mtime_ns for path in (folder / "runs").glob("*/checkpoints/last.pt")), 0)
-
-
-def until_another_checkpoint(folder: Path, process: Child) -> None:
-    before = checkpoint_of(folder)
-    until(lambda: checkpoint_of(folder) != before, process)
-
-
 def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(tmp_path: Path, undisturbed: dict[str, torch.Tensor]) -> None:
     """SIGKILL, which nothing can catch, three times: some checkpoints later, and then somewhere in what follows."""
-    process = command("train", *TRAIN, folder=tmp_path)
+    words = ("train", *TRAIN)
     for _ in range(3):
-        for _ in range(random.randint(1, 4)):
-            until_another_checkpoint(tmp_path, process)
-        for _ in range(random.randrange(10_000)):
-            os.sched_yield()
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process = signalled(tmp_path, signal.SIGKILL, random.randint(1, 4), random.randrange(5000), *words)
+        assert process.wait() == -signal.SIGKILL, process.communicate()[1]
         (run,) = (tmp_path / "runs").iterdir()
-        process = command("train", "--resume", run.name, folder=tmp_path)
+        words = ("train", "--resume", run.name)
+    process = command(*words, folder=tmp_path)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     weights = last_weights(run)
@@ -77,9 +63,7 @@ def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(tmp_path: 
 def test_a_signal_leaves_a_checkpoint_and_a_resumable_run(
     tmp_path: Path, undisturbed: dict[str, torch.Tensor], number: signal.Signals, code: int
 ) -> None:
-    process = command("train", *TRAIN, folder=tmp_path)
-    until_another_checkpoint(tmp_path, process)
-    process.send_signal(number)
+    process = signalled(tmp_path, number, 1, 0, "train", *TRAIN)
     _, errors = process.communicate()
     assert process.returncode == code
     assert "--resume" in errors

@@ -91,6 +91,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path, P
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("new plugin")  # in one environment
 def test_a_new_plugin_in_a_clean_environment(clean: tuple[ModuleType, Path, Path]) -> None:
     """Only it and the core are there; it trains to more than a frozen network's recorded 74.7 % after 30 epochs, and is certified."""
     script, interpreter, folder = clean
@@ -107,6 +108,7 @@ def test_a_new_plugin_in_a_clean_environment(clean: tuple[ModuleType, Path, Path
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("new plugin")  # in one environment
 def test_the_tests_of_a_new_plugin_pass(clean: tuple[ModuleType, Path, Path]) -> None:
     """The conformance checks, and its own."""
     script, interpreter, folder = clean
@@ -118,6 +120,7 @@ def test_the_tests_of_a_new_plugin_pass(clean: tuple[ModuleType, Path, Path]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("new plugin")  # in one environment
 def test_its_certificate_makes_a_valid_registry(clean: tuple[ModuleType, Path, Path]) -> None:
     """The commands that `plugins new` names, as they are, from certification on: the full examination."""
     script, interpreter, folder = clean
