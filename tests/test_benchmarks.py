@@ -313,6 +313,7 @@ def test_study_report(smoke: Run) -> None:
     assert result["bytes"]["page"] > result["bytes"]["markdown"] > 0
 
 
+@pytest.mark.slow
 def test_study_workers(smoke: Run) -> None:
     result = smoke("study_workers")
     assert (result["cells"], result["epochs"]) == (2, 1)
