@@ -10,7 +10,7 @@ from bpfree.metric import Metric
 from bpfree.network import builders, torchvision_models
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
-from bpfree.tasks import arrays, augment, metrics, protocols, vision
+from bpfree.tasks import arrays, augment, metrics, mixing, protocols, transforms, vision
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.task import DataSource
 
@@ -49,7 +49,7 @@ def bpfree_tasks() -> dict[str, DataSource]:
 
 @hooks.hookimpl
 def bpfree_augmentations() -> dict[str, augment.Augmentation]:
-    return {"flip": augment.FLIP, "crop": augment.CROP}
+    return {"flip": augment.FLIP, "crop": augment.CROP, "mixup": mixing.MIXUP, "cutmix": mixing.CUTMIX, **transforms.TRANSFORMS}
 
 
 @hooks.hookimpl

@@ -274,8 +274,8 @@ def _train(
                 recorder=Recorder([Tracking(tracking, makers(tracking, recipe.registry))] if tracking.enabled else []),
                 run=record,
                 recipe=recipe.recorded(),
-                augment=[recipe.registry.get("augmentations", name) for name in recipe.task.augment],
-                loading=Loading(RESIDENT[recipe.settings.data.resident], recipe.settings.data.workers),
+                augment=recipe.augmentations(),
+                loading=Loading(RESIDENT[recipe.settings.data.resident], recipe.settings.data.workers, recipe.task.sampling),
             )
     except BaseException:
         if checkpoint is None and world.first:

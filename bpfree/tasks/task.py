@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 from bpfree.errors import UsageError
 from bpfree.options import NoOptions
 from bpfree.tasks.check import check_lengths, check_task
+from bpfree.tasks.common import TaskCommon, described, fitted, subset_of
 from bpfree.tasks.spec import TaskSpec
 from bpfree.tasks.splits import DatasetSplit, Examples, Split, fingerprint_of
 from bpfree.tasks.stages import Memory, Stage
@@ -34,6 +35,8 @@ class DataSource:
         summary: one line for listings.
         files: ``(config, root) -> paths`` of the files that ``load`` would read, whether they are there or not; empty for data that
             come with a package. With it a study knows the data's fingerprint without reading them again.
+        normalise: what ``task.normalise=source`` stands for: ``given``, the constants in the spec; or ``auto``, those of the training
+            split, in place of the ones in the spec.
     """
 
     spec: Callable[[Any, Path | None], TaskSpec]
@@ -41,6 +44,7 @@ class DataSource:
     Config: type = NoOptions
     summary: str = ""
     files: Callable[[Any, Path | None], Sequence[Path]] | None = None
+    normalise: Literal["given", "auto"] = "given"
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,28 @@ class Task:
         object.__setattr__(self, "spec", check_task(self.spec, self.train, self.validation, self.test))
 
     @classmethod
-    def from_source(
-        cls, source: DataSource, config: Any = None, *, root: Path | None = None, validation: float = 0.1, split_seed: int = 0
-    ) -> Task:
-        """Load a data set; cut the validation split from its training examples, unless it comes with one."""
-        config = source.Config() if config is None else config
-        spec = source.spec(config, root)
-        loaded = source.load(config, root)
-        if len(loaded) == 3:
-            return cls(spec, *loaded)
-        kept, held = split_validation(loaded[0], validation, split_seed)
-        return cls(spec, kept, held, loaded[1])
+    def from_source(cls, source: DataSource, config: Any = None, *, root: Path | None = None, **common: Any) -> Task:
+        """Load a data set, and make a task of its training and test examples.
+
+        Args:
+            source: of the data.
+            config: its own options; ``None``: their defaults.
+            root: folder of data sets.
+            common: the options of every task (:class:`bpfree.tasks.common.TaskCommon`): ``validation``, ``split_seed``, ``subset`` and so
+                on. A subset is taken first, then the validation split is cut, unless the data come with one; constants and balanced class
+                weights are those of what is left.
+
+        Raises:
+            UsageError: options that do not fit the data.
+        """
+        config, options = source.Config() if config is None else config, TaskCommon(**common)
+        spec = described(source.spec(config, root), options, source.normalise)
+        first, *rest = source.load(config, root)
+        assert first is not None
+        kept, held = subset_of(first, options.subset), rest[0]
+        if len(rest) == 1:
+            kept, held = split_validation(kept, options.validation, options.split_seed)
+        return cls(fitted(spec, options, kept, source.normalise), kept, held, rest[-1])  # type: ignore[arg-type]
 
     @classmethod
     def of(
@@ -93,6 +108,7 @@ class Task:
         name: str = "task",
         spec: TaskSpec | None = None,
         split_seed: int = 0,
+        **common: Any,
     ) -> Task:
         """Make a task of data in memory.
 
@@ -104,17 +120,21 @@ class Task:
             spec: what the data are; ``None``: found from the training examples, where they are one tensor each with integer classes
                 (N,) or real targets (N, ...).
             split_seed: of the validation cut.
+            common: further options of every task (:class:`bpfree.tasks.common.TaskCommon`): ``subset``, ``normalise``, ``mean``, ``std``,
+                ``class_weights``.
 
         Raises:
             UsageError: data that are none of these, or a spec that cannot be found from them.
         """
-        kept, tested = as_split(train, "train"), as_split(test, "test")
+        options = TaskCommon(**common)
+        kept, tested = subset_of(as_split(train, "train"), options.subset), as_split(test, "test")
         held: Examples | None
         if isinstance(validation, (int, float)) or validation is None:
             kept, held = split_validation(kept, float(validation or 0), split_seed)
         else:
             held = as_split(validation, "validation")
-        return cls(spec or guessed_spec(name, kept, tested), kept, held, tested)
+        found = described(spec or guessed_spec(name, kept, tested), options)
+        return cls(fitted(found, options, kept), kept, held, tested)
 
     def fingerprint(self) -> str:
         """SHA-256 over all three splits' shapes and contents, 16 hex digits; computed once."""
