@@ -10,7 +10,19 @@ from bpfree.metric import Metric
 from bpfree.network import builders, torchvision_models
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
-from bpfree.tasks import arrays, augment, metrics, mixing, protocols, transforms, vision
+from bpfree.tasks import (
+    arrays,
+    augment,
+    folders,
+    huggingface,
+    metrics,
+    mixing,
+    protocols,
+    tables,
+    torchvision_sets,
+    transforms,
+    vision,
+)
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.task import DataSource
 
@@ -44,6 +56,10 @@ def bpfree_tasks() -> dict[str, DataSource]:
         "cifar10": vision.CIFAR10,
         "cifar100": vision.CIFAR100,
         "npz": arrays.NPZ,
+        "folder": folders.FOLDER,
+        "csv": tables.CSV,
+        "torchvision": torchvision_sets.TORCHVISION,
+        "hf": huggingface.HF,
     }
 
 

@@ -186,7 +186,8 @@ def check_augmentations(augment: Sequence[Augmentation], spec: TaskSpec, targets
         rule: its name.
 
     Raises:
-        UsageError: one is for images and the inputs are none; or one makes soft labels, and the task has no classes, or the rule takes none.
+        UsageError: one is for images and the inputs are none; or one makes soft labels, and the task has no classes or the rule takes
+            none.
     """
     if any(each.images for each in augment) and not (spec.takes_real_tensors and len(spec.input_shape) == 3):
         what = f"augmentations of images, but task {spec.name!r} has inputs of shape {spec.input_shape}"

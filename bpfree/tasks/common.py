@@ -21,7 +21,8 @@ __all__ = ["TaskCommon", "constants", "described", "fitted", "stratified_order",
 
 SUBSET_SEED = 20_261_130
 """Subsets are the same for every seed and every user."""
-CHUNK = 1024
+CHUNK = 1 << 24
+"""Numbers that constants are computed from in one go."""
 
 Normalise = Literal["source", "auto", "none", "given"]
 
@@ -195,9 +196,9 @@ def constants(spec: TaskSpec, train: Examples) -> tuple[tuple[float, ...], tuple
 
 def _inputs(split: Examples) -> Iterator[Tensor]:
     if isinstance(split, Split):
-        yield from split.inputs.split(CHUNK)
+        yield from split.inputs.split(max(1, CHUNK // max(1, split.inputs[:1].numel())))
         return
-    for places in torch.arange(len(split)).split(CHUNK):
+    for places in torch.arange(len(split)).split(64):
         yield split.batch(places)[0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from bpfree.tasks.splits import DatasetSplit, Examples, Split, fingerprint_of
 from bpfree.tasks.stages import Memory, Stage
 from bpfree.tasks.trees import tree_map
 
-__all__ = ["DataSource", "Examples", "Split", "Task", "TaskSpec", "split_validation"]
+__all__ = ["DataSource", "Examples", "Split", "Task", "TaskSpec", "fixed_test", "split_validation"]
+
+TEST_SHARE, TEST_SEED = 0.2, 20_230_324
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,21 @@ def split_validation(train: Examples, share: float, seed: int) -> tuple[Examples
     mask = torch.zeros(len(train), dtype=torch.bool)
     mask[held] = True
     return train.subset((~mask).nonzero().flatten()), train.subset(mask.nonzero().flatten())
+
+
+Cut = TypeVar("Cut", bound=Examples)
+
+
+def fixed_test(everything: Cut) -> tuple[Cut, Cut]:
+    """Cut the test split of data without one: a stratified fifth, the same for every seed and every user.
+
+    Returns:
+        Training and test examples, both in the original order.
+    """
+    mask = torch.zeros(len(everything), dtype=torch.bool)
+    mask[stratified_indices(everything, TEST_SHARE, TEST_SEED)] = True
+    first, second = (everything.subset(part.nonzero().flatten()) for part in (~mask, mask))
+    return cast(Cut, first), cast(Cut, second)
 
 
 def stratified_indices(split: Examples, share: float, seed: int) -> Tensor:
