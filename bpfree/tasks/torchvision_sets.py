@@ -225,8 +225,7 @@ def first_is_unused(data: Any, config: TorchvisionSetConfig) -> bool:
 def names_of(data: Any, config: TorchvisionSetConfig) -> tuple[str, ...]:
     """Names of the classes, where the set or its class lists them."""
     if config.dataset == "EMNIST":
-        found = list(data.classes_split_dict[config.options["split"]])
-        return tuple(map(str, found[int(first_is_unused(data, config)) :]))
+        return tuple(map(str, data.classes_split_dict[config.options["split"]]))[int(first_is_unused(data, config)) :]
     found = getattr(data, "classes", None)
     if not isinstance(found, (list, tuple)):
         return ()
