@@ -6,8 +6,10 @@ one of arrays of numbers, is the input; a column of class labels, whole numbers 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,22 @@ def library() -> Any:
         raise BpfreeError("task hf needs the library datasets", where=str(error), fix="pip install 'bpfree[hf]'") from error
 
 
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Keep the library from asking the network, which it does even for sets in its cache; as it was, afterwards."""
+    before: list[tuple[Any, str, Any]] = []
+    for module in map(sys.modules.get, ("datasets.config", "huggingface_hub.constants")):
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+            if hasattr(module, name):
+                before.append((module, name, getattr(module, name)))
+                setattr(module, name, True)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
 def splits_in(config: HuggingFaceConfig, root: Path | None) -> Mapping[str, Any]:
     """The splits: ``train``, and perhaps ``validation`` and ``test``.
 
@@ -104,8 +122,8 @@ def splits_in(config: HuggingFaceConfig, root: Path | None) -> Mapping[str, Any]
         if folder is not None:
             found = datasets.load_from_disk(str(folder))
         else:
-            offline = datasets.DownloadConfig(local_files_only=True)
-            found = datasets.load_dataset(config.path, config.configuration or None, download_config=offline)
+            with offline():
+                found = datasets.load_dataset(config.path, config.configuration or None)
     except Exception as error:  # the library raises various errors for what is not there
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = "save it where the network is: datasets.load_dataset(NAME).save_to_disk(DIR), then task.path=DIR"
