@@ -24,6 +24,7 @@ from bpfree.record.recorder import Recorder
 from bpfree.redaction import redact, redact_logs, redacted
 from bpfree.rule import Rule
 from bpfree.run import Run, new_run_id
+from bpfree.tasks.check import named
 from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Task
 from bpfree.tracking.mlflow_tracker import settled
@@ -336,6 +337,7 @@ def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
         "plugin": owner.distribution,
         "plugin_version": owner.version,
         "data_fingerprint": task.fingerprint(),
+        **({"classes": named(task.spec, range(task.spec.outputs))} if task.spec.class_names else {}),
         "seed": str(recipe.settings.seed),
         "optimizer": recipe.settings.optimizer.name,
         "test_evaluations": str(int(recipe.settings.evaluation.test)),

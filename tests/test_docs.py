@@ -18,6 +18,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+from PIL import Image
 
 from bpfree.cli.main import cli
 from bpfree.config import parse_words, read_yaml, resolve
@@ -117,6 +118,10 @@ def test_commands_are_commands(page: Path, workplace: Path) -> None:
     """Nothing is trained: the words pass the command's parser, and its settings resolve to a configuration."""
     x = np.zeros((20, 3), dtype=np.float32)
     np.savez("mine.npz", x=x, y=np.arange(20) % 2)
+    Path("mine.csv").write_text("weight,colour,bought\n" + "".join(f"{place},red,{'yes' if place % 2 else 'no'}\n" for place in range(20)))
+    for name in ("dark", "light"):
+        Path("pictures", name).mkdir(parents=True)
+        Image.new("RGB", (12, 12)).save(Path("pictures", name, "0.png"))
     Path("mine.yaml").write_text(next((block.text for block in blocks(page) if block.language == "yaml"), "rule: dfa\n"))
     for place, words in commands(page, "bpfree"):
         for file in (Path(word) for word in words if OWN.match(word) and "/" in word):

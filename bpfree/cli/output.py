@@ -51,6 +51,8 @@ def print_result(run: Run) -> None:
     if validation:
         lines.append(("validation accuracy", f"{validation[-1]:.2%} last, {max(validation):.2%} best"))
     lines.extend(protocol_lines(run))
+    if "classes" in run.tags:
+        lines.append(("classes", run.tags["classes"]))
     if "train/seconds" in result:
         spent = f"{result['train/seconds']:.1f} s"
         if "train/processor_seconds" in result:

@@ -19,7 +19,7 @@ from bpfree.tasks.spec import IGNORED, InputPart, TaskSpec, has_own_loss
 from bpfree.tasks.splits import Examples, Split
 from bpfree.tasks.trees import check_tree, named_leaves
 
-__all__ = ["check_inputs", "check_lengths", "check_split", "check_task", "is_whole", "listed", "not_finite", "settled"]
+__all__ = ["check_inputs", "check_lengths", "check_split", "check_task", "is_whole", "listed", "named", "not_finite", "settled"]
 
 logger = logging.getLogger("bpfree")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional
 
 from bpfree import Task, UsageError
+from bpfree.cli.output import print_result
 from bpfree.config import parse_words, resolve
 from bpfree.runner import run
 from bpfree.tasks.folders import FOLDER, FolderConfig
@@ -169,7 +171,7 @@ def test_a_damaged_picture_is_named(keep: str, tmp_path: Path) -> None:
     assert str(path) in caught.value.where
 
 
-def test_a_folder_is_learned_from_the_command_line(tmp_path: Path) -> None:
+def test_a_folder_is_learned_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bright and dark pictures are told apart; the run's classes have names."""
     for name, low in (("dark", 0), ("light", 150)):
         (tmp_path / "set" / name).mkdir(parents=True)
@@ -178,3 +180,5 @@ def test_a_folder_is_learned_from_the_command_line(tmp_path: Path) -> None:
     words = f"task=folder task.path={tmp_path / 'set'} budget.epochs=3 batch_size=8 tracking.enabled=false pictures.every=0"
     made = run(resolve(parse_words([*words.split(), f"output={tmp_path / 'runs'}"])), quiet=True)
     assert made.result["test/accuracy"] == 1.0
+    print_result(made)
+    assert re.search(r"^classes +dark, light$", capsys.readouterr().out, re.MULTILINE)
