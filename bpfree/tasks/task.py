@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -15,6 +15,7 @@ from bpfree.errors import UsageError
 from bpfree.options import NoOptions
 from bpfree.tasks.check import check_lengths, check_task
 from bpfree.tasks.common import TaskCommon, described, fitted, subset_of
+from bpfree.tasks.pictures import ItemPictures, PictureConfig, form_of
 from bpfree.tasks.spec import TaskSpec
 from bpfree.tasks.splits import DatasetSplit, Examples, Split, fingerprint_of
 from bpfree.tasks.stages import Memory, Stage
@@ -116,7 +117,8 @@ class Task:
 
         Args:
             train, test: each a split (:class:`Split` and its relatives), a pair of arrays or tensors ``(inputs, targets)``, a tree of
-                tensors without targets, or a data set of torch, whose items are ``(inputs, target)``.
+                tensors without targets, or a data set of torch, whose items are ``(inputs, target)``; inputs may be pictures of PIL. Its
+                ``targets`` and ``classes`` are used, if it has them.
             validation: likewise, or the share of the training examples that is held out; 0 or ``None``: none.
             name: of the task, where ``spec`` does not say it.
             spec: what the data are; ``None``: found from the training examples, where they are one tensor each with integer classes
@@ -135,7 +137,12 @@ class Task:
             kept, held = split_validation(kept, float(validation or 0), split_seed)
         else:
             held = as_split(validation, "validation")
-        found = described(spec or guessed_spec(name, kept, tested), options)
+        if spec is None:
+            names = getattr(train, "classes", ())
+            spec = guessed_spec(name, kept, tested)
+            fits = isinstance(names, (list, tuple)) and len(names) == spec.outputs and all(isinstance(each, str) for each in names)
+            spec = replace(spec, class_names=tuple(names)) if fits and spec.targets == "classes" else spec
+        found = described(spec, options)
         return cls(fitted(found, options, kept), kept, held, tested)
 
     def fingerprint(self) -> str:
@@ -155,7 +162,7 @@ def as_split(data: Any, name: str) -> Examples:
         if isinstance(data, torch.utils.data.IterableDataset):
             fix = "wrap it: bpfree.StreamedSplit(dataset, count)"
             raise UsageError("the number of examples of an iterable data set is not known", where=name, fix=fix)
-        return DatasetSplit(data)
+        return dataset_split(data)
     if isinstance(data, torch.utils.data.TensorDataset):
         data = data.tensors
     if isinstance(data, Examples):
@@ -166,6 +173,19 @@ def as_split(data: Any, name: str) -> Examples:
         return Split(_tensors(data), None)
     fix = "give a pair (inputs, targets) of arrays, a bpfree.Split, or a torch Dataset"
     raise UsageError(f"{type(data).__name__} is no split", where=name, fix=fix)
+
+
+def dataset_split(data: Any) -> DatasetSplit:
+    """Make a split of a data set of torch: its classes are those in its ``targets``, pictures of PIL become bytes (C, H, W)."""
+    listed = getattr(data, "targets", None)
+    targets = torch.as_tensor(listed) if isinstance(listed, (Tensor, list, tuple)) and len(listed) == len(data) else None
+    first = data[0] if len(data) else None
+    if not isinstance(first, (tuple, list)) or len(first) != 2 or not hasattr(first[0], "convert"):
+        return DatasetSplit(data, targets=targets)
+    if targets is None:
+        targets = torch.tensor([int(data[place][1]) for place in range(len(data))])
+    name = type(data).__name__
+    return DatasetSplit(ItemPictures(data, 0, name, targets, form_of(first[0], PictureConfig())), targets=targets)
 
 
 def _tensors(inputs: Any) -> Any:

@@ -182,3 +182,18 @@ def test_a_folder_is_learned_from_the_command_line(tmp_path: Path, capsys: pytes
     assert made.result["test/accuracy"] == 1.0
     print_result(made)
     assert re.search(r"^classes +dark, light$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("kind", ["plain", "subset"])
+def test_a_data_set_of_pictures_is_a_task_in_python(kind: str, tmp_path: Path) -> None:
+    """Oracle: the pixels. torchvision's classes give pictures of PIL where they have no transform."""
+    pixels = write(tmp_path, 8)
+    data: Any = ImageFolder(str(tmp_path))
+    task = Task.of(data if kind == "plain" else torch.utils.data.Subset(data, range(24)), data, validation=0)
+    assert (task.spec.input_shape, task.spec.outputs, task.spec.scale) == ((3, 6, 9), 3, 255)
+    assert task.spec.class_names == (CLASSES if kind == "plain" else ())
+    inputs, targets = task.train.batch(torch.arange(24))
+    np.testing.assert_array_equal(inputs.numpy(), pixels.transpose(0, 3, 1, 2))
+    assert targets is not None
+    assert targets.tolist() == data.targets
+    assert task.train.targets is not None
