@@ -124,5 +124,5 @@ def networks(name: str | None) -> None:
 @click.command(short_help="List tasks, or show one's options.")
 @click.argument("name", required=False, shell_complete=names_of("tasks"))
 def tasks(name: str | None) -> None:
-    """List the tasks that can be named with task=NAME; with NAME, show its own options (those of every task: bpfree train --print-config)."""
+    """List the tasks that can be named with task=NAME; with NAME, show its own options (all: bpfree train --print-config)."""
     list_kind("tasks", name)
