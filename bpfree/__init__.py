@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from bpfree.version import __version__
 
 if TYPE_CHECKING:  # `as` makes them exports for type checkers
+    from bpfree.addons import Activations as Activations
+    from bpfree.addons import AddonKind as AddonKind
     from bpfree.config import load_task as load_task
     from bpfree.errors import BpfreeError as BpfreeError
     from bpfree.errors import UsageError as UsageError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.hooks import hookimpl as hookimpl
     from bpfree.kinds import Maker as Maker
     from bpfree.metric import Metric as Metric
+    from bpfree.named_networks import build_network as build_network
     from bpfree.network.builders import mlp as mlp
     from bpfree.network.builders import vgg as vgg
     from bpfree.network.network import Network as Network
@@ -29,6 +32,8 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.options import ScheduleConfig as ScheduleConfig
     from bpfree.options import option as option
     from bpfree.plugins import installed_plugins as installed_plugins
+    from bpfree.pure import Gradients as Gradients
+    from bpfree.pure import Pure as Pure
     from bpfree.rule import Broadcast as Broadcast
     from bpfree.rule import Card as Card
     from bpfree.rule import Rule as Rule
@@ -43,8 +48,14 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.step import Batch as Batch
     from bpfree.step import Budget as Budget
     from bpfree.step import Phase as Phase
+    from bpfree.step import Stage as Stage
     from bpfree.step import Step as Step
     from bpfree.study.executor import Executor as Executor
+    from bpfree.study.model import Row as Row
+    from bpfree.study.model import Study as Study
+    from bpfree.study.python import compare as compare
+    from bpfree.study.python import run_study as run_study
+    from bpfree.tasks.class_streams import class_stream as class_stream
     from bpfree.tasks.metrics import mean_metric as mean_metric
     from bpfree.tasks.metrics import whole_metric as whole_metric
     from bpfree.tasks.spec import InputPart as InputPart
@@ -52,9 +63,8 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.tasks.splits import ItemSplit as ItemSplit
     from bpfree.tasks.splits import StreamedSplit as StreamedSplit
     from bpfree.tasks.stages import Memory as Memory
-    from bpfree.tasks.stages import Stage as Stage
-    from bpfree.tasks.stages import class_stream as class_stream
     from bpfree.tasks.task import DataSource as DataSource
+    from bpfree.tasks.task import Examples as Examples
     from bpfree.tasks.task import Split as Split
     from bpfree.tasks.task import Task as Task
     from bpfree.tasks.task import TaskSpec as TaskSpec
@@ -68,6 +78,8 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
 
 _HOME = {
     "API_VERSION": "hooks",
+    "Activations": "addons",
+    "AddonKind": "addons",
     "AlignmentConfig": "training.alignment",
     "Batch": "step",
     "BudgetConfig": "training.config",
@@ -77,6 +89,7 @@ _HOME = {
     "Card": "rule",
     "Executor": "study.executor",
     "DataSource": "tasks.task",
+    "Examples": "tasks.task",
     "DatasetSplit": "tasks.splits",
     "InputPart": "tasks.spec",
     "ItemSplit": "tasks.splits",
@@ -85,15 +98,18 @@ _HOME = {
     "Memory": "tasks.stages",
     "RidgeSums": "solved",
     "Solved": "solved",
-    "Stage": "tasks.stages",
+    "Stage": "step",
     "StreamedSplit": "tasks.splits",
-    "class_stream": "tasks.stages",
+    "class_stream": "tasks.class_streams",
     "mean_metric": "tasks.metrics",
     "whole_metric": "tasks.metrics",
+    "Gradients": "pure",
     "Network": "network.network",
+    "Pure": "pure",
     "OptimizerConfig": "options",
     "Phase": "step",
     "Rule": "rule",
+    "Row": "study.model",
     "Run": "run",
     "Saved": "saved",
     "ScheduleConfig": "options",
@@ -101,6 +117,7 @@ _HOME = {
     "Step": "step",
     "Stepper": "training.stepper",
     "Streamed": "rule",
+    "Study": "study.model",
     "Task": "tasks.task",
     "TaskSpec": "tasks.task",
     "TrainConfig": "training.config",
@@ -111,6 +128,8 @@ _HOME = {
     "Traits": "rule",
     "UsageError": "errors",
     "always": "rule",
+    "build_network": "named_networks",
+    "compare": "study.python",
     "hookimpl": "hooks",
     "load": "saved",
     "load_task": "config",
@@ -119,6 +138,7 @@ _HOME = {
     "new_step": "training.stepper",
     "plan": "network.split",
     "installed_plugins": "plugins",
+    "run_study": "study.python",
     "split": "network.split",
     "vgg": "network.builders",
 }

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from bpfree import baselines, hooks
+from bpfree.addons import CENTRALISE, AddonKind
 from bpfree.kinds import Maker
 from bpfree.metric import Metric
-from bpfree.network import builders, torchvision_models
+from bpfree.network import builders, timm_models, torchvision_models
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
 from bpfree.tasks import (
@@ -42,7 +43,14 @@ def bpfree_networks() -> dict[str, NetworkBuilder]:
         "torchvision": NetworkBuilder(
             torchvision_models.torchvision_network,
             torchvision_models.TorchvisionConfig,
-            "a model of torchvision (model=resnet18, ...), split into blocks",
+            "a model of torchvision (torchvision:resnet18, ...), split into blocks",
+            family="model",
+        ),
+        "timm": NetworkBuilder(
+            timm_models.timm_network,
+            timm_models.TimmConfig,
+            "a model of timm (timm:NAME), split into blocks; needs the extra timm",
+            family="model",
         ),
     }
 
@@ -66,6 +74,11 @@ def bpfree_tasks() -> dict[str, DataSource]:
 @hooks.hookimpl
 def bpfree_augmentations() -> dict[str, augment.Augmentation]:
     return {"flip": augment.FLIP, "crop": augment.CROP, "mixup": mixing.MIXUP, "cutmix": mixing.CUTMIX, **transforms.TRANSFORMS}
+
+
+@hooks.hookimpl
+def bpfree_addons() -> dict[str, AddonKind]:
+    return {"centralise": CENTRALISE}
 
 
 @hooks.hookimpl

@@ -44,6 +44,9 @@ import pluggy
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch.optim import Optimizer
+
+    from bpfree.addons import AddonKind
     from bpfree.kinds import Maker
     from bpfree.metric import Metric
     from bpfree.network.builders import NetworkBuilder
@@ -96,6 +99,20 @@ def bpfree_protocols() -> Mapping[str, EvaluationProtocol]:  # type: ignore[empt
 @hookspec
 def bpfree_metrics() -> Mapping[str, Metric]:  # type: ignore[empty-body]
     """Metrics of predictions by name, switched on with ``evaluation.metrics=[name]``."""
+
+
+@hookspec
+def bpfree_optimizers() -> Mapping[str, type[Optimizer]]:  # type: ignore[empty-body]
+    """Optimisers by name, chosen with ``optimizer=name``: subclasses of ``torch.optim.Optimizer``, over parameters and their options.
+
+    One whose ``step`` needs a closure says so with a class attribute ``needs_closure = True``; the closure computes the rule's credit again
+    and gives its metric ``loss``.
+    """
+
+
+@hookspec
+def bpfree_addons() -> Mapping[str, AddonKind]:  # type: ignore[empty-body]
+    """Add-ons to the updates of any rule by name, switched on with ``optimizer.addons=[name]``."""
 
 
 @hookspec

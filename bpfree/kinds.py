@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+from torch.optim import Optimizer
+
+from bpfree.addons import AddonKind
 from bpfree.metric import Metric
 from bpfree.network.builders import NetworkBuilder
 from bpfree.options import NoOptions, describe
@@ -69,6 +72,7 @@ TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "networks": ((NetworkBuilder,), "a NetworkBuilder, whose Config is a dataclass"),
     "tasks": ((DataSource,), "a DataSource, whose Config is a dataclass"),
     "augmentations": ((Augmentation,), "an Augmentation"),
+    "addons": ((AddonKind,), "an AddonKind, whose Config is a dataclass"),
     "metrics": ((Metric,), "a bpfree.Metric that can be measured (with begin)"),
     "protocols": ((EvaluationProtocol,), "an EvaluationProtocol"),
     "studies": ((str, PathLike), "a path"),
@@ -84,6 +88,8 @@ def misfit(kind: str, thing: Any) -> str:
         return "" if isinstance(thing, Mapping) and all(isinstance(key, str) for key in thing) else "a mapping of settings by their keys"
     if kind in ("trackers", "executors"):
         return "" if isinstance(thing, Maker) and thing.is_sound else "a bpfree.Maker of something callable, or of its address, module:name"
+    if kind == "optimizers":
+        return "" if isinstance(thing, type) and issubclass(thing, Optimizer) else "a subclass of torch.optim.Optimizer"
     if kind == "diagnostics":
         return "" if callable(thing) else "a factory of observers"
     if kind == "metrics" and isinstance(thing, Metric) and thing.begin is None:

@@ -67,6 +67,9 @@ class OptimizerConfig:
     weight_decay: float | None = option(None, "weight decay", ge=0)
     momentum: float | None = option(None, "momentum (optimisers that have one)", ge=0, lt=1)
     options: dict[str, Any] = option(factory=dict, help="further arguments of the optimiser, such as betas")
+    addons: list[Any] = option(
+        factory=list, help="what changes gradients before the optimiser, in order: names, or {name: ..., option: ...}"
+    )
 
     def over(self, base: OptimizerConfig) -> OptimizerConfig:
         """This configuration where it says something, ``base`` elsewhere.
@@ -80,6 +83,7 @@ class OptimizerConfig:
             weight_decay=self.weight_decay if self.weight_decay is not None else (base.weight_decay if same else None),
             momentum=self.momentum if self.momentum is not None else (base.momentum if same else None),
             options={**base.options, **self.options} if same else dict(self.options),
+            addons=self.addons or base.addons,
         )
 
 

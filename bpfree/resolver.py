@@ -12,8 +12,11 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bpfree.addons import configured
+from bpfree.code_files import CodeName
 from bpfree.errors import UsageError, nearest
 from bpfree.leaves import REFERENCE, Leaf, leaves_of, refers, said
+from bpfree.named_networks import spelled_out
 from bpfree.options import range_problems
 from bpfree.plugins import Plugins
 from bpfree.recipe import CHOSEN, Recipe, RunConfig
@@ -48,12 +51,30 @@ class Resolver:
         self.unused: dict[str, str] = {}
         self.idle: set[str] = set()
         self.names = {"rule": "backprop", "network": "auto", "task": "digits"}
-        for leaf in leaves:
+        self.code: dict[str, str] = {}
+        self.leaves = [each for leaf in leaves for each in self._spelled_out(leaf)]
+        for leaf in self.leaves:
             section, _, rest = leaf.key.partition(".")
             if section in CHOSEN and rest == "name":
                 self.names[section] = self._name(leaf)
             elif section in CHOSEN and not rest:
                 self._nameless(section, leaf)
+
+    def _spelled_out(self, leaf: Leaf) -> list[Leaf]:
+        """``network=torchvision:resnet18`` as the name and the model; anything else as it is."""
+        try:
+            text = typed(leaf.value, str, leaf.key) if leaf.key == "network.name" else ""
+        except Misfit:
+            text = ""
+        try:
+            name, implied = spelled_out(text, self.registry)
+        except UsageError as error:
+            self.problems.append(f"{error.what} ({error.fix}) ({leaf.origin})")
+            return []
+        if not implied:
+            return [leaf]
+        more = [dataclasses.replace(leaf, key=f"network.{key}", value=value) for key, value in implied.items()]
+        return [dataclasses.replace(leaf, value=name), *more]
 
     def _name(self, leaf: Leaf) -> str:
         section = leaf.key.partition(".")[0]
@@ -83,7 +104,7 @@ class Resolver:
         options["network"] = self._network(rule, spec, options["rule"])
         self._check_settings(rule, options["rule"], spec, common, settings)
         self._stop_if_problems()
-        return Recipe(self.names, options, common, settings, self.registry, dict(sorted(self.unused.items())))
+        return Recipe(self.names, options, common, settings, self.registry, dict(sorted(self.unused.items())), self.code)
 
     def _settings(self) -> RunConfig:
         filled: RunConfig = self._fill(RunConfig(), "", lambda section: section not in CHOSEN)
@@ -122,11 +143,22 @@ class Resolver:
     # --- sections ---------------------------------------------------------------------------------------------------
 
     def _class(self, kind: str, section: str) -> Any:
+        name = self.names[section]
+        code = None if name in self.registry.names(kind) else CodeName.parse(name)
         try:
-            return self.registry.get(kind, self.names[section], where=f"{section}.name")
+            return self.registry.get(kind, name, where=f"{section}.name") if code is None else self._coded(kind, section, code)
         except UsageError as error:
-            self.problems.append(f"{error.what} ({error.fix})")
+            place = f"{error.where}; " if code is not None and error.where else ""
+            self.problems.append(f"{error.what} ({place}{error.fix})")
             return None
+
+    def _coded(self, kind: str, section: str, code: CodeName) -> Any:
+        """What is in a file: from here on it goes by its short name; the recorded name has the place and the hash."""
+        thing, owner = self.registry.coded(kind, code, where=f"{section}.name")
+        self.registry = self.registry.knowing(kind, code.short, thing, owner)
+        self.names[section] = code.short
+        self.code[section] = dataclasses.replace(code.resolved(), hash=owner.code).text
+        return thing
 
     def _task(self) -> tuple[TaskCommon, dict[str, Any]]:
         source = self._class("tasks", "task")
@@ -143,14 +175,14 @@ class Resolver:
 
     def _network(self, rule: type[Rule], spec: TaskSpec, rule_config: Any) -> Any:
         implied = dict(rule.network_options(spec, rule_config))
-        name = implied.pop("name")
+        name, more = spelled_out(implied.pop("name"), self.registry)
+        implied |= more
         if self.names["network"] == "auto":
             self.names["network"] = name
         builder = self._class("networks", "network")
         if builder is None:
             return None
-        fields = {item.name for item in dataclasses.fields(builder.Config)}
-        base = builder.Config(**{key: value for key, value in implied.items() if key in fields})
+        base = builder.Config(**{key: value for key, value in implied.items() if _fits(builder.Config, key, value)})
         return self._options(base, "network.")
 
     # --- values -----------------------------------------------------------------------------------------------------
@@ -247,8 +279,10 @@ class Resolver:
             self._named("diagnostics", name, "diagnostics")
         for name in settings.tracking.to if settings.tracking.enabled else ():
             self._named("trackers", name, "tracking.to")
-        checks = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
+        checks: list[Callable[[], object]] = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
         if "optimizer" not in self.idle:
+            kinds = {name: kind for name, kind, _ in self.registry.items("addons")}
+            checks.append(lambda: configured(settings.optimizer.addons, kinds))
             checks.append(lambda: check_optimizer(settings.optimizer.over(rule.optimizer_of(config))))
         if settings.schedule.name in CLASSES and rule.phases is Rule.phases and settings.budget.samples is None:
             checks.append(lambda: check_length(settings.schedule, settings.budget.resolve(1).epochs))
@@ -286,6 +320,17 @@ class Resolver:
     def _stop_if_problems(self) -> None:
         if self.problems:
             raise UsageError.of(self.problems, "configuration")
+
+
+def _fits(config: type, key: str, value: Any) -> bool:
+    """Whether a value that a rule implies, perhaps for another network, is one of this one: presets are not the same everywhere."""
+    if key not in {item.name for item in dataclasses.fields(config)}:
+        return False
+    try:
+        typed(value, _kind(config, key), key)
+    except Misfit:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1024)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from bpfree.metric import ACCURACY, LOSS, Metric, metric_of, metrics_from
+from bpfree.metric import ACCURACY, LOSS, Metric, metric_of, metrics_from, scores_in
 
-__all__ = ["ReadOnly", "Run", "RunView", "new_run_id"]
+__all__ = ["ReadOnly", "Run", "RunView", "as_file", "new_run_id"]
 
 Status = Literal["created", "running", "finished", "diverged", "interrupted", "failed"]
 
@@ -77,6 +78,15 @@ class Run:
         """The metric that the run is judged by."""
         return next(iter(self.measures.values()))
 
+    def scores(self, split: str) -> list[tuple[Metric, float]]:
+        """Collect what was measured of a split, as people are to see it: the primary metric first.
+
+        Of ``test`` it is the result, of ``train`` and ``val`` the last epoch's. The loss is among them where it is the primary metric, or
+        nothing else was measured.
+        """
+        values = self.result if split == "test" else self.history[-1] if self.history else {}
+        return scores_in(values, split, self.measures.values())
+
     def metric(self, key: str) -> Metric:
         """Find the metric that a key of the result or the history is about."""
         return metric_of(key, self.measures)
@@ -138,4 +148,9 @@ for _field in dataclasses.fields(Run):
 def new_run_id(name: str) -> str:
     """A sortable, unique name: time, what it is, and six random hex digits."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{now}-{name}-{secrets.token_hex(3)}"
+    return f"{now}-{as_file(name)}-{secrets.token_hex(3)}"
+
+
+def as_file(name: str) -> str:
+    """A name as a part of a file's, with hyphens for what not every file system takes."""
+    return re.sub(r"[^\w.+-]", "-", name)

@@ -1,4 +1,4 @@
-"""``bpfree rules``, ``bpfree networks``, ``bpfree tasks``: what is installed, and the cards of single entries."""
+"""``bpfree rules``, ``bpfree networks``, ``bpfree tasks``, ``bpfree metrics``: what is installed, and the cards of single entries."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from bpfree.cli.code import named
 from bpfree.cli.completion import names_of
 
 REMARKS = {
@@ -45,7 +46,7 @@ def rules(name: str | None, as_json: bool) -> None:
     from bpfree.plugins import installed_plugins, plugin_index
 
     if name is not None:
-        registry = installed_plugins()
+        name, registry = named("rules", name)
         rule = registry.get("rules", name)
         card = dict(rule_card(name, rule, registry.owner("rules", name)), certificate=certificate_of(name, registry))
         click.echo(json.dumps(card, indent=2)) if as_json else show_card(card, rule)
@@ -85,16 +86,14 @@ def certificate_of(name: str, registry: Any) -> str:
 
 
 def show_card(card: dict[str, Any], rule: Any) -> None:
-    for key in ("name", "plugin", "summary", "paper", "equation", "notes"):
-        if card[key]:
-            lines = str(card[key]).strip().splitlines()
-            click.echo(f"{key.ljust(12)}{lines[0]}")
-            for line in lines[1:]:
-                click.echo(f"{'':12}{line}")
+    from bpfree.cli.output import print_pairs
+
+    pairs = [(key, str(card[key] or "").strip()) for key in ("name", "plugin", "summary", "paper", "equation", "notes")]
     for key in ("optimizer", "traits", "certificate"):
         value = card[key]
         text = value if isinstance(value, str) else ", ".join(f"{k}={plain(v)}" for k, v in value.items())
-        click.echo(f"{key.ljust(12)}{text}{REMARKS.get(key, '')}")
+        pairs.append((key, f"{text}{REMARKS.get(key, '')}"))
+    print_pairs(pairs)
     show_options(rule.Config, "rule")
 
 
@@ -104,12 +103,17 @@ def plain(value: Any) -> str:
 
 def list_kind(kind: str, name: str | None) -> None:
     from bpfree.cli.output import print_table
-    from bpfree.plugins import installed_plugins, plugin_index
+    from bpfree.plugins import plugin_index
 
     if name is None:
         print_table([kind[:-1], "plugin", "what it is"], plugin_index().summaries[kind])
         return
-    thing = installed_plugins().get(kind, name)
+    name, registry = named(kind, name)
+    if kind == "networks":
+        from bpfree.named_networks import spelled_out
+
+        name = spelled_out(name, registry)[0]
+    thing = registry.get(kind, name)
     click.echo(f"{name}: {thing.summary}")
     show_options(thing.Config, kind[:-1])
 
@@ -126,3 +130,25 @@ def networks(name: str | None) -> None:
 def tasks(name: str | None) -> None:
     """List the tasks that can be named with task=NAME; with NAME, show its own options (all: bpfree train --print-config)."""
     list_kind("tasks", name)
+
+
+@click.command(short_help="List metrics, or describe one.")
+@click.argument("name", required=False, shell_complete=names_of("metrics"))
+def metrics(name: str | None) -> None:
+    """List the metrics that can be named with evaluation.metrics=[NAME,...]; with NAME, say what is measured and how it is shown."""
+    if name is None:
+        list_kind("metrics", None)
+        return
+    from bpfree.plugins import installed_plugins
+
+    metric = installed_plugins().get("metrics", name)
+    lines = {
+        "name": name,
+        "key": f"test/{metric.name}, val/{metric.name}",
+        "what it is": metric.summary,
+        "better": "greater" if metric.greater else "smaller",
+        "unit": "share of 0 to 1, shown in per cent" if metric.share else metric.unit or "none",
+        "targets": ", ".join(metric.kinds) or "all",
+    }
+    for key, text in lines.items():
+        click.echo(f"{key.ljust(12)}{text}")

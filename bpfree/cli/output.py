@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 
+from bpfree.document.tables import text_pairs, text_table
 from bpfree.hooks import hookimpl
 from bpfree.run import Run
 
-__all__ = ["PlanDisplay", "exit_code", "print_result", "print_table"]
+__all__ = ["PlanDisplay", "exit_code", "print_pairs", "print_result", "print_table"]
 
 
 class PlanDisplay:
@@ -23,33 +25,27 @@ class PlanDisplay:
             click.echo(run.artifacts["plan.txt"].read_text(encoding="utf-8"), err=True)
 
 
-def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Iterable[int] = ()) -> None:
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Container[int] = ()) -> None:
     """A plain aligned table; columns in ``right`` are aligned to the right."""
-    texts = [list(headers), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in texts) for column in range(len(headers))]
-    aligned = set(right)
-    for number, row in enumerate(texts):
-        cells = [
-            cell.rjust(width) if column in aligned else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        click.echo("  ".join(cells).rstrip())
-        if number == 0:
-            click.echo("  ".join("-" * width for width in widths))
+    click.echo("\n".join(text_table(headers, rows, right)))
+
+
+def print_pairs(pairs: Iterable[tuple[str, Any]]) -> None:
+    """Names and values below each other, without those whose value is empty."""
+    click.echo("\n".join(text_pairs(pairs)))
 
 
 def print_result(run: Run) -> None:
     """The end of a run in a few lines."""
     result = run.result
     lines = [("status", f"{run.status}{f': {run.reason}' if run.reason else ''}")]
-    if "test/accuracy" in result:
-        spread = f" +- {result['test/accuracy_se']:.2%} (standard error over draws)" if "test/accuracy_se" in result else ""
-        lines.append(("test accuracy", f"{result['test/accuracy']:.2%}{spread}"))
-    elif "test/loss" in result:
-        lines.append(("test loss", f"{result['test/loss']:.5g}"))
-    validation = [metrics["val/accuracy"] for metrics in run.history if "val/accuracy" in metrics]
-    if validation:
-        lines.append(("validation accuracy", f"{validation[-1]:.2%} last, {max(validation):.2%} best"))
+    for metric, value in run.scores("test"):
+        error = result.get(f"test/{metric.name}_se")
+        spread = "" if error is None else f" +- {metric.text(error)} (standard error over draws)"
+        lines.append((f"test {_words(metric.name)}", f"{metric.text(value)}{spread}"))
+    for metric, value in run.scores("val"):
+        best = metric.best(seen for metrics in run.history if not math.isnan(seen := metrics.get(f"val/{metric.name}", math.nan)))
+        lines.append((f"validation {_words(metric.name)}", f"{metric.text(value)} last, {metric.text(best)} best"))
     lines.extend(protocol_lines(run))
     if "classes" in run.tags:
         lines.append(("classes", run.tags["classes"]))
@@ -66,9 +62,7 @@ def print_result(run: Run) -> None:
         lines.append(("tracking", run.tracking["mlflow_uri"]))
     if run.folder is not None:
         lines.append(("folder", str(run.folder)))
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
-        click.echo(f"{name.ljust(width)}  {text}")
+    print_pairs(lines)
 
 
 def protocol_lines(run: Run) -> Iterator[tuple[str, str]]:
@@ -77,10 +71,16 @@ def protocol_lines(run: Run) -> Iterator[tuple[str, str]]:
     from bpfree.tasks.protocols import result_key
 
     for name in installed_plugins().names("protocols"):
-        key = f"{result_key(name)}/accuracy"
-        if f"test/{key}" in run.result:
-            validation = f", {run.result[f'val/{key}']:.2%} on validation" if f"val/{key}" in run.result else ""
-            yield name, f"{run.result[f'test/{key}']:.2%}{validation}"
+        prefix = f"test/{result_key(name)}/"
+        for key, value in run.result.items():
+            if key.startswith(prefix):
+                metric, held = run.metric(key), run.result.get(f"val/{key.removeprefix('test/')}")
+                validation = "" if held is None else f", {metric.text(held)} on validation"
+                yield name, f"{_words(metric.name)} {metric.text(value)}{validation}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def exit_code(run: Run) -> int:

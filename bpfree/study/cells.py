@@ -20,18 +20,22 @@ from typing import Any
 
 import torch
 
+from bpfree.code_files import shown
 from bpfree.config import resolve
-from bpfree.errors import UsageError
-from bpfree.leaves import Leaf, canonical, said
-from bpfree.plugins import Plugins
+from bpfree.errors import UsageError, nearest
+from bpfree.leaves import Leaf, canonical, leaf_at, said
+from bpfree.metric import ACCURACY, ERROR
+from bpfree.plugins import Plugins, installed_plugins
 from bpfree.recipe import CHANGEABLE, Recipe
 from bpfree.redaction import redacted
 from bpfree.rule import Rule
 from bpfree.sources import source_hashes
 from bpfree.study.fingerprints import Fingerprints, KnownData, digest
-from bpfree.study.model import Column, Row, Study
+from bpfree.study.measures import measure_of
+from bpfree.study.model import MEMORY, Column, Row, Study
 from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellKey
+from bpfree.study.things import named
 from bpfree.training.environment import resolve_device
 from bpfree.yaml_values import text_of
 
@@ -82,7 +86,7 @@ def plan(
     """Resolve every cell of a study.
 
     Args:
-        study: as written.
+        study: as written; rules, networks and tasks may be objects in place of names.
         overrides: settings of all cells, over those of the file.
         seeds: how many, instead of those of the file.
         load: whether data may be loaded (and downloaded) to know their fingerprints; otherwise sets that are not here count as unknown.
@@ -91,11 +95,13 @@ def plan(
     Raises:
         UsageError: with everything that is wrong in any cell.
     """
+    study, registry = named(study, registry or installed_plugins())
     taken = [leaf.key for leaf in overrides if leaf.key in ("seed", "seeds")]
     if taken:
         raise UsageError("a study repeats each cell with its seeds", where=taken[0], fix="say how many with --seeds N")
     repetitions = _repetitions(study, seeds)
     resolved = _resolve_all(study, overrides, registry)
+    _check_code(resolved)
     fingerprints = Fingerprints(Path(resolved[0].recipe.settings.output) / "studies", load=load)
     rows = [
         dataclasses.replace(
@@ -110,6 +116,19 @@ def plan(
         changes.append(f"seeds {_listed(repetitions)} instead of {_listed(study.seeds)}")
         shortened = shortened or len(repetitions) < len(study.seeds)
     return Plan(study, rows, repetitions, changes, shortened, fingerprints)
+
+
+def _check_code(rows: Sequence[TableRow]) -> None:
+    """Refuse files of code that are called the same: in tables and identities a file goes by its own name.
+
+    Raises:
+        UsageError: there are two.
+    """
+    places: dict[str, str] = {}
+    for file in (file for row in rows for file in row.recipe.code_files()):
+        first = places.setdefault(file.path.name, str(file.path))
+        if first != str(file.path):
+            raise UsageError(f"two files of code are called {file.path.name}", where=f"{first}, {file.path}", fix="rename one of them")
 
 
 def _repetitions(study: Study, count: int | None) -> list[int]:
@@ -142,11 +161,13 @@ def _leaves(study: Study, row: Row, column: Column, overrides: Sequence[Leaf]) -
         own = origin.startswith("row ")
         # a comparison is made of words; a study file may be somebody else's
         word = study.path is None
-        replace_in(merged, [Leaf(key, value, origin, not own or key in row.shared, word) for key, value in settings.items()])
+        folder = None if study.path is None else study.path.parent
+        given = [Leaf(key, value, origin, not own or key in row.shared, word) for key, value in settings.items()]
+        replace_in(merged, [leaf_at(leaf, folder) for leaf in given])
     replace_in(merged, [dataclasses.replace(leaf, shared=True) for leaf in overrides])
     if "stream" not in merged:
         named = merged.get("rule.name", Leaf("rule", "", ""))  # without a rule a row is refused
-        merged["stream"] = Leaf("stream", str(named.value), "every study")
+        merged["stream"] = Leaf("stream", shown(str(named.value)), "every study")
     return list(merged.values())
 
 
@@ -188,6 +209,9 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
         except UsageError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(row.label)
+    for each in found:
+        for problem in (*_wrongly_published(each), *_wrong_target(study.targets.get(each.column), each)):
+            problems.setdefault(problem, []).append(each.written.label)
     for problem in [] if problems else _used_by_none(found):
         problems.setdefault(problem, [each.written.label for each in found])
     if problems:
@@ -195,6 +219,29 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
         listed = [_where(problem, rows, every) for problem, rows in problems.items()]
         raise UsageError.of(listed, "study", where=f"study {study.name}")
     return found
+
+
+def _wrongly_published(row: TableRow) -> Iterator[str]:
+    """What is wrong with the published numbers of a row: metrics that its task does not have, and shares out of range."""
+    for key, number in row.written.published.get(row.column, {}).items():
+        if key == MEMORY:
+            continue
+        known = row.metrics
+        measure = measure_of(key, known)
+        low, high = measure.bounds
+        if measure.measured not in known:
+            names = [*known, *([ERROR.name] if ACCURACY.name in known else [])]
+            guess = nearest(measure.metric.name, names)
+            hint = f"did you mean {measure.split}/{guess}?" if guess else f"known here: {', '.join(names)}"
+            yield f"published: unknown metric {key!r}: {hint} (further ones: evaluation.metrics)"
+        elif not low <= number.mean <= high:
+            yield f"published: {key}={number.mean:g} is out of range: in per cent, from {low:g} to {high:g}"
+
+
+def _wrong_target(target: float | None, row: TableRow) -> Iterator[str]:
+    """What is wrong with the target of a row: shares are in per cent."""
+    if target is not None and row.primary.share and not 0 <= target <= 100:
+        yield f"target: {target:g} is out of range: {row.primary.name} is in per cent, from 0 to 100"
 
 
 def _can_be_probed(recipe: Recipe, leaves: Sequence[Leaf]) -> bool:

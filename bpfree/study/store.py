@@ -18,9 +18,10 @@ from typing import Any, Literal
 from bpfree.errors import BpfreeError, DiskError
 from bpfree.files import inside, write_text
 from bpfree.leaves import Leaf
+from bpfree.metric import Metric
 from bpfree.record.folder import RunFolder, read_run
 from bpfree.record.log import strict
-from bpfree.run import Run
+from bpfree.run import Run, as_file
 
 __all__ = ["SHARE", "CellKey", "CellRecord", "CellStore"]
 
@@ -112,6 +113,11 @@ class CellRecord:
     def history(self) -> list[dict[str, float]]:
         """Metrics of each epoch of the run."""
         return self.seen().history
+
+    @property
+    def primary(self) -> Metric:
+        """What the run is judged by."""
+        return self.seen().primary
 
     @property
     def tags(self) -> dict[str, str]:
@@ -229,7 +235,7 @@ class CellStore:
         config = key.identity["config"]
         twin = "-twin" if config.get("twin") else ""
         digest = hashlib.sha256(f"{self.study}\0{key.id}".encode()).hexdigest()[:12]
-        return f"{config['rule.name']}{twin}-{config['task.name']}-s{key.seed}-{digest}"
+        return f"{as_file(config['rule.name'])}{twin}-{as_file(config['task.name'])}-s{key.seed}-{digest}"
 
     def read(self, cell: str) -> CellRecord | None:
         """What is known of a cell; ``None`` for nothing, or a file that cannot be read."""

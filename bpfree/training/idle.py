@@ -14,7 +14,7 @@ from bpfree.errors import UsageError
 from bpfree.options import OptimizerConfig, ScheduleConfig
 from bpfree.rule import Rule, Traits
 from bpfree.training.config import TrainConfig
-from bpfree.training.optimizers import untaken
+from bpfree.training.optimizers import needs_closure, untaken
 from bpfree.training.schedules import CLASSES, SHAPES
 from bpfree.yaml_values import text_of
 
@@ -116,6 +116,9 @@ def _of_rule(
     settings: TrainConfig, name: str, traits: Traits, default: OptimizerConfig, keys: tuple[str, ...] | None
 ) -> Iterator[tuple[str, str]]:
     update = traits.update
+    if settings.optimizer.name != "auto" and _needs_closure(settings) and (update != "grad" or settings.accumulate > 1):
+        why = f"this rule applies its updates itself ({update})" if update != "grad" else f"accumulate={settings.accumulate}"
+        yield "optimizer.name", f"optimizer={settings.optimizer.name} computes the gradients several times a step, but {why}"
     if settings.accumulate > 1 and update != "grad":
         yield "accumulate", f"this rule applies its updates itself ({update}), so gradients cannot be accumulated: accumulate=1"
     if settings.clip.norm is not None and update == "in-place":
@@ -129,6 +132,13 @@ def _of_rule(
         yield from ((key, error.problems[0]) for key, error in untaken(settings.optimizer.over(default)))
     except UsageError:  # no such optimiser, which is reported elsewhere
         return
+
+
+def _needs_closure(settings: TrainConfig) -> bool:
+    try:
+        return needs_closure(settings.optimizer)
+    except UsageError:  # no such optimiser, which is reported elsewhere
+        return False
 
 
 def _unread(settings: TrainConfig, rule: str, keys: tuple[str, ...], default: OptimizerConfig) -> Iterator[tuple[str, str]]:

@@ -13,8 +13,9 @@ from torch import nn
 
 from bpfree.errors import UsageError, unknown_name
 from bpfree.options import OptimizerConfig
+from bpfree.plugins import installed_plugins
 
-__all__ = ["adopt", "check_optimizer", "make_optimizer", "merged", "misfit", "untaken"]
+__all__ = ["adopt", "check_optimizer", "make_optimizer", "merged", "misfit", "needs_closure", "untaken"]
 
 Groups = Mapping[str, list[nn.Parameter]]
 Special = Mapping[str, dict[str, Any]]
@@ -39,8 +40,7 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, special: Special) ->
     """A ``torch.optim`` optimiser over the groups, fused where it can be.
 
     Raises:
-        UsageError: no such optimiser, an argument that it does not take, or one that cannot work here: LBFGS needs a
-            closure, Muon takes matrices only.
+        UsageError: no such optimiser, an argument that it does not take, or one that cannot work here, as Muon, which takes matrices only.
     """
     for _, error in untaken(config):
         raise error
@@ -73,10 +73,21 @@ def _factory(config: OptimizerConfig) -> Any:
         for name, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)
     }
-    known = {name: value for name, value in known.items() if name not in ("optimizer", "lbfgs", "sparseadam", "muon")}
+    known = {name: value for name, value in known.items() if name not in ("optimizer", "sparseadam", "muon")}
+    known |= {name.lower(): kind for name, kind, _ in installed_plugins().items("optimizers")}
     if config.name.lower() not in known:
         raise unknown_name("optimizer", config.name, known, where="optimizer.name")
     return known[config.name.lower()]
+
+
+def needs_closure(config: OptimizerConfig) -> bool:
+    """Tell whether each step of an optimiser computes the gradients several times.
+
+    Raises:
+        UsageError: there is no such optimiser.
+    """
+    factory = _factory(config)
+    return factory is torch.optim.LBFGS or bool(getattr(factory, "needs_closure", False))
 
 
 @cache
@@ -180,8 +191,9 @@ def check_optimizer(config: OptimizerConfig) -> None:
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = make_optimizer(config, {"probe": [parameter]}, {})
     parameter.grad = torch.ones(1)
+    closure: list[Any] = [lambda: torch.zeros(())] if needs_closure(config) else []
     try:
-        optimizer.step()
-        optimizer.step()
+        for _ in range(2):
+            optimizer.step(*closure)
     except Exception as error:
         raise UsageError(f"{config.name} cannot take a step with its options: {error}", where=_said(config)) from error

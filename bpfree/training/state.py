@@ -89,7 +89,7 @@ class RunState:
             self.step.generator.manual_seed(self._seeds("noise", *team.stream))
         self.operations = Operations(self.stepper, team.world)
         alignment = Alignment(self.stepper, config.alignment, parts=config.accumulate)
-        self.compilation = Compilation(rule.network.blocks.values(), config.compile, device)
+        self.compilation = Compilation(rule.compiled(), config.compile, device)
         self.probes: list[StepProbe] = [self.compilation, alignment, self.operations, self.memory]
         self.best: tuple[float, dict[str, Any]] | None = None
         self.load = environment.load()
@@ -217,6 +217,7 @@ class RunState:
             "best": None if self.best is None else {"score": self.best[0], "weights": self.best[1]},
             "learning": self.learning.state_dict(),
             "stream": self.stream.state_dict(),
+            "addons": self.updater.addon_states(),
             "calibration": None if self.calibration is None or self.calibration.step != self.at.step else self.calibration.to_dict(),
             "device": self.device.type,
             **({} if self.team.world.size == 1 else {"parallel": self.team.kind, "ranks": self.team.world.collected(own)}),
@@ -262,6 +263,7 @@ class RunState:
     def _take_training(self, saved: Mapping[str, Any]) -> None:
         if self.calibration is not None:  # what was chosen is no part of the training, which may be resumed
             self.calibration.undo(self.rule)
+        self.updater.load_addon_states(saved.get("addons", ()))
         self.updater.load_state_dict(self.team.own_optimizers(saved["optimizers"]))
         self._take_generators(saved)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bpfree import seeds
+from bpfree.errors import BpfreeError
 from bpfree.options import OptimizerConfig, ScheduleConfig
 from bpfree.rule import Metrics, Rule
 from bpfree.step import Batch, Phase, Step
@@ -110,10 +112,27 @@ class Stepper:
             batch: on the device, normalised (``spec.normalise``).
             parts: micro-batches that its gradient is accumulated from.
         """
-        with self.drawing():
+        with self.drawing(), self.updater.activations.watching():
+            self.updater.recompute = self._again(batch) if self.updater.wants_closure else None
             metrics = self.rule.learn(batch, self.step) if parts == 1 else accumulate(self.rule, batch, self.step, parts)
         self.step.index += 1
         return metrics
+
+    def _again(self, batch: Batch) -> Callable[[], Tensor]:
+        """A function that fills the gradients of a batch again, with the same noise, and gives the loss."""
+        own, everywhere = self.step.generator.get_state(), seeds.global_state(self.device)
+
+        def credit() -> Tensor:
+            self.step.generator.set_state(own)
+            seeds.set_global_state(everywhere, self.device)
+            self.updater.zero_grad()
+            metrics = self.rule.credit(batch, self.step)
+            if "loss" not in metrics:
+                what = f"{type(self.rule).__name__} gives no metric 'loss', by which {self.updater.config.name} judges its steps"
+                raise BpfreeError(what, where="optimizer.name", fix="choose another optimiser")
+            return torch.as_tensor(metrics["loss"])
+
+        return credit
 
     def end_pass(self) -> None:
         """End a pass over the training split: ``step.epoch`` and schedules of torch move on."""

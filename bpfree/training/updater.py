@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bpfree.addons import Activations, make_addons
 from bpfree.errors import BpfreeError, unknown_name
 from bpfree.options import OptimizerConfig, ScheduleConfig, option
+from bpfree.plugins import installed_plugins
 from bpfree.rule import Rule
 from bpfree.step import Phase
-from bpfree.training.optimizers import adopt, make_optimizer
+from bpfree.training.optimizers import adopt, make_optimizer, needs_closure
 from bpfree.training.schedules import shape_of, torch_scheduler
 
 __all__ = ["ClipConfig", "Updater", "told_groups"]
@@ -51,11 +53,14 @@ class Updater:
             adds up their gradients.
         received: whether a parameter has had a ``.grad`` at an update so far.
         count: updates so far.
+        recompute: computes the current step's credit again and gives its loss, for optimisers with a closure.
+        activations: of the step in progress, for add-ons that ask for them.
     """
 
     received = False
     count = 0
     exchange: Callable[[list[nn.Parameter]], None] | None = None
+    recompute: Callable[[], Tensor] | None = None
 
     def __init__(
         self,
@@ -71,6 +76,9 @@ class Updater:
         self.clip = clip or ClipConfig()
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._schedulers: dict[str, Any] = {}
+        known = {name: kind for name, kind, _ in installed_plugins().items("addons")} if self.config.addons else {}
+        self._addons = make_addons(self.config.addons, rule, known)
+        self.activations = Activations(rule if any(kind.watches for kind, _ in self._addons) else None)
         self._before_update, self._after_update = told_groups(rule.before_update), told_groups(rule.after_update)
         self.start_phase(Phase())
 
@@ -78,6 +86,7 @@ class Updater:
         """Take up new or replaced parameters, drop the state of reset groups, choose the phase's optimiser."""
         self.groups = _trainable_groups(self.rule)
         config = self.config if phase.optimizer is None else phase.optimizer.over(self.config)
+        self.wants_closure = needs_closure(config)
         schedule = phase.schedule or self.schedule
         self._key = repr((config, schedule))
         if self._key not in self._optimizers:
@@ -95,21 +104,50 @@ class Updater:
             self.exchange([p for name in names or self.groups for p in self._members(name)])
         applied = names or tuple(self.groups)
         self.count += 1
-        self._before_update(applied)
+        self._ready(applied)
         self.received = self.received or any(p.grad is not None for name in applied for p in self._members(name))
-        for name in applied:
-            _lay_out_as_parameters(self._members(name))
         groups = self._current.param_groups
-        if self.clip.norm is not None:
-            self._clip(applied)
         try:
             if names:
                 self._current.param_groups = self._only(names)
-            self._current.step()
+            self._current.step(*[self._closure(applied)] if self.wants_closure else ())
             self._current.zero_grad(set_to_none=True)
         finally:
             self._current.param_groups = groups
         self._after_update(applied)
+
+    def _ready(self, applied: Sequence[str]) -> None:
+        """Bring the gradients of some groups to the state in which the optimiser takes them."""
+        self._before_update(applied)
+        for _, addon in self._addons:
+            addon.update({name: self._members(name) for name in applied}, self.activations)
+        for name in applied:
+            _lay_out_as_parameters(self._members(name))
+        if self.clip.norm is not None:
+            self._clip(tuple(applied))
+
+    def _closure(self, applied: Sequence[str]) -> Any:
+        """What an optimiser calls to have loss and gradients computed again."""
+
+        def again() -> Tensor:
+            if self.recompute is None:
+                what = f"{self.config.name} computes gradients several times a step, which a step outside of Stepper.take cannot"
+                raise BpfreeError(what, where="optimizer.name", fix="choose another optimiser")
+            loss = self.recompute()
+            self._ready(applied)
+            return loss
+
+        return again
+
+    def addon_states(self) -> list[dict[str, Any]]:
+        """Give the state of each add-on that has one, in order."""
+        return [dict(addon.state_dict()) if isinstance(addon, nn.Module) else {} for _, addon in self._addons]
+
+    def load_addon_states(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Take up what :meth:`addon_states` gave."""
+        for (_, addon), state in zip(self._addons, saved, strict=False):
+            if isinstance(addon, nn.Module):
+                addon.load_state_dict(dict(state))
 
     def _members(self, name: str) -> list[nn.Parameter]:
         if name not in self.groups:

@@ -17,6 +17,7 @@ from bpfree import Task, UsageError
 from bpfree.cli.output import print_result
 from bpfree.config import parse_words, resolve
 from bpfree.runner import run
+from bpfree.summary import summary
 from bpfree.tasks.folders import FOLDER, FolderConfig
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.splits import DatasetSplit, Split
@@ -178,7 +179,11 @@ def test_a_folder_is_learned_from_the_command_line(tmp_path: Path, capsys: pytes
         for place in range(20):
             Image.fromarray(RNG.integers(low, low + 100, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "set" / name / f"{place}.png")
     words = f"task=folder task.path={tmp_path / 'set'} budget.epochs=3 batch_size=8 tracking.enabled=false pictures.every=0"
-    made = run(resolve(parse_words([*words.split(), f"output={tmp_path / 'runs'}"])), quiet=True)
+    recipe = resolve(parse_words([*words.split(), f"output={tmp_path / 'runs'}"]))
+    made = run(recipe, quiet=True)
+    assert dict(summary(recipe, task := recipe.build_task(), recipe.build_rule(task.spec), made, []))["data"].endswith(
+        "2 classes (dark, light)"
+    )
     assert made.result["test/accuracy"] == 1.0
     print_result(made)
     assert re.search(r"^classes +dark, light$", capsys.readouterr().out, re.MULTILINE)

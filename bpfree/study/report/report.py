@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bpfree.document.content import Bullets, Folded, Part, Section, Table, Text
+from bpfree.document.markdown import markdown
+from bpfree.document.page import html_page
+from bpfree.document.tables import text_table
 from bpfree.errors import BpfreeError
 from bpfree.files import write_text
 from bpfree.redaction import redact_word
@@ -19,9 +23,6 @@ from bpfree.study.controls import ComparisonTable, control_table
 from bpfree.study.floors import Floors
 from bpfree.study.report import about, blocks, curves, leaderboard, profiles, table, targets, tuning
 from bpfree.study.report import floor as floor_report
-from bpfree.study.report.content import Bullets, Folded, Part, Section, Table, Text
-from bpfree.study.report.markdown import markdown
-from bpfree.study.report.page import html_page
 from bpfree.study.report.remarks import compared, environments, failures, findings, remarks
 from bpfree.study.report.view import View
 from bpfree.study.rows import TableRow
@@ -39,7 +40,7 @@ class Report:
     Attributes:
         plan: the study with what the command line said.
         rows: the table's, row by row, with the learning curves of their cells.
-        command: the words that run it.
+        command: the words that run it; empty for a study that runs from Python.
         headers, table: the cells of the study's table, as text.
         controls: the rows beside the study's controls, where there is anything to compare.
         floors: the rows beside their floors, and the verdicts, where floors were measured.
@@ -70,10 +71,10 @@ class Report:
         study = self.plan.study
         numbers = range(self.headers.index("n") - 1, len(self.headers))
         parts = [study.title, *([f"Published: {study.paper}"] if study.paper else []), ""]
-        parts += table.lines_of_text(self.headers, self.table, numbers)
+        parts += text_table(self.headers, self.table, numbers)
         for found in self._comparisons():
-            parts += ["", found.title, "", *table.lines_of_text(found.headers, found.table, found.numeric), "", found.legend]
-        told = (*self.remarks, *self.failures, study.notes, self.environment, f"Again: {self.command}")
+            parts += ["", found.title, "", *text_table(found.headers, found.table, found.numeric), "", found.legend]
+        told = (*self.remarks, *self.failures, study.notes, self.environment, self.command and f"Again: {self.command}")
         return "\n".join([*parts, "", *filter(None, told)])
 
     def sections(self) -> list[Section]:
@@ -94,7 +95,7 @@ class Report:
             *about.differences(view),
             *about.places(view),
             *([Section("Notes", [Text(_flowing(self.plan.study.notes), "notes")])] if self.plan.study.notes else []),
-            about.again(view, self.command),
+            *([about.again(view, self.command)] if self.command else []),
         ]
 
     def _head(self, view: View) -> list[Part]:
@@ -135,7 +136,7 @@ def report_on(plan: Plan, rows: Sequence[TableRow], words: Sequence[str], *, hid
     Args:
         plan: the study, resolved.
         rows: its rows in their columns, with what is known of their cells.
-        words: those of the command line after ``bpfree``.
+        words: those of the command line after ``bpfree``; empty for a study that runs from Python.
         hidden: finished cells of other settings, which are not shown.
         floors: those that were measured; ``None``: the study asks for none.
     """
@@ -144,7 +145,7 @@ def report_on(plan: Plan, rows: Sequence[TableRow], words: Sequence[str], *, hid
     return Report(
         plan,
         shown,
-        shlex.join(["bpfree", *map(redact_word, words)]),
+        shlex.join(["bpfree", *map(redact_word, words)]) if words else "",
         table.headers(view),
         [table.texts(view, row) for row in shown],
         control_table(plan, shown),

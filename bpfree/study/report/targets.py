@@ -1,4 +1,4 @@
-"""Time to target: when the validation accuracy first reaches what the study asks for.
+"""Time to target: when the primary metric on validation first reaches what the study asks for.
 
 The time of a run is that of the first epoch whose end finds it at the target, so that its resolution is an epoch. A run that ended
 without reaching it, for whatever reason, takes infinitely long, and medians count it as such.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from bpfree.study.report.content import Part, Section, Table, Text
+from bpfree.document.content import Part, Section, Table, Text
 from bpfree.study.report.view import WAITED, View, aligned, compact
 from bpfree.study.rows import TableRow
 from bpfree.study.statistics import first_reached, median_with_misses
@@ -41,12 +41,11 @@ def _waited(row: TableRow) -> bool:
 def reached(view: View, row: TableRow) -> list[tuple[CellRecord, Mapping[str, float] | None]]:
     """Each cell that ended, with the epoch at which it was at the target; ``None``: never."""
     target = view.plan.study.targets.get(row.column)
-    metric = view.validation(view.of(row.column))
-    if target is None or not metric:
+    measure = view.validation(view.of(row.column))
+    if target is None or measure is None:
         return []
-    greater = metric.endswith("accuracy")
-    aim = target / 100 if greater else target
-    return [(record, first_reached(record.history, metric, aim, greater=greater)) for record in ended(row)]
+    aim, greater = target / measure.metric.factor, measure.metric.greater
+    return [(record, first_reached(record.history, measure.key, aim, greater=greater)) for record in ended(row)]
 
 
 def times(view: View, row: TableRow, key: str) -> list[float]:
@@ -63,27 +62,24 @@ def _at(record: CellRecord, epoch: Mapping[str, float], key: str) -> float:
 
 def time_to_target(view: View) -> Iterator[Section]:
     """A table for each column that has a target."""
-    columns = [column for column in view.columns if any(reached(view, row) for row in view.of(column))]
-    if not columns:
-        return
     legend = (
         "Median over the cells that ended, to the end of the first epoch at the target; a cell that misses it takes infinitely long. "
         "inf: half of them or more miss it. Memory: the peak up to then."
     )
     if any(_waited(row) for row in view.rows):
         legend += f" * Of one cell or more these seconds cannot be compared: {WAITED}."
-    parts: list[Part] = [Text(legend, "note")]
-    if not view.labelled:
-        yield Section("Time to target", [Text(_aim(view, columns[0])), _table(view, columns[0]), *parts])
-        return
-    yield Section("Time to target", parts)
-    for column in columns:
-        yield Section(column, [Text(_aim(view, column)), _table(view, column)], level=3)
+    return view.by_column("Time to target", lambda column: _parts(view, column), Text(legend, "note"))
+
+
+def _parts(view: View, column: str) -> list[Part]:
+    return [Text(_aim(view, column)), _table(view, column)] if any(reached(view, row) for row in view.of(column)) else []
 
 
 def _aim(view: View, column: str) -> str:
-    target, accuracy = view.plan.study.targets[column], view.validation(view.of(column)).endswith("accuracy")
-    return f"Target: validation accuracy of {target:g} % or more." if accuracy else f"Target: validation loss of {target:g} or less."
+    target, measure = view.plan.study.targets[column], view.validation(view.of(column))
+    assert measure is not None
+    name, direction = measure.metric.name.replace("_", " "), "more" if measure.metric.greater else "less"
+    return f"Target: validation {name} of {target:g}{measure.unit} or {direction}."
 
 
 def _table(view: View, column: str) -> Table:

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from bpfree.document.axes import linear, logarithmic
+from bpfree.document.charts import Mark, Series, panel
+from bpfree.document.content import Figure, Panel, Part, Section, Table, Text
 from bpfree.study.cells import word
-from bpfree.study.report.axes import linear, logarithmic
-from bpfree.study.report.content import Figure, Part, Section, Table, Text
-from bpfree.study.report.svg import Mark, Series, legend, panel
 from bpfree.study.report.view import WAITED, View, aligned
 from bpfree.study.rows import TableRow, Trial, Tuned
 
@@ -21,9 +21,6 @@ FIRST = "optimizer.lr"
 
 def tuning(view: View) -> Iterator[Section]:
     """A figure over each tuned key, and the table of trials, for each column."""
-    columns = [column for column in view.columns if _tuned(view, column)]
-    if not columns:
-        return
     waited = not all(trial.comparable for row in view.rows if row.tuned is not None for trial in row.tuned.trials)
     legend = Text(
         "Each trial is trained on the tuning seeds and scored on the validation split; the first has the settings of the study's file. "
@@ -31,12 +28,7 @@ def tuning(view: View) -> Iterator[Section]:
         + (f" * Of one trial or more these seconds cannot be compared: {WAITED}." if waited else ""),
         "note",
     )
-    if not view.labelled:
-        yield Section("Tuning", [*_parts(view, columns[0]), legend])
-        return
-    yield Section("Tuning", [legend])
-    for column in columns:
-        yield Section(column, _parts(view, column), level=3)
+    return view.by_column("Tuning", lambda column: _parts(view, column), legend)
 
 
 def _tuned(view: View, column: str) -> list[tuple[TableRow, Tuned]]:
@@ -46,7 +38,7 @@ def _tuned(view: View, column: str) -> list[tuple[TableRow, Tuned]]:
 def _parts(view: View, column: str) -> list[Part]:
     found = _tuned(view, column)
     figure = _figure(view, found)
-    return [*([figure] if figure else []), _table(view, column, found)]
+    return [*([figure] if figure else []), _table(view, column, found)] if found else []
 
 
 # --- figures ------------------------------------------------------------------------------------------------------------
@@ -62,18 +54,19 @@ def _figure(view: View, found: Sequence[tuple[TableRow, Tuned]]) -> Figure | Non
         caption += " Lines join the trials of a row where a single key was tuned."
     if any(len(tuned.keys) > 1 for _, tuned in found):
         caption += " Where several keys were tuned together, each panel shows all trials over one of them."
-    return Figure(panels, caption, legend((view.style(row), view.label(row)) for row, _ in found))
+    return Figure(panels, caption, [view.key(row) for row, _ in found])
 
 
-def _panel(view: View, found: Sequence[tuple[TableRow, Tuned]], key: str) -> str:
+def _panel(view: View, found: Sequence[tuple[TableRow, Tuned]], key: str) -> Panel | None:
     drawn = [(row, tuned, points) for row, tuned in found if (points := _points(tuned, key))]
+    drawn = [(row, tuned, points) for row, tuned, points in drawn if tuned.measure == drawn[0][1].measure]
     if not drawn:
-        return ""
+        return None
     values = [x for _, _, points in drawn for x, _ in points]
     scale_log = any(key in tuned.logarithmic for _, tuned, _ in drawn) or (key == FIRST and max(values) > 5 * min(values))
     log = scale_log and min(values) > 0
     x = logarithmic(values, f"{key} (logarithmic)") if log else linear(values, key)
-    name = "validation accuracy, %" if drawn[0][1].greater else "validation loss"
+    name = f"validation {drawn[0][1].measure.metric.label}"
     y = linear([score for _, _, points in drawn for _, score in points], name)
     return panel(f"{name}, over {key}", x, y, [_series(view, row, tuned, points, key) for row, tuned, points in drawn])
 
@@ -89,15 +82,16 @@ def _number(value: Any) -> float | None:
 
 
 def _series(view: View, row: TableRow, tuned: Tuned, points: Sequence[tuple[float, float]], key: str) -> Series:
-    marks = [Mark(x, y, f"{view.label(row)}: {y:.{_digits(tuned)}f} at {key} = {x:.3g}") for x, y in points]
-    return Series(view.style(row), view.label(row), points if len(tuned.keys) == 1 else [], points=marks)
+    marks = [Mark(x, y, f"{view.label(row)}: {tuned.measure.text(y)} at {key} = {x:.3g}") for x, y in points]
+    return Series(view.key(row), points if len(tuned.keys) == 1 else [], points=marks)
 
 
 # --- table --------------------------------------------------------------------------------------------------------------
 
 
 def _table(view: View, column: str, found: Sequence[tuple[TableRow, Tuned]]) -> Table:
-    unit = "%" if found[0][1].greater else "loss"
+    units = {tuned.measure.unit.strip() or tuned.measure.metric.name.replace("_", " ") for _, tuned in found}
+    unit = units.pop() if len(units) == 1 else "score"
     headers = ["row", "trials", "without a score", f"default, {unit}", f"chosen, {unit}", "gain", "seconds", "chosen settings"]
     seconds = aligned([sum(trial.seconds for trial in tuned.trials) or None for _, tuned in found])
     waited = [not all(trial.comparable for trial in tuned.trials) for _, tuned in found]
@@ -111,12 +105,8 @@ def _cells(tuned: Tuned, spent: str) -> list[str]:
     return [_trials(tuned), _failures(tuned), *scores, spent, _settings(tuned)]
 
 
-def _digits(tuned: Tuned) -> int:
-    return 2 if tuned.greater else 4
-
-
 def _score(tuned: Tuned, trial: Trial | None) -> str:
-    return "" if trial is None or trial.score is None else f"{trial.score:.{_digits(tuned)}f}"
+    return "" if trial is None or trial.score is None else tuned.measure.text(trial.score)
 
 
 def _gain(tuned: Tuned) -> str:
@@ -124,7 +114,7 @@ def _gain(tuned: Tuned) -> str:
     default, best = tuned.default, tuned.best
     if default is None or default.score is None or best is None or best.score is None or not math.isfinite(default.score):
         return ""
-    return f"{(best.score - default.score) * (1 if tuned.greater else -1):+z.{_digits(tuned)}f}"
+    return tuned.measure.signed((best.score - default.score) * tuned.measure.metric.sign)
 
 
 def _trials(tuned: Tuned) -> str:

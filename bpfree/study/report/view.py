@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from bpfree.document.content import Key, Part, Section
+from bpfree.metric import LOSS
 from bpfree.study.cells import Plan
 from bpfree.study.examples import scores_of
-from bpfree.study.rows import TableRow, percent, table_metric
+from bpfree.study.measures import Measure
+from bpfree.study.rows import TableRow, table_measure
 from bpfree.study.statistics import Interval, interval
 from bpfree.study.store import SHARE, CellRecord
 
@@ -44,25 +47,14 @@ class View:
     rows: Sequence[TableRow]
 
     @cached_property
-    def metric(self) -> str:
+    def measure(self) -> Measure:
         """What is reported of the test split."""
-        return table_metric(self.plan.study, self.rows)
+        return table_measure(self.plan.study, self.rows)
 
     @property
     def greater(self) -> bool:
         """Whether more of the metric is better."""
-        return self.metric.endswith("accuracy")
-
-    @property
-    def digits(self) -> int:
-        """Decimals of the metric."""
-        return 2 if percent(self.metric) else 4
-
-    @property
-    def metric_name(self) -> str:
-        """With its unit."""
-        name = self.metric.replace("/", " ")
-        return f"{name}, %" if percent(self.metric) else name
+        return self.measure.metric.greater
 
     @cached_property
     def columns(self) -> list[str]:
@@ -78,6 +70,18 @@ class View:
         """The rows of a column, in the order of the study."""
         return [row for row in self.rows if row.column == column]
 
+    def by_column(self, title: str, parts: Callable[[str], Iterable[Part]], *notes: Part) -> Iterator[Section]:
+        """A section on every column that has parts; where columns have labels, with a section below it for each of them."""
+        found = {column: made for column in self.columns if (made := list(parts(column)))}
+        if not found:
+            return
+        if not self.labelled:
+            yield Section(title, [*next(iter(found.values())), *notes])
+            return
+        yield Section(title, list(notes))
+        for column, made in found.items():
+            yield Section(column, made, level=3)
+
     def style(self, row: TableRow) -> int:
         """The number of the row in the study, which decides on its colour."""
         return self._styles[row.written.label]
@@ -90,9 +94,13 @@ class View:
         """A row's label, with a word at controls."""
         return f"{row.written.label} (control)" if row.written.label in self.plan.study.controls else row.written.label
 
+    def key(self, row: TableRow) -> Key:
+        """How a row looks in figures."""
+        return Key(self.style(row), self.label(row))
+
     def scores(self, row: TableRow) -> list[float]:
         """The metric of each finished cell that measured it."""
-        return list(row.by_seed(self.metric).values())
+        return list(row.by_seed(self.measure).values())
 
     def mean(self, row: TableRow) -> float | None:
         """Of the scores."""
@@ -102,19 +110,18 @@ class View:
     def interval(self, row: TableRow) -> Interval | None:
         """Compute the interval of the mean score, over seeds and (where predictions are at hand) new examples.
 
-        Accuracies and errors end at 0 and 100 per cent, which Student's over two or three seeds does not know.
+        Shares end at 0 and 100 per cent, which Student's over two or three seeds does not know.
         """
-        scores = scores_of(row, self.metric, self.plan.output)
+        scores = scores_of(row, self.measure, self.plan.output)
         several = list(scores.examples.values())
         whole = len(several) == len(scores.means) and len({len(each) for each in several}) == 1
         known = interval(self.scores(row), np.mean(several, axis=0) if whole and several else None)
-        if known is None or not percent(self.metric):
-            return known
-        return Interval(max(0.0, known.low), min(100.0, known.high))
+        low, high = self.measure.bounds
+        return None if known is None else Interval(max(low, known.low), min(high, known.high))
 
     def over_examples(self, row: TableRow) -> bool:
         """Whether the interval of a row is over new examples too."""
-        scores = scores_of(row, self.metric, self.plan.output)
+        scores = scores_of(row, self.measure, self.plan.output)
         return bool(scores.means) and len(scores.examples) == len(scores.means)
 
     def ranked(self, column: str) -> list[TableRow]:
@@ -127,10 +134,13 @@ class View:
 
         return sorted(self.of(column), key=key)
 
-    def validation(self, rows: Iterable[TableRow]) -> str:
-        """What learning curves show: ``val/accuracy``, or ``val/loss`` where no epoch has an accuracy; empty without either."""
-        keys = {key for row in rows for record in row.records if record for metrics in record.history for key in metrics}
-        return next((name for name in ("val/accuracy", "val/loss") if name in keys), "")
+    def validation(self, rows: Iterable[TableRow]) -> Measure | None:
+        """What learning curves show: the primary metric on validation, or the loss where no epoch has it; ``None`` without either."""
+        records = [record for row in rows for record in row.records if record is not None]
+        keys = {key for record in records for metrics in record.history for key in metrics}
+        primaries = {record.primary.name: record.primary for record in records if record.history}
+        chosen = sorted([*primaries.values(), LOSS], key=lambda metric: metric.name == LOSS.name)
+        return next((Measure("val", metric, metric.name) for metric in chosen if f"val/{metric.name}" in keys), None)
 
 
 # --- records -----------------------------------------------------------------------------------------------------------
@@ -160,9 +170,9 @@ def untimed(rows: Iterable[TableRow]) -> bool:
 # --- texts --------------------------------------------------------------------------------------------------------------
 
 
-def spread(mean: float, deviation: float | None, digits: int) -> str:
+def spread(mean: float, deviation: float | None, measure: Measure) -> str:
     """``97.65 +- 0.21``."""
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" +- {deviation:.{digits}f}")
+    return measure.text(mean) + ("" if deviation is None else f" +- {measure.text(deviation)}")
 
 
 def counted(row: TableRow) -> str:
