@@ -56,6 +56,7 @@ def _examples(task: Task) -> str:
 def _targets(spec: TaskSpec) -> str:
     names = f" ({named(spec, range(spec.outputs))})" if spec.class_names else ""
     kinds = {"classes": f"{spec.outputs:,} classes{names}", "soft": f"soft labels of {spec.outputs:,} classes{names}", "none": "no targets"}
+    kinds |= {"multilabel": f"{spec.outputs:,} labels{names}", "tokens": f"tokens, a class of {spec.outputs:,} each"}
     return kinds.get(spec.targets, f"{spec.outputs:,} real target{'s' if spec.outputs != 1 else ''}")
 
 

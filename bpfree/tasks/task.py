@@ -131,6 +131,9 @@ class Task:
         Raises:
             UsageError: data that are none of these, or a spec that cannot be found from them.
         """
+        if of_training := [key for key in ("augment", "sampling") if key in common]:
+            fix = "Trainer(..., augment=[...], loading=Loading(sampling=...))"
+            raise UsageError(f"{of_training[0]} is no matter of the task, but of its training", where="Task.of", fix=fix)
         options = TaskCommon(**common)
         kept, tested = subset_of(as_split(train, "train"), options.subset), as_split(test, "test")
         held: Examples | None

@@ -24,7 +24,7 @@ from bpfree.runner import run
 from bpfree.study.fingerprints import Fingerprints
 from bpfree.tasks.augment import Augmentation, Draws
 from bpfree.tasks.check import check_task
-from bpfree.tasks.common import stratified_order, subset_of
+from bpfree.tasks.common import TaskCommon, described, stratified_order, subset_of
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.loading import Loader, Loading
 from bpfree.tasks.weighted import WeightedSpec
@@ -323,6 +323,8 @@ def test_a_run_is_sampled_as_it_is_told() -> None:
 
 def test_a_balanced_order_needs_classes() -> None:
     with pytest.raises(UsageError, match=r"task\.sampling=balanced is for classes"):
-        Task.of(Split(INPUTS, torch.randn(100, 1)), Split(INPUTS, torch.randn(100, 1)), sampling="balanced")
+        described(TaskSpec("real", (6,), 1, "real"), TaskCommon(sampling="balanced"))
+    with pytest.raises(UsageError, match="sampling is no matter of the task"):
+        task(sampling="balanced")
     with pytest.raises(UsageError, match="known beforehand"):
         Loader(Split(INPUTS, None), TaskSpec("n", (6,), 1, "none"), batch_size=5, device=CPU, seed=0, balanced=True)
