@@ -19,8 +19,10 @@ from bpfree.leaves import REFERENCE, Leaf, leaves_of, refers, said
 from bpfree.named_networks import spelled_out
 from bpfree.options import range_problems
 from bpfree.plugins import Plugins
-from bpfree.recipe import CHOSEN, Recipe, RunConfig, TaskCommon
+from bpfree.recipe import CHOSEN, Recipe, RunConfig
 from bpfree.rule import Rule
+from bpfree.tasks.augment import check_augmentations
+from bpfree.tasks.common import TaskCommon
 from bpfree.tasks.task import TaskSpec
 from bpfree.training.idle import idle, idle_options
 from bpfree.training.optimizers import check_optimizer
@@ -266,8 +268,7 @@ class Resolver:
             self.problems.append(
                 f"accumulate={settings.accumulate} needs at least as many examples per update, batch_size={settings.batch_size}"
             )
-        for name in common.augment:
-            self._named("augmentations", name, "task.augment")
+        self._augmentations_fit(Recipe(self.names, {}, common, settings, self.registry), rule.traits_of(config).targets, spec)
         for name in settings.evaluation.protocols:
             self._named("protocols", name, "evaluation.protocols")
             self._protocol_fits(name, spec)
@@ -290,6 +291,12 @@ class Resolver:
                 check()
             except UsageError as error:
                 self.problems += error.problems
+
+    def _augmentations_fit(self, recipe: Recipe, targets: tuple[str, ...], spec: TaskSpec) -> None:
+        try:
+            check_augmentations(recipe.augmentations(), spec, targets, f"rule {self.names['rule']!r}")
+        except UsageError as error:
+            self.problems += error.problems if len(error.problems) > 1 else [f"{error.what} in task.augment ({error.fix})"]
 
     def _named(self, kind: str, name: str, where: str) -> None:
         try:

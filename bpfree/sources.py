@@ -26,6 +26,7 @@ from bpfree.kept import cache_folder
 from bpfree.named_networks import spelled_out
 from bpfree.plugins import Plugins
 from bpfree.recipe import Recipe
+from bpfree.tasks.augment import augmentation_names
 
 __all__ = ["CONTRACT", "EXAMINER", "REST", "certificate_hashes", "core_parts", "floor_hash", "source_hashes", "source_of"]
 
@@ -102,7 +103,7 @@ def source_hashes(recipe: Recipe) -> dict[str, str]:
     Plugins that own a class which the rule inherits from count too.
     """
     named = [(f"{kind}s", recipe.names[kind]) for kind in ("rule", "network", "task")]
-    named += [("augmentations", name) for name in recipe.task.augment]
+    named += [("augmentations", name) for name in augmentation_names(recipe.task.augment)]
     named += [("protocols", name) for name in recipe.settings.evaluation.protocols]
     return _hashes(recipe.registry, recipe.names["rule"], named, WITHOUT_EFFECT)
 
