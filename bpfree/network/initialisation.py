@@ -25,7 +25,7 @@ INITIALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @torch.no_grad()
 def initialise(module: nn.Module, name: Initialisation, gain: float = 1.0) -> None:
-    """Fill the weights of all linear layers and convolutions anew, times ``gain``, and their biases with zeros.
+    """Draw new weights for all linear layers and convolutions, times ``gain``, and set their biases to zero.
 
     Args:
         module: a network or a block.

@@ -1,4 +1,4 @@
-"""Networks that cannot fit the memory are refused before they are made, rather than end the process."""
+"""Refusal of networks that cannot fit the memory, before they are made and end the process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = 2**28
 
 
 class _Large(Exception):
-    """More than a small network has been asked for."""
+    """The network is larger than a small one."""
 
 
 class _Counting(TorchDispatchMode):
@@ -65,7 +65,7 @@ def built(build: Callable[[], Network], *, copies: int, free: Callable[[], Mappi
 
 
 def _bytes_of(build: Callable[[], Network]) -> int:
-    """Bytes of the parameters, without making them; 0 where that cannot be found out."""
+    """Count the bytes of the parameters, without making them; 0 where that is not possible."""
     try:
         with torch.device("meta"):
             return sum(p.numel() * p.element_size() for p in build().parameters())

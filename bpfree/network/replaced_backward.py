@@ -25,7 +25,7 @@ PASS_NOTHING = (nn.Embedding, nn.EmbeddingBag, _NormBase, nn.LayerNorm, nn.Group
 
 
 class Replaced:
-    """What has been replaced so far inside :func:`replaced_backward`.
+    """The weights replaced so far inside :func:`replaced_backward`.
 
     Attributes:
         met: names of the weights in whose place others have passed credit, in order.
@@ -39,12 +39,12 @@ class Replaced:
 
     @property
     def unmet(self) -> dict[str, str]:
-        """See the class."""
+        """Weights without feedback, with the reason; see the class."""
         return {name: reason for name, reason in self._reasons.items() if name not in self.met}
 
 
 def feedback_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights of linear layers and convolutions, by name: those for which :func:`replaced_backward` takes feedback of the same shape.
+    """Return weights of linear layers and convolutions by name, for which :func:`replaced_backward` takes feedback of their shape.
 
     Attention keeps its projections to itself, also the ``out_proj`` that looks like a layer.
     """
@@ -59,7 +59,7 @@ def feedback_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def replaced_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iterator[Replaced]:
-    """Let linear layers and convolutions of what is executed inside pass credit through other weights.
+    """Let linear layers and convolutions that are executed inside pass credit through other weights.
 
     ::
 
@@ -100,7 +100,7 @@ def replaced_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iter
 
 
 def _reasons(module: nn.Module) -> dict[str, str]:
-    """Why each weight that can pass credit is not replaced, unless feedback is given for it."""
+    """Say for each weight that can pass credit why it is not replaced, unless feedback is given for it."""
     weights = feedback_weights(module)
     reasons: dict[str, str] = {}
     for name, parameter in module.named_parameters():
@@ -114,7 +114,7 @@ def _reasons(module: nn.Module) -> dict[str, str]:
 
 
 def _outer(module: nn.Module, path: str) -> str:
-    """Kind of the layer that a parameter belongs to: of the attention, for its projections."""
+    """Name the kind of the layer that a parameter belongs to: of the attention, for its projections."""
     parts = path.split(".") if path else []
     owners = [module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
     attention = next((owner for owner in owners if isinstance(owner, nn.MultiheadAttention)), owners[-1])
@@ -138,7 +138,7 @@ def _hook(layer: nn.Module, name: str, matrix: Tensor, replaced: Replaced) -> tu
 
 
 class _Feedback(torch.autograd.Function):
-    """A layer's output as it is, whose cotangent reaches the layer's input through another matrix."""
+    """Returns a layer's output unchanged, but sends its cotangent to the layer's input through another matrix."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, matrix: Tensor, layer: nn.Module) -> Tensor:

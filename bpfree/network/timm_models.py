@@ -28,7 +28,7 @@ class TimmConfig:
 
 
 def timm_network(spec: TaskSpec, config: TimmConfig | None = None) -> Network:
-    """The model, split at its layers or residual blocks, or where ``network.at`` says.
+    """Make a model of timm, split at its layers or residual blocks, or where ``network.at`` says.
 
     A model that is built for one size of images is built for the task's; colours are left to timm's own ``in_chans``.
 

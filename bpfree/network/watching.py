@@ -56,7 +56,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Calls of submodules are recorded inside."""
+        """Record the calls of submodules inside."""
         with ExitStack() as stack:
             for path, part in self._module.named_modules():
                 if not path:
@@ -153,13 +153,13 @@ class Recorder(TorchFunctionMode):
         return self._refs.get(id(output)) if isinstance(output, Tensor) else None
 
     def finish(self, output: Tensor) -> Recording:
-        """The recording without what the output does not need."""
+        """Return the recording without what the output does not need."""
         self.recording.result = self._ref(output)
         return needed(self.recording)
 
 
 def watch(module: nn.Module, input_shape: Sequence[int], at: Sequence[str]) -> Traced:
-    """The operations of a module, those inside of submodules without a cut counting as one.
+    """Record the operations of a module by executing it; a submodule without a cut counts as one operation.
 
     Args:
         module: is called with one tensor; it may have optional arguments, and return a mapping or tuple in which the scores can be told.
@@ -187,7 +187,7 @@ def watch(module: nn.Module, input_shape: Sequence[int], at: Sequence[str]) -> T
 
 
 def main_output(output: Any) -> Tensor:
-    """The scores in what a module returns: the tensor, the entry of a usual name, or the only one.
+    """Return the scores in a module's output: the tensor, the entry of a usual name, or the only one.
 
     Raises:
         UsageError: several tensors, none of which has a usual name.
@@ -238,7 +238,7 @@ def _made_up(module: nn.Module, count: int, input_shape: Sequence[int]) -> Tenso
 
 
 def _spelling(function: Any, name: str, args: Any) -> tuple[str, Any, Any]:
-    """How ``torch.fx`` says it: the kind, the target, and the arguments."""
+    """Return an operation in the terms of ``torch.fx``: the kind, the target, and the arguments."""
     if name == "__get__":
         return "call_function", getattr, (args[0], function.__self__.__name__)
     if function is getattr(Tensor, name, None):
@@ -267,7 +267,7 @@ def _fields(output: Any) -> Mapping[Any, Any]:
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that are plain attributes of submodules."""
+    """Yield the tensors that are plain attributes of submodules."""
     for path, part in module.named_modules():
         for name, value in vars(part).items():
             if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""What an array of targets is: classes, several labels, soft labels, tokens or numbers.
+"""Kinds of targets in arrays: classes, several labels, soft labels, tokens or numbers.
 
 Values decide, where they leave no doubt; ``task.targets`` says what can be read in several ways.
 """
@@ -25,7 +25,7 @@ Kind = Literal["classes", "multilabel", "soft", "real", "tokens"]
 
 
 def describe_targets(targets: Mapping[str, Array], said: Kind | Literal["auto"], classes: int | None, where: str) -> tuple[Kind, int]:
-    """Kind of the targets and number of outputs, the same for all splits.
+    """Return the kind of the targets and the number of outputs, the same for all splits.
 
     Args:
         targets: of the splits, by the names of their arrays.
@@ -60,7 +60,7 @@ def describe_targets(targets: Mapping[str, Array], said: Kind | Literal["auto"],
 
 
 def count_tokens(parts: list[Array], vocabulary: int | None, where: str) -> int:
-    """Number of tokens: one more than the largest that counts, or as many as ``task.classes`` gives."""
+    """Count the tokens: one more than the largest that counts, or as many as ``task.classes`` gives."""
     if any(part.ndim < 2 or part.dtype.kind not in "iu" for part in parts):
         refuse("tokens must be integers (N, ...), several for each example", where, "set task.targets to what they are")
     counted = [part[part != IGNORED] for part in parts]
@@ -84,7 +84,7 @@ def refuse(what: str | None, where: str, fix: str) -> None:
 
 
 def kind_of(parts: list[Array], where: str) -> Kind:
-    """What targets are by their values; their dtype alone never decides what is learned.
+    """Determine the kind of targets by their values; their dtype alone never decides what is learned.
 
     Raises:
         UsageError: they can be read in several ways.
@@ -112,7 +112,7 @@ def kind_of(parts: list[Array], where: str) -> Kind:
 
 
 def count_classes(parts: list[Array], classes: int | None, where: str) -> int:
-    """Number of classes: that of the labels, which are 0, 1, 2 and so on, or as many as ``task.classes`` gives."""
+    """Count the classes: those of the labels, which are 0, 1, 2 and so on, or as many as ``task.classes`` gives."""
     if not all(is_column(part) for part in parts):
         if not all(is_one_hot(part) for part in parts) or len({part.shape[1] for part in parts}) > 1:
             refuse("classes must be integers (N,), counted from 0, or one-hot rows", where, "set task.targets to what they are")

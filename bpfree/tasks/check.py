@@ -1,4 +1,4 @@
-"""The one check of data against their spec: what is trained, tested, scored or predicted on has passed here.
+"""The one check of data against their spec: all data for training, testing, scoring or prediction pass here.
 
 It looks at each number at most twice, and not at all at those that cannot be wrong (pixels in uint8).
 """
@@ -97,7 +97,7 @@ def check_split(spec: TaskSpec, split: Examples, name: str) -> None:
 
 
 def _looked_at(split: Examples, what: str, where: str) -> Split:
-    """The split itself, or as much of it as is read to be checked."""
+    """Return the split itself, or the part of it that is read for the check."""
     if isinstance(split, Split):
         return split
     inputs, targets = split.batch(torch.arange(min(LOOKED_AT, len(split))))
@@ -151,17 +151,17 @@ def not_finite(values: Tensor, name: str) -> str | None:
 
 
 def is_whole(values: Tensor) -> bool:
-    """Whether all numbers are whole ones, whatever their dtype."""
+    """Tell whether all numbers are whole ones, whatever their dtype."""
     return not values.is_floating_point() or all(bool((part == part.round()).all()) for part in _chunks(values))
 
 
 def listed(labels: Iterable[float]) -> str:
-    """The first few labels of many."""
+    """List the first few of many labels."""
     return _first([f"{label:g}" for label in labels])
 
 
 def named(spec: TaskSpec, classes: Iterable[int]) -> str:
-    """The first few classes of many, by their names if they have any."""
+    """List the first few of many classes, by their names if they have any."""
     return _first([spec.label(place) for place in classes])
 
 
@@ -264,7 +264,7 @@ def _check_limits(inputs: Tensor, extent: Extent, limits: Extent, name: str, whe
 
 
 def settled(spec: TaskSpec, train: Examples) -> TaskSpec:
-    """Give the spec with scale and limits, as far as the training inputs determine them; faults in the inputs are left to the check.
+    """Add scale and limits to the spec, as far as the training inputs determine them; faults in the inputs are left to the check.
 
     Raises:
         UsageError: the scale of the inputs is ambiguous.
@@ -289,7 +289,7 @@ def settled(spec: TaskSpec, train: Examples) -> TaskSpec:
 
 
 def _limits_of(inputs: Tensor, extent: Extent, scale: float) -> Extent | None:
-    """The range in which all inputs of a task must lie; none for features, which are of any size."""
+    """Return the range in which all inputs of a task must lie; none for features, which are of any size."""
     low, high = extent
     if scale != 1:
         return (0.0, float(scale)) if _are_images(inputs) or (low >= 0 and high <= scale) else None
@@ -299,7 +299,7 @@ def _limits_of(inputs: Tensor, extent: Extent, scale: float) -> Extent | None:
 
 
 def _scale_of(inputs: Tensor, extent: Extent) -> float | None:
-    """What inputs are divided by if no scale is given; ``None`` where that is ambiguous."""
+    """Return the number that inputs are divided by if no scale is given; ``None`` where that is ambiguous."""
     images, (low, high) = _are_images(inputs), extent
     if inputs.dtype == torch.uint8:
         return WHITE if images else None
@@ -318,7 +318,7 @@ def _are_images(inputs: Tensor) -> bool:
 
 
 def _extent(values: Tensor) -> Extent:
-    """Smallest and largest number; NaN if one of them is."""
+    """Return the smallest and the largest number; NaN if one of them is."""
     if values.dtype == torch.bool:
         return 0.0, 1.0
     low, high = values.aminmax()

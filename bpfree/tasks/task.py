@@ -1,4 +1,4 @@
-"""Tasks: what is learned. Splits, targets, loss and evaluation protocol; rules see only the spec."""
+"""Tasks: splits, targets, loss and evaluation protocol of what is learned; rules see only the spec."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEST_SHARE, TEST_SEED = 0.2, 20_230_324
 
 @dataclass(frozen=True)
 class DataSource:
-    """A registered data set: how to know its spec cheaply, and how to load its training and test examples.
+    """A registered data set: functions that find its spec cheaply, and load its training and test examples.
 
     Attributes:
         spec: ``(config, root) -> TaskSpec`` without reading the data.
@@ -150,14 +150,14 @@ class Task:
         return cls(fitted(found, options, kept), kept, held, tested)
 
     def fingerprint(self) -> str:
-        """SHA-256 over all three splits' shapes and contents, 16 hex digits; computed once."""
+        """Return the SHA-256 over all three splits' shapes and contents, 16 hex digits; computed once."""
         if not self._fingerprint:
             self._fingerprint.append(fingerprint_of((self.train, self.validation, self.test)))
         return self._fingerprint[0]
 
 
 def as_split(data: Any, name: str) -> Examples:
-    """Make a split of what ``Task.of`` takes.
+    """Make a split of an argument of ``Task.of``.
 
     Raises:
         UsageError: it is nothing of the kind.
@@ -202,7 +202,7 @@ def _tensors(inputs: Any, name: str) -> Any:
 
 
 def _numbers(values: Any, name: str) -> Tensor:
-    """A tensor, of float32 and int64 where it is of other widths."""
+    """Convert values to a tensor, other widths of numbers to float32 and int64."""
     try:
         made = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -282,7 +282,7 @@ def fixed_test(everything: Cut) -> tuple[Cut, Cut]:
 
 
 def stratified_indices(split: Examples, share: float, seed: int) -> Tensor:
-    """Indices (M,) of a random ``share`` of the examples of each class (of all, where there are no classes)."""
+    """Draw indices (M,) of a random ``share`` of the examples of each class (of all, where there are no classes)."""
     generator = torch.Generator().manual_seed(seed)
     count = len(split)
     if split.targets is None or split.targets.dim() != 1 or split.targets.is_floating_point():

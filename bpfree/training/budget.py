@@ -1,4 +1,4 @@
-"""How much of its budget a run has used, and a phase of its own share: what ends when."""
+"""The share of its budget that a run has used, and that of a phase: when each of them ends."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BudgetTracker:
         self.passes = 0 if budget.epochs is None else self._count_passes(setup.rule)
 
     def _count_passes(self, rule: Rule) -> int:
-        """Passes that the phases amount to. Where they are open or endless, the budget's epochs, which then end the run."""
+        """Count the passes of all phases; where phases are open or endless, return the budget's epochs, which then end the run."""
         steps = itertools.islice(walk(rule, self._budget, self._stages), MOST_PHASES)
         phases = [each for each in steps if isinstance(each, Phase)]
         if len(phases) == MOST_PHASES or any(phase.is_open for phase in phases):
@@ -43,7 +43,7 @@ class BudgetTracker:
         return sum(phase.epochs or 0 for phase in phases)
 
     def used(self) -> float:
-        """Share of the budget that is used.
+        """Return the share of the budget that is used.
 
         Raises:
             UsageError: it is in forward-pass equivalents or operations, which are not known.
@@ -60,11 +60,11 @@ class BudgetTracker:
         return (at.epoch + at.share) / max(1, self.passes)
 
     def is_over(self) -> bool:
-        """Whether the budget ends the run now."""
+        """Tell whether the budget ends the run now."""
         return self._ends and self.used() >= 1
 
     def phase_progress(self, phase: Phase, progress: float) -> float:
-        """Share of the phase that is over, 0 to 1; of an open one, the run's ``progress``."""
+        """Return the share of the phase that is over, 0 to 1; for an open phase, the run's ``progress``."""
         at = self._state.at
         if phase.seconds is not None:
             return min(1.0, (self._state.clock.report() - at.phase_seconds) / phase.seconds)
@@ -75,11 +75,11 @@ class BudgetTracker:
         return min(1.0, (at.phase_epoch + at.share) / phase.epochs) if phase.epochs else progress
 
     def phase_is_over(self, phase: Phase) -> bool:
-        """Whether it is, at the end of a pass or before the first."""
+        """Tell whether the phase is over, at the end of a pass or before the first."""
         return self.is_used_up(phase) or (phase.epochs is not None and self._state.at.phase_epoch >= phase.epochs)
 
     def is_used_up(self, phase: Phase) -> bool:
-        """Whether the phase's seconds, forwards or operations, or the run's budget are, which may be in the middle of a pass."""
+        """Tell whether the phase's seconds, forwards or operations, or the run's budget, are used up; this may be within a pass."""
         state = self._state
         if phase.seconds is not None and state.clock.report() - state.at.phase_seconds >= phase.seconds:
             return True

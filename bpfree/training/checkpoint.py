@@ -58,7 +58,7 @@ class _Hashed:
         self.trouble: OSError | None = None
 
     def write(self, content: Any) -> int:
-        """Write, and hash."""
+        """Write the bytes and add them to the hash."""
         self.digest.update(content)
         try:
             return self._file.write(content)
@@ -72,7 +72,7 @@ class _Hashed:
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write or replace the file as a whole, with the digest of its bytes at the end; what killed processes have left is removed.
+    """Write or replace the file as a whole, with the digest of its bytes at the end; remove the temporary files of killed processes.
 
     Raises:
         DiskError: it cannot be written; the one before it stays.
@@ -94,7 +94,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint whose bytes are those that were written.
+    """Read a checkpoint, and refuse it unless its bytes are those that were written.
 
     One of version 0.1, which has no digest, is read with a warning.
 
@@ -131,7 +131,7 @@ def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[s
 
 
 def _check_digest(file: IO[bytes], path: Path) -> bool:
-    """Whether the file has a digest; it is at its beginning afterwards.
+    """Tell whether the file has a digest, check it, and leave the file at its beginning.
 
     Raises:
         BpfreeError: the digest is another than that of its bytes.
@@ -162,7 +162,7 @@ def _warn_undigested(path: Path) -> None:
 
 
 def check_rule(content: Mapping[str, Any], rule: Rule, path: Path) -> None:
-    """Refuse the checkpoint of another rule.
+    """Refuse a checkpoint of a different rule.
 
     Raises:
         BpfreeError: it is.
@@ -173,7 +173,7 @@ def check_rule(content: Mapping[str, Any], rule: Rule, path: Path) -> None:
 
 
 def replay(rule: Rule, steps: Iterator[Stage | Phase], content: Mapping[str, Any]) -> Iterator[Stage | Phase]:
-    """Begin the stages and phases that had begun when a checkpoint was written, which may make parameters; its weights fit afterwards.
+    """Begin the stages and phases that had begun when a checkpoint was written: they may make parameters, which its weights need.
 
     Args:
         rule: freshly built.
@@ -191,7 +191,7 @@ def replay(rule: Rule, steps: Iterator[Stage | Phase], content: Mapping[str, Any
 
 
 def load_weights(rule: Rule, content: Mapping[str, Any], where: str = "", fix: str = "") -> None:
-    """Take up a checkpoint's weights, once its phases are replayed.
+    """Load a checkpoint's weights, after its phases have been replayed.
 
     Raises:
         BpfreeError: they do not fit the network.
@@ -208,7 +208,7 @@ def load_weights(rule: Rule, content: Mapping[str, Any], where: str = "", fix: s
 
 
 def keep_weights(folder: Path) -> None:
-    """Keep one checkpoint of a run that is over, with the weights that were tested and nothing that only a resumed run needs.
+    """Keep one checkpoint of a run that is over, with the weights that were tested and without what only a resumed run needs.
 
     Args:
         folder: of the checkpoints. Nothing changes where there is none, or where it cannot be read or written.
@@ -222,7 +222,7 @@ def keep_weights(folder: Path) -> None:
 
 
 def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: str = "last") -> Path:
-    """The checkpoint that a person means: a file, a run's folder, or a run's name under the output folder.
+    """Find a checkpoint by its file, by a run's folder, or by a run's name under the output folder.
 
     Args:
         place: what was given.

@@ -52,7 +52,7 @@ class BudgetConfig:
 
 @dataclass
 class EvaluationConfig:
-    """When and how predictions are scored; none of it counts as training time."""
+    """When and how predictions are scored; evaluation does not count as training time."""
 
     every: int = option(1, "epochs between evaluations; the last one is always evaluated", ge=1)
     batch_size: int = option(512, "examples per forward pass", ge=1)

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: what is in them, and resuming from one."""
+"""The checkpoints of one run: their contents, and resuming from one."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Checkpoints:
         self._write("selected.pt", {"weights": weights, "score": score})
 
     def _history(self, path: Path) -> list[dict[str, float]]:
-        """Learning curves so far, from the log in the checkpoint's folder."""
+        """Read the learning curves so far from the log in the checkpoint's folder."""
         if self._run.history or not self._writes:
             return self._run.history
         try:
@@ -82,7 +82,7 @@ class Checkpoints:
             return []
 
     def read(self, path: Path) -> Mapping[str, Any]:
-        """Read a checkpoint and take up its position; weights follow when the phases have been replayed.
+        """Read a checkpoint and restore its position; weights follow when the phases have been replayed.
 
         Raises:
             BpfreeError: it is of another rule or other data, or holds weights only.
