@@ -43,7 +43,7 @@ def resolve(leaves: Iterable[Leaf] | Mapping[str, Any], registry: Plugins | None
 
 
 def allowing(words: Iterable[Leaf] = (), files: Iterable[str | Path] = ()) -> Plugins:
-    """The installed plugins, in which names may also lead to code in files that somebody has named.
+    """Return the installed plugins, with permission to execute the named files of code.
 
     Args:
         words: settings; those that were typed as words of the command line (``Leaf.word``) allow the files that they name.
@@ -64,7 +64,7 @@ def recipe_of(
     where: str,
     registry: Plugins | None = None,
 ) -> Recipe:
-    """The recipe that a checkpoint holds, with changes.
+    """Read the recipe of a checkpoint, with changes.
 
     Args:
         saved: the nested configuration.
@@ -97,7 +97,7 @@ def recipe_of(
 
 
 def _name_in(leaf: Leaf) -> str:
-    """The name given for a section; empty where it is not a name."""
+    """Return the name given for a section; empty where the value is not a name."""
     try:
         return str(typed(leaf.value, str, leaf.key)).strip()
     except Misfit:
@@ -105,7 +105,7 @@ def _name_in(leaf: Leaf) -> str:
 
 
 def load_task(name: str, *, root: str | Path | None = None, validation: float = 0.1, split_seed: int = 0, **options: Any) -> Task:
-    """A registered task with its splits, for use from Python.
+    """Load a registered task with its splits, for use from Python.
 
     Args:
         name: such as ``digits`` or ``mnist``.

@@ -1,4 +1,4 @@
-"""Settings of the whole process that foreign code may change: torch's, the working folder, the answers to signals."""
+"""Settings of the whole process that foreign code may change: torch's, the working folder, signal handlers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 
 @contextmanager
 def unchanged() -> Iterator[list[str]]:
-    """Give the process back as it was, whatever is done inside.
+    """Restore the process's settings after the body, and list those that it changed.
 
     Torch's global generator may draw inside: its state comes back without a word. Answers to signals come back too, in the main thread.
 

@@ -1,4 +1,4 @@
-"""From leaves to a recipe: values of the right type, names that are known, nothing that does nothing."""
+"""Resolution of leaves to a recipe: values of the right type, known names, no setting without effect."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Resolver:
                 self._nameless(section, leaf)
 
     def _spelled_out(self, leaf: Leaf) -> list[Leaf]:
-        """``network=torchvision:resnet18`` as the name and the model; anything else as it is."""
+        """Split ``network=torchvision:resnet18`` into the name and the model; return any other leaf unchanged."""
         try:
             text = typed(leaf.value, str, leaf.key) if leaf.key == "network.name" else ""
         except Misfit:
@@ -111,7 +111,7 @@ class Resolver:
         return filled
 
     def _options(self, base: Any, prefix: str) -> Any:
-        """``base`` with the leaves under ``prefix``, without idle ones."""
+        """Return ``base`` with the leaves under ``prefix``, without idle ones."""
 
         def fill() -> Any:
             return self._fill(base, prefix)
@@ -119,7 +119,7 @@ class Resolver:
         return self._without_idle(fill(), fill, lambda filled: idle_options(filled, base, prefix))
 
     def _without_idle(self, filled: Filled, fill: Callable[[], Filled], find: Callable[[Filled], Iterable[tuple[str, str]]]) -> Filled:
-        """Values without shared ones that do nothing here; others that do nothing are problems."""
+        """Return the values without idle shared settings; other idle settings are problems."""
         for _ in range(len(self.leaves) + 1):
             if not self._drop(find(filled)):
                 break
@@ -127,7 +127,7 @@ class Resolver:
         return filled
 
     def _drop(self, found: Iterable[tuple[str, str]]) -> bool:
-        """Move shared leaves that do nothing to the unused ones, and note the others as problems; whether there were shared ones."""
+        """Move idle shared leaves to the unused ones, note the others as problems, and tell whether there were shared ones."""
         dropped = False
         for key, reason in list(found):
             given = [leaf for leaf in self.leaves if f"{leaf.key}.".startswith(f"{key}.")]
@@ -153,7 +153,7 @@ class Resolver:
             return None
 
     def _coded(self, kind: str, section: str, code: CodeName) -> Any:
-        """What is in a file: from here on it goes by its short name; the recorded name has the place and the hash."""
+        """Return the object in a file, to which its short name refers from here on; the recorded name has the place and the hash."""
         thing, owner = self.registry.coded(kind, code, where=f"{section}.name")
         self.registry = self.registry.knowing(kind, code.short, thing, owner)
         self.names[section] = code.short
@@ -188,7 +188,7 @@ class Resolver:
     # --- values -----------------------------------------------------------------------------------------------------
 
     def _fill(self, base: Any, prefix: str, mine: Any = lambda name: True, *, known: set[str] | None = None) -> Any:
-        """``base`` with the leaves under ``prefix``, as an instance of its class; notes what does not fit."""
+        """Return ``base`` with the leaves under ``prefix``, as an instance of its class, and note what does not fit."""
         node = _tree(base)
         for leaf in self.leaves:
             if not leaf.key.startswith(prefix):
@@ -254,7 +254,7 @@ class Resolver:
         return f"unknown key {leaf.key}{owner}: {hint} ({leaf.origin})"
 
     def _all_keys(self) -> list[str]:
-        """Every key that is known by now: of the rule, the task and the rest."""
+        """List every key that is known by now: of the rule, the task and the rest."""
         known = {"rule": {}, "network": {}, "task": dataclasses.asdict(TaskCommon())}
         for section, keys in known.items():
             if self.names[section] in self.registry.names(f"{section}s"):
@@ -323,7 +323,7 @@ class Resolver:
 
 
 def _fits(config: type, key: str, value: Any) -> bool:
-    """Whether a value that a rule implies, perhaps for another network, is one of this one: presets are not the same everywhere."""
+    """Tell whether a value that a rule implies is valid for this network: presets are not the same everywhere."""
     if key not in {item.name for item in dataclasses.fields(config)}:
         return False
     try:
@@ -335,7 +335,7 @@ def _fits(config: type, key: str, value: Any) -> bool:
 
 @lru_cache(maxsize=1024)
 def _kind(config: Any, key: str) -> Any:
-    """The type of a key of a dataclass; anything inside a free mapping."""
+    """Return the type of a key of a dataclass; anything inside a free mapping."""
     if not dataclasses.is_dataclass(config):
         return Any
     return typing.get_type_hints(config)[key]
@@ -343,7 +343,7 @@ def _kind(config: Any, key: str) -> Any:
 
 @lru_cache(maxsize=256)
 def _defaults(config: type) -> tuple[Any, DictConfig]:
-    """An instance with the defaults, and its tree: to be copied, since it takes milliseconds to make one."""
+    """Make an instance with the defaults, and its tree, which callers copy because it takes milliseconds to make."""
     tree: DictConfig = OmegaConf.structured(config())
     return config(), tree
 

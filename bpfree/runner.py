@@ -1,4 +1,4 @@
-"""Running a recipe: its folder, its observers, its trainer; also resuming a run.
+"""Running a recipe, with its folder, its observers and its trainer; also resuming a run.
 
 Where a launcher has started several processes, each of them runs the same recipe: the first one makes the folder and observes.
 """
@@ -80,7 +80,7 @@ def run(
 
 
 def new_record(recipe: Recipe, run_id: str | None) -> Run:
-    """A run with its folder, which is made.
+    """Make a run with its folder.
 
     Raises:
         UsageError: the run of this identifier has a checkpoint.
@@ -140,7 +140,7 @@ def resume(
 def find_run(
     place: str, output: str, changes: Sequence[Leaf], registry: Plugins | None = None
 ) -> Run | tuple[Run, Path, dict[str, Any], dict[str, str]]:
-    """A run that can be resumed, its checkpoint, its configuration before the changes, and tags; or the run as it ended.
+    """Find a run to resume, with its checkpoint, its configuration before the changes, and its tags; or the run as it ended.
 
     Raises:
         BpfreeError: no such run, or one that does not fit the changes.
@@ -168,7 +168,7 @@ def find_run(
 
 
 def known_run(folder: Path) -> Run | None:
-    """A run as its log has it, if there is one."""
+    """Read a run from its log, if there is one."""
     try:
         return read_run(folder)
     except BpfreeError:
@@ -176,7 +176,7 @@ def known_run(folder: Path) -> Run | None:
 
 
 def ids_of(folder: Path) -> set[str]:
-    """Every identifier that a run has had: a copy gets one of its own."""
+    """Return every identifier that a run has had: a copy gets one of its own."""
     return {str(event.get("id")) for event, _ in RunFolder(folder).log.read() if event["event"] in ("begin", "copied")}
 
 
@@ -195,7 +195,7 @@ def refuse_changes(keys: Iterable[str]) -> None:
 
 
 def has_finished(place: str, *, output: str = "runs") -> bool:
-    """Whether a run has come to its end: then ``resume`` without changes returns it as it is.
+    """Tell whether a run has ended: then ``resume`` without changes returns it unchanged.
 
     Raises:
         UsageError: no such run.
@@ -205,7 +205,7 @@ def has_finished(place: str, *, output: str = "runs") -> bool:
 
 
 def tests_before(run: Run | None) -> int:
-    """How often a run has seen the test split, by its log: 0 if it has not finished, whatever its settings are."""
+    """Count how often a run has seen the test split, by its log: 0 if it has not finished, whatever its settings are."""
     if run is None:
         return 0
     meant = bool(run.config.get("evaluation.test", True))
@@ -236,7 +236,7 @@ def remove_untrained(folder: Path) -> None:
 
 
 def make_folder(folder: Path, *, again: bool = False) -> None:
-    """A folder for a run: a new one, unless it begins again.
+    """Make a folder for a run: a new one, unless the run starts again.
 
     Raises:
         BpfreeError: it cannot be written.
@@ -304,7 +304,7 @@ def _train(
 
 
 def places(tracking: TrackingConfig, folder: Path) -> list[str]:
-    """Where else than in its folder a run is recorded: its trackers, MLflow with the address of its store."""
+    """List where a run is recorded besides its folder: its trackers, MLflow with the address of its store."""
     if not tracking.enabled:
         return []
     return [f"mlflow, {tracking.resolve_uri(folder.parent)}" if name == "mlflow" else name for name in tracking.to]
@@ -325,7 +325,7 @@ class RecipeFile:
 
     @hookimpl(tryfirst=True)
     def run_start(self, run: Run) -> None:
-        """Write them."""
+        """Write the files."""
         if run.folder is None:
             return
         place = RunFolder(run.folder)
@@ -339,7 +339,7 @@ class RecipeFile:
 
 
 def copy_of(file: CodeFile, folder: Path) -> Path:
-    """Keep a copy of a file of code, as a record: it is never executed. That of an earlier version, or of another file, stays."""
+    """Copy a file of code into the record, where it is never executed; copies of other files or versions stay."""
     path = folder / file.path.name
     if path.exists() and path.read_bytes() != file.source:
         path = folder / f"{file.path.stem}-{file.hash}.py"
@@ -349,7 +349,7 @@ def copy_of(file: CodeFile, folder: Path) -> Path:
 
 
 def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> list[Any]:
-    """Pictures, plots, progress display, the diagnostics asked for, and every plugin that observes."""
+    """Make the observers: pictures, plots, progress display, the configured diagnostics, and every plugin that observes."""
     from bpfree.tracking.pictures import Pictures
     from bpfree.tracking.plots import Plots
     from bpfree.tracking.progress import ProgressDisplay
@@ -362,7 +362,7 @@ def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> lis
 
 
 def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
-    """What a run can be found by; also what the rule declares of itself, and how many lines of code it is."""
+    """Return the tags by which a run can be found, with the rule's traits and its lines of code."""
     lines = class_lines(type(rule))
     owner = recipe.registry.owner("rules", recipe.names["rule"])
     return {

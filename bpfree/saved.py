@@ -113,7 +113,7 @@ def _class_at(address: str) -> type[TaskSpec] | None:
 
 
 def _belongs(module: str, plugin: Path) -> bool:
-    """Whether a module is of the package whose ``__init__.py`` (or module of its own) registers a plugin."""
+    """Tell whether a module is of the package whose ``__init__.py`` (or module of its own) registers a plugin."""
     return module.partition(".")[0] == (plugin.parent.name if plugin.name == "__init__.py" else plugin.stem)
 
 

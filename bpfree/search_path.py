@@ -1,4 +1,4 @@
-"""Where processes of ours import modules from: not from the folder that a command happens to be given in."""
+"""The module search path of processes that this one starts, without the folder in which a command is given."""
 
 from __future__ import annotations
 
