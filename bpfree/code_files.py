@@ -1,6 +1,6 @@
 """Code that is named by its file, ``FILE.py:NAME``: a rule, a network or a task that no plugin has registered.
 
-To name a file is to ask for its code to be executed, and a configuration, a study file or a run's folder may be somebody else's. So a
+To name a file is to ask for its code to be executed, and a configuration, a study file or a run's folder may be another user's. So a
 file is executed only where the person at the command line has named that very file, in a word ``rule=FILE.py:NAME`` or with
 ``--allow-code FILE``. A file is read once, when it is allowed: what is hashed is what is executed, also in workers, to which the text
 travels.

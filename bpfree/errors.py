@@ -54,7 +54,7 @@ class UsageError(BpfreeError):
     def of(cls, problems: Iterable[str], place: str, *, where: str = "", fix: str = "") -> UsageError:
         """Make one error of all problems in a place, such as ``study``; each problem counts once."""
         listed = list(dict.fromkeys(problems))
-        several = f"{len(listed)} things are wrong in the {place}:\n" + "\n".join(f"  - {problem}" for problem in listed)
+        several = f"{len(listed)} problems in the {place}:\n" + "\n".join(f"  - {problem}" for problem in listed)
         return cls(listed[0] if len(listed) == 1 else several, where=where, fix=fix, problems=listed)
 
 

@@ -53,7 +53,7 @@ def _temporary(path: Path) -> tuple[Path, IO[bytes]]:
             fcntl.flock(file, fcntl.LOCK_EX)
         if temporary.exists():
             return temporary, file
-        file.close()  # somebody has looked at it before it was locked, and taken it for abandoned
+        file.close()  # another process removed it as abandoned before it was locked
 
 
 def remove_abandoned(folder: Path, names: str) -> None:
@@ -78,7 +78,7 @@ def write_text(path: Path, text: str) -> None:
 def inside(folder: Path, name: str) -> Path | None:
     """Find a file or folder that a record names; ``None`` where it would lie outside, and must not be opened.
 
-    A record may be somebody else's, and name anything: an absolute path, one with ``..``, a symbolic link that leads out.
+    A record may come from another user, and name anything: an absolute path, one with ``..``, a symbolic link that leads out.
 
     Args:
         folder: that the record belongs to.

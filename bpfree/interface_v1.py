@@ -21,13 +21,13 @@ from bpfree.options import OptimizerConfig
 __all__ = ["FUNCTIONS", "install", "install_hooks", "readout", "translate"]
 
 FUNCTIONS = ("traits", "optimizer", "optimizer_keys", "shared_groups", "draws")
-"""What became a function, ``NAME_of``; what a rule says of itself can still be read by this name."""
+"""Attributes of a class that became functions, ``NAME_of``; on a rule they can still be read."""
 RENAMED = {"own_network": "brings_network", "final": "final_prediction", "in_passing": "quick_predictions"}
-"""Names of a rule."""
+"""Old names of a rule's attributes, with their new ones."""
 STEPLESS = {"encode": 1, "hand_over": 2}
 """Hooks of streamed rules that were given no step: how many arguments they had, and still have in an old spelling."""
 READOUTS = {True: "required", False: "optional"}
-"""What the trait ``readout`` said."""
+"""Values of the trait ``readout`` for those of interface 1."""
 
 
 def install(rule: type, step: type) -> None:
@@ -136,7 +136,7 @@ def _of_property(rule: type, name: str, said: Any) -> tuple[Callable[..., Any], 
         stand_in.config, stand_in.network = config, network
         try:
             return value(stand_in)
-        except Exception:  # it needs more than there is, whatever that raises: not known before the rule is built
+        except Exception:  # the property needs a built rule, and may raise any exception
             return OptimizerConfig() if name == "optimizer" else getattr(super(rule, cls), new)(config, network)
 
     return function, value

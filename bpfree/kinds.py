@@ -103,5 +103,5 @@ def _has_options(thing: Any) -> bool:
     config = getattr(thing, "Config", NoOptions)
     try:
         return isinstance(config, type) and all(True for _ in describe(config))
-    except (TypeError, NameError, AttributeError):  # no dataclass, or types that mean nothing
+    except (TypeError, NameError, AttributeError):  # no dataclass, or types that cannot be resolved
         return False

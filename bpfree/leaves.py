@@ -35,8 +35,8 @@ FORMER = {"frozen_twin": "twin"}
 """Keys by their former names, which saved configurations may have."""
 NAMED = ("rule", "network", "task", "optimizer", "schedule")
 """Sections that may be given by their name alone."""
-REFERENCE = "${...} stands for another value in words of the command line alone: write the value itself"
-"""What is wrong with a value in a file, which may be somebody else's: ``${oc.env:NAME}`` would read this user's environment."""
+REFERENCE = "${...} is replaced only on the command line: write the value itself"
+"""What is wrong with a value in a file, which another user may have written: ``${oc.env:NAME}`` would read this user's environment."""
 
 
 @dataclass(frozen=True)

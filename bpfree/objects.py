@@ -127,7 +127,7 @@ class _Call:
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
-    except (NameError, TypeError, AttributeError):  # annotations that mean nothing here
+    except (NameError, TypeError, AttributeError):  # annotations that cannot be resolved here
         return {}
 
 

@@ -62,13 +62,13 @@ class OptimizerConfig:
     ``None`` means the rule's default, or else the optimiser's own.
     """
 
-    name: str = option("auto", "a class of torch.optim in any case (sgd, adamw, ...), or auto: what the rule declares")
+    name: str = option("auto", "a class of torch.optim, in upper or lower case (sgd, adamw, ...), or auto: as the rule declares")
     lr: float | None = option(None, "learning rate", gt=0)
     weight_decay: float | None = option(None, "weight decay", ge=0)
     momentum: float | None = option(None, "momentum (optimisers that have one)", ge=0, lt=1)
     options: dict[str, Any] = option(factory=dict, help="further arguments of the optimiser, such as betas")
     addons: list[Any] = option(
-        factory=list, help="what changes gradients before the optimiser, in order: names, or {name: ..., option: ...}"
+        factory=list, help="add-ons that change gradients before the optimiser, in order: names, or {name: ..., option: ...}"
     )
 
     def over(self, base: OptimizerConfig) -> OptimizerConfig:

@@ -306,7 +306,11 @@ class Plugins:
                 module = file.module()
         except Broken as error:
             missing = isinstance(error.__cause__, ImportError)
-            fix = "it may import what is installed, and no files beside it: several files are a plugin" if missing else "mend the file"
+            fix = (
+                "a file of code may import installed packages, but no neighbouring file: write a plugin for several files"
+                if missing
+                else "correct the file"
+            )
             raise UsageError(f"{file.path.name} {error}", where=file.line_of(error.__cause__), fix=fix) from error
         if not hasattr(module, code.name):
             names = [name for name, thing in vars(module).items() if getattr(thing, "__module__", "") == module.__name__]

@@ -23,7 +23,7 @@ def _set_default_device(device: torch.device) -> None:
 def _folder() -> str:
     try:
         return os.getcwd()
-    except OSError:  # somebody has removed it
+    except OSError:  # the folder has been removed
         return os.curdir
 
 
@@ -68,7 +68,7 @@ def unchanged() -> Iterator[list[str]]:
                 yield changed
             finally:
                 found = [name for name, (get, _) in SETTINGS.items() if get() != before[name]]
-                found += ["the answers to signals"] if _answers() != answers else []
+                found += ["the signal handlers"] if _answers() != answers else []
     finally:
         for name in found:
             if name in SETTINGS:

@@ -43,7 +43,7 @@ def import_ray(address: str | None) -> Any:
 
 
 def _is_own(address: str | None) -> bool:
-    return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"  # which is Ray's word for it
+    return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"  # Ray's word for a new cluster on this machine
 
 
 def connect(ray: Any, address: str | None, *, processors: float) -> bool:

@@ -180,7 +180,7 @@ class Recipe:
         found = [named_augmentation(entry, find) for entry in self.task.augment]
         names = augmentation_names(self.task.augment)
         if twice := next((name for name in names if names.count(name) > 1), ""):
-            raise UsageError(f"{twice} is named twice, and would draw the same twice", where="task.augment", fix="name it once")
+            raise UsageError(f"{twice} is named twice, and both would draw the same numbers", where="task.augment", fix="name it once")
         return found
 
     def _refuse_cut(self) -> None:

@@ -15,7 +15,7 @@ __all__ = ["is_redacted", "redact", "redact_logs", "redact_word", "redacted"]
 
 HIDDEN = "***"
 WHOLE = re.compile(r"\A([\w+.-]{1,40}://)(?![/\s])[^\n]*@")
-"""Of a text that is an address, up to its last ``@``: a password may hold blanks."""
+"""An address up to its last ``@``, in a text that is nothing else: a password may hold blanks."""
 USER = re.compile(r"(?<![\w/.])[^\s:/@'\"=()]{1,200}:[^\s/'\"]{1,200}@(?=[\w\[])")
 """``user:password@host``, as it is typed without a scheme."""
 QUERY = re.compile(r"\?[\w.~%\[\]-]{1,80}=")

@@ -263,7 +263,7 @@ class Resolver:
 
     def _check_settings(self, rule: type[Rule], config: Any, spec: TaskSpec, common: TaskCommon, settings: RunConfig) -> None:
         if common.validation == 0 and settings.select == "best-val":
-            self.problems.append("task.validation=0 leaves nothing to choose by: it needs select=last")
+            self.problems.append("task.validation=0 leaves no validation split to select weights on: use select=last")
         if settings.accumulate > settings.batch_size:
             self.problems.append(
                 f"accumulate={settings.accumulate} needs at least as many examples per update, batch_size={settings.batch_size}"

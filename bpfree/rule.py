@@ -169,7 +169,7 @@ class Rule(nn.Module, ABC):
             )
         if has_own_loss(self.spec) and not traits.own_loss:
             raise UsageError(
-                f"{name} teaches a loss of its own, but the task brings one: {type(self.spec).__name__}",
+                f"{name} learns from a loss of its own, but the task brings one: {type(self.spec).__name__}",
                 where=f"task {self.spec.name}",
                 fix="choose a rule that learns from the task's loss (trait own_loss)",
             )
@@ -177,7 +177,7 @@ class Rule(nn.Module, ABC):
             raise UsageError(
                 f"{name} cannot learn from targets of kind {self.spec.targets!r}",
                 where=f"task {self.spec.name}",
-                fix=f"it can from: {', '.join(traits.targets)}",
+                fix=f"it accepts: {', '.join(traits.targets)}",
             )
         if traits.readout == "required":
             check_readout(self.network, self.spec)

@@ -96,7 +96,7 @@ class ReadOnly(dict[str, Any]):
     """A read-only copy of a mapping, which is a dictionary to its readers (``json.dumps``, ``isinstance``)."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError("observers see this read-only: work on dict(...) of it")
+        raise TypeError("observers get a read-only mapping: change a copy, dict(...)")
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
 

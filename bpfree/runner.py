@@ -159,7 +159,7 @@ def find_run(
         complete(folder)
         return before
     if about is None:
-        fix = "use last.pt; or start a new run: of a study's finished cells the weights alone are kept"
+        fix = "use last.pt, or start a new run (of a study's finished cells only the weights are kept)"
         raise BpfreeError("the checkpoint holds weights only: a run cannot be resumed from it", where=str(path), fix=fix)
     own = RunFolder(folder).name_copy() or (before.id if before else about["id"])
     record = Run(own, about["name"], folder=folder, tags=before.tags if before else {}, history=before.history if before else [])

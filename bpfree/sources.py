@@ -94,7 +94,7 @@ OF_EXAMINER = ("certify",)
 CONTRACT, EXAMINER, REST = "bpfree contract", "bpfree examiner", "bpfree"
 """Names of the parts of the core in a certificate."""
 MOST_KNOWN = 5000
-"""Hashes that are kept."""
+"""Largest number of cached hashes."""
 
 
 def source_hashes(recipe: Recipe) -> dict[str, str]:
@@ -155,7 +155,7 @@ def source_of(made: type | FunctionType) -> str:
     try:
         return hash_of_python(textwrap.dedent(inspect.getsource(made)).encode())[:16]
     except (OSError, TypeError) as error:
-        what = f"the source of {made.__qualname__} cannot be read, so that nobody would notice a change"
+        what = f"the source of {made.__qualname__} cannot be read, so a change would go unnoticed"
         raise UsageError(what, where=made.__module__, fix="write it into a file") from error
 
 

@@ -28,7 +28,7 @@ NULL = re.compile(r"^(?:null|Null|NULL|~|)$")
 BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 
 MOST_CHARACTERS, MOST_VALUES, MOST_LEVELS, MOST_DIGITS = 1_000_000, 50_000, 50, 100
-"""Of a text (values with what its aliases stand for); beyond, it is refused before any of it is made."""
+"""Limits of a text (values are counted with aliases expanded); a larger one is refused before it is parsed."""
 
 
 class TooMuch(yaml.YAMLError):
@@ -89,7 +89,7 @@ def _checked(text: str) -> str:
         TooMuch: it is not.
         yaml.YAMLError: it is not YAML.
     """
-    if len(text) <= MOST_DIGITS and "*" not in text:  # too short for any of it
+    if len(text) <= MOST_DIGITS and "*" not in text:  # too short to exceed a limit
         return text
     if len(text) > MOST_CHARACTERS:
         raise TooMuch(f"more than {MOST_CHARACTERS} characters")
@@ -99,7 +99,7 @@ def _checked(text: str) -> str:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes and event.anchor in (anchor for anchor, _ in above):
-                raise TooMuch(f"line {event.start_mark.line + 1}: *{event.anchor} stands for what it is part of")
+                raise TooMuch(f"line {event.start_mark.line + 1}: *{event.anchor} refers to a value that contains it")
             count += sizes.get(event.anchor, 1)
         elif isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)):
             count += 1

@@ -306,7 +306,9 @@ def one_input(nodes: list[fx.Node]) -> list[fx.Node]:
     if len(used) != 1:
         names = ", ".join(node.name for node in used)
         raise UsageError(
-            f"a module that is split must use one input, not {len(used)}", where=names, fix="wrap it in a module that gives the others"
+            f"a module that is split must use one input, not {len(used)}",
+            where=names,
+            fix="wrap it in a module that supplies the other inputs",
         )
     return [node for node in nodes if node.op != "placeholder" or node is used[0]]
 

@@ -20,7 +20,7 @@ INITIALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "lecun-normal": lambda weight: nn.init.normal_(weight, std=1 / math.sqrt(weight[0].numel())),
     "orthogonal": nn.init.orthogonal_,
 }
-"""Each with gain 1, but for He's, whose gain is the square root of two."""
+"""Initialisations by name, each with gain 1, except for He's, whose gain is the square root of two."""
 
 
 @torch.no_grad()

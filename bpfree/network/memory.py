@@ -15,7 +15,7 @@ from bpfree.network.network import Network
 __all__ = ["built"]
 
 SMALL = 2**28
-"""Bytes that may be asked for before it is found out how many there will be."""
+"""Bytes of new tensors above which a network's size is determined before it is made."""
 
 
 class _Large(Exception):
@@ -70,7 +70,7 @@ def _bytes_of(build: Callable[[], Network]) -> int:
         with torch.device("meta"):
             return sum(p.numel() * p.element_size() for p in build().parameters())
     except UsageError:
-        return 0  # which it will say again
+        return 0  # the builder will raise it again
     except Exception as error:
         if "overflow" in str(error):
             raise UsageError(

@@ -73,7 +73,7 @@ def probe(module: nn.Module, sites: Sequence[Site], input_shape: torch.Size, gro
         torch.default_generator.manual_seed(0)
         perturber = Perturber(_random(copy.deepcopy(module).cpu().double()), quick=False)
         x = torch.randn(EXAMPLES, *input_shape, dtype=torch.float64)
-        apart = _stays(perturber, sites, x, _by_example)  # the usual case, at the price of one execution
+        apart = _stays(perturber, sites, x, _by_example)  # the usual case, which costs one execution
         return [_measure(perturber, site, x, groups, apart) for site in sites]
 
 

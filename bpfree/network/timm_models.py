@@ -24,7 +24,7 @@ class TimmConfig:
     model: str = option("resnet18", "name that timm.create_model takes")
     at: list[str] = option(factory=list, help="submodules that begin a block, such as blocks.1 (none: a block per layer or residual block)")
     options: dict[str, Any] = option(factory=dict, help="arguments of timm.create_model, such as drop_path_rate")
-    image_size: int = option(0, "resize the images to squares of so many pixels in front of the model (0: as they are)", ge=0, le=4096)
+    image_size: int = option(0, "side in pixels of the squares to which images are resized (0: not resized)", ge=0, le=4096)
 
 
 def timm_network(spec: TaskSpec, config: TimmConfig | None = None) -> Network:

@@ -29,7 +29,7 @@ class TorchvisionConfig:
         factory=list, help="submodules that begin a block, such as layer1.0 (none: one block per layer or residual block)"
     )
     options: dict[str, Any] = option(factory=dict, help="arguments of the model's constructor, such as width_per_group")
-    image_size: int = option(0, "resize the images to squares of so many pixels in front of the model (0: as they are)", ge=0, le=4096)
+    image_size: int = option(0, "side in pixels of the squares to which images are resized (0: not resized)", ge=0, le=4096)
     small_stem: bool = option(True, "ResNets on images below 64 pixels: begin with a 3x3 convolution of stride 1, without max-pooling")
 
 

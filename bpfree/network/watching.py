@@ -28,11 +28,11 @@ __all__ = ["main_output", "watch"]
 logger = logging.getLogger("bpfree.network")
 
 READS = {"__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
-"""What makes Python values of a tensor's, on which control flow may depend."""
+"""Functions that turn a tensor's values into Python values, on which control flow may depend."""
 SCORES = ("logits", "scores", "output", "out")
 """Names of the scores among several outputs."""
 BATCHES = (2, 3)
-"""Numbers of examples that are watched."""
+"""Numbers of examples in the passes that are watched."""
 
 
 class Recorder(TorchFunctionMode):
@@ -146,7 +146,9 @@ class Recorder(TorchFunctionMode):
             return self._refs[id(tensor)]
         path = self._attributes.get(id(tensor))
         if path is None:
-            raise UsageError("it works on a tensor that is neither made of its input nor an attribute of it", where=self._scopes[-1])
+            raise UsageError(
+                "it uses a tensor that is neither computed from its input nor an attribute of the module", where=self._scopes[-1]
+            )
         return self._append(Operation("get_attr", path, (), {}, path.rpartition(".")[0]))
 
     def _value(self, output: Any) -> Ref | None:
@@ -181,7 +183,7 @@ def watch(module: nn.Module, input_shape: Sequence[int], at: Sequence[str]) -> T
     if merged(first, trained) is None:
         raise _refusal(name, "its forward depends on self.training, as functional dropout or batch norm does, and a cut would freeze that")
     if first.reads:
-        logger.warning("%s looks at values in its forward (%s): what it does with them is not in the blocks", name, first.reads[0])
+        logger.warning("%s reads values in its forward (%s): the blocks do not contain what depends on them", name, first.reads[0])
     graph, tracer = to_graph(common, first)
     return Traced(module, graph, tracer, input_shape)
 
@@ -218,7 +220,7 @@ def _record(module: nn.Module, x: Tensor, ancestors: set[str], *, training: bool
             return recorder.finish(main_output(output))
     except UsageError as error:
         raise _refusal(type(module).__name__, error.what, error.where) from error
-    except Exception as error:  # of any user code
+    except Exception as error:  # user code may raise any exception
         raise UsageError(
             f"{type(module).__name__} cannot take an input of shape {tuple(x.shape[1:])}",
             where=f"{type(error).__name__}: {first_line(error)}",

@@ -100,14 +100,14 @@ def kind_of(parts: list[Array], where: str) -> Kind:
             refuse(
                 "the targets are whole numbers stored as floats: classes or numbers?",
                 where,
-                "say task.targets=classes or task.targets=real",
+                "set task.targets=classes or task.targets=real",
             )
         return "classes" if integers else "real"
     if whole and low >= 0 and max(part.max() for part in parts) <= 1:
-        fix = "say task.targets=classes (one-hot rows), multilabel, soft, or real (each column is a number)"
+        fix = "set task.targets=classes (one-hot rows), multilabel, soft, or real (each column is a number)"
         refuse("the targets are rows of 0 and 1: one class each, or several labels at once?", where, fix)
     if integers:
-        refuse("the targets are rows of integers", where, "say task.targets=real if they are numbers, tokens if each is a class")
+        refuse("the targets are rows of integers", where, "set task.targets=real if they are numbers, tokens if each is a class")
     return "soft" if all(is_soft(part) for part in parts) else "real"
 
 
@@ -129,7 +129,7 @@ def count_classes(parts: list[Array], classes: int | None, where: str) -> int:
         refuse(f"all labels are {shown}: there is nothing to tell apart", where, "give at least two classes")
     if classes is None and len(labels) < count:
         what = "are counted from 0" if labels[0] else "have no gaps"
-        refuse(f"the labels are {shown}, but classes {what}", where, f"{again}; or say task.classes={count}, if the others exist")
+        refuse(f"the labels are {shown}, but classes {what}", where, f"{again}; or set task.classes={count}, if the others exist")
     return count
 
 

@@ -231,7 +231,7 @@ def scale_of(header: Header, config: ArraysConfig, path: Path) -> float | None:
         refuse(
             "inputs are vectors of uint8: pixels, or numbers to be taken as they are?",
             str(path),
-            "say task.scale=255 or task.scale=1, or task.inputs=tokens",
+            "set task.scale=255 or task.scale=1, or task.inputs=tokens",
         )
     return WHITE if config.layout != "sequence" and len(header.shape) > 2 and header.dtype.kind in "iu" else None
 
@@ -246,7 +246,7 @@ def check_brightness(arrays: Mapping[str, Array], config: ArraysConfig, path: Pa
         largest = max(int(array.max()) for array in arrays.values())
         if 0 < largest < BRIGHT:
             what = f"the largest value of the images ({', '.join(arrays)}) is {largest}: is that white, or is 255?"
-            refuse(what, str(path), f"say task.scale={largest} or task.scale=255 (or 1: taken as they are)")
+            refuse(what, str(path), f"set task.scale={largest} or task.scale=255 (or 1: taken as they are)")
 
 
 def as_inputs(array: Array, config: ArraysConfig, path: Path) -> Tensor:

@@ -198,7 +198,7 @@ def check_augmentations(augment: Sequence[Augmentation], spec: TaskSpec, targets
         what = f"mixing makes soft labels of classes, but task {spec.name!r} has {spec.targets!r} targets"
         raise UsageError(what, where="task.augment", fix="leave mixup and cutmix out")
     if "soft" not in targets:
-        what = f"mixing makes soft labels, from which {rule} cannot learn: it can from {', '.join(targets)} (trait targets)"
+        what = f"mixing makes soft labels, from which {rule} cannot learn: it accepts {', '.join(targets)} (trait targets)"
         raise UsageError(what, where="task.augment", fix="leave mixup and cutmix out, or choose a rule that takes soft targets")
 
 

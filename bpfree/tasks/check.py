@@ -24,7 +24,7 @@ __all__ = ["check_inputs", "check_lengths", "check_split", "check_task", "is_who
 logger = logging.getLogger("bpfree")
 
 CHUNK = 1 << 22
-"""Numbers that are looked at in one go."""
+"""Numbers that are checked at a time."""
 WHITE = 255.0
 """The largest value of a pixel in eight bits."""
 BRIGHT = 64.0
@@ -32,7 +32,7 @@ BRIGHT = 64.0
 SLACK = 0.1
 """Share of their range by which inputs may be outside of it: resizing overshoots."""
 LOOKED_AT = 64
-"""Examples that are checked where they have to be read for it, one by one."""
+"""Number of examples that are checked of a split that is read example by example."""
 SHOWN = 8
 """Labels that a message names."""
 SUM_TOLERANCE = 1e-3
@@ -234,7 +234,7 @@ def _check_part(part: InputPart, leaf: Tensor, name: str, where: str) -> None:
     low, high = _extent(leaf)
     if low < 0 or high >= part.vocabulary:
         what = f"{name} holds integers from {low:g} to {high:g}, but its vocabulary is 0 to {part.vocabulary - 1}"
-        raise UsageError(what, where=where, fix=f"count them from 0, or say vocabulary={int(high) + 1}")
+        raise UsageError(what, where=where, fix=f"count them from 0, or set vocabulary={int(high) + 1}")
 
 
 def _check_finite(inputs: Tensor, extent: Extent, name: str, where: str) -> None:
@@ -257,7 +257,7 @@ def _check_limits(inputs: Tensor, extent: Extent, limits: Extent, name: str, whe
     elif most == 1 and low >= 0:
         fix = "bring them to [0, 1]: pixels of 0 to 255 are divided by 255"
     else:
-        fix = f"bring them to {least:g} to {most:g}; or, when training, say task.scale (TaskSpec(scale=...)): what inputs are divided by"
+        fix = f"bring them to {least:g} to {most:g}; or, when training, set task.scale (TaskSpec(scale=...)): what inputs are divided by"
     raise UsageError(
         f"{name} holds values from {low:g} to {high:g}, but raw inputs of this task lie in {least:g} to {most:g}", where=where, fix=fix
     )

@@ -141,7 +141,7 @@ def _weight_problems(spec: TaskSpec, weights: Any) -> Iterator[str]:
     elif spec.targets not in ("classes", "soft"):
         yield f"task.class_weights is for classes, but task {spec.name!r} has {spec.targets!r} targets"
     elif weights != "balanced" and not _are_weights(weights):
-        yield f"task.class_weights={weights!r}: say none, balanced, or a list of positive numbers, one for each class"
+        yield f"task.class_weights={weights!r}: give none, balanced, or a list of positive numbers, one for each class"
     elif weights != "balanced" and len(weights) != spec.outputs:
         yield f"task.class_weights has {len(weights)} numbers for {spec.outputs} classes"
 

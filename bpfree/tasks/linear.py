@@ -38,7 +38,7 @@ __all__ = [
 logger = logging.getLogger("bpfree")
 
 DEFAULT_PENALTY = 1e-3
-"""Of the weights, where there is no validation split to choose it by."""
+"""Penalty of the weights if there is no validation split to choose it on."""
 GRID = (1e-1, 1e-2, 1e-3, 1e-4)
 """Penalties that are always tried, the strongest first: each solution starts from the one before."""
 WEAKEST, STRONGEST = 1e-8, 1e4

@@ -21,7 +21,7 @@ __all__ = ["ACCURACY", "BUILT_IN", "LOSS", "mean_metric", "whole_metric"]
 Values = Callable[[Any, Tensor, Batch], Tensor]
 Measure = Callable[[Any, Tensor, Tensor | None], float]
 BINS = 15
-"""Of the expected calibration error (Guo et al. 2017)."""
+"""Bins of the expected calibration error (Guo et al. 2017)."""
 
 
 class _Mean:
@@ -322,4 +322,4 @@ BUILT_IN: dict[str, Metric] = {
     "rmse": whole_metric("rmse", _rms, greater=False, summary="root of the mean squared error of an output", kinds=("real",)),
     "r2": whole_metric("r2", _explained, summary="coefficient of determination, mean over outputs", kinds=("real",)),
 }
-"""By the name that ``evaluation.metrics`` takes."""
+"""The metrics by the names that ``evaluation.metrics`` takes."""

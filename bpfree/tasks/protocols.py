@@ -41,10 +41,10 @@ __all__ = [
 ]
 
 RESTARTS, KMEANS_LIMIT, MINI_BATCH = 10, 2**24, 1024
-"""Of k-means: initialisations; numbers (64 MiB of float32) above which it learns from mini-batches, and of how many examples."""
+"""K-means: initialisations; numbers (64 MiB of float32) above which it uses mini-batches; examples of a mini-batch."""
 
 Score = Callable[[Split], Mapping[str, float]]
-"""What a fitted protocol is: features (N, F) and targets to metrics by name, such as ``{"accuracy": 0.9}``."""
+"""A fitted protocol, which maps features (N, F) and targets to metrics by name, such as ``{"accuracy": 0.9}``."""
 
 
 @dataclass(frozen=True)

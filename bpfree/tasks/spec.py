@@ -111,7 +111,7 @@ class TaskSpec:
                 f"{self.outputs} outputs for inputs of shape {tuple(self.input_shape)}", where=where, fix="sizes are 1 or more"
             )
         if self.vocabulary is not None and (self.vocabulary < 1 or self.structure is not None):
-            fix = "give 1 or more" if self.structure is None else "say it in the parts of the structure"
+            fix = "give 1 or more" if self.structure is None else "set it in the parts of the structure"
             raise UsageError(f"vocabulary={self.vocabulary}", where=where, fix=fix)
         if self.class_names and len(self.class_names) != self.outputs:
             what = f"{len(self.class_names)} names of classes for {self.outputs} outputs"

@@ -160,8 +160,8 @@ class DatasetSplit:
 class StreamedSplit:
     """Take examples from an iterable data set of torch, in its own order, pass by pass.
 
-    Its items are ``(inputs, target)`` or inputs alone. It cannot be cut or shuffled here: it shuffles itself, by the epoch that its
-    ``set_epoch`` is told, if it has one. Batches are read in this process.
+    Its items are ``(inputs, target)`` or inputs alone. It cannot be cut or shuffled here: it shuffles itself, by the epoch that is
+    passed to its ``set_epoch``, if it has one. Batches are read in this process.
 
     Args:
         dataset: the data set; each ``iter`` of it begins a pass.
@@ -233,7 +233,7 @@ def _pair(joined: Any, supervised: bool) -> tuple[Any, Tensor | None]:
     if not isinstance(joined, (tuple, list)) or len(joined) != 2:
         raise UsageError(
             f"an item of the data set is {type(joined).__name__}, not a pair of inputs and target",
-            fix="return (inputs, target) from it, or say supervised=False",
+            fix="return (inputs, target) from it, or set supervised=False",
         )
     return joined[0], torch.as_tensor(joined[1])
 

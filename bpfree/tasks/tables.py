@@ -168,7 +168,7 @@ def separator_of(first: str, said: str, path: Path) -> str:
     if said != "auto":
         said = {"tab": "\t", "\\t": "\t"}.get(said, said)
         if len(said) != 1:
-            raise UsageError(f"task.separator={said!r} is no single sign", where=str(path), fix="give one sign, or tab")
+            raise UsageError(f"task.separator={said!r} is not a single character", where=str(path), fix="give one character, or tab")
         return said
     found = [sign for sign in SEPARATORS if sign in first]
     if len(found) > 1:
@@ -217,7 +217,7 @@ def categories(table: Table, name: str, *, told: bool) -> tuple[str, ...] | None
         return None
     if not told and len(texts) < len(cells):
         what = f"{cells[texts[0]]!r} is no number, but {len(cells) - len(texts)} of {len(cells)} cells of the column are"
-        raise table.refused(what, name, texts[0], f"correct it, or say task.categorical=[{name}] if they are names")
+        raise table.refused(what, name, texts[0], f"correct it, or set task.categorical=[{name}] if they are names")
     found = tuple(sorted(set(cells)))
     if len(found) > MOST_CATEGORIES or (len(found) == len(cells) and not told and len(cells) > 2):
         what = f"the column {name} has {len(found)} categories in {len(cells)} rows"
@@ -242,11 +242,11 @@ def classes(table: Table, config: TableConfig) -> tuple[str, ...]:
         return ()
     if config.targets == "auto" and len(numeric) == len(cells):
         what = f"the target {name} holds whole numbers: classes or numbers?"
-        raise UsageError(what, where=str(table.path), fix="say task.targets=classes or task.targets=real")
+        raise UsageError(what, where=str(table.path), fix="set task.targets=classes or task.targets=real")
     found = sorted(set(cells), key=float if len(numeric) == len(cells) else str)
     if len(found) > MOST_CATEGORIES:
         raise UsageError(
-            f"the target {name} has {len(found)} classes", where=str(table.path), fix="say task.targets=real if they are numbers"
+            f"the target {name} has {len(found)} classes", where=str(table.path), fix="set task.targets=real if they are numbers"
         )
     return tuple(found)
 

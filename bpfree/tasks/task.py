@@ -133,7 +133,7 @@ class Task:
         """
         if of_training := [key for key in ("augment", "sampling") if key in common]:
             fix = "Trainer(..., augment=[...], loading=Loading(sampling=...))"
-            raise UsageError(f"{of_training[0]} is no matter of the task, but of its training", where="Task.of", fix=fix)
+            raise UsageError(f"{of_training[0]} belongs to the training, not to the task", where="Task.of", fix=fix)
         options = TaskCommon(**common)
         kept, tested = subset_of(as_split(train, "train"), options.subset), as_split(test, "test")
         held: Examples | None
@@ -219,9 +219,9 @@ def guessed_spec(name: str, train: Examples, test: Examples) -> TaskSpec:
         UsageError: the data may mean several things.
     """
     inputs, targets = train.batch(torch.arange(min(2, len(train))))
-    fix = "say it: Task.of(..., spec=bpfree.TaskSpec(...))"
+    fix = "give the spec: Task.of(..., spec=bpfree.TaskSpec(...))"
     if not isinstance(inputs, Tensor):
-        raise UsageError("the inputs are no single tensor, so what they are cannot be told from them", where=name, fix=fix)
+        raise UsageError("the inputs are not a single tensor, so their spec cannot be guessed", where=name, fix=fix)
     shape = tuple(inputs.shape[1:])
     if targets is None:
         return TaskSpec(name, shape, 1, "none")

@@ -37,7 +37,7 @@ class AlignmentConfig:
     every: int = option(0, "steps between comparisons of the rule's credit with true gradients; 0: never", ge=0)
     draws: int = option(
         0,
-        "estimates of the same batch, with other noise, that the variance is taken from; 0 or 1: no variance",
+        "estimates of one batch, each with different noise, for the variance; 0 or 1: no variance",
         ge=0,
         unless={"every": (0,)},
     )

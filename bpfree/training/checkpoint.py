@@ -42,7 +42,7 @@ TAIL = len(MARK) + 64
 """Bytes of the archive's comment: the mark and 64 hex digits."""
 CHUNK = 1 << 20
 KINDS: dict[str, type] = {"format": int, "weights": dict, "rule": str, "phases_begun": int, "training": dict}
-"""Of what a checkpoint holds, where it is there."""
+"""Types of the entries of a checkpoint, where they exist."""
 FIX = "it is damaged, or was not written by bpfree: use another checkpoint, or start the run again"
 
 
@@ -63,7 +63,7 @@ class _Hashed:
         try:
             return self._file.write(content)
         except OSError as error:
-            self.trouble = error  # which torch turns into an error about its archive
+            self.trouble = error  # torch turns it into an error about its archive
             raise
 
     def flush(self) -> None:
@@ -111,8 +111,8 @@ def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[s
         raise
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in first:  # it advises to run the code in the file
-            first = "it holds other than tensors and plain values"
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in first:  # torch's message advises to run the code in the file
+            first = "it holds objects other than tensors and plain values"
         raise BpfreeError(f"cannot read the checkpoint: {first}", where=str(path), fix=FIX) from None
     if not isinstance(content, dict) or "weights" not in content or "format" not in content:
         raise BpfreeError("the file is no checkpoint of bpfree", where=str(path), fix=FIX)
@@ -153,12 +153,12 @@ def _check_digest(file: IO[bytes], path: Path) -> bool:
 
 
 def _damaged(path: Path) -> BpfreeError:
-    return BpfreeError("cannot read the checkpoint: its digest is that of other bytes", where=str(path), fix=FIX)
+    return BpfreeError("cannot read the checkpoint: its bytes do not match its digest", where=str(path), fix=FIX)
 
 
 @lru_cache(maxsize=64)
 def _warn_undigested(path: Path) -> None:
-    logger.warning("the checkpoint %s has no digest, as version 0.1 wrote them: damage to it would not be seen", path)
+    logger.warning("the checkpoint %s is of version 0.1 and has no digest, so damage to it cannot be detected", path)
 
 
 def check_rule(content: Mapping[str, Any], rule: Rule, path: Path) -> None:

@@ -22,7 +22,7 @@ class BudgetConfig:
 
     epochs: int | None = option(None, "passes over the training split, as the rule counts them (no limit set: 10)", ge=1)
     samples: int | None = option(None, "examples drawn; every pass over an example counts", ge=1)
-    seconds: float | None = option(None, "of training, without evaluation", gt=0)
+    seconds: float | None = option(None, "seconds of training, without evaluation", gt=0)
     forwards: int | None = option(
         None, "forward-pass equivalents of one example: operations of the training steps over those of one forward pass", ge=1
     )
@@ -56,7 +56,9 @@ class EvaluationConfig:
 
     every: int = option(1, "epochs between evaluations; the last one is always evaluated", ge=1)
     batch_size: int = option(512, "examples per forward pass", ge=1)
-    draws: int | None = option(None, "draws of a stochastic rule averaged in the final evaluation (none: what the rule says)", ge=1)
+    draws: int | None = option(
+        None, "draws of a stochastic rule averaged in the final evaluation (none: as many as the rule declares)", ge=1
+    )
     test: bool = option(True, "evaluate the test split at the end; false for trials of tuning, which must not see it")
     alternatives: bool = option(True, "also score the rule's alternative predictions, such as its single blocks")
     metrics: list[str] = option(factory=list, help="further metrics of predictions, beside the task's own: bpfree metrics")
@@ -78,14 +80,14 @@ class TrainConfig:
     seed: int = option(0, "drives initialisation, order of the data, and noise", ge=0)
     stream: str | None = option(
         None,
-        "further word of the seeds of initialisation and noise; the order of the data does not depend on it (a study says the rule's name)",
+        "mixed into the seeds of initialisation and noise, not of the order of the data (in a study: the rule's name)",
     )
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     batch_size: int = option(64, "examples per update", ge=1)
     accumulate: int = option(1, "micro-batches per update; the update equals the whole batch's", ge=1)
     parallel: Literal["auto", "data", "blocks"] = option(
         "auto",
-        "what processes of a launcher share: the examples of each batch, or the blocks; auto: blocks that are independent and enough",
+        "how processes share the work: examples of each batch, or blocks; auto: blocks if they are independent and enough",
     )
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -102,4 +104,4 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
-    log_interval: float = option(1.0, "seconds between looks at the step metrics (which stay on the device until then)", gt=0)
+    log_interval: float = option(1.0, "seconds between readings of the step metrics (which stay on the device until then)", gt=0)

@@ -181,7 +181,7 @@ class World:
             extremes = torch.cat([flat, -flat])
             dist.all_reduce(extremes, dist.ReduceOp.MAX)
             high, low = extremes[: len(flat)], -extremes[len(flat) :]
-            dist.all_reduce(flat)  # of equal numbers the sum may be infinite, and the quotient another number
+            dist.all_reduce(flat)  # the sum of equal numbers may overflow, or its quotient differ from them
             flat.copy_(torch.where(high == low, high, flat / self.size))
 
         self._in_flat_pieces(tensors, exchange)

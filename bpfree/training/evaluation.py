@@ -232,7 +232,7 @@ class _Watched:
 
 def _warn(what: str, error: Exception) -> None:
     reason = str(error) if isinstance(error, BpfreeError) else f"{type(error).__name__}: {error}"
-    logger.warning("without numbers of %s: %s", what, reason)
+    logger.warning("skipping %s: %s", what, reason)
 
 
 def scored_by(spec: TaskSpec, further: Iterable[str]) -> list[Metric]:
@@ -304,7 +304,7 @@ def try_features(rule: Rule, batches: Loader, precision: str) -> None:
         raise UsageError(
             f"{type(rule).__name__} gives no features that evaluation protocols can score: {type(error).__name__}: {error}",
             where="evaluation.protocols",
-            fix="evaluation.protocols=[], or mend the rule's features",
+            fix="evaluation.protocols=[], or correct the rule's features",
         ) from error
 
 

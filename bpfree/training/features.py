@@ -65,7 +65,7 @@ def feature_loader(
     split: Split, spec: TaskSpec, *, batch_size: int, device: torch.device, seed: int | None = None, balanced: bool = False
 ) -> Loader:
     """Make batches of a split of features, in the order of the raw split's batches."""
-    # on a CPU they are where they are needed, in memory or in a file mapped into it; a GPU takes them if it has room
+    # on a CPU they are in place, in memory or in a file mapped into it; a GPU takes them if it has room
     shared = Resident(split.inputs, split.targets, normalised=True) if device.type == "cpu" else None
     described = TaskSpec(spec.name, tuple(split.inputs.shape[1:]), spec.outputs, scale=1.0)  # of features, which are taken as they are
     return Loader(

@@ -27,9 +27,9 @@ from bpfree.tasks.task import Examples, Split, Task
 __all__ = ["ALL", "INPUTS", "Floor", "Reading", "chance_of", "fill_statistics", "measure_floor", "read_inputs"]
 
 INPUTS, ALL = "inputs", "inputs and all blocks"
-"""Names of sources that are no block's."""
+"""Names of the sources that are not blocks."""
 MOST_NUMBERS = 2**28
-"""Of one source's features of the training split (1 GiB): larger ones are not read, and the floor is reported as "at least". For
+"""Entries of one source's features of the training split (1 GiB): larger ones are not read, and the floor is reported as "at least". For
 real targets their products with each other may not be more either."""
 BATCH = 256
 

@@ -203,7 +203,7 @@ class LearningWatch:
             rule, more = type(self._rule).__name__, f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             reason = "this is the own-prediction twin" if self._twin else "its group is not among Phase.groups"
             raise BpfreeError(
-                f"the parameter {changed[0]}{more} is said to be fixed in phase {self._phase.name!r}, but changed ({reason})",
+                f"the parameter {changed[0]}{more} is declared fixed in phase {self._phase.name!r}, but changed ({reason})",
                 where=rule,
                 fix="in learn and its hooks write only into parameters with requires_grad, or name the group in Phase.groups",
             )

@@ -146,7 +146,7 @@ def _unread(settings: TrainConfig, rule: str, keys: tuple[str, ...], default: Op
     for item in dataclasses.fields(OptimizerConfig):
         value = getattr(settings.optimizer, item.name)
         unset: Any = item.default_factory() if callable(item.default_factory) else item.default
-        # a rate and nothing else is what plain gradient descent has
+        # plain gradient descent has a rate and no other setting
         plain = item.name == "name" and str(value).lower() == "sgd" and keys == ("lr",)
         if item.name not in keys and not plain and value not in (unset, getattr(default, item.name)):
             yield f"optimizer.{item.name}", f"optimizer.{item.name}={text_of(value)} does nothing with the rule {rule}: {read}"

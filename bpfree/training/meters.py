@@ -293,7 +293,7 @@ class StepMemory:
     def wants(self, batch: Batch, step: Step) -> bool:
         """Tell whether to watch this step of its phase: the first, which may be its last, and the third.
 
-        Never while somebody else profiles, since torch has one profiler at a time.
+        Never while another profiler runs, since torch allows one at a time.
         """
         phase = step.phase.name
         count = self._seen[phase] = self._seen.get(phase, 0) + 1

@@ -134,7 +134,7 @@ def counted_operations() -> Iterator[Callable[[], int]]:
 class Operations:
     """The operations of a run so far; all of it is saved in checkpoints.
 
-    A rule that cannot be counted trains as if nobody had tried: the run is then without these numbers.
+    A rule that cannot be counted trains as usual, but the run lacks these numbers.
 
     Args:
         stepper: which takes the run's steps.
@@ -300,7 +300,7 @@ class Operations:
 
 
 _recent: tuple[Phase, int, str] = (Phase(), 0, "")
-"""The kind that was asked for last: it is asked for several times in each step."""
+"""The most recent kind of step, kept because each step needs it several times."""
 
 
 def kind_of(phase: Phase, batch: Batch) -> str:

@@ -55,7 +55,7 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, special: Special) ->
     try:
         made: type[Any] = factory if arguments.get("differentiable") else _without_compiler(factory)
         optimizer: torch.optim.Optimizer = made(list(merged(groups, special).values()), **arguments)
-    except Exception as error:  # torch checks little, and raises what it happens to meet
+    except Exception as error:  # torch checks little, and may raise any exception
         raise UsageError(f"{config.name} refuses its options: {error}", where=_said(config)) from error
     for group in optimizer.param_groups:
         group["base_lr"] = float(group["lr"])
@@ -123,7 +123,7 @@ def untaken(config: OptimizerConfig) -> Iterator[tuple[str, UsageError]]:
     for key, value in config.options.items():
         where = f"optimizer.options.{key}"
         if key in OWN_KEYS:
-            yield where, UsageError(f"{where} is said by a key of its own", where=where, fix=f"optimizer.{key}={value}")
+            yield where, UsageError(f"{where} has a key of its own", where=where, fix=f"optimizer.{key}={value}")
         elif key not in names:
             yield where, unknown_name(f"option of {config.name}", key, names, where=where)
         elif reason := misfit(value, accepted[key]):

@@ -116,7 +116,7 @@ def read_predictions(path: Path) -> Predictions | None:
     try:
         with np.load(RunFolder(path).predictions if path.is_dir() else path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
-    except Exception:  # what a damaged archive raises is nowhere written
+    except Exception:  # a damaged archive may raise any exception
         return None
     protocols = {name.removesuffix("_correct"): array for name, array in arrays.items() if name.endswith("_correct")}
     found = Predictions(arrays.get("predicted"), arrays.get("correct"), arrays.get("loss"), protocols)

@@ -87,7 +87,7 @@ class Checkpoints:
         Raises:
             BpfreeError: it is of another rule or other data, or holds weights only.
         """
-        several = self._world.size > 1  # then it goes from process to process
+        several = self._world.size > 1  # then the first process reads it for all
         saved: dict[str, Any] = self._world.from_first(lambda: read_checkpoint(path, device="cpu" if several else self._setup.device))
         check_rule(saved, self._setup.rule, path)
         training = saved.get("training")
@@ -101,7 +101,7 @@ class Checkpoints:
             )
         try:
             self._state.take_position(training)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # whoever wrote it, it was not bpfree
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # bpfree did not write it
             raise BpfreeError(
                 f"the checkpoint's state of training is not as bpfree writes it: {error}", where=str(path), fix=FIX
             ) from error

@@ -40,7 +40,7 @@ LENGTHS = {
     "PolynomialLR": ("total_iters",),
     "CyclicLR": ("step_size_up", "step_size_down"),
 }
-"""What says after how many steps a scheduler has come to its end, or round: the attribute, or the sum of both."""
+"""Attributes that give the steps to a scheduler's end, or of its cycle: the one, or the sum of both."""
 MOST_STEPS = 100_000
 
 
@@ -88,7 +88,7 @@ def torch_scheduler(schedule: ScheduleConfig, optimizer: torch.optim.Optimizer) 
             raise UsageError(f"{schedule.name} refuses its options: {key} {reason}, not {value!r}", where=where)
     try:
         return factory(optimizer, **schedule.options)
-    except Exception as error:  # torch checks little, and raises what it happens to meet
+    except Exception as error:  # torch checks little, and may raise any exception
         raise UsageError(f"{schedule.name} refuses its options: {error}", where="schedule.options") from error
 
 
@@ -99,7 +99,9 @@ def check_schedule(schedule: ScheduleConfig) -> None:
         UsageError: no such schedule, or options that it does not take.
     """
     if schedule.name == "milestones" and not schedule.milestones:
-        raise UsageError("schedule=milestones needs some", where="schedule.milestones", fix="for example schedule.milestones=[0.5,0.75]")
+        raise UsageError(
+            "schedule=milestones needs schedule.milestones", where="schedule.milestones", fix="for example schedule.milestones=[0.5,0.75]"
+        )
     _stepped(schedule, 1)
 
 

@@ -92,9 +92,9 @@ class Session:
         ):
             return
         raise UsageError(
-            f"the run has trained longer than that: {100 * used:.0f} % of the new budget are used",
+            f"the run has already used {100 * used:.0f} % of the new budget",
             where="budget",
-            fix="give a larger budget; what it has learned is tested by bpfree evaluate",
+            fix="give a larger budget, or test the trained rule with bpfree evaluate",
         )
 
     def _describe(self) -> None:
@@ -339,7 +339,7 @@ class Session:
             self.save()
         except DiskError as error:
             if not self._checkpoints.trouble:
-                logger.warning("%s (%s); training continues, and tries again", error.what, error.where)
+                logger.warning("%s (%s); training continues and will try again", error.what, error.where)
             self._checkpoints.trouble = error.what
 
     def rescue(self) -> None:

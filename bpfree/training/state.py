@@ -261,7 +261,7 @@ class RunState:
             raise BpfreeError(f"the checkpoint's state of training does not fit: {error}", fix="use another checkpoint") from error
 
     def _take_training(self, saved: Mapping[str, Any]) -> None:
-        if self.calibration is not None:  # what was chosen is no part of the training, which may be resumed
+        if self.calibration is not None:  # calibrated values are no part of the training, which may be resumed
             self.calibration.undo(self.rule)
         self.updater.load_addon_states(saved.get("addons", ()))
         self.updater.load_state_dict(self.team.own_optimizers(saved["optimizers"]))
@@ -269,7 +269,7 @@ class RunState:
 
     def _take_generators(self, saved: Mapping[str, Any]) -> None:
         own = self._own(saved)
-        if own is None and self.team.stream:  # one that was not there before: its noise is new
+        if own is None and self.team.stream:  # a process that did not exist when the checkpoint was written: draw fresh noise
             self.step.generator.manual_seed(self._seeds("noise", *self.team.stream, self.at.step))
             torch.manual_seed(self._seeds("global", *self.team.stream, self.at.step))
             return

@@ -27,7 +27,7 @@ from bpfree.training.updater import Updater
 __all__ = ["BlockTeam", "DataTeam", "Team", "make_team"]
 
 Sums = Mapping[str, list[float]]
-"""Of step metrics: value times examples, and examples."""
+"""Sums of step metrics by name: of value times examples, and of examples."""
 
 
 class Team:
@@ -100,7 +100,7 @@ class _Several(Team):
     def check(self, phase: Phase) -> None:
         if phase.seconds is not None:
             raise UsageError(
-                f"phase {phase.name!r} ends by the clock, and several processes have several",
+                f"phase {phase.name!r} ends by the clock, and each process has its own clock",
                 where=f"{type(self.rule).__name__}.phases",
                 fix="train in one process, or give the phase epochs",
             )
@@ -272,9 +272,9 @@ def make_team(rule: Rule, config: TrainConfig, world: World) -> Team:
 
 def _excluded(rule: Rule, config: TrainConfig) -> str:
     if config.budget.seconds is not None:
-        return "budget.seconds: each has a clock of its own"
+        return "budget.seconds: each process has its own clock"
     if config.alignment.every:
         return "alignment.every: the comparison is made in one process"
     if type(rule).end_phase is not Rule.end_phase:
-        return f"{type(rule).__name__}: it solves what a phase accumulated, of which each has a part"
+        return f"{type(rule).__name__}: its end_phase needs statistics of all examples, but each process has a share"
     return ""

@@ -167,7 +167,7 @@ class Trainer:
                 session.rescue()
             run.status, run.reason = "interrupted", f"{self._stop.asked or 'stopped'}, at once"
             raise
-        except DiskError as error:  # what was trained up to the last checkpoint is there
+        except DiskError as error:  # the last checkpoint remains
             run.status, run.reason = "interrupted", error.what
             raise
         except BaseException as error:

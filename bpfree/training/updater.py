@@ -131,7 +131,7 @@ class Updater:
 
         def again() -> Tensor:
             if self.recompute is None:
-                what = f"{self.config.name} computes gradients several times a step, which a step outside of Stepper.take cannot"
+                what = f"{self.config.name} computes gradients several times a step, which works only in steps taken by Stepper.take"
                 raise BpfreeError(what, where="optimizer.name", fix="choose another optimiser")
             loss = self.recompute()
             self._ready(applied)
