@@ -31,7 +31,7 @@ class Addon(Protocol):
 
         Args:
             groups: that are applied now, with their parameters.
-            activations: of the step's last forward pass, if the add-on asked for them; else empty.
+            activations: of the step's last forward pass, if the add-on requests them; else empty.
         """
 
 

@@ -36,7 +36,7 @@ MODULE = "bpfree_code_"
 
 @dataclass(frozen=True)
 class CodeName:
-    """A name of code in a file.
+    """A name of an object in a file of code.
 
     Attributes:
         path: of the file.

@@ -1,7 +1,7 @@
 """Configurations of runs: from files and ``key=value`` words to typed, checked settings.
 
 A configuration is a tree of plain values. Three of its sections, ``rule``, ``network`` and ``task``, have a ``name`` and the options of
-the thing that is named; ``rule: dfa`` and ``rule=dfa`` are short for ``rule.name``. Everything that is wrong is reported
+the named object; ``rule: dfa`` and ``rule=dfa`` are short for ``rule.name``. All problems are reported
 at once, before any data is loaded.
 """
 
@@ -30,7 +30,7 @@ def resolve(leaves: Iterable[Leaf] | Mapping[str, Any], registry: Plugins | None
     Args:
         leaves: or a nested mapping.
         registry: of names; the installed plugins by default.
-        spec: the task's, if it is known already; otherwise the data set is asked for it.
+        spec: the task's, if it is known already; otherwise the data set provides it.
 
     Raises:
         UsageError: with everything that is wrong.

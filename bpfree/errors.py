@@ -42,7 +42,7 @@ class BpfreeError(Exception):
 
 
 class DiskError(BpfreeError):
-    """A file could not be written: not the work, but the disk is at fault, and the work can be resumed."""
+    """A file could not be written because of the disk; the work can be resumed."""
 
 
 class UsageError(BpfreeError):

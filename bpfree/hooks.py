@@ -1,6 +1,6 @@
 """The hook interface: what a plugin can register, and what an observer can see.
 
-*Registration* hooks are called once and return names to things. *Lifecycle* hooks are called during a run; they
+*Registration* hooks are called once and return mappings from names to objects. *Lifecycle* hooks are called during a run; they
 observe: what is trained and reported is compared around each of them, and a change fails the run. They see the run read-only, but
 for ``run.artifacts`` and ``run.tracking``. The trainer's loop, with the places where they are called::
 

@@ -41,8 +41,8 @@ def kept(
 
     Args:
         name: of the value.
-        make: makes it, and says which files and folders it depends on beside what is installed; ``None``: it is not to be kept.
-        words: which of several values of this name is asked for.
+        make: makes the value, and returns the files and folders that it depends on besides what is installed; ``None``: do not cache it.
+        words: identify one of several values of this name.
         under: further conditions under which it holds.
         folder: where it is kept, if there is such a folder; ``None``: in the user's cache.
     """

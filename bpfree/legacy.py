@@ -19,7 +19,7 @@ def refuse_version_1(folder: Path, what: str) -> None:
 
     Args:
         folder: of the run.
-        what: what was asked for, such as ``resumed``.
+        what: the request, such as ``resumed``.
 
     Raises:
         UsageError: it is one.

@@ -71,7 +71,7 @@ class Metric:
         return 100.0 if self.share else 1.0
 
     def best(self, values: Iterable[float]) -> float:
-        """Give the best of some values.
+        """Return the best of some values.
 
         Raises:
             ValueError: there are none.

@@ -88,7 +88,7 @@ def _summary(thing: Any) -> str:
 
 
 class _Call:
-    """A function or class with its parameters: values that it is given, and options.
+    """A function or class with its parameters: passed values and options.
 
     Args:
         function: what is called.

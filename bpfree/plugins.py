@@ -73,7 +73,7 @@ class Given:
 
     Attributes:
         files: of code that may be executed, by absolute path.
-        things: made in Python, as they are there, with their records, by kind and name.
+        things: objects made in Python, with their records, by kind and name.
     """
 
     files: Mapping[str, CodeFile] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class Plugins:
         entry_points: for tests; by default those installed in the group ``bpfree``.
 
     Attributes:
-        reported: whether it has been said which plugins are left out.
+        reported: whether the excluded plugins have been reported.
         given: what names may lead to beside what plugins register.
     """
 

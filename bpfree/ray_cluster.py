@@ -117,7 +117,7 @@ def _on_loopback(ray: Any) -> Iterator[None]:
 
 
 def room(ray: Any, *, processors: float, gpus: float, what: str) -> int:
-    """Count how many jobs of a given size fit on the cluster at a time.
+    """Count how many processes of a given size fit on the cluster at a time.
 
     Raises:
         UsageError: not one.

@@ -68,7 +68,7 @@ class DataConfig:
 
 @dataclass
 class RunConfig(TrainConfig):
-    """Everything but the three chosen sections."""
+    """The settings outside the sections rule, network and task."""
 
     data: DataConfig = field(default_factory=DataConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

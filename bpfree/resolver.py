@@ -42,7 +42,7 @@ class Resolver:
     Args:
         leaves: of canonical keys; later ones win.
         registry: of names.
-        spec: the task's, if it is known already; otherwise the data set is asked for it.
+        spec: the task's, if it is known already; otherwise the data set provides it.
     """
 
     def __init__(self, leaves: list[Leaf], registry: Plugins, spec: TaskSpec | None) -> None:

@@ -1,6 +1,6 @@
 """The contract of a learning rule.
 
-A rule is an ``nn.Module`` that owns its network as a submodule. Its base class says how much it must write:
+A rule is an ``nn.Module`` that owns its network as a submodule. Its base class determines how much it must implement:
 
 - :class:`Streamed`: one scalar local loss per block, from that block's trace and the batch alone. One block's graph
   is alive at a time, so memory is flat in depth.
@@ -364,7 +364,7 @@ class Rule(nn.Module, ABC):
     def plan(self) -> str:
         """Describe in plain text how the rule uses this network: which layers, where noise goes, which path is used.
 
-        Shown before training and kept with the run; the empty string: there is nothing to say.
+        Shown before training and kept with the run; the empty string if there is nothing to report.
         """
         return ""
 

@@ -142,7 +142,7 @@ def load(
 
     Raises:
         UsageError: no such checkpoint; or it names code in a file that is not allowed, or has changed.
-        BpfreeError: it is corrupt, of another rule, or does not say how to build its rule.
+        BpfreeError: it is corrupt, of another rule, or lacks what is needed to build its rule.
     """
     path = find_checkpoint(place, output=output, prefer="selected")
     content = read_checkpoint(path, device=device)

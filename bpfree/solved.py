@@ -32,7 +32,7 @@ class Solved(Rule):
         return ()
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
-        """Give one phase of one pass."""
+        """Return one phase of one pass."""
         return [Phase("accumulate", epochs=1)]
 
     @abstractmethod

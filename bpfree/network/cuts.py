@@ -38,7 +38,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 
 @dataclass(frozen=True)
 class Cut:
-    """A block begins at operation ``position``; ``name`` is the requested module, if one was requested."""
+    """The beginning of a block at operation ``position``; ``name`` is the requested module, if one was requested."""
 
     position: int
     name: str = ""

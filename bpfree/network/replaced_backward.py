@@ -74,7 +74,7 @@ def replaced_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iter
         feedback: by name of the weight, as :func:`feedback_weights` has them; of its shape.
 
     Yields:
-        What was met: look at ``unmet`` after the first pass, and refuse or say what it names.
+        The record of replaced weights; check ``unmet`` after the first pass, and refuse or report what it names.
 
     Raises:
         UsageError: an unknown name, a weight whose backward pass cannot be replaced, or feedback of another shape.

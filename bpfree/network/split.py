@@ -47,7 +47,7 @@ def split(
     Args:
         module: an ``nn.Sequential``, or any module that ``torch.fx`` can trace; optional arguments keep their defaults. Submodules that
             it cannot trace, or whose forward depends on ``self.training``, are kept whole. A module with a method ``bpfree_blocks()``
-            says itself which blocks it has, in order and by name; composed they must be its forward.
+            declares its own blocks, in order and by name; their composition must equal its forward.
         input_shape: of one example, without the batch axis.
         at: paths of submodules; each begins a block (``["layer1.0", "layer2", "fc"]``), and what comes before the
             first is a block too. Where ``torch.fx`` cannot trace the module (control flow or assertions in its outermost forward, a

@@ -1,6 +1,6 @@
 """Kinds of targets in arrays: classes, several labels, soft labels, tokens or numbers.
 
-Values decide, where they leave no doubt; ``task.targets`` says what can be read in several ways.
+Values decide, where they leave no doubt; ``task.targets`` decides what can be read in several ways.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def describe_targets(targets: Mapping[str, Array], said: Kind | Literal["auto"],
 
     Args:
         targets: of the splits, by the names of their arrays.
-        said: by the user.
+        said: the kind that the user gives.
         classes: that there are, or tokens in the vocabulary; ``None``: those that occur.
         where: for messages.
 
     Raises:
-        UsageError: targets that are not what was said, or can be read in several ways.
+        UsageError: targets that are not of the given kind, or can be read in several ways.
     """
     where, parts = f"{where}: {', '.join(targets)}", list(targets.values())
     for name, part in targets.items():

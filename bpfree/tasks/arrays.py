@@ -38,7 +38,7 @@ CHANNELS = (1, 2, 3, 4)
 
 @dataclass
 class ArraysConfig:
-    """Where the arrays are, and how to read them."""
+    """The file of the arrays, and how to read them."""
 
     path: str = option("", "the .npz file; a relative path is looked up in the working directory, then in the data root")
     inputs: Literal["numbers", "tokens"] = option("numbers", "what inputs are; tokens: integers of a vocabulary, which are not normalised")

@@ -81,11 +81,11 @@ class Augmentation:
             normalisation; targets may become soft (N, classes). It writes into neither, and keeps no state: what it draws comes from
             ``draws``, which also has the task's spec and the options.
         summary: one line for listings.
-        options: makes of what the user says, a mapping, what ``apply`` finds in ``draws.options``; refuses what it does not know. By
+        options: turns the user's mapping into what ``apply`` finds in ``draws.options``; refuses unknown options. By
             default there are none. :func:`options_of` makes one of a dataclass.
         mixes: whether it makes soft labels of classes, for which the rule needs the trait ``targets`` with ``soft``.
         images: whether it is for images alone.
-        said: the options, once they are given.
+        said: the given options.
     """
 
     apply: Callable[[Tensor, Tensor | None, Draws], tuple[Tensor, Tensor | None]]

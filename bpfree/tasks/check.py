@@ -75,7 +75,7 @@ def check_task(spec: TaskSpec, train: Examples, validation: Examples | None, tes
 def check_split(spec: TaskSpec, split: Examples, name: str) -> None:
     """Check that a split fits a spec, and that all of its numbers are finite.
 
-    Of examples that have to be read one by one, the first 64 are looked at.
+    Of examples that have to be read one by one, only the first 64 are checked.
 
     Args:
         spec: the task's, or that of the task on which a rule was trained.

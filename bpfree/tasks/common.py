@@ -29,7 +29,7 @@ Normalise = Literal["source", "auto", "none", "given"]
 
 @dataclass
 class TaskCommon:
-    """What every task has."""
+    """Options of every task."""
 
     validation: float = option(0.1, "share of the training examples held out to choose by; 0: none", ge=0, lt=1)
     split_seed: int = option(0, "of the validation cut; independent of seed", ge=0, unless={"validation": (0,)})

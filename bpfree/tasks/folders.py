@@ -31,7 +31,7 @@ WHITE = 255.0
 
 @dataclass
 class FolderConfig(PictureConfig):
-    """Where the pictures are, and how to read them."""
+    """The folder of the pictures, and how to read them."""
 
     path: str = option("", "the folder; a relative path is looked up in the working directory, then in the data root")
 

@@ -351,7 +351,7 @@ def choose_penalty(score: Callable[[float], float]) -> Choice:
     """Choose a penalty from powers of ten, 0.1 to 0.0001; the grid is extended as long as the best lies at its edge.
 
     Args:
-        score: of a penalty on validation, greater is better; asked from strong to weak, so that each solution is near the last.
+        score: of a penalty on validation, greater is better; called from strong to weak, so that each solution is near the last.
     """
     scores = {penalty: score(penalty) for penalty in GRID}
     while True:

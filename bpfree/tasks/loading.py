@@ -78,7 +78,7 @@ class Resident:
 
 @dataclass(frozen=True)
 class Loading:
-    """How the batches of a run are chosen and reach the device: ``resident`` and ``workers`` of its loaders, and the order of training."""
+    """Options of a run's batches: ``resident`` and ``workers`` of its loaders, and the order of training."""
 
     resident: bool | None = None
     workers: int = 0

@@ -64,7 +64,7 @@ class _MeanLoss:
 
 
 class _Whole:
-    """A function of all outputs and targets, which are kept on the CPU."""
+    """The accumulator of a function of all outputs and targets, which are kept on the CPU."""
 
     def __init__(self, measure: Measure, spec: Any) -> None:
         self._measure, self._spec = measure, spec

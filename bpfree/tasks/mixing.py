@@ -52,7 +52,7 @@ def cutmix(images: Tensor, targets: Tensor | None, draws: Draws) -> tuple[Tensor
 
 
 def _within(size: int, centre: Tensor, side: Tensor) -> Tensor:
-    """Tell (N, size) which rows or columns lie in an interval of length ``side * size`` around ``centre * size``, in whole pixels."""
+    """Return (N, size), true for rows or columns in an interval of length ``side * size`` around ``centre * size``, in whole pixels."""
     middle, half = (centre * size).floor(), ((side * size).floor() / 2).floor()
     places = torch.arange(size, device=centre.device)
     return (places >= (middle - half)[:, None]) & (places < (middle + half)[:, None])

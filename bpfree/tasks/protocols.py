@@ -93,7 +93,7 @@ def result_key(name: str) -> str:
 
 @dataclass(frozen=True)
 class FittedProbe:
-    """A linear probe with the penalty that was chosen. Calling it on a split gives its accuracy, or its loss for real targets.
+    """A fitted linear probe with its chosen penalty. Calling it on a split gives its accuracy, or its loss for real targets.
 
     Attributes:
         map: from features to scores.
@@ -155,7 +155,7 @@ def fit_nearest_centroid(train: Split, setting: Setting, validation: Split | Non
     Args:
         train: features (N, F) and classes (N,).
         setting: number of classes C, and where to compute.
-        validation: not looked at: there is nothing to choose.
+        validation: not used: there is nothing to choose.
     """
     device, targets = setting.device, classes_of(train)
     mean = mean_of(train.inputs, device)
@@ -199,9 +199,9 @@ def fit_clustering(train: Split, setting: Setting, validation: Split | None = No
     score is its :func:`clustering_accuracy`.
 
     Args:
-        train: features (N, F); its targets are not looked at.
+        train: features (N, F); its targets are not used.
         setting: number of classes, seed, and where examples are assigned.
-        validation: not looked at: there is nothing to choose.
+        validation: not used: there is nothing to choose.
     """
     centres = torch.from_numpy(_k_means(train.inputs.numpy(), min(setting.classes, len(train)), setting.seed)).to(setting.device)
     found = nearest(centres, centres.mean(0))

@@ -258,7 +258,7 @@ class TaskSpec:
         return (made * (counts / counts.sum().clamp_min(1))[:, None].to(made.dtype)).reshape(outputs.shape)
 
     def target_rows(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Give the targets as rows (N, C): one-hot classes; labels, distributions or real values as they are."""
+        """Return the targets as rows (N, C): one-hot classes; labels, distributions or real values as they are."""
         if batch.targets is None:
             raise BpfreeError(f"task {self.name!r} has no targets")
         if self.targets == "tokens":

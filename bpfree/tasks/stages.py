@@ -20,7 +20,7 @@ class HasPhases(Protocol):
     """The part of a rule that this module uses."""
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
-        """Give the phases of a run."""
+        """Return the phases of a run."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Memory:
     """The number of examples of earlier stages that later ones train on again.
 
     Attributes:
-        total: examples in all, shared evenly by the classes seen so far; ``None``: ``per_class`` says.
+        total: examples in all, shared evenly by the classes seen so far; ``None``: ``per_class`` decides.
         per_class: examples of each class; for streams without new classes of each stage.
         choose: ``random``, or ``herding``: those whose mean of features, one by one, stays nearest to their class's (Rebuffi et al. 2017,
             algorithm 4).

@@ -121,7 +121,7 @@ class Task:
                 tensors without targets, or a data set of torch, whose items are ``(inputs, target)``; inputs may be pictures of PIL. Its
                 ``targets`` and ``classes`` are used, if it has them.
             validation: likewise, or the share of the training examples that is held out; 0 or ``None``: none.
-            name: of the task, where ``spec`` does not say it.
+            name: of the task, if there is no ``spec`` with one.
             spec: what the data are; ``None``: found from the training examples, where they are one tensor each with integer classes
                 (N,) or real targets (N, ...).
             split_seed: of the validation cut.

@@ -1,4 +1,4 @@
-"""One step from several micro-batches."""
+"""Accumulation: one step from several micro-batches."""
 
 from __future__ import annotations
 

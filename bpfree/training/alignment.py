@@ -1,6 +1,6 @@
 """Alignment of a rule's credit with gradients by reverse mode, measured without changing any bit of the run.
 
-On a sampled step, before the step itself, the same batch is met several times: by reverse mode through the task's loss of
+On a sampled step, before the step itself, the batch is used several times: by reverse mode through the task's loss of
 the whole network, by reverse mode through the rule's own ``objective`` where it has one, and by the rule. All meet the same
 weights and, through torch's global generators, the same dropout masks; afterwards everything is put back.
 """
@@ -32,7 +32,7 @@ Vectors = dict[str, Tensor]
 
 @dataclass
 class AlignmentConfig:
-    """How often a rule's credit is compared with true gradients; none of it counts as training time."""
+    """Options of the comparison of a rule's credit with true gradients, which does not count as training time."""
 
     every: int = option(0, "steps between comparisons of the rule's credit with true gradients; 0: never", ge=0)
     draws: int = option(
@@ -75,7 +75,7 @@ class Alignment:
 
         ``cosine``, ``norm_ratio``: between the estimate and the gradient of the task's loss, where the network is a chain
         with a readout that takes the task's inputs; norm of the estimate over norm of the gradient.
-        ``objective_cosine``, ``objective_norm_ratio``: the same with the gradient of the rule's ``objective``.
+        ``objective_cosine``, ``objective_norm_ratio``: cosine and ratio with the gradient of the rule's ``objective``.
         Blocks whose true gradient is zero (below a head that still is) have no direction to compare with, and are left out.
         ``variance``: with M >= 2 draws g_m, ``sum_m |g_m - mean|^2 / (M - 1)`` over the squared norm of the objective's
         gradient; without an objective, of the task's; without either, of the mean of the draws. The draws differ in the

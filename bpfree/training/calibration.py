@@ -1,4 +1,4 @@
-"""Calibration: what a rule chooses on the validation split, once, after training, with its weights fixed."""
+"""Calibration: values that a rule chooses on the validation split, once, after training, with its weights fixed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOT_CALIBRATED = "not calibrated: no validation split"
 
 @dataclass
 class Calibration:
-    """What was chosen, and after how many steps; kept in checkpoints, so that nothing is chosen twice.
+    """A rule's calibrated values, and the step of their calibration; kept in checkpoints, so that a rule calibrates once.
 
     Attributes:
         step: of the run.

@@ -40,7 +40,7 @@ class Compilation:
     Attributes:
         graphs: compiled so far: at first calls, and again for new shapes or modes of a block.
         seconds: of steps in which something was compiled (:meth:`around`).
-        trouble: why blocks are eager though that was not asked for; the empty string: they are compiled.
+        trouble: why blocks are eager although compilation was requested; the empty string if they are compiled.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], mode: str, device: torch.device) -> None:

@@ -18,7 +18,7 @@ DEFAULT_EPOCHS = 10
 
 @dataclass
 class BudgetConfig:
-    """How long to train: one of the five (none: 10 epochs)."""
+    """The length of training, by one of five limits (none: 10 epochs)."""
 
     epochs: int | None = option(None, "passes over the training split, as the rule counts them (no limit set: 10)", ge=1)
     samples: int | None = option(None, "examples drawn; every pass over an example counts", ge=1)
@@ -52,7 +52,7 @@ class BudgetConfig:
 
 @dataclass
 class EvaluationConfig:
-    """When and how predictions are scored; evaluation does not count as training time."""
+    """Options of the scoring of predictions, which does not count as training time."""
 
     every: int = option(1, "epochs between evaluations; the last one is always evaluated", ge=1)
     batch_size: int = option(512, "examples per forward pass", ge=1)
@@ -67,7 +67,7 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When the state is saved (``last.pt``); the weights that are tested are kept beside it."""
+    """Times at which the state is saved (``last.pt``); the weights that are tested are kept beside it."""
 
     every: int = option(1, "epochs between checkpoints; 0: only at the end and on interruption", ge=0)
     minutes: float = option(5.0, "minutes between checkpoints inside an epoch", gt=0)
@@ -75,7 +75,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything about training that is neither the rule, the network nor the task."""
+    """Options of training other than those of the rule, the network and the task."""
 
     seed: int = option(0, "drives initialisation, order of the data, and noise", ge=0)
     stream: str | None = option(

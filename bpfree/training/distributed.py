@@ -1,6 +1,6 @@
 """The processes that train one network together, as a launcher (``torchrun``, Ray) has started them.
 
-A launcher says in the environment who a process is: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, and ``MASTER_ADDR`` and ``MASTER_PORT``,
+A launcher passes a process's rank in the environment: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, and ``MASTER_ADDR`` and ``MASTER_PORT``,
 where the first one is met. A world of one does nothing, and does not touch ``torch.distributed``.
 """
 
@@ -128,7 +128,7 @@ class World:
         """Return the result of the first process's call in all processes; the other processes do not call.
 
         Raises:
-            BpfreeError: in the others, if it fails in the first; there, what it raised.
+            BpfreeError: in the other processes, if the call fails in the first one, which raises the original error.
         """
         if self.size == 1:
             return call()

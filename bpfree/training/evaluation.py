@@ -270,7 +270,7 @@ def check_protocols(names: Iterable[str], rule: Rule) -> dict[str, EvaluationPro
     """Return the protocols of these names, if they can work with this rule and its task.
 
     Raises:
-        UsageError: an unknown name, targets other than classes, or a rule that says nowhere what its features are.
+        UsageError: an unknown name, targets other than classes, or a rule that does not define its features.
     """
     where = "evaluation.protocols"
     found: dict[str, EvaluationProtocol] = {name: installed_plugins().get("protocols", name, where=where) for name in names}
@@ -349,7 +349,7 @@ def evaluate_features(
 
     Returns:
         ``test/linear_probe/accuracy`` and so on, what was chosen, as ``linear_probe/penalty``, and the floating-point operations of
-        the fit, as ``linear_probe/operations``, where the protocol says them.
+        the fit, as ``linear_probe/operations``, where the protocol reports them.
     """
     key = result_key(name)
     score = protocol.fit(train, setting, validation)

@@ -44,7 +44,7 @@ class Reading:
         source: ``inputs``, a block's name, or all of them together.
         penalty: of its weights.
         validation: score of each seed, greater is better: accuracy (0 to 1), or minus the loss; empty without a validation split.
-        test: the same on the test split; empty where it was not tested.
+        test: scores on the test split; empty where it was not tested.
         examples: per seed, of each test example: whether it is right (0 or 1), or its loss.
         gradient: the largest entry that a solution was left with.
     """

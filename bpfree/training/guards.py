@@ -149,7 +149,7 @@ class LearningWatch:
 
     Args:
         rule: that is watched.
-        world: the processes that train it, which find the same.
+        world: the processes that train it, all of which reach the same result.
         twin: whether the rule is its own-prediction twin.
 
     Attributes:

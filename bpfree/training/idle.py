@@ -45,7 +45,7 @@ def idle_options(config: Any, base: Any, prefix: str) -> Iterator[tuple[str, str
     """Yield the key of each option that other options of its dataclass make idle, with a sentence that names these.
 
     Args:
-        config: an instance of a dataclass of options; dataclasses inside it are looked at too.
+        config: an instance of a dataclass of options; dataclasses inside it are checked too.
         base: another, of values that are never idle: the defaults, or what a rule implies for its network.
         prefix: of the keys, such as ``rule.``.
     """

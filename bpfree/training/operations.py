@@ -143,7 +143,7 @@ class Operations:
     Attributes:
         total: operations of all training steps, of what is done outside of them, and of features that were computed for phases on features.
         forward: operations of one forward pass of ``examples`` examples; ``None`` before it is counted.
-        features: the same of ``Rule.features``, where a phase is on features; counted again for each such phase.
+        features: operations of ``Rule.features``, where a phase is on features; counted again for each such phase.
         trouble: why there are no numbers; the empty string: there are.
     """
 

@@ -100,7 +100,7 @@ class Stepper:
 
         Args:
             progress: share of the budget that is used, 0 to 1.
-            in_phase: the same of the current phase, for one with a schedule of its own.
+            in_phase: the progress of the current phase, for a phase with a schedule of its own.
         """
         self.step.progress = progress
         self.updater.at(progress if in_phase is None else in_phase)

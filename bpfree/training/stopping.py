@@ -40,8 +40,8 @@ class Stop:
         world: the processes that stop together.
 
     Attributes:
-        asked: why this process was asked to; the empty string: it was not.
-        reason: the same once all processes know.
+        asked: why this process was asked to stop; the empty string if it was not.
+        reason: why the run stops, once all processes know.
     """
 
     def __init__(self, world: World) -> None:

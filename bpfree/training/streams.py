@@ -102,7 +102,7 @@ class StreamState:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Give everything that a checkpoint needs."""
+        """Return the state for a checkpoint."""
         return {"scores": self.scores, "kept": self.kept}
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:

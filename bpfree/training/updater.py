@@ -230,7 +230,7 @@ class Updater:
 def told_groups(method: Callable[..., None]) -> Callable[[Sequence[str]], None]:
     """Adapt a rule's ``before_update`` or ``after_update`` to be called with the groups that are applied.
 
-    One of an older plugin, which takes no argument, is called without, and a ``DeprecationWarning`` says what to change.
+    A method of an older plugin that takes no argument is called without one, with a ``DeprecationWarning``.
     """
     try:
         inspect.signature(method).bind(())
@@ -248,7 +248,7 @@ def told_groups(method: Callable[..., None]) -> Callable[[Sequence[str]], None]:
 
 
 def _lay_out_as_parameters(parameters: Iterable[nn.Parameter]) -> None:
-    """Give each ``.grad`` its parameter's strides: fused optimisers walk both in memory order and would mix up the entries.
+    """Lay out each ``.grad`` with its parameter's strides: fused optimisers walk both in memory order and would mix up the entries.
 
     Autograd sees to it itself; gradients that a rule has computed in closed form may be laid out otherwise (channels last).
     """
