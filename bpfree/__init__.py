@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.options import ScheduleConfig as ScheduleConfig
     from bpfree.options import option as option
     from bpfree.plugins import installed_plugins as installed_plugins
+    from bpfree.program import Program as Program
+    from bpfree.program import ProgramContext as ProgramContext
     from bpfree.rule import Broadcast as Broadcast
     from bpfree.rule import Card as Card
     from bpfree.rule import Rule as Rule
@@ -97,6 +99,8 @@ _HOME = {
     "Network": "network.network",
     "OptimizerConfig": "options",
     "Phase": "step",
+    "Program": "program",
+    "ProgramContext": "program",
     "Rule": "rule",
     "Run": "run",
     "Saved": "saved",

@@ -10,6 +10,8 @@ from bpfree.kinds import Maker
 from bpfree.metric import Metric
 from bpfree.network import builders, torchvision_models
 from bpfree.network.builders import NetworkBuilder
+from bpfree.program import Program
+from bpfree.programs.sklearn import SKLEARN
 from bpfree.rule import Rule
 from bpfree.tasks import arrays, augment, metrics, protocols, vision
 from bpfree.tasks.digits import DIGITS
@@ -46,6 +48,11 @@ def bpfree_tasks() -> dict[str, DataSource]:
         "cifar100": vision.CIFAR100,
         "npz": arrays.NPZ,
     }
+
+
+@hooks.hookimpl
+def bpfree_programs() -> dict[str, Program]:
+    return {"sklearn": SKLEARN}
 
 
 @hooks.hookimpl

@@ -27,7 +27,7 @@ __all__ = ["PluginIndex", "PluginRecord", "Plugins", "installed_plugins", "plugi
 logger = logging.getLogger("bpfree")
 
 KINDS = (
-    *("rules", "networks", "tasks", "augmentations", "metrics", "optimizers", "addons", "protocols", "diagnostics"),
+    *("rules", "networks", "programs", "tasks", "augmentations", "metrics", "optimizers", "addons", "protocols", "diagnostics"),
     *("presets", "studies", "trackers", "executors"),
 )
 Status = Literal["ok", "broken", "incompatible", "disabled"]

@@ -19,6 +19,7 @@ from bpfree.files import write_text
 from bpfree.hooks import hookimpl
 from bpfree.leaves import Leaf, leaves_of
 from bpfree.legacy import refuse_version_1
+from bpfree.program_run import ProgramRun, program_tags
 from bpfree.recipe import CHANGEABLE, Recipe, changed
 from bpfree.record.folder import RunFolder, read_run
 from bpfree.record.recorder import Recorder
@@ -69,8 +70,12 @@ def run(
         BpfreeError: whatever ends it before its result.
     """
     world = World.here()
+    if recipe.is_program and world.size > 1:
+        raise UsageError("a program trains in one process", where="WORLD_SIZE", fix="start it without a launcher")
     with world.joined():
         record = world.from_first(lambda: new_record(recipe, run_id))
+        if recipe.is_program:
+            return _run_program(recipe, record, quiet=quiet, label=label, observers=observers, task=task, further=tags or {})
         return _train(recipe, record, None, world, quiet=quiet, label=label, observers=observers, task=task, further=tags or {})
 
 
@@ -80,7 +85,7 @@ def new_record(recipe: Recipe, run_id: str | None) -> Run:
     Raises:
         UsageError: the run of this identifier has a checkpoint.
     """
-    name = f"{recipe.names['rule']}{'-twin' if recipe.settings.twin else ''}-{recipe.names['task']}-s{recipe.settings.seed}"
+    name = f"{recipe.trains}{'-twin' if recipe.settings.twin else ''}-{recipe.names['task']}-s{recipe.settings.seed}"
     record = Run(run_id or new_run_id(name), name, reopened=run_id is not None)
     record.folder = Path(recipe.settings.output) / record.id
     if run_id is not None:
@@ -292,6 +297,37 @@ def _train(
         raise
 
 
+@flushing_denormals()
+def _run_program(
+    recipe: Recipe,
+    record: Run,
+    *,
+    quiet: bool,
+    label: str | None,
+    observers: Iterable[Any],
+    task: Task | None,
+    further: Mapping[str, str],
+) -> Run:
+    from bpfree.tracking.progress import ProgressDisplay
+
+    assert record.folder is not None
+    tracking = recipe.settings.tracking
+    modules = [module for name, module in recipe.registry.manager.list_name_plugin() if module is not None]
+    seen = [RecipeFile(recipe, ""), ProgressDisplay(quiet=quiet, label=label), *observers, *modules]
+    try:
+        redact_logs()
+        if tracking.to_mlflow:
+            tracking.resolve_uri(record.folder.parent)
+        task = task or recipe.build_task()
+        recorder = Recorder([Tracking(tracking, makers(tracking, recipe.registry))] if tracking.enabled else [])
+        record.config = {leaf.key: leaf.value for leaf in leaves_of(recipe.recorded(), "", "")}
+        record.tags = redacted({**common_tags(recipe, task), **program_tags(recipe), **further})
+        return ProgramRun(recipe, task, record, seen, recorder).fit()
+    except BaseException:
+        remove_untrained(record.folder)
+        raise
+
+
 class RecipeFile:
     """Keeps the configuration, and the rule's plan, in the run's folder once the run begins: one that is refused changes nothing.
 
@@ -333,15 +369,11 @@ def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
     lines = class_lines(type(rule))
     owner = recipe.registry.owner("rules", recipe.names["rule"])
     return {
-        **{kind: recipe.names[kind] for kind in ("rule", "network", "task")},
+        **common_tags(recipe, task),
         "plugin": owner.distribution,
         "plugin_version": owner.version,
-        "data_fingerprint": task.fingerprint(),
-        "seed": str(recipe.settings.seed),
         "optimizer": " + ".join([recipe.settings.optimizer.name, *names_of(recipe.settings.optimizer.addons)]),
-        "test_evaluations": str(int(recipe.settings.evaluation.test)),
         "twin": str(recipe.settings.twin),
-        "validation": str(recipe.task.validation),
         "select": recipe.settings.select,
         "reverse_span": str(rule.traits.reverse_span),
         "dependence": rule.traits.dependence,
@@ -349,6 +381,18 @@ def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
         "supervision": rule.traits.supervision,
         "own_network": str(rule.brings_network),
         **({} if lines is None else {"rule_lines": str(lines)}),
-        **({"unused": ", ".join(recipe.unused)} if recipe.unused else {}),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+    }
+
+
+def common_tags(recipe: Recipe, task: Task) -> dict[str, str]:
+    """What a run can be found by, whatever trains."""
+    return {
+        **recipe.names,
+        "data_fingerprint": task.fingerprint(),
+        "seed": str(recipe.settings.seed),
+        "test_evaluations": str(int(recipe.settings.evaluation.test)),
+        "validation": str(recipe.task.validation),
+        **({"unused": ", ".join(recipe.unused)} if recipe.unused else {}),
+        **({"quick": "True"} if recipe.settings.quick else {}),
     }

@@ -126,3 +126,10 @@ def networks(name: str | None) -> None:
 def tasks(name: str | None) -> None:
     """List the tasks that can be named with task=NAME; with NAME, show its options (beside validation, split_seed and augment)."""
     list_kind("tasks", name)
+
+
+@click.command(short_help="List programs (other trainers), or show one's options.")
+@click.argument("name", required=False, shell_complete=names_of("programs"))
+def programs(name: str | None) -> None:
+    """List the other trainers that a study can have as rows (`program: NAME`); with NAME, show its options."""
+    list_kind("programs", name)

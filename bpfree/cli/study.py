@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,17 @@ def _labels(context: click.Context, parameter: click.Parameter, text: str | None
     return None if text is None else [label.strip() for label in text.split(",")]
 
 
-settings = click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
+def settings(command: Command) -> Command:
+    """Give a command the settings of all cells, of which ``--quick`` is one."""
+
+    @functools.wraps(command)
+    def merged(*arguments: Any, settings: tuple[str, ...], quick: bool, **options: Any) -> int:
+        return command(*arguments, settings=(*settings, "quick=true") if quick else settings, **options)
+
+    option = click.option("--quick", is_flag=True, help="A smoke run: a few batches of everything (quick=true).")
+    return click.argument("settings", nargs=-1, metavar="[SETTINGS]...")(option(merged))
+
+
 seeds = click.option("--seeds", type=click.IntRange(1, 10_000), help="How many repetitions.  [default: what the study says]")
 to = click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: beside the cells]")
 running = _options(

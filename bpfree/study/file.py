@@ -41,7 +41,7 @@ STUDY_KEYS = (
     "equal_budget",
 )
 COLUMN_KEYS = ("label", "settings", "target")
-ROW_KEYS = ("label", "settings", "columns", "published", "tune")
+ROW_KEYS = ("label", "program", "settings", "columns", "published", "tune")
 TUNE_KEYS = ("trials", "search", "seeds", "space", "settings")
 SEARCHES = ("quasi-random", "tpe")
 FIRST_TUNING_SEED = 1000
@@ -174,6 +174,9 @@ class _StudyReader:
         where = f"row {label or number}"
         cells = self._cells(node.get("columns"), where, [column.label for column in columns])
         settings = self._settings(node.get("settings"), f"{where}: settings")
+        if (program := self._text(node, "program", where)) and any(canonical(key, "") == "program.name" for key in settings):
+            self.problems.append(f"{where}: the program is named twice, beside the settings and in them")
+        settings = {"program": program, **settings} if program else settings
         published, space = self._published(node.get("published"), where, cells), self._row_space(node, where, tune)
         shared, without = getattr(entry, "shared", ()), getattr(entry, "without", ())  # of a grid
         return Row(label, settings, cells, published, space, shared, without)

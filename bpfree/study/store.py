@@ -229,7 +229,7 @@ class CellStore:
         config = key.identity["config"]
         twin = "-twin" if config.get("twin") else ""
         digest = hashlib.sha256(f"{self.study}\0{key.id}".encode()).hexdigest()[:12]
-        return f"{config['rule.name']}{twin}-{config['task.name']}-s{key.seed}-{digest}"
+        return f"{config.get('rule.name') or config['program.name']}{twin}-{config['task.name']}-s{key.seed}-{digest}"
 
     def read(self, cell: str) -> CellRecord | None:
         """What is known of a cell; ``None`` for nothing, or a file that cannot be read."""

@@ -127,10 +127,10 @@ class Tuner:
         """Also those that the default configuration has, where it says them; the optimiser's are the rule's own default."""
         if not self._defaults:
             recipe = self._row.recipe
-            default = recipe.registry.get("rules", recipe.names["rule"]).optimizer_of(recipe.options["rule"])
-            recipe = dataclasses.replace(
-                recipe, settings=dataclasses.replace(recipe.settings, optimizer=recipe.settings.optimizer.over(default))
-            )
+            if not recipe.is_program:
+                default = recipe.registry.get("rules", recipe.names["rule"]).optimizer_of(recipe.options["rule"])
+                optimizer = recipe.settings.optimizer.over(default)
+                recipe = dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, optimizer=optimizer))
             self._defaults = {key: value for key, value in recipe.flat().items() if key in self.keys and value is not None}
         return {**self._defaults, **settings}
 

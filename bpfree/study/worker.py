@@ -22,7 +22,7 @@ from bpfree.config import resolve
 from bpfree.errors import BpfreeError, DiskError
 from bpfree.hooks import hookimpl
 from bpfree.leaves import Leaf
-from bpfree.recipe import Recipe
+from bpfree.recipe import Recipe, quick_examples
 from bpfree.record.folder import RunFolder
 from bpfree.redaction import redact
 from bpfree.run import Run
@@ -139,6 +139,8 @@ class Worker:
         if job.restart:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         recipe = _recipe(job)
+        if recipe.is_program and (done := runner.known_run(folder)) is not None and done.status == "finished" and not job.restart:
+            return done  # the process was killed before it could note so
         return runner.run(recipe, run_id=folder.name, task=self._tasks.get(recipe), **options)
 
     def _score_training(self, job: Job, record: CellRecord) -> None:
@@ -259,7 +261,8 @@ class TaskCache:
         Raises:
             BpfreeError: it cannot be loaded; asked again, it is not tried again.
         """
-        key = (recipe.names["task"], recipe.options["task"], recipe.task, recipe.root())
+        quick = quick_examples(recipe.settings) if recipe.settings.quick else None
+        key = (recipe.names["task"], recipe.options["task"], recipe.task, recipe.root(), quick)
         for other, error in self._missing:
             if other == key:
                 raise error
