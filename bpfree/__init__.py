@@ -47,8 +47,10 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.step import Batch as Batch
     from bpfree.step import Budget as Budget
     from bpfree.step import Phase as Phase
+    from bpfree.step import Stage as Stage
     from bpfree.step import Step as Step
     from bpfree.study.executor import Executor as Executor
+    from bpfree.tasks.class_streams import class_stream as class_stream
     from bpfree.tasks.metrics import mean_metric as mean_metric
     from bpfree.tasks.metrics import whole_metric as whole_metric
     from bpfree.tasks.spec import InputPart as InputPart
@@ -56,9 +58,8 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.tasks.splits import ItemSplit as ItemSplit
     from bpfree.tasks.splits import StreamedSplit as StreamedSplit
     from bpfree.tasks.stages import Memory as Memory
-    from bpfree.tasks.stages import Stage as Stage
-    from bpfree.tasks.stages import class_stream as class_stream
     from bpfree.tasks.task import DataSource as DataSource
+    from bpfree.tasks.task import Examples as Examples
     from bpfree.tasks.task import Split as Split
     from bpfree.tasks.task import Task as Task
     from bpfree.tasks.task import TaskSpec as TaskSpec
@@ -83,6 +84,7 @@ _HOME = {
     "Card": "rule",
     "Executor": "study.executor",
     "DataSource": "tasks.task",
+    "Examples": "tasks.task",
     "DatasetSplit": "tasks.splits",
     "InputPart": "tasks.spec",
     "ItemSplit": "tasks.splits",
@@ -91,9 +93,9 @@ _HOME = {
     "Memory": "tasks.stages",
     "RidgeSums": "solved",
     "Solved": "solved",
-    "Stage": "tasks.stages",
+    "Stage": "step",
     "StreamedSplit": "tasks.splits",
-    "class_stream": "tasks.stages",
+    "class_stream": "tasks.class_streams",
     "mean_metric": "tasks.metrics",
     "whole_metric": "tasks.metrics",
     "Network": "network.network",

@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bpfree.step import Batch
-    from bpfree.tasks.spec import TaskSpec
-
-__all__ = ["ACCURACY", "ERROR", "LOSS", "Accumulator", "Metric", "metric_of", "metrics_from", "recorded_metrics"]
+__all__ = ["ACCURACY", "ERROR", "LOSS", "Accumulator", "Metric", "metric_of", "metrics_from", "recorded_metrics", "scores_in"]
 
 DERIVED = re.compile(r"_(selected|se|draw_\d+)$")
 """What is appended to a metric's name for the same quantity, measured otherwise."""
@@ -23,8 +20,8 @@ DIGITS = 4
 class Accumulator(Protocol):
     """What a metric measures over one pass of a split."""
 
-    def add(self, outputs: Tensor, batch: Batch) -> None:
-        """Take up the outputs for a batch; nothing is copied to the host here."""
+    def add(self, outputs: Tensor, batch: Any) -> None:
+        """Take up the outputs for a :class:`bpfree.Batch`; nothing is copied to the host here."""
 
     def value(self) -> float:
         """Give the metric of all that was added; NaN if it is not defined for it."""
@@ -51,7 +48,7 @@ class Metric:
     unit: str = ""
     summary: str = ""
     kinds: tuple[str, ...] = ()
-    begin: Callable[[TaskSpec, Callable[[Any], Tensor]], Accumulator] | None = field(default=None, compare=False, repr=False)
+    begin: Callable[[Any, Callable[[Any], Tensor]], Accumulator] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z]\w*", self.name):
@@ -109,8 +106,9 @@ def metric_of(key: str, known: Mapping[str, Metric] = KNOWN) -> Metric:
     Returns:
         The metric; for an unknown name one that is no share, greater being better unless the name ends with ``loss`` or ``error``.
     """
-    name = DERIVED.sub("", key.rsplit("/", 1)[-1])
-    found = known.get(name) or KNOWN.get(name)
+    last = key.rsplit("/", 1)[-1]
+    name = DERIVED.sub("", last)
+    found = known.get(last) or known.get(name) or KNOWN.get(name)
     if found is not None:
         return found
     name = re.sub(r"\W", "_", name) or "value"
@@ -118,6 +116,20 @@ def metric_of(key: str, known: Mapping[str, Metric] = KNOWN) -> Metric:
     if name.endswith("accuracy"):
         return Metric(name, share=True)
     return Metric(name, greater=not name.endswith(("loss", "error")))
+
+
+def scores_in(values: Mapping[str, float], split: str, metrics: Iterable[Metric]) -> list[tuple[Metric, float]]:
+    """Find a split's metrics among numbers, in their order; the loss where it comes first, or there is nothing else.
+
+    Args:
+        values: by key, such as ``val/accuracy``.
+        split: ``train``, ``val`` or ``test``.
+        metrics: of the run, first the primary one.
+    """
+    measured = list(metrics)
+    found = [(metric, values[key]) for metric in measured if (key := f"{split}/{metric.name}") in values]
+    others = [(metric, value) for metric, value in found if metric.name != LOSS.name]
+    return others if others and measured[0].name != LOSS.name else found
 
 
 def recorded_metrics(metrics: Iterable[Metric]) -> dict[str, Any]:

@@ -31,9 +31,8 @@ from bpfree.network.receptive_fields import receptive_fields
 from bpfree.network.split import split
 from bpfree.network.trace import Trace, Traces
 from bpfree.options import NoOptions, OptimizerConfig
-from bpfree.step import Batch, Budget, Phase, Step
+from bpfree.step import Batch, Budget, Phase, Stage, Step
 from bpfree.tasks.spec import has_own_loss
-from bpfree.tasks.stages import Stage
 from bpfree.tasks.task import Examples, TaskSpec
 
 __all__ = ["Broadcast", "Card", "Rule", "Streamed", "Traits", "always"]

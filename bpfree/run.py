@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from bpfree.metric import ACCURACY, LOSS, Metric, metric_of, metrics_from
+from bpfree.metric import ACCURACY, LOSS, Metric, metric_of, metrics_from, scores_in
 
 __all__ = ["ReadOnly", "Run", "RunView", "new_run_id"]
 
@@ -76,6 +76,15 @@ class Run:
     def primary(self) -> Metric:
         """The metric that the run is judged by."""
         return next(iter(self.measures.values()))
+
+    def scores(self, split: str) -> list[tuple[Metric, float]]:
+        """Collect what was measured of a split, as people are to see it: the primary metric first.
+
+        Of ``test`` it is the result, of ``train`` and ``val`` the last epoch's. The loss is among them where it is the primary metric, or
+        nothing else was measured.
+        """
+        values = self.result if split == "test" else self.history[-1] if self.history else {}
+        return scores_in(values, split, self.measures.values())
 
     def metric(self, key: str) -> Metric:
         """Find the metric that a key of the result or the history is about."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,7 @@ from bpfree import seeds
 from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf
+from bpfree.metric import LOSS, Metric
 from bpfree.recipe import changed
 from bpfree.rule import Rule
 from bpfree.saved import load
@@ -22,11 +23,11 @@ from bpfree.tasks.task import Split
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.config import TrainConfig
 from bpfree.training.environment import autocast, flushing_denormals, resolve_device
-from bpfree.training.evaluation import check_protocols, evaluate, evaluate_features, flat_features, setting_of
+from bpfree.training.evaluation import check_protocols, evaluate, evaluate_features, flat_features, scored_by, setting_of
 from bpfree.training.features import feature_split
 from bpfree.training.guards import only_read
 
-__all__ = ["score"]
+__all__ = ["Scored", "score"]
 
 OF_TRAINING = (
     *("accumulate.", "batch_size.", "budget.", "clip.", "evaluation.every.", "twin.", "optimizer."),
@@ -35,10 +36,22 @@ OF_TRAINING = (
 """Beginnings of keys that say how a rule was trained."""
 
 
+class Scored(NamedTuple):
+    """What a saved rule reaches on a split.
+
+    Attributes:
+        about: checkpoint, rule, task, split, number of examples.
+        values: by metric, as logged: shares from 0 to 1.
+        metrics: the rule's predictions were scored by, by name, first the primary one.
+    """
+
+    about: dict[str, str | int]
+    values: dict[str, float]
+    metrics: dict[str, Metric]
+
+
 @flushing_denormals()
-def score(
-    place: str, changes: Sequence[Leaf] = (), *, split: str = "validation", output: str = "runs"
-) -> tuple[dict[str, str | int], dict[str, float]]:
+def score(place: str, changes: Sequence[Leaf] = (), *, split: str = "validation", output: str = "runs") -> Scored:
     """Metrics of a saved rule on the ``validation``, ``test`` or ``train`` split.
 
     Args:
@@ -48,8 +61,7 @@ def score(
         output: folder of runs.
 
     Returns:
-        What was scored (checkpoint, rule, task, split, number of examples), and the metrics; also those of
-        ``evaluation.protocols``, which are fitted to the features of the task's training split.
+        What was scored, and by what; also by ``evaluation.protocols``, which are fitted to the features of the task's training split.
 
     Raises:
         BpfreeError: no such checkpoint, a task that it does not fit, or a split that the task does not have.
@@ -82,8 +94,10 @@ def score(
     options: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "dtype": rule.network.dtype}
     loader = Loader(examples, saved.spec, **options)
     generator = torch.Generator(device).manual_seed(seeds.derive_in(recipe.settings.stream, recipe.settings.seed, "evaluation", "score"))
+    metrics = scored_by(rule.spec, config.metrics)
     with only_read(rule, "predict", "alternatives"), autocast(device, recipe.settings.precision):
-        scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, alternatives=config.alternatives)
+        further = [metric for metric in metrics if metric.name != LOSS.name]
+        scores = evaluate(rule, loader, generator, metrics=further, draws=config.draws or rule.draws, alternatives=config.alternatives)
     if protocols:
         train = loader if split == "train" else Loader(task.train, saved.spec, **options)
         held = loader if split == "validation" else None
@@ -98,7 +112,7 @@ def score(
         "split": split,
         "examples": len(examples),
     }
-    return about, scores
+    return Scored(about, scores, {metric.name: metric for metric in metrics})
 
 
 def _score_features(

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bpfree.options import OptimizerConfig, ScheduleConfig
 
-if TYPE_CHECKING:
-    from bpfree.tasks.stages import Stage
-
-__all__ = ["Batch", "Budget", "Phase", "Step"]
+__all__ = ["Batch", "Budget", "Phase", "Stage", "Step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +91,30 @@ class Phase:
     def is_open(self) -> bool:
         """Whether the phase says nothing of its end, so that the run's budget ends it."""
         return self.epochs is self.seconds is self.forwards is self.operations is None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Describe a stage of a stream.
+
+    Attributes:
+        name: shown in metrics and reports.
+        index: its place, from 0.
+        classes: that begin in it; empty for streams whose classes stay the same.
+        train, test: (M,) positions of its examples in the task's splits.
+        validation: likewise; ``None``: it has none.
+    """
+
+    name: str
+    index: int
+    classes: tuple[int, ...] = ()
+    train: Tensor | None = None
+    test: Tensor | None = None
+    validation: Tensor | None = None
+
+    def recorded(self) -> dict[str, Any]:
+        """Describe it without its examples, for a checkpoint."""
+        return {"name": self.name, "index": self.index, "classes": list(self.classes)}
 
 
 @dataclass(slots=True)

@@ -197,3 +197,13 @@ def test_the_checks_notice_what_is_wrong(tmp_path: Path) -> None:
         parse(["compare", "dfa", "--sedes", "3"])
     assert anchors(page) == {"a-page"}
     assert [block.line for block in blocks(page)] == [3, 6]
+
+
+def test_the_files_of_a_change_are_there() -> None:
+    """The page says where changes go; a file that was moved takes its name there along."""
+    text = (ROOT / "docs" / "where-changes-go.md").read_text()
+    named = [name for name in re.findall(r"`((?:bpfree|tests|plugins|benchmarks)/[^`]*)`", text) if "NAME" not in name]
+    assert len(named) > 50
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    hooks = set(re.findall(r"`(bpfree_[a-z]+)`", text))
+    assert hooks <= {name for name in dir(__import__("bpfree.hooks", fromlist=["hooks"])) if name.startswith("bpfree_")}

@@ -80,7 +80,7 @@ def test_they_are_zero_while_a_saved_rule_is_scored(workplace: Path, monkeypatch
     words = ["rule=linear", "task=digits", "budget.epochs=1", "tracking.enabled=false", "threads=1"]
     place = run(resolve(parse_words(words)), quiet=True).folder
     monkeypatch.setattr(scoring, "evaluate", lambda *args, **options: seen.append(flushed()) or evaluate(*args, **options))
-    _, scores = scoring.score(str(place))
+    scores = scoring.score(str(place)).values
     assert scores["accuracy"] > 0.5
     assert seen == [True]
     assert not flushed()

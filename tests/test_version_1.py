@@ -12,7 +12,10 @@ import bpfree
 from bpfree import Task
 from bpfree.cli.main import main
 from bpfree.legacy import is_of_version_1, refuse_version_1
+from bpfree.metric import ACCURACY, ERROR
 from bpfree.scoring import score
+from bpfree.study.measures import Measure
+from bpfree.study.store import CellStore
 
 FIXTURES = Path(__file__).parent / "fixtures" / "version-0.1"
 
@@ -110,3 +113,15 @@ def test_an_unfinished_run_is_refused(old: Path, capsys: pytest.CaptureFixture[s
     assert f"a run of bpfree 0.1 cannot be {'resumed' if words[0] == 'train' else 'sent'} by this version" in error
     assert "finish it with bpfree 0.1, or start a new run" in error
     assert {path: path.read_bytes() for path in (old / "unfinished").rglob("*") if path.is_file()} == before
+
+
+def test_cells_without_metrics_are_judged_by_their_accuracy(old: Path) -> None:
+    """Oracle: 0.1 knew accuracies and losses alone."""
+    paths = list((old / "study").rglob("cells/*.json"))
+    assert paths
+    for path in paths:
+        record = CellStore(path.parents[3], path.parents[1].name).read(path.stem)
+        assert record is not None
+        assert record.primary == ACCURACY
+        shown = Measure("test", ERROR, ACCURACY.name).of(record.result)
+        assert shown == pytest.approx(100 - 100 * json.loads(path.read_text())["result"]["test/accuracy"])

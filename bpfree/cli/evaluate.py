@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from bpfree.metric import Metric
 
 HELP = """Score a trained rule: CHECKPOINT is a run's folder, its name, or a checkpoint file.
 
 By default on the validation split, so that looking often does not wear out the test split. SETTINGS change the run's own
 configuration, for example `task=fashion-mnist`, `rule.inference=deterministic`, `evaluation.draws=20`,
-`evaluation.protocols=[linear-probe]`, `device=cpu`.
+`evaluation.protocols=[linear-probe]`, `evaluation.metrics=[ece]`, `device=cpu`.
 """
+
+
+def _text(key: str, value: float, known: Mapping[str, Metric]) -> str:
+    """A metric as people read it; what else protocols say (a penalty, operations) is a number."""
+    from bpfree.metric import KNOWN, metric_of
+
+    metric = metric_of(key, known)
+    return metric.text(value) if metric.name in {**KNOWN, **known} else f"{value:.4g}"
 
 
 @click.command(help=HELP, short_help="Score a trained rule on a split.")
@@ -28,13 +41,11 @@ def evaluate(checkpoint: str, settings: tuple[str, ...], split: str, as_json: bo
 
     leaves = parse_words(settings)
     output = last_said(leaves, "output", "runs")
-    about, scores = score(checkpoint, leaves, split=split, output=output)
+    found = score(checkpoint, leaves, split=split, output=output)
     if as_json:
-        click.echo(json.dumps({**about, **scores}))
+        click.echo(json.dumps({**found.about, **found.values}))
         return 0
-    for name, value in about.items():
+    for name, value in found.about.items():
         click.echo(f"{name.ljust(10)}  {value}")
-    print_table(
-        ["metric", "value"], [[name, f"{value:.2%}" if "accuracy" in name else f"{value:.5g}"] for name, value in scores.items()], right=[1]
-    )
+    print_table(["metric", "value"], [[key, _text(key, score, found.metrics)] for key, score in found.values.items()], right=[1])
     return 0

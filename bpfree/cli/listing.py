@@ -1,4 +1,4 @@
-"""``bpfree rules``, ``bpfree networks``, ``bpfree tasks``: what is installed, and the cards of single entries."""
+"""``bpfree rules``, ``bpfree networks``, ``bpfree tasks``, ``bpfree metrics``: what is installed, and the cards of single entries."""
 
 from __future__ import annotations
 
@@ -133,3 +133,25 @@ def tasks(name: str | None) -> None:
 def programs(name: str | None) -> None:
     """List the other trainers that a study can have as rows (`program: NAME`); with NAME, show its options."""
     list_kind("programs", name)
+
+
+@click.command(short_help="List metrics, or describe one.")
+@click.argument("name", required=False, shell_complete=names_of("metrics"))
+def metrics(name: str | None) -> None:
+    """List the metrics that can be named with evaluation.metrics=[NAME,...]; with NAME, say what is measured and how it is shown."""
+    if name is None:
+        list_kind("metrics", None)
+        return
+    from bpfree.plugins import installed_plugins
+
+    metric = installed_plugins().get("metrics", name)
+    lines = {
+        "name": name,
+        "key": f"test/{metric.name}, val/{metric.name}",
+        "what it is": metric.summary,
+        "better": "greater" if metric.greater else "smaller",
+        "unit": "share of 0 to 1, shown in per cent" if metric.share else metric.unit or "none",
+        "targets": ", ".join(metric.kinds) or "all",
+    }
+    for key, text in lines.items():
+        click.echo(f"{key.ljust(12)}{text}")

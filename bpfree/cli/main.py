@@ -59,6 +59,7 @@ class Commands(click.Group):
         "networks": "listing",
         "tasks": "listing",
         "programs": "listing",
+        "metrics": "listing",
         "plugins": "plugins",
         "registry": "registry",
         "runs": "runs",

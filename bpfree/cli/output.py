@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -42,14 +43,13 @@ def print_result(run: Run) -> None:
     """The end of a run in a few lines."""
     result = run.result
     lines = [("status", f"{run.status}{f': {run.reason}' if run.reason else ''}")]
-    if "test/accuracy" in result:
-        spread = f" +- {result['test/accuracy_se']:.2%} (standard error over draws)" if "test/accuracy_se" in result else ""
-        lines.append(("test accuracy", f"{result['test/accuracy']:.2%}{spread}"))
-    elif "test/loss" in result:
-        lines.append(("test loss", f"{result['test/loss']:.5g}"))
-    validation = [metrics["val/accuracy"] for metrics in run.history if "val/accuracy" in metrics]
-    if validation:
-        lines.append(("validation accuracy", f"{validation[-1]:.2%} last, {max(validation):.2%} best"))
+    for metric, value in run.scores("test"):
+        error = result.get(f"test/{metric.name}_se")
+        spread = "" if error is None else f" +- {metric.text(error)} (standard error over draws)"
+        lines.append((f"test {_words(metric.name)}", f"{metric.text(value)}{spread}"))
+    for metric, value in run.scores("val"):
+        best = metric.best(seen for metrics in run.history if not math.isnan(seen := metrics.get(f"val/{metric.name}", math.nan)))
+        lines.append((f"validation {_words(metric.name)}", f"{metric.text(value)} last, {metric.text(best)} best"))
     lines.extend(protocol_lines(run))
     if "train/seconds" in result:
         spent = f"{result['train/seconds']:.1f} s"
@@ -79,10 +79,16 @@ def protocol_lines(run: Run) -> Iterator[tuple[str, str]]:
     from bpfree.tasks.protocols import result_key
 
     for name in installed_plugins().names("protocols"):
-        key = f"{result_key(name)}/accuracy"
-        if f"test/{key}" in run.result:
-            validation = f", {run.result[f'val/{key}']:.2%} on validation" if f"val/{key}" in run.result else ""
-            yield name, f"{run.result[f'test/{key}']:.2%}{validation}"
+        prefix = f"test/{result_key(name)}/"
+        for key, value in run.result.items():
+            if key.startswith(prefix):
+                metric, held = run.metric(key), run.result.get(f"val/{key.removeprefix('test/')}")
+                validation = "" if held is None else f", {metric.text(held)} on validation"
+                yield name, f"{_words(metric.name)} {metric.text(value)}{validation}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def exit_code(run: Run) -> int:

@@ -28,9 +28,9 @@ def runs(output: str, clean: bool, as_json: bool) -> None:
         raise UsageError("no such folder", where=output, fix="give the folder of runs (output=FOLDER of the runs)")
     lines = [line for folder in sorted(Path(output).iterdir()) if (line := _line(folder, clean)) is not None]
     if as_json:
-        click.echo(json.dumps(lines, indent=2))
+        click.echo(json.dumps([{key: value for key, value in line.items() if key != "shown"} for line in lines], indent=2))
     elif lines:
-        print_table(["run", "status", "epoch", "test accuracy"], [_texts(line) for line in lines], right=(2, 3))
+        print_table(["run", "status", "epoch", "test"], [_texts(line) for line in lines], right=(2, 3))
     else:
         click.echo(f"no runs in {output}")
 
@@ -60,17 +60,17 @@ def _line(folder: Path, clean: bool) -> dict[str, Any] | None:
         "resumable": place.last.is_file() and status in ("interrupted", "failed"),
         "epoch": run.epoch,
         "total_epochs": run.total_epochs,
-        "test_accuracy": run.result.get("test/accuracy"),
+        "test": {metric.name: value for metric, value in run.scores("test")},
+        "shown": ", ".join(f"{metric.name.replace('_', ' ')} {metric.text(value)}" for metric, value in run.scores("test")),
     }
 
 
 def _texts(line: dict[str, Any]) -> list[str]:
-    accuracy = line["test_accuracy"]
     reason = f": {line['reason']}" if line["reason"] else ""
     total = f" of {line['total_epochs']}" if line["total_epochs"] else ""
     return [
         line["run"],
         f"{line['status']}{reason}",
         f"{line['epoch']}{total}",
-        "" if accuracy is None else f"{accuracy:.2%}",
+        line["shown"],
     ]

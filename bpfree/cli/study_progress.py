@@ -86,10 +86,7 @@ class StudyProgress:
 
 
 def _score(record: CellRecord) -> str:
-    result, last = record.result, record.history[-1] if record.history else {}
-    for name, source in (("test", result), ("val", last)):
-        if f"{name}/accuracy" in source:
-            return f"{name} accuracy {100 * source[f'{name}/accuracy']:.2f} %"
-        if f"{name}/loss" in source:
-            return f"{name} loss {source[f'{name}/loss']:.4g}"
-    return "finished"
+    run = record.seen()
+    found = ((split, run.scores(split)) for split in ("test", "val"))
+    split, scores = next(((split, scores) for split, scores in found if scores), ("", []))
+    return ", ".join(f"{split} {metric.name.replace('_', ' ')} {metric.text(value)}" for metric, value in scores) or "finished"

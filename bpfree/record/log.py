@@ -222,7 +222,7 @@ def _parsed(line: bytes) -> Event:
         kind, when = content["event"], content["time"]
         if not isinstance(kind, str) or not isinstance(when, int):
             raise ValueError
-        for key in ("metrics", "result"):
+        for key in () if kind == "begin" else ("metrics", "result"):  # which describes metrics, and has none
             if key in content:
                 content[key] = {str(name): float(value) for name, value in content[key].items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -22,15 +22,17 @@ from typing import Any
 import torch
 
 from bpfree.config import resolve
-from bpfree.errors import UsageError
+from bpfree.errors import UsageError, nearest
 from bpfree.leaves import Leaf, canonical, said
+from bpfree.metric import ACCURACY, ERROR
 from bpfree.plugins import Plugins
 from bpfree.recipe import CHANGEABLE, Recipe, quick_examples
 from bpfree.redaction import redacted
 from bpfree.rule import Rule
 from bpfree.sources import source_hashes
 from bpfree.study.fingerprints import Fingerprints, KnownData, digest
-from bpfree.study.model import Column, Row, Study
+from bpfree.study.measures import measure_of
+from bpfree.study.model import MEMORY, Column, Row, Study
 from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellKey
 from bpfree.training.config import LIMITS
@@ -192,6 +194,9 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
         except UsageError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(row.label)
+    for each in found:
+        for problem in _wrongly_published(each):
+            problems.setdefault(problem, []).append(each.written.label)
     for problem in [] if problems else _used_by_none(found):
         problems.setdefault(problem, [each.written.label for each in found])
     if problems:
@@ -199,6 +204,23 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
         listed = [_where(problem, rows, every) for problem, rows in problems.items()]
         raise UsageError.of(listed, "study", where=f"study {study.name}")
     return found
+
+
+def _wrongly_published(row: TableRow) -> Iterator[str]:
+    """What is wrong with the published numbers of a row: metrics that its task does not have, and shares out of range."""
+    for key, number in row.written.published.get(row.column, {}).items():
+        if key == MEMORY:
+            continue
+        known = row.metrics
+        measure = measure_of(key, known)
+        low, high = measure.bounds
+        if measure.measured not in known:
+            names = [*known, *([ERROR.name] if ACCURACY.name in known else [])]
+            guess = nearest(measure.metric.name, names)
+            hint = f"did you mean {measure.split}/{guess}?" if guess else f"known here: {', '.join(names)}"
+            yield f"published: unknown metric {key!r}: {hint} (further ones: evaluation.metrics)"
+        elif not low <= number.mean <= high:
+            yield f"published: {key}={number.mean:g} is out of range: in per cent, from {low:g} to {high:g}"
 
 
 def _can_be_probed(recipe: Recipe, leaves: Sequence[Leaf]) -> bool:

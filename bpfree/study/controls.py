@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from bpfree.study.cells import Plan
 from bpfree.study.differences import Difference, Paired, judge
 from bpfree.study.examples import paired, scores_of
-from bpfree.study.rows import TableRow, percent, table_metric
+from bpfree.study.measures import Measure
+from bpfree.study.rows import TableRow, table_measure
 
 __all__ = ["Comparison", "ComparisonTable", "compare", "comparisons", "control_table", "difference_texts", "error_legend"]
 
@@ -19,7 +20,7 @@ class Comparison:
 
     Attributes:
         row, column, control: labels.
-        difference: what the row is better by, in the unit of the metric (percentage points, or loss), with its error.
+        difference: what the row is better by, in the unit of the table (percentage points for shares), with its error.
     """
 
     row: str
@@ -52,7 +53,7 @@ class Comparison:
 
 def comparisons(plan: Plan, rows: Sequence[TableRow]) -> list[Comparison]:
     """Compare each column's rows with each of its controls, where both have results of a seed."""
-    metric, controls = table_metric(plan.study, rows), plan.study.controls
+    measure, controls = table_measure(plan.study, rows), plan.study.controls
     places = {(row.column, row.written.label): row for row in rows}
     pairs = [
         (places[column.label, row.label], places[column.label, control])
@@ -61,16 +62,16 @@ def comparisons(plan: Plan, rows: Sequence[TableRow]) -> list[Comparison]:
         for control in controls
         if row.label not in controls and {(column.label, row.label), (column.label, control)} <= places.keys()
     ]
-    return _judged(plan, pairs, metric)
+    return _judged(plan, pairs, measure)
 
 
-def compare(plan: Plan, row: TableRow, control: TableRow, metric: str) -> Comparison | None:
+def compare(plan: Plan, row: TableRow, control: TableRow, measure: Measure) -> Comparison | None:
     """Compare two rows of a column alone; ``None`` if no seed has finite results of both."""
-    return next(iter(_judged(plan, [(row, control)], metric)), None)
+    return next(iter(_judged(plan, [(row, control)], measure)), None)
 
 
-def _judged(plan: Plan, pairs: Sequence[tuple[TableRow, TableRow]], metric: str) -> list[Comparison]:
-    scores = {id(row): scores_of(row, metric, plan.output) for pair in pairs for row in pair}
+def _judged(plan: Plan, pairs: Sequence[tuple[TableRow, TableRow]], measure: Measure) -> list[Comparison]:
+    scores = {id(row): scores_of(row, measure, plan.output) for pair in pairs for row in pair}
     family: dict[object, tuple[object, Paired]] = {
         (row.column, row.written.label, control.written.label): (row.column, found)
         for row, control in pairs
@@ -108,52 +109,50 @@ class ComparisonTable:
 
 def control_table(plan: Plan, rows: Sequence[TableRow]) -> ComparisonTable | None:
     """The comparisons as text; ``None`` as long as there are none."""
-    found, metric = comparisons(plan, rows), table_metric(plan.study, rows)
+    found, measure = comparisons(plan, rows), table_measure(plan.study, rows)
     if not found:
         return None
     labelled = any(column.label for column in plan.study.columns)
     labels = ["row", *(["column"] if labelled else []), "control"]
-    numbers = ["gain, points" if percent(metric) else "gain", "std. error", "n", "p (Holm)", "detectable"]
-    numbers += ["seeds for 1 point"] if percent(metric) else []
+    numbers = ["gain, points" if measure.metric.share else "gain", "std. error", "n", "p (Holm)", "detectable"]
+    numbers += ["seeds for 1 point"] if measure.metric.share else []
     table = [
         [
             *(each.row, *([each.column] if labelled else []), each.control),
-            *_numbers(each, len(plan.seeds), metric),
+            *_numbers(each, len(plan.seeds), measure),
             each.verdict,
         ]
         for each in found
     ]
-    legend = _legend(metric, found, [row for row in rows if row.tuned is not None and row.tuned.keys])
+    legend = _legend(measure, found, [row for row in rows if row.tuned is not None and row.tuned.keys])
     return ComparisonTable([*labels, *numbers, "verdict"], table, range(len(labels), len(labels) + len(numbers)), legend)
 
 
-def _numbers(found: Comparison, seeds: int, metric: str) -> list[str]:
-    gain, error = difference_texts(found.difference, metric)
+def _numbers(found: Comparison, seeds: int, measure: Measure) -> list[str]:
+    gain, error = difference_texts(found.difference, measure)
     count, known = len(found.gains), found.difference
     texts = [gain, error, f"{count}" if count == seeds else f"{count} of {seeds}"]
     if known.error is None:
-        return [*texts, *([""] * (3 if percent(metric) else 2))]
-    digits = 2 if percent(metric) else 4
-    texts += [f"{known.adjusted:.3f}" if known.adjusted >= 0.001 else "< 0.001", f"{known.detectable or 0.0:.{digits}f}"]
-    return [*texts, *([f"{known.seeds}" if known.seeds else "none"] if percent(metric) else [])]
+        return [*texts, *([""] * (3 if measure.metric.share else 2))]
+    texts += [f"{known.adjusted:.3f}" if known.adjusted >= 0.001 else "< 0.001", measure.text(known.detectable or 0.0)]
+    return [*texts, *([f"{known.seeds}" if known.seeds else "none"] if measure.metric.share else [])]
 
 
-def difference_texts(found: Difference, metric: str) -> tuple[str, str]:
+def difference_texts(found: Difference, measure: Measure) -> tuple[str, str]:
     """Write a gain with its sign, and its error (blank where it is not known)."""
-    digits = 2 if percent(metric) else 4
-    return f"{found.gain:+z.{digits}f}", "" if found.error is None else f"{found.error:.{digits}f}"
+    return measure.signed(found.gain), "" if found.error is None else measure.text(found.error)
 
 
-def _legend(metric: str, found: Sequence[Comparison], tuned: Sequence[TableRow]) -> str:
-    name = metric.replace("/", " ")
-    difference = f"the row's {name} minus the control's" if metric.endswith("accuracy") else f"the control's {name} minus the row's"
-    unit = ", in percentage points" if percent(metric) else ""
+def _legend(measure: Measure, found: Sequence[Comparison], tuned: Sequence[TableRow]) -> str:
+    name = measure.name
+    difference = f"the row's {name} minus the control's" if measure.metric.greater else f"the control's {name} minus the row's"
+    unit = ", in percentage points" if measure.metric.share else ""
     text = f"Gain: {difference}{unit}, so that positive means that the row is better; mean over the n seeds that both have, paired by seed."
     legend = error_legend(
         [each.difference for each in found], conditional=bool(tuned), family=f"over the family of {len(found)} comparisons (Holm)"
     )
     decide = "Seeds for 1 point: that would decide a difference of one point; none: more seeds would not, on this test split."
-    return " ".join([text, legend, *([decide] if percent(metric) and any(each.standard_error is not None for each in found) else [])])
+    return " ".join([text, legend, *([decide] if measure.metric.share and any(each.standard_error is not None for each in found) else [])])
 
 
 def error_legend(found: Sequence[Difference], *, conditional: bool, family: str) -> str:

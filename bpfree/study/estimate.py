@@ -22,6 +22,7 @@ from bpfree.step import Batch, Budget, Phase
 from bpfree.study.rows import Cell
 from bpfree.study.store import CellRecord
 from bpfree.tasks.task import TaskSpec
+from bpfree.tasks.trees import leaves, move
 from bpfree.training import environment
 from bpfree.training.stepper import Stepper
 
@@ -98,18 +99,13 @@ def _steps(budget: Budget, phases: Sequence[Phase], examples: int, size: int) ->
 
 
 def _batch(spec: TaskSpec, size: int, device: torch.device) -> Batch:
-    inputs = torch.randn(size, *spec.input_shape, device=device)
-    if spec.targets == "none":
-        return Batch(inputs)
-    if spec.targets == "classes":
-        return Batch(inputs, torch.randint(spec.outputs, (size,), device=device))
-    rows = torch.randn(size, spec.outputs, device=device)
-    return Batch(inputs, rows.softmax(1) if spec.targets == "soft" else rows)
+    targets = spec.example_targets(size)
+    return Batch(move(spec.example(size), device), None if targets is None else targets.to(device))
 
 
 def _time_step(rule: Rule, phase: Phase, batch: Batch, recipe: Recipe) -> float:
     """The fastest of a few."""
-    stepper, device, times = Stepper(rule, recipe.settings.optimizer), batch.inputs.device, []
+    stepper, device, times = Stepper(rule, recipe.settings.optimizer), leaves(batch.inputs)[0].device, []
     with stepper.phase(phase), environment.autocast(device, recipe.settings.precision):
         for _ in range(WARM_UP + TIMED):
             since = time.perf_counter()

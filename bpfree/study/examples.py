@@ -7,15 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bpfree.files import inside
+from bpfree.metric import LOSS
 from bpfree.record.folder import RunFolder
 from bpfree.study.differences import Paired
-from bpfree.study.rows import TableRow, percent
+from bpfree.study.measures import Measure
+from bpfree.study.rows import TableRow
 from bpfree.study.store import CellRecord
 from bpfree.training.predictions import Predictions, read_predictions
 
@@ -41,45 +42,33 @@ class Scores:
     greater: bool
 
 
-def scores_of(row: TableRow, metric: str, runs: Path, which: str = OWN) -> Scores:
+def scores_of(row: TableRow, measure: Measure, runs: Path, which: str = OWN) -> Scores:
     """Collect the scores of a row.
 
     Args:
         row: the row.
-        metric: of the table, such as ``test/error``.
+        measure: of the table.
         runs: folder of runs, which hold the predictions.
         which: ``OWN`` or ``PROBED``.
     """
-    return _scores(row.finished, metric, runs, which)
+    return _scores(row.finished, measure, runs, which)
 
 
-def twin_scores(row: TableRow, metric: str, runs: Path) -> Scores:
+def twin_scores(row: TableRow, measure: Measure, runs: Path) -> Scores:
     """Collect the scores of a row's own-prediction twin at equal operations."""
-    return _scores([] if row.twin is None else row.twin.finished, metric, runs, OWN)
+    return _scores([] if row.twin is None else row.twin.finished, measure, runs, OWN)
 
 
-def _scores(finished: Sequence[CellRecord], metric: str, runs: Path, which: str) -> Scores:
-    values = {record.key.seed: _value(record, metric, which) for record in finished}
+def _scores(finished: Sequence[CellRecord], measure: Measure, runs: Path, which: str) -> Scores:
+    values = {record.key.seed: measure.of(record.result, which) for record in finished}
     means = {seed: value for seed, value in values.items() if value is not None and math.isfinite(value)}
-    examples = {record.key.seed: found for record in finished if (found := _examples(record, metric, runs, which)) is not None}
-    return Scores(means, examples, metric.endswith("accuracy"))
+    examples = {record.key.seed: found for record in finished if (found := _examples(record, measure, runs, which)) is not None}
+    return Scores(means, examples, measure.metric.greater)
 
 
-def _value(record: CellRecord, metric: str, which: str) -> float | None:
-    split, _, kind = metric.partition("/")
-    prefix = f"{split}/{which}/" if which else f"{split}/"
-    measured = record.result.get(f"{prefix}{'loss' if kind == 'loss' else 'accuracy'}")
-    return None if measured is None else in_unit(measured, metric)
-
-
-def in_unit(value: float, metric: str) -> float:
-    """Convert an accuracy (0 to 1) or a loss to the unit of a table: errors and accuracies are in per cent."""
-    if not percent(metric):
-        return value
-    return 100 * value if metric.endswith("accuracy") else 100 - 100 * value
-
-
-def _examples(record: CellRecord, metric: str, runs: Path, which: str) -> Examples | None:
+def _examples(record: CellRecord, measure: Measure, runs: Path, which: str) -> Examples | None:
+    if not measure.of_predictions:
+        return None
     path = inside(runs, str(RunFolder(record.run).predictions)) if record.run else None
     try:
         kept = None if path is None else _predictions(path, path.stat().st_mtime_ns)
@@ -87,22 +76,15 @@ def _examples(record: CellRecord, metric: str, runs: Path, which: str) -> Exampl
         kept = None
     if kept is None:
         return None
-    values = kept.protocols.get(which) if which else kept.correct if percent(metric) else kept.loss
-    return None if values is None else to_unit(values, metric)
+    own, of_probe = (kept.loss, None) if measure.measured == LOSS.name else (kept.correct, kept.protocols.get(which))
+    values = of_probe if which else own
+    return None if values is None else measure.shown(np.asarray(values, np.float64))
 
 
 @lru_cache(maxsize=256)
 def _predictions(path: Path, modified: int) -> Predictions | None:
     """Read a run's predictions once: a report compares each row with several others."""
     return read_predictions(path)
-
-
-def to_unit(values: Any, metric: str) -> Examples:
-    """Convert what each example became (1 for right, or a loss) to the unit of a table."""
-    array = np.asarray(values, np.float64)
-    if not percent(metric):
-        return array
-    return 100 * array if metric.endswith("accuracy") else 100 - 100 * array
 
 
 def paired(ours: Scores, theirs: Scores) -> Paired | None:

@@ -19,7 +19,7 @@ from bpfree.errors import UsageError, nearest
 from bpfree.leaves import REFERENCE, canonical, leaves_of, refers
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.study.grid import expand
-from bpfree.study.model import MEMORY, METRICS, Choices, Column, Domain, Published, Range, Row, Study, Tune
+from bpfree.study.model import MEMORY, Choices, Column, Domain, Published, Range, Row, Study, Tune
 
 __all__ = ["find_study", "read_study"]
 
@@ -45,6 +45,7 @@ ROW_KEYS = ("label", "program", "settings", "columns", "published", "tune")
 TUNE_KEYS = ("trials", "search", "seeds", "space", "settings")
 SEARCHES = ("quasi-random", "tpe")
 FIRST_TUNING_SEED = 1000
+METRIC = re.compile(r"(test|train)/[A-Za-z]\w*")
 MOST = {"jobs": 1024, "trials": 10_000, "seeds": 10_000}
 NOT_HERE = {
     "seed": "the seeds of a study are its key seeds",
@@ -165,7 +166,7 @@ class _StudyReader:
     def _column(self, entry: Any, number: int) -> Column:
         node = self._mapping(entry, f"column {number}", COLUMN_KEYS)
         label = self._label(node, f"column {number}")
-        target = self._positive(node, "target", f"column {label or number}")
+        target = self._target(node, f"column {label or number}: ")
         return Column(label, self._settings(node.get("settings"), f"column {label or number}: settings"), target)
 
     def _row(self, entry: Any, number: int, columns: Sequence[Column], tune: Tune | None) -> Row:
@@ -207,9 +208,16 @@ class _StudyReader:
         return labels
 
     def _targets(self, node: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, float]:
-        common = self._positive(node, "target")
+        common = self._target(node)
         targets = {column.label: common if column.target is None else column.target for column in columns}
         return {label: target for label, target in targets.items() if target is not None}
+
+    def _target(self, node: Mapping[str, Any], where: str = "") -> float | None:
+        value = node.get("target")
+        if value is None or _is_number(value):
+            return value
+        self.problems.append(f"{where}target: must be a number, not {value!r}")
+        return None
 
     # --- tuning -----------------------------------------------------------------------------------------------------
 
@@ -276,18 +284,20 @@ class _StudyReader:
         return {label: self._numbers(by_column[label], f"{where}: {label}") for label in cells if label in by_column}
 
     def _numbers(self, node: Any, where: str) -> dict[str, Published]:
-        numbers = {key: self._number(value, key, where) for key, value in self._mapping(node or {}, where, METRICS, kind="metric").items()}
+        numbers = {str(key): self._number(value, str(key), where) for key, value in self._mapping(node or {}, where).items()}
         return {key: number for key, number in numbers.items() if number is not None}
 
     def _number(self, value: Any, key: str, where: str) -> Published | None:
         parts = value if isinstance(value, list) else [value]
-        if value is None or key not in METRICS:
+        if not (METRIC.fullmatch(key) or key == MEMORY):
+            what = f"test/NAME or train/NAME of a metric, or {MEMORY}"
+            self.problems.append(f"{where}: unknown metric {key!r}: must be {what}")
+            return None
+        if value is None:
             return None
         if not 1 <= len(parts) <= 2 or not all(map(_is_number, parts)):
             self.problems.append(f"{where}: {key}: must be a number, [mean, standard deviation], or null, not {value!r}")
             return None
-        if key.endswith(("error", "accuracy")) and not 0 <= parts[0] <= 100:
-            self.problems.append(f"{where}: {key}={parts[0]:g} is out of range: in per cent, from 0 to 100")
         if key == MEMORY and parts[0] <= 0:
             self.problems.append(f"{where}: {key}={parts[0]:g} is out of range: in MiB, above 0")
         return Published(*map(float, parts))
@@ -302,11 +312,11 @@ class _StudyReader:
 
     # --- values -----------------------------------------------------------------------------------------------------
 
-    def _mapping(self, node: Any, where: str, known: Iterable[str], kind: str = "key") -> dict[str, Any]:
+    def _mapping(self, node: Any, where: str, known: Iterable[str] | None = None, kind: str = "key") -> dict[str, Any]:
         if not isinstance(node, dict):
             self.problems.append(f"{where}: must be a mapping of names to values, not {node!r}")
             return {}
-        names = list(known)
+        names = list(node if known is None else known)
         for key in node:
             if key not in names:
                 self._unknown(kind, key, names, where)

@@ -19,12 +19,13 @@ import torch
 
 from bpfree.errors import BpfreeError
 from bpfree.files import replacing, write_text
+from bpfree.metric import ACCURACY, LOSS, Metric
 from bpfree.recipe import Recipe, quick_examples
 from bpfree.rule import Rule
 from bpfree.sources import floor_hash
 from bpfree.study.cells import Plan
 from bpfree.study.fingerprints import digest
-from bpfree.study.rows import Cell, TableRow
+from bpfree.study.rows import Cell, TableRow, table_measure
 from bpfree.study.worker import TaskCache, reason_of
 from bpfree.tasks.task import TaskSpec
 from bpfree.training import environment
@@ -74,6 +75,11 @@ class FloorRecord:
     chance: float | None = None
     nearest_mean: float | None = None
     examples: Mapping[int, Array] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def metric(self) -> Metric:
+        """What it is measured in; its scores are minus a loss."""
+        return LOSS if self.real else ACCURACY
 
     @property
     def by_seed(self) -> dict[int, float]:
@@ -179,7 +185,8 @@ class Floors:
 def measure_floors(plan: Plan, rows: Sequence[TableRow], folder: Path, say: Callable[[str], None]) -> Floors:
     """Measure the floors that are not known yet, of the rows that have a result.
 
-    What cannot be measured is left blank, with a warning. TaskCache without targets have no floor.
+    What cannot be measured is left blank, with a warning. Tasks without targets have no floor, nor have tables of another metric than
+    accuracy, error and loss.
 
     Args:
         plan: the study.
@@ -190,7 +197,7 @@ def measure_floors(plan: Plan, rows: Sequence[TableRow], folder: Path, say: Call
     floors, tasks = Floors(plan, folder), TaskCache()
     known = Known()
     groups: dict[str, Cell] = {}
-    for row in rows:
+    for row in rows if table_measure(plan.study, rows).of_predictions else ():
         key = floor_key(row.cells[0])
         if key not in groups and has_floor(row.cells[0]) and any(floor_key(other.cells[0]) == key and other.finished for other in rows):
             groups[key] = row.cells[0]

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["MEMORY", "METRICS", "Choices", "Column", "Domain", "Published", "Range", "Row", "Study", "Tune"]
+__all__ = ["MEMORY", "Choices", "Column", "Domain", "Published", "Range", "Row", "Study", "Tune"]
 
 MEMORY = "memory_mb"
-METRICS = (*(f"{split}/{kind}" for split in ("test", "train") for kind in ("error", "accuracy", "loss")), MEMORY)
-"""What can be published: errors and accuracies in per cent, losses as they are, memory of training in MiB."""
+"""What can be published beside metrics of splits: memory of training in MiB."""
 
 
 Search = Literal["quasi-random", "tpe"]
@@ -113,7 +112,7 @@ class Study:
         columns: at least one; a single one without a label where the file has none.
         rows: in the order of the table.
         controls: labels of the rows beside which the others are put, such as random features.
-        targets: by column, the validation accuracy in per cent (or loss, for a task without classes) whose time is taken.
+        targets: by column, the value of the task's primary metric on validation (shares in per cent) whose time is taken.
         tune: how rows are tuned; ``None``: they are not.
         jobs: cells that run at the same time, unless the command line says otherwise.
         timeout: seconds that a cell may take; ``None``: as long as it needs.
@@ -141,14 +140,14 @@ class Study:
     probe: bool = True
     equal_budget: bool = False
 
-    def metric(self, split: str) -> str:
-        """What is reported of a split: the kind that is published, the accuracy if nothing is."""
+    def published_metric(self, split: str) -> str | None:
+        """The metric of a split that is published, such as ``test/error``; ``None`` where none is."""
         names = (name for row in self.rows for numbers in row.published.values() for name in numbers)
-        return next((name for name in names if name.startswith(f"{split}/")), f"{split}/accuracy")
+        return next((name for name in names if name.startswith(f"{split}/")), None)
 
     def publishes(self, split: str) -> bool:
         """Whether any number of a split is published."""
-        return any(name.startswith(f"{split}/") for row in self.rows for numbers in row.published.values() for name in numbers)
+        return self.published_metric(split) is not None
 
     def cells(self) -> Iterator[tuple[Row, Column]]:
         """The cells of one repetition, row by row."""

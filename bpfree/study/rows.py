@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from bpfree.leaves import Leaf
+from bpfree.metric import ACCURACY, Metric
 from bpfree.recipe import Recipe
+from bpfree.study.measures import Measure, measure_of, metrics_of
 from bpfree.study.model import Published, Row, Study
 from bpfree.study.store import CellKey, CellRecord
 
-__all__ = ["Cell", "TableRow", "Trial", "Tuned", "listed", "percent", "table_metric", "unused", "value_of"]
+__all__ = ["Cell", "TableRow", "Trial", "Tuned", "listed", "table_measure", "unused"]
+
+
+VALIDATION = Measure("val", ACCURACY, ACCURACY.name)
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,23 @@ class TableRow:
         """Records with a result."""
         return [record for record in self.records if record is not None and record.status == "finished"]
 
-    def by_seed(self, metric: str) -> dict[int, float]:
-        """A metric of the finished cells, as far as they measured it; in the table's unit."""
-        return {record.key.seed: value for record in self.finished if (value := value_of(record, metric)) is not None}
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """What its runs are scored by, first the primary metric."""
+        return metrics_of(self.recipe, self.finished)
 
-    def published(self, metric: str) -> Published | None:
-        """The paper's number, where it is known."""
-        return self.written.published.get(self.column, {}).get(metric)
+    @property
+    def primary(self) -> Metric:
+        """The metric that its runs are judged by."""
+        return next(iter(self.metrics.values()))
+
+    def by_seed(self, measure: Measure) -> dict[int, float]:
+        """A measure of the finished cells, as far as they have it; in the table's unit."""
+        return {record.key.seed: value for record in self.finished if (value := measure.of(record.result)) is not None}
+
+    def published(self, key: str) -> Published | None:
+        """The paper's number of a metric, such as ``test/error``, where it is known."""
+        return self.written.published.get(self.column, {}).get(key)
 
     def status_text(self) -> str:
         """Why there is no result yet."""
@@ -94,7 +109,7 @@ class Trial:
         settings: of the tuned keys; the first trial of a row has none: it is the configuration as the study's file has it.
         values: of the tuned keys in full, those of the default configuration too.
         status: ``finished``, ``diverged``, ``failed``, ``timeout``; ``not run`` as long as nothing is known.
-        score: on validation, in the unit of the table (accuracy in per cent, or loss); ``None`` without a result.
+        score: on validation, in the unit that is shown (shares in per cent); ``None`` without a result.
         seconds: of training, over its seeds.
         comparable: whether these seconds can be compared.
     """
@@ -115,14 +130,14 @@ class Tuned:
         keys: what was tuned.
         trials: in their order; the first is the default configuration. A trial that failed counts as one.
         planned: how many trials the study gives each row.
-        greater: whether a greater score is better (accuracy), or a smaller one (loss).
+        measure: of the scores: the task's primary metric on validation.
         logarithmic: the keys that were searched on a logarithmic scale.
     """
 
     keys: Sequence[str]
     trials: Sequence[Trial]
     planned: int
-    greater: bool = True
+    measure: Measure = VALIDATION
     logarithmic: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -154,30 +169,20 @@ class Tuned:
     def best(self) -> Trial | None:
         """The best on validation, the earliest of equals; ``None`` without any result."""
         scored = [trial for trial in self.trials if trial.score is not None and math.isfinite(trial.score)]
-        return max(scored, key=lambda trial: (trial.score or 0.0) * (1 if self.greater else -1), default=None)
+        return max(scored, key=lambda trial: (trial.score or 0.0) * self.measure.metric.sign, default=None)
 
 
-def percent(metric: str) -> bool:
-    """Whether a metric is in per cent."""
-    return not metric.endswith("loss")
+def table_measure(study: Study, rows: Sequence[TableRow], split: str = "test") -> Measure:
+    """Say what is reported of a split: the metric that is published; otherwise the primary one.
 
-
-def value_of(record: CellRecord, metric: str) -> float | None:
-    """A metric of a finished cell: errors and accuracies in per cent; ``None`` if it was not measured."""
-    split, _, kind = metric.partition("/")
-    measured = record.result.get(f"{split}/loss" if kind == "loss" else f"{split}/accuracy")
-    if measured is None or kind == "loss":
-        return measured
-    return 100 * measured if kind == "accuracy" else 100 - 100 * measured
-
-
-def table_metric(study: Study, lines: Iterable[TableRow], split: str = "test") -> str:
-    """What is reported of a split: the kind that is published; otherwise the error, or the loss where no run has an accuracy."""
-    if study.publishes(split):
-        return study.metric(split)
-    measured = {key for line in lines for record in line.finished for key in record.result}
-    only_loss = f"{split}/loss" in measured and f"{split}/accuracy" not in measured
-    return f"{split}/loss" if only_loss else study.metric(split)
+    Where rows have tasks with different ones, the accuracy if it is among them, otherwise the first row's.
+    """
+    known = {name: metric for row in reversed(rows) for name, metric in row.metrics.items()}
+    key = study.published_metric(split)
+    if key is None:
+        names = [row.primary.name for row in [row for row in rows if row.finished] or rows]
+        key = f"{split}/{ACCURACY.name if ACCURACY.name in names else names[0]}"
+    return measure_of(key, known)
 
 
 def unused(rows: Sequence[TableRow]) -> Iterator[str]:

@@ -106,7 +106,4 @@ def epoch_of(record: CellRecord | None) -> str:
 
 
 def _score(record: CellRecord) -> str:
-    last = record.history[-1] if record.history else {}
-    if "val/accuracy" in last:
-        return f"{100 * last['val/accuracy']:.2f} %"
-    return f"{last['val/loss']:.4g}" if "val/loss" in last else ""
+    return next((metric.text(value) for metric, value in record.seen().scores("val")), "")

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from bpfree.errors import BpfreeError, DiskError
 from bpfree.files import inside, write_text
 from bpfree.leaves import Leaf
+from bpfree.metric import Metric
 from bpfree.record.folder import RunFolder, read_run
 from bpfree.record.log import strict
 from bpfree.run import Run
@@ -112,6 +113,11 @@ class CellRecord:
     def history(self) -> list[dict[str, float]]:
         """Metrics of each epoch of the run."""
         return self.seen().history
+
+    @property
+    def primary(self) -> Metric:
+        """What the run is judged by."""
+        return self.seen().primary
 
     @property
     def tags(self) -> dict[str, str]:

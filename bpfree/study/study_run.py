@@ -10,7 +10,7 @@ import getpass
 import logging
 import secrets
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from bpfree.record.log import now
 from bpfree.redaction import redact
 from bpfree.run import Run
 from bpfree.study.cells import Plan
+from bpfree.study.measures import Measure
 from bpfree.study.report import Report, files_of
-from bpfree.study.rows import Cell, TableRow
+from bpfree.study.rows import Cell, TableRow, table_measure
 from bpfree.study.store import CellStore
 from bpfree.study.worklist import Worklist
 from bpfree.tracking.events import Artifact, End, Metrics, Opening, Tags
@@ -98,7 +99,7 @@ class StudyRun:
         if not self.run_id:
             return
         finished = [record for row in report.rows for record in row.finished]
-        values = dict(_values(self._plan.study.metric("test"), report.rows)) | {"cells/finished": float(len(finished))}
+        values = dict(_values(table_measure(self._plan.study, report.rows), report.rows)) | {"cells/finished": float(len(finished))}
 
         def tell() -> None:
             self._adopt(worklist.all_cells())
@@ -155,9 +156,9 @@ class StudyRun:
         return True
 
 
-def _values(metric: str, rows: Sequence[TableRow]) -> Iterable[tuple[str, float]]:
-    """The mean of each row, as a metric of the study's run."""
+def _values(measure: Measure, rows: Sequence[TableRow]) -> Iterable[tuple[str, float]]:
+    """The mean of each row, as a metric of the study's run; shares from 0 to 1, as runs have them."""
     for row in rows:
-        values: Mapping[int, float] = row.by_seed(metric)
+        values = row.by_seed(measure)
         if values:
-            yield f"{metric}/{row.label}", statistics.fmean(values.values())
+            yield f"{measure.key}/{row.label}", statistics.fmean(values.values()) / measure.metric.factor

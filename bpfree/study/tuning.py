@@ -19,6 +19,7 @@ from bpfree.leaves import Leaf, canonical
 from bpfree.seeds import derive
 from bpfree.study.cells import Plan, cell_of, recipe_with
 from bpfree.study.fingerprints import Fingerprints
+from bpfree.study.measures import Measure
 from bpfree.study.model import Domain, Range, Tune
 from bpfree.study.rows import Cell, TableRow, Trial, Tuned
 from bpfree.study.store import CellRecord
@@ -73,7 +74,7 @@ class Tuner:
         self._settle()
         trials = [self._trial(settings, cells) for settings, cells in zip(self._settings, self._cells, strict=True)]
         scales = [key for key, domain in self._row.written.space.items() if isinstance(domain, Range) and domain.log]
-        return Tuned(self.keys, trials, self._tune.trials, greater=self._accuracy, logarithmic=scales)
+        return Tuned(self.keys, trials, self._tune.trials, self._measure, logarithmic=scales)
 
     @property
     def best(self) -> Mapping[str, Any]:
@@ -137,18 +138,17 @@ class Tuner:
     # --- scores -----------------------------------------------------------------------------------------------------
 
     @property
-    def _accuracy(self) -> bool:
-        return self._row.recipe.spec().targets in ("classes", "soft")
+    def _measure(self) -> Measure:
+        primary = self._row.recipe.spec().primary
+        return Measure("val", primary, primary.name)
 
     def _score(self, cell: Cell, record: CellRecord) -> float | None:
         """On validation, by the weights that ``select`` names: the last, or the best."""
-        name, factor = ("val/accuracy", 100.0) if self._accuracy else ("val/loss", 1.0)
-        values = [metrics[name] for metrics in record.history if name in metrics and math.isfinite(metrics[name])]
+        measure = self._measure
+        values = [value for metrics in record.history if (value := measure.of(metrics)) is not None and math.isfinite(value)]
         if not values:
             return None
-        if cell.recipe.settings.select == "best-val":
-            return factor * (max(values) if self._accuracy else min(values))
-        return factor * values[-1]
+        return measure.metric.best(values) if cell.recipe.settings.select == "best-val" else values[-1]
 
     # --- Optuna -----------------------------------------------------------------------------------------------------
 
@@ -157,7 +157,9 @@ class Tuner:
         optuna = import_optuna()
         space = _distributions(optuna, self._row.written.space)
         if self._study is None:
-            self._study = optuna.create_study(sampler=self._sampler(optuna), direction="maximize" if self._accuracy else "minimize")
+            self._study = optuna.create_study(
+                sampler=self._sampler(optuna), direction="maximize" if self._measure.metric.greater else "minimize"
+            )
             if self._tune.search != "tpe":  # the sampler draws its very first point at random, and only the following ones evenly
                 self._study.tell(self._study.ask(space), 0.0)
         if number > 1:

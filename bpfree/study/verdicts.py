@@ -12,11 +12,15 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from bpfree.metric import ACCURACY, Metric
 from bpfree.study.cells import Plan
 from bpfree.study.differences import Difference, Paired, gap_share, judge
-from bpfree.study.examples import OWN, PROBED, Scores, in_unit, paired, scores_of, to_unit, twin_scores
+from bpfree.study.examples import OWN, PROBED, Scores, paired, scores_of, twin_scores
 from bpfree.study.floors import FloorRecord, Floors, floor_key
-from bpfree.study.rows import TableRow, percent
+from bpfree.study.measures import Measure
+from bpfree.study.rows import TableRow
 from bpfree.study.statistics import Interval, first_reached, median_with_misses
 
 __all__ = ["RowFloor", "Verdict", "verdicts"]
@@ -100,14 +104,16 @@ def _learns_features(row: TableRow) -> bool:
     return row.cells[0].recipe.names.get("rule") != "linear"
 
 
-def verdicts(plan: Plan, rows: Sequence[TableRow], floors: Floors, metric: str) -> list[Verdict]:
+def verdicts(plan: Plan, rows: Sequence[TableRow], floors: Floors, measure: Measure) -> list[Verdict]:
     """Judge each row that has a result and a floor.
 
     Each of the three verdicts is a family of comparisons of its own, corrected by Holm over rows and columns. Untrained rows and linear
     classifiers, of which nothing is claimed, have no part in them.
     """
     found = [
-        _Judged(row, floor, metric, plan) for row in rows if row.finished and (floor := _floor(row, rows, floors, metric, plan)) is not None
+        _Judged(row, floor, measure, plan)
+        for row in rows
+        if row.finished and (floor := _floor(row, rows, floors, measure, plan)) is not None
     ]
     families: dict[str, Mapping[object, Difference]] = {}
     for name in (FEATURES, DELIVERED, EQUAL):
@@ -123,20 +129,20 @@ def verdicts(plan: Plan, rows: Sequence[TableRow], floors: Floors, metric: str) 
 # --- floors -----------------------------------------------------------------------------------------------------------
 
 
-def _floor(row: TableRow, rows: Sequence[TableRow], floors: Floors, metric: str, plan: Plan) -> RowFloor | None:
+def _floor(row: TableRow, rows: Sequence[TableRow], floors: Floors, measure: Measure, plan: Plan) -> RowFloor | None:
     record = floors.of(row, rows)
-    if record is None or record.real == percent(metric):
+    if record is None or record.metric.name != measure.measured:
         return None
-    sign = -1 if record.real else 1
-    means = {seed: in_unit(sign * value, metric) for seed, value in record.by_seed.items()}
-    scores = Scores(means, {seed: to_unit(values, metric) for seed, values in record.examples.items()}, metric.endswith("accuracy"))
+    means = {seed: measure.shown(record.metric.sign * value) for seed, value in record.by_seed.items()}
+    examples = {seed: measure.shown(np.asarray(values, np.float64)) for seed, values in record.examples.items()}
+    scores = Scores(means, examples, measure.metric.greater)
     best = statistics.fmean(record.validation) if record.validation else None
     floor = RowFloor(record.source, scores, best, bool(record.skipped), record)
     for other in rows:  # another readout recipe that does better on untrained features
-        value = _validation(other, real=record.real) if other is not row and _is_its_twin(other, row) else None
+        value = _validation(other, record.metric) if other is not row and _is_its_twin(other, row) else None
         if value is not None and floor.validation is not None and value > floor.validation:
             floor = RowFloor(
-                other.written.label, scores_of(other, metric, plan.output), value, not converged(other, rows, real=record.real), record
+                other.written.label, scores_of(other, measure, plan.output), value, not converged(other, rows, record.metric), record
             )
     return floor
 
@@ -145,21 +151,21 @@ def _is_its_twin(other: TableRow, row: TableRow) -> bool:
     return is_twin(other) and other.column == row.column and floor_key(other.cells[0]) == floor_key(row.cells[0])
 
 
-def _validation(row: TableRow, *, real: bool) -> float | None:
+def _validation(row: TableRow, metric: Metric) -> float | None:
     """Mean over seeds of the last score on validation, greater is better; ``None`` where a seed has none."""
-    known = _validations(row, real=real)
+    known = _validations(row, metric)
     return statistics.fmean(known) if known else None
 
 
-def _validations(row: TableRow, *, real: bool) -> list[float]:
+def _validations(row: TableRow, metric: Metric) -> list[float]:
     """The last score on validation of each finished seed; empty where one has none."""
-    key, sign = ("val/loss", -1) if real else ("val/accuracy", 1)
+    key = f"val/{metric.name}"
     last = [next((epoch[key] for epoch in reversed(each.history) if key in epoch), None) for each in row.finished]
-    known = [sign * value for value in last if value is not None and math.isfinite(value)]
+    known = [metric.sign * value for value in last if value is not None and math.isfinite(value)]
     return known if len(known) == len(last) else []
 
 
-def converged(row: TableRow, rows: Iterable[TableRow], *, real: bool = False) -> bool:
+def converged(row: TableRow, rows: Iterable[TableRow], metric: Metric = ACCURACY) -> bool:
     """Whether a readout recipe that is not convex counts as converged.
 
     Its rate was tuned over at least five values with the best not at an edge, it has at least three restarts, and a row that is the same
@@ -172,7 +178,7 @@ def converged(row: TableRow, rows: Iterable[TableRow], *, real: bool = False) ->
     best = tuned.best
     if best is None or len(set(rates)) < 5 or best.values.get("optimizer.lr") in (min(rates), max(rates)):
         return False
-    return any(_doubled(other, row) and not _better(other, row, real=real) for other in rows)
+    return any(_doubled(other, row) and not _better(other, row, metric) for other in rows)
 
 
 def _doubled(other: TableRow, row: TableRow) -> bool:
@@ -183,9 +189,9 @@ def _doubled(other: TableRow, row: TableRow) -> bool:
     return same and all(its[key] is not None and mine[key] is not None and its[key] >= 2 * mine[key] for key in budgets)
 
 
-def _better(other: TableRow, row: TableRow, *, real: bool) -> bool:
+def _better(other: TableRow, row: TableRow, metric: Metric) -> bool:
     """On validation, by two standard errors; what is not known may be better."""
-    theirs, ours = (_validations(one, real=real) for one in (other, row))
+    theirs, ours = (_validations(one, metric) for one in (other, row))
     if len(theirs) < 2 or len(ours) < 2:
         return True
     error = math.sqrt(statistics.variance(theirs) / len(theirs) + statistics.variance(ours) / len(ours))
@@ -198,10 +204,10 @@ def _better(other: TableRow, row: TableRow, *, real: bool) -> bool:
 class _Judged:
     """A row with its scores, before its verdicts are known."""
 
-    def __init__(self, row: TableRow, floor: RowFloor, metric: str, plan: Plan) -> None:
-        self.row, self.floor, self.metric = row, floor, metric
-        self.own, self.probed = (scores_of(row, metric, plan.output, which) for which in (OWN, PROBED))
-        self.twin = twin_scores(row, metric, plan.output)
+    def __init__(self, row: TableRow, floor: RowFloor, measure: Measure, plan: Plan) -> None:
+        self.row, self.floor, self.measure = row, floor, measure
+        self.own, self.probed = (scores_of(row, measure, plan.output, which) for which in (OWN, PROBED))
+        self.twin = twin_scores(row, measure, plan.output)
 
     def pair(self, name: str) -> Paired | None:
         if name == FEATURES:
@@ -215,7 +221,7 @@ class _Judged:
     def _share(self, found: Sequence[_Judged]) -> tuple[float, Interval | None] | None:
         """Of the gap, beside back-propagation of the same network that was tuned alike."""
         ceiling = next((each for each in found if each is not self and each.is_ceiling_of(self)), None)
-        if ceiling is None or not percent(self.metric):
+        if ceiling is None or not self.measure.metric.share:
             return None
         pair = paired(ceiling.own, self.floor.scores)
         seeds = [seed for seed in self.own.means if seed in ceiling.own.means and seed in self.floor.scores.means]
@@ -236,10 +242,9 @@ class _Judged:
         """Median of the operations after which validation was first at the floor."""
         if self.floor.validation is None:
             return math.nan
-        real = self.floor.record.real
-        key, aim = ("val/loss", -self.floor.validation) if real else ("val/accuracy", self.floor.validation)
+        metric = self.floor.record.metric
         spent = []
         for record in self.row.finished:
-            epoch = first_reached(record.history, key, aim, greater=not real)
+            epoch = first_reached(record.history, f"val/{metric.name}", metric.sign * self.floor.validation, greater=metric.greater)
             spent.append(math.inf if epoch is None else epoch.get("forwards", math.nan) * record.result.get("forward_operations", math.nan))
         return math.nan if any(map(math.isnan, spent)) else median_with_misses(spent)

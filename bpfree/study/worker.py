@@ -144,12 +144,12 @@ class Worker:
         return runner.run(recipe, run_id=folder.name, task=self._tasks.get(recipe), **options)
 
     def _score_training(self, job: Job, record: CellRecord) -> None:
-        """Loss and accuracy over all examples of the training split, by the weights that were tested."""
+        """Score all examples of the training split by the metrics of the run, and the weights that were tested."""
         settings = _recipe(job).settings
         try:
             with environment.numerics(threads=settings.threads, deterministic=settings.deterministic):
-                _, scores = scoring.score(str(job.folder), split="train", output=str(job.store.output))
-            measured = {f"train/{name}": scores[name] for name in ("loss", "accuracy") if name in scores}
+                found = scoring.score(str(job.folder), split="train", output=str(job.store.output))
+            measured = {f"train/{name}": found.values[name] for name in found.metrics if name in found.values}
             record.result.update(measured)
             with RunFolder(job.folder).log as log:
                 log.append("result", metrics=measured)

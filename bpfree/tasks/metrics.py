@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +14,12 @@ from torch import Tensor
 
 from bpfree import metric as described
 from bpfree.metric import Accumulator, Metric
-
-if TYPE_CHECKING:
-    from bpfree.step import Batch
-    from bpfree.tasks.spec import TaskSpec
+from bpfree.step import Batch
 
 __all__ = ["ACCURACY", "BUILT_IN", "LOSS", "mean_metric", "whole_metric"]
 
-Values = Callable[["TaskSpec", Tensor, "Batch"], Tensor]
-Measure = Callable[["TaskSpec", Tensor, "Tensor | None"], float]
+Values = Callable[[Any, Tensor, Batch], Tensor]
+Measure = Callable[[Any, Tensor, Tensor | None], float]
 BINS = 15
 """Of the expected calibration error (Guo et al. 2017)."""
 
@@ -30,7 +27,7 @@ BINS = 15
 class _Mean:
     """The mean of values over all examples or tokens; sums stay on the device until they are read."""
 
-    def __init__(self, values: Values, spec: TaskSpec) -> None:
+    def __init__(self, values: Values, spec: Any) -> None:
         self._values, self._spec = values, spec
         self._total: Tensor | None = None
         self._count = 0
@@ -48,7 +45,7 @@ class _Mean:
 class _MeanLoss:
     """The task's loss: the mean of its batches, weighted by what each is a mean over."""
 
-    def __init__(self, spec: TaskSpec) -> None:
+    def __init__(self, spec: Any) -> None:
         self._spec = spec
         self._total: Tensor | None = None
         self._count: int | Tensor = 0
@@ -56,6 +53,8 @@ class _MeanLoss:
     def add(self, outputs: Tensor, batch: Batch) -> None:
         count = self._spec.counted(batch)
         total = self._spec.loss(outputs.float(), batch).double() * count
+        if isinstance(count, Tensor):  # of a batch in which every token is ignored the mean is NaN
+            total = torch.where(count > 0, total, 0.0)
         self._total = total if self._total is None else self._total + total
         self._count = self._count + count
 
@@ -67,7 +66,7 @@ class _MeanLoss:
 class _Whole:
     """A function of all outputs and targets, which are kept on the CPU."""
 
-    def __init__(self, measure: Measure, spec: TaskSpec) -> None:
+    def __init__(self, measure: Measure, spec: Any) -> None:
         self._measure, self._spec = measure, spec
         self._outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
@@ -132,44 +131,48 @@ def _targets(batch: Batch) -> Tensor:
     return batch.targets
 
 
-def _correct(spec: TaskSpec, outputs: Tensor, batch: Batch) -> Tensor:
-    return spec.correct(outputs, _targets(batch))
+def _correct(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
+    right: Tensor = spec.correct(outputs, _targets(batch))
+    return right
 
 
 def _among(count: int) -> Values:
-    def values(spec: TaskSpec, outputs: Tensor, batch: Batch) -> Tensor:
+    def values(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
         scores, classes = spec.scored_classes(outputs, _targets(batch))
         best = scores.topk(min(count, scores.shape[1]), dim=1).indices
-        return (best == classes[:, None]).any(1)
+        found: Tensor = (best == classes[:, None]).any(1)
+        return found
 
     return values
 
 
-def _labels_right(spec: TaskSpec, outputs: Tensor, batch: Batch) -> Tensor:
+def _labels_right(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
     return ((outputs > 0) == (_targets(batch) > 0.5)).flatten()
 
 
-def _all_labels_right(spec: TaskSpec, outputs: Tensor, batch: Batch) -> Tensor:
+def _all_labels_right(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
     return ((outputs > 0) == (_targets(batch) > 0.5)).flatten(1).all(1)
 
 
-def _absolute(spec: TaskSpec, outputs: Tensor, batch: Batch) -> Tensor:
-    return (outputs - spec.beside(outputs, _targets(batch))).abs().double().flatten()
+def _absolute(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
+    distance: Tensor = outputs - spec.beside(outputs, _targets(batch))
+    return distance.abs().double().flatten()
 
 
 # --- of a whole split ----------------------------------------------------------------------------------------------------
 
 
-def _classes(spec: TaskSpec, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+def _classes(spec: Any, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scores (M, C) and classes (M,)."""
     assert targets is not None
-    return spec.scored_classes(outputs, targets)
+    found: tuple[Tensor, Tensor] = spec.scored_classes(outputs, targets)
+    return found
 
 
 def _of_decisions(name: str, **options: Any) -> Measure:
     """A function of ``sklearn.metrics`` of true and predicted classes or labels, in per-class means."""
 
-    def measure(spec: TaskSpec, outputs: Tensor, targets: Tensor | None) -> float:
+    def measure(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
         from sklearn import metrics
 
         if spec.targets == "multilabel":
@@ -185,7 +188,7 @@ def _of_decisions(name: str, **options: Any) -> Measure:
     return measure
 
 
-def _auc(spec: TaskSpec, outputs: Tensor, targets: Tensor | None) -> float:
+def _auc(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
     """Area under the ROC curve, mean over classes that occur and do not always occur, each against all others."""
     from sklearn.metrics import roc_auc_score
 
@@ -203,7 +206,7 @@ def _auc(spec: TaskSpec, outputs: Tensor, targets: Tensor | None) -> float:
     return sum(areas) / len(areas) if areas else math.nan
 
 
-def _average_precision(spec: TaskSpec, outputs: Tensor, targets: Tensor | None) -> float:
+def _average_precision(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
     from sklearn.metrics import average_precision_score
 
     assert targets is not None
@@ -215,7 +218,7 @@ def _average_precision(spec: TaskSpec, outputs: Tensor, targets: Tensor | None) 
     return sum(found) / len(found) if found else math.nan
 
 
-def _calibration_error(spec: TaskSpec, outputs: Tensor, targets: Tensor | None) -> float:
+def _calibration_error(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
     """Expected calibration error: mean distance of confidence and accuracy over 15 bins of equal width (Guo et al. 2017, equation 3)."""
     scores, classes = _classes(spec, outputs, targets)
     confidence, made = scores.double().softmax(1).max(1)
@@ -225,7 +228,7 @@ def _calibration_error(spec: TaskSpec, outputs: Tensor, targets: Tensor | None) 
     return float(gap.abs().sum()) / len(classes)
 
 
-def _explained(spec: TaskSpec, outputs: Tensor, targets: Tensor | None) -> float:
+def _explained(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
     """Coefficient of determination, mean over outputs; an output that is constant in the split is left out."""
     assert targets is not None
     made, truth = outputs.double().flatten(1), spec.beside(outputs, targets).double().flatten(1)
@@ -236,7 +239,7 @@ def _explained(spec: TaskSpec, outputs: Tensor, targets: Tensor | None) -> float
     return float((1 - (made - truth).pow(2).sum(0)[varies] / spread[varies]).mean())
 
 
-def _rms(spec: TaskSpec, outputs: Tensor, targets: Tensor | None) -> float:
+def _rms(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
     assert targets is not None
     return float((outputs.double() - spec.beside(outputs, targets).double()).pow(2).mean().sqrt())
 
@@ -266,7 +269,7 @@ class _Exponential:
 
     def value(self) -> float:
         value = self._inner.value()
-        return math.exp(value) if value < 700 else math.inf
+        return math.inf if value >= 700 else math.exp(value)
 
 
 BUILT_IN: dict[str, Metric] = {

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bpfree.seeds import derive
+from bpfree.step import Stage
 from bpfree.tasks.splits import Examples, StreamedSplit
-from bpfree.tasks.stages import Stage
 from bpfree.tasks.task import Task
 
 __all__ = ["few"]

@@ -370,6 +370,16 @@ class TaskSpec:
         """Describe the same task for inputs that are taken as they are, such as normalised ones."""
         return replace(self, mean=(0.0,), std=(1.0,), scale=1.0, limits=None)
 
+    def example_targets(self, count: int, generator: torch.Generator | None = None) -> Tensor | None:
+        """Make up targets of ``count`` examples, of the kind and shape that the spec describes; ``None`` where there are none."""
+        if self.targets == "none":
+            return None
+        if self.targets in ("classes", "tokens"):
+            shape = (count,) if self.targets == "classes" else (count, *self.output_size[:-1])
+            return torch.randint(self.outputs, shape, generator=generator)
+        rows = torch.randn(count, *self.output_size, generator=generator)
+        return (rows > 0).float() if self.targets == "multilabel" else rows.softmax(1) if self.targets == "soft" else rows
+
     # --- in a checkpoint ----------------------------------------------------------------------------------------------------
 
     def recorded(self) -> dict[str, Any]:

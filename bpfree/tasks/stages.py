@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from bpfree.errors import UsageError
 from bpfree.seeds import derive
-from bpfree.step import Budget, Phase
+from bpfree.step import Budget, Phase, Stage
 
-if TYPE_CHECKING:
-    from bpfree.rule import Rule
-    from bpfree.tasks.task import Task
-
-__all__ = ["Memory", "Stage", "class_stream", "stages_from", "walk"]
+__all__ = ["Memory", "chosen", "herded", "stages_from", "walk"]
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Describe a stage of a stream.
+class HasPhases(Protocol):
+    """A rule, as far as it is asked here."""
 
-    Attributes:
-        name: shown in metrics and reports.
-        index: its place, from 0.
-        classes: that begin in it; empty for streams whose classes stay the same.
-        train, test: (M,) positions of its examples in the task's splits.
-        validation: likewise; ``None``: it has none.
-    """
-
-    name: str
-    index: int
-    classes: tuple[int, ...] = ()
-    train: Tensor | None = None
-    test: Tensor | None = None
-    validation: Tensor | None = None
-
-    def recorded(self) -> dict[str, Any]:
-        """Describe it without its examples, for a checkpoint."""
-        return {"name": self.name, "index": self.index, "classes": list(self.classes)}
+    def phases(self, budget: Budget) -> Iterable[Phase]:
+        """Give the phases of a run."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +52,7 @@ def stages_from(recorded: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
     return tuple(Stage(str(each["name"]), int(each["index"]), tuple(each["classes"])) for each in recorded)
 
 
-def walk(rule: Rule, budget: Budget, stages: Sequence[Stage]) -> Iterator[Stage | Phase]:
+def walk(rule: HasPhases, budget: Budget, stages: Sequence[Stage]) -> Iterator[Stage | Phase]:
     """Yield the phases of a run; in a stream each stage and then its phases, whose share of the budget ends them.
 
     Args:
@@ -101,47 +80,6 @@ def _closed(phase: Phase, share: Budget) -> Phase:
     if not phase.is_open:
         return phase
     return replace(phase, epochs=share.epochs, seconds=share.seconds, forwards=share.forwards, operations=share.operations)
-
-
-def class_stream(task: Task, *, start: int, increment: int, order: Sequence[int] | None = None, memory: Memory | None = None) -> Task:
-    """Make a stream of a task's classes: ``start`` of them first, then ``increment`` at a time.
-
-    Args:
-        task: with integer classes.
-        start, increment: classes of the first stage, and of each later one; the last has what is left.
-        order: of the classes; ``None``: as they are numbered.
-        memory: of examples of earlier stages.
-
-    Raises:
-        UsageError: a task without classes, or numbers that are no order of them.
-    """
-    spec = task.spec
-    if spec.targets != "classes" or task.train.targets is None or task.test.targets is None:
-        raise UsageError(f"task {spec.name!r} has no classes to learn one after the other", fix="give a task with targets='classes'")
-    classes = list(range(spec.outputs)) if order is None else [int(label) for label in order]
-    if sorted(classes) != list(range(spec.outputs)):
-        raise UsageError(f"order={classes} is no order of the classes 0 to {spec.outputs - 1}", fix="name each class once")
-    if not 1 <= start <= len(classes) or increment < 1:
-        raise UsageError(
-            f"start={start} and increment={increment} of {len(classes)} classes", fix="give 1 or more, and a start that exists"
-        )
-    cuts = [classes[:start], *(classes[place : place + increment] for place in range(start, len(classes), increment))]
-    stages = tuple(
-        Stage(
-            f"stage {index + 1}",
-            index,
-            tuple(labels),
-            _places(task.train.targets, labels),
-            _places(task.test.targets, labels),
-            None if task.validation is None or task.validation.targets is None else _places(task.validation.targets, labels),
-        )
-        for index, labels in enumerate(cuts)
-    )
-    return replace(task, stages=stages, memory=memory)
-
-
-def _places(targets: Tensor, labels: Sequence[int]) -> Tensor:
-    return torch.isin(targets, torch.tensor(list(labels))).nonzero().flatten()
 
 
 def chosen(memory: Memory, targets: Tensor, features: Tensor | None, groups: int, seed: int, stage: int) -> list[Tensor]:

@@ -13,10 +13,11 @@ from torch.utils.data import Subset
 
 from bpfree.errors import UsageError
 from bpfree.options import NoOptions
+from bpfree.step import Stage
 from bpfree.tasks.check import check_lengths, check_task
 from bpfree.tasks.spec import TaskSpec
 from bpfree.tasks.splits import DatasetSplit, Examples, Split, fingerprint_of
-from bpfree.tasks.stages import Memory, Stage
+from bpfree.tasks.stages import Memory
 from bpfree.tasks.trees import tree_map
 
 __all__ = ["DataSource", "Examples", "Split", "Task", "TaskSpec", "split_validation"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpfree.hooks import hookimpl
+from bpfree.metric import LOSS, Metric
 from bpfree.record.folder import RunFolder
 from bpfree.run import Run
 
@@ -68,49 +69,61 @@ def _figure(run: Run, panels: int) -> tuple[Figure, list[Any]]:
 
 
 def _curves(run: Run) -> Figure | None:
-    """Loss and accuracy against epochs, training and validation."""
-    panels = [
-        (name, label) for name, label in (("loss", "loss"), ("accuracy", "accuracy (%)")) if _any(run, f"train/{name}", f"val/{name}")
-    ]
+    """Loss and metrics against epochs, training and validation."""
+    measures = sorted({**run.measures, LOSS.name: LOSS}.values(), key=lambda metric: metric.name != LOSS.name)
+    panels = [metric for metric in measures if _any(run, f"train/{metric.name}", f"val/{metric.name}")]
     if not panels and not _any(run, "rule/loss"):
         return None
     figure, axes = _figure(run, max(1, len(panels)))
-    for axis, (name, label) in zip(axes, panels, strict=False):
-        scale = 100.0 if name == "accuracy" else 1.0
+    for axis, metric in zip(axes, panels, strict=False):
+        name, scale = metric.name, metric.factor
         for key, text, colour, style in ((f"train/{name}", "training", TRAIN, "--"), (f"val/{name}", "validation", VALIDATION, "-")):
             _line(axis, _curve(run, key, scale), text, color=colour, linestyle=style)
-        if name == "accuracy" and math.isfinite(run.result.get("test/accuracy", math.nan)):
-            value = scale * run.result["test/accuracy"]
-            axis.plot([run.epoch], [value], "D", color=TEST, markersize=6, label=f"test {value:.2f} %", zorder=5)
-        _finish(axis, label)
+        tested = run.result.get(f"test/{name}", math.nan)
+        if name != LOSS.name and math.isfinite(tested):
+            axis.plot([run.epoch], [scale * tested], "D", color=TEST, markersize=6, label=f"test {metric.text(tested)}", zorder=5)
+        _finish(axis, _label(metric))
     if not panels:
         _line(axes[0], _curve(run, "rule/loss"), "the rule's loss", color=TRAIN)
         _finish(axes[0], "loss")
     return figure
 
 
+def _label(metric: Metric) -> str:
+    """``accuracy (%)``."""
+    name, _, unit = metric.label.partition(", ")
+    return f"{name} ({unit})" if unit else name
+
+
 def _blocks(run: Run) -> Figure | None:
-    """One panel per metric that several blocks report: their own losses, the accuracy of their own predictions."""
+    """One panel per metric that several blocks report: their own losses, the primary metric of their own predictions."""
     found: dict[tuple[str, str], dict[str, Curve]] = {}
+    primary = run.primary
     for key in dict.fromkeys(key for metrics in run.history for key in metrics):
         match = BLOCK_METRIC.fullmatch(key)
-        if match and (match["split"], match["name"]) in (("rule", "loss"), ("val", "accuracy")):
-            scale = 100.0 if match["name"] == "accuracy" else 1.0
+        if match and (match["split"], match["name"]) in (("rule", "loss"), ("val", primary.name)):
+            scale = primary.factor if match["split"] == "val" else 1.0
             found.setdefault((match["split"], match["name"]), {})[match["block"]] = _curve(run, key, scale)
     panels = {key: curves for key, curves in found.items() if any(x for x, _ in curves.values())}
     if not panels:
         return None
     figure, axes = _figure(run, len(panels))
     names = [list(curves) for curves in panels.values()]
-    for index, (axis, ((_, name), curves)) in enumerate(zip(axes, panels.items(), strict=True)):
+    for index, (axis, ((split, _), curves)) in enumerate(zip(axes, panels.items(), strict=True)):
         _one_per_block(axis, curves)
         repeated = index + 1 < len(panels) and names[index] == names[-1]
         _finish(
             axis,
-            "validation accuracy of single blocks (%)" if name == "accuracy" else "loss of each block",
+            _of_blocks(primary) if split == "val" else "loss of each block",
             legend=len(curves) <= 12 and not repeated,
         )
     return figure
+
+
+def _of_blocks(metric: Metric) -> str:
+    """``validation accuracy of single blocks (%)``."""
+    name, _, unit = metric.label.partition(", ")
+    return f"validation {name} of single blocks" + (f" ({unit})" if unit else "")
 
 
 def _one_per_block(axis: Axes, curves: dict[str, Curve]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from bpfree.hooks import hookimpl
+from bpfree.metric import LOSS, metric_of, scores_in
 from bpfree.run import Run
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class _Plain:
             [
                 f"{self._name}: {_count(run, metrics)}",
                 *([self._phase] if self._phase else []),
-                *_summary(metrics),
+                *_summary(run, metrics),
                 *([f"{left} left"] if left else []),
             ]
         )
@@ -182,7 +183,7 @@ class _Live:
         self._phase = name if name != "train" else ""
 
     def inside(self, run: Run, metrics: Mapping[str, float]) -> None:
-        losses = [name for name in metrics if name.endswith("loss")]
+        losses = [key for key in metrics if metric_of(key).name == LOSS.name]
         if aside := _aside(metrics):
             self._show(run, metrics, metrics.get("progress", math.nan), [aside])
             return
@@ -190,7 +191,7 @@ class _Live:
         self._show(run, metrics, metrics.get("progress", math.nan), now + self._texts)
 
     def epoch(self, run: Run, metrics: Mapping[str, float]) -> None:
-        self._texts = _summary(metrics) or self._texts
+        self._texts = _summary(run, metrics) or self._texts
         self._show(run, metrics, metrics.get("epoch", 0) / run.total_epochs if run.total_epochs else math.nan, self._texts)
 
     def _show(self, run: Run, metrics: Mapping[str, float], share: float, texts: list[str]) -> None:
@@ -243,17 +244,18 @@ def _count(run: Run, metrics: Mapping[str, float]) -> str:
     return f"epoch {epoch}/{run.total_epochs}" if run.total_epochs else f"epoch {epoch}"
 
 
-def _summary(metrics: Mapping[str, float]) -> list[str]:
-    """The numbers that matter: losses, accuracies, speed."""
+def _summary(run: Run, metrics: Mapping[str, float]) -> list[str]:
+    """The numbers that matter: losses, what the run is judged by, speed."""
     parts = []
     for name, label in (("train/loss", "loss"), ("val/loss", "val loss")):
         if name in metrics:
             parts.append(f"{label} {metrics[name]:.4g}")
     if not parts and "rule/loss" in metrics:
         parts.append(f"loss {metrics['rule/loss']:.4g}")
-    for name, label in (("val/accuracy", "val accuracy"), ("train/accuracy", "accuracy")):
-        if name in metrics:
-            parts.append(f"{label} {100 * metrics[name]:.2f} %")
+    measured = [metric for metric in run.measures.values() if metric.name != LOSS.name]
+    for split, label in (("val", "val "), ("train", "")):
+        if found := scores_in(metrics, split, measured):
+            parts += [f"{label}{metric.name.replace('_', ' ')} {metric.text(value)}" for metric, value in found]
             break
     if "samples_per_second" in metrics:
         parts.append(f"{metrics['samples_per_second']:,.0f} samples/s")
@@ -262,8 +264,7 @@ def _summary(metrics: Mapping[str, float]) -> list[str]:
 
 def _ending(run: Run) -> str:
     if run.status == "finished":
-        results = [f"test accuracy {100 * run.result['test/accuracy']:.2f} %"] if "test/accuracy" in run.result else []
-        results += [f"test loss {run.result['test/loss']:.4g}"] if "test/loss" in run.result and not results else []
+        results = [f"test {metric.name.replace('_', ' ')} {metric.text(value)}" for metric, value in run.scores("test")]
         results += [f"{_duration(run.result['train/seconds'])} of training"] if "train/seconds" in run.result else []
         return f"{run.name}: finished{': ' if results else ''}{', '.join(results)}"
     reason = f": {run.reason}" if run.reason else ""

@@ -29,8 +29,7 @@ from bpfree.errors import BpfreeError, DiskError, UsageError
 from bpfree.files import remove_abandoned, replacing
 from bpfree.record.folder import RunFolder
 from bpfree.rule import Rule
-from bpfree.step import Phase
-from bpfree.tasks.stages import Stage
+from bpfree.step import Phase, Stage
 
 __all__ = ["FORMAT", "check_rule", "find_checkpoint", "keep_weights", "load_weights", "read_checkpoint", "replay", "write_checkpoint"]
 

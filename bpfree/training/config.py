@@ -64,7 +64,7 @@ class EvaluationConfig:
     draws: int | None = option(None, "draws of a stochastic rule averaged in the final evaluation (none: what the rule says)", ge=1)
     test: bool = option(True, "evaluate the test split at the end; false for trials of tuning, which must not see it")
     alternatives: bool = option(True, "also score the rule's alternative predictions, such as its single blocks")
-    metrics: list[str] = option(factory=list, help="further metrics of predictions, beside the task's own: bpfree list metrics")
+    metrics: list[str] = option(factory=list, help="further metrics of predictions, beside the task's own: bpfree metrics")
     protocols: list[str] = option(factory=list, help="at the end also score the features: linear-probe, nearest-centroid, clustering")
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from bpfree.metric import LOSS, metric_of
+
 __all__ = ["Diverged", "check_losses", "check_weights"]
 
 
@@ -16,13 +18,13 @@ class Diverged(Exception):
 
 
 def check_losses(means: Mapping[str, float], step: int) -> None:
-    """Check the means of metrics by name; those that end in ``loss`` must be finite.
+    """Check the means of metrics by key; losses (``loss``, ``rule/b1/loss``, ``val/loss``) must be finite.
 
     Raises:
         Diverged: one is not.
     """
     for name, value in means.items():
-        if name.endswith("loss") and not math.isfinite(value):
+        if metric_of(name).name == LOSS.name and not math.isfinite(value):
             raise Diverged(f"{name} is {value} at step {step}")
 
 

@@ -19,12 +19,11 @@ from bpfree.network.network import evaluating
 from bpfree.plugins import installed_plugins
 from bpfree.record.folder import RunFolder
 from bpfree.rule import Rule
-from bpfree.step import Batch
+from bpfree.step import Batch, Stage
 from bpfree.tasks import metrics as built_in
 from bpfree.tasks.linear import chunks, classes_of
 from bpfree.tasks.loading import Loader, Resident
 from bpfree.tasks.protocols import EvaluationProtocol, Setting, result_key
-from bpfree.tasks.stages import Stage
 from bpfree.tasks.task import Examples, Split, Task, TaskSpec
 from bpfree.training import environment
 from bpfree.training.features import feature_loader, feature_split

@@ -16,9 +16,9 @@ from torch import Tensor
 from bpfree.errors import BpfreeError, DiskError, UsageError
 from bpfree.rule import Metrics, Rule
 from bpfree.run import ReadOnly
-from bpfree.step import Batch, Phase, Step
+from bpfree.step import Batch, Phase, Stage, Step
 from bpfree.tasks.loading import Loader
-from bpfree.tasks.stages import Stage, walk
+from bpfree.tasks.stages import walk
 from bpfree.tasks.task import Split
 from bpfree.training import environment
 from bpfree.training.batches import Batches

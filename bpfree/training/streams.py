@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from bpfree.metric import Metric
+from bpfree.step import Stage
 from bpfree.tasks.splits import Split
-from bpfree.tasks.stages import Stage, chosen
+from bpfree.tasks.stages import chosen
 from bpfree.tasks.task import Task
 from bpfree.tasks.trees import leaves
 

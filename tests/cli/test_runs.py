@@ -45,7 +45,7 @@ def test_runs_and_how_they_ended(workplace: Path, capsys: pytest.CaptureFixture[
     running.close()
     assert call("runs") == 0
     lines = {words[0]: words[1:] for words in map(str.split, capsys.readouterr().out.splitlines())}
-    assert lines["finished"] == ["finished", "3", "of", "3", "50.00%"]
+    assert lines["finished"] == ["finished", "3", "of", "3", "accuracy", "50.00", "%"]
     assert lines["running"][:6] == ["interrupted:", "its", "process", "was", "killed", "1"]
 
 

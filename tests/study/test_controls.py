@@ -96,7 +96,7 @@ def test_gains_are_paired_and_positive_where_the_row_is_better(tmp_path: Path, k
     """Whatever is reported, an error or an accuracy, the gain is the same. Oracle of errors: SciPy's t, Holm's correction by hand."""
     made = planned(tmp_path, HEAD + ROWS.replace("{rule: dfa}}", f"{{rule: dfa}}, published: {{test/{kind}: 20}}}}"))
     report, found = reported(made, finish(made, accuracies(CORRECT)))
-    assert made.study.metric("test") == f"test/{kind}"
+    assert made.study.published_metric("test") == f"test/{kind}"
     assert [(each[1], each[2]) for each in found] == list(GAINS)
     for (_, row, control), each in found.items():
         assert each.gains == pytest.approx(GAINS[row, control])
@@ -175,7 +175,7 @@ def test_losses_are_compared_as_they_are(tmp_path: Path) -> None:
     made = planned(tmp_path, head + rows, "real.yaml")
     losses = {"frozen": {0: {"test/loss": 1.5}, 1: {"test/loss": math.inf}}, "dfa": {0: {"test/loss": 0.25}, 1: {"test/loss": 0.25}}}
     report, _ = reported(made, finish(made, losses))
-    assert section(report) == [["dfa", "frozen", "+1.2500", "", "1 of 2", "", "", "one seed only"]]
+    assert section(report) == [["dfa", "frozen", "+1.25", "", "1 of 2", "", "", "one seed only"]]
     assert report.table[0][:2] == ["frozen (control)", "inf"]  # without a deviation
     assert report.controls is not None
     assert "percentage" not in report.controls.legend

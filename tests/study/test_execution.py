@@ -351,7 +351,7 @@ def test_a_study_is_one_parent_with_a_run_per_cell_and_the_report_as_artifacts(w
     assert {(run["tags"]["study_row"], run["tags"]["seed"]) for run in cells} == {
         (row, seed) for row in ("dfa", "backprop") for seed in "01"
     }
-    scores = [100 * outcome["result"]["test/accuracy"] for outcome in outcomes() if outcome["row"] == "dfa"]
+    scores = [outcome["result"]["test/accuracy"] for outcome in outcomes() if outcome["row"] == "dfa"]  # a share, as those of cells
     assert parent["metrics"]["test/accuracy/dfa", 4] == pytest.approx(sum(scores) / 2)
     stored = {path.name for path in Path("mlruns").rglob(f"{parent['id']}/artifacts/*")}
     assert len([name for name in stored if name.endswith((".html", ".md", ".csv"))]) == 3

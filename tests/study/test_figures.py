@@ -21,6 +21,8 @@ from bpfree.study.statistics import Interval
         ([97.2, 98.4], (0, 100), ["97.5", "98.0"]),
         ([-0.2, 1.0], (-math.inf, math.inf), ["0.0", "0.5", "1.0"]),
         ([0, 60_000], (0, math.inf), ["0", "20k", "40k", "60k"]),
+        ([1e-9, 4e-9], (-math.inf, math.inf), ["1e-9", "2e-9", "3e-9", "4e-9"]),
+        ([1e-14, 4e-14], (-math.inf, math.inf), ["1e-14", "2e-14", "3e-14", "4e-14"]),
     ],
 )
 def test_linear_ticks(values: list[float], bounds: tuple[float, float], ticks: list[str]) -> None:

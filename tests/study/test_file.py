@@ -87,7 +87,7 @@ seeds: 0
 settings: {seed: 1, optimizer.lr: 1, optimizer: {lr: 2}, batch_size: 1, batch_size: 2, output: here}
 columns: [{label: a}, {label: a}, {label: b, setings: {}}]
 rows:
-  - {label: "x,y", published: {c: {test/error: 3}, a: {test/err: 3, test/error: 300, test/accuracy: high, memory_mb: -640}}}
+  - {label: "x,y", published: {c: {test/error: 3}, a: {tset/error: 3, test/error: 3, test/accuracy: high, memory_mb: -640}}}
   - {label: 3, settings: [1], columns: [d]}
   - {label: z, published: {a: {test/accuracy: 30, test/error: [1, 2, 3]}}}
 """
@@ -107,8 +107,7 @@ rows:
         "unknown key 'setings': did you mean 'settings'?",
         "no commas",
         "unknown column 'c'",
-        "unknown metric 'test/err': did you mean 'test/error'?",
-        "test/error=300 is out of range",
+        "unknown metric 'tset/error': must be test/NAME or train/NAME",
         "test/accuracy: must be a number",
         "memory_mb=-640 is out of range: in MiB",
         "label: must be text, not 3",
@@ -120,6 +119,24 @@ rows:
 )
 def test_all_mistakes_are_told_at_once(tmp_path: Path, said: str) -> None:
     assert said in refusal(tmp_path, MISTAKES)
+
+
+def test_published_metrics_are_those_of_the_task_in_range(tmp_path: Path) -> None:
+    """Of digits: accuracy, error and loss, and what ``evaluation.metrics`` adds; shares are in per cent."""
+    text = """
+title: A table
+settings: {task: digits, rule: dfa}
+columns: [{label: a}, {label: b, settings: {evaluation.metrics: [macro-f1]}}]
+rows:
+  - {label: x, published: {a: {test/macro_f1: 90}, b: {test/macro_f1: 90}}}
+  - {label: y, published: {a: {train/macro_f2: 90}, b: {test/macro_f1: 300}}}
+"""
+    said = refusal(tmp_path, text)
+    assert "published: unknown metric 'test/macro_f1': known here: accuracy, loss, error (further ones: evaluation.metrics) (row x)" in said
+    assert "published: unknown metric 'train/macro_f2'" in said
+    assert "published: test/macro_f1=300 is out of range: in per cent, from 0 to 100 (row y)" in said
+    good = "title: A table\nsettings: {task: digits, rule: dfa}\nrows: [{label: x, published: {test/error: 3}}]"
+    assert plan(read_study(written(tmp_path, good))).rows[0].published("test/error") == Published(3.0)
 
 
 def test_wrong_settings_are_told_at_once_with_their_row(tmp_path: Path) -> None:

@@ -15,12 +15,17 @@ import pytest
 from made_studies import cell_record, lines_of, outcome, planned, tuned
 from scipy import stats
 
+from bpfree.metric import ACCURACY
 from bpfree.record.folder import RunFolder
 from bpfree.study.cells import Plan
+from bpfree.study.floors import Floors
+from bpfree.study.measures import Measure
+from bpfree.study.model import Published
 from bpfree.study.report import Report, report_on, write_report
 from bpfree.study.report.content import Section, Table
+from bpfree.study.report.floor import floor_remarks
 from bpfree.study.report.leaderboard import best_alternative
-from bpfree.study.report.view import aligned, compact, timed
+from bpfree.study.report.view import View, aligned, compact, timed
 from bpfree.study.rows import TableRow, Trial, Tuned
 from bpfree.study.store import CellStore
 
@@ -260,6 +265,43 @@ def test_losses_decide_where_there_are_no_accuracies(tmp_path: Path) -> None:
     assert "validation loss, over epochs" in page
 
 
+@pytest.mark.parametrize("greater", [True, False])
+def test_a_metric_that_is_published_is_reported_in_its_direction(tmp_path: Path, greater: bool) -> None:
+    """A share in per cent, beside a number as small as 1e-9. Oracle: the results, by hand."""
+    name, share = ("macro_f1", True) if greater else ("residual", False)
+    words = ["evaluation.metrics=[macro-f1]"] if greater else []
+    made = planned(tmp_path, rows=("BP", "DFA"), seeds=2, words=words)
+    described = {"accuracy": {"greater": True, "share": True, "unit": ""}, name: {"greater": greater, "share": share, "unit": ""}}
+    if greater:
+        row = dataclasses.replace(made.study.rows[0], published={"": {"test/macro_f1": Published(95.0)}})
+    else:
+        row = dataclasses.replace(made.study.rows[0], published={"": {"test/residual": Published(3e-9)}})
+    study = dataclasses.replace(made.study, rows=[row, made.study.rows[1]])
+    made = dataclasses.replace(made, study=study)
+    lines = lines_of(made, {})
+    for line, values in zip(lines, ([0.9, 0.92], [0.8, 0.84]) if greater else ([1e-9, 2e-9], [4e-9, 4e-9]), strict=True):
+        line.written = study.rows[lines.index(line)]
+        line.records = [
+            cell_record(cell.key, status="finished", result={"test/accuracy": 0.5, f"test/{name}": value}, metrics=described)
+            for cell, value in zip(line.cells, values, strict=True)
+        ]
+    report, page, _ = written(tmp_path, made, lines)
+    headers, rows = table(report, "Leaderboard")
+    assert headers[2] == ("test macro f1, %" if greater else "test residual")
+    assert list(rows) == ["BP", "DFA"]
+    assert [cells[2] for cells in rows.values()] == (["91.00", "82.00"] if greater else ["1.5e-09", "4e-09"])
+    assert (headers[4], rows["BP"][4]) == ("test accuracy, %", "50.00")  # what else was measured
+    difference = rows["BP"][-2:]
+    assert difference == (["95.00", "-4.00"] if greater else ["3e-09", "-1.5e-09"])
+    extreme, means = ("highest", "91.00 %; DFA follows with 82.00 %") if greater else ("lowest", "1.5e-09; DFA follows with 4e-09")
+    assert f"BP has the {extreme} mean test {name.replace('_', ' ')}, {means}" in page
+    assert "0.0000" not in page
+    assert "over seeds and over new examples" not in page
+    assert f"floors are measured in accuracy or loss, and the table has the test {name.replace('_', ' ')}" in " ".join(
+        floor_remarks(View(made, lines), Floors(made, tmp_path))
+    )
+
+
 def test_results_that_are_not_finite(tmp_path: Path) -> None:
     made = planned(tmp_path, rows=("BP", "DFA", "frozen"), metric="test/loss", published={"BP": 1.0})
     lines = lines_of(made)
@@ -476,7 +518,7 @@ def test_the_probability_of_improvement_beside_scipys(tmp_path: Path) -> None:
         for place, known in enumerate(line.records):
             assert known is not None
             known.result["test/accuracy"] = 0.8 + 0.01 * ((7 * place + len(line.written.label)) % 5)
-    scores = {(line.written.label, line.column): list(line.by_seed("test/accuracy").values()) for line in lines}
+    scores = {(line.written.label, line.column): list(line.by_seed(Measure("test", ACCURACY, "accuracy")).values()) for line in lines}
     oracle = statistics.fmean(stats.mannwhitneyu(scores["BP", column], scores["DFA", column]).statistic / 25 for column in "abc")
     _, rows = table(report_on(made, lines, WORDS), "Probability of improvement")
     assert rows["BP"][list(rows).index("DFA") + 1].startswith(f"{oracle:.2f} (")

@@ -10,8 +10,10 @@ import pytest
 from made_studies import cell_record
 from study_kit import call, outcomes
 
+from bpfree.metric import LOSS
 from bpfree.study import cells
 from bpfree.study.file import read_study
+from bpfree.study.measures import Measure
 from bpfree.study.rows import Trial, Tuned
 from bpfree.study.worklist import Worklist
 
@@ -136,7 +138,7 @@ def test_the_best_trial_by_hand() -> None:
     assert tuned.default is trials[0]
     assert tuned.complete
     assert Tuned(["a"], trials, planned=5).complete is False
-    assert Tuned(["a"], trials, planned=4, greater=False).best is trials[0]
+    assert Tuned(["a"], trials, planned=4, measure=Measure("val", LOSS, "loss")).best is trials[0]
     assert Tuned(["a"], [Trial({}, "finished", float("nan"))], planned=1).best is None
 
 

@@ -18,10 +18,12 @@ from study_kit import call, outcomes
 
 from bpfree.config import parse_words
 from bpfree.errors import BpfreeError
+from bpfree.metric import ACCURACY, LOSS
 from bpfree.study import floors as floors_module
 from bpfree.study.cells import Plan, plan
 from bpfree.study.file import read_study
 from bpfree.study.floors import FloorRecord, Floors, floor_key, measure_floor_of, measure_floors
+from bpfree.study.measures import Measure
 from bpfree.study.report import report_on
 from bpfree.study.report.floor import floor_finding
 from bpfree.study.rows import Cell, TableRow, Trial, Tuned
@@ -41,6 +43,7 @@ rows:
   - {label: bp, settings: {rule: backprop}}
 """
 FLOOR = [0.900, 0.902, 0.898, 0.901, 0.899]
+REPORTED = Measure("test", ACCURACY, "accuracy")
 
 
 def planned(folder: Path, text: str = TEXT) -> Plan:
@@ -80,7 +83,7 @@ def judged(
     floors = Floors(made, CellStore(made.output, made.study.name).folder)
     for line in lines:
         floors.write(floors.id_of(line.cells[0]), record or floor_record())
-    return {each.row.written.label: each for each in verdicts(made, lines, floors, "test/accuracy")}
+    return {each.row.written.label: each for each in verdicts(made, lines, floors, REPORTED)}
 
 
 def finished(cell: Cell, result: dict[str, float]) -> CellRecord:
@@ -207,7 +210,7 @@ def test_of_real_targets_twice_the_budget_is_judged_by_the_loss(tmp_path: Path) 
         for label, loss in (("twin", 0.5), ("twice", better)):
             for place, outcome in enumerate(lines[label].finished):
                 outcome.seen().history, outcome.seen().result = [{"val/loss": loss + 0.001 * place}], {}
-        assert converged(lines["twin"], list(lines.values()), real=True) is expected
+        assert converged(lines["twin"], list(lines.values()), LOSS) is expected
 
 
 def test_untrained_rows_have_no_part_in_the_family(tmp_path: Path) -> None:
@@ -268,7 +271,7 @@ def test_the_report_has_numbers_and_verdicts(tmp_path: Path) -> None:
     assert [cells[-1] for cells in words.table] == ["above its floor", "above its floor"]
     assert "nearest class mean of the inputs 90.25 %" in numbers.legend
     assert "5 % over the comparisons of each kind (features: 1, as delivered: 2; Holm)" in words.legend
-    found = {each.row.written.label: each for each in verdicts(made, lines, floors, "test/accuracy")}
+    found = {each.row.written.label: each for each in verdicts(made, lines, floors, REPORTED)}
     sizes = [each.detectable or math.nan for label in ("dfa", "bp") if (each := found[label].delivered) is not None]
     assert f"as delivered {min(sizes):.2f}" in words.legend
     assert "Seeds for 1 point: features " in words.legend

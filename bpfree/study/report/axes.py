@@ -9,6 +9,7 @@ from dataclasses import dataclass
 __all__ = ["Axis", "linear", "logarithmic", "short"]
 
 MOST_TICKS = 6
+MOST_DECIMALS = 5
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def linear(values: Iterable[float], label: str, *, bounds: tuple[float, float] =
     """
     found = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(found), max(found)
-    single = high - low <= 1e-12 * max(1.0, abs(high))  # which then lies in the middle
+    single = high - low <= 1e-12 * max(abs(low), abs(high))  # which then lies in the middle
     room = (abs(high) * 0.05 or 1.0) if single else pad * (high - low)
     low, high = max(low - room, min(bounds[0], low)), min(high + room, max(bounds[1], high))
     return Axis(low, high, label, _linear_ticks(low, high))
@@ -61,8 +62,8 @@ def _linear_ticks(low: float, high: float, most: int = MOST_TICKS) -> list[tuple
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    large = max(abs(low), abs(high)) >= 10_000
-    return [(number * step, short(number * step) if large else f"{number * step:z.{decimals}f}") for number in numbers]
+    extreme = max(abs(low), abs(high)) >= 10_000 or decimals > MOST_DECIMALS
+    return [(number * step, short(number * step) if extreme else f"{number * step:z.{decimals}f}") for number in numbers]
 
 
 def logarithmic(values: Iterable[float], label: str) -> Axis:

@@ -1,4 +1,4 @@
-"""What happens inside: the accuracy of each block's own prediction, and how its credit agrees with the true gradient."""
+"""What happens inside: the score of each block's own prediction, and how its credit agrees with the true gradient."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 
+from bpfree.study.measures import Measure
 from bpfree.study.report.axes import linear
 from bpfree.study.report.content import Figure, Part, Section, Text
 from bpfree.study.report.svg import Mark, Series, legend, panel
@@ -22,7 +23,7 @@ COSINES = {"cosine": "the task's loss", "objective_cosine": "the rule's own obje
 
 def blocks(view: View) -> Iterator[Section]:
     """A section where anything was measured of single blocks."""
-    made = [(column, [*_accuracies(view, column), *_alignments(view, column)]) for column in view.columns]
+    made = [(column, [*_scores(view, column), *_alignments(view, column)]) for column in view.columns]
     found: list[tuple[str, list[Part]]] = [(column, parts) for column, parts in made if parts]
     if not found:
         return
@@ -34,17 +35,17 @@ def blocks(view: View) -> Iterator[Section]:
         yield Section(column, parts, level=3)
 
 
-# --- accuracy -----------------------------------------------------------------------------------------------------------
+# --- scores -------------------------------------------------------------------------------------------------------------
 
 
 def block_names(row: TableRow) -> list[str]:
-    """Blocks with a validation accuracy of their own, in the order of the network.
+    """Blocks whose own predictions were scored on validation by the primary metric, in the order of the network.
 
     Names of blocks end in a number (``b1``, ``t10``); other predictions (``mean``, ``sampled``) and protocols are none.
     """
     protocols = {result_key(name) for name in row.cells[0].recipe.settings.evaluation.protocols}
     keys = {key: None for record in row.finished for metrics in record.history[-1:] for key in metrics}
-    names = [parts[1] for key in keys if len(parts := key.split("/")) == 3 and parts[0] == "val" and parts[2] == "accuracy"]
+    names = [parts[1] for key in keys if len(parts := key.split("/")) == 3 and parts[0] == "val" and parts[2] == row.primary.name]
     return sorted((name for name in names if name not in protocols and re.search(r"\d$", name)), key=_natural)
 
 
@@ -53,30 +54,36 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def _accuracies(view: View, column: str) -> Iterator[Part]:
-    drawn = [(row, names) for row in view.of(column) if (names := block_names(row))]
-    series = [_accuracy(view, row, names) for row, names in drawn]
+def _scores(view: View, column: str) -> Iterator[Part]:
+    found = [(row, names) for row in view.of(column) if (names := block_names(row))]
+    drawn = [(row, names) for row, names in found if row.primary.name == found[0][0].primary.name]
+    series = [_scored(view, row, names) for row, names in drawn]
     if not series:
         return
     x = linear([1, max(len(names) for _, names in drawn)], "block, from the input", pad=0.04)
     x = type(x)(x.low, x.high, x.label, [(value, text) for value, text in x.ticks if float(text).is_integer()])
     heights = [value for one in series for point in one.points for value in (point.y_range or (point.y,))]
-    made = panel("validation accuracy of single blocks, %", x, linear(heights, "validation accuracy, %", bounds=(0, 100)), series)
-    caption = "Accuracy of each block's own prediction after the last epoch; mean over seeds, bars from the least to the greatest."
+    measure = _measure(drawn[0][0])
+    word, unit = measure.metric.name.replace("_", " "), f",{measure.unit}" if measure.unit else ""
+    y = linear(heights, f"validation {word}{unit}", bounds=measure.bounds)
+    made = panel(f"validation {word} of single blocks{unit}", x, y, series)
+    whose = f"{word[0].upper()}{word[1:]} of each block's own prediction"
+    caption = f"{whose} after the last epoch; mean over seeds, bars from the least to the greatest."
     yield Figure([made], caption, legend((view.style(row), view.label(row)) for row, _ in drawn))
 
 
-def _accuracy(view: View, row: TableRow, names: Sequence[str]) -> Series:
-    points = []
+def _measure(row: TableRow) -> Measure:
+    return Measure("val", row.primary, row.primary.name)
+
+
+def _scored(view: View, row: TableRow, names: Sequence[str]) -> Series:
+    points, measure = [], _measure(row)
     for place, name in enumerate(names, start=1):
-        values = [
-            100 * record.history[-1][f"val/{name}/accuracy"]
-            for record in row.finished
-            if record.history and f"val/{name}/accuracy" in record.history[-1]
-        ]
+        known = [measure.of(record.history[-1], name) for record in row.finished if record.history]
+        values = [value for value in known if value is not None]
         mean = statistics.fmean(values)
         bars = (min(values), max(values)) if len(values) > 1 else None
-        points.append(Mark(place, mean, f"{view.label(row)}, {name}: {mean:.2f}", y_range=bars))
+        points.append(Mark(place, mean, f"{view.label(row)}, {name}: {measure.text(mean)}", y_range=bars))
     return Series(view.style(row), view.label(row), [(point.x, point.y) for point in points], points=points)
 
 

@@ -1,4 +1,4 @@
-"""Learning curves, and accuracy against time and memory."""
+"""Learning curves, and scores against time and memory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from bpfree.study.measures import Measure
 from bpfree.study.report.axes import Axis, linear, logarithmic
 from bpfree.study.report.content import Figure, Part, Section, Text
 from bpfree.study.report.strip import near_the_best
 from bpfree.study.report.svg import Mark, Series, legend, panel
 from bpfree.study.report.view import WAITED, View, timed, untimed
-from bpfree.study.rows import TableRow, percent
+from bpfree.study.rows import TableRow
 from bpfree.study.store import CellRecord
 
 __all__ = ["costs", "learning_curves"]
@@ -24,7 +25,7 @@ Curve = list[tuple[float, float, float, float]]
 
 
 def learning_curves(view: View) -> Iterator[Section]:
-    """Validation accuracy (or loss) over epochs, examples and seconds, for each column."""
+    """The primary metric on validation (or the loss) over epochs, examples and seconds, for each column."""
     figures = [(column, figure) for column in view.columns if (figure := _figure(view, column)) is not None]
     if not figures:
         return
@@ -41,19 +42,18 @@ def learning_curves(view: View) -> Iterator[Section]:
 
 def _figure(view: View, column: str) -> Figure | None:
     rows = view.of(column)
-    metric = view.validation(rows)
-    if not metric:
+    measure = view.validation(rows)
+    if measure is None:
         return None
-    factor = 100 if metric.endswith("accuracy") else 1
-    name = "validation accuracy, %" if factor == 100 else "validation loss"
+    name = f"validation {measure.metric.label}"
     target = view.plan.study.targets.get(column)
     panels = []
     for key, label in AGAINST:
-        curves = {number: curve for number, row in enumerate(rows) if (curve := _curve(_chosen(row, key), key, metric, factor))}
+        curves = {number: curve for number, row in enumerate(rows) if (curve := _curve(_chosen(row, key), key, measure))}
         if not curves:
             continue
         x = _x_axis(key, label, curves.values())
-        y = _y_axis(name, [value for curve in curves.values() for point in curve for value in point[2:]], percents=factor == 100)
+        y = _y_axis(name, [value for curve in curves.values() for point in curve for value in point[2:]], measure)
         series = [_series(view, rows[number], curve) for number, curve in curves.items()]
         rules = [(target, "target")] if target is not None and y.low <= target <= y.high else []
         panels.append(panel(f"{name}, over {label}", x, y, series, rules=rules))
@@ -68,9 +68,9 @@ def _chosen(row: TableRow, key: str) -> list[CellRecord]:
     return timed(row) if key == "seconds" else row.finished
 
 
-def _curve(records: Sequence[CellRecord], key: str, metric: str, factor: float) -> Curve:
+def _curve(records: Sequence[CellRecord], key: str, measure: Measure) -> Curve:
     """Over the records, epoch by epoch, as long as all of them have one; nothing of runs without a curve."""
-    every = [_points(record.history, key, metric, factor) for record in records]
+    every = [_points(record.history, key, measure) for record in records]
     made: Curve = []
     for together in zip(*(points for points in every if points), strict=False):
         values = [y for _, y in together]
@@ -78,8 +78,8 @@ def _curve(records: Sequence[CellRecord], key: str, metric: str, factor: float) 
     return made
 
 
-def _points(history: Iterable[Mapping[str, float]], key: str, metric: str, factor: float) -> list[tuple[float, float]]:
-    found = ((epoch[key], factor * epoch[metric]) for epoch in history if key in epoch and metric in epoch)
+def _points(history: Iterable[Mapping[str, float]], key: str, measure: Measure) -> list[tuple[float, float]]:
+    found = ((epoch[key], value) for epoch in history if key in epoch and (value := measure.of(epoch)) is not None)
     return [(x, y) for x, y in found if math.isfinite(x) and math.isfinite(y)]
 
 
@@ -91,10 +91,10 @@ def _x_axis(key: str, label: str, curves: Iterable[Curve]) -> Axis:
     return linear([0.0, *values] if key != "epoch" else values, label, bounds=(0, math.inf), pad=0.02)
 
 
-def _y_axis(name: str, values: Sequence[float], *, percents: bool) -> Axis:
-    if not percents and min(values) > 0 and max(values) > 50 * min(values):
+def _y_axis(name: str, values: Sequence[float], measure: Measure) -> Axis:
+    if not measure.metric.share and min(values) > 0 and max(values) > 50 * min(values):
         return logarithmic(values, name)
-    return linear(values, name, bounds=(0, 100) if percents else (-math.inf, math.inf))
+    return linear(values, name, bounds=measure.bounds)
 
 
 def _series(view: View, row: TableRow, curve: Curve) -> Series:
@@ -102,7 +102,7 @@ def _series(view: View, row: TableRow, curve: Curve) -> Series:
     return Series(view.style(row), view.label(row), [(x, y) for x, y, _, _ in curve], band)
 
 
-# --- accuracy against costs ---------------------------------------------------------------------------------------------
+# --- scores against costs -----------------------------------------------------------------------------------------------
 
 COSTS = (
     ("train/seconds", "seconds of training"),
@@ -138,12 +138,12 @@ def _scatter(view: View, column: str) -> Figure | None:
         x = logarithmic([value for _, point in found for value in (point.x_range or (point.x,))], f"{label} (logarithmic)")
         heights = [value for _, point in found for value in (point.y, *(point.y_range or ()))]
         kept = near_the_best(heights, [point.y for _, point in found], greater=view.greater)
-        y = linear(kept, view.metric_name, bounds=(0, 100) if percent(view.metric) else (-math.inf, math.inf))
+        y = linear(kept, view.measure.label, bounds=view.measure.bounds)
         beyond |= {
-            view.style(row): f"{view.label(row)} ({point.y:.{view.digits}f})" for row, point in found if not y.low <= point.y <= y.high
+            view.style(row): f"{view.label(row)} ({view.measure.text(point.y)})" for row, point in found if not y.low <= point.y <= y.high
         }
         series = [Series(view.style(row), view.label(row), points=[point]) for row, point in found]
-        panels.append(panel(f"{view.metric_name}, over {label.split(' (')[0].split(',')[0]}", x, y, series))
+        panels.append(panel(f"{view.measure.label}, over {label.split(' (')[0].split(',')[0]}", x, y, series))
     if not panels:
         return None
     caption = "A point for each row: means over seeds; bars: 95 % interval of the score, least to greatest cost."
@@ -159,5 +159,5 @@ def _point(view: View, row: TableRow, key: str, label: str) -> Mark | None:
         return None
     x, y = statistics.fmean(values), statistics.fmean(scores)
     known = view.interval(row)
-    title = f"{view.label(row)}: {y:.{view.digits}f} at {x:,.4g} {label.split(' (')[0]}"
+    title = f"{view.label(row)}: {view.measure.text(y)} at {x:,.4g} {label.split(' (')[0]}"
     return Mark(x, y, title, (min(values), max(values)) if len(values) > 1 else None, (known.low, known.high) if known else None)

@@ -11,7 +11,6 @@ from bpfree.study.differences import Difference
 from bpfree.study.examples import Scores
 from bpfree.study.floors import FloorRecord, Floors, has_floor
 from bpfree.study.report.view import View, compact
-from bpfree.study.rows import percent
 from bpfree.study.verdicts import Verdict, verdicts
 
 __all__ = ["floor_finding", "floor_remarks", "floor_tables"]
@@ -19,7 +18,7 @@ __all__ = ["floor_finding", "floor_remarks", "floor_tables"]
 
 def floor_tables(view: View, floors: Floors) -> list[ComparisonTable]:
     """Make the tables of numbers and of verdicts; none as long as no floor was measured."""
-    found = verdicts(view.plan, view.rows, floors, view.metric)
+    found = verdicts(view.plan, view.rows, floors, view.measure)
     if not found:
         return []
     judged = [each for each in found if each.text]
@@ -38,9 +37,8 @@ def _headers(view: View) -> list[str]:
 
 
 def _numbers(view: View, found: Sequence[Verdict]) -> ComparisonTable:
-    name = view.metric_name.split(",")[0]
     labels = _headers(view)
-    headers = [f"own {name}", "probed", "readout loses", "floor", "share of gap %", "operations to floor"]
+    headers = [f"own {view.measure.name}", "probed", "readout loses", "floor", "share of gap %", "operations to floor"]
     table = [[*_labels(view, each), *_row(view, each), _of(each)] for each in found]
     kept = [place for place in range(len(labels) + len(headers) + 1) if any(row[place] for row in table)]
     names = [*labels, *headers, "of"]
@@ -51,8 +49,8 @@ def _numbers(view: View, found: Sequence[Verdict]) -> ComparisonTable:
 
 def _row(view: View, each: Verdict) -> list[str]:
     mean, probed, floor = (_mean(scores) for scores in (each.own, each.probed, each.floor.scores))
-    lost = "" if mean is None or probed is None else f"{(probed - mean) * (1 if view.greater else -1):+z.{view.digits}f}"
-    texts = ["" if value is None else f"{value:.{view.digits}f}" for value in (mean, probed, floor)]
+    lost = "" if mean is None or probed is None else view.measure.signed((probed - mean) * view.measure.metric.sign)
+    texts = ["" if value is None else view.measure.text(value) for value in (mean, probed, floor)]
     least = "at least " if each.floor.at_least and texts[2] else ""
     return [texts[0], texts[1], lost, least + texts[2], _share(each), _operations(each)]
 
@@ -133,7 +131,7 @@ def _all(judged: Sequence[Verdict], kind: str) -> list[Difference | None]:
 def _difference(view: View, found: Difference | None) -> str:
     if found is None:
         return ""
-    gain, error = difference_texts(found, view.metric)
+    gain, error = difference_texts(found, view.measure)
     return f"{gain} +- {error}" if error else gain
 
 
@@ -154,12 +152,12 @@ def _verdicts_legend(view: View, judged: Sequence[Verdict], columns: Mapping[str
 def _what_decides(view: View, found: Mapping[str, Sequence[Difference]]) -> Iterator[str]:
     """The smallest detectable differences, and the seeds that would decide one point."""
     sizes = {
-        kind: sorted({f"{one.detectable:.{view.digits}f}" for one in each if one.detectable is not None}, key=float)
+        kind: sorted({view.measure.text(one.detectable) for one in each if one.detectable is not None}, key=float)
         for kind, each in found.items()
     }
     if any(sizes.values()):
         yield f"Detectable: {', '.join(f'{kind} {_range(texts)}' for kind, texts in sizes.items() if texts)}."
-    if percent(view.metric) and any(sizes.values()):
+    if view.measure.metric.share and any(sizes.values()):
         seeds = {kind: sorted({one.seeds or math.inf for one in each if one.error is not None}) for kind, each in found.items()}
         told = {kind: ["none" if math.isinf(one) else f"{one}" for one in each] for kind, each in seeds.items() if each}
         yield f"Seeds for 1 point: {', '.join(f'{kind} {_range(texts)}' for kind, texts in told.items())}."
@@ -183,6 +181,10 @@ def floor_finding(found: Sequence[ComparisonTable]) -> str:
 
 def floor_remarks(view: View, floors: Floors) -> Iterator[str]:
     """Say what is missing: a floor that was not measured, or a gradient that was left."""
+    if not view.measure.of_predictions:
+        if any(has_floor(row.cells[0]) for row in view.rows):
+            yield f"Nothing is put beside its floor: floors are measured in accuracy or loss, and the table has the {view.measure.name}."
+        return
     missing = [row.label for row in view.rows if row.finished and has_floor(row.cells[0]) and floors.of(row, view.rows) is None]
     if missing:
         yield f"The floor was not measured for {', '.join(missing)}."

@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
+from bpfree.metric import LOSS
+from bpfree.study.measures import Measure
 from bpfree.study.model import MEMORY
 from bpfree.study.report.content import Folded, Part, Picture, Section, Table, Text
 from bpfree.study.report.strip import Strip, shared_axis, strip, strip_axis
@@ -50,7 +52,7 @@ def _legend(view: View) -> str:
     if any(view.over_examples(row) for row in view.rows):
         how = "Student's t, over seeds and over new examples of the test split's kind"
     parts = [
-        f"Sorted by the mean {view.metric_name.split(',')[0]} over seeds, best first. 95 % interval of the mean: {how}; none from one "
+        f"Sorted by the mean {view.measure.name} over seeds, best first. 95 % interval of the mean: {how}; none from one "
         "seed. In the strip: a dot for each seed, a bar for the interval, a stroke for the mean; a triangle at the edge stands for runs "
         "beyond the axis.",
     ]
@@ -58,8 +60,8 @@ def _legend(view: View) -> str:
         parts.append("The diamond is the published number; difference: our mean minus it.")
     if any(best_alternative(row) for row in view.rows):
         parts.append(
-            "Best other prediction: of a single block, the mean of blocks, another inference; chosen by the validation accuracy of the "
-            "last epoch."
+            "Best other prediction: of a single block, the mean of blocks, another inference; chosen by the primary metric on "
+            "validation after the last epoch."
         )
     if any(_draws(row) for row in view.rows):
         parts.append(
@@ -82,10 +84,12 @@ def _legend(view: View) -> str:
 def _scores(view: View, column: str, rows: Sequence[TableRow]) -> Table:
     strips = {row.written.label: _strip(view, row) for row in rows if view.scores(row)}
     axis = shared_axis(list(strips.values()), greater=view.greater)
-    publishes = any(row.published(view.metric) for row in rows)
+    publishes = any(row.published(view.measure.key) for row in rows)
     others, draws = any(map(best_alternative, rows)), any(map(_draws, rows))
-    headers: list[str | Picture] = ["row", "rank", view.metric_name, "95 % interval"]
+    headers: list[str | Picture] = ["row", "rank", view.measure.label, "95 % interval"]
     headers += [Picture(strip_axis(axis))] if strips else []
+    further = _further(view, rows)
+    headers += [measure.label for measure in further]
     headers += ["n", *(["published", "difference"] if publishes else [])]
     headers += [*(["over draws"] if draws else []), *(["best other prediction"] if others else [])]
     texts: list[list[str | Picture]] = []
@@ -94,10 +98,11 @@ def _scores(view: View, column: str, rows: Sequence[TableRow]) -> Table:
         ranked = mean is not None and math.isfinite(mean)
         known = view.interval(row)
         cells: list[str | Picture] = [view.label(row), f"{place}" if ranked else ""]
-        cells.append(f"{mean:.{view.digits}f}" if mean is not None else "" if row.finished else row.status_text())
-        cells.append(f"{known.low:.{view.digits}f} to {known.high:.{view.digits}f}" if known else "")
+        cells.append(view.measure.text(mean) if mean is not None else "" if row.finished else row.status_text())
+        cells.append(f"{view.measure.text(known.low)} to {view.measure.text(known.high)}" if known else "")
         if strips:
             cells.append(Picture(strip(strips[row.written.label], axis)) if row.written.label in strips else "")
+        cells += [_mean_text(row, measure) for measure in further]
         cells.append(counted(row))
         cells += _published(view, row) if publishes else []
         cells += [_draws(row)] if draws else []
@@ -107,48 +112,69 @@ def _scores(view: View, column: str, rows: Sequence[TableRow]) -> Table:
     return Table(headers, texts, words, f"Leaderboard {column}".strip(), [view.style(row) for row in rows])
 
 
+def _further(view: View, rows: Sequence[TableRow]) -> list[Measure]:
+    """What else the task and ``evaluation.metrics`` name, as far as it was measured; not the loss."""
+    metrics = {name: metric for row in rows for name, metric in row.metrics.items()}
+    found = (Measure("test", metric, name) for name, metric in metrics.items() if name not in (view.measure.measured, LOSS.name))
+    return [measure for measure in found if any(row.by_seed(measure) for row in rows)]
+
+
+def _mean_text(row: TableRow, measure: Measure) -> str:
+    values = list(row.by_seed(measure).values())
+    return measure.text(statistics.fmean(values)) if values else ""
+
+
 def _strip(view: View, row: TableRow) -> Strip:
-    by_seed, published = row.by_seed(view.metric), row.published(view.metric)
+    by_seed, published = row.by_seed(view.measure), row.published(view.measure.key)
     values = list(by_seed.values())
-    single = ", ".join(f"seed {seed}: {value:.{view.digits}f}" for seed, value in by_seed.items())
-    said = f"{row.written.label}: mean {statistics.fmean(values):.{view.digits}f}; {single}"
-    said += f"; published {published.mean:.{view.digits}f}" if published else ""
+    single = ", ".join(f"seed {seed}: {view.measure.text(value)}" for seed, value in by_seed.items())
+    said = f"{row.written.label}: mean {view.measure.text(statistics.fmean(values))}; {single}"
+    said += f"; published {view.measure.text(published.mean)}" if published else ""
     return Strip(view.style(row), values, view.interval(row), published.mean if published else None, said)
 
 
 def _published(view: View, row: TableRow) -> list[str]:
-    theirs, mean = row.published(view.metric), view.mean(row)
+    theirs, mean = row.published(view.measure.key), view.mean(row)
     if theirs is None:
         return ["", ""]
-    difference = "" if mean is None else f"{mean - theirs.mean:+.{view.digits}f}"
-    return [spread(theirs.mean, theirs.spread, view.digits), difference]
+    difference = "" if mean is None else view.measure.signed(mean - theirs.mean)
+    return [spread(theirs.mean, theirs.spread, view.measure), difference]
 
 
 def _draws(row: TableRow) -> str:
-    """Accuracy over all seeds and inference draws with its standard error; blank without several draws."""
+    """The primary metric over all seeds and inference draws with its standard error; blank without several draws."""
+    measure = Measure("test", row.primary, row.primary.name)
     found = [
-        [100 * value for key, value in record.result.items() if key.removeprefix("test/accuracy_draw_").isdigit()]
+        [measure.shown(value) for key, value in record.result.items() if key.removeprefix(f"{measure.key}_draw_").isdigit()]
         for record in row.finished
     ]
     values = [value for draws in found for value in draws]
     if not any(len(draws) > 1 for draws in found) or not all(map(math.isfinite, values)):
         return ""
     error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"accuracy {statistics.fmean(values):.2f} +- {error:.2f} ({len(values)} draws)"
+    return f"{_word(measure)} {spread(statistics.fmean(values), error, measure)} ({len(values)} draws)"
+
+
+def _word(measure: Measure) -> str:
+    return measure.metric.name.replace("_", " ")
 
 
 def best_alternative(row: TableRow) -> str:
-    """Test accuracy of the rule's best other prediction (a single block, say), chosen on validation; protocols are no predictions."""
+    """Describe the rule's best other prediction (a single block, say), chosen on validation; protocols are no predictions."""
+    measure = Measure("test", row.primary, row.primary.name)
     protocols = {result_key(name) for name in row.cells[0].recipe.settings.evaluation.protocols}
     keys = {key: None for record in row.finished for key in record.result}
-    names = [parts[1] for key in keys if len(parts := key.split("/")) == 3 and parts[0] == "test" and parts[2] == "accuracy"]
+    names = [parts[1] for key in keys if len(parts := key.split("/")) == 3 and parts[0] == "test" and parts[2] == measure.measured]
     names = [name for name in names if name not in protocols]
-    scored = {name: [score for record in row.finished if (score := _last(record, f"val/{name}/accuracy")) is not None] for name in names}
+    scored = {
+        name: [score for record in row.finished if (score := _last(record, f"val/{name}/{measure.measured}")) is not None] for name in names
+    }
     known = [name for name, scores in scored.items() if scores]
     if not known:
         return ""
-    best = max(known, key=lambda name: statistics.fmean(scored[name]))
-    return f"accuracy {100 * statistics.fmean(values_of(row, f'test/{best}/accuracy')):.2f} ({best})"
+    best = max(known, key=lambda name: measure.metric.sign * statistics.fmean(scored[name]))
+    mean = statistics.fmean(values_of(row, f"test/{best}/{measure.measured}"))
+    return f"{_word(measure)} {measure.text(measure.shown(mean))} ({best})"
 
 
 def _last(record: CellRecord, key: str) -> float | None:

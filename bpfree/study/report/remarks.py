@@ -10,7 +10,7 @@ from bpfree.study.cells import Plan
 from bpfree.study.controls import compare, comparisons
 from bpfree.study.older import older_cells
 from bpfree.study.report.view import WAITED, View, compact, untimed
-from bpfree.study.rows import TableRow, listed, percent, unused
+from bpfree.study.rows import TableRow, listed, unused
 from bpfree.study.store import CellRecord
 
 __all__ = ["compared", "environments", "failures", "findings", "remarks"]
@@ -106,16 +106,16 @@ def findings(view: View) -> Iterator[str]:
 
 
 def _first_two(view: View, best: TableRow, second: TableRow) -> str:
-    kind, unit = view.metric.split("/")[1], " %" if percent(view.metric) else ""
-    a, b = (f"{view.mean(row) or 0.0:.{view.digits}f}{unit}" for row in (best, second))
+    measure = view.measure
+    a, b = (f"{measure.text(view.mean(row) or 0.0)}{measure.unit}" for row in (best, second))
     extreme = "highest" if view.greater else "lowest"
-    text = f"{best.written.label} has the {extreme} mean test {kind}, {a}; {second.written.label} follows with {b}"
-    found = compare(view.plan, best, second, view.metric)
+    text = f"{best.written.label} has the {extreme} mean {measure.name}, {a}; {second.written.label} follows with {b}"
+    found = compare(view.plan, best, second, measure)
     if found is None:
         return f"{text}. They share no seed, so that nothing is said of the difference."
     if len(found.gains) < 3:
         return f"{text}. They share {_count(len(found.gains), 'seed')}, too few to tell whether the order is chance."
-    said = f"{abs(found.gain):.{view.digits}f} +- {found.standard_error:.{view.digits}f}"
+    said = f"{measure.text(abs(found.gain))} +- {measure.text(found.standard_error or 0.0)}"
     if found.verdict == "not distinguishable":
         return f"{text}. The two cannot be told apart: the difference over {len(found.gains)} shared seeds is {said} (standard error)."
     if found.gain > 0:

@@ -6,8 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from bpfree.study.measures import Measure
 from bpfree.study.report.view import View, aligned, counted, mean_of, spread, untimed
-from bpfree.study.rows import TableRow, percent, table_metric
+from bpfree.study.rows import TableRow, table_measure
 
 __all__ = ["headers", "lines_of_text", "texts"]
 
@@ -27,24 +28,23 @@ def headers(view: View) -> list[str]:
     beside = ["published", "difference"]
     return [
         *(["row", "column"] if view.labelled else ["row"]),
-        *[_header(view.metric), *(beside if study.publishes("test") else []), "n"],
-        *([_header(table_metric(study, view.rows, "train")), *beside] if study.publishes("train") else []),
+        *[_header(view.measure), *(beside if study.publishes("test") else []), "n"],
+        *([_header(table_measure(study, view.rows, "train")), *beside] if study.publishes("train") else []),
         *[name for name, _ in COSTS],
     ]
 
 
-def _header(metric: str) -> str:
-    name = metric.replace("/", " ")
-    return f"{name} %" if percent(metric) else name
+def _header(measure: Measure) -> str:
+    return f"{measure.name}{measure.unit}"
 
 
 def texts(view: View, row: TableRow) -> list[str]:
     """The cells of a row."""
     study = view.plan.study
     cells = [view.label(row), *([row.column] if view.labelled else [])]
-    cells += _beside(row, view.metric, published=study.publishes("test"), empty=row.status_text())
+    cells += _beside(row, view.measure, published=study.publishes("test"), empty=row.status_text())
     cells.append(counted(row))
-    cells += _beside(row, study.metric("train"), published=True) if study.publishes("train") else []
+    cells += _beside(row, table_measure(study, view.rows, "train"), published=True) if study.publishes("train") else []
     for _, key in COSTS:
         mean = mean_of(row, key)
         text = "" if mean is None else _seconds(view, row) if key == "train/seconds" else f"{mean:,.0f}"
@@ -59,19 +59,18 @@ def _seconds(view: View, row: TableRow) -> str:
     return column[place]
 
 
-def _beside(row: TableRow, metric: str, *, published: bool, empty: str = "") -> list[str]:
+def _beside(row: TableRow, measure: Measure, *, published: bool, empty: str = "") -> list[str]:
     """Ours; and where the table has them, the published number and the difference. What is not known stays blank."""
-    digits = 2 if percent(metric) else 4
-    values = list(row.by_seed(metric).values())
+    values = list(row.by_seed(measure).values())
     measurable = len(values) > 1 and all(map(math.isfinite, values))  # the loss of a finished run can be infinite
-    ours = spread(statistics.fmean(values), statistics.stdev(values) if measurable else None, digits) if values else ""
+    ours = spread(statistics.fmean(values), statistics.stdev(values) if measurable else None, measure) if values else ""
     if not published:
         return [ours or ("" if row.finished else empty)]
-    theirs = row.published(metric)
+    theirs = row.published(measure.key)
     return [
         ours or ("" if row.finished else empty),
-        spread(theirs.mean, theirs.spread, digits) if theirs else "",
-        f"{statistics.fmean(values) - theirs.mean:+.{digits}f}" if values and theirs else "",
+        spread(theirs.mean, theirs.spread, measure) if theirs else "",
+        measure.signed(statistics.fmean(values) - theirs.mean) if values and theirs else "",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Time to target: when the validation accuracy first reaches what the study asks for.
+"""Time to target: when the primary metric on validation first reaches what the study asks for.
 
 The time of a run is that of the first epoch whose end finds it at the target, so that its resolution is an epoch. A run that ended
 without reaching it, for whatever reason, takes infinitely long, and medians count it as such.
@@ -41,12 +41,11 @@ def _waited(row: TableRow) -> bool:
 def reached(view: View, row: TableRow) -> list[tuple[CellRecord, Mapping[str, float] | None]]:
     """Each cell that ended, with the epoch at which it was at the target; ``None``: never."""
     target = view.plan.study.targets.get(row.column)
-    metric = view.validation(view.of(row.column))
-    if target is None or not metric:
+    measure = view.validation(view.of(row.column))
+    if target is None or measure is None:
         return []
-    greater = metric.endswith("accuracy")
-    aim = target / 100 if greater else target
-    return [(record, first_reached(record.history, metric, aim, greater=greater)) for record in ended(row)]
+    aim, greater = target / measure.metric.factor, measure.metric.greater
+    return [(record, first_reached(record.history, measure.key, aim, greater=greater)) for record in ended(row)]
 
 
 def times(view: View, row: TableRow, key: str) -> list[float]:
@@ -82,8 +81,10 @@ def time_to_target(view: View) -> Iterator[Section]:
 
 
 def _aim(view: View, column: str) -> str:
-    target, accuracy = view.plan.study.targets[column], view.validation(view.of(column)).endswith("accuracy")
-    return f"Target: validation accuracy of {target:g} % or more." if accuracy else f"Target: validation loss of {target:g} or less."
+    target, measure = view.plan.study.targets[column], view.validation(view.of(column))
+    assert measure is not None
+    name, direction = measure.metric.name.replace("_", " "), "more" if measure.metric.greater else "less"
+    return f"Target: validation {name} of {target:g}{measure.unit} or {direction}."
 
 
 def _table(view: View, column: str) -> Table:

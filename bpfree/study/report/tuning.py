@@ -67,13 +67,14 @@ def _figure(view: View, found: Sequence[tuple[TableRow, Tuned]]) -> Figure | Non
 
 def _panel(view: View, found: Sequence[tuple[TableRow, Tuned]], key: str) -> str:
     drawn = [(row, tuned, points) for row, tuned in found if (points := _points(tuned, key))]
+    drawn = [(row, tuned, points) for row, tuned, points in drawn if tuned.measure == drawn[0][1].measure]
     if not drawn:
         return ""
     values = [x for _, _, points in drawn for x, _ in points]
     scale_log = any(key in tuned.logarithmic for _, tuned, _ in drawn) or (key == FIRST and max(values) > 5 * min(values))
     log = scale_log and min(values) > 0
     x = logarithmic(values, f"{key} (logarithmic)") if log else linear(values, key)
-    name = "validation accuracy, %" if drawn[0][1].greater else "validation loss"
+    name = f"validation {drawn[0][1].measure.metric.label}"
     y = linear([score for _, _, points in drawn for _, score in points], name)
     return panel(f"{name}, over {key}", x, y, [_series(view, row, tuned, points, key) for row, tuned, points in drawn])
 
@@ -89,7 +90,7 @@ def _number(value: Any) -> float | None:
 
 
 def _series(view: View, row: TableRow, tuned: Tuned, points: Sequence[tuple[float, float]], key: str) -> Series:
-    marks = [Mark(x, y, f"{view.label(row)}: {y:.{_digits(tuned)}f} at {key} = {x:.3g}") for x, y in points]
+    marks = [Mark(x, y, f"{view.label(row)}: {tuned.measure.text(y)} at {key} = {x:.3g}") for x, y in points]
     return Series(view.style(row), view.label(row), points if len(tuned.keys) == 1 else [], points=marks)
 
 
@@ -97,7 +98,8 @@ def _series(view: View, row: TableRow, tuned: Tuned, points: Sequence[tuple[floa
 
 
 def _table(view: View, column: str, found: Sequence[tuple[TableRow, Tuned]]) -> Table:
-    unit = "%" if found[0][1].greater else "loss"
+    units = {tuned.measure.unit.strip() or tuned.measure.metric.name.replace("_", " ") for _, tuned in found}
+    unit = units.pop() if len(units) == 1 else "score"
     headers = ["row", "trials", "without a score", f"default, {unit}", f"chosen, {unit}", "gain", "seconds", "chosen settings"]
     seconds = aligned([sum(trial.seconds for trial in tuned.trials) or None for _, tuned in found])
     waited = [not all(trial.comparable for trial in tuned.trials) for _, tuned in found]
@@ -111,12 +113,8 @@ def _cells(tuned: Tuned, spent: str) -> list[str]:
     return [_trials(tuned), _failures(tuned), *scores, spent, _settings(tuned)]
 
 
-def _digits(tuned: Tuned) -> int:
-    return 2 if tuned.greater else 4
-
-
 def _score(tuned: Tuned, trial: Trial | None) -> str:
-    return "" if trial is None or trial.score is None else f"{trial.score:.{_digits(tuned)}f}"
+    return "" if trial is None or trial.score is None else tuned.measure.text(trial.score)
 
 
 def _gain(tuned: Tuned) -> str:
@@ -124,7 +122,7 @@ def _gain(tuned: Tuned) -> str:
     default, best = tuned.default, tuned.best
     if default is None or default.score is None or best is None or best.score is None or not math.isfinite(default.score):
         return ""
-    return f"{(best.score - default.score) * (1 if tuned.greater else -1):+z.{_digits(tuned)}f}"
+    return tuned.measure.signed((best.score - default.score) * tuned.measure.metric.sign)
 
 
 def _trials(tuned: Tuned) -> str:

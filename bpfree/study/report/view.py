@@ -10,9 +10,11 @@ from functools import cached_property
 
 import numpy as np
 
+from bpfree.metric import LOSS
 from bpfree.study.cells import Plan
 from bpfree.study.examples import scores_of
-from bpfree.study.rows import TableRow, percent, table_metric
+from bpfree.study.measures import Measure
+from bpfree.study.rows import TableRow, table_measure
 from bpfree.study.statistics import Interval, interval
 from bpfree.study.store import SHARE, CellRecord
 
@@ -44,25 +46,14 @@ class View:
     rows: Sequence[TableRow]
 
     @cached_property
-    def metric(self) -> str:
+    def measure(self) -> Measure:
         """What is reported of the test split."""
-        return table_metric(self.plan.study, self.rows)
+        return table_measure(self.plan.study, self.rows)
 
     @property
     def greater(self) -> bool:
         """Whether more of the metric is better."""
-        return self.metric.endswith("accuracy")
-
-    @property
-    def digits(self) -> int:
-        """Decimals of the metric."""
-        return 2 if percent(self.metric) else 4
-
-    @property
-    def metric_name(self) -> str:
-        """With its unit."""
-        name = self.metric.replace("/", " ")
-        return f"{name}, %" if percent(self.metric) else name
+        return self.measure.metric.greater
 
     @cached_property
     def columns(self) -> list[str]:
@@ -92,7 +83,7 @@ class View:
 
     def scores(self, row: TableRow) -> list[float]:
         """The metric of each finished cell that measured it."""
-        return list(row.by_seed(self.metric).values())
+        return list(row.by_seed(self.measure).values())
 
     def mean(self, row: TableRow) -> float | None:
         """Of the scores."""
@@ -102,19 +93,18 @@ class View:
     def interval(self, row: TableRow) -> Interval | None:
         """Compute the interval of the mean score, over seeds and (where predictions are at hand) new examples.
 
-        Accuracies and errors end at 0 and 100 per cent, which Student's over two or three seeds does not know.
+        Shares end at 0 and 100 per cent, which Student's over two or three seeds does not know.
         """
-        scores = scores_of(row, self.metric, self.plan.output)
+        scores = scores_of(row, self.measure, self.plan.output)
         several = list(scores.examples.values())
         whole = len(several) == len(scores.means) and len({len(each) for each in several}) == 1
         known = interval(self.scores(row), np.mean(several, axis=0) if whole and several else None)
-        if known is None or not percent(self.metric):
-            return known
-        return Interval(max(0.0, known.low), min(100.0, known.high))
+        low, high = self.measure.bounds
+        return None if known is None else Interval(max(low, known.low), min(high, known.high))
 
     def over_examples(self, row: TableRow) -> bool:
         """Whether the interval of a row is over new examples too."""
-        scores = scores_of(row, self.metric, self.plan.output)
+        scores = scores_of(row, self.measure, self.plan.output)
         return bool(scores.means) and len(scores.examples) == len(scores.means)
 
     def ranked(self, column: str) -> list[TableRow]:
@@ -127,10 +117,13 @@ class View:
 
         return sorted(self.of(column), key=key)
 
-    def validation(self, rows: Iterable[TableRow]) -> str:
-        """What learning curves show: ``val/accuracy``, or ``val/loss`` where no epoch has an accuracy; empty without either."""
-        keys = {key for row in rows for record in row.records if record for metrics in record.history for key in metrics}
-        return next((name for name in ("val/accuracy", "val/loss") if name in keys), "")
+    def validation(self, rows: Iterable[TableRow]) -> Measure | None:
+        """What learning curves show: the primary metric on validation, or the loss where no epoch has it; ``None`` without either."""
+        records = [record for row in rows for record in row.records if record is not None]
+        keys = {key for record in records for metrics in record.history for key in metrics}
+        primaries = {record.primary.name: record.primary for record in records if record.history}
+        chosen = sorted([*primaries.values(), LOSS], key=lambda metric: metric.name == LOSS.name)
+        return next((Measure("val", metric, metric.name) for metric in chosen if f"val/{metric.name}" in keys), None)
 
 
 # --- records -----------------------------------------------------------------------------------------------------------
@@ -160,9 +153,9 @@ def untimed(rows: Iterable[TableRow]) -> bool:
 # --- texts --------------------------------------------------------------------------------------------------------------
 
 
-def spread(mean: float, deviation: float | None, digits: int) -> str:
+def spread(mean: float, deviation: float | None, measure: Measure) -> str:
     """``97.65 +- 0.21``."""
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" +- {deviation:.{digits}f}")
+    return measure.text(mean) + ("" if deviation is None else f" +- {measure.text(deviation)}")
 
 
 def counted(row: TableRow) -> str:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from bpfree import (
     Batch,
     Budget,
+    Examples,
     Network,
     OptimizerConfig,
     Phase,
     Rule,
     ScheduleConfig,
-    Split,
     Step,
     TaskSpec,
     Traits,
@@ -233,12 +233,12 @@ class Hebbian(Rule):
         self.frozen = True
 
     @torch.no_grad()
-    def prepare(self, data: Split, generator: torch.Generator) -> None:
+    def prepare(self, data: Examples, generator: torch.Generator) -> None:
         """Batch norms of a twin, which has no pass of its own to take statistics in, take them from some examples."""
         if not self.frozen or not any(is_batch_norm(part) for part in self.network.modules()):
             return
         chosen = torch.randperm(len(data), generator=generator, device=generator.device)[:STATISTICS_FROM].cpu()
-        x = self.spec.normalise(data.inputs[chosen].to(generator.device))
+        x = self.spec.normalise(data.batch(chosen)[0].to(generator.device))
         for name in self.network.hidden:
             block = self.network.blocks[name]
             parts = x.chunk(-(-len(x) // 250))  # of about the same size, since they count the same

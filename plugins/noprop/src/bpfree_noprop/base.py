@@ -13,7 +13,7 @@ from bpfree.network.network import Network
 from bpfree.options import option
 from bpfree.rule import Rule
 from bpfree.step import Batch
-from bpfree.tasks.task import Split, TaskSpec
+from bpfree.tasks.task import Examples, TaskSpec
 from bpfree_noprop.blocks import DenoisingBlock, LabelBlock
 from bpfree_noprop.embeddings import ClassEmbedding, prototypes, state_dim
 from bpfree_noprop.heads import SoftmaxHead, make_head
@@ -107,7 +107,7 @@ class NoPropRule(Rule):
         for block in self.network.blocks.values():
             cast(LabelBlock, block).freeze_body()
 
-    def prepare(self, data: Split, generator: torch.Generator) -> None:
+    def prepare(self, data: Examples, generator: torch.Generator) -> None:
         """Fill prototypes with the medoid image of each class, and let the head start from them."""
         if self.config.embedding == "prototype":
             with torch.no_grad():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError
-from bpfree.tasks.task import Split, TaskSpec
+from bpfree.tasks.task import Examples, TaskSpec
 
 __all__ = ["ClassEmbedding", "full_precision", "medoid", "prototypes", "state_dim"]
 
@@ -50,7 +50,7 @@ def state_dim(spec: TaskSpec, kind: str, dim: int) -> int:
     return {"one-hot": spec.outputs, "learned": dim, "prototype": spec.input_size}[kind]
 
 
-def prototypes(data: Split, spec: TaskSpec, device: torch.device) -> Tensor:
+def prototypes(data: Examples, spec: TaskSpec, device: torch.device) -> Tensor:
     """For each class the medoid of its training images as the network sees them: (m, input_size).
 
     Raises:
@@ -64,7 +64,7 @@ def prototypes(data: Split, spec: TaskSpec, device: torch.device) -> Tensor:
         members = (labels == label).nonzero().flatten()
         if len(members) == 0:
             raise UsageError(f"class {label} has no training example, so no prototype", where=f"task {spec.name}")
-        images = spec.normalise(data.inputs[members].to(device)).flatten(1)
+        images = spec.normalise(data.batch(members)[0].to(device)).flatten(1)
         rows.append(images[medoid(images)])
     return torch.stack(rows)
 
