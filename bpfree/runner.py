@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def run(
     task: Task | None = None,
     run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
+    until: int | None = None,
 ) -> Run:
     """Train and test according to a recipe.
 
@@ -64,6 +65,7 @@ def run(
         run_id: the run's identifier, and name of its folder. What an attempt left behind that was killed before its first checkpoint
             is replaced, and its run in the tracking store is continued.
         tags: further ones, beside or in place of the standard ones.
+        until: epochs after which it is interrupted, with a checkpoint to resume from; a program, which has none, is not.
 
     Raises:
         UsageError: the run of this identifier has a checkpoint, from which it can be resumed.
@@ -76,7 +78,8 @@ def run(
         record = world.from_first(lambda: new_record(recipe, run_id))
         if recipe.is_program:
             return _run_program(recipe, record, quiet=quiet, label=label, observers=observers, task=task, further=tags or {})
-        return _train(recipe, record, None, world, quiet=quiet, label=label, observers=observers, task=task, further=tags or {})
+        options: dict[str, Any] = {"quiet": quiet, "label": label, "observers": observers, "task": task}
+        return _train(recipe, record, None, world, **options, further=tags or {}, until=until)
 
 
 def new_record(recipe: Recipe, run_id: str | None) -> Run:
@@ -106,6 +109,7 @@ def resume(
     observers: Iterable[Any] = (),
     task: Task | None = None,
     tags: Mapping[str, str] | None = None,
+    until: int | None = None,
 ) -> Run:
     """Resume an interrupted run, in its own folder and its own MLflow run.
 
@@ -115,6 +119,7 @@ def resume(
         changes: of the configuration; a longer budget, for example.
         quiet, label, observers, task: as in :func:`run`.
         tags: further ones, beside those that the run has.
+        until: as in :func:`run`.
 
     Raises:
         BpfreeError: no such run, a corrupt checkpoint, or one that does not fit the changes.
@@ -131,7 +136,7 @@ def resume(
         record, path, config, count = found
         recipe = recipe_of(config, changes, where=str(path))
         elsewhere = any(leaf.key == "tracking.uri" for leaf in changes)
-        options: dict[str, Any] = {"quiet": quiet, "label": label, "observers": observers, "task": task}
+        options: dict[str, Any] = {"quiet": quiet, "label": label, "observers": observers, "task": task, "until": until}
         return _train(recipe, record, path, world, **options, further=count | dict(tags or {}), elsewhere=elsewhere)
 
 
@@ -260,6 +265,7 @@ def _train(
     task: Task | None,
     further: Mapping[str, str],
     elsewhere: bool = True,
+    until: int | None = None,
 ) -> Run:
     folder, settings = record.folder, recipe.settings
     assert folder is not None
@@ -271,12 +277,12 @@ def _train(
                 tracking.resolve_uri(folder.parent)  # refused before anything is loaded
             task = task or recipe.build_task()
             rule = recipe.build_rule(task.spec)
-            recipe = recipe.pinned(rule)
+            recipe, pause = recipe.pinned(rule), Pause(until)
             trainer = Trainer(
                 rule,
                 task,
                 recipe.settings,
-                observers=[RecipeFile(recipe, rule.plan()), *standard_observers(recipe, quiet=quiet, label=label), *observers],
+                observers=[RecipeFile(recipe, rule.plan()), *standard_observers(recipe, quiet=quiet, label=label), *observers, pause],
                 recorder=Recorder([Tracking(tracking, makers(tracking, recipe.registry))] if tracking.enabled else []),
                 run=record,
                 recipe=recipe.recorded(),
@@ -287,6 +293,7 @@ def _train(
         if checkpoint is None and world.first:
             remove_untrained(folder)
         raise
+    pause.stop = trainer.stop
     record.config = {leaf.key: leaf.value for leaf in leaves_of(recipe.recorded(), "", "")}
     record.tags = redacted({**record.tags, **standard_tags(recipe, task, rule), **further})
     try:
@@ -326,6 +333,30 @@ def _run_program(
     except BaseException:
         remove_untrained(record.folder)
         raise
+
+
+def paused_at(epochs: int) -> str:
+    """The reason of a run that was interrupted after some epochs, as was asked for."""
+    return f"paused after epoch {epochs}"
+
+
+class Pause:
+    """Interrupts a run after an epoch, where there is one to do so after.
+
+    Args:
+        until: epochs; ``None``: never.
+    """
+
+    stop: Callable[[str], None]
+
+    def __init__(self, until: int | None) -> None:
+        self._until = until
+
+    @hookimpl
+    def epoch_end(self, run: Run) -> None:
+        """Ask for it; the run ends with a checkpoint of this epoch."""
+        if self._until is not None and run.epoch >= self._until:
+            self.stop(paused_at(self._until))
 
 
 class RecipeFile:

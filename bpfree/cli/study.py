@@ -177,7 +177,8 @@ def _tuning(found: Study) -> str:
     if found.tune is None:
         return ""
     keys = dict.fromkeys(key for row in found.rows for key in row.space)
-    return f"{found.tune.trials} trials of each row, {found.tune.search}, of {', '.join(keys)}; chosen on validation"
+    pruned = f"; {found.tune.pruning}" if found.tune.pruning else ""
+    return f"{found.tune.trials} trials of each row, {found.tune.search}, of {', '.join(keys)}; chosen on validation{pruned}"
 
 
 def _words(values: Any) -> str:

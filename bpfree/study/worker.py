@@ -54,6 +54,7 @@ class Job:
         again: although it failed before.
         restart: from the beginning, whatever checkpoint there is.
         quiet: no progress display.
+        until: epochs after which it pauses, with a checkpoint; ``None``: it trains to its end.
     """
 
     key: CellKey
@@ -65,6 +66,7 @@ class Job:
     again: bool = False
     restart: bool = False
     quiet: bool = True
+    until: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -117,7 +119,9 @@ class Worker:
             record.status = "finished" if run.status == "finished" else "diverged"
         except (Interrupted, KeyboardInterrupt) as error:
             record.status, record.reason = "interrupted", getattr(error, "what", "stopped")
-            raise
+            if job.until is None or record.reason != runner.paused_at(job.until):
+                raise
+            record.status = "paused"
         except DiskError as error:  # to be resumed once there is room
             record.status, record.reason = "interrupted", reason_of(error)
         except TimedOut as error:
@@ -132,6 +136,7 @@ class Worker:
     def _train(self, job: Job, observer: CellObserver) -> Run:
         folder, output = job.folder, str(job.store.output)
         options: dict[str, Any] = {"quiet": job.quiet, "label": job.key.label, "observers": [observer], "tags": job.tags}
+        options["until"] = job.until
         if not job.restart and (folder / "checkpoints" / "last.pt").is_file():
             if runner.has_finished(str(folder)):  # the process was killed before it could note so
                 return runner.resume(str(folder), output=output, quiet=job.quiet)
