@@ -33,6 +33,7 @@ from bpfree.tracking.sending import Tracking, complete, makers
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.distributed import World
 from bpfree.training.environment import flushing_denormals
+from bpfree.training.stopping import paused_at
 from bpfree.training.trainer import Trainer
 
 __all__ = ["resume", "run"]
@@ -333,11 +334,6 @@ def _run_program(
     except BaseException:
         remove_untrained(record.folder)
         raise
-
-
-def paused_at(epochs: int) -> str:
-    """The reason of a run that was interrupted after some epochs, as was asked for."""
-    return f"paused after epoch {epochs}"
 
 
 class Pause:

@@ -72,7 +72,7 @@ def _arguments(kind: type, config: Config, spec: TaskSpec) -> list[str]:
         if key == SEED:
             found.append(f"program.options.{SEED}: is the run's seed")
         elif key not in names:
-            guess = nearest(key, names)
+            guess = next((name for name in names if name.lower() == key.lower()), nearest(key, names))
             found.append(
                 f"unknown key program.options.{key} of {config.estimator}: "
                 + (f"did you mean {guess}?" if guess else f"known here: {', '.join(names)}")

@@ -189,12 +189,14 @@ def table_measure(study: Study, rows: Sequence[TableRow], split: str = "test") -
 
 def unused(rows: Sequence[TableRow]) -> Iterator[str]:
     """Which settings that rows share are not used by the rules of some."""
-    told: dict[str, list[str]] = {}
+    told: dict[str, list[TableRow]] = {}
     for row in rows:
         if keys := ", ".join(row.cells[0].recipe.unused):
-            told.setdefault(keys, []).append(row.label)
-    for keys, labels in told.items():
-        yield f"{listed(labels)}: {keys}: not used by {'this rule' if len(labels) == 1 else 'these rules'}."
+            told.setdefault(keys, []).append(row)
+    for keys, found in told.items():
+        kinds = {"program" if row.recipe.is_program else "rule" for row in found}
+        kind = kinds.pop() if len(kinds) == 1 else "row"
+        yield f"{listed([row.label for row in found])}: {keys}: not used by {f'this {kind}' if len(found) == 1 else f'these {kind}s'}."
 
 
 def listed(texts: Sequence[str]) -> str:

@@ -31,6 +31,7 @@ from bpfree.study.store import CellKey, CellRecord, CellStore
 from bpfree.tasks.task import Task
 from bpfree.training import environment
 from bpfree.training.checkpoint import keep_weights
+from bpfree.training.stopping import paused_at
 from bpfree.training.trainer import Interrupted
 
 __all__ = ["CellObserver", "Job", "TaskCache", "Worker", "garbage_collected"]
@@ -119,7 +120,7 @@ class Worker:
             record.status = "finished" if run.status == "finished" else "diverged"
         except (Interrupted, KeyboardInterrupt) as error:
             record.status, record.reason = "interrupted", getattr(error, "what", "stopped")
-            if job.until is None or record.reason != runner.paused_at(job.until):
+            if job.until is None or record.reason != paused_at(job.until):
                 raise
             record.status = "paused"
         except DiskError as error:  # to be resumed once there is room
