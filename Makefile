@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow     the longer checks"
 	@echo "make test-oldest   the tests on the oldest supported versions of the dependencies"
 	@echo "make certify       renew the registry's missing or stale certificates (ALL=1: all), its index and tables"
+	@echo "make support       try each rule on each kind of network, input and target, and write the tables of docs/networks.md"
 	@echo "make downstream    install each plugin against this core in a clean environment, and certify it there (PLUGINS=\"noprop hebbian\")"
 	@echo "make bench         speed and memory, as ratios (benchmarks/)"
 	@echo "make torture       faults of machines, servers, disks and people, injected and counted (FAULTS=\"kill-run fuzz\", QUICK=1; hours)"
@@ -62,6 +63,11 @@ torture: install
 
 certify: install
 	$(BIN)/python .ci/certify.py $(if $(ALL),--all)
+
+# Tries each rule on each kind of network, input and target, and writes the tables of docs/networks.md.
+.PHONY: support
+support: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support_table.py
 
 downstream: install
 	$(BIN)/python .ci/downstream.py $(PLUGINS)

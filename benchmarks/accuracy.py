@@ -32,6 +32,7 @@ import measure
 
 from bpfree import Task, runner
 from bpfree.config import parse_words, resolve
+from bpfree.document.tables import markdown_table
 from bpfree.recipe import Recipe
 from bpfree.run import Run
 from bpfree.training.floor import measure_floor
@@ -144,21 +145,19 @@ def rows_of(variant: Variant, common: Sequence[str], seeds: int, folder: Path, t
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table as the README has it."""
-    lines = [
-        "| method | own prediction | probed | floor | own less floor | parameters trained | processor seconds |",
-        "| --- |" + " ---: |" * 6,
-    ]
+    headers = ["method", "own prediction", "probed", "floor", "own less floor", "parameters trained", "processor seconds"]
+    lines: list[list[str]] = []
     floor: Row = {}
     for line in rows:
         part = line["label"].startswith("- ")
         floor = floor if part else line["floor"]
         probed = "" if part or not line["probed"] else f"{100 * statistics.fmean(line['probed']):.2f}"
         gain = f"{100 * (line['mean'] - floor['mean']):+.2f}"
-        costs = "the same runs | " if part else f"{line['parameters_trained']:,.0f} | {line['processor_seconds']:.1f}"
+        costs = ["the same runs", ""] if part else [f"{line['parameters_trained']:,.0f}", f"{line['processor_seconds']:.1f}"]
         own = f"{100 * line['mean']:.2f}" + ("" if line["deviation"] is None else f" ± {100 * line['deviation']:.2f}")
         name = line["label"].replace("- ", "– ")
-        lines.append(f"| {name} | {own} | {probed} | {100 * floor['mean']:.2f} | {gain} | {costs} |".replace("|  |", "| |"))
-    return "\n".join(lines)
+        lines.append([name, own, probed, f"{100 * floor['mean']:.2f}", gain, *costs])
+    return markdown_table(headers, lines, range(1, len(headers))).replace("|  |", "| |")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

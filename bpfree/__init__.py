@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.hooks import hookimpl as hookimpl
     from bpfree.kinds import Maker as Maker
     from bpfree.metric import Metric as Metric
+    from bpfree.named_networks import build_network as build_network
     from bpfree.network.builders import mlp as mlp
     from bpfree.network.builders import vgg as vgg
     from bpfree.network.network import Network as Network
@@ -33,6 +34,8 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.plugins import installed_plugins as installed_plugins
     from bpfree.program import Program as Program
     from bpfree.program import ProgramContext as ProgramContext
+    from bpfree.pure import Gradients as Gradients
+    from bpfree.pure import Pure as Pure
     from bpfree.rule import Broadcast as Broadcast
     from bpfree.rule import Card as Card
     from bpfree.rule import Rule as Rule
@@ -98,7 +101,9 @@ _HOME = {
     "class_stream": "tasks.class_streams",
     "mean_metric": "tasks.metrics",
     "whole_metric": "tasks.metrics",
+    "Gradients": "pure",
     "Network": "network.network",
+    "Pure": "pure",
     "OptimizerConfig": "options",
     "Phase": "step",
     "Program": "program",
@@ -121,6 +126,7 @@ _HOME = {
     "Traits": "rule",
     "UsageError": "errors",
     "always": "rule",
+    "build_network": "named_networks",
     "hookimpl": "hooks",
     "load": "saved",
     "load_task": "config",

@@ -8,7 +8,7 @@ from bpfree import baselines, hooks
 from bpfree.addons import CENTRALISE, AddonKind
 from bpfree.kinds import Maker
 from bpfree.metric import Metric
-from bpfree.network import builders, torchvision_models
+from bpfree.network import builders, timm_models, torchvision_models
 from bpfree.network.builders import NetworkBuilder
 from bpfree.program import Program
 from bpfree.programs.sklearn import SKLEARN
@@ -33,7 +33,14 @@ def bpfree_networks() -> dict[str, NetworkBuilder]:
         "torchvision": NetworkBuilder(
             torchvision_models.torchvision_network,
             torchvision_models.TorchvisionConfig,
-            "a model of torchvision (model=resnet18, ...), split into blocks",
+            "a model of torchvision (torchvision:resnet18, ...), split into blocks",
+            family="model",
+        ),
+        "timm": NetworkBuilder(
+            timm_models.timm_network,
+            timm_models.TimmConfig,
+            "a model of timm (timm:NAME), split into blocks; needs the extra timm",
+            family="model",
         ),
     }
 

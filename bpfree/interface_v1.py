@@ -7,22 +7,27 @@ gives one ``DeprecationWarning`` that names the new one.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 from torch import nn
 
 from bpfree.options import OptimizerConfig
 
-__all__ = ["FUNCTIONS", "install", "translate"]
+__all__ = ["FUNCTIONS", "install", "install_hooks", "readout", "translate"]
 
 FUNCTIONS = ("traits", "optimizer", "optimizer_keys", "shared_groups", "draws")
 """What became a function, ``NAME_of``; what a rule says of itself can still be read by this name."""
 RENAMED = {"own_network": "brings_network", "final": "final_prediction", "in_passing": "quick_predictions"}
 """Names of a rule."""
+STEPLESS = {"encode": 1, "hand_over": 2}
+"""Hooks of streamed rules that were given no step: how many arguments they had, and still have in an old spelling."""
+READOUTS = {True: "required", False: "optional"}
+"""What the trait ``readout`` said."""
 
 
 def install(rule: type, step: type) -> None:
@@ -49,11 +54,57 @@ def translate(rule: type, base: type) -> None:
             _to_function(rule, name, vars(says)[name])
         elif says is rule:  # the function is what counts, also below a class that has a property
             setattr(rule, name, vars(base)[name])
+    for name, count in STEPLESS.items():
+        if name in vars(rule) and hasattr(rule, "local_loss") and not _takes(vars(rule)[name], count + 1):
+            _warn(f"{rule.__name__}.{name} without a step", f"{name}({'batch' if count == 1 else 'trace, batch'}, step)", 4)
+            setattr(rule, name, _stepless(vars(rule)[name], count))
     for old in RENAMED.keys() & vars(rule).keys():
         if RENAMED[old] not in vars(rule):
             _warn(f"{rule.__name__}.{old}", RENAMED[old], 4)
             setattr(rule, RENAMED[old], vars(rule)[old])
         delattr(rule, old)
+
+
+def install_hooks(streamed: type) -> None:
+    """Let ``super().encode(batch)`` and ``super().hand_over(trace, batch)``, which know no step, reach the base class."""
+    for name, count in STEPLESS.items():
+        setattr(streamed, name, _tolerant(vars(streamed)[name], count))
+
+
+def readout(said: Any) -> Any:
+    """The trait ``readout`` for what interface 1 said in its place: whether the rule needs one."""
+    if isinstance(said, bool):
+        _warn(f"Traits(readout={said})", f'Traits(readout="{READOUTS[said]}")', 4)
+        return READOUTS[said]
+    return said
+
+
+def _takes(function: Any, count: int) -> bool:
+    """Whether a method takes so many arguments beside ``self``."""
+    try:
+        inspect.signature(function).bind(*[None] * (count + 1))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _stepless(said: Callable[..., Any], count: int) -> Callable[..., Any]:
+    @wraps(said)
+    def hook(self: Any, *arguments: Any) -> Any:
+        return said(self, *arguments[:count])
+
+    return hook
+
+
+def _tolerant(said: Callable[..., Any], count: int) -> Callable[..., Any]:
+    @wraps(said)
+    def hook(self: Any, *arguments: Any, **named: Any) -> Any:
+        if len(arguments) + len(named) == count:
+            _warn_once(f"super().{said.__name__} without a step", f"super().{said.__name__}(..., step)")
+            named["step"] = None
+        return said(self, *arguments, **named)
+
+    return hook
 
 
 def _to_function(rule: type, name: str, said: Any) -> None:

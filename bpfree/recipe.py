@@ -200,7 +200,7 @@ class Recipe:
 def _may_be_large(options: Any) -> bool:
     """Whether one of the sizes among a network's options, or all of them multiplied, may ask for hundreds of MiB of parameters."""
     values = [getattr(options, item.name) for item in dataclasses.fields(options)]
-    sizes = [sum(value) if isinstance(value, list) else value for value in values if not isinstance(value, (bool, str))]
+    sizes = [sum(x for x in v if not isinstance(x, str)) if isinstance(v, list) else v for v in values if not isinstance(v, (bool, str))]
     known = [float(size) for size in sizes if isinstance(size, (int, float))]
     return max(known, default=0.0) > LARGE or math.prod(max(1.0, size) for size in known) > 64 * LARGE
 

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bpfree.addons import configured
 from bpfree.errors import UsageError, nearest
 from bpfree.leaves import REFERENCE, Leaf, leaves_of, refers, said
+from bpfree.named_networks import spelled_out
 from bpfree.options import range_problems
 from bpfree.plugins import Plugins
 from bpfree.program import Program
@@ -53,7 +54,8 @@ class Resolver:
         self.unused: dict[str, str] = {}
         self.idle: set[str] = set()
         self.names = {"rule": "backprop", "network": "auto", "task": "digits"}
-        for leaf in leaves:
+        self.leaves = [each for leaf in leaves for each in self._spelled_out(leaf)]
+        for leaf in self.leaves:
             section, _, rest = leaf.key.partition(".")
             if section in CHOSEN and rest == "name":
                 self.names[section] = self._name(leaf)
@@ -73,6 +75,22 @@ class Resolver:
             self.names.pop(kind, None)
             keys = dict.fromkeys(leaf.key for leaf in self.leaves if leaf.key.split(".")[0] == kind)
             self._drop([(key, f"{key}: {reason}") for key in keys])
+
+    def _spelled_out(self, leaf: Leaf) -> list[Leaf]:
+        """``network=torchvision:resnet18`` as the name and the model; anything else as it is."""
+        try:
+            text = typed(leaf.value, str, leaf.key) if leaf.key == "network.name" else ""
+        except Misfit:
+            text = ""
+        try:
+            name, implied = spelled_out(text, self.registry)
+        except UsageError as error:
+            self.problems.append(f"{error.what} ({error.fix}) ({leaf.origin})")
+            return []
+        if not implied:
+            return [leaf]
+        more = [dataclasses.replace(leaf, key=f"network.{key}", value=value) for key, value in implied.items()]
+        return [dataclasses.replace(leaf, value=name), *more]
 
     def _name(self, leaf: Leaf) -> str:
         section = leaf.key.partition(".")[0]
@@ -192,14 +210,14 @@ class Resolver:
 
     def _network(self, rule: type[Rule], spec: TaskSpec, rule_config: Any) -> Any:
         implied = dict(rule.network_options(spec, rule_config))
-        name = implied.pop("name")
+        name, more = spelled_out(implied.pop("name"), self.registry)
+        implied |= more
         if self.names["network"] == "auto":
             self.names["network"] = name
         builder = self._class("networks", "network")
         if builder is None:
             return None
-        fields = {item.name for item in dataclasses.fields(builder.Config)}
-        base = builder.Config(**{key: value for key, value in implied.items() if key in fields})
+        base = builder.Config(**{key: value for key, value in implied.items() if _fits(builder.Config, key, value)})
         return self._options(base, "network.")
 
     # --- values -----------------------------------------------------------------------------------------------------
@@ -341,6 +359,17 @@ class Resolver:
     def _stop_if_problems(self) -> None:
         if self.problems:
             raise UsageError.of(self.problems, "configuration")
+
+
+def _fits(config: type, key: str, value: Any) -> bool:
+    """Whether a value that a rule implies, perhaps for another network, is one of this one: presets are not the same everywhere."""
+    if key not in {item.name for item in dataclasses.fields(config)}:
+        return False
+    try:
+        typed(value, _kind(config, key), key)
+    except Misfit:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1024)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree import interface_v1
-from bpfree.errors import UsageError
+from bpfree.errors import BpfreeError, UsageError
 from bpfree.network.network import Network, check_readout
 from bpfree.network.receptive_fields import receptive_fields
 from bpfree.network.split import split
@@ -58,7 +58,8 @@ class Traits:
         passes: forward passes per example through the block that has most, in a step of a phase in which it takes part; the tangent of
             forward mode is a pass of its own.
         chain: whether the rule needs a network that is a chain.
-        readout: whether the rule needs a network with a readout.
+        readout: whether the rule needs a network with a readout: ``required``; ``optional``, where it works with and without one; or
+            ``none``, where every block learns alike and predictions are made otherwise. A network's readout is left out then.
         targets: kinds of targets that it can learn from.
         inputs: ``real`` if it needs inputs that are one tensor of real numbers; ``any``: also integers, and inputs of several tensors.
         own_loss: whether it learns from a loss that a task brings itself (``TaskSpec.loss`` of a subclass), through ``spec.loss`` or
@@ -72,10 +73,13 @@ class Traits:
     supervision: Literal["labels", "none", "readout"] = "labels"
     passes: float = 1
     chain: bool = True
-    readout: bool = True
+    readout: Literal["required", "optional", "none"] = "required"
     targets: tuple[str, ...] = ("classes", "multilabel", "soft", "real", "tokens")
     inputs: Literal["any", "real"] = "any"
     own_loss: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "readout", interface_v1.readout(self.readout))
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ class Rule(nn.Module, ABC):
     All parameters are made in ``__init__`` (or in :meth:`start_phase`); ``prepare`` fills them.
 
     Args:
-        network: becomes the submodule ``network``; another module than a :class:`Network` is split into one first.
+        network: becomes the submodule ``network``; another module than a :class:`Network` is split into one first, and a rule that
+            declares ``readout="none"`` leaves its readout out.
         spec: shapes, number of outputs and loss of the task; no data.
         config: an instance of the class's ``Config``; its defaults if ``None``.
 
@@ -140,16 +145,21 @@ class Rule(nn.Module, ABC):
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__()
-        self.network = network if isinstance(network, Network) else split(network, spec.input_shape)
+        if isinstance(network, Network):
+            self.network = network
+        else:
+            self.network = split(network, spec.input_shape, example=None if spec.takes_real_tensors else spec.example(2))
         self.spec = spec
         self.config = self.Config() if config is None else config
+        if self.traits.readout == "none":
+            self.network = self.network.without_readout()
         self._check_support()
 
     def _check_support(self) -> None:
         name, traits = type(self).__name__, self.traits
         if traits.chain and not self.network.chain:
             raise UsageError(f"{name} needs a network that is a chain of blocks", fix="use network=auto, mlp or vgg")
-        if traits.readout and self.network.readout is None:
+        if traits.readout == "required" and self.network.readout is None:
             raise UsageError(f"{name} needs a network with a readout", fix="name the last block as the network's readout")
         if traits.inputs == "real" and not self.spec.takes_real_tensors:
             raise UsageError(
@@ -169,7 +179,7 @@ class Rule(nn.Module, ABC):
                 where=f"task {self.spec.name}",
                 fix=f"it can from: {', '.join(traits.targets)}",
             )
-        if traits.readout:
+        if traits.readout == "required":
             check_readout(self.network, self.spec)
 
     # --- what the rule says of itself: asked of its class before it is built, where the network is not known, and of the rule after ---
@@ -247,6 +257,7 @@ class Rule(nn.Module, ABC):
         """Give settings of a small instance for the certificate to measure: flat keys of ``network`` and ``rule``.
 
         Without normalisation and dropout if the rule can do without, so that batches of one and random generators can be examined.
+        Without a readout if the rule declares that it has none: it is left out as from any network.
         A rule with a network of its own returns the settings that make it so small.
 
         Args:
@@ -346,6 +357,10 @@ class Rule(nn.Module, ABC):
         """
         return None
 
+    def compiled(self) -> Iterable[nn.Module]:
+        """Name the modules that ``compile`` compiles, each as a whole: by default the blocks."""
+        return self.network.blocks.values()
+
     def plan(self) -> str:
         """Say in plain text what the rule makes of this very network: which layers, where noise goes, which path is used.
 
@@ -438,7 +453,7 @@ class Streamed(Rule):
 
     The blocks are executed in order, each from its predecessor's detached output, and one backward per block reaches
     the block and the rule's local heads. Two small hooks adapt what flows: ``encode`` makes the first block's input,
-    ``hand_over`` the next one's.
+    ``hand_over`` the next one's. What they draw comes from ``step.generator_for(...)`` or ``step.generator``.
     """
 
     traits_of = always(Traits(dependence="upstream", downstream_weights=0, reverse_span=1))
@@ -451,27 +466,36 @@ class Streamed(Rule):
         """
 
     def readout_loss(self, trace: Trace, batch: Batch, step: Step) -> Tensor | None:
-        """Return the readout's loss; by default the task's."""
+        """Return the readout's loss; by default the task's. Not called where the rule has no readout."""
+        if len(trace.output) != len(batch):
+            raise BpfreeError(
+                f"the readout gives outputs for {len(trace.output)} examples of a batch of {len(batch)}",
+                where=f"{type(self).__name__}.readout_loss",
+                fix='hand over as many as there are targets, override readout_loss, or declare Traits(readout="none")',
+            )
         return self.spec.loss(trace.output, batch)
 
-    def encode(self, batch: Batch) -> Tensor:
-        """Make the first block's input; by default the batch's."""
+    def encode(self, batch: Batch, step: Step) -> Tensor:
+        """Make the first block's input, such as positive and negative examples; by default the batch's."""
         return batch.inputs  # type: ignore[no-any-return]
 
-    def hand_over(self, trace: Trace, batch: Batch) -> Tensor:
-        """Make the next block's input; by default the trace's detached output."""
+    def hand_over(self, trace: Trace, batch: Batch, step: Step) -> Tensor:
+        """Make the next block's input; by default the trace's detached output. Not called after the last block."""
         return trace.output.detach()
 
     def credit(self, batch: Batch, step: Step) -> Metrics:
         metrics: Metrics = {}
         readout = self.network.readout
-        for trace in self.network.stream(self.encode(batch), hand_over=lambda trace: self.hand_over(trace, batch)):
+        for trace in self.network.stream(self.encode(batch, step), hand_over=lambda trace: self.hand_over(trace, batch, step)):
             loss = self.readout_loss(trace, batch, step) if trace.name == readout else self.local_loss(trace, batch, step)
             if loss is not None:
                 if loss.requires_grad:
                     loss.backward()
                 metrics["loss" if trace.name == readout else f"{trace.name}/loss"] = loss.detach()
         return metrics
+
+
+interface_v1.install_hooks(Streamed)
 
 
 class Broadcast(Rule):

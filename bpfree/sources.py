@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bpfree.files import write_text
 from bpfree.kept import cache_folder
+from bpfree.named_networks import spelled_out
 from bpfree.plugins import Plugins
 from bpfree.recipe import Recipe
 
@@ -28,6 +29,7 @@ SUFFIXES = {".py", ".pyx", ".c", ".cpp", ".cu", ".cuh", ".h", ".so"}
 SHOWING = (
     "__init__.py",
     "cli",
+    "document",
     "kept.py",
     "legacy.py",
     "record",
@@ -77,6 +79,7 @@ OF_CONTRACT = (
     "addons.py",
     "baselines.py",
     "network",
+    "pure.py",
     "rule.py",
     "solved.py",
     "seeds.py",
@@ -121,7 +124,7 @@ def certificate_hashes(registry: Plugins, rule: str) -> dict[str, str]:
     """Hash what a certificate is measured on: the plugins of the rule and of its specimens' networks, and the parts of the core."""
     shapes = (("dense", 2, 16), ("convolutional", 2, 8))
     settings = [registry.get("rules", rule).specimen(*shape) or {} for shape in shapes]
-    named = {words["network.name"] for words in settings if "network.name" in words}
+    named = {spelled_out(words["network.name"], registry)[0] for words in settings if "network.name" in words}
     networks = sorted(named & set(registry.names("networks")))
     hashes = _hashes(registry, rule, [("rules", rule), *(("networks", name) for name in networks)], NOT_EXAMINED)
     return hashes | core_parts(Path(__file__).parent)

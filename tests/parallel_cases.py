@@ -70,7 +70,7 @@ def unkeyed(task: Task) -> Rule:
 class Islands(Rule):
     """Blocks that learn a noised copy of the target alone, as NoProp's do, each with a head of its own; perhaps a shared embedding."""
 
-    traits_of = always(Traits("independent", 0, 1, chain=False, readout=False))
+    traits_of = always(Traits("independent", 0, 1, chain=False, readout="none"))
     sharing = False
     steps = 0
 

@@ -128,7 +128,7 @@ class InPlace(Backprop):
 class Blocky(Rule):
     """A network that is no chain, without a loss that reverse mode could be taken of: only its noise can be measured."""
 
-    traits_of = always(Traits(chain=False, readout=False))
+    traits_of = always(Traits(chain=False, readout="none"))
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         weight = next(self.network.blocks["t1"].parameters())

@@ -360,3 +360,76 @@ def test_plugins_list_says_that_the_interface_is_an_old_one(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cli.main(["plugins", "info", "old_plugin"], standalone_mode=False) in (None, 0)
     assert "ok: written for interface version 1, which works for this release alone: docs/from-1-to-2.md" in capsys.readouterr().out
+
+
+# --- what version 2 closed with ---------------------------------------------------------------------------------------
+
+
+def streamed_trainings() -> dict[str, tuple[type[Rule], type[Rule]]]:
+    """Old spellings and their twins: hooks without a step, also through ``super()``."""
+    encode, hand_over = r"encode without a step .* write encode\(batch, step\)", r"hand_over without a step .*\(trace, batch, step\)"
+    with pytest.warns(DeprecationWarning, match=encode), pytest.warns(DeprecationWarning, match=hand_over):
+
+        class Old(bpfree.Streamed):
+            def encode(self, batch: Any) -> Any:  # type: ignore[override]
+                return 2 * super().encode(batch)  # type: ignore[call-arg]
+
+            def hand_over(self, trace: Any, batch: Any) -> Any:  # type: ignore[override]
+                return super().hand_over(trace, batch) / 2  # type: ignore[call-arg]
+
+            def local_loss(self, trace: Any, batch: Any, step: Any) -> Any:
+                return trace.output.square().mean()
+
+    class New(bpfree.Streamed):
+        def encode(self, batch: Any, step: Any) -> Any:
+            return 2 * super().encode(batch, step)
+
+        def hand_over(self, trace: Any, batch: Any, step: Any) -> Any:
+            return super().hand_over(trace, batch, step) / 2
+
+        def local_loss(self, trace: Any, batch: Any, step: Any) -> Any:
+            return trace.output.square().mean()
+
+    class OnOld(Old):
+        def encode(self, batch: Any, step: Any) -> Any:  # type: ignore[override]
+            assert step is not None
+            return super().encode(batch, step) + 1  # type: ignore[call-arg]
+
+    class OnNew(New):
+        def encode(self, batch: Any, step: Any) -> Any:
+            return super().encode(batch, step) + 1
+
+    return {"direct": (Old, New), "a new class on an old one": (OnOld, OnNew)}
+
+
+@pytest.mark.parametrize("kind", ["direct", "a new class on an old one"])
+def test_hooks_without_a_step_still_work(kind: str) -> None:
+    """Oracle: the same rule in the words of interface 2, bit for bit."""
+    trained = []
+    for rule in streamed_trainings()[kind]:
+        torch.manual_seed(0)
+        instance = built(rule)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            stepper = bpfree.Stepper(instance)
+            for _ in range(3):
+                stepper.take(bpfree.Batch(torch.ones(4, 1, 8, 8), torch.arange(4)))
+        trained.append(instance.state_dict())
+    for name, value in trained[0].items():
+        assert torch.equal(value, trained[1][name]), name
+
+
+def test_super_without_a_step_is_told() -> None:
+    old = streamed_trainings()["direct"][0]
+    instance: Any = built(old)
+    first, second = (pytest.warns(DeprecationWarning, match=rf"super\(\).{name} without a step") for name in ("encode", "hand_over"))
+    with first, second:
+        instance.credit(bpfree.Batch(torch.ones(4, 1, 8, 8), torch.arange(4)), bpfree.new_step(instance))
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, "required"), (False, "optional")])
+def test_the_trait_readout_was_true_or_false(old: Any, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=rf'Traits\(readout={old}\) .* write Traits\(readout="{new}"\)') as caught:
+        traits = Traits(readout=old)
+    assert traits == Traits(readout=new)  # type: ignore[arg-type]
+    assert Path(caught[0].filename).name == Path(__file__).name

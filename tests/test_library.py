@@ -118,7 +118,7 @@ def test_a_task_without_targets_trains_a_rule_that_needs_none(device: torch.devi
     """Evaluation has nothing to score, and says nothing; no label is invented."""
 
     class Shrink(bpfree.Rule):
-        traits_of = bpfree.always(bpfree.Traits("independent", 0, 1, supervision="none", targets=("none",), readout=False))
+        traits_of = bpfree.always(bpfree.Traits("independent", 0, 1, supervision="none", targets=("none",), readout="none"))
 
         def credit(self, batch: Batch, step: bpfree.Step) -> dict[str, torch.Tensor]:
             assert batch.targets is None

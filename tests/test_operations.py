@@ -230,7 +230,7 @@ def test_a_rule_that_cannot_be_counted_trains_as_if_nobody_had_tried(
 class Scaling(Rule):
     """No matrix product anywhere."""
 
-    traits_of = always(Traits(readout=False))
+    traits_of = always(Traits(readout="optional"))
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         loss = self.spec.loss(self.network(batch.inputs), batch)

@@ -43,6 +43,12 @@ def test_a_dry_run_does_without_torchs_compiler(workplace: Path) -> None:
     assert loaded(["study", "run", "quickstart", "--dry-run"]) == {"torch"}
 
 
+def test_a_run_without_tracking_draws_its_curves_without_a_library(tmp_path: Path) -> None:
+    words = ["train", "rule=dfa", "task=digits", "budget.epochs=1", "tracking.enabled=false", f"output={tmp_path}", "-q"]
+    assert loaded(words) & {"matplotlib", "mlflow", "torchvision"} == set()
+    assert [path.name for path in tmp_path.glob("*/plots/*")] == ["curves.svg"]
+
+
 def test_importing_the_package_does_not_load_torch() -> None:
     subprocess.run([sys.executable, "-c", "import bpfree, sys; assert 'torch' not in sys.modules"], check=True)
 

@@ -35,8 +35,6 @@ PRELOADED = (
     "bpfree_forward_gradient",
     "mlflow.tracking",
     "sklearn.datasets",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
     "PIL.Image",
 )
 """Imported once, in the process that all others are forked from, which saves each of them seconds."""

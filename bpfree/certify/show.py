@@ -10,6 +10,7 @@ from bpfree.certify.certificate import Certificate
 from bpfree.certify.findings import NEEDLESS
 from bpfree.certify.heat import text_map
 from bpfree.certify.pace import CLOCK
+from bpfree.document.tables import text_pairs
 
 __all__ = ["percent", "render", "step_times", "summary_rows"]
 
@@ -112,8 +113,7 @@ def _learning(learning: dict[str, Any]) -> str:
 
 def render(certificate: Certificate) -> Iterator[str]:
     """Lines: properties, the map of downstream weights, what was found, and the status."""
-    for name, value in summary_rows(certificate):
-        yield f"{name.ljust(16)}{value}"
+    yield from text_pairs(summary_rows(certificate))
     for kind, matrix in certificate.properties.get("downstream_weights", {}).get("matrices", {}).items():
         yield ""
         yield f"relative change of an update (row) with the weights of a block (column), forward values held; {kind}:"

@@ -35,7 +35,7 @@ def _text(key: str, value: float, known: Mapping[str, Metric]) -> str:
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on one line.")
 def evaluate(checkpoint: str, settings: tuple[str, ...], split: str, as_json: bool) -> int:
-    from bpfree.cli.output import print_table
+    from bpfree.cli.output import print_pairs, print_table
     from bpfree.leaves import last_said, parse_words
     from bpfree.scoring import score
 
@@ -45,7 +45,6 @@ def evaluate(checkpoint: str, settings: tuple[str, ...], split: str, as_json: bo
     if as_json:
         click.echo(json.dumps({**found.about, **found.values}))
         return 0
-    for name, value in found.about.items():
-        click.echo(f"{name.ljust(10)}  {value}")
+    print_pairs(found.about.items())
     print_table(["metric", "value"], [[key, _text(key, score, found.metrics)] for key, score in found.values.items()], right=[1])
     return 0

@@ -85,16 +85,14 @@ def certificate_of(name: str, registry: Any) -> str:
 
 
 def show_card(card: dict[str, Any], rule: Any) -> None:
-    for key in ("name", "plugin", "summary", "paper", "equation", "notes"):
-        if card[key]:
-            lines = str(card[key]).strip().splitlines()
-            click.echo(f"{key.ljust(12)}{lines[0]}")
-            for line in lines[1:]:
-                click.echo(f"{'':12}{line}")
+    from bpfree.cli.output import print_pairs
+
+    pairs = [(key, str(card[key] or "").strip()) for key in ("name", "plugin", "summary", "paper", "equation", "notes")]
     for key in ("optimizer", "traits", "certificate"):
         value = card[key]
         text = value if isinstance(value, str) else ", ".join(f"{k}={plain(v)}" for k, v in value.items())
-        click.echo(f"{key.ljust(12)}{text}{REMARKS.get(key, '')}")
+        pairs.append((key, f"{text}{REMARKS.get(key, '')}"))
+    print_pairs(pairs)
     show_options(rule.Config, "rule")
 
 
@@ -109,6 +107,10 @@ def list_kind(kind: str, name: str | None) -> None:
     if name is None:
         print_table([kind[:-1], "plugin", "what it is"], plugin_index().summaries[kind])
         return
+    if kind == "networks":
+        from bpfree.named_networks import spelled_out
+
+        name = spelled_out(name, installed_plugins())[0]
     thing = installed_plugins().get(kind, name)
     click.echo(f"{name}: {thing.summary}")
     show_options(thing.Config, kind[:-1])

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 
+from bpfree.document.tables import text_pairs, text_table
 from bpfree.hooks import hookimpl
 from bpfree.run import Run
 
-__all__ = ["PlanDisplay", "exit_code", "print_result", "print_table"]
+__all__ = ["PlanDisplay", "exit_code", "print_pairs", "print_result", "print_table"]
 
 
 class PlanDisplay:
@@ -24,19 +25,14 @@ class PlanDisplay:
             click.echo(run.artifacts["plan.txt"].read_text(encoding="utf-8"), err=True)
 
 
-def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Iterable[int] = ()) -> None:
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Container[int] = ()) -> None:
     """A plain aligned table; columns in ``right`` are aligned to the right."""
-    texts = [list(headers), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in texts) for column in range(len(headers))]
-    aligned = set(right)
-    for number, row in enumerate(texts):
-        cells = [
-            cell.rjust(width) if column in aligned else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        click.echo("  ".join(cells).rstrip())
-        if number == 0:
-            click.echo("  ".join("-" * width for width in widths))
+    click.echo("\n".join(text_table(headers, rows, right)))
+
+
+def print_pairs(pairs: Iterable[tuple[str, Any]]) -> None:
+    """Names and values below each other, without those whose value is empty."""
+    click.echo("\n".join(text_pairs(pairs)))
 
 
 def print_result(run: Run) -> None:
@@ -68,9 +64,7 @@ def print_result(run: Run) -> None:
         lines.append(("tracking", run.tracking["mlflow_uri"]))
     if run.folder is not None:
         lines.append(("folder", str(run.folder)))
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
-        click.echo(f"{name.ljust(width)}  {text}")
+    print_pairs(lines)
 
 
 def protocol_lines(run: Run) -> Iterator[tuple[str, str]]:

@@ -86,7 +86,7 @@ def info(name: str, as_json: bool) -> None:
 
 
 def show(described: dict[str, Any]) -> None:
-    from bpfree.cli.output import print_table
+    from bpfree.cli.output import print_pairs, print_table
     from bpfree.hooks import API_VERSION
     from bpfree.plugins import KINDS
 
@@ -101,9 +101,7 @@ def show(described: dict[str, Any]) -> None:
         "hooks": ", ".join(described["hooks"]),
         **{kind: ", ".join(described["provides"].get(kind, [])) for kind in KINDS},
     }
-    for key, text in lines.items():
-        if text:
-            click.echo(f"{key.ljust(14)}{text}")
+    print_pairs(lines.items())
     if described["certificates"]:
         click.echo()
         print_table(["rule", "certificate", "date"], [[rule, c["state"], c["date"]] for rule, c in described["certificates"].items()])

@@ -96,17 +96,13 @@ def show(name: str, index: Path | None, folder: Path | None, as_json: bool) -> N
 
 
 def show_record(record: dict[str, Any]) -> None:
-    from bpfree.cli.output import print_table
+    from bpfree.cli.output import print_pairs, print_table
     from bpfree.registry.index import value_of
 
     first, last = record["api"]
     versions = str(first) if first == last else f"{first} to {last}"
-    for key in ("name", "distribution", "summary", "licence", "repository", "status", "added"):
-        if record[key]:
-            click.echo(f"{key.ljust(13)}{record[key]}")
-    click.echo(f"{'interface'.ljust(13)}{versions}")
-    for number, paper in enumerate(record["papers"]):
-        click.echo(f"{('' if number else 'papers').ljust(13)}{paper}")
+    pairs = [(key, record[key] or "") for key in ("name", "distribution", "summary", "licence", "repository", "status", "added")]
+    print_pairs([*pairs, ("interface", versions), ("papers", "\n".join(record["papers"]))])
     click.echo()
     print_table(["rule", "certificate", "date", "credit", "waived"], [certificate_row(rule, record) for rule in record["rules"]])
     if record["results"]:

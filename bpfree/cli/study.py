@@ -152,7 +152,7 @@ def _count(found: Study) -> int:
 @click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 def show(name: str) -> None:
     """The rows of a study with their settings, and the numbers of the paper."""
-    from bpfree.cli.output import print_table
+    from bpfree.cli.output import print_pairs, print_table
     from bpfree.study.file import find_study
 
     found = find_study(name)
@@ -163,10 +163,7 @@ def show(name: str) -> None:
     lines.append(("controls", ", ".join(found.controls)))
     lines += [(f"column {column.label}", _words(column.settings)) for column in found.columns if column.label]
     lines += [("target", ", ".join(f"{value:g}{f' ({label})' if label else ''}" for label, value in found.targets.items()))]
-    width = max(len(key) for key, text in lines if text)
-    for key, text in lines:
-        if text:
-            click.echo(f"{key.ljust(width)}  {text}")
+    print_pairs(lines)
     click.echo()
     print_table(*_shown(found))
     if found.notes:

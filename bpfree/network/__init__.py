@@ -1,7 +1,28 @@
-"""Networks of blocks: their traces, their builders, and the splitting of foreign modules."""
+"""Networks of blocks: their traces, their builders, the splitting of foreign modules, and what rules need of an execution."""
 
 from bpfree.network.builders import MLPConfig, VGGConfig, mlp, vgg
+from bpfree.network.calls import Call, recorded_calls
+from bpfree.network.gradients import add_gradient, add_gradients
 from bpfree.network.network import Network, evaluating
+from bpfree.network.replaced_backward import Replaced, feedback_weights, replaced_backward
+from bpfree.network.statistics import kept_buffers
 from bpfree.network.trace import Trace, Traces
 
-__all__ = ["MLPConfig", "Network", "Trace", "Traces", "VGGConfig", "evaluating", "mlp", "vgg"]
+__all__ = [
+    "Call",
+    "MLPConfig",
+    "Network",
+    "Replaced",
+    "Trace",
+    "Traces",
+    "VGGConfig",
+    "add_gradient",
+    "add_gradients",
+    "evaluating",
+    "feedback_weights",
+    "kept_buffers",
+    "mlp",
+    "recorded_calls",
+    "replaced_backward",
+    "vgg",
+]

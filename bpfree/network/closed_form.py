@@ -24,7 +24,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bpfree.errors import BpfreeError
 
-__all__ = ["input_gradient", "is_batch_norm", "is_linear", "is_norm", "norm_parameter_gradients", "output_rows", "parameter_gradients"]
+__all__ = [
+    "input_gradient",
+    "is_batch_norm",
+    "is_linear",
+    "is_norm",
+    "linear_input_gradient",
+    "norm_parameter_gradients",
+    "output_rows",
+    "parameter_gradients",
+]
 
 CONVOLUTIONS = {
     nn.Conv1d: conv_gradients.conv1d_weight,
@@ -115,6 +124,40 @@ def _convolution(module: Any, x: Tensor, signal: Tensor) -> Tensor:
         groups=module.groups,
     )
     return weight
+
+
+def linear_input_gradient(module: Any, x: Tensor, signal: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The cotangent in front of a linear layer or convolution, through its own weight or through another one.
+
+    Args:
+        module: a ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
+        x: (N, ...) its input, of which only shape and type matter.
+        signal: (N, ...) dLoss/dOutput.
+        weight: of the shape of the module's weight, used in its place.
+
+    Returns:
+        (N, ...) in the signal's type.
+    """
+    weight = module.weight if weight is None else weight
+    weight = weight if weight.dtype == signal.dtype else weight.to(signal.dtype)  # autocast may have lowered the signal's
+    if isinstance(module, nn.Linear):
+        dense: Tensor = signal @ weight
+        return dense
+    if not isinstance(module.padding, str) and module.padding_mode == "zeros":
+        return _pull_convolution(module, x, signal, weight, list(module.padding))
+    mode, sides = module.padding_mode, module._reversed_padding_repeated_twice
+    with torch.enable_grad():  # reverse mode of the padding alone
+        source = x.detach().to(signal.dtype).requires_grad_()
+        padded = F.pad(source, sides, mode="constant" if mode == "zeros" else mode)
+    pulled = _pull_convolution(module, padded.detach(), signal, weight, [0] * (x.dim() - 2))
+    return torch.autograd.grad(padded, source, pulled)[0]
+
+
+def _pull_convolution(module: Any, x: Tensor, signal: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
+    sizes = (list(module.stride), padding, list(module.dilation), False, [0] * (x.dim() - 2), module.groups)
+    x = x if x.dtype == signal.dtype else x.to(signal.dtype)
+    pulled: Tensor = torch.ops.aten.convolution_backward.default(signal, x, weight, None, *sizes, [True, False, False])[0]
+    return pulled
 
 
 def input_gradient(module: Any, x: Tensor, signal: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ The graph comes from ``torch.fx``. A submodule that cannot be traced, or whose f
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, takewhile, zip_longest
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from bpfree.errors import UsageError, unknown_name
 from bpfree.network.network import evaluating
+from bpfree.tasks.trees import move
 
 __all__ = ["Cut", "Traced", "automatic_cuts", "named_cuts", "trace"]
 
@@ -28,6 +30,9 @@ MAPS = {
     *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.einsum, operator.matmul, "matmul", "mm", "bmm"),
 }
 """Functions and methods that are a layer with weights when one of their arguments is a parameter."""
+PLAIN = (type(None), bool, int, float, str)
+"""Types of defaults with which optional arguments are traced."""
+ASSERTIONS = {torch._assert, fx._symbolic_trace._assert_is_none}
 Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 
 
@@ -68,6 +73,20 @@ class BlockTracer(fx.Tracer):
         return scope[0] if scope else ""
 
 
+class Tracer(Protocol):
+    """What has made a graph: by tracing, or by watching.
+
+    Attributes:
+        calls: arguments and results of each call, by path of submodule.
+    """
+
+    calls: dict[str, list[Call]]
+
+    def owner(self, node: fx.Node) -> str:
+        """Path of the submodule that an operation is, or is in."""
+        ...
+
+
 class Traced:
     """A module as a list of operations, in order, the input first.
 
@@ -82,7 +101,7 @@ class Traced:
         weights: positions of the operations with weights (convolutions, linear maps, embeddings, ...).
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, tracer: BlockTracer, input_shape: Sequence[int]) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph, tracer: Tracer, input_shape: Sequence[int], example: Any = None) -> None:
         self.module, self.calls = module, tracer.calls
         nodes = list(graph.nodes)
         self.result: fx.Node = single_output(nodes[-1])
@@ -90,7 +109,7 @@ class Traced:
         self.owners = [tracer.owner(node) for node in self.nodes]
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.constants = constants_of(self.nodes)
-        batched = run_once(module, graph, input_shape)
+        batched = run_once(module, graph, input_shape, example)
         self.single = [self._single(index, batched) for index in range(len(self.nodes))]
         self.weights = [index for index, node in enumerate(self.nodes) if has_weight(node, module, self.constants)]
 
@@ -111,7 +130,7 @@ class Traced:
         return [index for index, owner in enumerate(self.owners) if owner == path or owner.startswith(f"{path}.")]
 
 
-def trace(module: nn.Module, input_shape: Sequence[int]) -> Traced:
+def trace(module: nn.Module, input_shape: Sequence[int], example: Any = None) -> Traced:
     """The module's operations.
 
     Raises:
@@ -126,7 +145,7 @@ def trace(module: nn.Module, input_shape: Sequence[int]) -> Traced:
             tracer = BlockTracer(opaque)
             try:
                 with in_mode(module, training):
-                    tracers.append((tracer.trace(module), tracer))
+                    tracers.append((without_defaults(tracer.trace(module, defaults(module))), tracer))
             except Exception as error:  # any user code may fail in any way when it meets a symbolic value
                 culprit, problem = tracer.failed, f"it cannot be traced: {type(error).__name__}: {first_line(error)}"
                 break
@@ -134,13 +153,36 @@ def trace(module: nn.Module, input_shape: Sequence[int]) -> Traced:
             culprit = mode_dependence(*tracers)
             problem = "its forward depends on self.training, as functional dropout or batch norm does, and a cut would freeze that"
         if culprit is None:
-            return Traced(module, *tracers[0], input_shape)
+            return Traced(module, *tracers[0], input_shape, example)
         if culprit == "" or culprit in opaque:
-            fix = "put that part into a submodule of its own (nn.Dropout, nn.BatchNorm2d, ...), or the parts into an nn.Sequential"
+            fix = (
+                "name the submodules that begin a block, at=[...] (network.at=[...]), so that one forward pass is watched; "
+                "or give the module a method bpfree_blocks() that returns its blocks in order, by name"
+            )
             raise UsageError(
                 f"{type(module).__name__} cannot be split: {problem}", where=culprit or f"{type(module).__name__}.forward", fix=fix
             )
         opaque.add(culprit)
+
+
+def defaults(module: nn.Module) -> dict[str, Any] | None:
+    """The optional arguments of a module's forward that have plain values: it is traced with these."""
+    arguments = inspect.signature(type(module).forward).parameters.values()
+    plain = {each.name: each.default for each in arguments if each.kind is each.POSITIONAL_OR_KEYWORD and type(each.default) in PLAIN}
+    return plain or None
+
+
+def without_defaults(graph: fx.Graph) -> fx.Graph:
+    """The graph without the assertions that its optional arguments have their defaults."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and node.target in ASSERTIONS and not node.users:
+            sources = list(node.all_input_nodes)
+            compared = [source for source in sources if source.target is operator.eq]
+            if all(source.op == "placeholder" for each in sources for source in (each.all_input_nodes if each in compared else [each])):
+                graph.erase_node(node)
+                for source in compared:
+                    graph.erase_node(source)
+    return graph
 
 
 def mode_dependence(evaluated: tuple[fx.Graph, BlockTracer], trained: tuple[fx.Graph, BlockTracer]) -> str | None:
@@ -282,13 +324,15 @@ class Shapes(fx.Interpreter):
         return value
 
 
-def run_once(module: nn.Module, graph: fx.Graph, input_shape: Sequence[int]) -> dict[str, bool]:
+def run_once(module: nn.Module, graph: fx.Graph, input_shape: Sequence[int], example: Any = None) -> dict[str, bool]:
     """Whether each operation's value is a tensor with a batch axis, by its name."""
     some = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), torch.zeros(()))
     shapes = Shapes(fx.GraphModule(module, graph))
     try:
         with torch.no_grad(), evaluating(module):
-            shapes.run(torch.zeros(2, *input_shape, device=some.device, dtype=some.dtype))
+            shapes.run(
+                torch.zeros(2, *input_shape, device=some.device, dtype=some.dtype) if example is None else move(example, some.device)
+            )
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise UsageError(
             f"{type(module).__name__} cannot take an input of shape {tuple(input_shape)}",

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Products", "differentiable_attention", "dual", "prepare", "where_active"]
+__all__ = ["Products", "differentiable_attention", "differentiable_kernels", "dual", "prepare", "where_active"]
 
 PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
 
@@ -75,3 +75,18 @@ def where_active(noise: Tensor, value: Tensor) -> Tensor:
 def differentiable_attention() -> AbstractContextManager[None]:
     """The kernel of scaled dot-product attention that has a derivative by forward mode; the fused ones have none."""
     return sdpa_kernel(SDPBackend.MATH)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def differentiable_kernels(module: nn.Module) -> Iterator[None]:
+    """Kernels that have a derivative by forward mode: of attention, and of an LSTM on a CPU, for which oneDNN's has none."""
+    one_dnn = torch._C._get_mkldnn_enabled()
+    recurrent = one_dnn and any(isinstance(part, nn.LSTM) for part in module.modules())
+    if recurrent:
+        torch._C._set_mkldnn_enabled(False)
+    try:
+        with differentiable_attention():
+            yield
+    finally:
+        if recurrent:
+            torch._C._set_mkldnn_enabled(True)

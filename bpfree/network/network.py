@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from bpfree.errors import BpfreeError, UsageError, unknown_name
-from bpfree.network.forward_mode import prepare
-from bpfree.network.trace import Trace, Traces, run_block
+from bpfree.network.forward_mode import differentiable_kernels, prepare
+from bpfree.network.trace import Trace, Traces, run_block, run_blocks
 from bpfree.tasks.spec import TaskSpec, has_own_loss
 from bpfree.tasks.trees import leaves, move
 
@@ -60,6 +60,7 @@ class Network(nn.Module):
         self.blocks = nn.ModuleDict(blocks)
         self.readout = readout
         self.chain = chain
+        self.example = example
         self.input_shape = torch.Size(input_shape)
         self.shapes: dict[str, torch.Size] = self._dry_run(example) if chain else {}
 
@@ -77,6 +78,21 @@ class Network(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of its inputs: that of its first floating-point parameter; float32 where it has none."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    def without_readout(self) -> Network:
+        """The same blocks without the readout, for a rule that has none; the network itself if it has no readout.
+
+        Raises:
+            UsageError: the readout is its only block.
+        """
+        if self.readout is None:
+            return self
+        if not self.hidden:
+            raise UsageError(
+                f"the network has no block but the readout {self.readout!r}", fix="use a deeper network, such as network.depth=2"
+            )
+        blocks = {name: self.blocks[name] for name in self.hidden}
+        return Network(blocks, input_shape=self.input_shape, chain=self.chain, example=self.example)
 
     def _dry_run(self, example: Any) -> dict[str, torch.Size]:
         shapes = {}
@@ -124,6 +140,9 @@ class Network(nn.Module):
     def trace(self, names: str | Sequence[str], x: Tensor, *, input_grad: bool = False) -> Trace:
         """Execute a block, or a run of consecutive blocks, on ``x`` with a graph that ends at ``x``.
 
+        The trace of a run has the output of each of its blocks in ``parts``. An extra pass moves running statistics as any pass does,
+        unless it is made inside ``kept_buffers``.
+
         Args:
             names: a block's name, or consecutive ones.
             x: (N, ...) the block's input; it is detached.
@@ -140,8 +159,9 @@ class Network(nn.Module):
         first = order.index(wanted[0])
         if order[first : first + len(wanted)] != wanted:
             raise UsageError(f"blocks {wanted} are not consecutive", where=f"blocks: {', '.join(order)}")
-        block = self.blocks[wanted[0]] if len(wanted) == 1 else nn.Sequential(*(self.blocks[name] for name in wanted))
-        return run_block(first, "+".join(wanted), block, x, input_grad=input_grad)
+        if len(wanted) == 1:
+            return run_block(first, wanted[0], self.blocks[wanted[0]], x, input_grad=input_grad)
+        return run_blocks(first, {name: self.blocks[name] for name in wanted}, x, input_grad=input_grad)
 
     def stream(self, x: Tensor, *, grad: bool = True, hand_over: HandOver | None = None) -> Iterator[Trace]:
         """Traces block by block, the next made when it is asked for, so that one graph at a time is alive.
@@ -149,13 +169,16 @@ class Network(nn.Module):
         Args:
             x: (N, *input_shape).
             grad: ``False`` makes no graph at all.
-            hand_over: makes the next block's input from a trace; by default its detached output.
+            hand_over: makes the next block's input from a trace, so that it is not called after the last one; by default its detached
+                output.
         """
+        last = len(self.blocks) - 1
         for index, (name, block) in enumerate(self.blocks.items()):
             with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
                 trace = run_block(index, name, block, x)
             yield trace
-            x = trace.output.detach() if hand_over is None else hand_over(trace)
+            if index < last:
+                x = trace.output.detach() if hand_over is None else hand_over(trace)
             del trace
 
     def traces(self, x: Tensor, *, input_grad: bool = False, perturb: Perturb | None = None) -> Traces:
@@ -181,7 +204,7 @@ class Network(nn.Module):
         result = Traces()
         tangent: Tensor | None = None
         prepare()
-        with forward_ad.dual_level():
+        with differentiable_kernels(self), forward_ad.dual_level():
             for index, (name, block) in enumerate(self.blocks.items()):
                 source = x.detach()
                 if input_grad:

@@ -19,7 +19,7 @@ from torch.func import functional_call, jvp, vmap
 
 from bpfree.errors import UsageError
 from bpfree.network.closed_form import is_batch_norm, is_linear
-from bpfree.network.forward_mode import Products, differentiable_attention, dual, prepare, where_active
+from bpfree.network.forward_mode import Products, differentiable_kernels, dual, prepare, where_active
 from bpfree.network.sequential_jvp import Chain
 from bpfree.network.sites import Site
 
@@ -124,7 +124,7 @@ class Perturber:
 
             return jvp(run, (parameters,), (moves,), has_aux=True)[1:]
 
-        with torch.no_grad(), differentiable_attention(), Products():
+        with torch.no_grad(), differentiable_kernels(self.module), Products():
             batched = vmap(one, in_dims=(0, 0), randomness="different")
             each: Any = vmap(batched, in_dims=(None, 0), out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
             tangent, (output, inputs) = each(x, dict(weights))
@@ -166,7 +166,13 @@ class Perturber:
             inputs[path] = forward_ad.unpack_dual(value).primal
 
         products = Products() if weights or self._products else nullcontext()
-        with torch.no_grad(), differentiable_attention(), forward_ad.dual_level(), products, self._hooked(sites, inject, record, keep):
+        with (
+            torch.no_grad(),
+            differentiable_kernels(self.module),
+            forward_ad.dual_level(),
+            products,
+            self._hooked(sites, inject, record, keep),
+        ):
             duals = {name: forward_ad.make_dual(value, weights[name][k]) for name, value in self._values(weights).items()}
             moved = functional_call(self.module, duals, (x,)) if duals else self.module(x)
             output, tangent = forward_ad.unpack_dual(moved)
@@ -201,7 +207,7 @@ class Perturber:
         def along(shifts: list[Tensor], moves: dict[str, Tensor]) -> Any:
             return jvp(run, (zeros, parameters), (shifts, moves), has_aux=True)[1:]
 
-        with torch.no_grad(), differentiable_attention(), Products():
+        with torch.no_grad(), differentiable_kernels(self.module), Products():
             each: Any = vmap(along, out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
             tangent, (output, inputs, active) = each(list(noise), dict(weights))
         used = [where_active(n, active[i]) if i in active else n for i, n in enumerate(noise)]

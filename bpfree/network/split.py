@@ -15,47 +15,62 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import fx, nn
 
 from bpfree.errors import UsageError
 from bpfree.network.cuts import Cut, Traced, automatic_cuts, common_path, named_cuts, trace
-from bpfree.network.network import Network
+from bpfree.network.network import Network, evaluating
+from bpfree.network.watching import main_output, watch
+from bpfree.tasks.trees import move
 
 __all__ = ["plan", "split"]
 
 logger = logging.getLogger("bpfree.network")
 
 
-def split(module: nn.Module, input_shape: Sequence[int], *, at: Sequence[str] | None = None, readout: str | None = "auto") -> Network:
+def split(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    at: Sequence[str] | None = None,
+    readout: str | None = "auto",
+    example: Any = None,
+) -> Network:
     """Cut a module into blocks at places where a single tensor passes.
 
     Composed in order, the blocks are the module: in value, in gradients, in train and in eval mode. A block that is
     exactly one submodule is that submodule; another is an ``fx.GraphModule`` over the original submodules.
 
     Args:
-        module: an ``nn.Sequential``, or any module that ``torch.fx`` can trace. Submodules that it cannot trace, or
-            whose forward depends on ``self.training``, are kept whole.
+        module: an ``nn.Sequential``, or any module that ``torch.fx`` can trace; optional arguments keep their defaults. Submodules that
+            it cannot trace, or whose forward depends on ``self.training``, are kept whole. A module with a method ``bpfree_blocks()``
+            says itself which blocks it has, in order and by name; composed they must be its forward.
         input_shape: of one example, without the batch axis.
         at: paths of submodules; each begins a block (``["layer1.0", "layer2", "fc"]``), and what comes before the
-            first is a block too. ``None``: a block begins with each layer that has weights, so that norm, activation
-            and pooling stay with the layer before them, and residual blocks stay whole.
+            first is a block too. Where ``torch.fx`` cannot trace the module (control flow or assertions in its outermost forward, a
+            mapping of outputs), forward passes on made-up examples are watched instead. ``None``: a block begins with each layer
+            that has weights, so that norm, activation and pooling stay with the layer before them, and residual blocks stay whole.
         readout: name of the last block as the readout; ``None``: there is none; ``"auto"``: it is, if its only layer
             with weights is an ``nn.Linear`` that makes the final output.
+        example: made-up inputs of two examples, where they are no single tensor of real numbers: ``spec.example(2)``.
 
     Returns:
         A network whose blocks are named after submodules, with ``_`` for ``.``; a name that would begin with a digit
         (in an ``nn.Sequential``) begins with ``b``.
 
     Raises:
-        UsageError: the module cannot be traced or has no place for a cut; ``at`` names no submodule, or one before
+        UsageError: the module can neither be traced nor watched, or has no place for a cut; ``at`` names no submodule, or one before
             which more than one tensor passes; two blocks would share parameters; a block overwrites its input.
     """
     before = set(vars(module))
     try:
-        traced = trace(module, input_shape)
-        cuts = automatic_cuts(traced) if at is None else named_cuts(traced, at)
-        network = assemble(traced, cuts, input_shape, readout)
+        if at is None and hasattr(module, "bpfree_blocks"):
+            network = own_blocks(module, input_shape, readout, example)
+        else:
+            network = traced_blocks(module, input_shape, at, readout, example)
         logger.info("%s is split into blocks:\n%s", type(module).__name__, plan(network))
         return network
     finally:
@@ -63,7 +78,68 @@ def split(module: nn.Module, input_shape: Sequence[int], *, at: Sequence[str] | 
             delattr(module, leftover)
 
 
-def assemble(traced: Traced, cuts: Sequence[Cut], input_shape: Sequence[int], readout: str | None) -> Network:
+def traced_blocks(
+    module: nn.Module, input_shape: Sequence[int], at: Sequence[str] | None, readout: str | None, example: Any = None
+) -> Network:
+    """Blocks from tracing the module, or, where that fails and it is said where blocks begin, from watching it."""
+    try:
+        traced = trace(module, input_shape, example)
+    except UsageError as error:
+        if at is None or example is not None:  # watching makes up examples of real numbers
+            raise
+        return watched_blocks(module, input_shape, at, readout, error)
+    cuts = automatic_cuts(traced) if at is None else named_cuts(traced, at)
+    return assemble(traced, cuts, input_shape, readout, example)
+
+
+def watched_blocks(module: nn.Module, input_shape: Sequence[int], at: Sequence[str], readout: str | None, untraced: UsageError) -> Network:
+    """Blocks from watching the module, which give what it gives, bit for bit."""
+    try:
+        traced = watch(module, input_shape, at)
+        network = assemble(traced, named_cuts(traced, at), input_shape, readout)
+        check_composition(network, module, rtol=0.0, atol=0.0)
+    except UsageError as error:
+        raise UsageError(error.what, where=f"{error.where}; torch.fx: {untraced.what}", fix=error.fix) from untraced
+    logger.info("%s is split by watching it run: %s", type(module).__name__, untraced.what)
+    return network
+
+
+def own_blocks(module: Any, input_shape: Sequence[int], readout: str | None, example: Any = None) -> Network:
+    """The blocks that a module says it has."""
+    blocks = {name.replace(".", "_"): block for name, block in module.bpfree_blocks().items()}
+    refuse_sharing(blocks)
+    if readout == "auto":
+        last = list(blocks.values())[-1]
+        linear = list(last)[-1] if isinstance(last, nn.Sequential) else last
+        matrices = [parameter for parameter in last.parameters() if parameter.dim() > 1]
+        readout = list(blocks)[-1] if isinstance(linear, nn.Linear) and len(matrices) == 1 else None
+    network = Network(blocks, input_shape=input_shape, readout=readout, example=example)
+    check_composition(network, module, rtol=1e-4, atol=1e-5)
+    return network
+
+
+def check_composition(network: Network, module: nn.Module, *, rtol: float, atol: float) -> None:
+    """Refuse blocks that give something else than the module's forward."""
+    x = network.example
+    if x is None:
+        x = torch.randn(2, *network.input_shape, generator=torch.Generator().manual_seed(0)).to(network.dtype)
+    x = move(x, next((parameter.device for parameter in network.parameters()), torch.device("cpu")))
+    name = type(module).__name__
+    with torch.no_grad(), evaluating(module):
+        try:
+            expected = main_output(module(x))
+        except UsageError as error:
+            raise UsageError(f"{name}: {error.what}", where=error.where) from error
+        made = network(x)
+    if made.shape != expected.shape or not torch.allclose(made, expected, rtol=rtol, atol=atol, equal_nan=True):
+        raise UsageError(
+            f"the blocks of {name} do not compose to its forward",
+            where=f"outputs of shapes {tuple(made.shape)} and {tuple(expected.shape)}",
+            fix="return modules from bpfree_blocks() that make its whole forward, each from the previous one's output alone",
+        )
+
+
+def assemble(traced: Traced, cuts: Sequence[Cut], input_shape: Sequence[int], readout: str | None, example: Any = None) -> Network:
     starts = [cut.position for cut in cuts if cut.position > 0]
     spans = [range(first, last) for first, last in pairwise([0, *starts, len(traced.nodes)])]
     names = unique(block_names(traced, spans, {cut.position: cut.name for cut in cuts}))
@@ -71,7 +147,8 @@ def assemble(traced: Traced, cuts: Sequence[Cut], input_shape: Sequence[int], re
     refuse_sharing(blocks)
     if readout == "auto":
         readout = names[-1] if ends_in_linear(traced, spans[-1]) else None
-    return Network(blocks, input_shape=input_shape, readout=None if readout is None else readout.replace(".", "_"))
+    last = None if readout is None else readout.replace(".", "_")
+    return Network(blocks, input_shape=input_shape, readout=last, example=example)
 
 
 def segment(traced: Traced, span: range) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Running statistics of batch norms, filled without training: one pass over some inputs, each example counting the same."""
+"""Running statistics and other buffers: left alone by extra passes, or filled by one pass over some inputs without training."""
 
 from __future__ import annotations
 
@@ -6,11 +6,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bpfree.network.closed_form import is_batch_norm
 
-__all__ = ["cumulative_statistics"]
+__all__ = ["cumulative_statistics", "kept_buffers"]
+
+
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Leave the module's buffers alone in the passes inside: running statistics, counters and states are afterwards what they were.
+
+    The passes work on copies, so that graphs made before stay valid, as do those made inside. Outputs are those of an ordinary pass.
+
+    Args:
+        module: a network, a block or a layer.
+    """
+    copies: dict[int, Tensor] = {}
+    before = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items() if buffer is not None]
+    for part, name, buffer in before:
+        if id(buffer) not in copies:
+            copies[id(buffer)] = buffer.clone()
+        part._buffers[name] = copies[id(buffer)]
+    try:
+        yield
+    finally:
+        for part, name, buffer in before:
+            part._buffers[name] = buffer
 
 
 @contextmanager

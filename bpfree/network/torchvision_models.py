@@ -1,22 +1,23 @@
-"""Networks from torchvision's classification models, split into blocks: ``network=torchvision network.model=resnet18``."""
+"""Networks from torchvision's classification models, split into blocks: ``network=torchvision:resnet18``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from bpfree.errors import UsageError, unknown_name
+from bpfree.network.image_models import REFUSALS, image_shape, split_model, take_grey
 from bpfree.network.network import Network
-from bpfree.network.split import split
 from bpfree.options import option
 from bpfree.tasks.task import TaskSpec
 
 __all__ = ["TorchvisionConfig", "torchvision_network"]
 
 SMALL = 64
+SIZED = {"vision_transformer": lambda side: {"image_size": side}, "maxvit": lambda side: {"input_size": (side, side)}}
+"""Modules of models that are built for images of one size, and the arguments that say which."""
 
 
 @dataclass
@@ -28,6 +29,7 @@ class TorchvisionConfig:
         factory=list, help="submodules that begin a block, such as layer1.0 (none: one block per layer or residual block)"
     )
     options: dict[str, Any] = option(factory=dict, help="arguments of the model's constructor, such as width_per_group")
+    image_size: int = option(0, "resize the images to squares of so many pixels in front of the model (0: as they are)", ge=0, le=4096)
     small_stem: bool = option(True, "ResNets on images below 64 pixels: begin with a 3x3 convolution of stride 1, without max-pooling")
 
 
@@ -35,34 +37,54 @@ def torchvision_network(spec: TaskSpec, config: TorchvisionConfig | None = None)
     """The model, split at its layers or residual blocks.
 
     Grey images: the first convolution sums its kernels over the three colours, which is the same as repeating the
-    image in each. The small stem is that of the CIFAR experiments of He et al. 2016.
+    image in each. The small stem is that of the CIFAR experiments of He et al. 2016. Models that are built for one size of images
+    (vision transformers) are built for the task's.
 
     Raises:
-        UsageError: no images, an unknown model, arguments that it does not take, images too small for it, or a model
+        UsageError: no images, an unknown model, arguments that it does not take, images of a size that it does not take, or a model
             that cannot be split.
     """
     from torchvision import models
 
     config = config or TorchvisionConfig()
-    if len(spec.input_shape) != 3 or spec.input_shape[0] not in (1, 3):
-        raise UsageError(
-            f"torchvision's models take images of 1 or 3 channels, not inputs of shape {spec.input_shape}", fix="use network=mlp"
-        )
+    channels, *sides = image_shape(spec, "torchvision", config.image_size)
     known = models.list_models(module=models)
     if config.model not in known:
         raise unknown_name("model", config.model, known, where="network.model")
+    usual, smallest = _sizes(models, config.model)
+    model = _made(models, config, spec.outputs, sides, usual)
+    if config.small_stem and isinstance(model, models.ResNet) and min(sides) < SMALL:
+        use_small_stem(model)
+    if channels == 1:
+        take_grey(model)
+    return split_model(model, config.model, spec, at=config.at, size=config.image_size, usual=usual, smallest=smallest)
+
+
+def _made(models: Any, config: TorchvisionConfig, outputs: int, sides: list[int], usual: int) -> nn.Module:
+    sized = SIZED.get(models.get_model_builder(config.model).__module__.rpartition(".")[2])
+    size = sized(sides[0]) if sized and not {"image_size", "input_size"} & config.options.keys() else {}
+    resize = f"network.image_size={usual} resizes the images in front of the model"
+    if size and sides[0] != sides[1]:
+        raise UsageError(f"{config.model} takes square images, not {sides[0]}x{sides[1]}", where="network.model", fix=resize)
     try:
-        model = models.get_model(config.model, **{"num_classes": spec.outputs, **config.options})
-    except (TypeError, ValueError) as error:
+        model: nn.Module = models.get_model(config.model, **{"num_classes": outputs, **size, **config.options})
+    except REFUSALS as error:
         where = f"network.options: {config.options}"
+        if size and not config.options:
+            raise UsageError(f"{config.model} does not take images of {sides[0]}x{sides[0]}: {error}", where=where, fix=resize) from error
         raise UsageError(
             f"{config.model} does not take these arguments: {error}", where=where, fix="see torchvision's documentation"
         ) from error
-    if config.small_stem and isinstance(model, models.ResNet) and min(spec.input_shape[1:]) < SMALL:
-        use_small_stem(model)
-    if spec.input_shape[0] == 1:
-        take_grey(model)
-    return split(model, spec.input_shape, at=list(config.at) or None)
+    return model
+
+
+def _sizes(models: Any, name: str) -> tuple[int, int]:
+    """Pixels of the images that a model was made for, and of the smallest that it takes, as its pretrained weights have them."""
+    try:
+        weights = models.get_model_weights(name).DEFAULT
+        return int(weights.transforms.keywords["crop_size"]), int(max(weights.meta.get("min_size", (0, 0))))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return 224, 0
 
 
 def use_small_stem(model: Any) -> None:
@@ -70,13 +92,3 @@ def use_small_stem(model: Any) -> None:
     model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's ResNet does
     model.maxpool = nn.Identity()
-
-
-def take_grey(model: nn.Module) -> None:
-    """Make the first convolution over three channels one over a single channel, in place."""
-    first = next((part for part in model.modules() if isinstance(part, nn.Conv2d) and part.in_channels == 3), None)
-    if first is None:
-        raise UsageError(f"{type(model).__name__} has no convolution over colours that grey images could enter", fix="use another model")
-    with torch.no_grad():
-        first.weight = nn.Parameter(first.weight.sum(1, keepdim=True))
-    first.in_channels = 1

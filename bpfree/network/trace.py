@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from bpfree.errors import UsageError
 
-__all__ = ["Trace", "Traces", "run_block"]
+__all__ = ["Trace", "Traces", "run_block", "run_blocks"]
 
 
 class Trace:
@@ -23,12 +23,17 @@ class Trace:
         block: the module that was executed.
         input: (N, ...) detached from whatever made it; a tree of tensors where the network's inputs are one.
         output: (N, ...) with the block's local graph, or none if nothing in it requires a gradient.
+        parts: the output of each block of a run, by name, all in one graph: a loss of ``parts["b1"]`` reaches ``b1``, and one of
+            ``parts["b2"]`` both blocks. Of a single block, its own output.
     """
 
-    __slots__ = ("block", "index", "input", "name", "output")
+    __slots__ = ("block", "index", "input", "name", "output", "parts")
 
-    def __init__(self, index: int, name: str, block: nn.Module, input: Any, output: Tensor) -> None:
+    def __init__(
+        self, index: int, name: str, block: nn.Module, input: Any, output: Tensor, parts: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.index, self.name, self.block, self.input, self.output = index, name, block, input, output
+        self.parts: Mapping[str, Tensor] = {name: output} if parts is None else parts
 
     def pull(self, signal: Tensor) -> Tensor:
         """The input's cotangent ``J^T signal``; leaves every ``.grad`` alone and may be called again.
@@ -80,11 +85,26 @@ class Traces(list[Trace]):
 
 def run_block(index: int, name: str, block: nn.Module, x: Any, *, input_grad: bool = False) -> Trace:
     """Execute a block on a detached input and return its trace."""
+    x = _source(name, x, input_grad)
+    return Trace(index, name, block, x, block(x))
+
+
+def run_blocks(index: int, blocks: Mapping[str, nn.Module], x: Any, *, input_grad: bool = False) -> Trace:
+    """Execute consecutive blocks under one graph that ends at the detached input, and return their trace with its parts."""
+    source = _source("+".join(blocks), x, input_grad)
+    parts: dict[str, Tensor] = {}
+    output = source
+    for name, block in blocks.items():
+        output = parts[name] = block(output)
+    return Trace(index, "+".join(blocks), nn.Sequential(*blocks.values()), source, output, parts)
+
+
+def _source(name: str, x: Any, input_grad: bool) -> Any:
+    """The input without what made it."""
     x = x.detach() if isinstance(x, Tensor) else tree_map(torch.detach, x)
     if input_grad:
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise UsageError(
-                f"the input of block {name!r} is no tensor of real numbers, so it has no derivative", fix="begin at a later block"
-            )
+            what = f"the input of block {name!r} is no tensor of real numbers, so it has no derivative"
+            raise UsageError(what, fix="begin at a later block")
         x.requires_grad_()
-    return Trace(index, name, block, x, block(x))
+    return x

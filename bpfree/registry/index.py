@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bpfree.document.tables import markdown_table
 from bpfree.errors import BpfreeError
 from bpfree.files import write_text
 from bpfree.registry.certificates import certificates
@@ -112,30 +113,16 @@ def _tables(records: Sequence[dict[str, Any]]) -> str:
         for r in records
     ]
     results = [
-        [
-            f"`{result['rule']}`",
-            result.get("row", ""),
-            result["task"],
-            result["metric"],
-            value_of(result),
-            result["seeds"],
-            f"`{result['command']}`",
-        ]
+        [f"`{r['rule']}`", r.get("row", ""), r["task"], r["metric"], value_of(r), r["seeds"], f"`{r['command']}`"]
         for record in records
-        for result in record["results"]
+        for r in record["results"]
     ]
-    parts = ["## Plugins", table(["plugin", "what it is", "rules", "certified", "status", "licence"], plugins)]
+    parts = ["## Plugins", markdown_table(["plugin", "what it is", "rules", "certified", "status", "licence"], plugins)]
     if results:
-        parts += ["## Reference results", table(["rule", "row", "task", "metric", "mean", "seeds", "command"], results)]
+        parts += ["## Reference results", markdown_table(["rule", "row", "task", "metric", "mean", "seeds", "command"], results)]
     return "\n\n".join(parts)
 
 
 def value_of(result: dict[str, Any]) -> str:
     """``98.44 ± 0.32``, or the mean alone for one seed."""
     return f"{result['mean']:.2f}" + (f" ± {result['deviation']:.2f}" if "deviation" in result else "")
-
-
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown."""
-    lines = [headers, ["---"] * len(headers), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

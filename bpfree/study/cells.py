@@ -195,7 +195,7 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
             for problem in error.problems:
                 problems.setdefault(problem, []).append(row.label)
     for each in found:
-        for problem in _wrongly_published(each):
+        for problem in (*_wrongly_published(each), *_wrong_target(study.targets.get(each.column), each)):
             problems.setdefault(problem, []).append(each.written.label)
     for problem in [] if problems else _used_by_none(found):
         problems.setdefault(problem, [each.written.label for each in found])
@@ -221,6 +221,12 @@ def _wrongly_published(row: TableRow) -> Iterator[str]:
             yield f"published: unknown metric {key!r}: {hint} (further ones: evaluation.metrics)"
         elif not low <= number.mean <= high:
             yield f"published: {key}={number.mean:g} is out of range: in per cent, from {low:g} to {high:g}"
+
+
+def _wrong_target(target: float | None, row: TableRow) -> Iterator[str]:
+    """What is wrong with the target of a row: shares are in per cent."""
+    if target is not None and row.primary.share and not 0 <= target <= 100:
+        yield f"target: {target:g} is out of range: {row.primary.name} is in per cent, from 0 to 100"
 
 
 def _can_be_probed(recipe: Recipe, leaves: Sequence[Leaf]) -> bool:

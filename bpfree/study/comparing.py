@@ -91,7 +91,7 @@ def _rule(settings: Mapping[str, Any], registry: Plugins) -> type[Rule]:
 
 def _reads_out(rule: type[Rule]) -> bool:
     """Whether a rule trains a readout; one that predicts by goodness, norms or clusters does not."""
-    return rule.traits_of(rule.Config()).readout
+    return rule.traits_of(rule.Config()).readout == "required"
 
 
 def _twin(label: str, settings: Mapping[str, Any], registry: Plugins) -> tuple[str, dict[str, Any]]:

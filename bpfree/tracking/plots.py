@@ -1,31 +1,32 @@
-"""Curves of a run, drawn when it is over: ``plots/curves.svg`` and ``.png``, and ``plots/blocks.*`` where blocks report."""
+"""Curves of a run, drawn when it is over: ``plots/curves.svg``, and ``plots/blocks.svg`` where blocks report."""
 
 from __future__ import annotations
 
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from bpfree.document.axes import fitting, linear
+from bpfree.document.charts import Mark, Series, in_order, natural, panel
+from bpfree.document.content import Figure, Key, Panel
+from bpfree.document.svg import svg_file
+from bpfree.files import write_text
 from bpfree.hooks import hookimpl
 from bpfree.metric import LOSS, Metric
 from bpfree.record.folder import RunFolder
 from bpfree.run import Run
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 __all__ = ["Plots"]
 
 logger = logging.getLogger("bpfree.tracking")
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers.
-TRAIN, VALIDATION, TEST = "#0072B2", "#D55E00", "#009E73"
+TRAINING, VALIDATION, OWN, TEST = Key(8, "training"), Key(1, "validation"), Key(0, "the rule's loss"), 2
+MOST_MARKS = 20
+"""Points of a curve up to which each has a marker."""
 BLOCK_METRIC = re.compile(r"(?P<split>rule|val)/(?P<block>.+)/(?P<name>[^/]+)")
-Curve = tuple[list[float], list[float]]
+Curves = list[tuple[Key, list[tuple[float, float]]]]
 
 
 class Plots:
@@ -36,152 +37,77 @@ class Plots:
         """Draw what there is to draw, before others list or upload the run's artifacts."""
         if run.folder is None or not run.history:
             return
+        title = run.name if run.status == "finished" else f"{run.name} ({run.status})"
         try:
-            figures = {"curves": _curves(run), "blocks": _blocks(run)}
-            for name, figure in figures.items():
+            for name, figure in (("curves", curves(run)), ("blocks", blocks(run))):
                 if figure is not None:
-                    run.artifacts.update(_save(figure, RunFolder(run.folder).plots, name))
+                    run.artifacts[f"plots/{name}.svg"] = _save(svg_file(title, figure), RunFolder(run.folder).plots / f"{name}.svg")
         except Exception as error:
             logger.warning("no plots of %s: %s: %s", run.name, type(error).__name__, error)
 
 
-def _save(figure: Figure, folder: Path, name: str) -> dict[str, Path]:
-    from matplotlib import rc_context
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {f"plots/{name}.{kind}": folder / f"{name}.{kind}" for kind in ("svg", "png")}
-    with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        for path in paths.values():
-            figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return paths
+def _save(text: str, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return path
 
 
-def _figure(run: Run, panels: int) -> tuple[Figure, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * panels, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    title = run.name if run.status == "finished" else f"{run.name} ({run.status})"
-    figure.suptitle(title, fontsize=11)
-    return figure, axes
-
-
-def _curves(run: Run) -> Figure | None:
-    """Loss and metrics against epochs, training and validation."""
-    measures = sorted({**run.measures, LOSS.name: LOSS}.values(), key=lambda metric: metric.name != LOSS.name)
-    panels = [metric for metric in measures if _any(run, f"train/{metric.name}", f"val/{metric.name}")]
-    if not panels and not _any(run, "rule/loss"):
-        return None
-    figure, axes = _figure(run, max(1, len(panels)))
-    for axis, metric in zip(axes, panels, strict=False):
-        name, scale = metric.name, metric.factor
-        for key, text, colour, style in ((f"train/{name}", "training", TRAIN, "--"), (f"val/{name}", "validation", VALIDATION, "-")):
-            _line(axis, _curve(run, key, scale), text, color=colour, linestyle=style)
-        tested = run.result.get(f"test/{name}", math.nan)
-        if name != LOSS.name and math.isfinite(tested):
-            axis.plot([run.epoch], [scale * tested], "D", color=TEST, markersize=6, label=f"test {metric.text(tested)}", zorder=5)
-        _finish(axis, _label(metric))
-    if not panels:
-        _line(axes[0], _curve(run, "rule/loss"), "the rule's loss", color=TRAIN)
-        _finish(axes[0], "loss")
-    return figure
+def curves(run: Run) -> Figure | None:
+    """Draw loss and metrics against epochs, training and validation; ``None``: nothing was measured."""
+    drawn = []
+    for metric in sorted({**run.measures, LOSS.name: LOSS}.values(), key=lambda metric: metric.name != LOSS.name):
+        found = _measured(run, {TRAINING: f"train/{metric.name}", VALIDATION: f"val/{metric.name}"}, metric)
+        tested = run.result.get(f"test/{metric.name}", math.nan)
+        if found and metric.name != LOSS.name and math.isfinite(tested):
+            found.append((Key(TEST, f"test {metric.text(tested)}"), [(run.epoch, metric.factor * tested)]))
+        drawn.append((metric.label, metric, found))
+    if not any(found for _, _, found in drawn):
+        drawn = [(LOSS.label, LOSS, _measured(run, {OWN: "rule/loss"}, LOSS))]
+    return _figure(drawn, f"Curves of {run.name} over its epochs.")
 
 
-def _label(metric: Metric) -> str:
-    """``accuracy (%)``."""
-    name, _, unit = metric.label.partition(", ")
-    return f"{name} ({unit})" if unit else name
-
-
-def _blocks(run: Run) -> Figure | None:
-    """One panel per metric that several blocks report: their own losses, the primary metric of their own predictions."""
-    found: dict[tuple[str, str], dict[str, Curve]] = {}
-    primary = run.primary
+def blocks(run: Run) -> Figure | None:
+    """Draw a panel for each metric that several blocks report: their own losses, and the primary metric of their own predictions."""
+    primary, name = run.primary, run.primary.name.replace("_", " ")
+    kinds = {
+        ("rule", LOSS.name): ("loss of each block", LOSS),
+        ("val", primary.name): (f"validation {name} of single blocks{primary.label.removeprefix(name)}", primary),
+    }
+    found: dict[tuple[str, str], dict[str, str]] = {}
     for key in dict.fromkeys(key for metrics in run.history for key in metrics):
         match = BLOCK_METRIC.fullmatch(key)
-        if match and (match["split"], match["name"]) in (("rule", "loss"), ("val", primary.name)):
-            scale = primary.factor if match["split"] == "val" else 1.0
-            found.setdefault((match["split"], match["name"]), {})[match["block"]] = _curve(run, key, scale)
-    panels = {key: curves for key, curves in found.items() if any(x for x, _ in curves.values())}
-    if not panels:
-        return None
-    figure, axes = _figure(run, len(panels))
-    names = [list(curves) for curves in panels.values()]
-    for index, (axis, ((split, _), curves)) in enumerate(zip(axes, panels.items(), strict=True)):
-        _one_per_block(axis, curves)
-        repeated = index + 1 < len(panels) and names[index] == names[-1]
-        _finish(
-            axis,
-            _of_blocks(primary) if split == "val" else "loss of each block",
-            legend=len(curves) <= 12 and not repeated,
-        )
-    return figure
+        if match and (match["split"], match["name"]) in kinds:
+            found.setdefault((match["split"], match["name"]), {})[match["block"]] = key
+    names = sorted({block for of in found.values() for block in of}, key=natural)
+    keys = dict(zip(names, in_order(names), strict=True))
+    drawn = []
+    for kind, of in found.items():
+        title, metric = kinds[kind]
+        drawn.append((title, metric, _measured(run, {keys[block]: of[block] for block in names if block in of}, metric)))
+    return _figure(drawn, f"Blocks of {run.name}, from the first (orange) to the last (blue).")
 
 
-def _of_blocks(metric: Metric) -> str:
-    """``validation accuracy of single blocks (%)``."""
-    name, _, unit = metric.label.partition(", ")
-    return f"validation {name} of single blocks" + (f" ({unit})" if unit else "")
+def _measured(run: Run, metrics: Mapping[Key, str], metric: Metric) -> Curves:
+    """Epochs and finite values of each metric that has any, shares in per cent."""
+    found = []
+    for key, name in metrics.items():
+        points = [(m["epoch"], metric.factor * m[name]) for m in run.history if "epoch" in m and math.isfinite(m.get(name, math.nan))]
+        found += [(key, points)] if points else []
+    return found
 
 
-def _one_per_block(axis: Axes, curves: dict[str, Curve]) -> None:
-    """From dark (first block) to light (last): viridis keeps its order without colour."""
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    names = sorted(curves, key=_natural)
-    shades = colormaps["viridis"]
-    for index, name in enumerate(names):
-        _line(axis, curves[name], name, color=shades(0.9 * index / max(1, len(names) - 1)))
-    if len(names) > 12:
-        scale = ScalarMappable(Normalize(1, len(names)), shades.resampled(len(names)))
-        axis.figure.colorbar(scale, ax=axis, label=f"block, {names[0]} to {names[-1]}")
+def _figure(drawn: Sequence[tuple[str, Metric, Curves]], caption: str) -> Figure | None:
+    panels = [_panel(title, found, percents=metric.share) for title, metric, found in drawn if found]
+    return Figure(panels, caption, list(dict.fromkeys(key for _, _, found in drawn for key, _ in found))) if panels else None
 
 
-def _natural(name: str) -> list[Any]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+def _panel(title: str, drawn: Curves, *, percents: bool) -> Panel:
+    epochs, values = zip(*(point for _, points in drawn for point in points), strict=True)
+    y = linear(values, title, bounds=(0, 100)) if percents else fitting(values, title)
+    title += " (logarithmic)" if y.log else ""
+    return panel(title, linear(epochs, "epoch", bounds=(0, math.inf), whole=True), y, [_series(*one) for one in drawn])
 
 
-def _any(run: Run, *keys: str) -> bool:
-    return any(math.isfinite(metrics.get(key, math.nan)) for metrics in run.history for key in keys)
-
-
-def _curve(run: Run, key: str, scale: float = 1.0) -> Curve:
-    points = [(m["epoch"], scale * m[key]) for m in run.history if "epoch" in m and math.isfinite(m.get(key, math.nan))]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _line(axis: Axes, curve: Curve, label: str, **style: Any) -> None:
-    x, y = curve
-    if x:
-        axis.plot(x, y, label=label, linewidth=1.6, marker="o" if len(x) <= 20 else None, markersize=3.5, **style)
-
-
-def _finish(axis: Axes, label: str, *, legend: bool = True) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_xlabel("epoch")
-    axis.set_ylabel(label)
-    epochs = {x for line in axis.lines for x in _values(line.get_xdata())}
-    if len(epochs) == 1:
-        axis.set_xlim(min(epochs) - 1, min(epochs) + 1)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    if _log_scale([value for line in axis.lines for value in _values(line.get_ydata())]) and "loss" in label:
-        axis.set_yscale("log")
-    if legend and len(axis.lines) > 4:
-        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    elif legend and axis.lines:
-        axis.legend(frameon=False, fontsize=8)
-
-
-def _values(data: Any) -> list[float]:
-    return [float(value) for value in data]
-
-
-def _log_scale(values: Sequence[float]) -> bool:
-    return bool(values) and min(values) > 0 and max(values) / min(values) > 50
+def _series(key: Key, points: Sequence[tuple[float, float]]) -> Series:
+    marks = [Mark(x, y, f"{key.label}, epoch {x:g}: {y:.4g}") for x, y in points] if len(points) <= MOST_MARKS else []
+    return Series(key, points, points=marks)

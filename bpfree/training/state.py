@@ -93,7 +93,7 @@ class RunState:
             self.step.generator.manual_seed(self._seeds("noise", *team.stream))
         self.operations = Operations(self.stepper, team.world)
         alignment = Alignment(self.stepper, config.alignment, parts=config.accumulate)
-        self.compilation = Compilation(rule.network.blocks.values(), config.compile, device)
+        self.compilation = Compilation(rule.compiled(), config.compile, device)
         self.probes: list[StepProbe] = [self.compilation, alignment, self.operations, self.memory]
         self.best: tuple[float, dict[str, Any]] | None = None
         self.load = environment.load()

@@ -30,7 +30,7 @@ from bpfree.certify import (
 from bpfree.certify.heat import heat_map, text_map
 from bpfree.certify.page import write_page
 from bpfree.certify.show import render
-from bpfree.certify.table import picture, table, write_docs
+from bpfree.certify.table import table, write_docs
 
 UNWAIVABLE = {
     *("trait-dependence", "trait-downstream-weights", "trait-reverse-span", "trait-supervision", "trait-update", "trait-passes"),
@@ -218,17 +218,22 @@ def test_cases_fail_skip_and_are_expected_to_fail() -> None:
 
 
 def test_a_heat_map_has_a_cell_for_each_pair() -> None:
-    """Oracle: an XML parser. Darker is more; an unmeasured pair is marked, an untouched one is empty."""
-    svg = heat_map("dense <network>", "weights", ["b1", "readout"], [[0.5, 0.0], [None, 1e-6]])
-    tree = ET.fromstring(svg)
-    space = "{http://www.w3.org/2000/svg}"
-    cells = tree.findall(f"{space}g")
-    assert [cell.find(f"{space}text").text or "" for cell in cells] == ["0.50", "", "?", "1e-6"]
-    fills = [cell.find(f"{space}rect").get("fill") for cell in cells]
-    assert int(fills[0][1:], 16) < int(fills[3][1:], 16)
-    upper = ET.fromstring(heat_map("t", "w", ["b1", "readout"], [[0.5, 0.25], [None, 0.5]], above=True))
-    assert [cell.find(f"{space}text").text for cell in upper.findall(f"{space}g")] == ["0.25"]
-    assert text_map({"blocks": ["b1", "readout"], "rows": [[1, 0.25], [1, 1]]})[1].split() == ["b1", "0.25"]
+    """Oracle: an XML parser. Stronger is more; an unmeasured pair is marked, an untouched one is empty."""
+    panel = heat_map("dense <network>", "weights", ["b1", "readout"], [[0.5, 0.0], [None, 1e-6]], silent=["b1"])
+    tree = ET.fromstring(f"<svg>{panel.body}</svg>")
+    cells = tree.findall("g")
+    assert [cell.findtext("text") or "" for cell in cells] == ["0.50", "", "?", "1e-6"]
+    assert [cell.find("rect").get("class") for cell in cells] == ["cell", "none", "unknown", "cell"]
+    strengths = [float(cell.find("rect").get("fill-opacity", 0)) for cell in cells]
+    assert strengths[0] > strengths[3] > strengths[1] == strengths[2] == 0
+    assert cells[3].findtext("title") == "update of readout when readout changes: 1e-6"
+    assert [node.text for node in tree.findall("text") if node.get("class") == "note"][:1] == ["no update"]
+    places = [(float(cell.find("rect").get("x")), float(cell.find("rect").get("y"))) for cell in cells]
+    assert places[0][1] == places[1][1] < places[2][1]
+    assert places[0][0] == places[2][0] < places[1][0] < panel.width
+    upper = heat_map("t", "w", ["b1", "readout"], [[0.5, 0.25], [None, 0.5]], above=True)
+    assert [cell.findtext("text") for cell in ET.fromstring(f"<svg>{upper.body}</svg>").findall("g")] == ["0.25"]
+    assert text_map({"blocks": ["b1", "readout"], "rows": [[1, 0.25], [1, 1]]})[2].split() == ["b1", "0.25"]
 
 
 def test_the_page_is_self_contained_and_escapes_what_it_shows(dfa: Certificate, tmp_path: Path) -> None:
@@ -236,8 +241,10 @@ def test_the_page_is_self_contained_and_escapes_what_it_shows(dfa: Certificate, 
     certificate = dataclasses.replace(dfa, findings=[hurt, *dfa.findings[1:]])
     text = write_page(tmp_path / "page.html", certificate).read_text()
     assert "&lt;b&gt; &amp; co" in text
-    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
-    assert text.count("<svg") == 4
+    assert "http" not in text
+    assert text.count('<svg class="panel"') == 4
+    assert '<span class="bad">failed</span>' in text
+    assert '<p class="note">where: there</p><p class="note">fix: so</p>' in text
     assert "bpfree certify dfa" in text
 
 
@@ -261,7 +268,8 @@ def test_the_table_of_the_docs_is_written_between_its_markers(dfa: Certificate, 
     assert table([dfa]) in text
     assert "| `dfa` | local | all | 1 of 5 |" in text
     assert write_docs(page, {"dfa": dfa}) == []
-    assert ET.fromstring(picture(dfa)).get("width").isdigit()
+    drawn = ET.parse(tmp_path / "images" / "certificates" / "dfa.svg").getroot()
+    assert len([node for node in drawn.iter() if node.get("class") == "panel"]) == 4
 
 
 @pytest.mark.parametrize(

@@ -511,3 +511,32 @@ def test_an_execution_is_a_plain_one_without_directions(device: torch.device) ->
     assert found.tangent is None
     assert not found.output.requires_grad
     torch.testing.assert_close(found.output, functional_call(module, dict(module.named_parameters()), (x,)).detach())
+
+
+class Recurrent(nn.Module):
+    """On a CPU in single precision torch takes oneDNN's LSTM, which has no derivative by forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.lstm, self.last = nn.Linear(5, 4), nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.lstm(self.first(x))[0][:, -1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+def test_an_lstm_has_a_derivative_in_single_precision_too(directions: int) -> None:
+    """Oracle: reverse mode in float64, on the same weights."""
+    torch.manual_seed(0)
+    module, x = Recurrent(), torch.randn(N, 6, 5)
+    noise = [torch.randn(directions, N, 6, 4)]
+    site = next(site for site in find_sites(module, x).sites if site.module == "first")
+    enabled = torch._C._get_mkldnn_enabled()
+    result = Perturber(module).execute(x, [site], noise)
+    assert torch._C._get_mkldnn_enabled() == enabled
+    exact = copy.deepcopy(module).double()
+    hidden = exact.first(x.double())
+    for k in range(directions):
+        _, expected = torch.autograd.functional.jvp(lambda h: exact.last(exact.lstm(h)[0][:, -1]), hidden, noise[0][k].double())
+        assert result.tangent is not None
+        torch.testing.assert_close(result.tangent[k].double(), expected, rtol=1e-4, atol=1e-5)

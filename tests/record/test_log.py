@@ -52,15 +52,15 @@ def test_a_run_is_read_as_it_was(tmp_path: Path) -> None:
     """Round trip, non-finite numbers and artifacts too; nothing else is written."""
     result = {"test/accuracy": 0.5, "test/loss": math.inf}
     (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / "curves.png").write_bytes(b"png")
-    artifacts = {"curves": tmp_path / "plots" / "curves.png", "other": Path(__file__)}
+    (tmp_path / "plots" / "curves.svg").write_bytes(b"<svg/>")
+    artifacts = {"curves": tmp_path / "plots" / "curves.svg", "other": Path(__file__)}
     run, told = recorded(
         tmp_path, range(1, 3), config={"seed": 1}, tags={"rule": "dfa"}, total_epochs=2, result=result, artifacts=artifacts
     )
     seen = read_run(tmp_path)
     assert (seen.id, seen.name, seen.config, seen.tags, seen.total_epochs) == (run.id, run.name, run.config, run.tags, 2)
     assert (seen.status, seen.epoch, seen.result, seen.history) == ("finished", 2, result, told)
-    assert seen.artifacts == {"plots/curves.png": tmp_path / "plots" / "curves.png"}
+    assert seen.artifacts == {"plots/curves.svg": tmp_path / "plots" / "curves.svg"}
     assert lines(tmp_path / "events.jsonl")[-1]["result"]["test/loss"] == "Infinity"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["events.jsonl", "plots"]
 

@@ -135,6 +135,8 @@ rows:
     assert "published: unknown metric 'test/macro_f1': known here: accuracy, loss, error (further ones: evaluation.metrics) (row x)" in said
     assert "published: unknown metric 'train/macro_f2'" in said
     assert "published: test/macro_f1=300 is out of range: in per cent, from 0 to 100 (row y)" in said
+    far = "title: A table\nsettings: {task: digits}\ntarget: -1\nrows: [{label: x, settings: {rule: dfa}}]"
+    assert "target: -1 is out of range: accuracy is in per cent, from 0 to 100" in refusal(tmp_path, far)
     good = "title: A table\nsettings: {task: digits, rule: dfa}\nrows: [{label: x, published: {test/error: 3}}]"
     assert plan(read_study(written(tmp_path, good))).rows[0].published("test/error") == Published(3.0)
 

@@ -100,7 +100,7 @@ def test_without_tasks_there_is_one_column(workplace: Path) -> None:
         ("rules: [dfa, dfa]", "'dfa' is given twice"),
         ("rules: [dfa]\njobs: 0", "jobs: must be a whole number above 0"),
         ("rules: [dfa]\ntimeout: soon", "timeout: must be a number above 0"),
-        ("rules: [dfa]\ntarget: -1", "target: must be a number above 0"),
+        ("rules: [dfa]\ntarget: high", "target: must be a number, not 'high'"),
         ("rules: [dfa]\ntune: {space: {optimizer.lr: [1, 2]}}", "tune: trials: must say how many"),
         ("rules: [dfa]\ntune: {trials: 4, space: {optimizer.lr: {low: 1, high: 0.1}}}", "low must be less than high"),
         ("rules: [dfa]\ntune: {trials: 4, space: {optimizer.lr: {low: 0, high: 1, log: true}}}", "positive on a logarithmic scale"),

@@ -15,6 +15,7 @@ import pytest
 from made_studies import cell_record, lines_of, outcome, planned, tuned
 from scipy import stats
 
+from bpfree.document.content import Section, Table
 from bpfree.metric import ACCURACY
 from bpfree.record.folder import RunFolder
 from bpfree.study.cells import Plan
@@ -22,7 +23,6 @@ from bpfree.study.floors import Floors
 from bpfree.study.measures import Measure
 from bpfree.study.model import Published
 from bpfree.study.report import Report, report_on, write_report
-from bpfree.study.report.content import Section, Table
 from bpfree.study.report.floor import floor_remarks
 from bpfree.study.report.leaderboard import best_alternative
 from bpfree.study.report.view import View, aligned, compact, timed

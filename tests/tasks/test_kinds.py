@@ -452,3 +452,31 @@ def test_a_source_may_say_that_there_is_no_validation() -> None:
     task = Task.from_source(source)
     assert task.validation is None
     assert len(task.train) == 1
+
+
+@pytest.mark.parametrize("rule", ["backprop", "dfa"])
+def test_a_plain_module_on_tokens_or_a_tree_is_split(rule: str) -> None:
+    """Blocks composed are the module: the same outputs."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.cell, self.out = nn.Embedding(7, 5), nn.Linear(5, 6), nn.Linear(6, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.cell(self.embedding(x)).tanh())  # type: ignore[no-any-return]
+
+    class Tree(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.joined, self.out = Joined(), nn.Linear(8, 3)
+
+        def forward(self, x: dict[str, Tensor]) -> Tensor:
+            return self.out(self.joined(x))  # type: ignore[no-any-return]
+
+    for module, spec in ((Plain(), language().spec), (Tree(), TREE)):
+        x = spec.example(4)
+        expected = module(x)
+        made = installed_plugins().get("rules", rule)(module, spec)
+        assert len(made.network.blocks) > 1
+        assert torch.equal(made.network(x), expected)

@@ -294,7 +294,7 @@ def test_without_a_validation_split_there_is_the_test_split(digits: Task, device
 class Hebb(Streamed):
     """Learns nothing, on a network that ends in a feature map."""
 
-    traits_of = always(Traits(dependence="upstream", downstream_weights=0, reverse_span=1, readout=False, supervision="none"))
+    traits_of = always(Traits(dependence="upstream", downstream_weights=0, reverse_span=1, readout="none", supervision="none"))
 
     def local_loss(self, trace: Any, batch: Batch, step: Step) -> Tensor:
         return trace.output.square().mean()
@@ -353,7 +353,7 @@ def test_wrong_requests_are_refused_before_the_training(digits: Task, device: to
 class NoChain(Hebb):
     """Blocks side by side, and no word on what its features are."""
 
-    traits_of = always(Traits(chain=False, readout=False))
+    traits_of = always(Traits(chain=False, readout="none"))
 
 
 @pytest.mark.parametrize("targets", ["soft", "real"])

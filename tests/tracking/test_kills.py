@@ -22,7 +22,7 @@ from bpfree.record.folder import RunFolder, read_run
 from bpfree.tracking.sending import complete, config_of, is_sent, send
 from bpfree.training.checkpoint import read_checkpoint
 
-SLOW_MODULES = ("sklearn.datasets", "torchvision", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image")
+SLOW_MODULES = ("sklearn.datasets", "torchvision", "PIL.Image")
 TIMES = ("seconds", "processor_seconds", "samples_per_second", "step_ms", "load_start", "load_end")
 
 

@@ -37,8 +37,8 @@ def test_a_run_arrives_whole(uri, new_run, track, epoch, stored):
     (run.folder / "checkpoints").mkdir()
     (run.folder / "checkpoints" / "last.pt").write_bytes(b"weights")
     (run.folder / "plots").mkdir()
-    run.artifacts["plots/curves.png"] = run.folder / "plots" / "curves.png"
-    run.artifacts["plots/curves.png"].write_bytes(b"png")
+    run.artifacts["plots/curves.svg"] = run.folder / "plots" / "curves.svg"
+    run.artifacts["plots/curves.svg"].write_bytes(b"<svg/>")
     tracker = track(uri)
     tracker.run_start(run)
     for number in (1, 2, 3):
@@ -70,7 +70,7 @@ def test_a_run_arrives_whole(uri, new_run, track, epoch, stored):
         for folder in ("", "plots", "checkpoints")
         for a in list_artifacts(run_id=found.info.run_id, artifact_path=folder or None, tracking_uri=uri)
     }
-    assert {"config.yaml", "environment.json", "plots/curves.png", "checkpoints/last.pt"} <= paths
+    assert {"config.yaml", "environment.json", "plots/curves.svg", "checkpoints/last.pt"} <= paths
     assert is_sent(run.folder)
     assert run.tracking["mlflow_experiment_id"] == found.info.experiment_id
 

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from bpfree.document.content import Code, Folded, Part, Section, Table, Text
 from bpfree.study.cells import is_scientific, word
-from bpfree.study.report.content import Code, Folded, Part, Section, Table, Text
 from bpfree.study.report.remarks import environments, failures
 from bpfree.study.report.view import View
 from bpfree.study.rows import TableRow

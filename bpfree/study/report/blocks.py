@@ -5,34 +5,24 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
+from bpfree.document.axes import linear
+from bpfree.document.charts import Mark, Series, in_order, natural, panel
+from bpfree.document.content import Figure, Panel, Part, Section, Text
 from bpfree.study.measures import Measure
-from bpfree.study.report.axes import linear
-from bpfree.study.report.content import Figure, Part, Section, Text
-from bpfree.study.report.svg import Mark, Series, legend, panel
 from bpfree.study.report.view import View
 from bpfree.study.rows import TableRow
 from bpfree.tasks.protocols import result_key
 
 __all__ = ["blocks"]
 
-SHALLOW, DEEP = (0xE6, 0x9F, 0x00), (0x00, 0x72, 0xB2)
-"""Ends of the colours of blocks, which both a light and a dark page show."""
 COSINES = {"cosine": "the task's loss", "objective_cosine": "the rule's own objective"}
 
 
 def blocks(view: View) -> Iterator[Section]:
     """A section where anything was measured of single blocks."""
-    made = [(column, [*_scores(view, column), *_alignments(view, column)]) for column in view.columns]
-    found: list[tuple[str, list[Part]]] = [(column, parts) for column, parts in made if parts]
-    if not found:
-        return
-    if not view.labelled:
-        yield Section("Block by block", found[0][1])
-        return
-    yield Section("Block by block", [])
-    for column, parts in found:
-        yield Section(column, parts, level=3)
+    return view.by_column("Block by block", lambda column: chain(_scores(view, column), _alignments(view, column)))
 
 
 # --- scores -------------------------------------------------------------------------------------------------------------
@@ -46,12 +36,7 @@ def block_names(row: TableRow) -> list[str]:
     protocols = {result_key(name) for name in row.cells[0].recipe.settings.evaluation.protocols}
     keys = {key: None for record in row.finished for metrics in record.history[-1:] for key in metrics}
     names = [parts[1] for key in keys if len(parts := key.split("/")) == 3 and parts[0] == "val" and parts[2] == row.primary.name]
-    return sorted((name for name in names if name not in protocols and re.search(r"\d$", name)), key=_natural)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """``b2`` before ``b10``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+    return sorted((name for name in names if name not in protocols and re.search(r"\d$", name)), key=natural)
 
 
 def _scores(view: View, column: str) -> Iterator[Part]:
@@ -60,8 +45,7 @@ def _scores(view: View, column: str) -> Iterator[Part]:
     series = [_scored(view, row, names) for row, names in drawn]
     if not series:
         return
-    x = linear([1, max(len(names) for _, names in drawn)], "block, from the input", pad=0.04)
-    x = type(x)(x.low, x.high, x.label, [(value, text) for value, text in x.ticks if float(text).is_integer()])
+    x = linear([1, max(len(names) for _, names in drawn)], "block, from the input", whole=True)
     heights = [value for one in series for point in one.points for value in (point.y_range or (point.y,))]
     measure = _measure(drawn[0][0])
     word, unit = measure.metric.name.replace("_", " "), f",{measure.unit}" if measure.unit else ""
@@ -69,7 +53,7 @@ def _scores(view: View, column: str) -> Iterator[Part]:
     made = panel(f"validation {word} of single blocks{unit}", x, y, series)
     whose = f"{word[0].upper()}{word[1:]} of each block's own prediction"
     caption = f"{whose} after the last epoch; mean over seeds, bars from the least to the greatest."
-    yield Figure([made], caption, legend((view.style(row), view.label(row)) for row, _ in drawn))
+    yield Figure([made], caption, [view.key(row) for row, _ in drawn])
 
 
 def _measure(row: TableRow) -> Measure:
@@ -84,7 +68,7 @@ def _scored(view: View, row: TableRow, names: Sequence[str]) -> Series:
         mean = statistics.fmean(values)
         bars = (min(values), max(values)) if len(values) > 1 else None
         points.append(Mark(place, mean, f"{view.label(row)}, {name}: {measure.text(mean)}", y_range=bars))
-    return Series(view.style(row), view.label(row), [(point.x, point.y) for point in points], points=points)
+    return Series(view.key(row), [(point.x, point.y) for point in points], points=points)
 
 
 # --- alignment ----------------------------------------------------------------------------------------------------------
@@ -103,17 +87,18 @@ def _alignments(view: View, column: str) -> Iterator[Part]:
         told = " or ".join(f"of {COSINES[kind]}" for kind in COSINES if kind in kinds)
         yield Text(
             f"Cosine between a rule's credit and the gradient {told} by reverse mode, block by block, over the epochs; mean over "
-            "seeds. 1: the same direction; 0: none in common. Colours go from the first block (orange) to the last (blue)."
+            "seeds. 1: the same direction; 0: none in common. Colours go from the first block (orange) to the last (blue); dashed: blocks "
+            "without a number, such as a readout."
         )
-        yield Figure(panels, "", "")
+        yield Figure(panels)
 
 
-def _aligned(view: View, row: TableRow, kind: str, series: Sequence[Series]) -> str:
+def _aligned(view: View, row: TableRow, kind: str, series: Sequence[Series]) -> Panel:
     values = [y for one in series for _, y in one.line]
     epochs = [x for one in series for x, _ in one.line]
     y = linear([0.0, 1.0, *values], "cosine", bounds=(-1, 1), pad=0.02)
     title = f"{view.label(row)}: cosine with the gradient" + ("" if kind == "cosine" else " of its objective")
-    return panel(title, linear(epochs, "epochs", pad=0.02), y, series)
+    return panel(title, linear(epochs, "epochs", pad=0.02, whole=True), y, series)
 
 
 def _cosines(row: TableRow, kind: str) -> list[Series]:
@@ -121,16 +106,11 @@ def _cosines(row: TableRow, kind: str) -> list[Series]:
     pattern = re.compile(rf"alignment/(.+)/{kind}")
     keys = {key: None for record in row.finished for metrics in record.history for key in metrics if pattern.fullmatch(key)}
     series = []
-    for place, key in enumerate(keys):
+    names = [key.split("/", 1)[1].removesuffix(f"/{kind}") for key in keys]
+    for key, shown in zip(keys, in_order([f"block {name}" for name in names]), strict=True):
         curves = [[(m["epoch"], m[key]) for m in record.history if key in m and "epoch" in m] for record in row.finished]
         together = zip(*(curve for curve in curves if curve), strict=False)
         mean = [(statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points)) for points in together]
-        share = place / (len(keys) - 1) if len(keys) > 1 else 1.0
-        name = key.split("/", 1)[1].removesuffix(f"/{kind}")
         if mean:
-            series.append(Series(0, f"block {name}", mean, colour=_colour(share)))
+            series.append(Series(shown, mean))
     return series
-
-
-def _colour(share: float) -> str:
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(SHALLOW, DEEP, strict=True))

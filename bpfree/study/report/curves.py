@@ -6,11 +6,11 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from bpfree.document.axes import Axis, fitting, linear, logarithmic
+from bpfree.document.charts import Mark, Series, panel
+from bpfree.document.content import Figure, Section, Text
+from bpfree.document.strips import near_the_best
 from bpfree.study.measures import Measure
-from bpfree.study.report.axes import Axis, linear, logarithmic
-from bpfree.study.report.content import Figure, Part, Section, Text
-from bpfree.study.report.strip import near_the_best
-from bpfree.study.report.svg import Mark, Series, legend, panel
 from bpfree.study.report.view import WAITED, View, timed, untimed
 from bpfree.study.rows import TableRow
 from bpfree.study.store import CellRecord
@@ -26,25 +26,15 @@ Curve = list[tuple[float, float, float, float]]
 
 def learning_curves(view: View) -> Iterator[Section]:
     """The primary metric on validation (or the loss) over epochs, examples and seconds, for each column."""
-    figures = [(column, figure) for column in view.columns if (figure := _figure(view, column)) is not None]
-    if not figures:
-        return
-    parts: list[Part] = []
-    if untimed(view.rows):
-        parts.append(Text(NOT_TIMED, "note"))
-    if not view.labelled:
-        yield Section("Learning curves", [figures[0][1], *parts])
-        return
-    yield Section("Learning curves", parts)
-    for column, figure in figures:
-        yield Section(column, [figure], level=3)
+    notes = [Text(NOT_TIMED, "note")] if untimed(view.rows) else []
+    return view.by_column("Learning curves", lambda column: _figure(view, column), *notes)
 
 
-def _figure(view: View, column: str) -> Figure | None:
+def _figure(view: View, column: str) -> Iterator[Figure]:
     rows = view.of(column)
     measure = view.validation(rows)
     if measure is None:
-        return None
+        return
     name = f"validation {measure.metric.label}"
     target = view.plan.study.targets.get(column)
     panels = []
@@ -53,15 +43,16 @@ def _figure(view: View, column: str) -> Figure | None:
         if not curves:
             continue
         x = _x_axis(key, label, curves.values())
-        y = _y_axis(name, [value for curve in curves.values() for point in curve for value in point[2:]], measure)
+        values = [value for curve in curves.values() for point in curve for value in point[2:]]
+        y = linear(values, name, bounds=measure.bounds) if measure.metric.share else fitting(values, name)
         series = [_series(view, rows[number], curve) for number, curve in curves.items()]
         rules = [(target, "target")] if target is not None and y.low <= target <= y.high else []
         panels.append(panel(f"{name}, over {label}", x, y, series, rules=rules))
     if not panels:
-        return None
-    drawn = [(view.style(row), view.label(row)) for row in rows if any(_chosen(row, key) for key, _ in AGAINST)]
+        return
+    drawn = [view.key(row) for row in rows if any(_chosen(row, key) for key, _ in AGAINST)]
     caption = "Mean over seeds; the band goes from the least to the greatest of them, up to the last epoch that all of them reached."
-    return Figure(panels, caption, legend(drawn))
+    yield Figure(panels, caption, drawn)
 
 
 def _chosen(row: TableRow, key: str) -> list[CellRecord]:
@@ -88,18 +79,14 @@ def _x_axis(key: str, label: str, curves: Iterable[Curve]) -> Axis:
     positive = [value for value in values if value > 0]
     if key == "seconds" and positive and max(positive) > 20 * min(positive):
         return logarithmic(positive, f"{label} (logarithmic)")
-    return linear([0.0, *values] if key != "epoch" else values, label, bounds=(0, math.inf), pad=0.02)
-
-
-def _y_axis(name: str, values: Sequence[float], measure: Measure) -> Axis:
-    if not measure.metric.share and min(values) > 0 and max(values) > 50 * min(values):
-        return logarithmic(values, name)
-    return linear(values, name, bounds=measure.bounds)
+    if key == "epoch":
+        return linear(values, label, bounds=(0, math.inf), pad=0.02, whole=True)
+    return linear([0.0, *values], label, bounds=(0, math.inf), pad=0.02)
 
 
 def _series(view: View, row: TableRow, curve: Curve) -> Series:
     band = [(x, low, high) for x, _, low, high in curve] if len(row.finished) > 1 else []
-    return Series(view.style(row), view.label(row), [(x, y) for x, y, _, _ in curve], band)
+    return Series(view.key(row), [(x, y) for x, y, _, _ in curve], band)
 
 
 # --- scores against costs -----------------------------------------------------------------------------------------------
@@ -113,22 +100,14 @@ COSTS = (
 
 def costs(view: View) -> Iterator[Section]:
     """Score against seconds, memory and passes, a point for each row."""
-    figures = [(column, figure) for column in view.columns if (figure := _scatter(view, column)) is not None]
-    if not figures:
-        return
-    parts: list[Part] = [Text(NOT_TIMED, "note")] if untimed(view.rows) else []
-    if not view.labelled:
-        yield Section("Score against cost", [figures[0][1], *parts])
-        return
-    yield Section("Score against cost", parts)
-    for column, figure in figures:
-        yield Section(column, [figure], level=3)
+    notes = [Text(NOT_TIMED, "note")] if untimed(view.rows) else []
+    return view.by_column("Score against cost", lambda column: _scatter(view, column), *notes)
 
 
-def _scatter(view: View, column: str) -> Figure | None:
+def _scatter(view: View, column: str) -> Iterator[Figure]:
     rows = [row for row in view.of(column) if (mean := view.mean(row)) is not None and math.isfinite(mean)]
     if len(rows) < 2:
-        return None
+        return
     panels = []
     beyond: dict[int, str] = {}
     for key, label in COSTS:
@@ -142,13 +121,13 @@ def _scatter(view: View, column: str) -> Figure | None:
         beyond |= {
             view.style(row): f"{view.label(row)} ({view.measure.text(point.y)})" for row, point in found if not y.low <= point.y <= y.high
         }
-        series = [Series(view.style(row), view.label(row), points=[point]) for row, point in found]
+        series = [Series(view.key(row), points=[point]) for row, point in found]
         panels.append(panel(f"{view.measure.label}, over {label.split(' (')[0].split(',')[0]}", x, y, series))
     if not panels:
-        return None
+        return
     caption = "A point for each row: means over seeds; bars: 95 % interval of the score, least to greatest cost."
     caption += f" Drawn at the edge, as they lie beyond it: {', '.join(beyond.values())}." if beyond else ""
-    return Figure(panels, caption, legend((view.style(row), view.label(row)) for row in rows))
+    yield Figure(panels, caption, [view.key(row) for row in rows])
 
 
 def _point(view: View, row: TableRow, key: str, label: str) -> Mark | None:

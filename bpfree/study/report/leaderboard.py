@@ -6,11 +6,11 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
+from bpfree.document.content import Folded, Part, Picture, Section, Table, Text
+from bpfree.document.strips import Strip, shared_axis, strip, strip_axis
 from bpfree.metric import LOSS
 from bpfree.study.measures import Measure
 from bpfree.study.model import MEMORY
-from bpfree.study.report.content import Folded, Part, Picture, Section, Table, Text
-from bpfree.study.report.strip import Strip, shared_axis, strip, strip_axis
 from bpfree.study.report.view import WAITED, View, aligned, compact, counted, mean_of, spread, untimed, values_of
 from bpfree.study.rows import TableRow
 from bpfree.study.statistics import FEW
@@ -25,14 +25,9 @@ SPANS = {"0": "none", "1": "inside a block", "all": "end to end"}
 
 def leaderboards(view: View) -> Iterator[Section]:
     """A section for all columns, and one for each of them where the study has several."""
-    ours = "Results" if view.labelled else "Leaderboard"
-    sections = [_of_column(view, column) for column in view.columns]
-    if view.labelled:
-        yield Section(ours, [Folded("How to read these tables", [Text(_legend(view), "note")])])
-        for column, parts in zip(view.columns, sections, strict=True):
-            yield Section(column, parts, level=3)
-    elif sections:
-        yield Section(ours, [*sections[0], Text(_legend(view), "note")])
+    legend = Text(_legend(view), "note")
+    notes = Folded("How to read these tables", [legend]) if view.labelled else legend
+    return view.by_column("Results" if view.labelled else "Leaderboard", lambda column: _of_column(view, column), notes)
 
 
 def _of_column(view: View, column: str) -> list[Part]:
@@ -130,7 +125,7 @@ def _strip(view: View, row: TableRow) -> Strip:
     single = ", ".join(f"seed {seed}: {view.measure.text(value)}" for seed, value in by_seed.items())
     said = f"{row.written.label}: mean {view.measure.text(statistics.fmean(values))}; {single}"
     said += f"; published {view.measure.text(published.mean)}" if published else ""
-    return Strip(view.style(row), values, view.interval(row), published.mean if published else None, said)
+    return Strip(view.key(row), values, view.interval(row), published.mean if published else None, said)
 
 
 def _published(view: View, row: TableRow) -> list[str]:

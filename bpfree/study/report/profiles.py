@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from bpfree.study.report.axes import linear
-from bpfree.study.report.content import Figure, Part, Section, Table, Text
-from bpfree.study.report.svg import Series, legend, panel
+from bpfree.document.axes import linear
+from bpfree.document.charts import Series, panel
+from bpfree.document.content import Figure, Part, Section, Table, Text
 from bpfree.study.report.targets import ended, times
 from bpfree.study.report.view import WAITED, View
 from bpfree.study.rows import TableRow
@@ -66,10 +66,6 @@ def _finite(view: View, row: TableRow) -> list[float]:
     return [score for score in view.scores(row) if math.isfinite(score)]
 
 
-def _legend(view: View, grid: Grid) -> str:
-    return legend((view.style(rows[0]), view.label(rows[0])) for rows in grid)
-
-
 # --- profiles -----------------------------------------------------------------------------------------------------------
 
 
@@ -85,10 +81,7 @@ def _timed(view: View, grid: Grid) -> list[Part]:
         return []
     taus = [1 + i * (LIMIT - 1) / 119 for i in range(120)]
     profile, integral = performance_profile(table, taus), profile_integral(table)
-    series = [
-        Series(view.style(rows[0]), view.label(rows[0]), list(zip(taus, shares.tolist(), strict=True)))
-        for rows, shares in zip(grid, profile, strict=True)
-    ]
+    series = [Series(view.key(rows[0]), list(zip(taus, shares.tolist(), strict=True))) for rows, shares in zip(grid, profile, strict=True)]
     title = "columns solved within tau times the least time"
     drawn = panel(title, linear([1, LIMIT], "tau", pad=0), linear([0, 1], "share of columns", pad=0.02), series)
     caption = (
@@ -102,7 +95,7 @@ def _timed(view: View, grid: Grid) -> list[Part]:
     score = Table(
         ["row", "integral of the profile, 0 to 1"], cells, name="Integrals", styles=[view.style(grid[place][0]) for place in order]
     )
-    return [Figure([drawn], caption, _legend(view, grid)), score]
+    return [Figure([drawn], caption, [one.key for one in series]), score]
 
 
 def _scored(view: View, grid: Grid) -> list[Part]:
@@ -116,7 +109,7 @@ def _scored(view: View, grid: Grid) -> list[Part]:
             rows[place] = [(score - low) / wide for score in rows[place]]
     taus = np.linspace(0, 1, 120).tolist()
     series = [
-        Series(view.style(rows[0]), view.label(rows[0]), list(zip(taus, score_profile(own, taus).tolist(), strict=True)))
+        Series(view.key(rows[0]), list(zip(taus, score_profile(own, taus).tolist(), strict=True)))
         for rows, own in zip(grid, scores, strict=True)
     ]
     drawn = panel(
@@ -126,7 +119,7 @@ def _scored(view: View, grid: Grid) -> list[Part]:
         "Score distributions (Agarwal et al. 2021): the share of runs with a score above tau, averaged over columns; the scores of each "
         "column are scaled from its worst run (0) to its best (1). Higher is better."
     )
-    return [Figure([drawn], caption, _legend(view, grid))]
+    return [Figure([drawn], caption, [one.key for one in series])]
 
 
 # --- probability of improvement -------------------------------------------------------------------------------------------

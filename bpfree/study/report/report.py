@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bpfree.document.content import Bullets, Folded, Part, Section, Table, Text
+from bpfree.document.markdown import markdown
+from bpfree.document.page import html_page
+from bpfree.document.tables import text_table
 from bpfree.errors import BpfreeError
 from bpfree.files import write_text
 from bpfree.redaction import redact_word
@@ -19,9 +23,6 @@ from bpfree.study.controls import ComparisonTable, control_table
 from bpfree.study.floors import Floors
 from bpfree.study.report import about, blocks, curves, leaderboard, profiles, table, targets, tuning
 from bpfree.study.report import floor as floor_report
-from bpfree.study.report.content import Bullets, Folded, Part, Section, Table, Text
-from bpfree.study.report.markdown import markdown
-from bpfree.study.report.page import html_page
 from bpfree.study.report.remarks import compared, environments, failures, findings, remarks
 from bpfree.study.report.view import View
 from bpfree.study.rows import TableRow
@@ -70,9 +71,9 @@ class Report:
         study = self.plan.study
         numbers = range(self.headers.index("n") - 1, len(self.headers))
         parts = [study.title, *([f"Published: {study.paper}"] if study.paper else []), ""]
-        parts += table.lines_of_text(self.headers, self.table, numbers)
+        parts += text_table(self.headers, self.table, numbers)
         for found in self._comparisons():
-            parts += ["", found.title, "", *table.lines_of_text(found.headers, found.table, found.numeric), "", found.legend]
+            parts += ["", found.title, "", *text_table(found.headers, found.table, found.numeric), "", found.legend]
         told = (*self.remarks, *self.failures, study.notes, self.environment, f"Again: {self.command}")
         return "\n".join([*parts, "", *filter(None, told)])
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 
 from bpfree.study.measures import Measure
 from bpfree.study.report.view import View, aligned, counted, mean_of, spread, untimed
 from bpfree.study.rows import TableRow, table_measure
 
-__all__ = ["headers", "lines_of_text", "texts"]
+__all__ = ["headers", "texts"]
 
 COSTS = (
     ("seconds", "train/seconds"),
@@ -72,15 +71,3 @@ def _beside(row: TableRow, measure: Measure, *, published: bool, empty: str = ""
         spread(theirs.mean, theirs.spread, measure) if theirs else "",
         measure.signed(statistics.fmean(values) - theirs.mean) if values and theirs else "",
     ]
-
-
-def lines_of_text(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
-    """A table for a terminal, aligned; the columns in ``right`` to the right."""
-    everything = [list(head), *map(list, rows)]
-    widths = [max(len(cells[place]) for cells in everything) for place in range(len(head))]
-    aligned = [
-        [cell.rjust(width) if place in right else cell.ljust(width) for place, (cell, width) in enumerate(zip(cells, widths, strict=True))]
-        for cells in everything
-    ]
-    made = ["  ".join(cells).rstrip() for cells in aligned]
-    return [made[0], "  ".join("-" * width for width in widths), *made[1:]]

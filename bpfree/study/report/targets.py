@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from bpfree.study.report.content import Part, Section, Table, Text
+from bpfree.document.content import Part, Section, Table, Text
 from bpfree.study.report.view import WAITED, View, aligned, compact
 from bpfree.study.rows import TableRow
 from bpfree.study.statistics import first_reached, median_with_misses
@@ -62,22 +62,17 @@ def _at(record: CellRecord, epoch: Mapping[str, float], key: str) -> float:
 
 def time_to_target(view: View) -> Iterator[Section]:
     """A table for each column that has a target."""
-    columns = [column for column in view.columns if any(reached(view, row) for row in view.of(column))]
-    if not columns:
-        return
     legend = (
         "Median over the cells that ended, to the end of the first epoch at the target; a cell that misses it takes infinitely long. "
         "inf: half of them or more miss it. Memory: the peak up to then."
     )
     if any(_waited(row) for row in view.rows):
         legend += f" * Of one cell or more these seconds cannot be compared: {WAITED}."
-    parts: list[Part] = [Text(legend, "note")]
-    if not view.labelled:
-        yield Section("Time to target", [Text(_aim(view, columns[0])), _table(view, columns[0]), *parts])
-        return
-    yield Section("Time to target", parts)
-    for column in columns:
-        yield Section(column, [Text(_aim(view, column)), _table(view, column)], level=3)
+    return view.by_column("Time to target", lambda column: _parts(view, column), Text(legend, "note"))
+
+
+def _parts(view: View, column: str) -> list[Part]:
+    return [Text(_aim(view, column)), _table(view, column)] if any(reached(view, row) for row in view.of(column)) else []
 
 
 def _aim(view: View, column: str) -> str:

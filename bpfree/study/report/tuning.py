@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from bpfree.document.axes import linear, logarithmic
+from bpfree.document.charts import Mark, Series, panel
+from bpfree.document.content import Figure, Panel, Part, Section, Table, Text
 from bpfree.study.cells import word
-from bpfree.study.report.axes import linear, logarithmic
-from bpfree.study.report.content import Figure, Part, Section, Table, Text
-from bpfree.study.report.svg import Mark, Series, legend, panel
 from bpfree.study.report.view import WAITED, View, aligned
 from bpfree.study.rows import TableRow, Trial, Tuned
 
@@ -21,9 +21,6 @@ FIRST = "optimizer.lr"
 
 def tuning(view: View) -> Iterator[Section]:
     """A figure over each tuned key, and the table of trials, for each column."""
-    columns = [column for column in view.columns if _tuned(view, column)]
-    if not columns:
-        return
     waited = not all(trial.comparable for row in view.rows if row.tuned is not None for trial in row.tuned.trials)
     legend = Text(
         "Each trial is trained on the tuning seeds and scored on the validation split; the first has the settings of the study's file. "
@@ -32,12 +29,7 @@ def tuning(view: View) -> Iterator[Section]:
         + (f" * Of one trial or more these seconds cannot be compared: {WAITED}." if waited else ""),
         "note",
     )
-    if not view.labelled:
-        yield Section("Tuning", [*_parts(view, columns[0]), legend])
-        return
-    yield Section("Tuning", [legend])
-    for column in columns:
-        yield Section(column, _parts(view, column), level=3)
+    return view.by_column("Tuning", lambda column: _parts(view, column), legend)
 
 
 def _pruning(view: View) -> Iterator[str]:
@@ -51,7 +43,7 @@ def _tuned(view: View, column: str) -> list[tuple[TableRow, Tuned]]:
 def _parts(view: View, column: str) -> list[Part]:
     found = _tuned(view, column)
     figure = _figure(view, found)
-    return [*([figure] if figure else []), _table(view, column, found)]
+    return [*([figure] if figure else []), _table(view, column, found)] if found else []
 
 
 # --- figures ------------------------------------------------------------------------------------------------------------
@@ -67,14 +59,14 @@ def _figure(view: View, found: Sequence[tuple[TableRow, Tuned]]) -> Figure | Non
         caption += " Lines join the trials of a row where a single key was tuned."
     if any(len(tuned.keys) > 1 for _, tuned in found):
         caption += " Where several keys were tuned together, each panel shows all trials over one of them."
-    return Figure(panels, caption, legend((view.style(row), view.label(row)) for row, _ in found))
+    return Figure(panels, caption, [view.key(row) for row, _ in found])
 
 
-def _panel(view: View, found: Sequence[tuple[TableRow, Tuned]], key: str) -> str:
+def _panel(view: View, found: Sequence[tuple[TableRow, Tuned]], key: str) -> Panel | None:
     drawn = [(row, tuned, points) for row, tuned in found if (points := _points(tuned, key))]
     drawn = [(row, tuned, points) for row, tuned, points in drawn if tuned.measure == drawn[0][1].measure]
     if not drawn:
-        return ""
+        return None
     values = [x for _, _, points in drawn for x, _ in points]
     scale_log = any(key in tuned.logarithmic for _, tuned, _ in drawn) or (key == FIRST and max(values) > 5 * min(values))
     log = scale_log and min(values) > 0
@@ -96,7 +88,7 @@ def _number(value: Any) -> float | None:
 
 def _series(view: View, row: TableRow, tuned: Tuned, points: Sequence[tuple[float, float]], key: str) -> Series:
     marks = [Mark(x, y, f"{view.label(row)}: {tuned.measure.text(y)} at {key} = {x:.3g}") for x, y in points]
-    return Series(view.style(row), view.label(row), points if len(tuned.keys) == 1 else [], points=marks)
+    return Series(view.key(row), points if len(tuned.keys) == 1 else [], points=marks)
 
 
 # --- table --------------------------------------------------------------------------------------------------------------

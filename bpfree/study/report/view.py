@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from bpfree.document.content import Key, Part, Section
 from bpfree.metric import LOSS
 from bpfree.study.cells import Plan
 from bpfree.study.examples import scores_of
@@ -69,6 +70,18 @@ class View:
         """The rows of a column, in the order of the study."""
         return [row for row in self.rows if row.column == column]
 
+    def by_column(self, title: str, parts: Callable[[str], Iterable[Part]], *notes: Part) -> Iterator[Section]:
+        """A section on every column that has parts; where columns have labels, with a section below it for each of them."""
+        found = {column: made for column in self.columns if (made := list(parts(column)))}
+        if not found:
+            return
+        if not self.labelled:
+            yield Section(title, [*next(iter(found.values())), *notes])
+            return
+        yield Section(title, list(notes))
+        for column, made in found.items():
+            yield Section(column, made, level=3)
+
     def style(self, row: TableRow) -> int:
         """The number of the row in the study, which decides on its colour."""
         return self._styles[row.written.label]
@@ -80,6 +93,10 @@ class View:
     def label(self, row: TableRow) -> str:
         """A row's label, with a word at controls."""
         return f"{row.written.label} (control)" if row.written.label in self.plan.study.controls else row.written.label
+
+    def key(self, row: TableRow) -> Key:
+        """How a row looks in figures."""
+        return Key(self.style(row), self.label(row))
 
     def scores(self, row: TableRow) -> list[float]:
         """The metric of each finished cell that measured it."""

@@ -292,7 +292,7 @@ def test_declared_traits(make_rule: MakeRule) -> None:
     traits = make_rule().traits
     assert (traits.dependence, traits.downstream_weights, traits.reverse_span, traits.passes) == ("independent", 0, 1, 1)
     assert not traits.chain
-    assert not traits.readout
+    assert traits.readout == "none"
     assert make_rule(updates="sequential").traits.passes == 1  # in the steps of its own phases
 
 

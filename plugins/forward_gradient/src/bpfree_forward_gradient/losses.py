@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError
+from bpfree.network import add_gradients
 from bpfree.network.closed_form import parameter_gradients
 from bpfree.network.reach import Reach, channel_axis
 from bpfree_forward_gradient.options import Losses
@@ -58,10 +59,7 @@ class Head(nn.Module):
 
     def credit(self, pooled: Tensor, error: Tensor) -> None:
         """Add the exact gradient of the linear map to ``.grad``, from :meth:`pooled` and dLoss/dScores."""
-        for name, value in parameter_gradients(self.linear, pooled, error).items():
-            parameter = self.linear.get_parameter(name)
-            if parameter.requires_grad:
-                parameter.grad = value if parameter.grad is None else parameter.grad + value
+        add_gradients(self.linear, parameter_gradients(self.linear, pooled, error))
 
     def cotangent(self, error: Tensor) -> Tensor:
         """(N, *shape) dLoss/dOutput of the block from dLoss/dScores (N, outputs)."""

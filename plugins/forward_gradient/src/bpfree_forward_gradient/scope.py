@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bpfree.errors import UsageError
+from bpfree.network import add_gradient
 from bpfree.network.closed_form import input_gradient, norm_parameter_gradients, output_rows, parameter_gradients
 from bpfree.network.perturb import PerturbedPass, Perturber, frozen_statistics, mixes_by_batch_norm
 from bpfree.network.reach import Reach, channel_axis, probe
@@ -261,10 +262,7 @@ class Pass:
             self._grad(f"{path}.{name}", value)
 
     def _grad(self, name: str, value: Tensor) -> None:
-        parameter = self._scope.parameter(name)
-        if parameter.requires_grad:
-            value = value.to(parameter.dtype)  # autocast makes products of lower precision
-            parameter.grad = value if parameter.grad is None else parameter.grad + value
+        add_gradient(self._scope.parameter(name), value)
 
 
 def _along(products: Tensor, direction: Tensor, rows: Reach, groups: int, per_example: bool) -> Tensor:

@@ -27,8 +27,8 @@ from bpfree import (
     always,
     option,
 )
+from bpfree.network import add_gradient, evaluating
 from bpfree.network.closed_form import is_batch_norm
-from bpfree.network.network import evaluating
 from bpfree.network.statistics import cumulative_statistics
 from bpfree_hebbian.layer import Layer, fit, layers_of, per_unit
 from bpfree_hebbian.networks import each
@@ -290,7 +290,7 @@ class Hebbian(Rule):
         else:
             descent = descent.contiguous()  # or flatten would copy
             descent.flatten(1).addmm_(decay, weight.flatten(1))
-        weight.grad = descent if weight.grad is None else weight.grad.add_(descent)
+        add_gradient(weight, descent)
         return {"weight_norm": norms.mean(), "rows_near_unit": ((norms - 1).abs() <= 0.05).float().mean(), **response.metrics}
 
     def _readout_credit(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree import Batch, Budget, Card, Network, OptimizerConfig, Phase, Rule, Step, TaskSpec, Traits, UsageError, always, option
+from bpfree.network import add_gradient
 from bpfree.network.builders import NetworkBuilder
 from bpfree_hebbian.networks import Activation, Pixels, UnitLength
 
@@ -105,7 +106,7 @@ class HebbianNorm(Rule):
             0,
             supervision="labels",
             chain=False,
-            readout=False,
+            readout="none",
             targets=("classes", "soft"),
             inputs="real",
             own_loss=False,
@@ -161,9 +162,7 @@ class HebbianNorm(Rule):
         y = self._outputs(x, weights)
         increment = self.increment(x, y, weights, self.spec.target_rows(batch, x.dtype))
         for network, change in zip(self.networks, increment.neg_(), strict=True):
-            weight = network.linear.weight
-            if weight.requires_grad:
-                weight.grad = change if weight.grad is None else weight.grad.add_(change)
+            add_gradient(network.linear.weight, change)
         return {"weight_norm": torch.linalg.vector_norm(weights, dim=2).mean()}
 
     def increment(self, x: Tensor, y: Tensor, weights: Tensor, membership: Tensor) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from bpfree import Network, UsageError
+from bpfree.network import recorded_calls
 from bpfree.network.closed_form import is_linear, parameter_gradients
 
 __all__ = ["Layer", "channel_sum", "fit", "largest_entry", "layers_of", "per_unit", "winners"]
@@ -60,17 +59,9 @@ class Layer:
         Raises:
             UsageError: the linear map is called several times, or is a dense layer on a sequence.
         """
-        seen: list[tuple[Tensor, Tensor]] = []
-
-        def note(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            seen.append((arguments[0].detach(), output.detach()))
-
-        handle = self.linear.register_forward_hook(note)
-        try:
-            with torch.no_grad():
-                output = self.block(x)
-        finally:
-            handle.remove()
+        with torch.no_grad(), recorded_calls(self.linear) as calls:
+            output = self.block(x)
+        seen = calls[self.linear]
         if len(seen) != 1:
             raise UsageError(f"a Hebbian rule needs a linear map that is called once, not {len(seen)} times", where=f"block {self.name}")
         source, u = seen[0]

@@ -81,7 +81,7 @@ class NoPropAdjoint(TimedRule):
             1,
             passes=config.training_steps,
             chain=False,
-            readout=False,
+            readout="none",
             targets=("classes", "soft"),
             inputs="real",
             own_loss=False,

@@ -56,7 +56,7 @@ class NoPropBackprop(ChainRule):
         "L = CE(head(z_T), y)",
         notes="End-to-end back-propagation, for comparison on equal networks. How w_t starts is not in the paper (ours: alpha = 0.5).",
     )
-    traits_of = always(Traits("all", "all", "all", chain=False, readout=False, targets=("classes", "soft"), inputs="real", own_loss=False))
+    traits_of = always(Traits("all", "all", "all", chain=False, readout="none", targets=("classes", "soft"), inputs="real", own_loss=False))
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropBackpropConfig | None = None) -> None:
         super().__init__(network, spec, config)

@@ -72,7 +72,7 @@ class NoPropDT(ChainRule):
         "The paper's chain (inference=sampled, Eq. 3) draws a class from the blocks' beliefs where the mean path, our default, takes the "
         "likeliest: 0.6 to 0.7 points on digits and MNIST. The head starts as a nearest-embedding classifier.",
     )
-    traits_of = always(Traits("independent", 0, 1, chain=False, readout=False, targets=("classes", "soft"), inputs="real", own_loss=False))
+    traits_of = always(Traits("independent", 0, 1, chain=False, readout="none", targets=("classes", "soft"), inputs="real", own_loss=False))
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropDTConfig | None = None) -> None:
         super().__init__(network, spec, config)

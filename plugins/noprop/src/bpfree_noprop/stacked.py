@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bpfree.network import add_gradient
 from bpfree_noprop.blocks import DenoisingBlock
 
 __all__ = ["Execution", "Stack", "obstacle"]
@@ -130,8 +131,7 @@ class Stack:
         for members, copy in self._copies:
             if copy.grad is not None:
                 for parameter, gradient in zip(members, copy.grad.unbind(0), strict=True):
-                    if parameter.requires_grad:
-                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                    add_gradient(parameter, gradient)
         self._copies = []
 
     def _parameters(self) -> Iterator[nn.Parameter]:

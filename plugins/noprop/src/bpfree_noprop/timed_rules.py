@@ -54,7 +54,7 @@ class MatchingRule(TimedRule):
     """
 
     optimizer_of = always(OptimizerConfig("adam", lr=1e-3, weight_decay=1e-3))
-    traits_of = always(Traits("independent", 0, 1, chain=False, readout=False, targets=("classes", "soft"), inputs="real", own_loss=False))
+    traits_of = always(Traits("independent", 0, 1, chain=False, readout="none", targets=("classes", "soft"), inputs="real", own_loss=False))
     kinds: ClassVar[tuple[str, ...]]
 
     @abstractmethod

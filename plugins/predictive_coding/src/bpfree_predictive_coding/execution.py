@@ -8,19 +8,20 @@ sums and scaled maps, in (nested) ``nn.Sequential``; nothing that is subclassed,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bpfree import Network, Trace
-from bpfree.network.closed_form import is_batch_norm, is_linear, parameter_gradients
+from bpfree.network import add_gradients, kept_buffers
+from bpfree.network.closed_form import is_linear, linear_input_gradient, parameter_gradients
 from bpfree.network.trace import run_block
 from bpfree_predictive_coding.layers import Residual, Scaled
 
-__all__ = ["ClosedForm", "Execution", "Executor", "Traced", "known_layers", "still"]
+__all__ = ["ClosedForm", "Execution", "Executor", "Traced", "known_layers"]
 
 aten = torch.ops.aten
 NOTHING = nullcontext()
@@ -86,16 +87,8 @@ def _pull_average_pool(layer: Any, x: Tensor, y: Tensor, signal: Tensor) -> Tens
     return pulled
 
 
-def _pull_convolution(layer: Any, x: Tensor, y: Tensor, signal: Tensor) -> Tensor:
-    weight = _like(layer.weight, signal)
-    sizes = (list(layer.stride), list(layer.padding), list(layer.dilation), False, [0] * (x.dim() - 2), layer.groups)
-    pulled: Tensor = aten.convolution_backward.default(signal, _like(x, signal), weight, None, *sizes, [True, False, False])[0]
-    return pulled
-
-
 def _pull_linear(layer: Any, x: Tensor, y: Tensor, signal: Tensor) -> Tensor:
-    pulled: Tensor = signal @ _like(layer.weight, signal)
-    return pulled
+    return linear_input_gradient(layer, x, signal)
 
 
 def _scaled(layer: Scaled, x: Tensor) -> tuple[Tensor, Extra]:
@@ -113,8 +106,8 @@ def _residual(layer: Residual, x: Tensor) -> tuple[Tensor, ClosedForm]:
 
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: _elementwise(_pull_linear),
-    nn.Conv1d: _elementwise(_pull_convolution),
-    nn.Conv2d: _elementwise(_pull_convolution),
+    nn.Conv1d: _elementwise(_pull_linear),
+    nn.Conv2d: _elementwise(_pull_linear),
     nn.Flatten: _elementwise(lambda layer, x, y, signal: signal.reshape(x.shape)),
     nn.Identity: _elementwise(lambda layer, x, y, signal: signal),
     nn.ReLU: _elementwise(lambda layer, x, y, signal: aten.threshold_backward.default(signal, y, 0)),
@@ -215,10 +208,7 @@ def _add_gradients(layer: nn.Module, x: Tensor, extra: Extra, signal: Tensor) ->
     if isinstance(layer, Residual):
         extra.backward(signal)
         return
-    for name, gradient in parameter_gradients(layer, x, signal).items():
-        parameter = layer.get_parameter(name)
-        if parameter.requires_grad:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    add_gradients(layer, parameter_gradients(layer, x, signal))
 
 
 class Traced:
@@ -271,18 +261,5 @@ class Executor:
             return ClosedForm(self._layers[name], x)
         again = index in self._executed
         self._executed.add(index)
-        with torch.enable_grad(), still(block) if again else NOTHING:
+        with torch.enable_grad(), kept_buffers(block) if again else NOTHING:
             return Traced(run_block(index, name, block, x, input_grad=index > 0))
-
-
-@contextmanager
-def still(module: nn.Module) -> Iterator[None]:
-    """Batch norms in train mode leave their running statistics alone inside: a relaxation meets the same batch many times."""
-    norms: list[Any] = [part for part in module.modules() if is_batch_norm(part) and part.training and part.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True

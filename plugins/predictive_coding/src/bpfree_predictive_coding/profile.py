@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,17 +12,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bpfree.document.axes import linear, logarithmic
+from bpfree.document.charts import Mark, Series, in_order, panel
+from bpfree.document.content import Figure, Key
+from bpfree.document.svg import svg_file
 from bpfree.files import write_text
 from bpfree_predictive_coding.relaxation import Relaxation
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from bpfree import Run
 
 __all__ = ["Profile", "add_plot", "draw", "keep"]
 
 logger = logging.getLogger("bpfree.predictive_coding")
+
+MOST_MARKS = 20
 
 
 class Profile(nn.Module):
@@ -88,67 +93,34 @@ def keep(folder: Path, epoch: int, names: Sequence[str], table: list[list[float]
 
 
 def add_plot(run: Run, path: Path) -> None:
-    """Draw ``relaxation.json`` and add the plots to the run's artifacts; a failure is a warning."""
+    """Draw ``relaxation.json`` and add the plot to the run's artifacts; a failure is a warning."""
     try:
-        run.artifacts.update({"relaxation.json": path, **draw(path, f"{run.name}: where the energy is")})
+        drawn = draw(path, f"{run.name}: where the energy is")
+        run.artifacts.update({"relaxation.json": path, "plots/relaxation.svg": drawn})
     except Exception as error:
         logger.warning("no plot of the relaxation of %s: %s: %s", run.name, type(error).__name__, error)
 
 
-def draw(path: Path, title: str) -> dict[str, Path]:
-    """The imbalance plot of ``relaxation.json``: energy of each block against inference steps, in the first and last epoch sampled.
-
-    Returns:
-        Artifacts: name within the run to path.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def draw(path: Path, title: str) -> Path:
+    """The imbalance plot of ``relaxation.json``: energy of each block against inference steps, in the first and last epoch sampled."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    epochs = sorted(content["energy"], key=int)
-    chosen = list(dict.fromkeys([epochs[0], epochs[-1]]))
-    figure = Figure(figsize=(5.4 * len(chosen) + 0.8, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(chosen), squeeze=False, sharey=True)[0]
-    figure.suptitle(title, fontsize=11)
-    for axis, epoch in zip(axes, chosen, strict=True):
-        _panel(axis, content["blocks"], content["energy"][epoch], f"epoch {epoch}")
-    axes[0].set_ylabel("energy per example")
-    _explain(figure, axes[-1], content["blocks"])
-    folder = path.parent / "plots"
-    folder.mkdir(exist_ok=True)
-    paths = {f"plots/relaxation.{kind}": folder / f"relaxation.{kind}" for kind in ("svg", "png")}
-    for target in paths.values():
-        figure.savefig(target, dpi=120, metadata={"Date": None} if target.suffix == ".svg" else None)
-    return paths
+    names, energy = content["blocks"], content["energy"]
+    epochs = sorted(energy, key=int)
+    keys = in_order(names)
+    shown = dict.fromkeys([epochs[0], epochs[-1]])
+    drawn = {epoch: [_series(key, column) for key, column in zip(keys, zip(*energy[epoch], strict=True), strict=True)] for epoch in shown}
+    points = [point for found in drawn.values() for one in found for point in one.line]
+    x = linear([step for step, _ in points], "inference steps", bounds=(0, math.inf), whole=True)
+    y = logarithmic([value for _, value in points], "energy per example (logarithmic)")
+    panels = [panel(f"epoch {epoch}: energy per example (logarithmic)", x, y, found) for epoch, found in drawn.items()]
+    target = path.parent / "plots" / "relaxation.svg"
+    target.parent.mkdir(exist_ok=True)
+    write_text(target, svg_file(title, Figure(panels, "Energy of each block against inference steps.", keys)))
+    return target
 
 
-def _panel(axis: Any, names: Sequence[str], table: list[list[float]], title: str) -> None:
-    from matplotlib import colormaps
-
-    shades = colormaps["viridis"]
-    last = len(names) - 1
-    for index, name in enumerate(names):
-        points = [(step, row[index]) for step, row in enumerate(table) if row[index] > 0]  # an error has not reached the block before
-        if points:
-            style = {"color": "#D55E00", "linestyle": "--"} if index == last else {"color": shades(0.9 * index / max(1, last - 1))}
-            axis.plot(
-                *zip(*points, strict=True), label=name, linewidth=1.6, marker="o" if len(table) <= 20 else None, markersize=3, **style
-            )
-    axis.set_yscale("log")
-    axis.set_xlabel("inference steps")
-    axis.set_title(title, fontsize=10)
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _explain(figure: Figure, axis: Any, names: Sequence[str]) -> None:
-    if not axis.lines:
-        return
-    if len(names) <= 12:
-        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        return
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    figure.colorbar(ScalarMappable(Normalize(1, len(names)), "viridis"), ax=axis, label=f"block, {names[0]} to {names[-1]} (dashed)")
+def _series(key: Key, energies: Sequence[float]) -> Series:
+    """Without steps at which an error has not reached the block yet."""
+    points = [(step, value) for step, value in enumerate(energies) if value > 0]
+    marks = [Mark(x, y, f"{key.label}, step {x}: {y:.3g}") for x, y in points] if len(energies) <= MOST_MARKS else []
+    return Series(key, points, points=marks)

@@ -1,10 +1,11 @@
-"""A report as Markdown in GitHub's dialect: the same texts and tables, without figures."""
+"""A document as Markdown in GitHub's dialect: the same texts and tables, without figures."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bpfree.study.report.content import Bullets, Code, Figure, Folded, Part, Picture, Section, Table, Text
+from bpfree.document.content import Bullets, Cell, Code, Figure, Folded, Noted, Part, Picture, Section, Table, Text
+from bpfree.document.tables import markdown_table
 
 __all__ = ["markdown"]
 
@@ -61,16 +62,16 @@ def _part(part: Part) -> Iterator[str]:
 
 
 def _table(table: Table) -> str:
-    kept = [place for place, header in enumerate(table.headers) if not isinstance(header, Picture)]
-    rules = ["---" if place == 0 or place in table.words else "---:" for place in kept]
-    rows = [[table.headers[place] for place in kept], *([row[place] for place in kept] for row in table.rows)]
-    texts = [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
-    return "\n".join([texts[0], f"| {' | '.join(rules)} |", *texts[1:]])
+    headers = table.headers or [""] * len(table.rows[0])
+    kept = [place for place, header in enumerate(headers) if not isinstance(header, Picture)]
+    right = [number for number, place in enumerate(kept) if place and place not in table.words]
+    return markdown_table([_cell(headers[place]) for place in kept], ([_cell(row[place]) for place in kept] for row in table.rows), right)
 
 
-def _cell(cell: str | Picture) -> str:
-    text = cell.text if isinstance(cell, Picture) else cell
-    return _plain(" ".join(text.split())).replace("|", "\\|")
+def _cell(cell: Cell) -> str:
+    if isinstance(cell, Noted):
+        return "<br>".join(map(_plain, (cell.text, *cell.notes)))
+    return "" if isinstance(cell, Picture) else _plain(cell)
 
 
 def _plain(text: str) -> str:

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bpfree.study.report.axes import Axis, linear
-from bpfree.study.report.svg import escape, number, style_of
-from bpfree.study.statistics import Interval
+from bpfree.document.axes import Axis, linear
+from bpfree.document.charts import escape, look, number
+from bpfree.document.content import Key
 
 __all__ = ["Strip", "near_the_best", "shared_axis", "strip", "strip_axis"]
 
@@ -21,16 +21,16 @@ class Strip:
     """What one row shows.
 
     Attributes:
-        style: number of the row.
+        key: of the row.
         values: of single runs.
         interval: of their mean.
         published: the paper's number.
         said: the whole in words.
     """
 
-    style: int
+    key: Key
     values: Sequence[float]
-    interval: Interval | None
+    interval: tuple[float, float] | None
     published: float | None
     said: str
 
@@ -81,9 +81,9 @@ def strip(row: Strip, axis: Axis) -> str:
     parts = [
         f'<svg class="strip" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{escape(row.said)}">'
     ]
-    parts.append(f'<title>{escape(row.said)}</title>{grid}<g class="{style_of(row.style)}">')
+    parts.append(f"<title>{escape(row.said)}</title>{grid}<g {look(row.key)}>")
     finite = [value for value in row.values if math.isfinite(value)]
-    if row.interval is not None and _within(axis, row.interval.low, row.interval.high):
+    if row.interval is not None and row.interval[0] <= axis.high and row.interval[1] >= axis.low:
         left, right = (_x(axis, end) for end in row.interval)
         parts.append(
             f'<rect class="range" x="{number(left)}" y="{middle - 5:g}" width="{number(max(right - left, 1))}" height="10" rx="2"/>'
@@ -105,7 +105,3 @@ def strip(row: Strip, axis: Axis) -> str:
 
 def _x(axis: Axis, value: float) -> float:
     return MARGIN + (WIDTH - 2 * MARGIN) * axis.share(value)
-
-
-def _within(axis: Axis, low: float, high: float) -> bool:
-    return low <= axis.high and high >= axis.low

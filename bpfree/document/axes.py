@@ -1,4 +1,4 @@
-"""Axes of figures: where a value lies on them, and which values are written beside them."""
+"""Axes of charts: where a value lies on them, and which values are written beside them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Axis", "linear", "logarithmic", "short"]
+__all__ = ["Axis", "fitting", "linear", "logarithmic", "short"]
 
 MOST_TICKS = 6
 MOST_DECIMALS = 5
+WIDE = 50
+"""Positive values whose greatest is over so many times the least are drawn on a logarithmic axis."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,15 @@ class Axis:
         return min(1.0, max(0.0, place))
 
 
-def linear(values: Iterable[float], label: str, *, bounds: tuple[float, float] = (-math.inf, math.inf), pad: float = 0.04) -> Axis:
+def fitting(values: Iterable[float], label: str) -> Axis:
+    """An axis over values of an unknown range, such as losses: logarithmic where they are positive and far apart."""
+    found = list(values)
+    return logarithmic(found, label) if found and min(found) > 0 and max(found) > WIDE * min(found) else linear(found, label)
+
+
+def linear(
+    values: Iterable[float], label: str, *, bounds: tuple[float, float] = (-math.inf, math.inf), pad: float = 0.04, whole: bool = False
+) -> Axis:
     """An axis over finite values, with some room beyond them.
 
     Args:
@@ -46,18 +56,19 @@ def linear(values: Iterable[float], label: str, *, bounds: tuple[float, float] =
         label: of the axis.
         bounds: which the room does not cross, such as 0 and 100 per cent.
         pad: the room, as a share of the range.
+        whole: only whole numbers have ticks, such as epochs.
     """
     found = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(found), max(found)
     single = high - low <= 1e-12 * max(abs(low), abs(high))  # which then lies in the middle
     room = (abs(high) * 0.05 or 1.0) if single else pad * (high - low)
     low, high = max(low - room, min(bounds[0], low)), min(high + room, max(bounds[1], high))
-    return Axis(low, high, label, _linear_ticks(low, high))
+    return Axis(low, high, label, _linear_ticks(low, high, least=1.0 if whole else 0.0))
 
 
-def _linear_ticks(low: float, high: float, most: int = MOST_TICKS) -> list[tuple[float, str]]:
-    """Multiples of 1, 2 or 5 times a power of ten."""
-    least = (high - low) / most
+def _linear_ticks(low: float, high: float, most: int = MOST_TICKS, least: float = 0.0) -> list[tuple[float, str]]:
+    """Multiples of 1, 2 or 5 times a power of ten, of ``least`` or more."""
+    least = max((high - low) / most, least)
     power = 10.0 ** math.floor(math.log10(least))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))

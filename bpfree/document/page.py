@@ -1,12 +1,12 @@
-"""A report as a page: one self-contained HTML file that opens offline."""
+"""A document as a page: one self-contained HTML file that opens offline."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bpfree.study.report.content import Bullets, Code, Figure, Folded, Part, Picture, Section, Table, Text
-from bpfree.study.report.style import SCRIPT, STYLE
-from bpfree.study.report.svg import escape, marker, style_of
+from bpfree.document.charts import escape, look, marker, swatch
+from bpfree.document.content import Bullets, Cell, Code, Figure, Folded, Key, Noted, Panel, Part, Picture, Section, Table, Text
+from bpfree.document.style import PAGE_STYLE, SCRIPT
 
 __all__ = ["html_page"]
 
@@ -18,14 +18,14 @@ def html_page(title: str, sections: Sequence[Section]) -> str:
     """The page.
 
     Args:
-        title: of the study.
+        title: of the document.
         sections: the first without a title is the head, before the contents.
     """
     head, *others = sections
     body = "".join(_section(section, number) for number, section in enumerate(others))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><style>{STYLE}</style></head><body>
+<title>{escape(title)}</title><style>{PAGE_STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
 {"".join(map(_part, head.parts))}{_contents(others)}
 {body}<script>{SCRIPT}</script></body></html>
@@ -49,8 +49,7 @@ def _part(part: Part) -> str:
         case Table():
             return _table(part)
         case Figure():
-            caption = f"<figcaption>{_words(part.caption)}</figcaption>" if part.caption else ""
-            return f'<figure>{part.legend}<div class="panels">{"".join(part.panels)}</div>{caption}</figure>\n'
+            return _figure(part)
         case Bullets():
             return f'<ul class="said">{"".join(f"<li>{_words(item)}</li>" for item in part.items)}</ul>\n'
         case Code():
@@ -58,6 +57,27 @@ def _part(part: Part) -> str:
             return f"<pre>{lines}</pre>\n"
         case Folded():
             return f"<details><summary>{escape(part.summary)}</summary>{''.join(map(_part, part.parts))}</details>\n"
+
+
+def _figure(figure: Figure) -> str:
+    caption = f"<figcaption>{_words(figure.caption)}</figcaption>" if figure.caption else ""
+    return f'<figure>{_legend(figure.keys)}<div class="panels">{"".join(map(_panel, figure.panels))}</div>{caption}</figure>\n'
+
+
+def _panel(panel: Panel) -> str:
+    """As wide as its place, but with letters of the same size in all of them."""
+    box = f'viewBox="0 0 {panel.width} {panel.height}" style="max-width:{1.2 * panel.width:g}px"'
+    return f'<svg class="panel" {box} role="img" aria-label="{escape(panel.label)}">{panel.body}</svg>'
+
+
+def _legend(keys: Sequence[Key]) -> str:
+    """A list of lines and markers; without a script it is only read, with one it hides rows."""
+    items = (
+        f'<li data-row="{key.style}"><svg class="key" viewBox="0 0 28 12" width="28" height="12" aria-hidden="true">'
+        f"{swatch(key, 1, 6)}</svg><span>{escape(key.label)}</span></li>"
+        for key in keys
+    )
+    return f'<ul class="legend">{"".join(items)}</ul>' if keys else ""
 
 
 def _text(part: Text) -> str:
@@ -74,11 +94,12 @@ def _words(text: str) -> str:
 
 def _table(table: Table) -> str:
     head = "".join(_head(cell, place in table.words) for place, cell in enumerate(table.headers))
+    head = f"<thead><tr>{head}</tr></thead>\n" if head else ""
     rows = "".join(_row(table, number) for number in range(len(table.rows)))
     said = f' aria-label="{escape(table.name)}"' if table.name else ""
-    return (
-        f'<div class="scroll" tabindex="0" role="region"{said}><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>\n'
-    )
+    facts = not head or any(isinstance(cell, Noted) for row in table.rows for cell in row)
+    kind = ' class="facts"' if facts else ""
+    return f'<div class="scroll" tabindex="0" role="region"{said}><table{kind}>{head}<tbody>{rows}</tbody></table></div>\n'
 
 
 def _head(cell: str | Picture, words: bool) -> str:
@@ -91,12 +112,23 @@ def _row(table: Table, number: int) -> str:
         words = place in table.words
         key = _key(table.styles[number]) if place == 0 and table.styles else ""
         tint = table.tints[number][place] if table.tints else None
-        if isinstance(cell, Picture):
-            cells.append(f"<td{_kind(words)}>{cell.svg}</td>")
-        else:
-            long = len(cell) > (LONG_LABEL if place == 0 else LONG) and (words or place == 0)
-            cells.append(f"<td{_kind(words, long=long, tint=tint)}>{key}{_words(cell)}</td>")
+        length = max(map(len, _lines(cell)))
+        long = length > (LONG_LABEL if place == 0 else LONG) and (words or place == 0)
+        cells.append(f"<td{_kind(words, long=long, tint=tint)}>{key}{_inside(cell)}</td>")
     return f"<tr>{''.join(cells)}</tr>\n"
+
+
+def _lines(cell: Cell) -> Sequence[str]:
+    return (cell.text, *cell.notes) if isinstance(cell, Noted) else ("" if isinstance(cell, Picture) else cell,)
+
+
+def _inside(cell: Cell) -> str:
+    if isinstance(cell, Picture):
+        return cell.svg
+    if isinstance(cell, str):
+        return _words(cell)
+    text = f'<span class="{cell.kind}">{_words(cell.text)}</span>' if cell.kind else _words(cell.text)
+    return text + "".join(f'<p class="note">{_words(note)}</p>' for note in cell.notes)
 
 
 def _kind(words: bool, *, long: bool = False, tint: float | None = None) -> str:
@@ -110,6 +142,6 @@ def _kind(words: bool, *, long: bool = False, tint: float | None = None) -> str:
 def _key(style: int) -> str:
     """The row's colour and marker, before its label."""
     return (
-        f'<svg class="key {style_of(style)}" viewBox="0 0 12 12" width="12" height="12" aria-hidden="true">'
-        f'<g class="dot">{marker(style, 6, 6, 4)}</g></svg>'
+        f'<svg class="key" viewBox="0 0 12 12" width="12" height="12" aria-hidden="true"><g {look(Key(style, ""))}>'
+        f'<g class="dot">{marker(style, 6, 6, 4)}</g></g></svg>'
     )

@@ -1,14 +1,39 @@
-"""Style and script of a report's page. The page is complete without the script, which only lets a legend hide its rows."""
+"""Style and script of pages, and the style of charts, on pages and in files of their own.
+
+A page is complete without the script, which only lets a legend hide its rows.
+"""
 
 from __future__ import annotations
 
-__all__ = ["SCRIPT", "STYLE"]
+from string import Template
 
-STYLE = """
-:root{color-scheme:light dark;--ink:#1c1e21;--soft:#5b616b;--paper:#fff;--panel:#f4f5f7;--edge:#dfe2e6;--warn:#fdf3ec;
---c0:#0072B2;--c1:#D55E00;--c2:#009E73;--c3:#CC79A7;--c4:#E69F00;--c5:#56B4E9;--c6:#1c1e21;--c7:#8b8f94}
-@media (prefers-color-scheme:dark){:root{--ink:#e8eaed;--soft:#a3a9b2;--paper:#15171a;--panel:#1f2226;--edge:#363a40;--warn:#33241a;
---c0:#4fa3dc;--c1:#f0773a;--c2:#2fc79a;--c3:#e09bc4;--c4:#f0b429;--c5:#9bd6f7;--c6:#e8eaed;--c7:#8b8f94}}
+__all__ = ["CHART_STYLE", "PAGE_STYLE", "SCRIPT"]
+
+NAMES = "ink soft paper panel edge warn good bad c0 c1 c2 c3 c4 c5 c6 c7"
+"""Of colours; c0 to c5 are those of Okabe and Ito, which stay apart for colour-blind readers."""
+ON_LIGHT = "#1c1e21 #5b616b #fff #f4f5f7 #dfe2e6 #fdf3ec #1a7f37 #cf222e #0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #1c1e21 #8b8f94"
+ON_DARK = "#e8eaed #a3a9b2 #15171a #1f2226 #363a40 #33241a #4cc26a #ff7b72 #4fa3dc #f0773a #2fc79a #e09bc4 #f0b429 #9bd6f7 #e8eaed #8b8f94"
+LIGHT, DARK = (dict(zip(NAMES.split(), colours.split(), strict=True)) for colours in (ON_LIGHT, ON_DARK))
+
+FORMS = """
+svg text{font-family:system-ui,sans-serif} .title{font-size:14px;font-weight:600} .head{font-size:12.5px;font-weight:600}
+svg .tick{font-size:11px;font-weight:400} .name,.item{font-size:11.5px} svg .note{font-size:10.5px}
+.grid,.axis,.rule,.line,.bar,.mean,.published,.unknown{fill:none} .rule{stroke-dasharray:2 3}
+.line{stroke:currentColor;stroke-width:1.8;stroke-linejoin:round} .d1 .line{stroke-dasharray:7 3} .d2 .line{stroke-dasharray:2 2.5}
+.d3 .line{stroke-dasharray:8 3 2 3} .band{fill:currentColor;opacity:.15} .dot{fill:currentColor} .bar{stroke:currentColor;stroke-width:1.4}
+.range{fill:currentColor;opacity:.28} .run{fill:currentColor;opacity:.75} .mean{stroke:currentColor;stroke-width:2.5}
+.published{stroke-width:1.4} .unknown{stroke-dasharray:3}
+"""
+INKS = Template(
+    "svg text,svg .item{fill:$ink} svg .tick,svg .name,svg .note{fill:$soft} .ground{fill:$paper} .grid{stroke:$edge}"
+    " .axis,.rule,.unknown{stroke:$soft} .published{stroke:$ink} .beyond{fill:$soft} .none{fill:$panel} .cell{fill:$c0}\n"
+    + " ".join(f".c{number}{{color:$c{number}}}" for number in range(8))
+    + "\n"
+)
+CHART_STYLE = f"{FORMS}{INKS.substitute(LIGHT)}@media screen and (prefers-color-scheme:dark){{{INKS.substitute(DARK)}}}\n"
+"""Of a file: without variables, which programs for drawings do not know."""
+
+PAGE = """
 *{box-sizing:border-box}
 body{font:16px/1.55 system-ui,sans-serif;max-width:76rem;margin:0 auto;padding:2rem 1rem 4rem;color:var(--ink);background:var(--paper)}
 h1{font-size:1.7rem;line-height:1.25;margin:0 0 .4rem;overflow-wrap:anywhere}
@@ -27,23 +52,15 @@ th.words,td.words,th:first-child,td:first-child{text-align:left}
 th:first-child,td:first-child{padding-left:0;position:sticky;left:0;background:var(--paper);z-index:1}
 td.long{white-space:normal;min-width:16rem;max-width:34rem;overflow-wrap:anywhere}
 td.long:first-child{min-width:13rem;max-width:18rem}
+.facts td{vertical-align:top} .facts td.long{max-width:52rem} .facts .note{margin:0;color:var(--soft)}
+.good{color:var(--good);font-weight:600} .bad{color:var(--bad);font-weight:600} .open{color:var(--soft);font-weight:600}
 td.up{background:color-mix(in srgb,var(--c0) calc(var(--t)*45%),transparent)}
 td.down{background:color-mix(in srgb,var(--c4) calc(var(--t)*45%),transparent)}
-code,pre{font:.85rem/1.5 ui-monospace,monospace;background:var(--panel);border-radius:4px} code{padding:.1rem .3rem;overflow-wrap:anywhere}
-pre{padding:.6rem .8rem;white-space:pre-wrap;overflow-wrap:anywhere;margin:.6rem 0} summary{cursor:pointer;color:var(--soft)}
+pre{font:.85rem/1.5 ui-monospace,monospace;background:var(--panel);border-radius:4px;padding:.6rem .8rem;margin:.6rem 0;
+white-space:pre-wrap;overflow-wrap:anywhere} summary{cursor:pointer;color:var(--soft)}
 figure{margin:.8rem 0 1.4rem} figcaption{color:var(--soft);font-size:.875rem;max-width:52rem;margin-top:.3rem}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.8rem 1rem;align-items:start}
-.panels svg{width:100%;height:auto;max-width:34rem}
-svg text{font-family:system-ui,sans-serif;fill:var(--ink)} .head{font-size:12.5px;font-weight:600} .tick{font-size:11px;font-weight:400}
-.panel .tick,.strip .tick,svg .name,svg .note{fill:var(--soft)} .name{font-size:11.5px} svg .note{font-size:10.5px}
-.grid{stroke:var(--edge);stroke-width:1;fill:none} .axis{stroke:var(--soft);stroke-width:1;fill:none}
-.rule{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 3;fill:none}
-.c0{--c:var(--c0)} .c1{--c:var(--c1)} .c2{--c:var(--c2)} .c3{--c:var(--c3)} .c4{--c:var(--c4)} .c5{--c:var(--c5)} .c6{--c:var(--c6)}
-.c7{--c:var(--c7)} .line{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round} .d1 .line{stroke-dasharray:7 3}
-.d2 .line{stroke-dasharray:2 2.5} .d3 .line{stroke-dasharray:8 3 2 3} .band{fill:var(--c);opacity:.15}
-.dot{fill:var(--c)} .bar{stroke:var(--c);stroke-width:1.4;fill:none}
-.strip{display:block} .range{fill:var(--c);opacity:.28} .run{fill:var(--c);opacity:.75} .mean{stroke:var(--c);stroke-width:2.5;fill:none}
-.published{fill:none;stroke:var(--ink);stroke-width:1.4} .beyond{fill:var(--soft)}
+.panels svg{width:100%;height:auto} .strip{display:block}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.15rem 1rem;padding:0;margin:.2rem 0 .5rem;font-size:.85rem}
 .legend li{display:flex;align-items:center;gap:.35rem;max-width:100%} .legend span{overflow-wrap:anywhere} .legend svg{flex:none}
 .legend [role=button]{cursor:pointer;border-radius:3px} .legend [aria-pressed=false]{opacity:.35} .gone{display:none}
@@ -56,6 +73,17 @@ body{max-width:none;font-size:10.5pt;padding:0} nav{display:none} .scroll{overfl
 th:first-child,td:first-child{position:static} figure,tr,svg{break-inside:avoid} h2,h3{break-after:avoid}
 details::details-content{content-visibility:visible;height:auto}}
 """
+
+
+def _variables(palette: dict[str, str]) -> str:
+    return ";".join(f"--{name}:{colour}" for name, colour in palette.items())
+
+
+PAGE_STYLE = (
+    f"\n:root{{color-scheme:light dark;{_variables(LIGHT)}}}\n"
+    f"@media screen and (prefers-color-scheme:dark){{:root{{{_variables(DARK)}}}}}"
+    f"{FORMS}{INKS.substitute({name: f'var(--{name})' for name in LIGHT})}{PAGE}"
+)
 
 SCRIPT = """
 document.querySelectorAll(".legend li").forEach(function(item){

@@ -1,11 +1,11 @@
-"""What a report consists of, before it is a page or Markdown: sections of texts, tables, figures and lists."""
+"""What a document consists of, before it is a page or Markdown: sections of texts, tables, figures and lists."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Bullets", "Code", "Figure", "Folded", "Part", "Picture", "Section", "Table", "Text"]
+__all__ = ["Bullets", "Cell", "Code", "Figure", "Folded", "Key", "Noted", "Panel", "Part", "Picture", "Section", "Table", "Text"]
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,25 @@ class Text:
 
 @dataclass(frozen=True)
 class Picture:
-    """A cell of a table that is drawn; Markdown has its text."""
+    """A cell of a table that is drawn; Markdown leaves its column out."""
 
     svg: str
-    text: str = ""
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A cell of a table with small print below it, one line each.
+
+    Attributes:
+        kind: ``""``, ``good``, ``bad`` or ``open``, which decides on the colour of the text.
+    """
+
+    text: str
+    notes: Sequence[str] = ()
+    kind: str = ""
+
+
+Cell = str | Picture | Noted
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class Table:
     """A table.
 
     Attributes:
-        headers: of the columns.
+        headers: of the columns; empty: the table has no head.
         rows: cells, as many as headers.
         words: columns of words, which stand to the left; the first always does. Numbers stand to the right.
         name: what it shows, for those who cannot see it.
@@ -42,7 +57,7 @@ class Table:
     """
 
     headers: Sequence[str | Picture]
-    rows: Sequence[Sequence[str | Picture]]
+    rows: Sequence[Sequence[Cell]]
     words: Sequence[int] = ()
     name: str = ""
     styles: Sequence[int] = ()
@@ -50,18 +65,48 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """Panels side by side, with the legend of their rows.
+class Key:
+    """How something looks wherever it is drawn.
 
     Attributes:
-        panels: SVG elements.
-        caption: what is drawn, and of what.
-        legend: HTML, made by :func:`bpfree.study.report.svg.legend`.
+        style: number that decides on colour, dash pattern and marker.
+        label: its name in a legend.
+        colour: instead of the style's.
     """
 
-    panels: Sequence[str]
-    caption: str
-    legend: str = ""
+    style: int
+    label: str
+    colour: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart.
+
+    Attributes:
+        width, height: of its view box.
+        label: what it shows, for those who cannot see it.
+        body: SVG elements.
+    """
+
+    width: int
+    height: int
+    label: str
+    body: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels side by side, with the legend of what they show.
+
+    Attributes:
+        caption: what is drawn, and of what.
+        keys: of the legend.
+    """
+
+    panels: Sequence[Panel]
+    caption: str = ""
+    keys: Sequence[Key] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Documents and their charts: study reports, certificates, and the plots of a run."""

@@ -1,0 +1,59 @@
+"""Networks by name: ``mlp``, ``vgg``, a plugin's, or a model of a family such as ``torchvision:resnet18``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from bpfree.errors import UsageError, unknown_name
+from bpfree.network.network import Network
+from bpfree.options import range_problems
+from bpfree.plugins import Plugins, installed_plugins
+from bpfree.tasks.task import TaskSpec
+
+__all__ = ["build_network", "spelled_out"]
+
+
+def spelled_out(name: str, registry: Plugins) -> tuple[str, dict[str, str]]:
+    """The builder that a name means, and the options that it gives: ``("torchvision", {"model": "resnet18"})``.
+
+    A name without a colon, and one that is registered with it, means itself.
+
+    Raises:
+        UsageError: something after the colon, for a builder that takes nothing there.
+    """
+    builder, colon, member = name.partition(":")
+    if not colon or name in registry.names("networks"):
+        return name, {}
+    family = registry.get("networks", builder, where="network").family
+    if not family or not member:
+        families = [f"{known}:NAME" for known, made, _ in registry.items("networks") if made.family]
+        what = f"the network {builder!r} takes no name after the colon" if not family else f"{name!r} names no model after the colon"
+        raise UsageError(what, where=f"network={name}", fix=f"network={builder}, or one of {', '.join(families)}")
+    return builder, {family: member}
+
+
+def build_network(name: str, spec: TaskSpec, registry: Plugins | None = None, **options: Any) -> Network:
+    """Build the network that ``network=NAME`` means on the command line, with options as ``network.KEY``.
+
+    Args:
+        name: of a builder, or of a model in a family: ``torchvision:resnet18``.
+        spec: of the task.
+        registry: of names; the installed plugins by default.
+        options: of the builder.
+
+    Raises:
+        UsageError: an unknown name or option, an option out of its range, or a network that does not fit the task.
+    """
+    registry = registry or installed_plugins()
+    known, implied = spelled_out(name, registry)
+    builder = registry.get("networks", known, where="network")
+    keys = [item.name for item in dataclasses.fields(builder.Config)]
+    for key in options:
+        if key not in keys:
+            raise unknown_name("option", key, keys, where=f"network {known}")
+    config = builder.Config(**{**implied, **options})
+    if problems := list(range_problems(config, "network.")):
+        raise UsageError.of(problems, "network")
+    network: Network = builder.build(spec, config)
+    return network
