@@ -317,5 +317,6 @@ def _note(ended: Ended, cell: Cell, worklist: Worklist, elsewhere: set[str], dea
         elsewhere.add(cell.key.id)
     else:
         worklist.take(ended.record)
-        worklist.tried(cell, ended.record)
+        if not worklist.has_paused(cell.key.id):
+            worklist.tried(cell.key.id)
     display.ended(cell, ended.record, worklist.left())

@@ -99,7 +99,7 @@ class Worker:
             if not mine:
                 return None
             before = store.read(job.key.id)
-            if before is not None and before.is_final and (before.status == "finished" or not job.again):
+            if before is not None and _is_done(job, before):
                 return before  # somebody was faster
             record = store.begin(job.key, before, restart=job.restart)
             with present(store.folder_of_all / WORKERS) as concurrency, garbage_collected():
@@ -161,6 +161,13 @@ class Worker:
                 log.append("result", metrics=measured)
         except Exception as error:  # the test result stands without it
             record.reason = f"the training split could not be scored: {reason_of(error)}"
+
+
+def _is_done(job: Job, before: CellRecord) -> bool:
+    """Whether a record is what a job asks for."""
+    if before.status == "paused":
+        return job.until is not None and bool(before.history) and before.history[-1]["epoch"] >= job.until
+    return before.is_final and (before.status == "finished" or not job.again)
 
 
 @contextmanager

@@ -203,10 +203,14 @@ class Worklist:
         if known is None or (record.is_final and known.status != record.status):
             self.store.write(record)
 
-    def tried(self, cell: Cell, record: CellRecord) -> None:
-        """Mark a cell as attempted by this call, whatever became of it; a trial that has paused at a rung, and is known to, may go on."""
-        if record.status != "paused" or self.store.read(cell.key.id) is None or not record.history:
-            self._tried.add(cell.key.id)
+    def tried(self, cell: str) -> None:
+        """Mark a cell as attempted by this call, whatever became of it."""
+        self._tried.add(cell)
+
+    def has_paused(self, cell: str) -> bool:
+        """Whether a trial has paused at a rung, as its record and its log here say, so that it may go on."""
+        record = self.store.read(cell)
+        return record is not None and record.status == "paused" and bool(record.history)
 
     def left(self) -> int:
         """How many cells are still to be run, those included that tuning will make."""
