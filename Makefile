@@ -6,12 +6,13 @@ JOBS ?= 2
 export OMP_WAIT_POLICY = PASSIVE
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: help install quickstart test test-slow test-oldest lint types bench torture gpu certify downstream clean
+.PHONY: help install quickstart test pytest test-slow test-timing test-oldest lint types bench torture gpu certify downstream clean
 
 help:
 	@echo "make quickstart    install, then compare a rule of each plugin with floor and ceiling on digits (no download)"
 	@echo "make test          install, then lint, types and tests (JOBS=2 processes)"
-	@echo "make test-slow     the longer checks"
+	@echo "make test-slow     the longer tests: worked example, wheel, long examinations, injected faults"
+	@echo "make test-timing   tests that wait for threads and processes, ten times beside eight busy processes"
 	@echo "make test-oldest   the tests on the oldest supported versions of the dependencies"
 	@echo "make certify       renew the registry's missing or stale certificates (ALL=1: all), its index and tables"
 	@echo "make support       try each rule on each kind of network, input and target, and write the tables of docs/networks.md"
@@ -31,16 +32,24 @@ install: $(VENV)/installed
 quickstart: install
 	$(BIN)/bpfree study run quickstart
 
-# One thread each: the tests' tensors are small, and threads that wait for each other on a busy machine cost more than they bring.
+# Lint, types and tests side by side; if one fails, the others are told of all the same.
 test: install
+	$(MAKE) --no-print-directory --keep-going --jobs=3 lint types pytest
+
+# One thread each: the tests' tensors are small, and threads that wait for each other on a busy machine cost more than they bring.
+pytest: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 test-slow: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m slow
+
+# What waits for other threads and processes passes ten times in a row beside eight busy processes.
+test-timing: install
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/busy.py --processes 8 --times 10 $(BIN)/python -m pytest -q -m "time_dependent and not slow"
 
 test-oldest:
 	$(MAKE) VENV=.venv-oldest PYTHON=$(PYTHON) install-oldest
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist loadfile --ignore=tests/test_project.py
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist loadfile
 
 .PHONY: install-oldest
 install-oldest:
@@ -49,10 +58,13 @@ install-oldest:
 	$(BIN)/python -m pip install --quiet -c $(VENV)/oldest.txt -r requirements-dev.txt
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
+	$(BIN)/python .ci/new_plugins.py lint
 
 types: install
 	$(BIN)/mypy
+	$(BIN)/mypy plugins/*/src
+	$(BIN)/python .ci/new_plugins.py types
 
 bench: install
 	$(BIN)/python benchmarks/run_all.py

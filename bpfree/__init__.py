@@ -53,6 +53,10 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.step import Stage as Stage
     from bpfree.step import Step as Step
     from bpfree.study.executor import Executor as Executor
+    from bpfree.study.model import Row as Row
+    from bpfree.study.model import Study as Study
+    from bpfree.study.python import compare as compare
+    from bpfree.study.python import run_study as run_study
     from bpfree.tasks.class_streams import class_stream as class_stream
     from bpfree.tasks.metrics import mean_metric as mean_metric
     from bpfree.tasks.metrics import whole_metric as whole_metric
@@ -109,6 +113,7 @@ _HOME = {
     "Program": "program",
     "ProgramContext": "program",
     "Rule": "rule",
+    "Row": "study.model",
     "Run": "run",
     "Saved": "saved",
     "ScheduleConfig": "options",
@@ -116,6 +121,7 @@ _HOME = {
     "Step": "step",
     "Stepper": "training.stepper",
     "Streamed": "rule",
+    "Study": "study.model",
     "Task": "tasks.task",
     "TaskSpec": "tasks.task",
     "TrainConfig": "training.config",
@@ -127,6 +133,7 @@ _HOME = {
     "UsageError": "errors",
     "always": "rule",
     "build_network": "named_networks",
+    "compare": "study.python",
     "hookimpl": "hooks",
     "load": "saved",
     "load_task": "config",
@@ -135,6 +142,7 @@ _HOME = {
     "new_step": "training.stepper",
     "plan": "network.split",
     "installed_plugins": "plugins",
+    "run_study": "study.python",
     "split": "network.split",
     "vgg": "network.builders",
 }

@@ -12,15 +12,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bpfree.code_files import CodeFile, files_of, shown
 from bpfree.errors import BpfreeError
-from bpfree.leaves import Leaf, canonical, leaves_of, once, parse_words, read_yaml
+from bpfree.leaves import Leaf, canonical, leaves_of, names_code, once, parse_words, read_yaml
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.recipe import CHOSEN, Recipe, TaskCommon
 from bpfree.resolver import Resolver
 from bpfree.tasks.task import Task, TaskSpec
 from bpfree.typed import Misfit, typed
 
-__all__ = ["load_task", "parse_words", "read_yaml", "recipe_of", "resolve"]
+__all__ = ["allowing", "load_task", "parse_words", "read_yaml", "recipe_of", "resolve"]
 
 
 def resolve(leaves: Iterable[Leaf] | Mapping[str, Any], registry: Plugins | None = None, *, spec: TaskSpec | None = None) -> Recipe:
@@ -41,7 +42,28 @@ def resolve(leaves: Iterable[Leaf] | Mapping[str, Any], registry: Plugins | None
     return Resolver(listed, registry, spec).resolve()
 
 
-def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, spec: TaskSpec | None = None, where: str) -> Recipe:
+def allowing(words: Iterable[Leaf] = (), files: Iterable[str | Path] = ()) -> Plugins:
+    """The installed plugins, in which names may also lead to code in files that somebody has named.
+
+    Args:
+        words: settings; those that were typed as words of the command line (``Leaf.word``) allow the files that they name.
+        files: that are allowed beside.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    typed_in = [leaf.value for leaf in words if leaf.word and names_code(leaf)]
+    return installed_plugins().allowing([*files_of(typed_in), *map(CodeFile.read, files)])
+
+
+def recipe_of(
+    saved: Mapping[str, Any] | None,
+    changes: Iterable[Leaf] = (),
+    *,
+    spec: TaskSpec | None = None,
+    where: str,
+    registry: Plugins | None = None,
+) -> Recipe:
     """The recipe that a checkpoint holds, with changes.
 
     Args:
@@ -49,6 +71,7 @@ def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, 
         changes: later leaves. Another task drops the options of the saved one.
         spec: the task's, where its data need not be there.
         where: the checkpoint, for errors.
+        registry: of names; the installed plugins by default.
 
     Raises:
         BpfreeError: it holds none, because its network or rule was made in Python; or the changes name another rule.
@@ -60,16 +83,17 @@ def recipe_of(saved: Mapping[str, Any] | None, changes: Iterable[Leaf] = (), *, 
         )
     wanted = {leaf.key.removesuffix(".name"): _name_in(leaf) for leaf in changes if leaf.key.removesuffix(".name") in CHOSEN}
     wanted = {section: name for section, name in wanted.items() if name}  # an empty name is refused below
-    if wanted.get("rule", saved["rule"]["name"]) != saved["rule"]["name"]:
-        raise BpfreeError(f"the checkpoint is of another rule: {saved['rule']['name']}, not {wanted['rule']}", where=where)
+    rule, now = shown(saved["rule"]["name"]), shown(wanted.get("rule", saved["rule"]["name"]))
+    if now != rule:
+        raise BpfreeError(f"the checkpoint is of another rule: {rule}, not {now}", where=where)
     kept = dict(saved)
-    if wanted.get("task", saved["task"]["name"]) != saved["task"]["name"]:
+    if shown(wanted.get("task", saved["task"]["name"])) != shown(saved["task"]["name"]):
         common = {item.name for item in dataclasses.fields(TaskCommon)}
         kept["task"] = {key: value for key, value in saved["task"].items() if key in common}
     before = [
         dataclasses.replace(leaf, shared=True) for leaf in leaves_of(kept, "", where)
     ]  # a saved setting that is no longer read is no reason to refuse the checkpoint
-    return resolve([*before, *changes], spec=spec)
+    return resolve([*before, *changes], registry, spec=spec)
 
 
 def _name_in(leaf: Leaf) -> str:

@@ -11,10 +11,25 @@ from typing import Any
 import yaml
 
 from bpfree import yaml_values
+from bpfree.code_files import CodeName, placed
 from bpfree.errors import UsageError
 from bpfree.typed import Misfit, typed
 
-__all__ = ["NAMED", "REFERENCE", "Leaf", "canonical", "last_said", "leaves_of", "once", "parse_words", "read_yaml", "refers", "said"]
+__all__ = [
+    "NAMED",
+    "REFERENCE",
+    "Leaf",
+    "canonical",
+    "last_said",
+    "leaf_at",
+    "leaves_of",
+    "names_code",
+    "once",
+    "parse_words",
+    "read_yaml",
+    "refers",
+    "said",
+]
 
 FORMER = {"frozen_twin": "twin"}
 """Keys by their former names, which saved configurations may have."""
@@ -104,7 +119,8 @@ def read_yaml(path: Path) -> list[Leaf]:
             repeated.append(f"{key} is given twice, as {names} in lines {first.line} and {entry.line}")
     if repeated:
         raise UsageError("; ".join(dict.fromkeys(repeated)), where=str(path), fix="keep one of them")
-    return [Leaf(".".join(entry.path), entry.value, f"{path}, line {entry.line}") for entry in found]
+    leaves = [Leaf(".".join(entry.path), entry.value, f"{path}, line {entry.line}") for entry in found]
+    return [leaf_at(leaf, path.parent) for leaf in leaves]
 
 
 def _dotted(path: Iterable[Any], where: str) -> str:
@@ -152,7 +168,23 @@ def parse_words(words: Iterable[str]) -> list[Leaf]:
         if not isinstance(value, (list, dict)) and text[:1] not in ("'", '"') and yaml_values.text_of(value) != text:
             value = yaml_values.Scalar(text, yaml_values.plain(value))  # a comment or blanks are part of a text
         leaves.extend(dataclasses.replace(leaf, word=True) for leaf in once(leaves_of({key: value}, "", "command line")))
-    return leaves
+    return [leaf_at(leaf) for leaf in leaves]
+
+
+def leaf_at(leaf: Leaf, folder: Path | None = None) -> Leaf:
+    """The leaf, with the absolute path where it names code in a file.
+
+    Args:
+        leaf: of any key.
+        folder: to which a relative path belongs; ``None``: the current one.
+    """
+    return dataclasses.replace(leaf, value=placed(leaf.value, folder)) if names_code(leaf) else leaf
+
+
+def names_code(leaf: Leaf) -> bool:
+    """Whether a leaf names a rule, network or task by a file of code."""
+    named = canonical(leaf.key, leaf.value) in ("rule.name", "network.name", "task.name")
+    return named and isinstance(leaf.value, str) and CodeName.parse(leaf.value) is not None
 
 
 def once(leaves: Iterable[Leaf]) -> list[Leaf]:

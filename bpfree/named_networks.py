@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from bpfree.code_files import CodeName
 from bpfree.errors import UsageError, unknown_name
 from bpfree.network.network import Network
 from bpfree.options import range_problems
@@ -17,13 +18,13 @@ __all__ = ["build_network", "spelled_out"]
 def spelled_out(name: str, registry: Plugins) -> tuple[str, dict[str, str]]:
     """The builder that a name means, and the options that it gives: ``("torchvision", {"model": "resnet18"})``.
 
-    A name without a colon, and one that is registered with it, means itself.
+    A name without a colon, one that is registered with it, and one that leads to a file of code mean themselves.
 
     Raises:
         UsageError: something after the colon, for a builder that takes nothing there.
     """
     builder, colon, member = name.partition(":")
-    if not colon or name in registry.names("networks"):
+    if not colon or name in registry.names("networks") or CodeName.parse(name) is not None:
         return name, {}
     family = registry.get("networks", builder, where="network").family
     if not family or not member:

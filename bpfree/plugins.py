@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import importlib.metadata
 import logging
+import shlex
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,10 +20,11 @@ from typing import Any, Literal
 import pluggy
 
 from bpfree import hooks
+from bpfree.code_files import CodeFile, CodeName
 from bpfree.errors import UsageError, unknown_name
 from bpfree.kept import GROUP, disabled_plugins, installed_state, kept
 
-__all__ = ["PluginIndex", "PluginRecord", "Plugins", "installed_plugins", "plugin_index"]
+__all__ = ["Given", "PluginIndex", "PluginRecord", "Plugins", "installed_plugins", "plugin_index"]
 
 logger = logging.getLogger("bpfree")
 
@@ -30,6 +32,8 @@ KINDS = (
     *("rules", "networks", "programs", "tasks", "augmentations", "metrics", "optimizers", "addons", "protocols", "diagnostics"),
     *("presets", "studies", "trackers", "executors"),
 )
+CODED = ("rules", "networks", "tasks")
+"""Kinds of which a name may lead to a file of code."""
 Status = Literal["ok", "broken", "incompatible", "disabled"]
 
 
@@ -47,6 +51,7 @@ class PluginRecord:
         hooks: the hooks that it implements.
         api: the interface version that it states; ``None``: none, or it was not imported.
         path: of its module's source; empty if it was not imported.
+        code: hash of what was named by its file, or made in Python; empty for a plugin.
     """
 
     name: str
@@ -59,6 +64,23 @@ class PluginRecord:
     trace: str = ""
     api: int | None = None
     path: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What names may lead to beside what plugins register; travels to other processes.
+
+    Attributes:
+        files: of code that may be executed, by absolute path.
+        things: made in Python, as they are there, with their records, by kind and name.
+    """
+
+    files: Mapping[str, CodeFile] = field(default_factory=dict)
+    things: Mapping[tuple[str, str], tuple[Any, PluginRecord]] = field(default_factory=dict)
+
+    def __or__(self, other: Given) -> Given:
+        return Given({**self.files, **other.files}, {**self.things, **other.things})
 
 
 class Broken(Exception):
@@ -99,6 +121,7 @@ class Plugins:
 
     Attributes:
         reported: whether it has been said which plugins are left out.
+        given: what names may lead to beside what plugins register.
     """
 
     def __init__(self, disabled: Iterable[str] = (), entry_points: Iterable[Any] | None = None) -> None:
@@ -108,6 +131,8 @@ class Plugins:
         self.records: dict[str, PluginRecord] = {}
         self._registered: dict[str, dict[str, tuple[Any, PluginRecord]]] = {kind: {} for kind in KINDS}
         self._disabled, self.reported = set(disabled), False
+        self.given = Given()
+        self._coded: dict[tuple[str, ...], tuple[Any, PluginRecord]] = {}
         self._load_builtin()
         found = importlib.metadata.entry_points(group=GROUP) if entry_points is None else entry_points
         for entry in sorted(found, key=lambda entry: entry.name):
@@ -198,21 +223,24 @@ class Plugins:
     @property
     def keepable(self) -> bool:
         """Whether listings of these may be kept: no source has changed since they were loaded, and none is broken or incompatible: what
-        would repair those (an installed library, say) is not among the files that are compared."""
-        return self._state == _state() and all(record.status in ("ok", "disabled") for record in self.records.values())
+        would repair those (an installed library, say) is not among the files that are compared. Nor is what was given."""
+        unchanged = self._state == _state() and not self.given.files and not self.given.things
+        return unchanged and all(record.status in ("ok", "disabled") for record in self.records.values())
 
     def names(self, kind: str) -> list[str]:
         """Registered names of a kind, one of ``KINDS``."""
         return sorted(self._registered[kind])
 
     def get(self, kind: str, name: str, *, where: str = "") -> Any:
-        """The registered thing.
+        """The registered thing; or what is in a file, for a name of code.
 
         Raises:
-            UsageError: unknown name; says so if a plugin that is not ok may have had it.
+            UsageError: unknown name; says so if a plugin that is not ok may have had it. Code that is not allowed, or wrong.
         """
         if name in self._registered[kind]:
             return self._registered[kind][name][0]
+        if kind in CODED and (code := CodeName.parse(name)) is not None:
+            return self.coded(kind, code, where=where)[0]
         error = unknown_name(singular(kind), name, self.names(kind), where=where)
         ill = [f"{record.name} ({record.status}: {record.reason})" for record in self.records.values() if record.status != "ok"]
         if ill:
@@ -221,11 +249,67 @@ class Plugins:
 
     def including(self, rule: type[Any]) -> Plugins:
         """A copy that also knows a rule by its class's name, as if a plugin of its module had registered it."""
-        copied = copy.copy(self)
         name, module = rule.__name__, rule.__module__
-        record = PluginRecord(module, module, "?", provides={"rules": [name]})
-        copied._registered = {**self._registered, "rules": {**self._registered["rules"], name: (rule, record)}}
+        return self.knowing("rules", name, rule, PluginRecord(module, module, "?", provides={"rules": [name]}))
+
+    def knowing(self, kind: str, name: str, thing: Any, record: PluginRecord) -> Plugins:
+        """A copy that also knows a thing by a name, in place of another of this name."""
+        copied = copy.copy(self)
+        copied._registered = {**self._registered, kind: {**self._registered[kind], name: (thing, record)}}
         return copied
+
+    def extended(self, given: Given) -> Plugins:
+        """A copy that knows further files and things, also those that another process was given."""
+        if not given.files and not given.things:
+            return self
+        from bpfree.objects import registered
+
+        self.report()  # once, and not for each copy
+        copied = copy.copy(self)
+        for (kind, name), (thing, record) in given.things.items():
+            copied = copied.knowing(kind, name, registered(kind, thing, name), record)
+        copied.given = self.given | given
+        return copied
+
+    def allowing(self, files: Iterable[CodeFile]) -> Plugins:
+        """A copy in which names may lead to code in these files, which is executed when it is asked for by such a name."""
+        return self.extended(Given({str(file.path): file for file in files}))
+
+    def coded(self, kind: str, code: CodeName, *, where: str = "") -> tuple[Any, PluginRecord]:
+        """What a name of code leads to, as a plugin would register it. The code is executed, the first time in this process.
+
+        Raises:
+            UsageError: the file is not allowed, has changed, or fails; it has no such name, or something of another kind.
+        """
+        code = code.resolved()
+        file = self.given.files.get(code.path)
+        if file is None:
+            what = f"the code in {code.path} is executed only if the command line names it"
+            raise UsageError(what, where=where, fix=f"--allow-code {shlex.quote(code.path)}, if you trust it")
+        if code.hash not in ("", file.hash):
+            what = f"the code in {file.path} has changed: it was {code.hash}, and is {file.hash}"
+            fix = f"restore it (a run keeps a copy in code/), or name it as it is now: {singular(kind)}={file.path}:{code.name}"
+            raise UsageError(what, where=where, fix=fix)
+        key = kind, code.path, file.hash, code.name
+        if key not in self._coded:  # a task's data are loaded once
+            self._coded[key] = self._coded_in(file, kind, code)
+        return self._coded[key]
+
+    def _coded_in(self, file: CodeFile, kind: str, code: CodeName) -> tuple[Any, PluginRecord]:
+        from bpfree.objects import registered
+
+        try:
+            with contained("its import"):
+                module = file.module()
+        except Broken as error:
+            missing = isinstance(error.__cause__, ImportError)
+            fix = "it may import what is installed, and no files beside it: several files are a plugin" if missing else "mend the file"
+            raise UsageError(f"{file.path.name} {error}", where=file.line_of(error.__cause__), fix=fix) from error
+        if not hasattr(module, code.name):
+            names = [name for name, thing in vars(module).items() if getattr(thing, "__module__", "") == module.__name__]
+            raise unknown_name(f"name in {file.path.name}", code.name, names, where=str(file.path))
+        thing = registered(kind, getattr(module, code.name), code.short)
+        return thing, PluginRecord(file.path.name, file.path.name, file.hash, path=str(file.path), code=file.hash)
 
     def owner(self, kind: str, name: str) -> PluginRecord:
         """The plugin that registered a name."""

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from bpfree import interrupts
 from bpfree.config import resolve
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf, last_said
+from bpfree.plugins import Given, Plugins, installed_plugins
 from bpfree.ray_cluster import SECRETS, connect, import_ray, room
 from bpfree.run import Run, new_run_id
 from bpfree.training.environment import resolve_device
@@ -37,6 +38,7 @@ class Order:
         output: folder of runs.
         run_id: of a new run.
         folder: to work in, where it is there.
+        given: files of code that may be executed.
     """
 
     leaves: Sequence[Leaf]
@@ -44,6 +46,7 @@ class Order:
     output: str
     run_id: str
     folder: str
+    given: Given = field(default_factory=Given)
 
     @property
     def place(self) -> Path:
@@ -70,17 +73,20 @@ class Member:
         os.environ.update(environment)
         if Path(order.folder).is_dir():
             os.chdir(order.folder)
+        registry = installed_plugins().extended(order.given)
         try:
             if order.resume is not None:
-                return runner.resume(order.resume, output=order.output, changes=order.leaves, quiet=True), 0, ""
-            return runner.run(resolve(order.leaves), run_id=order.run_id, quiet=True), 0, ""
+                return runner.resume(order.resume, output=order.output, changes=order.leaves, quiet=True, registry=registry), 0, ""
+            return runner.run(resolve(order.leaves, registry), run_id=order.run_id, quiet=True), 0, ""
         except BpfreeError as error:
             return None, error.exit_code, str(error)
         except Exception as error:
             return None, 1, f"{type(error).__name__}: {error}"
 
 
-def train(leaves: Sequence[Leaf], *, size: int, address: str | None = None, resume: str | None = None) -> Run:
+def train(
+    leaves: Sequence[Leaf], *, size: int, address: str | None = None, resume: str | None = None, registry: Plugins | None = None
+) -> Run:
     """Train or resume a run in n processes, and return the run of the first one.
 
     Args:
@@ -88,15 +94,17 @@ def train(leaves: Sequence[Leaf], *, size: int, address: str | None = None, resu
         size: how many processes.
         address: of the cluster, as :func:`bpfree.ray_cluster.connect` takes it.
         resume: the run to resume.
+        registry: of names; the installed plugins by default.
 
     Raises:
         BpfreeError: what ended the run: an error of its own, a process that died, a signal.
     """
+    registry = registry or installed_plugins()
     output = last_said(leaves, "output", "runs")
     threads, device = 1, "auto"
     run_id = ""
     if resume is None:
-        recipe = resolve(leaves)
+        recipe = resolve(leaves, registry)
         threads, device = recipe.settings.threads or 1, recipe.settings.device
         run_id = new_run_id(f"{recipe.names['rule']}-{recipe.names['task']}-s{recipe.settings.seed}")
     else:
@@ -110,7 +118,7 @@ def train(leaves: Sequence[Leaf], *, size: int, address: str | None = None, resu
         if most < size:
             raise UsageError(f"the cluster has room for {most} processes, not {size}", where="--ray", fix=f"--ray {most}")
         members = _start(ray, size, threads, gpus)
-        return _together(ray, members, Order(leaves, resume, output, run_id, os.getcwd()))
+        return _together(ray, members, Order(leaves, resume, output, run_id, os.getcwd(), registry.given))
     finally:
         for member in members:
             with contextlib.suppress(Exception):

@@ -13,10 +13,12 @@ from typing import Any, Literal
 import torch
 
 from bpfree import yaml_values
+from bpfree.code_files import CodeFile, CodeName
 from bpfree.errors import UsageError
 from bpfree.files import expanded
 from bpfree.leaves import leaves_of
 from bpfree.network.memory import built
+from bpfree.objects import WholeTask
 from bpfree.options import option
 from bpfree.plugins import Plugins
 from bpfree.redaction import is_redacted, redacted
@@ -97,6 +99,7 @@ class Recipe:
         task: what every task has.
         settings: everything else.
         unused: shared settings (:class:`Leaf`) that this rule does not use, by key, each with the reason; they are left out of the rest.
+        code: of what comes from a file, by section: its name with the file's path and the hash of its code.
     """
 
     names: Mapping[str, str]
@@ -105,9 +108,17 @@ class Recipe:
     settings: RunConfig
     registry: Plugins = field(repr=False, compare=False)
     unused: Mapping[str, str] = field(default_factory=dict, compare=False)
+    code: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole as nested plain values; ``resolve`` of it gives the same recipe. Its addresses are whole: not to be shown."""
+        content = self._content()
+        for section, name in self.code.items():
+            content[section]["name"] = name
+        return content
+
+    def _content(self) -> dict[str, Any]:
+        """The same, but that code from a file goes by its short name."""
         kinds = [kind for kind in CHOSEN if kind in self.names]
         chosen = {kind: {"name": self.names[kind], **dataclasses.asdict(self.options[kind])} for kind in kinds}
         chosen["task"] |= dataclasses.asdict(self.task)
@@ -124,8 +135,14 @@ class Recipe:
         return self.names["program" if self.is_program else "rule"]
 
     def flat(self) -> dict[str, Any]:
-        """``{"rule.name": ..., "seed": ...}``; addresses are whole."""
-        return _flat(self.to_dict())
+        """``{"rule.name": ..., "seed": ...}``; addresses are whole. What comes from a file has the short name ``FILE.py:NAME``."""
+        return _flat(self._content())
+
+    @property
+    def task_id(self) -> str:
+        """The task's name, with the hash of its code where it comes from a file or was made in Python."""
+        code = self.registry.owner("tasks", self.names["task"]).code
+        return f"{self.names['task']} {code}" if code else self.names["task"]
 
     def recorded(self) -> dict[str, Any]:
         """The whole as it is written down: nested, its addresses redacted."""
@@ -134,6 +151,11 @@ class Recipe:
     def to_yaml(self) -> str:
         """The whole as YAML, its addresses redacted."""
         return yaml_values.dump(self.recorded())
+
+    def code_files(self) -> list[CodeFile]:
+        """The files of code that rule, network and task come from, each once."""
+        paths = dict.fromkeys(code.path for name in self.code.values() if (code := CodeName.parse(name)) is not None)
+        return [self.registry.given.files[path] for path in paths]
 
     def root(self) -> Path | None:
         """Folder of data sets, ``None`` for the data sets' own default."""
@@ -165,10 +187,24 @@ class Recipe:
         """
         self._refuse_redacted()
         source = self.registry.get("tasks", self.names["task"])
+        if isinstance(source, WholeTask) and (task := source.task(self.options["task"], self.root())) is not None:
+            self._refuse_cut()
+            return self._shortened(task)
         task = Task.from_source(
             source, self.options["task"], root=self.root(), validation=self.task.validation, split_seed=self.task.split_seed
         )
+        return self._shortened(task)
+
+    def _shortened(self, task: Task) -> Task:
+        """The task of a smoke run, or the whole."""
         return few(task, quick_examples(self.settings)) if self.settings.quick else task
+
+    def _refuse_cut(self) -> None:
+        default = TaskCommon()
+        changed = [key for key in ("validation", "split_seed") if getattr(self.task, key) != getattr(default, key)]
+        if changed:
+            what = f"the task {self.names['task']!r} has a validation split of its own, so that this does nothing"
+            raise UsageError(what, where=", ".join(f"task.{key}" for key in changed), fix="leave it out")
 
     def _refuse_redacted(self) -> None:
         for key, value in _flat({"task": dataclasses.asdict(self.options["task"])}).items():
@@ -226,8 +262,8 @@ def quickened(settings: RunConfig) -> RunConfig:
 
 
 def changed(before: Recipe, after: Recipe) -> list[str]:
-    """The keys in which two recipes differ, as they are recorded."""
-    values, others = _flat(before.recorded()), _flat(after.recorded())
+    """The keys in which two recipes differ, as they are recorded; the place and the version of a file of code do not count."""
+    values, others = redacted(before.flat()), redacted(after.flat())
     return [key for key in dict.fromkeys([*values, *others]) if key not in values or key not in others or values[key] != others[key]]
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bpfree.addons import configured
+from bpfree.code_files import CodeName
 from bpfree.errors import UsageError, nearest
 from bpfree.leaves import REFERENCE, Leaf, leaves_of, refers, said
 from bpfree.named_networks import spelled_out
@@ -54,6 +55,7 @@ class Resolver:
         self.unused: dict[str, str] = {}
         self.idle: set[str] = set()
         self.names = {"rule": "backprop", "network": "auto", "task": "digits"}
+        self.code: dict[str, str] = {}
         self.leaves = [each for leaf in leaves for each in self._spelled_out(leaf)]
         for leaf in self.leaves:
             section, _, rest = leaf.key.partition(".")
@@ -122,7 +124,7 @@ class Resolver:
         options["network"] = self._network(rule, spec, options["rule"])
         self._check_settings(rule, options["rule"], spec, common, settings)
         self._stop_if_problems()
-        return Recipe(self.names, options, common, quickened(settings), self.registry, dict(sorted(self.unused.items())))
+        return Recipe(self.names, options, common, quickened(settings), self.registry, dict(sorted(self.unused.items())), self.code)
 
     def _of_program(self, settings: RunConfig) -> Recipe:
         common, options = self._task()
@@ -138,7 +140,7 @@ class Resolver:
         self._check_names(spec, common, settings)
         self._check_each([lambda: settings.budget.resolve(1)])
         self._stop_if_problems()
-        return Recipe(self.names, options, common, quickened(settings), self.registry, dict(sorted(self.unused.items())))
+        return Recipe(self.names, options, common, quickened(settings), self.registry, dict(sorted(self.unused.items())), self.code)
 
     def _unread(self, program: Program, filled: RunConfig) -> Iterator[tuple[str, str]]:
         """Settings that are not the defaults, and that a program does not read."""
@@ -189,11 +191,22 @@ class Resolver:
     # --- sections ---------------------------------------------------------------------------------------------------
 
     def _class(self, kind: str, section: str) -> Any:
+        name = self.names[section]
+        code = None if name in self.registry.names(kind) else CodeName.parse(name)
         try:
-            return self.registry.get(kind, self.names[section], where=f"{section}.name")
+            return self.registry.get(kind, name, where=f"{section}.name") if code is None else self._coded(kind, section, code)
         except UsageError as error:
-            self.problems.append(f"{error.what} ({error.fix})")
+            place = f"{error.where}; " if code is not None and error.where else ""
+            self.problems.append(f"{error.what} ({place}{error.fix})")
             return None
+
+    def _coded(self, kind: str, section: str, code: CodeName) -> Any:
+        """What is in a file: from here on it goes by its short name; the recorded name has the place and the hash."""
+        thing, owner = self.registry.coded(kind, code, where=f"{section}.name")
+        self.registry = self.registry.knowing(kind, code.short, thing, owner)
+        self.names[section] = code.short
+        self.code[section] = dataclasses.replace(code.resolved(), hash=owner.code).text
+        return thing
 
     def _task(self) -> tuple[TaskCommon, dict[str, Any]]:
         source = self._class("tasks", "task")

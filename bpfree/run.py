@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, Literal, NoReturn
 
 from bpfree.metric import ACCURACY, LOSS, Metric, metric_of, metrics_from, scores_in
 
-__all__ = ["ReadOnly", "Run", "RunView", "new_run_id"]
+__all__ = ["ReadOnly", "Run", "RunView", "as_file", "new_run_id"]
 
 Status = Literal["created", "running", "finished", "diverged", "interrupted", "failed"]
 
@@ -147,4 +148,9 @@ for _field in dataclasses.fields(Run):
 def new_run_id(name: str) -> str:
     """A sortable, unique name: time, what it is, and six random hex digits."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{now}-{name}-{secrets.token_hex(3)}"
+    return f"{now}-{as_file(name)}-{secrets.token_hex(3)}"
+
+
+def as_file(name: str) -> str:
+    """A name as a part of a file's, with hyphens for what not every file system takes."""
+    return re.sub(r"[^\w.+-]", "-", name)

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from bpfree.addons import names_of
+from bpfree.code_files import CodeFile
 from bpfree.code_lines import class_lines
 from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
-from bpfree.files import write_text
+from bpfree.files import replacing, write_text
 from bpfree.hooks import hookimpl
-from bpfree.leaves import Leaf, leaves_of
+from bpfree.leaves import Leaf, leaves_of, names_code
 from bpfree.legacy import refuse_version_1
+from bpfree.plugins import Plugins
 from bpfree.program_run import ProgramRun, program_tags
 from bpfree.recipe import CHANGEABLE, Recipe, changed
 from bpfree.record.folder import RunFolder, read_run
@@ -26,8 +28,10 @@ from bpfree.record.recorder import Recorder
 from bpfree.redaction import redact, redact_logs, redacted
 from bpfree.rule import Rule
 from bpfree.run import Run, new_run_id
+from bpfree.summary import SummaryDisplay, summary
 from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Task
+from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.mlflow_tracker import settled
 from bpfree.tracking.sending import Tracking, complete, makers
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
@@ -111,6 +115,7 @@ def resume(
     task: Task | None = None,
     tags: Mapping[str, str] | None = None,
     until: int | None = None,
+    registry: Plugins | None = None,
 ) -> Run:
     """Resume an interrupted run, in its own folder and its own MLflow run.
 
@@ -121,6 +126,7 @@ def resume(
         quiet, label, observers, task: as in :func:`run`.
         tags: further ones, beside those that the run has.
         until: as in :func:`run`.
+        registry: of names; the installed plugins by default. Code in a file is executed only if it is allowed there.
 
     Raises:
         BpfreeError: no such run, a corrupt checkpoint, or one that does not fit the changes.
@@ -131,17 +137,19 @@ def resume(
     world = World.here()
     with world.joined():
         changes = [leaf for leaf in changes if leaf.key != "output"]
-        found = world.from_first(lambda: find_run(place, output, changes))
+        found = world.from_first(lambda: find_run(place, output, changes, registry))
         if isinstance(found, Run):
             return found
         record, path, config, count = found
-        recipe = recipe_of(config, changes, where=str(path))
+        recipe = recipe_of(config, changes, where=str(path), registry=registry)
         elsewhere = any(leaf.key == "tracking.uri" for leaf in changes)
         options: dict[str, Any] = {"quiet": quiet, "label": label, "observers": observers, "task": task, "until": until}
         return _train(recipe, record, path, world, **options, further=count | dict(tags or {}), elsewhere=elsewhere)
 
 
-def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Run, Path, dict[str, Any], dict[str, str]]:
+def find_run(
+    place: str, output: str, changes: Sequence[Leaf], registry: Plugins | None = None
+) -> Run | tuple[Run, Path, dict[str, Any], dict[str, str]]:
     """A run that can be resumed, its checkpoint, its configuration before the changes, and tags; or the run as it ended.
 
     Raises:
@@ -150,13 +158,14 @@ def find_run(place: str, output: str, changes: Sequence[Leaf]) -> Run | tuple[Ru
     path = find_checkpoint(place, output=output)
     refuse_version_1(path.parent.parent, "resumed")
     saved = read_checkpoint(path)
-    recipe = recipe_of(saved["config"], changes, where=str(path))
-    refuse_changes(changed(recipe_of(saved["config"], spec=recipe.spec(), where=str(path)), recipe))
+    recipe = recipe_of(saved["config"], changes, where=str(path), registry=registry)
+    moved = [leaf for leaf in changes if names_code(leaf)]  # code is where, and as, the changes name it
+    refuse_changes(changed(recipe_of(saved["config"], moved, spec=recipe.spec(), where=str(path), registry=registry), recipe))
     folder, about = path.parent.parent, (saved.get("training") or {}).get("run")
     before = known_run(folder)
     if path.parent != RunFolder(folder).checkpoints or (before and about and about["id"] not in ids_of(folder)):
         raise UsageError("the checkpoint lies outside its run's folder", where=str(path), fix="resume the run by its folder or name")
-    if before and before.status == "finished" and not changes:
+    if before and before.status == "finished" and len(moved) == len(changes):
         complete(folder)
         return before
     if about is None:
@@ -232,7 +241,7 @@ def clear_attempt(folder: Path) -> None:
 
 def remove_untrained(folder: Path) -> None:
     """Remove the folder of a run that has not trained."""
-    if {path.name for path in folder.iterdir()} <= {"config.yaml", "plan.txt"}:
+    if {path.name for path in folder.iterdir()} <= {"config.yaml", "plan.txt", "code"}:
         shutil.rmtree(folder)
 
 
@@ -279,11 +288,18 @@ def _train(
             task = task or recipe.build_task()
             rule = recipe.build_rule(task.spec)
             recipe, pause = recipe.pinned(rule), Pause(until)
+            told = [] if quiet else [SummaryDisplay(summary(recipe, task, rule, record, places(tracking, folder)), label)]
             trainer = Trainer(
                 rule,
                 task,
                 recipe.settings,
-                observers=[RecipeFile(recipe, rule.plan()), *standard_observers(recipe, quiet=quiet, label=label), *observers, pause],
+                observers=[
+                    RecipeFile(recipe, rule.plan()),
+                    *told,
+                    *standard_observers(recipe, quiet=quiet, label=label),
+                    *observers,
+                    pause,
+                ],
                 recorder=Recorder([Tracking(tracking, makers(tracking, recipe.registry))] if tracking.enabled else []),
                 run=record,
                 recipe=recipe.recorded(),
@@ -355,8 +371,17 @@ class Pause:
             self.stop(paused_at(self._until))
 
 
+def places(tracking: TrackingConfig, folder: Path) -> list[str]:
+    """Where else than in its folder a run is recorded: its trackers, MLflow with the address of its store."""
+    if not tracking.enabled:
+        return []
+    return [f"mlflow, {tracking.resolve_uri(folder.parent)}" if name == "mlflow" else name for name in tracking.to]
+
+
 class RecipeFile:
-    """Keeps the configuration, and the rule's plan, in the run's folder once the run begins: one that is refused changes nothing.
+    """Keeps configuration, the rule's plan and copies of files of code in the run's folder once the run begins.
+
+    A run that is refused changes nothing.
 
     Args:
         recipe: the configuration.
@@ -368,7 +393,7 @@ class RecipeFile:
 
     @hookimpl(tryfirst=True)
     def run_start(self, run: Run) -> None:
-        """Write both."""
+        """Write them."""
         if run.folder is None:
             return
         place = RunFolder(run.folder)
@@ -376,6 +401,19 @@ class RecipeFile:
         if self._plan:
             run.artifacts["plan.txt"] = place.plan
             write_text(place.plan, f"{redact(self._plan.rstrip())}\n")
+        for file in self._recipe.code_files():
+            path = copy_of(file, place.code)
+            run.artifacts[f"code/{path.name}"] = path
+
+
+def copy_of(file: CodeFile, folder: Path) -> Path:
+    """Keep a copy of a file of code, as a record: it is never executed. That of an earlier version, or of another file, stays."""
+    path = folder / file.path.name
+    if path.exists() and path.read_bytes() != file.source:
+        path = folder / f"{file.path.stem}-{file.hash}.py"
+    with replacing(path) as copy:
+        copy.write(file.source)
+    return path
 
 
 def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> list[Any]:

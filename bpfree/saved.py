@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bpfree.config import recipe_of
+from bpfree.config import allowing, recipe_of
 from bpfree.errors import BpfreeError
 from bpfree.leaves import Leaf
 from bpfree.network.network import Network, evaluating
-from bpfree.plugins import installed_plugins
+from bpfree.plugins import Plugins, installed_plugins
 from bpfree.recipe import Recipe
 from bpfree.rule import Rule
 from bpfree.step import Budget
@@ -125,6 +125,8 @@ def load(
     device: str | torch.device = "cpu",
     output: str | Path = "runs",
     changes: Iterable[Leaf] = (),
+    allow_code: Iterable[str | Path] = (),
+    registry: Plugins | None = None,
 ) -> Saved:
     """Load the tested weights of a run, or a checkpoint.
 
@@ -135,9 +137,11 @@ def load(
         device: where to put it.
         output: folder of runs.
         changes: of the configuration, such as another kind of inference.
+        allow_code: files of code that may be executed, for a run whose rule or network is named by its file.
+        registry: of names; the installed plugins by default, with the files that are allowed.
 
     Raises:
-        UsageError: no such checkpoint.
+        UsageError: no such checkpoint; or it names code in a file that is not allowed, or has changed.
         BpfreeError: it is corrupt, of another rule, or does not say how to build its rule.
     """
     path = find_checkpoint(place, output=output, prefer="selected")
@@ -145,7 +149,8 @@ def load(
     spec = spec_of(content["task"], path) if spec is None else spec
     recipe = None
     if rule is None:
-        recipe = recipe_of(content["config"], changes, spec=spec, where=str(path))
+        registry = registry or allowing(files=allow_code)
+        recipe = recipe_of(content["config"], changes, spec=spec, where=str(path), registry=registry)
         rule = recipe.build_rule(spec)
     check_rule(content, rule, path)
     with torch.random.fork_rng(devices=[]):  # phases may add parameters, and initialise them

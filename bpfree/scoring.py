@@ -11,8 +11,9 @@ import torch
 from bpfree import seeds
 from bpfree.config import recipe_of
 from bpfree.errors import BpfreeError, UsageError
-from bpfree.leaves import Leaf
+from bpfree.leaves import Leaf, names_code
 from bpfree.metric import LOSS, Metric
+from bpfree.plugins import Plugins
 from bpfree.recipe import changed
 from bpfree.rule import Rule
 from bpfree.saved import load
@@ -51,7 +52,9 @@ class Scored(NamedTuple):
 
 
 @flushing_denormals()
-def score(place: str, changes: Sequence[Leaf] = (), *, split: str = "validation", output: str = "runs") -> Scored:
+def score(
+    place: str, changes: Sequence[Leaf] = (), *, split: str = "validation", output: str = "runs", registry: Plugins | None = None
+) -> Scored:
     """Metrics of a saved rule on the ``validation``, ``test`` or ``train`` split.
 
     Args:
@@ -59,6 +62,7 @@ def score(place: str, changes: Sequence[Leaf] = (), *, split: str = "validation"
         changes: of the run's configuration, such as another task.
         split: which examples.
         output: folder of runs.
+        registry: of names; the installed plugins by default.
 
     Returns:
         What was scored, and by what; also by ``evaluation.protocols``, which are fitted to the features of the task's training split.
@@ -68,8 +72,10 @@ def score(place: str, changes: Sequence[Leaf] = (), *, split: str = "validation"
     """
     path = find_checkpoint(place, output=output, prefer="selected")
     content = read_checkpoint(path)
-    recipe = recipe_of(content["config"], changes, where=str(path))
-    idle = [key for key in changed(recipe_of(content["config"], where=str(path)), recipe) if f"{key}.".startswith(OF_TRAINING)]
+    recipe = recipe_of(content["config"], changes, where=str(path), registry=registry)
+    moved = [leaf for leaf in changes if names_code(leaf)]
+    before = recipe_of(content["config"], moved, where=str(path), registry=registry)
+    idle = [key for key in changed(before, recipe) if f"{key}.".startswith(OF_TRAINING)]
     if idle:
         raise UsageError("these settings are of training, and would not change the score", where=", ".join(idle), fix="leave them out")
     spec = recipe.spec()
@@ -81,7 +87,7 @@ def score(place: str, changes: Sequence[Leaf] = (), *, split: str = "validation"
             fix="choose a task of the same shape",
         )
     device = resolve_device(recipe.settings.device)
-    saved = load(path, device=device, changes=changes)
+    saved = load(path, device=device, changes=changes, registry=registry)
     rule = saved.rule
     task = recipe.build_task()
     examples = getattr(task, split)

@@ -6,30 +6,35 @@ count, so that a better explanation costs no computing.
 
 from __future__ import annotations
 
-import ast
 import hashlib
+import inspect
 import json
-import re
 import sys
-import warnings
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from types import FunctionType
 
+from bpfree import code_hash
+from bpfree.code_files import MODULE
+from bpfree.code_hash import hash_of_python
+from bpfree.errors import UsageError
 from bpfree.files import write_text
 from bpfree.kept import cache_folder
 from bpfree.named_networks import spelled_out
 from bpfree.plugins import Plugins
 from bpfree.recipe import Recipe
 
-__all__ = ["CONTRACT", "EXAMINER", "REST", "certificate_hashes", "core_parts", "floor_hash", "source_hashes"]
+__all__ = ["CONTRACT", "EXAMINER", "REST", "certificate_hashes", "core_parts", "floor_hash", "source_hashes", "source_of"]
 
 SUFFIXES = {".py", ".pyx", ".c", ".cpp", ".cu", ".cuh", ".h", ".so"}
 SHOWING = (
     "__init__.py",
     "cli",
     "document",
+    "code_hash.py",
     "kept.py",
     "legacy.py",
     "record",
@@ -92,10 +97,6 @@ CONTRACT, EXAMINER, REST = "bpfree contract", "bpfree examiner", "bpfree"
 """Names of the parts of the core in a certificate."""
 MOST_KNOWN = 5000
 """Hashes that are kept."""
-TOKEN = re.compile(
-    rb'''("""(?:[^\\]|\\.)*?"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|\\\n)|\s*#[^\n]*|\s*\n''', re.DOTALL
-)
-"""A string or a continued line, which is kept; a comment; the end of a line, with the blank lines after it."""
 
 
 def source_hashes(recipe: Recipe) -> dict[str, str]:
@@ -145,14 +146,42 @@ def core_parts(core: Path) -> dict[str, str]:
     }
 
 
+def source_of(made: type | FunctionType) -> str:
+    """Hash the source of a class or function: of its module's file, of its package where it belongs to one; of itself in a session.
+
+    Raises:
+        UsageError: there is no source, as of what was typed into an interpreter.
+    """
+    root = _root(made.__module__)
+    if root is not None and root.exists():
+        return hash_of(root, NOT_EXAMINED if root.name == "bpfree" else ())
+    try:
+        return hash_of_python(textwrap.dedent(inspect.getsource(made)).encode())[:16]
+    except (OSError, TypeError) as error:
+        what = f"the source of {made.__qualname__} cannot be read, so that nobody would notice a change"
+        raise UsageError(what, where=made.__module__, fix="write it into a file") from error
+
+
 def _hashes(registry: Plugins, rule: str | None, named: Iterable[tuple[str, str]], skipped: tuple[str, ...]) -> dict[str, str]:
+    named = [*named, *([] if rule is None else [("rules", rule)])]
+    coded = {name: owner.code for kind, name in named if (owner := registry.owner(kind, name)).code}
     owners = {_root_of_plugin(registry, registry.owner(kind, name).name) for kind, name in named}
     plugins = {_root_of_plugin(registry, name) for name in registry.records}
-    lineage = [] if rule is None else [_root(base.__module__) for base in registry.get("rules", rule).__mro__]  # the rule's class first
-    roots = {_root("bpfree"), *owners, *(set(lineage) & plugins), *lineage[:1]}
+    roots = {_root("bpfree"), *owners}
+    if rule is not None:
+        kind = registry.get("rules", rule)
+        own = _roots_of_bases(kind) if registry.owner("rules", rule).code else {_root(kind.__module__)}
+        roots |= {_root(base.__module__) for base in kind.__mro__} & plugins | own
     return {
         root.stem: hash_of(root, skipped if root.name == "bpfree" else ()) for root in sorted(root for root in roots if root is not None)
-    }
+    } | coded
+
+
+def _roots_of_bases(kind: type) -> set[Path | None]:
+    """Where the classes come from that one inherits from which no plugin has registered, but for files of code, torch and Python."""
+    foreign = {"torch", *sys.stdlib_module_names}
+    modules = {base.__module__ for base in kind.__mro__ if base.__module__.partition(".")[0] not in foreign}
+    return {_root(module) for module in modules if not module.startswith(MODULE)}
 
 
 def _root_of_plugin(registry: Plugins, name: str) -> Path | None:
@@ -184,7 +213,7 @@ def hash_of(root: Path, skipped: tuple[str, ...] = (), chosen: tuple[str, ...] =
         found = hashlib.sha256(content).hexdigest()
         if path.suffix == ".py":
             if found not in known:
-                known[found] = _hash_of_python(content)
+                known[found] = hash_of_python(content)
             found = known[found]
         digest.update(f"{name}\0{found}\0".encode())
     if len(known) > before:
@@ -203,56 +232,9 @@ def _known_hashes() -> dict[str, str]:
 
 
 def _place_of_hashes() -> Path:
-    """In the user's cache, by what computes them: this file, and the version of Python that parses."""
-    digest = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode()).hexdigest()
+    """In the user's cache, by what computes them: the file of that function, and the version of Python that parses."""
+    digest = hashlib.sha256(Path(code_hash.__file__).read_bytes() + sys.version.encode()).hexdigest()
     return cache_folder() / f"code-{digest[:16]}.json"
-
-
-def _hash_of_python(content: bytes) -> str:
-    """SHA-256 of the code, the same on every version of Python; of the bytes if this one cannot read them.
-
-    The syntax tree is used for the places of docstrings alone, since its other details differ between versions.
-    """
-    try:
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
-        code = text.encode()
-        lines = [0]
-        for line in code.split(b"\n"):
-            lines.append(lines[-1] + len(line) + 1)
-        with warnings.catch_warnings(action="ignore"):  # of strings with unknown escapes: their author sees them on import
-            module = ast.parse(text)
-        for node in sorted(_texts(module), key=lambda node: (node.lineno, node.col_offset), reverse=True):
-            code = code[: lines[node.lineno - 1] + node.col_offset] + code[lines[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0) :]
-        content = TOKEN.sub(_kept, code)
-    except (SyntaxError, ValueError):  # no Python, or none that this version reads
-        pass
-    return hashlib.sha256(content).hexdigest()
-
-
-def _texts(module: ast.Module) -> Iterator[ast.Expr]:
-    """All statements that are nothing but a string: docstrings, also those of attributes."""
-    nodes: list[ast.AST] = [module]
-    for node in nodes:
-        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
-            for inner in getattr(node, name, ()):
-                if isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant) and isinstance(inner.value.value, str):
-                    yield inner
-                elif isinstance(inner, ast.AST):
-                    nodes.append(inner)
-
-
-def _kept(match: re.Match[bytes]) -> bytes:
-    """What is left of a token.
-
-    Raises:
-        ValueError: an f-string with its own quotes inside, as Python 3.12 allows: where it ends cannot be seen.
-    """
-    token = match[1]
-    if token is None:
-        return b"\n" if match[0].isspace() else b""
-    if token.count(b"{") != token.count(b"}") and re.search(rb"[fF][rR]?$", match.string[max(match.start() - 2, 0) : match.start()]):
-        raise ValueError("quotes within their own quotes")
-    return token
 
 
 def _files(root: Path, skipped: tuple[str, ...], chosen: tuple[str, ...]) -> Iterable[tuple[str, Path]]:

@@ -201,7 +201,7 @@ class PhaseCopies(HandWritten):
 
 
 class ForwardBasis(Liar):
-    """The whole Jacobian by forward mode, one basis direction of a block's output after the other."""
+    """The whole Jacobian by forward mode: all basis directions of a block's output, one after the other in a batch."""
 
     traits_of = always(Traits(dependence="all", downstream_weights=0, reverse_span=0))
 
@@ -210,17 +210,16 @@ class ForwardBasis(Liar):
         for place, name in enumerate(names):
             trace = self.network.trace(name, x)
             x = trace.output.detach()
-            signal = torch.zeros_like(x)
-            for unit in range(x.shape[1]):
-                with forward_ad.dual_level(), torch.no_grad():
-                    direction = torch.zeros_like(x)
-                    direction[:, unit] = 1
-                    h = forward_ad.make_dual(x, direction)
-                    for above in names[place + 1 :]:
-                        h = self.network.blocks[above](h)
-                    output, tangent = forward_ad.unpack_dual(h)
-                    if tangent is not None:
-                        signal[:, unit] = (self.spec.error(output, batch) * tangent).sum(1)
+            signal, (count, units) = torch.zeros_like(x), x.shape
+            with forward_ad.dual_level(), torch.no_grad():
+                directions = torch.eye(units, dtype=x.dtype).repeat_interleave(count, 0)
+                h = forward_ad.make_dual(x.repeat(units, 1), directions)  # the batch once for each direction
+                for above in names[place + 1 :]:
+                    h = self.network.blocks[above](h)
+                output, tangent = forward_ad.unpack_dual(h)
+                if tangent is not None:
+                    error = self.spec.error(output[:count], batch)
+                    signal = (tangent.view(units, count, -1) * error).sum(2).T
             with torch.no_grad():
                 self._local(name, trace.input.flatten(1), x, signal, result)
         return result

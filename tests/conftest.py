@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import sqlite3
+import threading
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -10,11 +14,15 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest
 import torch
+from made_time import Time
 
 from bpfree import Task
 from bpfree.tasks.digits import DIGITS
+from bpfree.tracking import store
+from bpfree.training import meters
 
 torch.set_num_threads(1)
+MAKE_DATABASE = store._make_database
 
 
 @pytest.fixture
@@ -27,6 +35,46 @@ def device() -> torch.device:
 def digits() -> Task:
     """The bundled digits with their default splits."""
     return Task.from_source(DIGITS)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
+    """The time of a run's training, which stands still unless the test moves it."""
+    made = Time()
+    monkeypatch.setattr(meters, "time", made)
+    return made
+
+
+_made = list[Path]()
+_making = threading.Lock()
+
+
+def _empty_database(folders: pytest.TempPathFactory) -> Path:
+    """Trackers' threads ask for it, too."""
+    with _making:
+        if not _made:
+            path = folders.mktemp("template") / "mlflow.db"
+            store.prepare_mlflow(10)
+            MAKE_DATABASE(path)
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            _made.append(path)
+    return _made[0]
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: made once, as it takes seconds."""
+    return _empty_database(tmp_path_factory)
+
+
+@pytest.fixture(autouse=True)
+def _databases_are_copied(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New databases of runs in this process are copies of the template, but where a test is about making one."""
+    if request.node.get_closest_marker("makes_database") is None:
+        monkeypatch.setattr(store, "_make_database", lambda path: shutil.copy(_empty_database(tmp_path_factory), path))
 
 
 @pytest.fixture

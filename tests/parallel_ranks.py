@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 import torch
+from children import Child
 
 from bpfree.training.distributed import LEAVING_HANGS
-
-SECONDS = 60
 
 
 class Ranks:
@@ -40,36 +37,34 @@ class Ranks:
         if LEAVING_HANGS:  # they are still in their group
             self.close()
         for rank in range(size):
-            if not self._members[rank][0].is_alive():
+            if self._members[rank][0].poll() is not None:
                 self._members[rank] = _stand_by()
             where = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             self._members[rank][1].send((where, work, arguments))
-        return [process.pid or 0 for process, _ in self._members[:size]]
+        return [process.pid for process, _ in self._members[:size]]
 
     def collect(self, size: int) -> list[tuple[Any, BaseException | None, str]]:
         """For each process: what it returned, or the exception that it raised and its traceback."""
         answers = []
         for _, pipe in self._members[:size]:
-            if not pipe.poll(SECONDS):
-                self.close()  # or their late answers would be taken for those of the next test
-                raise AssertionError("a process does not answer")
             try:
                 answers.append(pipe.recv())
             except EOFError:
                 answers.append((None, ChildProcessError("the process was killed"), ""))
+            except BaseException:  # the time limit of the test
+                self.close()  # or late answers would be taken for those of the next one
+                raise
         return answers
 
     def close(self) -> None:
         for process, _ in self._members:
             process.kill()
-            process.join()
+            process.wait()
 
 
-def _stand_by() -> tuple[BaseProcess, Connection]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
+def _stand_by() -> tuple[Child, Connection]:
+    ours, theirs = Pipe()
+    process = Child(_serve, theirs)
     theirs.close()
     return process, ours
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
+from made_time import Time
 from torch import Tensor, nn
 from training_rules import assert_equal_bits, config_of, noisy, rule_on, weights
 
@@ -259,16 +259,23 @@ def test_gradients_that_wait_for_a_later_step_stay_and_are_not_counted(device: t
     assert all(p.grad is grad and bool((grad == 3).all()) for p, grad in waiting.items())
 
 
-def test_time_and_memory_are_not_counted(digits: Task, device: torch.device) -> None:
+def test_time_and_memory_are_not_counted(digits: Task, device: torch.device, clock: Time) -> None:
+    """Oracle: a clock that a step moves by 1, and the objective of the comparison by 100."""
+
     class Slow(Backprop):
+        def credit(self, batch: Batch, step: Step) -> Any:
+            clock.now += 1
+            return super().credit(batch, step)
+
         def objective(self, batch: Batch, step: Step) -> None:
-            time.sleep(0.05)
+            clock.now += 100
 
     runs = []
     for alignment in (AlignmentConfig(), AlignmentConfig(every=1)):
         config = config_of(device, alignment=alignment, budget=BudgetConfig(epochs=1))
         runs.append(Trainer(rule_on(digits, Slow), digits, config).fit())
-    assert runs[1].result["train/seconds"] < 0.05 * runs[1].result["train/steps"]
+        assert runs[-1].result["train/seconds"] == runs[-1].result["train/steps"] > 0
+    assert clock.now >= 100 * runs[1].result["train/steps"]
     assert runs[1].result["train/peak_memory_mb"] == runs[0].result["train/peak_memory_mb"]
 
 

@@ -232,12 +232,14 @@ def test_the_other_side_of_predictive_coding_needs_no_library_to_explain_itself(
     assert "--accuracy" in done.stdout
 
 
+@pytest.mark.slow
 def test_startup(smoke: Run) -> None:
     result = smoke("startup")
     for words in ("--help", "rules", "plugins list", "completion"):
         assert result[words]["imports"] == []
 
 
+@pytest.mark.slow
 def test_accuracy_of_digits(smoke: Run) -> None:
     result = smoke("accuracy", "digits", suffix="_digits")
     labels = [line["label"] for line in result["rows"]]
@@ -311,6 +313,7 @@ def test_study_report(smoke: Run) -> None:
     assert result["bytes"]["page"] > result["bytes"]["markdown"] > 0
 
 
+@pytest.mark.slow
 def test_study_workers(smoke: Run) -> None:
     result = smoke("study_workers")
     assert (result["cells"], result["epochs"]) == (2, 1)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from made_time import Time
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as autograd_config
@@ -82,24 +82,23 @@ def test_blocks_compile_when_first_called(device: torch.device, as_it_is: None) 
     assert compilation.trouble == ""
 
 
-def test_the_clock_leaves_steps_out_that_compile(device: torch.device, as_it_is: None) -> None:
-    # Oracle: sleeps of known length in a step that compiles and in one that does not.
+def test_the_clock_leaves_steps_out_that_compile(device: torch.device, as_it_is: None, clock: Time) -> None:
+    # Oracle: a clock that is moved by known times in a step that compiles and in one that does not.
     (block, *_), _, inputs = twins(device)
-    compilation, clock = Compilation([block], "default", device), Clock(device)
-    clock.start()
+    compilation, training = Compilation([block], "default", device), Clock(device)
+    training.start()
 
     def take(batch: Batch, step: Step) -> dict[str, Tensor]:
         block(batch.inputs)
-        time.sleep(pauses.pop())
+        clock.now += pauses.pop()
         return {}
 
-    pauses = [0.05, 0.3]
+    pauses = [1.0, 8.0]
     step = Step(torch.Generator(), lambda name: torch.Generator(), lambda *names: None, lambda name: 0.0, Phase())
     while pauses:
-        compilation.around(take, clock, Batch(inputs), step)
-    clock.stop()
-    assert compilation.seconds >= 0.3
-    assert 0.05 <= clock.seconds < 0.3
+        compilation.around(take, training, Batch(inputs), step)
+    training.stop()
+    assert (compilation.seconds, training.seconds) == (8.0, 1.0)
 
 
 def check_fallback(compilation: Compilation, blocks: list[nn.Module], wanted: list[Tensor], inputs: Tensor, records: list[Any]) -> None:

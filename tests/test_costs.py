@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from made_time import Time
 from torch import Tensor, nn
 from training_rules import Exploding, StopAfter, config_of, rule_on
 
 from bpfree import Batch, Budget, Phase, Run, Split, Step, Task, TaskSpec, Trainer, new_step
 from bpfree.baselines import Backprop
 from bpfree.cli.output import print_result
-from bpfree.training import meters
 from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.compiling import Compilation
 from bpfree.training.config import BudgetConfig
@@ -25,26 +25,6 @@ from bpfree.training.trainer import Interrupted
 
 EXAMPLES, FULL, PARTIAL = 1295, 20, 1
 """Of digits; batches of 64 in a pass, and a last one of 15."""
-
-
-class Time:
-    """In place of the module ``time``: stands still unless it is moved; the processor works half of the time."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def process_time(self) -> float:
-        return 100 + self.now / 2
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
-    made = Time()
-    monkeypatch.setattr(meters, "time", made)
-    return made
 
 
 def watched() -> bool:

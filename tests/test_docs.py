@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 from bpfree.cli.main import cli
-from bpfree.config import parse_words, read_yaml, resolve
+from bpfree.config import allowing, parse_words, read_yaml, resolve
 from bpfree.plugins import installed_plugins
 from bpfree.study import cells
-from bpfree.study.comparing import comparison
+from bpfree.study.comparing import comparison, leaves_in
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -61,6 +61,7 @@ def blocks(page: Path) -> list[Block]:
 def test_python_examples_run(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page share a namespace, and run in an empty folder without tracking."""
     module = types.ModuleType("bpfree_docs_example")
+    module.__file__ = str(page)
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
     for block in blocks(page):
         if block.language != "python":
@@ -104,10 +105,12 @@ def check(name: str, given: dict[str, Any]) -> None:
     if name == "compare":
         rules = [word for word in given["words"] if "=" not in word.split(",")[0]]
         common = parse_words(word for word in given["words"] if word not in rules)
-        cells.plan(comparison(rules, common))
+        registry = allowing([*common, *(leaf for word in rules for leaf in leaves_in(word))])
+        cells.plan(comparison(rules, common, registry=registry), registry=registry)
     elif name in ("train", "evaluate"):
         files = [path for path in given.get("configs", ()) if "RUN" not in path.parts]
-        resolve([leaf for path in files for leaf in read_yaml(path)] + parse_words(given["settings"]))
+        words = parse_words(given["settings"])
+        resolve([leaf for path in files for leaf in read_yaml(path)] + words, allowing(words, given["allow_code"]))
     elif name in ("rules", "networks", "tasks") and given["name"] is not None:
         installed_plugins().get(name, given["name"])
 
@@ -118,6 +121,8 @@ def test_commands_are_commands(page: Path, workplace: Path) -> None:
     x = np.zeros((20, 3), dtype=np.float32)
     np.savez("mine.npz", x=x, y=np.arange(20) % 2)
     Path("mine.yaml").write_text(next((block.text for block in blocks(page) if block.language == "yaml"), "rule: dfa\n"))
+    code = (block.text for block in blocks(page) if block.language == "python" and block.text.startswith("# mine.py\n"))
+    Path("mine.py").write_text(next(code, ""))
     for place, words in commands(page, "bpfree"):
         for file in (Path(word) for word in words if OWN.match(word) and "/" in word):
             file.parent.mkdir(exist_ok=True)

@@ -16,6 +16,7 @@ from bpfree.config import resolve
 from bpfree.tracking.config import TrackingConfig, sqlite_file
 
 
+@pytest.mark.makes_database
 @pytest.mark.parametrize("name", ["plain", "a?b", "x%20y", "100%", "w%3Fz", "p#q", "two words", "ü", "a&b=c;d", "%?#ü"])
 def test_the_store_lies_beside_the_output_folder_whatever_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the file that SQLAlchemy, which MLflow uses, makes at this address."""

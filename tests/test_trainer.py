@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_time import Time
 from torch import Tensor
 from training_rules import Exploding, Silent, assert_equal_bits, config_of, noisy, rule_on, weights
 
@@ -50,16 +51,21 @@ def test_the_callers_random_state_modes_and_settings_come_back(digits: Task, dev
     assert all(p.requires_grad for p in rule.parameters())
 
 
-def test_evaluation_is_not_counted_as_training_time(digits: Task, device: torch.device) -> None:
-    import time
+def test_evaluation_is_not_counted_as_training_time(digits: Task, device: torch.device, clock: Time) -> None:
+    """Oracle: a clock that a step moves by 1, and a prediction by 100."""
 
     class Slow(Backprop):
+        def credit(self, batch: Batch, step: Step) -> Any:
+            clock.now += 1
+            return super().credit(batch, step)
+
         def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
-            time.sleep(0.2)
+            clock.now += 100
             return super().predict(inputs, generator)
 
     run = Trainer(rule_on(digits, Slow), digits, config_of(device)).fit()
-    assert run.result["train/seconds"] < 0.2 * 2 * 3  # two splits are evaluated after each of three epochs
+    assert run.result["train/seconds"] == run.result["train/steps"] > 0
+    assert clock.now >= run.result["train/steps"] + 100 * 2 * 3  # two splits are evaluated after each of three epochs
 
 
 @pytest.mark.parametrize("factory", [Exploding, Silent])

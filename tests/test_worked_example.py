@@ -22,7 +22,10 @@ import ci_scripts
 import pytest
 from test_docs import Block, blocks
 
-pytestmark = pytest.mark.timeout(1200)  # the page's commands take a minute and a half, and several times that beside other work
+pytestmark = [
+    pytest.mark.timeout(1200),  # the page's commands take a minute and a half, and several times that beside other work
+    pytest.mark.xdist_group("worked example"),  # by one reader
+]
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "worked-example.md"
@@ -122,6 +125,7 @@ def check_style(package: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_there_are_five_commands(reader: Reader, capsys: pytest.CaptureFixture[str]) -> None:
     """That each exits as it should and prints what is shown is asserted on the way; here, how long they took is printed."""
     numbered = re.findall(r"^## \d\..*?^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
@@ -134,6 +138,7 @@ def test_there_are_five_commands(reader: Reader, capsys: pytest.CaptureFixture[s
         print(f"{chosen:6.1f} s  from nothing to an entry; {whole:.1f} s for the whole page")
 
 
+@pytest.mark.slow
 def test_the_rule_is_certified(reader: Reader) -> None:
     """In full, without a failure, a waiver or a pair of blocks that could not be measured; as the shipped dfa, below its floor."""
     certificate = json.loads((reader.folder / "my-dfa/my-dfa.json").read_text())
@@ -144,6 +149,7 @@ def test_the_rule_is_certified(reader: Reader) -> None:
     assert certificate["properties"]["credit"] == "local"
 
 
+@pytest.mark.slow
 def test_the_registry_is_valid_and_lists_it(reader: Reader) -> None:
     def said(*words: str) -> str:
         command = ["bash", "-c", " ".join(["bpfree registry", *words, "--folder registry --json"])]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bpfree.cli.code import allow_code, named
 from bpfree.cli.completion import names_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ and network. Exit status 1: a check failed; each failure says what, where, and w
   bpfree certify predictive-coding rule.T=2 --page certificate.html
   bpfree certify my-rule --output my-rule.json       what bpfree registry add takes
   bpfree certify my-rule --only learning --waive 'learning=needs 60 epochs'
+  bpfree certify mine.py:MyRule --quick              a rule in a file, whose code is executed
   bpfree certify --list                              the checks
 """
 
@@ -38,6 +40,7 @@ and network. Exit status 1: a check failed; each failure says what, where, and w
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the certificate as JSON.")
 @click.option("--page", type=click.Path(path_type=Path, dir_okay=False), help="Write it as an HTML page with heat maps.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON, and nothing else.")
+@allow_code
 @click.option("--list", "list_only", is_flag=True, help="List the checks.")
 def certify(
     rule: str | None,
@@ -48,6 +51,7 @@ def certify(
     output: Path | None,
     page: Path | None,
     as_json: bool,
+    allow_code: tuple[str, ...],
     list_only: bool,
 ) -> int:
     if list_only:
@@ -58,7 +62,10 @@ def certify(
         _check_writable(path)
     from bpfree.certify.examination import certify as examine
 
-    certificate = examine(rule, settings, quick=quick, only=only, waive=_waivers(waive), progress=None if as_json else _progress)
+    subject, registry = named("rules", rule, settings, allow_code)
+    certificate = examine(
+        subject, settings, registry=registry, quick=quick, only=only, waive=_waivers(waive), progress=None if as_json else _progress
+    )
     if output is not None:
         output.write_text(certificate.to_json(), encoding="utf-8")
     if page is not None:

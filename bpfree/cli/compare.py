@@ -6,9 +6,12 @@ from pathlib import Path
 
 import click
 
+from bpfree.cli.code import allow_code
+
 HELP = """Train several rules over several seeds, and put them into one table and one page.
 
-Each WORD is a rule, a rule with settings of its own (`noprop-dt,rule.T=1`), or a setting of all (`task=mnist`). The linear classifier on
+Each WORD is a rule, a rule with settings of its own (`noprop-dt,rule.T=1`), or a setting of all (`task=mnist`); a rule, network or task
+may be named by its file, `mine.py:MyRule`, whose code is then executed. The linear classifier on
 the inputs, the own-prediction twin of each rule (everything but its readout recipe fixed) and back-propagation stand beside them, and the
 report measures the floor: without floor and ceiling an accuracy says little. Settings of `network` reach the rules that take any network;
 one with a network of its own (and the linear classifier) takes them in its own WORD.
@@ -29,20 +32,34 @@ It is a study made of words: interrupt it at any time, the same command resumes 
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Longest time of a cell.")
 @click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: beside the cells]")
 @click.option("--quiet", "-q", is_flag=True, help="No progress display.")
-def compare(words: tuple[str, ...], seeds: int, only: bool, jobs: int | None, timeout: float | None, to: Path | None, quiet: bool) -> int:
+@allow_code
+def compare(
+    words: tuple[str, ...],
+    seeds: int,
+    only: bool,
+    jobs: int | None,
+    timeout: float | None,
+    to: Path | None,
+    quiet: bool,
+    allow_code: tuple[str, ...],
+) -> int:
     from bpfree.cli.study import run_worklist
+    from bpfree.config import allowing
     from bpfree.errors import UsageError
     from bpfree.leaves import parse_words
     from bpfree.study import cells
     from bpfree.study.command import Options
-    from bpfree.study.comparing import comparison
+    from bpfree.study.comparing import comparison, leaves_in
     from bpfree.study.worklist import Worklist
 
     rules = [word for word in words if "=" not in word.split(",")[0]]
     common = parse_words(word for word in words if word not in rules)
     if any(leaf.key in ("seed", "seeds") for leaf in common):
         raise UsageError("a comparison repeats each rule with the seeds 0, 1, ...", where="seed", fix="say how many with --seeds N")
-    study = comparison(rules, [leaf for leaf in common if leaf.key != "output"], seeds=seeds, references=not only)
-    plan = cells.plan(study, [leaf for leaf in common if leaf.key == "output"])
+    registry = allowing([*common, *(leaf for word in rules for leaf in leaves_in(word))], allow_code)
+    shared = [leaf for leaf in common if leaf.key != "output"]
+    study = comparison(rules, shared, seeds=seeds, references=not only, registry=registry)
+    plan = cells.plan(study, [leaf for leaf in common if leaf.key == "output"], registry=registry)
     again = ["compare", *words, "--seeds", str(seeds), *(["--only"] if only else [])]
+    again += [word for file in allow_code for word in ("--allow-code", file)]
     return run_worklist(Worklist(plan), common, again, Options(jobs=jobs, timeout=timeout, folder=to, quiet=quiet))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bpfree.cli.code import allow_code
+
 if TYPE_CHECKING:
     from bpfree.metric import Metric
 
@@ -33,15 +35,17 @@ def _text(key: str, value: float, known: Mapping[str, Metric]) -> str:
 @click.option(
     "--split", type=click.Choice(["validation", "test", "train"]), default="validation", show_default=True, help="Which examples."
 )
+@allow_code
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on one line.")
-def evaluate(checkpoint: str, settings: tuple[str, ...], split: str, as_json: bool) -> int:
+def evaluate(checkpoint: str, settings: tuple[str, ...], split: str, allow_code: tuple[str, ...], as_json: bool) -> int:
     from bpfree.cli.output import print_pairs, print_table
+    from bpfree.config import allowing
     from bpfree.leaves import last_said, parse_words
     from bpfree.scoring import score
 
     leaves = parse_words(settings)
     output = last_said(leaves, "output", "runs")
-    found = score(checkpoint, leaves, split=split, output=output)
+    found = score(checkpoint, leaves, split=split, output=output, registry=allowing(leaves, allow_code))
     if as_json:
         click.echo(json.dumps({**found.about, **found.values}))
         return 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from bpfree.cli.code import named
 from bpfree.cli.completion import names_of
 
 REMARKS = {
@@ -45,7 +46,7 @@ def rules(name: str | None, as_json: bool) -> None:
     from bpfree.plugins import installed_plugins, plugin_index
 
     if name is not None:
-        registry = installed_plugins()
+        name, registry = named("rules", name)
         rule = registry.get("rules", name)
         card = dict(rule_card(name, rule, registry.owner("rules", name)), certificate=certificate_of(name, registry))
         click.echo(json.dumps(card, indent=2)) if as_json else show_card(card, rule)
@@ -102,16 +103,17 @@ def plain(value: Any) -> str:
 
 def list_kind(kind: str, name: str | None) -> None:
     from bpfree.cli.output import print_table
-    from bpfree.plugins import installed_plugins, plugin_index
+    from bpfree.plugins import plugin_index
 
     if name is None:
         print_table([kind[:-1], "plugin", "what it is"], plugin_index().summaries[kind])
         return
+    name, registry = named(kind, name)
     if kind == "networks":
         from bpfree.named_networks import spelled_out
 
-        name = spelled_out(name, installed_plugins())[0]
-    thing = installed_plugins().get(kind, name)
+        name = spelled_out(name, registry)[0]
+    thing = registry.get(kind, name)
     click.echo(f"{name}: {thing.summary}")
     show_options(thing.Config, kind[:-1])
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bpfree.cli.code import allow_code
 from bpfree.cli.completion import names_of
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ running = _options(
     ),
     click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Longest time of a cell."),
     to,
+    allow_code,
     click.option("--quiet", "-q", is_flag=True, help="No progress display."),
 )
 
@@ -150,12 +152,14 @@ def _count(found: Study) -> int:
 
 @study.command("show", short_help="What a study runs, and what was published.")
 @click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
-def show(name: str) -> None:
+@allow_code
+def show(name: str, allow_code: tuple[str, ...]) -> None:
     """The rows of a study with their settings, and the numbers of the paper."""
     from bpfree.cli.output import print_pairs, print_table
+    from bpfree.config import allowing
     from bpfree.study.file import find_study
 
-    found = find_study(name)
+    found = find_study(name, allowing(files=allow_code))
     cells = len(list(found.cells()))
     lines = [("study", found.name), ("title", found.title), ("paper", found.paper), ("settings", _words(found.settings))]
     lines.append(("cells", f"{cells * len(found.seeds)}: {cells} with the seeds {', '.join(map(str, found.seeds))}"))
@@ -213,7 +217,8 @@ def _published(row: Row, column: str) -> str:
 def run(name: str, settings: tuple[str, ...], dry_run: bool, **options: Any) -> int:
     if dry_run:
         _chosen(options)
-        return _dry_run(_worklist(name, settings, options["seeds"], load=False, rows=options["rows"], columns=options["columns"]))
+        chosen = {"rows": options["rows"], "columns": options["columns"]}
+        return _dry_run(_worklist(name, settings, options["seeds"], options["allow_code"], load=False, **chosen))
     return _run(name, settings, options)
 
 
@@ -231,11 +236,12 @@ def retry(which: str, name: str, settings: tuple[str, ...], **options: Any) -> i
 @settings
 @seeds
 @to
-def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | None) -> int:
+@allow_code
+def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | None, allow_code: tuple[str, ...]) -> int:
     from bpfree.study import command
 
-    worklist = _worklist(name, settings, seeds, load=False, older=True)
-    _print(*command.report(worklist, ["study", "run", *_again(name, settings, seeds)], to))
+    worklist = _worklist(name, settings, seeds, allow_code, load=False, older=True)
+    _print(*command.report(worklist, ["study", "run", *_again(name, settings, seeds, allow_code)], to))
     return 0
 
 
@@ -243,13 +249,15 @@ def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | N
 @click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @settings
 @seeds
-def status(name: str, settings: tuple[str, ...], seeds: int | None) -> int:
+@allow_code
+def status(name: str, settings: tuple[str, ...], seeds: int | None, allow_code: tuple[str, ...]) -> int:
     from bpfree.cli.output import print_table
     from bpfree.leaves import last_said, parse_words
     from bpfree.study.status import status_table
 
     folder = Path(last_said(parse_words(settings), "output", "runs")) / "studies"
-    table, summary = status_table(lambda: _worklist(name, settings, seeds, load=False, older=True), folder, words=[name, settings, seeds])
+    words = [name, settings, seeds, allow_code]
+    table, summary = status_table(lambda: _worklist(name, settings, seeds, allow_code, load=False, older=True), folder, words=words)
     print_table(["row", "column", "seed", "state", "epoch", "minutes", "validation", "cell"], table, right=[2, 4, 5, 6])
     click.echo(f"\n{summary}")
     return 0
@@ -262,13 +270,14 @@ def _run(name: str, settings: tuple[str, ...], options: dict[str, Any], retry: S
     from bpfree.leaves import parse_words
 
     chosen = _chosen(options)
-    worklist = _worklist(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"], retry=retry)
+    files, labels = options["allow_code"], {"rows": options["rows"], "columns": options["columns"]}
+    worklist = _worklist(name, settings, options["seeds"], files, **labels, retry=retry)
     if retry and not worklist.to_retry():
         click.echo(f"no cell of {worklist.plan.study.name} is {' or '.join(retry)}: nothing to run again", err=True)
         return 0
-    counts = f"{worklist.left()} of {worklist.count()} cells to run{_others(worklist, [name, *settings])}"
+    counts = f"{worklist.left()} of {worklist.count()} cells to run{_others(worklist, _again(name, settings, None, files))}"
     click.echo(f"{worklist.plan.study.name}: {counts}", err=True)
-    words = ["study", "run", *_again(name, settings, options["seeds"], rows=options["rows"], columns=options["columns"])]
+    words = ["study", "run", *_again(name, settings, options["seeds"], files, **labels)]
     return run_worklist(worklist, parse_words(settings), words, chosen)
 
 
@@ -316,19 +325,23 @@ def _others(worklist: Worklist, words: Sequence[str]) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def _worklist(name: str, settings: Sequence[str], seeds: int | None, *, load: bool = True, **chosen: Any) -> Worklist:
+def _worklist(name: str, settings: Sequence[str], seeds: int | None, files: Sequence[str], *, load: bool = True, **chosen: Any) -> Worklist:
+    from bpfree.config import allowing
     from bpfree.leaves import parse_words
     from bpfree.study import cells
     from bpfree.study.file import find_study
     from bpfree.study.worklist import Worklist
 
-    return Worklist(cells.plan(find_study(name), parse_words(settings), seeds=seeds, load=load), **chosen)
+    words = parse_words(settings)
+    registry = allowing(words, files)
+    return Worklist(cells.plan(find_study(name, registry), words, seeds=seeds, load=load, registry=registry), **chosen)
 
 
-def _again(name: str, settings: Sequence[str], seeds: int | None, **chosen: Sequence[str] | None) -> list[str]:
+def _again(name: str, settings: Sequence[str], seeds: int | None, files: Sequence[str], **chosen: Sequence[str] | None) -> list[str]:
     """The words that ask for the same cells."""
     labels = [word for kind, given in chosen.items() if given is not None for word in (f"--{kind}", ",".join(given))]
-    return [name, *settings, *([] if seeds is None else ["--seeds", str(seeds)]), *labels]
+    allowed = [word for file in files for word in ("--allow-code", file)]
+    return [name, *settings, *([] if seeds is None else ["--seeds", str(seeds)]), *labels, *allowed]
 
 
 def _dry_run(worklist: Worklist) -> int:

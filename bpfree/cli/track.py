@@ -36,7 +36,8 @@ def send(run: str, settings: tuple[str, ...]) -> int:
     if folder is None:
         raise UsageError("no such run", where=run, fix=f"give a run's folder, or the name of a run in {output}/")
     patient = Leaf("tracking.flush_timeout", 600.0, "bpfree track send")  # a run must end soon; this need not
-    config = resolve([*read_yaml(folder.config), patient, *leaves]).settings.tracking
+    own = [leaf for leaf in read_yaml(folder.config) if leaf.key.startswith("tracking.")]  # what it was trained with need not be here
+    config = resolve([*own, patient, *leaves]).settings.tracking
     if not any(leaf.key == "tracking.uri" for leaf in leaves):
         config = settled(config, folder.path)
     refused = send_run(folder.path, config)

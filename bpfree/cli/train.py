@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bpfree.cli.code import allow_code
 from bpfree.cli.completion import setting
 
 if TYPE_CHECKING:
     from bpfree.leaves import Leaf
+    from bpfree.plugins import Plugins
     from bpfree.recipe import Recipe
     from bpfree.run import Run
 
@@ -45,6 +47,7 @@ the blocks of a network where these are independent, else the examples of each b
 @click.option("--resume", metavar="RUN", help="Resume a run: its folder, its name, or a checkpoint.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress display.")
 @click.option("--quick", is_flag=True, help="A smoke run: a few batches of everything (quick=true).")
+@allow_code
 @click.option("--ray", type=click.IntRange(1, 1024), metavar="N", help="Train in N processes of a Ray cluster, together.")
 @click.option("--address", metavar="ADDRESS", help="Of the Ray cluster, or auto; none: RAY_ADDRESS, else one on this machine.")
 def train(
@@ -55,13 +58,14 @@ def train(
     resume: str | None,
     quiet: bool,
     quick: bool,
+    allow_code: tuple[str, ...],
     ray: int | None,
     address: str | None,
 ) -> int:
     from bpfree import runner
     from bpfree.cli.annotate import annotate
     from bpfree.cli.output import PlanDisplay, exit_code, print_result
-    from bpfree.config import resolve
+    from bpfree.config import allowing, resolve
     from bpfree.errors import UsageError
     from bpfree.leaves import last_said, parse_words, read_yaml
     from bpfree.training.distributed import World
@@ -76,13 +80,14 @@ def train(
                 raise UsageError("an address is that of a Ray cluster", where="--address", fix="--ray N")
             if resume is not None and (print_config or print_plan):
                 raise UsageError("a resumed run is trained, not printed", where="--resume", fix="its folder has config.yaml and plan.txt")
-            recipe = resolve(leaves) if resume is None and (ray is None or print_config or print_plan) else None
+            registry = allowing(leaves, allow_code)
+            recipe = resolve(leaves, registry) if resume is None and (ray is None or print_config or print_plan) else None
         if recipe is not None and (print_config or print_plan):
             if world.first:
                 click.echo(annotate(recipe) if print_config else _plan(recipe), nl=not print_config)
             return 0
         if ray is not None:
-            run = _on_ray(leaves, ray, address, resume, quiet)
+            run = _on_ray(leaves, ray, address, resume, quiet, registry)
         elif recipe is not None:
             if not quiet:
                 click.echo(f"{recipe.trains} on {recipe.names['task']}: loading data, opening the tracking store ...", err=True)
@@ -91,7 +96,7 @@ def train(
             place = resume or ""
             output = last_said(leaves, "output", "runs")
             finished = world.from_first(lambda: runner.has_finished(place, output=output)) and all(leaf.key == "output" for leaf in leaves)
-            run = runner.resume(place, output=output, changes=leaves, quiet=quiet, observers=observers)
+            run = runner.resume(place, output=output, changes=leaves, quiet=quiet, observers=observers, registry=registry)
             if finished and world.first:
                 click.echo("the run had finished already; a longer budget (budget.epochs=...) would continue it\n", err=True)
     if world.first:
@@ -106,14 +111,14 @@ def _plan(recipe: Recipe) -> str:
     return redact(plan.rstrip()) or f"{recipe.trains!r} has no plan to print"
 
 
-def _on_ray(leaves: list[Leaf], size: int, address: str | None, resume: str | None, quiet: bool) -> Run:
+def _on_ray(leaves: list[Leaf], size: int, address: str | None, resume: str | None, quiet: bool, registry: Plugins) -> Run:
     from bpfree import ray_team
     from bpfree.errors import BpfreeError
 
     if not quiet:
         click.echo(f"training in {size} processes of a Ray cluster ...", err=True)
     try:
-        return ray_team.train(leaves, size=size, address=address, resume=resume)
+        return ray_team.train(leaves, size=size, address=address, resume=resume, registry=registry)
     except BpfreeError as error:
         if error.exit_code > 128:  # no progress display has said how to resume
             click.echo(str(error), err=True)

@@ -31,7 +31,7 @@ class RunFolder:
 
     Attributes:
         config, plan, predictions: files.
-        checkpoints, plots, pictures: folders.
+        checkpoints, plots, pictures, code: folders; ``code`` has copies of files of code, which are never executed.
         last, selected: checkpoints.
     """
 
@@ -39,6 +39,7 @@ class RunFolder:
         self.path = Path(path)
         self.config, self.plan, self.predictions = self.path / "config.yaml", self.path / "plan.txt", self.path / "predictions.npz"
         self.checkpoints, self.plots, self.pictures = self.path / "checkpoints", self.path / "plots", self.path / "pictures"
+        self.code = self.path / "code"
         self.last, self.selected = self.checkpoints / "last.pt", self.checkpoints / "selected.pt"
 
     @property
@@ -66,7 +67,7 @@ class RunFolder:
 
     def files(self) -> Iterator[Path]:
         """What a run makes, apart from its log and its readers' files."""
-        return iter((self.config, self.plan, self.predictions, self.checkpoints, self.plots, self.pictures))
+        return iter((self.config, self.plan, self.predictions, self.checkpoints, self.plots, self.pictures, self.code))
 
     def end_if_killed(self) -> bool:
         """Note the end of a run whose process was killed; it can be resumed all the same.

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
+from bpfree.code_files import shown
 from bpfree.config import resolve
 from bpfree.errors import UsageError, nearest
-from bpfree.leaves import Leaf, canonical, said
+from bpfree.leaves import Leaf, canonical, leaf_at, said
 from bpfree.metric import ACCURACY, ERROR
-from bpfree.plugins import Plugins
+from bpfree.plugins import Plugins, installed_plugins
 from bpfree.recipe import CHANGEABLE, Recipe, quick_examples
 from bpfree.redaction import redacted
 from bpfree.rule import Rule
@@ -35,6 +36,7 @@ from bpfree.study.measures import measure_of
 from bpfree.study.model import MEMORY, Column, Row, Study
 from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellKey
+from bpfree.study.things import named
 from bpfree.training.config import LIMITS
 from bpfree.training.environment import resolve_device
 from bpfree.yaml_values import text_of
@@ -87,7 +89,7 @@ def plan(
     """Resolve every cell of a study.
 
     Args:
-        study: as written.
+        study: as written; rules, networks and tasks may be objects in place of names.
         overrides: settings of all cells, over those of the file.
         seeds: how many, instead of those of the file.
         load: whether data may be loaded (and downloaded) to know their fingerprints; otherwise sets that are not here count as unknown.
@@ -96,11 +98,13 @@ def plan(
     Raises:
         UsageError: with everything that is wrong in any cell.
     """
+    study, registry = named(study, registry or installed_plugins())
     taken = [leaf.key for leaf in overrides if leaf.key in ("seed", "seeds")]
     if taken:
         raise UsageError("a study repeats each cell with its seeds", where=taken[0], fix="say how many with --seeds N")
     repetitions = _repetitions(study, seeds)
     resolved = _resolve_all(study, overrides, registry)
+    _check_code(resolved)
     fingerprints = Fingerprints(Path(resolved[0].recipe.settings.output) / "studies", load=load)
     rows = [
         dataclasses.replace(
@@ -115,6 +119,19 @@ def plan(
         changes.append(f"seeds {_listed(repetitions)} instead of {_listed(study.seeds)}")
         shortened = shortened or len(repetitions) < len(study.seeds)
     return Plan(study, rows, repetitions, changes, shortened, fingerprints)
+
+
+def _check_code(rows: Sequence[TableRow]) -> None:
+    """Refuse files of code that are called the same: in tables and identities a file goes by its own name.
+
+    Raises:
+        UsageError: there are two.
+    """
+    places: dict[str, str] = {}
+    for file in (file for row in rows for file in row.recipe.code_files()):
+        first = places.setdefault(file.path.name, str(file.path))
+        if first != str(file.path):
+            raise UsageError(f"two files of code are called {file.path.name}", where=f"{first}, {file.path}", fix="rename one of them")
 
 
 def _repetitions(study: Study, count: int | None) -> list[int]:
@@ -147,12 +164,14 @@ def _leaves(study: Study, row: Row, column: Column, overrides: Sequence[Leaf]) -
         own = origin.startswith("row ")
         # a comparison is made of words; a study file may be somebody else's
         word = study.path is None
-        replace_in(merged, [Leaf(key, value, origin, not own or key in row.shared, word) for key, value in settings.items()])
+        folder = None if study.path is None else study.path.parent
+        given = [Leaf(key, value, origin, not own or key in row.shared, word) for key, value in settings.items()]
+        replace_in(merged, [leaf_at(leaf, folder) for leaf in given])
     replace_in(merged, [dataclasses.replace(leaf, shared=True) for leaf in overrides])
     if "stream" not in merged:
         named = [leaf for key in TRAINERS if (leaf := merged.get(key)) is not None]  # a row's own first; without either it is refused
         value = next((leaf.value for leaf in sorted(named, key=lambda leaf: leaf.shared)), "")
-        merged["stream"] = Leaf("stream", str(value), "every study")
+        merged["stream"] = Leaf("stream", shown(str(value)), "every study")
     return list(merged.values())
 
 

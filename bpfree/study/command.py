@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf, parse_words, said
 from bpfree.options import range_problems
-from bpfree.plugins import installed_plugins
+from bpfree.plugins import installed_plugins, singular
 from bpfree.redaction import redacted
 from bpfree.study.cells import is_scientific
 from bpfree.study.executor import Ended, Executor, Request
@@ -126,6 +126,12 @@ def _execute(
     worklist: Worklist, overrides: Sequence[Leaf], study_run: StudyRun, options: Options, display: Callable[[int], Display]
 ) -> None:
     executor = executor_for(worklist, options)
+    if not isinstance(executor, InProcess):
+        try:
+            _refuse_unimportable(worklist)
+        except UsageError:
+            executor.close()
+            raise
     shown = display(executor.slots)
     study_run.open()
     quiet = options.quiet or not isinstance(executor, InProcess)
@@ -136,6 +142,18 @@ def _execute(
         finally:
             executor.close()
         _measure_floors(worklist, shown.say)
+
+
+def _refuse_unimportable(worklist: Worklist) -> None:
+    """Refuse classes and functions that another process cannot import.
+
+    Raises:
+        UsageError: one is of the script itself, or of a session.
+    """
+    for (kind, name), (_, record) in worklist.plan.rows[0].recipe.registry.given.things.items():
+        if record.name == "__main__":
+            what = f"the {singular(kind)} {name!r} is of this script alone, which other processes do not import"
+            raise UsageError(what, where="jobs", fix="jobs=1, or write it into a module")
 
 
 def _measure_floors(worklist: Worklist, say: Callable[[str], None]) -> None:
@@ -260,6 +278,7 @@ class Jobs:
             restart=before is not None and ((again and before.status in ("failed", "diverged")) or before.status == "refused"),
             quiet=self._quiet,
             until=self._worklist.until(cell),
+            given=cell.recipe.registry.given,
         )
 
     def _tags(self, cell: Cell) -> dict[str, str]:

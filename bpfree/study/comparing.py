@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bpfree.code_files import shown
 from bpfree.errors import UsageError
-from bpfree.leaves import Leaf, canonical, parse_words
+from bpfree.leaves import Leaf, canonical, leaf_at, parse_words
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.redaction import redact_word
 from bpfree.rule import Rule
@@ -15,7 +16,7 @@ from bpfree.study.cells import is_scientific
 from bpfree.study.fingerprints import digest
 from bpfree.study.model import Column, Row, Study
 
-__all__ = ["comparison"]
+__all__ = ["comparison", "leaves_in"]
 
 
 def comparison(
@@ -55,7 +56,7 @@ def comparison(
     return Study(
         # what says only where and how has no part in it, so that the same comparison finds its cells again
         name=f"compare-{digest([rows, {key: value for key, value in shared.items() if is_scientific(key)}, networks])[:8]}",
-        title=f"{', '.join(asked)} on {shared.get('task', shared.get('task.name', 'digits'))}",
+        title=f"{', '.join(asked)} on {shown(str(shared.get('task', shared.get('task.name', 'digits'))))}",
         paper="",
         notes="",
         settings=shared,
@@ -67,10 +68,17 @@ def comparison(
     )
 
 
-def _settings(word: str, registry: Plugins) -> dict[str, Any]:
+def leaves_in(word: str) -> list[Leaf]:
+    """The rule that a word ``RULE,KEY=VALUE,...`` names, and its settings."""
     name, *settings = re.split(r",(?![^\[{]*[\]}])", word)  # not at commas inside brackets
+    return [leaf_at(Leaf("rule", name, "command line", word=True)), *parse_words(settings)]
+
+
+def _settings(word: str, registry: Plugins) -> dict[str, Any]:
+    named, *settings = leaves_in(word)
+    name = str(named.value)
     registry.get("rules", name, where="command line")
-    own = {leaf.key: leaf.value for leaf in parse_words(settings)}
+    own = {leaf.key: leaf.value for leaf in settings}
     if not own.keys().isdisjoint(("rule", "rule.name")):
         raise UsageError(f"{word!r} names two rules", where="command line", fix="name each rule as a word of its own")
     return {"rule": name, **own}

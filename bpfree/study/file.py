@@ -94,7 +94,7 @@ def read_study(path: Path, name: str | None = None, registry: Plugins | None = N
         raise UsageError("the study is not valid YAML", where=f"{path}: {' '.join(str(error).split())}", fix=yaml_values.FIX) from error
     reader = _StudyReader(repeated)
     if isinstance(content, dict):
-        content = expand(content, registry or installed_plugins(), reader.problems.append)
+        content = expand(content, registry or installed_plugins(), reader.problems.append, path.parent)
     study = reader.study(content, name or re.sub(r"[^\w.-]+", "-", path.stem), path)
     if reader.problems:
         raise UsageError.of(reader.problems, "study", where=str(path), fix="docs/studies.md describes the format")

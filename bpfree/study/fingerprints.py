@@ -60,7 +60,7 @@ class Fingerprints:
         files = None if source.files is None else list(source.files(recipe.options["task"], recipe.root()))
         self.files = None if files is None or self.files is None else self.files.union(files)
         state = None if files is None else [_state(path) for path in files]
-        key = digest([recipe.names["task"], options, str(recipe.root()), state])
+        key = digest([recipe.task_id, options, str(recipe.root()), state])
         if key not in self._known:
             self._known[key] = self._find(recipe, source, key, there=state is not None and all(part[1] is not None for part in state))
         return self._known[key]
@@ -80,7 +80,7 @@ class Fingerprints:
         found = KnownData(task.fingerprint(), len(task.train))
         if source.files is not None:
             files = [_state(path) for path in source.files(recipe.options["task"], recipe.root())]  # a download has changed them
-            key = digest([recipe.names["task"], dataclasses.asdict(recipe.options["task"]), str(recipe.root()), files])
+            key = digest([recipe.task_id, dataclasses.asdict(recipe.options["task"]), str(recipe.root()), files])
         self._keep(key, found)
         return found
 

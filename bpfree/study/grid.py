@@ -10,8 +10,10 @@ import fnmatch
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from bpfree.code_files import placed, shown
 from bpfree.config import resolve
 from bpfree.errors import UsageError, nearest
 from bpfree.leaves import canonical, leaves_of
@@ -54,20 +56,21 @@ class _Item:
     brings_network: bool = False
 
 
-def expand(content: Mapping[str, Any], registry: Plugins, note: Note) -> dict[str, Any]:
+def expand(content: Mapping[str, Any], registry: Plugins, note: Note, folder: Path | None = None) -> dict[str, Any]:
     """The file with ``rows`` and ``columns`` in place of its grid; as it is, if it has none.
 
     Args:
         content: of the study file.
         registry: of rules and presets.
         note: called with each problem.
+        folder: to which paths of code belong; ``None``: the current one.
     """
     if not any(key in content for key in GRID_KEYS):
         return dict(content)
     both = [key for key in ("rows", "columns") if key in content]
     if both:
         note(f"a study has rows and columns, or rules, networks and tasks; this has {' and '.join(both)} beside a grid")
-    grid = _Grid(registry, note)
+    grid = _Grid(registry, note, folder)
     rules = [entry for node in _listed(content, "rules", note) for entry in grid.rules(node)]
     networks = [grid.entry(node, "network", NETWORK_KEYS) for node in _listed(content, "networks", note)]
     tasks = [grid.entry(node, "task", TASK_KEYS) for node in _listed(content, "tasks", note)]
@@ -109,20 +112,20 @@ def _rows(rules: Sequence[_Item], networks: Sequence[_Item], tasks: Sequence[_It
 class _Grid:
     """Reads the entries of a grid."""
 
-    def __init__(self, registry: Plugins, note: Note) -> None:
-        self._registry, self._note = registry, note
+    def __init__(self, registry: Plugins, note: Note, folder: Path | None) -> None:
+        self._registry, self._note, self._folder = registry, note, folder
 
     def entry(self, node: Any, kind: str, keys: Sequence[str]) -> _Item:
         """A name, or a mapping with a label and settings."""
         if isinstance(node, str):
-            return _Item(node, {kind: node})
+            return _Item(shown(node), {kind: node})
         if not isinstance(node, dict):
             self._note(f"{kind}s: must be a name, or a mapping of {', '.join(keys)}, not {node!r}")
             return _Item("", {})
         self._check(node, f"{kind} {node.get('label', '')}".strip(), keys)
         settings = self._settings(node, f"{kind} {node.get('label', '')}".strip())
         named = settings.get(kind, settings.get(f"{kind}.name", ""))
-        return _Item(str(node.get("label", named)), settings, {key: node[key] for key in keys[2:] if key in node})
+        return _Item(str(node.get("label", shown(str(named)))), settings, {key: node[key] for key in keys[2:] if key in node})
 
     def rules(self, node: Any) -> Iterator[_Item]:
         """The rule, or the rules, that an entry stands for."""
@@ -143,7 +146,7 @@ class _Grid:
         found = [(name, {**self._flat(settings, where), **own}) for name, settings in self._named(node, where)]
         rules = [str(merged.get("rule", merged.get("rule.name", ""))) for _, merged in found]
         for (name, merged), rule in zip(found, rules, strict=True):
-            short = name.rpartition("/")[2] if rules.count(rule) > 1 else rule  # several presets of one rule go by their own names
+            short = name.rpartition("/")[2] if rules.count(rule) > 1 else shown(rule)  # several presets of one rule go by their own names
             label = str(node.get("label") or (short if "presets" in node else name))
             more = {key: node[key] for key in ("published", "tune") if key in node}
             named = any(key.split(".")[0] == "network" for key in merged)
@@ -153,7 +156,7 @@ class _Grid:
     def _named(self, node: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """``(name, settings)`` of the rule, the preset, or of every installed preset that the pattern fits."""
         if "rule" in node:
-            yield str(node["rule"]), {"rule": str(node["rule"])}
+            yield shown(str(node["rule"])), {"rule": str(node["rule"])}
             return
         known = self._registry.names("presets")
         if "presets" in node:
@@ -177,7 +180,7 @@ class _Grid:
 
     def _brings_network(self, name: str, where: str) -> bool:
         try:
-            return bool(self._registry.get("rules", name, where=where).brings_network)
+            return bool(self._registry.get("rules", placed(name, self._folder), where=where).brings_network)
         except UsageError as error:
             self._note(f"{where}: {error.what} ({error.fix})")
             return True

@@ -99,8 +99,8 @@ class Row:
 
     Attributes:
         label: as printed.
-        settings: of its cells.
-        columns: those in which it has a cell, each with settings of that cell alone.
+        settings: of its cells, by dotted key; a rule, network or task may be an object in place of its name.
+        columns: those in which it has a cell, each with settings of that cell alone; by default that of a study without columns.
         published: by column and metric; what is absent is not known.
         space: what is tuned, by setting; empty: nothing.
         shared: those of ``settings`` that rows have in common, such as the network of a comparison.
@@ -109,8 +109,8 @@ class Row:
 
     label: str
     settings: Mapping[str, Any]
-    columns: Mapping[str, Mapping[str, Any]]
-    published: Mapping[str, Mapping[str, Published]]
+    columns: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+    published: Mapping[str, Mapping[str, Published]] = field(default_factory=dict)
     space: Mapping[str, Domain] = field(default_factory=dict)
     shared: Sequence[str] = ()
     without: Sequence[str] = ()
@@ -118,7 +118,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file.
+    """A study: what its file says, or what was written in Python.
 
     Attributes:
         name: of the registered study, or the file's.
@@ -139,14 +139,14 @@ class Study:
     """
 
     name: str
-    title: str
-    paper: str
-    notes: str
-    settings: Mapping[str, Any]
-    seeds: Sequence[int]
-    columns: Sequence[Column]
-    rows: Sequence[Row]
-    controls: Sequence[str]
+    title: str = ""
+    paper: str = ""
+    notes: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = (0, 1, 2)
+    columns: Sequence[Column] = (Column(),)
+    rows: Sequence[Row] = ()
+    controls: Sequence[str] = ()
     targets: Mapping[str, float] = field(default_factory=dict)
     tune: Tune | None = None
     jobs: int = 1

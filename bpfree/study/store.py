@@ -21,7 +21,7 @@ from bpfree.leaves import Leaf
 from bpfree.metric import Metric
 from bpfree.record.folder import RunFolder, read_run
 from bpfree.record.log import strict
-from bpfree.run import Run
+from bpfree.run import Run, as_file
 
 __all__ = ["SHARE", "CellKey", "CellRecord", "CellStore"]
 
@@ -236,7 +236,8 @@ class CellStore:
         config = key.identity["config"]
         twin = "-twin" if config.get("twin") else ""
         digest = hashlib.sha256(f"{self.study}\0{key.id}".encode()).hexdigest()[:12]
-        return f"{config.get('rule.name') or config['program.name']}{twin}-{config['task.name']}-s{key.seed}-{digest}"
+        trains = as_file(config.get("rule.name") or config["program.name"])
+        return f"{trains}{twin}-{as_file(config['task.name'])}-s{key.seed}-{digest}"
 
     def read(self, cell: str) -> CellRecord | None:
         """What is known of a cell; ``None`` for nothing, or a file that cannot be read."""

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from bpfree import runner, scoring
 from bpfree.config import resolve
 from bpfree.errors import BpfreeError, DiskError
 from bpfree.hooks import hookimpl
-from bpfree.leaves import Leaf
+from bpfree.leaves import Leaf, names_code
+from bpfree.plugins import Given, Plugins, installed_plugins
 from bpfree.recipe import Recipe, quick_examples
 from bpfree.record.folder import RunFolder
 from bpfree.redaction import redact
@@ -56,6 +57,7 @@ class Job:
         restart: from the beginning, whatever checkpoint there is.
         quiet: no progress display.
         until: epochs after which it pauses, with a checkpoint; ``None``: it trains to its end.
+        given: files of code that may be executed, and things made in Python.
     """
 
     key: CellKey
@@ -68,6 +70,7 @@ class Job:
     restart: bool = False
     quiet: bool = True
     until: int | None = None
+    given: Given = field(default_factory=Given, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -84,6 +87,17 @@ class Worker:
 
     def __init__(self) -> None:
         self._tasks = TaskCache()
+        self._given = Given()
+        self._registry: Plugins | None = None
+
+    def _known(self, job: Job) -> Plugins:
+        """What the names of a job lead to; kept, so that cells which follow each other share data that were made in Python."""
+        if self._registry is None or job.given is not self._given:
+            self._given, self._registry = job.given, installed_plugins().extended(job.given)
+        return self._registry
+
+    def _recipe(self, job: Job) -> Recipe:
+        return resolve(job.key.leaves, self._known(job))
 
     def run(self, job: Job) -> CellRecord | None:
         """Run a cell and note how it ended, whatever a plugin's rule may raise.
@@ -140,21 +154,22 @@ class Worker:
         options["until"] = job.until
         if not job.restart and (folder / "checkpoints" / "last.pt").is_file():
             if runner.has_finished(str(folder)):  # the process was killed before it could note so
-                return runner.resume(str(folder), output=output, quiet=job.quiet)
-            return runner.resume(str(folder), output=output, changes=job.changes, task=self._tasks.get(_recipe(job)), **options)
+                return runner.resume(str(folder), output=output, changes=_code(job), quiet=job.quiet, registry=self._known(job))
+            options |= {"changes": [*_code(job), *job.changes], "registry": self._known(job)}
+            return runner.resume(str(folder), output=output, task=self._tasks.get(self._recipe(job)), **options)
         if job.restart:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        recipe = _recipe(job)
+        recipe = self._recipe(job)
         if recipe.is_program and (done := runner.known_run(folder)) is not None and done.status == "finished" and not job.restart:
             return done  # the process was killed before it could note so
         return runner.run(recipe, run_id=folder.name, task=self._tasks.get(recipe), **options)
 
     def _score_training(self, job: Job, record: CellRecord) -> None:
         """Score all examples of the training split by the metrics of the run, and the weights that were tested."""
-        settings = _recipe(job).settings
+        settings = self._recipe(job).settings
         try:
             with environment.numerics(threads=settings.threads, deterministic=settings.deterministic):
-                found = scoring.score(str(job.folder), split="train", output=str(job.store.output))
+                found = scoring.score(str(job.folder), _code(job), split="train", output=str(job.store.output), registry=self._known(job))
             measured = {f"train/{name}": found.values[name] for name in found.metrics if name in found.values}
             record.result.update(measured)
             with RunFolder(job.folder).log as log:
@@ -187,8 +202,9 @@ def garbage_collected() -> Iterator[None]:
             gc.unfreeze()
 
 
-def _recipe(job: Job) -> Recipe:
-    return resolve(job.key.leaves)
+def _code(job: Job) -> list[Leaf]:
+    """Where its code is now: the same as when the cell began, by the cell's hash, but perhaps in another place."""
+    return [leaf for leaf in job.key.leaves if names_code(leaf)]
 
 
 class CellObserver:
@@ -275,7 +291,7 @@ class TaskCache:
             BpfreeError: it cannot be loaded; asked again, it is not tried again.
         """
         quick = quick_examples(recipe.settings) if recipe.settings.quick else None
-        key = (recipe.names["task"], recipe.options["task"], recipe.task, recipe.root(), quick)
+        key = (recipe.task_id, recipe.options["task"], recipe.task, recipe.root(), quick)
         for other, error in self._missing:
             if other == key:
                 raise error

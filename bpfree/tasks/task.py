@@ -140,15 +140,31 @@ def as_split(data: Any, name: str) -> Examples:
     if isinstance(data, Examples):
         return data
     if isinstance(data, (tuple, list)) and len(data) == 2:
-        return Split(_tensors(data[0]), None if data[1] is None else torch.as_tensor(data[1]))
+        targets = None if data[1] is None else _numbers(data[1], name)
+        if targets is not None and targets.dim() == 1 and targets.is_floating_point():
+            targets = targets[:, None]
+        return Split(_tensors(data[0], name), targets)
     if isinstance(data, (Tensor, Mapping)):
-        return Split(_tensors(data), None)
+        return Split(_tensors(data, name), None)
     fix = "give a pair (inputs, targets) of arrays, a bpfree.Split, or a torch Dataset"
     raise UsageError(f"{type(data).__name__} is no split", where=name, fix=fix)
 
 
-def _tensors(inputs: Any) -> Any:
-    return torch.as_tensor(inputs) if not isinstance(inputs, (Mapping, list, tuple)) else tree_map(torch.as_tensor, inputs)
+def _tensors(inputs: Any, name: str) -> Any:
+    if not isinstance(inputs, (Mapping, list, tuple)):
+        return _numbers(inputs, name)
+    return tree_map(lambda values: _numbers(values, name), inputs)
+
+
+def _numbers(values: Any, name: str) -> Tensor:
+    """A tensor, of float32 and int64 where it is of other widths."""
+    try:
+        made = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"this is no array of numbers: {error}", where=name, fix="give arrays or tensors") from error
+    if made.dtype == torch.float64:
+        return made.float()
+    return made.long() if made.dim() == 1 and made.dtype == torch.int32 else made
 
 
 def guessed_spec(name: str, train: Examples, test: Examples) -> TaskSpec:
@@ -166,10 +182,14 @@ def guessed_spec(name: str, train: Examples, test: Examples) -> TaskSpec:
         return TaskSpec(name, shape, 1, "none")
     known = [split.targets for split in (train, test)]
     if targets.is_floating_point():
+        rows = train.targets if train.targets is not None else targets
+        if rows.dim() == 2 and rows.shape[1] > 1 and bool(((rows.sum(1) - 1).abs() < 1e-3).all() and (rows >= 0).all()):
+            what = "rows of targets that sum to one are soft labels, or real values"
+            raise UsageError(what, where=name, fix=f"{fix} with targets='soft' or targets='real'")
         return TaskSpec(name, shape, max(1, targets[0].numel()), "real", output_shape=tuple(targets.shape[1:]) or (1,))
     if targets.dim() != 1 or any(found is None for found in known):
         raise UsageError(f"the targets have shape (N, {', '.join(map(str, targets.shape[1:]))}): which kind are they?", where=name, fix=fix)
-    return TaskSpec(name, shape, 1 + max(int(found.max()) for found in known if found is not None and len(found)))
+    return TaskSpec(name, shape, max(2, 1 + max(int(found.max()) for found in known if found is not None and len(found))))
 
 
 def split_validation(train: Examples, share: float, seed: int) -> tuple[Examples, Examples | None]:

@@ -106,6 +106,7 @@ def learning(rule: type[Rule]) -> Case:
     return next(case for case in cases(rule, full=True) if case.check.id == "learning")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_back_propagation_on_sixteen_units_is_not_above_the_converged_readout_of_the_pixels() -> None:
     """As a test case it is skipped with its reason."""
@@ -113,6 +114,7 @@ def test_back_propagation_on_sixteen_units_is_not_above_the_converged_readout_of
         learning(Backprop)()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_rule_that_goes_the_wrong_way_fails() -> None:
     with pytest.raises(AssertionError, match="is worse than its own-prediction twin"):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import time
 from typing import Any
 
 import pytest
 
 from bpfree import Batch, Step
 from bpfree.baselines import Backprop
-from bpfree.certify import Specimen, Subject, certify
+from bpfree.certify import Specimen, Subject, certify, pace
 from bpfree.certify.pace import LEAST, Lap, measure_time, ratio
 from bpfree.certify.show import render, step_times
 from bpfree.certify.table import table
@@ -67,14 +66,30 @@ class Thrice(Backprop):
         return metrics
 
 
-class Waits(Backprop):
-    """Sleeps for 30 times what it computes, so that its processor time says nothing of how long it takes."""
+class TwoClocks:
+    """In place of the module ``time``: stands still unless a step moves it."""
 
-    def credit(self, batch: Batch, step: Step) -> Any:
-        began = time.process_time()
-        metrics = super().credit(batch, step)
-        time.sleep(max(0.03, 30 * (time.process_time() - began)))
-        return metrics
+    wall = processor = 0.0
+
+    def perf_counter(self) -> float:
+        return self.wall
+
+    def process_time(self) -> float:
+        return self.processor
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> TwoClocks:
+    """A step of back-propagation moves both by 1."""
+    made, credit = TwoClocks(), Backprop.credit
+
+    def timed(self: Backprop, batch: Batch, step: Step) -> Any:
+        made.wall, made.processor = made.wall + 1, made.processor + 1
+        return credit(self, batch, step)
+
+    monkeypatch.setattr(pace, "time", made)
+    monkeypatch.setattr(Backprop, "credit", timed)
+    return made
 
 
 def test_a_step_of_three_takes_three_times_as_long() -> None:
@@ -84,8 +99,20 @@ def test_a_step_of_three_takes_three_times_as_long() -> None:
     assert found["train"] is None or 2.0 < found["train"] < 4.5
 
 
-def test_a_step_that_waits_is_not_shown() -> None:
-    assert measure_time(Subject(Waits), SPECIMEN) == {"train": None}
+def test_by_a_clock_that_only_steps_move_it_takes_exactly_that(clocks: TwoClocks) -> None:
+    assert measure_time(Subject(Thrice), SPECIMEN) == {"train": 3.0}
+
+
+@pytest.mark.parametrize(("pause", "shown"), [(30.0, None), (3.0, 1.0)])
+def test_a_step_that_waits_is_not_shown(clocks: TwoClocks, pause: float, shown: float | None) -> None:
+    """Where it waits for 30 times what it computes, its processor time says nothing of how long it takes."""
+
+    class Waits(Backprop):
+        def credit(self, batch: Batch, step: Step) -> Any:
+            clocks.wall += pause
+            return super().credit(batch, step)
+
+    assert measure_time(Subject(Waits), SPECIMEN) == {"train": shown}
 
 
 def test_time_is_given_for_each_phase_and_not_where_back_propagation_cannot_go() -> None:

@@ -3,6 +3,7 @@ honest rules, whose locality follows from what they read; the reach min(T, L - 1
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import certify_disguises as disguises
@@ -21,8 +22,14 @@ from bpfree.certify.probe import Probe
 CHECKS = {check.id: check for check in traits.CHECKS}
 
 
+@functools.cache
+def measured(rule: Any, *settings: str) -> Measurements:
+    """Of a rule, for all tests here: what one has measured need not be measured again."""
+    return Measurements(Subject(rule, settings))
+
+
 def find(rule: Any, *ids: str, settings: tuple[str, ...] = ()) -> dict[str, Finding]:
-    m = Measurements(Subject(rule, settings))
+    m = measured(rule, *settings)
     return {name: examine(m, CHECKS[name]) for name in ids or CHECKS}
 
 
@@ -35,7 +42,7 @@ def test_honest_rules_are_what_they_say(rule: type[Rule]) -> None:
 @pytest.mark.parametrize("disguise", disguises.DISGUISES, ids=lambda rule: rule.__name__)
 def test_back_propagation_in_disguise_is_caught(disguise: type[Rule]) -> None:
     """By its downstream weights, with the pair of blocks named; and it is called what it is."""
-    m = Measurements(Subject(disguise))
+    m = measured(disguise)
     finding = examine(m, CHECKS["trait-downstream-weights"])
     assert finding.status == "failed"
     assert "'b1' changes with the weights of block 'readout'" in finding.what
@@ -68,12 +75,12 @@ def test_the_call_that_carries_the_gradient_is_named() -> None:
 )
 def test_the_reverse_span_counts_the_blocks_of_the_widest_call(disguise: str, span: int) -> None:
     """Oracle: what these rules call. Five blocks; checkpoints and functions within functions are one call."""
-    assert Measurements(Subject(getattr(disguises, disguise))).observations["dense"].total().span == span
+    assert measured(getattr(disguises, disguise)).observations["dense"].total().span == span
 
 
 @pytest.mark.parametrize("disguise", ["HandWritten", "ForwardBasis", "PhaseCopies"])
 def test_without_reverse_mode_the_span_is_zero_and_locality_is_judged_by_weights(disguise: str) -> None:
-    m = Measurements(Subject(getattr(disguises, disguise)))
+    m = measured(getattr(disguises, disguise))
     assert m.span == 0
     assert examine(m, CHECKS["trait-reverse-span"]).status == "passed"
     assert (m.observations["dense"].total().forward_mode > 0) == (disguise == "ForwardBasis")
@@ -96,7 +103,7 @@ def test_one_forgotten_detach_is_found_with_its_pair() -> None:
 
 
 def test_weights_copied_when_a_phase_begins_are_found_on_a_single_phase_too() -> None:
-    assert Measurements(Subject(disguises.PhaseCopies)).downstream["dense"].reach() == 4
+    assert measured(disguises.PhaseCopies).downstream["dense"].reach() == 4
 
 
 # --- lying traits -----------------------------------------------------------------------------------------------------
@@ -128,7 +135,7 @@ def test_the_farthest_pair_is_named() -> None:
 
 
 def test_truth_of_the_traits_cannot_be_waived() -> None:
-    m = Measurements(Subject(SaysNeighbours))
+    m = measured(SaysNeighbours)
     finding = examine(m, CHECKS["trait-dependence"], {"trait-dependence": "we like it so"})
     assert finding.status == "failed"
     assert "cannot be waived" in finding.what
@@ -160,7 +167,7 @@ class BlockByBlock(Backprop):
 @pytest.mark.parametrize("rule", [InPlace, BlockByBlock], ids=lambda rule: rule.__name__)
 def test_who_applies_updates_is_observed(rule: type[Rule]) -> None:
     """And the updates of rules that apply them themselves are measured all the same: this is back-propagation."""
-    m = Measurements(Subject(rule))
+    m = measured(rule)
     assert examine(m, CHECKS["trait-update"]).status == "passed"
     assert examine(m, CHECKS["trait-downstream-weights"]).status == "passed"
     cosines = m.observations["dense"].cosines()
@@ -181,7 +188,7 @@ def test_updates_in_place_must_be_declared() -> None:
 @pytest.mark.parametrize("T", [1, 2, 3, 6])
 def test_relaxed_predictive_coding_reaches_as_many_blocks_as_it_takes_steps(T: int) -> None:
     """Oracle: min(T, L - 1); an error moves one block per inference step."""
-    m = Measurements(Subject("predictive-coding", [f"rule.T={T}"]))
+    m = measured("predictive-coding", f"rule.T={T}")
     for kind, matrix in m.downstream.items():
         assert matrix.reach() == min(T, len(matrix.blocks) - 1), kind
     assert examine(m, CHECKS["trait-downstream-weights"]).status == "passed"
@@ -212,7 +219,7 @@ def test_shipped_rules_tell_the_truth_at_other_settings_too(rule: str, settings:
 @pytest.mark.parametrize("rule", ["z-il", "fixed-prediction"])
 def test_exact_predictive_coding_is_called_equivalent(rule: str) -> None:
     """Song et al. 2020: Z-IL's updates are back-propagation's."""
-    assert Measurements(Subject(rule)).credit == "equivalent to back-propagation"
+    assert measured(rule).credit == "equivalent to back-propagation"
 
 
 # --- the measurement itself -------------------------------------------------------------------------------------------
@@ -250,7 +257,7 @@ class Narrow(DFA):
 
 
 def test_without_a_null_space_a_rule_is_not_called_local() -> None:
-    m = Measurements(Subject(Narrow))
+    m = measured(Narrow)
     finding = examine(m, CHECKS["trait-downstream-weights"])
     assert finding.status == "unmeasured"
     assert "as many independent directions" in finding.what
@@ -263,7 +270,7 @@ class Silent(DFA):
 
 
 def test_blocks_without_an_update_are_listed() -> None:
-    m = Measurements(Subject(Silent))
+    m = measured(Silent)
     assert m.silent == ["b1", "b2", "b3", "b4"]
     assert m.dependence_name == "upstream"
 

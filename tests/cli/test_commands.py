@@ -64,6 +64,7 @@ def test_train_then_predict_evaluate_and_reproduce(workplace: Path, capsys: pyte
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.makes_database
 def test_tracking_lands_in_one_sqlite_store(workplace: Path) -> None:
     assert call("train", "rule=dfa", *FAST) == 0
     store = sqlite3.connect(workplace / "mlflow.db")

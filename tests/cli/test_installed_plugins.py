@@ -9,51 +9,52 @@ import sys
 from pathlib import Path
 
 import pytest
+from children import run
 
 
 @pytest.fixture
-def broken(tmp_path: Path) -> dict[str, str]:
-    """An environment in which a distribution `bpfree-broken` is installed whose plugin does not import."""
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on the path of modules, in which a distribution `bpfree-broken` is installed whose plugin does not import."""
     info = tmp_path / "site" / "bpfree_broken-0.3.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bpfree-broken\nVersion: 0.3\n")
     (info / "entry_points.txt").write_text("[bpfree]\nbroken = bpfree_broken_plugin\n")
     (tmp_path / "site" / "bpfree_broken_plugin.py").write_text("import a_library_that_is_not_there\n")
-    return {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return tmp_path / "site"
 
 
-def call(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "bpfree", *words], env=environment, capture_output=True, text=True, check=False)
-
-
-def test_a_broken_plugin_is_listed_with_its_reason(broken: dict[str, str]) -> None:
-    listed = call(broken, "plugins", "list", "--json")
+def test_a_broken_plugin_is_listed_with_its_reason(broken: Path) -> None:
+    """By a fresh process, to which the folder is named as a user does."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(broken), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "bpfree", "plugins", "list", "--json"]
+    listed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert listed.returncode == 0
     record = {record["name"]: record for record in json.loads(listed.stdout)}["broken"]
     assert (record["status"], record["distribution"], record["version"]) == ("broken", "bpfree-broken", "0.3")
     assert "a_library_that_is_not_there" in record["reason"]
-    assert "broken" in call(broken, "rules").stderr
-    shown = call(broken, "plugins", "info", "broken")
+    assert "broken" in run("rules").stderr
+    shown = run("plugins", "info", "broken")
     assert shown.returncode == 0
     assert "a_library_that_is_not_there" in shown.stdout
     assert "not in the registry" in shown.stdout
 
 
-def test_a_broken_plugin_gets_no_entry(broken: dict[str, str], tmp_path: Path) -> None:
-    added = call(broken, "registry", "add", "broken", "--folder", str(tmp_path / "registry"))
+def test_a_broken_plugin_gets_no_entry(broken: Path, tmp_path: Path) -> None:
+    added = run("registry", "add", "broken", "--folder", str(tmp_path / "registry"))
     assert added.returncode == 1
     assert "plugin 'broken' is broken" in added.stderr
     assert not (tmp_path / "registry").exists()
 
 
-def test_it_fails_only_the_run_that_asks_for_it(broken: dict[str, str], tmp_path: Path) -> None:
-    assert call(broken, "rules", "dfa").returncode == 0
-    asked = call(broken, "train", "rule=theirs", f"output={tmp_path / 'runs'}")
+def test_it_fails_only_the_run_that_asks_for_it(broken: Path, tmp_path: Path) -> None:
+    assert run("rules", "dfa").returncode == 0
+    asked = run("train", "rule=theirs", f"output={tmp_path / 'runs'}")
     assert asked.returncode == 2
     assert "a_library_that_is_not_there" in asked.stderr
 
 
-def test_a_plugin_is_disabled_by_name(broken: dict[str, str]) -> None:
-    for environment, options in ((broken, ["--disable", "noprop"]), ({**broken, "BPFREE_DISABLE_PLUGINS": "noprop"}, [])):
-        assert "noprop-dt" not in call(environment, *options, "rules").stdout
-    assert "noprop-dt" in call(broken, "rules").stdout
+def test_a_plugin_is_disabled_by_name(broken: Path) -> None:
+    assert "noprop-dt" not in run("--disable", "noprop", "rules").stdout
+    assert "noprop-dt" not in run("rules", BPFREE_DISABLE_PLUGINS="noprop").stdout
+    assert "noprop-dt" in run("rules").stdout

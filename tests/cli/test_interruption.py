@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from children import command
+from signalled_commands import signalled
 
 from bpfree.record.folder import read_run
 
-TRAIN = ["rule=dfa", "network.dropout=0.1", "budget.epochs=60", "threads=1", "device=cpu", "tracking.enabled=false", "evaluation.every=20"]
+pytestmark = pytest.mark.time_dependent
 
-
-def bpfree(*words: str, folder: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "bpfree", *words]
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+EPOCHS = 60
+TRAIN = [
+    "rule=dfa",
+    "network.dropout=0.1",
+    f"budget.epochs={EPOCHS}",
+    "threads=1",
+    "device=cpu",
+    "tracking.enabled=false",
+    "evaluation.every=20",
+]
 
 
 def last_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -31,57 +34,28 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    process = bpfree("train", *TRAIN, folder=folder)
-    process.communicate(timeout=240)
-    assert process.returncode == 0
+    process = command("train", *TRAIN, folder=folder)
+    assert process.wait() == 0
     (run,) = (folder / "runs").iterdir()
     return last_weights(run)
 
 
-def wait_for(condition: object, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    assert callable(condition)
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def the_checkpoint(folder: Path) -> Path | None:
-    return next(iter((folder / "runs").glob("*/checkpoints/last.pt")), None)
-
-
 def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(tmp_path: Path, undisturbed: dict[str, torch.Tensor]) -> None:
-    """SIGKILL, which nothing can catch, at three random moments (seeded, and shown on failure)."""
-    moments = random.Random(time.time_ns())
-    process = bpfree("train", *TRAIN, folder=tmp_path)
-    wait_for(lambda: the_checkpoint(tmp_path), process)
-    killed = 0
+    """SIGKILL, which nothing can catch, three times: some checkpoints later, and then somewhere in what follows."""
+    words = ("train", *TRAIN)
     for _ in range(3):
-        time.sleep(moments.uniform(0, 0.4))
-        if process.poll() is None:
-            process.kill()
-            killed += 1
-        process.communicate()
+        process = signalled(tmp_path, signal.SIGKILL, random.randint(1, 4), random.randrange(5000), *words)
+        assert process.wait() == -signal.SIGKILL, process.communicate()[1]
         (run,) = (tmp_path / "runs").iterdir()
-        before = os.stat(run / "checkpoints" / "last.pt").st_mtime_ns
-        process = bpfree("train", "--resume", run.name, folder=tmp_path)
-
-        def progressed(
-            process: subprocess.Popen[str] = process, path: Path = run / "checkpoints" / "last.pt", before: int = before
-        ) -> bool:
-            return os.stat(path).st_mtime_ns != before or process.poll() is not None
-
-        while not progressed():
-            time.sleep(0.005)
-    _, errors = process.communicate(timeout=240)
+        words = ("train", "--resume", run.name)
+    process = command(*words, folder=tmp_path)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert killed >= 1
     weights = last_weights(run)
     assert all(torch.equal(weights[name], value) for name, value in undisturbed.items())
     assert read_run(run).status == "finished"
     epochs = [metrics["epoch"] for metrics in read_run(run).history]
-    assert epochs == list(range(1, 61))
+    assert epochs == list(range(1, EPOCHS + 1))
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name != "last.pt" and not path.name.startswith(".")] == []
 
 
@@ -89,17 +63,15 @@ def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(tmp_path: 
 def test_a_signal_leaves_a_checkpoint_and_a_resumable_run(
     tmp_path: Path, undisturbed: dict[str, torch.Tensor], number: signal.Signals, code: int
 ) -> None:
-    process = bpfree("train", *TRAIN, folder=tmp_path)
-    wait_for(lambda: the_checkpoint(tmp_path), process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    process = signalled(tmp_path, number, 1, 0, "train", *TRAIN)
+    _, errors = process.communicate()
     assert process.returncode == code
     assert "--resume" in errors
     assert "Traceback" not in errors
     (run,) = (tmp_path / "runs").iterdir()
     assert read_run(run).status == "interrupted"
-    resumed = bpfree("train", "--resume", str(run), "--quiet", folder=tmp_path)
-    _, errors = resumed.communicate(timeout=240)
+    resumed = command("train", "--resume", str(run), "--quiet", folder=tmp_path)
+    _, errors = resumed.communicate()
     assert resumed.returncode == 0, errors
     weights = last_weights(run)
     assert all(torch.equal(weights[name], value) for name, value in undisturbed.items())

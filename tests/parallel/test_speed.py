@@ -13,6 +13,7 @@ import torch
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_noprop_parallel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     monkeypatch.syspath_prepend(FOLDER)

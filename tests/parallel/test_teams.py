@@ -20,6 +20,7 @@ from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.config import BudgetConfig
 from bpfree.training.updater import ClipConfig
 
+pytestmark = pytest.mark.time_dependent
 SGD = OptimizerConfig("sgd", lr=0.1)
 ROUNDING = 2e-6
 """Largest difference of a weight after two passes of SGD; sums of float32 in another order."""

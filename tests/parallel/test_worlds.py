@@ -15,6 +15,7 @@ from training_rules import assert_equal_bits
 from bpfree.cli import main as cli
 from bpfree.training.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.time_dependent
 WORDS = ("rule=dfa", "network=mlp", "network.width=8", "task=digits", "threads=1", "device=cpu", "pictures.every=0")
 UNTRACKED = (*WORDS, "budget.epochs=1", "tracking.enabled=false")
 

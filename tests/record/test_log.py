@@ -170,6 +170,7 @@ def test_a_disk_that_stays_full(filled: tuple[Disk, EventLog]) -> None:
     assert (caught.value.exit_code, caught.value.where) == (1, str(log.path))
 
 
+@pytest.mark.time_dependent
 def test_one_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another one is refused; the system frees the log of a process that is killed."""
     monkeypatch.setattr(log_module, "LOCK_SECONDS", 0.0)

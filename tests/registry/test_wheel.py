@@ -44,6 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(scratch)
 
 
+@pytest.mark.slow
 def test_it_holds_every_file_that_is_no_build_product(wheel: Path) -> None:
     inside = {path.relative_to(wheel / "bpfree").as_posix() for path in (wheel / "bpfree").rglob("*") if path.is_file()}
     ours = {path.relative_to(ROOT / "bpfree").as_posix() for path in (ROOT / "bpfree").rglob("*") if path.is_file()}
@@ -51,6 +52,7 @@ def test_it_holds_every_file_that_is_no_build_product(wheel: Path) -> None:
     assert inside == {name for name in ours | registry if not name.endswith(".pyc")}
 
 
+@pytest.mark.slow
 def test_the_command_line_reads_the_registry_in_it(wheel: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(wheel)}
 

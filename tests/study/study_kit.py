@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,18 +69,6 @@ def call(*words: str) -> int:
     with pytest.raises(SystemExit) as caught:
         main(list(words))
     return int(caught.value.code or 0)
-
-
-def spawn(*words: str, **variables: str) -> subprocess.Popen[str]:
-    """A command as a process of its own, in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "bpfree", *words],
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
 
 
 def outcomes(folder: str | Path = "runs/studies") -> list[dict[str, Any]]:

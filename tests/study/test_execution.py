@@ -5,12 +5,12 @@ Oracles: an undisturbed study, bit for bit; the MLflow database, read with SQL; 
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,10 +22,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from study_kit import DYING, call, mlflow_runs, outcomes, plugin_on_path, spawn, untimed
+from children import Child, command
+from study_kit import DYING, call, mlflow_runs, outcomes, plugin_on_path, untimed
+from waiting import until
 
 from bpfree.study import executors
 from bpfree.study.concurrency import present
+from bpfree.study.executor import Ended
 from bpfree.study.executors import Pool
 
 COMMON = "settings: {task: digits, device: cpu, network.width: 16}\n"
@@ -64,6 +67,23 @@ def site(workplace: Path) -> Iterator[Path]:
         yield workplace
 
 
+def work(connection: Connection) -> None:
+    executors.serve(connection.fileno(), os.getppid())
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of pools are forked, where their beginning is not what a test is about."""
+
+    def start(command: list[str], *, env: dict[str, str], pass_fds: list[int], **options: Any) -> Child:
+        with Connection(os.dup(pass_fds[0])) as connection:
+            return Child(work, connection, group=True, **env)
+
+    monkeypatch.setattr(
+        executors, "subprocess", SimpleNamespace(Popen=start, **{n: getattr(subprocess, n) for n in ("DEVNULL", "TimeoutExpired")})
+    )
+
+
 def study(text: str, name: str = "table.yaml") -> str:
     Path(name).write_text(text)
     return name
@@ -99,9 +119,8 @@ def test_a_pool_gives_the_same_numbers_and_marks_its_timings(workplace: Path, ca
     assert not any("executors import serve" in " ".join(child.cmdline()) for child in psutil.Process().children())
 
 
+@pytest.mark.time_dependent
 def test_cells_that_run_at_the_same_time_are_counted_and_dead_ones_are_not(tmp_path: Path) -> None:
-    import subprocess
-
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom bpfree.study.concurrency import present\n"
         "with present(Path(sys.argv[1])):\n    print('there', flush=True)\n    time.sleep(60)\n"
@@ -121,7 +140,8 @@ def test_cells_that_run_at_the_same_time_are_counted_and_dead_ones_are_not(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cell_that_takes_its_worker_with_it_goes_on_in_another(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.time_dependent
+def test_a_cell_that_takes_its_worker_with_it_goes_on_in_another(site: Path, forked: None, capsys: pytest.CaptureFixture[str]) -> None:
     name = study(f"title: Dying\n{BARE}seeds: 1\nrules: [dying, dfa]\n")
     words = ("budget.epochs=3", "tracking.enabled=false")
     Path("lives").write_text("0")
@@ -132,7 +152,7 @@ def test_a_cell_that_takes_its_worker_with_it_goes_on_in_another(site: Path, cap
     assert_same(Path("undisturbed"), Path("runs"))
 
 
-def test_a_cell_that_kills_its_worker_again_and_again_has_failed(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cell_that_kills_its_worker_again_and_again_has_failed(site: Path, forked: None, capsys: pytest.CaptureFixture[str]) -> None:
     name = study(f"title: Dying\n{BARE}seeds: 1\nrules: [dying, dfa]\n")
     words = ("budget.epochs=3", "tracking.enabled=false", "--quiet", "--jobs", "2", "checkpoint.every=0")
     Path("lives").write_text("9")
@@ -164,7 +184,7 @@ LATE = PLUGIN.replace(
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_cell_whose_time_is_up_is_a_row_and_goes_on_with_more_of_it(
-    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, jobs: str
+    site: Path, forked: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, jobs: str
 ) -> None:
     from bpfree.study import worker
 
@@ -194,6 +214,7 @@ HANGING = """
 """
 
 
+@pytest.mark.time_dependent
 def test_a_rule_that_hangs_ends_with_its_time_in_the_same_process(site: Path) -> None:
     """Oracle: the kernel's own timer, which the rule reads, and runs down."""
     code = PLUGIN.replace("        time.sleep(0.05)\n", "        index = step.index\n" + HANGING.replace(" " * 12, " " * 8))
@@ -229,20 +250,28 @@ def test_the_time_of_a_cell_begins_when_its_worker_is_there(monkeypatch: pytest.
     assert ended.final
 
 
-def test_a_worker_that_hangs_is_killed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.time_dependent
+def test_a_worker_that_hangs_is_killed(site: Path, forked: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the run is called any more, so that it cannot see that its time is up. The parent's clock is put forward."""
 
-    class Late:
-        """Put forward a while after the other cell has finished, so that the parent has heard of it."""
+    heard: list[Ended] = []
+    wait = Pool.wait
 
-        finished = math.inf
+    def waiting(pool: Pool) -> list[Ended]:
+        ended = wait(pool)
+        heard.extend(ended)
+        return ended
+
+    class Late:
+        """Put forward by each look at it from the moment on that the parent has heard of the other cell."""
+
+        forward = 0.0
 
         def monotonic(self) -> float:
-            now = time.monotonic()
-            if any(outcome["status"] == "finished" for outcome in outcomes()):
-                self.finished = min(self.finished, now)
-            return now + 1e6 * (now > self.finished + 5)
+            self.forward += 1e6 * bool(heard)
+            return time.monotonic() + self.forward
 
+    monkeypatch.setattr(Pool, "wait", waiting)
     monkeypatch.setattr(executors, "time", Late())
     (site / "site" / "troubled" / "__init__.py").write_text(PLUGIN.replace("time.sleep(0.05)", "time.sleep(600)"))
     name = study(f"title: Slow\n{BARE}seeds: 1\nrules: [slow, dfa]\n")
@@ -254,23 +283,17 @@ def test_a_worker_that_hangs_is_killed(site: Path, monkeypatch: pytest.MonkeyPat
 # --- stopping ---------------------------------------------------------------------------------------------------------
 
 
-def wait_for(condition: object, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
+@pytest.mark.time_dependent
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_pool_saves_what_it_does_and_leaves_nobody_behind(site: Path, number: signal.Signals) -> None:
     name = study(f"title: Slow\n{BARE}seeds: 2\nrules: [slow]\n")
-    words = ("study", "run", name, "budget.epochs=2", "tracking.enabled=false", "--jobs", "2")
-    process = spawn(*words, PYTHONPATH=str(site / "site"))
-    wait_for(lambda: len(list(Path("runs").glob("slow-*/events.jsonl"))) == 2)
+    words = ("study", "run", name, "budget.epochs=999", "tracking.enabled=false", "--jobs", "2")
+    process = command(*words, group=True)
+    until(lambda: len(list(Path("runs").glob("slow-*/events.jsonl"))) == 2, process)
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 128 + number
     assert "the same command resumes it" in errors
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
@@ -279,18 +302,20 @@ def test_an_interrupted_pool_saves_what_it_does_and_leaves_nobody_behind(site: P
     assert list(Path("runs/studies").glob("table/report*.html"))  # on what there is
 
 
+@pytest.mark.time_dependent
 def test_workers_do_not_outlive_a_killed_study(site: Path) -> None:
     name = study(f"title: Slow\n{BARE}seeds: 2\nrules: [slow]\n")
-    process = spawn("study", "run", name, "budget.epochs=9", "tracking.enabled=false", "--jobs", "2", PYTHONPATH=str(site / "site"))
-    wait_for(lambda: len(list(Path("runs").glob("slow-*/events.jsonl"))) == 2)
+    process = command("study", "run", name, "budget.epochs=999", "tracking.enabled=false", "--jobs", "2", group=True)
+    until(lambda: len(list(Path("runs").glob("slow-*/events.jsonl"))) == 2, process)
     workers = psutil.Process(process.pid).children()
     process.kill()
     process.communicate()
-    gone, alive = psutil.wait_procs(workers, timeout=30)
-    assert (len(gone), alive) == (2, [])
+    assert len(workers) == 2
+    psutil.wait_procs(workers)  # as long as it takes
 
 
 @pytest.mark.slow
+@pytest.mark.time_dependent
 def test_a_study_killed_ten_times_ends_like_one_that_was_not(workplace: Path) -> None:
     """SIGKILL at random moments; the whole process group with its workers, or the parent alone."""
     name = study(f"title: Killed\n{COMMON}seeds: 2\ntasks: [digits]\nrules: [dfa, backprop, noprop-dt]\n")
@@ -299,14 +324,16 @@ def test_a_study_killed_ten_times_ends_like_one_that_was_not(workplace: Path) ->
     words = ["study", "run", name, "budget.epochs=12", "log_interval=0.2"]
     assert call(*words, "output=undisturbed/runs", "--quiet") == 0
 
+    def written() -> int:
+        """Bytes in the logs of all runs: how far the study is."""
+        return sum(path.stat().st_size for path in Path("runs").rglob("events.jsonl"))
+
     random_moments = random.Random(20)
     kills = 0
     while kills < 10:
-        process = spawn(*words, "--jobs", str(1 + kills % 2))
-        moment = random_moments.uniform(3, 9)
-        deadline = time.monotonic() + moment
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.02)
+        process = command(*words, "--jobs", str(1 + kills % 2), group=True)
+        moment = written() + random_moments.randrange(8000)
+        until(lambda moment=moment, process=process: written() > moment or process.poll() is not None)  # type: ignore[misc]
         if process.poll() is not None:  # it was faster: what is left of the kills meets a finished study
             process.communicate()
             break
@@ -369,8 +396,6 @@ def test_a_store_that_is_away_costs_a_warning_and_adopts_the_cells_later(
 
 def test_a_pool_shares_gpus_among_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as there are, each process sees one of them, in turn. (No GPU is needed to look at the environment.)"""
-    import subprocess
-
     seen = []
 
     class Process:
@@ -437,7 +462,9 @@ def test_workers_that_would_fight_for_processors_are_told_of(
     assert "3 cells at a time with 2 threads each, on 4 processors" in said(2, 3)
 
 
-def test_what_runs_is_said_from_time_to_time(site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_is_said_from_time_to_time(
+    site: Path, forked: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from bpfree.cli import study_progress
 
     monkeypatch.setattr(study_progress, "SILENCE", 0.0)

@@ -34,20 +34,6 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database: made once, as it takes seconds."""
-    from bpfree.tracking.store import Store
-
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    Store(f"sqlite:///{path}", 10).connect()
-    import sqlite3
-
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return path
-
-
 @pytest.fixture
 def uri(tmp_path: Path, template: Path) -> str:
     """A store of one's own."""
@@ -71,9 +57,14 @@ def new_run(tmp_path: Path) -> Callable[..., Run]:
 def track(tmp_path: Path) -> Callable[..., Recorder]:
     """A recorder whose log a tracker reads; without system metrics, unless asked for."""
 
-    def make(uri: str | None, **options: Any) -> Recorder:
+    def make(uri: str | None, patience: float | None = None, **options: Any) -> Recorder:
+        def tracker(run: Run, config: TrackingConfig) -> MLflowTracker:
+            made = MLflowTracker(run, config)
+            made.patience = made.patience if patience is None else patience
+            return made
+
         options = {"system": False, "interval": 0.05, "timeout": 5.0} | options
-        return Recorder([Tracking(TrackingConfig(uri=uri, **options), {"mlflow": MLflowTracker})])
+        return Recorder([Tracking(TrackingConfig(uri=uri, **options), {"mlflow": tracker})])
 
     return make
 
@@ -154,9 +145,8 @@ class Server:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
 
-    def wait(self, seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self._process.poll() is None:
+    def wait(self) -> None:
+        while self._process.poll() is None:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
                 if answer.status == 200:
                     return

@@ -6,7 +6,6 @@ import csv
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -14,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from children import Child
+from killed_runs import kill
 from study_kit import call
 
-from bpfree import BpfreeError, Run, UsageError, runner
+from bpfree import BpfreeError, Run, UsageError, hookimpl, runner
 from bpfree.config import parse_words, resolve
 from bpfree.record.folder import Cursor, RunFolder, read_run
 from bpfree.record.recorder import Recorder
 from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.file_trackers import CSVTracker, FileTracker, TensorBoardTracker
+from bpfree.tracking.follower import Follower
 from bpfree.tracking.sending import Tracking, complete, is_sent, send
 
 TIMES = ("seconds", "processor_seconds", "samples_per_second", "step_ms")
@@ -118,42 +120,39 @@ def test_a_run_goes_on_in_the_same_file(tmp_path: Path, name: str) -> None:
             assert points[kind, key][step] == as_written(name, value)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from bpfree import hookimpl, runner
-from bpfree.config import parse_words, resolve
-from bpfree.tracking.follower import Follower
+class KillInEpoch:
+    """Ends the process when the log has the second epoch, of which there is no checkpoint yet: it is computed again."""
 
-folder, point, words = sys.argv[1], sys.argv[2], sys.argv[3:]
+    def __init__(self, point: str, followers: list[Follower]) -> None:
+        self._point, self._followers = point, followers
 
-if point == "noted":  # the file has it, the place in the log is not noted
-    keep = Follower._keep
-    def kill_before(self):
-        if "progress" in self.cursor.known.get("last", {}):
-            os.kill(os.getpid(), signal.SIGKILL)
-        keep(self)
-    Follower._keep = kill_before
-
-class Kill:
     @hookimpl
-    def epoch_end(self, run, metrics):
-        if point == "noted" or metrics["epoch"] < 2:
+    def epoch_end(self, metrics: dict[str, float]) -> None:
+        if self._point == "noted" or metrics["epoch"] < 2:
             return
-        # the log has the epoch, there is no checkpoint of it: it is computed again
-        while point == "sent" and any(follower.cursor.offset < follower._log.size for follower in followers):
-            for follower in followers:
+        while self._point == "sent" and any(follower.cursor.offset < follower._log.size for follower in self._followers):
+            for follower in self._followers:
                 follower._wake.set()
-        os.kill(os.getpid(), signal.SIGKILL)
+        kill()
 
-followers = []
-start = Follower.start
-def starting(self, patience):
-    followers.append(self)
-    return start(self, patience)
-Follower.start = starting
-runner.run(resolve(parse_words([f"output={folder}/runs", *words])), run_id="killed", quiet=True, observers=[Kill()])
-"""
+
+def be_killed(folder: Path, point: str, *words: str) -> None:
+    """The whole life of a process."""
+    followers, begin, keep = list[Follower](), Follower.start, Follower._keep
+
+    def starting(self: Follower, patience: float) -> bool:
+        followers.append(self)
+        return begin(self, patience)
+
+    def kill_before(self: Follower) -> None:
+        """The file has it, the place in the log is not noted."""
+        if point == "noted" and "progress" in self.cursor.known.get("last", {}):
+            kill()
+        keep(self)
+
+    Follower.start, Follower._keep = starting, kill_before  # type: ignore[method-assign]
+    config = resolve(parse_words([f"output={folder / 'runs'}", *words]))
+    runner.run(config, run_id="killed", quiet=True, observers=[KillInEpoch(point, followers)])
 
 
 @pytest.fixture
@@ -161,8 +160,9 @@ def killed(tmp_path: Path) -> Callable[..., Path]:
     """Runs in a process of its own that is killed at some point."""
 
     def run(point: str, *words: str) -> Path:
-        done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), point, *WORDS, *words], capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        process = Child(be_killed, tmp_path, point, *WORDS, *words)
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
         return tmp_path / "runs" / "killed"
 
     return run
@@ -178,6 +178,7 @@ NAMES = ["csv"] if EventAccumulator is None else ["csv", "tensorboard"]
 TO = f"tracking.to=[{','.join(NAMES)}]"
 
 
+@pytest.mark.time_dependent
 @pytest.mark.parametrize("point", ["sent", "noted"])
 def test_a_run_that_was_killed_and_goes_on_has_each_point_once(killed: Callable[..., Path], point: str) -> None:
     """The epoch that is computed again has the same numbers, but for times; the readers refuse a step that is there twice."""
@@ -191,6 +192,7 @@ def test_a_run_that_was_killed_and_goes_on_has_each_point_once(killed: Callable[
         assert_as_recorded(name, place, seen, timed=False)
 
 
+@pytest.mark.time_dependent
 def test_what_a_killed_run_has_not_sent_is_sent_later(killed: Callable[..., Path]) -> None:
     """``bpfree track send`` reads on: the run ends as interrupted, with what it had; a second call changes no byte."""
     place = killed("unsent", "budget.epochs=3", TO, "tracking.interval=100")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
 import shutil
 import signal
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import Child
 from killed_runs import NAME, TAGS, be_killed, go_on, recipe_in, start
 from training_rules import assert_equal_bits
 
@@ -22,8 +22,9 @@ from bpfree.record.folder import RunFolder, read_run
 from bpfree.tracking.sending import complete, config_of, is_sent, send
 from bpfree.training.checkpoint import read_checkpoint
 
-SLOW_MODULES = ("sklearn.datasets", "torchvision", "PIL.Image")
 TIMES = ("seconds", "processor_seconds", "samples_per_second", "step_ms", "load_start", "load_end")
+
+pytestmark = pytest.mark.time_dependent
 
 
 def files_of(run_id: str, uri: str) -> list[str]:
@@ -71,17 +72,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, template: Path) -> tup
 
 @pytest.fixture(scope="module")
 def killed() -> Callable[..., None]:
-    """Runs in a process until it is killed; they are forked from one in which all modules are loaded."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["bpfree.training.trainer", "bpfree.tracking.mlflow_tracker", "bpfree_noprop", "mlflow.tracking", *SLOW_MODULES]
-    )
+    """Runs in a process until it is killed."""
 
     def run(*arguments: Any) -> None:
-        process = context.Process(target=be_killed, args=arguments)
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        process = Child(be_killed, *arguments)
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
 
     return run
 
@@ -223,6 +219,7 @@ def test_a_task_that_is_loaded_already_is_used_when_a_run_goes_on(tmp_path: Path
     assert task.fingerprint() == fingerprint
 
 
+@pytest.mark.makes_database
 def test_a_database_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ended before the tables are all there, nothing has the database's name, and the next attempt makes it."""
     from bpfree.tracking import store

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections import Counter
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+import children
 import pytest
 
 from bpfree.errors import BpfreeError, UsageError
@@ -263,12 +263,11 @@ def one_process(folder: str, number: int, together: Barrier) -> None:
     tracker.run_end(run)
 
 
+@pytest.mark.time_dependent
 def test_processes_that_meet_a_new_database(tmp_path, monkeypatch):
     """Without the lock all but one die in MLflow's migrations (measured); with it all four runs are complete."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    # Processes forked from one that has imported MLflow, and nothing else: they meet at once, and cost one import.
-    context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
-    context.set_forkserver_preload(["mlflow.tracking"])
+    context = children.context()  # in which MLflow is loaded: they meet at once
     together = context.Barrier(4)
     workers = [context.Process(target=one_process, args=(str(tmp_path), number, together)) for number in range(4)]
     for worker in workers:
@@ -284,6 +283,7 @@ def test_processes_that_meet_a_new_database(tmp_path, monkeypatch):
     assert all(len(client.get_metric_history(run.info.run_id, "loss")) == 5 for run in runs)
 
 
+@pytest.mark.time_dependent
 def test_a_lock_is_waited_for_and_released_by_a_kill(tmp_path):
     """Oracle: a process that holds the lock and is killed without a chance to release it."""
     code = (

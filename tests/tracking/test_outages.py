@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
+from waiting import until, until_threads_end
 
 from bpfree.errors import BpfreeError
 from bpfree.record.folder import RunFolder
 from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.sending import is_sent, send
+
+pytestmark = pytest.mark.time_dependent
+HOUR = 3600.0
+"""Longer than a test may take: nobody waits for it in vain."""
 
 
 def warnings(caplog):
@@ -50,18 +53,13 @@ def test_real_server(server, new_run, track, epoch, stored):
 
 
 def test_nobody_listens(closed_port, new_run, track, epoch, unsent, caplog):
-    """The start waits no longer than a connection attempt (plus importing MLflow); the log has everything."""
-    import mlflow  # noqa: F401
-
+    """Start and end wait no longer than a connection attempt, however long they may; the log has everything."""
     run = new_run(config={"seed": 1})
-    tracker = track(f"http://127.0.0.1:{closed_port}", timeout=5.0, flush_timeout=5.0)
-    began = time.monotonic()
+    tracker = track(f"http://127.0.0.1:{closed_port}", timeout=HOUR, flush_timeout=HOUR)
     tracker.run_start(run)
-    assert time.monotonic() - began < 4
     for number in (1, 2, 3):
         epoch(run, tracker, number)
     finish(run, tracker)
-    assert time.monotonic() - began < 10
     events = unsent(run)
     assert events[0]["event"] == "begin"
     assert events[0]["config"] == {"seed": 1}
@@ -77,7 +75,7 @@ def test_required(closed_port, new_run, track, caplog):
     with pytest.raises(BpfreeError, match="does not answer") as caught:
         track(f"http://127.0.0.1:{closed_port}", required=True).run_start(run)
     assert caught.value.exit_code == 1
-    time.sleep(0.3)
+    until_threads_end()
     assert warnings(caplog) == []
     assert list(run.folder.iterdir()) == []
 
@@ -97,23 +95,13 @@ def test_a_database_that_fails_shows_no_traceback(uri, new_run, track, epoch, ca
 
 
 def test_black_hole(black_hole, new_run, track, epoch, unsent, caplog):
-    """A server that accepts and never answers: the start waits for the timeout, hooks wait for nothing."""
+    """A server that accepts and never answers: start and end wait for their patience, hooks for nothing. Requests take an hour here."""
     run = new_run()
-    tracker = track(black_hole, timeout=1.0, flush_timeout=1.0)
-    began = time.monotonic()
+    tracker = track(black_hole, timeout=HOUR, patience=0.2, flush_timeout=0.2)
     tracker.run_start(run)
-    assert time.monotonic() - began < 4
-    durations = []
     for number in range(1, 31):
-        before = time.perf_counter()
         epoch(run, tracker, number)
-        durations.append(time.perf_counter() - before)
-        time.sleep(0.02)
-    assert sorted(durations)[len(durations) // 2] < 0.005
-    assert max(durations) < 0.5  # a request would take its whole timeout; 50 ms are exceeded by a busy machine alone
-    began = time.monotonic()
     finish(run, tracker)
-    assert time.monotonic() - began < 4
     assert epochs(unsent(run)) == list(range(1, 31))
     assert len(warnings(caplog)) == 1
 
@@ -128,18 +116,16 @@ def test_the_log_is_there_at_once(closed_port, new_run, track, epoch, unsent):
     finish(run, tracker)
 
 
-def test_server_comes_back(gate, server, new_run, track, epoch, stored, caplog):
+def test_server_comes_back(gate, server, new_run, track, epoch, unsent, stored, caplog):
     """An outage in the middle: everything arrives, once, and nothing is left in the folder."""
     run = new_run()
     tracker = track(gate.uri)
     tracker.run_start(run)
     epoch(run, tracker, 1)
-    time.sleep(1)
+    until(lambda: not unsent(run))
     gate.shut()
     epoch(run, tracker, 2)
-    deadline = time.monotonic() + 20
-    while not warnings(caplog) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: warnings(caplog))
     gate.open()
     epoch(run, tracker, 3)
     finish(run, tracker)
@@ -156,7 +142,7 @@ def test_run_resumed_after_an_outage_sends_what_was_left(gate, server, new_run, 
     tracker.run_start(run)
     epoch(run, tracker, 1)
     epoch(run, tracker, 2)
-    time.sleep(1.5)
+    until(lambda: not unsent(run))
     gate.shut()
     epoch(run, tracker, 3)
     epoch(run, tracker, 4)
@@ -207,10 +193,10 @@ def test_server_dies(server, new_run, track, epoch, unsent, caplog):
     tracker.run_start(run)
     epoch(run, tracker, 1)
     epoch(run, tracker, 2)
-    time.sleep(2)
+    until(lambda: not unsent(run))
     server.kill()
     epoch(run, tracker, 3)
-    time.sleep(0.5)
+    until(lambda: warnings(caplog))
     epoch(run, tracker, 4)
     finish(run, tracker)
     assert epochs(unsent(run)) == [3, 4]

@@ -4,10 +4,16 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 
 import pytest
+from waiting import until
+
+from bpfree.record.folder import RunFolder
+from bpfree.tracking.config import TrackingConfig
+from bpfree.tracking.system import FIRST_SECONDS
+
+pytestmark = pytest.mark.time_dependent
 
 HOST = {"cpu_utilization_percentage", "system_memory_usage_megabytes", "system_memory_usage_percentage", "disk_usage_percentage"}
 HOST |= {"disk_usage_megabytes", "disk_available_megabytes", "network_receive_megabytes", "network_transmit_megabytes"}
@@ -39,17 +45,24 @@ class FakeNVML:
         return 700_000
 
 
-def run_for(seconds, run, tracker):
+def run_for(samples, run, tracker):
+    """A run that lasts until so many samples are taken."""
+
+    def taken():
+        return sum(event["event"] == "system" for event, _ in RunFolder(run.folder).log.read())
+
     tracker.run_start(run)
-    time.sleep(seconds)
+    before = taken()
+    until(lambda: taken() >= before + samples)
     run.status = "finished"
     tracker.run_end(run)
 
 
 def test_a_short_run_shows_them(uri, new_run, track, stored):
-    """MLflow's own monitor has its first sample after 10 s; here a run of 2.5 s has two or more, at growing steps."""
+    """MLflow's own monitor has its first sample after 10 s; here a run of 2.5 s has two, at growing steps."""
+    assert FIRST_SECONDS + TrackingConfig().system_interval <= 2.5
     run = new_run()
-    run_for(2.5, run, track(uri, system=True))
+    run_for(2, run, track(uri, system=True))
     _, points = stored(run, uri)
     host = {key.removeprefix("system/"): values for key, values in points.items() if key.startswith("system/") and "gpu" not in key}
     assert set(host) == HOST
@@ -59,9 +72,10 @@ def test_a_short_run_shows_them(uri, new_run, track, stored):
 
 
 def test_the_first_sample_comes_within_a_second(uri, new_run, track, stored):
-    """Whatever the interval."""
+    """Whatever the interval: here an hour."""
+    assert FIRST_SECONDS < 1
     run = new_run()
-    run_for(1.5, run, track(uri, system=True, system_interval=60.0))
+    run_for(1, run, track(uri, system=True, system_interval=3600.0))
     assert len(stored(run, uri)[1]["system/cpu_utilization_percentage"]) == 1
 
 
@@ -71,7 +85,7 @@ def test_gpus(uri, new_run, track, stored, monkeypatch):
     monkeypatch.setattr(gpu_monitor, "pynvml", FakeNVML(), raising=False)
     monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNVML())
     run = new_run()
-    run_for(0.8, run, track(uri, system=True, system_interval=0.2))
+    run_for(2, run, track(uri, system=True, system_interval=0.02))
     _, points = stored(run, uri)
     last = {key: values[-1][1] for key, values in points.items() if key.startswith("system/gpu_")}
     expected = {}
@@ -91,17 +105,17 @@ def test_no_gpu_is_no_news(uri, new_run, track, caplog, monkeypatch):
 
     gpu_monitor = pytest.importorskip("mlflow.system_metrics.metrics.gpu_monitor")
     monkeypatch.setattr(gpu_monitor, "pynvml", NoDriver(), raising=False)
-    run_for(0.5, new_run(), track(uri, system=True, system_interval=0.2))
+    run_for(1, new_run(), track(uri, system=True, system_interval=0.02))
     assert [record.getMessage() for record in caplog.records if record.levelno >= 20] == []
 
 
 def test_a_resumed_run_adds_to_them(uri, new_run, track, stored):
     """Steps are milliseconds since the run first began: those of the second session are later ones."""
     run = new_run()
-    run_for(0.7, run, track(uri, system=True, system_interval=0.2))
+    run_for(2, run, track(uri, system=True, system_interval=0.02))
     count = len(stored(run, uri)[1]["system/cpu_utilization_percentage"])
     again = new_run(resumed=True, tracking=dict(run.tracking))
-    run_for(0.7, again, track(uri, system=True, system_interval=0.2))
+    run_for(2, again, track(uri, system=True, system_interval=0.02))
     steps = [step for step, _ in stored(again, uri)[1]["system/cpu_utilization_percentage"]]
     assert len(steps) > count
     assert steps == sorted(set(steps))

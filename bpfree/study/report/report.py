@@ -40,7 +40,7 @@ class Report:
     Attributes:
         plan: the study with what the command line said.
         rows: the table's, row by row, with the learning curves of their cells.
-        command: the words that run it.
+        command: the words that run it; empty for a study that runs from Python.
         headers, table: the cells of the study's table, as text.
         controls: the rows beside the study's controls, where there is anything to compare.
         floors: the rows beside their floors, and the verdicts, where floors were measured.
@@ -74,7 +74,7 @@ class Report:
         parts += text_table(self.headers, self.table, numbers)
         for found in self._comparisons():
             parts += ["", found.title, "", *text_table(found.headers, found.table, found.numeric), "", found.legend]
-        told = (*self.remarks, *self.failures, study.notes, self.environment, f"Again: {self.command}")
+        told = (*self.remarks, *self.failures, study.notes, self.environment, self.command and f"Again: {self.command}")
         return "\n".join([*parts, "", *filter(None, told)])
 
     def sections(self) -> list[Section]:
@@ -95,7 +95,7 @@ class Report:
             *about.differences(view),
             *about.places(view),
             *([Section("Notes", [Text(_flowing(self.plan.study.notes), "notes")])] if self.plan.study.notes else []),
-            about.again(view, self.command),
+            *([about.again(view, self.command)] if self.command else []),
         ]
 
     def _head(self, view: View) -> list[Part]:
@@ -136,7 +136,7 @@ def report_on(plan: Plan, rows: Sequence[TableRow], words: Sequence[str], *, hid
     Args:
         plan: the study, resolved.
         rows: its rows in their columns, with what is known of their cells.
-        words: those of the command line after ``bpfree``.
+        words: those of the command line after ``bpfree``; empty for a study that runs from Python.
         hidden: finished cells of other settings, which are not shown.
         floors: those that were measured; ``None``: the study asks for none.
     """
@@ -145,7 +145,7 @@ def report_on(plan: Plan, rows: Sequence[TableRow], words: Sequence[str], *, hid
     return Report(
         plan,
         shown,
-        shlex.join(["bpfree", *map(redact_word, words)]),
+        shlex.join(["bpfree", *map(redact_word, words)]) if words else "",
         table.headers(view),
         [table.texts(view, row) for row in shown],
         control_table(plan, shown),
