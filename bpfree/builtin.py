@@ -13,7 +13,19 @@ from bpfree.network.builders import NetworkBuilder
 from bpfree.program import Program
 from bpfree.programs.sklearn import SKLEARN
 from bpfree.rule import Rule
-from bpfree.tasks import arrays, augment, metrics, protocols, vision
+from bpfree.tasks import (
+    arrays,
+    augment,
+    folders,
+    huggingface,
+    metrics,
+    mixing,
+    protocols,
+    tables,
+    torchvision_sets,
+    transforms,
+    vision,
+)
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.task import DataSource
 
@@ -54,6 +66,10 @@ def bpfree_tasks() -> dict[str, DataSource]:
         "cifar10": vision.CIFAR10,
         "cifar100": vision.CIFAR100,
         "npz": arrays.NPZ,
+        "folder": folders.FOLDER,
+        "csv": tables.CSV,
+        "torchvision": torchvision_sets.TORCHVISION,
+        "hf": huggingface.HF,
     }
 
 
@@ -64,7 +80,7 @@ def bpfree_programs() -> dict[str, Program]:
 
 @hooks.hookimpl
 def bpfree_augmentations() -> dict[str, augment.Augmentation]:
-    return {"flip": augment.FLIP, "crop": augment.CROP}
+    return {"flip": augment.FLIP, "crop": augment.CROP, "mixup": mixing.MIXUP, "cutmix": mixing.CUTMIX, **transforms.TRANSFORMS}
 
 
 @hooks.hookimpl

@@ -24,8 +24,10 @@ from bpfree.plugins import Plugins
 from bpfree.redaction import is_redacted, redacted
 from bpfree.rule import Rule
 from bpfree.seeds import derive_in, seeded
+from bpfree.tasks.augment import Augmentation, augmentation_names, named_augmentation
+from bpfree.tasks.common import TaskCommon, described
 from bpfree.tasks.quick import few
-from bpfree.tasks.task import Task, TaskSpec
+from bpfree.tasks.task import DataSource, Task, TaskSpec
 from bpfree.tracking.config import PicturesConfig, TrackingConfig
 from bpfree.training import environment
 from bpfree.training.config import TrainConfig
@@ -66,15 +68,6 @@ class DataConfig:
     root: str | None = option(None, "folder of data sets (none: the environment's BPFREE_DATA, else the user's cache)")
     resident: Literal["auto", "yes", "no"] = option("auto", "keep the set as tensors on the device (auto: if it fits)")
     workers: int = option(0, "processes that read a set which is not resident", ge=0, le=256, unless={"resident": ("yes",)})
-
-
-@dataclass
-class TaskCommon:
-    """What every task has."""
-
-    validation: float = option(0.1, "share of the training examples held out to choose by; 0: none", ge=0, lt=1)
-    split_seed: int = option(0, "of the validation cut; independent of seed", ge=0, unless={"validation": (0,)})
-    augment: list[str] = option(factory=list, help="augmentations of training batches, in order")
 
 
 @dataclass
@@ -171,13 +164,14 @@ class Recipe:
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, optimizer=optimizer, threads=threads))
 
     def spec(self) -> TaskSpec:
-        """The task's spec, without loading its data.
+        """The task's spec, without loading its data: constants and class weights that come from these have their place, and no meaning.
 
         Raises:
             UsageError: an option of the task is an address that was recorded without its secrets.
         """
         self._refuse_redacted()
-        return self.registry.get("tasks", self.names["task"]).spec(self.options["task"], self.root())  # type: ignore[no-any-return]
+        source: DataSource = self.registry.get("tasks", self.names["task"])
+        return described(source.spec(self.options["task"], self.root()), self.task, source.normalise)
 
     def build_task(self) -> Task:
         """Load the data and cut the splits.
@@ -190,20 +184,31 @@ class Recipe:
         if isinstance(source, WholeTask) and (task := source.task(self.options["task"], self.root())) is not None:
             self._refuse_cut()
             return self._shortened(task)
-        task = Task.from_source(
-            source, self.options["task"], root=self.root(), validation=self.task.validation, split_seed=self.task.split_seed
-        )
-        return self._shortened(task)
+        return self._shortened(Task.from_source(source, self.options["task"], root=self.root(), **vars(self.task)))
 
     def _shortened(self, task: Task) -> Task:
         """The task of a smoke run, or the whole."""
         return few(task, quick_examples(self.settings)) if self.settings.quick else task
 
+    def augmentations(self) -> list[Augmentation]:
+        """Find the augmentations, with their options.
+
+        Raises:
+            UsageError: a name is not known, an option is not, or one is named twice.
+        """
+        find = partial(self.registry.get, "augmentations", where="task.augment")
+        found = [named_augmentation(entry, find) for entry in self.task.augment]
+        names = augmentation_names(self.task.augment)
+        if twice := next((name for name in names if names.count(name) > 1), ""):
+            raise UsageError(f"{twice} is named twice, and would draw the same twice", where="task.augment", fix="name it once")
+        return found
+
     def _refuse_cut(self) -> None:
         default = TaskCommon()
-        changed = [key for key in ("validation", "split_seed") if getattr(self.task, key) != getattr(default, key)]
+        of_source = [item.name for item in dataclasses.fields(TaskCommon) if item.name not in ("augment", "sampling")]
+        changed = [key for key in of_source if getattr(self.task, key) != getattr(default, key)]
         if changed:
-            what = f"the task {self.names['task']!r} has a validation split of its own, so that this does nothing"
+            what = f"the task {self.names['task']!r} has a validation split of its own, and a spec, so that this does nothing"
             raise UsageError(what, where=", ".join(f"task.{key}" for key in changed), fix="leave it out")
 
     def _refuse_redacted(self) -> None:

@@ -20,8 +20,10 @@ from bpfree.named_networks import spelled_out
 from bpfree.options import range_problems
 from bpfree.plugins import Plugins
 from bpfree.program import Program
-from bpfree.recipe import CHOSEN, Recipe, RunConfig, TaskCommon, quickened
+from bpfree.recipe import CHOSEN, Recipe, RunConfig, quickened
 from bpfree.rule import Rule
+from bpfree.tasks.augment import check_augmentations
+from bpfree.tasks.common import TaskCommon
 from bpfree.tasks.task import TaskSpec
 from bpfree.training.idle import idle, idle_options
 from bpfree.training.optimizers import check_optimizer
@@ -36,6 +38,8 @@ READ_BY_PROGRAMS = (
     *(f"evaluation.{key}" for key in ("batch_size", "test", "metrics")),
 )
 """Settings that every program reads, or is observed by."""
+OF_BATCHES = ("augment", "class_weights", "sampling")
+"""Of what every task has, what a program reads only if it says so."""
 ALIASES = {"learning_rate": "lr", "rate": "lr", "wd": "weight_decay", "decay": "weight_decay", "batchsize": "batch_size"}
 """Words that people use for keys, for suggestions."""
 
@@ -131,13 +135,15 @@ class Resolver:
         program: Program | None = self._class("programs", "program")
         self._stop_if_problems()
         assert program is not None
+        keys = [f"task.{key}" for key in OF_BATCHES if getattr(common, key) != getattr(TaskCommon(), key)]
+        trains = f"does nothing with the program {self.names['program']}, which trains by itself"
+        if self._drop([(key, f"{key} {trains}") for key in keys if key not in program.reads]):
+            common, options = self._task()
         options["program"] = self._options(program.Config(), "program.")
         settings = self._without_idle(settings, self._settings, lambda filled: self._unread(program, filled))
         spec = self.spec or Recipe(self.names, options, common, settings, self.registry).spec()
-        if common.augment and "task.augment" not in program.reads:
-            self.problems.append(f"task.augment does nothing with the program {self.names['program']}, which trains by itself")
         self.problems += program.check(options["program"], spec)
-        self._check_names(spec, common, settings)
+        self._check_names(spec, settings)
         self._check_each([lambda: settings.budget.resolve(1)])
         self._stop_if_problems()
         return Recipe(self.names, options, common, quickened(settings), self.registry, dict(sorted(self.unused.items())), self.code)
@@ -318,7 +324,8 @@ class Resolver:
             self.problems.append(
                 f"accumulate={settings.accumulate} needs at least as many examples per update, batch_size={settings.batch_size}"
             )
-        self._check_names(spec, common, settings)
+        self._augmentations_fit(Recipe(self.names, {}, common, settings, self.registry), rule.traits_of(config).targets, spec)
+        self._check_names(spec, settings)
         checks: list[Callable[[], object]] = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
         if "optimizer" not in self.idle:
             kinds = {name: kind for name, kind, _ in self.registry.items("addons")}
@@ -328,10 +335,8 @@ class Resolver:
             checks.append(lambda: check_length(settings.schedule, settings.budget.resolve(1).epochs))
         self._check_each(checks)
 
-    def _check_names(self, spec: TaskSpec, common: TaskCommon, settings: RunConfig) -> None:
+    def _check_names(self, spec: TaskSpec, settings: RunConfig) -> None:
         """Note names that nothing has, or that do not fit the task."""
-        for name in common.augment:
-            self._named("augmentations", name, "task.augment")
         for name in settings.evaluation.protocols:
             self._named("protocols", name, "evaluation.protocols")
             self._protocol_fits(name, spec)
@@ -349,6 +354,12 @@ class Resolver:
                 check()
             except UsageError as error:
                 self.problems += error.problems
+
+    def _augmentations_fit(self, recipe: Recipe, targets: tuple[str, ...], spec: TaskSpec) -> None:
+        try:
+            check_augmentations(recipe.augmentations(), spec, targets, f"rule {self.names['rule']!r}")
+        except UsageError as error:
+            self.problems += error.problems if len(error.problems) > 1 else [f"{error.what} in task.augment ({error.fix})"]
 
     def _named(self, kind: str, name: str, where: str) -> None:
         try:

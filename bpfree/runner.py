@@ -29,6 +29,7 @@ from bpfree.redaction import redact, redact_logs, redacted
 from bpfree.rule import Rule
 from bpfree.run import Run, new_run_id
 from bpfree.summary import SummaryDisplay, summary
+from bpfree.tasks.check import named
 from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Task
 from bpfree.tracking.config import TrackingConfig
@@ -303,8 +304,8 @@ def _train(
                 recorder=Recorder([Tracking(tracking, makers(tracking, recipe.registry))] if tracking.enabled else []),
                 run=record,
                 recipe=recipe.recorded(),
-                augment=[recipe.registry.get("augmentations", name) for name in recipe.task.augment],
-                loading=Loading(RESIDENT[recipe.settings.data.resident], recipe.settings.data.workers),
+                augment=recipe.augmentations(),
+                loading=Loading(RESIDENT[recipe.settings.data.resident], recipe.settings.data.workers, recipe.task.sampling),
             )
     except BaseException:
         if checkpoint is None and world.first:
@@ -455,6 +456,7 @@ def common_tags(recipe: Recipe, task: Task) -> dict[str, str]:
     return {
         **recipe.names,
         "data_fingerprint": task.fingerprint(),
+        **({"classes": named(task.spec, range(task.spec.outputs))} if task.spec.class_names else {}),
         "seed": str(recipe.settings.seed),
         "test_evaluations": str(int(recipe.settings.evaluation.test)),
         "validation": str(recipe.task.validation),

@@ -32,7 +32,7 @@ __all__ = ["Scored", "score"]
 
 OF_TRAINING = (
     *("accumulate.", "batch_size.", "budget.", "clip.", "evaluation.every.", "twin.", "optimizer."),
-    *("schedule.", "select.", "task.augment."),
+    *("schedule.", "select.", *(f"task.{name}." for name in ("augment", "class_weights", "mean", "normalise", "sampling", "std"))),
 )
 """Beginnings of keys that say how a rule was trained."""
 

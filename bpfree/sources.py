@@ -26,6 +26,7 @@ from bpfree.kept import cache_folder
 from bpfree.named_networks import spelled_out
 from bpfree.plugins import Plugins
 from bpfree.recipe import Recipe
+from bpfree.tasks.augment import augmentation_names
 
 __all__ = ["CONTRACT", "EXAMINER", "REST", "certificate_hashes", "core_parts", "floor_hash", "source_hashes", "source_of"]
 
@@ -105,7 +106,7 @@ def source_hashes(recipe: Recipe) -> dict[str, str]:
     Plugins that own a class which the rule inherits from count too.
     """
     named = [(f"{kind}s", name) for kind, name in recipe.names.items()]
-    named += [("augmentations", name) for name in recipe.task.augment]
+    named += [("augmentations", name) for name in augmentation_names(recipe.task.augment)]
     named += [("protocols", name) for name in recipe.settings.evaluation.protocols]
     without = (*WITHOUT_EFFECT, "certify") if recipe.is_program else (*WITHOUT_EFFECT, *OF_PROGRAMS)
     return _hashes(recipe.registry, recipe.names.get("rule"), named, without)

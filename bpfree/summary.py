@@ -14,6 +14,7 @@ from bpfree.recipe import Recipe
 from bpfree.redaction import redact
 from bpfree.rule import Rule
 from bpfree.run import Run
+from bpfree.tasks.check import named
 from bpfree.tasks.task import Task, TaskSpec
 from bpfree.tracking.progress import print_line
 from bpfree.training.environment import resolve_device
@@ -53,7 +54,9 @@ def _examples(task: Task) -> str:
 
 
 def _targets(spec: TaskSpec) -> str:
-    kinds = {"classes": f"{spec.outputs:,} classes", "soft": f"soft labels of {spec.outputs:,} classes", "none": "no targets"}
+    names = f" ({named(spec, range(spec.outputs))})" if spec.class_names else ""
+    kinds = {"classes": f"{spec.outputs:,} classes{names}", "soft": f"soft labels of {spec.outputs:,} classes{names}", "none": "no targets"}
+    kinds |= {"multilabel": f"{spec.outputs:,} labels{names}", "tokens": f"tokens, a class of {spec.outputs:,} each"}
     return kinds.get(spec.targets, f"{spec.outputs:,} real target{'s' if spec.outputs != 1 else ''}")
 
 

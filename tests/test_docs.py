@@ -18,6 +18,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+from PIL import Image
 
 from bpfree.cli.main import cli
 from bpfree.config import allowing, parse_words, read_yaml, resolve
@@ -120,6 +121,10 @@ def test_commands_are_commands(page: Path, workplace: Path) -> None:
     """Nothing is trained: the words pass the command's parser, and its settings resolve to a configuration."""
     x = np.zeros((20, 3), dtype=np.float32)
     np.savez("mine.npz", x=x, y=np.arange(20) % 2)
+    Path("mine.csv").write_text("weight,colour,bought\n" + "".join(f"{place},red,{'yes' if place % 2 else 'no'}\n" for place in range(20)))
+    for name in ("dark", "light"):
+        Path("pictures", name).mkdir(parents=True)
+        Image.new("RGB", (12, 12)).save(Path("pictures", name, "0.png"))
     Path("mine.yaml").write_text(next((block.text for block in blocks(page) if block.language == "yaml"), "rule: dfa\n"))
     code = (block.text for block in blocks(page) if block.language == "python" and block.text.startswith("# mine.py\n"))
     Path("mine.py").write_text(next(code, ""))

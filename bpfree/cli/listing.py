@@ -128,7 +128,7 @@ def networks(name: str | None) -> None:
 @click.command(short_help="List tasks, or show one's options.")
 @click.argument("name", required=False, shell_complete=names_of("tasks"))
 def tasks(name: str | None) -> None:
-    """List the tasks that can be named with task=NAME; with NAME, show its options (beside validation, split_seed and augment)."""
+    """List the tasks that can be named with task=NAME; with NAME, show its own options (all: bpfree train --print-config)."""
     list_kind("tasks", name)
 
 

@@ -47,6 +47,8 @@ def print_result(run: Run) -> None:
         best = metric.best(seen for metrics in run.history if not math.isnan(seen := metrics.get(f"val/{metric.name}", math.nan)))
         lines.append((f"validation {_words(metric.name)}", f"{metric.text(value)} last, {metric.text(best)} best"))
     lines.extend(protocol_lines(run))
+    if "classes" in run.tags:
+        lines.append(("classes", run.tags["classes"]))
     if "train/seconds" in result:
         spent = f"{result['train/seconds']:.1f} s"
         if "train/processor_seconds" in result:

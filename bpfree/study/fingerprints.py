@@ -56,7 +56,7 @@ class Fingerprints:
     def of(self, recipe: Recipe) -> KnownData | None:
         """What is known of the recipe's data; ``None`` if they cannot be had, or are not here and must not be loaded."""
         source = recipe.registry.get("tasks", recipe.names["task"])
-        options = dataclasses.asdict(recipe.options["task"])
+        options = _options(recipe)
         files = None if source.files is None else list(source.files(recipe.options["task"], recipe.root()))
         self.files = None if files is None or self.files is None else self.files.union(files)
         state = None if files is None else [_state(path) for path in files]
@@ -74,13 +74,13 @@ class Fingerprints:
         if not there and not self._load:
             return None
         try:
-            task = Task.from_source(source, recipe.options["task"], root=recipe.root(), validation=0)
+            task = Task.from_source(source, recipe.options["task"], root=recipe.root(), validation=0, subset=recipe.task.subset)
         except BpfreeError:  # the cells will say so
             return None
         found = KnownData(task.fingerprint(), len(task.train))
         if source.files is not None:
             files = [_state(path) for path in source.files(recipe.options["task"], recipe.root())]  # a download has changed them
-            key = digest([recipe.task_id, dataclasses.asdict(recipe.options["task"]), str(recipe.root()), files])
+            key = digest([recipe.task_id, _options(recipe), str(recipe.root()), files])
         self._keep(key, found)
         return found
 
@@ -96,6 +96,11 @@ class Fingerprints:
             content = self._kept() | {key: dataclasses.asdict(data)}
             with contextlib.suppress(OSError):  # then it is read again the next time
                 write_text(self._path, json.dumps(content, indent=2) + "\n")
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    """What decides which examples there are."""
+    return dataclasses.asdict(recipe.options["task"]) | ({} if recipe.task.subset is None else {"subset": recipe.task.subset})
 
 
 def _state(path: Path) -> tuple[str, int | None, int | None]:

@@ -2,41 +2,38 @@
 
 The file holds ``x_train``, ``y_train``, ``x_test`` and ``y_test``; or ``x`` and ``y``, of which a fixed fifth
 (stratified by class, the same for every seed) is the test split. Inputs are vectors (N, features), grey images
-(N, height, width), or images (N, height, width, channels) or (N, channels, height, width). Targets are integer
-classes (N,) counted from 0, soft labels (N, classes) whose rows sum to one, or real values (N,) or (N, outputs).
-What can be read in two ways is refused until ``task.targets`` or ``task.scale`` says what it is.
+(N, height, width), images (N, height, width, channels) or (N, channels, height, width), sequences (N, length, features),
+or tokens (N, ...). Targets are integer classes (N,) counted from 0, soft labels (N, classes) whose rows sum to one,
+several labels at once (N, labels) of 0 and 1, tokens (N, ...), or real values (N,) or (N, outputs).
+What can be read in two ways is refused until ``task.layout``, ``inputs``, ``targets`` or ``scale`` says what it is.
 """
 
 from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bpfree.errors import UsageError
 from bpfree.files import expanded
 from bpfree.options import option
-from bpfree.tasks.check import BRIGHT, SUM_TOLERANCE, WHITE, is_whole, listed, not_finite
-from bpfree.tasks.task import DataSource, Split, TaskSpec, stratified_indices
+from bpfree.tasks.array_targets import Array, as_targets, describe_targets, refuse
+from bpfree.tasks.check import BRIGHT, WHITE, not_finite
+from bpfree.tasks.task import DataSource, Split, TaskSpec, fixed_test
 
 __all__ = ["NPZ", "ArraysConfig"]
 
 PAIRS = (("x_train", "y_train"), ("x_test", "y_test"))
 WHOLE = (("x", "y"),)
-TEST_SHARE, TEST_SEED = 0.2, 20_230_324
 EXPECTED = "the file must hold x_train, y_train, x_test and y_test, or x and y"
 CHANNELS = (1, 2, 3, 4)
-
-Array = NDArray[Any]
-Kind = Literal["classes", "soft", "real"]
 
 
 @dataclass
@@ -44,16 +41,19 @@ class ArraysConfig:
     """Where the arrays are, and how to read them."""
 
     path: str = option("", "the .npz file; a relative path is looked up in the working directory, then in the data root")
-    layout: Literal["auto", "nhwc", "nchw"] = option("auto", "axes of images; auto: the one of size 1 to 4 is the channels")
-    targets: Literal["auto", "classes", "soft", "real"] = option("auto", "kind of the targets; auto: by values, if they leave no doubt")
-    classes: int | None = option(None, "number of classes (none: that of the labels, which have no gaps)", ge=2)
-    scale: float | None = option(None, "divides inputs first (none: 255 for integer images, else 1)", gt=0)
-    mean: list[float] = option(
-        factory=list, help="then subtracted from inputs: one, or one per channel (none: 0.5 for inputs with a scale, else 0)"
+    inputs: Literal["numbers", "tokens"] = option("numbers", "what inputs are; tokens: integers of a vocabulary, which are not normalised")
+    vocabulary: int | None = option(None, "how many tokens there are (none: the largest and one)", ge=1, needs={"inputs": ("tokens",)})
+    layout: Literal["auto", "image", "sequence", "nhwc", "nchw"] = option(
+        "auto",
+        "axes of inputs after the first: image: height, width; sequence: length, features; nhwc, nchw: of images with channels; "
+        "auto: two of integers are an image, and of three the one of size 1 to 4 is the channels",
+        unless={"inputs": ("tokens",)},
     )
-    std: list[float] = option(
-        factory=list, help="then divides inputs: one, or one per channel (none: 0.5 for inputs with a scale, else 1)", gt=0
+    targets: Literal["auto", "classes", "multilabel", "soft", "real", "tokens"] = option(
+        "auto", "kind of the targets; auto: by values, if they leave no doubt"
     )
+    classes: int | None = option(None, "number of classes or of tokens to predict (none: those of the targets)", ge=2)
+    scale: float | None = option(None, "divides inputs first (none: 255 for integer images, else 1)", gt=0, unless={"inputs": ("tokens",)})
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,7 @@ class Header:
 
 
 def spec(config: ArraysConfig, root: Path | None) -> TaskSpec:
-    """Shapes from the arrays' headers, number and kind of outputs from the targets; no inputs are read.
-
-    The constants of normalisation come from the configuration and never from the data, so they cost nothing.
+    """Shapes from the arrays' headers, number and kind of outputs from the targets; of inputs only tokens are read, for their number.
 
     Raises:
         UsageError: no such file, other arrays than expected, or shapes that are ambiguous or do not fit each other.
@@ -76,19 +74,16 @@ def spec(config: ArraysConfig, root: Path | None) -> TaskSpec:
     headers = read_headers(path)
     pairs = check_headers(headers, path)
     first = headers[pairs[0][0]]
-    shape = input_shape(first.shape, config, path)
-    kind, outputs = describe_targets(read_arrays(path, [name for _, name in pairs]), config, path)
+    targets = read_arrays(path, [name for _, name in pairs])
+    kind, outputs = describe_targets(targets, config.targets, config.classes, str(path))
+    rows = (*next(iter(targets.values())).shape[1:], outputs) if kind == "tokens" else None
+    if config.inputs == "tokens":
+        count = config.vocabulary or vocabulary(read_arrays(path, [name for name, _ in pairs]), path)
+        return TaskSpec("npz", first.shape[1:], outputs, kind, vocabulary=count, output_shape=rows)
     scale = scale_of(first, config, path)
-    default = (0.0, 1.0) if scale in (None, 1.0) else (0.5, 0.5)
-    return TaskSpec(
-        "npz",
-        shape,
-        outputs,
-        kind,
-        mean=constants(config.mean, default[0], shape, "task.mean"),
-        std=constants(config.std, default[1], shape, "task.std"),
-        scale=scale,
-    )
+    constant = (0.0, 1.0) if scale in (None, 1.0) else (0.5, 0.5)
+    shape = input_shape(first, config, path)
+    return TaskSpec("npz", shape, outputs, kind, mean=constant[:1], std=constant[1:], scale=scale, output_shape=rows)
 
 
 def load(config: ArraysConfig, root: Path | None) -> tuple[Split, Split]:
@@ -100,12 +95,15 @@ def load(config: ArraysConfig, root: Path | None) -> tuple[Split, Split]:
     path = locate(config, root)
     pairs = check_headers(read_headers(path), path)
     arrays = read_arrays(path, [name for pair in pairs for name in pair])
-    kind, _ = describe_targets({name: arrays[name] for _, name in pairs}, config, path)
+    kind, _ = describe_targets({name: arrays[name] for _, name in pairs}, config.targets, config.classes, str(path))
+    if config.inputs == "tokens":
+        pieces = [Split(torch.from_numpy(arrays[x].astype(np.int64)), as_targets(arrays[y], kind)) for x, y in pairs]
+        return (pieces[0], pieces[1]) if len(pieces) == 2 else fixed_test(pieces[0])
     check_brightness({x: arrays[x] for x, _ in pairs}, config, path)
     splits = [Split(as_inputs(arrays[x], config, path), as_targets(arrays[y], kind)) for x, y in pairs]
     for split, (x, _) in zip(splits, pairs, strict=True):
         refuse(not_finite(split.inputs, x), str(path), "remove these rows, or fill in numbers")
-    return (splits[0], splits[1]) if len(splits) == 2 else cut(splits[0])
+    return (splits[0], splits[1]) if len(splits) == 2 else fixed_test(splits[0])
 
 
 def locate(config: ArraysConfig, root: Path | None) -> Path:
@@ -175,16 +173,27 @@ def read_arrays(path: Path, names: list[str]) -> dict[str, Array]:
         raise UsageError(f"cannot read the arrays: {error}", where=str(path), fix="save them again with numpy.savez") from error
 
 
-def input_shape(shape: tuple[int, ...], config: ArraysConfig, path: Path) -> tuple[int, ...]:
+def vocabulary(arrays: Mapping[str, Array], path: Path) -> int:
+    """One more than the largest token of the inputs."""
+    for name, array in arrays.items():
+        if array.dtype.kind not in "iu" or array.min() < 0:
+            what = f"{name} holds {array.dtype if array.dtype.kind not in 'iu' else 'negative numbers'}, but tokens are integers from 0"
+            raise UsageError(what, where=f"{path}, task.inputs=tokens", fix="leave task.inputs out if they are numbers")
+    return 1 + max(int(array.max()) for array in arrays.values())
+
+
+def input_shape(header: Header, config: ArraysConfig, path: Path) -> tuple[int, ...]:
     """Shape of one input, images with the channels first."""
-    if config.layout != "auto" and len(shape) != 4:
-        what = f"task.layout={config.layout} does nothing with inputs of shape {shape}, which have no axis of channels"
+    shape, axes = header.shape, {"nhwc": 4, "nchw": 4, "image": 3, "sequence": 3}.get(config.layout)
+    if axes not in (None, len(shape)):
+        lacks = "no axis of channels" if axes == 4 else "not two axes after the first"
+        what = f"task.layout={config.layout} does nothing with inputs of shape {shape}, which have {lacks}"
         raise UsageError(what, where=str(path), fix="leave it out")
     match shape[1:]:
         case (int(features),):
             return (features,)
-        case (int(height), int(width)):
-            return (1, height, width)
+        case (int(first), int(second)):
+            return (first, second) if is_sequence(header, config, path) else (1, first, second)
         case (int(first), int(second), int(third)):
             return (first, second, third) if layout(shape, config, path) == "nchw" else (third, first, second)
     raise UsageError(
@@ -192,6 +201,14 @@ def input_shape(shape: tuple[int, ...], config: ArraysConfig, path: Path) -> tup
         where=str(path),
         fix="save them as (N, features) or (N, channels, height, width)",
     )
+
+
+def is_sequence(header: Header, config: ArraysConfig, path: Path) -> bool:
+    """Whether inputs with two axes are sequences: integers are the pixels of grey images, unless it is said."""
+    if config.layout == "auto" and header.dtype.kind not in "iu":
+        what = f"inputs of shape {header.shape} and type {header.dtype}: grey images, or sequences of (length, features)?"
+        raise UsageError(what, where=str(path), fix="set task.layout=image or task.layout=sequence")
+    return config.layout == "sequence"
 
 
 def layout(shape: tuple[int, ...], config: ArraysConfig, path: Path) -> str:
@@ -203,100 +220,6 @@ def layout(shape: tuple[int, ...], config: ArraysConfig, path: Path) -> str:
     return "nchw" if first else "nhwc"
 
 
-def describe_targets(targets: Mapping[str, Array], config: ArraysConfig, path: Path) -> tuple[Kind, int]:
-    """Kind of the targets and number of outputs, the same for all splits."""
-    where, parts = f"{path}: {', '.join(targets)}", list(targets.values())
-    for name, part in targets.items():
-        refuse(not_finite(tensor(part), name), where, "remove these rows, or fill in numbers")
-    kind: Kind = kind_of(parts, where) if config.targets == "auto" else config.targets
-    if kind == "classes":
-        return kind, count_classes(parts, config.classes, where)
-    if config.classes is not None:
-        refuse(
-            f"task.classes={config.classes} does nothing with targets of kind {kind}", where, "leave it out, or set task.targets=classes"
-        )
-    if len({math.prod(part.shape[1:]) for part in parts}) > 1:
-        refuse("the targets of the splits differ in the number of outputs", where, "correct the file")
-    if kind == "soft" and not all(is_soft(part) for part in parts):
-        refuse(
-            "soft labels must be (N, classes) with rows that sum to one", where, "set task.targets to what they are, or correct the file"
-        )
-    return kind, math.prod(parts[0].shape[1:])
-
-
-def tensor(targets: Array) -> Tensor:
-    return torch.from_numpy(targets.astype(np.float64 if targets.dtype.kind == "f" else np.int64))
-
-
-def refuse(what: str | None, where: str, fix: str) -> None:
-    if what:
-        raise UsageError(what, where=where, fix=fix)
-
-
-def kind_of(parts: list[Array], where: str) -> Kind:
-    """What targets are by their values; their dtype alone never decides what is learned.
-
-    Raises:
-        UsageError: they can be read in several ways.
-    """
-    low, whole = min(part.min() for part in parts), all(is_whole(tensor(part)) for part in parts)
-    integers = all(part.dtype.kind in "biu" for part in parts)
-    if all(is_column(part) for part in parts):
-        if integers and low < 0:
-            negative, count = sum(int((part < 0).sum()) for part in parts), sum(map(len, parts))
-            what = f"the labels are integers from {low}, {negative} of {count} are negative: classes are counted from 0"
-            refuse(what, where, "remove or re-encode them; task.targets=real if they are numbers")
-        if whole and not integers:
-            refuse(
-                "the targets are whole numbers stored as floats: classes or numbers?",
-                where,
-                "say task.targets=classes or task.targets=real",
-            )
-        return "classes" if integers else "real"
-    if whole and low >= 0 and max(part.max() for part in parts) <= 1:
-        fix = "say task.targets=classes (one-hot rows), soft, or real (each column is a number)"
-        refuse("the targets are rows of 0 and 1: one class each, or several labels at once?", where, fix)
-    if integers:
-        refuse("the targets are rows of integers", where, "say task.targets=real if they are numbers")
-    return "soft" if all(is_soft(part) for part in parts) else "real"
-
-
-def count_classes(parts: list[Array], classes: int | None, where: str) -> int:
-    """Number of classes: that of the labels, which are 0, 1, 2 and so on, or as many as ``task.classes`` gives."""
-    if not all(is_column(part) for part in parts):
-        if not all(is_one_hot(part) for part in parts) or len({part.shape[1] for part in parts}) > 1:
-            refuse("classes must be integers (N,), counted from 0, or one-hot rows", where, "set task.targets to what they are")
-        return int(parts[0].shape[1])
-    if not all(is_whole(tensor(part)) for part in parts):
-        refuse("classes must be integers, counted from 0, but some targets are fractions", where, "set task.targets to what they are")
-    labels = np.unique(np.concatenate([np.unique(part) for part in parts]))
-    count = int(labels[-1]) + 1 if classes is None else classes
-    shown = listed(labels.astype(float).tolist())
-    again = "re-encode them: y = numpy.unique(y, return_inverse=True)[1]"
-    if labels[0] < 0 or labels[-1] >= count:
-        refuse(f"the labels are {shown}, but {count} classes are 0 to {count - 1}, counted from 0", where, again)
-    if len(labels) < 2:
-        refuse(f"all labels are {shown}: there is nothing to tell apart", where, "give at least two classes")
-    if classes is None and len(labels) < count:
-        what = "are counted from 0" if labels[0] else "have no gaps"
-        refuse(f"the labels are {shown}, but classes {what}", where, f"{again}; or say task.classes={count}, if the others exist")
-    return count
-
-
-def is_column(targets: Array) -> bool:
-    return targets.ndim == 1 or targets.shape[1:] == (1,)
-
-
-def is_one_hot(targets: Array) -> bool:
-    return targets.ndim == 2 and bool(((targets == 0) | (targets == 1)).all() and (targets.sum(1, dtype=np.float64) == 1).all())
-
-
-def is_soft(targets: Array) -> bool:
-    if targets.ndim != 2 or targets.shape[1] < 2 or (targets < 0).any():
-        return False
-    return np.allclose(targets.sum(1, dtype=np.float64), 1, atol=SUM_TOLERANCE)
-
-
 def scale_of(header: Header, config: ArraysConfig, path: Path) -> float | None:
     """What inputs are divided by; ``None``: it depends on the values.
 
@@ -305,47 +228,36 @@ def scale_of(header: Header, config: ArraysConfig, path: Path) -> float | None:
     if config.scale is not None:
         return config.scale
     if len(header.shape) == 2 and header.dtype == np.uint8:
-        refuse("inputs are vectors of uint8: pixels, or numbers to be taken as they are?", str(path), "say task.scale=255 or task.scale=1")
-    return WHITE if len(header.shape) > 2 and header.dtype.kind in "iu" else None
+        refuse(
+            "inputs are vectors of uint8: pixels, or numbers to be taken as they are?",
+            str(path),
+            "say task.scale=255 or task.scale=1, or task.inputs=tokens",
+        )
+    return WHITE if config.layout != "sequence" and len(header.shape) > 2 and header.dtype.kind in "iu" else None
 
 
 def check_brightness(arrays: Mapping[str, Array], config: ArraysConfig, path: Path) -> None:
     """Refuse integer images that would be all but black as pixels of 0 to 255, unless a scale was given."""
-    if config.scale is None and all(array.ndim > 2 and array.dtype.kind in "iu" for array in arrays.values()):
+    if (
+        config.scale is None
+        and config.layout != "sequence"
+        and all(array.ndim > 2 and array.dtype.kind in "iu" for array in arrays.values())
+    ):
         largest = max(int(array.max()) for array in arrays.values())
         if 0 < largest < BRIGHT:
             what = f"the largest value of the images ({', '.join(arrays)}) is {largest}: is that white, or is 255?"
             refuse(what, str(path), f"say task.scale={largest} or task.scale=255 (or 1: taken as they are)")
 
 
-def constants(given: Sequence[float], default: float, shape: tuple[int, ...], where: str) -> tuple[float, ...]:
-    if len(given) not in (0, 1, shape[0]):
-        raise UsageError(f"{len(given)} values for inputs of shape {shape}", where=where, fix=f"give one, or {shape[0]}")
-    return tuple(given) or (default,)
-
-
 def as_inputs(array: Array, config: ArraysConfig, path: Path) -> Tensor:
     # not uint8: a checkpoint from before there was a scale took other integers as they were, and is to be refused on these
-    pixels = array.ndim > 2 and array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= WHITE
+    pixels = array.ndim > 2 and config.layout != "sequence" and array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= WHITE
     with np.errstate(over="ignore"):  # it is infinite then, and refused
         array = array if array.dtype == np.uint8 else array.astype(np.int16 if pixels else np.float32)
     inputs = torch.from_numpy(np.ascontiguousarray(array))
     if inputs.dim() == 4 and layout(array.shape, config, path) == "nhwc":
         return inputs.permute(0, 3, 1, 2).contiguous()
-    return inputs.unsqueeze(1) if inputs.dim() == 3 else inputs
-
-
-def as_targets(array: Array, kind: Kind) -> Tensor:
-    if kind == "classes":
-        return torch.from_numpy((array.reshape(-1) if is_column(array) else array.argmax(1)).astype(np.int64))
-    return torch.from_numpy(array.reshape(len(array), -1).astype(np.float32))
-
-
-def cut(everything: Split) -> tuple[Split, Split]:
-    """The fixed test split of a file without one."""
-    mask = torch.zeros(len(everything), dtype=torch.bool)
-    mask[stratified_indices(everything, TEST_SHARE, TEST_SEED)] = True
-    return everything.subset((~mask).nonzero().flatten()), everything.subset(mask.nonzero().flatten())
+    return inputs.unsqueeze(1) if inputs.dim() == 3 and config.layout != "sequence" else inputs
 
 
 NPZ = DataSource(spec, load, ArraysConfig, "arrays of your own: task.path=FILE.npz", files=lambda config, root: [locate(config, root)])

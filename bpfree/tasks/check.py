@@ -19,7 +19,7 @@ from bpfree.tasks.spec import IGNORED, InputPart, TaskSpec, has_own_loss
 from bpfree.tasks.splits import Examples, Split
 from bpfree.tasks.trees import check_tree, named_leaves
 
-__all__ = ["check_inputs", "check_lengths", "check_split", "check_task", "is_whole", "listed", "not_finite"]
+__all__ = ["check_inputs", "check_lengths", "check_split", "check_task", "is_whole", "listed", "named", "not_finite", "settled"]
 
 logger = logging.getLogger("bpfree")
 
@@ -65,7 +65,7 @@ def check_task(spec: TaskSpec, train: Examples, validation: Examples | None, tes
             _check_inputs_type(split.inputs, f"the inputs of the {name} split", f"task {spec.name}")
         if split.targets is not None:
             _check_type(split.targets, f"the targets of the {name} split", f"task {spec.name}")
-    spec = _settled(spec, train)
+    spec = settled(spec, train)
     for name, split in splits.items():
         check_split(spec, split, name)
     _check_classes(spec, splits)
@@ -157,8 +157,16 @@ def is_whole(values: Tensor) -> bool:
 
 def listed(labels: Iterable[float]) -> str:
     """The first few labels of many."""
-    named = [f"{label:g}" for label in labels]
-    return ", ".join(named[:SHOWN]) + (f", ... ({len(named)} of them)" if len(named) > SHOWN else "")
+    return _first([f"{label:g}" for label in labels])
+
+
+def named(spec: TaskSpec, classes: Iterable[int]) -> str:
+    """The first few classes of many, by their names if they have any."""
+    return _first([spec.label(place) for place in classes])
+
+
+def _first(texts: list[str]) -> str:
+    return ", ".join(texts[:SHOWN]) + (f", ... ({len(texts)} of them)" if len(texts) > SHOWN else "")
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------------
@@ -255,8 +263,12 @@ def _check_limits(inputs: Tensor, extent: Extent, limits: Extent, name: str, whe
     )
 
 
-def _settled(spec: TaskSpec, train: Examples) -> TaskSpec:
-    """The spec with scale and limits, as far as the training inputs determine them; faults in the inputs are left to the check."""
+def settled(spec: TaskSpec, train: Examples) -> TaskSpec:
+    """Give the spec with scale and limits, as far as the training inputs determine them; faults in the inputs are left to the check.
+
+    Raises:
+        UsageError: the scale of the inputs is ambiguous.
+    """
     if not spec.takes_real_tensors or type(spec).normalise is not TaskSpec.normalise or not len(train):
         return spec
     inputs, scale, limits = _looked_at(train, "the train split", f"task {spec.name}").inputs, spec.scale, spec.limits
@@ -426,7 +438,7 @@ def _check_classes(spec: TaskSpec, splits: dict[str, Examples]) -> None:
     if int(known.sum()) < 2:
         only = int(known.nonzero()[0])
         raise UsageError(
-            f"all {len(labels['train'])} training labels are the class {only}: there is nothing to tell apart",
+            f"all {len(labels['train'])} training labels are the class {spec.label(only)}: there is nothing to tell apart",
             where=f"task {spec.name}, train split",
             fix="give examples of at least two classes",
         )
@@ -435,5 +447,5 @@ def _check_classes(spec: TaskSpec, splits: dict[str, Examples]) -> None:
         unseen = [f"{int(counts[name][missing].sum())} of {len(labels[name])} {name} examples" for name in labels if name != "train"]
         held = f"; {' and '.join(unseen)} are of these" if any(counts[name][missing].any() for name in labels) else ""
         logger.warning(
-            "task %s: %d of %d classes never occur in training (%s)%s", spec.name, len(missing), spec.outputs, listed(missing), held
+            "task %s: %d of %d classes never occur in training (%s)%s", spec.name, len(missing), spec.outputs, named(spec, missing), held
         )

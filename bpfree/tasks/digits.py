@@ -13,12 +13,9 @@ import torch
 
 from bpfree.errors import BpfreeError
 from bpfree.options import option
-from bpfree.tasks.task import DataSource, Split, TaskSpec, stratified_indices
+from bpfree.tasks.task import DataSource, Split, TaskSpec, fixed_test
 
 __all__ = ["DIGITS"]
-
-TEST_SHARE, TEST_SEED = 0.2, 20_230_324
-"""The test split is fixed: a stratified fifth, the same for every seed and every user."""
 
 
 @dataclass
@@ -48,10 +45,7 @@ def load(config: DigitsConfig, root: Path | None) -> tuple[Split, Split]:
     images = torch.from_numpy(data[:, :-1]).float().div(16).reshape(-1, 1, 8, 8)
     times = config.size // 8
     images = images.repeat_interleave(times, 2).repeat_interleave(times, 3) if times > 1 else images
-    everything = Split(images, torch.from_numpy(data[:, -1]).long())
-    mask = torch.zeros(len(everything), dtype=torch.bool)
-    mask[stratified_indices(everything, TEST_SHARE, TEST_SEED)] = True
-    return everything.subset((~mask).nonzero().flatten()), everything.subset(mask.nonzero().flatten())
+    return fixed_test(Split(images, torch.from_numpy(data[:, -1]).long()))
 
 
 DIGITS = DataSource(

@@ -78,10 +78,11 @@ class Resident:
 
 @dataclass(frozen=True)
 class Loading:
-    """How the batches of a run reach the device: ``resident`` and ``workers`` of its loaders."""
+    """How the batches of a run are chosen and reach the device: ``resident`` and ``workers`` of its loaders, and the order of training."""
 
     resident: bool | None = None
     workers: int = 0
+    sampling: Literal["uniform", "balanced"] = "uniform"
 
 
 class Loader:
@@ -97,6 +98,8 @@ class Loader:
         batch_size: examples per batch; ``"all"``: the split as one batch.
         device: where batches are made.
         seed: of the order and the augmentations; ``None``: the original order (evaluation).
+        balanced: whether a pass shows all classes equally often, to one example: of a class with fewer examples some more than once, of
+            one with more a part, another in each pass. Else each example once.
         augment: applied in turn to raw inputs, before normalisation; needs a seed.
         resident: whether the split is kept on the device; ``None``: if float32 takes at most 2 GiB on a CPU, or a
             quarter of the free memory of a GPU.
@@ -109,7 +112,8 @@ class Loader:
         resident: what is kept on the device; ``None``: batches are streamed.
 
     Raises:
-        UsageError: a batch size below 1, augmentation without a seed or over shared tensors that are normalised.
+        UsageError: a batch size below 1, augmentation without a seed or over shared tensors that are normalised, or a balanced order
+            without classes.
         BpfreeError: an empty split.
     """
 
@@ -121,6 +125,7 @@ class Loader:
         batch_size: int | Literal["all"],
         device: torch.device,
         seed: int | None = None,
+        balanced: bool = False,
         augment: Sequence[Augmentation] = (),
         resident: bool | None = None,
         workers: int = 0,
@@ -137,7 +142,11 @@ class Loader:
         if augment and share is not None and share.normalised:
             raise UsageError("augmentations act on raw inputs, but the shared ones are normalised", fix="share Resident.of(..., raw=True)")
         self.split, self.spec, self.device, self.seed = split, spec, device, seed
-        self.augment, self.workers = tuple(augment), workers
+        self.augment, self.workers, self.balanced = tuple(augment), workers, balanced
+        if balanced and (split.targets is None or split.targets.dim() != 1 or split.targets.is_floating_point()):
+            raise UsageError(
+                "a balanced order needs the class of each example, known beforehand", where="task.sampling", fix="task.sampling=uniform"
+            )
         self.resident = share
         if isinstance(split, Split) and share is None and (fits(split, device, raw=bool(augment)) if resident is None else resident):
             self.resident = Resident.of(split, spec, device, raw=bool(augment), dtype=dtype)
@@ -160,28 +169,51 @@ class Loader:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """One pass over the split, from batch ``start`` on (to resume in the middle of a pass)."""
-        order = self.order(epoch)[start * self.batch_size :]
-        if not len(order):
+        keys = self._keys(epoch)[start * self.batch_size :]
+        if not len(keys):
             return
-        chosen = order.to(self.device).split(self.batch_size)
+        order = keys % len(self.split)
+        chosen, keyed = order.to(self.device).split(self.batch_size), keys.to(self.device).split(self.batch_size)
         if isinstance(self.split, StreamedSplit):
             raws = self._follow(self.split, epoch, start)
         else:
             raws = self._stream(order.split(self.batch_size)) if self.resident is None else self._select(self.resident, chosen)
         ready = self.resident is not None and self.resident.normalised
-        for indices, (inputs, targets) in zip(chosen, raws, strict=True):
+        for indices, (inputs, targets) in zip(keyed, raws, strict=True):
             if self.seed is not None and self.augment:
-                draws = Draws(self.seed, epoch, indices)
+                draws = Draws(self.seed, epoch, indices, self.spec)
                 for augmentation in self.augment:
-                    inputs, targets = augmentation.apply(inputs, targets, draws)
+                    inputs, targets = augmentation(inputs, targets, draws)
             yield Batch(inputs if ready else self._normalise(inputs), targets)
 
     def order(self, epoch: int) -> Tensor:
         """(examples,) positions in the split in the order of a pass, on the CPU."""
+        return self._keys(epoch) % len(self.split)
+
+    def _keys(self, epoch: int) -> Tensor:
+        """The positions of a pass; where it shows an example again, plus a multiple of the split's length, by which augmentations draw."""
         if self.seed is None or isinstance(self.split, StreamedSplit):
             return torch.arange(self.examples)
         generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
+        if self.balanced:
+            return self._balanced(generator)[: self.examples]
         return torch.randperm(len(self.split), generator=generator)[: self.examples]
+
+    def _balanced(self, generator: torch.Generator) -> Tensor:
+        """As many keys as there are examples, of each class the same number, to one; which ones get one more is drawn."""
+        assert self.split.targets is not None
+        targets, count = self.split.targets, len(self.split)
+        labels = targets.unique()
+        labels = labels[torch.randperm(len(labels), generator=generator)].tolist()
+        keys = []
+        for place, label in enumerate(labels):
+            members = (targets == label).nonzero().flatten()
+            wanted = count // len(labels) + int(place < count % len(labels))
+            rounds = [
+                members[torch.randperm(len(members), generator=generator)] + again * count for again in range(-(-wanted // len(members)))
+            ]
+            keys.append(torch.cat(rounds)[:wanted])
+        return torch.cat(keys)[torch.randperm(count, generator=generator)]
 
     def _select(self, kept: Resident, chosen: Sequence[Tensor]) -> Iterator[tuple[Any, Tensor | None]]:
         for indices in chosen:

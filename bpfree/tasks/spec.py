@@ -77,6 +77,7 @@ class TaskSpec:
             are.
         output_shape: of one example's outputs; ``None``: ``(outputs,)``, or ``(*input_shape, outputs)`` for tokens.
         class_names: of the classes or labels, shown in place of their numbers; empty: none.
+        input_names: of the entries of vector inputs, such as the columns of a table; empty: none.
 
     A subclass may bring its own ``loss`` (with targets and outputs of any shape), ``error``, ``metrics``, ``normalise`` and ``example``.
     What it does not bring follows from what it does: without an ``error`` of its own it is the derivative of its loss.
@@ -97,6 +98,7 @@ class TaskSpec:
     structure: Any = None
     output_shape: tuple[int, ...] | None = None
     class_names: tuple[str, ...] = ()
+    input_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"TaskSpec {self.name!r}"
@@ -114,6 +116,9 @@ class TaskSpec:
         if self.class_names and len(self.class_names) != self.outputs:
             what = f"{len(self.class_names)} names of classes for {self.outputs} outputs"
             raise UsageError(what, where=where, fix="give a name for each class, or none")
+        if self.input_names and (len(self.input_names),) != tuple(self.input_shape):
+            what = f"{len(self.input_names)} names for inputs of shape {tuple(self.input_shape)}"
+            raise UsageError(what, where=where, fix="give a name for each entry of a vector, or none")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, *self.input_shape[:1]) or not all(map(math.isfinite, values)):
                 raise UsageError(
@@ -141,6 +146,10 @@ class TaskSpec:
         if self.output_shape is not None:
             return tuple(self.output_shape)
         return (*self.input_shape, self.outputs) if self.targets == "tokens" else (self.outputs,)
+
+    def label(self, place: int) -> str:
+        """Name a class or label: by its name, or by its number where there are no names."""
+        return self.class_names[place] if self.class_names else str(place)
 
     @property
     def is_scored(self) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,12 +15,16 @@ from bpfree.errors import UsageError
 from bpfree.options import NoOptions
 from bpfree.step import Stage
 from bpfree.tasks.check import check_lengths, check_task
+from bpfree.tasks.common import TaskCommon, described, fitted, subset_of
+from bpfree.tasks.pictures import ItemPictures, PictureConfig, form_of
 from bpfree.tasks.spec import TaskSpec
 from bpfree.tasks.splits import DatasetSplit, Examples, Split, fingerprint_of
 from bpfree.tasks.stages import Memory
 from bpfree.tasks.trees import tree_map
 
-__all__ = ["DataSource", "Examples", "Split", "Task", "TaskSpec", "split_validation"]
+__all__ = ["DataSource", "Examples", "Split", "Task", "TaskSpec", "fixed_test", "split_validation"]
+
+TEST_SHARE, TEST_SEED = 0.2, 20_230_324
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class DataSource:
         summary: one line for listings.
         files: ``(config, root) -> paths`` of the files that ``load`` would read, whether they are there or not; empty for data that
             come with a package. With it a study knows the data's fingerprint without reading them again.
+        normalise: what ``task.normalise=source`` stands for: ``given``, the constants in the spec; or ``auto``, those of the training
+            split, in place of the ones in the spec.
     """
 
     spec: Callable[[Any, Path | None], TaskSpec]
@@ -42,6 +48,7 @@ class DataSource:
     Config: type = NoOptions
     summary: str = ""
     files: Callable[[Any, Path | None], Sequence[Path]] | None = None
+    normalise: Literal["given", "auto"] = "given"
 
 
 @dataclass(frozen=True)
@@ -72,17 +79,28 @@ class Task:
         object.__setattr__(self, "spec", check_task(self.spec, self.train, self.validation, self.test))
 
     @classmethod
-    def from_source(
-        cls, source: DataSource, config: Any = None, *, root: Path | None = None, validation: float = 0.1, split_seed: int = 0
-    ) -> Task:
-        """Load a data set; cut the validation split from its training examples, unless it comes with one."""
-        config = source.Config() if config is None else config
-        spec = source.spec(config, root)
-        loaded = source.load(config, root)
-        if len(loaded) == 3:
-            return cls(spec, *loaded)
-        kept, held = split_validation(loaded[0], validation, split_seed)
-        return cls(spec, kept, held, loaded[1])
+    def from_source(cls, source: DataSource, config: Any = None, *, root: Path | None = None, **common: Any) -> Task:
+        """Load a data set, and make a task of its training and test examples.
+
+        Args:
+            source: of the data.
+            config: its own options; ``None``: their defaults.
+            root: folder of data sets.
+            common: the options of every task (:class:`bpfree.tasks.common.TaskCommon`): ``validation``, ``split_seed``, ``subset`` and so
+                on. A subset is taken first, then the validation split is cut, unless the data come with one; constants and balanced class
+                weights are those of what is left.
+
+        Raises:
+            UsageError: options that do not fit the data.
+        """
+        config, options = source.Config() if config is None else config, TaskCommon(**common)
+        spec = described(source.spec(config, root), options, source.normalise)
+        first, *rest = source.load(config, root)
+        assert first is not None
+        kept, held = subset_of(first, options.subset), rest[0]
+        if len(rest) == 1:
+            kept, held = split_validation(kept, options.validation, options.split_seed)
+        return cls(fitted(spec, options, kept, source.normalise), kept, held, rest[-1])  # type: ignore[arg-type]
 
     @classmethod
     def of(
@@ -94,28 +112,42 @@ class Task:
         name: str = "task",
         spec: TaskSpec | None = None,
         split_seed: int = 0,
+        **common: Any,
     ) -> Task:
         """Make a task of data in memory.
 
         Args:
             train, test: each a split (:class:`Split` and its relatives), a pair of arrays or tensors ``(inputs, targets)``, a tree of
-                tensors without targets, or a data set of torch, whose items are ``(inputs, target)``.
+                tensors without targets, or a data set of torch, whose items are ``(inputs, target)``; inputs may be pictures of PIL. Its
+                ``targets`` and ``classes`` are used, if it has them.
             validation: likewise, or the share of the training examples that is held out; 0 or ``None``: none.
             name: of the task, where ``spec`` does not say it.
             spec: what the data are; ``None``: found from the training examples, where they are one tensor each with integer classes
                 (N,) or real targets (N, ...).
             split_seed: of the validation cut.
+            common: further options of every task (:class:`bpfree.tasks.common.TaskCommon`): ``subset``, ``normalise``, ``mean``, ``std``,
+                ``class_weights``.
 
         Raises:
             UsageError: data that are none of these, or a spec that cannot be found from them.
         """
-        kept, tested = as_split(train, "train"), as_split(test, "test")
+        if of_training := [key for key in ("augment", "sampling") if key in common]:
+            fix = "Trainer(..., augment=[...], loading=Loading(sampling=...))"
+            raise UsageError(f"{of_training[0]} is no matter of the task, but of its training", where="Task.of", fix=fix)
+        options = TaskCommon(**common)
+        kept, tested = subset_of(as_split(train, "train"), options.subset), as_split(test, "test")
         held: Examples | None
         if isinstance(validation, (int, float)) or validation is None:
             kept, held = split_validation(kept, float(validation or 0), split_seed)
         else:
             held = as_split(validation, "validation")
-        return cls(spec or guessed_spec(name, kept, tested), kept, held, tested)
+        if spec is None:
+            names = getattr(train, "classes", ())
+            spec = guessed_spec(name, kept, tested)
+            fits = isinstance(names, (list, tuple)) and len(names) == spec.outputs and all(isinstance(each, str) for each in names)
+            spec = replace(spec, class_names=tuple(names)) if fits and spec.targets == "classes" else spec
+        found = described(spec, options)
+        return cls(fitted(found, options, kept), kept, held, tested)
 
     def fingerprint(self) -> str:
         """SHA-256 over all three splits' shapes and contents, 16 hex digits; computed once."""
@@ -134,7 +166,7 @@ def as_split(data: Any, name: str) -> Examples:
         if isinstance(data, torch.utils.data.IterableDataset):
             fix = "wrap it: bpfree.StreamedSplit(dataset, count)"
             raise UsageError("the number of examples of an iterable data set is not known", where=name, fix=fix)
-        return DatasetSplit(data)
+        return dataset_split(data)
     if isinstance(data, torch.utils.data.TensorDataset):
         data = data.tensors
     if isinstance(data, Examples):
@@ -148,6 +180,19 @@ def as_split(data: Any, name: str) -> Examples:
         return Split(_tensors(data, name), None)
     fix = "give a pair (inputs, targets) of arrays, a bpfree.Split, or a torch Dataset"
     raise UsageError(f"{type(data).__name__} is no split", where=name, fix=fix)
+
+
+def dataset_split(data: Any) -> DatasetSplit:
+    """Make a split of a data set of torch: its classes are those in its ``targets``, pictures of PIL become bytes (C, H, W)."""
+    listed = getattr(data, "targets", None)
+    targets = torch.as_tensor(listed) if isinstance(listed, (Tensor, list, tuple)) and len(listed) == len(data) else None
+    first = data[0] if len(data) else None
+    if not isinstance(first, (tuple, list)) or len(first) != 2 or not hasattr(first[0], "convert"):
+        return DatasetSplit(data, targets=targets)
+    if targets is None:
+        targets = torch.tensor([int(data[place][1]) for place in range(len(data))])
+    name = type(data).__name__
+    return DatasetSplit(ItemPictures(data, 0, name, targets, form_of(first[0], PictureConfig())), targets=targets)
 
 
 def _tensors(inputs: Any, name: str) -> Any:
@@ -219,6 +264,21 @@ def split_validation(train: Examples, share: float, seed: int) -> tuple[Examples
     mask = torch.zeros(len(train), dtype=torch.bool)
     mask[held] = True
     return train.subset((~mask).nonzero().flatten()), train.subset(mask.nonzero().flatten())
+
+
+Cut = TypeVar("Cut", bound=Examples)
+
+
+def fixed_test(everything: Cut) -> tuple[Cut, Cut]:
+    """Cut the test split of data without one: a stratified fifth, the same for every seed and every user.
+
+    Returns:
+        Training and test examples, both in the original order.
+    """
+    mask = torch.zeros(len(everything), dtype=torch.bool)
+    mask[stratified_indices(everything, TEST_SHARE, TEST_SEED)] = True
+    first, second = (everything.subset(part.nonzero().flatten()) for part in (~mask, mask))
+    return cast(Cut, first), cast(Cut, second)
 
 
 def stratified_indices(split: Examples, share: float, seed: int) -> Tensor:

@@ -108,7 +108,7 @@ class Batches:
             clock.stop()
             if examples is self._setup.task.train:
                 self._evaluator.take_features(train, lambda batches: self.features(batches, look))
-        return feature_loader(train, raw.spec, batch_size=raw.batch_size, device=raw.device, seed=raw.seed)
+        return feature_loader(train, raw.spec, batch_size=raw.batch_size, device=raw.device, seed=raw.seed, balanced=raw.balanced)
 
     def features(self, batches: Loader, look: Look) -> Split:
         """The rule's features of a split."""

@@ -61,12 +61,16 @@ def _allocate(shape: tuple[int, ...], folder: Path | None, dtype: torch.dtype) -
         return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
 
 
-def feature_loader(split: Split, spec: TaskSpec, *, batch_size: int, device: torch.device, seed: int | None = None) -> Loader:
+def feature_loader(
+    split: Split, spec: TaskSpec, *, batch_size: int, device: torch.device, seed: int | None = None, balanced: bool = False
+) -> Loader:
     """Batches of a split of features, in the order that the raw split's have."""
     # on a CPU they are where they are needed, in memory or in a file mapped into it; a GPU takes them if it has room
     shared = Resident(split.inputs, split.targets, normalised=True) if device.type == "cpu" else None
     described = TaskSpec(spec.name, tuple(split.inputs.shape[1:]), spec.outputs, scale=1.0)  # of features, which are taken as they are
-    return Loader(split, described, batch_size=batch_size, device=device, seed=seed, share=shared, dtype=split.inputs.dtype)
+    return Loader(
+        split, described, batch_size=batch_size, device=device, seed=seed, balanced=balanced, share=shared, dtype=split.inputs.dtype
+    )
 
 
 class FeatureLoader:

@@ -69,6 +69,7 @@ class Setup:
             device=self.device,
             seed=seed,
             augment=augment,
+            balanced=seed is not None and self.loading.sampling == "balanced",
             resident=self.loading.resident,
             workers=self.loading.workers,
             share=share,

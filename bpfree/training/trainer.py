@@ -17,7 +17,7 @@ from bpfree.record.recorder import Recorder
 from bpfree.redaction import redact
 from bpfree.rule import Rule
 from bpfree.run import Run, new_run_id
-from bpfree.tasks.augment import Augmentation
+from bpfree.tasks.augment import Augmentation, check_augmentations
 from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Task
 from bpfree.training import environment
@@ -98,6 +98,7 @@ class Trainer:
     def _check(self) -> None:
         rule, task, config, budget = self.rule, self.setup.task, self.config, self.setup.budget
         check_protocols(config.evaluation.protocols, rule)
+        check_augmentations(self.setup.augment, task.spec, rule.traits.targets, type(rule).__name__)
         for key, reason in idle_of_rule(config, rule):
             raise UsageError(reason, where=key, fix="leave it out")
         if config.schedule.name in CLASSES:

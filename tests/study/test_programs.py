@@ -180,6 +180,8 @@ def test_a_class_that_training_lacks_is_never_predicted(digits: Task) -> None:
         (["batch_size=128"], "batch_size=128 does nothing with the program sklearn"),
         (["optimizer.lr=0.1", "budget.epochs=3"], "budget.epochs=3 does nothing with the program sklearn"),
         (["network=mlp"], "a program trains, and no rule"),
+        (["task.augment=[flip]"], "task.augment does nothing with the program sklearn"),
+        (["task.sampling=balanced"], "task.sampling does nothing with the program sklearn"),
         (["rule=dfa"], "either a rule trains or a program"),
         (["program=sklaern"], "did you mean 'sklearn'"),
         (["evaluation.metrics=[r2]"], "r2"),

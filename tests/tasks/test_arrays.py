@@ -111,10 +111,12 @@ def test_constants_of_normalisation(tmp_path: Path) -> None:
     assert spec.normalise(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)).flatten().tolist() == [-1, 1]
     spec = spec_of(tmp_path, IMAGES.astype(np.float32), CLASSES)
     assert (spec.mean, spec.std) == ((0.0,), (1.0,))
-    spec = spec_of(tmp_path, IMAGES, CLASSES, mean=[0.1, 0.2, 0.3], std=[2.0])
+    config = ArraysConfig(save(tmp_path, **halves(IMAGES, CLASSES)))
+    spec = Task.from_source(NPZ, config, mean=[0.1, 0.2, 0.3], std=[2.0]).spec
     assert (spec.mean, spec.std) == ((0.1, 0.2, 0.3), (2.0,))
+    assert Task.from_source(NPZ, config, mean=[0.1]).spec.std == (0.5,)
     with pytest.raises(UsageError, match="2 values"):
-        spec_of(tmp_path, IMAGES, CLASSES, mean=[0.1, 0.2])
+        Task.from_source(NPZ, config, mean=[0.1, 0.2])
 
 
 def test_a_file_without_a_test_split_gives_a_fixed_stratified_fifth(tmp_path: Path) -> None:
@@ -170,3 +172,76 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         NPZ.spec(ArraysConfig(str(tmp_path / "text.npz")), None)
     with pytest.raises(UsageError, match="needs a file"):
         NPZ.spec(ArraysConfig(), None)
+
+
+SEQUENCES = RNG.normal(size=(40, 7, 3)).astype(np.float32)
+TOKENS = RNG.integers(0, 11, (40, 6), dtype=np.uint8)
+TOKENS[0, 0] = 255
+
+
+def test_floats_with_two_axes_are_images_or_sequences_and_have_to_be_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="grey images, or sequences") as caught:
+        spec_of(tmp_path, SEQUENCES, CLASSES)
+    assert "task.layout=image or task.layout=sequence" in caught.value.fix
+    for layout, expected in (("sequence", SEQUENCES), ("image", SEQUENCES[:, None])):
+        task = Task.from_source(NPZ, ArraysConfig(save(tmp_path, **halves(SEQUENCES, CLASSES)), layout=layout), validation=0)  # type: ignore[arg-type]
+        assert task.spec.input_shape == expected.shape[1:]
+        np.testing.assert_array_equal(task.train.inputs.numpy(), expected[:30])
+    with pytest.raises(UsageError, match=r"task\.layout=sequence does nothing with inputs of shape \(30, 9, 8, 3\)"):
+        spec_of(tmp_path, IMAGES, CLASSES, layout="sequence")
+
+
+def test_integers_with_two_axes_are_pixels_unless_they_are_said_to_be_a_sequence(tmp_path: Path) -> None:
+    grey = IMAGES[..., 0]
+    assert spec_of(tmp_path, grey, CLASSES).input_shape == (1, 9, 8)
+    config = ArraysConfig(save(tmp_path, **halves(grey.astype(np.int64), CLASSES)), layout="sequence")
+    task = Task.from_source(NPZ, config, validation=0)
+    assert (task.spec.input_shape, task.spec.scale) == ((9, 8), 1.0)
+    np.testing.assert_array_equal(task.train.inputs.numpy(), grey[:30].astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64"])
+def test_tokens_stay_what_they_are(dtype: str, tmp_path: Path) -> None:
+    """Oracle: the array itself; divided by 255 and cut to integers, bytes would be 0 and 1."""
+    path = save(tmp_path, **halves(TOKENS.astype(dtype), CLASSES))
+    task = Task.from_source(NPZ, ArraysConfig(path, inputs="tokens"), validation=0)
+    assert (task.spec.vocabulary, task.spec.input_shape, task.spec.outputs) == (256, (6,), 5)
+    made = task.spec.normalise(task.train.inputs)
+    assert made.dtype == torch.int64
+    np.testing.assert_array_equal(made.numpy(), TOKENS[:30])
+    assert NPZ.spec(ArraysConfig(path, inputs="tokens", vocabulary=300), None).vocabulary == 300
+    with pytest.raises(UsageError, match="vocabulary is 0 to 99"):
+        Task.from_source(NPZ, ArraysConfig(path, inputs="tokens", vocabulary=100))
+
+
+def test_tokens_below_zero_or_with_fractions_are_refused(tmp_path: Path) -> None:
+    for wrong in (TOKENS.astype(np.float32), -TOKENS.astype(np.int64)):
+        with pytest.raises(UsageError, match="tokens are integers from 0"):
+            spec_of(tmp_path, wrong, CLASSES, inputs="tokens")
+
+
+def test_targets_that_are_tokens(tmp_path: Path) -> None:
+    """Oracle: the array; -100 does not count, and there are 0 to the largest."""
+    following = np.where(TOKENS % 2, TOKENS.astype(np.int64) % 11, -100)
+    task = Task.from_source(NPZ, ArraysConfig(save(tmp_path, **halves(TOKENS, following)), inputs="tokens", targets="tokens"), validation=0)
+    assert (task.spec.targets, task.spec.outputs, task.spec.output_size) == ("tokens", following.max() + 1, (6, following.max() + 1))
+    assert task.train.targets is not None
+    np.testing.assert_array_equal(task.train.targets.numpy(), following[:30])
+    path = save(tmp_path, **halves(SEQUENCES, RNG.integers(0, 4, (40, 7))))
+    assert NPZ.spec(ArraysConfig(path, layout="sequence", targets="tokens"), None).output_size == (7, 4)
+    with pytest.raises(UsageError, match="tokens must be integers"):
+        spec_of(tmp_path, TOKENS, CLASSES, inputs="tokens", targets="tokens")
+
+
+def test_targets_that_are_several_labels(tmp_path: Path) -> None:
+    labels = RNG.integers(0, 2, (40, 3))
+    with pytest.raises(UsageError, match="rows of 0 and 1") as caught:
+        spec_of(tmp_path, RNG.normal(size=(40, 6)), labels)
+    assert "multilabel" in caught.value.fix
+    config = ArraysConfig(save(tmp_path, **halves(RNG.normal(size=(40, 6)), labels)), targets="multilabel")
+    task = Task.from_source(NPZ, config, validation=0)
+    assert (task.spec.targets, task.spec.outputs) == ("multilabel", 3)
+    assert task.train.targets is not None
+    np.testing.assert_array_equal(task.train.targets.numpy(), labels[:30])
+    with pytest.raises(UsageError, match="of 0 and 1"):
+        spec_of(tmp_path, RNG.normal(size=(40, 6)), labels * 2, targets="multilabel")

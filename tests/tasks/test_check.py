@@ -92,7 +92,7 @@ def test_arrays_of_every_dtype_are_the_same_task(dtype: str, tmp_path: Path) -> 
 
     def normalised(kind: str) -> tuple[Tensor, TaskSpec]:
         np.savez(tmp_path / f"{kind}.npz", x=pictures().numpy()[:, 0].astype(kind), y=labels(96, 4).numpy())
-        config = ArraysConfig(str(tmp_path / f"{kind}.npz"), scale=255.0 if kind.startswith("float") else None)
+        config = ArraysConfig(str(tmp_path / f"{kind}.npz"), scale=255.0 if kind.startswith("float") else None, layout="image")
         task = Task.from_source(NPZ, config)
         return next(iter(Loader(task.train, task.spec, batch_size="all", device=torch.device("cpu")))).inputs, task.spec
 
@@ -116,7 +116,7 @@ def test_what_may_be_pixels_or_not_is_refused_until_the_scale_is_said(images: Te
     if images.is_floating_point():
         np.savez(tmp_path / "f.npz", x=images.numpy()[:, 0], y=labels(96, 4).numpy())
         with pytest.raises(UsageError, match="pixels, or numbers"):
-            Task.from_source(NPZ, ArraysConfig(str(tmp_path / "f.npz")))
+            Task.from_source(NPZ, ArraysConfig(str(tmp_path / "f.npz"), layout="image"))
 
 
 @pytest.mark.parametrize("images", [torch.rand(96, 1, 6, 6), torch.randn(96, 1, 6, 6), torch.randint(-9, 10, (96, 1, 6, 6)).float()])
@@ -586,8 +586,8 @@ def test_a_run_on_data_beside_their_spec_exits_2_before_it_trains(tmp_path: Path
 
 def test_evaluate_checks_another_task_against_the_one_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    np.savez("u.npz", x=pictures().numpy()[:, 0], y=labels(96, 4).numpy())
-    np.savez("f.npz", x=pictures().numpy()[:, 0] / 255, y=labels(96, 4).numpy())
+    np.savez("u.npz", x=pictures().numpy(), y=labels(96, 4).numpy())
+    np.savez("f.npz", x=pictures().numpy() / 255, y=labels(96, 4).numpy())
     words = ["task=npz", "task.path=u.npz", "tracking.enabled=false", "pictures.every=0", "budget.epochs=1"]
     assert command(["train", *words]) == 0
     (run,) = (tmp_path / "runs").iterdir()

@@ -222,7 +222,7 @@ def _data(rows: Sequence[TableRow]) -> Iterable[str]:
     seen: dict[str, set[str]] = {}
     for row in rows:
         recipe = row.cells[0].recipe
-        key = str((recipe.names["task"], recipe.options["task"], recipe.task.validation, recipe.task.split_seed))
+        key = str((recipe.names["task"], recipe.options["task"], recipe.task.validation, recipe.task.split_seed, recipe.task.subset))
         seen.setdefault(key, set()).update(record.tags["data_fingerprint"] for record in row.finished if "data_fingerprint" in record.tags)
     if any(len(fingerprints) > 1 for fingerprints in seen.values()):
         yield "Not all cells of one task saw the same data: their fingerprints differ."
