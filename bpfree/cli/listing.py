@@ -132,6 +132,13 @@ def tasks(name: str | None) -> None:
     list_kind("tasks", name)
 
 
+@click.command(short_help="List programs (other trainers), or show one's options.")
+@click.argument("name", required=False, shell_complete=names_of("programs"))
+def programs(name: str | None) -> None:
+    """List the other trainers that a study can have as rows (`program: NAME`); with NAME, show its options."""
+    list_kind("programs", name)
+
+
 @click.command(short_help="List metrics, or describe one.")
 @click.argument("name", required=False, shell_complete=names_of("metrics"))
 def metrics(name: str | None) -> None:
