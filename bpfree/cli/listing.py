@@ -70,7 +70,7 @@ def rule_card(name: str, rule: Any, owner: Any) -> Iterator[tuple[str, Any]]:
     yield "plugin", f"{owner.name} ({owner.distribution} {owner.version})"
     yield from dataclasses.asdict(card).items()
     yield "traits", dataclasses.asdict(rule.traits_of(defaults))
-    yield "optimizer", {key: value for key, value in dataclasses.asdict(rule.optimizer_of(defaults)).items() if value not in (None, {})}
+    yield "optimizer", {key: value for key, value in dataclasses.asdict(rule.optimizer_of(defaults)).items() if value not in (None, {}, [])}
     yield "options", [dict(zip(("key", "type", "default", "meaning"), row, strict=True)) for row in options_table(rule.Config)]
 
 
