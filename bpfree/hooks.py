@@ -90,7 +90,7 @@ def bpfree_tasks() -> Mapping[str, DataSource]:  # type: ignore[empty-body]
 
 @hookspec
 def bpfree_programs() -> Mapping[str, Program]:  # type: ignore[empty-body]
-    """Other trainers by name, which a study can have as rows (``program: NAME``) beside rules."""
+    """Register other trainers by name, which a study can have as rows (``program: NAME``) beside rules."""
 
 
 @hookspec

@@ -124,7 +124,7 @@ class Recipe:
 
     @property
     def trains(self) -> str:
-        """Name the rule, or the program."""
+        """Name of the rule, or of the program."""
         return self.names["program" if self.is_program else "rule"]
 
     def flat(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class Recipe:
         return self._shortened(Task.from_source(source, self.options["task"], root=self.root(), **vars(self.task)))
 
     def _shortened(self, task: Task) -> Task:
-        """The task of a smoke run, or the whole."""
+        """Return the whole task, or that of a smoke run."""
         return few(task, quick_examples(self.settings)) if self.settings.quick else task
 
     def augmentations(self) -> list[Augmentation]:
@@ -247,7 +247,7 @@ def _may_be_large(options: Any) -> bool:
 
 
 def quick_examples(settings: RunConfig) -> int:
-    """Count the examples of each split in a smoke run: three batches, and not too few to hold some classes."""
+    """Count the examples of each split in a smoke run: three batches, and enough to hold some classes."""
     return max(QUICK_LEAST, QUICK_BATCHES * settings.batch_size)
 
 

@@ -149,7 +149,7 @@ class Resolver:
         return Recipe(self.names, options, common, quickened(settings), self.registry, dict(sorted(self.unused.items())), self.code)
 
     def _unread(self, program: Program, filled: RunConfig) -> Iterator[tuple[str, str]]:
-        """Settings that are not the defaults, and that a program does not read."""
+        """Yield the settings that differ from the defaults, but that a program does not read."""
         values, defaults = (leaves_of(dataclasses.asdict(each), "", "") for each in (filled, RunConfig()))
         known = {leaf.key: leaf.value for leaf in defaults}
         for leaf in values:
@@ -336,7 +336,7 @@ class Resolver:
         self._check_each(checks)
 
     def _check_names(self, spec: TaskSpec, settings: RunConfig) -> None:
-        """Note names that nothing has, or that do not fit the task."""
+        """Note names that are not registered, or that do not fit the task."""
         for name in settings.evaluation.protocols:
             self._named("protocols", name, "evaluation.protocols")
             self._protocol_fits(name, spec)

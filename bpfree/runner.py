@@ -354,7 +354,7 @@ def _run_program(
 
 
 class Pause:
-    """Interrupts a run after an epoch, where there is one to do so after.
+    """Interrupts a run after an epoch, if it is to pause there.
 
     Args:
         until: epochs; ``None``: never.
@@ -367,7 +367,7 @@ class Pause:
 
     @hookimpl
     def epoch_end(self, run: Run) -> None:
-        """Ask for it; the run ends with a checkpoint of this epoch."""
+        """Ask the run to stop, which ends it with a checkpoint of this epoch."""
         if self._until is not None and run.epoch >= self._until:
             self.stop(paused_at(self._until))
 
@@ -452,7 +452,7 @@ def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
 
 
 def common_tags(recipe: Recipe, task: Task) -> dict[str, str]:
-    """What a run can be found by, whatever trains."""
+    """Return the tags by which a run of a rule or a program can be found."""
     return {
         **recipe.names,
         "data_fingerprint": task.fingerprint(),

@@ -187,7 +187,7 @@ class Loader:
             yield Batch(views[0], made[0][1], views if self.views > 1 else (), indices)
 
     def _view(self, inputs: Any, targets: Tensor | None, draws: Draws) -> tuple[Any, Tensor | None]:
-        """One view of a batch, as the augmentations draw it; it shares no memory with others."""
+        """Return one view of a batch, as the augmentations draw it; it shares no memory with other views."""
         if draws.view and not self.augment:
             return tree_map(torch.clone, inputs), targets
         for augmentation in self.augment if self.seed is not None else ():

@@ -61,7 +61,7 @@ def gather(
 
 
 def _part(batch: Batch, start: int, end: int) -> Batch:
-    """Some consecutive examples of a batch."""
+    """Cut some consecutive examples out of a batch."""
 
     def cut(tree: Any) -> Any:
         return None if tree is None else torch.utils._pytree.tree_map(lambda leaf: leaf[start:end], tree)

@@ -104,7 +104,7 @@ class BudgetTracker:
 
 
 class Patience:
-    """Ends a run whose primary metric on validation has not become better for some epochs.
+    """Ends a run whose primary metric on validation has not improved for some epochs.
 
     What it has seen is a part of the run's position, so that a resumed run ends where it would have ended.
 
@@ -117,7 +117,7 @@ class Patience:
         self._epochs, self._metric = epochs, metric
 
     def note(self, metrics: Mapping[str, float], at: Position) -> None:
-        """Compare the epoch that has ended with the best before it; one that was not evaluated is not better."""
+        """Compare the epoch that has ended with the best before it; an epoch without evaluation does not count as better."""
         score = self._metric.sign * metrics.get(f"val/{self._metric.name}", math.nan)
         if self._epochs is not None and score > at.best_score:
             at.best_epoch, at.best_score = at.epoch, score
@@ -127,7 +127,7 @@ class Patience:
         return self._epochs is not None and not at.batch and at.epoch - at.best_epoch >= self._epochs
 
     def told(self, at: Position, *, in_time: bool) -> tuple[str, dict[str, float]]:
-        """Say why it ended the run, if it did so ``in_time``, before the budget; and give the best epoch for the run's result."""
+        """Return why patience ended the run, if it did so ``in_time``, before the budget; and the best epoch for the run's result."""
         if self._epochs is None:
             return "", {}
         ended = in_time and self.is_out(at)
@@ -139,7 +139,7 @@ class Patience:
 
 
 def check_patience(setup: Setup) -> None:
-    """Refuse a patience that nothing could measure, or that would end a run before its later phases have begun.
+    """Refuse a patience that nothing can measure, or that would end a run before its later phases have begun.
 
     Raises:
         UsageError: no validation split, a task without a metric, or a rule whose only phase is not evaluated, that has several, or that

@@ -25,7 +25,7 @@ PAUSED = "paused after epoch"
 
 
 def paused_at(epoch: int) -> str:
-    """The reason of a run that was interrupted after an epoch because it was to pause there."""
+    """Return the reason of a run that was interrupted after an epoch because it was to pause there."""
     return f"{PAUSED} {epoch}"
 
 
