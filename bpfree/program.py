@@ -74,7 +74,7 @@ class Program:
 
     Attributes:
         train: called once with the run's context; returns the metrics of the end, such as ``test/accuracy``. What it takes is timed, but
-            for what its context does. It cannot be resumed: an interrupted run starts anew.
+            for what its context does. It cannot be resumed: an interrupted run starts again from the beginning.
         Config: dataclass of its own options, ``program.KEY`` in a configuration.
         summary: one line for listings.
         check: ``(options, spec) -> problems``, each a sentence, before any data are loaded; by default none.

@@ -205,7 +205,7 @@ def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
     try:
         return {str(name): float(value) for name, value in metrics.items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"a program gives metrics by name, not {metrics!r:.80}", fix="tell its author") from error
+        raise UsageError(f"a program gives metrics by name, not {metrics!r:.80}", fix="report it to the author of the program") from error
 
 
 def program_tags(recipe: Recipe) -> dict[str, str]:

@@ -319,7 +319,7 @@ class Resolver:
         if common.validation == 0 and settings.select == "best-val":
             self.problems.append("task.validation=0 leaves no validation split to select weights on: use select=last")
         if common.validation == 0 and settings.budget.patience is not None:
-            self.problems.append("task.validation=0 leaves no validation split to measure budget.patience on: leave budget.patience out")
+            self.problems.append("task.validation=0: budget.patience needs a validation split; leave one of them out")
         if settings.accumulate > settings.batch_size:
             self.problems.append(
                 f"accumulate={settings.accumulate} needs at least as many examples per update, batch_size={settings.batch_size}"
