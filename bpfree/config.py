@@ -1,8 +1,8 @@
 """Configurations of runs: from files and ``key=value`` words to typed, checked settings.
 
 A configuration is a tree of plain values. Three of its sections, ``rule``, ``network`` and ``task``, have a ``name`` and the options of
-the named object; ``rule: dfa`` and ``rule=dfa`` are short for ``rule.name``. All problems are reported
-at once, before any data is loaded.
+the named object; ``rule: dfa`` and ``rule=dfa`` are short for ``rule.name``. All problems are reported at once, before any data is
+loaded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def resolve(leaves: Iterable[Leaf] | Mapping[str, Any], registry: Plugins | None
         spec: the task's, if it is known already; otherwise the data set provides it.
 
     Raises:
-        UsageError: with everything that is wrong.
+        UsageError: with a list of all problems.
     """
     registry = registry or installed_plugins()
     registry.report()
@@ -47,7 +47,7 @@ def allowing(words: Iterable[Leaf] = (), files: Iterable[str | Path] = ()) -> Pl
 
     Args:
         words: settings; those that were typed as words of the command line (``Leaf.word``) allow the files that they name.
-        files: that are allowed beside.
+        files: further files to allow.
 
     Raises:
         UsageError: there is no such file.

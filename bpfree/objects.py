@@ -93,7 +93,7 @@ class _Call:
     Args:
         function: what is called.
         name: for messages.
-        given: parameters that are given by these names.
+        given: parameters that are passed by these names.
         first: what a first parameter of another name stands for, if it has no default.
 
     Attributes:
@@ -214,7 +214,7 @@ def _examples(made: Any, config: Any, root: Path | None, name: str) -> Task | tu
     """Read the return value of a function for a data set.
 
     Raises:
-        UsageError: it is nothing that can be trained on.
+        UsageError: it is neither a task nor data.
     """
     if isinstance(made, Task):
         return made

@@ -1,7 +1,7 @@
 """Redaction of addresses: user, password, token and query are ``***`` wherever an address is written.
 
-What a run records can be read by whoever sees its folder, its tracking store or its report; the settings that it works with keep the
-whole address. One that was recorded is known by its ``***`` (:func:`is_redacted`), and is asked for again.
+A run's records can be read by anyone with access to its folder, its tracking store or its report; the settings in use keep the whole
+address. A recorded address is recognised by its ``***`` (:func:`is_redacted`), and must be given again.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ LOGGERS = ("bpfree", "mlflow", "sqlalchemy", "urllib3")
 def redact_logs(others: Iterable[logging.Filterer] = ()) -> None:
     """Redact the messages of this package's loggers, of libraries that take addresses, and of further loggers or handlers.
 
-    A library's loggers are there when it is imported; to call this again does no harm.
+    A library's loggers exist once it is imported; this function may be called again.
     """
     known = [name for name in ("bpfree", *logging.root.manager.loggerDict) if name.split(".")[0] in LOGGERS]
     for one in (*map(logging.getLogger, known), *others):

@@ -1,8 +1,8 @@
 """A backward pass through other weights than the forward pass: feedback alignment, sign-symmetry, Kolen-Pollack and their kin.
 
 Inside :func:`replaced_backward` a linear layer or convolution y = W x + b passes dLoss/dx = B^T dLoss/dy for the B that is given, while
-y and the gradients of W and b are as ever. With B = W this is back-propagation, exactly. Other layers that have weights and pass credit
-through them (attention, recurrent layers, transposed convolutions) are met by name, and said to be left as they are.
+y and the gradients of W and b are unchanged. With B = W this is back-propagation, exactly. Other layers that have weights and pass credit
+through them (attention, recurrent layers, transposed convolutions) are found by name, and reported as not replaced.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def replaced_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iter
             loss = self.spec.loss(self.network(batch.inputs), batch)
         loss.backward()
 
-    What is executed outside, such as a diagnostic's true gradient, is as ever. Forward mode is not supported inside.
+    Executions outside, such as for a diagnostic's true gradient, are not affected. Forward mode is not supported inside.
 
     Args:
         module: a network, or a block of it.

@@ -164,12 +164,12 @@ def watch(module: nn.Module, input_shape: Sequence[int], at: Sequence[str]) -> T
     """Record the operations of a module by executing it; a submodule without a cut counts as one operation.
 
     Args:
-        module: is called with one tensor; it may have optional arguments, and return a mapping or tuple in which the scores can be told.
+        module: is called with one tensor; it may have optional arguments, and return a mapping or tuple in which the scores can be identified.
         input_shape: of one example, without the batch axis.
         at: the submodules that begin a block.
 
     Raises:
-        UsageError: it fails on such an input, takes different paths for different inputs, or its scores cannot be told.
+        UsageError: it fails on such an input, takes different paths for different inputs, or its scores cannot be identified.
     """
     ancestors = {".".join(name.split(".")[:depth]) for name in at for depth in range(1, name.count(".") + 1)}
     name = type(module).__name__

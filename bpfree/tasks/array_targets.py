@@ -1,6 +1,6 @@
 """Kinds of targets in arrays: classes, several labels, soft labels, tokens or numbers.
 
-Values decide, where they leave no doubt; ``task.targets`` decides what can be read in several ways.
+Unambiguous values decide the kind; ``task.targets`` decides for ambiguous ones.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Alignment of a rule's credit with gradients by reverse mode, measured without changing any bit of the run.
 
 On a sampled step, before the step itself, the batch is used several times: by reverse mode through the task's loss of
-the whole network, by reverse mode through the rule's own ``objective`` where it has one, and by the rule. All meet the same
+the whole network, by reverse mode through the rule's own ``objective`` where it has one, and by the rule. All use the same
 weights and, through torch's global generators, the same dropout masks; afterwards everything is put back.
 """
 

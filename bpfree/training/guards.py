@@ -23,7 +23,7 @@ logger = logging.getLogger("bpfree")
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""Buffers that follow the data whether or not anything learns."""
+"""Buffers that change with the data even if nothing learns."""
 
 
 class Values:

@@ -67,16 +67,16 @@ class RunState:
         setup: the run's; the rule is on its device.
 
     Attributes:
-        at: how far the run has come.
+        at: the position of the run.
         clock, metrics, memory, operations, compilation: what it measures.
         probes: measure single steps, the outermost first (``training/probes.py``).
         stepper, updater, step: takes the steps; its optimisers, and the step that rules are handed.
         load: of the machine when the run began; ``None`` where that is not known.
         begun: phases that have begun, which is what a loaded rule must replay.
         best: validation score and weights (on the CPU) of the best epoch, where weights are selected so.
-        learning: sees to it that what is fixed stays, and what learns moves.
-        stream: what a task of several stages has reached.
-        calibration: what the rule chose on the validation split after the last step, where it has done so.
+        learning: checks that fixed parameters stay, and that learning ones move.
+        stream: scores and kept examples of a task of several stages.
+        calibration: values that the rule chose on the validation split after the last step, if it has.
     """
 
     def __init__(self, setup: Setup) -> None:

@@ -250,7 +250,7 @@ def told_groups(method: Callable[..., None]) -> Callable[[Sequence[str]], None]:
 def _lay_out_as_parameters(parameters: Iterable[nn.Parameter]) -> None:
     """Lay out each ``.grad`` with its parameter's strides: fused optimisers walk both in memory order and would mix up the entries.
 
-    Autograd sees to it itself; gradients that a rule has computed in closed form may be laid out otherwise (channels last).
+    Autograd does so itself; gradients that a rule has computed in closed form may be laid out otherwise (channels last).
     """
     for parameter in parameters:
         gradient = parameter.grad
