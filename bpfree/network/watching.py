@@ -164,7 +164,7 @@ def watch(module: nn.Module, input_shape: Sequence[int], at: Sequence[str]) -> T
     """Record the operations of a module by executing it; a submodule without a cut counts as one operation.
 
     Args:
-        module: is called with one tensor; it may have optional arguments, and return a mapping or tuple in which the scores can be identified.
+        module: is called with one tensor; optional arguments are allowed; it may return a mapping or tuple with identifiable scores.
         input_shape: of one example, without the batch axis.
         at: the submodules that begin a block.
 
