@@ -28,7 +28,7 @@ DOCS = REGISTRY.parent / "docs" / "certificates.md"
 
 
 def present(rule: str) -> dict[str, Certificate]:
-    """The certificate that is there; one that cannot be read counts as none."""
+    """Return the existing certificate; one that cannot be read counts as none."""
     try:
         return {rule: read_certificate(certificate_file(REGISTRY, rule))}
     except BpfreeError:
@@ -36,7 +36,7 @@ def present(rule: str) -> dict[str, Certificate]:
 
 
 def certify(rule: str) -> bool:
-    """Examine a rule, and say how it went; a certificate of a failed examination is written too."""
+    """Examine a rule and print the result; a certificate of a failed examination is written too."""
     target = certificate_file(REGISTRY, rule)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     began = time.perf_counter()

@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def known(path: Path, study: str) -> dict[str, float]:
-    """Mean accuracy of a committed result by row (``ROW`` or ``ROW / COLUMN``), in per cent."""
+    """Return the mean accuracy in per cent of a committed result, by row (``ROW`` or ``ROW / COLUMN``)."""
     content = json.loads(path.read_text())
     if "studies" not in content:
         return {label: row["test_accuracy"]["mean"] for label, row in content["rows"].items()}
@@ -38,7 +38,7 @@ def known(path: Path, study: str) -> dict[str, float]:
 
 
 def accuracy(cell: dict[str, Any]) -> float:
-    """Of a cell, in per cent."""
+    """Return the accuracy of a cell in per cent."""
     return float(cell["test_accuracy"] if "test_accuracy" in cell else 100 - cell["test_error"])
 
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def numbers(row: dict[str, Any]) -> tuple[str, str]:
-    """Own accuracy and its distance."""
+    """Format a row's own accuracy, and its distance from the floor."""
     return f"{row['own']:.2f}", f"{row['own_less_floor']:+.2f}"
 
 

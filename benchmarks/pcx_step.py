@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def limit(threads: int) -> None:
-    """Leave the process as many cores. Before jax is imported, which starts a thread for each core that it sees."""
+    """Restrict the process to this many cores, before jax is imported, which starts a thread for each core that it sees."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     if threads == 1:
@@ -76,7 +76,7 @@ class Trainer:
 
 
 def build(options: argparse.Namespace) -> Trainer:
-    """The network, its optimisers and its step."""
+    """Build the network, its optimisers and its step."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -179,7 +179,7 @@ def build(options: argparse.Namespace) -> Trainer:
 
 
 def random_batches(options: argparse.Namespace) -> list[tuple[Any, Any]]:
-    """On the device."""
+    """Make random batches on the device."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -191,7 +191,7 @@ def random_batches(options: argparse.Namespace) -> list[tuple[Any, Any]]:
 
 
 def run(trainer: Trainer, batches: Sequence[tuple[Any, Any]], count: int) -> dict[str, float]:
-    """The cost of so many steps."""
+    """Return the cost of ``count`` steps."""
     wall, processor = time.perf_counter(), time.process_time()
     for number in range(count):
         trainer.train(*batches[number % len(batches)])
@@ -200,7 +200,7 @@ def run(trainer: Trainer, batches: Sequence[tuple[Any, Any]], count: int) -> dic
 
 
 def check(trainer: Trainer, source: Path, target: Path) -> dict[str, int]:
-    """Steps from given weights, on given batches."""
+    """Take steps from given weights, on given batches."""
     import numpy as np
 
     given = np.load(source)
@@ -215,7 +215,7 @@ def check(trainer: Trainer, source: Path, target: Path) -> dict[str, int]:
 
 
 def accuracy(trainer: Trainer, source: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """On all test examples, after training on shuffled whole batches."""
+    """Return the accuracy on all test examples, after training on shuffled whole batches."""
     import numpy as np
 
     data = np.load(source)

@@ -26,7 +26,7 @@ SCRIPTS = (
 
 
 def commands(arguments: Sequence[str] | None = None) -> list[list[str]]:
-    """The command lines, in order."""
+    """List the command lines, in order."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="also accuracy.py digits (minutes)")
     for name, help in (("quick", "smoke runs"), ("save", "write result files")):

@@ -63,7 +63,7 @@ KINDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Inject, report, save; 1 if anything was lost."""
+    """Inject, report, save; returns 1 if anything was lost."""
     benchmark = measure.Benchmark("torture", __doc__)
     benchmark.parser.add_argument("--faults", nargs="*", choices=[kind.name for kind in KINDS], help="these kinds alone")
     benchmark.parser.add_argument("--seed", type=int, default=0, help="of all moments and inputs")
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def one(kind: Kind, plan: Plan) -> dict[str, Any]:
-    """Do one kind; a line of the table."""
+    """Inject one kind of fault; returns a line of the table."""
     plan.folder.mkdir(parents=True)
     plan.folder.chmod(0o755)
     began = time.monotonic()
@@ -108,7 +108,7 @@ def one(kind: Kind, plan: Plan) -> dict[str, Any]:
 
 
 def without_paths(text: str, folder: Path) -> str:
-    """A text without the places of this machine."""
+    """Remove the paths of this machine from a text."""
     for place, name in (
         (folder, "FOLDER"),
         (DOCS.parent.parent, "CHECKOUT"),
@@ -120,7 +120,7 @@ def without_paths(text: str, folder: Path) -> str:
 
 
 def merged(benchmark: measure.Benchmark, lines: list[dict[str, Any]], options: Any) -> dict[str, Any]:
-    """The lines, beside those of kinds that were done in an earlier call and saved."""
+    """Merge the lines with saved ones of kinds that an earlier call injected."""
     known: dict[str, dict[str, Any]] = {}
     if options.save is not None and options.faults:
         with contextlib.suppress(OSError, ValueError, KeyError):

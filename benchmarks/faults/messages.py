@@ -13,7 +13,7 @@ ONE_SENTENCE = rf"^(error: |  - )(unknown \w+ |[\w.]+=?[^ ]*[ :]).*{REMEDY}"
 
 
 def faults_of(text: str, code: int, *, refused: bool) -> list[str]:
-    """What is wrong with what a command has said and with its exit code.
+    """Say what is wrong with the output of a command and its exit code.
 
     Args:
         text: its output.
