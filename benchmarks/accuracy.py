@@ -13,7 +13,7 @@ and the other kind of inference.
 
 Targets: digits at least 97.5 % and within 1 point of back-propagation; MNIST at least 98.5 % in two epochs and 3 minutes.
 
-With ``--output FOLDER`` the runs are kept, and a second call goes on where the first one was interrupted.
+With ``--output FOLDER`` the runs are kept, and a second call resumes where the first was interrupted.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def best_block(run: Run) -> str:
 
 
 def parts_of(run: Run) -> dict[str, Callable[[Run], str]]:
-    """Return the further accuracies of a noprop-dt run, whatever its default inference: by label, a function that gives the result's key."""
+    """Return the further accuracies of a noprop-dt run, by label: a function that gives the result's key."""
     other = next(name for name in ("deterministic", "sampled") if f"test/{name}/accuracy" in run.result)
     return {
         "its best block": lambda run: f"test/{best_block(run)}/accuracy",
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     benchmark.parser.add_argument("--paper", action="store_true", help="the paper's own block and batch size (mnist, cifar10)")
     benchmark.parser.add_argument("--epochs", type=int, help="of each run")
     benchmark.parser.add_argument("--seeds", type=int, help="runs of each row")
-    benchmark.parser.add_argument("--output", type=Path, help="keep the runs here, and go on with them")
+    benchmark.parser.add_argument("--output", type=Path, help="keep the runs here, and resume them")
     options = benchmark.start(arguments)
     epochs, seeds = (1, 1) if options.quick else (options.epochs or DEFAULTS[options.part][0], options.seeds or DEFAULTS[options.part][1])
     common = [

@@ -6,7 +6,7 @@ of itself at every hundredth one (``profile_every=0``), which PCX does not make 
 
 PCX (``--pcx``, the Python of an environment that has it; see pcx_step.py) runs in a process of its own, on as many cores, and the same
 ones; the two take turns. Before that, both take some steps from the same weights on the same batches, which must change
-the weights alike. Targets: no slower than PCX; aim half its time. The others stand without a target.
+the weights alike. Targets: no slower than PCX; aim half its time. The other ratios have no target.
 
 Memory: the peak of what ``rule.credit`` allocates, beyond parameters, buffers and ``.grad``, for hidden layers of width 128, batch
 64. Every layer has a state, a prediction and, once one has reached it, an error, so it grows with depth; with T only until errors have

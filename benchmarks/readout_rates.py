@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     benchmark.parser.add_argument("study", help="its name or file")
     benchmark.parser.add_argument("--rows", nargs="+", help="labels (default: all whose last phase is on features)")
     benchmark.parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3], help="candidates")
-    benchmark.parser.add_argument("--examples", type=int, help="take the first so many training examples only")
+    benchmark.parser.add_argument("--examples", type=int, help="use only the first N training examples")
     benchmark.parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all rows")
     options = benchmark.start(arguments)
     words = ["task.validation=0.1", "tracking.enabled=false", *options.set]

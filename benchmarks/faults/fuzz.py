@@ -1,4 +1,4 @@
-"""Fuzzed inputs: what somebody else may have written, damaged or planted.
+"""Fuzzed inputs: files that another person or program may have written, damaged or planted.
 
 Each input must be refused with a message, or (where it may be valid still) taken without harm: no traceback, no file lost or changed, and
 nothing in it executed, for which the planted code would make the file CANARY. Plugins are executed by design; theirs must do no harm to

@@ -21,7 +21,7 @@ class Case:
 
     Args:
         rule: a registered name, or a class.
-        check: what is asked.
+        check: the check to run.
         settings: ``KEY=VALUE`` words over the rule's configuration.
     """
 

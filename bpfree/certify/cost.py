@@ -23,9 +23,9 @@ DEPTHS = (2, 4, 8, 16)
 MANY = 512
 PHASES = 8
 WATCHED = 2
-"""The step that is watched: lazy set-up is over by then."""
+"""Index of the step that is measured; lazy set-up is over by then."""
 GROWING = 0.5
-"""Activations per block from which memory is said to grow."""
+"""Slope in activations per block from which memory counts as growing."""
 
 
 @dataclass(frozen=True)

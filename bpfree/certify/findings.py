@@ -8,7 +8,7 @@ from typing import Literal
 __all__ = ["NEEDLESS", "CheckFailed", "Finding", "NotApplicable", "NotShown", "Status", "Unmeasured"]
 
 NEEDLESS = "the waiver is not needed"
-"""What is said of a check that passes though it was expected to fail."""
+"""Remark on a check that passes although it was expected to fail."""
 Status = Literal["passed", "not shown", "failed", "waived", "unmeasured", "not applicable"]
 
 

@@ -293,7 +293,7 @@ def _inputs(probe: Probe) -> tuple[list[Moment], dict[str, Tensor]]:
     """Return a trajectory and the inputs (R, D) of each linear map in it, by its weight's name, with a column of ones for the bias.
 
     These are the inputs in the plain forward pass before each step, and when the step first executes the map (which may add noise to them).
-    What a rule executes its blocks on besides is its way of reading their weights. Networks that only their rule can execute are watched
+    Executing a block on any other inputs is a way of reading its weights. Networks that only their rule can execute are watched
     all the time.
     """
     seen: dict[str, list[Tensor]] = {}

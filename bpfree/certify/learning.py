@@ -21,9 +21,9 @@ __all__ = ["ERRORS", "NOT_SHOWN", "SEEDS", "FloorScores", "LearningGain", "Lesso
 
 SEEDS = 5
 ERRORS = 2.0
-"""Standard errors from which a difference is one."""
+"""Number of standard errors from which a difference counts."""
 NOT_SHOWN = "not shown to learn more than its floor on this network"
-"""What the certificate of a rule says that is not above its floor."""
+"""Remark in the certificate of a rule that is not above its floor."""
 PROBE = "linear-probe"
 PROTOCOLS = "evaluation.protocols"
 
@@ -194,7 +194,7 @@ def _train(subject: Subject, seed: int, **options: Any) -> Mapping[str, float]:
 # --- the floor ------------------------------------------------------------------------------------------------------
 
 _floors: dict[str, Floor] = {}
-"""Of the networks that were measured in this process."""
+"""Floors measured in this process, by the networks' fingerprint."""
 
 
 def floor_of(rules: Sequence[Rule]) -> Floor:

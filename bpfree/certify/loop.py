@@ -22,7 +22,7 @@ __all__ = ["EPOCHS", "Loop", "numbered", "predict", "small_rule", "trained"]
 
 EPOCHS = 8
 MOST_PHASES = 6
-"""A rule may have endless phases; the first ones are taken for all."""
+"""Number of phases to go through, since a rule may have endless phases."""
 
 
 class Loop(Stepper):

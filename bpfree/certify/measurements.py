@@ -28,11 +28,11 @@ from bpfree.step import Batch, Step
 __all__ = ["SPECIMENS", "Measurements", "Observation"]
 
 SPECIMENS = {"dense": Specimen("dense", depth=4, width=32), "convolutional": Specimen("convolutional", depth=3, width=16, image=4)}
-"""What structure is measured on, by kind of network: small, because the null space of a layer's inputs must not be empty."""
+"""Specimens on which structure is measured, by kind of network: small, because the null space of a layer's inputs must not be empty."""
 EXACT = 1 - 1e-6
-"""Cosine from which an update is the gradient."""
+"""Cosine from which an update counts as the true gradient."""
 EXAMPLES = 7
-"""In a batch of which operations are observed: prime, so that sums over examples are not taken for sums over the inputs of a layer."""
+"""Batch size when operations are observed: prime, so that sums over examples are not taken for sums over the inputs of a layer."""
 IN_BLOCKS = "network.blocks."
 PRACTICE_EPOCHS = 6
 DEPENDENCES = ("independent", "upstream", "neighbours", "all")

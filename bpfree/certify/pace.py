@@ -22,16 +22,16 @@ from bpfree.training.stepper import new_step
 __all__ = ["CLOCK", "Lap", "measure_time", "ratio"]
 
 CLOCK = "processor"
-"""What a certificate says of its times; others, of earlier versions, are not shown."""
+"""Kind of seconds in a certificate; times of other kinds, from earlier versions, are not shown."""
 EXAMPLES = 64
 PHASES = 8
 PAIRS = 40
-"""Of each phase."""
+"""Pairs of steps in each phase."""
 LEAST = 20
 SPREAD = 1.5
-"""Quartiles of the ratios that are further apart than this factor say that the machine was measured, not the rule."""
+"""Largest factor between the quartiles of the ratios; beyond it the machine was measured, not the rule."""
 SHARES = (0.1, 1.1)
-"""Processor seconds over wall seconds of one thread: less, and the step waits for something; more, and others work for it."""
+"""Processor seconds over wall seconds of one thread: below this range the step waits, above it other threads work for it."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from torch import Tensor
 __all__ = ["Work", "disagreement", "stands_as_weight"]
 
 OTHER = 0.5
-"""Operations of no known kind, in forward passes, up to which the count stands."""
+"""Operations of unknown kind, in forward passes, up to which the count of passes is valid."""
 ROUNDING = 1e-6
 LEFT = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1}
 """Place of a product's first factor among the arguments."""

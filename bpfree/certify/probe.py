@@ -39,7 +39,7 @@ __all__ = ["PLAIN", "Moment", "Probe", "Sampling", "task_gradients"]
 
 PLAIN = OptimizerConfig("sgd", lr=1.0, weight_decay=0.0, momentum=0.0, options={"nesterov": False, "dampening": 0.0, "maximize": False})
 MOST_PHASES = 24
-"""A rule may have endless phases; the first ones are taken for all."""
+"""Number of phases to go through, since a rule may have endless phases."""
 Watch = Callable[[Rule, Batch, Step], AbstractContextManager[Any]]
 
 

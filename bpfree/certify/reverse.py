@@ -33,7 +33,7 @@ PRODUCTS = {
     *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "addr"),
     *("linear", "einsum", "convolution", "_convolution", "convolution_backward"),
 }
-"""In place, too: ``addmm_`` counts as ``addmm``."""
+"""Products and convolutions; in-place variants count too: ``addmm_`` as ``addmm``."""
 RIGHT = {"mm": 1, "addmm": 2, "bmm": 1, "baddbmm": 2}
 OWN = ""
 """Stands for the rule's own parameters (heads and so on), which belong to no block."""

@@ -36,7 +36,7 @@ __all__ = ["CHECKS"]
 EPOCHS = 4
 SGD = OptimizerConfig("sgd", lr=0.1, weight_decay=0.0, momentum=0.0)
 TOLERANCE = 1e-3
-"""Of an update, relative to its largest entry: float32, summed in another order."""
+"""Tolerance of an update, relative to its largest entry: float32, summed in another order."""
 
 
 def _crash(error: Exception, rule: type[Rule], when: str, fix: str) -> CheckFailed:

@@ -33,7 +33,7 @@ __all__ = ["CHECKS"]
 EXAMPLES, EPOCHS = 96, 4
 """Three batches per pass; rules with two phases spend half of the passes on each."""
 INTERRUPTED_IN = (0, 2)
-"""Passes, counted from 0: one in each half."""
+"""Passes in which the run is interrupted, counted from 0: one in each half."""
 EACH = 4
 
 

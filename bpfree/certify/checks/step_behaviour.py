@@ -31,10 +31,10 @@ __all__ = ["CHECKS"]
 
 STEPS, WINDOW = 200, 5
 WINDOWS = (50, 100)
-"""First steps of the windows: what is left of both at the last step has accumulated, and was not made once."""
+"""First steps of the windows: storages of both that are alive at the last step have accumulated."""
 CONTAINERS = (dict, list, tuple, set, deque)
 WARM = 2
-"""Steps of a phase that may set things up."""
+"""First steps of a phase, which may set up state."""
 
 
 def _batches(m: Measurements, count: int) -> list[Batch]:
@@ -111,7 +111,7 @@ def updates_something(m: Measurements) -> str | None:
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
 TO_HOST = {Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.cpu: "cpu", Tensor.__array__: "numpy"}
 HARMLESS = {F.one_hot}
-"""Reads its values on a CPU only, where the number of classes is given."""
+"""Functions that read values on a CPU only, if the number of classes is given."""
 CALLED = {"_local_scalar_dense": "a number read from a tensor (item, float, bool, if)"}
 
 

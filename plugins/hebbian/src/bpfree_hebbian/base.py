@@ -68,7 +68,7 @@ class Defaults:
     """Defaults of a rule for options that the configuration leaves out.
 
     Attributes:
-        lr: Hebbian rates of the blocks; the last one goes on.
+        lr: Hebbian rates of the blocks; the last rate applies to all further blocks.
         radius: expected norm of a row at initialisation.
         init: kind of initialisation.
         feature_epochs: passes of the unsupervised phase; ``None``: half of the budget.

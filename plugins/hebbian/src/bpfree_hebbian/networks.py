@@ -19,7 +19,7 @@ __all__ = ["CNN", "MLP", "Activation", "CNNConfig", "MLPConfig", "Pixels", "Unit
 
 Kind = Literal["triangle", "relu", "softmax", "identity"]
 LINEAR = {"activation": ("identity",)}
-"""With what an exponent is not read."""
+"""Activations that do not read an exponent."""
 
 
 class Activation(nn.Module):

@@ -53,7 +53,7 @@ class NoPropAdjoint(TimedRule):
 
     The paper names the method and gives no equation: this is our reading. Gradients come from the adjoint equation, solved backwards
     in time with memory that does not grow with the number of steps (Chen et al. 2018). The image's features enter as a parameter of
-    the equation: computed once per batch, with one dropout mask for the whole path, and their gradient goes on into the stem.
+    the equation: computed once per batch, with one dropout mask for the whole path, and their gradient continues into the stem.
     """
 
     Config = NoPropAdjointConfig
@@ -101,7 +101,7 @@ class NoPropAdjoint(TimedRule):
     def credit(self, batch: Batch, step: Step) -> Metrics:
         features = self.features_of(batch, step)
         start = self.noise_for(batch, step)
-        # A leaf: the adjoint equation differentiates at each of its steps, and must not go on into the stem there; sums go over all steps.
+        # A leaf: the adjoint equation differentiates at each of its steps, not through the stem; gradients sum over steps.
         leaf = features.detach().to(start.dtype).requires_grad_(features.requires_grad)
         parameters = [p for p in (*self.block.parameters(), *self.embed.parameters(), leaf) if p.requires_grad]
         z = self.solve("odeint_adjoint", leaf, start, self.config.training_steps, adjoint_params=tuple(parameters))

@@ -52,7 +52,7 @@ class NoPropRule(Rule):
     network_kind: type[LabelBlock] = DenoisingBlock
     """The class of its blocks."""
     networks: tuple[str, str] = ("noprop-mlp", "noprop-cnn")
-    """Networks that it takes unless told otherwise: of vectors and tiny images, and of images."""
+    """Default networks of the rule: for vectors and tiny images, and for images."""
 
     def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)

@@ -104,8 +104,8 @@ def denoise(
         schedule: where the noise goes.
         estimate: of the clean embedding.
         steps: equal ones in t.
-        stepper: ``euler``; ``heun`` (two estimates a step; second order in the drift); ``exact``, which would be so if the estimate did not
-            change within a step: Eq. 3 itself, or its deterministic sibling.
+        stepper: ``euler``; ``heun`` (two estimates a step; second order in the drift); ``exact``, which is exact if the estimate does
+            not change within a step: Eq. 3, or its deterministic counterpart.
         generator: of the noise.
     """
     with torch.no_grad():

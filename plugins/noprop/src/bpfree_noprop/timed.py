@@ -1,4 +1,4 @@
-"""Time-conditioned denoising blocks: one block for all times, which is told the time beside the input and the state.
+"""Time-conditioned denoising blocks: one block for all times, whose inputs are the time, the input and the state.
 
 Its first joint layer is linear, so what depends on the input alone (``features``) is computed once per image, and what depends on the
 time alone (``moments``) once for all images and steps: the layer on the concatenated paths is the sum of one on each.

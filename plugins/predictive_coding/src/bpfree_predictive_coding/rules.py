@@ -233,7 +233,7 @@ class IncrementalPC(Relaxed):
         gradients = relaxation.gradients()
         for index in range(len(relaxation.executions)):
             relaxation.backward(index, 1.0)
-        for parameter in self.network.parameters():  # blocks without an error yet step too: momentum and decay go on
+        for parameter in self.network.parameters():  # blocks without an error yet step too: momentum and decay continue
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         relaxation.move(gradients)
