@@ -12,10 +12,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bpfree.template import write_plugin
+from bpfree.template import Kind, write_plugin
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("my-rule", "x", "a-rather-long-name-for-a-rule-of-learning"[:40])
+NAMES: dict[str, Kind] = {
+    "my-rule": "rule",
+    "x": "rule",
+    "a-rather-long-name-for-a-rule-of-learnin": "rule",
+    "my-task": "task",
+    "my-network": "network",
+    "my-metric": "metric",
+}
 SETTINGS = str(ROOT / "pyproject.toml")
 
 
@@ -37,8 +44,8 @@ def main(what: str) -> int:
     """Write the plugins and check them; returns the exit code of the first command that fails."""
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch, name) for name in NAMES]
-        for name, folder in zip(NAMES, folders, strict=True):
-            write_plugin(name, folder)
+        for (name, kind), folder in zip(NAMES.items(), folders, strict=True):
+            write_plugin(name, folder, kind=kind)
         environment = {**os.environ, "MYPYPATH": os.pathsep.join([str(ROOT), *(str(folder / "src") for folder in folders)])}
         for folder, words in {"lint": lint, "types": types}[what](folders):
             if code := subprocess.run([sys.executable, "-m", *words], cwd=folder, env=environment, check=False).returncode:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.options import ScheduleConfig as ScheduleConfig
     from bpfree.options import option as option
     from bpfree.plugins import installed_plugins as installed_plugins
+    from bpfree.program import Program as Program
+    from bpfree.program import ProgramContext as ProgramContext
     from bpfree.pure import Gradients as Gradients
     from bpfree.pure import Pure as Pure
     from bpfree.rule import Broadcast as Broadcast
@@ -108,6 +110,8 @@ _HOME = {
     "Pure": "pure",
     "OptimizerConfig": "options",
     "Phase": "step",
+    "Program": "program",
+    "ProgramContext": "program",
     "Rule": "rule",
     "Row": "study.model",
     "Run": "run",

@@ -10,6 +10,8 @@ from bpfree.kinds import Maker
 from bpfree.metric import Metric
 from bpfree.network import builders, timm_models, torchvision_models
 from bpfree.network.builders import NetworkBuilder
+from bpfree.program import Program
+from bpfree.programs.sklearn import SKLEARN
 from bpfree.rule import Rule
 from bpfree.tasks import (
     arrays,
@@ -69,6 +71,11 @@ def bpfree_tasks() -> dict[str, DataSource]:
         "torchvision": torchvision_sets.TORCHVISION,
         "hf": huggingface.HF,
     }
+
+
+@hooks.hookimpl
+def bpfree_programs() -> dict[str, Program]:
+    return {"sklearn": SKLEARN}
 
 
 @hooks.hookimpl

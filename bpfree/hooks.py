@@ -30,7 +30,8 @@ written for as ``bpfree_api = 2`` and implements hooks as functions marked with 
     def bpfree_rules():
         return {"my-rule": MyRule}
 
-An implementation may leave out arguments that it does not need.
+An implementation may leave out arguments that it does not need. Of a program (``bpfree_programs``) ``run_start``, ``phase_start``,
+``epoch_end`` and ``run_end`` are called, where they ask for no rule, phase or step.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from bpfree.kinds import Maker
     from bpfree.metric import Metric
     from bpfree.network.builders import NetworkBuilder
+    from bpfree.program import Program
     from bpfree.rule import Rule
     from bpfree.run import Run
     from bpfree.step import Phase, Step
@@ -84,6 +86,11 @@ def bpfree_networks() -> Mapping[str, NetworkBuilder]:  # type: ignore[empty-bod
 @hookspec
 def bpfree_tasks() -> Mapping[str, DataSource]:  # type: ignore[empty-body]
     """Data sets by name."""
+
+
+@hookspec
+def bpfree_programs() -> Mapping[str, Program]:  # type: ignore[empty-body]
+    """Other trainers by name, which a study can have as rows (``program: NAME``) beside rules."""
 
 
 @hookspec

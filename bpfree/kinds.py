@@ -15,6 +15,7 @@ from bpfree.addons import AddonKind
 from bpfree.metric import Metric
 from bpfree.network.builders import NetworkBuilder
 from bpfree.options import NoOptions, describe
+from bpfree.program import Program
 from bpfree.rule import Card, Rule
 from bpfree.tasks.augment import Augmentation
 from bpfree.tasks.protocols import EvaluationProtocol
@@ -71,6 +72,7 @@ class Maker:
 TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "networks": ((NetworkBuilder,), "a NetworkBuilder, whose Config is a dataclass"),
     "tasks": ((DataSource,), "a DataSource, whose Config is a dataclass"),
+    "programs": ((Program,), "a bpfree.Program, whose Config is a dataclass"),
     "augmentations": ((Augmentation,), "an Augmentation"),
     "addons": ((AddonKind,), "an AddonKind, whose Config is a dataclass"),
     "metrics": ((Metric,), "a bpfree.Metric that can be measured (with begin)"),

@@ -33,7 +33,7 @@ __all__ = [
 
 FORMER = {"frozen_twin": "twin"}
 """Keys by their former names, which saved configurations may have."""
-NAMED = ("rule", "network", "task", "optimizer", "schedule")
+NAMED = ("rule", "network", "program", "task", "optimizer", "schedule")
 """Sections that may be given by their name alone."""
 REFERENCE = "${...} stands for another value in words of the command line alone: write the value itself"
 """What is wrong with a value in a file, which may be somebody else's: ``${oc.env:NAME}`` would read this user's environment."""

@@ -34,7 +34,7 @@ class Metric:
     Attributes:
         name: the last part of its keys, such as ``accuracy`` in ``test/accuracy``; letters, digits and ``_``.
         greater: whether greater values are better.
-        share: whether it is a share of 0 to 1: logged as such, shown in per cent.
+        share: whether it is a share of something, 0 to 1 in most cases: logged as such, shown in per cent.
         unit: shown behind values that are no shares, such as ``nats``.
         summary: one line for listings.
         kinds: of targets for which it can be measured; empty: all.

@@ -29,7 +29,7 @@ __all__ = ["Given", "PluginIndex", "PluginRecord", "Plugins", "installed_plugins
 logger = logging.getLogger("bpfree")
 
 KINDS = (
-    *("rules", "networks", "tasks", "augmentations", "metrics", "optimizers", "addons", "protocols", "diagnostics"),
+    *("rules", "networks", "programs", "tasks", "augmentations", "metrics", "optimizers", "addons", "protocols", "diagnostics"),
     *("presets", "studies", "trackers", "executors"),
 )
 CODED = ("rules", "networks", "tasks")

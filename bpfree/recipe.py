@@ -26,18 +26,22 @@ from bpfree.rule import Rule
 from bpfree.seeds import derive_in, seeded
 from bpfree.tasks.augment import Augmentation, augmentation_names, named_augmentation
 from bpfree.tasks.common import TaskCommon, described
+from bpfree.tasks.quick import few
 from bpfree.tasks.task import DataSource, Task, TaskSpec
 from bpfree.tracking.config import PicturesConfig, TrackingConfig
 from bpfree.training import environment
 from bpfree.training.config import TrainConfig
 
-__all__ = ["CHANGEABLE", "CHOSEN", "DataConfig", "Recipe", "RunConfig", "TaskCommon", "changed"]
+__all__ = ["CHANGEABLE", "CHOSEN", "DataConfig", "Recipe", "RunConfig", "TaskCommon", "changed", "quick_examples", "quickened"]
 
 LARGE = 4096
 """A size of a network above which its memory is checked before it is made."""
 
-CHOSEN = ("rule", "network", "task")
-"""Sections whose options depend on their name."""
+QUICK_BATCHES, QUICK_LEAST, QUICK_EPOCHS, QUICK_SECONDS = 3, 64, 10, 5.0
+"""Of a smoke run: batches and least examples of each split, most passes and seconds of training. Each rule can train for 10 epochs."""
+
+CHOSEN = ("rule", "network", "program", "task")
+"""Sections whose options depend on their name; of a recipe either rule and network or a program."""
 
 CHANGEABLE = {
     "budget",
@@ -75,6 +79,7 @@ class RunConfig(TrainConfig):
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
     diagnostics: list[str] = option(factory=list, help="diagnostics to switch on, by name")
     output: str = option("runs", "folder in which each run gets a folder of its own")
+    quick: bool = option(False, "a smoke run: three batches of each split, at most 10 epochs; its results mean nothing")
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Recipe:
     """A resolved configuration: all that is needed to build the task, the rule and the trainer.
 
     Attributes:
-        names: of the rule, network and task.
+        names: of the rule, network and task, or of the program and task.
         options: their options, as instances of their configuration dataclasses.
         task: what every task has.
         settings: everything else.
@@ -107,9 +112,20 @@ class Recipe:
 
     def _content(self) -> dict[str, Any]:
         """The same, but that code from a file goes by its short name."""
-        chosen = {kind: {"name": self.names[kind], **dataclasses.asdict(self.options[kind])} for kind in CHOSEN}
+        kinds = [kind for kind in CHOSEN if kind in self.names]
+        chosen = {kind: {"name": self.names[kind], **dataclasses.asdict(self.options[kind])} for kind in kinds}
         chosen["task"] |= dataclasses.asdict(self.task)
         return {**chosen, **dataclasses.asdict(self.settings)}
+
+    @property
+    def is_program(self) -> bool:
+        """Whether a program trains, and no rule."""
+        return "program" in self.names
+
+    @property
+    def trains(self) -> str:
+        """Name the rule, or the program."""
+        return self.names["program" if self.is_program else "rule"]
 
     def flat(self) -> dict[str, Any]:
         """``{"rule.name": ..., "seed": ...}``; addresses are whole. What comes from a file has the short name ``FILE.py:NAME``."""
@@ -167,8 +183,12 @@ class Recipe:
         source = self.registry.get("tasks", self.names["task"])
         if isinstance(source, WholeTask) and (task := source.task(self.options["task"], self.root())) is not None:
             self._refuse_cut()
-            return task
-        return Task.from_source(source, self.options["task"], root=self.root(), **vars(self.task))
+            return self._shortened(task)
+        return self._shortened(Task.from_source(source, self.options["task"], root=self.root(), **vars(self.task)))
+
+    def _shortened(self, task: Task) -> Task:
+        """The task of a smoke run, or the whole."""
+        return few(task, quick_examples(self.settings)) if self.settings.quick else task
 
     def augmentations(self) -> list[Augmentation]:
         """Find the augmentations, with their options.
@@ -224,6 +244,26 @@ def _may_be_large(options: Any) -> bool:
     sizes = [sum(x for x in v if not isinstance(x, str)) if isinstance(v, list) else v for v in values if not isinstance(v, (bool, str))]
     known = [float(size) for size in sizes if isinstance(size, (int, float))]
     return max(known, default=0.0) > LARGE or math.prod(max(1.0, size) for size in known) > 64 * LARGE
+
+
+def quick_examples(settings: RunConfig) -> int:
+    """Count the examples of each split in a smoke run: three batches, and not too few to hold some classes."""
+    return max(QUICK_LEAST, QUICK_BATCHES * settings.batch_size)
+
+
+def quickened(settings: RunConfig) -> RunConfig:
+    """Shorten the budget of a smoke run; one in operations stays, as nobody knows how many a pass takes."""
+    if not settings.quick:
+        return settings
+    budget, drawn = settings.budget, QUICK_EPOCHS * quick_examples(settings)
+    short = dataclasses.replace(
+        budget,
+        epochs=budget.epochs and min(budget.epochs, QUICK_EPOCHS),
+        samples=budget.samples and min(budget.samples, drawn),
+        seconds=budget.seconds and min(budget.seconds, QUICK_SECONDS),
+        forwards=budget.forwards and min(budget.forwards, 3 * drawn),
+    )
+    return dataclasses.replace(settings, budget=short)
 
 
 def changed(before: Recipe, after: Recipe) -> list[str]:

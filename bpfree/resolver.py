@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -19,7 +19,8 @@ from bpfree.leaves import REFERENCE, Leaf, leaves_of, refers, said
 from bpfree.named_networks import spelled_out
 from bpfree.options import range_problems
 from bpfree.plugins import Plugins
-from bpfree.recipe import CHOSEN, Recipe, RunConfig
+from bpfree.program import Program
+from bpfree.recipe import CHOSEN, Recipe, RunConfig, quickened
 from bpfree.rule import Rule
 from bpfree.tasks.augment import check_augmentations
 from bpfree.tasks.common import TaskCommon
@@ -32,6 +33,13 @@ from bpfree.typed import Misfit, typed
 __all__ = ["Resolver"]
 
 Filled = TypeVar("Filled")
+READ_BY_PROGRAMS = (
+    *("seed", "stream", "data", "tracking", "pictures", "output", "quick", "threads", "deterministic", "device"),
+    *(f"evaluation.{key}" for key in ("batch_size", "test", "metrics")),
+)
+"""Settings that every program reads, or is observed by."""
+OF_BATCHES = ("augment", "class_weights", "sampling")
+"""Of what every task has, what a program reads only if it says so."""
 ALIASES = {"learning_rate": "lr", "rate": "lr", "wd": "weight_decay", "decay": "weight_decay", "batchsize": "batch_size"}
 """Words that people use for keys, for suggestions."""
 
@@ -59,6 +67,20 @@ class Resolver:
                 self.names[section] = self._name(leaf)
             elif section in CHOSEN and not rest:
                 self._nameless(section, leaf)
+        self._choose()
+
+    def _choose(self) -> None:
+        """Settle whether a rule or a program trains: one that is a row's own goes before one that rows share."""
+        named = {kind: [leaf for leaf in self.leaves if leaf.key == f"{kind}.name"] for kind in ("rule", "program")}
+        if named["rule"] and named["program"] and named["rule"][-1].shared == named["program"][-1].shared:
+            origins = " and ".join(leaves[-1].origin for leaves in named.values())
+            self.problems.append(f"rule.name and program.name: either a rule trains or a program ({origins})")
+        program = bool(named["program"]) and not (named["rule"] and named["program"][-1].shared)
+        reason = "a program trains, and no rule" if program else "no program is named: program=NAME"
+        for kind in ("rule", "network") if program else ("program",):
+            self.names.pop(kind, None)
+            keys = dict.fromkeys(leaf.key for leaf in self.leaves if leaf.key.split(".")[0] == kind)
+            self._drop([(key, f"{key}: {reason}") for key in keys])
 
     def _spelled_out(self, leaf: Leaf) -> list[Leaf]:
         """``network=torchvision:resnet18`` as the name and the model; anything else as it is."""
@@ -84,7 +106,7 @@ class Resolver:
             name = ""
         if not name.strip():
             self._nameless(section, leaf)
-            return self.names[section]
+            return self.names.get(section, "")
         return name
 
     def _nameless(self, section: str, leaf: Leaf) -> None:
@@ -95,6 +117,8 @@ class Resolver:
         settings = self._settings()
         if nameless:  # other problems would be about defaults that were not asked for
             self._stop_if_problems()
+        if "program" in self.names:
+            return self._of_program(settings)
         common, options = self._task()
         rule = self._class("rules", "rule")
         options["rule"] = None if rule is None else self._options(rule.Config(), "rule.")
@@ -104,7 +128,37 @@ class Resolver:
         options["network"] = self._network(rule, spec, options["rule"])
         self._check_settings(rule, options["rule"], spec, common, settings)
         self._stop_if_problems()
-        return Recipe(self.names, options, common, settings, self.registry, dict(sorted(self.unused.items())), self.code)
+        return Recipe(self.names, options, common, quickened(settings), self.registry, dict(sorted(self.unused.items())), self.code)
+
+    def _of_program(self, settings: RunConfig) -> Recipe:
+        common, options = self._task()
+        program: Program | None = self._class("programs", "program")
+        self._stop_if_problems()
+        assert program is not None
+        keys = [f"task.{key}" for key in OF_BATCHES if getattr(common, key) != getattr(TaskCommon(), key)]
+        trains = f"does nothing with the program {self.names['program']}, which trains by itself"
+        if self._drop([(key, f"{key} {trains}") for key in keys if key not in program.reads]):
+            common, options = self._task()
+        options["program"] = self._options(program.Config(), "program.")
+        settings = self._without_idle(settings, self._settings, lambda filled: self._unread(program, filled))
+        spec = self.spec or Recipe(self.names, options, common, settings, self.registry).spec()
+        self.problems += program.check(options["program"], spec)
+        self._check_names(spec, settings)
+        self._check_each([lambda: settings.budget.resolve(1)])
+        self._stop_if_problems()
+        return Recipe(self.names, options, common, quickened(settings), self.registry, dict(sorted(self.unused.items())), self.code)
+
+    def _unread(self, program: Program, filled: RunConfig) -> Iterator[tuple[str, str]]:
+        """Settings that are not the defaults, and that a program does not read."""
+        values, defaults = (leaves_of(dataclasses.asdict(each), "", "") for each in (filled, RunConfig()))
+        known = {leaf.key: leaf.value for leaf in defaults}
+        for leaf in values:
+            read = any(f"{leaf.key}.".startswith(f"{key}.") for key in (*READ_BY_PROGRAMS, *program.reads))
+            if not read and leaf.value != known.get(leaf.key):
+                yield (
+                    leaf.key,
+                    f"{leaf.key}={said(leaf.value)} does nothing with the program {self.names['program']}, which trains by itself",
+                )
 
     def _settings(self) -> RunConfig:
         filled: RunConfig = self._fill(RunConfig(), "", lambda section: section not in CHOSEN)
@@ -255,7 +309,7 @@ class Resolver:
 
     def _all_keys(self) -> list[str]:
         """Every key that is known by now: of the rule, the task and the rest."""
-        known = {"rule": {}, "network": {}, "task": dataclasses.asdict(TaskCommon())}
+        known = {section: dataclasses.asdict(TaskCommon()) if section == "task" else {} for section in self.names}
         for section, keys in known.items():
             if self.names[section] in self.registry.names(f"{section}s"):
                 keys.update(dataclasses.asdict(self.registry.get(f"{section}s", self.names[section]).Config()))
@@ -264,11 +318,25 @@ class Resolver:
     def _check_settings(self, rule: type[Rule], config: Any, spec: TaskSpec, common: TaskCommon, settings: RunConfig) -> None:
         if common.validation == 0 and settings.select == "best-val":
             self.problems.append("task.validation=0 leaves nothing to choose by: it needs select=last")
+        if common.validation == 0 and settings.budget.patience is not None:
+            self.problems.append("task.validation=0 leaves nothing to be patient with: budget.patience needs a validation split")
         if settings.accumulate > settings.batch_size:
             self.problems.append(
                 f"accumulate={settings.accumulate} needs at least as many examples per update, batch_size={settings.batch_size}"
             )
         self._augmentations_fit(Recipe(self.names, {}, common, settings, self.registry), rule.traits_of(config).targets, spec)
+        self._check_names(spec, settings)
+        checks: list[Callable[[], object]] = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
+        if "optimizer" not in self.idle:
+            kinds = {name: kind for name, kind, _ in self.registry.items("addons")}
+            checks.append(lambda: configured(settings.optimizer.addons, kinds))
+            checks.append(lambda: check_optimizer(settings.optimizer.over(rule.optimizer_of(config))))
+        if settings.schedule.name in CLASSES and rule.phases is Rule.phases and settings.budget.samples is None:
+            checks.append(lambda: check_length(settings.schedule, settings.budget.resolve(1).epochs))
+        self._check_each(checks)
+
+    def _check_names(self, spec: TaskSpec, settings: RunConfig) -> None:
+        """Note names that nothing has, or that do not fit the task."""
         for name in settings.evaluation.protocols:
             self._named("protocols", name, "evaluation.protocols")
             self._protocol_fits(name, spec)
@@ -279,13 +347,8 @@ class Resolver:
             self._named("diagnostics", name, "diagnostics")
         for name in settings.tracking.to if settings.tracking.enabled else ():
             self._named("trackers", name, "tracking.to")
-        checks: list[Callable[[], object]] = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
-        if "optimizer" not in self.idle:
-            kinds = {name: kind for name, kind, _ in self.registry.items("addons")}
-            checks.append(lambda: configured(settings.optimizer.addons, kinds))
-            checks.append(lambda: check_optimizer(settings.optimizer.over(rule.optimizer_of(config))))
-        if settings.schedule.name in CLASSES and rule.phases is Rule.phases and settings.budget.samples is None:
-            checks.append(lambda: check_length(settings.schedule, settings.budget.resolve(1).epochs))
+
+    def _check_each(self, checks: Iterable[Callable[[], object]]) -> None:
         for check in checks:
             try:
                 check()

@@ -62,6 +62,7 @@ class Traits:
             ``none``, where every block learns alike and predictions are made otherwise. A network's readout is left out then.
         targets: kinds of targets that it can learn from.
         inputs: ``real`` if it needs inputs that are one tensor of real numbers; ``any``: also integers, and inputs of several tensors.
+        views: how many views of each example a batch has (``Batch.views``), drawn by the augmentations independently.
         own_loss: whether it learns from a loss that a task brings itself (``TaskSpec.loss`` of a subclass), through ``spec.loss`` or
             ``spec.error``; such a task may have no targets.
     """
@@ -77,6 +78,7 @@ class Traits:
     targets: tuple[str, ...] = ("classes", "multilabel", "soft", "real", "tokens")
     inputs: Literal["any", "real"] = "any"
     own_loss: bool = True
+    views: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "readout", interface_v1.readout(self.readout))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from bpfree.hooks import hookimpl
 from bpfree.leaves import Leaf, leaves_of, names_code
 from bpfree.legacy import refuse_version_1
 from bpfree.plugins import Plugins
+from bpfree.program_run import ProgramRun, program_tags
 from bpfree.recipe import CHANGEABLE, Recipe, changed
 from bpfree.record.folder import RunFolder, read_run
 from bpfree.record.recorder import Recorder
@@ -37,6 +38,7 @@ from bpfree.tracking.sending import Tracking, complete, makers
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.distributed import World
 from bpfree.training.environment import flushing_denormals
+from bpfree.training.stopping import paused_at
 from bpfree.training.trainer import Trainer
 
 __all__ = ["resume", "run"]
@@ -56,6 +58,7 @@ def run(
     task: Task | None = None,
     run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
+    until: int | None = None,
 ) -> Run:
     """Train and test according to a recipe.
 
@@ -68,15 +71,21 @@ def run(
         run_id: the run's identifier, and name of its folder. What an attempt left behind that was killed before its first checkpoint
             is replaced, and its run in the tracking store is continued.
         tags: further ones, beside or in place of the standard ones.
+        until: epochs after which it is interrupted, with a checkpoint to resume from; a program, which has none, is not.
 
     Raises:
         UsageError: the run of this identifier has a checkpoint, from which it can be resumed.
         BpfreeError: whatever ends it before its result.
     """
     world = World.here()
+    if recipe.is_program and world.size > 1:
+        raise UsageError("a program trains in one process", where="WORLD_SIZE", fix="start it without a launcher")
     with world.joined():
         record = world.from_first(lambda: new_record(recipe, run_id))
-        return _train(recipe, record, None, world, quiet=quiet, label=label, observers=observers, task=task, further=tags or {})
+        if recipe.is_program:
+            return _run_program(recipe, record, quiet=quiet, label=label, observers=observers, task=task, further=tags or {})
+        options: dict[str, Any] = {"quiet": quiet, "label": label, "observers": observers, "task": task}
+        return _train(recipe, record, None, world, **options, further=tags or {}, until=until)
 
 
 def new_record(recipe: Recipe, run_id: str | None) -> Run:
@@ -85,7 +94,7 @@ def new_record(recipe: Recipe, run_id: str | None) -> Run:
     Raises:
         UsageError: the run of this identifier has a checkpoint.
     """
-    name = f"{recipe.names['rule']}{'-twin' if recipe.settings.twin else ''}-{recipe.names['task']}-s{recipe.settings.seed}"
+    name = f"{recipe.trains}{'-twin' if recipe.settings.twin else ''}-{recipe.names['task']}-s{recipe.settings.seed}"
     record = Run(run_id or new_run_id(name), name, reopened=run_id is not None)
     record.folder = Path(recipe.settings.output) / record.id
     if run_id is not None:
@@ -106,6 +115,7 @@ def resume(
     observers: Iterable[Any] = (),
     task: Task | None = None,
     tags: Mapping[str, str] | None = None,
+    until: int | None = None,
     registry: Plugins | None = None,
 ) -> Run:
     """Resume an interrupted run, in its own folder and its own MLflow run.
@@ -116,6 +126,7 @@ def resume(
         changes: of the configuration; a longer budget, for example.
         quiet, label, observers, task: as in :func:`run`.
         tags: further ones, beside those that the run has.
+        until: as in :func:`run`.
         registry: of names; the installed plugins by default. Code in a file is executed only if it is allowed there.
 
     Raises:
@@ -133,7 +144,7 @@ def resume(
         record, path, config, count = found
         recipe = recipe_of(config, changes, where=str(path), registry=registry)
         elsewhere = any(leaf.key == "tracking.uri" for leaf in changes)
-        options: dict[str, Any] = {"quiet": quiet, "label": label, "observers": observers, "task": task}
+        options: dict[str, Any] = {"quiet": quiet, "label": label, "observers": observers, "task": task, "until": until}
         return _train(recipe, record, path, world, **options, further=count | dict(tags or {}), elsewhere=elsewhere)
 
 
@@ -265,6 +276,7 @@ def _train(
     task: Task | None,
     further: Mapping[str, str],
     elsewhere: bool = True,
+    until: int | None = None,
 ) -> Run:
     folder, settings = record.folder, recipe.settings
     assert folder is not None
@@ -276,13 +288,19 @@ def _train(
                 tracking.resolve_uri(folder.parent)  # refused before anything is loaded
             task = task or recipe.build_task()
             rule = recipe.build_rule(task.spec)
-            recipe = recipe.pinned(rule)
+            recipe, pause = recipe.pinned(rule), Pause(until)
             told = [] if quiet else [SummaryDisplay(summary(recipe, task, rule, record, places(tracking, folder)), label)]
             trainer = Trainer(
                 rule,
                 task,
                 recipe.settings,
-                observers=[RecipeFile(recipe, rule.plan()), *told, *standard_observers(recipe, quiet=quiet, label=label), *observers],
+                observers=[
+                    RecipeFile(recipe, rule.plan()),
+                    *told,
+                    *standard_observers(recipe, quiet=quiet, label=label),
+                    *observers,
+                    pause,
+                ],
                 recorder=Recorder([Tracking(tracking, makers(tracking, recipe.registry))] if tracking.enabled else []),
                 run=record,
                 recipe=recipe.recorded(),
@@ -293,6 +311,7 @@ def _train(
         if checkpoint is None and world.first:
             remove_untrained(folder)
         raise
+    pause.stop = trainer.stop
     record.config = {leaf.key: leaf.value for leaf in leaves_of(recipe.recorded(), "", "")}
     record.tags = redacted({**record.tags, **standard_tags(recipe, task, rule), **further})
     try:
@@ -301,6 +320,56 @@ def _train(
         if world.first:
             remove_untrained(folder)
         raise
+
+
+@flushing_denormals()
+def _run_program(
+    recipe: Recipe,
+    record: Run,
+    *,
+    quiet: bool,
+    label: str | None,
+    observers: Iterable[Any],
+    task: Task | None,
+    further: Mapping[str, str],
+) -> Run:
+    from bpfree.tracking.progress import ProgressDisplay
+
+    assert record.folder is not None
+    tracking = recipe.settings.tracking
+    modules = [module for name, module in recipe.registry.manager.list_name_plugin() if module is not None]
+    seen = [RecipeFile(recipe, ""), ProgressDisplay(quiet=quiet, label=label), *observers, *modules]
+    try:
+        redact_logs()
+        if tracking.to_mlflow:
+            tracking.resolve_uri(record.folder.parent)
+        task = task or recipe.build_task()
+        recorder = Recorder([Tracking(tracking, makers(tracking, recipe.registry))] if tracking.enabled else [])
+        record.config = {leaf.key: leaf.value for leaf in leaves_of(recipe.recorded(), "", "")}
+        record.tags = redacted({**common_tags(recipe, task), **program_tags(recipe), **further})
+        return ProgramRun(recipe, task, record, seen, recorder).fit()
+    except BaseException:
+        remove_untrained(record.folder)
+        raise
+
+
+class Pause:
+    """Interrupts a run after an epoch, where there is one to do so after.
+
+    Args:
+        until: epochs; ``None``: never.
+    """
+
+    stop: Callable[[str], None]
+
+    def __init__(self, until: int | None) -> None:
+        self._until = until
+
+    @hookimpl
+    def epoch_end(self, run: Run) -> None:
+        """Ask for it; the run ends with a checkpoint of this epoch."""
+        if self._until is not None and run.epoch >= self._until:
+            self.stop(paused_at(self._until))
 
 
 def places(tracking: TrackingConfig, folder: Path) -> list[str]:
@@ -366,16 +435,11 @@ def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
     lines = class_lines(type(rule))
     owner = recipe.registry.owner("rules", recipe.names["rule"])
     return {
-        **{kind: recipe.names[kind] for kind in ("rule", "network", "task")},
+        **common_tags(recipe, task),
         "plugin": owner.distribution,
         "plugin_version": owner.version,
-        "data_fingerprint": task.fingerprint(),
-        **({"classes": named(task.spec, range(task.spec.outputs))} if task.spec.class_names else {}),
-        "seed": str(recipe.settings.seed),
         "optimizer": " + ".join([recipe.settings.optimizer.name, *names_of(recipe.settings.optimizer.addons)]),
-        "test_evaluations": str(int(recipe.settings.evaluation.test)),
         "twin": str(recipe.settings.twin),
-        "validation": str(recipe.task.validation),
         "select": recipe.settings.select,
         "reverse_span": str(rule.traits.reverse_span),
         "dependence": rule.traits.dependence,
@@ -383,6 +447,19 @@ def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
         "supervision": rule.traits.supervision,
         "own_network": str(rule.brings_network),
         **({} if lines is None else {"rule_lines": str(lines)}),
-        **({"unused": ", ".join(recipe.unused)} if recipe.unused else {}),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+    }
+
+
+def common_tags(recipe: Recipe, task: Task) -> dict[str, str]:
+    """What a run can be found by, whatever trains."""
+    return {
+        **recipe.names,
+        "data_fingerprint": task.fingerprint(),
+        **({"classes": named(task.spec, range(task.spec.outputs))} if task.spec.class_names else {}),
+        "seed": str(recipe.settings.seed),
+        "test_evaluations": str(int(recipe.settings.evaluation.test)),
+        "validation": str(recipe.task.validation),
+        **({"unused": ", ".join(recipe.unused)} if recipe.unused else {}),
+        **({"quick": "True"} if recipe.settings.quick else {}),
     }

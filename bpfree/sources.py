@@ -50,6 +50,8 @@ SHOWING = (
 )
 WITHOUT_EFFECT = (*SHOWING, "certify")
 """Parts of the core that show and record results. Editing a table's page must not cost a week of computing."""
+OF_PROGRAMS = ("program.py", "program_run.py", "programs")
+"""Parts of the core that no rule's number depends on."""
 NOT_IN_A_FLOOR = (
     "accumulation",
     "alignment",
@@ -75,6 +77,7 @@ NOT_IN_A_FLOOR = (
 NOT_EXAMINED = (
     *SHOWING,
     *(f"certify/{name}.py" for name in ("__init__", "cases", "certificate", "heat", "page", "show", "table")),
+    *OF_PROGRAMS,
     *("code_lines.py", "ray_cluster.py", "ray_team.py", "runner.py", "saved.py", "scoring.py"),
 )
 """Parts of the core that a certificate does not depend on."""
@@ -102,10 +105,11 @@ def source_hashes(recipe: Recipe) -> dict[str, str]:
 
     Plugins that own a class which the rule inherits from count too.
     """
-    named = [(f"{kind}s", recipe.names[kind]) for kind in ("rule", "network", "task")]
+    named = [(f"{kind}s", name) for kind, name in recipe.names.items()]
     named += [("augmentations", name) for name in augmentation_names(recipe.task.augment)]
     named += [("protocols", name) for name in recipe.settings.evaluation.protocols]
-    return _hashes(recipe.registry, recipe.names["rule"], named, WITHOUT_EFFECT)
+    without = (*WITHOUT_EFFECT, "certify") if recipe.is_program else (*WITHOUT_EFFECT, *OF_PROGRAMS)
+    return _hashes(recipe.registry, recipe.names.get("rule"), named, without)
 
 
 def floor_hash(recipe: Recipe) -> dict[str, str]:
@@ -114,7 +118,7 @@ def floor_hash(recipe: Recipe) -> dict[str, str]:
     The core's training loop has no part in it.
     """
     named = [("networks", recipe.names["network"]), ("tasks", recipe.names["task"]), ("rules", recipe.names["rule"])]
-    others = (*WITHOUT_EFFECT, *(f"training/{name}.py" for name in NOT_IN_A_FLOOR))
+    others = (*WITHOUT_EFFECT, *OF_PROGRAMS, *(f"training/{name}.py" for name in NOT_IN_A_FLOOR))
     return _hashes(recipe.registry, recipe.names["rule"], named, others)
 
 
@@ -159,15 +163,16 @@ def source_of(made: type | FunctionType) -> str:
         raise UsageError(what, where=made.__module__, fix="write it into a file") from error
 
 
-def _hashes(registry: Plugins, rule: str, named: Iterable[tuple[str, str]], skipped: tuple[str, ...]) -> dict[str, str]:
-    named = [*named, ("rules", rule)]
+def _hashes(registry: Plugins, rule: str | None, named: Iterable[tuple[str, str]], skipped: tuple[str, ...]) -> dict[str, str]:
+    named = [*named, *([] if rule is None else [("rules", rule)])]
     coded = {name: owner.code for kind, name in named if (owner := registry.owner(kind, name)).code}
     owners = {_root_of_plugin(registry, registry.owner(kind, name).name) for kind, name in named}
     plugins = {_root_of_plugin(registry, name) for name in registry.records}
-    bases = {_root(base.__module__) for base in registry.get("rules", rule).__mro__}
-    kind = registry.get("rules", rule)
-    own = _roots_of_bases(kind) if registry.owner("rules", rule).code else {_root(kind.__module__)}
-    roots = {_root("bpfree"), *owners, *(bases & plugins), *own}
+    roots = {_root("bpfree"), *owners}
+    if rule is not None:
+        kind = registry.get("rules", rule)
+        own = _roots_of_bases(kind) if registry.owner("rules", rule).code else {_root(kind.__module__)}
+        roots |= {_root(base.__module__) for base in kind.__mro__} & plugins | own
     return {
         root.stem: hash_of(root, skipped if root.name == "bpfree" else ()) for root in sorted(root for root in roots if root is not None)
     } | coded

@@ -21,10 +21,15 @@ class Batch:
     Attributes:
         inputs: a tensor (N, ...) or a pytree of tensors, normalised.
         targets: (N,) integer classes, (N, C) soft labels, (N, ...) real values, or ``None``.
+        views: of each example, drawn by the augmentations independently, as many as the rule's trait ``views`` asks for; the first is
+            ``inputs``. Empty where the rule asks for one.
+        indices: (N,) positions of the examples in the split that the phase is on, from a run's loader; ``None``: not known.
     """
 
     inputs: Any
     targets: Tensor | None = None
+    views: tuple[Any, ...] = ()
+    indices: Tensor | None = None
 
     def __len__(self) -> int:
         first = self.inputs if isinstance(self.inputs, Tensor) else torch.utils._pytree.tree_leaves(self.inputs)[0]

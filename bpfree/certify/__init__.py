@@ -19,6 +19,7 @@ from bpfree.certify.examination import CHECKS, certify, examine
 from bpfree.certify.findings import CheckFailed, Finding, NotApplicable, NotShown, Unmeasured
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.subject import Specimen, Subject
+from bpfree.certify.task_checks import TaskCheck, task_checks
 
 __all__ = [
     "CHECKS",
@@ -32,10 +33,12 @@ __all__ = [
     "NotShown",
     "Specimen",
     "Subject",
+    "TaskCheck",
     "Unmeasured",
     "cases",
     "certify",
     "examine",
     "parametrize_with_checks",
     "read_certificate",
+    "task_checks",
 ]

@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem
 __all__ = ["names_of", "setting"]
 
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
-SECTIONS = {"rule": "rules", "network": "networks", "task": "tasks"}
+SECTIONS = {"rule": "rules", "network": "networks", "program": "programs", "task": "tasks"}
 
 
 def names_of(kind: str) -> Complete:

@@ -70,7 +70,7 @@ def rule_card(name: str, rule: Any, owner: Any) -> Iterator[tuple[str, Any]]:
     yield "plugin", f"{owner.name} ({owner.distribution} {owner.version})"
     yield from dataclasses.asdict(card).items()
     yield "traits", dataclasses.asdict(rule.traits_of(defaults))
-    yield "optimizer", {key: value for key, value in dataclasses.asdict(rule.optimizer_of(defaults)).items() if value not in (None, {})}
+    yield "optimizer", {key: value for key, value in dataclasses.asdict(rule.optimizer_of(defaults)).items() if value not in (None, {}, [])}
     yield "options", [dict(zip(("key", "type", "default", "meaning"), row, strict=True)) for row in options_table(rule.Config)]
 
 
@@ -130,6 +130,13 @@ def networks(name: str | None) -> None:
 def tasks(name: str | None) -> None:
     """List the tasks that can be named with task=NAME; with NAME, show its own options (all: bpfree train --print-config)."""
     list_kind("tasks", name)
+
+
+@click.command(short_help="List programs (other trainers), or show one's options.")
+@click.argument("name", required=False, shell_complete=names_of("programs"))
+def programs(name: str | None) -> None:
+    """List the other trainers that a study can have as rows (`program: NAME`); with NAME, show its options."""
+    list_kind("programs", name)
 
 
 @click.command(short_help="List metrics, or describe one.")

@@ -58,6 +58,7 @@ class Commands(click.Group):
         "rules": "listing",
         "networks": "listing",
         "tasks": "listing",
+        "programs": "listing",
         "metrics": "listing",
         "plugins": "plugins",
         "registry": "registry",

@@ -54,10 +54,14 @@ def print_result(run: Run) -> None:
         if "train/processor_seconds" in result:
             spent += f" ({result['train/processor_seconds']:.1f} of the processor)"
         speed = f", {result['train/samples_per_second']:,.0f} samples/s" if "train/samples_per_second" in result else ""
-        lines.append(("training", f"{spent}{speed}, {result['train/steps']:,.0f} steps"))
+        steps = f", {result['train/steps']:,.0f} steps" if "train/steps" in result else ""
+        lines.append(("training", f"{spent}{speed}{steps}"))
         if "train/peak_memory_mb" in result:
             lines.append(("memory", f"{result['train/peak_memory_mb']:.1f} MiB of tensors at the peak of a step, without the data"))
+    if "parameters" in result and "parameters_trained" in result:
         lines.append(("parameters", f"{result['parameters']:,.0f} ({result['parameters_trained']:,.0f} trained)"))
+    if run.tags.get("quick"):
+        lines.append(("quick", "a smoke run: its numbers mean nothing"))
     if "mlflow_uri" in run.tracking:
         lines.append(("tracking", run.tracking["mlflow_uri"]))
     if run.folder is not None:

@@ -15,6 +15,7 @@ from bpfree.errors import BpfreeError, unknown_name
 if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
     from bpfree.plugins import PluginRecord, Plugins
+    from bpfree.template import Kind
 
 
 @click.group(short_help="Look at installed plugins, or begin one.")
@@ -150,19 +151,23 @@ def count(states: Mapping[str, Mapping[str, str]]) -> str:
     return f"{good} of {len(states)}{f' ({old} stale)' if old else ''}"
 
 
-@plugins.command(short_help="Write a package with a rule of your own.")
+@plugins.command(short_help="Write a package with a rule, task, network or metric of your own.")
 @click.argument("name")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where to write it.  [default: ./NAME]")
-@click.option("--class-name", help="Of the rule.  [default: made from NAME]")
-def new(name: str, folder: Path | None, class_name: str | None) -> None:
+@click.option("--class-name", help="Of the rule, or of the options.  [default: made from NAME]")
+@click.option("--rule", "kind", flag_value="rule", default=True, help="Bring a rule (default).")
+@click.option("--task", "kind", flag_value="task", help="Bring a task.")
+@click.option("--network", "kind", flag_value="network", help="Bring a network.")
+@click.option("--metric", "kind", flag_value="metric", help="Bring a metric.")
+def new(name: str, folder: Path | None, class_name: str | None, kind: Kind) -> None:
     """Write a package with a working rule NAME: its source, a test that runs the conformance checks, a method card, and an entry for the
-    registry. It is written outside of bpfree, and is yours.
+    registry; or with a task, network or metric and its tests. It is written outside of bpfree, and is yours.
     """
     from bpfree.template import next_commands, write_plugin
 
     target = Path(name) if folder is None else folder
-    for path in write_plugin(name, target, class_name=class_name):
+    for path in write_plugin(name, target, class_name=class_name, kind=kind):
         click.echo(f"wrote {path}")
     click.echo("\nNext:")
-    for command in next_commands(name, target):
+    for command in next_commands(name, target, kind):
         click.echo(f"  {command}")

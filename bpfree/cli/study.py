@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,17 @@ def _labels(context: click.Context, parameter: click.Parameter, text: str | None
     return None if text is None else [label.strip() for label in text.split(",")]
 
 
-settings = click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
+def settings(command: Command) -> Command:
+    """Give a command the settings of all cells, of which ``--quick`` is one."""
+
+    @functools.wraps(command)
+    def merged(*arguments: Any, settings: tuple[str, ...], quick: bool, **options: Any) -> int:
+        return command(*arguments, settings=(*settings, "quick=true") if quick else settings, **options)
+
+    option = click.option("--quick", is_flag=True, help="A smoke run: a few batches of everything (quick=true).")
+    return click.argument("settings", nargs=-1, metavar="[SETTINGS]...")(option(merged))
+
+
 seeds = click.option("--seeds", type=click.IntRange(1, 10_000), help="How many repetitions.  [default: what the study says]")
 to = click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: beside the cells]")
 running = _options(
@@ -167,7 +178,8 @@ def _tuning(found: Study) -> str:
     if found.tune is None:
         return ""
     keys = dict.fromkeys(key for row in found.rows for key in row.space)
-    return f"{found.tune.trials} trials of each row, {found.tune.search}, of {', '.join(keys)}; chosen on validation"
+    pruned = f"; {found.tune.pruning}" if found.tune.pruning else ""
+    return f"{found.tune.trials} trials of each row, {found.tune.search}, of {', '.join(keys)}; chosen on validation{pruned}"
 
 
 def _words(values: Any) -> str:

@@ -59,7 +59,9 @@ class StudyProgress:
                 self.say(f"{cell.key.label}: another process runs it")
             self._elsewhere.add(cell.key.id)
             return
-        if record.status != "finished":
+        if record.status == "paused":  # of which most are taken up at once
+            self.say(f"{cell.key.label}: {record.reason}, to be compared with other trials")
+        elif record.status != "finished":
             self._show(f"{cell.key.label}: {record.status}: {record.reason}")
         elif not self._quiet:
             self._show(f"{cell.key.label}: {_score(record)}, {record.elapsed:.0f} s{self._rest()}")

@@ -46,6 +46,7 @@ the blocks of a network where these are independent, else the examples of each b
 @click.option("--print-plan", is_flag=True, help="Print the rule's plan for its network, if it has one, and stop.")
 @click.option("--resume", metavar="RUN", help="Resume a run: its folder, its name, or a checkpoint.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress display.")
+@click.option("--quick", is_flag=True, help="A smoke run: a few batches of everything (quick=true).")
 @allow_code
 @click.option("--ray", type=click.IntRange(1, 1024), metavar="N", help="Train in N processes of a Ray cluster, together.")
 @click.option("--address", metavar="ADDRESS", help="Of the Ray cluster, or auto; none: RAY_ADDRESS, else one on this machine.")
@@ -56,6 +57,7 @@ def train(
     print_plan: bool,
     resume: str | None,
     quiet: bool,
+    quick: bool,
     allow_code: tuple[str, ...],
     ray: int | None,
     address: str | None,
@@ -73,7 +75,7 @@ def train(
         quiet = quiet or not world.first
         observers = [] if quiet else [PlanDisplay()]
         with world.agreed():
-            leaves = [leaf for path in configs for leaf in read_yaml(path)] + parse_words(settings)
+            leaves = [leaf for path in configs for leaf in read_yaml(path)] + parse_words([*settings, *(["quick=true"] if quick else [])])
             if address is not None and ray is None:
                 raise UsageError("an address is that of a Ray cluster", where="--address", fix="--ray N")
             if resume is not None and (print_config or print_plan):
@@ -88,8 +90,7 @@ def train(
             run = _on_ray(leaves, ray, address, resume, quiet, registry)
         elif recipe is not None:
             if not quiet:
-                names = recipe.names
-                click.echo(f"{names['rule']} on {names['task']}: loading data, opening the tracking store ...", err=True)
+                click.echo(f"{recipe.trains} on {recipe.names['task']}: loading data, opening the tracking store ...", err=True)
             run = runner.run(recipe, quiet=quiet, observers=observers)
         else:
             place = resume or ""
@@ -106,8 +107,8 @@ def train(
 def _plan(recipe: Recipe) -> str:
     from bpfree.redaction import redact
 
-    plan = recipe.build_rule(recipe.spec()).plan()
-    return redact(plan.rstrip()) or f"the rule {recipe.names['rule']!r} has no plan to print"
+    plan = "" if recipe.is_program else recipe.build_rule(recipe.spec()).plan()
+    return redact(plan.rstrip()) or f"{recipe.trains!r} has no plan to print"
 
 
 def _on_ray(leaves: list[Leaf], size: int, address: str | None, resume: str | None, quiet: bool, registry: Plugins) -> Run:

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from bpfree.errors import UsageError, nearest
 from bpfree.leaves import Leaf, canonical, leaf_at, said
 from bpfree.metric import ACCURACY, ERROR
 from bpfree.plugins import Plugins, installed_plugins
-from bpfree.recipe import CHANGEABLE, Recipe
+from bpfree.recipe import CHANGEABLE, Recipe, quick_examples
 from bpfree.redaction import redacted
 from bpfree.rule import Rule
 from bpfree.sources import source_hashes
@@ -36,6 +37,7 @@ from bpfree.study.model import MEMORY, Column, Row, Study
 from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellKey
 from bpfree.study.things import named
+from bpfree.training.config import LIMITS
 from bpfree.training.environment import resolve_device
 from bpfree.yaml_values import text_of
 
@@ -44,6 +46,7 @@ __all__ = ["Plan", "cell_of", "is_scientific", "plan", "recipe_with", "word"]
 NOT_SCIENTIFIC = (CHANGEABLE - {"budget", "evaluation"}) | {"output"}
 """How long is part of the result, and so are the draws of an evaluation and which epochs ``best-val`` chooses among."""
 
+TRAINERS = ("rule.name", "program.name")
 DEFAULT = "default"
 PROBE = "linear-probe"
 """Origin of settings that say only where and how, and are not written out as words."""
@@ -166,16 +169,17 @@ def _leaves(study: Study, row: Row, column: Column, overrides: Sequence[Leaf]) -
         replace_in(merged, [leaf_at(leaf, folder) for leaf in given])
     replace_in(merged, [dataclasses.replace(leaf, shared=True) for leaf in overrides])
     if "stream" not in merged:
-        named = merged.get("rule.name", Leaf("rule", "", ""))  # without a rule a row is refused
-        merged["stream"] = Leaf("stream", shown(str(named.value)), "every study")
+        named = [leaf for key in TRAINERS if (leaf := merged.get(key)) is not None]  # a row's own first; without either it is refused
+        value = next((leaf.value for leaf in sorted(named, key=lambda leaf: leaf.shared)), "")
+        merged["stream"] = Leaf("stream", shown(str(value)), "every study")
     return list(merged.values())
 
 
 def replace_in(merged: dict[str, Leaf], later: Iterable[Leaf]) -> None:
     """Put later settings over earlier ones. A budget has one limit, so that a later one of another kind replaces it."""
-    later = list(later)
-    if any(leaf.key.startswith("budget.") for leaf in later):
-        for key in [key for key in merged if key.startswith("budget.")]:
+    later, limits = list(later), [f"budget.{name}" for name in LIMITS]
+    if any(leaf.key in limits for leaf in later):
+        for key in [key for key in merged if key in limits]:
             del merged[key]
     for leaf in later:
         merged[canonical(leaf.key, leaf.value)] = leaf
@@ -197,7 +201,7 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
     for row, column in study.cells():
         leaves = _leaves(study, row, column, overrides)
         try:
-            if not any(canonical(leaf.key, leaf.value) == "rule.name" for leaf in leaves):
+            if not any(canonical(leaf.key, leaf.value) in TRAINERS for leaf in leaves):
                 raise UsageError("no rule is named: give the row's settings one, such as rule: dfa, or those of the study")
             recipe = _without(resolve(leaves, registry), row)
             resolve_device(recipe.settings.device)
@@ -246,6 +250,8 @@ def _wrong_target(target: float | None, row: TableRow) -> Iterator[str]:
 
 def _can_be_probed(recipe: Recipe, leaves: Sequence[Leaf]) -> bool:
     """Whether a converged readout can read the rule's features; a study that names protocols itself gets those."""
+    if recipe.is_program:
+        return False
     rule: type[Rule] = recipe.registry.get("rules", recipe.names["rule"])
     features = rule.features is not Rule.features or rule.traits_of(recipe.options["rule"]).chain
     named = any(leaf.key == "evaluation.protocols" for leaf in leaves)
@@ -253,10 +259,13 @@ def _can_be_probed(recipe: Recipe, leaves: Sequence[Leaf]) -> bool:
 
 
 def _twin_of(row: TableRow) -> TableRow | None:
-    """Make a row's own-prediction twin; ``None`` for a row that is untrained itself, or has no hidden blocks."""
-    if row.recipe.names["rule"] in ("linear", "frozen") or row.recipe.settings.twin:
+    """Make a row's own-prediction twin; ``None`` for a row that is untrained itself, has no hidden blocks, or is a program's."""
+    if row.recipe.is_program or row.recipe.names["rule"] in ("linear", "frozen") or row.recipe.settings.twin:
         return None
-    recipe, leaves = recipe_with(row, [Leaf("twin", True, "twin"), Leaf("evaluation.protocols", [], "twin")])
+    more = [Leaf("twin", True, "twin"), Leaf("evaluation.protocols", [], "twin")]
+    if row.recipe.settings.budget.patience is not None:  # as many operations are as many
+        more.append(Leaf("budget.patience", None, "twin"))
+    recipe, leaves = recipe_with(row, more)
     return TableRow(dataclasses.replace(row.written, label=f"{row.written.label} (twin)", published={}), row.column, recipe, leaves)
 
 
@@ -310,7 +319,10 @@ def cell_of(row: TableRow, seed: int, fingerprints: Fingerprints, more: Sequence
     settings = [*leaves, Leaf("seed", seed, "seeds of the study")]
     key = CellKey(digest(identity), row.written.label, row.column, seed, trial, redacted(identity), settings)
     words = [*(word(leaf.key, leaf.value) for leaf in leaves if _is_told(leaf, recipe)), f"seed={seed}"]
-    return Cell(key, recipe, words, None if data is None else data.examples)
+    examples = None if data is None else data.examples
+    if examples is not None and recipe.settings.quick:
+        examples = min(examples, quick_examples(recipe.settings))
+    return Cell(key, recipe, words, examples)
 
 
 def _is_told(leaf: Leaf, recipe: Recipe) -> bool:
@@ -344,7 +356,13 @@ def _identity(recipe: Recipe, data: KnownData | None) -> dict[str, Any]:
         "threads": settings.threads or torch.get_num_threads(),
         "data": None if data is None else data.fingerprint,
         "sources": source_hashes(recipe),
+        **({"packages": _versions(recipe)} if recipe.is_program else {}),
     }
+
+
+def _versions(recipe: Recipe) -> dict[str, str]:
+    """Versions of what a program computes with."""
+    return {package: metadata.version(package) for package in recipe.registry.get("programs", recipe.names["program"]).packages}
 
 
 def _without_place(key: str, value: Any, recipe: Recipe, data: KnownData | None) -> Any:
@@ -374,7 +392,7 @@ def _changes(study: Study, overrides: Sequence[Leaf], now: Sequence[TableRow], r
             if new != old and is_scientific(key):
                 after.setdefault(key, []).append(new)
                 before.setdefault(key, []).append(old)
-                shortened = shortened or (key.startswith("budget.") and new is not None and old is not None and new < old)
+                shortened = shortened or key == "quick" or (key.startswith("budget.") and new is not None and old is not None and new < old)
     return [f"{key}={_listed(_distinct(values))} instead of {_listed(_distinct(before[key]))}" for key, values in after.items()], shortened
 
 

@@ -277,6 +277,7 @@ class Jobs:
             # a cell whose time was up resumes from its checkpoint; one that was refused may have one that cannot be read
             restart=before is not None and ((again and before.status in ("failed", "diverged")) or before.status == "refused"),
             quiet=self._quiet,
+            until=self._worklist.until(cell),
             given=cell.recipe.registry.given,
         )
 
@@ -335,5 +336,6 @@ def _note(ended: Ended, cell: Cell, worklist: Worklist, elsewhere: set[str], dea
         elsewhere.add(cell.key.id)
     else:
         worklist.take(ended.record)
-        worklist.tried(cell.key.id)
+        if not worklist.has_paused(cell.key.id):
+            worklist.tried(cell.key.id)
     display.ended(cell, ended.record, worklist.left())

@@ -59,6 +59,9 @@ def _summary(worklist: Worklist, cells: Sequence[Cell], total: float, found: dic
         yield f"about {_duration(total)} of training on one worker, by {' and '.join(used)}" + (
             f", without those that wait until {worklist.waits_for()}" if later else ""
         )
+    tune = worklist.plan.study.tune
+    if tune is not None and tune.pruning:
+        yield f"trials are pruned, and cost less: {tune.pruning}"
     for reason, count in unknown.items():
         yield f"not known for {count} cells: {reason}"
 

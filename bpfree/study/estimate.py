@@ -60,6 +60,8 @@ def estimate(cell: Cell, done: Sequence[CellRecord]) -> Estimate:
     known = [record.result["train/seconds"] for record in done if "train/seconds" in record.result]
     if known:
         return Estimate(statistics.fmean(known), "cells")
+    if cell.recipe.is_program:
+        return Estimate(None, reason="how long a program takes is known once one of its cells is done")
     if cell.examples is None:
         return Estimate(None, reason="the data are not here")
     if budget.forwards is not None or budget.operations is not None:

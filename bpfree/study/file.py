@@ -41,12 +41,13 @@ STUDY_KEYS = (
     "equal_budget",
 )
 COLUMN_KEYS = ("label", "settings", "target")
-ROW_KEYS = ("label", "settings", "columns", "published", "tune")
-TUNE_KEYS = ("trials", "search", "seeds", "space", "settings")
+ROW_KEYS = ("label", "program", "settings", "columns", "published", "tune")
+TUNE_KEYS = ("trials", "search", "seeds", "space", "settings", "pruner", "rung", "reduction")
 SEARCHES = ("quasi-random", "tpe")
+PRUNERS = ("none", "asha")
 FIRST_TUNING_SEED = 1000
 METRIC = re.compile(r"(test|train)/[A-Za-z]\w*")
-MOST = {"jobs": 1024, "trials": 10_000, "seeds": 10_000}
+MOST = {"jobs": 1024, "trials": 10_000, "seeds": 10_000, "rung": 1_000_000, "reduction": 1000}
 NOT_HERE = {
     "seed": "the seeds of a study are its key seeds",
     "seeds": "it is a key of the study, not a setting",
@@ -175,6 +176,9 @@ class _StudyReader:
         where = f"row {label or number}"
         cells = self._cells(node.get("columns"), where, [column.label for column in columns])
         settings = self._settings(node.get("settings"), f"{where}: settings")
+        if (program := self._text(node, "program", where)) and any(canonical(key, "") == "program.name" for key in settings):
+            self.problems.append(f"{where}: the program is named twice, beside the settings and in them")
+        settings = {"program": program, **settings} if program else settings
         published, space = self._published(node.get("published"), where, cells), self._row_space(node, where, tune)
         shared, without = getattr(entry, "shared", ()), getattr(entry, "without", ())  # of a grid
         return Row(label, settings, cells, published, space, shared, without)
@@ -227,12 +231,29 @@ class _StudyReader:
             self.problems.append("tune: trials: must say how many, the default configuration included")
         if search not in SEARCHES:
             self._unknown("search", search, SEARCHES, "tune: search")
+        pruner, rung, reduction = (
+            node.get("pruner", "none"),
+            *(self._positive(node, key, "tune", whole=True) for key in ("rung", "reduction")),
+        )
+        if pruner not in PRUNERS:
+            self._unknown("pruner", pruner, PRUNERS, "tune: pruner")
+        if pruner == "none" and (rung or reduction):
+            self.problems.append("tune: rung and reduction are for tune: pruner: asha")
+        if reduction == 1:
+            self.problems.append("tune: reduction: with 1 every trial goes on: give 2 or more, or pruner: none")
         seeds = node.get("seeds", 1)
         listed = self._seeds(seeds, "tune: seeds")
         if _is_integer(seeds):
             listed = [FIRST_TUNING_SEED + seed for seed in listed]
         return Tune(
-            trials or 1, search, listed, self._space(node.get("space"), "tune: space"), self._settings(node.get("settings"), "tune")
+            trials or 1,
+            search,
+            listed,
+            self._space(node.get("space"), "tune: space"),
+            self._settings(node.get("settings"), "tune"),
+            pruner,
+            rung or Tune.rung,
+            reduction or Tune.reduction,
         )
 
     def _space(self, value: Any, where: str) -> dict[str, Domain]:

@@ -20,7 +20,7 @@ import torch
 from bpfree.errors import BpfreeError
 from bpfree.files import replacing, write_text
 from bpfree.metric import ACCURACY, LOSS, Metric
-from bpfree.recipe import Recipe
+from bpfree.recipe import Recipe, quick_examples
 from bpfree.rule import Rule
 from bpfree.sources import floor_hash
 from bpfree.study.cells import Plan
@@ -90,6 +90,8 @@ class FloorRecord:
 def floor_key(cell: Cell) -> str:
     """Identify what a cell's floor depends on, apart from seeds, data and versions: task, network, and who initialises it."""
     recipe = cell.recipe
+    if recipe.is_program:  # which has none
+        return json.dumps({key: value for key, value in cell.settings.items() if key.split(".")[0] in ("task", "program")}, default=str)
     named = {key: value for key, value in cell.settings.items() if key.split(".")[0] in ("task", "network")}
     rule = recipe.registry.get("rules", recipe.names["rule"])
     own = {key: value for key, value in cell.settings.items() if key.split(".")[0] == "rule"} if _initialises(rule) else {}
@@ -97,8 +99,8 @@ def floor_key(cell: Cell) -> str:
 
 
 def has_floor(cell: Cell) -> bool:
-    """Whether there is anything to read: a task without targets has no floor."""
-    return cell.recipe.spec().targets != "none"
+    """Whether there is anything to read: a task without targets has no floor, nor has a program, which is no network."""
+    return not cell.recipe.is_program and cell.recipe.spec().targets != "none"
 
 
 def _initialises(rule: type[Rule]) -> bool:
@@ -127,7 +129,9 @@ class Floors:
         self._known: dict[str, FloorRecord | None] = {}
 
     def of(self, row: TableRow, rows: Iterable[TableRow]) -> FloorRecord | None:
-        """Return the floor of a row; ``None`` where it was not measured."""
+        """Return the floor of a row; ``None`` where it was not measured, or there is none."""
+        if not has_floor(row.cells[0]):
+            return None
         key = floor_key(row.cells[0])
         first = next((other for other in rows if floor_key(other.cells[0]) == key), row)
         return self.read(self.id_of(first.cells[0]))
@@ -140,6 +144,7 @@ class Floors:
             "seeds": list(self._plan.seeds),
             **{name: cell.key.identity[name] for name in ("data", "torch", "device", "threads")},
             "sources": floor_hash(cell.recipe),
+            **({"quick": quick_examples(cell.recipe.settings)} if cell.recipe.settings.quick else {}),
         }
         return digest(identity)
 

@@ -24,7 +24,9 @@ __all__ = ["GRID_KEYS", "GridRow", "expand"]
 logger = logging.getLogger("bpfree")
 
 GRID_KEYS = ("rules", "networks", "tasks", "exclude")
-RULE_KEYS = ("rule", "preset", "presets", "label", "settings", "published", "tune")
+KINDS = ("rule", "program", "preset", "presets")
+"""What an entry of the rules stands for."""
+RULE_KEYS = ("rule", "program", "preset", "presets", "label", "settings", "published", "tune")
 NETWORK_KEYS = ("label", "settings")
 TASK_KEYS = ("label", "settings", "target")
 
@@ -129,14 +131,18 @@ class _Grid:
         """The rule, or the rules, that an entry stands for."""
         if isinstance(node, str):
             node = {"rule": node}
-        if not isinstance(node, dict) or sum(key in node for key in ("rule", "preset", "presets")) != 1:
-            self._note(f"rules: must be a name, or a mapping with one of rule, preset and presets, not {node!r}")
+        if not isinstance(node, dict) or sum(key in node for key in KINDS) != 1:
+            self._note(f"rules: must be a name, or a mapping with one of rule, program, preset and presets, not {node!r}")
             return
-        where = f"rule {node.get('label') or node.get('rule') or node.get('preset') or node.get('presets')}"
+        where = f"rule {node.get('label') or next(node[key] for key in KINDS if key in node)}"
         self._check(node, where, RULE_KEYS)
         own = self._settings(node, where)
-        if any(key in ("rule", "rule.name") for key in own):
+        if any(key in ("rule", "rule.name", "program", "program.name") for key in own):
             self._note(f"{where}: settings: rule names another rule than the entry does")
+        if "program" in node:
+            name, more = str(node["program"]), {key: node[key] for key in ("published", "tune") if key in node}
+            yield _Item(str(node.get("label") or name), {"program": name, **own}, more, own_network=True, brings_network=True)
+            return
         found = [(name, {**self._flat(settings, where), **own}) for name, settings in self._named(node, where)]
         rules = [str(merged.get("rule", merged.get("rule.name", ""))) for _, merged in found]
         for (name, merged), rule in zip(found, rules, strict=True):

@@ -14,6 +14,7 @@ MEMORY = "memory_mb"
 
 
 Search = Literal["quasi-random", "tpe"]
+Pruner = Literal["none", "asha"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Tune:
         seeds: of the trials, over which a score is the mean; none of them is a seed of the study.
         space: by setting; a row may change it.
         settings: of trials alone, such as a shorter budget.
+        pruner: ``asha``: trials are compared at rungs, and most of them go on no further (:mod:`bpfree.study.pruning`); ``none``: each
+            trains to its end.
+        rung: epochs of the first rung.
+        reduction: of how many trials at a rung one goes on; the next rung is so many times as far.
     """
 
     trials: int
@@ -58,6 +63,17 @@ class Tune:
     seeds: Sequence[int] = (1000,)
     space: Mapping[str, Domain] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    pruner: Pruner = "none"
+    rung: int = 1
+    reduction: int = 3
+
+    @property
+    def pruning(self) -> str:
+        """Say how trials are pruned; the empty string: they are not."""
+        if self.pruner == "none":
+            return ""
+        each = f"{self.rung}, {self.rung * self.reduction}, {self.rung * self.reduction**2} ... epochs"
+        return f"after {each} one of {self.reduction} trials goes on, the best on validation of those so far (successive halving)"
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class Trial:
     Attributes:
         settings: of the tuned keys; the first trial of a row has none: it is the configuration as the study's file has it.
         values: of the tuned keys in full, those of the default configuration too.
-        status: ``finished``, ``diverged``, ``failed``, ``timeout``; ``not run`` as long as nothing is known.
+        status: ``finished``, ``diverged``, ``failed``, ``timeout``, ``pruned``; ``not run`` as long as nothing is known.
         score: on validation, in the unit that is shown (shares in per cent); ``None`` without a result.
         seconds: of training, over its seeds.
         comparable: whether these seconds can be compared.
@@ -132,6 +132,7 @@ class Tuned:
         planned: how many trials the study gives each row.
         measure: of the scores: the task's primary metric on validation.
         logarithmic: the keys that were searched on a logarithmic scale.
+        pruning: how trials are pruned; the empty string: they are not.
     """
 
     keys: Sequence[str]
@@ -139,6 +140,7 @@ class Tuned:
     planned: int
     measure: Measure = VALIDATION
     logarithmic: Sequence[str] = field(default_factory=tuple)
+    pruning: str = ""
 
     @property
     def default(self) -> Trial | None:
@@ -187,12 +189,14 @@ def table_measure(study: Study, rows: Sequence[TableRow], split: str = "test") -
 
 def unused(rows: Sequence[TableRow]) -> Iterator[str]:
     """Which settings that rows share are not used by the rules of some."""
-    told: dict[str, list[str]] = {}
+    told: dict[str, list[TableRow]] = {}
     for row in rows:
         if keys := ", ".join(row.cells[0].recipe.unused):
-            told.setdefault(keys, []).append(row.label)
-    for keys, labels in told.items():
-        yield f"{listed(labels)}: {keys}: not used by {'this rule' if len(labels) == 1 else 'these rules'}."
+            told.setdefault(keys, []).append(row)
+    for keys, found in told.items():
+        kinds = {"program" if row.recipe.is_program else "rule" for row in found}
+        kind = kinds.pop() if len(kinds) == 1 else "row"
+        yield f"{listed([row.label for row in found])}: {keys}: not used by {f'this {kind}' if len(found) == 1 else f'these {kind}s'}."
 
 
 def listed(texts: Sequence[str]) -> str:

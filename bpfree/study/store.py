@@ -25,7 +25,7 @@ from bpfree.run import Run, as_file
 
 __all__ = ["SHARE", "CellKey", "CellRecord", "CellStore"]
 
-Status = Literal["running", "interrupted", "finished", "diverged", "failed", "timeout", "refused"]
+Status = Literal["running", "interrupted", "finished", "diverged", "failed", "timeout", "refused", "paused", "pruned"]
 
 ABOUT = ("result", "history", "tags", "tracking", "metrics")
 """What a record keeps of a run whose folder is not on this machine."""
@@ -77,7 +77,8 @@ class CellRecord:
     Attributes:
         key: of the cell.
         status: ``finished``, ``diverged``, ``failed``, ``timeout``; ``running`` and ``interrupted`` are resumed from their checkpoint;
-            ``refused`` never began (its data are not there, say) and is tried again.
+            ``refused`` never began (its data are not there, say) and is tried again; a trial that is ``paused`` waits at a rung to be
+            compared with others, and is resumed unless it is ``pruned`` there.
         reason: why it did not finish, or what of it could not be measured.
         run: name of the run's folder in the output folder.
         elapsed: seconds that it took in all, evaluation and everything else included.
@@ -235,7 +236,8 @@ class CellStore:
         config = key.identity["config"]
         twin = "-twin" if config.get("twin") else ""
         digest = hashlib.sha256(f"{self.study}\0{key.id}".encode()).hexdigest()[:12]
-        return f"{as_file(config['rule.name'])}{twin}-{as_file(config['task.name'])}-s{key.seed}-{digest}"
+        trains = as_file(config.get("rule.name") or config["program.name"])
+        return f"{trains}{twin}-{as_file(config['task.name'])}-s{key.seed}-{digest}"
 
     def read(self, cell: str) -> CellRecord | None:
         """What is known of a cell; ``None`` for nothing, or a file that cannot be read."""

@@ -2,7 +2,7 @@
 
 The trials of a row are a function of the study's file and of the scores before them: each process makes the sampler again with the
 same seed and gives it the known scores. So trials are cells like any others, kept and resumed; quasi-random ones do not depend on each
-other and run side by side, those of TPE come one after the other. A trial that fails or diverges counts as one.
+other and run side by side, those of TPE come one after the other. A trial that fails, diverges or is pruned counts as one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from typing import Any
 
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf, canonical
+from bpfree.recipe import Recipe
 from bpfree.seeds import derive
 from bpfree.study.cells import Plan, cell_of, recipe_with
 from bpfree.study.fingerprints import Fingerprints
 from bpfree.study.measures import Measure
 from bpfree.study.model import Domain, Range, Tune
+from bpfree.study.pruning import Decision, Reached, decide, rungs_of
 from bpfree.study.rows import Cell, TableRow, Trial, Tuned
 from bpfree.study.store import CellRecord
+from bpfree.training.config import LIMITS
 
 __all__ = ["Tuner", "check_tuning"]
 
@@ -48,6 +51,9 @@ class Tuner:
         tune: how.
         fingerprints: of the data.
         known: the record of a cell.
+
+    Attributes:
+        limits: what was decided of each cell's trial, by the cell's id, where trials are pruned; filled by :meth:`cells`.
     """
 
     def __init__(self, row: TableRow, tune: Tune, fingerprints: Fingerprints, known: Known) -> None:
@@ -58,6 +64,8 @@ class Tuner:
         self._defaults: dict[str, Any] = {}
         self._study: Any = None
         self._asked: list[Any] = []
+        self._reached: dict[tuple[str, int], float] = {}
+        self.limits: dict[str, Decision] = {}
 
     @property
     def keys(self) -> list[str]:
@@ -74,7 +82,7 @@ class Tuner:
         self._settle()
         trials = [self._trial(settings, cells) for settings, cells in zip(self._settings, self._cells, strict=True)]
         scales = [key for key, domain in self._row.written.space.items() if isinstance(domain, Range) and domain.log]
-        return Tuned(self.keys, trials, self._tune.trials, self._measure, logarithmic=scales)
+        return Tuned(self.keys, trials, self._tune.trials, self._measure, logarithmic=scales, pruning=self._tune.pruning)
 
     @property
     def best(self) -> Mapping[str, Any]:
@@ -94,6 +102,7 @@ class Tuner:
 
     def _settle(self) -> None:
         """Ask for further trials, as far as what is known allows."""
+        self._prune()
         while len(self._cells) < self._tune.trials:
             number = len(self._cells)
             if number:
@@ -103,12 +112,18 @@ class Tuner:
             unseen = {"evaluation.test": False, "evaluation.protocols": []}
             more = self._leaves({**self._settings[number], **self._tune.settings, **unseen})
             self._cells.append([cell_of(self._row, seed, self._fingerprints, more, trial=number) for seed in self._tune.seeds])
+            self._prune()
 
     def _leaves(self, settings: Mapping[str, Any]) -> list[Leaf]:
         # shared: what is tuned may be idle where another tuned key says so; that it is of use at all was seen before
         return [Leaf(key, value, "tuning", shared=True) for key, value in settings.items()]
 
+    def _is_pruned(self, cells: Sequence[Cell]) -> bool:
+        return any(self.limits.get(cell.key.id, Decision("train")).state == "pruned" for cell in cells)
+
     def _ended(self, cells: Sequence[Cell]) -> bool:
+        if self._is_pruned(cells):
+            return True
         found = [self._known(cell) for cell in cells]
         return all(record is not None and record.is_final for record in found)
 
@@ -117,6 +132,9 @@ class Tuner:
         if not self._ended(cells):
             return Trial(settings, values=self._values(settings))
         records = [record for record in found if record is not None]
+        if self._is_pruned(cells):
+            spent = sum(record.history[-1].get("seconds", 0.0) for record in records if record.history)
+            return Trial(settings, "pruned", None, spent, self._values(settings), all(record.comparable for record in records))
         bad = next((record.status for record in records if record.status != "finished"), None)
         scores = [score for cell, record in zip(cells, records, strict=True) if (score := self._score(cell, record)) is not None]
         complete = bad is None and len(scores) == len(cells)
@@ -128,10 +146,10 @@ class Tuner:
         """Also those that the default configuration has, where it says them; the optimiser's are the rule's own default."""
         if not self._defaults:
             recipe = self._row.recipe
-            default = recipe.registry.get("rules", recipe.names["rule"]).optimizer_of(recipe.options["rule"])
-            recipe = dataclasses.replace(
-                recipe, settings=dataclasses.replace(recipe.settings, optimizer=recipe.settings.optimizer.over(default))
-            )
+            if not recipe.is_program:
+                default = recipe.registry.get("rules", recipe.names["rule"]).optimizer_of(recipe.options["rule"])
+                optimizer = recipe.settings.optimizer.over(default)
+                recipe = dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, optimizer=optimizer))
             self._defaults = {key: value for key, value in recipe.flat().items() if key in self.keys and value is not None}
         return {**self._defaults, **settings}
 
@@ -142,13 +160,49 @@ class Tuner:
         primary = self._row.recipe.spec().primary
         return Measure("val", primary, primary.name)
 
-    def _score(self, cell: Cell, record: CellRecord) -> float | None:
-        """On validation, by the weights that ``select`` names: the last, or the best."""
-        measure = self._measure
-        values = [value for metrics in record.history if (value := measure.of(metrics)) is not None and math.isfinite(value)]
+    def _score(self, cell: Cell, record: CellRecord, epochs: float = math.inf) -> float | None:
+        """On validation, by the weights that ``select`` names: the last, or the best; of the first epochs, or of all."""
+        measure, history = self._measure, [metrics for metrics in record.history if metrics["epoch"] <= epochs]
+        values = [value for metrics in history if (value := measure.of(metrics)) is not None and math.isfinite(value)]
         if not values:
             return None
         return measure.metric.best(values) if cell.recipe.settings.select == "best-val" else values[-1]
+
+    # --- pruning ----------------------------------------------------------------------------------------------------
+
+    def _prune(self) -> None:
+        """Decide on the trials that are settled so far."""
+        if self._tune.pruner == "none" or not self._cells:
+            return
+        rungs = rungs_of(self._tune.rung, self._tune.reduction, epochs_of(self._cells[0][0]))
+        reached = [self._how_far(cells, rungs) for cells in self._cells]
+        greater = self._measure.metric.greater
+        for cells, decision in zip(self._cells, decide(reached, rungs, self._tune.reduction, greater=greater), strict=True):
+            for cell in cells:
+                waits = decision.state == "train" and (cell.key.id, decision.rung) in self._reached  # for the trial's other seeds
+                self.limits[cell.key.id] = Decision("wait", decision.rung) if waits else decision
+
+    def _how_far(self, cells: Sequence[Cell], rungs: Sequence[int]) -> Reached:
+        records = [self._known(cell) for cell in cells]
+        ended = all(record is not None and record.is_final for record in records)
+        scores: dict[int, float] = {}
+        for rung in rungs:
+            found = [self._score_at(cell, record, rung) for cell, record in zip(cells, records, strict=True)]
+            known = [score for score in found if score is not None]
+            if len(known) < len(found):
+                break
+            scores[rung] = statistics.fmean(known)
+        return Reached(scores, ended)
+
+    def _score_at(self, cell: Cell, record: CellRecord | None, rung: int) -> float | None:
+        """The score at a rung; ``None``: it has not got there, or ended without a result."""
+        key = cell.key.id, rung
+        if key in self._reached or record is None or (record.is_final and record.status != "finished"):
+            return self._reached.get(key)
+        if record.status == "finished" or (record.history and record.history[-1]["epoch"] >= rung):
+            score = self._score(cell, record, rung)
+            self._reached[key] = math.nan if score is None else score
+        return self._reached.get(key)
 
     # --- Optuna -----------------------------------------------------------------------------------------------------
 
@@ -174,7 +228,11 @@ class Tuner:
             self._study.tell(self._asked[-1], 0.0)  # that it has ended; the score is not used
             return
         told = self._trial(self._settings[number - 1], self._cells[number - 1])
-        if told.score is None:
+        if told.status == "pruned":
+            for cell, rung in ((cell, rung) for cell, rung in self._reached if cell == self._cells[number - 1][0].key.id):
+                self._asked[-1].report(self._reached[cell, rung], rung)
+            self._study.tell(self._asked[-1], state=optuna.trial.TrialState.PRUNED)
+        elif told.score is None:
             self._study.tell(self._asked[-1], state=optuna.trial.TrialState.FAIL)
         else:
             self._study.tell(self._asked[-1], told.score)
@@ -216,6 +274,11 @@ def _distributions(optuna: Any, space: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def epochs_of(cell: Cell) -> int:
+    """The budget of a trial, in epochs."""
+    return cell.recipe.settings.budget.resolve(1).epochs or 0
+
+
 # --- whether it can be tuned ------------------------------------------------------------------------------------------
 
 
@@ -240,8 +303,10 @@ def check_tuning(plan: Plan) -> None:
 def _problems(row: TableRow, tune: Tune) -> Iterator[str]:
     settings = [Leaf(key, value, "tune: settings", shared=True) for key, value in tune.settings.items()]
     try:
-        if not recipe_with(row, settings)[0].task.validation:
+        recipe = recipe_with(row, settings)[0]
+        if not recipe.task.validation:
             yield "tuning chooses on the validation split, and task.validation is 0"
+        yield from _cannot_be_pruned(recipe, tune)
     except UsageError as error:
         yield from error.problems
         return
@@ -256,6 +321,21 @@ def _problems(row: TableRow, tune: Tune) -> Iterator[str]:
                 recipe_with(row, [*_leaves({key: value}), *settings])
             except UsageError as error:
                 yield from error.problems
+
+
+def _cannot_be_pruned(recipe: Recipe, tune: Tune) -> Iterator[str]:
+    """Why trials of a row cannot be compared at the same rungs as those of others."""
+    budget, every = recipe.settings.budget, recipe.settings.evaluation.every
+    if tune.pruner == "none":
+        return
+    if recipe.is_program:
+        yield f"tune: pruner={tune.pruner}: the program {recipe.trains} has no epochs after which it could be pruned"
+    elif any(getattr(budget, name) is not None for name in LIMITS if name != "epochs"):
+        yield f"tune: pruner={tune.pruner} compares trials after epochs, so their budget is budget.epochs"
+    elif not rungs_of(tune.rung, tune.reduction, budget.resolve(1).epochs or 0) and not recipe.settings.quick:
+        yield f"tune: rung={tune.rung}: the first rung lies beyond the epochs of a trial"
+    elif every > tune.rung:
+        yield f"tune: rung={tune.rung}: nothing is evaluated until then, as evaluation.every={every}"
 
 
 def _leaves(values: Mapping[str, Any]) -> list[Leaf]:

@@ -96,12 +96,12 @@ class Verdict:
 def is_twin(row: TableRow) -> bool:
     """Whether a row is untrained but for its readout recipe."""
     recipe = row.cells[0].recipe
-    return recipe.names["rule"] == "frozen" or recipe.settings.twin
+    return recipe.names.get("rule") == "frozen" or recipe.settings.twin
 
 
 def _learns_features(row: TableRow) -> bool:
     """Whether a row has hidden blocks at all: a linear classifier has none."""
-    return row.cells[0].recipe.names["rule"] != "linear"
+    return row.cells[0].recipe.names.get("rule") != "linear"
 
 
 def verdicts(plan: Plan, rows: Sequence[TableRow], floors: Floors, measure: Measure) -> list[Verdict]:
@@ -236,7 +236,7 @@ class _Judged:
         row, recipe = self.row, self.row.cells[0].recipe
         trials = [0 if each.tuned is None else each.tuned.planned for each in (row, other.row)]
         same = row.column == other.row.column and floor_key(row.cells[0]) == floor_key(other.row.cells[0])
-        return same and recipe.names["rule"] == "backprop" and not recipe.settings.twin and trials[0] == trials[1]
+        return same and recipe.names.get("rule") == "backprop" and not recipe.settings.twin and trials[0] == trials[1]
 
     def _operations(self) -> float:
         """Median of the operations after which validation was first at the floor."""

@@ -23,7 +23,7 @@ from bpfree.errors import BpfreeError, DiskError
 from bpfree.hooks import hookimpl
 from bpfree.leaves import Leaf, names_code
 from bpfree.plugins import Given, Plugins, installed_plugins
-from bpfree.recipe import Recipe
+from bpfree.recipe import Recipe, quick_examples
 from bpfree.record.folder import RunFolder
 from bpfree.redaction import redact
 from bpfree.run import Run
@@ -32,6 +32,7 @@ from bpfree.study.store import CellKey, CellRecord, CellStore
 from bpfree.tasks.task import Task
 from bpfree.training import environment
 from bpfree.training.checkpoint import keep_weights
+from bpfree.training.stopping import paused_at
 from bpfree.training.trainer import Interrupted
 
 __all__ = ["CellObserver", "Job", "TaskCache", "Worker", "garbage_collected"]
@@ -55,6 +56,7 @@ class Job:
         again: although it failed before.
         restart: from the beginning, whatever checkpoint there is.
         quiet: no progress display.
+        until: epochs after which it pauses, with a checkpoint; ``None``: it trains to its end.
         given: files of code that may be executed, and things made in Python.
     """
 
@@ -67,6 +69,7 @@ class Job:
     again: bool = False
     restart: bool = False
     quiet: bool = True
+    until: int | None = None
     given: Given = field(default_factory=Given, repr=False)
 
     @property
@@ -110,7 +113,7 @@ class Worker:
             if not mine:
                 return None
             before = store.read(job.key.id)
-            if before is not None and before.is_final and (before.status == "finished" or not job.again):
+            if before is not None and _is_done(job, before):
                 return before  # somebody was faster
             record = store.begin(job.key, before, restart=job.restart)
             with present(store.folder_of_all / WORKERS) as concurrency, garbage_collected():
@@ -131,7 +134,9 @@ class Worker:
             record.status = "finished" if run.status == "finished" else "diverged"
         except (Interrupted, KeyboardInterrupt) as error:
             record.status, record.reason = "interrupted", getattr(error, "what", "stopped")
-            raise
+            if job.until is None or record.reason != paused_at(job.until):
+                raise
+            record.status = "paused"
         except DiskError as error:  # to be resumed once there is room
             record.status, record.reason = "interrupted", reason_of(error)
         except TimedOut as error:
@@ -146,6 +151,7 @@ class Worker:
     def _train(self, job: Job, observer: CellObserver) -> Run:
         folder, output = job.folder, str(job.store.output)
         options: dict[str, Any] = {"quiet": job.quiet, "label": job.key.label, "observers": [observer], "tags": job.tags}
+        options["until"] = job.until
         if not job.restart and (folder / "checkpoints" / "last.pt").is_file():
             if runner.has_finished(str(folder)):  # the process was killed before it could note so
                 return runner.resume(str(folder), output=output, changes=_code(job), quiet=job.quiet, registry=self._known(job))
@@ -154,6 +160,8 @@ class Worker:
         if job.restart:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         recipe = self._recipe(job)
+        if recipe.is_program and (done := runner.known_run(folder)) is not None and done.status == "finished" and not job.restart:
+            return done  # the process was killed before it could note so
         return runner.run(recipe, run_id=folder.name, task=self._tasks.get(recipe), **options)
 
     def _score_training(self, job: Job, record: CellRecord) -> None:
@@ -168,6 +176,13 @@ class Worker:
                 log.append("result", metrics=measured)
         except Exception as error:  # the test result stands without it
             record.reason = f"the training split could not be scored: {reason_of(error)}"
+
+
+def _is_done(job: Job, before: CellRecord) -> bool:
+    """Whether a record is what a job asks for."""
+    if before.status == "paused":
+        return job.until is not None and bool(before.history) and before.history[-1]["epoch"] >= job.until
+    return before.is_final and (before.status == "finished" or not job.again)
 
 
 @contextmanager
@@ -275,7 +290,8 @@ class TaskCache:
         Raises:
             BpfreeError: it cannot be loaded; asked again, it is not tried again.
         """
-        key = (recipe.task_id, recipe.options["task"], recipe.task, recipe.root())
+        quick = quick_examples(recipe.settings) if recipe.settings.quick else None
+        key = (recipe.task_id, recipe.options["task"], recipe.task, recipe.root(), quick)
         for other, error in self._missing:
             if other == key:
                 raise error

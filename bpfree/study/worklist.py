@@ -10,6 +10,7 @@ from bpfree.errors import UsageError, nearest
 from bpfree.leaves import Leaf
 from bpfree.study.cells import Plan, cell_of, recipe_with
 from bpfree.study.older import OlderCells
+from bpfree.study.pruning import Decision
 from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellRecord, CellStore
 from bpfree.study.tuning import Tuner, check_tuning
@@ -151,14 +152,46 @@ class Worklist:
         study = self.plan.study
         return " and ".join([*(["tuning has chosen"] if study.tune else []), *(["their rows have ended"] if study.equal_budget else [])])
 
+    def _decisions(self, cell: Cell) -> list[Decision]:
+        """What the tuners that have a cell among their trials have decided of it."""
+        found = [tuner.limits.get(cell.key.id) for tuner in self._tuners.values()] if cell.key.trial is not None else []
+        return [decision for decision in found if decision is not None]
+
+    def until(self, cell: Cell) -> int | None:
+        """After how many epochs a trial is to pause; ``None``: it trains to its end."""
+        rungs = [decision.rung for decision in self._decisions(cell) if decision.state == "train"]
+        return None if None in rungs else max((rung for rung in rungs if rung is not None), default=None)
+
+    def _is_pruned(self, cell: Cell) -> bool:
+        decisions = self._decisions(cell)
+        return bool(decisions) and all(decision.state == "pruned" for decision in decisions)
+
+    def _may_train(self, cell: Cell) -> bool:
+        """Whether a cell waits for no other."""
+        decisions = self._decisions(cell)
+        return not decisions or any(decision.state == "train" for decision in decisions)
+
     def to_do(self, cell: Cell) -> bool:
-        """Whether a cell is to be run."""
+        """Whether a cell is to be run, now or when those that it waits for have come as far."""
         record = self._known(cell)
+        if self._is_pruned(cell):
+            return False
         return cell.key.id not in self._tried and (record is None or not record.is_final or record.status in self.retry)
 
     def ready(self) -> list[Cell]:
-        """The cells that can be run now."""
-        return [cell for cell in self.cells() if self.to_do(cell)]
+        """The cells that can be run now; trials that are pruned are noted as such."""
+        cells = self.cells()
+        for cell in cells:
+            if self._is_pruned(cell):
+                self._note_pruned(cell)
+        return [cell for cell in cells if self.to_do(cell) and self._may_train(cell)]
+
+    def _note_pruned(self, cell: Cell) -> None:
+        record = self.store.read(cell.key.id)
+        if record is not None and record.status == "paused":
+            rung = self._decisions(cell)[0].rung
+            record.status, record.reason = "pruned", f"after epoch {rung} not among the best of the trials so far"
+            self.store.write(record)
 
     def to_retry(self) -> bool:
         """Whether any cell has ended so that it is to be run again."""
@@ -173,6 +206,11 @@ class Worklist:
     def tried(self, cell: str) -> None:
         """Mark a cell as attempted by this call, whatever became of it."""
         self._tried.add(cell)
+
+    def has_paused(self, cell: str) -> bool:
+        """Whether a trial has paused at a rung, as its record and its log here say, so that it may go on."""
+        record = self.store.read(cell)
+        return record is not None and record.status == "paused" and bool(record.history)
 
     def left(self) -> int:
         """How many cells are still to be run, those included that tuning will make."""

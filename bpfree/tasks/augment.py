@@ -41,6 +41,7 @@ class Draws:
             multiple of the split's length.
         spec: of the task.
         options: of the augmentation, as its ``options`` made them.
+        view: which of several views of the examples is drawn.
     """
 
     seed: int
@@ -48,6 +49,7 @@ class Draws:
     indices: Tensor
     spec: TaskSpec | None = None
     options: Any = None
+    view: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -58,14 +60,17 @@ class Draws:
         """(N,) positions in the batch, drawn for each example: whose partner is uniform among all of the batch, itself included."""
         return (self.uniform(name)[:, 0] * len(self.indices)).long()
 
+    def _key(self, name: str) -> int:
+        return derive(self.seed, "augment", self.epoch, name, *([self.view] if self.view else []))
+
     def seeds(self, name: str) -> list[int]:
         """A seed of 63 bits for each example."""
-        rows = _mix((self.indices + 1) * GOLDEN + derive(self.seed, "augment", self.epoch, name))
+        rows = _mix((self.indices + 1) * GOLDEN + self._key(name))
         return _shift(rows, 1).tolist()  # type: ignore[no-any-return]
 
     def uniform(self, name: str, count: int = 1) -> Tensor:
         """(N, count) float32 numbers, uniform on the multiples of 2**-24 in [0, 1); the same on every device."""
-        key = derive(self.seed, "augment", self.epoch, name)
+        key = self._key(name)
         columns = torch.arange(count, device=self.indices.device)
         rows = _mix((self.indices + 1) * GOLDEN + key)
         bits = _mix(rows.unsqueeze(1) + (columns + 1) * GOLDEN)

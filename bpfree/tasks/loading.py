@@ -21,7 +21,7 @@ from bpfree.step import Batch
 from bpfree.tasks.augment import Augmentation, Draws
 from bpfree.tasks.spec import TaskSpec, working_dtype
 from bpfree.tasks.splits import Examples, Split, StreamedSplit
-from bpfree.tasks.trees import bytes_of, cat, leaves, move, select
+from bpfree.tasks.trees import bytes_of, cat, leaves, move, select, tree_map
 
 __all__ = ["Loader", "Loading", "Resident"]
 
@@ -101,6 +101,7 @@ class Loader:
         balanced: whether a pass shows all classes equally often, to one example: of a class with fewer examples some more than once, of
             one with more a part, another in each pass. Else each example once.
         augment: applied in turn to raw inputs, before normalisation; needs a seed.
+        views: of each example in a batch (``Batch.views``), each with augmentations of its own.
         resident: whether the split is kept on the device; ``None``: if float32 takes at most 2 GiB on a CPU, or a
             quarter of the free memory of a GPU.
         workers: processes that gather batches when the split is not resident; 0: this one does.
@@ -127,6 +128,7 @@ class Loader:
         seed: int | None = None,
         balanced: bool = False,
         augment: Sequence[Augmentation] = (),
+        views: int = 1,
         resident: bool | None = None,
         workers: int = 0,
         share: Resident | None = None,
@@ -142,7 +144,7 @@ class Loader:
         if augment and share is not None and share.normalised:
             raise UsageError("augmentations act on raw inputs, but the shared ones are normalised", fix="share Resident.of(..., raw=True)")
         self.split, self.spec, self.device, self.seed = split, spec, device, seed
-        self.augment, self.workers, self.balanced = tuple(augment), workers, balanced
+        self.augment, self.workers, self.balanced, self.views = tuple(augment), workers, balanced, views
         if balanced and (split.targets is None or split.targets.dim() != 1 or split.targets.is_floating_point()):
             raise UsageError(
                 "a balanced order needs the class of each example, known beforehand", where="task.sampling", fix="task.sampling=uniform"
@@ -179,12 +181,18 @@ class Loader:
         else:
             raws = self._stream(order.split(self.batch_size)) if self.resident is None else self._select(self.resident, chosen)
         ready = self.resident is not None and self.resident.normalised
-        for indices, (inputs, targets) in zip(keyed, raws, strict=True):
-            if self.seed is not None and self.augment:
-                draws = Draws(self.seed, epoch, indices, self.spec)
-                for augmentation in self.augment:
-                    inputs, targets = augmentation(inputs, targets, draws)
-            yield Batch(inputs if ready else self._normalise(inputs), targets)
+        for indices, drawn, (inputs, targets) in zip(chosen, keyed, raws, strict=True):
+            made = [self._view(inputs, targets, Draws(self.seed or 0, epoch, drawn, self.spec, view=view)) for view in range(self.views)]
+            views = tuple(each if ready else self._normalise(each) for each, _ in made)
+            yield Batch(views[0], made[0][1], views if self.views > 1 else (), indices)
+
+    def _view(self, inputs: Any, targets: Tensor | None, draws: Draws) -> tuple[Any, Tensor | None]:
+        """One view of a batch, as the augmentations draw it; it shares no memory with others."""
+        if draws.view and not self.augment:
+            return tree_map(torch.clone, inputs), targets
+        for augmentation in self.augment if self.seed is not None else ():
+            inputs, targets = augmentation(inputs, targets, draws)
+        return inputs, targets
 
     def order(self, epoch: int) -> Tensor:
         """(examples,) positions in the split in the order of a pass, on the CPU."""

@@ -1,5 +1,5 @@
 """A new plugin, written from templates (``*.tmpl`` beside this file)."""
 
-from bpfree.template.write import next_commands, write_plugin
+from bpfree.template.write import Kind, next_commands, write_plugin
 
-__all__ = ["next_commands", "write_plugin"]
+__all__ = ["Kind", "next_commands", "write_plugin"]

@@ -8,6 +8,7 @@ import importlib.util
 import keyword
 import re
 from pathlib import Path
+from typing import Literal
 
 from bpfree.errors import UsageError
 from bpfree.hooks import API_VERSION
@@ -25,20 +26,47 @@ FILES = {
     "src/{{package}}/py.typed": "",
     "tests/test_{{module}}.py": "test.py.tmpl",
 }
-"""The files of a new plugin, each with its template."""
+"""The files of a new plugin with a rule, each with its template."""
+Kind = Literal["rule", "task", "network", "metric"]
+DESCRIPTIONS: dict[Kind, str] = {
+    "rule": "The learning rule {name} for bpfree",
+    "task": "The task {name} for bpfree",
+    "network": "The network {name} for bpfree",
+    "metric": "The metric {name} for bpfree",
+}
+TRIED: dict[Kind, str] = {
+    "rule": "bpfree train rule={name} task=digits",
+    "task": "bpfree train rule=dfa task={name} budget.epochs=20",
+    "network": "bpfree train rule=dfa network={name} task=digits",
+    "metric": "bpfree train rule=dfa task=digits evaluation.metrics=[{name}]",
+}
+"""What shows that it works, by what the plugin brings."""
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 LONGEST = 40
 USED = {"Any", "Batch", "Step", "Tensor", "TaskSpec", "Trace"}
 """Names of the template's module that no rule's class may have."""
 
 
-def write_plugin(name: str, folder: Path, *, class_name: str | None = None) -> list[Path]:
-    """Write a package with a working rule.
+def files_of(kind: Kind) -> dict[str, str]:
+    """Name the files of a plugin of a kind, each with its template."""
+    if kind == "rule":
+        return FILES
+    own = {"plugin.py.tmpl", "test.py.tmpl", "README.md.tmpl"}
+    return {
+        place: f"{kind}/{template}" if template in own else template
+        for place, template in FILES.items()
+        if template != "registry-entry.toml.tmpl"  # the registry lists rules
+    }
+
+
+def write_plugin(name: str, folder: Path, *, class_name: str | None = None, kind: Kind = "rule") -> list[Path]:
+    """Write a package with a working rule, task, network or metric.
 
     Args:
-        name: of the plugin and its rule: lower case, with hyphens.
+        name: of the plugin and of what it brings: lower case, with hyphens.
         folder: of the package; made, must not hold anything.
-        class_name: of the rule; by default the name in camel case.
+        class_name: of the rule, or of the options; by default the name in camel case.
+        kind: what it brings.
 
     Returns:
         What was written.
@@ -49,14 +77,14 @@ def write_plugin(name: str, folder: Path, *, class_name: str | None = None) -> l
     _check_name(name)
     class_name = class_name or "".join(part.capitalize() for part in name.split("-"))
     _check_class_name(class_name)
-    _check_free(name)
+    _check_free(name, kind)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(
             "there is something already where the plugin should be written", where=str(folder), fix="give another place with --dir"
         )
-    words = _words(name, class_name)
+    words = _words(name, class_name, kind)
     written = []
-    for place, template in FILES.items():
+    for place, template in files_of(kind).items():
         path = folder / _filled(place, words)
         text = _filled((TEMPLATES / template).read_text(encoding="utf-8"), words) if template else ""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,18 +93,20 @@ def write_plugin(name: str, folder: Path, *, class_name: str | None = None) -> l
     return written
 
 
-def next_commands(name: str, folder: Path) -> list[str]:
-    """What to run after :func:`write_plugin`, until the rule is certified and registered."""
+def next_commands(name: str, folder: Path, kind: Kind = "rule") -> list[str]:
+    """List what to run after :func:`write_plugin`; of a rule, until it is certified and registered."""
     certificate = folder / f"{name}.json"
+    first = [f"pip install -e {folder if folder.is_absolute() else f'./{folder}'}", TRIED[kind].format(name=name)]
+    if kind != "rule":
+        return [*first, f"python -m pytest {folder}"]
     return [
-        f"pip install -e {folder if folder.is_absolute() else f'./{folder}'}",
-        f"bpfree train rule={name} task=digits",
+        *first,
         f"bpfree certify {name} --output {certificate}",
         f"bpfree registry add {name} --entry {folder / 'registry-entry.toml'} --certificate {certificate}",
     ]
 
 
-def _words(name: str, class_name: str) -> dict[str, str]:
+def _words(name: str, class_name: str, kind: Kind) -> dict[str, str]:
     module = name.replace("-", "_")
     return {
         "name": name,
@@ -84,6 +114,9 @@ def _words(name: str, class_name: str) -> dict[str, str]:
         "package": f"bpfree_{module}",
         "distribution": f"bpfree-{name}",
         "class": class_name,
+        "constant": module.upper(),
+        "description": DESCRIPTIONS[kind].format(name=name),
+        "try": TRIED[kind].format(name=name),
         "api": str(API_VERSION),
         "bpfree_version": ".".join(__version__.split(".")[:2]),
         "today": datetime.date.today().isoformat(),
@@ -119,14 +152,14 @@ def _check_class_name(name: str) -> None:
         )
 
 
-def _check_free(name: str) -> None:
+def _check_free(name: str, kind: Kind) -> None:
     """Also plugins that do not work here count: their names are taken."""
     from bpfree.plugins import installed_plugins
 
     installed = installed_plugins()
-    owner = installed.records.get(name) or (installed.owner("rules", name) if name in installed.names("rules") else None)
+    owner = installed.records.get(name) or (installed.owner(f"{kind}s", name) if name in installed.names(f"{kind}s") else None)
     if owner is not None:
-        what = "plugin" if name in installed.records else "rule"
+        what = "plugin" if name in installed.records else kind
         raise UsageError(f"there is a {what} {name!r} already, of {owner.distribution}", where="command line", fix="choose another name")
     package = f"bpfree_{name.replace('-', '_')}"
     if importlib.util.find_spec(package) is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 from bpfree.hooks import hookimpl
 from bpfree.metric import LOSS, metric_of, scores_in
 from bpfree.run import Run
+from bpfree.training.stopping import PAUSED
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -80,7 +81,7 @@ class ProgressDisplay:
         text = f"{self.label} {_ending(run)}" if self.label else _ending(run)
         if self._view is not None:
             self._view.end(text)
-        elif run.status != "finished":
+        elif run.status != "finished" and not run.reason.startswith(PAUSED):  # which whoever asked for it says
             print_line(self._stream or sys.stderr, text)
         self._view = None
 
@@ -269,7 +270,8 @@ def _ending(run: Run) -> str:
         return f"{run.name}: finished{': ' if results else ''}{', '.join(results)}"
     reason = f": {run.reason}" if run.reason else ""
     text = f"{run.name}: {run.status} after epoch {run.epoch}{reason}"
-    if run.status == "interrupted" and run.folder is not None:
+    resumable = "program" not in run.tags and not run.reason.startswith(PAUSED)
+    if run.status == "interrupted" and run.folder is not None and resumable:
         return f"{text}\n  resume it with: bpfree train --resume {shlex.quote(str(run.folder))}"
     return text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -42,8 +43,7 @@ def gather(
     parameters = list(rule.parameters())
     for part, (start, end) in slices(total, parts, rank=rank, size=size).items():
         step.part = part
-        inputs = torch.utils._pytree.tree_map(lambda t, s=start, e=end: t[s:e], batch.inputs)
-        micro = Batch(inputs, None if batch.targets is None else batch.targets[start:end])
+        micro = _part(batch, start, end)
         share = len(micro) / total
         before = [p.grad for p in parameters if p.grad is not None]
         if before:  # so that scaling the sum afterwards leaves what was there
@@ -55,6 +55,17 @@ def gather(
             torch._foreach_mul_(after, share)
     step.part = 0
     return sums
+
+
+def _part(batch: Batch, start: int, end: int) -> Batch:
+    """Some consecutive examples of a batch."""
+
+    def cut(tree: Any) -> Any:
+        return None if tree is None else torch.utils._pytree.tree_map(lambda leaf: leaf[start:end], tree)
+
+    views = tuple(map(cut, batch.views))
+    inputs = views[0] if views else cut(batch.inputs)
+    return Batch(inputs, cut(batch.targets), views, cut(batch.indices))
 
 
 def slices(total: int, parts: int, *, rank: int = 0, size: int = 1) -> dict[int, tuple[int, int]]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Mapping
 
+from bpfree.errors import UsageError
+from bpfree.metric import Metric
 from bpfree.rule import Rule
 from bpfree.step import Phase
 from bpfree.tasks.stages import walk
 from bpfree.training.setup import Setup
-from bpfree.training.state import RunState
+from bpfree.training.state import Position, RunState
 
-__all__ = ["BudgetTracker"]
+__all__ = ["BudgetTracker", "check_patience"]
 
 MOST_PHASES = 1_000_000
 """Phases of a plan are counted up to here; one with more is endless."""
@@ -32,6 +36,7 @@ class BudgetTracker:
         # whether the budget ends the run, rather than the last of its phases
         self._ends = budget.epochs is None or budget.samples is not None
         self.passes = 0 if budget.epochs is None else self._count_passes(setup.rule)
+        self._patience = Patience(setup.config.budget.patience, setup.task.spec.primary)
 
     def _count_passes(self, rule: Rule) -> int:
         """Passes that the phases amount to. Where they are open or endless, the budget's epochs, which then end the run."""
@@ -60,8 +65,16 @@ class BudgetTracker:
         return (at.epoch + at.share) / max(1, self.passes)
 
     def is_over(self) -> bool:
-        """Whether the budget ends the run now."""
-        return self._ends and self.used() >= 1
+        """Whether the budget, or an end of patience, ends the run now."""
+        return self._patience.is_out(self._state.at) or (self._ends and self.used() >= 1)
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Take up the metrics of an epoch that has ended, by which patience is measured."""
+        self._patience.note(metrics, self._state.at)
+
+    def told(self) -> tuple[str, dict[str, float]]:
+        """Say why the run ended before its budget, if it did, and give what its result has of that."""
+        return self._patience.told(self._state.at, in_time=self.used() < 1)
 
     def phase_progress(self, phase: Phase, progress: float) -> float:
         """Share of the phase that is over, 0 to 1; of an open one, the run's ``progress``."""
@@ -88,3 +101,65 @@ class BudgetTracker:
         if phase.operations is not None and state.operations.counted(state.at.phase_operations) >= phase.operations:
             return True
         return self.is_over()
+
+
+class Patience:
+    """Ends a run whose primary metric on validation has not become better for some epochs.
+
+    What it has seen is a part of the run's position, so that a resumed run ends where it would have ended.
+
+    Args:
+        epochs: how many; ``None``: it never ends a run.
+        metric: the task's primary one.
+    """
+
+    def __init__(self, epochs: int | None, metric: Metric) -> None:
+        self._epochs, self._metric = epochs, metric
+
+    def note(self, metrics: Mapping[str, float], at: Position) -> None:
+        """Compare the epoch that has ended with the best before it; one that was not evaluated is not better."""
+        score = self._metric.sign * metrics.get(f"val/{self._metric.name}", math.nan)
+        if self._epochs is not None and score > at.best_score:
+            at.best_epoch, at.best_score = at.epoch, score
+
+    def is_out(self, at: Position) -> bool:
+        """Tell whether the epochs are over, at the end of a pass."""
+        return self._epochs is not None and not at.batch and at.epoch - at.best_epoch >= self._epochs
+
+    def told(self, at: Position, *, in_time: bool) -> tuple[str, dict[str, float]]:
+        """Say why it ended the run, if it did so ``in_time``, before the budget; and give the best epoch for the run's result."""
+        if self._epochs is None:
+            return "", {}
+        ended = in_time and self.is_out(at)
+        result = {"train/best_epoch": float(at.best_epoch), "train/out_of_patience": float(ended)}
+        if not ended:
+            return "", result
+        best = f"epoch {at.best_epoch}" if at.best_epoch else "none"
+        return f"budget.patience={self._epochs} ended it after epoch {at.epoch}: val/{self._metric.name} was best at {best}", result
+
+
+def check_patience(setup: Setup) -> None:
+    """Refuse a patience that nothing could measure, or that would end a run before its later phases have begun.
+
+    Raises:
+        UsageError: no validation split, a task without a metric, or a rule whose only phase is not evaluated, that has several, or that
+            solves for parameters at its end.
+    """
+    if setup.config.budget.patience is None:
+        return
+    name, fix = type(setup.rule).__name__, "leave budget.patience out"
+    phases = list(itertools.islice(walk(setup.rule, setup.budget, setup.task.stages), 2))
+    only = phases[0] if len(phases) == 1 and isinstance(phases[0], Phase) else None
+    if setup.task.validation is None:
+        what, fix = "without a validation split no epoch is better than another", "task.validation above 0, or leave it out"
+    elif not setup.task.spec.is_scored:
+        what = f"task {setup.task.spec.name!r} has no metric to be patient with"
+    elif only is None:
+        what = f"{name} trains in several phases here, and patience would end the run before the later ones"
+    elif not only.evaluate:
+        what = f"the epochs of {name} are not evaluated"
+    elif type(setup.rule).end_phase is not Rule.end_phase:
+        what = f"{name} solves for parameters when its phase ends, so that its epochs say nothing before"
+    else:
+        return
+    raise UsageError(what, where="budget.patience", fix=fix)

@@ -11,14 +11,16 @@ from bpfree.step import Budget
 from bpfree.training.alignment import AlignmentConfig
 from bpfree.training.updater import ClipConfig
 
-__all__ = ["AlignmentConfig", "BudgetConfig", "CheckpointConfig", "EvaluationConfig", "TrainConfig"]
+__all__ = ["LIMITS", "AlignmentConfig", "BudgetConfig", "CheckpointConfig", "EvaluationConfig", "TrainConfig"]
 
 DEFAULT_EPOCHS = 10
+LIMITS = ("epochs", "samples", "seconds", "forwards", "operations")
+"""Of a budget; one of them is set."""
 
 
 @dataclass
 class BudgetConfig:
-    """How long to train: one of the five (none: 10 epochs)."""
+    """How long to train: one of the five limits (none: 10 epochs), and when to give up before."""
 
     epochs: int | None = option(None, "passes over the training split, as the rule counts them (no limit set: 10)", ge=1)
     samples: int | None = option(None, "examples drawn; every pass over an example counts", ge=1)
@@ -27,6 +29,9 @@ class BudgetConfig:
         None, "forward-pass equivalents of one example: operations of the training steps over those of one forward pass", ge=1
     )
     operations: float | None = option(None, "floating-point operations of training, equal for all rules and networks", gt=0)
+    patience: int | None = option(
+        None, "epochs without a better primary metric on validation that end the run; none: it trains until the limit", ge=1
+    )
 
     def resolve(self, examples: int) -> Budget:
         """Resolve the budget for a training split of n examples.
@@ -34,7 +39,7 @@ class BudgetConfig:
         Raises:
             UsageError: if more than one limit is set.
         """
-        given = [name for name in ("epochs", "samples", "seconds", "forwards", "operations") if getattr(self, name) is not None]
+        given = [name for name in LIMITS if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(
                 f"a budget has one limit, not {len(given)}", where=", ".join(f"budget.{name}" for name in given), fix="set one of them"

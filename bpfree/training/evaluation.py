@@ -24,13 +24,22 @@ from bpfree.tasks import metrics as built_in
 from bpfree.tasks.linear import chunks, classes_of
 from bpfree.tasks.loading import Loader, Resident
 from bpfree.tasks.protocols import EvaluationProtocol, Setting, result_key
-from bpfree.tasks.task import Examples, Split, TaskSpec
+from bpfree.tasks.task import Examples, Split, Task, TaskSpec
 from bpfree.training import environment
 from bpfree.training.features import feature_loader, feature_split
 from bpfree.training.predictions import Array, Collector, Predictions, write_predictions
 from bpfree.training.setup import Setup
 
-__all__ = ["Evaluator", "check_metrics", "check_protocols", "evaluate", "evaluate_features", "flat_features", "scored_by"]
+__all__ = [
+    "Evaluator",
+    "check_metrics",
+    "check_protocols",
+    "evaluate",
+    "evaluate_features",
+    "flat_features",
+    "scored_by",
+    "training_sample",
+]
 
 logger = logging.getLogger("bpfree")
 
@@ -57,9 +66,7 @@ class Evaluator:
         self._look = look
         self._setup, self._rule, self._task, self._config, self._device = setup, setup.rule, setup.task, setup.config, setup.device
         task, config = setup.task, setup.config
-        count = len(task.validation) if task.validation is not None else TRAIN_SAMPLE
-        order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seeds.derive("train sample")))
-        self._sample = order[:count]
+        self._sample = training_sample(task)
         self._splits = {"train": task.train.subset(self._sample), "val": task.validation}
         self._protocols = check_protocols(config.evaluation.protocols, setup.rule)
         self._metrics = [metric for metric in scored_by(task.spec, config.evaluation.metrics) if metric.name != built_in.LOSS.name]
@@ -233,6 +240,12 @@ class _Watched:
 def _warn(what: str, error: Exception) -> None:
     reason = str(error) if isinstance(error, BpfreeError) else f"{type(error).__name__}: {error}"
     logger.warning("without numbers of %s: %s", what, reason)
+
+
+def training_sample(task: Task) -> Tensor:
+    """Choose the training examples that are scored after epochs: positions (M,), as many as the validation split has."""
+    count = len(task.validation) if task.validation is not None else TRAIN_SAMPLE
+    return torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seeds.derive("train sample")))[:count]
 
 
 def scored_by(spec: TaskSpec, further: Iterable[str]) -> list[Metric]:

@@ -49,12 +49,14 @@ class Observers:
         return bool(getattr(self._manager.hook, hook).get_hookimpls())
 
     def notify(self, hook: str, **arguments: Any) -> None:
-        """Call every implementation. One that fails is reported once and dropped.
+        """Call every implementation that asks for nothing but the arguments. One that fails is reported once and dropped.
 
         Raises:
             BpfreeError: an observer may refuse the run with it (a required tracking server that is down); or one has changed something.
         """
         for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
+            if not arguments.keys() | {"run"} >= set(implementation.argnames):  # a rule, say, which a program has not
+                continue
             with self._watched(hook, implementation):
                 self._call(hook, implementation, arguments)
 

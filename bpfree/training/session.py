@@ -203,6 +203,7 @@ class Session:
         check_losses(metrics, self.state.at.step)
         check_weights(self._rule, epoch)
         self._selection.keep(metrics)
+        self._budget_tracker.note(metrics)
         every = self._config.checkpoint.every
         if (every and epoch % every == 0) or self._budget_tracker.used() >= 1:
             self._save_on_the_way()
@@ -360,7 +361,8 @@ class Session:
         self._tests = True
         self._selection.take(self.save)
         tested = world.from_first(only_read(self._rule, *PREDICTING)(self._evaluator.test))
-        result.update(tested | state.stream.results(self._setup.task.spec.primary) | state.costs())
+        self._run.reason, ended = self._budget_tracker.told()
+        result.update(tested | state.stream.results(self._setup.task.spec.primary) | state.costs() | ended)
         check_losses(tested, state.at.step)
         protocols = partial(self._evaluator.protocols, self._trained_features, self._batches.resident)
         result.update(world.from_first(only_read(self._rule, "features")(protocols)))

@@ -69,6 +69,7 @@ class Setup:
             device=self.device,
             seed=seed,
             augment=augment,
+            views=1 if seed is None else self.rule.traits.views,
             balanced=seed is not None and self.loading.sampling == "balanced",
             resident=self.loading.resident,
             workers=self.loading.workers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,7 @@ class Position:
         step: updates.
         samples: examples drawn.
         epoch_seconds, epoch_samples, epoch_step: where the current pass began.
+        best_epoch, best_score: of the primary metric on validation so far, greater being better; epoch 0: nothing was measured yet.
     """
 
     phase: int = 0
@@ -54,6 +56,8 @@ class Position:
     epoch_seconds: float = 0.0
     epoch_samples: int = 0
     epoch_step: int = 0
+    best_epoch: int = 0
+    best_score: float = -math.inf
 
 
 class RunState:

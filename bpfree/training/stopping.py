@@ -13,12 +13,20 @@ from bpfree import interrupts
 from bpfree.errors import BpfreeError
 from bpfree.training.distributed import World
 
-__all__ = ["Interrupted", "Stop"]
+__all__ = ["PAUSED", "Interrupted", "Stop", "paused_at"]
 
 CONFER_EVERY = 20
 """Steps between the moments at which several processes agree whether to report, save or stop."""
 
 REASONS = ("", "asked to stop", *(f"stopped by {number.name}" for number in interrupts.NUMBERS))
+
+
+PAUSED = "paused after epoch"
+
+
+def paused_at(epoch: int) -> str:
+    """The reason of a run that was interrupted after an epoch because it was to pause there."""
+    return f"{PAUSED} {epoch}"
 
 
 class Interrupted(BpfreeError):

@@ -21,6 +21,7 @@ from bpfree.tasks.augment import Augmentation, check_augmentations
 from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Task
 from bpfree.training import environment
+from bpfree.training.budget import check_patience
 from bpfree.training.config import TrainConfig
 from bpfree.training.distributed import World
 from bpfree.training.divergence import Diverged
@@ -111,6 +112,7 @@ class Trainer:
         if task.stages and config.select == "best-val":
             what = "in a stream the best epoch on validation may come before later stages were learned"
             raise UsageError(what, where="select", fix="select=last")
+        check_patience(self.setup)
         check_made_to_learn(rule)
         check_batches_of_one(rule, task, budget, config.batch_size)
 

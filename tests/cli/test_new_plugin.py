@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +15,7 @@ import ci_scripts
 import pytest
 
 from bpfree.cli.main import main
+from bpfree.plugins import Plugins
 from bpfree.registry import read_entry
 from bpfree.template import next_commands, write_plugin
 
@@ -129,3 +133,43 @@ def test_its_certificate_makes_a_valid_registry(clean: tuple[ModuleType, Path, P
         script.call(bpfree, *shlex.split(command)[1:], cwd=folder)
     script.call(bpfree, "registry", "validate", "--folder", "registry", cwd=folder)
     assert "1 of 1" in script.call(bpfree, "registry", "list", "--folder", "registry", cwd=folder).stdout
+
+
+@pytest.mark.parametrize("kind", ["task", "network", "metric"])
+def test_a_plugin_brings_a_task_a_network_or_a_metric(kind: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is registered under its name, and its own tests pass."""
+    name = f"my-{kind}"
+    assert call("plugins", "new", name, f"--{kind}") == 0
+    folder = Path(name)
+    assert not any("{{" in path.read_text() for path in folder.rglob("*") if path.is_file())
+    assert not (folder / "registry-entry.toml").exists()
+    monkeypatch.syspath_prepend(str(folder / "src"))
+    module = __import__(f"bpfree_my_{kind}.plugin", fromlist=["plugin"])
+
+    class Entry:
+        dist = None
+
+        def load(self) -> ModuleType:
+            return module
+
+    entry = Entry()
+    entry.name = name  # type: ignore[attr-defined]
+    found = Plugins(entry_points=[entry])
+    assert found.records[name].status == "ok", found.records[name].reason
+    assert found.records[name].provides[f"{kind}s"] == [name]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str((folder / "src").resolve()), *filter(None, sys.path)])}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        str(folder),
+        str(folder / "tests"),
+    ]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -187,15 +187,18 @@ def test_every_installed_study_is_right() -> None:
 
 
 def test_the_documented_format_is_the_format(tmp_path: Path) -> None:
-    """The YAML blocks of the page: a grid, a table, and one that tunes."""
+    """The YAML blocks of the page: a grid, a table, one that tunes, one that prunes, and one with other trainers."""
     texts = re.findall(r"^```yaml\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
-    grid, table, tuned = (read_study(written(tmp_path, text)) for text in texts)
+    grid, table, tuned, pruned, beside = (read_study(written(tmp_path, text)) for text in texts)
     assert "dfa (narrow)" in [row.label for row in grid.rows]
     assert [len(study.columns) for study in (grid, table, tuned)] == [2, 2, 1]
     assert table.rows[0].published
     assert tuned.tune is not None
     assert [len(row.space) for row in tuned.rows] == [1, 2, 0]
-    assert [len(plan(study).rows) for study in (grid, table, tuned)] == [17, 5, 3]
+    assert pruned.tune is not None
+    assert (pruned.tune.pruner, pruned.tune.rung, pruned.tune.reduction) == ("asha", 1, 3)
+    assert [len(plan(study).rows) for study in (grid, table, tuned, pruned, beside)] == [17, 5, 3, 2, 3]
+    assert [row.recipe.trains for row in plan(beside).rows] == ["backprop", "sklearn", "sklearn"]
 
 
 def test_unknown_studies(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_without_tasks_there_is_one_column(workplace: Path) -> None:
     [
         ("rules: [dffa]", "unknown rule 'dffa' (did you mean 'dfa'?"),
         ("rules: [{rule: dfa, setings: {}}]", "unknown key 'setings': did you mean 'settings'?"),
-        ("rules: [{label: x}]", "one of rule, preset and presets"),
+        ("rules: [{label: x}]", "one of rule, program, preset and presets"),
         ("rules: [dfa]\nrows: []", "this has rows beside a grid"),
         ("rules: [dfa]\nexclude: [{rule: dffa}]", "no rule 'dffa': did you mean 'dfa'?"),
         ("rules: [dfa]\nexclude: [{colour: red}]", "exclude: must be mappings"),

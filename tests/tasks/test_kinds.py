@@ -18,6 +18,7 @@ import bpfree
 from bpfree import Batch, Network, Split, Task, TaskSpec, TrainConfig, Trainer
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.plugins import installed_plugins
+from bpfree.tasks import augment
 from bpfree.tasks.check import check_inputs
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.spec import IGNORED, InputPart
@@ -480,3 +481,46 @@ def test_a_plain_module_on_tokens_or_a_tree_is_split(rule: str) -> None:
         made = installed_plugins().get("rules", rule)(module, spec)
         assert len(made.network.blocks) > 1
         assert torch.equal(made.network(x), expected)
+
+
+# --- views ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_views_are_drawn_independently_and_resume_in_the_middle() -> None:
+    """The first view is the batch without views; each is a pure function of (seed, epoch, example, view)."""
+    generator = torch.Generator().manual_seed(8)
+    spec = TaskSpec("images", (1, 8, 8), 2)
+    data = Split(torch.randint(256, (24, 1, 8, 8), generator=generator).to(torch.uint8), torch.arange(24) % 2)
+    options: dict[str, Any] = {"batch_size": 10, "device": CPU, "seed": 3, "augment": [augment.FLIP, augment.CROP]}
+    plain = list(Loader(data, spec, **options).batches(1))
+    viewed = list(Loader(data, spec, views=3, **options).batches(1))
+    for one, many in zip(plain, viewed, strict=True):
+        assert len(many.views) == 3
+        assert torch.equal(one.inputs, many.inputs)
+        assert many.views[0] is many.inputs
+        assert not torch.equal(many.views[1], many.views[2])
+        assert one.views == ()
+        assert many.indices is not None
+        assert torch.equal(data.targets[many.indices], many.targets)  # type: ignore[index, arg-type]
+    again = list(Loader(data, spec, views=3, **options).batches(1, start=2))
+    assert torch.equal(again[0].views[2], viewed[2].views[2])
+    alone = next(iter(Loader(data, spec, views=2, batch_size=10, device=CPU, seed=3).batches(0)))
+    alone.views[0].zero_()
+    assert alone.views[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_rule_that_asks_for_views_gets_them(accumulate: int) -> None:
+    seen: list[tuple[int, bool]] = []
+
+    class Pairs(installed_plugins().get("rules", "backprop")):  # type: ignore[misc]
+        traits_of = bpfree.always(bpfree.Traits(views=2))
+
+        def credit(self, batch: Batch, step: Any) -> Any:
+            seen.append((len(batch), all(torch.equal(view, batch.inputs) for view in batch.views[:1]) and len(batch.views) == 2))
+            return super().credit(batch, step)
+
+    spec = TaskSpec("vectors", (6,), 4)
+    trained(Pairs(chain(), spec), task_of(spec), accumulate=accumulate)
+    assert {size for size, _ in seen} == {12 // accumulate}
+    assert all(good for _, good in seen)

@@ -230,7 +230,10 @@ def _tag(row: TableRow, key: str) -> str:
 
 def _network(row: TableRow) -> str:
     """By its name, with a word where the rule has it of its own: it must not be taken for the one that the others share."""
-    name = _tag(row, "network") or row.cells[0].recipe.names["network"]
+    recipe = row.cells[0].recipe
+    if recipe.is_program:
+        return f"none (program {recipe.trains})"
+    name = _tag(row, "network") or recipe.names["network"]
     return f"{name} (its own)" if _own_network(row) else name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from bpfree.program_run import BLANK
 from bpfree.study.cells import Plan
 from bpfree.study.controls import compare, comparisons
 from bpfree.study.older import older_cells
@@ -35,15 +36,23 @@ ENVIRONMENT = ("device_name", "threads", "torch", "python", "bpfree")
 def compared(view: View) -> str:
     """Rules, tasks, seeds, budget, tuning and selection in a paragraph."""
     plan, rows = view.plan, view.rows
-    rules = _distinct(row.cells[0].recipe.names["rule"] for row in rows)
+    recipes = [row.cells[0].recipe for row in rows]
+    rules = _distinct(recipe.trains for recipe in recipes if not recipe.is_program)
+    programs = _distinct(recipe.trains for recipe in recipes if recipe.is_program)
     tasks = _distinct(row.cells[0].recipe.names["task"] for row in rows)
     count = len({row.written.label for row in rows})
     seeds = "one seed" if len(plan.seeds) == 1 else f"{len(plan.seeds)} seeds each"
-    what = f"{_count(count, 'row')} with the {'rule' if len(rules) == 1 else 'rules'} {listed(rules)} on {listed(tasks)}"
+    trainers = [
+        f"the {kind if len(names) == 1 else f'{kind}s'} {listed(names)}"
+        for kind, names in (("rule", rules), ("program", programs))
+        if names
+    ]
+    what = f"{_count(count, 'row')} with {listed(trainers)} on {listed(tasks)}"
     columns = f" in {len(view.columns)} columns" if len(view.columns) > 1 else ""
-    budgets = _distinct(_budget(row) for row in rows)
+    budgets = _distinct(_budget(row) for row in rows if not row.cells[0].recipe.is_program)
     parts = [f"{what[0].upper()}{what[1:]}{columns}, {seeds} ({', '.join(map(str, plan.seeds))})."]
-    parts.append(f"Training budget: {listed(budgets)}." if len(budgets) < 4 else f"Training budgets from {budgets[0]} on; they differ.")
+    if budgets:
+        parts.append(f"Training budget: {listed(budgets)}." if len(budgets) < 4 else f"Training budgets from {budgets[0]} on; they differ.")
     tuned = [row.tuned for row in rows if row.tuned is not None and row.tuned.keys]
     if tuned:
         keys, trials = _distinct(key for one in tuned for key in one.keys), _distinct(str(one.planned) for one in tuned)
@@ -58,6 +67,11 @@ def compared(view: View) -> str:
 
 
 def _budget(row: TableRow) -> str:
+    patience = row.cells[0].recipe.settings.budget.patience
+    return _limit(row) if patience is None else f"{_limit(row)}, or until validation is no better for {_count(patience, 'epoch')}"
+
+
+def _limit(row: TableRow) -> str:
     budget = row.cells[0].recipe.settings.budget
     if budget.samples is not None:
         return f"{budget.samples:,} examples drawn"
@@ -152,6 +166,10 @@ def remarks(plan: Plan, rows: Sequence[TableRow], *, hidden: int = 0) -> Iterato
         yield f"{_count(count, 'cell')} measured by bpfree {version} from other sources than those installed here; {again}."
     yield from unused(rows)
     yield from _selection(rows)
+    yield from _patience(rows)
+    yield from _programs(rows)
+    if any(row.cells[0].recipe.settings.quick for row in rows):
+        yield "A smoke run (quick): a few batches of each split. The numbers mean nothing."
     if plan.study.publishes("train"):
         yield "Training split: all its examples, scored by the weights that were tested."
     edges = [row.label for row in rows if row.tuned is not None and row.tuned.complete and row.tuned.at_edge]
@@ -172,7 +190,8 @@ def _selection(rows: Sequence[TableRow]) -> Iterable[str]:
     told: dict[str, list[str]] = {}
     for row in rows:
         recipe = row.cells[0].recipe
-        told.setdefault(_selected(recipe.task.validation, recipe.settings.select), []).append(row.label)
+        if not recipe.is_program:  # which selects for itself
+            told.setdefault(_selected(recipe.task.validation, recipe.settings.select), []).append(row.label)
     for text, labels in told.items():
         yield f"{text}." if len(told) == 1 else f"{', '.join(labels)}: {text[0].lower()}{text[1:]}."
 
@@ -182,6 +201,20 @@ def _selected(validation: float, select: str) -> str:
         return "Trained on the whole training set; nothing was selected: the last weights are tested"
     chosen = "the weights best on them are tested" if select == "best-val" else "the last weights are tested"
     return f"{100 * validation:g} % of the training examples are held out for validation; {chosen}"
+
+
+def _programs(rows: Sequence[TableRow]) -> Iterator[str]:
+    """Which rows are other trainers, and why numbers of them are missing."""
+    told = [row.label for row in rows if row.cells[0].recipe.is_program]
+    if told:
+        yield f"{listed(told)}: {'another trainer' if len(told) == 1 else 'other trainers'}, with no budget of bpfree's; {BLANK}."
+
+
+def _patience(rows: Sequence[TableRow]) -> Iterator[str]:
+    """How many cells were ended because validation became no better."""
+    told = [ended for row in rows for record in row.finished if (ended := record.result.get("train/out_of_patience")) is not None]
+    if told:
+        yield f"budget.patience ended {sum(map(bool, told))} of {_count(len(told), 'cell')} before their budget was used."
 
 
 def _data(rows: Sequence[TableRow]) -> Iterable[str]:
@@ -200,7 +233,8 @@ def failures(rows: Sequence[TableRow]) -> Iterator[tuple[TableRow, CellRecord]]:
     for row in rows:
         for each in filter(None, (row, row.twin)):
             for record in filter(None, each.records):
-                if record.reason or record.status in ("diverged", "failed", "timeout", "refused"):
+                own = record.status == "finished" and record.reason == record.seen().reason  # a run's patience may have ended it
+                if (record.reason and not own) or record.status in ("diverged", "failed", "timeout", "refused"):
                     yield each, record
 
 

@@ -25,10 +25,15 @@ def tuning(view: View) -> Iterator[Section]:
     legend = Text(
         "Each trial is trained on the tuning seeds and scored on the validation split; the first has the settings of the study's file. "
         "A trial that failed counts as one. The best on validation was chosen, the earliest of equals; the test split has no part in it."
+        + "".join(f" Trials were pruned, by the same rule for each row: {each}." for each in dict.fromkeys(_pruning(view)))
         + (f" * Of one trial or more these seconds cannot be compared: {WAITED}." if waited else ""),
         "note",
     )
     return view.by_column("Tuning", lambda column: _parts(view, column), legend)
+
+
+def _pruning(view: View) -> Iterator[str]:
+    return (row.tuned.pruning for row in view.rows if row.tuned is not None and row.tuned.pruning)
 
 
 def _tuned(view: View, column: str) -> list[tuple[TableRow, Tuned]]:
