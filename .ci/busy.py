@@ -1,4 +1,4 @@
-"""Repeats a command beside busy processes, until it fails or has succeeded as often as it should.
+"""Repeat a command beside busy processes, until it fails or has succeeded as often as it should.
 
 python .ci/busy.py [--processes 8] [--times 10] COMMAND ...
 """

@@ -1,4 +1,4 @@
-"""Installs each plugin in plugins/ against this core, in a clean environment of its own, and certifies its rules.
+"""Install each plugin in plugins/ against this core, in a separate clean environment, and certify its rules.
 
     python .ci/downstream.py [PLUGIN ...] [--first] [--keep FOLDER]
 

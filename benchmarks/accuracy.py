@@ -162,11 +162,11 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("accuracy", __doc__)
-    benchmark.parser.add_argument("part", choices=list(DEFAULTS), help="which task")
+    benchmark.parser.add_argument("part", choices=list(DEFAULTS), help="task to train on")
     benchmark.parser.add_argument("--paper", action="store_true", help="the paper's own block and batch size (mnist, cifar10)")
-    benchmark.parser.add_argument("--epochs", type=int, help="of each run")
+    benchmark.parser.add_argument("--epochs", type=int, help="epochs of each run")
     benchmark.parser.add_argument("--seeds", type=int, help="runs of each row")
-    benchmark.parser.add_argument("--output", type=Path, help="keep the runs here, and resume them")
+    benchmark.parser.add_argument("--output", type=Path, help="folder in which runs are kept, and resumed")
     options = benchmark.start(arguments)
     epochs, seeds = (1, 1) if options.quick else (options.epochs or DEFAULTS[options.part][0], options.seeds or DEFAULTS[options.part][1])
     common = [

@@ -1,4 +1,4 @@
-"""Makes the entry points of a checkout known where nothing can be installed: ``python benchmarks/entry_points.py FOLDER``.
+"""Write entry points of a checkout for environments without installation: ``python benchmarks/entry_points.py FOLDER``.
 
 Writes a minimal ``.dist-info`` folder for the core and each plugin into FOLDER, from their pyproject.toml files, and prints
 the PYTHONPATH under which they and their code are found. Needs nothing but Python 3.11.

@@ -2,7 +2,7 @@
 
 For each task and network of the study, the best converged linear readout of the inputs, of a block of the untrained network, or of
 all together, chosen by mean validation over the study's seeds (``bpfree.training.floor``). With ``--beside FILE`` (a result of this
-folder) each row's own accuracy, measured earlier, and its distance from the floor stand beside it.
+folder) each row's own accuracy, measured earlier, and its distance from the floor are shown, too.
 
     python benchmarks/floors.py claims --beside claims-cpu.json
 """
@@ -44,9 +44,9 @@ def accuracy(cell: dict[str, Any]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("floors", __doc__)
-    benchmark.parser.add_argument("study", help="its name or file")
-    benchmark.parser.add_argument("--rows", nargs="+", help="labels (default: all)")
-    benchmark.parser.add_argument("--seeds", type=int, help="how many (default: the study's)")
+    benchmark.parser.add_argument("study", help="name or file of the study")
+    benchmark.parser.add_argument("--rows", nargs="+", help="labels of the rows (default: all)")
+    benchmark.parser.add_argument("--seeds", type=int, help="number of seeds (default: the study's)")
     benchmark.parser.add_argument("--beside", help="a result in benchmarks/results with the rows' accuracies")
     benchmark.parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all rows")
     options = benchmark.start(arguments)

@@ -241,8 +241,8 @@ def directions(device: torch.device, pairs: int, counts: Sequence[int], *, quick
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("forward_gradient_step", __doc__, pairs=11)
-    benchmark.parser.add_argument("--repetitions", type=int, default=5, help=f"of {ROUNDS} rounds each (default 5)")
-    benchmark.parser.add_argument("--only", choices=["cost", "directions"], help="one of the two parts")
+    benchmark.parser.add_argument("--repetitions", type=int, default=5, help=f"repetitions of {ROUNDS} rounds each (default 5)")
+    benchmark.parser.add_argument("--only", choices=["cost", "directions"], help="measure only this part")
     options = benchmark.start(arguments)
     results: dict[str, Any] = {}
     if options.only != "directions":

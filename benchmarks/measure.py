@@ -1,8 +1,8 @@
-"""What the benchmarks share: options, timing in interleaved pairs, saved bytes, tables, result files.
+"""Common code of the benchmarks: options, timing in interleaved pairs, saved bytes, tables, result files.
 
-Speeds are ratios within one run: the two things are timed alternately, so that whatever else the machine does meets
-both, and the median of the pairs' ratios is reported. Absolute times depend on the machine and its load. Beside the clock's
-seconds stand those of processors in all threads, which other processes disturb less.
+Speeds are ratios within one run: the two sides are timed alternately, so that other load on the machine affects
+both, and the median of the pairs' ratios is reported. Absolute times depend on the machine and its load. Wall-clock
+seconds are reported with processor seconds of all threads, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Benchmark:
         self.parser.add_argument("--quick", action="store_true", help="a smoke run: tiny sizes, figures without meaning")
         self.parser.add_argument("--save", nargs="?", const=RESULTS, type=Path, metavar="FOLDER", help="write the result file")
         self.parser.add_argument("--device", default="cpu", help="cpu or cuda")
-        self.parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+        self.parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
         if pairs is not None:
             self.parser.add_argument("--pairs", type=int, default=pairs, help=f"interleaved pairs (default {pairs})")
 

@@ -1,6 +1,6 @@
 """NoProp-DT's blocks in two processes against one, of one thread each. Targets: 1.7 times the blocks per second, or 0.95 of two copies.
 
-Three things are timed in turn, in two processes that stand ready: *one* trains the whole network (T=10 ``noprop-cnn``, MNIST's shapes,
+Three arms are timed in turn, in two processes that stand ready: *one* trains the whole network (T=10 ``noprop-cnn``, MNIST's shapes,
 batch 128, random inputs); *two* share its blocks (``parallel=blocks``, Gloo); *copies* are two plain loops that know nothing of each
 other, over the same blocks with the same loss and optimiser and no rule code. A block counts once for each batch that it has learned from.
 What two copies reach is what the machine gives to two processes at all: caches and memory are shared.

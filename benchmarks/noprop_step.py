@@ -6,7 +6,7 @@ rule code, no noise, no head. Dropping ``.grad`` is in both, the optimiser's ste
 are thus part of what is called overhead. Dense blocks are also computed as one, by batched products, which is less work than the raw
 passes.
 
-Also, in pairs of their own: ``credit`` under bf16 autocast (as ``precision=bf16``) against itself in fp32, for the paper's block at
+Also, in separate pairs: ``credit`` under bf16 autocast (as ``precision=bf16``) against itself in fp32, for the paper's block at
 most 1/1.6 where the processor has bf16 units. Without them bf16 is emulated, and slower.
 
 Of convolutional networks, the image paths (what comes before ``Flatten``) of all blocks at once, by grouped convolutions and by
@@ -198,7 +198,7 @@ def measure_case(case: Case, device: torch.device, pairs: int, *, quick: bool) -
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("noprop_step", __doc__, pairs=11)
-    benchmark.parser.add_argument("--network", choices=sorted({case.network for case in CASES}), help="only this one")
+    benchmark.parser.add_argument("--network", choices=sorted({case.network for case in CASES}), help="measure only this network")
     options = benchmark.start(arguments)
     results = {
         str(case): measure_case(case, benchmark.device, options.pairs, quick=options.quick)

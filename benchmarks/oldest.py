@@ -1,4 +1,4 @@
-"""Prints pip constraints that hold every dependency at the lowest version that pyproject.toml allows.
+"""Print pip constraints that hold every dependency at the lowest version that pyproject.toml allows.
 
 ``make test-oldest`` installs with them. Needs nothing but Python 3.11: ``python3 benchmarks/oldest.py [--dev] > oldest.txt``.
 ``>=X.Y`` becomes ``==X.Y.0``, ``>=X.Y.Z`` becomes ``==X.Y.Z``.

@@ -42,13 +42,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--T", type=int, default=8, help="steps of inference")
     parser.add_argument("--state-lr", type=float, default=0.01)
     parser.add_argument("--state-momentum", type=float, default=0.0)
-    parser.add_argument("--lr", type=float, default=3e-4, help="of AdamW on the weights")
-    parser.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW (default 0.01, torch's)")
-    parser.add_argument("--loop", choices=["unrolled", "scan"], default="unrolled", help="of the inference steps")
+    parser.add_argument("--lr", type=float, default=3e-4, help="rate of AdamW on the weights")
+    parser.add_argument("--weight-decay", type=float, default=0.01, help="weight decay of AdamW (default 0.01, torch's)")
+    parser.add_argument("--loop", choices=["unrolled", "scan"], default="unrolled", help="form of the loop over inference steps")
     parser.add_argument("--warm", type=int, default=20, help="steps before the first line")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accuracy", type=Path, metavar="FILE.npz", help="train on its x_train, y_train and test on x_test, y_test")
-    parser.add_argument("--epochs", type=int, default=1, help="of --accuracy")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs of --accuracy")
     return parser.parse_args(arguments)
 
 

@@ -4,7 +4,7 @@ Speed: MLP 784-300-300-10 with GELU, batch 64, T=8 inference steps of plain SGD 
 clamped output, then a step of AdamW at rate 3e-4 on the weights. A step is ``rule.learn``, without the measurements that the rule makes
 of itself at every hundredth one (``profile_every=0``), which PCX does not make either.
 
-PCX (``--pcx``, the Python of an environment that has it; see pcx_step.py) runs in a process of its own, on as many cores, and the same
+PCX (``--pcx``, the Python of an environment that has it; see pcx_step.py) runs in a separate process, on as many cores, and the same
 ones; the two take turns. Before that, both take some steps from the same weights on the same batches, which must change
 the weights alike. Targets: no slower than PCX; aim half its time. The other ratios have no target.
 
@@ -287,8 +287,8 @@ def show_memory(found: dict[str, Any], depths: Sequence[int]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("predictive_coding_step", __doc__, pairs=15)
-    benchmark.parser.add_argument("--pcx", action="append", default=[], metavar="PYTHON", help="of an environment with PCX; several times")
-    benchmark.parser.add_argument("--only", choices=["speed", "memory"], help="one of the two parts")
+    benchmark.parser.add_argument("--pcx", action="append", default=[], metavar="PYTHON", help="Python with PCX; repeatable")
+    benchmark.parser.add_argument("--only", choices=["speed", "memory"], help="measure only this part")
     options = benchmark.start(arguments)
     setting = Setting(widths=(16, 16), batch=8, T=2, steps=2) if options.quick else Setting()
     results: dict[str, Any] = {}

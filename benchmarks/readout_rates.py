@@ -1,4 +1,4 @@
-"""Which rate a readout on fixed features wants: several at once, on the validation split, for the rows of a study.
+"""The best rate of a readout on fixed features: several rates at once, on the validation split, for the rows of a study.
 
 For rules with a phase on features (``Phase.on_features``): the features learn as the row says, are computed once, and readouts with
 the candidate rates learn from them side by side, on the same batches with the same dropout, with Adam and the row's schedule. The test
@@ -133,9 +133,9 @@ def sweep(cell: Cell, rates: Sequence[float], examples: int | None) -> list[dict
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("readout_rates", __doc__)
-    benchmark.parser.add_argument("study", help="its name or file")
-    benchmark.parser.add_argument("--rows", nargs="+", help="labels (default: all whose last phase is on features)")
-    benchmark.parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3], help="candidates")
+    benchmark.parser.add_argument("study", help="name or file of the study")
+    benchmark.parser.add_argument("--rows", nargs="+", help="labels of the rows (default: all whose last phase is on features)")
+    benchmark.parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3], help="candidate rates")
     benchmark.parser.add_argument("--examples", type=int, help="use only the first N training examples")
     benchmark.parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all rows")
     options = benchmark.start(arguments)

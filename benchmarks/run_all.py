@@ -1,4 +1,4 @@
-"""Runs the benchmarks one after the other: ``make bench``. Options are passed on; ``--full`` adds the accuracies on digits.
+"""Run the benchmarks one after the other: ``make bench``. Options are passed on; ``--full`` adds the accuracies on digits.
 
 The speeds are ratios within one run, so other load on the machine widens their range; still, run them on a quiet one.
 """

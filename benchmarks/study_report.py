@@ -1,6 +1,6 @@
 """How long the report of a study takes, and how large its page is.
 
-200 cells that nobody trained (20 rows, 2 columns, 5 seeds; 100 epochs of curves each, with six blocks, targets, tuning and a control):
+200 cells with made-up results (20 rows, 2 columns, 5 seeds; 100 epochs of curves each, with six blocks, targets, tuning and a control):
 at most 20 s and 5 MB.
 """
 

@@ -1,6 +1,6 @@
 """What two workers save: 16 equal cells with one worker and with two, and how soon a finished study answers.
 
-Every command is a process of its own, from its start to its report, so that starting Python, torch and the workers counts. At least 1.7
+Every command is a separate process, from its start to its report, so that starting Python, torch and the workers counts. At least 1.7
 times the speed of one worker on two free cores, and an answer within 5 s.
 """
 

@@ -106,7 +106,7 @@ class Arms:
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("trainer_overhead", __doc__, pairs=7)
     benchmark.parser.add_argument("--synthetic", action="store_true", help="random tensors in place of MNIST")
-    benchmark.parser.add_argument("--epochs", type=int, default=5, help="of each run")
+    benchmark.parser.add_argument("--epochs", type=int, default=5, help="epochs of each run")
     options = benchmark.start(arguments)
     real = not options.synthetic and not options.quick and bool(os.environ.get("BPFREE_DATA"))
     epochs = 1 if options.quick else options.epochs

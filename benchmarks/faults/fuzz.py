@@ -1,8 +1,8 @@
 """Fuzzed inputs: files that another person or program may have written, damaged or planted.
 
 Each input must be refused with a message, or (where it may be valid still) taken without harm: no traceback, no file lost or changed, and
-nothing in it executed, for which the planted code would make the file CANARY. Plugins are executed by design; theirs must do no harm to
-what has nothing to do with them.
+nothing in it executed, for which the planted code would make the file CANARY. Plugins are executed by design; they must not affect
+unrelated rules.
 """
 
 from __future__ import annotations

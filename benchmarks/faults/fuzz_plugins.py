@@ -87,7 +87,7 @@ def plugins(material: Path, folder: Path, draws: random.Random, number: int) -> 
     how, place = draws.choice(list(deeds)), draws.choice(PLACES)
     _install(folder, RULE.format(**{at: deeds[how] if at == place else "pass" for at in PLACES}))
     where = f"{how}, {place}"
-    if draws.random() < 0.4 or (how in HARMLESS and place in PLACES[:2]):  # another rule is none of its business
+    if draws.random() < 0.4 or (how in HARMLESS and place in PLACES[:2]):  # the plugin must not affect another rule
         return Case(
             f"{where}; dfa is trained", ["train", "rule=dfa", *TRAIN], refused=False, variables=_path(folder), check=_like_alone(material)
         )

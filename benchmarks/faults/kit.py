@@ -1,4 +1,4 @@
-"""What all kinds of faults share: what was injected and what came of it, processes that can be killed, what a store holds."""
+"""Common code of all kinds of faults: injected faults and their outcome, processes that can be killed, the content of a store."""
 
 from __future__ import annotations
 

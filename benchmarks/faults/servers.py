@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _relay
 
     def _answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
-        with contextlib.suppress(OSError):  # who has asked does not wait any more
+        with contextlib.suppress(OSError):  # the client does not wait any more
             self._write(status, headers, content)
 
     def _write(self, status: int, headers: dict[str, str], content: bytes) -> None:
