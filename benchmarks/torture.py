@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmark.parser.add_argument("--seed", type=int, default=0, help="seed of all times and inputs")
     benchmark.parser.add_argument("--share", type=float, default=1.0, help="fraction of each count")
     benchmark.parser.add_argument("--count", type=int, help="faults of each kind")
-    benchmark.parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder that keeps the runs of lost faults")
+    benchmark.parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder that keeps the files of lost faults")
     options = benchmark.start(arguments)
     folder, lines = Path(tempfile.mkdtemp(prefix="bpfree-torture-")), list[dict[str, Any]]()
     folder.chmod(0o755)
