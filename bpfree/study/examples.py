@@ -1,4 +1,4 @@
-"""What each test example became in the finished cells of a row: for the error of a difference over new examples."""
+"""Collect the scores of single test examples in the finished cells of a row, for the error of a difference over new examples."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Scores:
 
     Attributes:
         means: in the unit of the table, of each seed with a finite result.
-        examples: of each test example, in the same unit; of the seeds whose predictions are at hand.
+        examples: of each test example, in the same unit; of the seeds whose predictions are available.
         greater: whether a greater score is better.
     """
 

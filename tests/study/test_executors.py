@@ -169,7 +169,7 @@ def test_an_executor_of_a_plugin(site: Path, capsys: pytest.CaptureFixture[str])
 def test_wrong_requests(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, code, text in (
         (("--executor", "no-such"), 2, "known: backwards, local, nothing, ray, slurm"),
-        (("--executor", "nothing"), 2, "the executor 'nothing' is no bpfree.Executor, but 7"),
+        (("--executor", "nothing"), 2, "the executor 'nothing' is not a bpfree.Executor: 7"),
         (("--executor", "backwards", "--with", "most=0"), 2, "most=0 is out of range: must be >= 1"),
         (("--gpus", "1"), 2, "the executor 'local' has no option gpus (--executor ray or --executor slurm)"),
         (("--address", "auto"), 2, "the executor 'local' has no option address (--executor ray)"),

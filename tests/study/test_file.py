@@ -171,7 +171,7 @@ rows:
         ("title: [", "not valid YAML"),
         ("- a list", "must be a mapping"),
         ("title: A\nrows: []", "needs rows"),
-        ("title: A\nrows: [{label: a, columns: [b]}]", "the study has none"),
+        ("title: A\nrows: [{label: a, columns: [b]}]", "the study has no columns"),
         ("title: A\ncolumns: [{label: b}]\nrows: [{label: a, columns: []}]", "names none"),
     ],
 )

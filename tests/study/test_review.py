@@ -373,5 +373,5 @@ def test_timings_of_parallel_cells_are_marked_in_every_column(workplace: Path) -
     assert "4,321*" in dfa
     assert dfa.count("*") == 2
     assert "*" not in backprop
-    assert "nor what was reached in so many of them" in text
+    assert "nor can results of runs with a time budget" in text
     assert [len(timed(line)) for line in worklist.table()] == [0, 2]  # these are drawn over seconds

@@ -126,7 +126,7 @@ tune: {trials: 2, space: {rule.scale: [0.5, 1.0]}, settings: {%s}}
 def test_a_tuned_setting_that_a_row_does_not_use_is_refused_for_that_row(workplace: Path) -> None:
     text = refused(TUNED % ("", ""))
     assert "rule.scale is tuned and not used: unknown key rule.scale of rule 'backprop'" in text
-    assert "tune: {rule.scale: null} of the row takes it away" in text
+    assert "remove it with tune: {rule.scale: null} in the row" in text
     assert "(row b)" in text
     check_tuning(plan(TUNED % ("rule.scale: null", "")))
     assert "schedule.final is used by no row" in refused(TUNED % ("rule.scale: null, optimizer.lr: [0.1, 0.2]", "schedule.final: 0.1"))
