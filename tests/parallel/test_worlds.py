@@ -64,7 +64,7 @@ def test_a_folder_that_one_process_alone_sees(ranks: Ranks, tmp_path: Path) -> N
         answers = ranks.run(2, cases.command_line, tmp_path, ("train", "--resume", f"runs/{run.name}", *changes))
         assert [code for code, _ in answers] == [0, 0]
         assert read_checkpoint(run / "checkpoints" / "last.pt")["training"]["position"]["epoch"] == epochs
-    assert "had finished already" in answers[0][1]
+    assert "is already finished" in answers[0][1]
     assert not answers[1][1]
 
 

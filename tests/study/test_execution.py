@@ -277,7 +277,7 @@ def test_a_worker_that_hangs_is_killed(site: Path, forked: None, monkeypatch: py
     name = study(f"title: Slow\n{BARE}seeds: 1\nrules: [slow, dfa]\n")
     assert call("study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--quiet", "--jobs", "2", "--timeout", "50000") == 1
     known = {outcome["row"]: (outcome["status"], outcome["reason"]) for outcome in outcomes()}
-    assert known == {"slow": ("timeout", "killed: it did not stop after its 50000 s"), "dfa": ("finished", "")}
+    assert known == {"slow": ("timeout", "killed: it did not stop after its timeout of 50000 s"), "dfa": ("finished", "")}
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------

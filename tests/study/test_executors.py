@@ -138,7 +138,7 @@ def test_cells_as_jobs_one_of_which_is_killed(site: Path, capsys: pytest.Capture
 def test_no_cluster_and_no_such_parameter(site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert call("study", "run", "s.yaml", "--executor", "slurm") == 1
-    assert "there is no SLURM here" in capsys.readouterr().err
+    assert "no SLURM on this machine" in capsys.readouterr().err
     words = ("--executor", "slurm", "--with", "cluster=local")
     assert call("study", "run", "s.yaml", *words, "--with", "parameters.flavour=vanilla") == 2
     assert "flavour" in capsys.readouterr().err

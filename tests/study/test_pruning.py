@@ -195,7 +195,7 @@ def test_tpe_is_told_of_pruned_trials(workplace: Path) -> None:
         ("rules: [backprop, dfa]", "rules: [dfa, {program: sklearn, tune: {program.options.C: [1, 2], optimizer.lr: null}}]", "no epochs"),
         ("pruner: asha", "pruner: hyperband", "unknown pruner 'hyperband'"),
         ("pruner: asha", "pruner: none", "need pruner: asha"),
-        ("reduction: 2", "reduction: 1", "give 2 or more"),
+        ("reduction: 2", "reduction: 1", "set 2 or more"),
         ("rung: 1", "rung: 0.5", "tune: rung: must be a whole number"),
     ],
 )
@@ -214,7 +214,7 @@ def test_a_smoke_run_of_a_study_is_another_study(workplace: Path, capsys: pytest
     report = capsys.readouterr().out
     assert "The study was shortened" in report
     assert "quick=true instead of false" in report
-    assert "A smoke run (quick)" in report
+    assert "This is a smoke test (quick)" in report
     found = outcomes()
     assert not {each["cell"] for each in found} & whole
     assert {each["tags"]["quick"] for each in found} == {"True"}

@@ -123,7 +123,7 @@ def test_sections_and_their_order(tmp_path: Path) -> None:
     assert titles(report) == [
         "",
         "Results",
-        "Results in the study's own order",
+        "Results in the order of the study",
         "Time to target",
         "Learning curves",
         "Score against cost",

@@ -78,7 +78,7 @@ def test_a_shared_option_that_another_option_of_a_row_makes_idle_is_listed(workp
         ("rule: {name: dfa}, rule.name: backprop", "rule.name is given twice"),
         ("rule: dfa, optimizer: {}", "optimizer={}: is a section"),
         ("rule: dfa, task: ''", "names no task"),
-        ("rule: dfa, output: 007", "no place here"),
+        ("rule: dfa, output: 007", "not allowed here"),
         ("rule: dfa, optimizer: {1: 2}", "name must be text"),
         ("rule: dfa, stream: ", "has no value"),
     ],

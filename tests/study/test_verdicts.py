@@ -279,7 +279,7 @@ def test_the_report_has_numbers_and_verdicts(tmp_path: Path) -> None:
     assert "Beside the floor" in text
     assert floor_finding(report.floors) == "Beside the floor: above its floor: dfa, bp."
     assert floor_finding([]) == ""
-    assert "Not read for the floor of mlp, too large: b9 (9,000 features)." in text
+    assert "Too large to be read for the floor of mlp: b9 (9,000 features)." in text
 
 
 def test_rows_share_a_floor_if_they_share_task_network_and_initialisation(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ class Report:
         parts: list[Part] = [Table(self.headers, texts, words, "The study's table"), Text(text, "note")]
         if not self.plan.study.publishes("test"):
             parts = [Folded("All rows in the order of the study", parts)]
-        return Section("Results in the study's own order", parts)
+        return Section("Results in the order of the study", parts)
 
     def _comparisons(self) -> list[ComparisonTable]:
         return [*self.floors, *([self.controls] if self.controls else [])]
