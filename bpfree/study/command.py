@@ -50,14 +50,14 @@ POLL = 1.0
 
 @dataclass(frozen=True)
 class Options:
-    """How a study is run.
+    """Options of running a study.
 
     Attributes:
         executor: its name: ``local`` (in process for one job, else a pool), ``ray``, ``slurm``, or a plugin's.
         jobs: cells at a time; ``None``: what the study says, or one per GPU where there are several.
         settings: the executor's own options, ``key=value``.
         timeout: seconds of a cell; ``None``: what the study says.
-        folder: where the report goes; ``None``: beside the cells.
+        folder: of the report; ``None``: that of the cells.
         quiet: no progress display.
     """
 
@@ -233,7 +233,7 @@ def report(worklist: Worklist, words: Sequence[str], folder: Path | None) -> tup
     Args:
         worklist: of the study.
         words: of the command line, for the report.
-        folder: where it goes; ``None``: beside the cells.
+        folder: of the report; ``None``: that of the cells.
 
     Returns:
         The report, and its page.

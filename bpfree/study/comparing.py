@@ -1,4 +1,4 @@
-"""A comparison of rules as a study: each beside the linear classifier, its own-prediction twin, and back-propagation."""
+"""Make a comparison of rules a study, with the linear classifier, own-prediction twins and back-propagation as references."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ __all__ = ["Comparison", "ComparisonTable", "compare", "comparisons", "control_t
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row beside a control, in one column.
+    """A comparison of a row with a control, in one column.
 
     Attributes:
         row, column, control: labels.

@@ -1,4 +1,4 @@
-"""What a difference between two rows of a study is worth: its error, the correction for many comparisons, and what more seeds would decide.
+"""Judge differences between rows of a study: their errors, the correction for many comparisons, and the seeds that would suffice.
 
 A difference of means over n seeds on a test split of N examples has the variance
 

@@ -24,12 +24,12 @@ __all__ = ["OWN", "PROBED", "Scores", "paired", "scores_of", "twin_scores"]
 
 Examples = NDArray[np.float64]
 OWN, PROBED = "", "linear_probe"
-"""Which prediction: the rule's own, or that of a probe of its features."""
+"""Kinds of predictions: the rule's own, and those of a probe of its features."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a row reaches, by seed.
+    """The scores of a row, by seed.
 
     Attributes:
         means: in the unit of the table, of each seed with a finite result.

@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended.
+    """The end of a job.
 
     Attributes:
         cell: ``job.key.id``.

@@ -1,6 +1,6 @@
 """Fingerprints and numbers of examples of data sets, which a study must know before it trains.
 
-Both are computed once from the loaded set, and kept beside the studies' cells together with size and time of the files that were
+Both are computed once from the loaded set, and kept with the studies' cells, together with size and time of the files that were
 read, so that the next plan need not read them.
 """
 

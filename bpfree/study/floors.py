@@ -1,4 +1,4 @@
-"""The floors of a study: measured once for each task and network of its rows, and kept beside its cells.
+"""The floors of a study: measured once for each task and network of its rows, and kept with its cells.
 
 A floor belongs to the rows that share a task and a network. Rules that initialise a network of their own have one each.
 """

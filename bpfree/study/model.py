@@ -44,7 +44,7 @@ Domain = Range | Choices
 
 @dataclass(frozen=True)
 class Tune:
-    """How the rows of a study are tuned: each with the same number of trials, by validation alone.
+    """Settings of tuning, by which every row has the same number of trials, scored on validation only.
 
     Attributes:
         trials: of each row in each column; the first is the configuration as the file has it.
@@ -127,7 +127,7 @@ class Study:
         seeds: the repetitions.
         columns: at least one; a single one without a label where the file has none.
         rows: in the order of the table.
-        controls: labels of the rows beside which the others are put, such as random features.
+        controls: labels of the rows with which all others are compared, such as random features.
         targets: by column, the value of the task's primary metric on validation (shares in per cent) whose time is taken.
         tune: how rows are tuned; ``None``: they are not.
         jobs: cells that run at the same time, unless the command line says otherwise.

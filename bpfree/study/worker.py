@@ -57,7 +57,7 @@ class Job:
         restart: whether it is run from the beginning, without its checkpoint.
         quiet: no progress display.
         until: epochs after which it pauses, with a checkpoint; ``None``: it trains to its end.
-        given: files of code that may be executed, and things made in Python.
+        given: code files that may be executed, and objects made in Python.
     """
 
     key: CellKey
@@ -103,7 +103,7 @@ class Worker:
         """Run a cell and record how it ended, whatever a plugin's rule raises.
 
         Returns:
-            ``None``: another process has it.
+            ``None``: another process runs the cell.
 
         Raises:
             Interrupted: it was asked to stop, and has saved a checkpoint.

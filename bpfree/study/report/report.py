@@ -42,8 +42,8 @@ class Report:
         rows: the table's, row by row, with the learning curves of their cells.
         command: the words that run it; empty for a study that runs from Python.
         headers, table: the cells of the study's table, as text.
-        controls: the rows beside the study's controls, where there is anything to compare.
-        floors: the rows beside their floors, and the verdicts, where floors were measured.
+        controls: comparisons with the study's controls, if there are any.
+        floors: comparisons with the floors, and the verdicts, if floors were measured.
         remarks: what a reader must know, a sentence each: first, how this differs from the study as written.
         failures: a sentence for each cell that did not finish.
         environment: where the finished cells ran.
