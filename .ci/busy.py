@@ -1,4 +1,4 @@
-"""Repeats a command beside busy processes, until it fails or has succeeded as often as it should.
+"""Repeat a command beside busy processes, until it fails or has succeeded as often as it should.
 
 python .ci/busy.py [--processes 8] [--times 10] COMMAND ...
 """
@@ -16,7 +16,7 @@ SPIN = "while True: pass"
 
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
-    """So many processes that compute without end, as long as the context lasts."""
+    """Run ``count`` processes that compute without end, as long as the context lasts."""
     spinning = [subprocess.Popen([sys.executable, "-S", "-c", SPIN]) for _ in range(count)]
     try:
         yield

@@ -1,8 +1,8 @@
-"""Renews the certificates of the registry that are missing or stale, then its index and tables, and the table in the docs.
+"""Renew the certificates of the registry that are missing or stale, then its index and tables, and the table in the docs.
 
     python .ci/certify.py [RULE ...] [--all] [--jobs 2]
 
-Each rule is examined by a process of its own, `bpfree certify RULE --output registry/certificates/RULE.json`, with one thread.
+Each rule is examined by a separate process, `bpfree certify RULE --output registry/certificates/RULE.json`, with one thread.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DOCS = REGISTRY.parent / "docs" / "certificates.md"
 
 
 def present(rule: str) -> dict[str, Certificate]:
-    """The certificate that is there; one that cannot be read counts as none."""
+    """Return the existing certificate; one that cannot be read counts as none."""
     try:
         return {rule: read_certificate(certificate_file(REGISTRY, rule))}
     except BpfreeError:
@@ -36,7 +36,7 @@ def present(rule: str) -> dict[str, Certificate]:
 
 
 def certify(rule: str) -> bool:
-    """Examine a rule, and say how it went; a certificate of a failed examination is written too."""
+    """Examine a rule and print the result; a certificate of a failed examination is written too."""
     target = certificate_file(REGISTRY, rule)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     began = time.perf_counter()
@@ -53,8 +53,8 @@ def certify(rule: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rules", nargs="*", metavar="RULE", help="of the registry's entries; all by default")
-    parser.add_argument("--all", action="store_true", help="also those that are fresh")
+    parser.add_argument("rules", nargs="*", metavar="RULE", help="rules to examine (default: all of the registry's entries)")
+    parser.add_argument("--all", action="store_true", help="renew fresh certificates, too")
     parser.add_argument("--jobs", type=int, default=2, help="examinations at a time (2)")
     given = parser.parse_args(arguments)
     known, plugins = [rule for entry in read_entries(REGISTRY) for rule in entry.rules], installed_plugins()

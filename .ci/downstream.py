@@ -1,4 +1,4 @@
-"""Installs each plugin in plugins/ against this core, in a clean environment of its own, and certifies its rules.
+"""Install each plugin in plugins/ against this core, in a separate clean environment, and certify its rules.
 
     python .ci/downstream.py [PLUGIN ...] [--first] [--keep FOLDER]
 
@@ -29,7 +29,7 @@ OURS = ("bpfree", "__editable__")
 
 
 def borrow(folder: Path) -> None:
-    """Fill a folder with links to the running environment's packages, but bpfree, its plugins, and editable installs."""
+    """Fill a folder with links to the running environment's packages, except bpfree, its plugins, and editable installs."""
     folder.mkdir(parents=True)
     for site in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
         for item in Path(site).iterdir():
@@ -38,7 +38,7 @@ def borrow(folder: Path) -> None:
 
 
 def clean_environment(folder: Path) -> Path:
-    """Make a venv that borrows packages; the path of its interpreter."""
+    """Make a venv that borrows packages; returns the path of its interpreter."""
     venv.create(folder / "venv", with_pip=False, symlinks=True)
     borrow(folder / "borrowed")
     there = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
@@ -59,7 +59,7 @@ def install(interpreter: Path, source: Path, scratch: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Without what builds and runs leave behind."""
+    """Copy a source folder without the files that builds and runs leave behind."""
     if source.is_dir():
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*"))
     else:
@@ -67,7 +67,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def call(*words: object, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a program there, away from this checkout and its environment's variables.
+    """Run a program in a folder away from this checkout, without the variables of its environment.
 
     Raises:
         SystemExit: it failed, with what it said, if ``check``.
@@ -81,7 +81,7 @@ def call(*words: object, cwd: Path, check: bool = True) -> subprocess.CompletedP
 
 
 def plugins_seen(interpreter: Path, folder: Path) -> dict[str, dict[str, object]]:
-    """What `bpfree plugins list` shows there, by name, after a look at where bpfree is imported from.
+    """Return the output of `bpfree plugins list` there, by name, after checking where bpfree is imported from.
 
     Raises:
         SystemExit: it is not imported from that environment.
@@ -94,7 +94,7 @@ def plugins_seen(interpreter: Path, folder: Path) -> dict[str, dict[str, object]
 
 
 def examine(source: Path, folder: Path, *, first: bool) -> bool:
-    """One plugin: whether all went well."""
+    """Examine one plugin; tell whether all checks passed."""
     interpreter = clean_environment(folder)
     install(interpreter, ROOT, folder / "sources")
     install(interpreter, source, folder / "sources")
@@ -111,7 +111,7 @@ def examine(source: Path, folder: Path, *, first: bool) -> bool:
 
 
 def certified(interpreter: Path, rule: str, folder: Path) -> bool:
-    """Whether the quick examination of a rule passes."""
+    """Tell whether the quick examination of a rule passes."""
     began = time.perf_counter()
     result = call(interpreter.parent / "bpfree", "certify", rule, "--quick", cwd=folder, check=False)
     print(f"  {rule}: {'passed' if result.returncode == 0 else 'failed'} in {time.perf_counter() - began:.0f} s", flush=True)

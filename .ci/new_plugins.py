@@ -27,21 +27,21 @@ SETTINGS = str(ROOT / "pyproject.toml")
 
 
 def lint(folders: list[Path]) -> Iterator[tuple[Path, list[str]]]:
-    """In which folder which command is run: ruff, which looks for what is a package's own from there."""
+    """Yield folders and commands: ruff runs in each plugin's folder, since it looks for a package's own modules from there."""
     checks = (["check"], ["format", "--check"], ["check", "--config", SETTINGS], ["format", "--check", "--config", SETTINGS])
     for folder in folders:
         yield from ((folder, ["ruff", *words, "--no-cache", "--quiet", "."]) for words in checks)
 
 
 def types(folders: list[Path]) -> Iterator[tuple[Path, list[str]]]:
-    """One command for all: what the core means is found out once."""
+    """Yield one command for all plugins, so that the core's types are computed once."""
     places = [str(folder / part) for folder in folders for part in ("src", "tests")]
     options = ("--config-file", SETTINGS, "--cache-dir", str(ROOT / ".mypy_cache" / "new"), "--follow-imports", "silent")
     yield folders[0], ["mypy", *options, *places]
 
 
 def main(what: str) -> int:
-    """Write them, and look; the exit code is that of the first command that fails."""
+    """Write the plugins and check them; returns the exit code of the first command that fails."""
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch, name) for name in NAMES]
         for (name, kind), folder in zip(NAMES.items(), folders, strict=True):

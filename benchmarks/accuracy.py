@@ -13,7 +13,7 @@ and the other kind of inference.
 
 Targets: digits at least 97.5 % and within 1 point of back-propagation; MNIST at least 98.5 % in two epochs and 3 minutes.
 
-With ``--output FOLDER`` the runs are kept, and a second call goes on where the first one was interrupted.
+With ``--output FOLDER`` the runs are kept, and a second call resumes where the first was interrupted.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ VARIANTS = {
 
 
 def best_block(run: Run) -> str:
-    """The block whose own accuracy on validation was best after the last epoch."""
+    """Name the block whose own accuracy on validation was best after the last epoch."""
     last = next(metrics for metrics in reversed(run.history) if "val/t1/accuracy" in metrics)
     blocks = {name.split("/")[1]: value for name, value in last.items() if name.startswith("val/t") and name.endswith("/accuracy")}
     return max(blocks, key=blocks.__getitem__)
 
 
 def parts_of(run: Run) -> dict[str, Callable[[Run], str]]:
-    """The further accuracies within runs of noprop-dt, whatever its default inference is: label, and which result."""
+    """Return the further accuracies of a noprop-dt run, by label: a function that gives the result's key."""
     other = next(name for name in ("deterministic", "sampled") if f"test/{name}/accuracy" in run.result)
     return {
         "its best block": lambda run: f"test/{best_block(run)}/accuracy",
@@ -82,7 +82,7 @@ def parts_of(run: Run) -> dict[str, Callable[[Run], str]]:
 
 
 def train(words: Sequence[str], folder: Path, task: Task | None) -> Run:
-    """A new run in the folder, or the rest of the one that is there; of a finished one only the test is repeated."""
+    """Start a run in the folder, or resume the existing one; for a finished run only the test is repeated."""
     begun = sorted(folder.glob("*/checkpoints/last.pt"))
     if begun:
         return runner.resume(str(begun[-1]), output=str(folder), quiet=True)
@@ -94,7 +94,7 @@ FLOORS: dict[str, Row] = {}
 
 
 def floor_of(words: Sequence[str], seeds: int, task: Task | None) -> Row:
-    """The floor of a row's network, over the same seeds; measured once for rows that share a network and its initialisation."""
+    """Return the floor of a row's network over the same seeds; measured once for rows that share network and initialisation."""
     recipe = resolve(parse_words(words))
     own = recipe.names["rule"] if recipe.names["rule"] not in ("backprop", "dfa", "frozen") else ""
     key = repr((recipe.names["network"], own, recipe.options["network"], recipe.options["rule"] if own else None, recipe.task, seeds))
@@ -104,14 +104,14 @@ def floor_of(words: Sequence[str], seeds: int, task: Task | None) -> Row:
 
 
 def measured_floor(recipe: Recipe, seeds: int, task: Task) -> Row:
-    """The floor over the first n seeds."""
+    """Measure the floor over the first n seeds."""
     recipes = (dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, seed=seed)) for seed in range(seeds))
     found = measure_floor(task, [each.build_rule(task.spec) for each in recipes])
     return {"of": found.name, "penalty": found.best.penalty, "accuracies": list(found.test), "mean": statistics.fmean(found.test)}
 
 
 def row(label: str, runs: Sequence[Run], words: Sequence[str], key: Callable[[Run], str] = lambda run: "test/accuracy") -> Row:
-    """One line of the table from the runs of all seeds."""
+    """Make one line of the table from the runs of all seeds."""
     scores = [run.result[key(run)] for run in runs]
     probed = [run.result["test/linear_probe/accuracy"] for run in runs if "test/linear_probe/accuracy" in run.result]
     return {
@@ -129,7 +129,7 @@ def row(label: str, runs: Sequence[Run], words: Sequence[str], key: Callable[[Ru
 
 
 def rows_of(variant: Variant, common: Sequence[str], seeds: int, folder: Path, task: Task | None) -> list[Row]:
-    """Train a variant with every seed; its row, and those of its parts."""
+    """Train a variant with every seed; returns its row, and those of its parts."""
     words = [*variant.words, *common]
     runs = []
     for seed in range(seeds):
@@ -144,7 +144,7 @@ def rows_of(variant: Variant, common: Sequence[str], seeds: int, folder: Path, t
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table as the README has it."""
+    """Format the table as in the README."""
     headers = ["method", "own prediction", "probed", "floor", "own less floor", "parameters trained", "processor seconds"]
     lines: list[list[str]] = []
     floor: Row = {}
@@ -162,11 +162,11 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("accuracy", __doc__)
-    benchmark.parser.add_argument("part", choices=list(DEFAULTS), help="which task")
+    benchmark.parser.add_argument("part", choices=list(DEFAULTS), help="task to train on")
     benchmark.parser.add_argument("--paper", action="store_true", help="the paper's own block and batch size (mnist, cifar10)")
-    benchmark.parser.add_argument("--epochs", type=int, help="of each run")
+    benchmark.parser.add_argument("--epochs", type=int, help="epochs of each run")
     benchmark.parser.add_argument("--seeds", type=int, help="runs of each row")
-    benchmark.parser.add_argument("--output", type=Path, help="keep the runs here, and go on with them")
+    benchmark.parser.add_argument("--output", type=Path, help="folder in which runs are kept, and resumed")
     options = benchmark.start(arguments)
     epochs, seeds = (1, 1) if options.quick else (options.epochs or DEFAULTS[options.part][0], options.seeds or DEFAULTS[options.part][1])
     common = [
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def smoke_task(name: str) -> Task:
-    """A few random examples in a task's shapes."""
+    """Make a few random examples in a task's shapes."""
     spec = resolve(parse_words([f"task={name}", "rule=linear"])).registry.get("tasks", name).spec(None, None)
     return measure.synthetic_task(spec, train=64, held=32)
 

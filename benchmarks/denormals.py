@@ -22,7 +22,7 @@ SHARE, TINY = 0.01, 1e-40
 
 
 def decayed(share: float) -> Rule:
-    """NoProp-CT with the paper's block, a share of whose weights are denormal."""
+    """Build NoProp-CT with the paper's block, with a share of its weights denormal."""
     recipe = resolve(parse_words(["rule=noprop-ct", "rule.validation_steps=20", "task=mnist", "network=noprop-timed-paper"]))
     rule = recipe.build_rule(recipe.registry.get("tasks", "mnist").spec(recipe.options["task"], None))
     generator = torch.Generator().manual_seed(0)
@@ -34,7 +34,7 @@ def decayed(share: float) -> Rule:
 
 
 def flushing(work: Callable[[], object], *, on: bool) -> Callable[[], None]:
-    """``work`` with denormals flushed, or as they are."""
+    """Wrap ``work`` to run with denormals flushed, or unchanged."""
 
     def run() -> None:
         torch.set_flush_denormal(on)

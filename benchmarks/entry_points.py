@@ -1,4 +1,4 @@
-"""Makes the entry points of a checkout known where nothing can be installed: ``python benchmarks/entry_points.py FOLDER``.
+"""Write entry points of a checkout for environments without installation: ``python benchmarks/entry_points.py FOLDER``.
 
 Writes a minimal ``.dist-info`` folder for the core and each plugin into FOLDER, from their pyproject.toml files, and prints
 the PYTHONPATH under which they and their code are found. Needs nothing but Python 3.11.
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def version_of(project: dict[str, Any], folder: Path) -> str:
-    """The version in pyproject.toml, or in the core's version.py."""
+    """Return the version in pyproject.toml, or in the core's version.py."""
     if "version" in project:
         return str(project["version"])
     found = re.search(r'__version__ = "([^"]+)"', (folder / "bpfree" / "version.py").read_text(encoding="utf-8"))
@@ -27,7 +27,7 @@ def version_of(project: dict[str, Any], folder: Path) -> str:
 
 
 def write_info(folder: Path, target: Path) -> None:
-    """``NAME-VERSION.dist-info`` in ``target`` for the project in ``folder``."""
+    """Write ``NAME-VERSION.dist-info`` in ``target`` for the project in ``folder``."""
     project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     version = version_of(project, folder)
     info = target / f"{project['name'].replace('-', '_')}-{version}.dist-info"
@@ -39,7 +39,7 @@ def write_info(folder: Path, target: Path) -> None:
 
 
 def search_path(target: Path) -> list[Path]:
-    """Where the entry points and the code are."""
+    """List the folders that hold the entry points and the code."""
     plugins = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
     for folder in (ROOT, *plugins):
         write_info(folder, target)

@@ -2,7 +2,7 @@
 
 For each task and network of the study, the best converged linear readout of the inputs, of a block of the untrained network, or of
 all together, chosen by mean validation over the study's seeds (``bpfree.training.floor``). With ``--beside FILE`` (a result of this
-folder) each row's own accuracy, measured earlier, and its distance from the floor stand beside it.
+folder) each row's own accuracy, measured earlier, and its distance from the floor are shown, too.
 
     python benchmarks/floors.py claims --beside claims-cpu.json
 """
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def known(path: Path, study: str) -> dict[str, float]:
-    """Mean accuracy of a committed result by row (``ROW`` or ``ROW / COLUMN``), in per cent."""
+    """Return the mean accuracy in per cent of a committed result, by row (``ROW`` or ``ROW / COLUMN``)."""
     content = json.loads(path.read_text())
     if "studies" not in content:
         return {label: row["test_accuracy"]["mean"] for label, row in content["rows"].items()}
@@ -38,15 +38,15 @@ def known(path: Path, study: str) -> dict[str, float]:
 
 
 def accuracy(cell: dict[str, Any]) -> float:
-    """Of a cell, in per cent."""
+    """Return the accuracy of a cell in per cent."""
     return float(cell["test_accuracy"] if "test_accuracy" in cell else 100 - cell["test_error"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("floors", __doc__)
-    benchmark.parser.add_argument("study", help="its name or file")
-    benchmark.parser.add_argument("--rows", nargs="+", help="labels (default: all)")
-    benchmark.parser.add_argument("--seeds", type=int, help="how many (default: the study's)")
+    benchmark.parser.add_argument("study", help="name or file of the study")
+    benchmark.parser.add_argument("--rows", nargs="+", help="labels of the rows (default: all)")
+    benchmark.parser.add_argument("--seeds", type=int, help="number of seeds (default: the study's)")
     benchmark.parser.add_argument("--beside", help="a result in benchmarks/results with the rows' accuracies")
     benchmark.parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all rows")
     options = benchmark.start(arguments)
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def numbers(row: dict[str, Any]) -> tuple[str, str]:
-    """Own accuracy and its distance."""
+    """Format a row's own accuracy, and its distance from the floor."""
     return f"{row['own']:.2f}", f"{row['own_less_floor']:+.2f}"
 
 

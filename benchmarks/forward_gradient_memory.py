@@ -34,7 +34,7 @@ WARM = 2
 
 
 def rules(depth: int, device: torch.device) -> dict[str, Rule]:
-    """Each with a network of its own."""
+    """Build the rules, each with its own network."""
 
     def network() -> Any:
         return mlp(SPEC, MLPConfig(widths=[WIDTH] * depth))
@@ -51,7 +51,7 @@ def rules(depth: int, device: torch.device) -> dict[str, Rule]:
 
 
 def peak(rule: Rule, batch: Batch, device: torch.device) -> int:
-    """Of one credit, after some that are not watched."""
+    """Return the peak bytes of one credit, after some warm-up calls."""
     step = new_step(rule)
     parameters = list(rule.parameters())
     for _ in range(WARM):
@@ -68,7 +68,7 @@ def peak(rule: Rule, batch: Batch, device: torch.device) -> int:
 
 
 def measure_depths(depths: Sequence[int], device: torch.device) -> dict[str, dict[int, int]]:
-    """Peaks by rule and depth."""
+    """Return the peak bytes by rule and depth."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     inputs, targets = torch.randn(BATCH, WIDTH, generator=generator), torch.randint(SPEC.outputs, (BATCH,), generator=generator)
@@ -81,7 +81,7 @@ def measure_depths(depths: Sequence[int], device: torch.device) -> dict[str, dic
 
 
 def summary(sizes: dict[str, dict[int, int]], depths: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Growth and bytes per layer, and whether what should be flat is."""
+    """Return growth and bytes per layer, and whether rules with a flat target are flat."""
     first, last = depths[0], depths[-1]
     result: dict[str, dict[str, Any]] = {}
     for name, by_depth in sizes.items():

@@ -69,7 +69,7 @@ def make_batch(spec: TaskSpec, count: int, device: torch.device) -> Batch:
 
 
 def credit(rule: Rule, batch: Batch) -> Work:
-    """The rule's own part of a step, each with noise of its own."""
+    """Return the rule's own part of a step, with new noise in each call."""
     step = new_step(rule)
 
     def work() -> None:
@@ -80,7 +80,7 @@ def credit(rule: Rule, batch: Batch) -> Work:
 
 
 def plain_jvp(network: Network, spec: TaskSpec, batch: Batch) -> Work:
-    """The forward gradient as Baydin et al. (2022) write it: noise v on all weights, ``(dL/dv) v`` their gradient."""
+    """Return the forward gradient of Baydin et al. (2022): noise v on all weights, ``(dL/dv) v`` as their gradient."""
     members = dict(network.named_parameters())
     values = {name: parameter.detach() for name, parameter in members.items()}
 
@@ -94,7 +94,7 @@ def plain_jvp(network: Network, spec: TaskSpec, batch: Batch) -> Work:
 
 
 def steps(network: Network, spec: TaskSpec, batch: Batch) -> dict[str, Work]:
-    """All variants, on the same weights."""
+    """Return the steps of all variants, on the same weights."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -124,7 +124,7 @@ def steps(network: Network, spec: TaskSpec, batch: Batch) -> dict[str, Work]:
 
 
 def after_dropping(work: Work, network: Network, device: torch.device) -> Callable[[], Cost]:
-    """One step as a function that returns its cost; the old ``.grad`` goes before."""
+    """Wrap a step to return its cost; the old ``.grad`` is dropped before the step."""
     parameters = list(network.parameters())
     once = measure.timed(work, device)
 
@@ -140,7 +140,7 @@ def after_dropping(work: Work, network: Network, device: torch.device) -> Callab
 
 
 def mixed(arms: dict[str, Callable[[], Cost]], rounds: int, chance: random.Random) -> list[dict[str, Cost]]:
-    """Costs by variant, round by round, each round in a new order."""
+    """Measure the costs by variant, round by round, each round in a new order."""
     results = []
     for _ in range(rounds):
         order = list(arms)
@@ -150,7 +150,7 @@ def mixed(arms: dict[str, Callable[[], Cost]], rounds: int, chance: random.Rando
 
 
 def hot(arms: dict[str, Callable[[], Cost]], rounds: int) -> list[dict[str, Cost]]:
-    """Costs by variant, each several times in succession after one that is not counted, the forward pass after each."""
+    """Measure the costs by variant, each several times in succession after a warm-up, followed by the forward pass."""
     results = []
     for _ in range(rounds):
         found: dict[str, list[Cost]] = {}
@@ -162,7 +162,7 @@ def hot(arms: dict[str, Callable[[], Cost]], rounds: int) -> list[dict[str, Cost
 
 
 def in_forward_passes(repetitions: Sequence[Sequence[dict[str, Cost]]], name: str) -> dict[str, Any]:
-    """The median of a variant's ratios over all rounds, and the medians of the repetitions alone."""
+    """Return the median of a variant's ratios over all rounds, and the medians of each repetition."""
     ratios = [[found[name].wall / found[FORWARD].wall for found in rounds] for rounds in repetitions]
     every = [found for rounds in repetitions for found in rounds]
     return {
@@ -174,7 +174,7 @@ def in_forward_passes(repetitions: Sequence[Sequence[dict[str, Cost]]], name: st
 
 
 def costs(device: torch.device, repetitions: int, rounds: int, width: Sequence[int], count: int) -> dict[str, Any]:
-    """Both ways of measuring, by variant."""
+    """Measure the costs by variant in both ways."""
     torch.manual_seed(0)
     network = mlp(VECTORS, MLPConfig(widths=list(width))).to(device)
     works = steps(network, VECTORS, make_batch(VECTORS, count, device))
@@ -219,7 +219,7 @@ def show_costs(results: dict[str, Any]) -> None:
 
 
 def directions(device: torch.device, pairs: int, counts: Sequence[int], *, quick: bool) -> dict[str, dict[str, Any]]:
-    """All directions at once against one by one."""
+    """Compare all directions at once with one by one."""
     torch.manual_seed(0)
     networks = {
         "mlp": (VECTORS, mlp(VECTORS, MLPConfig(widths=[16, 16] if quick else WIDTHS))),
@@ -241,8 +241,8 @@ def directions(device: torch.device, pairs: int, counts: Sequence[int], *, quick
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("forward_gradient_step", __doc__, pairs=11)
-    benchmark.parser.add_argument("--repetitions", type=int, default=5, help=f"of {ROUNDS} rounds each (default 5)")
-    benchmark.parser.add_argument("--only", choices=["cost", "directions"], help="one of the two parts")
+    benchmark.parser.add_argument("--repetitions", type=int, default=5, help=f"repetitions of {ROUNDS} rounds each (default 5)")
+    benchmark.parser.add_argument("--only", choices=["cost", "directions"], help="measure only this part")
     options = benchmark.start(arguments)
     results: dict[str, Any] = {}
     if options.only != "directions":

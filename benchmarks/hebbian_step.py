@@ -24,7 +24,7 @@ BATCH, TARGET = 10, 1.5
 
 
 def sources(rule: SoftHebb, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """What each layer's convolution sees and makes."""
+    """Return the input and the output of each layer's convolution."""
     seen = {}
     for name, layer in rule.layers.items():
         x, source, u = layer.execute(x)
@@ -33,7 +33,7 @@ def sources(rule: SoftHebb, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def bare(linear: nn.Module, source: Tensor, signal: Tensor) -> Callable[[], None]:
-    """A forward and a weight-gradient convolution."""
+    """Return a function that computes a forward and a weight-gradient convolution."""
     weight: Any = linear.weight
 
     @torch.no_grad()
@@ -45,7 +45,7 @@ def bare(linear: nn.Module, source: Tensor, signal: Tensor) -> Callable[[], None
 
 
 def update(rule: SoftHebb, name: str, source: Tensor, apply: Callable[[str], None]) -> Callable[[], None]:
-    """All of a layer's update, from what its convolution sees."""
+    """Return a function that computes a layer's whole update from the input of its convolution."""
     layer = rule.layers[name]
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def together(works: Sequence[Callable[[], Any]]) -> Callable[[], None]:
-    """One after the other."""
+    """Return a function that calls the given ones in turn."""
 
     def work() -> None:
         for part in works:

@@ -1,8 +1,8 @@
-"""What the benchmarks share: options, timing in interleaved pairs, saved bytes, tables, result files.
+"""Common code of the benchmarks: options, timing in interleaved pairs, saved bytes, tables, result files.
 
-Speeds are ratios within one run: the two things are timed alternately, so that whatever else the machine does meets
-both, and the median of the pairs' ratios is reported. Absolute times depend on the machine and its load. Beside the clock's
-seconds stand those of processors in all threads, which other processes disturb less.
+Speeds are ratios within one run: the two sides are timed alternately, so that other load on the machine affects
+both, and the median of the pairs' ratios is reported. Absolute times depend on the machine and its load. Wall-clock
+seconds are reported with processor seconds of all threads, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Benchmark:
         self.parser.add_argument("--quick", action="store_true", help="a smoke run: tiny sizes, figures without meaning")
         self.parser.add_argument("--save", nargs="?", const=RESULTS, type=Path, metavar="FOLDER", help="write the result file")
         self.parser.add_argument("--device", default="cpu", help="cpu or cuda")
-        self.parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+        self.parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
         if pairs is not None:
             self.parser.add_argument("--pairs", type=int, default=pairs, help=f"interleaved pairs (default {pairs})")
 
     def start(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """Parse the command line, set torch's threads, note the load."""
+        """Parse the command line, set torch's threads, and record the load."""
         self._words = list(sys.argv[1:] if arguments is None else arguments)
         self.options = self.parser.parse_args(self._words)
         if self.options.quick and "pairs" in self.options:
@@ -76,7 +76,7 @@ class Benchmark:
         return self.options
 
     def finish(self, results: dict[str, Any], *, suffix: str = "") -> None:
-        """Write ``<name><suffix>-<device>.json`` if that was asked for."""
+        """Write ``<name><suffix>-<device>.json`` if a folder was given."""
         if self.options.save is None:
             return
         content = {"benchmark": f"{self.name}{suffix}", "command": self.command(), **self.facts(), "results": results}
@@ -86,7 +86,7 @@ class Benchmark:
         print(f"written: {path.name}")
 
     def command(self) -> str:
-        """What was run, without the paths of this machine."""
+        """Return the command line without the paths of this machine."""
         words, skip = [], False
         for word in self._words:
             path = word in ("--save", "--output", "--pcx")
@@ -98,7 +98,7 @@ class Benchmark:
         return shlex.join(["python", f"benchmarks/{self.name}.py", *words])
 
     def facts(self) -> dict[str, Any]:
-        """Versions, hardware, threads, date, and how busy the machine was."""
+        """Return versions, hardware, threads, date, and how busy the machine was."""
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -112,12 +112,12 @@ class Benchmark:
 
 
 def load() -> float:
-    """Processes that wanted a core in the last minute."""
+    """Return the number of processes that wanted a core in the last minute."""
     return round(os.getloadavg()[0], 2)
 
 
 def cpu_name() -> str:
-    """The processor's model, as far as the system reports it."""
+    """Return the processor's model, as far as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -154,7 +154,7 @@ class Stopwatch:
 
 
 def timed(work: Callable[[], Any], device: torch.device, *, repeat: int = 1) -> Callable[[], Cost]:
-    """``work``, done ``repeat`` times, as a function that returns the cost of one."""
+    """Wrap ``work``, repeated ``repeat`` times, as a function that returns the cost of one repetition."""
 
     def measure() -> Cost:
         with Stopwatch(device) as watch:
@@ -166,7 +166,7 @@ def timed(work: Callable[[], Any], device: torch.device, *, repeat: int = 1) -> 
 
 
 def interleaved(ours: Callable[[], Cost], other: Callable[[], Cost], count: int) -> list[Pair]:
-    """Costs of both, ``count`` times; every second pair begins with the other."""
+    """Measure the costs of both, ``count`` times; every second pair begins with the other."""
     pairs = []
     for number in range(count):
         first, second = (ours, other) if number % 2 == 0 else (other, ours)
@@ -176,7 +176,7 @@ def interleaved(ours: Callable[[], Cost], other: Callable[[], Cost], count: int)
 
 
 def compared(pairs: Sequence[Pair], target: float | None) -> dict[str, Any]:
-    """All pairs, their ratios, and the median beside its target (which is one of wall time), if there is one."""
+    """Return all pairs, their ratios, and the median beside its target (of wall time), if there is one."""
     ratios = [ours.wall / other.wall for ours, other in pairs]
     of_processor = [ours.processor / other.processor for ours, other in pairs]
     return {
@@ -196,7 +196,7 @@ RATIO_HEADERS = ("what", "ours ms", "bare ms", "median ratio", "range", "process
 
 
 def ratio_row(label: str, result: dict[str, Any]) -> list[str]:
-    """A result of :func:`compared` under :data:`RATIO_HEADERS`."""
+    """Format a result of :func:`compared` under :data:`RATIO_HEADERS`."""
     ours, other = (f"{1000 * seconds:.3f}" for seconds in result["median_seconds"])
     ratio, spread = f"{result['median_ratio']:.3f}", f"{min(result['ratios']):.3f} to {max(result['ratios']):.3f}"
     of_processor = f"{result['median_processor_ratio']:.3f}"
@@ -213,7 +213,7 @@ def show_ratios(results: dict[str, dict[str, Any]]) -> None:
 
 
 def saved_bytes(work: Callable[[], Any]) -> int:
-    """Peak of the bytes that tensors saved for backward hold at any one time while ``work`` runs."""
+    """Return the peak bytes of tensors saved for backward while ``work`` runs."""
     alive: dict[int, int] = {}
     peak = 0
 
@@ -236,7 +236,7 @@ def saved_bytes(work: Callable[[], Any]) -> int:
 
 
 def synthetic_task(spec: TaskSpec, *, train: int, held: int = 256, seed: int = 0) -> Task:
-    """Random uint8 images and classes in the shapes of a task, for speed alone."""
+    """Make random uint8 images and classes in the shapes of a task, for speed alone."""
     generator = torch.Generator().manual_seed(seed)
 
     def split(count: int) -> Split:

@@ -39,14 +39,14 @@ CASES = {
 
 
 def make(case: tuple[str, str, str], T: int, batch_size: int, device: torch.device) -> tuple[Rule, Batch]:
-    """The rule with T blocks and otherwise its defaults, and a random batch."""
+    """Build the rule with T blocks and otherwise its defaults, and a random batch."""
     network, task, setting = case
     recipe = resolve(parse_words(["rule=noprop-dt", f"task={task}", f"network={network}", f"rule.T={T}", f"network.blocks={T}", setting]))
     return build(recipe, batch_size, device)
 
 
 def build(recipe: Recipe, batch_size: int, device: torch.device) -> tuple[Rule, Batch]:
-    """The recipe's rule in train mode, and a random batch of its task's shapes."""
+    """Build the recipe's rule in train mode, and a random batch of its task's shapes."""
     spec = recipe.registry.get("tasks", recipe.names["task"]).spec(recipe.options["task"], None)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(batch_size, *spec.input_shape, generator=generator)
@@ -56,7 +56,7 @@ def build(recipe: Recipe, batch_size: int, device: torch.device) -> tuple[Rule, 
 
 
 def peak(rule: Rule, batch: Batch, device: torch.device, *, most: int) -> dict[str, int]:
-    """Bytes of the largest step of an epoch's phases (of the first ``most``), and what lies between steps at the end of the epoch."""
+    """Return bytes of the largest step of an epoch's phases (of the first ``most``), and bytes kept between steps at its end."""
     stepper, memory = Stepper(rule), StepMemory(device)
     for number, phase in enumerate(rule.phases(Budget(epochs=1))):
         with stepper.phase(phase):
@@ -70,7 +70,7 @@ def peak(rule: Rule, batch: Batch, device: torch.device, *, most: int) -> dict[s
 
 
 def measure_counts(counts: Sequence[int], batch_size: int, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Bytes by case and T, growth, and whether what should be flat is."""
+    """Return bytes by case and T, growth, and whether cases with a flat target are flat."""
     results: dict[str, dict[str, Any]] = {}
     for label, case in CASES.items():
         found = {T: peak(*make(case, T, batch_size, device), device, most=counts[0]) for T in counts}
@@ -88,7 +88,7 @@ def measure_counts(counts: Sequence[int], batch_size: int, device: torch.device)
 
 
 def measure_table(device: torch.device, *, quick: bool) -> dict[str, dict[str, Any]]:
-    """Bytes of the one-hot rows of Table 2, by task and method."""
+    """Return bytes of the one-hot rows of Table 2, by task and method."""
     results: dict[str, dict[str, Any]] = {}
     for task in ("mnist", "cifar10", "cifar100")[: 1 if quick else 3]:
         study = find_study(f"noprop/table1-{task}")

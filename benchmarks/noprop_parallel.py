@@ -1,6 +1,6 @@
 """NoProp-DT's blocks in two processes against one, of one thread each. Targets: 1.7 times the blocks per second, or 0.95 of two copies.
 
-Three things are timed in turn, in two processes that stand ready: *one* trains the whole network (T=10 ``noprop-cnn``, MNIST's shapes,
+Three arms are timed in turn, in two processes that stand ready: *one* trains the whole network (T=10 ``noprop-cnn``, MNIST's shapes,
 batch 128, random inputs); *two* share its blocks (``parallel=blocks``, Gloo); *copies* are two plain loops that know nothing of each
 other, over the same blocks with the same loss and optimiser and no rule code. A block counts once for each batch that it has learned from.
 What two copies reach is what the machine gives to two processes at all: caches and memory are shared.
@@ -35,13 +35,13 @@ BATCH = 128
 
 
 def make() -> Rule:
-    """T=10 blocks, the rule's defaults."""
+    """Build the rule with its defaults and T=10 blocks."""
     recipe = resolve(parse_words(["rule=noprop-dt", "task=mnist", "network=noprop-cnn"]))
     return recipe.build_rule(recipe.registry.get("tasks", "mnist").spec(recipe.options["task"], None))
 
 
 def trained(steps: int, batch: int) -> float:
-    """Seconds of the second pass of a run, in which this process has a part or all."""
+    """Return the seconds of the second pass of a run, in which this process has all blocks or a part of them."""
     rule = make()
     task = measure.synthetic_task(rule.spec, train=steps * batch, held=batch)
     config = TrainConfig(
@@ -52,7 +52,7 @@ def trained(steps: int, batch: int) -> float:
 
 
 def plain(steps: int, batch: int, barrier: Any) -> float:
-    """Seconds of a loop of one's own: each block's forward pass, loss, backward pass, and one fused optimiser."""
+    """Return the seconds of a hand-written loop: each block's forward pass, loss, backward pass, and one fused optimiser."""
     rule: Any = make()
     rule.train()
     blocks = list(rule.network.blocks.values())
@@ -78,7 +78,7 @@ def plain(steps: int, batch: int, barrier: Any) -> float:
 
 
 def serve(pipe: Connection, barrier: Any, rank: int) -> None:
-    """What each of the two processes does: one job after the other."""
+    """Serve as one of the two processes: do one job after the other."""
     torch.set_num_threads(1)
     while True:
         what, steps, batch, port = pipe.recv()
@@ -96,7 +96,7 @@ def free_port() -> int:
 
 
 def blocks_per_second(pipes: Sequence[Connection], what: str, steps: int, batch: int) -> float:
-    """Of all processes that take part, over the time of the slowest."""
+    """Return the blocks per second of all processes that take part, by the time of the slowest."""
     parts = pipes[:1] if what == "one" else pipes
     port = free_port()
     for pipe in parts:

@@ -6,7 +6,7 @@ rule code, no noise, no head. Dropping ``.grad`` is in both, the optimiser's ste
 are thus part of what is called overhead. Dense blocks are also computed as one, by batched products, which is less work than the raw
 passes.
 
-Also, in pairs of their own: ``credit`` under bf16 autocast (as ``precision=bf16``) against itself in fp32, for the paper's block at
+Also, in separate pairs: ``credit`` under bf16 autocast (as ``precision=bf16``) against itself in fp32, for the paper's block at
 most 1/1.6 where the processor has bf16 units. Without them bf16 is emulated, and slower.
 
 Of convolutional networks, the image paths (what comes before ``Flatten``) of all blocks at once, by grouped convolutions and by
@@ -63,7 +63,7 @@ CASES = (
 
 
 def make(case: Case, device: torch.device, batch_size: int) -> tuple[Rule, Batch]:
-    """The rule with its default configuration (T=10), and a random batch."""
+    """Build the rule with its default configuration (T=10), and a random batch."""
     settings = ["rule=noprop-dt", f"task={case.task}", f"network={case.network}", f"rule.execution={case.execution}"]
     recipe = resolve(parse_words(settings))
     spec = recipe.registry.get("tasks", case.task).spec(recipe.options["task"], None)
@@ -74,7 +74,7 @@ def make(case: Case, device: torch.device, batch_size: int) -> tuple[Rule, Batch
 
 
 def raw_passes(rule: Any, batch: Batch) -> Callable[[], None]:
-    """Forward and backward of each block on noised labels made now."""
+    """Return the forward and backward passes of each block on labels that are noised in advance."""
     blocks = list(rule.network.blocks.values())
     u = F.one_hot(batch.targets, rule.spec.outputs).float()
     states = [rule.schedule.signal[t] * u + rule.schedule.noise[t] * torch.randn_like(u) for t in range(len(blocks))]
@@ -91,7 +91,7 @@ def raw_passes(rule: Any, batch: Batch) -> Callable[[], None]:
 
 
 def credit_only(rule: Rule, batch: Batch, step: Any, *, bf16: bool = False) -> Callable[[], None]:
-    """The rule's own part of a step."""
+    """Return the rule's own part of a step."""
     parameters = list(rule.parameters())
 
     def work() -> None:
@@ -109,7 +109,7 @@ def drop(parameters: Sequence[torch.nn.Parameter]) -> None:
 
 
 def image_paths(rule: Any, batch: Batch) -> dict[str, Callable[[], None]]:
-    """Passes through the image paths of all blocks: in a loop, as grouped convolutions, by ``vmap``.
+    """Return passes through the image paths of all blocks: in a loop, as grouped convolutions, by ``vmap``.
 
     All start from the same weights, see the same images, and add up what comes out. Running statistics move in all of them.
     """
@@ -144,7 +144,7 @@ def image_paths(rule: Any, batch: Batch) -> dict[str, Callable[[], None]]:
 
 
 def at_once(layers: Sequence[Any], *, first: bool) -> nn.Module:
-    """The layers of T blocks at one place as one on T times the channels; the ``first`` sees one image for all."""
+    """Join the layers of T blocks at one place into one with T times the channels; the ``first`` reads one image for all."""
     example, T = layers[0], len(layers)
     whole: nn.Module
     if isinstance(example, nn.Conv2d):
@@ -162,7 +162,7 @@ def at_once(layers: Sequence[Any], *, first: bool) -> nn.Module:
 
 
 def bf16_units(device: torch.device) -> bool | None:
-    """Whether the device multiplies in bf16; ``None``: torch does not tell."""
+    """Tell whether the device multiplies in bf16; ``None`` if torch does not report it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     tests = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
@@ -171,7 +171,7 @@ def bf16_units(device: torch.device) -> bool | None:
 
 
 def measure_case(case: Case, device: torch.device, pairs: int, *, quick: bool) -> dict[str, Any]:
-    """The ratio to the raw passes, that of bf16 to fp32, and the cost of a whole step."""
+    """Measure the ratio to the raw passes, the ratio of bf16 to fp32, and the cost of a whole step."""
     torch.manual_seed(0)
     repeat = 1 if quick else case.repeat * (10 if device.type == "cuda" else 1)
     rule, batch = make(case, device, 8 if quick else case.batch)
@@ -198,7 +198,7 @@ def measure_case(case: Case, device: torch.device, pairs: int, *, quick: bool) -
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("noprop_step", __doc__, pairs=11)
-    benchmark.parser.add_argument("--network", choices=sorted({case.network for case in CASES}), help="only this one")
+    benchmark.parser.add_argument("--network", choices=sorted({case.network for case in CASES}), help="measure only this network")
     options = benchmark.start(arguments)
     results = {
         str(case): measure_case(case, benchmark.device, options.pairs, quick=options.quick)

@@ -1,4 +1,4 @@
-"""Prints pip constraints that hold every dependency at the lowest version that pyproject.toml allows.
+"""Print pip constraints that hold every dependency at the lowest version that pyproject.toml allows.
 
 ``make test-oldest`` installs with them. Needs nothing but Python 3.11: ``python3 benchmarks/oldest.py [--dev] > oldest.txt``.
 ``>=X.Y`` becomes ``==X.Y.0``, ``>=X.Y.Z`` becomes ``==X.Y.Z``.
@@ -23,7 +23,7 @@ OF_THE_TIME = ("sqlalchemy==2.0.*",)
 
 
 def constraint(requirement: str) -> str:
-    """``name==lowest`` of ``name>=lowest``.
+    """Turn ``name>=lowest`` into ``name==lowest``.
 
     Raises:
         SystemExit: a requirement without a lower bound.
@@ -39,7 +39,7 @@ def constraint(requirement: str) -> str:
 
 
 def constraints(*, dev: bool = False) -> Iterator[str]:
-    """The constraints of the core's dependencies and of what is optional for users, and of the extra ``dev``."""
+    """Yield the constraints of the core's dependencies and of its extras; the extra ``dev`` only if ``dev`` is true."""
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
     optional = project["optional-dependencies"]
     extras = [requirement for name, extra in optional.items() if dev or name != "dev" for requirement in extra]

@@ -42,18 +42,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--T", type=int, default=8, help="steps of inference")
     parser.add_argument("--state-lr", type=float, default=0.01)
     parser.add_argument("--state-momentum", type=float, default=0.0)
-    parser.add_argument("--lr", type=float, default=3e-4, help="of AdamW on the weights")
-    parser.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW (default 0.01, torch's)")
-    parser.add_argument("--loop", choices=["unrolled", "scan"], default="unrolled", help="of the inference steps")
+    parser.add_argument("--lr", type=float, default=3e-4, help="rate of AdamW on the weights")
+    parser.add_argument("--weight-decay", type=float, default=0.01, help="weight decay of AdamW (default 0.01, torch's)")
+    parser.add_argument("--loop", choices=["unrolled", "scan"], default="unrolled", help="form of the loop over inference steps")
     parser.add_argument("--warm", type=int, default=20, help="steps before the first line")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accuracy", type=Path, metavar="FILE.npz", help="train on its x_train, y_train and test on x_test, y_test")
-    parser.add_argument("--epochs", type=int, default=1, help="of --accuracy")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs of --accuracy")
     return parser.parse_args(arguments)
 
 
 def limit(threads: int) -> None:
-    """Leave the process as many cores. Before jax is imported, which starts a thread for each core that it sees."""
+    """Restrict the process to this many cores, before jax is imported, which starts a thread for each core that it sees."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     if threads == 1:
@@ -76,7 +76,7 @@ class Trainer:
 
 
 def build(options: argparse.Namespace) -> Trainer:
-    """The network, its optimisers and its step."""
+    """Build the network, its optimisers and its step."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -179,7 +179,7 @@ def build(options: argparse.Namespace) -> Trainer:
 
 
 def random_batches(options: argparse.Namespace) -> list[tuple[Any, Any]]:
-    """On the device."""
+    """Make random batches on the device."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -191,7 +191,7 @@ def random_batches(options: argparse.Namespace) -> list[tuple[Any, Any]]:
 
 
 def run(trainer: Trainer, batches: Sequence[tuple[Any, Any]], count: int) -> dict[str, float]:
-    """The cost of so many steps."""
+    """Return the cost of ``count`` steps."""
     wall, processor = time.perf_counter(), time.process_time()
     for number in range(count):
         trainer.train(*batches[number % len(batches)])
@@ -200,7 +200,7 @@ def run(trainer: Trainer, batches: Sequence[tuple[Any, Any]], count: int) -> dic
 
 
 def check(trainer: Trainer, source: Path, target: Path) -> dict[str, int]:
-    """Steps from given weights, on given batches."""
+    """Take steps from given weights, on given batches."""
     import numpy as np
 
     given = np.load(source)
@@ -215,7 +215,7 @@ def check(trainer: Trainer, source: Path, target: Path) -> dict[str, int]:
 
 
 def accuracy(trainer: Trainer, source: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """On all test examples, after training on shuffled whole batches."""
+    """Return the accuracy on all test examples, after training on shuffled whole batches."""
     import numpy as np
 
     data = np.load(source)

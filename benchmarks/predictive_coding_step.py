@@ -4,9 +4,9 @@ Speed: MLP 784-300-300-10 with GELU, batch 64, T=8 inference steps of plain SGD 
 clamped output, then a step of AdamW at rate 3e-4 on the weights. A step is ``rule.learn``, without the measurements that the rule makes
 of itself at every hundredth one (``profile_every=0``), which PCX does not make either.
 
-PCX (``--pcx``, the Python of an environment that has it; see pcx_step.py) runs in a process of its own, on as many cores, and the same
+PCX (``--pcx``, the Python of an environment that has it; see pcx_step.py) runs in a separate process, on as many cores, and the same
 ones; the two take turns. Before that, both take some steps from the same weights on the same batches, which must change
-the weights alike. Targets: no slower than PCX; aim half its time. The others stand without a target.
+the weights alike. Targets: no slower than PCX; aim half its time. The other ratios have no target.
 
 Memory: the peak of what ``rule.credit`` allocates, beyond parameters, buffers and ``.grad``, for hidden layers of width 128, batch
 64. Every layer has a state, a prediction and, once one has reached it, an error, so it grows with depth; with T only until errors have
@@ -68,12 +68,12 @@ class Setting:
     """Between two readings of the clock."""
 
     def config(self, **options: Any) -> Any:
-        """Of the rule."""
+        """Return the rule's configuration."""
         names = ("T", "state_lr", "state_momentum", "output")
         return PredictiveCoding.Config(**{name: getattr(self, name) for name in names}, **{"profile_every": 0, **options})
 
     def words(self) -> list[str]:
-        """For pcx_step.py."""
+        """Return the command-line words for pcx_step.py."""
         sizes = [SPEC.input_size, *self.widths, SPEC.outputs]
         words = ["--sizes", *sizes, "--batch", self.batch, "--T", self.T, "--output", self.output, "--activation", "gelu"]
         words += ["--state-lr", self.state_lr, "--state-momentum", self.state_momentum]
@@ -84,13 +84,13 @@ class Setting:
 
 
 def network(widths: Sequence[int], spec: TaskSpec = SPEC) -> Any:
-    """The same for the same widths."""
+    """Build a perceptron of these widths, always with the same initial weights."""
     torch.manual_seed(0)
     return mlp(spec, MLPConfig(widths=list(widths), activation="gelu"))
 
 
 def batches(count: int, setting: Setting, device: torch.device) -> list[Batch]:
-    """Random ones."""
+    """Make random batches."""
     generator = torch.Generator().manual_seed(0)
     return [
         Batch(
@@ -102,7 +102,7 @@ def batches(count: int, setting: Setting, device: torch.device) -> list[Batch]:
 
 
 def steps(rule: Rule, setting: Setting, device: torch.device) -> Callable[[], Cost]:
-    """So many steps as a function that returns the cost of one; taken once already, for what happens at the first only."""
+    """Return a function that takes a number of steps and returns the cost of one; called once already as a warm-up."""
     step, data = new_step(rule, OPTIMIZER), batches(BATCHES, setting, device)
 
     def work() -> None:
@@ -151,14 +151,14 @@ class Pcx:
         return self._answer()
 
     def steps(self) -> Cost:
-        """The cost of one, of so many."""
+        """Return the cost of one step, averaged over several."""
         cost, count = self.ask("run", self._setting.steps), self._setting.steps
         return Cost(cost["wall"] / count, cost["processor"] / count)
 
 
 @contextlib.contextmanager
 def same_cores(threads: int) -> Iterator[None]:
-    """Leave this thread, and the processes that it starts, the first cores of those that it may use: PCX takes the same."""
+    """Restrict this thread, and the processes that it starts, to the first cores that it may use: PCX takes the same."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -175,7 +175,7 @@ def linear_layers(rule: Rule) -> list[torch.nn.Linear]:
 
 
 def difference(pcx: Pcx, setting: Setting) -> float:
-    """How far some steps of ours and of PCX's from the same weights end from each other, relative to what PCX's changed.
+    """Return how far a few steps of ours and of PCX's from the same weights end apart, relative to PCX's change.
 
     Adam divides by the gradients' size, so that the rounding of the smallest ones shows; hence the whole vector's norm.
     """
@@ -199,7 +199,7 @@ def difference(pcx: Pcx, setting: Setting) -> float:
 
 
 def parameters(rule: Rule) -> dict[str, Tensor]:
-    """Copies, under the names that pcx_step.py has for them."""
+    """Copy the parameters, under the names that pcx_step.py uses."""
     layers = linear_layers(rule)
     weights = {f"weight{index}": layer.weight.detach().clone() for index, layer in enumerate(layers)}
     return weights | {f"bias{index}": layer.bias.detach().clone() for index, layer in enumerate(layers)}
@@ -209,7 +209,7 @@ def parameters(rule: Rule) -> dict[str, Tensor]:
 
 
 def against_pcx(python: str, setting: Setting, threads: int, count: int) -> tuple[str, dict[str, Any]]:
-    """A label with versions, and the ratio."""
+    """Compare with PCX; returns a label with versions, and the ratio."""
     with same_cores(threads), Pcx(python, setting, threads) as pcx:
         apart = difference(pcx, setting)
         ours = steps(PredictiveCoding(network(setting.widths), SPEC, setting.config()), setting, torch.device("cpu"))
@@ -221,7 +221,7 @@ def against_pcx(python: str, setting: Setting, threads: int, count: int) -> tupl
 
 
 def against_others(setting: Setting, device: torch.device, count: int) -> dict[str, dict[str, Any]]:
-    """Ratios to other steps of ours, each with a network of its own."""
+    """Return ratios to other steps of ours, each with its own network."""
 
     def ours(**options: Any) -> Callable[[], Cost]:
         return steps(PredictiveCoding(network(setting.widths), SPEC, setting.config(**options)).to(device), setting, device)
@@ -236,7 +236,7 @@ def against_others(setting: Setting, device: torch.device, count: int) -> dict[s
 
 
 def memory(depths: Sequence[int], setting: Setting, device: torch.device) -> dict[str, Any]:
-    """Peaks by rule and depth."""
+    """Return the peak bytes by rule and depth."""
     spec = TaskSpec("vectors", (WIDTH,), SPEC.outputs)
     generator = torch.Generator().manual_seed(0)
     inputs, targets = (
@@ -287,8 +287,8 @@ def show_memory(found: dict[str, Any], depths: Sequence[int]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("predictive_coding_step", __doc__, pairs=15)
-    benchmark.parser.add_argument("--pcx", action="append", default=[], metavar="PYTHON", help="of an environment with PCX; several times")
-    benchmark.parser.add_argument("--only", choices=["speed", "memory"], help="one of the two parts")
+    benchmark.parser.add_argument("--pcx", action="append", default=[], metavar="PYTHON", help="Python with PCX; repeatable")
+    benchmark.parser.add_argument("--only", choices=["speed", "memory"], help="measure only this part")
     options = benchmark.start(arguments)
     setting = Setting(widths=(16, 16), batch=8, T=2, steps=2) if options.quick else Setting()
     results: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Which rate a readout on fixed features wants: several at once, on the validation split, for the rows of a study.
+"""The best rate of a readout on fixed features: several rates at once, on the validation split, for the rows of a study.
 
 For rules with a phase on features (``Phase.on_features``): the features learn as the row says, are computed once, and readouts with
 the candidate rates learn from them side by side, on the same batches with the same dropout, with Adam and the row's schedule. The test
@@ -38,7 +38,7 @@ EVALUATE_EVERY = 10
 
 
 def trained(cell: Cell, task: Task) -> tuple[Rule, Phase]:
-    """The row's rule as its readout's phase finds it, and that phase."""
+    """Return the row's rule at the beginning of its readout's phase, and that phase."""
     rule = cell.recipe.build_rule(task.spec)
     recipe = cell.recipe.pinned(rule)
     phases = list(rule.phases(recipe.settings.budget))
@@ -52,7 +52,7 @@ def trained(cell: Cell, task: Task) -> tuple[Rule, Phase]:
 
 
 def raw(split: Split, spec: TaskSpec) -> Loader:
-    """Batches of a split in its original order."""
+    """Return the batches of a split in its original order."""
     return Loader(split, spec, batch_size=250, device=torch.device("cpu"))
 
 
@@ -73,18 +73,18 @@ class Readouts(nn.Module):
         self.biases = nn.ParameterList([linear.bias.detach().clone() for _ in rates])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, ...) to scores (N, rates, classes)."""
+        """Map (N, ...) to scores (N, rates, classes)."""
         scores = F.linear(self.before(x), torch.cat(list(self.weights)), torch.cat(list(self.biases)))
         return scores.unflatten(1, (len(self.rates), -1))
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Adam with a group per rate."""
+        """Make Adam with a parameter group per rate."""
         groups = zip(self.weights, self.biases, self.rates, strict=True)
         return torch.optim.Adam([{"params": [w, b], "lr": rate, "base_lr": rate} for w, b, rate in groups], fused=True)
 
     @torch.no_grad()
     def accuracies(self, loader: Loader) -> list[float]:
-        """In per cent, of each."""
+        """Return the accuracy of each readout in per cent."""
         right, count = torch.zeros(len(self.rates)), 0
         with evaluating(self):
             for batch in loader:
@@ -94,7 +94,7 @@ class Readouts(nn.Module):
 
 
 def sweep(cell: Cell, rates: Sequence[float], examples: int | None) -> list[dict[str, float]]:
-    """Accuracies of a readout per rate: on validation at the end and at its best look, on the training split at the end."""
+    """Return a readout's accuracies per rate: on validation at the end and at its best, on the training split at the end."""
     recipe = cell.recipe
     task = recipe.build_task()
     assert task.validation is not None
@@ -133,10 +133,10 @@ def sweep(cell: Cell, rates: Sequence[float], examples: int | None) -> list[dict
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("readout_rates", __doc__)
-    benchmark.parser.add_argument("study", help="its name or file")
-    benchmark.parser.add_argument("--rows", nargs="+", help="labels (default: all whose last phase is on features)")
-    benchmark.parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3], help="candidates")
-    benchmark.parser.add_argument("--examples", type=int, help="take the first so many training examples only")
+    benchmark.parser.add_argument("study", help="name or file of the study")
+    benchmark.parser.add_argument("--rows", nargs="+", help="labels of the rows (default: all whose last phase is on features)")
+    benchmark.parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3], help="candidate rates")
+    benchmark.parser.add_argument("--examples", type=int, help="use only the first N training examples")
     benchmark.parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all rows")
     options = benchmark.start(arguments)
     words = ["task.validation=0.1", "tracking.enabled=false", *options.set]
@@ -153,12 +153,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def shown(row: dict[str, float]) -> list[str]:
-    """The cells of a line."""
+    """Format the cells of a line."""
     return [f"{row['rate']:g}", *(f"{row[key]:.2f}" for key in ("validation", "best_look", "training"))]
 
 
 def has_features(cell: Cell) -> bool:
-    """Whether the row's last phase is on features."""
+    """Tell whether the row's last phase is on features."""
     rule = cell.recipe.build_rule(cell.recipe.spec())
     return list(rule.phases(cell.recipe.settings.budget))[-1].on_features
 

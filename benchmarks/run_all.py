@@ -1,4 +1,4 @@
-"""Runs the benchmarks one after the other: ``make bench``. Options are passed on; ``--full`` adds the accuracies on digits.
+"""Run the benchmarks one after the other: ``make bench``. Options are passed on; ``--full`` adds the accuracies on digits.
 
 The speeds are ratios within one run, so other load on the machine widens their range; still, run them on a quiet one.
 """
@@ -26,7 +26,7 @@ SCRIPTS = (
 
 
 def commands(arguments: Sequence[str] | None = None) -> list[list[str]]:
-    """The command lines, in order."""
+    """List the command lines, in order."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="also accuracy.py digits (minutes)")
     for name, help in (("quick", "smoke runs"), ("save", "write result files")):

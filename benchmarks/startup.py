@@ -44,7 +44,7 @@ finally:
 
 
 def process(code: str, words: Sequence[str], environment: Mapping[str, str]) -> tuple[float, list[str]]:
-    """Processor seconds of a fresh process, and what its last line says was imported."""
+    """Return the processor seconds of a fresh process, and the imports that its last line reports."""
     before = os.times()
     done = subprocess.run(
         [sys.executable, "-c", code, *words], check=True, capture_output=True, text=True, env={**os.environ, **environment}
@@ -55,7 +55,7 @@ def process(code: str, words: Sequence[str], environment: Mapping[str, str]) -> 
 
 
 def measured(words: str, target: float, count: int, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Call a command once to fill the caches, then ``count`` times."""
+    """Measure a command ``count`` times, after a first call that fills the caches."""
     calls = [process(INSPECT, words.split(), environment) for _ in range(count + 1)]
     seconds = [each for each, _ in calls[1:]]
     median = statistics.median(seconds)

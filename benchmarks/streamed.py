@@ -49,7 +49,7 @@ def make_batch(device: torch.device) -> Batch:
 
 
 def memory(device: torch.device, depths: Sequence[int]) -> dict[str, dict[int, int]]:
-    """Peak saved bytes by rule and depth."""
+    """Return the peak saved bytes by rule and depth."""
     sizes: dict[str, dict[int, int]] = {"streamed": {}, "backprop": {}}
     batch = make_batch(device)
     for depth in depths:
@@ -62,7 +62,7 @@ def memory(device: torch.device, depths: Sequence[int]) -> dict[str, dict[int, i
 
 
 def plain_loop(rule: LocalHeads, batch: Batch) -> Callable[[], None]:
-    """The same mathematics by hand."""
+    """Return the rule's mathematics as a hand-written loop."""
     blocks = list(rule.network.blocks.values())
     heads = [*rule.heads.values(), nn.Identity()]
     optimizer = torch.optim.Adam(rule.parameters(), lr=1e-3, fused=True)
@@ -80,7 +80,7 @@ def plain_loop(rule: LocalHeads, batch: Batch) -> Callable[[], None]:
 
 
 def speed(device: torch.device, pairs: int, steps: int) -> dict[str, Any]:
-    """The rule's step beside the plain loop's, ``steps`` steps at a time."""
+    """Compare the rule's step with the plain loop's, ``steps`` steps at a time."""
     torch.manual_seed(0)
     batch = make_batch(device)
     rule = LocalHeads(mlp(SPEC, MLPConfig(depth=DEPTH, width=WIDTH)), SPEC).to(device)

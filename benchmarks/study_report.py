@@ -1,6 +1,6 @@
 """How long the report of a study takes, and how large its page is.
 
-200 cells that nobody trained (20 rows, 2 columns, 5 seeds; 100 epochs of curves each, with six blocks, targets, tuning and a control):
+200 cells with made-up results (20 rows, 2 columns, 5 seeds; 100 epochs of curves each, with six blocks, targets, tuning and a control):
 at most 20 s and 5 MB.
 """
 
@@ -34,7 +34,7 @@ RULES = ("backprop", "dfa", "frozen", "linear")
 
 
 def planned(folder: Path, rows: int) -> Plan:
-    """A study of so many rows."""
+    """Plan a study of this many rows."""
     content = {
         "title": "A report of many cells",
         "settings": {"task": "digits", "device": "cpu"},
@@ -53,7 +53,7 @@ def planned(folder: Path, rows: int) -> Plan:
 
 
 def finished(cell: Cell, row: int, epochs: int) -> CellRecord:
-    """A cell with a made-up curve; greater rows learn less."""
+    """Make a finished cell with an artificial curve; rows with greater numbers learn less."""
     chance = random.Random(f"{cell.key.row} {cell.key.column} {cell.key.seed}")
     best, seconds = 0.98 - 0.01 * row + chance.gauss(0, 0.003), 0.05 * (1 + row % 5)
     history = []
@@ -72,7 +72,7 @@ def finished(cell: Cell, row: int, epochs: int) -> CellRecord:
 
 
 def made_lines(made: Plan, epochs: int) -> list[TableRow]:
-    """All cells finished, all rows tuned."""
+    """Make the lines of a study with all cells finished and all rows tuned."""
     labels = [row.label for row in made.study.rows]
     lines = []
     for line in made.rows:

@@ -1,6 +1,6 @@
 """What two workers save: 16 equal cells with one worker and with two, and how soon a finished study answers.
 
-Every command is a process of its own, from its start to its report, so that starting Python, torch and the workers counts. At least 1.7
+Every command is a separate process, from its start to its report, so that starting Python, torch and the workers counts. At least 1.7
 times the speed of one worker on two free cores, and an answer within 5 s.
 """
 
@@ -24,7 +24,7 @@ HEADERS = ("pair", "one worker, s", "two workers, s", "speed-up")
 
 
 def written(folder: Path, cells: int, epochs: int) -> Path:
-    """A study of so many cells that differ in their seed alone."""
+    """Write a study of this many cells that differ in their seed alone."""
     content = {
         "title": "Equal cells",
         "settings": {"task": "digits", "rule": "backprop", "device": "cpu", "threads": 1, "network.width": 256, "budget.epochs": epochs},
@@ -37,7 +37,7 @@ def written(folder: Path, cells: int, epochs: int) -> Path:
 
 
 def run(study: Path, jobs: int) -> float:
-    """Seconds of ``bpfree study run`` in an empty folder beside the study, or in the one of an earlier run of as many jobs."""
+    """Return the seconds of ``bpfree study run`` in an empty folder, or in that of an earlier run with as many jobs."""
     folder = study.parent / f"jobs-{jobs}"
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "bpfree", "study", "run", str(study), "--jobs", str(jobs), "--quiet"]

@@ -1,4 +1,4 @@
-"""Do to bpfree what goes wrong in practice, many times, and count what was lost. `make torture` writes docs/reliability.md.
+"""Inject faults that occur in practice into bpfree, many times, and count what was lost. `make torture` writes docs/reliability.md.
 
 Each kind of fault is repeated n times, at moments drawn from a seed, and its outcome is compared with the one that must follow:
 an undisturbed run bit for bit, the run's own log point by point, the files as they were. What did not survive is listed with what repeats
@@ -63,13 +63,13 @@ KINDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Inject, report, save; 1 if anything was lost."""
+    """Inject, report, save; returns 1 if anything was lost."""
     benchmark = measure.Benchmark("torture", __doc__)
-    benchmark.parser.add_argument("--faults", nargs="*", choices=[kind.name for kind in KINDS], help="these kinds alone")
-    benchmark.parser.add_argument("--seed", type=int, default=0, help="of all moments and inputs")
-    benchmark.parser.add_argument("--share", type=float, default=1.0, help="of each count")
-    benchmark.parser.add_argument("--count", type=int, help="of each kind")
-    benchmark.parser.add_argument("--output", type=Path, metavar="FOLDER", help="keep what did not survive here")
+    benchmark.parser.add_argument("--faults", nargs="*", choices=[kind.name for kind in KINDS], help="inject only these kinds")
+    benchmark.parser.add_argument("--seed", type=int, default=0, help="seed of all times and inputs")
+    benchmark.parser.add_argument("--share", type=float, default=1.0, help="fraction of each count")
+    benchmark.parser.add_argument("--count", type=int, help="faults of each kind")
+    benchmark.parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder that keeps the files of lost faults")
     options = benchmark.start(arguments)
     folder, lines = Path(tempfile.mkdtemp(prefix="bpfree-torture-")), list[dict[str, Any]]()
     folder.chmod(0o755)
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def one(kind: Kind, plan: Plan) -> dict[str, Any]:
-    """Do one kind; a line of the table."""
+    """Inject one kind of fault; returns a line of the table."""
     plan.folder.mkdir(parents=True)
     plan.folder.chmod(0o755)
     began = time.monotonic()
@@ -108,7 +108,7 @@ def one(kind: Kind, plan: Plan) -> dict[str, Any]:
 
 
 def without_paths(text: str, folder: Path) -> str:
-    """A text without the places of this machine."""
+    """Remove the paths of this machine from a text."""
     for place, name in (
         (folder, "FOLDER"),
         (DOCS.parent.parent, "CHECKOUT"),
@@ -120,7 +120,7 @@ def without_paths(text: str, folder: Path) -> str:
 
 
 def merged(benchmark: measure.Benchmark, lines: list[dict[str, Any]], options: Any) -> dict[str, Any]:
-    """The lines, beside those of kinds that were done in an earlier call and saved."""
+    """Merge the lines with saved ones of kinds that an earlier call injected."""
     known: dict[str, dict[str, Any]] = {}
     if options.save is not None and options.faults:
         with contextlib.suppress(OSError, ValueError, KeyError):

@@ -65,7 +65,7 @@ class Arms:
         self.weights: dict[str, dict[str, torch.Tensor]] = {}
 
     def trainer(self) -> Cost:
-        """The training time that the run reports, and the processor time between the same points."""
+        """Return the training time that the run reports, and the processor time between the same points."""
         CountingClock.processor = 0.0
         with mock.patch.object(state, "Clock", CountingClock):
             run = runner.run(self.recipe, quiet=True, task=self.task)
@@ -76,7 +76,7 @@ class Arms:
         return Cost(run.result["train/seconds"], CountingClock.processor)
 
     def bare(self) -> Cost:
-        """The cost of the bare loop."""
+        """Return the cost of the bare loop."""
         kept, size = self.loader.resident, self.loader.batch_size
         assert kept is not None
         assert kept.targets is not None
@@ -97,7 +97,7 @@ class Arms:
         return watch.cost
 
     def agree(self) -> bool:
-        """Whether both arms ended with the same weights, up to the last bits on a GPU."""
+        """Tell whether both arms ended with the same weights, up to the last bits on a GPU."""
         ours, bare = self.weights["trainer"], self.weights["bare"]
         tolerance = 0.0 if self.device.type == "cpu" else 1e-2
         return all(torch.allclose(ours[name], value, rtol=0, atol=tolerance) for name, value in bare.items())
@@ -106,7 +106,7 @@ class Arms:
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("trainer_overhead", __doc__, pairs=7)
     benchmark.parser.add_argument("--synthetic", action="store_true", help="random tensors in place of MNIST")
-    benchmark.parser.add_argument("--epochs", type=int, default=5, help="of each run")
+    benchmark.parser.add_argument("--epochs", type=int, default=5, help="epochs of each run")
     options = benchmark.start(arguments)
     real = not options.synthetic and not options.quick and bool(os.environ.get("BPFREE_DATA"))
     epochs = 1 if options.quick else options.epochs
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def settings(device: str, threads: int, epochs: int, folder: Path) -> list[str]:
-    """The configuration of the trainer's runs."""
+    """Return the configuration of the trainer's runs."""
     return [
         *("rule=backprop", "task=mnist", "network=mlp", "network.widths=[300,300]", "batch_size=64", f"budget.epochs={epochs}"),
         *("optimizer.name=adam", "optimizer.lr=0.001", f"device={device}", f"threads={threads}"),

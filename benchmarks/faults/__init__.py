@@ -1,1 +1,1 @@
-"""Faults that are done to bpfree, each kind with a count, a seed, and a record of what did not survive."""
+"""Faults injected into bpfree, each kind with a count, a seed, and a record of what did not survive."""

@@ -39,12 +39,12 @@ def _paused(words: Sequence[str], name: str) -> None:
 
 
 def _limit(pid: int, size: int = resource.RLIM_INFINITY) -> None:
-    """No file of a process may grow beyond this from now on."""
+    """Limit the size of every file of a process from now on."""
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def _size(log: Path, draws: random.Random) -> int:
-    """Nothing may be written, or only a part of the next line of the log."""
+    """Draw a largest file size: nothing can be written, or only a part of the next line of the log."""
     return draws.choice((0, (log.stat().st_size if log.exists() else 0) + draws.randint(1, 200)))
 
 
@@ -93,12 +93,12 @@ def _sent(folder: Path) -> list[str]:
 
 
 def full_for_a_while(plan: Plan) -> Outcome:
-    """The disk is full for 0.2 to 2 s; the run ends as ever, or with a message, and is resumed."""
+    """Fill the disk for 0.2 to 2 s: the run ends as usual, or with a message, and is resumed."""
     return _filled(plan, forever=False)
 
 
 def full_for_good(plan: Plan) -> Outcome:
-    """The disk stays full until the run has ended, with a message; it is resumed with room on the disk."""
+    """Fill the disk until the run has ended, with a message; then resume it with room on the disk."""
     return _filled(plan, forever=True)
 
 
@@ -106,7 +106,7 @@ def full_for_good(plan: Plan) -> Outcome:
 
 
 def read_only(plan: Plan) -> Outcome:
-    """Three ways in turn."""
+    """Make a folder read-only, in three ways in turn."""
     outcome = Outcome()
     ways, undisturbed = (_at_the_start, _resumed, _on_the_way), Undisturbed(plan)
     for number in range(plan.count):
@@ -120,7 +120,7 @@ def read_only(plan: Plan) -> Outcome:
 
 
 def _give(folder: Path, mode: int) -> None:
-    """Give a folder and what is in it these permissions of folders; files get none to execute."""
+    """Give a folder and its contents these permissions; files never become executable."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(mode if path.is_dir() else mode & 0o666)
 

@@ -1,8 +1,8 @@
-"""Fuzzed inputs: what somebody else may have written, damaged or planted.
+"""Fuzzed inputs: files that another person or program may have written, damaged or planted.
 
 Each input must be refused with a message, or (where it may be valid still) taken without harm: no traceback, no file lost or changed, and
-nothing in it executed, for which the planted code would make the file CANARY. Plugins are executed by design; theirs must do no harm to
-what has nothing to do with them.
+nothing in it executed, for which the planted code would make the file CANARY. Plugins are executed by design; they must not affect
+unrelated rules.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALL = {**FAMILIES, "plugin": plugins}
 
 
 def fuzzed(plan: Plan) -> Outcome:
-    """One family after the other, until there are enough inputs; those that turn out to be valid are extra."""
+    """Try one family after the other, until there are enough inputs; inputs that turn out to be valid are extra."""
     outcome, material = Outcome(), _material(plan)
     for number in range(plan.count):
         family = list(ALL)[number % len(ALL)]
@@ -39,7 +39,7 @@ def fuzzed(plan: Plan) -> Outcome:
 
 
 def _tried(case: Case, folder: Path) -> tuple[list[str], int]:
-    """What is wrong after a command has met the input, and its exit code."""
+    """Run a command on the input; returns what is wrong afterwards, and its exit code."""
     before = _contents(folder)
     command = Command(program, *case.words, folder=folder, variables={"XDG_CACHE_HOME": str(folder / "cache")} | case.variables)
     code = command.wait(120)
@@ -61,7 +61,7 @@ def _contents(folder: Path) -> dict[str, str]:
 
 
 def _material(plan: Plan) -> Path:
-    """Valid inputs of all kinds, to be spoilt: a run that ended, a registry, a study, arrays."""
+    """Make valid inputs of all kinds, to be spoilt: a finished run, a registry, a study, arrays."""
     import numpy as np
 
     folder = plan.place("material")

@@ -120,7 +120,7 @@ WORDS = (
 
 
 def _spoilt(text: str, draws: random.Random) -> tuple[str, str]:
-    """A text with a random change, which may leave it valid."""
+    """Return the text with a random change, which may leave it valid."""
     lines = text.splitlines()
     at = draws.randrange(len(lines))
     junk = draws.choice(
@@ -142,7 +142,7 @@ def _spoilt(text: str, draws: random.Random) -> tuple[str, str]:
 
 
 def _flipped(content: bytes, draws: random.Random) -> tuple[bytes, str]:
-    """Bytes with a random change."""
+    """Return the bytes with a random change."""
     spoilt, at = bytearray(content), draws.randrange(len(content))
     match draws.randrange(4):
         case 0:
@@ -167,7 +167,7 @@ def _write(path: Path, content: str | bytes) -> None:
 
 
 def configurations(material: Path, folder: Path, draws: random.Random, number: int) -> Case:
-    """A configuration file, or words of the command line."""
+    """Spoil a configuration file, or words of the command line."""
     known, path = list(YAML), folder / "config.yaml"
     if number < len(known):
         _write(path, YAML[known[number]])
@@ -198,7 +198,7 @@ STUDIES: dict[str, str] = {
 
 
 def study_files(material: Path, folder: Path, draws: random.Random, number: int) -> Case:
-    """A study's file."""
+    """Spoil a study's file."""
     known = STUDIES | {name: text for name, text in YAML.items() if name not in STUDIES}
     path, words = folder / "study.yaml", ["study", "run", "study.yaml", "--dry-run", "tracking.enabled=false"]
     if number < len(known):
@@ -218,7 +218,7 @@ def _run(material: Path, folder: Path) -> Path:
 
 
 def checkpoints(material: Path, folder: Path, draws: random.Random, number: int) -> Case:
-    """A checkpoint that is damaged, planted, or well-formed and wrong."""
+    """Make a checkpoint that is damaged, planted, or well-formed and wrong."""
     import torch
 
     from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
@@ -256,7 +256,7 @@ def checkpoints(material: Path, folder: Path, draws: random.Random, number: int)
 
 
 def run_folders(material: Path, folder: Path, draws: random.Random, number: int) -> Case:
-    """A run's log, or another of its files."""
+    """Spoil a run's log, or another of its files."""
     run = _run(material, folder)
     store = f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"
     words = draws.choice([["runs"], ["evaluate", "runs/it"], ["train", "--resume", "runs/it", "--quiet"], ["runs", "--clean"]])
@@ -317,7 +317,7 @@ def _database() -> Path:
 
 
 def arrays(material: Path, folder: Path, draws: random.Random, number: int) -> Case:
-    """Arrays of the task ``npz``."""
+    """Spoil arrays of the task ``npz``."""
     import numpy as np
 
     path = folder / "arrays.npz"
@@ -371,7 +371,7 @@ def arrays(material: Path, folder: Path, draws: random.Random, number: int) -> C
 
 
 def _json(content: Any, draws: random.Random) -> str:
-    """Spoil a random place of a JSON value; says where."""
+    """Spoil a random place of a JSON value; returns the place."""
     where, at = "", content
     while True:
         key = draws.choice(list(at) if isinstance(at, dict) else range(len(at)))
@@ -388,7 +388,7 @@ def _json(content: Any, draws: random.Random) -> str:
 
 
 def entries(material: Path, folder: Path, draws: random.Random, number: int) -> Case:
-    """An entry of a registry, or its index."""
+    """Spoil an entry of a registry, or its index."""
     shutil.copytree(material / "registry", folder / "registry")
     if number % 4 == 3:
         index = folder / "registry" / "index.json"
@@ -416,7 +416,7 @@ def entries(material: Path, folder: Path, draws: random.Random, number: int) -> 
 
 
 def certificates(material: Path, folder: Path, draws: random.Random, number: int) -> Case:
-    """A certificate, in a registry or given to be added."""
+    """Spoil a certificate, in a registry or given to be added."""
     shutil.copytree(material / "registry", folder / "registry")
     path = folder / "registry" / "certificates" / "dfa.json"
     content = json.loads(path.read_text())

@@ -77,7 +77,7 @@ TRAIN = ("task=digits", "network.width=8", "device=cpu", "threads=1", "budget.ep
 
 
 def plugins(material: Path, folder: Path, draws: random.Random, number: int) -> Case:
-    """A plugin on the path, and a command that uses it, or another rule."""
+    """Put a plugin on the path; the command uses it, or another rule."""
     shapes = list(SHAPES.items())
     if number < len(shapes):
         how, code = shapes[number]
@@ -87,7 +87,7 @@ def plugins(material: Path, folder: Path, draws: random.Random, number: int) -> 
     how, place = draws.choice(list(deeds)), draws.choice(PLACES)
     _install(folder, RULE.format(**{at: deeds[how] if at == place else "pass" for at in PLACES}))
     where = f"{how}, {place}"
-    if draws.random() < 0.4 or (how in HARMLESS and place in PLACES[:2]):  # another rule is none of its business
+    if draws.random() < 0.4 or (how in HARMLESS and place in PLACES[:2]):  # the plugin must not affect another rule
         return Case(
             f"{where}; dfa is trained", ["train", "rule=dfa", *TRAIN], refused=False, variables=_path(folder), check=_like_alone(material)
         )
@@ -96,7 +96,7 @@ def plugins(material: Path, folder: Path, draws: random.Random, number: int) -> 
 
 
 def _install(folder: Path, code: str) -> None:
-    """A distribution with the plugin ``odd``."""
+    """Write a distribution with the plugin ``odd``."""
     site = folder / "site"
     info = site / "bpfree_odd-0.1.dist-info"
     info.mkdir(parents=True)
@@ -111,7 +111,7 @@ def _path(folder: Path) -> dict[str, str]:
 
 
 def _like_alone(material: Path) -> Callable[[str, int], list[str]]:
-    """The other rule ends as it does without the plugin."""
+    """Return a check that the other rule ends as it does without the plugin."""
     wanted = _accuracy((material / "plain.txt").read_text())
 
     def check(text: str, code: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What all kinds of faults share: what was injected and what came of it, processes that can be killed, what a store holds."""
+"""Common code of all kinds of faults: injected faults and their outcome, processes that can be killed, the content of a store."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ class Outcome:
     failed: int = 0
 
     def judge(self, problems: Iterable[str], faults: int = 1, **how: Any) -> None:
-        """Count faults that were injected together, and note what is wrong after them."""
+        """Count faults that were injected together, and record what is wrong after them."""
         self.injected += faults
         if found := list(problems):
             self.failed += faults
             self.failures.append({"lost": [problem[:600] for problem in found[:12]], **how})
 
     def count(self, name: str, by: float = 1) -> None:
-        """Add to a fact."""
+        """Add to a count of the outcome."""
         self.facts[name] = self.facts.get(name, 0) + by
 
 
@@ -90,11 +90,11 @@ class Plan:
     quick: bool = False
 
     def draws(self, *parts: object) -> random.Random:
-        """A generator for a part of it, so that one fault can be repeated without the others."""
+        """Return a random generator for one part, so that one fault can be repeated alone."""
         return random.Random(":".join(map(str, (self.seed, *parts))))
 
     def place(self, name: str) -> Path:
-        """An empty folder."""
+        """Return an empty folder."""
         path = self.folder / name
         path.mkdir(parents=True)
         return path
@@ -135,22 +135,22 @@ class Command:
 
     @property
     def text(self) -> str:
-        """What it has written so far."""
+        """Output of the command so far."""
         return self._text.decode(errors="replace")
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs."""
+        """Whether the command's process still runs."""
         return self.process.is_alive()
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Process ID of the command."""
         assert self.process.pid is not None
         return self.process.pid
 
     def wait(self, seconds: float = 300) -> int:
-        """Its exit code, negative for a signal; one that hangs is killed, which is an exit code too."""
+        """Return the exit code, negative for a signal; a command that hangs is killed, which gives an exit code too."""
         self.process.join(seconds)
         self.took = time.monotonic() - self.began
         if self.process.exitcode is None:
@@ -162,13 +162,13 @@ class Command:
         return code
 
     def kill(self, *, whole: bool = False) -> None:
-        """SIGKILL, to it alone or to all of its session."""
+        """Send SIGKILL to the command alone or to its whole session."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL) if whole else os.kill(self.pid, signal.SIGKILL)
         self.process.join()
 
     def children(self) -> list[Any]:
-        """The processes that it has started."""
+        """List the processes that the command has started."""
         import psutil
 
         with contextlib.suppress(psutil.Error):
@@ -177,7 +177,7 @@ class Command:
 
 
 def _life(output: Connection, settings: tuple[str, dict[str, str], bool], target: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    """The whole life of a command's process."""
+    """Run a command's process from its start to its end."""
     folder, variables, powerless = settings
     sys.modules["__main__"] = types.ModuleType("__main__")  # processes that it starts need not import this program
     multiprocessing.set_start_method(None, force=True)  # nor the server that it comes from
@@ -207,7 +207,7 @@ def program(*words: str) -> None:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> bool:
-    """Wait until something holds; whether it does."""
+    """Wait until a condition holds; returns whether it does."""
     deadline = time.monotonic() + seconds
     while not (found := condition()) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -215,7 +215,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> bool:
 
 
 def leftovers(processes: Sequence[Any], seconds: float = 60) -> list[str]:
-    """One sentence for each process that is still there after a while."""
+    """Describe in a sentence each process that is still there after a while."""
     import psutil
 
     _, alive = psutil.wait_procs(processes, timeout=seconds)
@@ -228,7 +228,7 @@ Points = dict[tuple[str, int], float]
 
 
 def stored_runs(database: Path) -> list[dict[str, Any]]:
-    """The runs of a SQLite store, read without MLflow: status, tags, and all values of each metric by step."""
+    """Read the runs of a SQLite store without MLflow: status, tags, and all values of each metric by step."""
     with contextlib.closing(sqlite3.connect(database, timeout=30)) as store:
         runs = [{"id": key, "status": status} for key, status in store.execute("select run_uuid, status from runs")]
         for run in runs:
@@ -240,7 +240,7 @@ def stored_runs(database: Path) -> list[dict[str, Any]]:
 
 
 def log_points(folder: Path) -> dict[tuple[str, int], set[float]]:
-    """What the log of a run says of its metrics, under the names that the store has; computed twice: both values."""
+    """Read a run's metrics from its log, under the store's names; a metric computed twice has both values."""
     points: dict[tuple[str, int], set[float]] = {}
     began: int | None = None
     for line in (folder / "events.jsonl").read_text().splitlines():
@@ -258,7 +258,7 @@ def log_points(folder: Path) -> dict[tuple[str, int], set[float]]:
 
 
 def points_lost(run: Mapping[str, Any], folder: Path, *, whole: bool = True) -> list[str]:
-    """What is wrong with a run in the store: each point of the log is there once (``whole``), and nothing else is.
+    """Say what is wrong with a run in the store: each point of the log must be there once (``whole``), and nothing else.
 
     A run that was killed computes epochs again; what happened within them by the clock need not be there.
     """

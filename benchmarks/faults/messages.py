@@ -1,4 +1,4 @@
-"""What a message of bpfree must be: what, where, and what to do; an exit code of 1 or 2; no traceback."""
+"""Requirements on a message of bpfree: what, where, and what to do; an exit code of 1 or 2; no traceback."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ __all__ = ["faults_of"]
 
 REMEDY = r"(did you mean|known:|known here:|must|set one of|write the value|lists them|give|has no parts|cannot be set)"
 ONE_SENTENCE = rf"^(error: |  - )(unknown \w+ |[\w.]+=?[^ ]*[ :]).*{REMEDY}"
-"""Of a setting: its name is the place, and the sentence says what it must be, or gives the nearest name."""
+"""Message on a setting: its name is the place, and the sentence says what it must be, or gives the nearest name."""
 
 
 def faults_of(text: str, code: int, *, refused: bool) -> list[str]:
-    """What is wrong with what a command has said and with its exit code.
+    """Say what is wrong with the output of a command and its exit code.
 
     Args:
         text: its output.
         code: its exit code.
         refused: whether it must refuse; else it may also take what it was given, or do without it.
     """
-    shown = text[-700:]  # what a plugin raises is its own affair, if the message says that it was the plugin
+    shown = text[-700:]  # a plugin may raise anything, if the message names the plugin
     if "Traceback (most recent call last)" in text:
         return [f"a traceback: {shown}"]
     if code not in ((1, 2) if refused else (0, 1, 2)):

@@ -54,7 +54,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def continue_run(words: Sequence[str], name: str, observers: Sequence[Any] = ()) -> None:
-    """Resume a run from its checkpoint, or begin it (again), as a study does with a cell."""
+    """Resume a run from its checkpoint, or start it (again), as a study does with a cell."""
     from bpfree import runner
     from bpfree.config import parse_words, resolve
     from bpfree.record.folder import RunFolder
@@ -68,7 +68,7 @@ def continue_run(words: Sequence[str], name: str, observers: Sequence[Any] = ())
 
 
 def weights_of(folder: Path) -> dict[str, Any]:
-    """All tensors of a run's checkpoints."""
+    """Return all tensors of a run's checkpoints."""
     from bpfree.training.checkpoint import read_checkpoint
 
     found = {}
@@ -78,23 +78,23 @@ def weights_of(folder: Path) -> dict[str, Any]:
 
 
 def comparable(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics that a repetition must have again, bit for bit."""
+    """Return the metrics that a repetition must reproduce bit for bit."""
     return {name: value for name, value in metrics.items() if not any(part in name for part in UNTIMED)}
 
 
 def curves(run: Mapping[str, Any]) -> dict[tuple[str, int], list[float]]:
-    """Points of a run in the store that do not depend on the clock."""
+    """Return the points of a run in the store that do not depend on the clock."""
     found: dict[tuple[str, int], list[float]] = run["values"]
     return {at: values for at, values in found.items() if comparable({at[0]: 0}) and not at[0].startswith(("step/", "system/"))}
 
 
 def files_of(folder: Path) -> set[str]:
-    """Files and folders in a folder, hidden ones too."""
+    """List the files and folders in a folder, hidden ones too."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
 def words_of(rule: str, folder: Path, number: int) -> list[str]:
-    """The settings of a run of this rule in a folder; every third samples the use of the system."""
+    """Return the settings of a run of this rule in a folder; every third run samples the use of the system."""
     system = ("tracking.system_interval=0.05",) if number % 3 == 0 else ("tracking.system=false",)
     return [*RULES[rule], *COMMON, *system, f"output={folder / 'runs'}", f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"]
 
@@ -111,7 +111,7 @@ class Undisturbed:
         self.of = cache(self._run)
 
     def _run(self, rule: str) -> tuple[Path, float]:
-        """Its folder, and how many seconds it took."""
+        """Run a rule; returns its folder, and how many seconds the run took."""
         folder = self._plan.place(f"undisturbed {rule}")
         shutil.copy(empty_database(), folder / "mlflow.db")
         command = Command(continue_run, words_of(rule, folder, 1), NAME, folder=folder)
@@ -133,7 +133,7 @@ def killed_runs(plan: Plan) -> Outcome:
 
 
 def _chain(plan: Plan, outcome: Outcome, undisturbed: Undisturbed, rule: str, number: int, kills: int) -> None:
-    """One run, killed several times and then left alone."""
+    """Start one run, kill it several times, and then let it finish."""
     like, seconds = undisturbed.of(rule)
     draws, folder = plan.draws(number, "moments"), plan.place(f"run {number}")
     shutil.copy(empty_database(), folder / "mlflow.db")
@@ -161,7 +161,7 @@ def _chain(plan: Plan, outcome: Outcome, undisturbed: Undisturbed, rule: str, nu
 
 
 def _where(folder: Path) -> str:
-    """How far a run has come, as its files have it."""
+    """Say how far a run has come, according to its files."""
     try:
         text = (folder / "events.jsonl").read_text()
     except OSError:
@@ -172,7 +172,7 @@ def _where(folder: Path) -> str:
 
 
 def differences(folder: Path, like: Path) -> list[str]:
-    """What is not as in the run that nothing happened to."""
+    """List the differences from the undisturbed run."""
     import torch
 
     from bpfree.record.folder import read_run

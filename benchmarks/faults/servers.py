@@ -43,7 +43,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, seconds: float = 180) -> None:
-        """Start it, and wait until it answers.
+        """Start the server, and wait until it answers.
 
         Raises:
             RuntimeError: it does not.
@@ -67,11 +67,11 @@ class Server:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the server runs."""
         return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
-        """SIGKILL, with its workers."""
+        """Kill the server and its workers with SIGKILL."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -104,7 +104,7 @@ class Relay:
         self.open()
 
     def open(self) -> None:
-        """Listen."""
+        """Start listening."""
         relay = self
 
         class Handler(_Handler):
@@ -115,14 +115,14 @@ class Relay:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
 
     def next_fault(self) -> str:
-        """What is to happen to this request."""
+        """Choose the fault of this request."""
         with self._lock:
             found = self.fault()
             self.hit += bool(found)
@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
     owner: Relay
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Say nothing."""
+        """Suppress the log of requests."""
 
     def _relay(self) -> None:
         body, fault = self.rfile.read(int(self.headers.get("Content-Length") or 0)), self.owner.next_fault()
@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _relay
 
     def _answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
-        with contextlib.suppress(OSError):  # who has asked does not wait any more
+        with contextlib.suppress(OSError):  # the client does not wait any more
             self._write(status, headers, content)
 
     def _write(self, status: int, headers: dict[str, str], content: bytes) -> None:
@@ -182,6 +182,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.close()
 
     def finish(self) -> None:
-        """Nothing is left to flush where the connection was reset."""
+        """Flush nothing where the connection was reset."""
         with contextlib.suppress(OSError, ValueError):
             super().finish()

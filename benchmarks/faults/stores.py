@@ -34,7 +34,7 @@ PAUSE = 0.3
 
 @cache
 def empty_database() -> Path:
-    """A SQLite store without runs; making one takes seconds."""
+    """Return a SQLite store without runs, made once since that takes seconds."""
     folder = Path(tempfile.mkdtemp(prefix="bpfree-torture-store-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     command = Command(_make_database, str(folder / "mlflow.db"), folder=folder)
@@ -65,12 +65,12 @@ class Pausing:
 
     @hookimpl
     def epoch_end(self) -> None:
-        """Sleep."""
+        """Sleep after an epoch."""
         time.sleep(self._seconds)
 
 
 def tracked(words: Sequence[str], pause: float = 0.0) -> None:
-    """Train, as ``bpfree train`` does."""
+    """Train like ``bpfree train``."""
     from bpfree import runner
     from bpfree.config import parse_words, resolve
 
@@ -81,7 +81,7 @@ _server: list[Server] = []
 
 
 def server(plan: Plan) -> Server:
-    """The server that runs; a new one where there is none."""
+    """Return the running server, or start one."""
     if not _server or not _server[-1].folder.is_dir():
         folder = plan.place("server")
         shutil.copy(empty_database(), folder / "mlflow.db")
@@ -92,7 +92,7 @@ def server(plan: Plan) -> Server:
 
 
 def stop_servers() -> None:
-    """End the server."""
+    """Stop the server."""
     while _server:
         _server.pop().kill()
 
@@ -101,7 +101,7 @@ def stop_servers() -> None:
 
 
 def delivered(folder: Path, database: Path, artifacts: Path) -> list[str]:
-    """What is wrong with the only run in a folder of runs, as a store has it."""
+    """Say what is wrong with the only run in a folder of runs, as stored."""
     from bpfree.record.folder import read_run
 
     (place,) = (folder / "runs").iterdir()
@@ -117,7 +117,7 @@ def delivered(folder: Path, database: Path, artifacts: Path) -> list[str]:
 
 
 def send_rest(folder: Path, *words: str) -> list[str]:
-    """Send what a run's store does not have yet; what is wrong if that fails."""
+    """Send what a run's store does not have yet; returns what is wrong if that fails."""
     from bpfree.tracking.sending import is_sent
 
     (place,) = (folder / "runs").iterdir()
@@ -128,12 +128,12 @@ def send_rest(folder: Path, *words: str) -> list[str]:
 
 
 def ended(command: Command) -> list[str]:
-    """What is wrong with a run that a store's trouble must not have ended."""
+    """Say what is wrong with a run that a store's trouble must not have ended."""
     return [f"the run ends with exit code {code}: {command.text[-400:]}"] if (code := command.wait()) else []
 
 
 def _begun(folder: Path, epoch: int) -> Callable[[], bool]:
-    """Whether the only run in a folder has come so far."""
+    """Return a condition: whether the only run in a folder has come to this epoch."""
     return lambda: any(path.read_text().count('{"event": "epoch"') >= epoch for path in folder.glob("runs/*/events.jsonl"))
 
 
@@ -181,7 +181,7 @@ def server_stopped(plan: Plan) -> Outcome:
 
 
 def troubled(kind: str) -> Callable[[Plan], Outcome]:
-    """A server that is ``slow`` for each request, or with which a share of the requests goes wrong, up to all of them for a while."""
+    """Return a test with a server that is ``slow``, or fails a share of the requests, up to all of them for a while."""
 
     def inject(plan: Plan) -> Outcome:
         outcome, there = Outcome(), server(plan)
@@ -204,7 +204,7 @@ def troubled(kind: str) -> Callable[[Plan], Outcome]:
 
 
 def locked(plan: Plan) -> Outcome:
-    """Another process locks the SQLite database for some seconds."""
+    """Lock the SQLite database from another process for some seconds."""
     outcome = Outcome()
     for number in range(plan.count):
         folder, draws = plan.place(f"run {number}"), plan.draws(number)
@@ -223,7 +223,7 @@ def locked(plan: Plan) -> Outcome:
 
 
 def four_on_one(plan: Plan) -> Outcome:
-    """Four processes at a time track to one SQLite database, which every second time is not there yet."""
+    """Track four processes at a time to one SQLite database, which every second time does not exist yet."""
     outcome = Outcome()
     for number in range(-(-plan.count // 4)):
         place = plan.place(f"round {number}")
@@ -247,7 +247,7 @@ def four_on_one(plan: Plan) -> Outcome:
 
 
 def training_cost(plan: Plan) -> Outcome:
-    """Processor seconds of training with a store in trouble, over those without tracking; in turns, the median of the pairs."""
+    """Compare processor seconds of training with a store in trouble and without tracking: the median of alternating pairs."""
     outcome, there = Outcome(), server(plan)
     for kind in ("slow", "error", "reset", "away"):
         relay, ratios = Relay(there.port), list[float]()

@@ -74,7 +74,7 @@ def killed_studies(plan: Plan) -> Outcome:
 
 
 def _kill(command: Command, target: str, draws: Any) -> list[str]:
-    """Kill the parent, one of its workers, or both; what is wrong afterwards."""
+    """Kill the parent, one of its workers, or both; returns what is wrong afterwards."""
     children = command.children()
     if target == "worker":
         if children:
@@ -113,7 +113,7 @@ def two_on_one(plan: Plan) -> Outcome:
 
 
 def _ends_like(site: Path, like: Path) -> list[str]:
-    """Run the study to its end; what is not as in the undisturbed one."""
+    """Run the study to its end; returns what differs from the undisturbed study."""
     last = Command(program, *WORDS, "--jobs", "1", "--quiet", folder=site)
     if code := last.wait():
         return [f"the last attempt ends with exit code {code}: {last.text[-400:]}"]
@@ -121,7 +121,7 @@ def _ends_like(site: Path, like: Path) -> list[str]:
 
 
 def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
-    """What a folder of runs has of each cell."""
+    """Return the result of each cell in a folder of runs."""
     from bpfree.study.store import CellStore
 
     found = {}
@@ -134,7 +134,7 @@ def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def differences(site: Path, like: Path) -> list[str]:
-    """What is not as in the undisturbed study."""
+    """List the differences from the undisturbed study."""
     import torch
 
     ours, theirs = outcomes(site / "runs"), outcomes(like / "runs")
@@ -151,12 +151,12 @@ def differences(site: Path, like: Path) -> list[str]:
 
 
 def _dated(name: str) -> bool:
-    """Whether a name has a date or a hash of its own: a report's, or a run's in the store."""
+    """Tell whether a name contains a date or a hash: a report's, or a run's in the store."""
     return name.startswith("report") or len(name) == 32
 
 
 def _stored(site: Path, ours: dict[str, dict[str, Any]]) -> list[str]:
-    """What is wrong with the runs in the store."""
+    """Say what is wrong with the runs in the store."""
     runs = stored_runs(site / "mlflow.db")
     cells = {run["tags"]["study_cell"]: run for run in runs if "study_cell" in run["tags"]}
     parents = [run for run in runs if "study_cell" not in run["tags"]]

@@ -21,7 +21,7 @@ class Case:
 
     Args:
         rule: a registered name, or a class.
-        check: what is asked.
+        check: the check to run.
         settings: ``KEY=VALUE`` words over the rule's configuration.
     """
 
@@ -29,13 +29,13 @@ class Case:
         self.rule, self.check, self.settings = rule, check, settings
 
     def find(self) -> Finding:
-        """Run it; the measurements are shared by all cases of the rule."""
+        """Run the check; the cases of a rule share its measurements."""
         m = _measurements(self.rule, self.settings)
         with set_aside():
             return examine(m, self.check, check_waivers(m.subject.rule.waivers))
 
     def __call__(self) -> None:
-        """Run it as a test.
+        """Run the check as a test.
 
         Raises:
             AssertionError: it failed; with what, where, and what to do.
@@ -58,7 +58,7 @@ def _measurements(rule: str | type[Rule], settings: tuple[str, ...]) -> Measurem
 
 
 def cases(rule: str | type[Rule], settings: Iterable[str] = (), *, full: bool = False) -> list[Case]:
-    """All checks on a rule.
+    """Return a case for each check on a rule.
 
     Args:
         rule: a registered name, or a class.
@@ -69,7 +69,7 @@ def cases(rule: str | type[Rule], settings: Iterable[str] = (), *, full: bool = 
 
 
 def parametrize_with_checks(rule: str | type[Rule], settings: Iterable[str] = (), *, full: bool = False) -> Callable[..., Any]:
-    """A decorator: one pytest case per check, handed over as the argument ``check``.
+    """Decorate a pytest function to run once per check, which it receives as the argument ``check``.
 
     A failed check fails its case, a waived one is an expected failure, one that is unmeasured or not shown is skipped with its reason.
     """

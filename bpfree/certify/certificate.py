@@ -64,12 +64,12 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed (waived ones are shown as such, and fail nothing)."""
+        """Whether no check failed (a waived check is shown as waived and does not fail the certificate)."""
         return not any(finding.status == "failed" for finding in self.findings)
 
     @property
     def status(self) -> str:
-        """``certified``, ``certified with waivers``, or ``failed``; a quick or partial one is never called certified."""
+        """``certified``, ``certified with waivers``, or ``failed``; a quick or partial certificate is never called certified."""
         if not self.passed:
             return "failed"
         if self.kind != "full":
@@ -84,20 +84,20 @@ class Certificate:
 
     @property
     def command(self) -> str:
-        """What renews it."""
+        """Command that renews the certificate."""
         return " ".join(["bpfree certify", self.rule, *self.settings])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the certificate as plain values."""
         return {**dataclasses.asdict(self), "status": self.status, "remark": self.remark, "command": self.command}
 
     def to_json(self) -> str:
-        """As a file holds it."""
+        """Return the certificate as the JSON text of its file."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Certificate:
-        """Inverse of :meth:`to_dict`.
+        """Build a certificate from plain values: the inverse of :meth:`to_dict`.
 
         Raises:
             BpfreeError: another format, or something is missing.

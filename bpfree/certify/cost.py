@@ -23,9 +23,9 @@ DEPTHS = (2, 4, 8, 16)
 MANY = 512
 PHASES = 8
 WATCHED = 2
-"""The step that is watched: lazy set-up is over by then."""
+"""Index of the step that is measured; lazy set-up is over by then."""
 GROWING = 0.5
-"""Activations per block from which memory is said to grow."""
+"""Slope in activations per block from which memory counts as growing."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class MemoryCurve:
     activation: int
 
     def slope(self, values: list[int]) -> float | None:
-        """Activations per block: of a line fitted to the values."""
+        """Return the activations per block: the slope of a line fitted to the values."""
         if len(values) < 2:
             return None
         return float(np.polyfit(self.depths, values, 1)[0]) / self.activation
@@ -57,7 +57,7 @@ class MemoryCurve:
         return "unmeasured" if slope is None else "growing" if slope >= GROWING else "flat"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the curve as plain values."""
         slopes = {name: None if value is None else round(value, 2) for name, value in self._slopes()}
         sizes = {"depths": self.depths, "saved_bytes": self.saved, "peak_bytes": self.peak, "activation_bytes": self.activation}
         return {**sizes, "activations_per_block": slopes, "growth": self.growth}
@@ -82,7 +82,7 @@ def measure_memory(subject: Subject, specimen: Specimen) -> MemoryCurve:
 
 
 def _memory(subject: Subject, specimen: Specimen) -> tuple[int, int | None, int]:
-    """Blocks; bytes saved for backward, and peak, in the step that needs most."""
+    """Return the number of blocks, and the bytes saved for backward and peak bytes of the step that needs most."""
     meter = StepMemory(torch.device("cpu"))
     probe = Probe(subject, specimen, Sampling(samples=MANY, steps=WATCHED + 1, phases=PHASES), dtype=torch.float32)
     held: list[int | None] = []
@@ -133,7 +133,7 @@ class _Held:
 
 @contextmanager
 def saved_for_backward() -> Iterator[_Size]:
-    """Bytes of tensors that autograd holds for backward, at the worst moment inside; ``works`` is false where torch does not allow it."""
+    """Count the bytes that autograd holds for backward, at the peak inside; ``works`` is false where torch does not allow it."""
     size = _Size()
 
     def pack(tensor: Tensor) -> _Held:

@@ -44,7 +44,7 @@ def certify(
     registry: Plugins | None = None,
     progress: Progress | None = None,
 ) -> Certificate:
-    """Examine a rule and write down what was measured. On one thread of the CPU; the caller's state is restored.
+    """Examine a rule and record what was measured, on one thread of the CPU; the caller's state is restored.
 
     Args:
         rule: its registered name, or a class.
@@ -76,7 +76,7 @@ def certify(
 
 
 def select(*, quick: bool = False, only: Iterable[str] = ()) -> list[Check]:
-    """The checks that are asked for.
+    """Return the requested checks.
 
     Raises:
         UsageError: there is no such check.
@@ -90,7 +90,7 @@ def select(*, quick: bool = False, only: Iterable[str] = ()) -> list[Check]:
 
 
 def check_waivers(waivers: Mapping[str, str]) -> dict[str, str]:
-    """Expected failures by check.
+    """Return the expected failures by check.
 
     Raises:
         UsageError: an unknown check, or no reason.
@@ -145,7 +145,7 @@ def _run(m: Measurements, check: Check) -> Finding:
 
 
 def _place(error: BaseException, rule: type[Rule]) -> str:
-    """The innermost line of the rule's own source; without one, the innermost of all."""
+    """Name the innermost line of the rule's own source; if there is none, the innermost line of all."""
     frames = [(str(frame.f_globals.get("__name__", "?")), line, frame.f_code) for frame, line in traceback.walk_tb(error.__traceback__)]
     if any(is_own(rule, module) for module, _, _ in frames):
         return place_of_error(error, rule)
@@ -153,7 +153,7 @@ def _place(error: BaseException, rule: type[Rule]) -> str:
 
 
 def _properties(m: Measurements, *, quick: bool) -> dict[str, Any]:
-    """What could be measured; a rule that breaks the measurement has failed its checks already."""
+    """Return the properties that could be measured; a rule that breaks the measurement has failed its checks already."""
     try:
         return m.properties() if quick else {**m.properties(), "learning": m.lesson.to_dict()}
     except Exception as error:
@@ -161,7 +161,7 @@ def _properties(m: Measurements, *, quick: bool) -> dict[str, Any]:
 
 
 def _declared(m: Measurements) -> dict[str, Any]:
-    """The traits; empty for a rule that breaks when it is built, which all checks have said."""
+    """Return the traits; empty for a rule that raises when it is built, which every check has reported."""
     try:
         return {**dataclasses.asdict(m.traits()), "targets": list(m.traits().targets)}
     except BpfreeError:
@@ -193,6 +193,6 @@ def _certificate(m: Measurements, kind: str, findings: list[Finding], properties
 
 @contextmanager
 def set_aside() -> Iterator[None]:
-    """One thread inside; the caller's generators and settings as they were afterwards."""
+    """Use one thread inside; restore the caller's generators and settings afterwards."""
     with environment.numerics(threads=1, deterministic=False), preserved_global_state(torch.device("cpu")):
         yield

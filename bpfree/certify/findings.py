@@ -8,7 +8,7 @@ from typing import Literal
 __all__ = ["NEEDLESS", "CheckFailed", "Finding", "NotApplicable", "NotShown", "Status", "Unmeasured"]
 
 NEEDLESS = "the waiver is not needed"
-"""What is said of a check that passes though it was expected to fail."""
+"""Remark on a check that passes although it was expected to fail."""
 Status = Literal["passed", "not shown", "failed", "waived", "unmeasured", "not applicable"]
 
 
@@ -31,16 +31,16 @@ class Unmeasured(Exception):
 
 
 class NotApplicable(Exception):
-    """A check says nothing of this rule; says why."""
+    """A check does not apply to this rule; says why."""
 
 
 class NotShown(Exception):
-    """What a check asks for was measured, and not shown; says so. The rule is not wrong for it, and the certificate carries the remark."""
+    """What a check asks for was measured, but not shown. The rule is not wrong for it, and the certificate carries the remark."""
 
 
 @dataclass
 class Finding:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
         id, title: the check's.

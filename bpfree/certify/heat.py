@@ -25,7 +25,7 @@ Rows = Sequence[Sequence[float | None]]
 
 
 def figure(properties: Mapping[str, Any]) -> Figure:
-    """Heat maps of what was measured; without any, the figure has no panels."""
+    """Draw heat maps of the measured dependences; without any, the figure has no panels."""
     panels = [
         heat_map(f"{kind} network", title, matrix["blocks"], matrix["rows"], silent=matrix["silent"], above=key == "downstream_weights")
         for key, title in TITLES.items()
@@ -57,7 +57,7 @@ def _shade(update: str, changed: str, value: float | None) -> Shade:
 
 
 def _strength(value: float) -> float:
-    """Of a change, from 0 (none) to 1; the least that shows is just above none."""
+    """Scale a relative change to 0 (none) to 1; the smallest that shows is just above 0."""
     return min(1.0, max(0.01, 1 - math.log10(min(1.0, max(value, LEAST))) / math.log10(LEAST))) if value else 0.0
 
 
@@ -70,7 +70,7 @@ def _number(value: float | None) -> str:
 
 
 def text_map(matrix: Mapping[str, Any]) -> list[str]:
-    """What lies above the diagonal as lines of text: ``.`` for no change, ``?`` for not measured."""
+    """Return the entries above the diagonal as lines of text: ``.`` for no change, ``?`` for not measured."""
     blocks = matrix["blocks"]
     cells = [
         [name, *((_number(value) or ".") if j > i else "" for j, value in enumerate(row))]

@@ -60,7 +60,7 @@ class Matrix:
     reasons: dict[str, str]
 
     def reach(self) -> int | None:
-        """The largest m - l, for m above l, of a change; 0: none. Unmeasured pairs are left out; ``None`` if no pair could be measured."""
+        """Return the largest m - l, m above l, of a change; 0: none. Unmeasured pairs are skipped; ``None`` if no pair was measured."""
         pairs = [(i, j) for i in range(len(self.blocks)) for j in range(i + 1, len(self.blocks))]
         known = [(i, j) for i, j in pairs if self.at(i, j) is not None]
         if pairs and not known:
@@ -68,23 +68,23 @@ class Matrix:
         return max((j - i for i, j in known if self.at(i, j)), default=0)
 
     def at(self, update: int, weights: int) -> float | None:
-        """The entry at two positions."""
+        """Return the entry at two positions."""
         return self.values[self.blocks[update]][self.blocks[weights]]
 
     def unmeasured(self, beyond: int = 0) -> list[tuple[str, str]]:
-        """Pairs (l, m) more than ``beyond`` blocks apart, m above l, that could not be measured."""
+        """List the pairs (l, m) more than ``beyond`` blocks apart, m above l, that could not be measured."""
         count = len(self.blocks)
         pairs = [(i, j) for i in range(count) for j in range(i + 1 + beyond, count)]
         return [(self.blocks[i], self.blocks[j]) for i, j in pairs if self.at(i, j) is None]
 
     def farthest(self) -> tuple[str, str] | None:
-        """The pair (l, m) with a change that is farthest apart, m above l."""
+        """Return the pair (l, m), m above l, with a change that is farthest apart."""
         count = len(self.blocks)
         pairs = [(j - i, i, j) for i in range(count) for j in range(i + 1, count) if self.at(i, j)]
         return None if not pairs else (self.blocks[max(pairs)[1]], self.blocks[max(pairs)[2]])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: rows are updates, columns weights."""
+        """Return the matrix as plain values: rows are updates, columns weights."""
         rows = [[_plain(self.at(i, j)) for j in range(len(self.blocks))] for i in range(len(self.blocks))]
         return {"blocks": self.blocks, "rows": rows, "silent": self.silent, "specimen": self.specimen, "reasons": self.reasons}
 
@@ -146,7 +146,7 @@ def downstream_weights(subject: Subject, specimen: Specimen, depends: Matrix, *,
 
 
 def describe(specimen: Specimen, sampling: Sampling) -> str:
-    """The specimen in words."""
+    """Describe the specimen in words."""
     network = f"{specimen.kind}, depth {specimen.depth}, width {specimen.width}, {specimen.image}x{specimen.image} inputs"
     return f"{network}, {sampling.samples} samples x {sampling.steps} steps"
 
@@ -184,7 +184,7 @@ class _Column:
     why: str = ""
 
     def over(self, earlier: _Column | None) -> _Column:
-        """This one, with what an earlier, incomplete one has found."""
+        """Combine this column with an earlier, incomplete one."""
         seen = {} if earlier is None else earlier.changes
         return replace(self, changes={**seen, **self.changes})
 
@@ -207,7 +207,7 @@ def _intervene(probe: Probe, base: list[Moment], rule: Rule, seen: Mapping[str, 
 
 
 def _is_overwritten(base: list[Moment], moments: list[Moment], added: Mapping[str, Tensor], rule: Rule, block: str) -> bool:
-    """Whether what was added is gone after a step."""
+    """Tell whether the added change is gone after a step."""
     named = rule.network.blocks[block].named_parameters()
     whole = torch.cat([added.get(f"network.blocks.{block}.{own}", torch.zeros_like(p)).detach().flatten() for own, p in named])
     left = (float((b.updates[block] - a.updates[block] + whole).norm()) for a, b in zip(base, moments, strict=True))
@@ -236,7 +236,7 @@ def _look_again_later(probe: Probe, columns: Mapping[str, _Column], steps: int) 
 
 
 def _is_blind(seen: Mapping[str, Tensor], name: str, added: Mapping[str, Tensor]) -> bool:
-    """Whether these inputs, too, do not see what was added."""
+    """Tell whether these other inputs also give the same output with the added change."""
     parts = [added[name].flatten(1), *([added[_bias_of(name)][:, None]] if _bias_of(name) in added else [])]
     change = torch.cat(parts, 1)
     rows = seen[name][:, : change.shape[1]]
@@ -244,7 +244,7 @@ def _is_blind(seen: Mapping[str, Tensor], name: str, added: Mapping[str, Tensor]
 
 
 def _invisible(rule: Rule, block: str, seen: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """For each linear map of the block a change of its own size in the null space of its inputs; and what of the block has none."""
+    """Make for each linear map of a block a change of its own size in the null space of its inputs; list the parameters without one."""
     generator = torch.Generator().manual_seed(2)
     added: dict[str, Tensor] = {}
     parameters = {f"network.blocks.{block}.{own}": p for own, p in rule.network.blocks[block].named_parameters()}
@@ -279,7 +279,7 @@ def _bias_of(weight: str) -> str:
 
 
 def _row_space(rows: Tensor) -> Tensor:
-    """(D, r) an orthonormal basis of the rows (R, D)."""
+    """Return (D, r): an orthonormal basis of the row space of ``rows`` (R, D)."""
     _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
     rank = int((sizes > RANK_TOLERANCE * sizes.max().clamp_min(1e-300)).sum()) if len(sizes) else 0
     basis: Tensor = directions[:rank].T
@@ -290,10 +290,10 @@ def _row_space(rows: Tensor) -> Tensor:
 
 
 def _inputs(probe: Probe) -> tuple[list[Moment], dict[str, Tensor]]:
-    """A trajectory, and (R, D) the inputs of each linear map in it, by its weight's name, with a one for the bias.
+    """Return a trajectory and the inputs (R, D) of each linear map in it, by its weight's name, with a column of ones for the bias.
 
     These are the inputs in the plain forward pass before each step, and when the step first executes the map (which may add noise to them).
-    What a rule executes its blocks on besides is its way of reading their weights. Networks that only their rule can execute are watched
+    Executing a block on any other inputs is a way of reading its weights. Networks that only their rule can execute are watched
     all the time.
     """
     seen: dict[str, list[Tensor]] = {}
@@ -330,7 +330,7 @@ def _with_ones(rows: Tensor, module: nn.Module) -> Tensor:
 
 
 def _rows(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What each unit of a linear map multiplies: (R, D) rows; by im2col for convolutions."""
+    """Return the rows (R, D) that each unit of a linear map multiplies; by im2col for convolutions."""
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1])
     if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str):
@@ -349,7 +349,7 @@ _Changes = dict[str, tuple[float, str]]
 
 
 def _compare(base: Sequence[Moment], other: Sequence[Moment], dtype: torch.dtype) -> _Changes:
-    """By block: the largest relative change of its update in any step, and that step's phase."""
+    """Return for each block the largest relative change of its update in any step, and that step's phase."""
     largest: _Changes = {}
     for a, b in zip(base, other, strict=True):
         for name in a.updates:
@@ -361,7 +361,7 @@ def _compare(base: Sequence[Moment], other: Sequence[Moment], dtype: torch.dtype
 
 
 def _distance(a: Tensor | None, b: Tensor | None) -> float:
-    """Relative: the norm of the difference over the larger norm; 1 where one of them is not finite."""
+    """Return the norm of the difference over the larger norm; 1 if either is not finite."""
     if a is None or b is None:
         return 0.0
     size = max(float(a.norm()), float(b.norm()))
@@ -379,7 +379,7 @@ def _matrix(blocks: list[str], base: list[Moment], found: Mapping[str, _Changes]
 
 
 def name_of_dependence(matrix: Matrix) -> str:
-    """``independent``, ``upstream``, ``neighbours`` or ``all``: the narrowest that holds every change."""
+    """Return ``independent``, ``upstream``, ``neighbours`` or ``all``: the narrowest name that covers every change."""
     count = len(matrix.blocks)
     changed = [(i, j) for i in range(count) for j in range(count) if i != j and matrix.at(i, j)]
     if not changed:

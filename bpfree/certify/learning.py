@@ -21,16 +21,16 @@ __all__ = ["ERRORS", "NOT_SHOWN", "SEEDS", "FloorScores", "LearningGain", "Lesso
 
 SEEDS = 5
 ERRORS = 2.0
-"""Standard errors from which a difference is one."""
+"""Number of standard errors from which a difference counts."""
 NOT_SHOWN = "not shown to learn more than its floor on this network"
-"""What the certificate of a rule says that is not above its floor."""
+"""Remark in the certificate of a rule that is not above its floor."""
 PROBE = "linear-probe"
 PROTOCOLS = "evaluation.protocols"
 
 
 @dataclass(frozen=True)
 class LearningGain:
-    """Accuracies less others, paired by seed.
+    """Differences between accuracies, paired by seed.
 
     Attributes:
         difference: the mean.
@@ -42,7 +42,7 @@ class LearningGain:
 
     @classmethod
     def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> LearningGain:
-        """Pair by pair."""
+        """Pair two lists of accuracies seed by seed."""
         pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
         return cls(round(statistics.fmean(pairs), 4), round(statistics.stdev(pairs) / len(pairs) ** 0.5, 4))
 
@@ -53,7 +53,7 @@ class LearningGain:
 
     @property
     def below(self) -> bool:
-        """Whether it is less than minus two standard errors."""
+        """Whether the difference is less than minus two standard errors."""
         return self.difference < -ERRORS * self.standard_error
 
     def __str__(self) -> str:
@@ -106,26 +106,26 @@ class Lesson:
 
     @property
     def over_floor(self) -> LearningGain:
-        """Own prediction less the floor."""
+        """Accuracy of the own prediction minus the floor."""
         return LearningGain.of(self.rule, self.floor.test)
 
     @property
     def over_twin(self) -> LearningGain:
-        """Own prediction less the own-prediction twin."""
+        """Accuracy of the own prediction minus that of the own-prediction twin."""
         return LearningGain.of(self.rule, self.twin)
 
     @property
     def over_chance(self) -> LearningGain:
-        """Own prediction less chance."""
+        """Accuracy of the own prediction minus chance."""
         return LearningGain.of(self.rule, [self.chance] * len(self.rule))
 
     @property
     def remark(self) -> str:
-        """What the certificate has to say of it; the empty string: nothing."""
+        """Remark for the certificate; empty if there is none."""
         return "" if self.over_floor.above else NOT_SHOWN
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values."""
+        """Return the lesson as plain values."""
         differences = {"floor": self.over_floor, "twin": self.over_twin, "chance": self.over_chance}
         return {
             "task": "digits",
@@ -163,7 +163,7 @@ def learn_lesson(subject: Subject) -> Lesson:
 
 
 def _own(subject: Subject, seed: int) -> tuple[float, float | None]:
-    """Accuracy of the rule's own prediction, and of its features read by the converged probe."""
+    """Return the accuracy of the rule's own prediction, and that of its features under the converged probe."""
     try:
         result = _train(subject, seed, protocols=[PROBE])
     except UsageError as error:
@@ -187,18 +187,18 @@ def _plain_ceiling(seed: int) -> float:
 
 
 def _train(subject: Subject, seed: int, **options: Any) -> Mapping[str, float]:
-    """Train, and score once at the end: all seeds together take most of a certificate's time."""
+    """Train, and score once at the end, since the runs of all seeds take most of a certificate's time."""
     return training_runs.train(subject, seed=seed, evaluate_every=training_runs.EPOCHS, **options).result
 
 
 # --- the floor ------------------------------------------------------------------------------------------------------
 
 _floors: dict[str, Floor] = {}
-"""Of the networks that were measured in this process."""
+"""Floors measured in this process, by the networks' fingerprint."""
 
 
 def floor_of(rules: Sequence[Rule]) -> Floor:
-    """The floor of a practice network on digits, measured once for each network.
+    """Measure the floor of a practice network on digits, once for each network.
 
     Args:
         rules: untrained, one for each seed.
@@ -210,7 +210,7 @@ def floor_of(rules: Sequence[Rule]) -> Floor:
 
 
 def _fingerprint(rules: Sequence[Rule]) -> str:
-    """Of untrained networks, by how they are built and by their weights; of rules that represent in ways of their own, also by these."""
+    """Hash untrained networks by structure and weights, and by the rule's representation if it overrides the default one."""
     digest = hashlib.sha256()
     for rule in rules:
         digest.update(f"{type(rule).representations.__qualname__} {rule.network!r}".encode())

@@ -22,7 +22,7 @@ __all__ = ["EPOCHS", "Loop", "numbered", "predict", "small_rule", "trained"]
 
 EPOCHS = 8
 MOST_PHASES = 6
-"""A rule may have endless phases; the first ones are taken for all."""
+"""Number of phases to go through, since a rule may have endless phases."""
 
 
 class Loop(Stepper):
@@ -40,7 +40,7 @@ class Loop(Stepper):
         self._most_phases, self._keep_optimizers = phases, optimizer is None
 
     def phases(self) -> list[Phase]:
-        """The first phases of a run."""
+        """Return the first phases of a run."""
         found = itertools.islice(self.rule.phases(Budget(epochs=EPOCHS)), self._most_phases)
         return [phase if self._keep_optimizers else replace(phase, optimizer=None) for phase in found]
 
@@ -71,17 +71,17 @@ def _split(batches: Sequence[Batch]) -> Split:
 
 
 def small_rule(subject: Subject, kind: str, spec: TaskSpec, *, seed: int = 0) -> Rule:
-    """A small instance for a task, on a network of the kind that the rule takes."""
+    """Build a small instance for a task, on a network of a kind that the rule takes."""
     return training_runs.build(subject, spec, seed=seed, specimen=Specimen(kind, depth=2, width=16))
 
 
 def numbered(loop: Loop, batches: Sequence[Batch], *, each: int) -> Iterator[tuple[int, Batch]]:
-    """The loop's turns, each with its number in its phase, from 0."""
+    """Yield the loop's turns, each with its number in its phase, from 0."""
     return ((turn % each, batch) for turn, batch in enumerate(loop.turns(batches, each=each)))
 
 
 def trained(rule: Rule, batches: Sequence[Batch], *, each: int, seed: int = 0) -> Rule:
-    """The rule after n steps of each of its phases."""
+    """Return the rule after n steps of each of its phases."""
     loop = Loop(rule, seed=seed)
     for batch in loop.turns(batches, each=each):
         loop.take(batch)
@@ -90,6 +90,6 @@ def trained(rule: Rule, batches: Sequence[Batch], *, each: int, seed: int = 0) -
 
 @torch.no_grad()
 def predict(rule: Rule, inputs: Tensor, *, seed: int = 0) -> Tensor:
-    """The rule's predictions in eval mode, with noise from the seed."""
+    """Return the rule's predictions in eval mode, with noise from the seed."""
     with evaluating(rule):
         return rule.predict(inputs, torch.Generator(inputs.device).manual_seed(seed))

@@ -28,11 +28,11 @@ from bpfree.step import Batch, Step
 __all__ = ["SPECIMENS", "Measurements", "Observation"]
 
 SPECIMENS = {"dense": Specimen("dense", depth=4, width=32), "convolutional": Specimen("convolutional", depth=3, width=16, image=4)}
-"""What structure is measured on, by kind of network: small, because the null space of a layer's inputs must not be empty."""
+"""Specimens on which structure is measured, by kind of network: small, because the null space of a layer's inputs must not be empty."""
 EXACT = 1 - 1e-6
-"""Cosine from which an update is the gradient."""
+"""Cosine from which an update counts as the true gradient."""
 EXAMPLES = 7
-"""In a batch of which operations are observed: prime, so that sums over examples are not taken for sums over the inputs of a layer."""
+"""Batch size when operations are observed: prime, so that sums over examples are not taken for sums over the inputs of a layer."""
 IN_BLOCKS = "network.blocks."
 PRACTICE_EPOCHS = 6
 DEPENDENCES = ("independent", "upstream", "neighbours", "all")
@@ -51,19 +51,19 @@ class Observation:
     steps: list[ObservedSteps]
 
     def total(self) -> ObservedSteps:
-        """All steps together."""
+        """Return the observations of all steps together."""
         whole = ObservedSteps()
         for step in self.steps:
             whole.merge(step)
         return whole
 
     def passes(self) -> dict[str, float]:
-        """By block: forward passes per example in a usual step (sampled extras do not count) of the phase that has most."""
+        """Return forward passes per example by block, in a usual step (sampled extras excluded) of the phase with most."""
         names = self.moments[0].updates
         return {name: max(statistics.median(step.passes(name) for step in steps) for steps in self._by_phase()) for name in names}
 
     def disagreement(self) -> str:
-        """Why the operations of its steps do not agree with the passes of the most used block; empty: they do."""
+        """Say why the operations of the steps disagree with the passes of the most used block; empty if they agree."""
         most = max(self.passes().values())
         if not most:
             return "no product with a block's own weights was seen: it works with copies or stacks of them"
@@ -71,7 +71,7 @@ class Observation:
         return found[0] if found else ""
 
     def measured_passes(self) -> dict[str, float] | None:
-        """The passes; ``None`` where the operations do not agree with them."""
+        """Return the forward passes; ``None`` where the operations disagree with them."""
         return None if self.disagreement() else self.passes()
 
     def _by_phase(self) -> Iterable[list[ObservedSteps]]:
@@ -81,7 +81,7 @@ class Observation:
         return phases.values()
 
     def cosines(self) -> dict[str, float]:
-        """By block that learns: the smallest cosine of what descends (minus the update) with the true gradient of the task's loss."""
+        """Return for each learning block the smallest cosine of minus its update with the true gradient of the task's loss."""
         found: dict[str, float] = {}
         for moment in self.moments:
             for name, gradient in moment.gradients.items():
@@ -112,7 +112,7 @@ class Measurements:
         return [kind for kind in built if self._works(kind)] or built[:1]
 
     def _works(self, kind: str) -> bool:
-        """Whether the rule takes a step; an error on a network that it did not refuse is another check's finding."""
+        """Tell whether the rule takes a step; an error on a network that it did not refuse is reported by another check."""
         try:
             Probe(self.subject, SPECIMENS[kind], Sampling(samples=2, steps=1), dtype=torch.float32).run()
         except Exception:
@@ -121,15 +121,15 @@ class Measurements:
 
     @property
     def kind(self) -> str:
-        """The first of them."""
+        """First kind of network that structure is measured on."""
         return self.kinds[0]
 
     def build(self, *, seed: int = 0, depth: int = 2, width: int = 16, dtype: torch.dtype = torch.float32) -> Rule:
-        """A small instance for images of 8 times 8 pixels and five classes."""
+        """Build a small instance for images of 8 times 8 pixels and five classes."""
         return self.subject.build(Specimen(self.kind, depth, width), seed=seed, dtype=dtype)
 
     def traits(self, kind: str | None = None) -> Traits:
-        """What the rule declares, on the network that is measured."""
+        """Return the traits that the rule declares on the measured network."""
         return self.subject.build(SPECIMENS[kind or self.kind]).traits
 
     @cached_property
@@ -145,18 +145,18 @@ class Measurements:
 
     @cached_property
     def dependence(self) -> dict[str, Matrix]:
-        """By kind of network."""
+        """Dependence matrix by kind of network."""
         return {kind: dependence(self.subject, SPECIMENS[kind], dtype=self.dtype) for kind in self.kinds}
 
     @cached_property
     def downstream(self) -> dict[str, Matrix]:
-        """By kind of network."""
+        """Downstream-weight matrix by kind of network."""
         found = self.dependence
         return {kind: downstream_weights(self.subject, SPECIMENS[kind], found[kind], dtype=self.dtype) for kind in self.kinds}
 
     @property
     def dependence_name(self) -> str:
-        """The widest over the kinds of networks."""
+        """Widest name of dependence over the kinds of networks."""
         return max((name_of_dependence(matrix) for matrix in self.dependence.values()), key=DEPENDENCES.index)
 
     @property
@@ -166,7 +166,7 @@ class Measurements:
 
     @cached_property
     def moving(self) -> dict[str, set[str]]:
-        """By kind of network: the blocks that plain training of the same specimen moves, in single precision; ``OWN``: the rule's."""
+        """By kind of network: blocks that plain training of the same specimen moves, in single precision; ``OWN``: the rule's."""
         return {kind: self._moving(kind) for kind in self.kinds}
 
     def _moving(self, kind: str) -> set[str]:
@@ -180,7 +180,7 @@ class Measurements:
         return {name.split(".")[2] if name.startswith(IN_BLOCKS) else OWN for name in moved}
 
     def doubts(self, kind: str) -> str:
-        """Why a kind of network on which no transport was seen does not make the rule local all the same; empty: nothing does."""
+        """Say why a kind of network on which no transport was seen does not show that the rule is local; empty if it does."""
         matrix = self.downstream[kind]
         if unprobed := [name for name in matrix.silent if name in self.moving[kind]]:
             return f"blocks {', '.join(unprobed)} learn in training, and have no update in the probe"
@@ -193,7 +193,7 @@ class Measurements:
 
     @cached_property
     def observations(self) -> dict[str, Observation]:
-        """By kind of network."""
+        """Observation of a trajectory by kind of network."""
         return {kind: self._observe(kind) for kind in self.kinds}
 
     def _observe(self, kind: str) -> Observation:
@@ -234,12 +234,12 @@ class Measurements:
 
     @cached_property
     def memory(self) -> MemoryCurve:
-        """Against depth."""
+        """Memory of a step against depth."""
         return measure_memory(self.subject, SPECIMENS[self.kind])
 
     @cached_property
     def time(self) -> dict[str, float | None]:
-        """Of a step, over back-propagation's on the same network, by phase; ``None``: unmeasured."""
+        """Time of a step over back-propagation's on the same network, by phase; ``None``: unmeasured."""
         return measure_time(self.subject, Specimen(self.kind, depth=4, width=128 if self.kind == "dense" else 16))
 
     @cached_property
@@ -275,7 +275,7 @@ class Measurements:
         return "uses the weights of all blocks above" if everything else f"uses the weights of {reach} block{'s' * (reach > 1)} above"
 
     def properties(self) -> dict[str, Any]:
-        """Plain values, for the certificate."""
+        """Return the properties as plain values, for the certificate."""
         total = {kind: observation.total() for kind, observation in self.observations.items()}
         widest = max(total.values(), key=lambda execution: execution.span)
         blocks = len(self.dependence[self.kind].blocks)

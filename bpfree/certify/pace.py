@@ -22,16 +22,16 @@ from bpfree.training.stepper import new_step
 __all__ = ["CLOCK", "Lap", "measure_time", "ratio"]
 
 CLOCK = "processor"
-"""What a certificate says of its times; others, of earlier versions, are not shown."""
+"""Kind of seconds in a certificate; times of other kinds, from earlier versions, are not shown."""
 EXAMPLES = 64
 PHASES = 8
 PAIRS = 40
-"""Of each phase."""
+"""Pairs of steps in each phase."""
 LEAST = 20
 SPREAD = 1.5
-"""Quartiles of the ratios that are further apart than this factor say that the machine was measured, not the rule."""
+"""Largest factor between the quartiles of the ratios; beyond it the machine was measured, not the rule."""
 SHARES = (0.1, 1.1)
-"""Processor seconds over wall seconds of one thread: less, and the step waits for something; more, and others work for it."""
+"""Processor seconds over wall seconds of one thread: below this range the step waits, above it other threads work for it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Lap:
 
 
 def measure_time(subject: Subject, specimen: Specimen) -> dict[str, float | None]:
-    """Processor seconds of a step over those of back-propagation's on the same network and examples, by phase.
+    """Return the processor seconds of a step over those of back-propagation's on the same network and examples, by phase.
 
     Each step of the rule has one of back-propagation beside it, in turns before and after it. In a phase on features the step itself
     is timed, without the features.
@@ -98,7 +98,7 @@ def _timed(laps: list[Lap]) -> Iterator[None]:
 
 
 def ratio(pairs: Sequence[tuple[Lap, Lap]]) -> float | None:
-    """The median ratio of the processor seconds of pairs of ours and theirs; ``None``: unmeasured.
+    """Return the median ratio of paired processor seconds, the rule's over back-propagation's; ``None``: unmeasured.
 
     That is where there are fewer than 20 pairs, where the quartiles of the ratios are further apart than a factor of 1.5, and where
     the processor's share of the wall seconds of either is not that of one thread at work (0.1 to 1.1).

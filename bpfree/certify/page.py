@@ -25,7 +25,7 @@ def write_page(path: Path, certificate: Certificate) -> Path:
 
 
 def sections(certificate: Certificate) -> Iterator[Section]:
-    """What was measured, whose weights an update needs, what each check found, and how to measure it again."""
+    """Return the page's sections: measurements, the update's weights, findings of the checks, and the command to measure again."""
     credit = f"credit: {certificate.properties.get('credit', 'not measured')}"
     lead = "; ".join(filter(None, (certificate.status, certificate.remark, credit)))
     yield Section("", [Text(lead, "lead"), Table([], list(summary_rows(certificate)), [1], "Properties")])

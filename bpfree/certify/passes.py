@@ -29,7 +29,7 @@ from torch import Tensor
 __all__ = ["Work", "disagreement", "stands_as_weight"]
 
 OTHER = 0.5
-"""Operations of no known kind, in forward passes, up to which the count stands."""
+"""Operations of unknown kind, in forward passes, up to which the count of passes is valid."""
 ROUNDING = 1e-6
 LEFT = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1}
 """Place of a product's first factor among the arguments."""
@@ -38,7 +38,7 @@ Shape = tuple[int, int]
 
 @dataclass
 class Work:
-    """Operations of matrix products and convolutions, by what they were; see the module.
+    """Operations of matrix products and convolutions, by kind; see the module.
 
     Attributes:
         total: of the whole step, as a run counts them.
@@ -54,11 +54,11 @@ class Work:
 
     @property
     def other(self) -> int:
-        """What remains of the total."""
+        """Operations of the total that no other count includes."""
         return self.total - sum(self.forward.values()) - self.explained - self.copies - self.feedback
 
     def merge(self, more: Work) -> None:
-        """Add another step's."""
+        """Add the operations of another step."""
         self.total += more.total
         self.forward.update(more.forward)
         self.explained += more.explained
@@ -68,7 +68,7 @@ class Work:
     def add_foreign(
         self, name: str, args: tuple[Any, ...], result: Any, shapes: Iterable[Shape], operations: int, *, reverse: bool
     ) -> None:
-        """Put down a product in which no own weights stand.
+        """Count a product in which no own weights stand.
 
         Args:
             name: of the operation.
@@ -88,13 +88,13 @@ class Work:
 
 
 def _is_gradient(name: str, args: tuple[Any, ...], result: Tensor, shapes: set[Shape]) -> bool:
-    """Whether a result has the size of a weight, or of several, and no factor stands as one."""
+    """Tell whether a result has the size of a weight, or of several, and no factor stands as one."""
     whole = any(result.numel() % (outputs * inputs) == 0 for outputs, inputs in shapes)
     return whole and not stands_as_weight(name, args, shapes)
 
 
 def stands_as_weight(name: str, args: tuple[Any, ...], shapes: Iterable[Shape]) -> bool:
-    """Whether a factor of a product has the shape of a weight, or of several side by side, and stands as in a forward pass.
+    """Tell whether a factor of a product has the shape of one or more weights side by side, and stands as in a forward pass.
 
     Args:
         name: of the operation.
@@ -118,7 +118,7 @@ def _holds(size: int, part: int) -> bool:
 
 
 def disagreement(work: Work, one_pass: float, most: float, *, forward_mode: bool) -> str:
-    """Why a step's operations do not agree with the passes that were counted; empty: they do.
+    """Say why a step's operations disagree with the counted passes; empty if they agree.
 
     Args:
         work: of the step.

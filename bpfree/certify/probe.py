@@ -39,7 +39,7 @@ __all__ = ["PLAIN", "Moment", "Probe", "Sampling", "task_gradients"]
 
 PLAIN = OptimizerConfig("sgd", lr=1.0, weight_decay=0.0, momentum=0.0, options={"nesterov": False, "dampening": 0.0, "maximize": False})
 MOST_PHASES = 24
-"""A rule may have endless phases; the first ones are taken for all."""
+"""Number of phases to go through, since a rule may have endless phases."""
 Watch = Callable[[Rule, Batch, Step], AbstractContextManager[Any]]
 
 
@@ -82,7 +82,7 @@ class Moment:
 
 
 class Probe:
-    """Trajectories of a small instance, the same each time but for what is done to its weights.
+    """Trajectories of a small instance, identical except for the change made to its weights.
 
     Args:
         subject: the rule.
@@ -107,13 +107,13 @@ class Probe:
         self._batches = batches(specimen.spec, self.sampling.samples, self.sampling.steps, dtype=dtype)
 
     def with_other_labels(self) -> Probe:
-        """The same with labels that belong to other examples."""
+        """Return a probe whose labels belong to other examples."""
         other = copy.copy(self)
         other._batches = [replace(batch, targets=batch.targets.roll(1)) for batch in self._batches if batch.targets is not None]
         return other
 
     def build(self, added: Mapping[str, Tensor] | None = None) -> Rule:
-        """A fresh instance, prepared as a run would.
+        """Build a fresh instance, prepared as in a run.
 
         Args:
             added: to parameters, by name, as soon as the rule has its network.
@@ -135,7 +135,7 @@ class Probe:
         late: bool = False,
         ready: Callable[[Rule], object] | None = None,
     ) -> list[Moment]:
-        """Go through the rule's phases.
+        """Take the rule through its phases.
 
         Args:
             added: to parameters, by name, as soon as the rule has its network; once more after whatever had put them back.
@@ -177,7 +177,7 @@ class Probe:
             rule.end_phase(phase, step)
 
     def _phases(self, rule: Rule) -> list[Phase]:
-        """The first ones; a single one comes twice, so that there is a border."""
+        """Return the first phases; a single phase is repeated, so that there is a border."""
         found = list(itertools.islice(rule.phases(Budget(epochs=8)), self.sampling.phases))
         if not found:
             raise BpfreeError(
@@ -213,7 +213,7 @@ class Probe:
 
 @contextmanager
 def _shaken(kind: type[Rule], added: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[dict[int, Tensor]]:
-    """A rule that is built inside is of this precision from the first, and has its network shaken, and changed, before it sees it.
+    """Set the precision of a rule built inside, and shake and change its network before the rule sees it.
 
     Yields:
         The network's parameters as they then are, by identity.
@@ -263,7 +263,7 @@ def _add(parameters: Mapping[str, nn.Parameter], added: Mapping[str, Tensor]) ->
 
 @contextmanager
 def _other_generators_seeded() -> Iterator[None]:
-    """Those of Python and numpy, which another check forbids: their noise is not to be taken for a dependence."""
+    """Seed the generators of Python and numpy, which another check forbids, so that their noise is not taken for a dependence."""
     states = random.getstate(), np.random.get_state()
     random.seed(0)
     np.random.seed(0)
@@ -279,7 +279,7 @@ def _unwatched(rule: Rule, batch: Batch, step: Step) -> AbstractContextManager[N
 
 
 def _noting(rule: Rule, updater: Updater, applied: dict[str, Tensor]) -> Callable[..., None]:
-    """An ``apply`` of rate zero: notes what it would have applied."""
+    """Replace ``apply`` by one of rate zero that records what it would have applied."""
     names = {id(p): name for name, p in rule.named_parameters()}
 
     before_update, after_update = told_groups(rule.before_update), told_groups(rule.after_update)
@@ -311,7 +311,7 @@ def _updates(rule: Rule, before: Mapping[str, Tensor], applied: Mapping[str, Ten
 
 
 def task_gradients(rule: Rule, batch: Batch) -> dict[str, Tensor]:
-    """By block, flat: the gradient of the task's loss of the network's output, by autograd; empty if the network makes no scores."""
+    """Return by block the flat gradient of the task's loss of the network's output, by autograd; empty without scores."""
     if rule.network.readout is None or batch.targets is None:
         return {}
     named = {name: list(block.parameters()) for name, block in rule.network.blocks.items()}

@@ -33,7 +33,7 @@ PRODUCTS = {
     *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "addr"),
     *("linear", "einsum", "convolution", "_convolution", "convolution_backward"),
 }
-"""In place, too: ``addmm_`` counts as ``addmm``."""
+"""Products and convolutions; in-place variants count too: ``addmm_`` as ``addmm``."""
 RIGHT = {"mm": 1, "addmm": 2, "bmm": 1, "baddbmm": 2}
 OWN = ""
 """Stands for the rule's own parameters (heads and so on), which belong to no block."""
@@ -60,7 +60,7 @@ class ReverseCall:
 
 @dataclass
 class ObservedSteps:
-    """What the observed steps did.
+    """Observations of one or more steps.
 
     Attributes:
         calls: reverse-mode calls.
@@ -85,7 +85,7 @@ class ObservedSteps:
 
     @property
     def widest(self) -> ReverseCall | None:
-        """The call that crossed most."""
+        """Reverse-mode call that crossed most blocks."""
         return max(self.calls, key=lambda call: len(call.blocks), default=None)
 
     @property
@@ -94,17 +94,17 @@ class ObservedSteps:
         return [call for call in self.calls if call.products and not call.blocks and not call.own]
 
     def passes(self, block: str) -> float:
-        """Forward passes through a block's most used weights, per example."""
+        """Return the forward passes per example through a block's most used weights."""
         return max(self.products.get(block, Counter()).values(), default=0) / self.examples if self.examples else 0.0
 
     def disagreement(self, most: float) -> str:
-        """Why the operations do not agree with the number of passes; empty: they do."""
+        """Say why the operations disagree with the number of passes; empty if they agree."""
         rows = {name: count for counts in self.products.values() for name, count in counts.items()}
         one_pass = sum(operations * self.examples / rows[name] for name, operations in self.work.forward.items())
         return disagreement(self.work, one_pass, most, forward_mode=self.forward_mode > 0)
 
     def merge(self, other: ObservedSteps) -> None:
-        """Add another step's."""
+        """Add the observations of another step."""
         self.calls += other.calls
         self.forward_mode += other.forward_mode
         self.examples += other.examples
@@ -135,7 +135,7 @@ def observed(rule: Rule, batch: Batch, step: Step) -> Iterator[ObservedSteps]:
 
 
 class _ReverseWatch(TorchDispatchMode):
-    """Attributes every operation."""
+    """Attributes every operation to a block and a reverse-mode call."""
 
     def __init__(self, rule: Rule, result: ObservedSteps) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class _ReverseWatch(TorchDispatchMode):
         return result
 
     def _note(self, name: str, args: Any, result: Any, operations: int, task: int | None) -> None:
-        """Put down a product: whose weights stand in it, and whether as in a forward pass."""
+        """Record a product: whose weights stand in it, and whether as in a forward pass."""
         owners = {place: owner for place, tensor in enumerate(args) if (owner := self._owner(tensor)) and owner[2].dim() > 1}
         passing = False
         for place, owner in owners.items():
@@ -194,7 +194,7 @@ class _ReverseWatch(TorchDispatchMode):
             return None
 
     def _forward(self, name: str, place: int, args: Any, owner: tuple[str, str, Tensor]) -> bool:
-        """Note the examples of a product, if the weights stand in it as in a forward pass."""
+        """Record the examples of a product, if the weights stand in it as in a forward pass."""
         block, parameter, weight = owner
         rows = 0
         if name in ("convolution", "_convolution"):
@@ -212,7 +212,7 @@ class _ReverseWatch(TorchDispatchMode):
     # --- reverse-mode calls -----------------------------------------------------------------------------------------
 
     def call(self, task: int) -> ReverseCall:
-        """The call that a graph task belongs to."""
+        """Return the call that a graph task belongs to."""
         self._clock += 1
         if task not in self._calls:
             self._calls[task] = ReverseCall(where=place_of_caller())
@@ -224,7 +224,7 @@ class _ReverseWatch(TorchDispatchMode):
         return self._calls[task]
 
     def reached(self, block: str) -> None:
-        """The current graph task is at a block."""
+        """Record that the current graph task has reached a block."""
         task = current_task()
         if task is not None:
             call = self.call(task)
@@ -233,7 +233,7 @@ class _ReverseWatch(TorchDispatchMode):
                 call.blocks.add(block)
 
     def nested(self, engine: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap the engine's entry: a call from inside another call (checkpointing) is part of that one."""
+        """Wrap the engine's entry, so that a call inside another call (checkpointing) is part of the outer one."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self._pending = current_task()
@@ -242,7 +242,7 @@ class _ReverseWatch(TorchDispatchMode):
         return run
 
     def counting(self, make_dual: Callable[..., Any]) -> Callable[..., Any]:
-        """Forward mode is in use."""
+        """Count uses of forward mode."""
 
         def make(*args: Any, **kwargs: Any) -> Any:
             self._result.forward_mode += 1
@@ -269,13 +269,13 @@ class _ReverseWatch(TorchDispatchMode):
 
 
 def current_task() -> int | None:
-    """The engine's graph task, inside a reverse-mode call."""
+    """Return the engine's graph task, inside a reverse-mode call."""
     task = torch._C._current_graph_task_id()
     return None if task == -1 else task
 
 
 class _Identity(torch.autograd.Function):
-    """Hands its input on, and says when a cotangent passes."""
+    """Passes its input on, and reports when a cotangent passes."""
 
     generate_vmap_rule = True
 
@@ -299,7 +299,7 @@ class _Identity(torch.autograd.Function):
 
 @contextmanager
 def _hooked_outputs(names: dict[int, str], watch: _ReverseWatch) -> Iterator[None]:
-    """Through torch's hook for all modules, because rules may treat modules with hooks of their own differently."""
+    """Watch outputs through torch's hook for all modules, because rules may treat modules with hooks of their own differently."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         name = names.get(id(module))
@@ -334,7 +334,7 @@ def _hooked_parameters(rule: Rule, watch: _ReverseWatch) -> Iterator[None]:
 
 
 def place_of_caller() -> str:
-    """File and line of the innermost frame outside torch and this package."""
+    """Return file and line of the innermost frame outside torch and this package."""
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)

@@ -18,7 +18,7 @@ UNMEASURED = "unmeasured"
 
 
 def summary_rows(certificate: Certificate) -> Iterator[tuple[str, str]]:
-    """``(name, value)`` of each measured property."""
+    """Return ``(name, value)`` of each measured property."""
     p = certificate.properties
     yield "rule", f"{certificate.rule} (plugin {certificate.plugin}, {certificate.distribution} {certificate.version})"
     if certificate.settings:
@@ -74,7 +74,7 @@ def _memory(memory: dict[str, Any]) -> str:
 
 
 def step_times(properties: dict[str, Any]) -> dict[str, float | None]:
-    """Seconds of a step over back-propagation's, by phase; ``None``: unmeasured, as are all that were not measured in processor time."""
+    """Return seconds of a step over back-propagation's, by phase; ``None``: unmeasured, or not measured in processor time."""
     time = properties["time"]
     return {phase: value if time.get("clock") == CLOCK else None for phase, value in time["over_backprop"].items()}
 
@@ -97,7 +97,7 @@ def _cosines(blocks: dict[str, float]) -> str:
 
 
 def percent(accuracies: Sequence[float] | None) -> str:
-    """``92.4``: the mean in per cent; ``-``: there are none."""
+    """Format the mean of accuracies in per cent, such as ``92.4``; ``-`` if there are none."""
     return f"{100 * statistics.mean(accuracies):.1f}" if accuracies else "-"
 
 
@@ -112,7 +112,7 @@ def _learning(learning: dict[str, Any]) -> str:
 
 
 def render(certificate: Certificate) -> Iterator[str]:
-    """Lines: properties, the map of downstream weights, what was found, and the status."""
+    """Return lines of text: properties, the map of downstream weights, findings, and the status."""
     yield from text_pairs(summary_rows(certificate))
     for kind, matrix in certificate.properties.get("downstream_weights", {}).get("matrices", {}).items():
         yield ""

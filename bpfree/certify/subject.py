@@ -87,7 +87,7 @@ class Subject:
         self.recipe = self.resolve({})
 
     def resolve(self, settings: Mapping[str, Any], spec: TaskSpec | None = None) -> Recipe:
-        """The recipe of this rule with its settings, under further ones: resolved once, with options of its own at each call."""
+        """Resolve the rule's recipe with its settings and further ones, once; each call gets its own options."""
         key = (repr(sorted(settings.items())), spec)
         if key not in self._recipes:
             more = [Leaf(name, value, "certificate") for name, value in settings.items()]
@@ -101,7 +101,7 @@ class Subject:
         return dataclasses.asdict(self.recipe.options["rule"])
 
     def specimen_settings(self, specimen: Specimen) -> dict[str, Any]:
-        """The settings that make the specimen.
+        """Return the settings that make the specimen.
 
         Raises:
             UsageError: the rule has none of this kind.
@@ -112,7 +112,7 @@ class Subject:
         return dict(settings)
 
     def build(self, specimen: Specimen, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Rule:
-        """A freshly initialised small instance, on the CPU, in train mode.
+        """Build a freshly initialised small instance, on the CPU, in train mode.
 
         Raises:
             UsageError: the rule does not take such a network.
@@ -121,11 +121,11 @@ class Subject:
         return recipe.build_rule(specimen.spec).to(dtype).train()
 
     def kinds(self) -> list[str]:
-        """The kinds of networks that the rule takes."""
+        """Return the kinds of networks that the rule takes."""
         return [kind for kind in KINDS if self._refusal(kind) is None]
 
     def _refusal(self, kind: str) -> UsageError | None:
-        """Why the rule does not take a kind of network; ``None`` if it does."""
+        """Say why the rule refuses a kind of network; ``None`` if it takes it."""
         try:
             self.build(Specimen(kind, depth=2, width=8))
         except UsageError as error:
@@ -133,7 +133,7 @@ class Subject:
         return None
 
     def kind(self) -> str:
-        """The first kind of network that the rule takes.
+        """Return the first kind of network that the rule takes.
 
         Raises:
             BpfreeError: there is none.
@@ -152,7 +152,7 @@ class Subject:
 
 
 def examples(spec: TaskSpec, count: int, *, seed: int = 0) -> Split:
-    """Made-up examples: noise around a mean for each class, in single precision."""
+    """Make examples: noise around a mean for each class, in single precision."""
     with seeded(seed):
         targets = torch.arange(count) % spec.outputs
         centres = torch.randn(spec.outputs, *spec.input_shape)

@@ -29,7 +29,7 @@ HEADERS = (
 
 
 def table(certificates: Iterable[Certificate]) -> str:
-    """Markdown: a row for each rule."""
+    """Return the table in Markdown, a row for each rule."""
     return markdown_table(HEADERS, (tuple(_cells(certificate)) for certificate in certificates))
 
 
@@ -53,7 +53,7 @@ def _memory(memory: Mapping[str, Any]) -> str:
 
 
 def _passes(by_kind: Mapping[str, Mapping[str, float] | None]) -> str:
-    """The most over the kinds of networks; where one is unmeasured, so is that."""
+    """Return the largest number of passes over the kinds of networks; unmeasured if it is unmeasured for any of them."""
     found = [max(passes.values(), default=0.0) if passes else 0.0 for passes in by_kind.values()]
     return f"{max(found):g}" if all(found) else "?"
 
@@ -75,7 +75,7 @@ def _remarks(certificate: Certificate) -> str:
 
 
 def write_docs(page: Path, certificates: Mapping[str, Certificate]) -> list[Path]:
-    """Write the table and the pictures into a page between its two markers, and the pictures beside it.
+    """Write the table and the references to the pictures between the page's two markers, and the pictures beside the page.
 
     Returns:
         What has changed.

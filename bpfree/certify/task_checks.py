@@ -1,4 +1,4 @@
-"""What every task must keep, as a list of checks: for the tests of those who write one."""
+"""Checks of what every task must guarantee, for the tests of authors of tasks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from bpfree.tasks.trees import named_leaves, tree_map
 __all__ = ["TaskCheck", "task_checks"]
 
 FEW = 12
-"""Examples that losses and metrics are tried on."""
+"""Number of examples on which losses and metrics are tried."""
 
 
 @dataclass(frozen=True)
 class TaskCheck:
-    """A check: its name, and a function that raises ``AssertionError`` or ``BpfreeError`` where it fails."""
+    """A check with its name, and a function that raises ``AssertionError`` or ``BpfreeError`` if it fails."""
 
     name: str
     run: Callable[[], None]
@@ -36,7 +36,7 @@ class TaskCheck:
         return self.name
 
     def __call__(self) -> None:
-        """Run it."""
+        """Run the check."""
         self.run()
 
 
@@ -65,7 +65,7 @@ def task_checks(source: DataSource | Task, config: Any = None, *, root: Path | N
 
 
 def _spec_without_data(source: DataSource, config: Any, root: Path | None, task: Task) -> None:
-    """``spec`` describes what ``load`` gives, without reading it."""
+    """Check that ``spec`` describes the data that ``load`` returns, without reading them."""
     spec = source.spec(source.Config() if config is None else config, root)
     for name in ("input_shape", "outputs", "targets", "vocabulary", "structure", "output_size"):
         said, loaded = getattr(spec, name), getattr(task.spec, name)
@@ -73,7 +73,7 @@ def _spec_without_data(source: DataSource, config: Any, root: Path | None, task:
 
 
 def _length_and_batches(task: Task) -> None:
-    """A split has a length, and gives any of its examples by their positions."""
+    """Check that a split has a length, and returns any of its examples by their positions."""
     for name, split in _splits(task):
         count = len(split)
         assert count > 0, f"the {name} split is empty"
@@ -86,7 +86,7 @@ def _length_and_batches(task: Task) -> None:
 
 
 def _digest(task: Task) -> None:
-    """The digest is that of the data: the same again, and another for other examples."""
+    """Check that the digest is the same for the same data, and differs for other examples."""
     again = Task(task.spec, task.train, task.validation, task.test)
     assert again.fingerprint() == task.fingerprint(), "the fingerprint of the same data has changed"
     if len(task.train) > 1:
@@ -96,7 +96,7 @@ def _digest(task: Task) -> None:
 
 
 def _dry_run_example(task: Task) -> None:
-    """``spec.example`` makes inputs like those of the data, once these are normalised."""
+    """Check that ``spec.example`` makes inputs like those of the data, once these are normalised."""
     made = task.spec.example(2)
     seen = task.spec.normalise(task.train.batch(torch.arange(min(2, len(task.train))))[0])
     for where, (ours, theirs) in _beside(made, seen):
@@ -109,7 +109,7 @@ def _dry_run_example(task: Task) -> None:
 
 
 def _loss_and_error(task: Task) -> None:
-    """``error`` is the derivative of ``loss``, by autograd."""
+    """Check that ``error`` is the derivative of ``loss``, by autograd."""
     spec = task.spec
     if not spec.is_scored:
         return
@@ -126,7 +126,7 @@ def _loss_and_error(task: Task) -> None:
 
 
 def _losses_of_examples(task: Task) -> None:
-    """``losses`` has ``loss`` as its mean, where the loss is of single examples."""
+    """Check that ``losses`` has ``loss`` as its mean, if the loss is defined for single examples."""
     spec = task.spec
     if not spec.is_scored or has_own_loss(spec):
         return
@@ -136,7 +136,7 @@ def _losses_of_examples(task: Task) -> None:
 
 
 def _metrics_accumulate(task: Task) -> None:
-    """A metric of a split is the same whether its examples come in one batch or in several."""
+    """Check that a metric of a split is the same whether its examples come in one batch or in several."""
     spec = task.spec
     (batch, outputs), *_ = list(_tried(task, 1))
     for metric in spec.metrics():
@@ -152,7 +152,7 @@ def _metrics_accumulate(task: Task) -> None:
 
 
 def _recorded(task: Task) -> None:
-    """The spec that a checkpoint holds is read back as it was."""
+    """Check that a spec read back from a checkpoint equals the original."""
     again = spec_of(task.spec.recorded(), Path("a checkpoint"))
     assert again == task.spec, f"the spec is read back as {again}"
 
@@ -176,7 +176,7 @@ def _splits(task: Task) -> Iterator[tuple[str, Examples]]:
 
 
 def _tried(task: Task, draws: int) -> Iterator[tuple[Batch, Tensor]]:
-    """Examples of the task beside made-up outputs."""
+    """Yield batches of the task's examples, each with made-up outputs."""
     inputs, targets = task.train.batch(torch.arange(min(FEW, len(task.train))))
     batch = Batch(task.spec.normalise(inputs), targets if targets is None or not targets.is_floating_point() else targets.float())
     generator = torch.Generator().manual_seed(0)

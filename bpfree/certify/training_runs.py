@@ -28,12 +28,12 @@ BATCH = 32
 
 @lru_cache(maxsize=1)
 def digits() -> Task:
-    """The bundled digits, with a tenth of the training split for validation."""
+    """Return the bundled digits, with a tenth of the training split for validation."""
     return Task.from_source(DIGITS)
 
 
 def cut(task: Task, examples: int) -> Task:
-    """The task with the first examples of its training split, and an eighth as many of its others."""
+    """Return the task with the first examples of its training split, and an eighth as many of each other split."""
 
     def first(split: Examples | None, count: int) -> Examples | None:
         return None if split is None else split.subset(torch.arange(min(count, len(split))))
@@ -46,7 +46,7 @@ def cut(task: Task, examples: int) -> Task:
 
 
 def build(subject: Subject, spec: TaskSpec, *, seed: int = 0, specimen: Specimen = PRACTICE) -> Rule:
-    """A small instance for the task."""
+    """Build a small instance for the task."""
     return subject.resolve({**subject.specimen_settings(specimen), "seed": seed}, spec).build_rule(spec)
 
 
@@ -64,7 +64,7 @@ def trainer(
     folder: Path | None = None,
     observers: Iterable[Any] = (),
 ) -> Trainer:
-    """A trainer of a small instance, on one thread of the CPU."""
+    """Make a trainer of a small instance, on one thread of the CPU."""
     task = task or digits()
     settings = TrainConfig(
         seed=seed,

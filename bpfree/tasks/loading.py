@@ -182,6 +182,9 @@ class Loader:
             raws = self._stream(order.split(self.batch_size)) if self.resident is None else self._select(self.resident, chosen)
         ready = self.resident is not None and self.resident.normalised
         for indices, drawn, (inputs, targets) in zip(chosen, keyed, raws, strict=True):
+            if self.views == 1 and not self.augment:
+                yield Batch(inputs if ready else self._normalise(inputs), targets, (), indices)
+                continue
             made = [self._view(inputs, targets, Draws(self.seed or 0, epoch, drawn, self.spec, view=view)) for view in range(self.views)]
             views = tuple(each if ready else self._normalise(each) for each, _ in made)
             yield Batch(views[0], made[0][1], views if self.views > 1 else (), indices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -112,8 +112,10 @@ class Stepper:
             batch: on the device, normalised (``spec.normalise``).
             parts: micro-batches that its gradient is accumulated from.
         """
-        with self.drawing(), self.updater.activations.watching():
-            self.updater.recompute = self._again(batch) if self.updater.wants_closure else None
+        watching = self.updater.activations.watching() if self.updater.watches else nullcontext()
+        with self.drawing(), watching:
+            if self.updater.wants_closure:
+                self.updater.recompute = self._again(batch)
             metrics = self.rule.learn(batch, self.step) if parts == 1 else accumulate(self.rule, batch, self.step, parts)
         self.step.index += 1
         return metrics

@@ -53,6 +53,7 @@ class Updater:
             adds up their gradients.
         received: whether a parameter has had a ``.grad`` at an update so far.
         count: updates so far.
+        watches: whether an add-on asks for activations.
         recompute: computes the current step's credit again and gives its loss, for optimisers with a closure.
         activations: of the step in progress, for add-ons that ask for them.
     """
@@ -78,7 +79,8 @@ class Updater:
         self._schedulers: dict[str, Any] = {}
         known = {name: kind for name, kind, _ in installed_plugins().items("addons")} if self.config.addons else {}
         self._addons = make_addons(self.config.addons, rule, known)
-        self.activations = Activations(rule if any(kind.watches for kind, _ in self._addons) else None)
+        self.watches = any(kind.watches for kind, _ in self._addons)
+        self.activations = Activations(rule)
         self._before_update, self._after_update = told_groups(rule.before_update), told_groups(rule.after_update)
         self.start_phase(Phase())
 

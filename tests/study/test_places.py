@@ -9,6 +9,7 @@ import pytest
 
 from bpfree.files import write_text
 from bpfree.study.examples import _examples
+from bpfree.study.measures import measure_of
 from bpfree.study.store import CellKey, CellRecord, CellStore
 from bpfree.training.predictions import Predictions, write_predictions
 
@@ -30,7 +31,7 @@ def read(runs: Path, run: str) -> tuple[Path | None, bool]:
     write_text(store.path_of("0"), record.to_json())
     known = store.read("0")
     assert known is not None
-    return known.place, _examples(known, "test/accuracy", runs, "") is not None
+    return known.place, _examples(known, measure_of("test/accuracy", {}), runs, "") is not None
 
 
 def test_only_runs_in_the_folder_of_runs_are_read(runs: Path) -> None:

@@ -36,7 +36,7 @@ __all__ = ["CHECKS"]
 EPOCHS = 4
 SGD = OptimizerConfig("sgd", lr=0.1, weight_decay=0.0, momentum=0.0)
 TOLERANCE = 1e-3
-"""Of an update, relative to its largest entry: float32, summed in another order."""
+"""Tolerance of an update, relative to its largest entry: float32, summed in another order."""
 
 
 def _crash(error: Exception, rule: type[Rule], when: str, fix: str) -> CheckFailed:
@@ -48,7 +48,7 @@ def _crash(error: Exception, rule: type[Rule], when: str, fix: str) -> CheckFail
 
 
 def config_roundtrip(m: Measurements) -> str | None:
-    """Configuration to YAML and back, into the rule, unknown keys, help texts, and the card."""
+    """Check the configuration: to YAML and back, into the rule, unknown keys, help texts, and the card."""
     subject = m.subject
     _through_yaml(subject)
     _into_the_rule(m)
@@ -86,7 +86,7 @@ def _first_difference(one: Any, other: Any, key: str = "") -> str:
 
 
 def _into_the_rule(m: Measurements) -> None:
-    """The built rule has the configuration that it was given, which checkpoints record."""
+    """Check that the built rule has the given configuration, which checkpoints record."""
     subject, specimen = m.subject, Specimen(m.kind, depth=2, width=16)
     recipe = subject.resolve(subject.specimen_settings(specimen), specimen.spec)
     given = dataclasses.asdict(recipe.options["rule"])
@@ -143,7 +143,7 @@ def _without_help(config: type, prefix: str = "") -> Iterator[str]:
 
 
 def networks_refused(m: Measurements) -> str | None:
-    """A catalogue of networks and targets: each works for two steps of each phase, or is refused with a reason."""
+    """Check on a catalogue of networks and targets that each works for two steps of each phase, or is refused with a reason."""
     outcomes = {offer.name: _try(m.subject, offer) for offer in CATALOGUE}
     works = [name for name, reason in outcomes.items() if not reason]
     reasons = {reason: [name for name, other in outcomes.items() if other == reason] for reason in outcomes.values() if reason}
@@ -152,7 +152,7 @@ def networks_refused(m: Measurements) -> str | None:
 
 
 def _try(subject: Subject, offer: Offer) -> str:
-    """The empty string if it works, the reason if the rule refuses.
+    """Return an empty string if the rule works on a network, or the reason if the rule refuses it.
 
     Raises:
         CheckFailed: neither.
@@ -189,7 +189,7 @@ def _judge(rule: Rule, before: list[Tensor], offer: Offer, fix: str) -> None:
 
 
 def batch_shapes(m: Measurements) -> str | None:
-    """Partial batches, a single example, and inputs that lie in memory in other ways."""
+    """Check partial batches, a single example, and inputs in other memory layouts."""
     remark = _sizes(m)
     _layouts(m, Specimen(m.kind, depth=2, width=16).spec, "non-contiguous", _non_contiguous)
     kinds = m.subject.kinds()
@@ -236,7 +236,7 @@ def _non_contiguous(x: Tensor) -> Tensor:
 
 
 def _layouts(m: Measurements, spec: TaskSpec, name: str, lay: Callable[[Tensor], Tensor], kind: str | None = None) -> None:
-    """The update from inputs in another layout is the same."""
+    """Check that inputs in another layout give the same update."""
     given = batches(spec, 16, 3, dtype=torch.float32)
     laid = [Batch(lay(batch.inputs), batch.targets) for batch in given]
     updates = []
@@ -261,7 +261,7 @@ def _layouts(m: Measurements, spec: TaskSpec, name: str, lay: Callable[[Tensor],
 
 
 def bf16(m: Measurements) -> str | None:
-    """Two steps of each phase and a prediction under autocast."""
+    """Check two steps of each phase and a prediction under autocast."""
     rule = m.build()
     given = batches(Specimen(m.kind).spec, 16, 2, dtype=torch.float32)
     fix = "cast where kinds meet: x.to(weight.dtype), or torch.autocast(..., enabled=False) around what needs float32"
@@ -282,7 +282,7 @@ def bf16(m: Measurements) -> str | None:
 
 
 def nan_reported(m: Measurements) -> str | None:
-    """A run on inputs of which half hold a NaN; the same run on clean ones is finished."""
+    """Check that a run on inputs of which half hold a NaN is reported, and that one on clean inputs finishes."""
     spec = Specimen(m.kind).spec
     clean, spoilt = examples(spec, 32, seed=3), examples(spec, 64)
     task = Task(spec, spoilt, clean, clean)

@@ -20,12 +20,12 @@ __all__ = ["changed", "first_draw", "states"]
 
 
 def states() -> dict[str, Any]:
-    """Of the global generators, by name."""
+    """Return the states of the global generators, by name."""
     return {"torch": torch.get_rng_state(), "random": random.getstate(), "numpy": np.random.get_state(legacy=False)}
 
 
 def changed(before: dict[str, Any]) -> list[str]:
-    """Names of the generators that have moved since."""
+    """Name the generators whose state has changed since."""
     now = states()
     numpy = [before["numpy"]["state"], now["numpy"]["state"]]
     same = {
@@ -59,7 +59,7 @@ class _Lines:
         self._line, self._before = "", states()
 
     def _look(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
-        """A trace function, called at a function's begin and end and before each of its lines."""
+        """Trace a function: called at its begin and end and before each of its lines."""
         module = str(frame.f_globals.get("__name__"))
         if not is_own(self._rule, module):
             return None
@@ -81,7 +81,7 @@ class _Lines:
 
 
 def first_draw(rule: type[Rule], call: Callable[[], object]) -> str | None:
-    """The line of the rule's source where the call first draws from a global generator, with the operation."""
+    """Name the line of the rule's source where the call first draws from a global generator, with the operation."""
     draws = _Draws(rule)
     with _Lines(rule, draws.found).followed(), draws:
         call()

@@ -32,19 +32,19 @@ class FrozenNoise(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if handler is None else handler(self, func, args, kwargs or {})
 
     def uniform(self, like: Tensor) -> Tensor:
-        """Of the shape of ``like``, in (0, 1), in double precision."""
+        """Return uniform numbers in (0, 1) of the shape of ``like``, in double precision."""
         self._count += 1
         generator = torch.Generator().manual_seed(derive("frozen noise", self._count))
         row = torch.rand(like.shape[-1:] if like.dim() > 1 else (1,), generator=generator, dtype=torch.float64)
         return row.clamp(1e-12, 1 - 1e-12).to(like.device).expand(like.shape)
 
     def normal(self, like: Tensor) -> Tensor:
-        """The same, standard normal."""
+        """Return standard normal numbers of the shape of ``like``, in double precision."""
         return torch.special.ndtri(self.uniform(like))  # type: ignore[no-any-return]
 
 
 def _like(draw: Callable[[FrozenNoise, Tensor], Tensor]) -> Handler:
-    """For functions whose arguments give a shape: the original's result says which, and of what kind."""
+    """Wrap functions whose arguments give a shape; the original's result gives the shape and dtype."""
 
     def handle(noise: FrozenNoise, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         result: Tensor = func(*args, **kwargs)
@@ -55,7 +55,7 @@ def _like(draw: Callable[[FrozenNoise, Tensor], Tensor]) -> Handler:
 
 
 def _normal(noise: FrozenNoise, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """``torch.normal(mean, std)`` and ``Tensor.normal_(mean, std)``."""
+    """Compute ``torch.normal(mean, std)`` and ``Tensor.normal_(mean, std)`` from the frozen noise."""
     result: Tensor = func(*args, **kwargs)
     rest = args[1:] if func is Tensor.normal_ else args
     mean = kwargs.get("mean", rest[0] if rest else 0.0)
@@ -64,7 +64,7 @@ def _normal(noise: FrozenNoise, func: Callable[..., Any], args: tuple[Any, ...],
 
 
 def _uniform(noise: FrozenNoise, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """``Tensor.uniform_(from, to)``."""
+    """Compute ``Tensor.uniform_(from, to)`` from the frozen noise."""
     low = kwargs.get("from", args[1] if len(args) > 1 else 0.0)
     high = kwargs.get("to", args[2] if len(args) > 2 else 1.0)
     result: Tensor = func(*args, **kwargs)
@@ -72,7 +72,7 @@ def _uniform(noise: FrozenNoise, func: Callable[..., Any], args: tuple[Any, ...]
 
 
 def _bernoulli(noise: FrozenNoise, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """``bernoulli(p)``, where the input holds the probabilities unless ``p`` is given, and ``bernoulli_(p)``."""
+    """Compute ``bernoulli(p)``, where the input holds the probabilities unless ``p`` is given, and ``bernoulli_(p)``."""
     default = 0.5 if func is Tensor.bernoulli_ else args[0].clone()
     p = kwargs.get("p", args[1] if len(args) > 1 else default)
     result: Tensor = func(*args, **kwargs)
@@ -80,14 +80,14 @@ def _bernoulli(noise: FrozenNoise, func: Callable[..., Any], args: tuple[Any, ..
 
 
 def _exponential(noise: FrozenNoise, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """``Tensor.exponential_(lambd)``."""
+    """Compute ``Tensor.exponential_(lambd)`` from the frozen noise."""
     rate = kwargs.get("lambd", args[1] if len(args) > 1 else 1.0)
     result: Tensor = func(*args, **kwargs)
     return result.copy_(-noise.uniform(result).log() / rate)
 
 
 def _integers(noise: FrozenNoise, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """``torch.randint([low], high, size)`` and ``randint_like(x, [low], high)``."""
+    """Compute ``torch.randint([low], high, size)`` and ``randint_like(x, [low], high)`` from the frozen noise."""
     bounds = [value for value in args if isinstance(value, int)]
     high = kwargs.get("high", bounds[-1] if bounds else 1)
     low = kwargs.get("low", bounds[0] if len(bounds) > 1 or ("high" in kwargs and bounds) else 0)
@@ -96,7 +96,7 @@ def _integers(noise: FrozenNoise, func: Callable[..., Any], args: tuple[Any, ...
 
 
 def _multinomial(noise: FrozenNoise, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """By the largest of log probabilities with Gumbel noise; several draws are with replacement, one after the other."""
+    """Draw from a multinomial: the largest of log probabilities with Gumbel noise; several draws are sequential, with replacement."""
     weights = kwargs.get("input", args[0] if args else None)
     count = int(kwargs.get("num_samples", args[1] if len(args) > 1 else 1))
     again = bool(kwargs.get("replacement", args[2] if len(args) > 2 else False))

@@ -19,7 +19,7 @@ Run = Callable[[Measurements], str | None]
 
 @contextmanager
 def kept_process() -> Iterator[None]:
-    """Global generators and torch's settings, put back at the end."""
+    """Restore the global generators and torch's settings at the end."""
     python, numpy = random.getstate(), np.random.get_state()
     grad, dtype, anomaly = torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_anomaly_enabled()
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
@@ -37,7 +37,7 @@ def kept_process() -> Iterator[None]:
 
 
 def guarded(run: Run) -> Run:
-    """The check inside :func:`kept_process`."""
+    """Run the check inside :func:`kept_process`."""
 
     @functools.wraps(run)
     def kept(m: Measurements) -> str | None:

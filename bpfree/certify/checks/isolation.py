@@ -50,13 +50,13 @@ class RecordingSpec(TaskSpec):
 
 
 def _evaluations(task: Task) -> list[Examples]:
-    """Splits whose labels the rule may not see: the task's, and those it was cut from."""
+    """Return the splits whose labels the rule may not see: the task's, and those it was cut from."""
     return [split for whole in (task, training_runs.digits()) for split in (whole.validation, whole.test) if split is not None]
 
 
 @contextmanager
 def _permuted(splits: list[Examples]) -> Iterator[None]:
-    """Other labels in the same memory, so that a rule that has found the tensors finds other labels in them."""
+    """Put permuted labels in the same memory, so that a rule that has found the tensors finds other labels in them."""
     saved = [(split.targets, split.targets.clone()) for split in splits if split.targets is not None]
     try:
         for targets, true in saved:
@@ -69,7 +69,7 @@ def _permuted(splits: list[Examples]) -> Iterator[None]:
 
 
 def _predictions(m: Measurements, rule: Rule, task: Task) -> list[Tensor]:
-    """All scores of an evaluation of the validation and the test split, as a run makes it."""
+    """Return all scores of an evaluation of the validation and the test split, as a run makes it."""
     setup = training_runs.trainer(m.subject, task, rule=rule).setup
     spec, recorder = rule.spec, RecordingSpec(**{item.name: getattr(rule.spec, item.name) for item in fields(TaskSpec)})
     rule.spec = recorder
@@ -83,7 +83,7 @@ def _predictions(m: Measurements, rule: Rule, task: Task) -> list[Tensor]:
 
 
 def _unique_task(seed: int) -> Task:
-    """Digits that no other object of the process knows: a little noise is added to them."""
+    """Return digits that no other object of the process has: a little noise is added to them."""
     task = training_runs.cut(training_runs.digits(), EXAMPLES)
     generator = torch.Generator().manual_seed(seed)
 
@@ -97,14 +97,14 @@ def _unique_task(seed: int) -> Task:
 
 
 def _learned(m: Measurements, task: Task) -> Rule:
-    """A rule that was built beside the task, and trained for a few steps."""
+    """Return a rule that was built beside the task, and trained for a few steps."""
     rule = small_rule(m.subject, m.kind, task.spec)
     training_runs.train(m.subject, task, rule=rule, epochs=EPOCHS)
     return rule
 
 
 def _in_this_world(m: Measurements, seed: int) -> list[Tensor]:
-    """Predictions; they are the same with other labels in the task's memory."""
+    """Return predictions, after checking that they are the same with other labels in the task's memory."""
     task = _unique_task(seed)
     rule = _learned(m, task)
     true = _predictions(m, rule, task)
@@ -120,7 +120,7 @@ def _in_this_world(m: Measurements, seed: int) -> list[Tensor]:
 
 
 def _in_other_world(m: Measurements, seed: int) -> list[Tensor]:
-    """Predictions of a rule that was built when the labels of the evaluation had been permuted."""
+    """Return the predictions of a rule built when the labels of the evaluation had been permuted."""
     task = _unique_task(seed)
     with _permuted(_evaluations(task)):
         return _predictions(m, _learned(m, task), task)
@@ -131,7 +131,7 @@ def _same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def labels_unseen(m: Measurements) -> str | None:
-    """Predictions with the labels of the evaluation permuted: after training, and before the rule was built."""
+    """Check predictions with the labels of the evaluation permuted: after training, and before the rule was built."""
     seed = secrets.randbits(62)
     true = _in_this_world(m, seed)
     gc.collect()  # so that the rule cannot find the other world's task
@@ -145,7 +145,7 @@ def labels_unseen(m: Measurements) -> str | None:
 
 
 def permuted_labels(m: Measurements) -> str | None:
-    """What is learned from permuted training labels says nothing of the true ones; the mean over a few permutations."""
+    """Check that what is learned from permuted training labels does not predict the true ones, on average over a few permutations."""
     found = [_from_permuted(m, seed) for seed in range(PERMUTATIONS)]
     accuracy = sum(float(confusion.trace()) for confusion in found) / PERMUTATIONS
     chance = chance_of(training_runs.digits()) or 1 / len(found[0])
@@ -161,7 +161,7 @@ def permuted_labels(m: Measurements) -> str | None:
 
 
 def _from_permuted(m: Measurements, seed: int) -> Tensor:
-    """The confusion matrix on the test split of a rule that was trained on permuted labels."""
+    """Return the confusion matrix on the test split of a rule that was trained on permuted labels."""
     digits = training_runs.digits()
     assert isinstance(digits.train, Split)
     assert digits.train.targets is not None
@@ -173,7 +173,7 @@ def _from_permuted(m: Measurements, seed: int) -> Tensor:
 
 
 def _confusion(rule: Rule, task: Task) -> Tensor:
-    """(C, C) shares of the test examples, by true and by predicted class."""
+    """Return (C, C) shares of the test examples, by true and by predicted class."""
     assert isinstance(task.test, Split)
     assert task.test.targets is not None
     made = predict(rule, task.spec.normalise(task.test.inputs)).argmax(1)
@@ -183,7 +183,7 @@ def _confusion(rule: Rule, task: Task) -> Tensor:
 
 
 def _variance_of_chance(confusion: Tensor, examples: int) -> float:
-    """Variance of the accuracy if names of classes were exchanged, but no less than that of independent examples.
+    """Return the variance of the accuracy under exchanged class names, but no less than that of independent examples.
 
     Examples of a class are predicted alike, so their number says little. Over all pairings of predicted with true classes the variance
     of the sum is ``sum d_ij^2 / (C - 1)``, with d the doubly centred matrix (Hoeffding 1951, A combinatorial central limit theorem).
@@ -207,7 +207,7 @@ def _recut(rule: Rule, inputs: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 
 def prediction_per_example(m: Measurements) -> str | None:
-    """Predictions of the same examples, cut into batches in other ways; noise is held fixed."""
+    """Check that predictions are the same when examples are cut into other batches, with noise held fixed."""
     spec = Specimen(m.kind).spec
     rule = trained(m.build(), batches(spec, 16, 4, dtype=torch.float32), each=4)
     inputs = batches(spec, sum(RECUTS["halves"]), 1, dtype=torch.float32, seed=2)[0].inputs
@@ -257,7 +257,7 @@ def _is_same(one: Tensor | bool | None, other: Tensor | bool | None) -> bool:
 
 
 def no_state_in_predict(m: Measurements) -> str | None:
-    """Everything that a checkpoint holds, and grads and modes, before and after predictions."""
+    """Check that predictions change nothing that a checkpoint holds, nor grads and modes."""
     spec = Specimen(m.kind).spec
     given = batches(spec, 16, 2, dtype=torch.float32)
     rule = trained(m.build(), given, each=2)

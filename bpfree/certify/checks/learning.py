@@ -14,7 +14,7 @@ __all__ = ["CHECKS"]
 
 
 def _learning(m: Measurements) -> str | None:
-    """By two standard errors over five seeds."""
+    """Check that the rule beats its twin, chance and its floor, each by two standard errors over five seeds."""
     network = m.build().network
     if not [name for name in network.blocks if name != network.readout and name not in m.silent]:
         raise NotApplicable("no hidden block learns: it is a control, not a rule for features")

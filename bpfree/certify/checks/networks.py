@@ -33,7 +33,7 @@ class Gated(nn.Module):
 
 
 class Attention(nn.Module):
-    """Rows of the image attend to each other; parameters of its own beside those of its maps."""
+    """Self-attention over the rows of the image; it has parameters of its own beside those of its linear maps."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Offer:
     build: Callable[[TaskSpec], Network]
 
     def batches(self, count: int) -> list[Batch]:
-        """Made-up ones with targets of the task's kind."""
+        """Make batches with random inputs and targets of the task's kind."""
         return [Batch(batch.inputs, _targets(batch, self.spec)) for batch in batches(self.spec, 16, count, dtype=torch.float32)]
 
 

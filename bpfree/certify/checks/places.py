@@ -17,12 +17,12 @@ EXAMINERS = ("bpfree.certify", "bpfree.training")
 
 
 def line_of(module: str, line: int, name: str) -> str:
-    """``package/module.py:12 (Class.method)``: without the folder, which differs from machine to machine."""
+    """Format a line as ``package/module.py:12 (Class.method)``, without the folder, which differs between machines."""
     return f"{module.replace('.', '/')}.py:{line} ({name})"
 
 
 def place_of(rule: type[Rule], name: str) -> str:
-    """Where a method is defined; if the contract's own is inherited, the method that it leads to."""
+    """Name where a method is defined; for the contract's own, the method that it leads to."""
     for candidate in LEADS_TO.get(name, (name,)):
         found = inspect.unwrap(getattr(rule, candidate, Rule.learn))
         code = getattr(found, "__code__", None)
@@ -32,12 +32,12 @@ def place_of(rule: type[Rule], name: str) -> str:
 
 
 def place_now(rule: type[Rule]) -> str:
-    """The innermost line of the rule's own source on the stack; else of what it calls outside torch."""
+    """Name the innermost line of the rule's own source on the stack; else of what it calls outside torch."""
     return _choose(traceback.walk_stack(sys._getframe(1)), rule)
 
 
 def place_of_error(error: BaseException, rule: type[Rule]) -> str:
-    """The same for the place where an exception came from."""
+    """Name the innermost line of the rule's own source in an exception's traceback; else of what it calls outside torch."""
     return _choose(reversed(list(traceback.walk_tb(error.__traceback__))), rule)
 
 
@@ -51,7 +51,7 @@ def _choose(frames: Iterable[tuple[FrameType, int]], rule: type[Rule]) -> str:
 
 
 def is_own(rule: type[Rule], module: str) -> bool:
-    """Whether a module is the rule's, or that of a class it inherits from, or of their packages; of the core, the modules alone."""
+    """Tell whether a module is the rule's, a base class's, or of their packages; of the core, the modules alone."""
     modules = {base.__module__ for base in rule.__mro__ if issubclass(base, Rule) and base.__module__ != Rule.__module__}
     return any(_is_in(module, own if _is_in(own, "bpfree") else own.partition(".")[0]) for own in modules)
 
@@ -61,5 +61,5 @@ def _is_in(module: str, package: str) -> bool:
 
 
 def is_inside(package: str) -> bool:
-    """Whether the stack leads through a package."""
+    """Tell whether the stack leads through a package."""
     return any(_is_in(str(frame.f_globals.get("__name__")), package) for frame, _ in traceback.walk_stack(None))

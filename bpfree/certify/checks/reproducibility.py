@@ -33,7 +33,7 @@ __all__ = ["CHECKS"]
 EXAMPLES, EPOCHS = 96, 4
 """Three batches per pass; rules with two phases spend half of the passes on each."""
 INTERRUPTED_IN = (0, 2)
-"""Passes, counted from 0: one in each half."""
+"""Passes in which the run is interrupted, counted from 0: one in each half."""
 EACH = 4
 
 
@@ -46,7 +46,7 @@ def _weights(rule: nn.Module) -> dict[str, Tensor]:
 
 
 def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
-    """The first tensor that is not bit-identical, and by how much; the empty string if there is none."""
+    """Name the first tensor that is not bit-identical, and by how much it differs; empty if there is none."""
     for name in dict.fromkeys([*one, *other]):
         if name not in one or name not in other:
             return f"{name}, which only one of them has"
@@ -60,7 +60,7 @@ def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
 
 
 def same_seed(m: Measurements) -> str | None:
-    """Weights, buffers and a prediction after a few steps of each phase."""
+    """Check that weights, buffers and a prediction are the same after a few steps of each phase."""
     given = _batches(m)
 
     def bits(seed: int) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def _trainer(m: Measurements, task: Task, **options: Any) -> Trainer:
 
 
 def _interrupted(m: Measurements, task: Task, epoch: int, folder: Path) -> str | None:
-    """Where the run was interrupted, in words; ``None`` if it ended before."""
+    """Say where the run was interrupted; ``None`` if it ended before."""
     watch = _Stop(epoch)
     watch.trainer = _trainer(m, task, folder=folder, observers=[watch])
     with seeded(1):
@@ -128,7 +128,7 @@ def _resumed(m: Measurements, task: Task, folder: Path) -> tuple[dict[str, Tenso
 
 
 def resume(m: Measurements) -> str | None:
-    """A run that was interrupted in the middle of a pass and resumed by a fresh trainer, against one that was not."""
+    """Compare a run that was interrupted in the middle of a pass and resumed by a fresh trainer with one that was not."""
     task = training_runs.cut(training_runs.digits(), EXAMPLES)
     straight = _trainer(m, task)
     loss = straight.fit().result["test/loss"]
@@ -157,7 +157,7 @@ def _compare(m: Measurements, weights: dict[str, Tensor], loss: float, place: st
 
 
 def _attributes(m: Measurements) -> str:
-    """Plain attributes that training changes: what a checkpoint does not hold."""
+    """Return the plain attributes that training changes and that a checkpoint does not hold."""
     rule = m.build()
     before = {name: repr(value) for name, value in _plain(rule).items()}
     trained(rule, _batches(m), each=2)
@@ -166,7 +166,7 @@ def _attributes(m: Measurements) -> str:
 
 
 def _plain(rule: Rule) -> dict[str, Any]:
-    """Attributes of the rule and its submodules that are no parameters, buffers or modules."""
+    """Return the attributes of the rule and its submodules that are no parameters, buffers or modules."""
     return {
         f"{path}.{name}" if path else f"{type(rule).__name__}.{name}": value
         for path, part in rule.named_modules()
@@ -179,7 +179,7 @@ def _plain(rule: Rule) -> dict[str, Any]:
 
 
 def two_instances(m: Measurements) -> str | None:
-    """An instance alone, and the same with another one that takes a step after each of its own."""
+    """Compare an instance alone with one beside another instance that takes a step after each of its own."""
     given, others = _batches(m), _batches(m, seed=7)
     alone = _weights(trained(m.build(), given, each=EACH))
     one, other = Loop(m.build()), Loop(m.build(seed=3), seed=3)
@@ -199,7 +199,7 @@ def two_instances(m: Measurements) -> str | None:
 
 
 def _shared(rule: type[Rule]) -> str:
-    """Class attributes that can be changed, of the rule's own classes."""
+    """Return the class attributes that can be changed, of the rule's own classes."""
     kinds = (Tensor, list, dict, set, nn.Module, torch.Generator)
     own = [base for base in rule.__mro__ if issubclass(base, Rule) and base is not Rule and base.__module__ != Rule.__module__]
     names = [
@@ -215,7 +215,7 @@ def _shared(rule: type[Rule]) -> str:
 
 
 def _is_untouched(rule: Rule, name: str, call: Callable[[], object]) -> None:
-    """Raises CheckFailed if the call moves a global generator; it is called once more then, to see where."""
+    """Raise CheckFailed if the call moves a global generator; the call is then repeated, to see where."""
     before = states()
     call()
     moved = changed(before)
@@ -234,7 +234,7 @@ def _predict_directly(rule: Rule, batch: Batch) -> None:
 
 
 def global_generators(m: Measurements) -> str | None:
-    """The states of the generators of torch, Python and numpy around ``learn`` and ``predict``."""
+    """Check the states of the generators of torch, Python and numpy around ``learn`` and ``predict``."""
     given = _batches(m)
     rule = m.build()
     dropouts = [name for name, part in rule.named_modules() if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0]
@@ -260,7 +260,7 @@ def _settings() -> dict[str, object]:
 
 
 def caller_state(m: Measurements) -> str | None:
-    """The process's settings before and after a run."""
+    """Compare the process's settings before and after a run."""
     task = training_runs.cut(training_runs.digits(), EXAMPLES)
     trainer = _trainer(m, task)
     before = _settings()

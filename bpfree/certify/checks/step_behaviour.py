@@ -31,10 +31,10 @@ __all__ = ["CHECKS"]
 
 STEPS, WINDOW = 200, 5
 WINDOWS = (50, 100)
-"""First steps of the windows: what is left of both at the last step has accumulated, and was not made once."""
+"""First steps of the windows: storages of both that are alive at the last step have accumulated."""
 CONTAINERS = (dict, list, tuple, set, deque)
 WARM = 2
-"""Steps of a phase that may set things up."""
+"""First steps of a phase, which may set up state."""
 
 
 def _batches(m: Measurements, count: int) -> list[Batch]:
@@ -61,7 +61,7 @@ def _is_restored(rule: Rule, before: Mapping[str, bool], method: str) -> None:
 
 
 def state_restored(m: Measurements) -> str | None:
-    """Modes, ``requires_grad`` and ``.grad`` around each step, and around a prediction."""
+    """Check modes, ``requires_grad`` and ``.grad`` around each step, and around a prediction."""
     rule, given = m.build(), _batches(m, 3)
     loop = Loop(rule)
     for batch in loop.turns(given, each=3):
@@ -86,7 +86,7 @@ def state_restored(m: Measurements) -> str | None:
 
 
 def updates_something(m: Measurements) -> str | None:
-    """Groups whose parameters differ after a few steps of each phase from what they were before."""
+    """Check that some parameters change in a few steps of each phase, and name the groups in which none does."""
     rule, given = m.build(), _batches(m, 8)
     loop = Loop(rule)
     before: dict[int, Tensor] = {}
@@ -111,7 +111,7 @@ def updates_something(m: Measurements) -> str | None:
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
 TO_HOST = {Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.cpu: "cpu", Tensor.__array__: "numpy"}
 HARMLESS = {F.one_hot}
-"""Reads its values on a CPU only, where the number of classes is given."""
+"""Functions that read values on a CPU only, if the number of classes is given."""
 CALLED = {"_local_scalar_dense": "a number read from a tensor (item, float, bool, if)"}
 
 
@@ -131,7 +131,7 @@ class _Synchronisations(TorchDispatchMode):
 
 
 class _ToHost(TorchFunctionMode):
-    """Notes what no operation shows on a CPU, where tensors are on the host already.
+    """Notes transfers to the host that no operation shows on a CPU, where tensors are on the host already.
 
     Attributes:
         harmless: whether a function is being called that would not wait on a GPU.
@@ -153,7 +153,7 @@ class _ToHost(TorchFunctionMode):
 
 
 class _StepWatch:
-    """What makes the host wait, each with its line.
+    """Operations that make the host wait, each with its line.
 
     Attributes:
         found: what and where, each pair once.
@@ -179,7 +179,7 @@ def _is_mask(indices: Sequence[Tensor | None]) -> bool:
 
 
 def no_host_sync(m: Measurements) -> str | None:
-    """Operations in ``learn``, from each phase's third step on, that would make the host wait for a GPU; the optimiser's do not count."""
+    """Check that ``learn`` makes the host wait for no GPU from each phase's third step on; the optimiser's operations do not count."""
     rule = m.build()
     loop, watch = Loop(rule), _StepWatch(type(rule))
     for turn, batch in numbered(loop, _batches(m, 4), each=WARM + 2):
@@ -214,7 +214,7 @@ class _Births(TorchDispatchMode):
         return result
 
     def alive(self) -> dict[int, int]:
-        """Bytes of those that are still there, by their address."""
+        """Return the bytes of the storages that are still alive, by address."""
         return {address: size for address, (reference, size) in self.made.items() if not reference.expired()}
 
 
@@ -225,7 +225,7 @@ def _storages(things: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def memory_constant(m: Measurements) -> str | None:
-    """Storages made in two windows of steps that are still alive at step 200, and containers that have grown from window to window."""
+    """Check the storages of two windows of steps that are alive at step 200, and containers that grow between windows."""
     rule = m.build()
     loop = Loop(rule)
     windows: dict[int, _Births] = {}
@@ -257,7 +257,7 @@ def _no_survivors(rule: Rule, alive: list[dict[int, int]], phase: str) -> None:
 
 
 def _no_piles(sizes: list[Counter[str]], phase: str) -> None:
-    """Containers that grow by half an item per step, from the first look to the second and from there to the third."""
+    """Find containers that grow by half an item per step, from the first count to the second and from the second to the third."""
     spans = [WINDOWS[1] - WINDOWS[0], STEPS - 1 - WINDOWS[1]]
     for path in sizes[-1]:
         grown = [sizes[1][path] - sizes[0][path], sizes[2][path] - sizes[1][path]]
@@ -271,7 +271,7 @@ def _no_piles(sizes: list[Counter[str]], phase: str) -> None:
 
 
 def _sizes(rule: Rule) -> Counter[str]:
-    """Items in the containers that attributes of the rule, its submodules and its classes hold, by attribute."""
+    """Count the items in the containers that attributes of the rule, its submodules and its classes hold, by attribute."""
     return Counter({path: _items(value) for path, value in _attributes(rule) if isinstance(value, CONTAINERS)})
 
 
@@ -291,7 +291,7 @@ def _attributes(rule: Rule) -> Iterator[tuple[str, Any]]:
 
 
 def _held(rule: Rule) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that the attributes hold, by attribute."""
+    """Return the tensors that the attributes hold, by attribute."""
     for path, value in _attributes(rule):
         yield from _inside(path, value)
 

@@ -24,7 +24,7 @@ def _declaration(m: Measurements) -> str:
 
 
 def _dependence(m: Measurements) -> str | None:
-    """Equal, over the kinds of networks that the rule takes."""
+    """Check that the measured dependence equals the declared one, over the kinds of networks that the rule takes."""
     declared, measured = m.traits().dependence, m.dependence_name
     if declared == measured:
         return None
@@ -38,7 +38,7 @@ def _dependence(m: Measurements) -> str | None:
 
 
 def _offending(matrix: Matrix, declared: str) -> tuple[str, str] | None:
-    """The farthest pair that a narrower dependence excludes."""
+    """Return the farthest pair that a narrower dependence excludes."""
     allowed = {"independent": -len(matrix.blocks), "upstream": 0, "neighbours": 1}.get(declared, len(matrix.blocks))
     count = len(matrix.blocks)
     pairs = [(abs(j - i), i, j) for i in range(count) for j in range(count) if i != j and matrix.at(i, j) and j - i > allowed]
@@ -46,7 +46,7 @@ def _offending(matrix: Matrix, declared: str) -> tuple[str, str] | None:
 
 
 def _place(m: Measurements, kind: str, pair: tuple[str, str] | None, matrix: Matrix) -> str:
-    """Where the trait is stated, and where it does not hold: phase, and the reverse-mode call that crosses both blocks, if there is one."""
+    """Name where the trait is stated, and where it fails: phase, and the reverse-mode call that crosses both blocks, if any."""
     parts = [_declaration(m)]
     if pair:
         parts.append(f"update of {pair[0]!r} with {pair[1]!r} in phase {matrix.moments[pair[0]][pair[1]]!r} on {matrix.specimen}")
@@ -60,7 +60,7 @@ def _crossing(observed_steps: ObservedSteps, pair: tuple[str, str]) -> str:
 
 
 def _downstream(m: Measurements) -> str | None:
-    """Equal, as far as the depth of the specimen lets it be seen; local only if all pairs beyond the window were measured."""
+    """Compare downstream weights, as far as the specimen's depth allows; local only if all pairs beyond the window were measured."""
     for kind, matrix in m.downstream.items():
         declared = m.traits(kind).downstream_weights
         most = len(matrix.blocks) - 1
@@ -101,7 +101,7 @@ def _declared(measured: int, matrix: Matrix) -> str:
 
 
 def _reverse_span(m: Measurements) -> str | None:
-    """Equal; and nothing in reverse mode that belongs to no block."""
+    """Check that the measured span equals the declared one, and that every reverse-mode call is attributed to blocks."""
     for kind, observation in m.observations.items():
         observed_steps, declared = observation.total(), m.traits(kind).reverse_span
         if observed_steps.unattributed:
@@ -134,7 +134,7 @@ def _span_word(span: int, m: Measurements, kind: str) -> str:
 
 
 def _supervision(m: Measurements) -> str | None:
-    """Which updates change with the labels: none, the readout's, or others too."""
+    """Check which updates change with the labels: none, the readout's, or others too."""
     changing = [name for name, changes in m.label_sensitive.items() if changes]
     readout = m.build().network.readout
     measured = "none" if not changing else "readout" if changing == [readout] else "labels"
@@ -150,7 +150,7 @@ def _supervision(m: Measurements) -> str | None:
 
 
 def _update(m: Measurements) -> str | None:
-    """Who moves the parameters: the optimiser after ``credit``, ``learn`` by ``step.apply``, or the rule itself."""
+    """Check who moves the parameters: the optimiser after ``credit``, ``learn`` by ``step.apply``, or the rule itself."""
     declared, measured = m.traits().update, _observed_update(m)
     if declared == measured:
         return None
@@ -179,7 +179,7 @@ def _observed_update(m: Measurements) -> str:
 
 
 def _passes(m: Measurements) -> str | None:
-    """Equal, on the block that is executed most."""
+    """Check that the passes of the block executed most equal the declared number."""
     remarks = []
     for kind, observation in m.observations.items():
         found = observation.passes()

@@ -42,7 +42,7 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def pooled(self, output: Tensor) -> Tensor:
-        """(N, F) what the linear map sees of a block's output."""
+        """Return (N, F): what the linear map receives of a block's output."""
         if len(self.shape) == 3:
             rows, columns = self._averages(output.dtype)
             pooled: Tensor = torch.einsum("nchw,ph,qw->ncpq", output, rows, columns)
@@ -53,7 +53,7 @@ class Head(nn.Module):
         return self.get_buffer("rows").to(dtype), self.get_buffer("columns").to(dtype)
 
     def forward(self, output: Tensor) -> Tensor:
-        """(N, outputs) scores."""
+        """Return (N, outputs) scores."""
         scores: Tensor = self.linear(self.pooled(output))
         return scores
 
@@ -62,7 +62,7 @@ class Head(nn.Module):
         add_gradients(self.linear, parameter_gradients(self.linear, pooled, error))
 
     def cotangent(self, error: Tensor) -> Tensor:
-        """(N, *shape) dLoss/dOutput of the block from dLoss/dScores (N, outputs)."""
+        """Return dLoss/dOutput of the block, (N, *shape), from dLoss/dScores (N, outputs)."""
         pooled: Tensor = error @ self.linear.weight.to(error.dtype)
         if len(self.shape) == 3:
             rows, columns = self._averages(error.dtype)
@@ -74,7 +74,7 @@ class Head(nn.Module):
 
 
 def _averaging(length: int, parts: int) -> Tensor:
-    """(parts, length) the matrix of adaptive average pooling along one side."""
+    """Return the matrix (parts, length) of adaptive average pooling along one side."""
     matrix = torch.zeros(parts, length)
     for part in range(parts):
         start, end = part * length // parts, -(-(part + 1) * length // parts)
@@ -83,7 +83,7 @@ def _averaging(length: int, parts: int) -> Tensor:
 
 
 def group_count(channels: int, losses: Losses, size: int | None, own: int | None) -> int:
-    """Number of channel groups with a loss of their own.
+    """Return the number of channel groups with a loss of their own.
 
     Args:
         channels: of the block's output.
@@ -103,7 +103,7 @@ def group_count(channels: int, losses: Losses, size: int | None, own: int | None
 
 
 def own_derivatives(products: Tensor, reach: Reach, groups: int) -> Tensor:
-    """Derivatives of the losses that a site reaches, one for each part that has losses of its own.
+    """Return the derivatives of the losses that a site reaches, one for each part that has losses of its own.
 
     Args:
         products: (K, N, *output shape) cotangent times tangent.
@@ -125,7 +125,7 @@ def own_derivatives(products: Tensor, reach: Reach, groups: int) -> Tensor:
 
 
 def spread(derivatives: Tensor, shape: torch.Size) -> Tensor:
-    """Each unit's derivative, to multiply its noise with: (K, N or 1, *shape with 1 where all are equal)."""
+    """Spread each unit's derivative for the product with its noise: (K, N or 1, *shape with 1 where all are equal)."""
     groups, channels = derivatives.shape[3], shape[channel_axis(shape)]
     if groups > 1:
         derivatives = derivatives.repeat_interleave(channels // groups, 3)
@@ -137,7 +137,7 @@ def spread(derivatives: Tensor, shape: torch.Size) -> Tensor:
 
 
 def refuse_patches(losses: Losses, shapes: dict[str, torch.Size]) -> None:
-    """Patchwise losses need tokens.
+    """Refuse patchwise losses on a network without tokens.
 
     Raises:
         UsageError: a block's output has none.

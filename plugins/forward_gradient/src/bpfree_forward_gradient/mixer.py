@@ -75,7 +75,7 @@ class LocalMixerConfig:
     init: Init = option("kaiming", "deviation of the weights: min(2/sqrt(fan-in), 0.1), or constant: 0.1")
 
     def sizes(self) -> Sizes:
-        """The preset's sizes, and what is set beside it."""
+        """Return the preset's sizes, with those that are set beside the preset."""
         own = {name: getattr(self, name) for name in Sizes._fields}
         return PRESETS[self.preset]._replace(**{name: size for name, size in own.items() if size is not None})
 
@@ -127,7 +127,7 @@ class LocalNorm(nn.Module):
 
     @torch.no_grad()
     def input_gradient(self, x: Tensor, signal: Tensor) -> Tensor:
-        """dLoss/dInput = (d - mean d - xhat mean(d xhat)) / s, with the means over a group.
+        """Return dLoss/dInput = (d - mean d - xhat mean(d xhat)) / s, with the means over a group.
 
         Args:
             x: (..., C) the input.
@@ -179,19 +179,19 @@ class GroupLinear(nn.Module):
 
     @torch.no_grad()
     def parameter_gradients(self, x: Tensor, signal: Tensor) -> dict[str, Tensor]:
-        """Outer products of input (..., inputs) and signal (..., outputs) in each group, summed over all but the channels."""
+        """Multiply input (..., inputs) and signal (..., outputs) in each group, summed over all axes but the channels."""
         x, signal = x.to(self.weight.dtype), signal.to(self.weight.dtype)
         weight = torch.bmm(self._by_group(x).transpose(1, 2), self._by_group(signal))
         return {"weight": weight, "bias": signal.reshape(-1, self.outputs).sum(0)}
 
     @torch.no_grad()
     def input_gradient(self, x: Tensor, signal: Tensor) -> Tensor:
-        """dLoss/dInput (..., inputs) from dLoss/dOutput (..., outputs)."""
+        """Return dLoss/dInput (..., inputs) from dLoss/dOutput (..., outputs)."""
         products = torch.bmm(self._by_group(signal), self.weight.to(signal.dtype).transpose(1, 2))
         return products.transpose(0, 1).reshape(x.shape)
 
     def _by_group(self, x: Tensor) -> Tensor:
-        """(..., C) as a view (G, M, C/G)."""
+        """View (..., C) as (G, M, C/G)."""
         return x.reshape(math.prod(x.shape[:-1]), self.groups, x.shape[-1] // self.groups).transpose(0, 1)
 
 
@@ -221,13 +221,13 @@ class TokenLinear(nn.Module):
 
     @torch.no_grad()
     def parameter_gradients(self, x: Tensor, signal: Tensor) -> dict[str, Tensor]:
-        """Products of signal and input (N, P, C), summed over examples and channels."""
+        """Multiply signal and input (N, P, C), summed over examples and channels."""
         x, signal = x.to(self.weight.dtype), signal.to(self.weight.dtype)
         return {"weight": torch.bmm(signal, x.transpose(1, 2)).sum(0), "bias": signal.sum((0, 2))}
 
     @torch.no_grad()
     def input_gradient(self, x: Tensor, signal: Tensor) -> Tensor:
-        """dLoss/dInput from dLoss/dOutput, both (N, P, C)."""
+        """Return dLoss/dInput from dLoss/dOutput, both (N, P, C)."""
         return torch.bmm(self.weight.to(signal.dtype).t().expand(len(x), -1, -1), signal)
 
 
@@ -270,13 +270,13 @@ def initialise(layer: nn.Linear | GroupLinear | TokenLinear, init: Init = "kaimi
 
 
 def stage(name: str, layer: nn.Linear | GroupLinear | TokenLinear, config: LocalMixerConfig, groups: int = 1) -> dict[str, nn.Module]:
-    """A linear map with the normalisations around it."""
+    """Build a linear map with the normalisations around it."""
     before: dict[str, nn.Module] = {f"{name}_before": LocalNorm(groups)} if config.norm == "both" else {}
     return {**before, name: initialise(layer, config.init), f"{name}_after": LocalNorm(groups)}
 
 
 def first_block(inputs: int, sizes: Sizes, config: LocalMixerConfig) -> MixerBlock:
-    """Patches, a linear map of each patch, and the group-linear map."""
+    """Build the first block: patches, a linear map of each patch, and the group-linear map."""
     channels, groups = sizes.channels, sizes.groups
     layers: dict[str, nn.Module] = {"patches": Patches(sizes.patches)}
     layers |= stage("channel", nn.Linear(inputs, channels), config) | {"channel_relu": nn.ReLU()}
@@ -285,7 +285,7 @@ def first_block(inputs: int, sizes: Sizes, config: LocalMixerConfig) -> MixerBlo
 
 
 def later_block(sizes: Sizes, config: LocalMixerConfig) -> MixerBlock:
-    """Token mixing, channel mixing and the group-linear map, around which the input is added."""
+    """Build a later block: token mixing, channel mixing and the group-linear map, around which the input is added."""
     channels, groups = sizes.channels, sizes.groups
     layers = stage("token", TokenLinear(sizes.patches**2), config) | {"token_relu": nn.ReLU()}
     layers |= stage("channel", nn.Linear(channels, channels), config) | {"channel_relu": nn.ReLU()}
@@ -294,7 +294,7 @@ def later_block(sizes: Sizes, config: LocalMixerConfig) -> MixerBlock:
 
 
 def local_mixer(spec: TaskSpec, config: LocalMixerConfig | None = None) -> Network:
-    """Blocks ``b1``, ``b2``, ... on tokens (N, P, C) and the block ``readout``: their mean and a linear map, zero at first.
+    """Build blocks ``b1``, ``b2``, ... on tokens (N, P, C) and the block ``readout``: their mean and a linear map, zero at first.
 
     Raises:
         UsageError: if the inputs are no images (vectors are taken as one patch), or patches or groups do not divide them.

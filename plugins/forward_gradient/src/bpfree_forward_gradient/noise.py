@@ -31,7 +31,7 @@ class Noise:
         self._config, self._generator = config, generator
 
     def draw(self, shape: Sequence[int], place: int | None, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(K, *shape) with zero mean and unit variance.
+        """Draw (K, *shape) with zero mean and unit variance.
 
         Args:
             shape: of one direction.
@@ -54,7 +54,7 @@ def _normal(shape: Sequence[int], device: torch.device, dtype: torch.dtype, gene
 
 
 def _signs(shape: Sequence[int], device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Fair signs from random bytes, eight per draw: three times as fast as from uniform numbers."""
+    """Draw fair signs from random bytes, eight per draw: three times as fast as from uniform numbers."""
     count = math.prod(shape)
     words = torch.empty(-(-count // 8), device=device, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     words.bitwise_or_(ODD_BYTES)  # so that no byte is zero

@@ -17,7 +17,7 @@ Losses = Literal["blockwise", "patchwise", "groupwise", "all"]
 
 @dataclass
 class ForwardGradientConfig:
-    """How the gradient is estimated."""
+    """Options of forward gradients: how the gradient is estimated."""
 
     perturb: Literal["activities", "weights"] = option("activities", "noise before each nonlinearity, or on the parameters")
     tangents: int = option(8, "directions per step, averaged (K); the papers have one", ge=1)
@@ -43,7 +43,7 @@ class ForwardGradientConfig:
     )
 
     def check(self) -> None:
-        """Raises UsageError for settings that exclude each other."""
+        """Raise UsageError for settings that exclude each other."""
         if self.antithetic and self.tangents % 2:
             raise UsageError("antithetic directions come in pairs", where="rule.tangents", fix="rule.tangents=2, or another even number")
 
@@ -55,7 +55,7 @@ class ForwardGradientConfig:
 
 @dataclass
 class LocalForwardGradientConfig(ForwardGradientConfig):
-    """How the gradient is estimated, and of which local losses."""
+    """Options of local forward gradients: how the gradient is estimated, and of which local losses."""
 
     tangents: int = option(1, "directions per step, averaged (K); the papers have one", ge=1)
     losses: Losses = option("all", "local losses: one per block, per patch (tokens), per group of channels, or per patch and group")
@@ -67,7 +67,7 @@ class LocalForwardGradientConfig(ForwardGradientConfig):
 
 @dataclass
 class LocalBackpropConfig:
-    """Local losses whose gradients are computed by back-propagation."""
+    """Options of local losses whose gradients are computed by back-propagation."""
 
     greedy: bool = option(True, "no gradient crosses a block's border; false: the losses of all blocks above count too")
     pool: int = option(1, "positions per side of a feature map that a local head sees", ge=1)

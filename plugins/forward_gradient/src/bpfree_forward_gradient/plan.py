@@ -14,7 +14,7 @@ __all__ = ["describe"]
 
 
 def describe(scopes: Sequence[Scope], config: ForwardGradientConfig) -> str:
-    """A paragraph per scope: where noise goes, which losses it is multiplied with, and what else learns how."""
+    """Describe each scope in a paragraph: where noise enters, which losses it is multiplied with, and what else learns how."""
     return "\n".join([_headline(config), *(line for scope in scopes for line in _scope(scope))])
 
 

@@ -46,7 +46,7 @@ class ForwardGradient(Rule):
 
     @classmethod
     def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
-        """A forward pass, and one of each tangent."""
+        """Declare the traits: passes are one forward pass, and one for each tangent."""
         return Traits("all", downstream_weights="all", reverse_span=0, passes=1 + config.tangents, inputs="real")
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
@@ -67,20 +67,20 @@ class ForwardGradient(Rule):
         return self._output_credit(self.scopes[-1], batch.inputs, batch, step)
 
     def objective(self, batch: Batch, step: Step) -> Tensor | None:
-        """The task's loss where batch norms take their running statistics, else that very loss, which needs no second name."""
+        """Return the task's loss with the configured batch norms; ``None`` (the plain task's loss) where they use batch statistics."""
         if self.config.batch_norm == "batch-scalar":
             return None
         with self._statistics(batch):
             return self.spec.loss(self.network(batch.inputs), batch)
 
     def _statistics(self, batch: Batch) -> AbstractContextManager[None]:
-        """Batch norms as in :meth:`credit`."""
+        """Use inside the batch norms' statistics that :meth:`credit` uses."""
         frozen = self.config.batch_norm == "frozen-statistics"
         return frozen_statistics(self.network, batch.inputs) if frozen else nullcontext()
 
     @torch.no_grad()
     def _output_credit(self, scope: Scope, x: Tensor, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Credit of the scope that ends with the scores."""
+        """Add to ``.grad`` the credit of the scope that ends with the scores; returns the loss."""
         execution = scope.run(x, self._noise(step))
         loss, error = self.spec.loss_and_error(execution.output, batch)
         execution.credit(error)
@@ -193,7 +193,7 @@ class LocalBackprop(Rule):
 
 
 def local_heads(network: Network, spec: TaskSpec, pool: int) -> nn.ModuleDict:
-    """A head for each hidden block."""
+    """Make a head for each hidden block."""
     if pool > 1 and all(len(network.shapes[name]) < 3 for name in network.hidden):
         raise UsageError(f"rule.pool={pool} does nothing on a network without feature maps", where="rule.pool", fix="leave it out")
     if spec.output_size != (spec.outputs,):
@@ -203,7 +203,7 @@ def local_heads(network: Network, spec: TaskSpec, pool: int) -> nn.ModuleDict:
 
 
 def local_scores(network: Network, heads: nn.ModuleDict, x: Tensor) -> dict[str, Tensor]:
-    """(N, C) the scores of each head, by block."""
+    """Return the scores (N, C) of each head, by block."""
     scores = {}
     for name in network.hidden:
         x = network.blocks[name](x)
@@ -212,7 +212,7 @@ def local_scores(network: Network, heads: nn.ModuleDict, x: Tensor) -> dict[str,
 
 
 def local_losses(network: Network, heads: nn.ModuleDict, spec: TaskSpec, batch: Batch, *, greedy: bool) -> Iterator[tuple[str, Tensor]]:
-    """Each head's loss and the readout's by block, by autograd; the readout's input is behind a stop-gradient."""
+    """Return each head's loss and the readout's by block, by autograd; the readout's input is behind a stop-gradient."""
     x = batch.inputs
     for name in network.hidden:
         x = network.blocks[name](x)

@@ -70,14 +70,14 @@ class Scope:
         self._check()
 
     def _probe(self) -> list[Reach]:
-        """Of each site, as the blocks train."""
+        """Probe what each site reaches while the blocks train."""
         with self._as_in_training():
             found = probe(self.module, self.sites, self.input_shape, self.groups)
         return [Reach(reach.examples, reach.tokens and self.tokens > 0, reach.groups) for reach in found]
 
     @contextmanager
     def _as_in_training(self) -> Iterator[None]:
-        """In train mode but for batch norms whose statistics are frozen; each part's own mode is restored."""
+        """Set train mode, except for batch norms with frozen statistics; restore each part's own mode."""
         modes = {part: part.training for part in self.module.modules()}
         self.module.train()
         try:
@@ -106,12 +106,12 @@ class Scope:
             )
 
     def _mixes_by_batch_norm(self) -> bool:
-        """Whether a batch norm takes the batch's statistics as the blocks train, in front of the sites too."""
+        """Tell whether a batch norm takes the batch's statistics as the blocks train, in front of the sites too."""
         with self._as_in_training():
             return mixes_by_batch_norm(self.module)
 
     def statistics(self, x: Tensor | None) -> AbstractContextManager[None]:
-        """Batch norm as configured; its running statistics follow the batch ``x``, if one is given."""
+        """Use batch norm as configured; its running statistics follow the batch ``x``, if one is given."""
         return nullcontext() if self.config.batch_norm == "batch-scalar" else frozen_statistics(self.module, x)
 
     # --- one step ---------------------------------------------------------------------------------------------------
@@ -139,12 +139,12 @@ class Scope:
         return self.config.perturb == "weights" and self.config.per_example
 
     def perturbed_parameters(self) -> list[str]:
-        """Names of the trainable parameters that noise is put on."""
+        """List the names of the trainable parameters that noise is put on."""
         return self._plan()[1]
 
     def _plan(self) -> tuple[list[int], list[str]]:
-        """The sites and the parameters that get noise: those with something to learn. Kept as long as the same parameters do."""
-        self._members = dict(self.module.named_parameters())  # anew: a phase may have put others in their place
+        """Return the sites and the parameters that get noise: those with something to learn. Kept while these parameters stay the same."""
+        self._members = dict(self.module.named_parameters())  # looked up again: a phase may have replaced parameters
         learns = tuple(parameter.requires_grad for parameter in self._members.values())
         if self._planned is None or self._planned[0] != learns:
             names = [name for name, wanted in zip(self._members, learns, strict=True) if wanted]
@@ -163,11 +163,11 @@ class Scope:
         return [name for name in learns if self.final is None or not name.startswith(f"{self.final}.")]
 
     def parameter(self, name: str) -> nn.Parameter:
-        """A parameter by its name, such as ``b1.0.weight``."""
+        """Return a parameter by its name, such as ``b1.0.weight``."""
         return self._members[name]
 
     def part(self, path: str) -> nn.Module:
-        """A module by its path."""
+        """Return a module by its path."""
         return self._parts[path]
 
     def _parameters(self, site: Site) -> set[str]:
@@ -181,14 +181,14 @@ class Scope:
                 yield source.norm
 
     def _from_estimate(self) -> set[str]:
-        """Parameters of normalisations that take their gradient from the activities' estimate."""
+        """List the parameters of normalisations that take their gradient from the activities' estimate."""
         if self.config.norm_scales == "weights":
             return set()
         norms = [source.norm for site in self.sites for source in site.sources if source.norm is not None]
         return {f"{path}.{name}" for path in norms for name, _ in self.part(path).named_parameters()}
 
     def rows(self, name: str) -> Reach:
-        """What a parameter's direction reaches, by rows: groups of its own only if each row makes one output channel."""
+        """Return what a parameter's direction reaches, by rows: groups of its own only if each row makes one output channel."""
         path, _, _ = name.rpartition(".")
         for site, reach in zip(self.sites, self.reach, strict=True):
             rows = output_rows(self.part(path)) if _makes_channels(self.part(path), site.shape) else None
@@ -228,7 +228,7 @@ class Pass:
             self._grad(name, _along(products, direction, scope.rows(name), scope.groups, scope.perturbs_per_example))
 
     def _products(self, cotangent: Tensor, tangent: Tensor, head: Head | None) -> Tensor:
-        """(K, N, ...) what sums up to the derivatives: at the head's few scores, or at the output's units, which losses divide."""
+        """Return (K, N, ...): products that sum to the derivatives, at the head's few scores or at output units that losses divide."""
         scope = self._scope
         if head is None:
             return cotangent * tangent
@@ -237,17 +237,17 @@ class Pass:
         return head.cotangent(cotangent) * tangent
 
     def _estimate(self, products: Tensor, index: int, noise: Tensor) -> Tensor:
-        """(N, *site.shape) estimate of the cotangent at a site: the mean over directions of derivative times noise."""
+        """Estimate the cotangent (N, *site.shape) at a site: the mean over directions of derivative times noise."""
         scope = self._scope
         derivatives = own_derivatives(products, scope.reach[index], scope.groups)
         scale, site = spread(derivatives, scope.sites[index].shape), scope.sites[index]
-        own = site.masked and scope.config.mask and noise.shape[1] == products.shape[1]  # then the masked noise is nobody else's
+        own = site.masked and scope.config.mask and noise.shape[1] == products.shape[1]  # then the masked noise is not used elsewhere
         scaled = noise.mul_(scale) if own else noise * scale
         estimate = scaled[0] if len(scaled) == 1 else scaled.mean(0)
         return estimate.expand(products.shape[1], *estimate.shape[1:])
 
     def _through(self, source: Source, signal: Tensor) -> None:
-        """From a site back through the normalisation in front of it to the linear map's parameters."""
+        """Pass an estimate from a site back through the normalisation in front of it to the linear map's parameters."""
         scope, inputs = self._scope, self._execution.inputs
         if source.norm is not None:
             norm = scope.part(source.norm)
@@ -266,7 +266,7 @@ class Pass:
 
 
 def _along(products: Tensor, direction: Tensor, rows: Reach, groups: int, per_example: bool) -> Tensor:
-    """A parameter's estimate: the mean over directions of derivative times direction, by groups of rows that have losses of their own."""
+    """Return a parameter's estimate: the mean over directions of derivative times direction, by row groups with own losses."""
     reach = replace(rows, examples=per_example and direction.dim() > 0)
     derivatives = own_derivatives(products, reach, groups).squeeze(2)  # (K, N or 1, G or 1)
     by_row = rows.groups and groups > 1
@@ -306,22 +306,24 @@ class _Draws:
 
 
 def _places(sites: list[int], parameters: list[str]) -> list[int | None]:
-    """A number for each site, and for each parameter that of its module; ``None`` if there would be one number only."""
+    """Return a number for each site, and for each parameter that of its module; ``None`` if there would be one number only."""
     keys: list[int | str] = [*sites, *(name.rpartition(".")[0] for name in parameters)]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return [numbers[key] if len(numbers) > 1 else None for key in keys]
 
 
 def _makes_channels(layer: nn.Module, shape: torch.Size) -> bool:
-    """Whether the rows of a map's weight lie along what counts as channels in its output: not so for a linear map of an image's columns,
-    nor for a convolution in one or three dimensions."""
+    """Tell whether the rows of a map's weight are the channels of its output.
+
+    They are not for a linear map of an image's columns, nor for a convolution in one or three dimensions.
+    """
     if isinstance(layer, nn.Linear):
         return channel_axis(shape) == len(shape) - 1
     return not isinstance(layer, _ConvNd) or channel_axis(shape) == 0
 
 
 def _at_layers(sites: tuple[Site, ...]) -> Iterator[Site]:
-    """Where noise on weights enters: at the linear maps' own outputs."""
+    """List where noise on weights enters: at the outputs of the linear maps themselves."""
     for site in sites:
         for source in site.sources:
             yield Site((Source(source.layer),), source.layer, site.shape)

@@ -44,7 +44,7 @@ STATISTICS_FROM = 2000
 
 @dataclass
 class HebbianConfig:
-    """What every Hebbian rule with a readout takes."""
+    """Options of every Hebbian rule with a readout."""
 
     lr: list[float] = option(
         factory=list, help="Hebbian rates of the blocks, the last one goes on (none: the rule's); optimizer.* is the readout's", gt=0
@@ -65,10 +65,10 @@ class HebbianConfig:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a rule takes where its configuration says nothing.
+    """Defaults of a rule for options that the configuration leaves out.
 
     Attributes:
-        lr: Hebbian rates of the blocks; the last one goes on.
+        lr: Hebbian rates of the blocks; the last rate applies to all further blocks.
         radius: expected norm of a row at initialisation.
         init: kind of initialisation.
         feature_epochs: passes of the unsupervised phase; ``None``: half of the budget.
@@ -124,7 +124,7 @@ class Hebbian(Rule):
 
     @classmethod
     def defaults_of(cls, config: Any, network: Network) -> Defaults:
-        """What the rule takes on this network where its options say nothing."""
+        """Return the rule's defaults on this network for options that are not set."""
         return Defaults([0.01])
 
     @property
@@ -140,7 +140,7 @@ class Hebbian(Rule):
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
-        """On the plugin's dense network, whose activation these rules are made for; the convolutional one is everybody's."""
+        """Return settings of the plugin's dense network, made for these rules; other kinds use the contract's own networks."""
         if kind != "dense":
             return super().specimen(kind, depth, width)
         return {"network.name": "hebbian-mlp", "network.widths": [width] * depth, "network.standardise": True}
@@ -157,7 +157,7 @@ class Hebbian(Rule):
 
     @classmethod
     def optimizer_of(cls, config: Any, network: Network | None = None) -> OptimizerConfig:
-        """The readout's."""
+        """Return the readout's optimiser."""
         if network is None:
             return OptimizerConfig("adam")
         features = network.shapes[network.hidden[-1]].numel()
@@ -177,20 +177,20 @@ class Hebbian(Rule):
         return "\n".join(lines)
 
     def describe(self, layer: Layer) -> str:
-        """What the plan says of a layer beyond its size and rate."""
+        """Describe in the plan what concerns a layer beyond its size and rate."""
         return ""
 
     # --- phases -----------------------------------------------------------------------------------------------------
 
     def layers_in(self, groups: Sequence[str]) -> list[Layer]:
-        """The layers among the groups of an update."""
+        """List the layers among the groups of an update."""
         return [layer for name, layer in self.layers.items() if name in groups]
 
     def group_options(self) -> dict[str, dict[str, Any]]:
         return {name: {"lr": rate} for name, rate in self.rates.items()}
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """The layers' weights without their biases, which stay zero, and the readout."""
+        """Group the layers' weights without their biases, which stay zero, and the readout."""
         readout = self.network.readout or ""
         groups = {name: [layer.weight] for name, layer in self.layers.items()}
         return {**groups, readout: list(self.network.blocks[readout].parameters())}
@@ -228,13 +228,13 @@ class Hebbian(Rule):
         return int(self.config.feature_epochs or self.defaults.feature_epochs or max(1, epochs // (2 * stages)))
 
     def freeze_features(self) -> None:
-        """The twin: the same network, untouched, and the same readout phase."""
+        """Make the twin: the same network, untouched, and the same readout phase."""
         super().freeze_features()
         self.frozen = True
 
     @torch.no_grad()
     def prepare(self, data: Examples, generator: torch.Generator) -> None:
-        """Batch norms of a twin, which has no pass of its own to take statistics in, take them from some examples."""
+        """Set the batch norms of a twin, which has no pass of its own to take statistics in, from some examples."""
         if not self.frozen or not any(is_batch_norm(part) for part in self.network.modules()):
             return
         chosen = torch.randperm(len(data), generator=generator, device=generator.device)[:STATISTICS_FROM].cpu()
@@ -252,7 +252,7 @@ class Hebbian(Rule):
 
     @abstractmethod
     def respond(self, layer: Layer, source: Tensor, u: Tensor) -> Response:
-        """What a layer's units learn from one execution: the raw increment ``sum y x^T - decay W``, linear in the examples.
+        """Return a layer's increment from one execution: the raw ``sum y x^T - decay W``, linear in the examples.
 
         Args:
             layer: whose weight it is for.

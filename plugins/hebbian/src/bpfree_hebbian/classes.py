@@ -33,14 +33,14 @@ class ClassNetwork(nn.Module):
         self.inputs, self.linear, self.activation = inputs, linear, activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, *input_shape) to (N, K)."""
+        """Map (N, *input_shape) to (N, K)."""
         y: Tensor = self.activation(self.linear(self.inputs(x)))
         return y
 
 
 @dataclass
 class ClassesConfig:
-    """A network of one layer for each class."""
+    """Options of networks with one layer for each class."""
 
     units: int = option(16, "of each class's network", ge=1)
     activation: Literal["identity", "relu"] = option("identity", "of its units (relu is much worse: 44 against 90 % on digits, one seed)")
@@ -50,7 +50,7 @@ class ClassesConfig:
 
 
 def classes(spec: TaskSpec, config: ClassesConfig | None = None) -> Network:
-    """Blocks ``c0``, ``c1``, ..., one per class, side by side; rows of random directions and length one."""
+    """Build blocks ``c0``, ``c1``, ..., one per class, side by side; rows of random directions and length one."""
     config = config or ClassesConfig()
 
     def block() -> ClassNetwork:
@@ -126,12 +126,12 @@ class HebbianNorm(Rule):
 
     @classmethod
     def optimizer_of(cls, config: HebbianNormConfig, network: Network | None = None) -> OptimizerConfig:
-        """Rates for inputs of length one: longer ones need smaller rates, by the square of the length."""
+        """Return the optimiser with a rate for inputs of length one; longer inputs need rates smaller by the square of the length."""
         return OptimizerConfig("sgd", lr=0.1 if config.update == "hebb" else 1.0)
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
-        """A network of so many units for each class."""
+        """Return settings of a network with ``width`` units for each class."""
         return {"network.name": "hebbian-classes", "network.units": width} if kind == "dense" else None
 
     @classmethod
@@ -139,18 +139,18 @@ class HebbianNorm(Rule):
         return {"name": "hebbian-classes"}
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
-        """One; the twin, which learns nothing, takes a single pass."""
+        """Return the only phase; the twin, which learns nothing, takes a single pass."""
         if any(network.linear.weight.requires_grad for network in self.networks):
             return super().phases(budget)
         return [Phase("untrained", epochs=1)]
 
     @property
     def networks(self) -> list[ClassNetwork]:
-        """In the order of the classes."""
+        """Networks in the order of the classes."""
         return [cast(ClassNetwork, block) for block in self.network.blocks.values()]
 
     def weights(self) -> Tensor:
-        """(C, K, D) of all networks, a copy."""
+        """Return the weights (C, K, D) of all networks, as a copy."""
         return torch.stack([network.linear.weight.detach() for network in self.networks])
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class HebbianNorm(Rule):
         return {"weight_norm": torch.linalg.vector_norm(weights, dim=2).mean()}
 
     def increment(self, x: Tensor, y: Tensor, weights: Tensor, membership: Tensor) -> Tensor:
-        """(C, K, D): means over the examples of a class, if the classes have equal shares; linear in the examples.
+        """Return (C, K, D): means over the examples of a class, if the classes have equal shares; linear in the examples.
 
         Args:
             x: (N, D) what the networks see.
@@ -183,7 +183,7 @@ class HebbianNorm(Rule):
 
     @torch.no_grad()
     def after_update(self, groups: Sequence[str]) -> None:
-        """Without it, Hebb's rule grows without end; Oja's needs none."""
+        """Scale rows to length one after Hebb's rule, which lets them grow without bound; Oja's rule does not."""
         if self.config.update == "hebb":
             moved = [cast(ClassNetwork, self.network.blocks[name]) for name in groups if name in self.network.blocks]
             for network in moved:
@@ -192,7 +192,7 @@ class HebbianNorm(Rule):
                     weight.copy_(F.normalize(weight, dim=1))
 
     def _outputs(self, x: Tensor, weights: Tensor) -> Tensor:
-        """(N, C, K) of all networks, from what they see (N, D): one product for all classes."""
+        """Return the outputs (N, C, K) of all networks on inputs (N, D): one product for all classes."""
         u = (x @ weights.flatten(0, 1).t()).view(len(x), *weights.shape[:2])
         y: Tensor = self.networks[0].activation(u)
         return y
@@ -205,16 +205,16 @@ class HebbianNorm(Rule):
         return {"all classes": self.features(inputs)}
 
     def features(self, inputs: Tensor) -> Tensor:
-        """(N, C, K) the outputs of all networks."""
+        """Return the outputs (N, C, K) of all networks."""
         return self._outputs(self.networks[0].inputs(inputs), self.weights())
 
     def read(self, features: Tensor, generator: torch.Generator) -> Tensor:
-        """(N, C) euclidean norms of the networks' outputs (N, C, K)."""
+        """Return the Euclidean norms (N, C) of the networks' outputs (N, C, K)."""
         norms: Tensor = torch.linalg.vector_norm(features, dim=2)
         return norms
 
     def pictures(self, count: int = 64) -> dict[str, Tensor]:
-        """The weights of each class's units, where inputs are images."""
+        """Return the weights of each class's units as pictures, if inputs are images."""
         shape = self.spec.input_shape
         if len(shape) != 3 or shape[0] not in (1, 3) or math.prod(shape) != self.weights().shape[2]:
             return {}

@@ -81,7 +81,7 @@ class KrotovHopfield(Hebbian):
 
     @torch.no_grad()
     def _initialise(self, layer: Layer) -> None:
-        """As in the paper each weight ~ N(0, 1), unless the configuration says otherwise."""
+        """Draw each weight ~ N(0, 1) as in the paper, unless the configuration says otherwise."""
         if self.config.init == "auto" and self.config.radius is None:
             nn.init.normal_(layer.weight)
         else:
@@ -107,7 +107,7 @@ class KrotovHopfield(Hebbian):
         return 0.4 if layer.units >= FEW else 0.1
 
     def _currents(self, layer: Layer, source: Tensor, u: Tensor) -> Tensor:
-        """(N, K, ...) the units' answers in the inner product that belongs to the p-norm."""
+        """Return the units' answers (N, K, ...) in the inner product that belongs to the p-norm."""
         if self.config.p == 2:
             return u
         weight = layer.weight.detach()
@@ -117,7 +117,7 @@ class KrotovHopfield(Hebbian):
 
     @torch.no_grad()
     def before_update(self, groups: Sequence[str]) -> None:
-        """Once per update, when ``.grad`` is complete: the division by its largest entry."""
+        """Divide ``.grad`` by its largest entry, once per update, when it is complete."""
         if not self.config.normalise:
             return
         for layer in self.layers_in(groups):

@@ -30,31 +30,31 @@ class Layer:
 
     @property
     def weight(self) -> nn.Parameter:
-        """(K, ...): a row per unit."""
+        """Weight (K, ...): a row per unit."""
         return self.linear.weight  # type: ignore[return-value]
 
     @property
     def units(self) -> int:
-        """K."""
+        """Number K of units."""
         return len(self.weight)
 
     @property
     def learns(self) -> bool:
-        """Whether its weights are trained in this phase."""
+        """Whether the layer's weights are trained in this phase."""
         return self.weight.requires_grad
 
     def norms(self) -> Tensor:
-        """(K,) euclidean norms of the rows."""
+        """Return the Euclidean norms (K,) of the rows."""
         norms: Tensor = torch.linalg.vector_norm(self.weight.detach().flatten(1), dim=1)
         return norms
 
     def measure(self) -> Tensor:
-        """:meth:`norms`, kept as ``measured`` for the update that follows: they take as long as an update's own arithmetic."""
+        """Measure :meth:`norms` and keep them as ``measured`` for the next update: they take as long as an update's own arithmetic."""
         self.measured = self.norms()
         return self.measured
 
     def execute(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The block's output, its linear map's input (N, ...) and pre-activations u (N, K, ...), without a graph.
+        """Return the block's output, its linear map's input (N, ...) and pre-activations u (N, K, ...), without a graph.
 
         Raises:
             UsageError: the linear map is called several times, or is a dense layer on a sequence.
@@ -74,12 +74,12 @@ class Layer:
         return output, source, u
 
     def product(self, source: Tensor, y: Tensor) -> Tensor:
-        """Sum over examples and positions of y_k x: (K, ...) as the weight, from y (N, K, ...) and the input."""
+        """Sum y_k x over examples and positions: (K, ...) like the weight, from y (N, K, ...) and the input."""
         return parameter_gradients(self.linear, source, y)["weight"]
 
 
 def layers_of(network: Network) -> dict[str, Layer]:
-    """The linear map of each hidden block, which stays as it is: see :func:`fit`.
+    """Return the linear map of each hidden block, unchanged: see :func:`fit`.
 
     Raises:
         UsageError: a block without a linear map, or with several.
@@ -101,7 +101,7 @@ def layers_of(network: Network) -> dict[str, Layer]:
 
 
 def fit(layer: Layer) -> None:
-    """Prepare a block for Hebbian learning: its bias is zero and stays so, and activations that overwrite their input no longer do."""
+    """Prepare a block for Hebbian learning: set its bias to zero for good, and stop activations from overwriting their input."""
     bias = layer.linear.bias
     if bias is not None:
         nn.init.zeros_(bias)  # type: ignore[arg-type]
@@ -112,20 +112,20 @@ def fit(layer: Layer) -> None:
 
 
 def channel_sum(values: Tensor) -> Tensor:
-    """(N, K, ...) summed over examples and positions: (K,)."""
+    """Sum (N, K, ...) over examples and positions: (K,)."""
     return values.sum([axis for axis in range(values.dim()) if axis != 1])
 
 
 def largest_entry(values: Tensor) -> Tensor:
-    """The largest absolute value, at least 1e-30. (The infinity norm would take six times as long on a CPU.)"""
+    """Return the largest absolute value, at least 1e-30; the infinity norm would take six times as long on a CPU."""
     return torch.maximum(values.amax(), -values.amin()).clamp_min_(1e-30)
 
 
 def winners(indices: Tensor, units: int) -> Tensor:
-    """How many different units are among the indices."""
+    """Count the different units among the indices."""
     return torch.zeros(units, device=indices.device).scatter_(0, indices.flatten(), 1.0).sum()
 
 
 def per_unit(values: Tensor, like: Tensor) -> Tensor:
-    """(K,) shaped so that it multiplies the rows of a weight (K, ...)."""
+    """Shape (K,) so that it multiplies the rows of a weight (K, ...)."""
     return values.view(-1, *[1] * (like.dim() - 1))

@@ -19,7 +19,7 @@ __all__ = ["CNN", "MLP", "Activation", "CNNConfig", "MLPConfig", "Pixels", "Unit
 
 Kind = Literal["triangle", "relu", "softmax", "identity"]
 LINEAR = {"activation": ("identity",)}
-"""With what an exponent is not read."""
+"""Activations that do not read an exponent."""
 
 
 class Activation(nn.Module):
@@ -41,7 +41,7 @@ class Activation(nn.Module):
         return f"{self.kind}, power={self.power:g}"
 
     def forward(self, u: Tensor) -> Tensor:
-        """(N, K, ...) to the same shape."""
+        """Map (N, K, ...) to the same shape."""
         if self.kind == "identity":
             return u
         if self.kind == "softmax":
@@ -69,7 +69,7 @@ class Pixels(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(shape), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, ...) to the same shape."""
+        """Map (N, channels, ...) to the same shape."""
         return x * self.get_buffer("std") + self.get_buffer("mean")
 
 
@@ -89,7 +89,7 @@ class UnitLength(nn.Module):
         return f"length={self.length:g}, centred={self.centred}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, ...) to the same shape."""
+        """Map (N, ...) to the same shape."""
         if self.centred:
             x = x - x.flatten(1).mean(1).view(-1, *[1] * (x.dim() - 1))
         norms = torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(1e-12)
@@ -115,7 +115,7 @@ class MLPConfig:
 
 @dataclass(frozen=True)
 class Layers:
-    """The convolutional layers of a published network."""
+    """Convolutional layers of a published network."""
 
     channels: list[int]
     kernels: list[int]
@@ -148,7 +148,7 @@ class CNNConfig:
 
 
 def mlp(spec: TaskSpec, config: MLPConfig | None = None) -> Network:
-    """Hidden blocks ``b1``, ``b2``, ... (linear without bias, activation) and the linear block ``readout``."""
+    """Build hidden blocks ``b1``, ``b2``, ... (linear without bias, activation) and the linear block ``readout``."""
     config = config or MLPConfig()
     layers: list[nn.Module] = []
     if config.inputs != "normalised":
@@ -171,7 +171,7 @@ def mlp(spec: TaskSpec, config: MLPConfig | None = None) -> Network:
 
 
 def cnn(spec: TaskSpec, config: CNNConfig | None = None) -> Network:
-    """Hidden blocks ``b1``, ``b2``, ... (batch norm, padding, convolution, activation, pooling) and the block ``readout``.
+    """Build hidden blocks ``b1``, ``b2``, ... (batch norm, padding, convolution, activation, pooling) and ``readout``.
 
     Raises:
         UsageError: inputs that are no images, or too small; an even kernel; a pooling that is written otherwise.
@@ -218,7 +218,7 @@ def _pooling(text: str) -> list[nn.Module]:
 
 
 def each(chosen: list[Any], default: list[Any], count: int, where: str) -> list[Any]:
-    """One value per layer, of those that were chosen or else of the default; the last one goes on.
+    """Return one value per layer, of the chosen values or else of the default; the last value is repeated.
 
     Raises:
         UsageError: more were chosen than there are layers.

@@ -46,7 +46,7 @@ class Oja(Hebbian):
 
     @classmethod
     def defaults_of(cls, config: Any, network: Network) -> Defaults:
-        """Few components are read at a large rate, chosen on digits and MNIST; the maps of a convolution, which are many, at Adam's own."""
+        """Read the few components of a dense layer at a large rate, chosen on digits and MNIST; a convolution's many maps at Adam's own."""
         layers = layers_of(network)
         rates = [RATE / size for size in _squared_lengths(layers)]
         readout_lr = 0.1 if isinstance(layers[network.hidden[-1]].linear, nn.Linear) else 1e-3
@@ -68,7 +68,7 @@ class Oja(Hebbian):
         return Response(mean, self.subtracted(moments), {"off_orthonormal": overlap.square().mean().sqrt()})
 
     def subtracted(self, moments: Tensor) -> Tensor:
-        """(K, K): which units' explanations each unit subtracts, of their second moments; here all of them."""
+        """Return (K, K): which units' explanations each unit subtracts, of their second moments; here all of them."""
         return moments
 
 
@@ -90,7 +90,7 @@ class Sanger(Oja):
 
 
 def _squared_lengths(layers: dict[str, Layer]) -> list[float]:
-    """What |x|^2 of each layer's input (of one position) amounts to: the fan-in where inputs are normalised, else a bound.
+    """Estimate |x|^2 of each layer's input (of one position): the fan-in where inputs are normalised, else a bound.
 
     A layer without batch norm sees what the one below made, which by then is no longer than what that one saw.
     """

@@ -26,7 +26,7 @@ SOFT = {"competition": ("soft",)}
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings that belong together; lists have an entry per block, the last one goes on."""
+    """Settings that belong together; lists have an entry per block, and the last entry is repeated."""
 
     defaults: Defaults
     t_invert: list[float]
@@ -63,7 +63,7 @@ PRESETS = {
 
 @dataclass
 class SoftHebbConfig(HebbianConfig):
-    """Options of SoftHebb; what is not set comes from the preset."""
+    """Options of SoftHebb; options that are not set come from the preset."""
 
     preset: Literal["auto", "dense", "mnist", "cifar", "stl10"] = option(
         "auto",
@@ -139,12 +139,12 @@ class SoftHebb(Hebbian):
         return f"inverse temperature {self.t_invert[layer.name]:g}, {losers}; |norm - 1|^{self.power_lr:g}"
 
     def _rates(self, norms: Tensor) -> Tensor:
-        """(K,) the factor of each unit's rate."""
+        """Return the factor (K,) of each unit's rate."""
         return (norms - 1).abs().pow(self.power_lr) + 1e-10
 
     @torch.no_grad()
     def before_update(self, groups: Sequence[str]) -> None:
-        """Once per update, when ``.grad`` is complete: the division by its largest entry, and the rate of each unit."""
+        """Divide ``.grad`` by its largest entry and apply each unit's rate, once per update, when ``.grad`` is complete."""
         for layer in self.layers_in(groups):
             gradient = layer.weight.grad
             if gradient is None:
@@ -156,7 +156,7 @@ class SoftHebb(Hebbian):
 
 
 def _preset(input_shape: Sequence[int], config: SoftHebbConfig) -> Preset:
-    """What holds where the configuration says nothing."""
+    """Return the preset for settings that the configuration leaves out."""
     if config.preset != "auto":
         return PRESETS[config.preset]
     return PRESETS["cifar" if is_image(input_shape) and input_shape[0] > 1 else "dense"]

@@ -53,7 +53,7 @@ class NoPropAdjoint(TimedRule):
 
     The paper names the method and gives no equation: this is our reading. Gradients come from the adjoint equation, solved backwards
     in time with memory that does not grow with the number of steps (Chen et al. 2018). The image's features enter as a parameter of
-    the equation: computed once per batch, with one dropout mask for the whole path, and their gradient goes on into the stem.
+    the equation: computed once per batch, with one dropout mask for the whole path, and their gradient continues into the stem.
     """
 
     Config = NoPropAdjointConfig
@@ -74,7 +74,7 @@ class NoPropAdjoint(TimedRule):
 
     @classmethod
     def traits_of(cls, config: NoPropAdjointConfig, network: Network | None = None) -> Traits:
-        """Of one block: credit crosses no other, but it passes through all steps within."""
+        """Declare the traits of one block: credit crosses no other block, but passes through all steps inside it."""
         return Traits(
             "independent",
             0,
@@ -93,7 +93,7 @@ class NoPropAdjoint(TimedRule):
         return small and {"rule.training_steps": 5, "rule.steps": 5, "rule.validation_steps": 5, **small}
 
     def objective(self, batch: Batch, step: Step) -> Tensor:
-        """The loss, with a graph through every step of the solver."""
+        """Return the loss, with a graph through every step of the solver."""
         return self.loss(
             self.solve("odeint", self.features_of(batch, step), self.noise_for(batch, step), self.config.training_steps), batch
         )
@@ -101,7 +101,7 @@ class NoPropAdjoint(TimedRule):
     def credit(self, batch: Batch, step: Step) -> Metrics:
         features = self.features_of(batch, step)
         start = self.noise_for(batch, step)
-        # A leaf: the adjoint equation differentiates at each of its steps, and must not go on into the stem there; sums go over all steps.
+        # A leaf: the adjoint equation differentiates at each of its steps, not through the stem; gradients sum over steps.
         leaf = features.detach().to(start.dtype).requires_grad_(features.requires_grad)
         parameters = [p for p in (*self.block.parameters(), *self.embed.parameters(), leaf) if p.requires_grad]
         z = self.solve("odeint_adjoint", leaf, start, self.config.training_steps, adjoint_params=tuple(parameters))
@@ -112,20 +112,20 @@ class NoPropAdjoint(TimedRule):
         return {"loss": loss.detach()}
 
     def features_of(self, batch: Batch, step: Step) -> Tensor:
-        """(N, F) with one dropout mask for the whole path."""
+        """Return the input features (N, F) with one dropout mask for the whole path."""
         with self.block.masks(step.generator_for, "block"):
             return self.block.features(batch.inputs)
 
     def noise_for(self, batch: Batch, step: Step) -> Tensor:
-        """z(0) (N, d) of a training step."""
+        """Draw z(0) (N, d) of a training step."""
         return self.start(batch.inputs, step.generator_for("start"))
 
     def loss(self, z: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of the head on z(1)."""
+        """Return the cross-entropy of the head on z(1)."""
         return soft_cross_entropy(self.head(z, self.embed), self.rows(batch))
 
     def solve(self, name: str, features: Tensor, start: Tensor, steps: int, **options: Any) -> Tensor:
-        """z(1) (N, d) from z(0) by a function of torchdiffeq."""
+        """Integrate from z(0) to z(1) (N, d) by a function of torchdiffeq."""
         shares = torch.linspace(0, 1, steps + 1, dtype=start.dtype, device=start.device)
         ends = torch.linspace(0, 1, 2, dtype=start.dtype, device=start.device)
         integrate = getattr(import_torchdiffeq(), name)
@@ -134,14 +134,14 @@ class NoPropAdjoint(TimedRule):
         return path[-1]  # type: ignore[no-any-return]
 
     def predict(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Log-probabilities (N, m) of the head at t = 1."""
+        """Return log-probabilities (N, m) of the head at t = 1."""
         start = self.start(inputs, generator if self.config.inference == "sampled" else None)
         z = self.solve("odeint", self.block.features(inputs), start, self.steps)
         return self.head(z, self.embed)  # type: ignore[no-any-return]
 
 
 def import_torchdiffeq() -> Any:
-    """The library of solvers, loaded when it is needed.
+    """Import torchdiffeq, the library of solvers, when it is needed.
 
     Raises:
         BpfreeError: it is not installed.

@@ -63,7 +63,7 @@ class NoPropBackprop(ChainRule):
         self.mix = Mixture(self.config.T, self.config.share)
 
     def states(self, inputs: Tensor, generator: torch.Generator | None) -> Sequence[Tensor]:
-        """z_0 to z_T, each (N, d)."""
+        """Return z_0 to z_T, each (N, d)."""
         path = [self.start(inputs, generator)]
         for t, block in self.denoisers():
             path.append(self.mix(path[-1], self.estimate(block(inputs, path[-1])), t))
@@ -82,6 +82,6 @@ class NoPropBackprop(ChainRule):
         return {"loss": loss.detach()}
 
     def predict(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Log-probabilities (N, m) of the head on z_T."""
+        """Return log-probabilities (N, m) of the head on z_T."""
         z = self.states(inputs, generator if self.config.inference == "sampled" else None)[-1]
         return self.head(z, self.embed)  # type: ignore[no-any-return]

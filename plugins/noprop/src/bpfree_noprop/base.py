@@ -52,7 +52,7 @@ class NoPropRule(Rule):
     network_kind: type[LabelBlock] = DenoisingBlock
     """The class of its blocks."""
     networks: tuple[str, str] = ("noprop-mlp", "noprop-cnn")
-    """Networks that it takes unless told otherwise: of vectors and tiny images, and of images."""
+    """Default networks of the rule: for vectors and tiny images, and for images."""
 
     def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -90,12 +90,12 @@ class NoPropRule(Rule):
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
-        """Narrow blocks on vectors; their convolutional siblings are for images of 16 pixels and more."""
+        """Return settings of narrow blocks on vectors; the convolutional blocks are for images of 16 pixels and more."""
         return None if kind != "dense" else {"network.name": cls.networks[0], "network.width": width, "network.depth": 1}
 
     @classmethod
     def shared_groups_of(cls, config: Any, network: Network | None = None) -> tuple[str, ...]:
-        """A learned embedding gets gradients from every block."""
+        """Name the groups that get gradients from every block: a learned embedding."""
         return () if config.embedding == "one-hot" else ("embed",)
 
     @classmethod
@@ -103,7 +103,7 @@ class NoPropRule(Rule):
         return 1 if config.inference == "deterministic" else int(config.draws)
 
     def freeze_features(self) -> None:
-        """Each block's body stays as initialised; its last linear map, the head and the embedding learn."""
+        """Keep each block's body as initialised; its last linear map, the head and the embedding learn."""
         for block in self.network.blocks.values():
             cast(LabelBlock, block).freeze_body()
 
@@ -124,14 +124,14 @@ class NoPropRule(Rule):
         return torch.cat(list(self.representations(inputs).values()), dim=1)
 
     def rows(self, batch: Batch) -> Tensor:
-        """The labels as class weights (N, m): one-hot rows, or soft labels as they are."""
+        """Return the labels as class weights (N, m): one-hot rows, or soft labels unchanged."""
         return self.spec.target_rows(batch, self.embed.weight.dtype)
 
     def estimate(self, logits: Tensor) -> Tensor:
-        """``uhat`` (N, d): the embeddings weighted by the class probabilities of a block's logits (N, m)."""
+        """Return ``uhat`` (N, d): the embeddings weighted by the class probabilities of a block's logits (N, m)."""
         return self.embed(logits.to(self.embed.weight.dtype).softmax(1))  # type: ignore[no-any-return]
 
     def start(self, inputs: Tensor, generator: torch.Generator | None) -> Tensor:
-        """``z_0`` (N, d): a draw of N(0, I), or its mean 0 without a generator."""
+        """Return ``z_0`` (N, d): a draw of N(0, I), or its mean 0 without a generator."""
         zeros = torch.zeros(len(inputs), self.embed.weight.shape[1], device=inputs.device, dtype=self.embed.weight.dtype)
         return zeros if generator is None else standard_normal(zeros, generator)

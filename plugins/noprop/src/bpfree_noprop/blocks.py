@@ -61,7 +61,7 @@ class PaperConfig(DenoisingConfig):
 
 
 class LabelBlock(nn.Module):
-    """A block that sees an input and a noised label, and ends in a linear map, all that learns in its own-prediction twin.
+    """A block that receives an input and a noised label; in its own-prediction twin only its last linear map learns.
 
     Args:
         state_dim: d.
@@ -113,18 +113,18 @@ class DenoisingBlock(LabelBlock):
         super().__init__(state_dim, stem=stem, label=label, fuse=fuse, out=out)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the block makes of the input alone: (N, F)."""
+        """Return (N, F): what the block computes from the input alone."""
         return self.stem(x)  # type: ignore[no-any-return]
 
     def hidden(self, features: Tensor, z: Tensor) -> Tensor:
-        """Activities (N, H) before the last linear map, of input features (N, F) and a state (N, d)."""
+        """Return activities (N, H) before the last linear map, of input features (N, F) and a state (N, d)."""
         return self.fuse(torch.cat([features, self.label(z)], dim=1))  # type: ignore[no-any-return]
 
     def blind(self, x: Tensor) -> Tensor:
         return self.hidden(self.features(x), self.no_label(x))
 
     def judge(self, features: Tensor, z: Tensor) -> Tensor:
-        """Logits (N, m) of input features (N, F) and a state (N, d)."""
+        """Return logits (N, m) of input features (N, F) and a state (N, d)."""
         return self.out(self.hidden(features, z))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class Residual(nn.Module):
 
 
 def dense(inputs: int, outputs: int) -> list[nn.Module]:
-    """Linear, batch norm, ReLU."""
+    """Build a linear layer, batch norm and ReLU."""
     return [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
 
 
@@ -194,14 +194,14 @@ def paper_block(spec: TaskSpec, config: PaperConfig, d: int) -> DenoisingBlock:
 
 
 def label_stem(spec: TaskSpec, stem: nn.Sequential) -> nn.Sequential:
-    """The path of a noised label that is an image: (N, d) is folded to (N, *input_shape) first."""
+    """Build the path of a noised label that is an image: (N, d) is folded to (N, *input_shape) first."""
     return nn.Sequential(nn.Unflatten(1, spec.input_shape), *stem)
 
 
 def builder(
     make: Callable[[TaskSpec, Any, int], DenoisingBlock], options: type[DenoisingConfig], summary: str, *, images: bool
 ) -> NetworkBuilder:
-    """Networks of independent blocks ``t1``, ``t2``, ... from the maker of one block."""
+    """Return a builder of networks of independent blocks ``t1``, ``t2``, ... from the maker of one block."""
 
     def build(spec: TaskSpec, config: DenoisingConfig | None = None) -> Network:
         config = options() if config is None else config
@@ -214,7 +214,7 @@ def builder(
 
 
 def check_sizes(spec: TaskSpec, label: str, d: int, images: bool, *, instead: str = "noprop-mlp") -> None:
-    """Refuse sizes that do not fit; ``instead``: the network for inputs that are no images.
+    """Refuse sizes that do not fit; ``instead`` names the network for inputs that are no images.
 
     Raises:
         UsageError: if the block needs images and the task has none, or a noised label shaped like an input has another size.

@@ -53,6 +53,6 @@ class ChainRule(NoPropRule):
         return small and {"rule.T": depth, "network.blocks": depth, **small}
 
     def denoisers(self) -> Iterator[tuple[int, DenoisingBlock]]:
-        """``(t, block)`` for t = 1..T."""
+        """Yield ``(t, block)`` for t = 1..T."""
         for t, block in enumerate(self.network.blocks.values(), start=1):
             yield t, cast(DenoisingBlock, block)

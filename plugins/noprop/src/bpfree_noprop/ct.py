@@ -67,7 +67,7 @@ class NoPropCT(MatchingRule):
         self.noise = LearnedSchedule(self.config.gamma_0, self.config.gamma_1)
 
     def losses(self, batch: Batch, step: Step) -> Metrics:
-        """Eq. 9 with one draw of time and noise per example, term by term."""
+        """Return the terms of Eq. 9 with one draw of time and noise per example."""
         rows = self.rows(batch)
         u = self.embed(rows)
         t = self.times(u, step)
@@ -83,7 +83,7 @@ class NoPropCT(MatchingRule):
         }
 
     def reach(self, start: Tensor, judge: Field, generator: torch.Generator, inference: str) -> Tensor:
-        """Log-probabilities of the head at t = 1."""
+        """Return log-probabilities of the head at t = 1."""
         z = denoise(
             start,
             self.noise,
@@ -95,5 +95,5 @@ class NoPropCT(MatchingRule):
         return self.head(z, self.embed)  # type: ignore[no-any-return]
 
     def leap(self, start: Tensor, logits: Tensor) -> Tensor:
-        """Log-probabilities of the block alone."""
+        """Return log-probabilities of the block alone."""
         return logits.log_softmax(1)

@@ -28,7 +28,7 @@ class KeyedDropout(nn.Dropout):
 
 
 def mask(like: Tensor, p: float, generator: torch.Generator) -> Tensor:
-    """``1 / (1-p)`` with probability ``1-p``, else 0: shape, type, device and layout of ``like``."""
+    """Draw ``1 / (1-p)`` with probability ``1-p``, else 0, in the shape, type, device and layout of ``like``."""
     kept = torch.empty_like(like, requires_grad=False).bernoulli_(1 - p, generator=generator)
     return kept.div_(1 - p)
 
@@ -39,7 +39,7 @@ mask._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 @contextmanager
 def masks_from(generator: torch.Generator, dropouts: Sequence[KeyedDropout]) -> Iterator[None]:
-    """The masks of these modules are drawn from ``generator`` inside, one after the other."""
+    """Draw the masks of these modules from ``generator`` inside, one after the other."""
     for dropout in dropouts:
         dropout.generator = generator
     try:

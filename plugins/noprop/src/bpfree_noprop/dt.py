@@ -121,7 +121,7 @@ class NoPropDT(ChainRule):
         return {"loss": torch.stack([rows.new_zeros(()), *metrics.values()]).sum(), **metrics}
 
     def credit_stacked(self, stack: Stack, inputs: Tensor, rows: Tensor, step: Step) -> Metrics:
-        """:meth:`block_loss` of all blocks and one backward pass of their sum, with the same noise."""
+        """Take :meth:`block_loss` of all blocks and one backward pass of their sum, with the same noise."""
         T, u = self.config.T, self.embed(rows)
         states = torch.stack([self.state(t, u, step) for t in range(1, T + 1)])
         estimates = self.estimate(stack.forward(inputs, states).flatten(0, 1)).unflatten(0, (T, len(u)))
@@ -131,7 +131,7 @@ class NoPropDT(ChainRule):
         return {f"t{t}/loss": loss for t, loss in enumerate(losses.detach().unbind(), start=1)}
 
     def block_loss(self, t: int, inputs: Tensor, rows: Tensor, step: Step, *, share: float) -> Tensor:
-        """Block t's term of Eq. 8 with a fresh ``z_{t-1} ~ q(z_{t-1}|y)``, for labels as class weights ``rows`` (N, m).
+        """Return block t's term of Eq. 8 with a fresh ``z_{t-1} ~ q(z_{t-1}|y)``, for labels as class weights ``rows`` (N, m).
 
         ``share`` is the probability of t in the expectation.
         """
@@ -142,22 +142,22 @@ class NoPropDT(ChainRule):
         return F.mse_loss(self.estimate(logits), u, reduction="sum") * self.weight(t, len(rows), share=share)
 
     def state(self, t: int, u: Tensor, step: Step) -> Tensor:
-        """What block t sees beside the input: a fresh draw of ``z_{t-1}`` for the embeddings ``u`` (N, d), or pure noise."""
+        """Return block t's state: a fresh draw of ``z_{t-1}`` for the embeddings ``u`` (N, d), or pure noise."""
         generator = step.generator_for(f"t{t}")
         return self.schedule.noised(u, t - 1, generator) if self.config.state == "noised" else standard_normal(u, generator)
 
     def weight(self, t: int, examples: int, *, share: float) -> float:
-        """Of block t's summed squared error in the loss."""
+        """Return the weight of block t's summed squared error in the loss."""
         return share * self.config.T / 2 * self.config.eta * self.schedule.gain(t) / examples
 
     def label_loss(self, rows: Tensor, step: Step) -> Tensor:
-        """The terms of Eq. 8 that no block takes part in: the head's cross-entropy on ``z_T ~ q(z_T|y)``, and the KL divergence."""
+        """Return the terms of Eq. 8 without blocks: the head's cross-entropy on ``z_T ~ q(z_T|y)``, and the KL divergence."""
         u = self.embed(rows)
         z = self.schedule.noised(u, self.config.T, step.generator_for("head"))
         return soft_cross_entropy(self.head(z, self.embed), rows) + prior_divergence(u, self.schedule.abar[0])
 
     def predict(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Log-probabilities (N, m) of the head at the chain's end (Eq. 3), with its noise or along its mean from ``z_0 = 0``."""
+        """Return log-probabilities (N, m) of the head at the chain's end (Eq. 3), with noise or along the mean from ``z_0 = 0``."""
         noise = generator if self.config.inference == "sampled" else None
         z = self.start(inputs, noise)
         for t, block in self.denoisers():
@@ -166,7 +166,7 @@ class NoPropDT(ChainRule):
         return self.head(z, self.embed)  # type: ignore[no-any-return]
 
     def alternatives(self, inputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Log-probabilities of each block alone on pure noise, of their mean, and of the other kind of inference.
+        """Return log-probabilities of each block alone on pure noise, of their mean, and of the other kind of inference.
 
         A block alone gets ``z ~ N(0, I)``, which says nothing of the label. Input features are computed once per block.
         """

@@ -34,24 +34,24 @@ class ClassEmbedding(nn.Module):
             self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(classes, dim)))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Mixtures of the embeddings: (N, m) class weights to (N, d); in full precision under autocast."""
+        """Mix the embeddings: (N, m) class weights to (N, d); in full precision under autocast."""
         rows = rows.to(self.weight.dtype)
         with full_precision(rows.device):
             return rows if self.fixed else rows @ self.weight
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """No autocast inside, where products are small, and what they make is compared to within the lowest noise levels."""
+    """Disable autocast inside, where products are small, and results are compared to within the lowest noise levels."""
     return torch.autocast(device.type, enabled=False)
 
 
 def state_dim(spec: TaskSpec, kind: str, dim: int) -> int:
-    """d: the number of classes (one-hot), ``dim`` (learned), or of the scalars in an input (prototype)."""
+    """Return d: the number of classes (one-hot), ``dim`` (learned), or of the scalars in an input (prototype)."""
     return {"one-hot": spec.outputs, "learned": dim, "prototype": spec.input_size}[kind]
 
 
 def prototypes(data: Examples, spec: TaskSpec, device: torch.device) -> Tensor:
-    """For each class the medoid of its training images as the network sees them: (m, input_size).
+    """Return for each class the medoid of its training images as the network receives them: (m, input_size).
 
     Raises:
         UsageError: if a class has no example.
@@ -70,7 +70,7 @@ def prototypes(data: Examples, spec: TaskSpec, device: torch.device) -> Tensor:
 
 
 def medoid(points: Tensor) -> Tensor:
-    """Index of the point (n, d) whose median Euclidean distance to the others is smallest (the lower median)."""
+    """Return the index of the point (n, d) whose median Euclidean distance to the others is smallest (the lower median)."""
     n = len(points)
     medians = []
     for start in range(0, n, ROWS_AT_ONCE):

@@ -62,7 +62,7 @@ class NoPropFM(MatchingRule):
             self.head = None  # type: ignore[assignment]
 
     def losses(self, batch: Batch, step: Step) -> Metrics:
-        """Eq. 12 and 13 with one draw of time and noise per example."""
+        """Return the terms of Eq. 12 and 13 with one draw of time and noise per example."""
         rows = self.rows(batch)
         u = self.embed(rows)
         t, noise = self.times(u, step), step.generator_for("block")
@@ -78,13 +78,13 @@ class NoPropFM(MatchingRule):
         return losses
 
     def reach(self, start: Tensor, judge: Field, generator: torch.Generator, inference: str) -> Tensor:
-        """``-|z_1 - u_y|^2 / 2`` for each class."""
+        """Return ``-|z_1 - u_y|^2 / 2`` for each class."""
         return self.nearness(follow(start, lambda z, index: self.embed(judge(z, index)), steps=self.steps, stepper=self.config.stepper))
 
     def leap(self, start: Tensor, logits: Tensor) -> Tensor:
-        """The same of a step over the whole way."""
+        """Return ``-|z_1 - u_y|^2 / 2`` for each class, with z_1 after a single step from z_0."""
         return self.nearness(start + self.embed(logits))
 
     def nearness(self, z: Tensor) -> Tensor:
-        """Minus half the squared distances (N, m) of states (N, d) from the embeddings."""
+        """Return minus half the squared distances (N, m) of states (N, d) from the embeddings."""
         return -torch.cdist(z, self.embed.weight).pow(2) / 2

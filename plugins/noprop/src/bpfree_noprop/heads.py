@@ -31,7 +31,7 @@ class SoftmaxHead(nn.Module):
         self.linear.bias.copy_(-lengths / (2 * lengths.mean()))
 
     def forward(self, z: Tensor, embed: ClassEmbedding) -> Tensor:
-        """Log-probabilities (N, m) of the state (N, d); in full precision under autocast."""
+        """Return log-probabilities (N, m) of the state (N, d); in full precision under autocast."""
         with full_precision(z.device):
             return self.linear(z).log_softmax(1)  # type: ignore[no-any-return]
 
@@ -47,7 +47,7 @@ class RadialHead(SoftmaxHead):
         self.sigma = sigma
 
     def forward(self, z: Tensor, embed: ClassEmbedding) -> Tensor:
-        """Log-probabilities (N, m) of the state (N, d); in full precision under autocast."""
+        """Return log-probabilities (N, m) of the state (N, d); in full precision under autocast."""
         with full_precision(z.device):
             guess: Tensor = embed(self.linear(z).softmax(1))
             halved = guess @ embed.weight.T - embed.weight.pow(2).sum(1) / 2  # -|guess - u|^2 / 2, without what all classes share
@@ -55,10 +55,10 @@ class RadialHead(SoftmaxHead):
 
 
 def make_head(kind: str, embed: ClassEmbedding, sigma: float) -> SoftmaxHead:
-    """The head by name; ``sigma`` concerns the radial one."""
+    """Make the head of this name; ``sigma`` concerns the radial head."""
     return SoftmaxHead(embed) if kind == "softmax" else RadialHead(embed, sigma)
 
 
 def soft_cross_entropy(log_probabilities: Tensor, rows: Tensor) -> Tensor:
-    """Mean over the batch of ``-sum_y rows_y log p_y``; both (N, m)."""
+    """Return the batch mean of ``-sum_y rows_y log p_y``; both arguments are (N, m)."""
     return -(rows * log_probabilities).sum(1).mean()

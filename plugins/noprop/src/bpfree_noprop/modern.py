@@ -32,7 +32,7 @@ class ResidualConfig(DenoisingConfig):
 
 
 def residual_block(spec: TaskSpec, config: ResidualConfig, d: int) -> DenoisingBlock:
-    """An image path of F = channels 2^stages features that never sees the noised label, joined with the label's path.
+    """Build a block whose image path, of F = channels 2^stages features, is joined with the noised label's path behind it.
 
     Raises:
         UsageError: if the images are too small for the stages.
@@ -46,13 +46,13 @@ def residual_block(spec: TaskSpec, config: ResidualConfig, d: int) -> DenoisingB
 
 
 def stem(spec: TaskSpec, config: ResidualConfig) -> nn.Sequential:
-    """(N, C, H, W) to (N, F): means over the places that are left after the last stage."""
+    """Map (N, C, H, W) to (N, F): means over the places that are left after the last stage."""
     layers = nn.Sequential(*convolution(spec.input_shape[0], config.channels), *stages(config), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return layers.to(memory_format=torch.channels_last)
 
 
 def stages(config: ResidualConfig) -> Iterator[nn.Module]:
-    """Each stage: (N, c, h, w) to (N, 2c, ceil(h/2), ceil(w/2))."""
+    """Yield the layers of the stages, each from (N, c, h, w) to (N, 2c, ceil(h/2), ceil(w/2))."""
     for stage in range(config.stages):
         channels = config.channels * 2 ** (stage + 1)
         yield from convolution(channels // 2, channels, pool=True)
@@ -61,7 +61,7 @@ def stages(config: ResidualConfig) -> Iterator[nn.Module]:
 
 
 def convolution(inputs: int, outputs: int, *, pool: bool = False) -> list[nn.Module]:
-    """3x3 convolution, batch norm, ReLU; pooling comes before the norm, where it leaves a quarter of the work."""
+    """Build a 3x3 convolution, batch norm and ReLU; pooling comes before the norm, where it leaves a quarter of the work."""
     halve: list[nn.Module] = [nn.MaxPool2d(2, ceil_mode=True)] if pool else []
     return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), *halve, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 

@@ -59,7 +59,7 @@ class LearnedSchedule(nn.Module):
         self.register_buffer("ends", torch.tensor([0.0, 1.0]), persistent=False)
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``gamma(t)`` and its derivative, each (K,), for times (K,) in [0, 1]; in the times' precision, under autocast too."""
+        """Return ``gamma(t)`` and its derivative, each (K,), for times (K,) in [0, 1]; in the times' precision, under autocast too."""
         steepness, weight = F.softplus(self.raw_in), F.softplus(self.raw_out)
         hidden = torch.sigmoid(torch.cat([t, self.ends.to(t.dtype)])[:, None] * steepness + self.bias)
         grown = (hidden * weight).sum(1)  # a product of matrices would be rounded by autocast
@@ -69,30 +69,30 @@ class LearnedSchedule(nn.Module):
         return self.gamma_0 + scale * (grown[-1] - grown[:-2]), -scale * rising
 
     def at_ends(self) -> tuple[Tensor, Tensor]:
-        """``gamma(0)`` and ``gamma(1)``, where g has no part."""
+        """Return ``gamma(0)`` and ``gamma(1)``, where g has no part."""
         return self.gamma_0 + F.softplus(self.raw_distance), self.gamma_0
 
 
 def shares(gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """``sqrt(abar)`` and ``sqrt(1 - abar)``, whose gradients are finite at any gamma."""
+    """Return ``sqrt(abar)`` and ``sqrt(1 - abar)``, whose gradients are finite at any gamma."""
     return torch.exp(F.logsigmoid(-gamma) / 2), torch.exp(F.logsigmoid(gamma) / 2)
 
 
 def noised(u: Tensor, gamma: Tensor, generator: torch.Generator) -> Tensor:
-    """A draw of ``z_t ~ q(z_t|y)`` for embeddings ``u`` (N, d): Eq. 6 at ``gamma(t)``, (N, 1) or ()."""
+    """Draw ``z_t ~ q(z_t|y)`` for embeddings ``u`` (N, d): Eq. 6 at ``gamma(t)``, (N, 1) or ()."""
     signal, noise = shares(gamma)
     return signal * u + noise * standard_normal(u, generator)
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
-    """``x`` with ``softplus(x) = value``."""
+    """Return ``x`` with ``softplus(x) = value``."""
     return value + torch.log(-torch.expm1(-value))
 
 
 def denoise(
     z: Tensor, schedule: LearnedSchedule, estimate: Estimate, *, steps: int, stepper: str, generator: torch.Generator | None
 ) -> Tensor:
-    """From ``z(0)`` to ``z(1)``: the reverse of the diffusion where there is a generator, else its probability-flow equation.
+    """Integrate from ``z(0)`` to ``z(1)``: with a generator the reversed diffusion, otherwise its probability-flow equation.
 
     With ``beta = -gamma' (1 - abar)``, from Eq. 3 in the limit of small steps:
 
@@ -104,8 +104,8 @@ def denoise(
         schedule: where the noise goes.
         estimate: of the clean embedding.
         steps: equal ones in t.
-        stepper: ``euler``; ``heun`` (two estimates a step; second order in the drift); ``exact``, which would be so if the estimate did not
-            change within a step: Eq. 3 itself, or its deterministic sibling.
+        stepper: ``euler``; ``heun`` (two estimates a step; second order in the drift); ``exact``, which is exact if the estimate does
+            not change within a step: Eq. 3, or its deterministic counterpart.
         generator: of the noise.
     """
     with torch.no_grad():
@@ -121,7 +121,7 @@ def denoise(
 
 
 class Moment(NamedTuple):
-    """A point of the grid: its place in it, and there ``log abar``, ``1 - abar`` and ``gamma'``, none of which is lost near the ends."""
+    """A point of the grid: its index, and there ``log abar``, ``1 - abar`` and ``gamma'``, which keep their precision near the ends."""
 
     place: int
     log_signal: float
@@ -135,23 +135,23 @@ class Moment(NamedTuple):
 
 
 def drift(z: Tensor, estimate: Estimate, at: Moment, *, noisy: bool) -> Tensor:
-    """dz/dt without its noise."""
+    """Return dz/dt without its noise."""
     pull, decay = (-at.slope, (1 + at.signal) / 2) if noisy else (-at.slope / 2, at.signal)
     return pull * (math.sqrt(at.signal) * estimate(z, at.place) - decay * z)
 
 
 def disturbed(z: Tensor, at: Moment, h: float, generator: torch.Generator | None) -> Tensor | float:
-    """The noise of a step of length h."""
+    """Draw the noise of a step of length h."""
     return 0.0 if generator is None else math.sqrt(-at.slope * at.noise * h) * standard_normal(z, generator)
 
 
 def euler_step(z: Tensor, estimate: Estimate, now: Moment, then: Moment, h: float, generator: torch.Generator | None) -> Tensor:
-    """Euler, or Euler and Maruyama."""
+    """Take a step of Euler, or of Euler and Maruyama if there is noise."""
     return z + h * drift(z, estimate, now, noisy=generator is not None) + disturbed(z, now, h, generator)
 
 
 def heun_step(z: Tensor, estimate: Estimate, now: Moment, then: Moment, h: float, generator: torch.Generator | None) -> Tensor:
-    """Heun's predictor and corrector; the noise is the same in both."""
+    """Take Heun's predictor and corrector steps, with the same noise in both."""
     noisy, noise = generator is not None, disturbed(z, now, h, generator)
     first = drift(z, estimate, now, noisy=noisy)
     second = drift(z + h * first + noise, estimate, then, noisy=noisy)
@@ -159,7 +159,7 @@ def heun_step(z: Tensor, estimate: Estimate, now: Moment, then: Moment, h: float
 
 
 def exact_step(z: Tensor, estimate: Estimate, now: Moment, then: Moment, h: float, generator: torch.Generator | None) -> Tensor:
-    """Eq. 3 between two times; without noise, the ellipse that keeps ``z - sqrt(abar) uhat`` in its direction."""
+    """Apply Eq. 3 between two times; without noise, the ellipse that keeps ``z - sqrt(abar) uhat`` in its direction."""
     uhat, left = estimate(z, now.place), then.noise / now.noise
     if generator is None:
         return (math.sqrt(then.signal) - math.sqrt(left * now.signal)) * uhat + math.sqrt(left) * z

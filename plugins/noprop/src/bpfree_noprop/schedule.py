@@ -22,7 +22,7 @@ OFFSET = 0.008
 
 
 def cosine(u: float) -> float:
-    """``cos^2(((u + s) / (1 + s)) pi / 2)``: 1 at u = 0 up to the offset, 0 at u = 1."""
+    """Return ``cos^2(((u + s) / (1 + s)) pi / 2)``: 1 at u = 0 up to the offset, 0 at u = 1."""
     return math.cos((u + OFFSET) / (1 + OFFSET) * math.pi / 2) ** 2
 
 
@@ -34,7 +34,7 @@ SHARES: dict[str, Callable[[int, int], float]] = {
 
 
 def signal_shares(name: str, T: int, clip: float) -> Tensor:
-    """``abar_t`` for t = 0..T, (T+1,) float64, clipped to [clip, 1 - clip].
+    """Return ``abar_t`` for t = 0..T, (T+1,) float64, clipped to [clip, 1 - clip].
 
     Raises:
         UsageError: if two of the levels coincide after clipping, so that a block would have nothing to do.
@@ -94,26 +94,26 @@ class NoiseSchedule(nn.Module):
         self._gain: list[float] = [0.0, *snr.diff().tolist()]
 
     def gain(self, t: int) -> float:
-        """``SNR(t) - SNR(t-1)``, as a number."""
+        """Return ``SNR(t) - SNR(t-1)`` as a number."""
         return self._gain[t]
 
     def noised(self, u: Tensor, t: int, generator: torch.Generator) -> Tensor:
-        """A draw of ``z_t ~ q(z_t|y)`` for the embeddings ``u`` (N, d): Eq. 6."""
+        """Draw ``z_t ~ q(z_t|y)`` for the embeddings ``u`` (N, d): Eq. 6."""
         return torch.add(self._signal[t] * u, standard_normal(u, generator), alpha=self._noise[t])
 
     def advance(self, z: Tensor, uhat: Tensor, t: int, generator: torch.Generator | None) -> Tensor:
-        """``z_t`` from ``z_{t-1}`` and the estimate of block t, all (N, d): Eq. 3; its mean without a generator."""
+        """Return ``z_t`` from ``z_{t-1}`` and the estimate of block t, all (N, d): Eq. 3; its mean without a generator."""
         mean = self.a[t] * uhat + self.b[t] * z
         return mean if generator is None else mean + self.std[t] * standard_normal(z, generator)
 
 
 def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Independent N(0, 1) entries with the shape, type and device of ``like``."""
+    """Draw independent N(0, 1) entries with the shape, type and device of ``like``."""
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def prior_divergence(u: Tensor, abar: Tensor) -> Tensor:
-    """``KL(q(z_0|y) || N(0, I))``, the batch mean, in nats: ``1/2 [abar |u|^2 - d abar - d log(1 - abar)]``.
+    """Return the batch mean of ``KL(q(z_0|y) || N(0, I))`` in nats: ``1/2 [abar |u|^2 - d abar - d log(1 - abar)]``.
 
     Args:
         u: (N, d) label embeddings.

@@ -54,7 +54,7 @@ class Execution:
         self._told = False
 
     def stack(self, filled: int) -> Stack | None:
-        """The blocks as one, if this step, which fills ``filled`` of them, is to compute them so; a warning once if it cannot."""
+        """Return the stack if this step, which fills ``filled`` blocks, is to use it; warn once if it is wanted but cannot."""
         if self.wanted == "loop":
             return None
         reason = self.against() or self._against_now(filled)
@@ -64,7 +64,7 @@ class Execution:
         return None if reason else self._stack
 
     def against(self) -> str:
-        """Why these blocks are computed in a loop; the empty string: they are not."""
+        """Say why these blocks are computed in a loop; empty if they are not."""
         if self._stack is None or self.wanted == "loop":
             return self.obstacle or "asked for"
         if self.wanted == "auto" and self._stack.device.type != "cpu":
@@ -87,7 +87,7 @@ class Execution:
 
 
 class Stack:
-    """Blocks without :func:`obstacle`, as one.
+    """Blocks without an :func:`obstacle`, computed as one.
 
     Args:
         blocks: T of them, whose layers are not replaced later.
@@ -107,11 +107,11 @@ class Stack:
 
     @property
     def device(self) -> torch.device:
-        """On which the blocks are."""
+        """Device of the blocks."""
         return self.blocks[0].out.weight.device
 
     def hindrance(self) -> str:
-        """Why a step cannot be taken as one just now; the empty string: it can. Hooks would not be called."""
+        """Say why a step cannot use the stack now, such as hooks, which would not be called; empty if it can."""
         if any(self._hooks) or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters()):
             return "blocks have hooks"
         if any(len({norm.training for norm in norms}) > 1 for norms in self._norms):
@@ -119,14 +119,14 @@ class Stack:
         return ""
 
     def forward(self, x: Tensor, states: Tensor) -> Tensor:
-        """Logits (T, N, m) of inputs (N, ...), which all blocks see, and states (T, N, d); updates running statistics."""
+        """Return logits (T, N, m) of inputs (N, ...), which all blocks receive, and states (T, N, d); updates running statistics."""
         self._copies = []
         features = self._path("stem", x.flatten(1).T)
         label = self._path("label", states.transpose(1, 2))
         return self._path("out", self._path("fuse", torch.cat([features, label], dim=1))).transpose(1, 2)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a scalar to ``.grad`` of the blocks' parameters, and of all else that it depends on."""
+        """Add a scalar's gradients to ``.grad`` of the blocks' parameters, and of everything else that it depends on."""
         loss.backward()  # type: ignore[no-untyped-call]
         for members, copy in self._copies:
             if copy.grad is not None:
@@ -141,7 +141,7 @@ class Stack:
                     yield from layer._parameters.values()
 
     def _path(self, name: str, h: Tensor) -> Tensor:
-        """(T, F, N), or (F, N) for all blocks, through a child of every block."""
+        """Apply a child of every block: returns (T, F, N), from that shape or from (F, N) for all blocks."""
         for layers in self._paths[name]:
             h = LAYERS[type(layers[0])](self, layers, h)
         return h  # type: ignore[no-any-return]
@@ -167,7 +167,7 @@ class Stack:
         return h.relu()
 
     def _same(self, layers: Layers, h: Tensor) -> Tensor:
-        """Features lie flat from the start."""
+        """Return features unchanged, since they lie flat from the start."""
         return h
 
     def _copied(self, layers: Layers, name: str) -> Tensor:
@@ -189,7 +189,7 @@ LAYERS: dict[type[nn.Module], Callable[..., Tensor]] = {
 
 
 def layers_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of nested sequences, in order."""
+    """List the layers of nested sequences, in order."""
     if type(module) is nn.Sequential:
         for child in module:
             yield from layers_of(child)
@@ -198,7 +198,7 @@ def layers_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def obstacle(blocks: Sequence[DenoisingBlock]) -> str:
-    """Why these blocks cannot be computed as one; the empty string: they can."""
+    """Say why these blocks cannot be computed as one; empty if they can."""
     if len(blocks) < 2:
         return "there is one block"
     for name in PATHS:

@@ -1,4 +1,4 @@
-"""Time-conditioned denoising blocks: one block for all times, which is told the time beside the input and the state.
+"""Time-conditioned denoising blocks: one block for all times, whose inputs are the time, the input and the state.
 
 Its first joint layer is linear, so what depends on the input alone (``features``) is computed once per image, and what depends on the
 time alone (``moments``) once for all images and steps: the layer on the concatenated paths is the sum of one on each.
@@ -107,23 +107,23 @@ class TimedBlock(LabelBlock):
         super().__init__(state_dim, stem=stem, label=label, time=time, join=nn.ModuleDict(join), fuse=fuse, out=out)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the block makes of the input alone: (N, J)."""
+        """Return (N, J): what the block computes from the input alone."""
         return self.join["stem"](self.stem(x))  # type: ignore[no-any-return]
 
     def moments(self, t: Tensor) -> Tensor:
-        """What the block makes of times (K,) alone: (K, J)."""
+        """Return (K, J): what the block computes from times (K,) alone."""
         return self.join["time"](self.time(t))  # type: ignore[no-any-return]
 
     def judge(self, features: Tensor, z: Tensor, moments: Tensor) -> Tensor:
-        """Logits (N, m) of input features (N, J) and a state (N, d) at moments (N, J), or at one for all, (J,) or (1, J)."""
+        """Return logits (N, m) of input features (N, J) and a state (N, d) at moments (N, J), or at one for all, (J,) or (1, J)."""
         return self.out(self.hidden(features, z, moments))  # type: ignore[no-any-return]
 
     def hidden(self, features: Tensor, z: Tensor, moments: Tensor) -> Tensor:
-        """Activities (N, L) before the last linear map; arguments as of :meth:`judge`."""
+        """Return activities (N, L) before the last linear map; arguments as for :meth:`judge`."""
         return self.fuse(features + self.join["label"](self.label(z)) + moments)  # type: ignore[no-any-return]
 
     def blind(self, x: Tensor) -> Tensor:
-        """At t = 0, where the state is noise."""
+        """Return activities before the last linear map at t = 0, where the state is noise."""
         return self.hidden(self.features(x), self.no_label(x), self.moments(self.out.weight.new_zeros(1)))
 
     def forward(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
@@ -131,12 +131,12 @@ class TimedBlock(LabelBlock):
 
 
 def plain(inputs: int, outputs: int) -> list[nn.Module]:
-    """Linear, ReLU: what depends on state and time has no batch norm, whose statistics would mix all noise levels."""
+    """Build a linear layer and ReLU, without batch norm, whose statistics would mix all noise levels."""
     return [nn.Linear(inputs, outputs), nn.ReLU()]
 
 
 def assemble(stem: nn.Module, label: nn.Module, sizes: list[int], width: int, outputs: int, d: int) -> TimedBlock:
-    """The block of these paths, each of ``width`` outputs, and fusing layers of these sizes."""
+    """Assemble a block from its paths, each of ``width`` outputs, and fusing layers of these sizes."""
     layers: list[nn.Module] = [nn.ReLU()]
     for before, after in itertools.pairwise(sizes):
         layers += plain(before, after)
@@ -187,7 +187,7 @@ def paper_block(spec: TaskSpec, config: TimedPaperConfig, d: int) -> TimedBlock:
 
 
 def builder(make: Callable[[TaskSpec, Any, int], TimedBlock], options: type[TimedConfig], summary: str, *, images: bool) -> NetworkBuilder:
-    """Networks of one block named ``block``, from its maker."""
+    """Return a builder of networks with one block named ``block``, from its maker."""
 
     def build(spec: TaskSpec, config: TimedConfig | None = None) -> Network:
         config = options() if config is None else config

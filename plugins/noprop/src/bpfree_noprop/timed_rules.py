@@ -38,12 +38,12 @@ class TimedRule(NoPropRule):
 
     @property
     def block(self) -> TimedBlock:
-        """The one of the network."""
+        """Only block of the network."""
         return cast(TimedBlock, self.network.blocks["block"])
 
     @property
     def steps(self) -> int:
-        """Of a prediction made now."""
+        """Number of steps of a prediction made now."""
         return int(self.config.steps if self.final_prediction else self.config.validation_steps)
 
 
@@ -59,15 +59,15 @@ class MatchingRule(TimedRule):
 
     @abstractmethod
     def losses(self, batch: Batch, step: Step) -> Metrics:
-        """The terms of the loss, by name."""
+        """Return the terms of the loss, by name."""
 
     @abstractmethod
     def reach(self, start: Tensor, judge: Field, generator: torch.Generator, inference: str) -> Tensor:
-        """Scores (N, m) of one of the kinds of inference from z_0 (N, d), for logits (N, m) at each point of the grid."""
+        """Return scores (N, m) of a kind of inference from z_0 (N, d), for logits (N, m) at each point of the grid."""
 
     @abstractmethod
     def leap(self, start: Tensor, logits: Tensor) -> Tensor:
-        """Scores (N, m) of a single step from z_0 (N, d), of which the block's logits (N, m) are given."""
+        """Return scores (N, m) of a single step from z_0 (N, d), given the block's logits (N, m) there."""
 
     def credit(self, batch: Batch, step: Step) -> Metrics:
         losses = self.losses(batch, step)
@@ -79,31 +79,31 @@ class MatchingRule(TimedRule):
         return torch.stack(list(self.losses(batch, step).values())).sum()
 
     def times(self, u: Tensor, step: Step) -> Tensor:
-        """t ~ U[0, 1] (N,) for the examples' embeddings ``u`` (N, d)."""
+        """Draw t ~ U[0, 1] (N,) for the examples' embeddings ``u`` (N, d)."""
         return torch.rand(len(u), generator=step.generator_for("time"), device=u.device, dtype=u.dtype)
 
     def logits(self, inputs: Tensor, z: Tensor, t: Tensor, step: Step) -> Tensor:
-        """The block's (N, m) in training, at a time (N,) for each example."""
+        """Return the block's logits (N, m) in training, at a time (N,) for each example."""
         with self.block.masks(step.generator_for, "block"):
             return self.block(inputs, z, t)  # type: ignore[no-any-return]
 
     def judged(self, inputs: Tensor) -> Field:
-        """The block's logits (N, m) as a function of state and point of the grid; what depends on inputs or times alone is computed now."""
+        """Return the block's logits (N, m) as a function of state and grid point; terms of inputs or times alone are computed now."""
         features = self.block.features(inputs)
         times = torch.linspace(0, 1, self.steps + 1, device=features.device, dtype=self.embed.weight.dtype)
         moments = self.block.moments(times).unbind()
         return lambda z, index: self.block.judge(features, z, moments[index]).to(z.dtype)
 
     def predict(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Scores (N, m) at t = 1."""
+        """Return scores (N, m) at t = 1."""
         return self.arrive(inputs, self.judged(inputs), generator, self.config.inference)
 
     def arrive(self, inputs: Tensor, judge: Field, generator: torch.Generator, inference: str) -> Tensor:
-        """The same for one of the kinds of inference."""
+        """Return scores (N, m) at t = 1 by one of the kinds of inference."""
         return self.reach(self.start(inputs, None if inference == "deterministic" else generator), judge, generator, inference)
 
     def alternatives(self, inputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """A single step from pure noise, and the other kinds of inference with the steps of a validation."""
+        """Return scores of a single step from pure noise, and of the other kinds of inference with the steps of a validation."""
         with self.quick_predictions():
             judge, start = self.judged(inputs), self.start(inputs, generator)
             others = [kind for kind in self.kinds if kind != self.config.inference]
@@ -111,7 +111,7 @@ class MatchingRule(TimedRule):
 
 
 def follow(z: Tensor, field: Field, *, steps: int, stepper: Literal["euler", "heun"]) -> Tensor:
-    """The state at t = 1 of ``dz/dt = field(z, t)`` from ``z`` (N, d) at 0, in equal steps: Euler's, or Heun's of second order.
+    """Return the state at t = 1 of ``dz/dt = field(z, t)`` from ``z`` (N, d) at 0, in equal steps: Euler's, or Heun's second-order ones.
 
     ``field`` is asked at the points 0 to ``steps`` of the grid of times.
     """

@@ -30,7 +30,7 @@ Extra = Any
 
 
 class Execution(Protocol):
-    """One execution of a block.
+    """Execution of one block on one batch.
 
     Attributes:
         output: (N, ...) without a graph.
@@ -39,7 +39,7 @@ class Execution(Protocol):
     output: Tensor
 
     def pull(self, signal: Tensor) -> Tensor:
-        """``J^T signal``, (N, ...) of the input's shape, at the input of this execution; may be called again."""
+        """Return ``J^T signal``, (N, ...) of the input's shape, at the input of this execution; may be called again."""
         ...
 
     def backward(self, signal: Tensor) -> None:
@@ -65,7 +65,7 @@ def _max_pool(layer: nn.MaxPool2d, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
-    """In the type of the other, which autocast may have lowered."""
+    """Convert to the type of the other tensor, which autocast may have lowered."""
     return x if x.dtype == other.dtype else x.to(other.dtype)
 
 
@@ -126,7 +126,7 @@ KINDS: dict[type[nn.Module], Kind] = {
 
 
 def known_layers(block: nn.Module) -> list[nn.Module] | None:
-    """The layers of a block in order of execution, if all of them are known; else ``None``."""
+    """List the layers of a block in order of execution, if all of them are known; else return ``None``."""
     if _is_hooked(block):
         return None
     if type(block) is nn.Sequential:
@@ -177,14 +177,14 @@ class ClosedForm:
         self.output = x
 
     def pull(self, signal: Tensor) -> Tensor:
-        """``J^T signal``."""
+        """Return ``J^T signal``."""
         with _no_grad():
             for layer, kind, x, y, extra in reversed(self._steps):
                 signal = kind.pull(layer, x, y, extra, _like(signal, y))
             return signal
 
     def backward(self, signal: Tensor) -> None:
-        """Add to ``.grad``; stops at the lowest layer that learns."""
+        """Add the parameters' gradients to ``.grad``; stops at the lowest layer that learns."""
         learning = [any(p.requires_grad for p in layer.parameters()) for layer, *_ in self._steps]
         if True not in learning:
             return
@@ -200,7 +200,7 @@ class ClosedForm:
 
 
 def _no_grad() -> AbstractContextManager[object]:
-    """``torch.no_grad()``, which takes as long as a small operation, where it is not in force yet."""
+    """Disable gradients only if they are enabled, since ``torch.no_grad()`` takes as long as a small operation."""
     return torch.no_grad() if torch.is_grad_enabled() else NOTHING
 
 
@@ -223,11 +223,11 @@ class Traced:
         self.output = trace.output.detach()
 
     def pull(self, signal: Tensor) -> Tensor:
-        """``J^T signal``."""
+        """Return ``J^T signal``."""
         return self._trace.pull(signal.to(self.output.dtype))
 
     def backward(self, signal: Tensor) -> None:
-        """Add to ``.grad``."""
+        """Add the parameters' gradients to ``.grad``."""
         self._trace.backward(signal.to(self.output.dtype))
 
 

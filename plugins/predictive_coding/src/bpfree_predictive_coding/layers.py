@@ -21,7 +21,7 @@ class Residual(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, ...) to the same shape."""
+        """Map (N, ...) to the same shape."""
         out: Tensor = x + self.inner(x)
         return out
 
@@ -42,10 +42,10 @@ class Scaled(nn.Module):
         return f"factor={self.factor:.4g}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the linear map's."""
+        """Map an input as the linear map does, times the constant."""
         out: Tensor = self.linear(x) * self.factor
         return out
 
     def parameter_gradients(self, x: Tensor, signal: Tensor) -> dict[str, Tensor]:
-        """By parameter name; see :func:`bpfree.network.closed_form.parameter_gradients`."""
+        """Return the gradients by parameter name; see :func:`bpfree.network.closed_form.parameter_gradients`."""
         return {f"linear.{name}": value.mul_(self.factor) for name, value in parameter_gradients(self.linear, x, signal).items()}

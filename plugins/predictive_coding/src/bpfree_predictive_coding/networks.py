@@ -57,7 +57,7 @@ class ResidualMLPConfig:
 
 
 def vgg(spec: TaskSpec, config: VGGConfig | None = None) -> Network:
-    """Hidden blocks ``b1``, ``b2``, ... (convolution, activation, perhaps 2x2 max-pooling) and the linear block ``readout``.
+    """Build hidden blocks ``b1``, ``b2``, ... (convolution, activation, perhaps 2x2 max-pooling) and the linear block ``readout``.
 
     The layers are those of the published benchmark's code, for images of 32x32.
 
@@ -89,7 +89,7 @@ def vgg(spec: TaskSpec, config: VGGConfig | None = None) -> Network:
 
 
 def residual_mlp(spec: TaskSpec, config: ResidualMLPConfig | None = None) -> Network:
-    """Blocks ``b1`` (linear), ``b2``, ... (``x + linear(activation(x))``) and ``readout`` (activation, linear), as muPC has them."""
+    """Build blocks ``b1`` (linear), ``b2``, ... (``x + linear(activation(x))``) and ``readout`` (activation, linear), as in muPC."""
     config = config or ResidualMLPConfig()
     activation = ACTIVATIONS[config.activation]
     first: list[nn.Module] = [nn.Flatten()] if len(spec.input_shape) > 1 else []

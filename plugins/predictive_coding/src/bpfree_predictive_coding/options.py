@@ -12,7 +12,7 @@ __all__ = ["EPCConfig", "FixedPredictionConfig", "IPCConfig", "OutputConfig", "P
 
 @dataclass
 class OutputConfig:
-    """The energy at the output, and how blocks are executed."""
+    """Options of the energy at the output, and of how blocks are executed."""
 
     output: Literal["auto", "cross-entropy", "squared"] = option(
         "auto", "energy of the scores: cross-entropy, or half the squared distance to the target; auto: the task's loss"
@@ -23,7 +23,7 @@ class OutputConfig:
 
 @dataclass
 class RelaxedConfig(OutputConfig):
-    """A relaxation of T steps."""
+    """Options of a relaxation of T steps."""
 
     T: int = option(8, "inference steps per batch", ge=1)
     state_lr: float = option(0.05, "rate of the relaxed variables (states, or epc's errors), per example", gt=0)
@@ -36,7 +36,7 @@ class RelaxedConfig(OutputConfig):
 
 @dataclass
 class PredictiveCodingConfig(RelaxedConfig):
-    """Relaxed states, from a chosen beginning, with the output clamped or nudged."""
+    """Options of relaxed states: their initial values, and whether the output is clamped or nudged."""
 
     init: Literal["forward", "zeros"] = option("forward", "states begin as predictions of a forward pass, or at zero")
     nudge: Literal["none", "positive", "negative", "centred"] = option(
@@ -48,14 +48,14 @@ class PredictiveCodingConfig(RelaxedConfig):
 
 @dataclass
 class IPCConfig(RelaxedConfig):
-    """States and weights move at each inference step."""
+    """Options of incremental predictive coding, whose states and weights move at each inference step."""
 
     state_lr: float = option(0.2, "rate of the states, per example", gt=0)
 
 
 @dataclass
 class FixedPredictionConfig(OutputConfig):
-    """Errors relaxed with predictions held."""
+    """Options of relaxed errors with predictions held fixed."""
 
     T: int = option(20, "inference steps per batch; back-propagation's errors with state_lr=1 and as many steps as blocks", ge=1)
     state_lr: float = option(0.1, "rate of the errors", gt=0)
@@ -64,11 +64,11 @@ class FixedPredictionConfig(OutputConfig):
 
 @dataclass
 class ZILConfig(OutputConfig):
-    """Nothing but the output's energy: rate and times are what makes it exact."""
+    """Options of zero-divergence inference learning: only the output's energy, since its rate and times make it exact."""
 
 
 @dataclass
 class EPCConfig(RelaxedConfig):
-    """Errors relaxed instead of states."""
+    """Options of errors that relax instead of states."""
 
     state_lr: float = option(0.02, "rate of the errors, per example", gt=0)

@@ -35,7 +35,7 @@ class Output:
     label: Tensor | None = None
 
     def nudged(self, scores: Tensor, beta: float) -> Output:
-        """With the target moved towards the initial prediction (beta < 1), or beyond it (beta < 0)."""
+        """Return an output whose target is moved towards the initial prediction (beta < 1), or beyond it (beta < 0)."""
         made = self._prediction(scores)
         return replace(self, target=made.lerp(self.target.to(made.dtype), beta), label=self.target)
 
@@ -44,7 +44,7 @@ class Output:
         return scores if self.kind == "squared" else scores.softmax(1)
 
     def error(self, scores: Tensor) -> Tensor:
-        """(N, C) minus the energy's derivative by the scores, of each example."""
+        """Return (N, C) minus the energy's derivative by the scores, of each example."""
         made = self._prediction(scores)
         if self.kind == "cross-entropy":  # rows of soft or real targets need not sum to one
             made = made * self.target.sum(1, keepdim=True)
@@ -52,11 +52,11 @@ class Output:
         return error if self.precision == 1.0 else error * self.precision
 
     def energy(self, scores: Tensor) -> Tensor:
-        """The mean over the examples, a scalar."""
+        """Return the energy, a mean over the examples, as a scalar."""
         return self._distance(scores, self.target) * self.precision
 
     def loss(self, scores: Tensor) -> Tensor:
-        """The energy with precision one and without nudging: what back-propagation would descend."""
+        """Return the energy with precision one and without nudging: what back-propagation would descend."""
         return self._distance(scores, self.target if self.label is None else self.label)
 
     def _distance(self, scores: Tensor, target: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class TaskOutput:
     precision: float = 1.0
 
     def nudged(self, scores: Tensor, beta: float) -> TaskOutput:
-        """Refuse: such a loss has no target that could be moved.
+        """Refuse to nudge: such a loss has no target that could be moved.
 
         Raises:
             BpfreeError: always.
@@ -91,14 +91,14 @@ class TaskOutput:
         )
 
     def error(self, scores: Tensor) -> Tensor:
-        """Give minus the energy's derivative by the scores, of each example; of the scores' shape."""
+        """Return minus the energy's derivative by the scores, of each example; of the scores' shape."""
         scores = scores.float() if scores.dtype.itemsize < 4 else scores
         return self.spec.error(scores, self.batch) * (-self.precision * len(scores))
 
     def energy(self, scores: Tensor) -> Tensor:
-        """Give the mean over the examples, a scalar."""
+        """Return the energy, a mean over the examples, as a scalar."""
         return self.loss(scores) * self.precision
 
     def loss(self, scores: Tensor) -> Tensor:
-        """Give the energy with precision one: what back-propagation would descend."""
+        """Return the energy with precision one: what back-propagation would descend."""
         return self.spec.loss(scores.float() if scores.dtype.itemsize < 4 else scores, self.batch).detach()

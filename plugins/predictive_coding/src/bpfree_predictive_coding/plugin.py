@@ -44,7 +44,7 @@ def epoch_end(run: Run, rule: Rule) -> None:
 
 @hookimpl(tryfirst=True)
 def run_end(run: Run) -> None:
-    """Draw them."""
+    """Draw the energies of the run."""
     if run.folder is not None and (path := run.folder / "relaxation.json").exists():
         profile.add_plot(run, path)
 

@@ -47,13 +47,13 @@ class Profile(nn.Module):
         self._lengths: list[Tensor] = []
 
     def note(self, relaxation: Relaxation) -> None:
-        """Before the first inference step, and after each."""
+        """Record the energies; called before the first inference step, and after each."""
         self._rows.append(relaxation.energies())
         if len(self._rows) == 1:
             self._lengths = [_length(relaxation)]
 
     def end(self, relaxation: Relaxation) -> dict[str, Tensor]:
-        """Metrics of this batch: ``BLOCK/energy`` after the last step, and ``equilibrium_distance``.
+        """Return metrics of this batch: ``BLOCK/energy`` after the last step, and ``equilibrium_distance``.
 
         The latter is the norm of the energy's gradient by all relaxed variables over that before the first step: 0 at equilibrium.
         """
@@ -65,7 +65,7 @@ class Profile(nn.Module):
         return {f"{name}/energy": value for name, value in zip(self._names, table[-1], strict=True)} | {"equilibrium_distance": left}
 
     def take(self) -> list[list[float]] | None:
-        """The table (steps + 1, blocks) since it was last taken; ``None``: nothing was sampled."""
+        """Return the table (steps + 1, blocks) of batches sampled since the last call; ``None`` if there were none."""
         if self._sum is None:
             return None
         table: list[list[float]] = (self._sum / self._count).tolist()
@@ -74,7 +74,7 @@ class Profile(nn.Module):
 
 
 def _length(relaxation: Relaxation) -> Tensor:
-    """Euclidean norm of the energy's gradient by all relaxed variables."""
+    """Return the Euclidean norm of the energy's gradient by all relaxed variables."""
     gradients = list(relaxation.gradients().values())
     if not gradients:
         return relaxation.scores.new_zeros(())
@@ -82,7 +82,7 @@ def _length(relaxation: Relaxation) -> Tensor:
 
 
 def keep(folder: Path, epoch: int, names: Sequence[str], table: list[list[float]]) -> Path:
-    """Add an epoch's table to ``relaxation.json`` in the run's folder; an epoch that is there (of a resumed run) is replaced."""
+    """Add an epoch's table to ``relaxation.json`` in the run's folder; replaces one of the same epoch (of a resumed run)."""
     path = folder / "relaxation.json"
     content: dict[str, Any] = {"blocks": list(names), "energy": {}}
     if path.exists():
@@ -102,7 +102,7 @@ def add_plot(run: Run, path: Path) -> None:
 
 
 def draw(path: Path, title: str) -> Path:
-    """The imbalance plot of ``relaxation.json``: energy of each block against inference steps, in the first and last epoch sampled."""
+    """Draw the imbalance plot of ``relaxation.json``: block energies against inference steps, in the first and last sampled epoch."""
     content = json.loads(path.read_text(encoding="utf-8"))
     names, energy = content["blocks"], content["energy"]
     epochs = sorted(energy, key=int)
@@ -120,7 +120,7 @@ def draw(path: Path, title: str) -> Path:
 
 
 def _series(key: Key, energies: Sequence[float]) -> Series:
-    """Without steps at which an error has not reached the block yet."""
+    """Make a line of a block's energies, without the steps at which no error has reached the block yet."""
     points = [(step, value) for step, value in enumerate(energies) if value > 0]
     marks = [Mark(x, y, f"{key.label}, step {x}: {y:.3g}") for x, y in points] if len(energies) <= MOST_MARKS else []
     return Series(key, points, points=marks)

@@ -81,7 +81,7 @@ class Relaxation:
     # --- the energy -------------------------------------------------------------------------------------------------
 
     def gradient(self, index: int) -> Tensor | None:
-        """dF/dh of a state, per example; ``None`` is zero."""
+        """Return dF/dh of a state, per example; ``None`` is zero."""
         error, above = self.errors[index], self.errors[index + 1]
         if above is None:
             return None
@@ -89,12 +89,12 @@ class Relaxation:
         return pulled.neg() if error is None else error - pulled
 
     def gradients(self) -> Gradients:
-        """dF/dh of all states, by index; those that are zero are left out."""
+        """Return dF/dh of all states, by index; zero gradients are left out."""
         found = ((index, self.gradient(index)) for index in range(len(self.states)))
         return {index: gradient for index, gradient in found if gradient is not None}
 
     def energies(self) -> list[Tensor]:
-        """The energy of each block's prediction, a mean over the examples."""
+        """Return the energy of each block's prediction, a mean over the examples."""
         zero = self.scores.new_zeros((), dtype=self.states[0].dtype if self.states else None)
         hidden = [zero if error is None else 0.5 * error.square().sum() / len(error) for error in self.errors[:-1]]
         return [*hidden, self.output.energy(self.executions[-1].output)]
@@ -102,20 +102,20 @@ class Relaxation:
     # --- moving -----------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """All states take a step at once, and what depends on them is predicted anew."""
+        """Move all states by one step at once, and predict again what depends on them."""
         gradients = self.gradients()
         self.move(gradients)
         self.refresh(gradients)
 
     def place(self, states: Sequence[Tensor]) -> None:
-        """Begin anew at these states, (N, ...) for each hidden block."""
+        """Restart from these states, (N, ...) for each hidden block."""
         self.states, self._origins = list(states), list(states)
         self._offsets.clear()
         self._velocities.clear()
         self.refresh(range(len(states)))
 
     def move(self, gradients: Gradients) -> None:
-        """States step down, and nothing else."""
+        """Move the states down the gradients, without new predictions."""
         for index, gradient in gradients.items():
             offset = self._offsets[index] = self._stepped(index, self._offsets.get(index), gradient)
             self.states[index] = self._origins[index] + offset
@@ -128,7 +128,7 @@ class Relaxation:
         return gradient * -self._lr if value is None else torch.sub(value, gradient, alpha=self._lr)
 
     def refresh(self, moved: Iterable[int]) -> None:
-        """Predict anew from the states that moved, and take the errors that changed."""
+        """Predict again from the states that moved, and compute the errors that changed."""
         moved = list(moved)
         stale = set() if self._hold else {index + 1 for index in moved}
         for index in stale:
@@ -136,19 +136,19 @@ class Relaxation:
         self.compare({*moved, *stale})
 
     def refresh_all(self) -> None:
-        """The same after the weights moved."""
+        """Predict again from all states and compute all errors, after the weights moved."""
         for index in range(len(self.executions)):
             self.executions[index] = self._execute(index, self.states[index - 1] if index else self._inputs)
         self.compare(range(len(self.executions)))
 
     def compare(self, indices: Iterable[int]) -> None:
-        """Take the errors of blocks anew, by index."""
+        """Compute the errors of blocks again, by index."""
         for index in indices:
             made = self.executions[index].output
             self.errors[index] = self._error(index, made) if index < len(self.states) else self.output.error(made)
 
     def _error(self, index: int, made: Tensor) -> Tensor:
-        """h - mu as (h - origin) - (mu - origin): the former is known to its own precision, however small it is beside h."""
+        """Return h - mu as (h - origin) - (mu - origin): the former keeps its own precision, however small it is beside h."""
         origin, offset = self._origins[index], self._offsets.get(index)
         difference = origin - made
         return difference if offset is None else difference.add_(offset)
@@ -172,7 +172,7 @@ class ErrorRelaxation(Relaxation):
     """
 
     def gradients(self) -> Gradients:
-        """dF/de of all hidden blocks, by index."""
+        """Return dF/de of all hidden blocks, by index."""
         result = {}
         signal = self.errors[-1]
         for index in reversed(range(len(self.states))):
@@ -183,7 +183,7 @@ class ErrorRelaxation(Relaxation):
         return result
 
     def step(self) -> None:
-        """All errors take a step at once; then the states follow, from the bottom up."""
+        """Move all errors by one step at once; then the states follow, from the bottom up."""
         gradients = self.gradients()
         for index in range(len(self.states)):
             error = self.errors[index] = self._stepped(index, self.errors[index], gradients[index])
@@ -193,5 +193,5 @@ class ErrorRelaxation(Relaxation):
 
 
 def _precise(x: Tensor) -> Tensor:
-    """In single precision at least, which a small step needs."""
+    """Convert to at least single precision, which a small step needs."""
     return x if x.dtype.itemsize >= 4 else x.float()

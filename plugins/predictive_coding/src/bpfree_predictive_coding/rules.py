@@ -35,7 +35,7 @@ PCX = "Pinchetti et al.: Benchmarking predictive coding networks, made simple. I
 
 
 class Relaxed(Rule):
-    """What the rules share: the output's energy, the relaxation's loop, its profile, and the weights' gradients at its end."""
+    """Base of the rules: the output's energy, the relaxation's loop, its profile, and the weights' gradients at its end."""
 
     Config: ClassVar[type[OutputConfig]] = RelaxedConfig
     weight_lr: ClassVar[float] = 1e-3
@@ -93,12 +93,12 @@ class Relaxed(Rule):
 
     @property
     def reach(self) -> int:
-        """How many hidden blocks, from the last one down, learn from a batch."""
+        """Number of hidden blocks, from the last one down, that learn from a batch."""
         return int(self.config.T)
 
     @staticmethod
     def _span(config: OutputConfig, network: Network | None) -> int:
-        """Blocks that a reverse-mode call crosses: none where all derivatives are taken in closed form."""
+        """Count the blocks that a reverse-mode call crosses: 0 if all derivatives are taken in closed form, else 1."""
         return int(network is None or len(Executor(network, config.path).closed) < len(network.blocks))
 
     def _output(self, batch: Batch, scores: Tensor) -> Output | TaskOutput:
@@ -108,7 +108,7 @@ class Relaxed(Rule):
         return Output(self.output_kind, self.spec.target_rows(batch, dtype), self.config.precision)
 
     def _begin(self, batch: Batch, step: Step) -> Relaxation:
-        """The states of a batch before the first inference step."""
+        """Return the states of a batch before the first inference step."""
         config = self.config
         return self._relaxation(batch, lr=config.state_lr, momentum=config.state_momentum)
 
@@ -118,7 +118,7 @@ class Relaxed(Rule):
 
     @torch.no_grad()
     def relax(self, batch: Batch, step: Step) -> tuple[Relaxation, dict[str, Tensor]]:
-        """The states of a batch after the last inference step, and metrics."""
+        """Return the states of a batch after the last inference step, and metrics."""
         relaxation = self._begin(batch, step)
         metrics = {"loss": relaxation.output.loss(relaxation.scores)}
         sampled = self.config.profile_every > 0 and step.index % self.config.profile_every == 0
@@ -133,11 +133,11 @@ class Relaxed(Rule):
         return relaxation, metrics
 
     def _infer(self, relaxation: Relaxation, step: Step, *, watched: bool) -> None:
-        """One inference step; unless ``watched``, nobody asks for predictions after it."""
+        """Take one inference step; unless ``watched``, no predictions are needed after it."""
         relaxation.step()
 
     def _weight_scale(self, step: Step) -> float:
-        """Factor on the weights' gradients."""
+        """Return the factor on the weights' gradients."""
         return 1.0
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class Relaxed(Rule):
         return metrics
 
     def objective(self, batch: Batch, step: Step) -> Tensor | None:
-        """The output's energy of the forward pass with precision one: what back-propagation would descend."""
+        """Return the output's energy of the forward pass with precision one: what back-propagation would descend."""
         if self.output_kind == self._task_kind:  # the task's loss needs no second name
             return None
         scores = self.network(batch.inputs)
@@ -175,7 +175,7 @@ class PredictiveCoding(Relaxed):
         return Traits("all", downstream_weights=config.T, reverse_span=cls._span(config, network), passes=1 + config.T)
 
     def beta(self, epoch: int) -> float:
-        """Signed strength of the nudging; 1 clamps."""
+        """Return the signed strength of the nudging; 1 clamps."""
         if self.config.nudge == "none":
             return 1.0
         size = min(1.0, self.config.beta + self.config.beta_ramp * epoch)
@@ -219,7 +219,7 @@ class IncrementalPC(Relaxed):
 
     @property
     def reach(self) -> int:
-        """One less: the first of the weights' gradients is taken before the states have moved."""
+        """Number of hidden blocks that learn: T - 1, since the first weight gradients precede the first move of the states."""
         return self.config.T - 1
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -233,7 +233,7 @@ class IncrementalPC(Relaxed):
         gradients = relaxation.gradients()
         for index in range(len(relaxation.executions)):
             relaxation.backward(index, 1.0)
-        for parameter in self.network.parameters():  # blocks without an error yet step too: momentum and decay go on
+        for parameter in self.network.parameters():  # blocks without an error yet step too: momentum and decay continue
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         relaxation.move(gradients)
@@ -326,7 +326,7 @@ class ErrorPC(Relaxed):
 
     @property
     def reach(self) -> int:
-        """All of them."""
+        """Number of hidden blocks that learn: all of them."""
         return len(self.network.hidden)
 
     def _begin(self, batch: Batch, step: Step) -> Relaxation:

@@ -49,7 +49,7 @@ def mupc(network: Network) -> dict[str, float]:
 
 
 def _is_summed(block: nn.Module, path: str) -> bool:
-    """Whether the map at ``path`` lies in a residual sum: in one of ours, or else in a block that adds two tensors anywhere."""
+    """Tell whether the map at ``path`` is in a residual sum: in one of ours, or in a block that adds two tensors anywhere."""
     if any(isinstance(part, Residual) for part in block.modules()):
         parts = path.split(".")
         return any(isinstance(block.get_submodule(".".join(parts[:depth])), Residual) for depth in range(len(parts)))
@@ -57,7 +57,7 @@ def _is_summed(block: nn.Module, path: str) -> bool:
 
 
 def _adds(block: Any) -> bool:
-    """Whether the block's traced graph adds two tensors; one that cannot be traced is taken not to."""
+    """Tell whether the block's traced graph adds two tensors; a block that cannot be traced counts as one that does not."""
     try:
         graph = block.graph if isinstance(block, GraphModule) else Tracer().trace(block)
     except Exception:
