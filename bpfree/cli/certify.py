@@ -101,7 +101,7 @@ def _waivers(words: tuple[str, ...]) -> dict[str, str]:
     for word in words:
         name, sign, reason = word.partition("=")
         if not sign:
-            raise UsageError(f"a waiver is CHECK=REASON, not {word!r}", where="--waive", fix=f"--waive '{name}=why this is expected'")
+            raise UsageError(f"a waiver is CHECK=REASON, not {word!r}", where="--waive", fix=f"write --waive '{name}=why this is expected'")
         waivers[name] = reason
     return waivers
 

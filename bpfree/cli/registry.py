@@ -29,7 +29,7 @@ def registry() -> None:
 
 def reading(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that choose the index to a command."""
-    command = click.option("--index", type=FILE, help="Read this index file in place of the one that came with bpfree.")(command)
+    command = click.option("--index", type=FILE, help="Read this index file instead of the installed one.")(command)
     return click.option("--folder", type=FOLDER, help="Read the entries and certificates of this registry folder.")(command)
 
 
@@ -174,7 +174,7 @@ def said_by(path: Path, record: PluginRecord) -> Entry:
     entry = read_entry(path)
     if entry.name != record.name:
         raise UsageError(
-            f"this is the entry of {entry.name!r}, not of {record.name!r}", where=str(path), fix=f"bpfree registry add {entry.name}"
+            f"this is the entry of {entry.name!r}, not of {record.name!r}", where=str(path), fix=f"run bpfree registry add {entry.name}"
         )
     return entry
 

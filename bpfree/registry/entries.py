@@ -104,7 +104,7 @@ def entry_of(record: PluginRecord, plugins: Plugins, *, added: str, known: Entry
         BpfreeError: the plugin does not work here, or something that an entry needs cannot be found.
     """
     if record.status != "ok":
-        raise BpfreeError(f"plugin {record.name!r} is {record.status}: {record.reason}", fix="bpfree plugins list")
+        raise BpfreeError(f"plugin {record.name!r} is {record.status}: {record.reason}", fix="see bpfree plugins list")
     rules = record.provides.get("rules", [])
     cards = [plugins.get("rules", rule).card for rule in rules]
     about = importlib.metadata.metadata(record.distribution)

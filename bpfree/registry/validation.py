@@ -106,7 +106,7 @@ def _of_entry(entry: Entry, path: Path, plugins: Plugins) -> Iterator[BpfreeErro
         yield BpfreeError(
             f"the entry lists {', '.join(sorted(entry.rules))}; the plugin registers {', '.join(record.provides['rules'])}",
             where=str(path),
-            fix=f"bpfree registry add {entry.name} --folder {path.parents[1]}",
+            fix=f"run bpfree registry add {entry.name} --folder {path.parents[1]}",
         )
     if record.api is not None and not entry.api[0] <= record.api <= entry.api[1]:
         yield BpfreeError(f"the plugin is written for interface version {record.api}, which is not in {entry.api}", where=str(path))
@@ -141,5 +141,5 @@ def _of_made_files(folder: Path) -> Iterator[BpfreeError]:
         return
     for path in changed:
         yield BpfreeError(
-            f"{path.name} is out of date with entries and certificates", where=str(path), fix=f"bpfree registry index --folder {folder}"
+            f"{path.name} is out of date with entries and certificates", where=str(path), fix=f"run bpfree registry index --folder {folder}"
         )

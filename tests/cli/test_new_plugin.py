@@ -58,7 +58,7 @@ def test_the_way_from_nothing_to_a_registered_rule_is_at_most_five_commands(work
         (["a" * 41], "at most 40"),
         (["noprop"], "the plugin 'noprop' already exists in bpfree-noprop"),
         (["noprop-dt"], "the rule 'noprop-dt' already exists in bpfree-noprop"),
-        (["core"], "there is a plugin 'core' already"),
+        (["core"], "the plugin 'core' already exists"),
         (["forward_gradient"], "not a valid plugin name"),
         (["none"], "a rule's class cannot be called 'None'"),
         (["batch"], "a rule's class cannot be called 'Batch'"),

@@ -179,7 +179,7 @@ def test_index_renews_what_is_out_of_date(ours: Path, capsys: pytest.CaptureFixt
     [
         (["list", "--folder", "."], "this is not a registry"),
         (["list", "--folder", ".", "--index", "x.json"], "both an index and a folder"),
-        (["list", "--index", "x.json"], "no index of format 1"),
+        (["list", "--index", "x.json"], "not an index of format 1"),
         (["index"], "this is not a registry"),
     ],
 )

@@ -295,7 +295,7 @@ def test_an_interrupted_pool_saves_what_it_does_and_leaves_nobody_behind(site: P
     process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == 128 + number
-    assert "the same command resumes it" in errors
+    assert "run the same command to resume it" in errors
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
     assert {outcome["status"] for outcome in outcomes()} == {"interrupted"}
     assert len(list(Path("runs").glob("slow-*/checkpoints/last.pt"))) == 2

@@ -289,7 +289,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(site: Path, capsys: pyt
     assert call("study", "run", name, "--quiet", "output=undisturbed") == 0
     Path("stop").touch()
     assert call("study", "run", name, "--quiet") == 130
-    assert "the same command resumes it" in capsys.readouterr().err
+    assert "run the same command to resume it" in capsys.readouterr().err
     (known,) = outcomes()
     assert known["status"] == "interrupted"
     CellStore(Path("runs"), "table").path_of(str(known["cell"])).write_text(json.dumps({**known, "status": status}))
