@@ -199,7 +199,7 @@ def test_foreign_code_that_leaves_is_told(monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(SystemExit) as end:
         main(["train", "rule=dfa", "budget.epochs=1", "tracking.enabled=false", "device=cpu", "--quiet"])
     assert end.value.code == 1
-    assert f"foreign code has called sys.exit(0)\n  where: {__file__}, line" in capsys.readouterr().err
+    assert f"code outside of bpfree has called sys.exit(0)\n  where: {__file__}, line" in capsys.readouterr().err
 
 
 def test_a_plugin_can_be_disabled_by_name() -> None:

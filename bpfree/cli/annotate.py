@@ -1,4 +1,4 @@
-"""Comments for a printed configuration: the meaning of each key."""
+"""Comment a printed configuration with the meaning of each key."""
 
 from __future__ import annotations
 

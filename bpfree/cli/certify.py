@@ -1,4 +1,4 @@
-"""``bpfree certify``."""
+"""The command ``bpfree certify``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
     from bpfree.certify.findings import Finding
 
-HELP = """Examine a learning rule, and measure what it really does.
+HELP = """Examine a learning rule, and measure its properties.
 
 How far credit travels, whose weights it needs, what it costs, whether labels leak into predictions, whether a seed repeats it, whether
 it learns: measured on small networks and the bundled digits, on one thread of the CPU. SETTINGS are KEY=VALUE words of the sections rule
@@ -24,22 +24,22 @@ and network. Exit status 1: a check failed; each failure says what, where, and w
 \b
   bpfree certify dfa --quick
   bpfree certify predictive-coding rule.T=2 --page certificate.html
-  bpfree certify my-rule --output my-rule.json       what bpfree registry add takes
+  bpfree certify my-rule --output my-rule.json       for bpfree registry add
   bpfree certify my-rule --only learning --waive 'learning=needs 60 epochs'
   bpfree certify mine.py:MyRule --quick              a rule in a file, whose code is executed
   bpfree certify --list                              the checks
 """
 
 
-@click.command(short_help="Examine a rule: measured properties, conformance, a certificate.", help=HELP)
+@click.command(short_help="Examine a rule and write a certificate of its measured properties.", help=HELP)
 @click.argument("rule", required=False, shell_complete=names_of("rules"))
 @click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
-@click.option("--quick", is_flag=True, help="Everything but learning and permuted labels.")
-@click.option("--only", multiple=True, metavar="CHECK", help="Single checks (repeatable); the certificate is then partial.")
+@click.option("--quick", is_flag=True, help="Skip the checks learning and permuted labels.")
+@click.option("--only", multiple=True, metavar="CHECK", help="Run only this check (repeatable); the certificate is partial.")
 @click.option("--waive", multiple=True, metavar="CHECK=REASON", help="Expect a check to fail, with the reason (repeatable).")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the certificate as JSON.")
-@click.option("--page", type=click.Path(path_type=Path, dir_okay=False), help="Write it as an HTML page with heat maps.")
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, and nothing else.")
+@click.option("--page", type=click.Path(path_type=Path, dir_okay=False), help="Write the certificate as an HTML page with heat maps.")
+@click.option("--json", "as_json", is_flag=True, help="Print only the certificate, as JSON.")
 @allow_code
 @click.option("--list", "list_only", is_flag=True, help="List the checks.")
 def certify(
@@ -58,7 +58,7 @@ def certify(
         return _list()
     if rule is None:
         raise click.UsageError("name a rule (bpfree rules lists them)")
-    for path in filter(None, (output, page)):  # now, not after two minutes
+    for path in filter(None, (output, page)):  # before the examination, which takes minutes
         _check_writable(path)
     from bpfree.certify.examination import certify as examine
 
@@ -91,7 +91,7 @@ def _check_writable(path: Path) -> None:
     from bpfree.errors import UsageError
 
     if not path.parent.is_dir():
-        raise UsageError(f"there is no folder {str(path.parent)!r}", where=str(path), fix="make it first, or choose another place")
+        raise UsageError(f"there is no folder {str(path.parent)!r}", where=str(path), fix="create it, or choose another folder")
 
 
 def _waivers(words: tuple[str, ...]) -> dict[str, str]:
@@ -101,13 +101,13 @@ def _waivers(words: tuple[str, ...]) -> dict[str, str]:
     for word in words:
         name, sign, reason = word.partition("=")
         if not sign:
-            raise UsageError(f"a waiver is CHECK=REASON, not {word!r}", where="--waive", fix=f"--waive '{name}=why this is expected'")
+            raise UsageError(f"a waiver is CHECK=REASON, not {word!r}", where="--waive", fix=f"write --waive '{name}=why this is expected'")
         waivers[name] = reason
     return waivers
 
 
 def _progress(check: Any, number: int, count: int, finding: Finding | None) -> None:
-    """On a terminal the running check, replaced by its result; elsewhere the results alone."""
+    """Show the running check on a terminal and replace it by its result; elsewhere print only the results."""
     live = sys.stderr.isatty()
     if finding is None:
         if live:

@@ -1,4 +1,4 @@
-"""Code in a file, named on the command line or allowed by it."""
+"""Options and names for code in files, on the command line."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ allow_code = click.option(
     "--allow-code",
     multiple=True,
     metavar="FILE",
-    help="Execute the code in this file, where a configuration, study or run names it (repeatable).",
+    help="Allow the execution of this code file, if a configuration, study or run names it (repeatable).",
 )
 
 
 def named(kind: str, name: str, settings: Sequence[str] = (), files: Sequence[str] = ()) -> tuple[str, Plugins]:
-    """A name that was typed, and where it is looked up; ``FILE.py:NAME`` allows the file, and gets a short name.
+    """Resolve a typed name, and return it with its registry; ``FILE.py:NAME`` allows the file and gets a short name.
 
     Args:
         kind: ``rules``, ``networks`` or ``tasks``.
         name: as typed.
-        settings: words beside it, which allow the files that they name.
-        files: that are allowed too.
+        settings: other words, which allow the files that they name.
+        files: additional allowed files.
 
     Raises:
         UsageError: the code cannot be used.

@@ -1,4 +1,4 @@
-"""What a shell completes: names of what is installed."""
+"""Shell completion of the names of installed rules, networks, tasks and so on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def names_of(kind: str) -> Complete:
 
 
 def setting(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete the name behind ``rule=``, ``network=`` or ``task=``; bash takes it for a word of its own."""
+    """Complete the name behind ``rule=``, ``network=`` or ``task=``; bash treats it as a separate word."""
     section, sign, name = incomplete.partition("=")
     if sign:
         return _items(SECTIONS[section], f"{section}=", name) if section in SECTIONS else []

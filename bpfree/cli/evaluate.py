@@ -1,4 +1,4 @@
-"""``bpfree evaluate``."""
+"""The command ``bpfree evaluate``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 HELP = """Score a trained rule: CHECKPOINT is a run's folder, its name, or a checkpoint file.
 
-By default on the validation split, so that looking often does not wear out the test split. SETTINGS change the run's own
+The default is the validation split, so that repeated evaluation does not overuse the test split. SETTINGS change the run's
 configuration, for example `task=fashion-mnist`, `rule.inference=deterministic`, `evaluation.draws=20`,
 `evaluation.protocols=[linear-probe]`, `evaluation.metrics=[ece]`, `device=cpu`.
 """
 
 
 def _text(key: str, value: float, known: Mapping[str, Metric]) -> str:
-    """A metric as people read it; what else protocols say (a penalty, operations) is a number."""
+    """Format a metric with its unit; other values of protocols (a penalty, operations) are plain numbers."""
     from bpfree.metric import KNOWN, metric_of
 
     metric = metric_of(key, known)
@@ -33,10 +33,10 @@ def _text(key: str, value: float, known: Mapping[str, Metric]) -> str:
 @click.argument("checkpoint")
 @click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
 @click.option(
-    "--split", type=click.Choice(["validation", "test", "train"]), default="validation", show_default=True, help="Which examples."
+    "--split", type=click.Choice(["validation", "test", "train"]), default="validation", show_default=True, help="Split to score."
 )
 @allow_code
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on one line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on one line.")
 def evaluate(checkpoint: str, settings: tuple[str, ...], split: str, allow_code: tuple[str, ...], as_json: bool) -> int:
     from bpfree.cli.output import print_pairs, print_table
     from bpfree.config import allowing

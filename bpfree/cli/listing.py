@@ -1,4 +1,4 @@
-"""``bpfree rules``, ``bpfree networks``, ``bpfree tasks``, ``bpfree metrics``: what is installed, and the cards of single entries."""
+"""``bpfree rules``, ``bpfree networks``, ``bpfree tasks``, ``bpfree metrics``: list installed entries, or show one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from bpfree.cli.code import named
 from bpfree.cli.completion import names_of
 
 REMARKS = {
-    "optimizer": " (with the default options; settings that are not named: the network decides, or torch's own)",
+    "optimizer": " (with the default options; other settings default to the network's, or torch's)",
     "traits": " (with the default options, for any network)",
 }
-"""What is to be said of single lines of a card."""
+"""Remarks on single lines of a card."""
 
 
 def options_table(config: type) -> list[list[str]]:
@@ -37,10 +37,11 @@ def show_options(config: type, section: str) -> None:
 
 @click.command(short_help="List learning rules, or show one's method card.")
 @click.argument("name", required=False, shell_complete=names_of("rules"))
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def rules(name: str | None, as_json: bool) -> None:
-    """List the learning rules of all installed plugins; with NAME, show its method card: what it is, where it comes from,
-    its update, its declared traits, and its options.
+    """List the learning rules of all installed plugins; with NAME, show its method card.
+
+    A card has the rule's summary, its source, its update, its declared traits, and its options.
     """
     from bpfree.cli.output import print_table
     from bpfree.plugins import installed_plugins, plugin_index
@@ -62,7 +63,7 @@ def rules(name: str | None, as_json: bool) -> None:
 
 
 def rule_card(name: str, rule: Any, owner: Any) -> Iterator[tuple[str, Any]]:
-    """The card as plain values; traits and optimiser as the default options have them, before the network is known."""
+    """Make a rule's card of plain values; traits and optimiser are those of the default options, before the network is known."""
     import dataclasses
 
     card, defaults = rule.card, rule.Config()
@@ -75,7 +76,7 @@ def rule_card(name: str, rule: Any, owner: Any) -> Iterator[tuple[str, Any]]:
 
 
 def certificate_of(name: str, registry: Any) -> str:
-    """Status of the rule's certificate in the registry, its day, and how far it found credit to travel."""
+    """Describe a rule's certificate in the registry: its status, its date, and the measured reach of credit."""
     from bpfree.cli.plugins import known_certificates
     from bpfree.registry import state
 
@@ -128,7 +129,7 @@ def networks(name: str | None) -> None:
 @click.command(short_help="List tasks, or show one's options.")
 @click.argument("name", required=False, shell_complete=names_of("tasks"))
 def tasks(name: str | None) -> None:
-    """List the tasks that can be named with task=NAME; with NAME, show its own options (all: bpfree train --print-config)."""
+    """List the tasks that can be named with task=NAME; with NAME, show its options (for all settings: bpfree train --print-config)."""
     list_kind("tasks", name)
 
 
@@ -142,7 +143,7 @@ def programs(name: str | None) -> None:
 @click.command(short_help="List metrics, or describe one.")
 @click.argument("name", required=False, shell_complete=names_of("metrics"))
 def metrics(name: str | None) -> None:
-    """List the metrics that can be named with evaluation.metrics=[NAME,...]; with NAME, say what is measured and how it is shown."""
+    """List the metrics that can be named with evaluation.metrics=[NAME,...]; with NAME, describe it and its display."""
     if name is None:
         list_kind("metrics", None)
         return

@@ -1,4 +1,4 @@
-"""The entry point: sets the environment before torch loads, and turns errors into messages and exit codes."""
+"""The entry point: set the environment before torch loads, and turn errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from bpfree.version import __version__
 
 __all__ = ["cli", "main"]
 
-# Idle OpenMP threads that spin make a busy machine up to 60 times slower; it must be set before torch is loaded.
+# Idle OpenMP threads that spin make a busy machine up to 60 times slower; this must be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Messages of torch's C++ parts (a profiler that met memory older than itself) mean nothing to a user.
+# Messages of torch's C++ parts (such as a profiler's on memory allocated before it started) mean nothing to a user.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-# MLflow sends usage reports to its makers by default; with bpfree only if the user sets it so.
+# MLflow sends telemetry by default; with bpfree only if the user enables it.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 PAUSE = 10.0
-"""Seconds that other processes leave to the first one, to say what is wrong with a request."""
+"""Seconds that other processes give the first one to report an error in a request."""
 
 EPILOG = """
 \b
 Examples:
-  bpfree rules                                        what is installed
-  bpfree rules noprop-dt                              a method card
+  bpfree rules                                        list learning rules
+  bpfree rules noprop-dt                              show a method card
   bpfree train rule=noprop-dt task=mnist budget.epochs=2 seed=1
-  bpfree train --config runs/RUN/config.yaml          the same run again
+  bpfree train --config runs/RUN/config.yaml          repeat a run
   bpfree train --resume runs/RUN                      resume after an interruption
   bpfree evaluate runs/RUN --split test
-  bpfree runs                                         what was run, and how it ended
-  bpfree compare noprop-dt dfa --seeds 3              beside floor and ceiling
-  bpfree study list                                   tables of papers, to run
-  bpfree certify dfa                                  what a rule really does, measured
-  bpfree plugins new my-rule                          begin a rule of your own
+  bpfree runs                                         list runs and their status
+  bpfree compare noprop-dt dfa --seeds 3              compare with floor and ceiling
+  bpfree study list                                   studies, such as tables of papers
+  bpfree certify dfa                                  measure a rule's properties
+  bpfree plugins new my-rule                          create a rule of your own
 """
 
 
@@ -79,9 +79,9 @@ class Commands(click.Group):
 @click.command(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="bpfree")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.option("--disable", multiple=True, metavar="PLUGIN", help="Leave a plugin out (as BPFREE_DISABLE_PLUGINS does).")
+@click.option("--disable", multiple=True, metavar="PLUGIN", help="Disable a plugin (like BPFREE_DISABLE_PLUGINS).")
 def cli(debug: bool, disable: tuple[str, ...]) -> None:
-    """Train neural networks without end-to-end back-propagation, and compare the ways to do it fairly.
+    """Train neural networks without end-to-end back-propagation, and compare learning rules fairly.
 
     Settings are words of the form KEY=VALUE, the same everywhere; `bpfree train --print-config` lists every key.
     """
@@ -94,10 +94,10 @@ def cli(debug: bool, disable: tuple[str, ...]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong request, 129, 130 or 143 interrupted and resumable."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale without these characters gets escapes instead of an error
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale without some characters shows escapes instead of failing
         sys.stdout.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments is None:  # the process is the command's own: Python in others that it starts imports nothing from the current folder
+    if arguments is None:  # Python in child processes must not import from the current folder
         os.environ.setdefault("PYTHONSAFEPATH", "1")
     debug = "--debug" in words
     # accepted anywhere
@@ -106,11 +106,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process."""
+    """End the process; under a launcher, the first process ends first."""
     if _several():
         if _rank() and code == 2:
-            time.sleep(PAUSE)  # a launcher that sees one process end ends the others, and the first one is to say why
-        # Threads of torch.distributed may outlive the interpreter and abort it, which a launcher would take for a failure.
+            time.sleep(PAUSE)  # a launcher ends all processes when one ends, and the first one must report the reason
+        # Threads of torch.distributed may outlive the interpreter and abort it, which a launcher would report as a failure.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -123,43 +123,43 @@ def _run(words: list[str], *, debug: bool) -> int:
         result: Any = cli.main(args=words, prog_name="bpfree", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except BpfreeError as error:
-        if error.exit_code > 128:  # interrupted: the progress display has said how to resume
+        if error.exit_code > 128:  # interrupted: the progress display has printed how to resume
             return error.exit_code
         return _say(error, f"error: {error}", error.exit_code, debug)
     except click.ClickException as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # click has it since 8.2; before, it printed the help itself
+        if type(error).__name__ == "NoArgsIsHelpError":  # this exception exists since click 8.2; earlier versions print the help themselves
             click.echo(error.format_message())
             return 0
         usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
         return _say(error, "\n".join(filter(None, [f"error: {error.format_message()}", usage])), error.exit_code, debug)
-    except SystemExit as error:  # none of ours
-        if _place(error).startswith(str(Path(click.__file__).parent)):  # what a shell completes is printed
+    except SystemExit as error:  # an exit that bpfree did not request
+        if _place(error).startswith(str(Path(click.__file__).parent)):  # the completions were printed
             return int(error.code or 0)
-        text = f"error: foreign code has called sys.exit({error.code!r})\n  where: {_place(error)}"
+        text = f"error: code outside of bpfree has called sys.exit({error.code!r})\n  where: {_place(error)}"
         return _say(error, text, 1, debug)
     except (click.Abort, KeyboardInterrupt) as error:
         return _say(error, "interrupted", 130, debug)
-    except BrokenPipeError:  # the reader of our output has gone, as in `bpfree rules | head`
+    except BrokenPipeError:  # the reader of the output has ended, as in `bpfree rules | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except BaseException as error:  # foreign code may raise anything
+    except BaseException as error:  # code outside of bpfree may raise anything
         text, fix = " ".join(told(error).split()), "run again with --debug for the traceback"
         return _say(error, f"error: unexpected {text}\n  where: {_place(error)}\n  fix:   {fix}", 1, debug)
 
 
 def _place(error: BaseException) -> str:
-    """Where it was raised."""
+    """Return file, line and function that raised an error."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{place.filename}, line {place.lineno}, in {place.name}"
 
 
 def _several() -> bool:
-    """Whether a launcher has started several processes."""
+    """Tell whether a launcher has started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _rank() -> int:
-    """Which of several processes this is."""
+    """Return the rank of this process among those of a launcher."""
     return int(os.environ.get("RANK", "0")) if _several() else 0
 
 
@@ -167,7 +167,7 @@ def _say(error: BaseException, message: str, code: int, debug: bool) -> int:
     if debug:
         click.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
     rank = _rank()
-    if rank and code == 2:  # of several processes that make the same request, the first one says what is wrong with it
+    if rank and code == 2:  # if several processes make the same request, only the first one reports its errors
         return code
     message = redact(message)
     click.echo(f"process {rank}: {message}" if rank else message, err=True)

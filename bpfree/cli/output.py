@@ -1,4 +1,4 @@
-"""How results are printed."""
+"""Print tables and results of runs."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ class PlanDisplay:
 
     @hookimpl(tryfirst=True)
     def run_start(self, run: Run) -> None:
-        """Show it."""
+        """Show the plan."""
         if "plan.txt" in run.artifacts:
             click.echo(run.artifacts["plan.txt"].read_text(encoding="utf-8"), err=True)
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Container[int] = ()) -> None:
-    """A plain aligned table; columns in ``right`` are aligned to the right."""
+    """Print a plain table; columns in ``right`` are aligned to the right."""
     click.echo("\n".join(text_table(headers, rows, right)))
 
 
 def print_pairs(pairs: Iterable[tuple[str, Any]]) -> None:
-    """Names and values below each other, without those whose value is empty."""
+    """Print names and values, a line each, without those whose value is empty."""
     click.echo("\n".join(text_pairs(pairs)))
 
 
 def print_result(run: Run) -> None:
-    """The end of a run in a few lines."""
+    """Print the result of a run in a few lines."""
     result = run.result
     lines = [("status", f"{run.status}{f': {run.reason}' if run.reason else ''}")]
     for metric, value in run.scores("test"):
@@ -61,7 +61,7 @@ def print_result(run: Run) -> None:
     if "parameters" in result and "parameters_trained" in result:
         lines.append(("parameters", f"{result['parameters']:,.0f} ({result['parameters_trained']:,.0f} trained)"))
     if run.tags.get("quick"):
-        lines.append(("quick", "a smoke run: its numbers mean nothing"))
+        lines.append(("quick", "a smoke test: its numbers are meaningless"))
     if "mlflow_uri" in run.tracking:
         lines.append(("tracking", run.tracking["mlflow_uri"]))
     if run.folder is not None:
@@ -70,7 +70,7 @@ def print_result(run: Run) -> None:
 
 
 def protocol_lines(run: Run) -> Iterator[tuple[str, str]]:
-    """What evaluation protocols found, a line each."""
+    """Format the results of evaluation protocols, a line each."""
     from bpfree.plugins import installed_plugins
     from bpfree.tasks.protocols import result_key
 
@@ -88,5 +88,5 @@ def _words(name: str) -> str:
 
 
 def exit_code(run: Run) -> int:
-    """0 for a finished run, 1 for a diverged one."""
+    """Return the exit code of a run: 0 if it finished, 1 if it diverged."""
     return 0 if run.status == "finished" else 1

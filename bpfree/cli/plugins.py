@@ -1,4 +1,4 @@
-"""``bpfree plugins``: those installed, and a new one."""
+"""The commands ``bpfree plugins``: list installed plugins, or create one."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
     from bpfree.template import Kind
 
 
-@click.group(short_help="Look at installed plugins, or begin one.")
+@click.group(short_help="List installed plugins, or create one.")
 def plugins() -> None:
-    """Look at the installed plugins, or begin one. `bpfree --disable NAME ...` leaves one out, and so does the environment variable
-    BPFREE_DISABLE_PLUGINS=NAME,NAME.
+    """List the installed plugins, or create one.
+
+    `bpfree --disable NAME ...` or the environment variable BPFREE_DISABLE_PLUGINS=NAME,NAME disables plugins.
     """
 
 
-@plugins.command("list", short_help="All plugins, also broken ones, with their state.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@plugins.command("list", short_help="List all plugins, also broken ones, with their status.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_plugins(as_json: bool) -> None:
-    """All installed plugins: version, interface version, state, rules, how many of these are certified, and why one is not usable."""
+    """List all plugins: version, interface version, status, number of certified rules, and why a plugin cannot be used."""
     from bpfree.cli.output import print_table
     from bpfree.kept import kept
 
@@ -52,11 +53,11 @@ def list_plugins(as_json: bool) -> None:
         if record["reason"]:
             click.echo(f"\n{record['name']} is {record['status']}: {record['reason']}")
             if record["status"] not in ("ok", "disabled"):
-                click.echo(f"leave it out: bpfree --disable {record['name']} ...")
+                click.echo(f"disable it: bpfree --disable {record['name']} ...")
 
 
 def described_plugins() -> tuple[list[dict[str, Any]], list[Path] | None]:
-    """All plugins as plain values, and what this depends on beside the plugins: their certificates."""
+    """Describe all plugins by plain values; return also the certificate files, on which the description depends."""
     from bpfree.plugins import installed_plugins
     from bpfree.registry import registry_folder
 
@@ -68,11 +69,11 @@ def described_plugins() -> tuple[list[dict[str, Any]], list[Path] | None]:
     return described, [folder, *folder.glob("*.json")]
 
 
-@plugins.command(short_help="All about one plugin.")
+@plugins.command(short_help="Show details of a plugin.")
 @click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(name: str, as_json: bool) -> None:
-    """What is known of the plugin NAME: package, what it registers, hooks, interface version, certificates, its entry in the registry."""
+    """Show the plugin NAME: package, what it registers, hooks, interface version, certificates, its entry in the registry."""
     from bpfree.plugins import installed_plugins
 
     installed = installed_plugins()
@@ -109,7 +110,7 @@ def show(described: dict[str, Any]) -> None:
 
 
 def known_certificates() -> Mapping[str, Certificate]:
-    """Those of the registry that came with bpfree; none, with a word about it, where they cannot be read."""
+    """Read the certificates of the installed registry; if they cannot be read, warn and return none."""
     from bpfree.registry import certificates, registry_folder
 
     try:
@@ -120,7 +121,7 @@ def known_certificates() -> Mapping[str, Certificate]:
 
 
 def entry_file(name: str) -> str:
-    """The plugin's entry in the registry that came with bpfree; empty if there is none."""
+    """Return the path of a plugin's entry in the installed registry; empty if there is none."""
     from bpfree.registry import registry_folder
 
     try:
@@ -131,7 +132,7 @@ def entry_file(name: str) -> str:
 
 
 def plain(record: PluginRecord, known: Mapping[str, Certificate], installed: Plugins) -> dict[str, Any]:
-    """A plugin as plain values, with the state of each rule's certificate."""
+    """Describe a plugin by plain values, with the status of each rule's certificate."""
     from bpfree.registry import state
 
     values = {key: value for key, value in dataclasses.asdict(record).items() if key != "trace"}
@@ -143,7 +144,7 @@ def plain(record: PluginRecord, known: Mapping[str, Certificate], installed: Plu
 
 
 def count(states: Mapping[str, Mapping[str, str]]) -> str:
-    """``4 of 5``, and how many are stale."""
+    """Format the number of certified rules, such as ``4 of 5 (1 stale)``."""
     if not states:
         return "-"
     good = sum(entry["state"].startswith("certified") for entry in states.values())
@@ -153,15 +154,17 @@ def count(states: Mapping[str, Mapping[str, str]]) -> str:
 
 @plugins.command(short_help="Write a package with a rule, task, network or metric of your own.")
 @click.argument("name")
-@click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where to write it.  [default: ./NAME]")
-@click.option("--class-name", help="Of the rule, or of the options.  [default: made from NAME]")
-@click.option("--rule", "kind", flag_value="rule", default=True, help="Bring a rule (default).")
-@click.option("--task", "kind", flag_value="task", help="Bring a task.")
-@click.option("--network", "kind", flag_value="network", help="Bring a network.")
-@click.option("--metric", "kind", flag_value="metric", help="Bring a metric.")
+@click.option("--dir", "folder", type=click.Path(path_type=Path), help="Folder of the package.  [default: ./NAME]")
+@click.option("--class-name", help="Class name of the rule, or of the options.  [default: made from NAME]")
+@click.option("--rule", "kind", flag_value="rule", default=True, help="Create a rule (default).")
+@click.option("--task", "kind", flag_value="task", help="Create a task.")
+@click.option("--network", "kind", flag_value="network", help="Create a network.")
+@click.option("--metric", "kind", flag_value="metric", help="Create a metric.")
 def new(name: str, folder: Path | None, class_name: str | None, kind: Kind) -> None:
-    """Write a package with a working rule NAME: its source, a test that runs the conformance checks, a method card, and an entry for the
-    registry; or with a task, network or metric and its tests. It is written outside of bpfree, and is yours.
+    """Write a package with a working rule NAME, or with a task, network or metric.
+
+    A rule comes with a test that runs the conformance checks, a method card, and an entry for the registry; the others come with tests.
+    The package is separate from bpfree, and yours.
     """
     from bpfree.template import next_commands, write_plugin
 

@@ -1,4 +1,4 @@
-"""``bpfree registry``: the index of known plugins, their certificates and reference results."""
+"""The commands ``bpfree registry``: the index of known plugins, their certificates and reference results."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.group(short_help="Look at the index of known plugins, and add to it.")
+@click.group(short_help="Show the index of known plugins, and add to it.")
 def registry() -> None:
-    """The index of known plugins: their rules, what was measured of them, and their reference results. It comes with bpfree."""
+    """Show or change the index of known plugins: their rules, measured properties and reference results."""
 
 
 def reading(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say which index is read."""
-    command = click.option("--index", type=FILE, help="Read this index file in place of the one that came with bpfree.")(command)
+    """Add the options that choose the index to a command."""
+    command = click.option("--index", type=FILE, help="Read this index file instead of the installed one.")(command)
     return click.option("--folder", type=FOLDER, help="Read the entries and certificates of this registry folder.")(command)
 
 
 def records(index: Path | None, folder: Path | None) -> list[dict[str, Any]]:
-    """The plugins of the chosen index.
+    """Read the plugins of the chosen index.
 
     Raises:
         BpfreeError: it cannot be read.
@@ -42,30 +42,30 @@ def records(index: Path | None, folder: Path | None) -> list[dict[str, Any]]:
     from bpfree.registry import build_index, read_index, registry_folder
 
     if index is not None and folder is not None:
-        raise UsageError("both an index and a folder are given", where="--index, --folder", fix="give one of them")
+        raise UsageError("both an index and a folder are given", where="--index, --folder", fix="give only one of them")
     if folder is not None:
         return build_index(existing(folder))["plugins"]  # type: ignore[no-any-return]
     return read_index(index or registry_folder() / "index.json")
 
 
 def existing(folder: Path) -> Path:
-    """The folder, if it is a registry's.
+    """Return a registry's folder after checking it.
 
     Raises:
         UsageError: it has no entries.
     """
     if not (folder / "plugins").is_dir():
         raise UsageError(
-            "this is no registry: there is no folder plugins in it", where=str(folder), fix="bpfree registry add PLUGIN makes one"
+            "this is not a registry: it has no folder plugins", where=str(folder), fix="create one with bpfree registry add PLUGIN"
         )
     return folder
 
 
-@registry.command("list", short_help="All known plugins.")
+@registry.command("list", short_help="List all known plugins.")
 @reading
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_known(index: Path | None, folder: Path | None, as_json: bool) -> None:
-    """All known plugins: their rules, and how many of these are certified, with the day of the oldest certificate."""
+    """List all known plugins: their rules, and the number of certified ones, with the date of the oldest certificate."""
     from bpfree.cli.output import print_table
     from bpfree.registry.index import certified
 
@@ -79,12 +79,12 @@ def list_known(index: Path | None, folder: Path | None, as_json: bool) -> None:
     )
 
 
-@registry.command(short_help="One plugin: its entry, certificates and results.")
+@registry.command(short_help="Show a plugin's entry, certificates and results.")
 @click.argument("name")
 @reading
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(name: str, index: Path | None, folder: Path | None, as_json: bool) -> None:
-    """What the registry says of a plugin. NAME is the plugin's, or that of one of its rules."""
+    """Show a plugin's entry in the registry. NAME is the name of the plugin, or of one of its rules."""
     found = records(index, folder)
     chosen = [record for record in found if record["name"] == name] or [record for record in found if name in record["rules"]]
     if not chosen:
@@ -112,7 +112,7 @@ def show_record(record: dict[str, Any]) -> None:
 
 
 def certificate_row(rule: str, record: dict[str, Any]) -> list[str]:
-    """A rule's certificate in short."""
+    """Summarise a rule's certificate as a row of a table."""
     short = record["certificates"].get(rule)
     if short is None:
         return [rule, "none", "", "", ""]
@@ -122,16 +122,18 @@ def certificate_row(rule: str, record: dict[str, Any]) -> list[str]:
 
 @registry.command(short_help="Write the entry of an installed plugin.")
 @click.argument("plugin")
-@click.option("--certificate", "files", type=FILE, multiple=True, help="Written by bpfree certify RULE --output FILE; may be repeated.")
+@click.option(
+    "--certificate", "files", type=FILE, multiple=True, help="Certificate written by bpfree certify RULE --output FILE (repeatable)."
+)
 @click.option(
     "--entry",
     "entry_file",
     type=FILE,
     help="Take repository, status and results from this entry; the summary too, if there are several rules.",
 )
-@click.option("--folder", type=FOLDER, default="registry", show_default=True, help="The registry's folder; made if it is not there.")
+@click.option("--folder", type=FOLDER, default="registry", show_default=True, help="Folder of the registry; created if missing.")
 def add(plugin: str, files: tuple[Path, ...], entry_file: Path | None, folder: Path) -> None:
-    """Write the entry of an installed PLUGIN into a registry's folder, copy the given certificates there, and renew index and tables.
+    """Write the entry of an installed PLUGIN into a registry's folder, copy the given certificates there, and update index and tables.
 
     What is not read from the package is kept from an existing entry.
     """
@@ -149,7 +151,7 @@ def add(plugin: str, files: tuple[Path, ...], entry_file: Path | None, folder: P
     known = said_by(entry_file, record) if entry_file else there
     entry = entry_of(record, plugins, added=there.added if there else datetime.date.today().isoformat(), known=known)
     accepted = [(path, accept(path, record, plugins)) for path in files]
-    write_text(place, to_toml(entry))  # in the place of a link, not through it
+    write_text(place, to_toml(entry))  # replaces a symbolic link instead of writing through it
     for path, certificate in accepted:
         target = certificate_file(folder, certificate.rule)
         if path.resolve() != target.resolve():
@@ -158,11 +160,11 @@ def add(plugin: str, files: tuple[Path, ...], entry_file: Path | None, folder: P
     without = [rule for rule in entry.rules if not certificate_file(folder, rule).exists()]
     click.echo(f"{place}: {len(entry.rules)} rules, {len(entry.rules) - len(without)} with a certificate")
     for rule in without:
-        click.echo(f"no certificate of {rule} yet: bpfree certify {rule} --output {certificate_file(folder, rule)}")
+        click.echo(f"no certificate of {rule} yet: run bpfree certify {rule} --output {certificate_file(folder, rule)}")
 
 
 def said_by(path: Path, record: PluginRecord) -> Entry:
-    """The entry that an author wrote.
+    """Read the entry that an author wrote.
 
     Raises:
         BpfreeError: it cannot be read, or is another plugin's.
@@ -172,13 +174,13 @@ def said_by(path: Path, record: PluginRecord) -> Entry:
     entry = read_entry(path)
     if entry.name != record.name:
         raise UsageError(
-            f"this is the entry of {entry.name!r}, not of {record.name!r}", where=str(path), fix=f"bpfree registry add {entry.name}"
+            f"this is the entry of {entry.name!r}, not of {record.name!r}", where=str(path), fix=f"run bpfree registry add {entry.name}"
         )
     return entry
 
 
 def accept(path: Path, record: PluginRecord, plugins: Plugins) -> Certificate:
-    """Read a certificate that may be in a registry as one of this plugin's.
+    """Read a certificate of this plugin, and check that a registry accepts it.
 
     Raises:
         BpfreeError: it is another plugin's, failed, not full, stale, or cannot be read.
@@ -195,12 +197,14 @@ def accept(path: Path, record: PluginRecord, plugins: Plugins) -> Certificate:
 
 
 @registry.command(short_help="Check entries, certificates and index.")
-@click.option("--folder", type=FOLDER, help="The registry's folder; by default the one that came with bpfree.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--folder", type=FOLDER, help="Folder of the registry.  [default: the installed registry]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def validate(folder: Path | None, as_json: bool) -> int:
-    """Check a registry's folder: entries against the schema and the installed plugins, certificates (readable, passed, full, not stale),
-    and whether index and tables are up to date. Exit code 1 if anything is wrong; a rule without a certificate is only mentioned, and so
-    is a certificate that was measured before a change of the core outside contract and examiner.
+    """Check the entries, certificates, index and tables of a registry's folder.
+
+    Entries must fit the schema and the installed plugins; certificates must be readable, passed, full and not stale. Exit code 1 if
+    anything is wrong. Rules without a certificate, and certificates measured before a change of the core outside contract and examiner,
+    are only mentioned.
     """
     from bpfree.plugins import installed_plugins
     from bpfree.registry import OTHER_CHANGE, measured_on_another_core, missing, problems, registry_folder
@@ -228,8 +232,8 @@ def validate(folder: Path | None, as_json: bool) -> int:
     return int(bool(found))
 
 
-@registry.command("index", short_help="Write index and tables again.")
-@click.option("--folder", type=FOLDER, default="registry", show_default=True, help="The registry's folder.")
+@registry.command("index", short_help="Update index and tables.")
+@click.option("--folder", type=FOLDER, default="registry", show_default=True, help="Folder of the registry.")
 def write_index(folder: Path) -> None:
     """Write index.json and the tables in README.md from the entries and certificates of a registry's folder."""
     from bpfree.registry import renew

@@ -1,4 +1,4 @@
-"""``bpfree runs``."""
+"""The command ``bpfree runs``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import click
 
 
-@click.command(short_help="List runs, and note the end of those that were killed.")
+@click.command(short_help="List runs, and mark killed ones as interrupted.")
 @click.argument("output", default="runs")
 @click.option("--clean", is_flag=True, help="Remove runs that were killed before their first checkpoint: they cannot be resumed.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def runs(output: str, clean: bool, as_json: bool) -> None:
-    """List the runs in OUTPUT (the folder of runs): how far each came, and how it ended.
+    """List the runs in OUTPUT (the folder of runs): their progress, and how they ended.
 
-    A run whose process was killed is noted as interrupted, here and in its tracking store. With --clean, those that had no checkpoint yet
+    A run whose process was killed is marked as interrupted, here and in its tracking store. With --clean, killed runs without a checkpoint
     are removed.
     """
     from bpfree.cli.output import print_table
@@ -25,7 +25,7 @@ def runs(output: str, clean: bool, as_json: bool) -> None:
     if not Path(output).is_dir():
         from bpfree.errors import UsageError
 
-        raise UsageError("no such folder", where=output, fix="give the folder of runs (output=FOLDER of the runs)")
+        raise UsageError("no such folder", where=output, fix="give the folder of runs (their setting output)")
     lines = [line for folder in sorted(Path(output).iterdir()) if (line := _line(folder, clean)) is not None]
     if as_json:
         click.echo(json.dumps([{key: value for key, value in line.items() if key != "shown"} for line in lines], indent=2))
@@ -36,7 +36,7 @@ def runs(output: str, clean: bool, as_json: bool) -> None:
 
 
 def _line(folder: Path, clean: bool) -> dict[str, Any] | None:
-    """Describe a run, and mend what its process left undone; ``None`` for what is no run."""
+    """Describe a run, and finish the records of a killed one; ``None`` if the folder is not a run's."""
     from bpfree.errors import BpfreeError
     from bpfree.record.folder import RunFolder, read_run
 
@@ -45,7 +45,7 @@ def _line(folder: Path, clean: bool) -> dict[str, Any] | None:
         if place.end_if_killed():
             from bpfree.tracking.sending import complete
 
-            complete(folder)  # its run in the store ends too
+            complete(folder)  # ends its run in the store too
         run = read_run(folder)
     except BpfreeError:
         return None

@@ -1,4 +1,4 @@
-"""``bpfree study``."""
+"""The commands ``bpfree study``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from bpfree.study.report import Report
     from bpfree.study.worklist import Worklist
 
-RUN_HELP = """Run what is not finished of a study, and report on it.
+RUN_HELP = """Run the unfinished cells of a study, and write its report.
 
-STUDY is the name of an installed study or the path of a study file. SETTINGS are KEY=VALUE words over the settings of all cells, such as
-`budget.epochs=1` for a try; the report says that the study is not as written. Interrupt it at any time: the same command resumes it.
-Finished cells are not run again, and a cell that crashes, diverges or takes too long is a row with its reason. Several processes may run
+STUDY is the name of an installed study or the path of a study file. SETTINGS are KEY=VALUE words that override the settings of all cells,
+such as `budget.epochs=1` for a test; the report then states that the study was changed. You may interrupt it: the same command resumes it.
+Finished cells are not run again, and a cell that crashes, diverges or times out is reported with its reason. Several processes may run
 the same study.
 
 \b
@@ -34,22 +34,22 @@ the same study.
   bpfree study run mine.yaml --dry-run                     # the cells, and what they will cost
 
 A cell computes with one thread unless `threads` says otherwise, so that its numbers do not depend on --jobs. Timings of cells that ran at
-the same time are marked, and left out of plots of speed: for those, --jobs 1.
+the same time are marked, and left out of plots of speed: use --jobs 1 for comparable timings.
 """
-REPORT_HELP = """Report on what is finished of a study. Give the SETTINGS and --seeds that it was run with.
+REPORT_HELP = """Report on the finished cells of a study. Give the SETTINGS and --seeds that it was run with.
 
 \b
   bpfree study report quickstart
   bpfree study report digits-floor-ceiling budget.epochs=1 --seeds 1 --to paper/
 """
-STATUS_HELP = """How the cells of a study stand, also while it runs. Give the SETTINGS and --seeds that it was run with.
+STATUS_HELP = """Show the status of a study's cells, also while it runs. Give the SETTINGS and --seeds that it was run with.
 
 \b
   bpfree study status quickstart
 """
-RETRY_HELP = """Run cells again that did not finish: WHICH is `failed` (crashed, diverged or timed out), or one of `diverged` and `timeout`.
+RETRY_HELP = """Run failed cells again: WHICH is `failed` (crashed, diverged or timed out), or one of `diverged` and `timeout`.
 
-What crashed or diverged starts again; what timed out resumes from its checkpoint. Other cells that are not finished are run too.
+Crashed and diverged cells start again; cells that timed out resume from their checkpoints. Other unfinished cells are run too.
 
 \b
   bpfree study retry failed quickstart
@@ -73,41 +73,54 @@ def _labels(context: click.Context, parameter: click.Parameter, text: str | None
 
 
 def settings(command: Command) -> Command:
-    """Give a command the settings of all cells, of which ``--quick`` is one."""
+    """Add the argument SETTINGS and the option ``--quick`` to a command."""
 
     @functools.wraps(command)
     def merged(*arguments: Any, settings: tuple[str, ...], quick: bool, **options: Any) -> int:
         return command(*arguments, settings=(*settings, "quick=true") if quick else settings, **options)
 
-    option = click.option("--quick", is_flag=True, help="A smoke run: a few batches of everything (quick=true).")
+    option = click.option("--quick", is_flag=True, help="Smoke test with a few batches of each split (quick=true).")
     return click.argument("settings", nargs=-1, metavar="[SETTINGS]...")(option(merged))
 
 
-seeds = click.option("--seeds", type=click.IntRange(1, 10_000), help="How many repetitions.  [default: what the study says]")
-to = click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: beside the cells]")
+seeds = click.option("--seeds", type=click.IntRange(1, 10_000), help="Number of repetitions.  [default: as in the study]")
+to = click.option(
+    "--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: the folder of the cells]"
+)
 running = _options(
     seeds,
     click.option("--rows", metavar="LABEL,...", callback=_labels, help="Run only these rows."),
     click.option("--columns", metavar="LABEL,...", callback=_labels, help="Run only these columns."),
-    click.option("--jobs", "-j", type=click.IntRange(1, 1024), help="Cells at a time.  [default: what the study says, or one per GPU]"),
     click.option(
-        "--executor", default="local", show_default=True, metavar="NAME", shell_complete=names_of("executors"), help="Where cells run."
+        "--jobs", "-j", type=click.IntRange(1, 1024), help="Number of parallel cells.  [default: as in the study, or one per GPU]"
     ),
-    click.option("--address", help="Of a Ray cluster, or `auto`: short for --with address=..."),
-    click.option("--gpus", help="GPUs that a cell asks of a cluster: short for --with gpus=..."),
     click.option(
-        "--with", "settings_of_executor", multiple=True, metavar="KEY=VALUE", help="An option of the executor, such as `minutes=60`."
+        "--executor",
+        default="local",
+        show_default=True,
+        metavar="NAME",
+        shell_complete=names_of("executors"),
+        help="Executor of the cells.",
     ),
-    click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Longest time of a cell."),
+    click.option("--address", help="Address of the Ray cluster, or `auto`: short for --with address=..."),
+    click.option("--gpus", help="GPUs to request from the cluster per cell: short for --with gpus=..."),
+    click.option(
+        "--with",
+        "settings_of_executor",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Option of the executor, such as `minutes=60` (repeatable).",
+    ),
+    click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Time limit of a cell."),
     to,
     allow_code,
-    click.option("--quiet", "-q", is_flag=True, help="No progress display."),
+    click.option("--quiet", "-q", is_flag=True, help="Show no progress."),
 )
 
 
-@click.group(short_help="Compare rules over networks, tasks and seeds; or repeat a paper's table.")
+@click.group(short_help="Compare rules over networks, tasks and seeds, or repeat a paper's table.")
 def study() -> None:
-    """Comparative studies: files that say which rules, networks, tasks and seeds. Plugins bring some; a file of your own works as well.
+    r"""Run comparative studies: files that name rules, networks, tasks and seeds, from plugins or written by you.
 
     \b
       bpfree study list
@@ -115,9 +128,9 @@ def study() -> None:
     """
 
 
-@study.command("list", short_help="The installed studies.")
+@study.command("list", short_help="List the installed studies.")
 def list_studies() -> None:
-    """All installed studies: title, number of cells, and the plugin that brings them."""
+    """List all installed studies: title, number of cells, and plugin."""
     from bpfree.cli.output import print_table
     from bpfree.kept import kept
 
@@ -125,7 +138,7 @@ def list_studies() -> None:
 
 
 def _studies() -> tuple[list[list[str]], list[Path] | None]:
-    """A row for each study, and their files."""
+    """Make a table row for each study, and list the studies' files."""
     from bpfree.plugins import installed_plugins
 
     registry = installed_plugins()
@@ -150,11 +163,11 @@ def _count(found: Study) -> int:
     return len(cells) * len(found.seeds) + tuned
 
 
-@study.command("show", short_help="What a study runs, and what was published.")
+@study.command("show", short_help="Show the rows of a study, and the published numbers.")
 @click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @allow_code
 def show(name: str, allow_code: tuple[str, ...]) -> None:
-    """The rows of a study with their settings, and the numbers of the paper."""
+    """Show the rows of a study with their settings, and the published numbers."""
     from bpfree.cli.output import print_pairs, print_table
     from bpfree.config import allowing
     from bpfree.study.file import find_study
@@ -209,11 +222,11 @@ def _published(row: Row, column: str) -> str:
     return ", ".join(f"{metric}={text(number)}" for metric, number in row.published.get(column, {}).items())
 
 
-@study.command("run", help=RUN_HELP, short_help="Run what is not finished, and report.")
+@study.command("run", help=RUN_HELP, short_help="Run the unfinished cells, and report.")
 @click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @settings
 @running
-@click.option("--dry-run", is_flag=True, help="Show the cells, how they stand and what they will cost; run nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the cells, their status and their estimated cost; run nothing.")
 def run(name: str, settings: tuple[str, ...], dry_run: bool, **options: Any) -> int:
     if dry_run:
         _chosen(options)
@@ -222,7 +235,7 @@ def run(name: str, settings: tuple[str, ...], dry_run: bool, **options: Any) -> 
     return _run(name, settings, options)
 
 
-@study.command("retry", help=RETRY_HELP, short_help="Run cells again that failed.")
+@study.command("retry", help=RETRY_HELP, short_help="Run failed cells again.")
 @click.argument("which", type=click.Choice(list(WHICH)))
 @click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @settings
@@ -231,7 +244,7 @@ def retry(which: str, name: str, settings: tuple[str, ...], **options: Any) -> i
     return _run(name, settings, options, retry=WHICH[which])
 
 
-@study.command("report", help=REPORT_HELP, short_help="Report on what is finished so far.")
+@study.command("report", help=REPORT_HELP, short_help="Report on the finished cells.")
 @click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @settings
 @seeds
@@ -245,7 +258,7 @@ def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | N
     return 0
 
 
-@study.command("status", help=STATUS_HELP, short_help="How the cells stand, also while it runs.")
+@study.command("status", help=STATUS_HELP, short_help="Show the status of the cells, also while a study runs.")
 @click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @settings
 @seeds
@@ -263,7 +276,7 @@ def status(name: str, settings: tuple[str, ...], seeds: int | None, allow_code: 
     return 0
 
 
-# --- what they share --------------------------------------------------------------------------------------------------
+# --- shared helpers ---------------------------------------------------------------------------------------------------
 
 
 def _run(name: str, settings: tuple[str, ...], options: dict[str, Any], retry: Sequence[str] = ()) -> int:
@@ -273,7 +286,7 @@ def _run(name: str, settings: tuple[str, ...], options: dict[str, Any], retry: S
     files, labels = options["allow_code"], {"rows": options["rows"], "columns": options["columns"]}
     worklist = _worklist(name, settings, options["seeds"], files, **labels, retry=retry)
     if retry and not worklist.to_retry():
-        click.echo(f"no cell of {worklist.plan.study.name} is {' or '.join(retry)}: nothing to run again", err=True)
+        click.echo(f"no cell of {worklist.plan.study.name} is {' or '.join(retry)}: there is nothing to run again", err=True)
         return 0
     counts = f"{worklist.left()} of {worklist.count()} cells to run{_others(worklist, _again(name, settings, None, files))}"
     click.echo(f"{worklist.plan.study.name}: {counts}", err=True)
@@ -282,7 +295,7 @@ def _run(name: str, settings: tuple[str, ...], options: dict[str, Any], retry: S
 
 
 def _chosen(options: dict[str, Any]) -> Options:
-    """How cells are run; an executor or an option of it that does not exist is refused, whether or not anything is to run."""
+    """Make the options of execution, and refuse an unknown executor or executor option even if no cell is to run."""
     from bpfree.study.command import Options, asked_for
 
     short = [f"{key}={options[key]}" for key in ("address", "gpus") if options[key] is not None]
@@ -302,7 +315,7 @@ def run_worklist(worklist: Worklist, overrides: Sequence[Leaf], words: Sequence[
     try:
         _print(*command.run(worklist, overrides, words, options, progress.of))
     except (Interrupted, KeyboardInterrupt):
-        click.echo(f"the {'comparison' if words[0] == 'compare' else 'study'} was interrupted: the same command resumes it", err=True)
+        click.echo(f"the {'comparison' if words[0] == 'compare' else 'study'} was interrupted; run the same command to resume it", err=True)
         raise
     return 0 if worklist.complete() else 1
 
@@ -312,7 +325,7 @@ def _print(made: Report, page: Path) -> None:
 
 
 def _others(worklist: Worklist, words: Sequence[str]) -> str:
-    """The state of those that are not run."""
+    """Summarise the cells that are not run."""
     import shlex
 
     from bpfree.redaction import redact_word
@@ -321,7 +334,7 @@ def _others(worklist: Worklist, words: Sequence[str]) -> str:
     without = sum(not worklist.finished([cell]) for cell in done)
     parts = [f"{len(done) - without} are finished"] if len(done) > without else []
     again = shlex.join(["bpfree", "study", "retry", "failed", *map(redact_word, words)])
-    parts += [f"{without} ended without a result (again: {again})"] if without else []
+    parts += [f"{without} ended without a result (to run them again: {again})"] if without else []
     return "".join(f", {part}" for part in parts)
 
 
@@ -338,7 +351,7 @@ def _worklist(name: str, settings: Sequence[str], seeds: int | None, files: Sequ
 
 
 def _again(name: str, settings: Sequence[str], seeds: int | None, files: Sequence[str], **chosen: Sequence[str] | None) -> list[str]:
-    """The words that ask for the same cells."""
+    """Return the command-line words that select the same cells."""
     labels = [word for kind, given in chosen.items() if given is not None for word in (f"--{kind}", ",".join(given))]
     allowed = [word for file in files for word in ("--allow-code", file)]
     return [name, *settings, *([] if seeds is None else ["--seeds", str(seeds)]), *labels, *allowed]

@@ -1,4 +1,4 @@
-"""The progress of a study on the terminal: a line per cell that has ended, and how long the rest will take."""
+"""Show the progress of a study: a line for each cell that has ended, and the estimated time of the rest."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 __all__ = ["StudyProgress"]
 
 SILENCE = 60.0
-"""Seconds after which a line says what runs."""
+"""Seconds between lines that list the running cells."""
 
 
 class StudyProgress:
-    """Shows what runs and what has ended, on standard error.
+    """Shows running and ended cells on standard error.
 
     Args:
         count: cells of the study.
         left: those that are to be run.
-        quiet: show failures alone.
+        quiet: show only failures.
     """
 
     def __init__(self, count: int, left: int, *, quiet: bool) -> None:
@@ -34,33 +34,33 @@ class StudyProgress:
         self._workers, self._said = 1, time.monotonic()
 
     def of(self, workers: int) -> StudyProgress:
-        """Begin the display, for a number of workers."""
+        """Start the display for a number of workers."""
         self._workers = workers
         if workers > 1 and not self._quiet:
             click.echo(f"{workers} workers", err=True)
         return self
 
     def started(self, cell: Cell, before: CellRecord | None) -> None:
-        """Report where an interrupted cell resumes."""
-        if before is not None and before.run and not before.is_final and before.status != "running":  # that one another process has
+        """Report a cell that resumes an interrupted run."""
+        if before is not None and before.run and not before.is_final and before.status != "running":  # another process runs it
             self.say(f"{cell.key.label}: resumes {before.run}")
 
     def waiting(self, cells: Sequence[Cell], epoch: Callable[[Cell], str]) -> None:
-        """From time to time a line that says what runs, where several cells do; a single one shows itself."""
+        """Print from time to time a line with the running cells, if there are several; a single cell shows its own progress."""
         if self._workers > 1 and time.monotonic() - self._said > SILENCE:
             far = ((cell.key.label, epoch(cell)) for cell in cells)
             self.say("running: " + ", ".join(f"{label} (epoch {share})" if share else label for label, share in far))
 
     def ended(self, cell: Cell, record: CellRecord | None, left: int) -> None:
-        """A line: place, record, what is left."""
+        """Print a line for an ended cell, with its result and the time left."""
         self._left = left
         if record is None:
             if cell.key.id not in self._elsewhere:
                 self.say(f"{cell.key.label}: another process runs it")
             self._elsewhere.add(cell.key.id)
             return
-        if record.status == "paused":  # of which most are taken up at once
-            self.say(f"{cell.key.label}: {record.reason}, to be compared with other trials")
+        if record.status == "paused":  # a paused trial, which usually resumes at once
+            self.say(f"{cell.key.label}: {record.reason}, waits for a comparison with other trials")
         elif record.status != "finished":
             self._show(f"{cell.key.label}: {record.status}: {record.reason}")
         elif not self._quiet:
@@ -78,7 +78,7 @@ class StudyProgress:
         return f"   (about {f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min'} left)"
 
     def say(self, text: str) -> None:
-        """Anything else."""
+        """Print any other message."""
         if not self._quiet:
             self._echo(text)
 

@@ -1,4 +1,4 @@
-"""``bpfree track``."""
+"""The commands ``bpfree track``."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 import click
 
 
-@click.group(short_help="Manage the tracking of runs.")
+@click.group(short_help="Manage experiment tracking.")
 def track() -> None:
-    """Manage the tracking of runs."""
+    """Manage experiment tracking."""
 
 
-@track.command("send", short_help="Send what an outage of a tracker has left behind.")
+@track.command("send", short_help="Upload data that could not be sent while a tracker was unavailable.")
 @click.argument("run")
 @click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
 def send(run: str, settings: tuple[str, ...]) -> int:
-    """Send what the trackers of RUN (a run's folder, or its name) do not have of it.
+    """Upload the data that the trackers of RUN (a run's folder, or its name) do not have.
 
-    They are those that its configuration names, unless SETTINGS say otherwise: `tracking.to=[csv]`, `tracking.uri=...`.
+    The trackers are those of the run's configuration, unless SETTINGS change them: `tracking.to=[csv]`, `tracking.uri=...`.
     """
     from bpfree.config import resolve
     from bpfree.errors import BpfreeError, UsageError
@@ -35,18 +35,20 @@ def send(run: str, settings: tuple[str, ...]) -> int:
     folder = next((place for place in (RunFolder(run), RunFolder(Path(output) / run)) if place.log.size), None)
     if folder is None:
         raise UsageError("no such run", where=run, fix=f"give a run's folder, or the name of a run in {output}/")
-    patient = Leaf("tracking.flush_timeout", 600.0, "bpfree track send")  # a run must end soon; this need not
-    own = [leaf for leaf in read_yaml(folder.config) if leaf.key.startswith("tracking.")]  # what it was trained with need not be here
+    patient = Leaf("tracking.flush_timeout", 600.0, "bpfree track send")  # the end of a run should not wait this long, but this command may
+    own = [leaf for leaf in read_yaml(folder.config) if leaf.key.startswith("tracking.")]  # the run's plugins need not be installed
     config = resolve([*own, patient, *leaves]).settings.tracking
     if not any(leaf.key == "tracking.uri" for leaf in leaves):
         config = settled(config, folder.path)
     refused = send_run(folder.path, config)
     if refused is None:
-        raise BpfreeError("not everything could be sent", where=str(folder.path), fix="try again when the server is back")
+        raise BpfreeError("not everything could be sent", where=str(folder.path), fix="try again when the server is available")
     if refused:
         lost = "; ".join(f"{each.get('path') or each.get('event', 'a line')}: {each['reason']}" for each in refused)
         raise BpfreeError(
-            f"everything is sent, but {len(refused)} of its events: {lost}", where=str(folder.path), fix="nothing more can be sent"
+            f"{len(refused)} events were refused, and all others sent: {lost}",
+            where=str(folder.path),
+            fix="the refused events cannot be sent",
         )
     click.echo("sent")
     return 0

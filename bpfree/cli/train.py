@@ -1,4 +1,4 @@
-"""``bpfree train``."""
+"""The command ``bpfree train``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HELP = """Train one rule on one task, test it once, and track the run.
 
-SETTINGS are KEY=VALUE words over the defaults and over --config files, for example
+SETTINGS are KEY=VALUE words that override the defaults and --config files, for example
 
 \b
   rule=dfa                    which rule (bpfree rules lists them)
@@ -32,7 +32,7 @@ SETTINGS are KEY=VALUE words over the defaults and over --config files, for exam
 A run has a folder under runs/ (output=...): its configuration, metrics, plots and checkpoints. MLflow shows all runs:
 `mlflow ui --backend-store-uri sqlite:///mlflow.db`.
 
-Ctrl-C (or SIGTERM, or SIGHUP) saves a checkpoint first; `bpfree train --resume RUN` continues it, bit for bit.
+Ctrl-C (or SIGTERM, or SIGHUP) saves a checkpoint first; `bpfree train --resume RUN` resumes the run, bit for bit.
 
 Several processes train together under a launcher: `torchrun --nproc-per-node 2 -m bpfree train ...`, or `--ray N` for a cluster. They share
 the blocks of a network where these are independent, else the examples of each batch (parallel=blocks, data).
@@ -41,15 +41,24 @@ the blocks of a network where these are independent, else the examples of each b
 
 @click.command(help=HELP, short_help="Train one rule on one task.")
 @click.argument("settings", nargs=-1, metavar="[SETTINGS]...", shell_complete=setting)
-@click.option("--config", "-c", "configs", multiple=True, type=click.Path(path_type=Path), help="YAML file of settings; later ones win.")
-@click.option("--print-config", is_flag=True, help="Print the complete configuration with the meaning of each key, and stop.")
-@click.option("--print-plan", is_flag=True, help="Print the rule's plan for its network, if it has one, and stop.")
-@click.option("--resume", metavar="RUN", help="Resume a run: its folder, its name, or a checkpoint.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress display.")
-@click.option("--quick", is_flag=True, help="A smoke run: a few batches of everything (quick=true).")
+@click.option(
+    "--config",
+    "-c",
+    "configs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="YAML file of settings (repeatable); later files override earlier ones.",
+)
+@click.option("--print-config", is_flag=True, help="Print the complete configuration with the meaning of each key, and exit.")
+@click.option("--print-plan", is_flag=True, help="Show how the rule treats each layer of the network (if it reports a plan), and exit.")
+@click.option("--resume", metavar="RUN", help="Resume a run (folder, name or checkpoint file).")
+@click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
+@click.option("--quick", is_flag=True, help="Smoke test with a few batches of each split (quick=true).")
 @allow_code
-@click.option("--ray", type=click.IntRange(1, 1024), metavar="N", help="Train in N processes of a Ray cluster, together.")
-@click.option("--address", metavar="ADDRESS", help="Of the Ray cluster, or auto; none: RAY_ADDRESS, else one on this machine.")
+@click.option("--ray", type=click.IntRange(1, 1024), metavar="N", help="Train in N processes of a Ray cluster.")
+@click.option(
+    "--address", metavar="ADDRESS", help="Address of the Ray cluster, or `auto`.  [default: $RAY_ADDRESS, otherwise a local cluster]"
+)
 def train(
     settings: tuple[str, ...],
     configs: tuple[Path, ...],
@@ -77,9 +86,13 @@ def train(
         with world.agreed():
             leaves = [leaf for path in configs for leaf in read_yaml(path)] + parse_words([*settings, *(["quick=true"] if quick else [])])
             if address is not None and ray is None:
-                raise UsageError("an address is that of a Ray cluster", where="--address", fix="--ray N")
+                raise UsageError("--address needs --ray", where="--address", fix="add --ray N, or leave out --address")
             if resume is not None and (print_config or print_plan):
-                raise UsageError("a resumed run is trained, not printed", where="--resume", fix="its folder has config.yaml and plan.txt")
+                raise UsageError(
+                    "--print-config and --print-plan cannot be combined with --resume",
+                    where="--resume",
+                    fix="read config.yaml and plan.txt in the run's folder",
+                )
             registry = allowing(leaves, allow_code)
             recipe = resolve(leaves, registry) if resume is None and (ray is None or print_config or print_plan) else None
         if recipe is not None and (print_config or print_plan):
@@ -98,7 +111,7 @@ def train(
             finished = world.from_first(lambda: runner.has_finished(place, output=output)) and all(leaf.key == "output" for leaf in leaves)
             run = runner.resume(place, output=output, changes=leaves, quiet=quiet, observers=observers, registry=registry)
             if finished and world.first:
-                click.echo("the run had finished already; a longer budget (budget.epochs=...) would continue it\n", err=True)
+                click.echo("this run is already finished; raise its budget (budget.epochs=...) to train it further\n", err=True)
     if world.first:
         print_result(run)
     return exit_code(run)
@@ -108,7 +121,7 @@ def _plan(recipe: Recipe) -> str:
     from bpfree.redaction import redact
 
     plan = "" if recipe.is_program else recipe.build_rule(recipe.spec()).plan()
-    return redact(plan.rstrip()) or f"{recipe.trains!r} has no plan to print"
+    return redact(plan.rstrip()) or f"{recipe.trains!r} reports no plan"
 
 
 def _on_ray(leaves: list[Leaf], size: int, address: str | None, resume: str | None, quiet: bool, registry: Plugins) -> Run:
@@ -120,6 +133,6 @@ def _on_ray(leaves: list[Leaf], size: int, address: str | None, resume: str | No
     try:
         return ray_team.train(leaves, size=size, address=address, resume=resume, registry=registry)
     except BpfreeError as error:
-        if error.exit_code > 128:  # no progress display has said how to resume
+        if error.exit_code > 128:  # no progress display has printed how to resume
             click.echo(str(error), err=True)
         raise

@@ -1,4 +1,4 @@
-"""Axes of charts: where a value lies on them, and which values are written beside them."""
+"""Axes of charts: positions of values, and ticks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Axis", "fitting", "linear", "logarithmic", "short"]
 MOST_TICKS = 6
 MOST_DECIMALS = 5
 WIDE = 50
-"""Positive values whose greatest is over so many times the least are drawn on a logarithmic axis."""
+"""Ratio of the greatest to the least positive value above which an axis is logarithmic."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Axis:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """Where a value lies: 0 at the low end, 1 at the high one; what lies beyond is put at the end."""
+        """Return the position of a value, from 0 at the low end to 1 at the high end; values beyond are clipped to the ends."""
         if self.log:
             place = (math.log(max(value, 1e-300)) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         else:
@@ -41,7 +41,7 @@ class Axis:
 
 
 def fitting(values: Iterable[float], label: str) -> Axis:
-    """An axis over values of an unknown range, such as losses: logarithmic where they are positive and far apart."""
+    """Make an axis for values of an unknown range, such as losses: logarithmic if they are positive and far apart."""
     found = list(values)
     return logarithmic(found, label) if found and min(found) > 0 and max(found) > WIDE * min(found) else linear(found, label)
 
@@ -49,25 +49,25 @@ def fitting(values: Iterable[float], label: str) -> Axis:
 def linear(
     values: Iterable[float], label: str, *, bounds: tuple[float, float] = (-math.inf, math.inf), pad: float = 0.04, whole: bool = False
 ) -> Axis:
-    """An axis over finite values, with some room beyond them.
+    """Make an axis over finite values, with padding.
 
     Args:
-        values: all that is drawn.
+        values: all values that are drawn.
         label: of the axis.
-        bounds: which the room does not cross, such as 0 and 100 per cent.
-        pad: the room, as a share of the range.
+        bounds: which the padding does not cross, such as 0 and 100 per cent.
+        pad: padding as a share of the range.
         whole: only whole numbers have ticks, such as epochs.
     """
     found = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(found), max(found)
-    single = high - low <= 1e-12 * max(abs(low), abs(high))  # which then lies in the middle
+    single = high - low <= 1e-12 * max(abs(low), abs(high))  # puts a single value in the middle
     room = (abs(high) * 0.05 or 1.0) if single else pad * (high - low)
     low, high = max(low - room, min(bounds[0], low)), min(high + room, max(bounds[1], high))
     return Axis(low, high, label, _linear_ticks(low, high, least=1.0 if whole else 0.0))
 
 
 def _linear_ticks(low: float, high: float, most: int = MOST_TICKS, least: float = 0.0) -> list[tuple[float, str]]:
-    """Multiples of 1, 2 or 5 times a power of ten, of ``least`` or more."""
+    """Choose ticks at multiples of 1, 2 or 5 times a power of ten, with steps of ``least`` or more."""
     least = max((high - low) / most, least)
     power = 10.0 ** math.floor(math.log10(least))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
@@ -78,7 +78,7 @@ def _linear_ticks(low: float, high: float, most: int = MOST_TICKS, least: float 
 
 
 def logarithmic(values: Iterable[float], label: str) -> Axis:
-    """An axis over positive values; others have no place on it."""
+    """Make a logarithmic axis over the positive ones of some values."""
     found = [value for value in values if math.isfinite(value) and value > 0] or [0.1, 10.0]
     room = (max(found) / min(found)) ** 0.05 if max(found) > 1.001 * min(found) else 1.5
     low, high = min(found) / room, max(found) * room
@@ -86,7 +86,7 @@ def logarithmic(values: Iterable[float], label: str) -> Axis:
 
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Powers of ten; 1, 2 and 5 times them over a short range; round steps over a very short one."""
+    """Choose ticks at powers of ten; over a short range also at 2 and 5 times them, over a very short one at round steps."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = max(1, math.ceil((last - first) / MOST_TICKS))
     decades = [10.0**power for power in range(first, last + 1) if power % every == 0]
@@ -99,7 +99,7 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def short(value: float) -> str:
-    """A round number in a few characters: 0.001, 1e-5, 20k, 5M."""
+    """Format a round number in a few characters: 0.001, 1e-5, 20k, 5M."""
     if value == 0:
         return "0"
     size = abs(value)

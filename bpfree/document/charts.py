@@ -1,7 +1,7 @@
 """Charts as SVG elements: panels with axes, lines, bands, points and error bars, and maps of cells.
 
-Colours are classes to which :mod:`bpfree.document.style` gives a meaning, so that one chart does for light and dark pages and for
-paper. What has the same :class:`Key` has the same colour, dash pattern and marker in every chart.
+Colours are classes to which :mod:`bpfree.document.style` gives a meaning, so that one chart serves light and dark pages and
+paper. Elements with the same :class:`Key` have the same colour, dash pattern and marker in every chart.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from bpfree.document.content import Key, Panel
 __all__ = ["Mark", "Series", "Shade", "escape", "in_order", "look", "marker", "natural", "number", "panel", "shades", "swatch", "thinned"]
 
 COLOURS, DASHES, MARKERS = 8, 4, 4
-"""How many there are of each; the style has the colours."""
+"""Number of colours, dash patterns and markers; the style defines the colours."""
 ORDERED = ((0xE6, 0x9F, 0x00), (0x00, 0x9E, 0x73), (0x00, 0x72, 0xB2))
-"""Colours of things that have an order: first, middle, last. Both a light and a dark page show them."""
+"""Colours of ordered items: first, middle, last; they are visible on light and dark pages."""
 APART = (9, 11, 14, 15)
-"""Styles, with dashes, of what stands beside them without a number."""
+"""Styles, with dashes, of items without a number among ordered ones."""
 MOST_POINTS = 120
-"""Of a curve: more cannot be told apart at the size of a panel."""
+"""Largest number of points of a curve: more cannot be distinguished at the size of a panel."""
 
 WIDTH, HEIGHT = 400, 280
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 30, 44
@@ -44,7 +44,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Series:
-    """What has one key in a panel.
+    """The elements of a panel that share a key.
 
     Attributes:
         key: its name and look.
@@ -60,27 +60,27 @@ class Series:
 
 
 def escape(text: str) -> str:
-    """For texts and attributes."""
+    """Escape text for elements and attributes."""
     return html.escape(text, quote=True)
 
 
 def number(value: float) -> str:
-    """A coordinate, to a tenth of a pixel."""
+    """Format a coordinate to a tenth of a pixel."""
     text = f"{value:z.1f}"
     return text[:-2] if text.endswith(".0") else text
 
 
 def look(key: Key) -> str:
-    """Attributes of a group of elements: eight colours, and beyond them the same with other dashes."""
+    """Return the attributes of a group of elements: one of eight colours, with other dashes from the ninth key on."""
     colour = f' style="color:{escape(key.colour)}"' if key.colour else ""
     return f'class="c{key.style % COLOURS} d{key.style // COLOURS % DASHES}"{colour}'
 
 
 def in_order(labels: Sequence[str]) -> list[Key]:
-    """Keys of things that have an order, such as blocks: from orange (first) to blue (last).
+    """Make keys of ordered items, such as blocks, with colours from orange (first) to blue (last).
 
-    Where any names end in a number, the order is theirs; others, such as ``readout`` or ``mean``, have dashes and other colours, and so
-    has a single one.
+    If any names end in a number, these are ordered by it; other names, such as ``readout`` or ``mean``, and a single name have dashes and
+    other colours.
     """
     ordered = [label for label in labels if label[-1:].isdigit()] or (list(labels) if len(labels) > 1 else [])
     apart = [label for label in labels if label not in ordered]
@@ -90,7 +90,7 @@ def in_order(labels: Sequence[str]) -> list[Key]:
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Sort ``b2`` before ``b10``."""
+    """Return a key that sorts ``b2`` before ``b10``."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
@@ -100,14 +100,14 @@ def _between(share: float) -> str:
 
 
 def thinned(points: Sequence[tuple[float, ...]], most: int = MOST_POINTS) -> list[tuple[float, ...]]:
-    """Evenly chosen ones, with the first and the last."""
+    """Select ``most`` evenly spaced points, including the first and the last."""
     if len(points) <= most:
         return list(points)
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
 def marker(index: int, x: float, y: float, size: float = 4.0) -> str:
-    """A circle, square, triangle or diamond; rows of one colour have different ones."""
+    """Draw a circle, square, triangle or diamond; rows of one colour have different markers."""
     kind = (index % COLOURS + index // COLOURS) % MARKERS
     if kind == 0:
         return f'<circle cx="{number(x)}" cy="{number(y)}" r="{number(size)}"/>'
@@ -120,12 +120,12 @@ def marker(index: int, x: float, y: float, size: float = 4.0) -> str:
 
 
 def swatch(key: Key, x: float, y: float) -> str:
-    """Line and marker of a key, 26 wide, around a height."""
+    """Draw line and marker of a key, 26 wide, centred at height ``y``."""
     return f'<g {look(key)}><path class="line" d="M{number(x)} {number(y)}h26"/><g class="dot">{marker(key.style, x + 13, y, 3.5)}</g></g>'
 
 
 class _Frame:
-    """From values to pixels."""
+    """Converts values to pixels."""
 
     def __init__(self, x: Axis, y: Axis, width: int, height: int) -> None:
         self.x_axis, self.y_axis, self.width, self.height = x, y, width, height
@@ -138,7 +138,7 @@ class _Frame:
         return self.bottom - (self.bottom - TOP) * self.y_axis.share(value)
 
     def visible(self, x: float, y: float) -> bool:
-        """Whether a point can be drawn at all."""
+        """Tell whether a point can be drawn: it is finite, and within the axes."""
         positive = (not self.x_axis.log or x > 0) and (not self.y_axis.log or y > 0)
         return positive and math.isfinite(x) and math.isfinite(y)
 
@@ -156,7 +156,7 @@ def panel(
     """Draw series over two axes.
 
     Args:
-        title: above it; where there is none, what y shows.
+        title: above it; by default the label of y.
         x, y: axes.
         series: drawn in this order.
         rules: horizontal lines with their texts, such as a target.
@@ -184,7 +184,7 @@ def _axes(frame: _Frame) -> Iterator[str]:
 
 
 def _apart(frame: _Frame) -> Iterator[tuple[float, str]]:
-    """Ticks whose texts do not touch the one before."""
+    """Select ticks whose texts do not touch the one before."""
     end = -math.inf
     for value, text in frame.x_axis.ticks:
         half = 3.6 * len(text)
@@ -210,7 +210,7 @@ def _series(frame: _Frame, one: Series) -> str:
     line = [(x, y) for x, y in thinned(one.line) if frame.visible(x, y)]  # type: ignore[misc]
     if len(line) > 1:
         parts.append(f'<path class="line" d="{_path(frame, line)}">{title}</path>')
-    elif line and not one.points:  # a line of one point is invisible
+    elif line and not one.points:  # a line of a single point would be invisible
         (x, y) = line[0]
         parts.append(f'<g class="dot">{title}{marker(one.key.style, frame.x(x), frame.y(y))}</g>')
     parts.extend(_point(frame, one.key.style, point) for point in one.points if frame.visible(point.x, point.y))
@@ -251,7 +251,7 @@ def shades(
 
     Args:
         title: above it, with ``below`` in smaller print.
-        names: of rows and columns, with ``small`` print below those of rows; ``axes`` says what the two are.
+        names: of rows and columns, with ``small`` print below those of rows; ``axes`` names the two axes.
         rows: cells; nothing is drawn for ``None``.
     """
     size = len(names) * CELL
@@ -270,7 +270,7 @@ def shades(
 
 
 def _shade(one: Shade, x: int, y: int) -> str:
-    """Never so dark that the text in it could not be read."""
+    """Draw a cell, never so dark that its text becomes illegible."""
     kind = "unknown" if one.share is None else "cell" if one.share else "none"
     opacity = f' fill-opacity="{0.08 + 0.47 * one.share:.3f}"' if one.share else ""
     box = f'x="{x}" y="{y}" width="{CELL - 2}" height="{CELL - 2}" rx="3"{opacity}'

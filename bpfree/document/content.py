@@ -1,4 +1,4 @@
-"""What a document consists of, before it is a page or Markdown: sections of texts, tables, figures and lists."""
+"""The content of a document, independent of HTML and Markdown: sections of texts, tables, figures and lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Text:
     """A paragraph.
 
     Attributes:
-        kind: ``""``, ``lead``, ``changed`` (what no reader may miss), ``note`` (small print), ``notes`` (line breaks are kept).
+        kind: ``""``, ``lead``, ``changed`` (an important warning), ``note`` (small print), ``notes`` (line breaks are kept).
     """
 
     text: str
@@ -32,7 +32,7 @@ class Noted:
     """A cell of a table with small print below it, one line each.
 
     Attributes:
-        kind: ``""``, ``good``, ``bad`` or ``open``, which decides on the colour of the text.
+        kind: ``""``, ``good``, ``bad`` or ``open``, which determines the colour of the text.
     """
 
     text: str
@@ -50,10 +50,10 @@ class Table:
     Attributes:
         headers: of the columns; empty: the table has no head.
         rows: cells, as many as headers.
-        words: columns of words, which stand to the left; the first always does. Numbers stand to the right.
-        name: what it shows, for those who cannot see it.
-        styles: for each row the number of its colour, where the table is the key to a figure.
-        tints: for each cell a share of colour from 0 to 1, where the table is a map.
+        words: columns of words, aligned to the left like the first column; numbers are aligned to the right.
+        name: description for readers who cannot see it.
+        styles: for each row the number of its colour, if the table is the legend of a figure.
+        tints: for each cell a share of colour from 0 to 1, if the table is a map.
     """
 
     headers: Sequence[str | Picture]
@@ -66,12 +66,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Key:
-    """How something looks wherever it is drawn.
+    """The look of an item in all charts.
 
     Attributes:
-        style: number that decides on colour, dash pattern and marker.
+        style: number that determines colour, dash pattern and marker.
         label: its name in a legend.
-        colour: instead of the style's.
+        colour: replaces the style's colour.
     """
 
     style: int
@@ -85,7 +85,7 @@ class Panel:
 
     Attributes:
         width, height: of its view box.
-        label: what it shows, for those who cannot see it.
+        label: description for readers who cannot see it.
         body: SVG elements.
     """
 
@@ -97,10 +97,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels side by side, with the legend of what they show.
+    """Panels side by side, with a legend.
 
     Attributes:
-        caption: what is drawn, and of what.
+        caption: describes the panels.
         keys: of the legend.
     """
 
@@ -118,14 +118,14 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines to be typed."""
+    """Lines of code or commands."""
 
     lines: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Folded:
-    """Parts that are shown when asked for."""
+    """Parts that the reader can unfold."""
 
     summary: str
     parts: Sequence[Part]
@@ -136,12 +136,12 @@ Part = Text | Table | Figure | Bullets | Code | Folded
 
 @dataclass
 class Section:
-    """A heading with what follows it.
+    """A heading with its parts.
 
     Attributes:
         title: of the heading.
         parts: in their order.
-        level: 2, or 3 for a part of the section before.
+        level: 2, or 3 for a subsection of the preceding section.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""A document as Markdown in GitHub's dialect: the same texts and tables, without figures."""
+"""Convert a document to Markdown in GitHub's dialect, without figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["markdown"]
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """The whole as one text. Sections of figures, with nothing but a few words to them, are left out."""
+    """Convert a document to Markdown; sections with nothing but figures and their notes are left out."""
     blocks = [f"# {_plain(title)}"]
     for group in _groups(sections):
         if all(map(_is_drawn, group)):
@@ -24,7 +24,7 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def _groups(sections: Sequence[Section]) -> list[list[Section]]:
-    """Each section with those that are parts of it."""
+    """Group each section with its subsections."""
     groups: list[list[Section]] = []
     for section in sections:
         if section.level > 2 and groups:
@@ -35,7 +35,7 @@ def _groups(sections: Sequence[Section]) -> list[list[Section]]:
 
 
 def _is_drawn(section: Section) -> bool:
-    """Whether nothing but figures and their small print is in it."""
+    """Tell whether a section has nothing but figures and their notes."""
     return all(isinstance(part, Figure) or (isinstance(part, Text) and part.kind != "notes") for part in section.parts) and bool(
         section.title
     )
@@ -75,7 +75,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _plain(text: str) -> str:
-    """What people write as labels is no markup."""
+    """Escape markup in a label."""
     for character in "\\`*_<[":
         text = text.replace(character, f"\\{character}")
     return text.replace(" +- ", " ± ")

@@ -1,4 +1,4 @@
-"""A document as a page: one self-contained HTML file that opens offline."""
+"""Convert a document to a page: one self-contained HTML file that opens offline."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from bpfree.document.style import PAGE_STYLE, SCRIPT
 __all__ = ["html_page"]
 
 LONG, LONG_LABEL = 40, 30
-"""Characters from which a cell of words, and a row's label, may break their lines."""
+"""Lengths in characters above which a cell of words, and a row's label, may wrap."""
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
-    """The page.
+    """Write a document as an HTML page.
 
     Args:
         title: of the document.
-        sections: the first without a title is the head, before the contents.
+        sections: a first one without a title is the head, before the table of contents.
     """
     head, *others = sections
     body = "".join(_section(section, number) for number, section in enumerate(others))
@@ -65,13 +65,13 @@ def _figure(figure: Figure) -> str:
 
 
 def _panel(panel: Panel) -> str:
-    """As wide as its place, but with letters of the same size in all of them."""
+    """Embed a panel that fills its place, with letters of about equal size in all panels."""
     box = f'viewBox="0 0 {panel.width} {panel.height}" style="max-width:{1.2 * panel.width:g}px"'
     return f'<svg class="panel" {box} role="img" aria-label="{escape(panel.label)}">{panel.body}</svg>'
 
 
 def _legend(keys: Sequence[Key]) -> str:
-    """A list of lines and markers; without a script it is only read, with one it hides rows."""
+    """List the lines and markers of a legend, whose items the script turns into switches that hide rows."""
     items = (
         f'<li data-row="{key.style}"><svg class="key" viewBox="0 0 28 12" width="28" height="12" aria-hidden="true">'
         f"{swatch(key, 1, 6)}</svg><span>{escape(key.label)}</span></li>"
@@ -132,7 +132,7 @@ def _inside(cell: Cell) -> str:
 
 
 def _kind(words: bool, *, long: bool = False, tint: float | None = None) -> str:
-    """Attributes of a cell: words stand to the left; a tint is blue above one half and orange below."""
+    """Return the attributes of a cell: words are aligned to the left; a tint is blue above one half and orange below."""
     if tint is not None:
         return f' class="{"up" if tint >= 0.5 else "down"}" style="--t:{abs(2 * tint - 1):.2f}"'
     kinds = [*(["words"] if words else []), *(["long"] if long else [])]
@@ -140,7 +140,7 @@ def _kind(words: bool, *, long: bool = False, tint: float | None = None) -> str:
 
 
 def _key(style: int) -> str:
-    """The row's colour and marker, before its label."""
+    """Draw a row's colour and marker, for the place before its label."""
     return (
         f'<svg class="key" viewBox="0 0 12 12" width="12" height="12" aria-hidden="true"><g {look(Key(style, ""))}>'
         f'<g class="dot">{marker(style, 6, 6, 4)}</g></g></svg>'

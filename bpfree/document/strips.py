@@ -1,4 +1,4 @@
-"""Strips in tables: interval, mean and single runs of a row, on an axis that all rows of the table share."""
+"""Draw strips in tables: interval, mean and single runs of a row, on an axis that all rows of the table share."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ WIDTH, HEIGHT, MARGIN = 200, 26, 8
 
 @dataclass(frozen=True)
 class Strip:
-    """What one row shows.
+    """The values in the strip of a row.
 
     Attributes:
         key: of the row.
         values: of single runs.
         interval: of their mean.
         published: the paper's number.
-        said: the whole in words.
+        said: description in words.
     """
 
     key: Key
@@ -36,7 +36,7 @@ class Strip:
 
 
 def shared_axis(rows: Sequence[Strip], *, greater: bool) -> Axis:
-    """Over all rows; but where one lies far off (a floor, a run that failed to learn), the others keep their room.
+    """Make the axis over all rows without values far off (a floor, a run that failed to learn), so that other rows remain readable.
 
     See :func:`near_the_best`.
     """
@@ -47,7 +47,7 @@ def shared_axis(rows: Sequence[Strip], *, greater: bool) -> Axis:
 
 
 def near_the_best(values: Sequence[float], means: Sequence[float], *, greater: bool) -> list[float]:
-    """The values without those much farther from the best mean than the first three quarters of the means: more than twice as far."""
+    """Select the values that are at most twice as far from the best mean as the first three quarters of the means."""
     if len(means) < 4:
         return list(values)
     ordered, sign = sorted(means, reverse=greater), 1 if greater else -1
@@ -58,7 +58,7 @@ def near_the_best(values: Sequence[float], means: Sequence[float], *, greater: b
 
 
 def strip_axis(axis: Axis) -> str:
-    """The ticks, for the head of the table."""
+    """Draw the ticks of the axis for the head of the table."""
     ticks = _few(axis)
     texts = "".join(
         f'<path class="axis" d="M{number(_x(axis, value))} 16v4"/>'
@@ -75,7 +75,7 @@ def _few(axis: Axis) -> list[tuple[float, str]]:
 
 
 def strip(row: Strip, axis: Axis) -> str:
-    """An SVG element of the row's colour; a triangle at the edge stands for what lies beyond the axis."""
+    """Draw the strip of a row in its colour; a triangle at the edge marks values beyond the axis."""
     middle = HEIGHT / 2
     grid = "".join(f'<path class="grid" d="M{number(_x(axis, value))} 0V{HEIGHT}"/>' for value, _ in _few(axis))
     parts = [

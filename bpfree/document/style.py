@@ -1,6 +1,6 @@
-"""Style and script of pages, and the style of charts, on pages and in files of their own.
+"""Style and script of pages, and the style of charts on pages and in separate files.
 
-A page is complete without the script, which only lets a legend hide its rows.
+A page is complete without the script, which only lets the reader hide rows by a legend.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from string import Template
 __all__ = ["CHART_STYLE", "PAGE_STYLE", "SCRIPT"]
 
 NAMES = "ink soft paper panel edge warn good bad c0 c1 c2 c3 c4 c5 c6 c7"
-"""Of colours; c0 to c5 are those of Okabe and Ito, which stay apart for colour-blind readers."""
+"""Names of colours; c0 to c5 are those of Okabe and Ito, which colour-blind readers can distinguish."""
 ON_LIGHT = "#1c1e21 #5b616b #fff #f4f5f7 #dfe2e6 #fdf3ec #1a7f37 #cf222e #0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #1c1e21 #8b8f94"
 ON_DARK = "#e8eaed #a3a9b2 #15171a #1f2226 #363a40 #33241a #4cc26a #ff7b72 #4fa3dc #f0773a #2fc79a #e09bc4 #f0b429 #9bd6f7 #e8eaed #8b8f94"
 LIGHT, DARK = (dict(zip(NAMES.split(), colours.split(), strict=True)) for colours in (ON_LIGHT, ON_DARK))
@@ -31,7 +31,7 @@ INKS = Template(
     + "\n"
 )
 CHART_STYLE = f"{FORMS}{INKS.substitute(LIGHT)}@media screen and (prefers-color-scheme:dark){{{INKS.substitute(DARK)}}}\n"
-"""Of a file: without variables, which programs for drawings do not know."""
+"""Style of an SVG file: without variables, which drawing programs do not support."""
 
 PAGE = """
 *{box-sizing:border-box}

@@ -1,4 +1,4 @@
-"""A figure as a picture in a file of its own: one SVG, with its title and legend, which needs no page and no style sheet."""
+"""Write a figure as a self-contained SVG file, with its title and legend."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["svg_file"]
 
 GAP, MARGIN, LINE, LETTER, BAND = 16, 10, 19, 6.6, 160
 MOST_KEYS = 12
-"""Of things in order; of more, a legend shows the colours of the first to the last."""
+"""Largest number of ordered items in a legend; for more it shows a band of colours from the first to the last."""
 
 
 def svg_file(title: str, figure: Figure) -> str:
-    """Draw a figure's panels side by side, below title and legend; the caption is for those who cannot see it."""
+    """Draw a figure's panels side by side, below title and legend; the caption is for readers who cannot see the figure."""
     inner = sum(panel.width for panel in figure.panels) + GAP * (len(figure.panels) - 1)
     width = max(inner, 9 * len(title)) + 2 * MARGIN
     legend, top = _legend(figure.keys, width, 2 * MARGIN + LINE if title else MARGIN)
@@ -36,7 +36,7 @@ def svg_file(title: str, figure: Figure) -> str:
 
 
 def _legend(keys: Sequence[Key], width: float, top: float) -> tuple[list[str], float]:
-    """The elements, and where they end."""
+    """Draw the legend; return its elements and the height at which they end."""
     if not keys:
         return [], top
     parts: list[str] = []
@@ -55,7 +55,7 @@ def _legend(keys: Sequence[Key], width: float, top: float) -> tuple[list[str], f
 
 
 def _range(keys: Sequence[Key], y: float) -> tuple[list[str], float]:
-    """The first key's name, a band of all colours in their order, and the last one's name; and where they end."""
+    """Draw a band of colours between the names of the first and last key; return its elements and the height at which they end."""
     first, last = keys[0].label, keys[-1].label
     x, wide = MARGIN + 8 + LETTER * len(first), BAND / len(keys)
     parts = [f'<text class="item" x="{MARGIN}" y="{number(y + 4)}">{escape(first)}</text>']

@@ -1,4 +1,4 @@
-"""What a run ran on."""
+"""Describe the environment of a run: versions, hardware and plugins."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def _memory() -> int | None:
 
 
 def _gpus() -> list[str]:
-    torch = sys.modules.get("torch")  # a run has imported it; nobody else should wait for it
+    torch = sys.modules.get("torch")  # a run has already imported torch; other callers should not wait for the import
     if torch is None or not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def _plugins() -> dict[str, Any]:
-    """Distribution and version of every installed plugin, by entry point."""
+    """Return distribution and version of every installed plugin, by entry point."""
     found = {}
     for entry in importlib.metadata.entry_points(group="bpfree"):
         found[entry.name] = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "?"

@@ -1,4 +1,4 @@
-"""The folder of a run: where each of its files lies, and what its log says of it."""
+"""The folder of a run: the paths of its files, and the state of the run by its log."""
 
 from __future__ import annotations
 
@@ -44,36 +44,36 @@ class RunFolder:
 
     @property
     def log(self) -> EventLog:
-        """Its log, to be read, or to be written by one process."""
+        """Log of the run, to be read, or to be written by one process."""
         return EventLog(self.path / "events.jsonl")
 
     def cursor(self, reader: str) -> Path:
-        """The file that says how far a reader of the log has come."""
+        """Return the file with the position of a reader of the log."""
         return self.path / CURSOR.format(quote(reader, safe=""))
 
     def cursors(self) -> list[Path]:
-        """The files of all readers."""
+        """List the files with the positions of all readers of the log."""
         return sorted(self.path.glob(CURSOR.format("*")))
 
     def relative(self, path: Path) -> str | None:
-        """A path as the log has it; ``None`` for one outside of the folder."""
+        """Convert a path to the relative path in the log; ``None`` for a path outside of the folder."""
         with contextlib.suppress(ValueError):
             return Path(os.path.abspath(path)).relative_to(os.path.abspath(self.path)).as_posix()
         return None
 
     def inside(self, name: str) -> Path | None:
-        """Resolve a path of the log; ``None`` if it leads out of the folder, through a symbolic link too."""
+        """Resolve a path of the log; ``None`` if it leads out of the folder, also through a symbolic link."""
         return inside(self.path, name)
 
     def files(self) -> Iterator[Path]:
-        """What a run makes, apart from its log and its readers' files."""
+        """List the files that a run makes, apart from its log and its readers' files."""
         return iter((self.config, self.plan, self.predictions, self.checkpoints, self.plots, self.pictures, self.code))
 
     def end_if_killed(self) -> bool:
-        """Note the end of a run whose process was killed; it can be resumed all the same.
+        """Record the end of a run whose process was killed; the run can still be resumed.
 
         Returns:
-            Whether it was.
+            Whether the process was killed.
 
         Raises:
             BpfreeError: there is no log of a run.
@@ -86,12 +86,12 @@ class RunFolder:
         return True
 
     def name_copy(self) -> str | None:
-        """Give a copy of another run's folder an identifier of its own, so that a reader of its log makes another run.
+        """Give a copied run folder a new identifier, so that readers of its log create another run.
 
-        A folder that was moved stays what it was: a folder is a copy where the first one is still at its place.
+        A moved folder keeps its identifier: a folder is a copy only if the original still exists.
 
         Returns:
-            The identifier; ``None`` if the folder is no copy.
+            The identifier; ``None`` if the folder is not a copy.
         """
         if not any(Cursor.read(path).is_copy(path) for path in self.cursors()):
             return None
@@ -106,14 +106,14 @@ class RunFolder:
 
 @dataclass
 class Cursor:
-    """How far a reader of a log has come.
+    """The position of a reader of a log.
 
     Attributes:
-        store: address of where it brings what it reads, without what is secret in it.
+        store: address to which it sends the events, without secrets.
         offset: bytes of the log that it has read.
         known: what it needs to continue, such as the run's identifier in a store.
-        refused: what it could not take, each with the reason.
-        place: where this was written: machine, file, and the number of its folder in the file system.
+        refused: events that the store refused, each with the reason.
+        place: where this was written: machine, file, and the inode of its folder.
     """
 
     store: str = ""
@@ -124,12 +124,12 @@ class Cursor:
 
     @property
     def told(self) -> dict[str, str]:
-        """What a run shows of ``known``: its texts, such as an identifier in a store."""
+        """Texts of ``known`` that a run shows, such as an identifier in a store."""
         return {name: value for name, value in self.known.items() if isinstance(value, str)}
 
     @classmethod
     def read(cls, path: Path) -> Cursor:
-        """Read a cursor's file; where there is none, or it is damaged, begin at the beginning."""
+        """Read a cursor's file; start at the beginning of the log if the file is missing or damaged."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             cursor = cls(
@@ -140,7 +140,7 @@ class Cursor:
         return cursor
 
     def is_copy(self, path: Path) -> bool:
-        """Whether a cursor's file was copied with its folder: then the first one is still where it was written.
+        """Tell whether a cursor's file was copied with its folder, so that the original still exists where it was written.
 
         Args:
             path: of the file.
@@ -148,7 +148,7 @@ class Cursor:
         return bool(self.place) and self.place != _place(path) and self.place == _place(Path(self.place[1]))
 
     def write(self, path: Path) -> None:
-        """Replace the file.
+        """Write the cursor by replacing its file.
 
         Raises:
             OSError: it cannot be written.
@@ -167,13 +167,13 @@ def _place(path: Path) -> list[Any]:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run from its log: to be looked at, not to be trained.
+    """Read a run from its log, for inspection; it cannot be trained.
 
     Args:
         folder: the run's.
 
     Returns:
-        The run; ``status`` is ``running`` where the log has no end, whether or not a process still trains it.
+        The run; ``status`` is ``running`` if the log has no end, whether or not a process still trains it.
 
     Raises:
         BpfreeError: there is no log of a run.
@@ -190,10 +190,10 @@ def read_run(folder: str | Path) -> Run:
 
 
 def read_events(events: Iterable[Event]) -> Run | None:
-    """Put a run together from the events of its log; ``None`` if it has not begun."""
+    """Assemble a run from the events of its log; ``None`` if it has not begun."""
     run: Run | None = None
     for event in events:
-        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # an event of somebody else's making
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # an event that bpfree did not write
             if event["event"] == "begin":
                 before = run.history if run is not None and event["epoch"] else []
                 run = Run(

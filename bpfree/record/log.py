@@ -36,22 +36,22 @@ from bpfree.errors import BpfreeError, DiskError
 __all__ = ["FORMAT", "UNREADABLE", "Event", "EventLog", "now", "strict"]
 
 FORMAT = 2
-"""Of the log; runs of version 0.1 have none."""
+"""Format number of the log; runs of version 0.1 have no log."""
 
 UNREADABLE = "unreadable"
-"""The event of a line that is not JSON, or is no event."""
+"""Kind of a line that is not JSON or not an event."""
 
 LOCK_SECONDS = 10.0
-"""How long a session waits for the processes of a killed one to go."""
+"""Seconds that a session waits for the processes of a killed session to end."""
 
 WRITE_SECONDS = 15.0
-"""How long the end of a run tries to write what could not be written."""
+"""Seconds for which the end of a run retries to write events."""
 
 Event = dict[str, Any]
 
 
 def now() -> int:
-    """Milliseconds since 1970."""
+    """Return the time in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
 
 
@@ -67,7 +67,7 @@ def strict(value: Any) -> Any:
 class EventLog:
     """Appends to a run's log, and reads it.
 
-    A line that cannot be written (a full disk) waits in memory for the next one, and for :meth:`close`. The writer holds a lock on the
+    A line that cannot be written (a full disk) is kept in memory until the next one, or :meth:`close`. The writer holds a lock on the
     file, which the system releases when its process ends.
 
     Args:
@@ -121,14 +121,14 @@ class EventLog:
         os.ftruncate(self._file, size)
 
     def append(self, event: str, **facts: Any) -> None:
-        """Write a fact, now or later."""
+        """Append an event; keep it in memory if it cannot be written now."""
         line = json.dumps({"event": event, "time": now(), **strict(facts)}, allow_nan=False, default=str) + "\n"
         with self._lock:
             self._pending.append(line.encode())
             self._write()
 
     def _write(self) -> bool:
-        """Write what waits; whether nothing is left."""
+        """Write the events in memory; return whether none is left."""
         if self._file is None:
             self.open()
         try:
@@ -142,10 +142,10 @@ class EventLog:
         return not self._pending
 
     def close(self, patience: float | None = None) -> None:
-        """Write what waits, and release the file.
+        """Write the events in memory, and release the file.
 
         Args:
-            patience: seconds for which writing is tried again; ``WRITE_SECONDS`` by default.
+            patience: seconds for which writing is retried; ``WRITE_SECONDS`` by default.
 
         Raises:
             DiskError: the file could not be written.
@@ -163,7 +163,7 @@ class EventLog:
             raise DiskError(
                 f"the run's record could not be written ({reason}): {lost} of its last events are lost",
                 where=str(self.path),
-                fix="make room on the disk, or choose another with output=FOLDER",
+                fix="free space on the disk, or choose another with output=FOLDER",
             )
 
     def __enter__(self) -> EventLog:
@@ -200,14 +200,14 @@ class EventLog:
 
     @property
     def size(self) -> int:
-        """Bytes of the file; 0 if there is none."""
+        """Size of the file in bytes; 0 if there is none."""
         try:
             return self.path.stat().st_size
         except OSError:
             return 0
 
     def is_held(self) -> bool:
-        """Whether a process writes to it; changes nothing."""
+        """Tell whether a process writes to the log, without changing anything."""
         with suppress(OSError), self.path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -222,7 +222,7 @@ def _parsed(line: bytes) -> Event:
         kind, when = content["event"], content["time"]
         if not isinstance(kind, str) or not isinstance(when, int):
             raise ValueError
-        for key in () if kind == "begin" else ("metrics", "result"):  # which describes metrics, and has none
+        for key in () if kind == "begin" else ("metrics", "result"):  # this field describes metrics, and has no values
             if key in content:
                 content[key] = {str(name): float(value) for name, value in content[key].items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -1,4 +1,4 @@
-"""Writing a run's log, and starting those who read it."""
+"""Write a run's log, and start its readers."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ __all__ = ["Reader", "Recorder"]
 logger = logging.getLogger("bpfree.tracking")
 
 BETWEEN_FILES = 60.0
-"""Seconds between looks for new artifacts while a run trains: trackers upload each, which takes time of the processor."""
+"""Seconds between checks for new artifacts while a run trains; trackers upload each, which takes processor time."""
 
 
 class Reader(Protocol):
-    """Follows a run by its log, and has trackers do so."""
+    """Reads the log of a run while it grows."""
 
     def start(self, run: Run, log: EventLog) -> None:
-        """Begin to read; the log has the run's beginning.
+        """Start to read the log, which has the run's beginning.
 
         Raises:
-            BpfreeError: the run is to be refused.
+            BpfreeError: the run must not be trained.
         """
 
     def stop(self) -> None:
-        """Add nothing more to the log: the run ends."""
+        """Stop adding events to the log, because the run ends."""
 
     def finish(self, run: Run) -> bool:
-        """Read to the end, which the log has; whether all of it has arrived."""
+        """Read to the end of the complete log; return whether all of it has arrived."""
 
     def abandon(self) -> None:
-        """Stop at once: the run was refused."""
+        """Stop at once, because the run was refused."""
 
 
 class Recorder:
-    """Records what happens to a run in its folder, and has it read; does nothing for a run without a folder.
+    """Records the events of a run in its folder, and starts the readers; does nothing for a run without a folder.
 
     Args:
         readers: of the log.
@@ -59,7 +59,7 @@ class Recorder:
 
     @hookimpl(tryfirst=True)
     def run_start(self, run: Run) -> None:
-        """Note that the run begins, and start the readers.
+        """Record that the run begins, and start the readers.
 
         Raises:
             BpfreeError: another process trains this run, or a reader refuses it.
@@ -83,7 +83,7 @@ class Recorder:
             raise
 
     def _refuse(self, run: Run) -> None:
-        """A run that a reader refuses leaves nothing behind, unless there was something before."""
+        """Remove the files of a run that a reader refuses, but keep those of earlier sessions."""
         assert self._log is not None
         assert self._folder is not None
         for reader in self._reading:
@@ -97,7 +97,7 @@ class Recorder:
 
     @hookimpl(tryfirst=True)
     def epoch_end(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """Note an epoch, and from time to time the files that have come since."""
+        """Record an epoch, and from time to time new files."""
         if self._log is None:
             return
         self._log.append("epoch", epoch=int(metrics.get("epoch", run.epoch)), metrics=metrics)
@@ -106,13 +106,13 @@ class Recorder:
 
     @hookimpl(tryfirst=True)
     def progress(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """Note the means of some steps; how far an evaluation between two steps has come is nothing to keep."""
+        """Record the means of some steps, but not the progress of an evaluation between two steps."""
         if self._log is not None and not metrics.keys() & {"evaluation", "features"}:
             self._log.append("progress", metrics=metrics)
 
     @hookimpl(trylast=True)
     def run_end(self, run: Run) -> None:
-        """Note how the run ended, and let the readers read to the end.
+        """Record how the run ended, and let the readers read to the end.
 
         Raises:
             BpfreeError: the record could not be written.
@@ -131,7 +131,7 @@ class Recorder:
             self._log, self._reading = None, []
 
     def _note_artifacts(self, run: Run) -> None:
-        """Note the files that are new, or have changed since they were noted."""
+        """Record the files that are new, or have changed since they were recorded."""
         assert self._log is not None
         assert self._folder is not None
         self._looked = time.monotonic()

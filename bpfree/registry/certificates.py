@@ -1,6 +1,6 @@
-"""The certificates of a registry: which there are, and whether the sources that they were measured on are those of now.
+"""Read the certificates of a registry, and compare the sources that they were measured on with the installed ones.
 
-A certificate is stale if the plugin, the contract or the examiner has changed. Other changes of the core are named, and fail nothing.
+A certificate is stale if the plugin, the contract or the examiner has changed. Other changes of the core are only reported.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ OTHER_CHANGE = "measured before a change of the core outside contract and examin
 
 
 def certificate_file(folder: Path, rule: str) -> Path:
-    """Where a rule's certificate is."""
+    """Return the file of a rule's certificate."""
     return folder / "certificates" / f"{rule}.json"
 
 
 def certificates(folder: Path) -> dict[str, Certificate]:
-    """The certificates of a registry's folder, by rule.
+    """Read the certificates of a registry's folder, by rule.
 
     Raises:
         BpfreeError: one cannot be read.
@@ -39,7 +39,7 @@ def stale(certificate: Certificate, plugins: Plugins) -> list[str]:
     """Name the plugins and parts of the core that make a certificate stale because they have changed since.
 
     Raises:
-        UsageError: no installed plugin registers the rule, so that there is nothing to compare with.
+        UsageError: no installed plugin registers the rule, so that the sources cannot be compared.
     """
     from bpfree.sources import REST
 
@@ -47,7 +47,7 @@ def stale(certificate: Certificate, plugins: Plugins) -> list[str]:
 
 
 def core_changed(certificate: Certificate, plugins: Plugins) -> bool:
-    """Whether the rest of the core, which an examination executes outside contract and examiner, has changed since.
+    """Tell whether the core that an examination executes outside contract and examiner has changed since.
 
     Raises:
         UsageError: as :func:`stale`.
@@ -66,7 +66,7 @@ def _changed(certificate: Certificate, plugins: Plugins) -> list[str]:
 
 
 def state(rule: str, known: Mapping[str, Certificate], plugins: Plugins) -> str:
-    """Of a rule's certificate, in a few words: its status with its remark, ``stale`` with the packages that have changed, or ``none``."""
+    """Describe the state of a rule's certificate: its status and remark, ``stale`` with the changed packages, or ``none``."""
     certificate = known.get(rule)
     if certificate is None:
         return "none"

@@ -1,4 +1,4 @@
-"""Entries: what the registry says of a plugin, as a TOML file."""
+"""Entries of the registry, which describe a plugin in a TOML file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from bpfree.registry.schema import schema_problems
 __all__ = ["Entry", "entry_of", "read_entries", "read_entry", "to_toml"]
 
 SAID_BY_PEOPLE = ("summary", "repository", "status", "results")
-"""Fields that an installed plugin does not tell."""
+"""Fields that cannot be read from an installed plugin."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the registry says of a plugin; ``schema.json`` says what each field holds."""
+    """An entry of the registry, whose fields ``schema.json`` describes."""
 
     name: str
     distribution: str
@@ -41,25 +41,25 @@ class Entry:
     results: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Convert the entry to plain values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "") -> Entry:
-        """Inverse of :meth:`to_dict`, checked against the schema.
+        """Make an entry of plain values, checked against the schema.
 
         Raises:
             BpfreeError: naming every fault.
         """
         faults = [f"{place} {fault}" if place else fault for place, fault in schema_problems(dict(content), schema())]
         if faults:
-            what = f"the entry is not as it should be: {'; '.join(faults)}"
+            what = f"the entry does not fit the schema: {'; '.join(faults)}"
             raise BpfreeError(what, where=where, fix=f"see {schema_file()}", problems=faults)
         return cls(**content)
 
 
 def schema_file() -> Path:
-    """The schema of entries: the one that came with bpfree, whichever folder the entries are in."""
+    """Return the schema of entries that came with bpfree, whichever folder the entries are in."""
     return registry_folder() / "schema.json"
 
 
@@ -72,17 +72,17 @@ def read_entry(path: Path) -> Entry:
     """Read an entry.
 
     Raises:
-        BpfreeError: it cannot be read, or is not as the schema says.
+        BpfreeError: it cannot be read, or does not fit the schema.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise BpfreeError(f"cannot read the entry: {error}", where=str(path), fix="bpfree registry add PLUGIN writes one") from error
+        raise BpfreeError(f"cannot read the entry: {error}", where=str(path), fix="write it with bpfree registry add PLUGIN") from error
     return Entry.from_dict(content, where=str(path))
 
 
 def read_entries(folder: Path) -> list[Entry]:
-    """All entries of a registry's folder, by name.
+    """Read all entries of a registry's folder, sorted by name.
 
     Raises:
         BpfreeError: as :func:`read_entry`.
@@ -91,20 +91,20 @@ def read_entries(folder: Path) -> list[Entry]:
 
 
 def entry_of(record: PluginRecord, plugins: Plugins, *, added: str, known: Entry | None = None) -> Entry:
-    """The entry of an installed plugin: rules and papers from its cards, licence from its package.
+    """Make the entry of an installed plugin: rules and papers from its cards, licence from its package.
 
     Args:
         record: the plugin.
         plugins: those installed.
         added: ISO day.
-        known: an entry from which is taken what only people can say: ``SAID_BY_PEOPLE`` (the summary where there are several rules; a
-            single one's card has it), and a wider range of interface versions.
+        known: an entry from which the fields ``SAID_BY_PEOPLE`` are taken (the summary only for several rules; otherwise it is on the
+            rule's card), and a wider range of interface versions.
 
     Raises:
         BpfreeError: the plugin does not work here, or something that an entry needs cannot be found.
     """
     if record.status != "ok":
-        raise BpfreeError(f"plugin {record.name!r} is {record.status}: {record.reason}", fix="bpfree plugins list")
+        raise BpfreeError(f"plugin {record.name!r} is {record.status}: {record.reason}", fix="see bpfree plugins list")
     rules = record.provides.get("rules", [])
     cards = [plugins.get("rules", rule).card for rule in rules]
     about = importlib.metadata.metadata(record.distribution)
@@ -133,7 +133,7 @@ def _said(about: importlib.metadata.PackageMetadata, name: str) -> str:
 
 
 def to_toml(entry: Entry) -> str:
-    """The entry as its file holds it."""
+    """Convert an entry to TOML."""
     values = entry.to_dict()
     results = values.pop("results")
     blocks = ["\n".join(_line(key, value) for key, value in values.items())]
@@ -152,5 +152,5 @@ def _lines(values: Iterable[Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Strings, numbers and lists of numbers: what JSON writes is TOML too."""
+    """Write strings, numbers and lists of numbers as JSON, which is also TOML."""
     return json.dumps(value, ensure_ascii=False)

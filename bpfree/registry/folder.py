@@ -1,4 +1,4 @@
-"""Where the registry that comes with this installation is."""
+"""Find the registry of this installation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["registry_folder"]
 
 
 def registry_folder() -> Path:
-    """The folder of the registry that came with bpfree: inside an installed wheel, or beside the package in a checkout.
+    """Find the folder of the registry that came with bpfree: inside an installed wheel, or beside the package in a checkout.
 
     Raises:
         BpfreeError: it is in neither place.

@@ -1,4 +1,4 @@
-"""What is made from entries and certificates: the index, for programs, and the tables in the registry's README."""
+"""Make the index, for programs, and the tables in the registry's README from entries and certificates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INTRODUCTION = "# Registry\n\nPlugins of bpfree, with the certificates of their 
 
 
 def build_index(folder: Path) -> dict[str, Any]:
-    """The index of a registry's folder: its entries, each with a short form of its rules' certificates.
+    """Build the index of a registry's folder: its entries, each with a short form of its rules' certificates.
 
     Raises:
         BpfreeError: something in it cannot be read.
@@ -38,7 +38,7 @@ def _record(entry: Entry, known: dict[str, Certificate]) -> dict[str, Any]:
 
 
 def _short(certificate: Certificate) -> dict[str, Any]:
-    """What fits on a line; matrices and curves stay in the certificate."""
+    """Summarise a certificate, without matrices and curves."""
     remark = {"remark": certificate.remark} if certificate.remark else {}
     return {
         "status": certificate.status,
@@ -52,28 +52,28 @@ def _short(certificate: Certificate) -> dict[str, Any]:
 
 
 def read_index(path: Path) -> list[dict[str, Any]]:
-    """The plugins of an index file.
+    """Read the plugins of an index file.
 
     Raises:
-        BpfreeError: it cannot be read, or is none.
+        BpfreeError: it cannot be read, or is not an index.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise BpfreeError(f"cannot read the index: {error}", where=str(path), fix="bpfree registry index writes one") from error
+        raise BpfreeError(f"cannot read the index: {error}", where=str(path), fix="write it with bpfree registry index") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise BpfreeError(f"this is no index of format {FORMAT}", where=str(path), fix="bpfree registry index writes one")
+        raise BpfreeError(f"this is not an index of format {FORMAT}", where=str(path), fix="write it with bpfree registry index")
     return content["plugins"]  # type: ignore[no-any-return]
 
 
 def certified(record: dict[str, Any]) -> str:
-    """How many of a plugin's rules have a certificate, and since when: ``4 of 5, 2026-11-21`` (the oldest)."""
+    """Format the number of a plugin's certified rules and the oldest date, such as ``4 of 5, 2026-11-21``."""
     good = [short["date"] for short in record["certificates"].values() if short["status"].startswith("certified")]
     return f"{len(good)} of {len(record['rules'])}{f', {min(good)}' if good else ''}"
 
 
 def made_from(folder: Path) -> dict[str, str]:
-    """The texts of the files that are made from entries and certificates, by name.
+    """Generate the files that are made from entries and certificates, as texts by name.
 
     Raises:
         BpfreeError: something in the folder cannot be read.
@@ -81,7 +81,9 @@ def made_from(folder: Path) -> dict[str, str]:
     index, page = build_index(folder), folder / "README.md"
     text = page.read_text(encoding="utf-8") if page.exists() else f"{INTRODUCTION}\n{BEGIN}\n{END}\n"
     if BEGIN not in text or END not in text:
-        raise BpfreeError("there is no place for the tables", where=str(page), fix=f"add the lines {BEGIN} and {END}")
+        raise BpfreeError(
+            "the README has no lines that mark the place of the tables", where=str(page), fix=f"add the lines {BEGIN} and {END}"
+        )
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     return {
         "index.json": json.dumps(index, indent=1, ensure_ascii=False) + "\n",
@@ -90,7 +92,7 @@ def made_from(folder: Path) -> dict[str, str]:
 
 
 def renew(folder: Path) -> list[Path]:
-    """Write the index and the tables again, and return the files that were not up to date.
+    """Update the index and the tables, and return the files that were not up to date.
 
     Raises:
         BpfreeError: something in the folder cannot be read.
@@ -102,7 +104,7 @@ def renew(folder: Path) -> list[Path]:
 
 
 def out_of_date(folder: Path) -> dict[Path, str]:
-    """The made files that are not as they should be, with what they should hold."""
+    """Find generated files that are out of date, with their correct content."""
     texts = {folder / name: text for name, text in made_from(folder).items()}
     return {path: text for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text}
 
@@ -124,5 +126,5 @@ def _tables(records: Sequence[dict[str, Any]]) -> str:
 
 
 def value_of(result: dict[str, Any]) -> str:
-    """``98.44 ± 0.32``, or the mean alone for one seed."""
+    """Format a result, such as ``98.44 ± 0.32``, or only the mean for one seed."""
     return f"{result['mean']:.2f}" + (f" ± {result['deviation']:.2f}" if "deviation" in result else "")

@@ -1,4 +1,4 @@
-"""Checking plain values against a JSON Schema, with the package ``jsonschema`` of the extra ``registry``."""
+"""Check plain values against a JSON Schema, with the package ``jsonschema`` of the extra ``registry``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["schema_problems"]
 
 
 def schema_problems(value: Any, schema: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """``(place, what is wrong)`` for each fault; the place is a path such as ``results/0/mean``.
+    """Find faults as pairs ``(place, problem)``; the place is a path such as ``results/0/mean``.
 
     Raises:
         BpfreeError: jsonschema is not installed.
@@ -27,11 +27,11 @@ def schema_problems(value: Any, schema: Mapping[str, Any]) -> Iterator[tuple[str
         for error in Draft202012Validator(schema).iter_errors(value)
         for name, fault in _said(error)
     )
-    yield from dict.fromkeys(found)  # each missing name is an error of its own, which names them all
+    yield from dict.fromkeys(found)  # jsonschema reports an error for each missing name, each with all names
 
 
 def _said(error: Any) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What is below the place of an error, and what is wrong there."""
+    """Describe an error: the path below its place, and the problem there."""
     if error.validator == "required":
         yield from (((name,), "is missing") for name in error.validator_value if name not in error.instance)
     elif error.validator == "additionalProperties":

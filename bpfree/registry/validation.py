@@ -1,4 +1,4 @@
-"""What is wrong with a registry's folder."""
+"""Check a registry's folder."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["acceptable", "measured_on_another_core", "missing", "problems"]
 
 
 def problems(folder: Path, plugins: Plugins) -> list[BpfreeError]:
-    """All faults of a registry's folder; a rule without a certificate is none (see :func:`missing`).
+    """Find all faults of a registry's folder; a rule without a certificate is not a fault (see :func:`missing`).
 
     Args:
         folder: with ``plugins/``, ``certificates/``, ``index.json`` and ``README.md``.
-        plugins: those installed: entries and certificates of others are checked only by themselves.
+        plugins: those installed; entries and certificates of other plugins are checked without the plugin.
     """
     from bpfree.certify.certificate import read_certificate
 
@@ -49,7 +49,7 @@ def problems(folder: Path, plugins: Plugins) -> list[BpfreeError]:
 
 
 def missing(folder: Path) -> list[str]:
-    """The rules of all entries that have no certificate.
+    """List the rules of all entries that have no certificate.
 
     Raises:
         BpfreeError: an entry cannot be read.
@@ -69,18 +69,20 @@ def measured_on_another_core(folder: Path, plugins: Plugins) -> list[str]:
 
 
 def acceptable(certificate: Certificate, plugins: Plugins, where: Path) -> Iterator[BpfreeError]:
-    """Why a certificate cannot be in a registry: failed, not a full one, or stale."""
+    """Report why a certificate cannot be in a registry: failed, not full, or stale."""
     renewal = f"{certificate.command} --output {where}"
     if not certificate.passed:
         failed = ", ".join(finding.id for finding in certificate.findings if finding.status == "failed")
-        yield BpfreeError(f"{certificate.rule} failed its examination: {failed}", where=str(where), fix=f"mend the rule, then {renewal}")
+        yield BpfreeError(
+            f"{certificate.rule} failed its examination: {failed}", where=str(where), fix=f"correct the rule, then run {renewal}"
+        )
     elif certificate.kind != "full":
         yield BpfreeError(f"the certificate of {certificate.rule} is {certificate.kind}, not full", where=str(where), fix=renewal)
     if certificate.rule in plugins.names("rules") and (changed := stale(certificate, plugins)):
         yield BpfreeError(
             f"the certificate of {certificate.rule} is stale: the sources of {', '.join(changed)} have changed since",
             where=str(where),
-            fix=f"{renewal}; in a checkout of bpfree, make certify renews all",
+            fix=f"{renewal}; in a checkout of bpfree, make certify renews all certificates",
         )
 
 
@@ -88,13 +90,13 @@ def _of_entry(entry: Entry, path: Path, plugins: Plugins) -> Iterator[BpfreeErro
     if path.stem != entry.name:
         yield BpfreeError(f"the entry of {entry.name!r} is in {path.name}", where=str(path), fix=f"rename the file to {entry.name}.toml")
     if entry.api[0] > entry.api[1]:
-        yield BpfreeError(f"no interface version is in {entry.api}", where=str(path), fix="api = [FIRST, LAST]")
+        yield BpfreeError(f"the range {entry.api} contains no interface version", where=str(path), fix="write api = [FIRST, LAST]")
     for result in entry.results:
         if result["rule"] not in entry.rules:
-            yield BpfreeError(f"a result is of {result['rule']!r}, which is none of the plugin's rules", where=str(path))
+            yield BpfreeError(f"a result is of {result['rule']!r}, which is not a rule of the plugin", where=str(path))
         if (result["seeds"] > 1) != ("deviation" in result):
             yield BpfreeError(
-                f"the result of {result['rule']} on {result['task']}: a deviation belongs to several seeds, and to these alone",
+                f"the result of {result['rule']} on {result['task']}: give a deviation if, and only if, there are several seeds",
                 where=str(path),
             )
     record = plugins.records.get(entry.name)
@@ -104,7 +106,7 @@ def _of_entry(entry: Entry, path: Path, plugins: Plugins) -> Iterator[BpfreeErro
         yield BpfreeError(
             f"the entry lists {', '.join(sorted(entry.rules))}; the plugin registers {', '.join(record.provides['rules'])}",
             where=str(path),
-            fix=f"bpfree registry add {entry.name} --folder {path.parents[1]}",
+            fix=f"run bpfree registry add {entry.name} --folder {path.parents[1]}",
         )
     if record.api is not None and not entry.api[0] <= record.api <= entry.api[1]:
         yield BpfreeError(f"the plugin is written for interface version {record.api}, which is not in {entry.api}", where=str(path))
@@ -139,5 +141,5 @@ def _of_made_files(folder: Path) -> Iterator[BpfreeError]:
         return
     for path in changed:
         yield BpfreeError(
-            f"{path.name} is not what entries and certificates make", where=str(path), fix=f"bpfree registry index --folder {folder}"
+            f"{path.name} is out of date with entries and certificates", where=str(path), fix=f"run bpfree registry index --folder {folder}"
         )

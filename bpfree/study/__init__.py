@@ -1,1 +1,1 @@
-"""Studies: a paper's table as a file, its cells run once each, and the report of ours beside what was published."""
+"""Studies: a file describes a table of rules, each cell is run once, and a report compares results with published ones."""

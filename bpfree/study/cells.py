@@ -44,12 +44,12 @@ from bpfree.yaml_values import text_of
 __all__ = ["Plan", "cell_of", "is_scientific", "plan", "recipe_with", "word"]
 
 NOT_SCIENTIFIC = (CHANGEABLE - {"budget", "evaluation"}) | {"output"}
-"""How long is part of the result, and so are the draws of an evaluation and which epochs ``best-val`` chooses among."""
+"""The length of training is part of the result, and so are the draws of an evaluation and the epochs that ``best-val`` chooses from."""
 
 TRAINERS = ("rule.name", "program.name")
 DEFAULT = "default"
 PROBE = "linear-probe"
-"""Origin of settings that say only where and how, and are not written out as words."""
+"""Origin of settings that cannot change a result and are not written out as words."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def cells(self) -> list[Cell]:
-        """Cells as written; seeds are the outer loop, so that every row has its first number early."""
+        """Cells as written; seeds are the outer loop, so that every row has its first result early."""
         return [row.cells[number] for number in range(len(self.seeds)) for row in self.rows]
 
     @property
@@ -92,7 +92,8 @@ def plan(
         study: as written; rules, networks and tasks may be objects in place of names.
         overrides: settings of all cells, over those of the file.
         seeds: how many, instead of those of the file.
-        load: whether data may be loaded (and downloaded) to know their fingerprints; otherwise sets that are not here count as unknown.
+        load: whether data may be loaded (and downloaded) to know their fingerprints; otherwise sets that are not on
+            this machine count as unknown.
         registry: of names; the installed plugins by default.
 
     Raises:
@@ -101,7 +102,9 @@ def plan(
     study, registry = named(study, registry or installed_plugins())
     taken = [leaf.key for leaf in overrides if leaf.key in ("seed", "seeds")]
     if taken:
-        raise UsageError("a study repeats each cell with its seeds", where=taken[0], fix="say how many with --seeds N")
+        raise UsageError(
+            "a study runs each cell once per seed, so seed cannot be set", where=taken[0], fix="choose the number of seeds with --seeds N"
+        )
     repetitions = _repetitions(study, seeds)
     resolved = _resolve_all(study, overrides, registry)
     _check_code(resolved)
@@ -122,7 +125,7 @@ def plan(
 
 
 def _check_code(rows: Sequence[TableRow]) -> None:
-    """Refuse files of code that are called the same: in tables and identities a file goes by its own name.
+    """Refuse code files with the same file name, because tables and identities name a file by it alone.
 
     Raises:
         UsageError: there are two.
@@ -135,7 +138,7 @@ def _check_code(rows: Sequence[TableRow]) -> None:
 
 
 def _repetitions(study: Study, count: int | None) -> list[int]:
-    """The seeds of the study; or that many, of which none is one that tuning chooses by: what is tested is trained afresh."""
+    """Return the study's seeds, or ``count`` of them, without tuning seeds: a tested cell must be trained with a seed of its own."""
     if count is None:
         return list(study.seeds)
     taken = {*study.seeds, *(study.tune.seeds if study.tune is not None else ())}
@@ -146,13 +149,13 @@ def _repetitions(study: Study, count: int | None) -> list[int]:
 
 
 def _leaves(study: Study, row: Row, column: Column, overrides: Sequence[Leaf]) -> list[Leaf]:
-    """Later ones win: all cells, the column, the row, the cell alone, the command line."""
+    """Collect a cell's settings in order of precedence, lowest first: study, column, row, cell, command line."""
     layers: list[tuple[Mapping[str, Any], str]] = [
         # so that a store shows the study's runs together
         ({"tracking.experiment": study.name}, DEFAULT),
-        # the report has the curves of all cells, and their folders what a store would keep a second time
+        # the report shows the curves of all cells, and their folders hold the data; a store would only duplicate them
         ({"tracking.artifacts": False, "tracking.checkpoint": False, "pictures.every": 0, "pictures.curves": False}, DEFAULT),
-        # the same numbers with any number of workers, who do not fight for processors
+        # results do not depend on the number of workers, and workers do not oversubscribe the processors
         ({"threads": 1}, "every study"),
         (study.settings, "settings of the study"),
         (column.settings, f"column {column.label}"),
@@ -162,21 +165,23 @@ def _leaves(study: Study, row: Row, column: Column, overrides: Sequence[Leaf]) -
     merged: dict[str, Leaf] = {}
     for settings, origin in layers:
         own = origin.startswith("row ")
-        # a comparison is made of words; a study file may be somebody else's
+        # a comparison comes from the user's command line; a study file may come from someone else
         word = study.path is None
         folder = None if study.path is None else study.path.parent
         given = [Leaf(key, value, origin, not own or key in row.shared, word) for key, value in settings.items()]
         replace_in(merged, [leaf_at(leaf, folder) for leaf in given])
     replace_in(merged, [dataclasses.replace(leaf, shared=True) for leaf in overrides])
     if "stream" not in merged:
-        named = [leaf for key in TRAINERS if (leaf := merged.get(key)) is not None]  # a row's own first; without either it is refused
+        named = [
+            leaf for key in TRAINERS if (leaf := merged.get(key)) is not None
+        ]  # a row's own key comes first; a row without any is refused
         value = next((leaf.value for leaf in sorted(named, key=lambda leaf: leaf.shared)), "")
         merged["stream"] = Leaf("stream", shown(str(value)), "every study")
     return list(merged.values())
 
 
 def replace_in(merged: dict[str, Leaf], later: Iterable[Leaf]) -> None:
-    """Put later settings over earlier ones. A budget has one limit, so that a later one of another kind replaces it."""
+    """Merge later settings over earlier ones; a budget has one limit, so a later limit of another kind replaces the earlier one."""
     later, limits = list(later), [f"budget.{name}" for name in LIMITS]
     if any(leaf.key in limits for leaf in later):
         for key in [key for key in merged if key in limits]:
@@ -186,15 +191,15 @@ def replace_in(merged: dict[str, Leaf], later: Iterable[Leaf]) -> None:
 
 
 def is_scientific(key: str) -> bool:
-    """Whether a setting can change a result."""
+    """Tell whether a setting can change a result."""
     return key.split(".")[0] not in NOT_SCIENTIFIC
 
 
 def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | None) -> list[TableRow]:
-    """The rows in their columns, resolved.
+    """Resolve the rows in each of their columns.
 
     Raises:
-        UsageError: with everything that is wrong, each thing once.
+        UsageError: with every problem, each reported once.
     """
     problems: dict[str, list[str]] = {}
     found = []
@@ -202,7 +207,7 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
         leaves = _leaves(study, row, column, overrides)
         try:
             if not any(canonical(leaf.key, leaf.value) in TRAINERS for leaf in leaves):
-                raise UsageError("no rule is named: give the row's settings one, such as rule: dfa, or those of the study")
+                raise UsageError("no rule is set: add one to the settings of the row or of the study, such as rule: dfa")
             recipe = _without(resolve(leaves, registry), row)
             resolve_device(recipe.settings.device)
             if study.probe and _can_be_probed(recipe, leaves):
@@ -226,7 +231,7 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
 
 
 def _wrongly_published(row: TableRow) -> Iterator[str]:
-    """What is wrong with the published numbers of a row: metrics that its task does not have, and shares out of range."""
+    """Report problems of a row's published numbers: metrics that its task does not have, and shares out of range."""
     for key, number in row.written.published.get(row.column, {}).items():
         if key == MEMORY:
             continue
@@ -243,13 +248,13 @@ def _wrongly_published(row: TableRow) -> Iterator[str]:
 
 
 def _wrong_target(target: float | None, row: TableRow) -> Iterator[str]:
-    """What is wrong with the target of a row: shares are in per cent."""
+    """Report a target that is out of range: shares are in per cent."""
     if target is not None and row.primary.share and not 0 <= target <= 100:
         yield f"target: {target:g} is out of range: {row.primary.name} is in per cent, from 0 to 100"
 
 
 def _can_be_probed(recipe: Recipe, leaves: Sequence[Leaf]) -> bool:
-    """Whether a converged readout can read the rule's features; a study that names protocols itself gets those."""
+    """Tell whether to add the probe of the features: the rule has features, and the study names no protocols itself."""
     if recipe.is_program:
         return False
     rule: type[Rule] = recipe.registry.get("rules", recipe.names["rule"])
@@ -263,20 +268,20 @@ def _twin_of(row: TableRow) -> TableRow | None:
     if row.recipe.is_program or row.recipe.names["rule"] in ("linear", "frozen") or row.recipe.settings.twin:
         return None
     more = [Leaf("twin", True, "twin"), Leaf("evaluation.protocols", [], "twin")]
-    if row.recipe.settings.budget.patience is not None:  # as many operations are as many
+    if row.recipe.settings.budget.patience is not None:  # the twin's budget is a number of operations, which patience must not cut
         more.append(Leaf("budget.patience", None, "twin"))
     recipe, leaves = recipe_with(row, more)
     return TableRow(dataclasses.replace(row.written, label=f"{row.written.label} (twin)", published={}), row.column, recipe, leaves)
 
 
 def _without(recipe: Recipe, row: Row) -> Recipe:
-    """The recipe, which also says which settings of a common network do not reach the row."""
+    """Add to a row's recipe the settings of a common network that do not reach the row, as unused."""
     reason = "the rule brings its own network"
     return dataclasses.replace(recipe, unused={**recipe.unused, **dict.fromkeys(row.without, reason)}) if row.without else recipe
 
 
 def _used_by_none(rows: Sequence[TableRow]) -> Iterator[str]:
-    """What is wrong with each shared setting that reaches some rows, and is used by none of them."""
+    """Report each shared setting that reaches some rows and is used by none of them."""
     unused: dict[tuple[str, str], str] = {}
     used: set[tuple[str, str]] = set()
     for row in rows:
@@ -300,7 +305,7 @@ def _where(problem: str, rows: Sequence[str], every: int) -> str:
 
 
 def cell_of(row: TableRow, seed: int, fingerprints: Fingerprints, more: Sequence[Leaf] = (), *, trial: int | None = None) -> Cell:
-    """A cell of a row.
+    """Make a cell of a row.
 
     Args:
         row: whose.
@@ -330,7 +335,7 @@ def _is_told(leaf: Leaf, recipe: Recipe) -> bool:
 
 
 def recipe_with(row: TableRow, more: Sequence[Leaf]) -> tuple[Recipe, list[Leaf]]:
-    """A row's recipe and its settings with further ones.
+    """Resolve a row's recipe with further settings.
 
     Raises:
         UsageError: they do not fit.
@@ -343,7 +348,7 @@ def recipe_with(row: TableRow, more: Sequence[Leaf]) -> tuple[Recipe, list[Leaf]
 
 
 def word(key: str, value: Any) -> str:
-    """A setting as the command line takes it, to be shown: addresses are redacted."""
+    """Write a setting as the command line takes it, with addresses redacted."""
     return f"{key}={text_of(redacted({key: value})[key])}"
 
 
@@ -361,12 +366,12 @@ def _identity(recipe: Recipe, data: KnownData | None) -> dict[str, Any]:
 
 
 def _versions(recipe: Recipe) -> dict[str, str]:
-    """Versions of what a program computes with."""
+    """Return the versions of the packages that a program computes with."""
     return {package: metadata.version(package) for package in recipe.registry.get("programs", recipe.names["program"]).packages}
 
 
 def _without_place(key: str, value: Any, recipe: Recipe, data: KnownData | None) -> Any:
-    """A data file's place does not count, as its content does."""
+    """Replace a data file's path by a fixed value, because the identity holds its content instead."""
     places = (Path(), recipe.root() or Path())
     if data is not None and key.startswith("task.") and isinstance(value, str) and any((place / value).is_file() for place in places):
         return "a file"
@@ -377,10 +382,10 @@ def _without_place(key: str, value: Any, recipe: Recipe, data: KnownData | None)
 
 
 def _changes(study: Study, overrides: Sequence[Leaf], now: Sequence[TableRow], registry: Plugins | None) -> tuple[list[str], bool]:
-    """A phrase for each setting that differs in any cell; whether a budget is smaller than written."""
+    """Describe each setting that differs in any cell, and tell whether a budget is smaller than written."""
     try:
         written = _resolve_all(study, [leaf for leaf in overrides if not is_scientific(leaf.key)], registry)
-    except UsageError:  # the file leaves to the command line what it needs, such as a path
+    except UsageError:  # settings that the file leaves to the command line, such as a path
         return [word(leaf.key, leaf.value) for leaf in overrides if is_scientific(leaf.key)], False
     before: dict[str, list[Any]] = {}
     after: dict[str, list[Any]] = {}

@@ -1,4 +1,4 @@
-"""A study from the first cell to the report: what ``bpfree study run`` and ``bpfree compare`` do.
+"""Run a study from the first cell to the report, for ``bpfree study run`` and ``bpfree compare``.
 
 The loop starts what is ready wherever there is room, and notes what has ended, until nothing is left.
 """
@@ -43,21 +43,21 @@ __all__ = ["Display", "Jobs", "Options", "asked_for", "execute", "executor_for",
 logger = logging.getLogger("bpfree")
 
 DEATHS = 3
-"""A worker that dies takes its cell with it so often; then the cell has failed."""
+"""Number of workers that may die while running a cell before it counts as failed."""
 POLL = 1.0
-"""Seconds between looks at cells that other processes run."""
+"""Seconds between checks of the cells that other processes run."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a study is run.
+    """Options of running a study.
 
     Attributes:
         executor: its name: ``local`` (in process for one job, else a pool), ``ray``, ``slurm``, or a plugin's.
         jobs: cells at a time; ``None``: what the study says, or one per GPU where there are several.
         settings: the executor's own options, ``key=value``.
         timeout: seconds of a cell; ``None``: what the study says.
-        folder: where the report goes; ``None``: beside the cells.
+        folder: of the report; ``None``: that of the cells.
         quiet: no progress display.
     """
 
@@ -73,22 +73,22 @@ class Display(Protocol):
     """Shows a study's progress."""
 
     def started(self, cell: Cell, before: CellRecord | None) -> None:
-        """A cell is given to a worker, which resumes what was there before."""
+        """Show that a worker starts a cell, or resumes it from ``before``."""
 
     def waiting(self, cells: Sequence[Cell], epoch: Callable[[Cell], str]) -> None:
-        """About once a second, while these run; ``epoch`` says how far one is."""
+        """Update the display of running cells, about once a second; ``epoch`` returns a cell's progress."""
 
     def ended(self, cell: Cell, record: CellRecord | None, left: int) -> None:
-        """A cell has ended (``None``: another process runs it); ``left`` are still to run."""
+        """Show that a cell has ended (``None``: another process runs it); ``left`` cells are still to run."""
 
     def say(self, text: str) -> None:
-        """Anything else."""
+        """Show any other message."""
 
 
 def run(
     worklist: Worklist, overrides: Sequence[Leaf], words: Sequence[str], options: Options, display: Callable[[int], Display]
 ) -> tuple[Report, Path]:
-    """Run what is not done, and report.
+    """Run the unfinished cells of a study, and write its report.
 
     Args:
         worklist: what of the study is to be run.
@@ -101,11 +101,13 @@ def run(
         The report, and its page.
 
     Raises:
-        Interrupted: asked to stop. The report on what is done is written all the same.
+        Interrupted: asked to stop; the report on the finished cells is still written.
         UsageError: a launcher has started several processes, each of which would run the study.
     """
     if World.here().size > 1:
-        raise UsageError("a study has processes of its own, and no launcher", where="WORLD_SIZE", fix="--jobs N, or --executor ray")
+        raise UsageError(
+            "a study starts its own processes and cannot run under a launcher", where="WORLD_SIZE", fix="use --jobs N or --executor ray"
+        )
     worklist.store.claim(worklist.plan.study.path)
     study_run = StudyRun(worklist.plan, worklist.store)
     if ran := bool(worklist.ready()):
@@ -117,7 +119,7 @@ def run(
     else:
         _measure_floors(worklist, logger.info)
     made, page = report(worklist, words, options.folder)
-    if ran or not study_run.settled:  # what the store did not take the last time is sent again
+    if ran or not study_run.settled:  # what the store did not accept the last time is sent again
         study_run.close(worklist, made, page, "FINISHED" if worklist.complete() else "FAILED")
     return made, page
 
@@ -148,12 +150,12 @@ def _refuse_unimportable(worklist: Worklist) -> None:
     """Refuse classes and functions that another process cannot import.
 
     Raises:
-        UsageError: one is of the script itself, or of a session.
+        UsageError: one is defined in the main script or an interactive session.
     """
     for (kind, name), (_, record) in worklist.plan.rows[0].recipe.registry.given.things.items():
         if record.name == "__main__":
-            what = f"the {singular(kind)} {name!r} is of this script alone, which other processes do not import"
-            raise UsageError(what, where="jobs", fix="jobs=1, or write it into a module")
+            what = f"the {singular(kind)} {name!r} is defined in the main script, which other processes cannot import"
+            raise UsageError(what, where="jobs", fix="use jobs=1, or move the definition to a module")
 
 
 def _measure_floors(worklist: Worklist, say: Callable[[str], None]) -> None:
@@ -162,7 +164,7 @@ def _measure_floors(worklist: Worklist, say: Callable[[str], None]) -> None:
 
 
 def asked_for(options: Options) -> tuple[Any, Any]:
-    """Look up the executor that is asked for, and fill its options; nothing is started.
+    """Look up the executor that the options name, and fill its configuration, without starting anything.
 
     Raises:
         UsageError: no plugin registers it, or an option that it does not have.
@@ -172,7 +174,7 @@ def asked_for(options: Options) -> tuple[Any, Any]:
 
 
 def executor_for(worklist: Worklist, options: Options) -> Executor:
-    """Make the executor that is asked for.
+    """Make the executor that the options name.
 
     Raises:
         UsageError: no plugin registers it, or an option that it does not have.
@@ -185,10 +187,10 @@ def executor_for(worklist: Worklist, options: Options) -> Executor:
     try:
         made = maker(request, own)
     except ImportError as error:
-        raise BpfreeError(f"the executor {options.executor!r} cannot be used here: {error}", fix="install what is missing") from error
+        raise BpfreeError(f"the executor {options.executor!r} cannot be used here: {error}", fix="install the missing package") from error
     if not isinstance(made, Executor):
-        what = f"the executor {options.executor!r} is no bpfree.Executor, but {made!r:.80}"
-        raise UsageError(what, where="--executor", fix="tell its author")
+        what = f"the executor {options.executor!r} is not a bpfree.Executor: {made!r:.80}"
+        raise UsageError(what, where="--executor", fix="report it to the plugin's author")
     return made
 
 
@@ -217,10 +219,10 @@ def configured(name: str, config: type, words: Sequence[str]) -> Any:
 
 
 def _who_has(key: str) -> str:
-    """The executors that have such an option."""
+    """Name the executors that have this option, as a hint."""
     found = []
     for name, maker, _ in installed_plugins().items("executors"):
-        with contextlib.suppress(ImportError):  # another one, which cannot be used here
+        with contextlib.suppress(ImportError):  # an executor that cannot be used here
             found += [f"--executor {name}"] if key in typing.get_type_hints(maker.options) else []
     return " or ".join(found)
 
@@ -231,7 +233,7 @@ def report(worklist: Worklist, words: Sequence[str], folder: Path | None) -> tup
     Args:
         worklist: of the study.
         words: of the command line, for the report.
-        folder: where it goes; ``None``: beside the cells.
+        folder: of the report; ``None``: that of the cells.
 
     Returns:
         The report, and its page.
@@ -263,7 +265,7 @@ class Jobs:
         self._changes = [dataclasses.replace(leaf, shared=True) for leaf in overrides if not is_scientific(leaf.key)]
 
     def of(self, cell: Cell) -> Job:
-        """The job of a cell."""
+        """Make the job of a cell."""
         before = self._worklist.store.read(cell.key.id)
         again = before is not None and before.status in self._worklist.retry
         return Job(
@@ -274,7 +276,7 @@ class Jobs:
             timeout=self._timeout,
             training=cell.key.trial is None and self._worklist.plan.study.publishes("train"),
             again=again,
-            # a cell whose time was up resumes from its checkpoint; one that was refused may have one that cannot be read
+            # a cell that timed out resumes from its checkpoint; a refused cell may have a checkpoint that cannot be read
             restart=before is not None and ((again and before.status in ("failed", "diverged")) or before.status == "refused"),
             quiet=self._quiet,
             until=self._worklist.until(cell),
@@ -290,15 +292,15 @@ class Jobs:
 
 
 def _unrecorded(leaves: Sequence[Leaf]) -> list[Leaf]:
-    """Settings that a checkpoint does not hold whole, because they are addresses with passwords."""
+    """Select the settings that a checkpoint does not hold in full, because they are addresses with passwords."""
     return [leaf for leaf in leaves if redacted({leaf.key: leaf.value}) != {leaf.key: leaf.value}]
 
 
 def execute(worklist: Worklist, jobs: Jobs, executor: Executor, display: Display) -> None:
-    """Run all that is to be run. Other processes may do the same at the same time; each takes cells that no other has.
+    """Run all cells that are to be run; other processes may do so at the same time, each with cells that no other process runs.
 
     Raises:
-        Interrupted: asked to stop; what was running has saved its checkpoints. The next call resumes it.
+        Interrupted: asked to stop; running cells have saved checkpoints, from which the next call resumes.
     """
     running: dict[str, Cell] = {}
     elsewhere: set[str] = set()
@@ -313,7 +315,7 @@ def execute(worklist: Worklist, jobs: Jobs, executor: Executor, display: Display
             return
         if not running:
             time.sleep(POLL)
-            elsewhere.clear()  # perhaps they are done, or their process has died
+            elsewhere.clear()  # by then they may be done, or their process may have died
         ended: list[Ended] = []
         while running and not ended:
             ended = executor.wait()

@@ -1,4 +1,4 @@
-"""A comparison of rules as a study: each beside the linear classifier, its own-prediction twin, and back-propagation."""
+"""Make a comparison of rules a study, with the linear classifier, own-prediction twins and back-propagation as references."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["comparison", "leaves_in"]
 def comparison(
     words: Sequence[str], common: Sequence[Leaf], *, seeds: int = 3, references: bool = True, jobs: int = 1, registry: Plugins | None = None
 ) -> Study:
-    """The study that compares these rules, floor first and ceiling last.
+    """Make the study that compares these rules, the floor first and the ceiling last.
 
     Settings of ``network`` reach the rules that take a network; one with a network of its own takes them in its own word.
 
@@ -39,22 +39,24 @@ def comparison(
     registry = registry or installed_plugins()
     asked = {redact_word(word): _settings(word, registry) for word in words}
     if len(asked) < len({*words}):
-        raise UsageError("rules differ in the query of an address alone, which is not shown", fix="label them, as rows of a study file")
+        raise UsageError(
+            "rules differ only in the query of an address, which is not shown", fix="write a study file with a label for each row"
+        )
     if not asked:
-        raise UsageError("no rule to compare", fix="name some; bpfree rules lists them")
+        raise UsageError("no rule to compare", fix="name at least one; bpfree rules lists them")
     rows, controls = dict(asked), list[str]()
     if references:
         own = {label: settings for label, settings in asked.items() if label not in ("linear", "frozen", "backprop")}
         twins = dict(_twin(label, settings, registry) for label, settings in own.items())
         rows = {"linear": {"rule": "linear"}, "frozen": {"rule": "frozen"}, **twins, **own, "backprop": {"rule": "backprop"}}
-        bare = any(not _reads_out(_rule(settings, registry)) for settings in own.values())  # a twin without a readout may be at chance
+        bare = any(not _reads_out(_rule(settings, registry)) for settings in own.values())  # a twin without a readout may score at chance
         controls = [*(["linear"] if bare else []), "frozen", *(label for label in twins if label != "frozen")]
     if any(leaf.key in ("rule", "rule.name") for leaf in common):
-        raise UsageError("rules are compared, so that none is a setting of all", where="rule", fix="name each rule as a word of its own")
+        raise UsageError("rule cannot be a common setting of a comparison", where="rule", fix="name each rule as a word of its own")
     shared = {leaf.key: leaf.value for leaf in common if leaf.key.split(".")[0] != "network"}
     networks = {leaf.key: leaf.value for leaf in common if leaf.key not in shared}
     return Study(
-        # what says only where and how has no part in it, so that the same comparison finds its cells again
+        # only scientific settings count, so that the same comparison finds its cells again
         name=f"compare-{digest([rows, {key: value for key, value in shared.items() if is_scientific(key)}, networks])[:8]}",
         title=f"{', '.join(asked)} on {shown(str(shared.get('task', shared.get('task.name', 'digits'))))}",
         paper="",
@@ -69,7 +71,7 @@ def comparison(
 
 
 def leaves_in(word: str) -> list[Leaf]:
-    """The rule that a word ``RULE,KEY=VALUE,...`` names, and its settings."""
+    """Read the rule and its settings from a word ``RULE,KEY=VALUE,...``."""
     name, *settings = re.split(r",(?![^\[{]*[\]}])", word)  # not at commas inside brackets
     return [leaf_at(Leaf("rule", name, "command line", word=True)), *parse_words(settings)]
 
@@ -85,7 +87,7 @@ def _settings(word: str, registry: Plugins) -> dict[str, Any]:
 
 
 def _row(label: str, settings: Mapping[str, Any], networks: Mapping[str, Any], registry: Plugins) -> Row:
-    """With the settings of the common network, unless the rule brings its own."""
+    """Make a row with the settings of the common network, unless its rule brings its own network."""
     if not _rule(settings, registry).brings_network:
         return Row(label, {**networks, **settings}, {"": {}}, {}, shared=[key for key in networks if key not in settings])
     named = any(key.split(".")[0] == "network" for key in settings)
@@ -98,12 +100,12 @@ def _rule(settings: Mapping[str, Any], registry: Plugins) -> type[Rule]:
 
 
 def _reads_out(rule: type[Rule]) -> bool:
-    """Whether a rule trains a readout; one that predicts by goodness, norms or clusters does not."""
+    """Tell whether a rule trains a readout; a rule that predicts by goodness, norms or clusters does not."""
     return rule.traits_of(rule.Config()).readout == "required"
 
 
 def _twin(label: str, settings: Mapping[str, Any], registry: Plugins) -> tuple[str, dict[str, Any]]:
-    """Rules on the common network share one twin, the rule ``frozen``; others, and those with settings, have their own."""
+    """Name the twin of a rule and its settings: ``frozen`` for plain rules on the common network, otherwise a twin of the rule's own."""
     rule = _rule(settings, registry)
     own = getattr(rule.network_options, "__func__", None) is not Rule.network_options.__func__  # type: ignore[attr-defined]
     if not own and len(settings) == 1:

@@ -1,4 +1,4 @@
-"""Who else computes on this machine: each worker holds a file's lock while it runs a cell, and the held ones are counted.
+"""Count the cells that run on this machine: each worker locks a file while it runs a cell, and locked files are counted.
 
 Two cells that run at the same time on a GPU slow each other down, so their timings cannot be compared with those of a cell that ran alone.
 A crash releases the lock.
@@ -23,7 +23,7 @@ class Concurrency:
     """Counts the cells that run here at the same time.
 
     Attributes:
-        most: the most that were seen, this one included.
+        most: the largest count so far, this cell included.
     """
 
     def __init__(self, folder: Path, own: Path) -> None:
@@ -32,14 +32,14 @@ class Concurrency:
         self.look()
 
     def look(self) -> None:
-        """Count again."""
+        """Count the running cells and update the maximum."""
         others = [path for path in self._folder.glob(f"{_host()}-*") if path != self._own]
         self.most = max(self.most, 1 + sum(map(_is_held, others)))
 
 
 @contextmanager
 def present(folder: Path) -> Iterator[Concurrency]:
-    """Be seen while a cell runs.
+    """Hold a locked file, which other workers count, while a cell runs.
 
     Args:
         folder: common to all studies whose cells may run at the same time.
@@ -54,7 +54,7 @@ def present(folder: Path) -> Iterator[Concurrency]:
 
 
 def _own_file(folder: Path) -> tuple[Path, BinaryIO]:
-    """A new file that is held. Who looks between making and locking takes it for a dead one's, and removes it: then another is made."""
+    """Create and lock a new file; if another process removes it as stale before it is locked, try again."""
     while True:
         own = folder / f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
         file = own.open("wb")

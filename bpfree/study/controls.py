@@ -1,4 +1,4 @@
-"""The rows of a study beside its controls, seed by seed: the family of comparisons that the study declares, judged together."""
+"""Compare the rows of a study with its controls, seed by seed, as one family of comparisons."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Comparison", "ComparisonTable", "compare", "comparisons", "control_t
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row beside a control, in one column.
+    """A comparison of a row with a control, in one column.
 
     Attributes:
         row, column, control: labels.
@@ -30,7 +30,7 @@ class Comparison:
 
     @property
     def gains(self) -> Sequence[float]:
-        """Of each seed that both have."""
+        """Difference of each seed that both rows have."""
         return self.difference.gains
 
     @property
@@ -40,12 +40,12 @@ class Comparison:
 
     @property
     def standard_error(self) -> float | None:
-        """Of the gain, over seeds and new examples; not known from one seed."""
+        """Standard error of the gain over seeds and new examples; not known from one seed."""
         return self.difference.error
 
     @property
     def verdict(self) -> str:
-        """What may be said within the family of comparisons."""
+        """Verdict after correction for the family of comparisons."""
         if self.standard_error is None:
             return "one seed only"
         return {1: "row better", 0: "not distinguishable", -1: "control better"}[self.difference.sign]
@@ -66,7 +66,7 @@ def comparisons(plan: Plan, rows: Sequence[TableRow]) -> list[Comparison]:
 
 
 def compare(plan: Plan, row: TableRow, control: TableRow, measure: Measure) -> Comparison | None:
-    """Compare two rows of a column alone; ``None`` if no seed has finite results of both."""
+    """Compare two rows of a column by themselves; ``None`` if no seed has finite results of both."""
     return next(iter(_judged(plan, [(row, control)], measure)), None)
 
 
@@ -108,7 +108,7 @@ class ComparisonTable:
 
 
 def control_table(plan: Plan, rows: Sequence[TableRow]) -> ComparisonTable | None:
-    """The comparisons as text; ``None`` as long as there are none."""
+    """Format the comparisons as a table; ``None`` if there are none yet."""
     found, measure = comparisons(plan, rows), table_measure(plan.study, rows)
     if not found:
         return None
@@ -151,18 +151,18 @@ def _legend(measure: Measure, found: Sequence[Comparison], tuned: Sequence[Table
     legend = error_legend(
         [each.difference for each in found], conditional=bool(tuned), family=f"over the family of {len(found)} comparisons (Holm)"
     )
-    decide = "Seeds for 1 point: that would decide a difference of one point; none: more seeds would not, on this test split."
+    decide = "Seeds for 1 point: the number that would detect a difference of one point; none: no number would, on this test split."
     return " ".join([text, legend, *([decide] if measure.metric.share and any(each.standard_error is not None for each in found) else [])])
 
 
 def error_legend(found: Sequence[Difference], *, conditional: bool, family: str) -> str:
-    """Say what the errors of comparisons mean; ``family`` says over which verdicts are corrected."""
+    """Explain the errors of comparisons; ``family`` names the comparisons over which verdicts are corrected."""
     known = [each for each in found if each.error is not None]
     if not known:
         return "One seed has no error over seeds."
     examples = "and over new examples of the same kind as the test split's"
     if any(each.paired.examples is None for each in known):
-        examples = "alone: predictions of single examples are not all at hand"
+        examples = "alone: predictions of single examples are not available for all runs"
     texts = [
         f"Standard error: over seeds, with deviations pooled over the column's rows, {examples}.",
         f"Verdicts: 5 % {family}.",

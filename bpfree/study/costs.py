@@ -1,4 +1,4 @@
-"""What the cells of a study that are left will cost: the table of ``--dry-run``."""
+"""Estimate what the remaining cells of a study will cost: the table of ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from bpfree.study.worklist import Worklist
 __all__ = ["costs"]
 
 SOURCES = {
-    "cells": "cells that are done",
-    "steps": "a few steps timed here on random numbers, without evaluation",
+    "cells": "finished cells",
+    "steps": "a few steps timed on random data; excludes evaluation",
     "budget": "the budget",
 }
 
 
 def costs(worklist: Worklist) -> tuple[list[list[Any]], str]:
-    """A row of text for each cell, and what is left in sentences. A few steps are timed where nothing is known."""
+    """Make a row of text for each cell, and sentences on the remaining cost; time a few steps where no measurement exists."""
     cells = worklist.cells()
     rows = {(row.written.label, row.column): row for row in worklist.table()}
     found: dict[Any, Estimate] = {}
@@ -41,12 +41,12 @@ def costs(worklist: Worklist) -> tuple[list[list[Any]], str]:
 
 
 def _kind(cell: Cell) -> Any:
-    """Cells that cost the same: one estimate is enough."""
+    """Return a key that cells of equal cost share, so that one estimate serves all of them."""
     return cell.key.row, cell.key.column, cell.key.trial is None, str(cell.recipe.settings.budget), cell.recipe.settings.batch_size
 
 
 def _done(rows: dict[tuple[str, str], TableRow], cell: Cell) -> list[CellRecord]:
-    row = rows.get((cell.key.row, cell.key.column))  # a twin is no row of the table
+    row = rows.get((cell.key.row, cell.key.column))  # a twin is not a row of the table
     return row.finished if cell.key.trial is None and row is not None else []
 
 
@@ -56,14 +56,14 @@ def _summary(worklist: Worklist, cells: Sequence[Cell], total: float, found: dic
     yield f"{left + later} of {worklist.count()} cells would be run" + (f", {later} of them when {worklist.waits_for()}" if later else "")
     used = dict.fromkeys(SOURCES[each.source] for each in found.values() if each.source)
     if used:
-        yield f"about {_duration(total)} of training on one worker, by {' and '.join(used)}" + (
-            f", without those that wait until {worklist.waits_for()}" if later else ""
+        yield f"about {_duration(total)} of training on one worker, estimated from {' and '.join(used)}" + (
+            f"; excludes the cells that run when {worklist.waits_for()}" if later else ""
         )
     tune = worklist.plan.study.tune
     if tune is not None and tune.pruning:
-        yield f"trials are pruned, and cost less: {tune.pruning}"
+        yield f"pruned trials will cost less: {tune.pruning}"
     for reason, count in unknown.items():
-        yield f"not known for {count} cells: {reason}"
+        yield f"no estimate for {count} cells: {reason}"
 
 
 def _duration(seconds: float) -> str:

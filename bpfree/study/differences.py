@@ -1,4 +1,4 @@
-"""What a difference between two rows of a study is worth: its error, the correction for many comparisons, and what more seeds would decide.
+"""Judge differences between rows of a study: their errors, the correction for many comparisons, and the seeds that would suffice.
 
 A difference of means over n seeds on a test split of N examples has the variance
 
@@ -28,17 +28,17 @@ __all__ = ["Difference", "Paired", "gap_share", "holm", "judge"]
 Examples = NDArray[np.float64]
 
 POWER = 0.8
-"""Of the smallest detectable difference."""
+"""Power at which the smallest detectable difference is defined."""
 MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A row and what it is compared with, seed by seed.
+    """The differences between a row and another row, seed by seed.
 
     Attributes:
         gains: of each seed that both have: what the row is better by, in the unit of the table.
-        examples: (N,) the gain on each test example, averaged over these seeds; ``None`` where predictions are not at hand.
+        examples: (N,) the gain on each test example, averaged over these seeds; ``None`` where predictions are not available.
     """
 
     gains: Sequence[float]
@@ -46,12 +46,12 @@ class Paired:
 
     @property
     def gain(self) -> float:
-        """Mean over seeds; positive: the row is better."""
+        """Mean difference over seeds; positive: the row is better."""
         return statistics.fmean(self.gains)
 
     @property
     def deviation(self) -> float | None:
-        """Of the gains over seeds; not known from one."""
+        """Standard deviation of the gains over seeds; not known from one seed."""
         return statistics.stdev(self.gains) if len(self.gains) > 1 else None
 
     @property
@@ -88,17 +88,17 @@ class Difference:
 
     @property
     def gain(self) -> float:
-        """Mean over seeds; positive: the row is better."""
+        """Mean difference over seeds; positive: the row is better."""
         return self.paired.gain
 
     @property
     def gains(self) -> Sequence[float]:
-        """Of each seed."""
+        """Paired difference of each seed."""
         return self.paired.gains
 
     @property
     def interval(self) -> Interval | None:
-        """95 %, of this comparison alone."""
+        """95 % interval of the gain, for this comparison alone."""
         if self.error is None:
             return None
         half = quantile(self.freedom, (1 + LEVEL) / 2) * self.error
@@ -130,7 +130,7 @@ def judge(family: Mapping[object, tuple[object, Paired]], *, point: float = 1.0)
 
 
 def _pooled(family: Sequence[Paired]) -> tuple[float | None, int]:
-    """Deviation over seeds of all comparisons together, and its degrees of freedom."""
+    """Pool the deviation over seeds of all comparisons; return it with its degrees of freedom."""
     several = [paired for paired in family if len(paired.gains) > 1]
     freedom = sum(len(paired.gains) - 1 for paired in several)
     if not freedom:
@@ -152,8 +152,10 @@ def _difference(paired: Paired, deviation: float | None, freedom: int, point: fl
 
 
 def _seeds_for(point: float, deviation: float, freedom: float, over_examples: float, examples: float) -> int | None:
-    """The fewest seeds with which a difference of ``point`` is detected; ``None`` beyond ``MOST_SEEDS``."""
-    normal = (quantile(math.inf, (1 + LEVEL) / 2) + quantile(math.inf, POWER)) ** 2  # Student's quantiles are larger: fewer will not do
+    """Find the fewest seeds that detect a difference of ``point``; ``None`` beyond ``MOST_SEEDS``."""
+    normal = (
+        quantile(math.inf, (1 + LEVEL) / 2) + quantile(math.inf, POWER)
+    ) ** 2  # Student's quantiles are larger than the normal ones, so that fewer seeds cannot suffice
     room = point**2 / normal - over_examples
     fewest = math.ceil(deviation**2 / room) if room > 0 else MOST_SEEDS + 1
     for n in range(max(2, fewest), MOST_SEEDS + 1):
@@ -208,7 +210,7 @@ def gap_share(
 
 
 def _fieller(rows: Examples) -> Interval | None:
-    """The interval of the ratio of two means, of rows (2, n)."""
+    """Compute Fieller's interval of the ratio of the means of two rows, (2, n)."""
     n = rows.shape[1]
     above, below = rows.mean(1)
     (v_above, both), (_, v_below) = np.cov(rows) / n * quantile(n - 1, (1 + LEVEL) / 2) ** 2

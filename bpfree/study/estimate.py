@@ -1,4 +1,4 @@
-"""What a study will cost: from cells that are done, or from a few steps on random numbers of the task's shape.
+"""Estimate the cost of a cell: from finished cells, or from a few steps on random numbers of the task's shape.
 
 No data are read and nothing is written. Training alone is counted, without evaluation and loading.
 """
@@ -38,7 +38,7 @@ class Estimate:
 
     Attributes:
         seconds: ``None`` where nothing can be said.
-        source: ``budget`` (it is given in seconds), ``cells`` (mean of those that are done), or ``steps`` (timed here).
+        source: ``budget`` (it is given in seconds), ``cells`` (mean of finished ones), or ``steps`` (timed here).
         reason: why nothing can be said.
     """
 
@@ -48,7 +48,7 @@ class Estimate:
 
 
 def estimate(cell: Cell, done: Sequence[CellRecord]) -> Estimate:
-    """The cost of a cell.
+    """Estimate the cost of a cell.
 
     Args:
         cell: to be run.
@@ -61,12 +61,12 @@ def estimate(cell: Cell, done: Sequence[CellRecord]) -> Estimate:
     if known:
         return Estimate(statistics.fmean(known), "cells")
     if cell.recipe.is_program:
-        return Estimate(None, reason="how long a program takes is known once one of its cells is done")
+        return Estimate(None, reason="the time of a program is known once one of its cells is finished")
     if cell.examples is None:
-        return Estimate(None, reason="the data are not here")
+        return Estimate(None, reason="the data are not on this machine")
     if budget.forwards is not None or budget.operations is not None:
         unit = "forward-pass equivalents" if budget.forwards is not None else "operations"
-        return Estimate(None, reason=f"a budget in {unit} is measured as it runs")
+        return Estimate(None, reason=f"a budget in {unit} can only be measured during training")
     try:
         return Estimate(_from_steps(cell.recipe, cell.examples), "steps")
     except (BpfreeError, RuntimeError, ValueError) as error:
@@ -74,7 +74,7 @@ def estimate(cell: Cell, done: Sequence[CellRecord]) -> Estimate:
 
 
 def _from_steps(recipe: Recipe, examples: int) -> float:
-    """Steps of the first phase, timed, times the number of steps."""
+    """Time steps of the first phase, and multiply by the number of steps."""
     spec, settings = recipe.spec(), recipe.settings
     device = environment.resolve_device(settings.device)
     kept = examples - round(recipe.task.validation * examples)
@@ -104,7 +104,7 @@ def _batch(spec: TaskSpec, size: int, device: torch.device) -> Batch:
 
 
 def _time_step(rule: Rule, phase: Phase, batch: Batch, recipe: Recipe) -> float:
-    """The fastest of a few."""
+    """Return the time of the fastest of a few steps."""
     stepper, device, times = Stepper(rule, recipe.settings.optimizer), leaves(batch.inputs)[0].device, []
     with stepper.phase(phase), environment.autocast(device, recipe.settings.precision):
         for _ in range(WARM_UP + TIMED):

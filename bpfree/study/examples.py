@@ -1,4 +1,4 @@
-"""What each test example became in the finished cells of a row: for the error of a difference over new examples."""
+"""Collect the scores of single test examples in the finished cells of a row, for the error of a difference over new examples."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ __all__ = ["OWN", "PROBED", "Scores", "paired", "scores_of", "twin_scores"]
 
 Examples = NDArray[np.float64]
 OWN, PROBED = "", "linear_probe"
-"""Which prediction: the rule's own, or that of a probe of its features."""
+"""Kinds of predictions: the rule's own, and those of a probe of its features."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a row reaches, by seed.
+    """The scores of a row, by seed.
 
     Attributes:
         means: in the unit of the table, of each seed with a finite result.
-        examples: of each test example, in the same unit; of the seeds whose predictions are at hand.
+        examples: of each test example, in the same unit; of the seeds whose predictions are available.
         greater: whether a greater score is better.
     """
 

@@ -1,7 +1,7 @@
-"""What an executor is: it runs the cells of a study somewhere, in any order, each in a process that may die.
+"""The interface of executors, which run the cells of a study in any order, each in a process that may die.
 
-The study (:func:`bpfree.study.command.execute`) gives it jobs as long as there is room, asks what has ended, and notes it. A cell whose
-worker has died is given to it again, and resumes from its checkpoint. So an executor need not try again, and keeps nothing.
+The study (:func:`bpfree.study.command.execute`) gives it jobs as long as there is room, asks which have ended, and saves their records. A
+cell whose worker has died is given to it again, and resumes from its checkpoint. So an executor need not retry, and stores nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from bpfree.study.worker import Job, Worker
 __all__ = ["GRACE", "Ended", "Executor", "Request", "run_job"]
 
 GRACE = 60.0
-"""Seconds that workers have to save what they are doing, and that a cell has beyond its time before its worker is killed."""
+"""Grace period in seconds for saving before a worker is killed, also for a cell beyond its time."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of an executor when it is made.
+    """Describe the cells that an executor is made for.
 
     Attributes:
         jobs: cells at a time, as ``--jobs`` says; ``None``: it does not.
@@ -42,13 +42,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended.
+    """The end of a job.
 
     Attributes:
         cell: ``job.key.id``.
         record: what :func:`run_job` has returned; ``None``: another process runs the cell, or the worker has died.
-        died: what became of the worker, if it died.
-        final: whether it makes no sense to try again.
+        died: how the worker died, if it did.
+        final: whether another attempt is pointless.
     """
 
     cell: str
@@ -68,17 +68,17 @@ class Executor(Protocol):
     slots: int
 
     def start(self, job: Job) -> None:
-        """Have a worker call :func:`run_job` with this job, which can be pickled; there is room for it."""
+        """Have a worker call :func:`run_job` with this job, which can be pickled; a slot is free."""
 
     def wait(self) -> list[Ended]:
-        """Give back what has ended within about a second; perhaps nothing.
+        """Wait for about a second, and return the jobs that have ended, if any.
 
         Raises:
             Interrupted: asked to stop.
         """
 
     def close(self) -> None:
-        """End the workers: those that still run a cell get a SIGTERM, and time to save it."""
+        """End the workers: send SIGTERM to those that run a cell, and give them time to save it."""
 
 
 def run_job(job: Job) -> CellRecord | None:
@@ -88,7 +88,7 @@ def run_job(job: Job) -> CellRecord | None:
         job: of the cell.
 
     Returns:
-        How it ended; ``None``: another process has it.
+        The record of the cell; ``None``: another process runs it.
 
     Raises:
         Interrupted: this process was asked to stop; the cell has a checkpoint.

@@ -31,7 +31,7 @@ __all__ = ["InProcess", "Pool", "local", "serve", "stoppable", "visible_gpus"]
 logger = logging.getLogger("bpfree")
 
 READY = "ready"
-"""What a worker says when it has imported what it needs."""
+"""Message of a worker that has finished its imports."""
 
 
 def local(request: Request, options: NoOptions) -> Executor:
@@ -45,14 +45,14 @@ def local(request: Request, options: NoOptions) -> Executor:
     wanted = request.jobs or max(request.usual, len(gpus))
     jobs, cores = min(wanted, max(1, request.left)), len(os.sched_getaffinity(0))
     if jobs > 1 and not gpus and jobs * request.threads > cores:
-        many = "%d cells at a time with %d threads each, on %d processors: they will hold each other up"
+        many = "%d cells at a time with %d threads each oversubscribe the %d processors"
         logger.warning(many, jobs, request.threads, cores)
-    # a pool for the last cell too: who asks for processes may have a rule that takes its process with it
+    # keep the pool even for one cell, because a rule may crash its process
     return InProcess() if wanted == 1 else Pool(jobs, gpus)
 
 
 def visible_gpus() -> list[str]:
-    """The CUDA devices of this process, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    """Return the CUDA devices of this process, as ``CUDA_VISIBLE_DEVICES`` names them."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -61,7 +61,7 @@ def visible_gpus() -> list[str]:
 
 
 class InProcess:
-    """One cell after the other, here."""
+    """Runs one cell after the other in this process."""
 
     slots = 1
 
@@ -69,16 +69,16 @@ class InProcess:
         self._worker, self._ended = Worker(), list[Ended]()
 
     def start(self, job: Job) -> None:
-        """Run it."""
+        """Run the job at once."""
         self._ended.append(Ended(job.key.id, self._worker.run(job)))
 
     def wait(self) -> list[Ended]:
-        """What has run."""
+        """Return the job that has run."""
         ended, self._ended = self._ended, []
         return ended
 
     def close(self) -> None:
-        """Nothing is left to end."""
+        """Do nothing, because no worker was started."""
 
 
 @dataclass
@@ -93,12 +93,12 @@ class _WorkerProcess:
     since: float = math.inf
 
     def begin(self) -> None:
-        """The time of its cell begins, if it is there to work: that it imports libraries first is not the cell's."""
+        """Start the clock of its cell once the worker is ready, so that imports do not count."""
         self.since = time.monotonic() if self.ready else math.inf
 
 
 class Pool:
-    """Processes on this machine, made when they are needed; one that dies is replaced.
+    """Runs cells in processes on this machine, which are started when needed and replaced when they die.
 
     Where there are GPUs, each process sees one of them, in turn. Processes end when this one dies, for whatever reason.
 
@@ -112,21 +112,21 @@ class Pool:
         self._workers: list[_WorkerProcess] = []
 
     def start(self, job: Job) -> None:
-        """Give it to a free process."""
+        """Send the job to a free process."""
         worker = next((worker for worker in self._workers if worker.job is None and worker.process.poll() is None), None) or self._new()
         worker.job = job
         worker.begin()
-        with contextlib.suppress(OSError):  # it has just died, which the next wait finds
+        with contextlib.suppress(OSError):  # the process has just died, which the next wait detects
             worker.connection.send(job)
 
     def wait(self) -> list[Ended]:
-        """Results, deaths, and cells whose time is long up."""
+        """Collect results and dead workers, and kill workers whose cell is long over time."""
         busy = [worker for worker in self._workers if worker.job is not None]
         wait([worker.connection for worker in busy], timeout=1.0)  # a connection ends when its process does
         return [found for worker in busy if (found := self._look(worker)) is not None]
 
     def close(self) -> None:
-        """Stop what runs, with its checkpoints."""
+        """Stop running cells, which save checkpoints."""
         for worker in self._workers:
             with contextlib.suppress(OSError):
                 if worker.job is not None:
@@ -142,11 +142,14 @@ class Pool:
         taken = {worker.number for worker in self._workers}
         number = next(number for number in range(len(taken) + 1) if number not in taken)
         ours, theirs = socket.socketpair()
-        variables = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # who waits keeps nobody from work
-        variables["PYTHONSAFEPATH"] = "1"  # nothing is imported from the current folder, also by processes that a worker starts
+        variables = {
+            **os.environ,
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        }  # a worker that waits must not occupy a processor
+        variables["PYTHONSAFEPATH"] = "1"  # neither a worker nor its child processes import from the current folder
         if self._gpus:
             variables["CUDA_VISIBLE_DEVICES"] = self._gpus[number % len(self._gpus)]
-        # a process group of its own: a keyboard's interrupt is for us, who tell the workers to stop
+        # a process group of its own: Ctrl-C reaches only this process, which then stops the workers
         code = (
             f"import sys; sys.path[:] = {search_path()}; from bpfree.study.executors import serve; serve({theirs.fileno()}, {os.getpid()})"
         )
@@ -176,7 +179,7 @@ class Pool:
         if job.timeout is not None and time.monotonic() - worker.since > 1.5 * job.timeout + GRACE:
             self._workers.remove(worker)
             _end(worker, 0.0)
-            return Ended(job.key.id, None, f"killed: it did not stop after its {job.timeout:g} s", final=True)
+            return Ended(job.key.id, None, f"killed: it did not stop after its timeout of {job.timeout:g} s", final=True)
         return None
 
 
@@ -198,17 +201,17 @@ def _how(code: int | None) -> str:
 
 
 def serve(handle: int, parent: int) -> None:
-    """What a process of the pool does: jobs, until it is asked to end.
+    """Run jobs in a process of the pool until it is asked to end.
 
     Args:
         handle: of the connection.
-        parent: process that must live.
+        parent: identifier of the process that started this one, and whose death ends it.
     """
     _end_with(parent)
     connection = Connection(handle)
     worker = Worker()
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt, Interrupted), stoppable():
-        installed_plugins().reported = True  # by the process that we belong to
+        installed_plugins().reported = True  # by the parent process
         connection.send(READY)
         while (job := connection.recv()) is not None:
             connection.send(worker.run(job))
@@ -219,20 +222,20 @@ def _end_with(parent: int) -> None:
     set_death_signal = 1
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:  # it was faster
+    if os.getppid() != parent:  # the parent died before the call above
         os._exit(1)
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Signals end what is done inside, in an orderly way.
+    """Turn the signals that end a process into an exception inside the context.
 
     Raises:
         Interrupted: one of them came.
     """
 
     def stop(number: int, frame: Any) -> None:
-        interrupts.answer(signal.SIG_DFL)  # the second one ends it at once
+        interrupts.answer(signal.SIG_DFL)  # a second signal ends the process at once
         raise Interrupted(f"stopped by {signal.Signals(number).name}", None)
 
     with interrupts.handling(stop):

@@ -1,6 +1,6 @@
-"""Study files: YAML, read strictly. All problems are reported at once.
+"""Read study files: strict YAML, with all problems reported at once.
 
-What a file holds is described in ``docs/studies.md``. Settings are checked against rules and tasks when cells are made of them
+``docs/studies.md`` describes the format. Settings are checked against rules and tasks when cells are made of them
 (:mod:`bpfree.study.cells`), so that a study can be shown where its plugin's data are not.
 """
 
@@ -49,14 +49,14 @@ FIRST_TUNING_SEED = 1000
 METRIC = re.compile(r"(test|train)/[A-Za-z]\w*")
 MOST = {"jobs": 1024, "trials": 10_000, "seeds": 10_000, "rung": 1_000_000, "reduction": 1000}
 NOT_HERE = {
-    "seed": "the seeds of a study are its key seeds",
-    "seeds": "it is a key of the study, not a setting",
-    "output": "it is for the command line to say",
+    "seed": "use the study's key seeds",
+    "seeds": "write it as a key of the study, beside rows",
+    "output": "set it on the command line",
 }
 
 
 def find_study(name: str, registry: Plugins | None = None) -> Study:
-    """A registered study by its name, or a file by its path.
+    """Find a registered study by its name, or read a file by its path.
 
     Raises:
         UsageError: neither, or the file is wrong.
@@ -74,7 +74,7 @@ def find_study(name: str, registry: Plugins | None = None) -> Study:
 
 
 def read_study(path: Path, name: str | None = None, registry: Plugins | None = None) -> Study:
-    """A study of a YAML file (safe tags only).
+    """Read a study from a YAML file (safe tags only).
 
     Args:
         path: of the file.
@@ -82,7 +82,7 @@ def read_study(path: Path, name: str | None = None, registry: Plugins | None = N
         registry: of rules and presets, for a grid; the installed plugins by default.
 
     Raises:
-        UsageError: no such file, no YAML, or with everything that is wrong in it.
+        UsageError: the file is missing or not YAML, or with every problem in it.
     """
     try:
         text = yaml_values.text_in(path)
@@ -102,7 +102,7 @@ def read_study(path: Path, name: str | None = None, registry: Plugins | None = N
 
 
 def _content(plain: Any, written: Any, parents: tuple[str, ...] = ()) -> Any:
-    """A study's content: values, but settings as they are written, because their types are known with their keys."""
+    """Convert a study's content to values, but keep settings as written, because their types depend on their keys."""
     if parents and _are_settings(parents, plain):
         return written
     if isinstance(plain, dict):
@@ -177,35 +177,35 @@ class _StudyReader:
         cells = self._cells(node.get("columns"), where, [column.label for column in columns])
         settings = self._settings(node.get("settings"), f"{where}: settings")
         if (program := self._text(node, "program", where)) and any(canonical(key, "") == "program.name" for key in settings):
-            self.problems.append(f"{where}: the program is named twice, beside the settings and in them")
+            self.problems.append(f"{where}: the program is set twice, as program and in settings")
         settings = {"program": program, **settings} if program else settings
         published, space = self._published(node.get("published"), where, cells), self._row_space(node, where, tune)
         shared, without = getattr(entry, "shared", ()), getattr(entry, "without", ())  # of a grid
         return Row(label, settings, cells, published, space, shared, without)
 
     def _cells(self, node: Any, where: str, labels: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-        """The columns of a row: all, those listed, or those named with settings of their own."""
+        """Read the columns of a row: all, those listed, or those named with settings of their own."""
         if node is None:
             return {label: {} for label in labels}
         if labels == [""]:
-            self.problems.append(f"{where}: columns: the study has none")
+            self.problems.append(f"{where}: columns: the study has no columns")
             return {"": {}}
         if isinstance(node, list):
             node = dict.fromkeys(map(str, node))
         own = self._mapping(node, f"{where}: columns", labels, kind="column")
         if not own:
-            self.problems.append(f"{where}: columns: names none")
+            self.problems.append(f"{where}: columns: must name at least one column")
         return {label: self._settings(own[label], f"{where}: columns: {label}") for label in labels if label in own}
 
     def _controls(self, node: Mapping[str, Any], rows: Sequence[str]) -> list[str]:
-        """Labels of some rows, and not of all."""
+        """Read the labels of control rows, which must not be all rows."""
         labels = [self._text({"label": label}, "label", "controls", needed=True) for label in self._list(node, "controls")]
         for label in labels:
             if label and label not in rows:
                 self._unknown("row", label, [row for row in rows if row], "controls")
         self._unique(labels, "controls")
         if rows and set(rows) <= set(labels):
-            self.problems.append("controls: names every row: none is left to compare with them")
+            self.problems.append("controls: names every row; leave out at least one to compare")
         return labels
 
     def _targets(self, node: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, float]:
@@ -228,7 +228,7 @@ class _StudyReader:
         node = self._mapping(value, "tune", TUNE_KEYS)
         trials, search = self._positive(node, "trials", "tune", whole=True), node.get("search", SEARCHES[0])
         if node.get("trials") is None:
-            self.problems.append("tune: trials: must say how many, the default configuration included")
+            self.problems.append("tune: trials: must be the number of trials, including the default configuration")
         if search not in SEARCHES:
             self._unknown("search", search, SEARCHES, "tune: search")
         pruner, rung, reduction = (
@@ -238,9 +238,9 @@ class _StudyReader:
         if pruner not in PRUNERS:
             self._unknown("pruner", pruner, PRUNERS, "tune: pruner")
         if pruner == "none" and (rung or reduction):
-            self.problems.append("tune: rung and reduction are for tune: pruner: asha")
+            self.problems.append("tune: rung and reduction need pruner: asha")
         if reduction == 1:
-            self.problems.append("tune: reduction: with 1 every trial goes on: give 2 or more, or pruner: none")
+            self.problems.append("tune: reduction: 1 would prune no trial: set 2 or more, or pruner: none")
         seeds = node.get("seeds", 1)
         listed = self._seeds(seeds, "tune: seeds")
         if _is_integer(seeds):
@@ -257,7 +257,7 @@ class _StudyReader:
         )
 
     def _space(self, value: Any, where: str) -> dict[str, Domain]:
-        """By dotted key; domains that are ``null`` or wrong are left out."""
+        """Read a search space by dotted key; leave out domains that are ``null`` or wrong."""
         found: dict[str, Domain] = {}
         for key, domain in self._plain(value, where).items():
             read = None if domain is None else REFERENCE if refers(domain) else _domain(domain)
@@ -266,31 +266,29 @@ class _StudyReader:
             elif read is not None:
                 found[key] = read
             if key in NOT_HERE:
-                self.problems.append(f"{where}: {key} has no place here: {NOT_HERE[key]}")
+                self.problems.append(f"{where}: {key} is not allowed here: {NOT_HERE[key]}")
         return found
 
     def _row_space(self, node: Mapping[str, Any], where: str, tune: Tune | None) -> dict[str, Domain]:
-        """The study's space with the row's changes: ``tune: {KEY: DOMAIN}``, ``{KEY: null}`` takes one away, ``false`` all."""
+        """Change the study's space for a row: ``tune: {KEY: DOMAIN}`` sets a domain, ``{KEY: null}`` removes one, ``false`` all."""
         own = node.get("tune")
         if own is False or tune is None:
             if own and tune is None:
-                self.problems.append(f"{where}: tune: the study tunes nothing: it needs tune with trials")
+                self.problems.append(f"{where}: tune: the study has no tune with trials; add it to the study")
             return {}
         own = {} if own is None else own
         kept = {key: domain for key, domain in tune.space.items() if not isinstance(own, dict) or key not in own}
         return {**kept, **self._space(own, f"{where}: tune")}
 
     def _tuning_fits(self, study: Study) -> None:
-        """Validation chooses, and the seeds that it chooses by are not those that are tested."""
+        """Check that tuning has something to tune, and seeds that are not seeds of the study."""
         if study.tune is None:
             return
         shared = sorted(set(study.tune.seeds) & set(study.seeds))
         if shared:
-            self.problems.append(
-                f"tune: seeds: {', '.join(map(str, shared))} are seeds of the study: what is tested must be trained afresh"
-            )
+            self.problems.append(f"tune: seeds: {', '.join(map(str, shared))} are seeds of the study; choose other seeds for tuning")
         if not any(row.space for row in study.rows):
-            self.problems.append("tune: space: names nothing to tune, and no row does")
+            self.problems.append("tune: space: names no setting to tune, nor does any row")
 
     # --- published numbers ------------------------------------------------------------------------------------------
 
@@ -321,12 +319,12 @@ class _StudyReader:
         return Published(*map(float, parts))
 
     def _one_kind(self, study: Study) -> None:
-        """A table has one kind of number for a split."""
+        """Check that the published numbers of a split are of one metric."""
         names = {name for row in study.rows for numbers in row.published.values() for name in numbers}
         for split in ("test", "train"):
             kinds = sorted(name for name in names if name.startswith(f"{split}/"))
             if len(kinds) > 1:
-                self.problems.append(f"published: {' and '.join(kinds)} in one table: choose one")
+                self.problems.append(f"published: {' and '.join(kinds)} in one table: publish one metric per split")
 
     # --- values -----------------------------------------------------------------------------------------------------
 
@@ -363,7 +361,9 @@ class _StudyReader:
     def _label(self, node: Mapping[str, Any], where: str) -> str:
         label = self._text(node, "label", where, needed=True)
         if "," in label or "\n" in label:
-            self.problems.append(f"{where}: label {label!r}: no commas and line breaks, as --rows and --columns take labels between commas")
+            self.problems.append(
+                f"{where}: label {label!r} must not contain commas or line breaks (--rows and --columns are comma-separated)"
+            )
         return label
 
     def _unique(self, labels: Sequence[Any], where: str) -> None:
@@ -372,7 +372,7 @@ class _StudyReader:
         )
 
     def _positive(self, node: Mapping[str, Any], key: str, where: str = "", *, whole: bool = False) -> Any:
-        """A positive number, ``None`` where there is none."""
+        """Read a positive number; ``None`` if the key is missing."""
         value = node.get(key)
         if value is None:
             return None
@@ -391,13 +391,13 @@ class _StudyReader:
             return []
         listed = list(range(value)) if _is_integer(value) else value
         if not isinstance(listed, list) or not listed or not all(_is_integer(seed) and seed >= 0 for seed in listed):
-            self.problems.append(f"{where}: must be how many (1 or more), or a list of seeds, not {value!r}")
+            self.problems.append(f"{where}: must be the number of seeds (1 or more) or a list of seeds, not {value!r}")
             return []
         self._unique(listed, where)
         return listed
 
     def _settings(self, node: Any, where: str) -> dict[str, Any]:
-        """By dotted key, nested or not."""
+        """Read settings by dotted key, nested or not."""
         found: dict[str, Any] = {}
         keys: set[str] = set()
         try:
@@ -412,7 +412,7 @@ class _StudyReader:
             if refers(leaf.value):
                 self.problems.append(f"{where}: {leaf.key}: {REFERENCE}")
             if leaf.key in NOT_HERE:
-                self.problems.append(f"{where}: {leaf.key} has no place here: {NOT_HERE[leaf.key]}")
+                self.problems.append(f"{where}: {leaf.key} is not allowed here: {NOT_HERE[leaf.key]}")
             keys.add(key)
             found[leaf.key] = leaf.value
         return found
@@ -435,10 +435,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _domain(value: Any) -> Domain | str:
-    """A domain as a study file has it: ``{low: 1e-4, high: 0.1, log: true}``, or a list of choices. What is wrong with it otherwise."""
+    """Read a domain, ``{low: 1e-4, high: 0.1, log: true}`` or a list of choices; return a problem as text."""
     if isinstance(value, list):
         value = [_choice(entry) for entry in value]
-        return Choices(value) if len(value) > 1 else "a list of choices has two or more"
+        return Choices(value) if len(value) > 1 else "a list of choices must have two or more"
     if not isinstance(value, dict) or not {"low", "high"} <= value.keys() <= {"low", "high", "log"}:
         return "must be {low: ..., high: ..., log: true or false}, or a list of choices"
     low, high, log = (yaml_values.plain(value.get(key, False)) for key in ("low", "high", "log"))
@@ -450,7 +450,7 @@ def _domain(value: Any) -> Domain | str:
 
 
 def _choice(value: Any) -> Any:
-    """Numbers in whatever notation are numbers; what else has a text of its own is that text, until the key's type is known."""
+    """Read a choice: a number in any notation, otherwise the text as written until the key's type is known."""
     if isinstance(value, yaml_values.Scalar):
         return value.value if isinstance(value.value, float) and math.isfinite(value.value) else value.text
     return [_choice(entry) for entry in value] if isinstance(value, list) else value

@@ -1,6 +1,6 @@
-"""What a study must know of its data before it trains: their fingerprint and number of examples.
+"""Fingerprints and numbers of examples of data sets, which a study must know before it trains.
 
-Both are computed once from the loaded set, and kept beside the studies' cells together with size and time of the files that were
+Both are computed once from the loaded set, and kept with the studies' cells, together with size and time of the files that were
 read, so that the next plan need not read them.
 """
 
@@ -26,7 +26,7 @@ NAME = "data.json"
 
 @dataclass(frozen=True)
 class KnownData:
-    """A data set as it lies here.
+    """A data set on this machine.
 
     Attributes:
         fingerprint: of the training and test examples, whatever the validation split.
@@ -54,7 +54,7 @@ class Fingerprints:
         self.files: set[Path] | None = set() if self._path is None else {self._path}
 
     def of(self, recipe: Recipe) -> KnownData | None:
-        """What is known of the recipe's data; ``None`` if they cannot be had, or are not here and must not be loaded."""
+        """Look up the recipe's data; ``None`` if they cannot be loaded, or are not on this machine and must not be loaded."""
         source = recipe.registry.get("tasks", recipe.names["task"])
         options = _options(recipe)
         files = None if source.files is None else list(source.files(recipe.options["task"], recipe.root()))
@@ -66,7 +66,7 @@ class Fingerprints:
         return self._known[key]
 
     def _find(self, recipe: Recipe, source: Any, key: str, *, there: bool) -> KnownData | None:
-        # a set that does not name its files is known by loading it; who must not load takes what was found the last time
+        # a set that does not name its files must be loaded; where loading is not allowed, the last fingerprint is used
         trusted = not self._load if source.files is None else there and bool(source.files(recipe.options["task"], recipe.root()))
         kept = self._kept().get(key) if trusted else None
         if kept is not None:
@@ -75,11 +75,11 @@ class Fingerprints:
             return None
         try:
             task = Task.from_source(source, recipe.options["task"], root=recipe.root(), validation=0, subset=recipe.task.subset)
-        except BpfreeError:  # the cells will say so
+        except BpfreeError:  # the cells will report the error
             return None
         found = KnownData(task.fingerprint(), len(task.train))
         if source.files is not None:
-            files = [_state(path) for path in source.files(recipe.options["task"], recipe.root())]  # a download has changed them
+            files = [_state(path) for path in source.files(recipe.options["task"], recipe.root())]  # a download has changed the files
             key = digest([recipe.task_id, _options(recipe), str(recipe.root()), files])
         self._keep(key, found)
         return found
@@ -94,12 +94,12 @@ class Fingerprints:
     def _keep(self, key: str, data: KnownData) -> None:
         if self._path is not None and self._load:
             content = self._kept() | {key: dataclasses.asdict(data)}
-            with contextlib.suppress(OSError):  # then it is read again the next time
+            with contextlib.suppress(OSError):  # without the cache, the set is read again the next time
                 write_text(self._path, json.dumps(content, indent=2) + "\n")
 
 
 def _options(recipe: Recipe) -> dict[str, Any]:
-    """What decides which examples there are."""
+    """Select the options that determine the examples."""
     return dataclasses.asdict(recipe.options["task"]) | ({} if recipe.task.subset is None else {"subset": recipe.task.subset})
 
 

@@ -1,4 +1,4 @@
-"""The floors of a study: measured once for each task and network of its rows, and kept beside its cells.
+"""The floors of a study: measured once for each task and network of its rows, and kept with its cells.
 
 A floor belongs to the rows that share a task and a network. Rules that initialise a network of their own have one each.
 """
@@ -49,7 +49,7 @@ class FloorRecord:
         penalty: of the readout's weights.
         real: whether scores are minus a loss; otherwise accuracies from 0 to 1.
         chosen: whether source and penalty were chosen on validation; otherwise they are defaults.
-        seeds: in their order.
+        seeds: of the scores, in their order.
         validation, test: score of each seed.
         inputs: test score of each seed of a readout of the inputs alone.
         readings: source, penalty and mean on validation of everything that was read.
@@ -78,19 +78,19 @@ class FloorRecord:
 
     @property
     def metric(self) -> Metric:
-        """What it is measured in; its scores are minus a loss."""
+        """Metric of the floor; scores of a loss are minus its value."""
         return LOSS if self.real else ACCURACY
 
     @property
     def by_seed(self) -> dict[int, float]:
-        """The test score of each seed."""
+        """Test score of each seed."""
         return dict(zip(self.seeds, self.test, strict=True))
 
 
 def floor_key(cell: Cell) -> str:
     """Identify what a cell's floor depends on, apart from seeds, data and versions: task, network, and who initialises it."""
     recipe = cell.recipe
-    if recipe.is_program:  # which has none
+    if recipe.is_program:  # a program has no floor
         return json.dumps({key: value for key, value in cell.settings.items() if key.split(".")[0] in ("task", "program")}, default=str)
     named = {key: value for key, value in cell.settings.items() if key.split(".")[0] in ("task", "network")}
     rule = recipe.registry.get("rules", recipe.names["rule"])
@@ -99,18 +99,18 @@ def floor_key(cell: Cell) -> str:
 
 
 def has_floor(cell: Cell) -> bool:
-    """Whether there is anything to read: a task without targets has no floor, nor has a program, which is no network."""
+    """Tell whether a cell can have a floor: a task without targets and a program have none."""
     return not cell.recipe.is_program and cell.recipe.spec().targets != "none"
 
 
 def _initialises(rule: type[Rule]) -> bool:
-    """Whether a rule has a network, or initial weights, of its own."""
+    """Tell whether a rule has a network, or initial weights, of its own."""
     return rule.brings_network or getattr(rule.network_options, "__func__", None) is not Rule.network_options.__func__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class Known:
-    """What was measured in this process: readings of the inputs by task, and floors by task and untrained weights."""
+    """Measurements of this process: readings of the inputs by task, and floors by task and untrained weights."""
 
     inputs: dict[Any, Reading] = field(default_factory=dict)
     floors: dict[Any, Floor] = field(default_factory=dict)
@@ -129,7 +129,7 @@ class Floors:
         self._known: dict[str, FloorRecord | None] = {}
 
     def of(self, row: TableRow, rows: Iterable[TableRow]) -> FloorRecord | None:
-        """Return the floor of a row; ``None`` where it was not measured, or there is none."""
+        """Return the floor of a row; ``None`` if it was not measured or does not exist."""
         if not has_floor(row.cells[0]):
             return None
         key = floor_key(row.cells[0])
@@ -166,11 +166,11 @@ class Floors:
         try:
             with np.load(self._folder / f"{name}.npz", allow_pickle=False) as arrays:
                 return {int(seed): arrays[seed] for seed in arrays.files}
-        except Exception:  # what a damaged archive raises is nowhere written
+        except Exception:  # numpy does not document what a damaged archive raises
             return {}
 
     def write(self, name: str, record: FloorRecord) -> None:
-        """Keep a record: numbers as JSON, decisions on test examples a byte each beside them."""
+        """Write a record: numbers as JSON, and a byte per test example in a second file."""
         arrays = {str(seed): values for seed, values in record.examples.items()}
         with replacing(self._folder / f"{name}.npz") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a flag for an array
@@ -183,7 +183,7 @@ class Floors:
 
 
 def measure_floors(plan: Plan, rows: Sequence[TableRow], folder: Path, say: Callable[[str], None]) -> Floors:
-    """Measure the floors that are not known yet, of the rows that have a result.
+    """Measure the missing floors of all rows that have a result.
 
     What cannot be measured is left blank, with a warning. Tasks without targets have no floor, nor have tables of another metric than
     accuracy, error and loss.

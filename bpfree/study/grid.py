@@ -1,4 +1,4 @@
-"""Grids: rules x networks x tasks, written out as the rows and columns of a table.
+"""Expand grids, rules x networks x tasks, to the rows and columns of a table.
 
 A rule that takes a network has a row for each of the study's networks; one with a network of its own (``Rule.brings_network``, or settings
 of ``network`` in its entry) has one. A task is a column. A *preset* stands for a rule with settings that a plugin ships for it.
@@ -25,7 +25,7 @@ logger = logging.getLogger("bpfree")
 
 GRID_KEYS = ("rules", "networks", "tasks", "exclude")
 KINDS = ("rule", "program", "preset", "presets")
-"""What an entry of the rules stands for."""
+"""Keys of which an entry of the rules has exactly one."""
 RULE_KEYS = ("rule", "program", "preset", "presets", "label", "settings", "published", "tune")
 NETWORK_KEYS = ("label", "settings")
 TASK_KEYS = ("label", "settings", "target")
@@ -57,7 +57,7 @@ class _Item:
 
 
 def expand(content: Mapping[str, Any], registry: Plugins, note: Note, folder: Path | None = None) -> dict[str, Any]:
-    """The file with ``rows`` and ``columns`` in place of its grid; as it is, if it has none.
+    """Replace the grid of a file by ``rows`` and ``columns``; return a file without a grid unchanged.
 
     Args:
         content: of the study file.
@@ -69,7 +69,7 @@ def expand(content: Mapping[str, Any], registry: Plugins, note: Note, folder: Pa
         return dict(content)
     both = [key for key in ("rows", "columns") if key in content]
     if both:
-        note(f"a study has rows and columns, or rules, networks and tasks; this has {' and '.join(both)} beside a grid")
+        note(f"a study has either rows and columns or rules, networks and tasks: remove {' and '.join(both)} or the grid")
     grid = _Grid(registry, note, folder)
     rules = [entry for node in _listed(content, "rules", note) for entry in grid.rules(node)]
     networks = [grid.entry(node, "network", NETWORK_KEYS) for node in _listed(content, "networks", note)]
@@ -116,7 +116,7 @@ class _Grid:
         self._registry, self._note, self._folder = registry, note, folder
 
     def entry(self, node: Any, kind: str, keys: Sequence[str]) -> _Item:
-        """A name, or a mapping with a label and settings."""
+        """Read an entry: a name, or a mapping with a label and settings."""
         if isinstance(node, str):
             return _Item(shown(node), {kind: node})
         if not isinstance(node, dict):
@@ -128,7 +128,7 @@ class _Grid:
         return _Item(str(node.get("label", shown(str(named)))), settings, {key: node[key] for key in keys[2:] if key in node})
 
     def rules(self, node: Any) -> Iterator[_Item]:
-        """The rule, or the rules, that an entry stands for."""
+        """Read the rules that an entry stands for."""
         if isinstance(node, str):
             node = {"rule": node}
         if not isinstance(node, dict) or sum(key in node for key in KINDS) != 1:
@@ -138,7 +138,7 @@ class _Grid:
         self._check(node, where, RULE_KEYS)
         own = self._settings(node, where)
         if any(key in ("rule", "rule.name", "program", "program.name") for key in own):
-            self._note(f"{where}: settings: rule names another rule than the entry does")
+            self._note(f"{where}: settings: rule names another rule than the entry")
         if "program" in node:
             name, more = str(node["program"]), {key: node[key] for key in ("published", "tune") if key in node}
             yield _Item(str(node.get("label") or name), {"program": name, **own}, more, own_network=True, brings_network=True)
@@ -146,7 +146,9 @@ class _Grid:
         found = [(name, {**self._flat(settings, where), **own}) for name, settings in self._named(node, where)]
         rules = [str(merged.get("rule", merged.get("rule.name", ""))) for _, merged in found]
         for (name, merged), rule in zip(found, rules, strict=True):
-            short = name.rpartition("/")[2] if rules.count(rule) > 1 else shown(rule)  # several presets of one rule go by their own names
+            short = (
+                name.rpartition("/")[2] if rules.count(rule) > 1 else shown(rule)
+            )  # several presets of one rule are labelled by their own names
             label = str(node.get("label") or (short if "presets" in node else name))
             more = {key: node[key] for key in ("published", "tune") if key in node}
             named = any(key.split(".")[0] == "network" for key in merged)
@@ -154,7 +156,7 @@ class _Grid:
             yield _Item(label, merged, more, brings or named, brings and not named)
 
     def _named(self, node: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """``(name, settings)`` of the rule, the preset, or of every installed preset that the pattern fits."""
+        """List ``(name, settings)`` of the rule, the preset, or every installed preset that matches the pattern."""
         if "rule" in node:
             yield shown(str(node["rule"])), {"rule": str(node["rule"])}
             return
@@ -169,7 +171,7 @@ class _Grid:
             self._note(f"{where}: {error.what}: {error.fix}")
 
     def _is_right(self, preset: str) -> bool:
-        """Whether the settings of a preset are those of its rule; one plugin's mistake is not to refuse the study of all."""
+        """Tell whether a preset's settings fit its rule; otherwise log it, so that one plugin's mistake does not refuse the study."""
         try:
             resolve(self._registry.get("presets", preset), self._registry)
         except UsageError as error:
@@ -186,7 +188,7 @@ class _Grid:
             return True
 
     def _settings(self, node: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """By dotted key, so that those of a rule and of its preset or network meet."""
+        """Read settings by dotted key, so that those of a rule and of its preset or network can be compared."""
         settings = node.get("settings")
         if settings is not None and not isinstance(settings, dict):
             self._note(f"{where}: settings: must be a mapping of settings to values, not {settings!r}")
@@ -230,6 +232,6 @@ class _Excluded:
             self._combinations.append(chosen)
 
     def holds(self, rule: str, network: str | None, task: str | None) -> bool:
-        """Whether a cell is left out."""
+        """Tell whether a cell is excluded."""
         cell = {"rule": rule, "network": network, "task": task}
         return any(all(cell[axis] in names for axis, names in chosen.items()) for chosen in self._combinations)

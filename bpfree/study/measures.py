@@ -1,4 +1,4 @@
-"""What a study shows of its runs: a metric of a split, in the unit in which people read it."""
+"""Measures that a study reports: a metric of a split, in the unit that is shown to readers."""
 
 from __future__ import annotations
 
@@ -36,42 +36,42 @@ class Measure:
 
     @property
     def key(self) -> str:
-        """``test/error``, as study files have it."""
+        """Key in study files, such as ``test/error``."""
         return f"{self.split}/{self.metric.name}"
 
     @property
     def name(self) -> str:
-        """``test error``."""
+        """Name for sentences, such as ``test error``."""
         return f"{self.split} {self.metric.name.replace('_', ' ')}"
 
     @property
     def label(self) -> str:
-        """``test error, %``: for columns and axes."""
+        """Label of columns and axes, such as ``test error, %``."""
         return f"{self.split} {self.metric.label}"
 
     @property
     def unit(self) -> str:
-        """With a space before it: `` %``; empty where there is none."""
+        """Unit with a space before it, `` %``; empty without a unit."""
         unit = "%" if self.metric.share else self.metric.unit
         return f" {unit}" if unit else ""
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Between which numbers lie, in the unit that is shown."""
+        """Least and greatest possible value, in the unit that is shown."""
         return (0.0, 100.0) if self.metric.share else (-math.inf, math.inf)
 
     @property
     def of_predictions(self) -> bool:
-        """Whether it is a mean over examples of what is kept of each (:mod:`bpfree.training.predictions`): accuracy, error and loss."""
+        """Whether the measure is a mean over stored predictions of single examples: accuracy, error and loss."""
         return self.measured in (ACCURACY.name, LOSS.name)
 
     def shown(self, value: Number) -> Number:
-        """Convert what runs measure to the unit that is shown."""
+        """Convert a run's value to the unit that is shown."""
         scaled = self.metric.factor * value
         return scaled if self.measured == self.metric.name else self.metric.factor - scaled
 
     def of(self, values: Mapping[str, float], which: str = "") -> float | None:
-        """Find it among the numbers of a run, in the unit that is shown; ``None`` if it was not measured.
+        """Look up the measure in a run's metrics, in the unit that is shown; ``None`` if it was not measured.
 
         Args:
             values: the run's result, or the metrics of an epoch.
@@ -90,7 +90,7 @@ class Measure:
 
 
 def measure_of(key: str, known: Mapping[str, Metric]) -> Measure:
-    """Say what a key such as ``test/macro_f1`` shows; ``test/error`` is 1 less the accuracy, unless a task has an error of its own."""
+    """Make the measure of a key such as ``test/macro_f1``; ``test/error`` is 1 less the accuracy, unless a task defines its own error."""
     split, _, name = key.partition("/")
     if name == ERROR.name and name not in known:
         return Measure(split, ERROR, ACCURACY.name)
@@ -99,7 +99,7 @@ def measure_of(key: str, known: Mapping[str, Metric]) -> Measure:
 
 
 def metrics_of(recipe: Recipe, records: Iterable[CellRecord] = ()) -> dict[str, Metric]:
-    """Name what the predictions of a recipe's runs are scored by, first the primary one.
+    """Return the metrics that score the predictions of a recipe's runs, the primary one first.
 
     Args:
         recipe: resolved.

@@ -1,4 +1,4 @@
-"""What a study is: rows, columns, seeds, and the numbers that were published. Data; :mod:`bpfree.study.file` reads it from a file."""
+"""Data classes of a study: rows, columns, seeds and published numbers; :mod:`bpfree.study.file` reads them from a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 __all__ = ["MEMORY", "Choices", "Column", "Domain", "Published", "Range", "Row", "Study", "Tune"]
 
 MEMORY = "memory_mb"
-"""What can be published beside metrics of splits: memory of training in MiB."""
+"""Key of published numbers that is not a metric of a split: memory of training in MiB."""
 
 
 Search = Literal["quasi-random", "tpe"]
@@ -44,7 +44,7 @@ Domain = Range | Choices
 
 @dataclass(frozen=True)
 class Tune:
-    """How the rows of a study are tuned: each with the same number of trials, by validation alone.
+    """Settings of tuning, by which every row has the same number of trials, scored on validation only.
 
     Attributes:
         trials: of each row in each column; the first is the configuration as the file has it.
@@ -52,10 +52,10 @@ class Tune:
         seeds: of the trials, over which a score is the mean; none of them is a seed of the study.
         space: by setting; a row may change it.
         settings: of trials alone, such as a shorter budget.
-        pruner: ``asha``: trials are compared at rungs, and most of them go on no further (:mod:`bpfree.study.pruning`); ``none``: each
+        pruner: ``asha``: trials are compared at rungs, and most of them are ended there (:mod:`bpfree.study.pruning`); ``none``: each
             trains to its end.
         rung: epochs of the first rung.
-        reduction: of how many trials at a rung one goes on; the next rung is so many times as far.
+        reduction: one of this many trials at a rung continues; the next rung is this many times as far.
     """
 
     trials: int
@@ -69,11 +69,11 @@ class Tune:
 
     @property
     def pruning(self) -> str:
-        """Say how trials are pruned; the empty string: they are not."""
+        """Description of the pruning of trials; empty without pruning."""
         if self.pruner == "none":
             return ""
         each = f"{self.rung}, {self.rung * self.reduction}, {self.rung * self.reduction**2} ... epochs"
-        return f"after {each} one of {self.reduction} trials goes on, the best on validation of those so far (successive halving)"
+        return f"after {each} one of {self.reduction} trials continues, the best so far on validation (successive halving)"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Study:
         seeds: the repetitions.
         columns: at least one; a single one without a label where the file has none.
         rows: in the order of the table.
-        controls: labels of the rows beside which the others are put, such as random features.
+        controls: labels of the rows with which all others are compared, such as random features.
         targets: by column, the value of the task's primary metric on validation (shares in per cent) whose time is taken.
         tune: how rows are tuned; ``None``: they are not.
         jobs: cells that run at the same time, unless the command line says otherwise.
@@ -157,14 +157,14 @@ class Study:
     equal_budget: bool = False
 
     def published_metric(self, split: str) -> str | None:
-        """The metric of a split that is published, such as ``test/error``; ``None`` where none is."""
+        """Return the published metric of a split, such as ``test/error``; ``None`` if there is none."""
         names = (name for row in self.rows for numbers in row.published.values() for name in numbers)
         return next((name for name in names if name.startswith(f"{split}/")), None)
 
     def publishes(self, split: str) -> bool:
-        """Whether any number of a split is published."""
+        """Tell whether any number of a split is published."""
         return self.published_metric(split) is not None
 
     def cells(self) -> Iterator[tuple[Row, Column]]:
-        """The cells of one repetition, row by row."""
+        """Iterate over the cells of one repetition, row by row."""
         return ((row, column) for row in self.rows for column in self.columns if column.label in row.columns)

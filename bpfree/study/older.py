@@ -1,4 +1,4 @@
-"""Finished cells of other sources or versions: for reports, which say so. Nothing is trained less because of them."""
+"""Find finished cells of other sources or versions, which reports show with a remark; they do not replace training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bpfree.study.store import CellRecord, CellStore
 __all__ = ["OlderCells", "older_cells"]
 
 MEASURED_BESIDE = "evaluation.protocols"
-"""Measured at the end of a run; changes none of its other results."""
+"""Setting of measurements at the end of a run, which change none of its other results."""
 
 Place = tuple[str, str, int, int | None]
 

@@ -1,9 +1,8 @@
 """Pruning of trials by rung: asynchronous successive halving (Li et al. 2020), decided in the order of the trials.
 
-Each trial trains until the epochs of a rung and waits there. It goes on if its score is among the best of those that reached the rung,
-its own and earlier trials' (the best 1/reduction of them, and at least one), which is Optuna's ``SuccessiveHalvingPruner`` for trials that
-come one after the other. A decision waits for the earlier trials that may still reach the rung, so that it does not depend on how many
-run side by side, or on how fast they are.
+Each trial trains until the epochs of a rung and waits there. It continues if its score is among the best 1/reduction (at least one) of the
+scores at this rung, of itself and earlier trials. For sequential trials this is Optuna's ``SuccessiveHalvingPruner``. A decision waits for
+the earlier trials that may still reach the rung, so that it does not depend on the number of parallel trials, or on their speed.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ __all__ = ["Decision", "Reached", "decide", "is_promoted", "rungs_of"]
 
 @dataclass(frozen=True)
 class Reached:
-    """How far a trial has come.
+    """Progress of a trial.
 
     Attributes:
-        scores: at the rungs that it has reached, by their epochs; NaN for a rung at which nothing was measured, which prunes nobody.
+        scores: at the rungs that it has reached, by their epochs; NaN for a rung without a measurement, which prunes no trial.
         ended: whether it trains no more: it has finished, or failed.
     """
 
@@ -31,7 +30,7 @@ class Reached:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a trial.
+    """The decision on a trial.
 
     Attributes:
         state: ``train`` until ``rung`` (``None``: to its end), ``wait`` at a rung for earlier trials, or ``pruned`` at one.
@@ -52,12 +51,12 @@ def rungs_of(first: int, reduction: int, epochs: int) -> list[int]:
 
 
 def decide(trials: Sequence[Reached], rungs: Sequence[int], reduction: int, *, greater: bool) -> list[Decision]:
-    """Decide on each trial.
+    """Decide which trials train, wait, or are pruned.
 
     Args:
         trials: in their order.
         rungs: ascending.
-        reduction: of how many one goes on.
+        reduction: one of this many trials continues.
         greater: whether greater scores are better.
     """
     found: list[Decision] = []
@@ -84,7 +83,7 @@ def decide(trials: Sequence[Reached], rungs: Sequence[int], reduction: int, *, g
 
 
 def is_promoted(score: float, scores: Sequence[float], reduction: int, *, greater: bool) -> bool:
-    """Tell whether a score is among the best ``1/reduction`` of some, of which it is one; at least the best one is."""
+    """Tell whether a score is among the best ``1/reduction`` (at least one) of ``scores``, which include it."""
     ranked = sorted(scores, reverse=greater)
     last = ranked[max(1, len(ranked) // reduction) - 1]
     return score >= last if greater else score <= last

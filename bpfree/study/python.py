@@ -1,4 +1,4 @@
-"""Studies from Python: :func:`compare` rules, or :func:`run_study` on a study of your own; rules, networks and tasks may be objects."""
+"""Run studies from Python with :func:`compare` and :func:`run_study`; rules, networks and tasks may be objects."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def compare(
     output: str | Path = "runs",
     jobs: int | None = None,
 ) -> Report:
-    """Compare rules over seeds, as ``bpfree compare`` does; what is finished is not run again.
+    """Compare rules over seeds, as ``bpfree compare`` does; finished cells are not run again.
 
     Args:
         rules: names (with settings of their own: ``"noprop-dt,rule.T=1"``), or classes.
@@ -45,15 +45,15 @@ def compare(
         task: a name, a task, or a function that returns one or ``(train, test)``.
         settings: of all cells, by dotted key or nested: ``{"budget.epochs": 10}``.
         seeds: how many.
-        references: beside the linear classifier, own-prediction twins and back-propagation.
+        references: add the linear classifier, own-prediction twins and back-propagation.
         output: folder of runs.
         jobs: cells at a time; with several, objects must be importable by other processes.
 
     Returns:
-        The report; ``.text()`` is what the terminal would show. Its page lies in ``OUTPUT/studies``.
+        The report; ``.text()`` gives it as the terminal would show it. Its page lies in ``OUTPUT/studies``.
 
     Raises:
-        UsageError: with everything that is wrong, before anything is trained.
+        UsageError: with every problem, before anything is trained.
     """
     things = Things(installed_plugins())
     words = [things.name("rules", rule) for rule in rules]
@@ -65,7 +65,7 @@ def compare(
 
 
 def run_study(study: Study, *, settings: Mapping[str, Any] | None = None, output: str | Path = "runs", jobs: int | None = None) -> Report:
-    """Run what is not finished of a study, and report on it.
+    """Run the unfinished cells of a study, and report on it.
 
     Args:
         study: of a file (:func:`bpfree.study.file.find_study`), or made of :class:`bpfree.study.model.Row`.
@@ -74,10 +74,10 @@ def run_study(study: Study, *, settings: Mapping[str, Any] | None = None, output
         jobs: cells at a time; ``None``: what the study says.
 
     Returns:
-        The report; ``.text()`` is what the terminal would show.
+        The report; ``.text()`` gives it as the terminal would show it.
 
     Raises:
-        UsageError: with everything that is wrong, before anything is trained.
+        UsageError: with every problem, before anything is trained.
     """
     overrides = [*leaves_of(settings or {}, "", "run_study"), _output(output)]
     return _run(cells.plan(study, overrides), output, jobs)
@@ -94,19 +94,19 @@ def _run(plan: cells.Plan, output: str | Path, jobs: int | None) -> Report:
 
 
 class _Logged:
-    """Says in the log which cells have ended without a result."""
+    """Logs the cells that have ended without a result."""
 
     def started(self, cell: Cell, before: CellRecord | None) -> None:
-        """Nothing to say."""
+        """Do nothing: only failures are logged."""
 
     def waiting(self, cells: Sequence[Cell], epoch: Callable[[Cell], str]) -> None:
-        """Nothing to say."""
+        """Do nothing: only failures are logged."""
 
     def ended(self, cell: Cell, record: CellRecord | None, left: int) -> None:
-        """A cell has ended."""
+        """Log a cell that has ended without a result."""
         if record is not None and record.status != "finished":
             logger.warning("%s: %s: %s", cell.key.label, record.status, record.reason)
 
     def say(self, text: str) -> None:
-        """Anything else."""
+        """Log any other message."""
         logger.info("%s", text)

@@ -1,4 +1,4 @@
-"""Cells as tasks of a Ray cluster: many machines, the same cells, the same store.
+"""The executor ``ray``: cells run as tasks of a Ray cluster, which may have many machines.
 
 A task asks for as many processors as its cell has threads, and for a GPU where there are any. Ray starts the task of a worker that dies
 again in another one, which resumes from the checkpoint if it sees the folder of runs; machines that do not share it send their results
@@ -21,17 +21,17 @@ from bpfree.study.worker import Job
 __all__ = ["RayConfig", "RayExecutor"]
 
 RETRIES = 3
-"""How often Ray starts a task again whose worker has died."""
+"""Number of times that Ray restarts a task whose worker has died."""
 
 
 @dataclass
 class RayConfig:
-    """Which cluster, and what a cell asks of it."""
+    """Options of the executor ``ray``."""
 
     address: str | None = option(
-        None, "of the cluster, or auto: the one that this machine belongs to (none: RAY_ADDRESS, else one of its own)"
+        None, "address of the Ray cluster, or auto for the cluster of this machine (default: $RAY_ADDRESS, otherwise a local cluster)"
     )
-    gpus: float | None = option(None, "GPUs of a cell, perhaps a share (none: 1 where its device is one)", ge=0)
+    gpus: float | None = option(None, "GPUs to request per cell; may be a fraction (default: 1 if the device is a GPU)", ge=0)
 
 
 class RayExecutor:
@@ -58,23 +58,23 @@ class RayExecutor:
         self.slots = min(most, request.jobs or most)
 
     def start(self, job: Job) -> None:
-        """Submit it."""
+        """Submit the job as a task."""
         self._tasks[self._remote.remote(job, {name: os.environ[name] for name in SECRETS if name in os.environ})] = job
 
     def wait(self) -> list[Ended]:
-        """The task that has ended, if any."""
+        """Wait for a task to end, and return its result, if any."""
         ready, _ = self._ray.wait(list(self._tasks), timeout=1.0)
         return [self._ended(task, self._tasks.pop(task)) for task in ready]
 
     def _ended(self, task: Any, job: Job) -> Ended:
         try:
             record: CellRecord | None = self._ray.get(task)
-        except self._ray.exceptions.RayError as error:  # again and again
+        except self._ray.exceptions.RayError as error:  # after all retries
             return Ended(job.key.id, None, f"its worker died ({type(error).__name__})")
         return Ended(job.key.id, record)
 
     def close(self) -> None:
-        """Stop what runs, with its checkpoints, and leave the cluster."""
+        """Stop running cells, which save checkpoints, and leave the cluster."""
         for task in self._tasks:
             with contextlib.suppress(Exception):
                 self._ray.cancel(task, force=False, recursive=False)
@@ -86,6 +86,6 @@ class RayExecutor:
 
 
 def _run(job: Job, environment: dict[str, str]) -> CellRecord | None:
-    """What a worker of the cluster does."""
+    """Run a job in a worker of the cluster."""
     os.environ.update(environment)
     return run_job(job)

@@ -1,4 +1,4 @@
-"""The rows of a study's table, each in one of its columns: resolved, with its cells, what is known of them, and its tuning."""
+"""The rows of a study's table, each in one column: resolved, with cells, their records, and tuning."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ VALIDATION = Measure("val", ACCURACY, ACCURACY.name)
 
 @dataclass(frozen=True)
 class Cell:
-    """A computation, resolved.
+    """A resolved run of a study.
 
     Attributes:
         key: which one.
         recipe: resolved.
         words: ``KEY=VALUE`` words that give the same recipe.
-        examples: for training, before a validation split is cut; ``None`` where the data are not here.
+        examples: for training, before a validation split is cut; ``None`` where the data are not on this machine.
     """
 
     key: CellKey
@@ -39,7 +39,7 @@ class Cell:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All settings by dotted key; kept, as every row of a table is compared with every other."""
+        """All settings by dotted key; cached, because each row of a table is compared with all others."""
         return self.recipe.flat()
 
 
@@ -53,7 +53,7 @@ class TableRow:
         recipe: with the settings of the file and the command line.
         leaves: these settings.
         cells: one per seed, with the settings that tuning has chosen.
-        records: of those cells, where anything is known.
+        records: of those cells, ``None`` for cells without one.
         tuned: the trials of its tuning; ``None`` where the study does not tune.
         twin: the own-prediction twin, with the same trials and as many operations; its cells are those of the seeds that are finished.
             ``None`` where the study asks for none, or the row has none.
@@ -70,45 +70,45 @@ class TableRow:
 
     @property
     def label(self) -> str:
-        """Row and column."""
+        """Label of row and column."""
         return f"{self.written.label} [{self.column}]" if self.column else self.written.label
 
     @property
     def finished(self) -> list[CellRecord]:
-        """Records with a result."""
+        """Records of the finished cells."""
         return [record for record in self.records if record is not None and record.status == "finished"]
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """What its runs are scored by, first the primary metric."""
+        """Metrics that score the row's runs, the primary one first."""
         return metrics_of(self.recipe, self.finished)
 
     @property
     def primary(self) -> Metric:
-        """The metric that its runs are judged by."""
+        """Primary metric of the row's runs."""
         return next(iter(self.metrics.values()))
 
     def by_seed(self, measure: Measure) -> dict[int, float]:
-        """A measure of the finished cells, as far as they have it; in the table's unit."""
+        """Return a measure of the finished cells that have it, by seed, in the table's unit."""
         return {record.key.seed: value for record in self.finished if (value := measure.of(record.result)) is not None}
 
     def published(self, key: str) -> Published | None:
-        """The paper's number of a metric, such as ``test/error``, where it is known."""
+        """Return the published number of a metric, such as ``test/error``; ``None`` if there is none."""
         return self.written.published.get(self.column, {}).get(key)
 
     def status_text(self) -> str:
-        """Why there is no result yet."""
+        """Describe why there is no result yet."""
         return next((record.status for record in self.records if record is not None), "not run")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration that was tried, on the tuning seeds, scored on the validation split.
+    """A configuration that was tried on the tuning seeds and scored on the validation split.
 
     Attributes:
         settings: of the tuned keys; the first trial of a row has none: it is the configuration as the study's file has it.
         values: of the tuned keys in full, those of the default configuration too.
-        status: ``finished``, ``diverged``, ``failed``, ``timeout``, ``pruned``; ``not run`` as long as nothing is known.
+        status: ``finished``, ``diverged``, ``failed``, ``timeout``, ``pruned``; ``not run`` without a record.
         score: on validation, in the unit that is shown (shares in per cent); ``None`` without a result.
         seconds: of training, over its seeds.
         comparable: whether these seconds can be compared.
@@ -128,7 +128,7 @@ class Tuned:
 
     Attributes:
         keys: what was tuned.
-        trials: in their order; the first is the default configuration. A trial that failed counts as one.
+        trials: in their order; the first is the default configuration, and failed trials count.
         planned: how many trials the study gives each row.
         measure: of the scores: the task's primary metric on validation.
         logarithmic: the keys that were searched on a logarithmic scale.
@@ -144,12 +144,12 @@ class Tuned:
 
     @property
     def default(self) -> Trial | None:
-        """The configuration as the file has it."""
+        """Trial of the configuration in the study's file."""
         return self.trials[0] if self.trials else None
 
     @property
     def at_edge(self) -> list[str]:
-        """Keys whose best value is the smallest or the largest that was tried: beyond it there may be better ones."""
+        """Keys whose best value is the smallest or largest that was tried, so that better values may lie beyond."""
         best = self.best
         if best is None:
             return []
@@ -169,15 +169,15 @@ class Tuned:
 
     @property
     def best(self) -> Trial | None:
-        """The best on validation, the earliest of equals; ``None`` without any result."""
+        """Trial with the best validation score (ties: the earliest); ``None`` without any result."""
         scored = [trial for trial in self.trials if trial.score is not None and math.isfinite(trial.score)]
         return max(scored, key=lambda trial: (trial.score or 0.0) * self.measure.metric.sign, default=None)
 
 
 def table_measure(study: Study, rows: Sequence[TableRow], split: str = "test") -> Measure:
-    """Say what is reported of a split: the metric that is published; otherwise the primary one.
+    """Choose the measure that is reported of a split: the published metric, otherwise the primary one.
 
-    Where rows have tasks with different ones, the accuracy if it is among them, otherwise the first row's.
+    If primary metrics differ between rows, it is the accuracy if any row has it, otherwise the first row's.
     """
     known = {name: metric for row in reversed(rows) for name, metric in row.metrics.items()}
     key = study.published_metric(split)
@@ -188,7 +188,7 @@ def table_measure(study: Study, rows: Sequence[TableRow], split: str = "test") -
 
 
 def unused(rows: Sequence[TableRow]) -> Iterator[str]:
-    """Which settings that rows share are not used by the rules of some."""
+    """Report shared settings that the rules of some rows do not use."""
     told: dict[str, list[TableRow]] = {}
     for row in rows:
         if keys := ", ".join(row.cells[0].recipe.unused):
@@ -200,5 +200,5 @@ def unused(rows: Sequence[TableRow]) -> Iterator[str]:
 
 
 def listed(texts: Sequence[str]) -> str:
-    """Join words as a sentence has them: ``a, b and c``."""
+    """Join words for a sentence: ``a, b and c``."""
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"

@@ -1,4 +1,4 @@
-"""Cells as jobs of a SLURM cluster, submitted with submitit: each job runs one cell.
+"""The executor ``slurm``: cells run as jobs of a SLURM cluster, one each, submitted with submitit.
 
 The machines need the same packages, and the folder of runs on a file system that all of them see. submitit's own files, which are pickles
 and logs of the jobs, are in a folder of the study that only its owner can read.
@@ -29,14 +29,14 @@ POLL = 1.0
 
 @dataclass
 class SlurmConfig:
-    """What each job asks of the cluster."""
+    """Options of the executor ``slurm``."""
 
-    minutes: int = option(240, "that a cell may take; one that takes longer is resumed in another job, twice", ge=1)
-    partition: str | None = option(None, "partition (none: the cluster's default)")
-    gpus: int | None = option(None, "GPUs of a cell (none: 1 where its device is one)", ge=0)
-    memory: float | None = option(None, "GB of a cell (none: the cluster's default)", gt=0)
-    parameters: dict[str, Any] = option(factory=dict, help="further parameters of submitit, such as slurm_account")
-    cluster: Literal["slurm", "local"] = option("slurm", "local: processes on this machine, to try it out")
+    minutes: int = option(240, "time limit of a job in minutes; a longer cell is resumed in a second and a third job", ge=1)
+    partition: str | None = option(None, "partition (default: the cluster's default)")
+    gpus: int | None = option(None, "GPUs per cell (default: 1 if the device is a GPU)", ge=0)
+    memory: float | None = option(None, "memory per cell in GB (default: the cluster's default)", gt=0)
+    parameters: dict[str, Any] = option(factory=dict, help="additional parameters of submitit, such as slurm_account")
+    cluster: Literal["slurm", "local"] = option("slurm", "slurm, or local to try the executor with processes on this machine")
 
 
 class SlurmExecutor:
@@ -77,18 +77,18 @@ class SlurmExecutor:
             self._executor = submitit.AutoExecutor(folder=folder, cluster=config.cluster)
             self._executor.update_parameters(**{name: value for name, value in asked.items() if value is not None} | config.parameters)
         except RuntimeError as error:
-            fix = "run the study where sbatch is, or choose another --executor"
-            raise BpfreeError(f"there is no SLURM here: {error}", where="--executor slurm", fix=fix) from error
+            fix = "run the study on a machine with sbatch, or choose another --executor"
+            raise BpfreeError(f"no SLURM on this machine: {error}", where="--executor slurm", fix=fix) from error
         except (NameError, TypeError, ValueError) as error:
-            raise UsageError(f"submitit does not take it: {error}", where="--with parameters=...") from error
+            raise UsageError(f"submitit rejects its parameters: {error}", where="--with parameters=...") from error
 
     def start(self, job: Job) -> None:
-        """Submit it."""
+        """Submit the job."""
         with _for_workers():
             self._running[self._executor.submit(_run, job)] = job
 
     def wait(self) -> list[Ended]:
-        """The jobs that have ended; a job that left no result has died."""
+        """Return the jobs that have ended; a job without a result has died."""
         done = [one for one in self._running if one.done()]
         if not done:
             time.sleep(POLL)
@@ -97,12 +97,12 @@ class SlurmExecutor:
     def _ended(self, one: Any, job: Job) -> Ended:
         try:
             return Ended(job.key.id, one.result())
-        except Exception as error:  # submitit's: there is no result, or the job has raised
+        except Exception as error:  # raised by submitit: there is no result, or the job has raised
             reason = next(reversed(str(error).strip().splitlines()), type(error).__name__)
             return Ended(job.key.id, None, f"its job {one.job_id} died ({one.state}: {reason})")
 
     def close(self) -> None:
-        """Cancel what runs: its cells save their checkpoints."""
+        """Cancel running jobs, whose cells save checkpoints."""
         for one in self._running:
             with contextlib.suppress(Exception):
                 one.cancel(check=False)
@@ -113,14 +113,14 @@ class SlurmExecutor:
 
 
 def _run(job: Job) -> CellRecord | None:
-    """What a job of the cluster does; submitit would have it ignore the signal by which it is cancelled."""
+    """Run a job in the cluster, with handlers for the signal of a cancelled job, which submitit ignores."""
     with stoppable():
         return run_job(job)
 
 
 @contextmanager
 def _for_workers() -> Iterator[None]:
-    """The environment that a job takes with it: modules come from where this process has them, not from the current folder."""
+    """Set the environment that submitted jobs inherit: they import from the search path of this process, not the current folder."""
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH", "OMP_WAIT_POLICY")}
     os.environ |= {"PYTHONPATH": os.pathsep.join(filter(os.path.isabs, search_path())), "PYTHONSAFEPATH": "1"}
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

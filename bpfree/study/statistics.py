@@ -1,4 +1,4 @@
-"""What a report says of samples: intervals, time to a target, performance profiles, probability of improvement.
+"""Statistics of reports: intervals, time to a target, performance profiles, probability of improvement.
 
 Sources. Percentile bootstrap: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13. Performance profiles: Dolan and
 Moré, Mathematical Programming 91, 2002; their integral: Dahl et al., "Benchmarking neural network training algorithms" (AlgoPerf),
@@ -40,7 +40,7 @@ Array = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """Of a mean, or of a probability."""
+    """An interval of a mean or of a probability."""
 
     low: float
     high: float
@@ -101,7 +101,7 @@ def quantile(freedom: float, level: float) -> float:
 
 
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
-    """``mean ± t_{n-1} stdev / sqrt(n)``, with the quantile of Student's distribution with n - 1 degrees of freedom."""
+    """Compute ``mean ± t_{n-1} stdev / sqrt(n)``, with Student's quantile of n - 1 degrees of freedom."""
     if not _measurable(values):
         return None
     array, n = np.asarray(values, float), len(values)
@@ -110,7 +110,7 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None
 
 
 def bootstrap_interval(values: Sequence[float], level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval | None:
-    """Percentiles of the means of samples drawn with replacement; always the same for the same values."""
+    """Compute percentiles of the means of samples drawn with replacement; the result is deterministic."""
     if not _measurable(values):
         return None
     array = np.asarray(values, float)
@@ -133,20 +133,20 @@ def _percentiles(drawn: Array, level: float) -> Interval:
 def first_reached(
     history: Sequence[Mapping[str, float]], metric: str, target: float, *, greater: bool = True
 ) -> Mapping[str, float] | None:
-    """The first epoch whose metric is at the target or beyond it; ``None`` if there is none.
+    """Find the first epoch whose metric is at the target or beyond it; ``None`` if there is none.
 
     Args:
         history: metrics of each epoch, in order.
-        metric: such as ``val/accuracy``; epochs without it are passed over.
+        metric: such as ``val/accuracy``; epochs without it are skipped.
         target: in the metric's own unit.
         greater: whether beyond is above (an accuracy) or below (a loss).
     """
-    sign, slack = (1 if greater else -1), 1e-9 * max(1.0, abs(target))  # 0.9 is reached by 90 of 100, however that is rounded
+    sign, slack = (1 if greater else -1), 1e-9 * max(1.0, abs(target))  # 90 of 100 reach 0.9, whatever the rounding
     return next((epoch for epoch in history if metric in epoch and sign * (epoch[metric] - target) >= -slack), None)
 
 
 def median_with_misses(times: Sequence[float]) -> float:
-    """Where a run that misses its target takes infinitely long: infinite if half of the runs or more miss; NaN without runs."""
+    """Compute the median time, with misses as infinite: infinite if half of the runs or more miss; NaN without runs."""
     if not times:
         return math.nan
     ordered = sorted(times)
@@ -158,10 +158,10 @@ def median_with_misses(times: Sequence[float]) -> float:
 
 
 def performance_profile(times: Sequence[Sequence[float]], taus: Sequence[float]) -> Array:
-    """``rho[row, i]``: the share of tasks on which the row takes at most ``taus[i]`` times as long as the fastest row there.
+    """Compute ``rho[row, i]``, the share of tasks on which the row takes at most ``taus[i]`` times the time of the fastest row.
 
     Args:
-        times: by row and task; infinite where the target is missed. A task that nobody solves counts, for none.
+        times: by row and task; infinite where the target is missed. A task that no row solves counts as unsolved for every row.
         taus: ratios, from 1.
     """
     array = np.asarray(times, float)
@@ -173,9 +173,9 @@ def performance_profile(times: Sequence[Sequence[float]], taus: Sequence[float])
 
 
 def profile_integral(times: Sequence[Sequence[float]], limit: float = 4.0) -> Array:
-    """For each row the integral of its profile over [1, limit], over ``limit - 1``: 1 is fastest everywhere, 0 never within reach.
+    """Compute each row's integral of the profile over [1, limit], over ``limit - 1``: 1 is fastest everywhere, 0 never within limit.
 
-    Exact: a task whose ratio is r <= limit adds ``limit - r``.
+    It is exact: a task whose ratio is r <= limit adds ``limit - r``.
     """
     array = np.asarray(times, float)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -185,7 +185,7 @@ def profile_integral(times: Sequence[Sequence[float]], limit: float = 4.0) -> Ar
 
 
 def score_profile(scores: Sequence[Sequence[float]], taus: Sequence[float]) -> Array:
-    """The share of runs with a score above each tau, averaged over tasks, so that each task counts the same.
+    """Compute the share of runs with a score above each tau, averaged over tasks with equal weight.
 
     Args:
         scores: of one row: the scores of its runs, for each task, greater is better. NaN is below everything.
@@ -202,7 +202,7 @@ def score_profile(scores: Sequence[Sequence[float]], taus: Sequence[float]) -> A
 def probability_of_improvement(
     ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], resamples: int = 2000, seed: int = 0
 ) -> Improvement:
-    """``P(X > Y)``, ties counting one half, averaged over tasks; runs are resampled within each task.
+    """Estimate ``P(X > Y)``, with ties as one half, averaged over tasks; its interval resamples runs within each task.
 
     On a task with n and m runs it is the Mann-Whitney statistic U over n m.
 
@@ -223,12 +223,12 @@ def probability_of_improvement(
 
 
 def _wins(x: Array, y: Array) -> Array:
-    """(n, m): 1 where x is greater, 1/2 where they are equal."""
+    """Compare all pairs, (n, m): 1 where x is greater, 1/2 where both are equal."""
     x, y = (np.where(np.isnan(values), -math.inf, values) for values in (x, y))
     return np.greater.outer(x, y) + 0.5 * np.equal.outer(x, y)
 
 
 def _resampled(generator: np.random.Generator, resamples: int, count: int) -> Array:
-    """(resamples, count): how often each of ``count`` runs was drawn, over ``count``."""
+    """Draw resamples, (resamples, count): how often each of ``count`` runs was drawn, over ``count``."""
     drawn: Array = generator.multinomial(count, [1 / count] * count, size=resamples) / count
     return drawn

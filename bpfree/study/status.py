@@ -1,4 +1,4 @@
-"""How the cells of a study stand."""
+"""The table of ``bpfree study status``: the state of each cell of a study."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 __all__ = ["epoch_of", "status_table"]
 
 TERMINAL = ("COLUMNS", "LINES", "OLDPWD", "PWD", "SHLVL", "_")
-"""Variables of the environment that change from call to call; of others, settings may hold the value."""
+"""Environment variables that differ between terminals and do not affect a plan; settings may refer to any other one."""
 
 
 def status_table(planned: Callable[[], Worklist], folder: Path, words: Any) -> tuple[list[list[Any]], str]:
-    """A row of text for each cell, and a sentence.
+    """Make a row of text for each cell, and a summary.
 
-    Cells are kept in the folder of studies as long as all that their identities depend on stays. What a study tunes, or gives the
-    operations of its rows, depends on results too, and is planned each time.
+    The list of cells is cached in the folder of studies until anything changes that their identities depend on. With tuning or
+    twins of equal operations it also depends on results, and is planned each time.
 
     Args:
-        planned: plans the study.
+        planned: function that plans the study.
         folder: of all studies.
-        words: of the command line, which say what is planned.
+        words: of the command line, on which the plan depends.
     """
     gpus = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
-    found = sorted(path.name for path in folder.glob("*/cells/*.json"))  # an older one may stand for one of the plan's
+    found = sorted(path.name for path in folder.glob("*/cells/*.json"))  # a cell of other sources may stand for one of the plan
     under = [found, sorted(set(os.environ.items()) - {(key, os.environ.get(key)) for key in TERMINAL}), gpus, len(os.sched_getaffinity(0))]
     plan: dict[str, Any] = kept(".cells", lambda: _plain(planned()), words=[os.getcwd(), words], under=under, folder=folder)
     store, later = CellStore(Path(plan["output"]), plan["study"]), plan["later"]
@@ -42,15 +42,15 @@ def status_table(planned: Callable[[], Worklist], folder: Path, words: Any) -> t
     counts = Counter("not run" if record is None else record.status for _, record in known)
     parts = [f"{count} {each}" for each, count in counts.most_common()]
     others = sum(record is not None and record.key.id != key.id for key, record in known)
-    parts += [f"{others} of them of other sources, which `bpfree study run` would compute again"] if others else []
+    parts += [f"{others} of them from other sources, which `bpfree study run` would compute again"] if others else []
     here = store.others({key.id for key, _ in known} | {record.key.id for _, record in known if record is not None})
-    parts += [f"{here} finished ones of other settings lie here too: give the settings they were run with"] if here else []
+    parts += [f"{here} more finished cells have other settings: repeat the settings of their command to see them"] if here else []
     parts += [f"{later} follow when {plan['waits_for']}"] if later else []
     return [_status_of(key, record) for key, record in known], f"{len(known) + later} cells: {', '.join(parts)}"
 
 
 def _plain(worklist: Worklist) -> tuple[dict[str, Any], set[Path] | None]:
-    """The cells of a study as plain values, and the files that they depend on; ``None`` where they must be planned each time."""
+    """Convert a study's cells to plain values, with the files that they depend on (``None``: they must be planned each time)."""
     study, files, keys = (
         worklist.plan.study,
         worklist.plan.fingerprints.files,
@@ -88,7 +88,7 @@ def _status_of(key: CellKey, record: CellRecord | None) -> list[Any]:
 
 
 def _elapsed(record: CellRecord) -> float:
-    """Seconds so far: a running cell's record is as old as its last change."""
+    """Return a cell's seconds so far, with the time since the last change of a running cell's record."""
     if record.status != "running" or not record.updated:
         return record.elapsed
     since = datetime.datetime.now().astimezone() - datetime.datetime.fromisoformat(record.updated)
@@ -96,7 +96,7 @@ def _elapsed(record: CellRecord) -> float:
 
 
 def epoch_of(record: CellRecord | None) -> str:
-    """How far a cell is; empty if that is not known."""
+    """Format a cell's current epoch, such as ``3 of 10``; empty if unknown."""
     if record is None or not record.run:
         return ""
     if record.is_final:

@@ -1,6 +1,6 @@
-"""What is known of cells: one JSON file each, replaced atomically, and a lock while a process works on it.
+"""Records of cells: a JSON file each, replaced atomically, and a lock while a process works on the cell.
 
-What happened to a cell's run is in the log of the run's folder; the record of the cell names the folder.
+The events of a cell's run are in the log of the run's folder, which the record of the cell names.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ __all__ = ["SHARE", "CellKey", "CellRecord", "CellStore"]
 Status = Literal["running", "interrupted", "finished", "diverged", "failed", "timeout", "refused", "paused", "pruned"]
 
 ABOUT = ("result", "history", "tags", "tracking", "metrics")
-"""What a record keeps of a run whose folder is not on this machine."""
+"""Fields that a record keeps of a run whose folder is not on this machine."""
 
 OWNER = "study-file"
-"""In a study's folder: the path of its file."""
+"""Name of the file in a study's folder that holds the path of the study's file."""
 
 SHARE = 0.9
-"""Of its threads' time that a run must have had on the processor."""
+"""Share of its threads' time that a run must have had a processor, for its seconds to be comparable."""
 
 
 @dataclass(frozen=True)
 class CellKey:
-    """Which cell: its place in the table, and what its numbers depend on.
+    """The key of a cell: its place in the table, and everything that its results depend on.
 
     Attributes:
         id: hash of the identity, 16 hex digits.
         row, column: labels; in a record, those of the table that asked for the cell first.
         seed: of the repetition.
         trial: number of the trial, for a cell of tuning, which never sees the test split.
-        identity: what the numbers depend on.
-        leaves: the settings that give the recipe, for another process to do the same; records do not have them.
+        identity: everything that the results depend on.
+        leaves: the settings that give the recipe, for other processes; records do not have them.
     """
 
     id: str
@@ -60,31 +60,31 @@ class CellKey:
 
     @property
     def number(self) -> str:
-        """The seed, or the trial."""
+        """Number of the seed, or of the trial."""
         return str(self.seed) if self.trial is None else f"trial {self.trial}"
 
     @property
     def label(self) -> str:
-        """The cell as it is called while it runs."""
+        """Label of the cell while it runs."""
         number = f"seed {self.seed}" if self.trial is None else self.number
         return " ".join(filter(None, [self.row, self.column and f"[{self.column}]", number]))
 
 
 @dataclass
 class CellRecord:
-    """How a cell stands.
+    """The record of a cell: its status and its run.
 
     Attributes:
         key: of the cell.
         status: ``finished``, ``diverged``, ``failed``, ``timeout``; ``running`` and ``interrupted`` are resumed from their checkpoint;
             ``refused`` never began (its data are not there, say) and is tried again; a trial that is ``paused`` waits at a rung to be
             compared with others, and is resumed unless it is ``pruned`` there.
-        reason: why it did not finish, or what of it could not be measured.
+        reason: why it did not finish, or which measurement failed.
         run: name of the run's folder in the output folder.
         elapsed: seconds that it took in all, evaluation and everything else included.
         parallel: the most cells that ran at the same time on its machine.
         place: the run's folder.
-        about: the run, once its log was read; for a run whose folder is on another machine, what that one sent.
+        about: the run, once its log was read; for a run on another machine, the fields that the machine sent.
     """
 
     key: CellKey
@@ -99,7 +99,7 @@ class CellRecord:
     about: Run | None = field(default=None, repr=False, compare=False)
 
     def seen(self) -> Run:
-        """The run, as its log has it; one that is empty where it has none."""
+        """Return the run as read from its log; an empty run without a log."""
         if self.about is None and self.place is not None:
             with suppress(BpfreeError):
                 self.about = read_run(self.place)
@@ -107,7 +107,7 @@ class CellRecord:
 
     @property
     def result(self) -> dict[str, float]:
-        """Metrics of the run's end."""
+        """Final metrics of the run."""
         return self.seen().result
 
     @property
@@ -117,29 +117,29 @@ class CellRecord:
 
     @property
     def primary(self) -> Metric:
-        """What the run is judged by."""
+        """Primary metric of the run."""
         return self.seen().primary
 
     @property
     def tags(self) -> dict[str, str]:
-        """Of the run: device, versions, data fingerprint."""
+        """Tags of the run: device, versions, data fingerprint."""
         return self.seen().tags
 
     @property
     def tracking(self) -> dict[str, str]:
-        """Where its MLflow run is."""
+        """Address and identifier of the MLflow run."""
         return self.seen().tracking
 
     @property
     def is_final(self) -> bool:
-        """Whether it is left alone unless asked for again."""
+        """Whether the cell is not run again without ``retry``."""
         return self.status in ("finished", "diverged", "failed", "timeout")
 
     @property
     def processor_share(self) -> float | None:
         """Processor seconds over threads times wall seconds, of training on a CPU; ``None`` where they were not measured.
 
-        Of a cell without a result (it ran out of time, say): up to its last epoch.
+        For a cell without a result (a timeout, say) it is measured up to the last epoch.
         """
         last = self.history[-1] if self.history else {}
         wall = self.result.get("train/seconds", last.get("seconds"))
@@ -154,16 +154,16 @@ class CellRecord:
 
     @property
     def comparable(self) -> bool:
-        """Whether its seconds can be compared with those of other cells.
+        """Whether the cell's seconds can be compared with those of other cells.
 
-        On a CPU where the processor worked for it for more than nine tenths of the time of its threads, whatever else ran beside it. On a
-        GPU, and where processor seconds were not measured, where it was the only cell on its machine.
+        On a CPU: if its threads had a processor for more than nine tenths of the time, whatever else ran at the same time. On a
+        GPU, and without measured processor seconds: if it was the only cell on its machine.
         """
         share = self.processor_share
         return self.parallel <= 1 if share is None else share > SHARE
 
     def to_json(self) -> str:
-        """Write it as the file of a cell has it: the key's fields lie beside the others, its id as ``cell``."""
+        """Convert to the JSON of a cell's file: the key's fields are on the top level, its id as ``cell``."""
         own = {name: getattr(self, name) for name in ("status", "reason", "run", "started", "updated", "elapsed", "parallel")}
         if self.about is not None and (self.place is None or not RunFolder(self.place).log.size):
             own |= {name: getattr(self.about, name) for name in ABOUT}
@@ -172,10 +172,10 @@ class CellRecord:
 
     @classmethod
     def from_json(cls, text: str) -> CellRecord:
-        """Read what :meth:`to_json` wrote.
+        """Read a record that :meth:`to_json` wrote.
 
         Raises:
-            ValueError, TypeError, KeyError, AttributeError: it is something else.
+            ValueError, TypeError, KeyError, AttributeError: the text is not a record.
         """
         content = json.loads(text)
         parts = {name: content.pop(name) for name in ("row", "column", "seed", "trial", "identity") if name in content}
@@ -203,7 +203,7 @@ class CellStore:
 
     @classmethod
     def of(cls, output: Path, study: str, path: Path | None) -> CellStore:
-        """The store of a study; that of another file of the same name is another one, as long as that file is there.
+        """Return the store of a study; two existing study files of the same name have different stores.
 
         Args:
             output: folder of runs.
@@ -218,21 +218,21 @@ class CellStore:
         return store
 
     def claim(self, path: Path | None) -> None:
-        """Note whose folder it is.
+        """Record which study file the folder belongs to.
 
         Args:
             path: of the study's file.
         """
         if path is not None:
-            with suppress(OSError):  # said when the first cell is written
+            with suppress(OSError):  # reported when the first cell is written
                 write_text(self.folder / OWNER, f"{path.resolve()}\n")
 
     def path_of(self, cell: str) -> Path:
-        """The file of a cell."""
+        """Return the file of a cell."""
         return self.folder / "cells" / f"{cell}.json"
 
     def run_of(self, key: CellKey) -> str:
-        """Name the folder of a cell's run: the same whoever runs the cell."""
+        """Name the folder of a cell's run, which does not depend on the process that runs it."""
         config = key.identity["config"]
         twin = "-twin" if config.get("twin") else ""
         digest = hashlib.sha256(f"{self.study}\0{key.id}".encode()).hexdigest()[:12]
@@ -240,7 +240,7 @@ class CellStore:
         return f"{trains}{twin}-{as_file(config['task.name'])}-s{key.seed}-{digest}"
 
     def read(self, cell: str) -> CellRecord | None:
-        """What is known of a cell; ``None`` for nothing, or a file that cannot be read."""
+        """Read the record of a cell; ``None`` if it does not exist or cannot be read."""
         try:
             known = CellRecord.from_json(self.path_of(cell).read_text(encoding="utf-8"))
             known.place = inside(self.output, known.run)
@@ -249,14 +249,14 @@ class CellStore:
             return None
 
     def seen(self, cell: str) -> CellRecord | None:
-        """Read a cell's record; one that is running, and whose worker has died, counts as interrupted."""
+        """Read a cell's record; a running cell whose worker has died counts as interrupted."""
         known = self.read(cell)
         if known is not None and known.status == "running":
             known.status = "running" if self._is_held(cell) else "interrupted"
         return known
 
     def _is_held(self, cell: str) -> bool:
-        """Whether a process works on the cell; changes nothing, so that others may look too."""
+        """Tell whether a process works on the cell; this changes nothing, so that other users may call it too."""
         try:
             with self._lock_of(cell).open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -270,7 +270,7 @@ class CellStore:
         return self.folder / "cells" / f".{cell}.lock"
 
     def write(self, record: CellRecord) -> None:
-        """Note how a cell stands.
+        """Write the record of a cell.
 
         Raises:
             DiskError: the folder cannot be written.
@@ -280,19 +280,19 @@ class CellStore:
             write_text(self.path_of(record.key.id), record.to_json())
         except OSError as error:
             raise DiskError(
-                f"cannot write the state of the study: {error.strerror}", where=str(self.folder), fix="choose another with output=FOLDER"
+                f"cannot write the records of the study: {error.strerror}", where=str(self.folder), fix="choose another with output=FOLDER"
             ) from error
 
     @contextmanager
     def lock(self, cell: str) -> Iterator[bool]:
-        """Whether the cell is ours while the context lasts; ``False`` if another process has it. A crash releases it."""
-        path = self._lock_of(cell)  # stays behind: to remove it would race with who just opened it
+        """Lock a cell inside the context; yield ``False`` if another process has the lock, which a crash releases."""
+        path = self._lock_of(cell)  # the file is kept: removing it would race with a process that has just opened it
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("wb")
         except OSError as error:
             raise DiskError(
-                f"cannot write the state of the study: {error.strerror}", where=str(self.folder), fix="choose another with output=FOLDER"
+                f"cannot write the records of the study: {error.strerror}", where=str(self.folder), fix="choose another with output=FOLDER"
             ) from error
         with file:
             try:
@@ -303,24 +303,24 @@ class CellStore:
                 yield True
 
     def others(self, cells: set[str]) -> int:
-        """How many finished cells lie here that are none of these: of other settings, seeds or sources."""
+        """Count the finished cells in the folder other than the given ones: of other settings, seeds or sources."""
         found = (self.read(path.stem) for path in self.folder.glob("cells/*.json") if path.stem not in cells)
         return sum(record is not None and record.status == "finished" for record in found)
 
     def begin(self, key: CellKey, before: CellRecord | None, *, restart: bool = False) -> CellRecord:
-        """The record of a cell that is about to run; with what is known of the run that it resumes.
+        """Make the record of a cell that is about to run, with the state of the run that it resumes.
 
         Args:
             key: of the cell.
-            before: what was known of it.
-            restart: whether it begins without the checkpoint of then.
+            before: its record so far.
+            restart: whether it starts without the earlier checkpoint.
         """
         kept = before if before is not None and not before.is_final else CellRecord(key, started=now())
-        parallel = 1 if before is None or restart else before.parallel  # its checkpoint holds the seconds of then
+        parallel = 1 if before is None or restart else before.parallel  # its checkpoint holds the seconds up to then
         run = self.run_of(key)
         return CellRecord(key, run=run, started=kept.started, elapsed=kept.elapsed, parallel=parallel, place=self.output / run)
 
 
 def now() -> str:
-    """Local time with its offset."""
+    """Return the local time with its offset."""
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,7 +1,7 @@
 """The MLflow run of a study: the parent of its cells' runs, with the report as its artifacts.
 
-It is found again by an identifier that the study's folder keeps, so that a study has one, however often its processes were killed; a
-copy of the folder is another study. A store that is away costs a warning; cells that ran meanwhile become its children when it is back.
+An identifier in the study's folder finds it again, so that a study has one run, however often its processes were killed; a
+copy of the folder is another study. An unavailable store causes a warning; cells that ran meanwhile become children later.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class StudyRun:
 
     Args:
         plan: the study, resolved; its first row says which store.
-        cells: its folder remembers the run.
+        cells: its folder keeps the run's identifier.
 
     Attributes:
-        run_id: empty as long as the store has not answered, or where nothing is tracked.
-        settled: whether the store knows all of the study, as it was when it was last run.
+        run_id: empty until the store has answered, and without tracking.
+        settled: whether the store has everything of the study's last call.
     """
 
     def __init__(self, plan: Plan, cells: CellStore) -> None:
@@ -62,7 +62,7 @@ class StudyRun:
         self.settled = not self._enabled or bool(known.known.get("settled"))
 
     def open(self) -> None:
-        """Make the run, or find it again; also the database, before several processes would."""
+        """Create or find the run, and the database, before several processes would create it."""
         if not self._enabled:
             return
         opening = Opening(self._store.shown, self._experiment, self._plan.study.name, now(), self._tags(), self._params(), None)
@@ -72,7 +72,7 @@ class StudyRun:
         def ask() -> None:
             self._store.check()
             self._store.probe()
-            with file_lock(self._cells.folder / ".mlflow.lock"):  # of two processes that begin at once, the second finds the first one's
+            with file_lock(self._cells.folder / ".mlflow.lock"):  # if two processes start at once, the second finds the run of the first
                 self._store.open(opening, search=True)
 
         if self._asked(ask) and opening.run_id:
@@ -110,7 +110,7 @@ class StudyRun:
             self._remember(settled=True)
 
     def _adopt(self, cells: Iterable[Cell]) -> None:
-        """Send what cells could not, and put their runs below this one; those that another store has stay there."""
+        """Send data that cells could not send, and make their runs children of this one, except runs in other stores."""
         known = (self._cells.read(cell) for cell in dict.fromkeys(cell.key.id for cell in cells))
         for record in [one for one in known if one is not None and one.is_final and one.place is not None]:
             run, folder = record.seen(), RunFolder(record.place or "")
@@ -122,7 +122,7 @@ class StudyRun:
             complete(folder.path, self._store.uri)
 
     def _is_tracked_here(self, run: Run) -> bool:
-        """Whether a run's configuration names this store; its address is recorded without its secrets."""
+        """Tell whether a run's configuration names this store, whose address is recorded without secrets."""
         config = config_of(run)
         return config.to_mlflow and redact(config.uri or config.resolve_uri(self._plan.output)) == self._store.shown
 
@@ -132,7 +132,7 @@ class StudyRun:
         tags = {RUN_TAG: own, "study": study.name, "study_title": study.title}
         try:
             return tags | {"mlflow.user": getpass.getuser()}
-        except Exception:  # a container may have no name for its user
+        except Exception:  # a container may not have a name for its user
             return tags
 
     def _params(self) -> dict[str, str]:
@@ -148,16 +148,16 @@ class StudyRun:
     def _asked(self, ask: Any) -> bool:
         try:
             ask()
-        except Exception as error:  # whatever a store or a network raises; the study does not need it
+        except Exception as error:  # any error of a store or network: the study does not depend on tracking
             if not self._warned:
-                logger.warning("the study has no run of its own in MLflow at %s: %s", self._store.shown, " ".join(str(error).split()))
+                logger.warning("the study itself could not be logged to MLflow at %s: %s", self._store.shown, " ".join(str(error).split()))
             self._warned = True
             return False
         return True
 
 
 def _values(measure: Measure, rows: Sequence[TableRow]) -> Iterable[tuple[str, float]]:
-    """The mean of each row, as a metric of the study's run; shares from 0 to 1, as runs have them."""
+    """Iterate over the mean of each row, as metrics of the study's run; shares from 0 to 1, as in runs."""
     for row in rows:
         values = row.by_seed(measure)
         if values:

@@ -1,4 +1,4 @@
-"""Rules, networks and tasks that are made in Python, as a study takes them: objects in place of names.
+"""Name rules, networks and tasks that a study gets as Python objects instead of names.
 
 Each gets a name in a registry of its own, and a hash: of its module's source (a package's, where it belongs to one), of the data and the
 spec for a :class:`bpfree.Task`. So what a class or function does must follow from its source: one that captures variables is refused.
@@ -29,24 +29,24 @@ __all__ = ["Things", "named"]
 
 
 PLAIN = (str, int, float, list, tuple, Mapping, Scalar)
-"""What a file may hold in place of a name, rightly or wrongly."""
+"""Types that a study file may hold in place of a name; they are checked later."""
 
 
 class Things:
-    """Names for what is made in Python.
+    """Names for rules, networks and tasks that are made in Python.
 
     Args:
-        registry: of names; each thing becomes known in a copy of it.
+        registry: of names; each object is added to a copy of it.
 
     Attributes:
-        registry: with the things.
+        registry: the copy, with the objects.
     """
 
     def __init__(self, registry: Plugins) -> None:
         self.registry = registry
 
     def settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings with names in place of rules, networks and tasks."""
+        """Replace rules, networks and tasks in settings by names."""
         return {key: self._value(key, value) for key, value in settings.items()}
 
     def _value(self, key: str, value: Any) -> Any:
@@ -56,25 +56,25 @@ class Things:
         return self.name(f"{section}s", value)
 
     def name(self, kind: str, thing: Any) -> str:
-        """The name of a thing; a text is one already.
+        """Name an object; return a text unchanged.
 
         Args:
             kind: ``rules``, ``networks`` or ``tasks``.
             thing: the class, function, task, builder or data set.
 
         Raises:
-            UsageError: it is of another kind, or what it does does not follow from its source.
+            UsageError: it is of another kind, or its source does not determine its behaviour.
         """
         if isinstance(thing, str):
             return thing
-        for name, known, _ in self.registry.items(kind):  # bpfree.mlp is the network that is called so
+        for name, known, _ in self.registry.items(kind):  # bpfree.mlp is the registered network of that name
             if thing is known or thing is _made_by(known):
                 return name
         for (other, name), (known, _) in self.registry.given.things.items():
             if other == kind and known is thing:
                 return name
         name, module = self._own_name(kind, thing), _module(thing)
-        registered(kind, thing, name)  # refused before its source is looked for
+        registered(kind, thing, name)  # refused before its source is read
         code = _code(thing)
         self.registry = self.registry.extended(Given(things={(kind, name): (thing, PluginRecord(module, module, "?", code=code))}))
         return name
@@ -88,10 +88,10 @@ class Things:
 
 
 def named(study: Study, registry: Plugins) -> tuple[Study, Plugins]:
-    """The study with names in place of objects, and the registry that knows them.
+    """Replace objects in a study by names; return it with the registry that has these names.
 
     Raises:
-        UsageError: an object is none that a study takes.
+        UsageError: a study cannot take one of the objects.
     """
     things = Things(registry)
     columns = [dataclasses.replace(column, settings=things.settings(column.settings)) for column in study.columns]
@@ -107,7 +107,7 @@ def named(study: Study, registry: Plugins) -> tuple[Study, Plugins]:
 
 
 def _made_by(thing: Any) -> Any:
-    """The class or function whose source says what a thing does."""
+    """Return the class or function whose source determines an object's behaviour."""
     if isinstance(thing, NetworkBuilder):
         return thing.build
     return thing.load if isinstance(thing, DataSource) else thing
@@ -118,10 +118,10 @@ def _module(thing: Any) -> str:
 
 
 def _code(thing: Any) -> str:
-    """A hash of all that a thing does.
+    """Hash the source that determines an object's behaviour.
 
     Raises:
-        UsageError: it cannot be known from its source.
+        UsageError: the source does not determine it.
     """
     if isinstance(thing, Task):
         spec = type(thing.spec)
@@ -129,13 +129,13 @@ def _code(thing: Any) -> str:
         return digest([thing.fingerprint(), spec.__qualname__, own, dataclasses.asdict(thing.spec)])
     made = _made_by(thing)
     if captured := sorted(_captured(made)):
-        what = f"{made.__name__} captures the variables {', '.join(captured)}, of which its source does not say the values"
-        raise UsageError(what, where=made.__qualname__, fix="write it at the level of a module, with parameters that are options")
+        what = f"{made.__name__} captures the variables {', '.join(captured)}, whose values its source does not show"
+        raise UsageError(what, where=made.__qualname__, fix="define it at module level, and make these variables options")
     return hashlib.sha256(f"{getattr(made, '__qualname__', '')}\0{source_of(made)}".encode()).hexdigest()[:16]
 
 
 def _captured(made: Any) -> set[str]:
-    """Names of variables that a function, or a class's methods, take from a function around them."""
+    """Name the variables that a function, or a class's methods, capture from an enclosing function."""
     if isinstance(made, types.FunctionType):
         return set(made.__code__.co_freevars) - {"__class__"}
     methods = [inspect.unwrap(getattr(each, "__func__", each)) for each in vars(made).values()] if isinstance(made, type) else []

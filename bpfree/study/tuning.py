@@ -32,14 +32,14 @@ __all__ = ["Tuner", "check_tuning"]
 Known = Callable[[Cell], CellRecord | None]
 
 UNFAIR = {
-    "budget": "a row would have more training than another",
-    "evaluation": "trials would not be measured alike",
-    "select": "trials would not be measured alike",
-    "stream": "it draws other random numbers, and is no better for it",
-    "task": "trials would not be measured alike",
-    "task.name": "trials would not be measured alike",
-    "task.split_seed": "trials would not be measured alike",
-    "task.validation": "trials would not be measured alike",
+    "budget": "rows would differ in the amount of training",
+    "evaluation": "trials would be measured differently",
+    "select": "trials would be measured differently",
+    "stream": "it only changes the random draws",
+    "task": "trials would be measured differently",
+    "task.name": "trials would be measured differently",
+    "task.split_seed": "trials would be measured differently",
+    "task.validation": "trials would be measured differently",
 }
 
 
@@ -50,7 +50,7 @@ class Tuner:
         row: whose trials, or its twin.
         tune: how.
         fingerprints: of the data.
-        known: the record of a cell.
+        known: function that returns the record of a cell.
 
     Attributes:
         limits: what was decided of each cell's trial, by the cell's id, where trials are pruned; filled by :meth:`cells`.
@@ -69,16 +69,16 @@ class Tuner:
 
     @property
     def keys(self) -> list[str]:
-        """What is tuned."""
+        """Return the tuned keys."""
         return list(self._row.written.space)
 
     def cells(self) -> list[Cell]:
-        """The cells of all trials that are settled so far, in their order."""
+        """Return the cells of all trials whose settings are known so far, in order."""
         self._settle()
         return [cell for cells in self._cells for cell in cells]
 
     def tuned(self) -> Tuned:
-        """What is known of the trials."""
+        """Collect the scores of the trials."""
         self._settle()
         trials = [self._trial(settings, cells) for settings, cells in zip(self._settings, self._cells, strict=True)]
         scales = [key for key, domain in self._row.written.space.items() if isinstance(domain, Range) and domain.log]
@@ -86,12 +86,12 @@ class Tuner:
 
     @property
     def best(self) -> Mapping[str, Any]:
-        """The settings that are best on validation; none without any result: the configuration as written is taken."""
+        """Settings that are best on validation; without any result none, which is the configuration as written."""
         best = self.tuned().best
         return best.settings if best is not None else {}
 
     def final(self, seeds: Sequence[int]) -> list[Cell]:
-        """The cells with the best settings, trained afresh on the study's own seeds."""
+        """Make the cells with the best settings, which are trained on the study's own seeds."""
         settings = self.best
         key = json.dumps([settings, list(seeds)], default=str)
         if key not in self._final:
@@ -101,7 +101,7 @@ class Tuner:
     # --- trials -----------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Ask for further trials, as far as what is known allows."""
+        """Ask the sampler for further trials, as far as known scores allow."""
         self._prune()
         while len(self._cells) < self._tune.trials:
             number = len(self._cells)
@@ -115,7 +115,7 @@ class Tuner:
             self._prune()
 
     def _leaves(self, settings: Mapping[str, Any]) -> list[Leaf]:
-        # shared: what is tuned may be idle where another tuned key says so; that it is of use at all was seen before
+        # shared: a tuned key may be unused for some values of other tuned keys; check_tuning has found some use of it
         return [Leaf(key, value, "tuning", shared=True) for key, value in settings.items()]
 
     def _is_pruned(self, cells: Sequence[Cell]) -> bool:
@@ -143,7 +143,7 @@ class Tuner:
         return Trial(settings, bad or "finished", statistics.fmean(scores) if complete else None, seconds, self._values(settings), timed)
 
     def _values(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Also those that the default configuration has, where it says them; the optimiser's are the rule's own default."""
+        """Complete a trial's values with those of the default configuration; optimiser settings default to the rule's own."""
         if not self._defaults:
             recipe = self._row.recipe
             if not recipe.is_program:
@@ -161,7 +161,7 @@ class Tuner:
         return Measure("val", primary, primary.name)
 
     def _score(self, cell: Cell, record: CellRecord, epochs: float = math.inf) -> float | None:
-        """On validation, by the weights that ``select`` names: the last, or the best; of the first epochs, or of all."""
+        """Return the validation score of the weights that ``select`` names, the last or the best, within the first ``epochs``."""
         measure, history = self._measure, [metrics for metrics in record.history if metrics["epoch"] <= epochs]
         values = [value for metrics in history if (value := measure.of(metrics)) is not None and math.isfinite(value)]
         if not values:
@@ -171,7 +171,7 @@ class Tuner:
     # --- pruning ----------------------------------------------------------------------------------------------------
 
     def _prune(self) -> None:
-        """Decide on the trials that are settled so far."""
+        """Decide on the pruning of the trials whose settings are known so far."""
         if self._tune.pruner == "none" or not self._cells:
             return
         rungs = rungs_of(self._tune.rung, self._tune.reduction, epochs_of(self._cells[0][0]))
@@ -179,7 +179,9 @@ class Tuner:
         greater = self._measure.metric.greater
         for cells, decision in zip(self._cells, decide(reached, rungs, self._tune.reduction, greater=greater), strict=True):
             for cell in cells:
-                waits = decision.state == "train" and (cell.key.id, decision.rung) in self._reached  # for the trial's other seeds
+                waits = (
+                    decision.state == "train" and (cell.key.id, decision.rung) in self._reached
+                )  # until the trial's other seeds have reached the rung
                 self.limits[cell.key.id] = Decision("wait", decision.rung) if waits else decision
 
     def _how_far(self, cells: Sequence[Cell], rungs: Sequence[int]) -> Reached:
@@ -195,7 +197,7 @@ class Tuner:
         return Reached(scores, ended)
 
     def _score_at(self, cell: Cell, record: CellRecord | None, rung: int) -> float | None:
-        """The score at a rung; ``None``: it has not got there, or ended without a result."""
+        """Return a cell's score at a rung; ``None``: it has not reached the rung, or ended without a result."""
         key = cell.key.id, rung
         if key in self._reached or record is None or (record.is_final and record.status != "finished"):
             return self._reached.get(key)
@@ -207,14 +209,14 @@ class Tuner:
     # --- Optuna -----------------------------------------------------------------------------------------------------
 
     def _ask(self, number: int) -> dict[str, Any]:
-        """Settings of the trial with this number, from 1; those before it are given to the sampler as far as their scores are known."""
+        """Ask the sampler for the settings of a trial, from 1, after passing it the known scores of earlier trials."""
         optuna = import_optuna()
         space = _distributions(optuna, self._row.written.space)
         if self._study is None:
             self._study = optuna.create_study(
                 sampler=self._sampler(optuna), direction="maximize" if self._measure.metric.greater else "minimize"
             )
-            if self._tune.search != "tpe":  # the sampler draws its very first point at random, and only the following ones evenly
+            if self._tune.search != "tpe":  # the sampler draws its first point at random, and only the following ones quasi-randomly
                 self._study.tell(self._study.ask(space), 0.0)
         if number > 1:
             self._tell(optuna, number)
@@ -223,9 +225,9 @@ class Tuner:
         return {key: trial.params[key] for key in self.keys}
 
     def _tell(self, optuna: Any, number: int) -> None:
-        """Tell the sampler of the trial before this one."""
+        """Pass the score of a trial to the sampler."""
         if self._tune.search != "tpe":
-            self._study.tell(self._asked[-1], 0.0)  # that it has ended; the score is not used
+            self._study.tell(self._asked[-1], 0.0)  # marks the trial as complete; the score is not used
             return
         told = self._trial(self._settings[number - 1], self._cells[number - 1])
         if told.status == "pruned":
@@ -238,7 +240,7 @@ class Tuner:
             self._study.tell(self._asked[-1], told.score)
 
     def _sampler(self, optuna: Any) -> Any:
-        # rows that tune the same settings try the same points: none is luckier than another
+        # rows that tune the same settings try the same points, so that none has an advantage by chance
         seed = derive("tuning", self._row.recipe.names["task"], *self.keys) % 2**31
         if self._tune.search == "tpe":
             return optuna.samplers.TPESampler(seed=seed)
@@ -246,10 +248,10 @@ class Tuner:
 
 
 def import_optuna() -> Any:
-    """Optuna, without its chatter.
+    """Import Optuna with its log messages silenced.
 
     Raises:
-        BpfreeError: it is not installed.
+        BpfreeError: Optuna is not installed.
     """
     import warnings
 
@@ -275,7 +277,7 @@ def _distributions(optuna: Any, space: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def epochs_of(cell: Cell) -> int:
-    """The budget of a trial, in epochs."""
+    """Return the budget of a trial in epochs."""
     return cell.recipe.settings.budget.resolve(1).epochs or 0
 
 
@@ -283,7 +285,7 @@ def epochs_of(cell: Cell) -> int:
 
 
 def check_tuning(plan: Plan) -> None:
-    """Try every choice and both ends of every interval.
+    """Check a study's tuning by resolving every choice and both ends of every interval.
 
     Raises:
         UsageError: with everything that is wrong.
@@ -305,7 +307,7 @@ def _problems(row: TableRow, tune: Tune) -> Iterator[str]:
     try:
         recipe = recipe_with(row, settings)[0]
         if not recipe.task.validation:
-            yield "tuning chooses on the validation split, and task.validation is 0"
+            yield "task.validation is 0, but tuning needs a validation split"
         yield from _cannot_be_pruned(recipe, tune)
     except UsageError as error:
         yield from error.problems
@@ -313,7 +315,7 @@ def _problems(row: TableRow, tune: Tune) -> Iterator[str]:
     for key, domain in row.written.space.items():
         reason = UNFAIR.get(key, UNFAIR.get(key.split(".")[0]) if key.split(".")[0] in ("budget", "evaluation") else None)
         if reason is not None:
-            yield f"{key} is not to be tuned: {reason}"
+            yield f"{key} cannot be tuned: {reason}"
             continue
         yield from _not_used(row, key, settings)
         for value in _tried(domain):
@@ -324,18 +326,18 @@ def _problems(row: TableRow, tune: Tune) -> Iterator[str]:
 
 
 def _cannot_be_pruned(recipe: Recipe, tune: Tune) -> Iterator[str]:
-    """Why trials of a row cannot be compared at the same rungs as those of others."""
+    """Report why trials of a row cannot be pruned at the same rungs as those of other rows."""
     budget, every = recipe.settings.budget, recipe.settings.evaluation.every
     if tune.pruner == "none":
         return
     if recipe.is_program:
-        yield f"tune: pruner={tune.pruner}: the program {recipe.trains} has no epochs after which it could be pruned"
+        yield f"tune: pruner={tune.pruner}: the program {recipe.trains} has no epochs, so that it cannot be pruned"
     elif any(getattr(budget, name) is not None for name in LIMITS if name != "epochs"):
-        yield f"tune: pruner={tune.pruner} compares trials after epochs, so their budget is budget.epochs"
+        yield f"tune: pruner={tune.pruner} compares trials after epochs: set budget.epochs as their only budget"
     elif not rungs_of(tune.rung, tune.reduction, budget.resolve(1).epochs or 0) and not recipe.settings.quick:
-        yield f"tune: rung={tune.rung}: the first rung lies beyond the epochs of a trial"
+        yield f"tune: rung={tune.rung}: the first rung must be less than the epochs of a trial"
     elif every > tune.rung:
-        yield f"tune: rung={tune.rung}: nothing is evaluated until then, as evaluation.every={every}"
+        yield f"tune: rung={tune.rung}: there is no evaluation until then: set evaluation.every={tune.rung} or less instead of {every}"
 
 
 def _leaves(values: Mapping[str, Any]) -> list[Leaf]:
@@ -343,24 +345,24 @@ def _leaves(values: Mapping[str, Any]) -> list[Leaf]:
 
 
 def _not_used(row: TableRow, key: str, settings: Sequence[Leaf]) -> Iterator[str]:
-    """What is wrong if none of its values is used, whatever one other key that is tuned is set to."""
+    """Report a tuned key of which no value is used, whatever value one other tuned key has."""
     space, reason = row.written.space, ""
     others: list[dict[str, Any]] = [{}, *({other: value} for other in space if other != key for value in _tried(space[other]))]
     for other in others:
         for value in _tried(space[key]):
             try:
                 unused = recipe_with(row, [*_leaves({**other, key: value}), *settings])[0].unused
-            except UsageError:  # which is reported on its own
+            except UsageError:  # reported separately
                 return
             name = canonical(key, value)
             if name not in unused:
                 return
             reason = reason or unused[name]
-    yield f"{key} is tuned and not used: {reason}; tune: {{{key}: null}} of the row takes it away"
+    yield f"{key} is tuned and not used: {reason}; remove it with tune: {{{key}: null}} in the row"
 
 
 def _unused_settings(plan: Plan, tune: Tune) -> Iterator[str]:
-    """Settings of trials that no row uses."""
+    """Report settings of trials that no row uses."""
     leaves = [Leaf(key, value, "tune: settings", shared=True) for key, value in tune.settings.items()]
     recipes = [recipe_with(row, leaves)[0] for row in plan.rows if row.written.space]
     for leaf in leaves if recipes else ():

@@ -1,4 +1,4 @@
-"""Three numbers and three verdicts for each row of a study: what it delivers, what its features hold, and what its floor reaches anyway.
+"""Three numbers and three verdicts for each row of a study: its own score, the score of its probed features, and its floor.
 
 - *own*: the rule's own prediction; *probed*: its features read by a converged linear readout; what the readout loses between them.
 - *features*: probed less floor. *As delivered*: own less floor. *At equal budget*: own less the own-prediction twin (everything but the
@@ -38,7 +38,7 @@ class RowFloor:
         name: what is read, or the row of another readout recipe that does better on untrained features.
         scores: of the floor.
         validation: mean on validation, accuracy or minus the loss; ``None`` without a validation split.
-        at_least: whether more may be had: a source was too large to be read, or a recipe is not known to have converged.
+        at_least: whether the floor may be higher: a source was too large to be read, or a recipe is not known to have converged.
         record: of the measurement.
     """
 
@@ -51,7 +51,7 @@ class RowFloor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A row beside its floor.
+    """A row compared with its floor.
 
     Attributes:
         row: the row.
@@ -88,19 +88,19 @@ class Verdict:
             ) + below
         if features is not None and features > 0:
             if equal is None or equal > 0:
-                return "has not paid for its features in this budget"
-            return "its features are above the floor; neither its predictions are nor does it beat its twin at equal operations"
+                return "its features are above the floor; its predictions are not within this budget"
+            return "its features are above the floor; its predictions are not, nor above its twin at equal operations"
         return "below its floor" if delivered < 0 else "not shown to learn more than its floor"
 
 
 def is_twin(row: TableRow) -> bool:
-    """Whether a row is untrained but for its readout recipe."""
+    """Tell whether only the readout of a row is trained."""
     recipe = row.cells[0].recipe
     return recipe.names.get("rule") == "frozen" or recipe.settings.twin
 
 
 def _learns_features(row: TableRow) -> bool:
-    """Whether a row has hidden blocks at all: a linear classifier has none."""
+    """Tell whether a row has hidden blocks: a linear classifier has none."""
     return row.cells[0].recipe.names.get("rule") != "linear"
 
 
@@ -138,7 +138,7 @@ def _floor(row: TableRow, rows: Sequence[TableRow], floors: Floors, measure: Mea
     scores = Scores(means, examples, measure.metric.greater)
     best = statistics.fmean(record.validation) if record.validation else None
     floor = RowFloor(record.source, scores, best, bool(record.skipped), record)
-    for other in rows:  # another readout recipe that does better on untrained features
+    for other in rows:  # another readout recipe that scores better on untrained features
         value = _validation(other, record.metric) if other is not row and _is_its_twin(other, row) else None
         if value is not None and floor.validation is not None and value > floor.validation:
             floor = RowFloor(
@@ -152,13 +152,13 @@ def _is_its_twin(other: TableRow, row: TableRow) -> bool:
 
 
 def _validation(row: TableRow, metric: Metric) -> float | None:
-    """Mean over seeds of the last score on validation, greater is better; ``None`` where a seed has none."""
+    """Compute the mean over seeds of the last validation score, greater is better; ``None`` if a seed has none."""
     known = _validations(row, metric)
     return statistics.fmean(known) if known else None
 
 
 def _validations(row: TableRow, metric: Metric) -> list[float]:
-    """The last score on validation of each finished seed; empty where one has none."""
+    """Return the last validation score of each finished seed; empty if a seed has none."""
     key = f"val/{metric.name}"
     last = [next((epoch[key] for epoch in reversed(each.history) if key in epoch), None) for each in row.finished]
     known = [metric.sign * value for value in last if value is not None and math.isfinite(value)]
@@ -166,7 +166,7 @@ def _validations(row: TableRow, metric: Metric) -> list[float]:
 
 
 def converged(row: TableRow, rows: Iterable[TableRow], metric: Metric = ACCURACY) -> bool:
-    """Whether a readout recipe that is not convex counts as converged.
+    """Tell whether a readout recipe that is not convex counts as converged.
 
     Its rate was tuned over at least five values with the best not at an edge, it has at least three restarts, and a row that is the same
     but for twice the budget is not better by two standard errors on validation.
@@ -190,7 +190,7 @@ def _doubled(other: TableRow, row: TableRow) -> bool:
 
 
 def _better(other: TableRow, row: TableRow, metric: Metric) -> bool:
-    """On validation, by two standard errors; what is not known may be better."""
+    """Tell whether a row is better on validation by two standard errors; an unknown score counts as better."""
     theirs, ours = (_validations(one, metric) for one in (other, row))
     if len(theirs) < 2 or len(ours) < 2:
         return True
@@ -219,7 +219,7 @@ class _Judged:
         return Verdict(self.row, self.own, self.probed, self.floor, features, delivered, equal, self._share(found), self._operations())
 
     def _share(self, found: Sequence[_Judged]) -> tuple[float, Interval | None] | None:
-        """Of the gap, beside back-propagation of the same network that was tuned alike."""
+        """Compute the share of the gap to back-propagation on the same network, tuned alike."""
         ceiling = next((each for each in found if each is not self and each.is_ceiling_of(self)), None)
         if ceiling is None or not self.measure.metric.share:
             return None
@@ -239,7 +239,7 @@ class _Judged:
         return same and recipe.names.get("rule") == "backprop" and not recipe.settings.twin and trials[0] == trials[1]
 
     def _operations(self) -> float:
-        """Median of the operations after which validation was first at the floor."""
+        """Compute the median of the operations after which validation first reached the floor."""
         if self.floor.validation is None:
             return math.nan
         metric = self.floor.record.metric

@@ -1,7 +1,7 @@
-"""Running one cell, in whatever process: what is finished stays, what was interrupted is resumed, what fails is a row.
+"""Run one cell in this process: finished cells are kept, interrupted ones resumed, and failures recorded.
 
-A cell's run has a name that follows from study and cell, so that whoever comes after a killed process finds the run's folder, its
-checkpoint and its MLflow run again: in the end there is one of each.
+A cell's run has a name that follows from study and cell, so that the successor of a killed process finds the run's folder, its
+checkpoint and its MLflow run, and none is duplicated.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ __all__ = ["CellObserver", "Job", "TaskCache", "Worker", "garbage_collected"]
 
 WORKERS = ".workers"
 PATIENCE = 5.0
-"""Seconds beyond its time that a cell has until it looks at the clock by itself, after a step."""
+"""Seconds beyond its timeout before a cell is interrupted that has not checked the time after a step."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A cell to run, as it travels to another process.
+    """A cell to run, as it is sent to another process.
 
     Attributes:
         key: of the cell.
-        store: where it is noted.
-        changes: settings of the command line that say where and how; they reach a resumed run too.
-        tags: of its run; those of its MLflow run name the study's as its parent.
+        store: of its record.
+        changes: settings of the command line that cannot change results; they apply to a resumed run too.
+        tags: of its run; in MLflow they make the study's run its parent.
         timeout: seconds.
         training: whether the training split is scored too.
-        again: although it failed before.
-        restart: from the beginning, whatever checkpoint there is.
+        again: whether it is run although it failed before.
+        restart: whether it is run from the beginning, without its checkpoint.
         quiet: no progress display.
         until: epochs after which it pauses, with a checkpoint; ``None``: it trains to its end.
-        given: files of code that may be executed, and things made in Python.
+        given: code files that may be executed, and objects made in Python.
     """
 
     key: CellKey
@@ -74,12 +74,12 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """The folder of its run."""
+        """Folder of the cell's run."""
         return self.store.output / self.store.run_of(self.key)
 
 
 class TimedOut(BpfreeError):
-    """The cell took longer than it may."""
+    """The cell exceeded its timeout."""
 
 
 class Worker:
@@ -91,7 +91,7 @@ class Worker:
         self._registry: Plugins | None = None
 
     def _known(self, job: Job) -> Plugins:
-        """What the names of a job lead to; kept, so that cells which follow each other share data that were made in Python."""
+        """Return the registry of a job's names; keep it, so that successive cells share data that were made in Python."""
         if self._registry is None or job.given is not self._given:
             self._given, self._registry = job.given, installed_plugins().extended(job.given)
         return self._registry
@@ -100,10 +100,10 @@ class Worker:
         return resolve(job.key.leaves, self._known(job))
 
     def run(self, job: Job) -> CellRecord | None:
-        """Run a cell and note how it ended, whatever a plugin's rule may raise.
+        """Run a cell and record how it ended, whatever a plugin's rule raises.
 
         Returns:
-            ``None``: another process has it.
+            ``None``: another process runs the cell.
 
         Raises:
             Interrupted: it was asked to stop, and has saved a checkpoint.
@@ -114,7 +114,7 @@ class Worker:
                 return None
             before = store.read(job.key.id)
             if before is not None and _is_done(job, before):
-                return before  # somebody was faster
+                return before  # another process was faster
             record = store.begin(job.key, before, restart=job.restart)
             with present(store.folder_of_all / WORKERS) as concurrency, garbage_collected():
                 observer = CellObserver(job, record, concurrency)
@@ -137,7 +137,7 @@ class Worker:
             if job.until is None or record.reason != paused_at(job.until):
                 raise
             record.status = "paused"
-        except DiskError as error:  # to be resumed once there is room
+        except DiskError as error:  # to be resumed once there is space
             record.status, record.reason = "interrupted", reason_of(error)
         except TimedOut as error:
             record.status, record.reason = "timeout", error.what
@@ -153,7 +153,7 @@ class Worker:
         options: dict[str, Any] = {"quiet": job.quiet, "label": job.key.label, "observers": [observer], "tags": job.tags}
         options["until"] = job.until
         if not job.restart and (folder / "checkpoints" / "last.pt").is_file():
-            if runner.has_finished(str(folder)):  # the process was killed before it could note so
+            if runner.has_finished(str(folder)):  # the process was killed before it could record this
                 return runner.resume(str(folder), output=output, changes=_code(job), quiet=job.quiet, registry=self._known(job))
             options |= {"changes": [*_code(job), *job.changes], "registry": self._known(job)}
             return runner.resume(str(folder), output=output, task=self._tasks.get(self._recipe(job)), **options)
@@ -161,7 +161,7 @@ class Worker:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         recipe = self._recipe(job)
         if recipe.is_program and (done := runner.known_run(folder)) is not None and done.status == "finished" and not job.restart:
-            return done  # the process was killed before it could note so
+            return done  # the process was killed before it could record this
         return runner.run(recipe, run_id=folder.name, task=self._tasks.get(recipe), **options)
 
     def _score_training(self, job: Job, record: CellRecord) -> None:
@@ -179,7 +179,7 @@ class Worker:
 
 
 def _is_done(job: Job, before: CellRecord) -> bool:
-    """Whether a record is what a job asks for."""
+    """Tell whether a record fulfils a job."""
     if before.status == "paused":
         return job.until is not None and bool(before.history) and before.history[-1]["epoch"] >= job.until
     return before.is_final and (before.status == "finished" or not job.again)
@@ -203,12 +203,12 @@ def garbage_collected() -> Iterator[None]:
 
 
 def _code(job: Job) -> list[Leaf]:
-    """Where its code is now: the same as when the cell began, by the cell's hash, but perhaps in another place."""
+    """Return settings with the current paths of the cell's code files, whose content is unchanged by the cell's hash."""
     return [leaf for leaf in job.key.leaves if names_code(leaf)]
 
 
 class CellObserver:
-    """Follows a run: whether it has begun, how far it is, whether its time is up, and who runs beside it."""
+    """Follows a run: whether training has begun, its time limit, and the number of parallel cells."""
 
     def __init__(self, job: Job, record: CellRecord, concurrency: Concurrency) -> None:
         self._job, self._record, self._concurrency = job, record, concurrency
@@ -217,15 +217,15 @@ class CellObserver:
 
     @hookimpl
     def phase_start(self, run: Run) -> None:
-        """Training begins: what fails from here on is a failure of the cell."""
+        """Note that training begins: errors from here on are failures of the cell."""
         self.began = True
 
     @hookimpl
     def progress(self, run: Run) -> None:
-        """Look at the time.
+        """Check the time limit during an epoch.
 
         Raises:
-            TimedOut: it is up.
+            TimedOut: the limit is exceeded.
         """
         self.note()
         if self._job.timeout is not None and self._record.elapsed > self._job.timeout:
@@ -233,27 +233,27 @@ class CellObserver:
 
     @hookimpl
     def epoch_end(self, run: Run) -> None:
-        """The same after an epoch."""
+        """Check the time limit after an epoch."""
         self.progress(run)
 
     @hookimpl
     def run_end(self, run: Run) -> None:
-        """What is left to do is not the cell's."""
+        """Stop checking the time limit: the rest of the work does not count."""
         self._stop_alarm()
 
     @contextmanager
     def alarm(self) -> Iterator[None]:
-        """End what is inside when its time is long up, whatever it does instead of looking at the clock. In the main thread alone.
+        """Interrupt the code inside when it is long over time and has not checked the limit; only in the main thread.
 
         Raises:
-            TimedOut: it is; again every second, where that is caught.
+            TimedOut: the limit is long exceeded; raised again every second, in case it is caught.
         """
         if self._job.timeout is None or threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def ring(number: int, frame: Any) -> None:
-            raise TimedOut(f"not done after {self._job.timeout:g} s, and it does not look at the time")
+            raise TimedOut(f"not done after {self._job.timeout:g} s, and the cell does not check its time limit")
 
         former = signal.signal(signal.SIGALRM, ring)
         signal.setitimer(signal.ITIMER_REAL, max(0.0, self._job.timeout - self._before) + PATIENCE, 1.0)
@@ -268,16 +268,18 @@ class CellObserver:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def note(self) -> None:
-        """Time and company so far."""
+        """Record the elapsed time and the number of parallel cells so far."""
         self._concurrency.look()
         self._record.elapsed = self._before + time.monotonic() - self._since
         if self._concurrency.most > self._record.parallel:
             self._record.parallel = self._concurrency.most
-            self._job.store.write(self._record)  # at once: a process that is killed must not forget that its seconds cannot be compared
+            self._job.store.write(
+                self._record
+            )  # saved at once, so that the record of a killed process still shows that its seconds cannot be compared
 
 
 class TaskCache:
-    """The task that was used last, as cells that follow each other often share it; and the sets that cannot be had."""
+    """Caches the last task, which successive cells often share, and the errors of data that cannot be loaded."""
 
     def __init__(self) -> None:
         self._key: Any = None
@@ -285,10 +287,10 @@ class TaskCache:
         self._missing: list[tuple[Any, BpfreeError]] = []
 
     def get(self, recipe: Recipe) -> Task:
-        """Load it, unless it is there.
+        """Load a recipe's task, unless it is cached.
 
         Raises:
-            BpfreeError: it cannot be loaded; asked again, it is not tried again.
+            BpfreeError: it cannot be loaded, which is not tried a second time.
         """
         quick = quick_examples(recipe.settings) if recipe.settings.quick else None
         key = (recipe.task_id, recipe.options["task"], recipe.task, recipe.root(), quick)
@@ -306,7 +308,7 @@ class TaskCache:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in one line."""
+    """Format an error in one line."""
     if isinstance(error, BpfreeError):
         return " ".join(f"{error.what} ({error.where})".split()) if error.where else " ".join(error.what.split())
     return redact(f"{type(error).__name__}: {' '.join(str(error).split())}")

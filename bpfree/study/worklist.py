@@ -64,7 +64,7 @@ class Worklist:
         self._tried: set[str] = set()
 
     def _known(self, cell: Cell) -> CellRecord | None:
-        """The record of a cell; a finished one is read once."""
+        """Read the record of a cell; keep it in memory once it is finished."""
         if cell.key.id in self._done:
             return self._done[cell.key.id]
         record = self.store.read(cell.key.id) or self.older(cell)
@@ -73,30 +73,30 @@ class Worklist:
         return record
 
     def older(self, cell: Cell) -> CellRecord | None:
-        """Find the record that stands for a missing one, of other sources or another version."""
+        """Find a record from other sources or another version that stands for a missing one."""
         return None if self._older is None else self._older.find(cell)
 
     def _shown(self, cells: Iterable[Cell]) -> list[CellRecord | None]:
         return [self.store.seen(cell.key.id) or self.older(cell) for cell in cells]
 
     def _settled(self, cell: Cell) -> CellRecord | None:
-        """The record of a cell for tuning, which waits for a trial that is run again."""
+        """Return the record of a cell for tuning; ``None`` while its trial is to be run again."""
         record = self._known(cell)
         again = record is not None and record.status in self.retry and cell.key.id not in self._tried
         return None if again else record
 
     def _tuners_of(self, row: TableRow) -> list[Tuner]:
-        """The tuners of a row and of its twin."""
+        """Return the tuners of a row and of its twin."""
         return [self._tuners[each] for each in (row, row.twin) if each in self._tuners]
 
     def _final(self, row: TableRow) -> Sequence[Cell]:
-        """The cells that are tested, one per seed; none as long as the row is tuned."""
+        """Return the cells that are tested, one per seed; none while the row is being tuned."""
         if (tuner := self._tuners.get(row)) is None:
             return row.cells
         return tuner.final(self.plan.seeds) if tuner.tuned().complete else []
 
     def _twins_of(self, row: TableRow) -> list[Cell]:
-        """The twin of each seed whose cell is finished: with as many operations as that took, and the best of its own trials."""
+        """Make the twin of each finished cell, with as many operations as the cell took and the best settings of the twin's trials."""
         tuner = None if row.twin is None else self._tuners.get(row.twin)
         if row.twin is None or (tuner is not None and not tuner.tuned().complete):
             return []
@@ -115,31 +115,33 @@ class Worklist:
         return found
 
     def _operations(self, cell: Cell) -> float:
-        """What the training of a finished cell took; 0 where there is no result, or nothing was measured."""
+        """Return the operations of a finished cell's training; 0 without a result or a measurement."""
         record = self._known(cell)
         return record.result.get("train/operations", 0.0) if record is not None and record.status == "finished" else 0.0
 
     # --- questions --------------------------------------------------------------------------------------------------
 
     def cells(self) -> list[Cell]:
-        """All cells that are known so far: trials first, then seeds as the outer loop. Those of a row that is still being tuned come
-        when its trials have ended."""
+        """Return all cells that are known so far: trials first, then seeds as the outer loop.
+
+        The cells of a row that is still being tuned are added when its trials have ended.
+        """
         return list({cell.key.id: cell for cell in reversed(self._listed())}.values())[::-1]
 
     def _listed(self) -> list[Cell]:
-        """The same, a cell as often as rows share it."""
+        """List all cells that are known so far, a shared cell once for each row that has it."""
         trials = [cell for row in self._chosen for tuner in self._tuners_of(row) for cell in tuner.cells()]
         final = [self._final(row) for row in self._chosen]
         twins = [cell for row in self._chosen for cell in self._twins_of(row)]
         return trials + [cells[number] for number in range(len(self.plan.seeds)) for cells in final if cells] + twins
 
     def all_cells(self) -> list[Cell]:
-        """The cells of all rows and columns, whatever was chosen."""
+        """Return the cells of all rows and columns, also those that are not selected."""
         trials = [cell for row in self.plan.rows for tuner in self._tuners_of(row) for cell in tuner.cells()]
         return trials + [cell for row in self.plan.rows for cell in [*self._final(row), *self._twins_of(row)]]
 
     def count(self) -> int:
-        """Cells in all, those included that tuning will make, and twins but those of cells that ended without a result."""
+        """Count all cells, including those that tuning will add; twins of cells that ended without a result do not count."""
         tune = self.plan.study.tune
         trials = sum(tune.trials * len(tune.seeds) for row in self._chosen for _ in self._tuners_of(row)) if tune else 0
         rows = sum(1 + (row.twin is not None) for row in self._chosen)
@@ -148,17 +150,17 @@ class Worklist:
         return trials + len(self.plan.seeds) * rows - shared - sum(not self._operations(cell) for cell in ended)
 
     def waits_for(self) -> str:
-        """What cells wait for that are not known yet."""
+        """Name the condition that cells which are not known yet wait for."""
         study = self.plan.study
-        return " and ".join([*(["tuning has chosen"] if study.tune else []), *(["their rows have ended"] if study.equal_budget else [])])
+        return " and ".join([*(["tuning has finished"] if study.tune else []), *(["their rows have ended"] if study.equal_budget else [])])
 
     def _decisions(self, cell: Cell) -> list[Decision]:
-        """What the tuners that have a cell among their trials have decided of it."""
+        """Return the decisions on a cell of all tuners that have it as a trial."""
         found = [tuner.limits.get(cell.key.id) for tuner in self._tuners.values()] if cell.key.trial is not None else []
         return [decision for decision in found if decision is not None]
 
     def until(self, cell: Cell) -> int | None:
-        """After how many epochs a trial is to pause; ``None``: it trains to its end."""
+        """Return the epoch after which a trial is to pause; ``None``: it trains to its end."""
         rungs = [decision.rung for decision in self._decisions(cell) if decision.state == "train"]
         return None if None in rungs else max((rung for rung in rungs if rung is not None), default=None)
 
@@ -167,19 +169,19 @@ class Worklist:
         return bool(decisions) and all(decision.state == "pruned" for decision in decisions)
 
     def _may_train(self, cell: Cell) -> bool:
-        """Whether a cell waits for no other."""
+        """Tell whether a cell can train without waiting for other cells."""
         decisions = self._decisions(cell)
         return not decisions or any(decision.state == "train" for decision in decisions)
 
     def to_do(self, cell: Cell) -> bool:
-        """Whether a cell is to be run, now or when those that it waits for have come as far."""
+        """Tell whether a cell is to be run, now or when the trials that it waits for have reached its rung."""
         record = self._known(cell)
         if self._is_pruned(cell):
             return False
         return cell.key.id not in self._tried and (record is None or not record.is_final or record.status in self.retry)
 
     def ready(self) -> list[Cell]:
-        """The cells that can be run now; trials that are pruned are noted as such."""
+        """Return the cells that can be run now, and record trials that are pruned."""
         cells = self.cells()
         for cell in cells:
             if self._is_pruned(cell):
@@ -190,44 +192,44 @@ class Worklist:
         record = self.store.read(cell.key.id)
         if record is not None and record.status == "paused":
             rung = self._decisions(cell)[0].rung
-            record.status, record.reason = "pruned", f"after epoch {rung} not among the best of the trials so far"
+            record.status, record.reason = "pruned", f"not among the best trials so far after epoch {rung}"
             self.store.write(record)
 
     def to_retry(self) -> bool:
-        """Whether any cell has ended so that it is to be run again."""
+        """Tell whether any cell has ended with a status that is to be run again."""
         return any(record.status in self.retry for cell in self.cells() if (record := self._known(cell)) is not None)
 
     def take(self, record: CellRecord) -> None:
-        """Note a record that comes from a machine which does not share the folder."""
+        """Save a record from a machine that does not share the folder."""
         known = self.store.read(record.key.id)
         if known is None or (record.is_final and known.status != record.status):
             self.store.write(record)
 
     def tried(self, cell: str) -> None:
-        """Mark a cell as attempted by this call, whatever became of it."""
+        """Mark a cell as attempted by this call, whatever its result."""
         self._tried.add(cell)
 
     def has_paused(self, cell: str) -> bool:
-        """Whether a trial has paused at a rung, as its record and its log here say, so that it may go on."""
+        """Tell whether a trial has paused at a rung and can resume, by its record and its log on this machine."""
         record = self.store.read(cell)
         return record is not None and record.status == "paused" and bool(record.history)
 
     def left(self) -> int:
-        """How many cells are still to be run, those included that tuning will make."""
+        """Count the cells that are still to be run, including those that tuning will add."""
         return self.count() - sum(not self.to_do(cell) for cell in self.cells())
 
     def finished(self, cells: Iterable[Cell]) -> bool:
-        """Whether all of these are finished."""
+        """Tell whether all given cells are finished."""
         return all((known := self._known(cell)) is not None and known.status == "finished" for cell in cells)
 
     def complete(self) -> bool:
-        """Whether every cell that was chosen is finished; of trials it is enough that they have ended."""
+        """Tell whether every selected cell is finished; trials only need to have ended."""
         final = [self._final(row) for row in self._chosen]
         twins = [cell for row in self._chosen for cell in self._twins_of(row)]
         return all(cells and self.finished(cells) for cells in final) and self.finished(twins)
 
     def table(self) -> list[TableRow]:
-        """All rows and columns with what is known of them now."""
+        """Return all rows and columns with their current records."""
         return [self._filled(row) for row in self.plan.rows]
 
     def _filled(self, row: TableRow) -> TableRow:
@@ -238,13 +240,13 @@ class Worklist:
         return dataclasses.replace(row, cells=cells, records=records, tuned=tuned, twin=twin)
 
     def hidden(self) -> int:
-        """Finished cells that lie here and are none of these."""
+        """Count the finished cells in the folder that do not belong to this study as planned."""
         cells = [*self.all_cells(), *self.plan.cells]
         return self.store.others({known.key.id for cell in cells if (known := self._known(cell))} | {cell.key.id for cell in cells})
 
 
 def _check_twins(rows: Sequence[TableRow]) -> None:
-    """Refuse before anything runs what would otherwise fail only after the first row."""
+    """Refuse twins without equal operations before anything runs, because they would fail only after the first row."""
     found: dict[str, list[str]] = {}
     for row in rows:
         try:

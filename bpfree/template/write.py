@@ -1,4 +1,4 @@
-"""Writes the package of a new plugin."""
+"""Write the package of a new plugin."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TRIED: dict[Kind, str] = {
     "network": "bpfree train rule=dfa network={name} task=digits",
     "metric": "bpfree train rule=dfa task=digits evaluation.metrics=[{name}]",
 }
-"""What shows that it works, by what the plugin brings."""
+"""Command that shows that the plugin works, by its kind."""
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 LONGEST = 40
 USED = {"Any", "Batch", "Step", "Tensor", "TaskSpec", "Trace"}
@@ -66,10 +66,10 @@ def write_plugin(name: str, folder: Path, *, class_name: str | None = None, kind
         name: of the plugin and of what it brings: lower case, with hyphens.
         folder: of the package; made, must not hold anything.
         class_name: of the rule, or of the options; by default the name in camel case.
-        kind: what it brings.
+        kind: of the plugin.
 
     Returns:
-        What was written.
+        The written files.
 
     Raises:
         UsageError: an unsuitable name, one that is taken, or a folder that holds something.
@@ -79,9 +79,7 @@ def write_plugin(name: str, folder: Path, *, class_name: str | None = None, kind
     _check_class_name(class_name)
     _check_free(name, kind)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(
-            "there is something already where the plugin should be written", where=str(folder), fix="give another place with --dir"
-        )
+        raise UsageError("the folder of the plugin exists and is not empty", where=str(folder), fix="choose another folder with --dir")
     words = _words(name, class_name, kind)
     written = []
     for place, template in files_of(kind).items():
@@ -94,7 +92,7 @@ def write_plugin(name: str, folder: Path, *, class_name: str | None = None, kind
 
 
 def next_commands(name: str, folder: Path, kind: Kind = "rule") -> list[str]:
-    """List what to run after :func:`write_plugin`; of a rule, until it is certified and registered."""
+    """List the commands to run after :func:`write_plugin`; for a rule, until it is certified and registered."""
     certificate = folder / f"{name}.json"
     first = [f"pip install -e {folder if folder.is_absolute() else f'./{folder}'}", TRIED[kind].format(name=name)]
     if kind != "rule":
@@ -132,9 +130,9 @@ def _filled(text: str, words: dict[str, str]) -> str:
 def _check_name(name: str) -> None:
     if not NAME.fullmatch(name) or len(name) > LONGEST:
         raise UsageError(
-            f"{name!r} is no name for a plugin",
+            f"{name!r} is not a valid plugin name",
             where="command line",
-            fix=f"small letters, digits and single hyphens, a letter first, at most {LONGEST}: {_suggestion(name)}",
+            fix=f"use lower-case letters, digits and single hyphens, a letter first, at most {LONGEST}: {_suggestion(name)}",
         )
 
 
@@ -148,19 +146,19 @@ def _check_class_name(name: str) -> None:
     if taken or not name.isidentifier():
         raise UsageError(
             f"a rule's class cannot be called {name!r}" + (", which has a meaning already" if taken else ""),
-            fix="give another with --class-name",
+            fix="choose another with --class-name",
         )
 
 
 def _check_free(name: str, kind: Kind) -> None:
-    """Also plugins that do not work here count: their names are taken."""
+    """Refuse a name that is taken, also by a plugin that does not work here."""
     from bpfree.plugins import installed_plugins
 
     installed = installed_plugins()
     owner = installed.records.get(name) or (installed.owner(f"{kind}s", name) if name in installed.names(f"{kind}s") else None)
     if owner is not None:
         what = "plugin" if name in installed.records else kind
-        raise UsageError(f"there is a {what} {name!r} already, of {owner.distribution}", where="command line", fix="choose another name")
+        raise UsageError(f"the {what} {name!r} already exists in {owner.distribution}", where="command line", fix="choose another name")
     package = f"bpfree_{name.replace('-', '_')}"
     if importlib.util.find_spec(package) is not None:
-        raise UsageError(f"there is a package {package!r} installed already", where="command line", fix="choose another name")
+        raise UsageError(f"the package {package!r} is already installed", where="command line", fix="choose another name")

@@ -1,1 +1,1 @@
-"""Following a run: MLflow, which reads its log; system metrics, progress, plots, pictures."""
+"""Follow a run: trackers such as MLflow, system metrics, progress, plots, pictures."""

@@ -1,4 +1,4 @@
-"""What a run tells an MLflow store."""
+"""Messages of a run to an MLflow store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Opening:
 
 @dataclass
 class Metrics:
-    """Values of one moment."""
+    """Values of metrics at one time."""
 
     time: int
     step: int

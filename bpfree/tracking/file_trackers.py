@@ -1,7 +1,7 @@
 """Trackers that write a file for each run: ``csv`` for programs and spreadsheets, ``tensorboard`` for its viewer.
 
-Their files grow with the log. What is kept with the place in the log is how long the file was: the next session cuts off what came
-after, so that nothing is there twice.
+Their files grow with the log. The length of the file is kept with the position in the log: the next session cuts off the rest, so
+that nothing is written twice.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Point(NamedTuple):
 
 
 class FileTracker(Tracker):
-    """Appends the log's points to a file; derive from it, and say how they are written.
+    """Appends the log's points to a file; subclasses define the encoding.
 
     Attributes:
         file: its path in the run's folder, or in a folder named after the run in ``tracking.folder``.
@@ -53,26 +53,26 @@ class FileTracker(Tracker):
         super().__init__(run, config)
         chosen = config.folder and self.folder.path.absolute().parent.parent / config.folder / run.id
         self.path = Path(chosen or self.folder.path) / self.file
-        self.shown = str(self.path) if chosen else self.file  # in its own folder a run can be moved
+        self.shown = str(self.path) if chosen else self.file  # relative, because a run with its file can be moved
         self._began = self._epoch = 0
 
     def header(self) -> bytes:
-        """What the file begins with."""
+        """Return the beginning of the file."""
         return b""
 
     @abstractmethod
     def encoded(self, point: Point) -> bytes:
-        """Encode a point as the file has it."""
+        """Encode a point for the file."""
 
     def holds_run(self) -> bool:
-        """Whether the file has all that was written."""
+        """Tell whether the file has everything that was written."""
         try:
             return self.path.stat().st_size >= int(self.known["size"])
         except (OSError, KeyError):
             return False
 
     def open(self, run: Run, began: int, seen: Sequence[Event], again: bool) -> bool:
-        """Continue the file, or begin it."""
+        """Continue the file, or create it."""
         self._began, self._epoch = began, run.epoch
         there = self.holds_run()
         if not there:
@@ -90,7 +90,7 @@ class FileTracker(Tracker):
                 refused.append((event, str(error)))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            file.truncate(self.known["size"])  # a process may have been killed, or the disk full, before the rest was noted
+            file.truncate(self.known["size"])  # a process may have been killed, or the disk full, before the position was saved
             file.write((b"" if self.known["size"] else self.header()) + b"".join(map(self.encoded, points)))
             file.flush()
             size = file.tell()
@@ -98,7 +98,7 @@ class FileTracker(Tracker):
         return refused
 
     def _new(self, event: Event, last: dict[str, dict[str, int]]) -> list[Point]:
-        """The points of an event, without those that a resumed run computes again: the steps of a metric only ever grow."""
+        """Make the points of an event, without those that a resumed run repeats: the steps of a metric must increase."""
         step, metrics = measured(event, self._began, self._epoch)
         kind = "end" if event["event"] == "stopped" else event["event"]
         steps = last.setdefault(kind, {}) if metrics else {}
@@ -113,11 +113,11 @@ class CSVTracker(FileTracker):
     file = "metrics.csv"
 
     def header(self) -> bytes:
-        """The columns' names."""
+        """Return the line of column names."""
         return _line(Point._fields)
 
     def encoded(self, point: Point) -> bytes:
-        """A line; numbers as Python writes them, so that reading gives them back to the last bit."""
+        """Encode a point as a line; numbers are written as by Python, so that they are read back exactly."""
         return _line(point)
 
 
@@ -134,18 +134,18 @@ class TensorBoardTracker(FileTracker):
     file = "tensorboard/events.out.tfevents.bpfree"
 
     def check(self) -> None:
-        """See that TensorBoard is installed."""
+        """Check that TensorBoard is installed."""
         try:
             import tensorboard.summary.writer.record_writer  # noqa: F401
         except ImportError as error:
             raise ImportError(f"{error}: pip install 'bpfree[tensorboard]'") from error
 
     def header(self) -> bytes:
-        """The record that names the format."""
+        """Return the record that names the format."""
         return _record(wall_time=self._began / 1000, file_version="brain.Event:2")
 
     def encoded(self, point: Point) -> bytes:
-        """A scalar in single precision."""
+        """Encode a point as a scalar in single precision."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         tag = {"progress": "step/", "result": "result/"}.get(point.kind, "") + point.name

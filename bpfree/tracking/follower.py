@@ -1,8 +1,8 @@
-"""The thread that brings the events of a run's log to a store: in order, in batches, again and again if it must.
+"""The thread that sends the events of a run's log to a store: in order, in batches, with retries.
 
-How far it has come lies in the run's folder, so that whoever continues (after an outage, a SIGKILL, in a resumed run, by ``bpfree track
-send``) reads on from there. An event that is sent twice has the same time, step and value, of which a store keeps one; epochs that a
-resumed run computes again are not sent again.
+Its position is kept in the run's folder, from which any later reader continues (after an outage, a SIGKILL, in a resumed run, by
+``bpfree track send``). An event that is sent twice has the same time, step and value, of which a store keeps one; epochs that a resumed
+run repeats are not sent again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Follower:
             self.cursor = Cursor(store=tracker.shown)
         tracker.known = self.cursor.known
         self._title = f"{tracker.title or tracker.name} at {tracker.shown}"
-        self._session = 0  # where in the log the last session begins
+        self._session = 0  # position in the log at which the last session begins
         self._failures = 0
         self._warned = self._abandoned = self._closing = self._hopeless = self._opened = False
         self._wake, self._tried, self._done = threading.Event(), threading.Event(), threading.Event()
@@ -53,35 +53,35 @@ class Follower:
     # --- the run's thread -------------------------------------------------------------------------------------------
 
     def start(self, patience: float) -> bool:
-        """Begin; wait until the run exists in the store, or the first attempt has failed, or the patience (seconds) is over."""
+        """Start; wait until the run exists in the store, the first attempt has failed, or ``patience`` seconds are over."""
         self._thread.start()
         if not self._tried.wait(patience):
             self.reason = f"no answer in {patience:g} s"
         return self._opened
 
     def close(self) -> None:
-        """The log has its end: read to there, and stop."""
+        """Make the thread stop at the end of the log, which is complete."""
         if not self._closing:
             self._hopeless = self._failures > 0
         self._closing = True
         self._wake.set()
 
     def finish(self, patience: float) -> bool:
-        """Read to the end of the log, for at most that many seconds; whether everything is sent."""
+        """Read to the end of the log, for at most ``patience`` seconds; return whether everything was sent."""
         self.close()
         try:
             self._done.wait(patience)
-        finally:  # an impatient person interrupts
+        finally:  # the user may interrupt the wait
             self._abandoned = True
         complete = self._done.is_set() and self.cursor.offset >= self._log.size
         if not complete:
             self.warn(self.reason or f"not done after {patience:g} s")
         elif self._warned and not self.cursor.refused:
-            logger.info("%s is back: everything was sent", self._title)
+            logger.info("%s is available again: everything was sent", self._title)
         return complete
 
     def stop(self) -> None:
-        """Give up at once, and write nothing more."""
+        """Stop at once, and write nothing more."""
         with self._keeping:
             self._abandoned = self._closing = True
         self._wake.set()
@@ -91,7 +91,7 @@ class Follower:
         if self._warned:
             return
         self._warned = True
-        fix = f"what is missing there is in {self._log.path}: send it later with `bpfree track send {self._folder.path}`"
+        fix = f"missing data are in {self._log.path}: send them later with `bpfree track send {self._folder.path}`"
         logger.warning("%s: %s. The run continues; %s", self._title, redact(reason), fix)
 
     # --- the thread -------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class Follower:
             self._attempt()
             self._tried.set()
             if closing and (self._failures == 0 or self._hopeless):
-                break  # everything is sent; or it was away before the end, and one last attempt is enough
+                break  # everything is sent, or the store was unavailable before the end, and one last attempt is enough
             wait = min(LONGEST_WAIT, self._interval * 2 ** min(self._failures, 10)) if self._failures else self._interval
             self._wake.wait(min(wait, 1.0) if closing else wait)
             self._wake.clear()
@@ -120,7 +120,7 @@ class Follower:
             self._failures += 1
             self._hopeless = self._hopeless or isinstance(error, RefusedError)
             self.reason = _reason(error)
-            if self._tried.is_set() and not self._abandoned:  # of the first attempt, the run's thread speaks
+            if self._tried.is_set() and not self._abandoned:  # the run's thread reports the first attempt
                 self.warn(self.reason)
             return
         self._failures = 0
@@ -142,7 +142,7 @@ class Follower:
         if not self._tracker.open(run, begins[0]["time"], seen, len(begins) > 1):
             self.cursor.offset, self.cursor.refused = 0, []
             if wanted:
-                logger.info("%s does not have the run: it is sent from its beginning", self._title)
+                logger.info("%s does not have the run, which is sent from its beginning", self._title)
         self._opened = True
         self._keep()
 
@@ -157,14 +157,16 @@ class Follower:
         refused = self._tracker.send([event for event, _ in batch])
         refused += [(event, "it cannot be read") for event, _ in batch if event["event"] == UNREADABLE]
         for event, reason in refused:
-            self.warn(f"{_title(event)} is not there: {reason}")
-        self.cursor.refused += [{**event, "reason": redact(reason)} for event, reason in refused]  # an end has a reason too
+            self.warn(f"{_title(event)} was not sent: {reason}")
+        self.cursor.refused += [
+            {**event, "reason": redact(reason)} for event, reason in refused
+        ]  # the event "end" has a field "reason" too
         self.cursor.offset = batch[-1][1]
         self._keep()
         return True
 
     def _keep(self) -> None:
-        with self._keeping, suppress(OSError):  # a full disk: what was sent is sent once more, which does no harm
+        with self._keeping, suppress(OSError):  # a full disk: events are then sent once more, which is harmless
             if not self._abandoned:
                 self.cursor.write(self._path)
 
@@ -174,7 +176,7 @@ def _title(event: Event) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line, and of a failed request only its kind, because its text repeats address and library."""
+    """Return the first line of an error; for a failed request only its kind, because its text repeats address and library."""
     kind = re.search(r"failed with exception .*?(?:Caused by |: )(\w+)\(", str(error))
     if kind:
         return f"a request failed ({kind[1]})"

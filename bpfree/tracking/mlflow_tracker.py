@@ -1,12 +1,12 @@
-"""Tracking with MLflow that costs a run nothing: a thread reads the run's log, and sends what is new.
+"""The tracker ``mlflow``: a thread reads the run's log, and sends new events without delaying the run.
 
-What goes there: the flat configuration as parameters; the run's tags, ``status`` and ``reason``; the metrics of each epoch
+It sends the flat configuration as parameters; the run's tags, ``status`` and ``reason``; the metrics of each epoch
 (step: the epoch), those inside an epoch as ``step/...`` (step: the update), the final ones (step: the last epoch),
 ``system/...`` (step: milliseconds since the run first began); the data set's name and fingerprint; configuration,
-environment, plots, pictures and checkpoint as artifacts, files that are made on the way within a minute.
+environment, plots, pictures and checkpoint as artifacts, during the run within a minute.
 
-MLflow stores an infinite value as 1.8e308; it is logged as it is, and the tag ``infinite_metrics`` names it. A store that
-is slow, down or gone costs one warning; what it lacks at the end is sent when the run is resumed, or by ``bpfree track send``.
+MLflow stores an infinite value as 1.8e308; it is logged unchanged, and the tag ``infinite_metrics`` names it. A store that
+is slow or unavailable causes one warning; missing data are sent when the run is resumed, or by ``bpfree track send``.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from bpfree.tracking.tracker import RefusedError, Tracker, measured
 __all__ = ["MLflowTracker", "settled"]
 
 LOCAL_PATIENCE = 120.0
-"""Seconds for a local database, which may have to be made first, or wait for others that make it."""
+"""Time limit for a local database, which this or another process may have to create first."""
 
 PER_EVENT, PER_CALL = 900, 1000
 ENDS = {"finished": "FINISHED", "interrupted": "KILLED"}
 
 
 class MLflowTracker(Tracker):
-    """Tells an MLflow store what the events of a run's log say."""
+    """Sends the events of a run's log to an MLflow store."""
 
     name, title = "mlflow", "MLflow"
 
@@ -52,7 +52,7 @@ class MLflowTracker(Tracker):
         self._environment: Any = {}
         self._began = 0
         self._again = self._ask = False
-        self._steps: dict[str, int] = {}  # the last step of each metric that the store has, for a run that was resumed
+        self._steps: dict[str, int] = {}  # the last step of each metric in the store, for a resumed run
         self._infinite: dict[str, int] = {}
 
     def check(self) -> None:
@@ -63,15 +63,15 @@ class MLflowTracker(Tracker):
             raise ImportError(f"{error}: pip install mlflow") from error
 
     def holds_run(self) -> bool:
-        """Whether the store has the run that was made in it."""
+        """Tell whether the store still has the run."""
         return "mlflow_run_id" in self.known and self.store.holds(self.known["mlflow_run_id"])
 
     def probe(self) -> None:
-        """Look quickly whether anybody listens."""
+        """Check quickly whether a server listens."""
         self.store.probe()
 
     def open(self, run: Run, began: int, seen: Sequence[Event], again: bool) -> bool:
-        """Make the run in the store, or find it: by the identifier that MLflow gave it, else by the tag with its own."""
+        """Create the run in the store, or find it by MLflow's identifier or by the tag with bpfree's identifier."""
         wanted = self.known.get("mlflow_run_id")
         opening = Opening(self.shown, self.config.experiment, run.name, began, _tags(run), _params(run.config), _dataset(run), wanted)
         there = self.store.open(opening, search=True)
@@ -81,14 +81,14 @@ class MLflowTracker(Tracker):
         self._run, self._began = run, opening.time
         self._again, self._ask = again or there, there and not same
         for event in seen:
-            with contextlib.suppress(RefusedError):  # as it was when it was sent
+            with contextlib.suppress(RefusedError):  # the folder's location at the time of sending
                 for message in self._told(event):
                     if same and isinstance(message, Metrics):
                         self._steps.update(dict.fromkeys(message.values, message.step))
         return same or wanted is None
 
     def send(self, events: Sequence[Event]) -> list[tuple[Event, str]]:
-        """Send what the events say: metrics and tags together, anything else alone."""
+        """Send events: metrics and tags together, each other one by itself."""
         refused: list[tuple[Event, str]] = []
         messages: list[tuple[Event, Message]] = []
         for event in events:
@@ -101,7 +101,7 @@ class MLflowTracker(Tracker):
         return refused
 
     def _send(self, batch: Sequence[tuple[Event, Message]]) -> list[tuple[Event, str]]:
-        """Send together; if the store refuses, one by one."""
+        """Send messages together; if the store refuses them, one by one."""
         if not batch:
             return []
         try:
@@ -113,7 +113,7 @@ class MLflowTracker(Tracker):
         return []
 
     def _unknown(self, batch: Sequence[tuple[Event, Message]]) -> list[tuple[Event, Message]]:
-        """Without the metrics of a resumed run that the store has already: the steps of a key only ever grow."""
+        """Leave out the metrics of a resumed run that the store has already: the steps of a key must increase."""
         if not self._again:
             return list(batch)
         kept: list[tuple[Event, Message]] = []
@@ -130,7 +130,7 @@ class MLflowTracker(Tracker):
             self._steps[key] = self.store.last_step(self.known["mlflow_run_id"], key) if self._ask else -1
         return self._steps[key]
 
-    # --- what events say --------------------------------------------------------------------------------------------
+    # --- messages of events -----------------------------------------------------------------------------------------
 
     def _told(self, event: Event) -> Iterator[Message]:
         kind, when = event["event"], event["time"]
@@ -154,7 +154,7 @@ class MLflowTracker(Tracker):
                 yield from self._end(event)
 
     def _metrics(self, metrics: Mapping[str, float], step: int, when: int) -> Iterator[Message]:
-        """Say metrics in messages of a size that one call takes, and name those that are infinite."""
+        """Split metrics into messages of a size that one call accepts, and name infinite ones in a tag."""
         items = list(metrics.items())
         for start in range(0, len(items), PER_EVENT):
             yield Metrics(when, step, dict(items[start : start + PER_EVENT]))
@@ -184,7 +184,7 @@ class MLflowTracker(Tracker):
 
 
 def _batches(messages: Iterable[tuple[Event, Message]]) -> Iterator[list[tuple[Event, Message]]]:
-    """Metrics and tags together up to what one call takes; anything else alone."""
+    """Group metrics and tags up to the limits of one call; other messages are sent one by one."""
     batch: list[tuple[Event, Message]] = []
     size = 0
     for event, message in messages:
@@ -202,8 +202,7 @@ def _batches(messages: Iterable[tuple[Event, Message]]) -> Iterator[list[tuple[E
 def settled(config: TrackingConfig, folder: str | Path) -> TrackingConfig:
     """Point the options of a run at the store that has it, wherever the run's folder, or this process, is now.
 
-    ``MLFLOW_TRACKING_URI`` counts where nothing else is configured, as for a new run; so does the default store where the database that
-    had the run is gone.
+    As for a new run, ``MLFLOW_TRACKING_URI`` is used if nothing else is configured, and the default store if the run's database is gone.
 
     Args:
         config: as the run recorded it.
@@ -216,18 +215,18 @@ def settled(config: TrackingConfig, folder: str | Path) -> TrackingConfig:
     return config if database is not None and not database.is_file() else dataclasses.replace(config, uri=before)
 
 
-# --- a run as MLflow has it ---------------------------------------------------------------------------------------------
+# --- a run in MLflow's terms --------------------------------------------------------------------------------------------
 
 
 def _tags(run: Run) -> dict[str, str]:
     tags = {RUN_TAG: run.id, **{name: str(value) for name, value in run.tags.items() if value != ""}}
-    with contextlib.suppress(Exception):  # a container may have no name for its user
+    with contextlib.suppress(Exception):  # a container may not have a name for its user
         tags.setdefault("mlflow.user", getpass.getuser())
     return tags
 
 
 def _params(config: Mapping[str, Any]) -> dict[str, str]:
-    """Parameters are strings: structures as JSON, everything else as Python shows it, passwords in addresses left out."""
+    """Convert settings to strings: structures as JSON, other values as in Python, addresses without passwords."""
     return {
         key: redact(json.dumps(value, default=str) if isinstance(value, (dict, list, tuple)) else str(value))
         for key, value in config.items()

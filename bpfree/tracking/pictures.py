@@ -1,7 +1,7 @@
-"""Pictures of what a rule learns: a grid per block and epoch, ``pictures/BLOCK/epoch-0001.png`` in the run's folder.
+"""Draw pictures of what a rule learns: a grid per block and epoch, ``pictures/BLOCK/epoch-0001.png`` in the run's folder.
 
-They are drawn between the evaluation of an epoch and its checkpoint: outside the clock, in eval mode, without a graph, and with
-torch's global generators put back. So a run with pictures ends with the same bits as one without.
+They are drawn between the evaluation of an epoch and its checkpoint: not timed, in eval mode, without a graph, and with torch's
+global generators restored. So a run with pictures gives the same bits as one without.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["Pictures", "grid", "is_due"]
 logger = logging.getLogger("bpfree.tracking")
 
 WIDTH = 800
-"""Pixels that a grid is about as wide as; wider if its pictures are."""
+"""Approximate width of a grid in pixels; wider if its pictures are."""
 GAP, WHITE = 4, 255
 
 
@@ -57,7 +57,7 @@ class Pictures:
 
     @hookimpl
     def epoch_end(self, run: Run, rule: Rule) -> None:
-        """Draw what has changed since it was last drawn, if it is time."""
+        """Draw pictures that have changed since they were last drawn, if this epoch is due."""
         if run.folder is None or not self._active or not is_due(run.epoch, self.config.every, run.total_epochs):
             return
         try:
@@ -76,12 +76,12 @@ class Pictures:
         device = next((parameter.device for parameter in rule.parameters()), torch.device("cpu"))
         with torch.no_grad(), evaluating(rule), preserved_global_state(device):
             pictures = rule.pictures(self.config.count)
-            # copied, as what is on the CPU may be the weights themselves
+            # copied, because on the CPU these may be the weights themselves
             return {name: fields.detach().to("cpu", torch.float32, copy=True) for name, fields in pictures.items() if len(fields)}
 
 
 def is_due(epoch: int, every: int | None, total: int | None = None) -> bool:
-    """Whether an epoch is drawn: every n-th, and the last of ``total``; never for 0.
+    """Tell whether an epoch is drawn: every n-th, and the last of ``total``; never for 0.
 
     ``None`` thins out: each of the first 20, then every 10th, from 200 on every 100th, and so on: 28 of 100 epochs, 41 of 500.
     """
@@ -92,7 +92,7 @@ def is_due(epoch: int, every: int | None, total: int | None = None) -> bool:
 
 
 def grid(fields: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Fields (K, C, h, w) beside each other, enlarged by a whole factor: bytes (H, W), or (H, W, 3) in colour.
+    """Arrange fields (K, C, h, w) in a grid, enlarged by a whole factor: bytes (H, W), or (H, W, 3) in colour.
 
     Each is scaled by its own largest absolute value: that is white, its negative black, zero mid-grey (128). Frames are white.
 
@@ -120,7 +120,7 @@ def _save(pixels: np.ndarray[Any, np.dtype[np.uint8]], path: Path) -> None:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, compress_level=1)  # the others take several times as long for a tenth less
+    Image.fromarray(pixels).save(path, compress_level=1)  # other compression levels take several times as long for a tenth less
 
 
 def _file_name(name: str) -> str:
@@ -128,7 +128,7 @@ def _file_name(name: str) -> str:
 
 
 def _found(folder: Path) -> Iterator[tuple[int, str, Path]]:
-    """Epoch, name and path of each picture that is there."""
+    """List epoch, name and path of each existing picture."""
     for path in sorted(folder.glob("pictures/*/epoch-*.png")):
         number = path.stem.removeprefix("epoch-")
         if number.isdigit():

@@ -1,4 +1,4 @@
-"""Curves of a run, drawn when it is over: ``plots/curves.svg``, and ``plots/blocks.svg`` where blocks report."""
+"""Draw the curves of a run when it has ended: ``plots/curves.svg``, and ``plots/blocks.svg`` if blocks report metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("bpfree.tracking")
 
 TRAINING, VALIDATION, OWN, TEST = Key(8, "training"), Key(1, "validation"), Key(0, "the rule's loss"), 2
 MOST_MARKS = 20
-"""Points of a curve up to which each has a marker."""
+"""Largest number of points of a curve that have markers."""
 BLOCK_METRIC = re.compile(r"(?P<split>rule|val)/(?P<block>.+)/(?P<name>[^/]+)")
 Curves = list[tuple[Key, list[tuple[float, float]]]]
 
@@ -34,7 +34,7 @@ class Plots:
 
     @hookimpl(tryfirst=True)
     def run_end(self, run: Run) -> None:
-        """Draw what there is to draw, before others list or upload the run's artifacts."""
+        """Draw the available curves, before other observers list or upload the run's artifacts."""
         if run.folder is None or not run.history:
             return
         title = run.name if run.status == "finished" else f"{run.name} ({run.status})"
@@ -88,7 +88,7 @@ def blocks(run: Run) -> Figure | None:
 
 
 def _measured(run: Run, metrics: Mapping[Key, str], metric: Metric) -> Curves:
-    """Epochs and finite values of each metric that has any, shares in per cent."""
+    """Collect epochs and finite values of each measured metric, shares in per cent."""
     found = []
     for key, name in metrics.items():
         points = [(m["epoch"], metric.factor * m[name]) for m in run.history if "epoch" in m and math.isfinite(m.get(name, math.nan))]

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live line in a terminal, plain lines elsewhere."""
+"""Show the progress of a run: a live line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class ProgressDisplay:
     """Shows runs, one after the other.
 
     Args:
-        quiet: show nothing but runs that did not finish.
-        stream: where to; ``None``: standard error. Live if it is a terminal.
+        quiet: show only runs that did not finish.
+        stream: output, live if it is a terminal; ``None``: standard error.
         label: before the run's name, such as ``[2/6]`` in a comparison.
     """
 
@@ -46,7 +46,7 @@ class ProgressDisplay:
 
     @hookimpl
     def run_start(self, run: Run) -> None:
-        """Get ready. Nothing is taken of the terminal yet, as another observer may still refuse the run."""
+        """Prepare the display without starting it, because another observer may still refuse the run."""
         stream = self._stream or sys.stderr
         name = f"{self.label} {run.name}" if self.label else run.name
         if self.quiet:
@@ -59,13 +59,13 @@ class ProgressDisplay:
 
     @hookimpl
     def phase_start(self, run: Run, phase: Phase) -> None:
-        """Name the phase."""
+        """Show the name of the phase."""
         if self._view is not None:
             self._view.phase(phase.name)
 
     @hookimpl
     def progress(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """Move on inside an epoch."""
+        """Update the display inside an epoch."""
         if self._view is not None:
             self._view.inside(run, metrics)
 
@@ -81,13 +81,13 @@ class ProgressDisplay:
         text = f"{self.label} {_ending(run)}" if self.label else _ending(run)
         if self._view is not None:
             self._view.end(text)
-        elif run.status != "finished" and not run.reason.startswith(PAUSED):  # which whoever asked for it says
+        elif run.status != "finished" and not run.reason.startswith(PAUSED):  # the caller that stopped the run reports it
             print_line(self._stream or sys.stderr, text)
         self._view = None
 
 
 def print_line(stream: TextIO, text: str) -> None:
-    """A line at once, also into a pipe."""
+    """Print a line without buffering, also into a pipe."""
     stream.write(f"{text}\n")
     stream.flush()
 
@@ -173,7 +173,7 @@ class _Live:
                 console=console,
                 refresh_per_second=4,
                 transient=True,
-                redirect_stdout=sys.stdout.isatty(),  # output that goes elsewhere, such as to a file, is not taken along
+                redirect_stdout=sys.stdout.isatty(),  # output to another stream, such as a file, is not redirected
                 redirect_stderr=self._stream is sys.stderr,
             )
             live.start()
@@ -216,14 +216,14 @@ class _Live:
 
 
 class _ClockText:
-    """What is left, from the share of the budget that this session has used and the wall time that it took."""
+    """Estimates the time left from the share of the budget that this session has used and its wall time."""
 
     def __init__(self) -> None:
         self._first: tuple[float, float] | None = None
         self._left = ""
 
     def note(self, share: float) -> str:
-        """The time left at this share of the budget; the last estimate where the share is not known."""
+        """Record the used share of the budget, and return the time left; the last estimate if the share is unknown."""
         if math.isnan(share):
             return self._left
         now = time.monotonic()
@@ -235,7 +235,7 @@ class _ClockText:
 
 
 def _aside(metrics: Mapping[str, float]) -> str:
-    """What is done beside training: features, which are computed once before a phase's first step, or an evaluation."""
+    """Describe work other than training: an evaluation, or features that are computed once before a phase's first step."""
     shares = {"features": "computing features", "evaluation": "evaluating"}
     return next((f"{what} {100 * metrics[name]:.0f} %" for name, what in shares.items() if name in metrics), "")
 
@@ -246,7 +246,7 @@ def _count(run: Run, metrics: Mapping[str, float]) -> str:
 
 
 def _summary(run: Run, metrics: Mapping[str, float]) -> list[str]:
-    """The numbers that matter: losses, what the run is judged by, speed."""
+    """Format the main metrics: losses, the primary metric, speed."""
     parts = []
     for name, label in (("train/loss", "loss"), ("val/loss", "val loss")):
         if name in metrics:

@@ -1,4 +1,4 @@
-"""Bringing a run's log to its trackers: by threads while the run trains, and at any time afterwards."""
+"""Send a run's log to its trackers: by threads while the run trains, and at any time afterwards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Makers = Mapping[str, Callable[[Run, TrackingConfig], Any]]
 
 
 def makers(config: TrackingConfig, registry: Plugins | None = None) -> Makers:
-    """Look up what makes the trackers of ``tracking.to``, by their names.
+    """Look up the factories of the trackers in ``tracking.to``, by name.
 
     Raises:
         UsageError: no plugin registers one.
@@ -40,30 +40,32 @@ def makers(config: TrackingConfig, registry: Plugins | None = None) -> Makers:
 
 
 def _tracker(name: str, make: Callable[[Run, TrackingConfig], Any], run: Run, config: TrackingConfig) -> Tracker:
-    """A tracker that can work here.
+    """Make a tracker, and check that it can work here.
 
     Raises:
-        UsageError: it cannot, as it is configured.
+        UsageError: it cannot with this configuration.
         BpfreeError: a library is missing.
     """
     try:
         made = make(run, config)
         if not isinstance(made, Tracker):
-            raise UsageError(f"the tracker {name!r} is no bpfree.Tracker, but {made!r:.80}", where="tracking.to", fix="tell its author")
+            raise UsageError(
+                f"the tracker {name!r} is not a bpfree.Tracker: {made!r:.80}", where="tracking.to", fix="report it to the plugin's author"
+            )
         made.name = name
         made.check()
     except ImportError as error:
-        fix = "install what is missing, or leave it out of tracking.to"
+        fix = "install the missing package, or remove the tracker from tracking.to"
         raise BpfreeError(f"the tracker {name!r} cannot be used here: {error}", where="tracking.to", fix=fix) from error
     return made
 
 
 class Tracking:
-    """Has a thread for each tracker read the log of a run.
+    """Starts a thread for each tracker that reads the log of a run.
 
     Args:
-        config: where to and what.
-        made_by: what makes the trackers, by name.
+        config: the options ``tracking.*``.
+        made_by: factories of the trackers, by name.
     """
 
     def __init__(self, config: TrackingConfig, made_by: Makers) -> None:
@@ -72,10 +74,10 @@ class Tracking:
         self._system: SystemMetrics | None = None
 
     def start(self, run: Run, log: EventLog) -> None:
-        """Make the run at each tracker, or find it again.
+        """Create or find the run at each tracker.
 
         Raises:
-            UsageError: an option makes no sense.
+            UsageError: an option is invalid.
             BpfreeError: a tracker is required, and cannot be reached or used.
         """
         for name, make in self._makers.items() if self.config.enabled else ():
@@ -104,13 +106,13 @@ class Tracking:
         run.tracking.update(follower.cursor.told)
 
     def stop(self) -> None:
-        """End the samples of the system's use."""
+        """Stop the sampling of system metrics."""
         if self._system is not None:
             self._system.stop()
         self._system = None
 
     def finish(self, run: Run) -> bool:
-        """Wait for a while until the trackers have all of the log; whether they have."""
+        """Wait for a limited time until the trackers have all of the log; return whether they have."""
         for follower in self._followers:
             follower.close()
         until = time.monotonic() + self.config.flush_timeout
@@ -128,19 +130,19 @@ class Tracking:
         self._followers = []
 
 
-# --- runs that are over -------------------------------------------------------------------------------------------------
+# --- runs that have ended -----------------------------------------------------------------------------------------------
 
 
 def send(folder: str | Path, config: TrackingConfig, made_by: Makers | None = None) -> list[dict[str, Any]] | None:
-    """Send what the trackers lack of a run that no process trains any more; one that was killed ends as interrupted.
+    """Send the data that trackers lack of a run that is no longer trained; a killed run ends as interrupted.
 
     Args:
         folder: of the run.
-        config: where to, and how long it may take.
-        made_by: what makes the trackers, by name; ``None``: what plugins register.
+        config: the options ``tracking.*``.
+        made_by: factories of the trackers, by name; ``None``: those that plugins register.
 
     Returns:
-        What was refused, each with its reason; ``None`` if not everything could be sent.
+        The refused events, each with its reason; ``None`` if not everything could be sent.
 
     Raises:
         BpfreeError: there is no record of a run, a process still trains it, or a tracker cannot be used here.
@@ -148,7 +150,7 @@ def send(folder: str | Path, config: TrackingConfig, made_by: Makers | None = No
     place = RunFolder(folder)
     read_run(folder)  # or there is nothing to send
     if place.log.is_held():
-        raise BpfreeError("the run still trains", where=str(folder), fix="wait until it ends: it is sent meanwhile")
+        raise BpfreeError("the run is still training", where=str(folder), fix="wait until it ends; its data are sent while it trains")
     place.name_copy()
     place.end_if_killed()
     run = read_run(folder)
@@ -159,7 +161,7 @@ def send(folder: str | Path, config: TrackingConfig, made_by: Makers | None = No
 
 def _send(tracker: Tracker) -> list[dict[str, Any]] | None:
     follower = Follower(tracker, interval=tracker.config.interval)
-    with contextlib.suppress(Exception):  # a store that is away is noticed below
+    with contextlib.suppress(Exception):  # an unavailable store is detected below
         if follower.cursor.known and not tracker.holds_run():
             follower.cursor.offset, follower.cursor.refused = 0, []
     if follower.cursor.offset >= tracker.folder.log.size:
@@ -169,13 +171,13 @@ def _send(tracker: Tracker) -> list[dict[str, Any]] | None:
 
 
 def complete(folder: str | Path, uri: str | None = None) -> bool:
-    """Send what the trackers lack of a run that has ended, if anything: its process may have been killed while it sent.
+    """Send the data that trackers lack of a run that has ended, whose process may have been killed while sending.
 
-    The run in a store is the same, and each metric keeps one value per step. An outage is a warning, and the call can be repeated.
+    The run in a store stays the same, with one value per metric and step. An outage is a warning, and the call can be repeated.
 
     Args:
         folder: of the run.
-        uri: of the MLflow store, whose secrets the run's record does not have; ``None``: as the record says.
+        uri: of the MLflow store, whose secrets the run's record does not have; ``None``: the recorded address.
 
     Raises:
         BpfreeError: there is no record of a run.
@@ -195,7 +197,7 @@ def complete(folder: str | Path, uri: str | None = None) -> bool:
 
 
 def is_sent(folder: str | Path) -> bool:
-    """Whether the trackers of a run have all of its log, as far as is known here."""
+    """Tell whether the trackers of a run have all of its log, according to the run's folder."""
     return _has_all(RunFolder(folder), config_of(read_run(folder)))
 
 
@@ -204,7 +206,7 @@ def _has_all(place: RunFolder, config: TrackingConfig) -> bool:
 
 
 def config_of(run: Run) -> TrackingConfig:
-    """Rebuild a run's own options of tracking from its configuration."""
+    """Rebuild a run's options ``tracking.*`` from its configuration."""
     known = {item.name for item in dataclasses.fields(TrackingConfig)}
     options = {key.removeprefix("tracking."): value for key, value in run.config.items() if key.startswith("tracking.")}
     return TrackingConfig(**{name: value for name, value in options.items() if name in known})

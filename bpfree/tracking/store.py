@@ -1,4 +1,4 @@
-"""An MLflow store behind a small face: open a run, send events. Everything here may block, and runs in the sender's thread."""
+"""A small interface to an MLflow store: open a run, send events. All calls may block, and run in the sender's thread."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["RUN_TAG", "Store", "file_lock", "prepare_mlflow"]
 
 RUN_TAG = "bpfree.run"
-"""Tag with the run's own identifier, by which a run is found again whose creation was not confirmed."""
+"""Tag with bpfree's identifier, which finds a run whose creation was not confirmed."""
 
 OUR_TIMEOUT = "_BPFREE_MLFLOW_TIMEOUT"
-"""Environment variable that tells a timeout set here from one that the user has set."""
+"""Environment variable that distinguishes a timeout set here from one set by the user."""
 
 PROBE_SECONDS = 2.0
 LOCK_SECONDS = 120.0
@@ -56,30 +56,30 @@ NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs"
 
 
 def without_telemetry() -> None:
-    """Have MLflow send nothing to its makers, unless the user has said otherwise; to be called before it is imported."""
+    """Disable MLflow's telemetry unless the user has enabled it; call this before MLflow is imported."""
     for name in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
         os.environ.setdefault(name, "true")
 
 
 def prepare_mlflow(timeout: float) -> None:
-    """Import MLflow without telemetry and chatter, with bounded requests; what the user has set stays as it is.
+    """Import MLflow without telemetry and log messages, with bounded requests; the user's settings are kept.
 
-    MLflow reads all of these from the environment of the process, and offers no other way.
+    MLflow reads all of these only from the environment of the process.
     """
     without_telemetry()
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the sender retries, with its own back-off
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the sender itself retries, with its own back-off
     if os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") == os.environ.get(OUR_TIMEOUT):  # unset, or set here for another run
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = os.environ[OUR_TIMEOUT] = str(math.ceil(timeout))
     quiet(*CHATTER)
-    import mlflow.tracking  # noqa: F401  sets up its own logging, which is then turned down
+    import mlflow.tracking  # noqa: F401  sets up its logging, whose level is then raised
 
     quiet(*CHATTER)
-    quiet("mlflow.store.db.utils", level=logging.CRITICAL)  # it prints the traceback of an error that we report ourselves
+    quiet("mlflow.store.db.utils", level=logging.CRITICAL)  # it prints the traceback of an error that bpfree reports itself
     redact_logs()
 
 
 def quiet(*names: str, level: int = logging.ERROR) -> None:
-    """Turn loggers down to errors, or to less, unless somebody wants to debug them."""
+    """Limit loggers to errors, or another level, unless they are being debugged."""
     for name in names:
         logger = logging.getLogger(name)
         if logger.level in (logging.NOTSET, logging.INFO):
@@ -89,7 +89,7 @@ def quiet(*names: str, level: int = logging.ERROR) -> None:
 def file_lock(path: Path, timeout: float = LOCK_SECONDS) -> BaseFileLock:
     """Return a lock file to hold in a ``with`` block; the system releases it if the process dies.
 
-    Entering raises ``TimeoutError`` if another process keeps it all the time.
+    Entering raises ``TimeoutError`` if another process holds the lock for the whole time.
     """
     from filelock import FileLock
 
@@ -111,15 +111,15 @@ def _client_of(uri: str) -> MlflowClient:
 
 
 def _make_database(path: Path) -> None:
-    """Make MLflow's tables under another name: a process that is killed meanwhile leaves no half of a database behind."""
+    """Create MLflow's tables under another file name, so that a killed process leaves no incomplete database."""
     made = path.with_name(f".{path.name}.new")
     for part in (made, *(made.with_name(f"{made.name}-{kind}") for kind in ("journal", "wal", "shm"))):
         part.unlink(missing_ok=True)
     client = _client_of(sqlite_uri(made))
-    with contextlib.suppress(AttributeError):  # its connections would keep the file under its first name
+    with contextlib.suppress(AttributeError):  # open connections would keep the file under its first name
         client._tracking_client.store.engine.dispose()
     if not _on_network(path.absolute().parent):
-        # Readers do not wait for writers then; it is remembered in the file. Needs shared memory.
+        # In this mode, which the file stores, readers do not wait for writers; it needs shared memory.
         with contextlib.closing(sqlite3.connect(made)) as database:
             database.execute("PRAGMA journal_mode=WAL")
     os.replace(made, path)
@@ -135,7 +135,7 @@ class Store:
 
     def __init__(self, uri: str, timeout: float) -> None:
         self.timeout, named = timeout, sqlite_file(uri)
-        self.database = named and named.resolve()  # one address for one file, wherever it is named from
+        self.database = named and named.resolve()  # one address per file, whatever the current folder
         if named is not None and not {"?", "%"} & set(uri):
             uri = uri.replace(str(named), str(self.database), 1)
         self.uri, self.shown = uri, redact(uri)
@@ -145,10 +145,10 @@ class Store:
     # --- connecting -------------------------------------------------------------------------------------------------
 
     def probe(self) -> None:
-        """A quick look whether anybody listens, because a request may wait for its whole timeout.
+        """Check quickly whether a server listens, because a request may wait for its whole timeout.
 
         Raises:
-            OSError: nobody does.
+            OSError: no server listens.
         """
         parts = urlsplit(self.uri)
         host = parts.hostname
@@ -167,17 +167,19 @@ class Store:
         """
         prepare_mlflow(self.timeout)
         if urlsplit(self.uri).scheme not in ("", "file") or self.uri.startswith("databricks"):
-            return  # anything else may be away for now, which is the sender's matter
+            return  # other stores may be temporarily unavailable, which the sender handles
         from mlflow.exceptions import MlflowException
 
         try:
             self._client = self._new_client()
         except MlflowException as error:
-            fix = "use sqlite:///PATH/mlflow.db, or the address of an MLflow server (MLFLOW_ALLOW_FILE_STORE=true brings folders back)"
-            raise UsageError("MLflow no longer tracks to a folder of files", where=f"tracking.uri={self.shown}", fix=fix) from error
+            fix = "use sqlite:///PATH/mlflow.db or the address of an MLflow server (MLFLOW_ALLOW_FILE_STORE=true enables folders)"
+            raise UsageError(
+                "MLflow no longer supports a folder of files as a store", where=f"tracking.uri={self.shown}", fix=fix
+            ) from error
 
     def connect(self) -> MlflowClient:
-        """The client; the first call makes the database. Only one process at a time may do that."""
+        """Return the client; the first call creates the database, one process at a time."""
         if self._client is None:
             self.probe()
             prepare_mlflow(self.timeout)
@@ -206,7 +208,7 @@ class Store:
                 place = None if self.database is None else (self.database.absolute().parent / "mlruns" / quote(name, safe=" ")).as_uri()
                 try:
                     return str(client.create_experiment(name, artifact_location=place))
-                except Exception:  # another client of the same server may have been faster
+                except Exception:  # another client of the server may have created it first
                     found = client.get_experiment_by_name(name)
                     if found is None:
                         raise
@@ -215,17 +217,17 @@ class Store:
     # --- a run ------------------------------------------------------------------------------------------------------
 
     def open(self, opening: Opening, *, search: bool) -> bool:
-        """Create the run, or continue the one that is there; ``opening.run_id`` and ``opening.time`` are set.
+        """Create the run, or continue the existing one, and set ``opening.run_id`` and ``opening.time``.
 
         Args:
             opening: the run.
-            search: it may exist under an identifier that was never learned (a creation without an answer).
+            search: whether it may exist under an unknown identifier (its creation was not confirmed).
 
         Raises:
-            RefusedError: the store will never take it.
+            RefusedError: the store will never accept it.
 
         Returns:
-            Whether the run was there.
+            Whether the run existed.
         """
         with self._judged():
             client = self.connect()
@@ -240,13 +242,13 @@ class Store:
                 self.experiment_id = existing.info.experiment_id
                 client.update_run(opening.run_id, status="RUNNING")
                 self._change_tags(client, opening, existing.data.tags)
-            if opening.dataset is not None:  # once more does no harm, and who made the run may have been killed here
+            if opening.dataset is not None:  # repeating this is harmless, and the process that created the run may have been killed here
                 client.log_inputs(opening.run_id, datasets=[_dataset(*opening.dataset)])
             self._params(client, opening, known)
             return existing is not None
 
     def holds(self, run_id: str) -> bool:
-        """Whether the store has the run, and it is not deleted."""
+        """Tell whether the store has the run, and it is not deleted."""
         return self._active(self.connect(), run_id) is not None
 
     def _find(self, client: MlflowClient, opening: Opening, search: bool) -> Any:
@@ -269,7 +271,7 @@ class Store:
         return run if run.info.lifecycle_stage == "active" else None
 
     def _change_tags(self, client: MlflowClient, opening: Opening, known: dict[str, str]) -> None:
-        """Set the tags that a resumed run has otherwise; its user stays the one who began it."""
+        """Set the tags that have changed in a resumed run, except its user, who remains the one who began it."""
         from mlflow.entities import RunTag
 
         assert opening.run_id is not None
@@ -278,7 +280,7 @@ class Store:
             client.log_batch(opening.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _params(self, client: MlflowClient, opening: Opening, known: dict[str, str]) -> None:
-        """Log those that are not there; one that a resumed run has changed becomes a tag, as a parameter cannot change."""
+        """Log missing parameters; a parameter that a resumed run has changed becomes a tag, because parameters cannot change."""
         from mlflow.entities import Param
 
         assert opening.run_id is not None
@@ -294,15 +296,15 @@ class Store:
             client.set_tag(opening.run_id, key, value)
 
     def last_step(self, run_id: str, key: str) -> int:
-        """The last step at which the metric is known to the store, -1 if it is not."""
+        """Return the last step of a metric in the store, -1 if it has none."""
         history = self.connect().get_metric_history(run_id, _name(key))
         return max((point.step for point in history), default=-1)
 
     def send(self, run_id: str, events: Sequence[Message]) -> None:
-        """Send events: any number of metrics and tags together, anything else alone.
+        """Send events: any number of metrics and tags together, each other one by itself.
 
         Raises:
-            RefusedError: the store will never take it. Any other exception: try again.
+            RefusedError: the store will never accept it. Any other exception: try again.
         """
         client = self.connect()
         with self._judged():
@@ -329,13 +331,13 @@ class Store:
 
     def _upload(self, client: MlflowClient, run_id: str, event: Artifact) -> None:
         if not event.path.exists():
-            raise RefusedError(f"{event.path} is gone")
+            raise RefusedError(f"{event.path} does not exist any more")
         upload = client.log_artifacts if event.path.is_dir() else client.log_artifact
         upload(run_id, str(event.path), event.folder or None)
 
     @contextlib.contextmanager
     def _judged(self) -> Iterator[None]:
-        """Tell what the store refuses from what may pass later."""
+        """Convert permanent errors of the store to :class:`RefusedError`; other errors may be temporary."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -347,7 +349,7 @@ class Store:
 
 
 def _name(key: str) -> str:
-    """A metric, parameter or tag name that MLflow takes: letters, digits, ``_ - . space : /``."""
+    """Convert to a metric, parameter or tag name that MLflow accepts: letters, digits, ``_ - . space : /``."""
     clean = "".join(c if (c.isascii() and c.isalnum()) or c in "_-. :/" else "_" for c in key)
     return "/".join(part if part.strip(".") else "_" for part in clean.split("/"))[:250]
 

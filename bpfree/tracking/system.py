@@ -1,8 +1,8 @@
-"""Use of processors, memory, disk, network and GPUs during a run, sampled by MLflow's own collectors.
+"""Sample the use of processors, memory, disk, network and GPUs during a run with MLflow's collectors.
 
 MLflow's monitor would publish its first sample one interval (10 s) after the start, from a thread that talks to the
-store; this one samples within the first second and hands the values over, so that short runs show them and outages keep
-them. The keys are MLflow's (``system/cpu_utilization_percentage``, ``system/gpu_0_power_usage_watts`` and so on).
+store; this one samples within the first second and writes the values to the log, so that short runs have them, and
+outages do not lose them. The keys are MLflow's (``system/cpu_utilization_percentage``, ``system/gpu_0_power_usage_watts`` and so on).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SystemMetrics:
         self._thread.join(patience)
 
     def _work(self) -> None:
-        with contextlib.suppress(Exception):  # the first measurement of use needs an earlier one to compare with
+        with contextlib.suppress(Exception):  # the first measurement of use needs an earlier one as a reference
             import psutil
 
             psutil.cpu_percent()
@@ -74,12 +74,12 @@ class SystemMetrics:
                 monitor.clear_metrics()
             except Exception as error:
                 monitors.remove(monitor)
-                logger.info("%s fails and is left out: %s", type(monitor).__name__, error)
+                logger.info("system metrics of %s failed and are left out: %s", type(monitor).__name__, error)
         return sample
 
 
 def _monitors() -> Iterator[Any]:
-    """Those that work here: without a GPU or psutil some do not, which is nothing to report."""
+    """List the collectors that work here; some fail without a GPU or psutil, which is normal."""
     for module, name in MONITORS:
         try:
             yield getattr(importlib.import_module(f"mlflow.system_metrics.metrics.{module}"), name)()

@@ -1,8 +1,8 @@
-"""What a tracker is: it brings what a run's log says to a place where people look, and may miss any part of it for any time.
+"""The interface of trackers, which send a run's log to a store or file, and may be unavailable at any time.
 
-A thread (:class:`~bpfree.tracking.follower.Follower`) reads the log and calls the tracker. How far it has come is kept in the run's
-folder (``sent-NAME.json``) together with what the tracker must know to continue, so that an outage, a SIGKILL, a resumed run and
-``bpfree track send`` are one operation: read on. Nothing here reads what a tracker has written.
+A thread (:class:`~bpfree.tracking.follower.Follower`) reads the log and calls the tracker. Its position is kept in the run's folder
+(``sent-NAME.json``) with the facts that the tracker needs to continue, so that recovery from an outage, a SIGKILL, a resumed run and
+``bpfree track send`` are one operation: continue to read. No other part of bpfree reads the output of a tracker.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["RefusedError", "Tracker", "measured"]
 
 
 class RefusedError(Exception):
-    """The store answered, and will never take this."""
+    """The store answered that it will never accept an event."""
 
 
 class Tracker(ABC):
-    """Brings events of a run's log somewhere. Derive from it; only :meth:`send` must be written.
+    """Base class of trackers, which send the events of a run's log; subclasses must define only :meth:`send`.
 
     Args:
         run: its identifier and its folder.
@@ -35,9 +35,9 @@ class Tracker(ABC):
     Attributes:
         name: under which it is registered.
         title: for messages; empty: its name.
-        shown: its address, without what is secret in it. At another address the log is read from its beginning.
+        shown: its address without secrets. At another address the log is read from its beginning.
         patience: seconds that the start of a run waits for the first answer.
-        known: what the next session must know, as JSON has it; kept together with the place in the log. Texts are shown with the run.
+        known: facts for the next session, as JSON values, kept with the position in the log. Texts are shown with the run.
     """
 
     name = ""
@@ -50,54 +50,54 @@ class Tracker(ABC):
         self.patience, self.known = config.timeout, dict[str, Any]()
 
     def check(self) -> None:  # noqa: B027  optional
-        """Refuse before anything is trained what can never work here.
+        """Refuse a configuration that can never work here, before anything is trained.
 
         Raises:
-            UsageError: an option makes no sense.
+            UsageError: an option is invalid.
             ImportError: a library is missing.
         """
 
     def holds_run(self) -> bool:
-        """Whether what ``known`` names is still there; if not, ``bpfree track send`` reads the log from its beginning."""
+        """Tell whether the run that ``known`` names still exists; if not, ``bpfree track send`` reads the log from its beginning."""
         return True
 
     def probe(self) -> None:  # noqa: B027  optional
-        """Look quickly, after a failure, whether trying again makes sense.
+        """Check quickly, after a failure, whether another attempt can succeed.
 
         Raises:
-            OSError: it does not.
+            OSError: it cannot.
         """
 
     def open(self, run: Run, began: int, seen: Sequence[Event], again: bool) -> bool:
-        """Make ready for :meth:`send`; called once in a session.
+        """Prepare for :meth:`send`; called once in a session.
 
         Args:
             run: as the log has it.
             began: when it began for the first time, in milliseconds since 1970.
             seen: events that were sent before.
-            again: whether the run was resumed, so that it computes epochs again that were sent.
+            again: whether the run was resumed, so that it may repeat epochs that were sent.
 
         Returns:
-            Whether what was sent before is there; if not, the log is read from its beginning.
+            Whether the earlier events are still there; if not, the log is read from its beginning.
 
         Raises:
-            RefusedError: the store will never take this run. Any other exception: try again.
+            RefusedError: the store will never accept this run. After any other exception, the call is repeated.
         """
         return True
 
     @abstractmethod
     def send(self, events: Sequence[Event]) -> list[tuple[Event, str]]:
-        """Bring events, in the order of the log; the end of a session that was resumed has the kind ``stopped``.
+        """Send events in the order of the log; the end of a session that was resumed has the kind ``stopped``.
 
-        What was sent just before a crash may come once more, and a resumed run computes epochs again: keep one value for each step.
+        Events that were sent just before a crash may be repeated, and a resumed run repeats epochs: keep one value for each step.
 
         Returns:
-            What can never be taken, with reasons. An exception: try again.
+            The events that can never be accepted, with reasons. After an exception, the call is repeated.
         """
 
 
 def measured(event: Event, began: int, epoch: int = 0) -> tuple[int, Mapping[str, float]]:
-    """Give the step of an event's numbers, and the numbers: none for kinds that measure nothing.
+    """Return the step of an event's metrics, and the metrics: none for kinds that measure nothing.
 
     Steps are the epoch; inside an epoch (``progress``) the update; of the system's use the milliseconds since the run first began.
 
@@ -107,7 +107,7 @@ def measured(event: Event, began: int, epoch: int = 0) -> tuple[int, Mapping[str
         epoch: the run's last, for results that were measured after its end.
 
     Raises:
-        RefusedError: it is not what such an event must be.
+        RefusedError: the event is malformed.
     """
     try:
         match event["event"]:
@@ -123,5 +123,5 @@ def measured(event: Event, began: int, epoch: int = 0) -> tuple[int, Mapping[str
             case "result":
                 return epoch, event["metrics"]
     except (KeyError, TypeError, ValueError) as error:
-        raise RefusedError("it is not as the log must have it") from error
+        raise RefusedError("the event is malformed") from error
     return 0, {}

@@ -283,7 +283,7 @@ def test_a_finished_run_is_not_tested_again_unless_it_goes_on(workplace: Path, c
     capsys.readouterr()
     assert call("train", "--resume", str(run)) == 0
     output = capsys.readouterr()
-    assert "finished already" in output.err
+    assert "is already finished" in output.err
     assert f"{100 * before.result['test/accuracy']:.2f} %" in output.out
     assert read_run(run) == before
     assert call("train", "--resume", str(run), "budget.epochs=3") == 0

@@ -51,9 +51,9 @@ def test_printing_the_plan_trains_nothing(planned: None, workplace: Path, capsys
     assert call("train", "rule=dfa", "network.depth=3", "--print-plan") == 0
     assert capsys.readouterr().out == f"{PLAN}\n3 hidden blocks\n"
     assert call("train", "rule=backprop", "--print-plan") == 0
-    assert capsys.readouterr().out == "the rule 'backprop' has no plan to print\n"
+    assert capsys.readouterr().out == "the rule 'backprop' reports no plan\n"
     assert call("train", "--resume", "nowhere", "--print-plan") == 2
-    assert "trained, not printed" in capsys.readouterr().err
+    assert "cannot be combined with --resume" in capsys.readouterr().err
     assert list(workplace.iterdir()) == []
 
 

@@ -128,11 +128,11 @@ def test_validate_names_a_certificate_of_another_core(ours: Path, capsys: pytest
             "the plugin registers noprop-adjoint, noprop-backprop, noprop-ct, noprop-dt, noprop-fm",
         ),
         ("plugins/noprop.toml", "api = [1, 2]", "api = [3, 4]", "interface version 2, which is not in [3, 4]"),
-        ("plugins/noprop.toml", "seeds = 5", "seeds = 1", "a deviation belongs to several seeds"),
+        ("plugins/noprop.toml", "seeds = 5", "seeds = 1", "give a deviation if, and only if,"),
         ("plugins/noprop.toml", "= [", "= ", "cannot read the entry"),
         ("plugins/hebbian.toml", '"oja",', '"oja",\n"noprop-dt",', "both hebbian and noprop list the rule 'noprop-dt'"),
         ("index.json", '"noprop-dt"', '"noprop-ct"', "bpfree registry index --folder registry"),
-        ("README.md", "| `noprop` |", "| `nopropp` |", "README.md is not what entries and certificates make"),
+        ("README.md", "| `noprop` |", "| `nopropp` |", "README.md is out of date with entries and certificates"),
         ("certificates/noprop-dt.json", '"rule"', '"rul"', "this is no certificate"),
         ("certificates/noprop-dt.json", '"passed"', '"failed"', "failed its examination: made-up"),
         ("certificates/noprop-dt.json", '"full"', '"partial"', "is partial, not full"),
@@ -177,10 +177,10 @@ def test_index_renews_what_is_out_of_date(ours: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["list", "--folder", "."], "this is no registry"),
+        (["list", "--folder", "."], "this is not a registry"),
         (["list", "--folder", ".", "--index", "x.json"], "both an index and a folder"),
-        (["list", "--index", "x.json"], "no index of format 1"),
-        (["index"], "this is no registry"),
+        (["list", "--index", "x.json"], "not an index of format 1"),
+        (["index"], "this is not a registry"),
     ],
 )
 def test_wrong_places(words: list[str], said: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,7 @@ def test_a_folder_that_one_process_alone_sees(ranks: Ranks, tmp_path: Path) -> N
         answers = ranks.run(2, cases.command_line, tmp_path, ("train", "--resume", f"runs/{run.name}", *changes))
         assert [code for code, _ in answers] == [0, 0]
         assert read_checkpoint(run / "checkpoints" / "last.pt")["training"]["position"]["epoch"] == epochs
-    assert "had finished already" in answers[0][1]
+    assert "is already finished" in answers[0][1]
     assert not answers[1][1]
 
 
@@ -72,7 +72,7 @@ def test_a_study_is_not_for_a_launcher(ranks: Ranks, tmp_path: Path) -> None:
     words = ("study", "run", "digits-floor-ceiling", "budget.epochs=1", "--seeds", "1", "--rows", "linear", "--quiet")
     (code, said), _ = ranks.run(2, cases.command_line, tmp_path, words)
     assert code == 2
-    assert "a study has processes of its own" in said
+    assert "a study starts its own processes" in said
 
 
 @pytest.mark.parametrize("variables", [{"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "1"}])

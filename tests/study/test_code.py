@@ -326,7 +326,7 @@ def test_objects_that_a_study_does_not_take(workplace: Path, kind: str, thing: A
 
 def test_what_a_script_defines_stays_in_its_process(workplace: Path) -> None:
     own = type("Own", (DFA,), {"__module__": "__main__"})
-    with pytest.raises(UsageError, match="of this script alone"):
+    with pytest.raises(UsageError, match="is defined in the main script"):
         bpfree.compare([own], seeds=2, references=False, settings=QUICK, jobs=2)
 
 

@@ -71,6 +71,6 @@ def test_a_finished_study_is_reported_without_a_network(finished: str, monkeypat
 def test_a_finished_cell_is_not_resumed(finished: str, capsys: pytest.CaptureFixture[str]) -> None:
     for known in outcomes():
         assert call("train", "--resume", known["run"], "--quiet") == 0
-        assert "the run had finished already" in capsys.readouterr().err
+        assert "this run is already finished" in capsys.readouterr().err
         assert call("train", "--resume", known["run"], "budget.epochs=2", "--quiet") == 1
         assert "of a study's finished cells only the weights are kept" in " ".join(capsys.readouterr().err.split())

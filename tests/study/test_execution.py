@@ -222,7 +222,7 @@ def test_a_rule_that_hangs_ends_with_its_time_in_the_same_process(site: Path) ->
     name = study(f"title: Slow\n{BARE}seeds: 1\nrules: [slow, dfa]\n")
     assert call("study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--quiet", "--timeout", "50000") == 1
     known = {outcome["row"]: (outcome["status"], outcome["reason"]) for outcome in outcomes()}
-    assert known == {"slow": ("timeout", "not done after 50000 s, and it does not look at the time"), "dfa": ("finished", "")}
+    assert known == {"slow": ("timeout", "not done after 50000 s, and the cell does not check its time limit"), "dfa": ("finished", "")}
     assert 49000 < float(Path("alarm").read_text()) < 50006
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
@@ -277,7 +277,7 @@ def test_a_worker_that_hangs_is_killed(site: Path, forked: None, monkeypatch: py
     name = study(f"title: Slow\n{BARE}seeds: 1\nrules: [slow, dfa]\n")
     assert call("study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--quiet", "--jobs", "2", "--timeout", "50000") == 1
     known = {outcome["row"]: (outcome["status"], outcome["reason"]) for outcome in outcomes()}
-    assert known == {"slow": ("timeout", "killed: it did not stop after its 50000 s"), "dfa": ("finished", "")}
+    assert known == {"slow": ("timeout", "killed: it did not stop after its timeout of 50000 s"), "dfa": ("finished", "")}
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_an_interrupted_pool_saves_what_it_does_and_leaves_nobody_behind(site: P
     process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == 128 + number
-    assert "the same command resumes it" in errors
+    assert "run the same command to resume it" in errors
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
     assert {outcome["status"] for outcome in outcomes()} == {"interrupted"}
     assert len(list(Path("runs").glob("slow-*/checkpoints/last.pt"))) == 2
@@ -390,7 +390,7 @@ def test_a_store_that_is_away_costs_a_warning_and_adopts_the_cells_later(
     name = study(FOUR)
     away = "tracking.uri=http://127.0.0.1:9"
     assert call("study", "run", name, "budget.epochs=1", "--quiet", away, "tracking.flush_timeout=1", "--seeds", "1") == 0
-    assert "the study has no run of its own in MLflow" in caplog.text
+    assert "the study itself could not be logged to MLflow" in caplog.text
     assert {outcome["status"] for outcome in outcomes()} == {"finished"}
 
 
@@ -459,7 +459,7 @@ def test_workers_that_would_fight_for_processors_are_told_of(
         return caplog.text
 
     assert said(1, 4) == said(2, 2) == said(8, 1) == ""
-    assert "3 cells at a time with 2 threads each, on 4 processors" in said(2, 3)
+    assert "3 cells at a time with 2 threads each oversubscribe the 4 processors" in said(2, 3)
 
 
 def test_what_runs_is_said_from_time_to_time(

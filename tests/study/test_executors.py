@@ -138,7 +138,7 @@ def test_cells_as_jobs_one_of_which_is_killed(site: Path, capsys: pytest.Capture
 def test_no_cluster_and_no_such_parameter(site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert call("study", "run", "s.yaml", "--executor", "slurm") == 1
-    assert "there is no SLURM here" in capsys.readouterr().err
+    assert "no SLURM on this machine" in capsys.readouterr().err
     words = ("--executor", "slurm", "--with", "cluster=local")
     assert call("study", "run", "s.yaml", *words, "--with", "parameters.flavour=vanilla") == 2
     assert "flavour" in capsys.readouterr().err
@@ -169,7 +169,7 @@ def test_an_executor_of_a_plugin(site: Path, capsys: pytest.CaptureFixture[str])
 def test_wrong_requests(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, code, text in (
         (("--executor", "no-such"), 2, "known: backwards, local, nothing, ray, slurm"),
-        (("--executor", "nothing"), 2, "the executor 'nothing' is no bpfree.Executor, but 7"),
+        (("--executor", "nothing"), 2, "the executor 'nothing' is not a bpfree.Executor: 7"),
         (("--executor", "backwards", "--with", "most=0"), 2, "most=0 is out of range: must be >= 1"),
         (("--gpus", "1"), 2, "the executor 'local' has no option gpus (--executor ray or --executor slurm)"),
         (("--address", "auto"), 2, "the executor 'local' has no option address (--executor ray)"),

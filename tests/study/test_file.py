@@ -98,14 +98,14 @@ rows:
     [
         "unknown key 'titel': did you mean 'title'?",
         "the study: title: must be text",
-        "seeds: must be how many",
-        "seed has no place here",
-        "output has no place here",
+        "seeds: must be the number of seeds",
+        "seed is not allowed here",
+        "output is not allowed here",
         "settings: optimizer.lr is given twice",
         "settings.batch_size is given twice",
         "columns: 'a' is given twice",
         "unknown key 'setings': did you mean 'settings'?",
-        "no commas",
+        "must not contain commas",
         "unknown column 'c'",
         "unknown metric 'tset/error': must be test/NAME or train/NAME",
         "test/accuracy: must be a number",
@@ -171,8 +171,8 @@ rows:
         ("title: [", "not valid YAML"),
         ("- a list", "must be a mapping"),
         ("title: A\nrows: []", "needs rows"),
-        ("title: A\nrows: [{label: a, columns: [b]}]", "the study has none"),
-        ("title: A\ncolumns: [{label: b}]\nrows: [{label: a, columns: []}]", "names none"),
+        ("title: A\nrows: [{label: a, columns: [b]}]", "the study has no columns"),
+        ("title: A\ncolumns: [{label: b}]\nrows: [{label: a, columns: []}]", "must name at least one"),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, text: str, said: str) -> None:
@@ -211,10 +211,10 @@ def test_unknown_studies(tmp_path: Path) -> None:
 def test_a_row_names_its_rule_or_the_study_does_for_all(tmp_path: Path) -> None:
     rows = "rows: [{label: A, settings: {network.width: 16}}, {label: B, settings: {rule: dfa}}]\n"
     said = refusal(tmp_path, f"title: T\n{rows}")
-    assert "no rule is named" in said
+    assert "no rule is set" in said
     assert "(row A)" in said
     bare = "title: T\nrows: [{label: A}]\n"
-    assert "no rule is named" in refusal(tmp_path, bare)
+    assert "no rule is set" in refusal(tmp_path, bare)
     for shared in ("settings: {rule: dfa}", "settings: {rule: {name: dfa}}", "columns: [{label: c, settings: {rule.name: dfa}}]"):
         cells = plan(read_study(written(tmp_path, f"{bare}{shared}\n"))).cells
         assert {cell.recipe.names["rule"] for cell in cells} == {"dfa"}

@@ -218,7 +218,7 @@ def test_a_study_has_programs_beside_rules(workplace: Path, capsys: pytest.Captu
     name = study(STUDY)
     assert call("study", "run", name, "--dry-run") == 0
     output = capsys.readouterr().out
-    assert "not known for 4 cells: how long a program takes" in output
+    assert "no estimate for 4 cells: the time of a program" in output
     assert "forest and logistic: batch_size, budget.epochs, network.width: not used by these programs." in output
     assert call("study", "run", name, "--quiet") == 0
     report = capsys.readouterr().out
@@ -267,7 +267,7 @@ def test_a_row_of_its_own_goes_before_what_rows_share(workplace: Path) -> None:
     both = STUDY.replace("settings: {rule: backprop}", "program: sklearn, settings: {rule: backprop}")
     with pytest.raises(UsageError, match="either a rule trains or a program"):
         plan_of(both)
-    with pytest.raises(UsageError, match="the program is named twice"):
+    with pytest.raises(UsageError, match="the program is set twice"):
         plan_of(STUDY.replace("{program.estimator: Ra", "{program: sklearn, program.estimator: Ra"))
 
 

@@ -116,7 +116,7 @@ def test_decisions_by_hand() -> None:
 def test_each_row_is_pruned_by_the_rule_and_the_best_is_taken(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = study(STUDY)
     assert call("study", "run", name, "--dry-run") == 0
-    assert "trials are pruned, and cost less: after 1, 2, 4 ... epochs one of 2 trials goes on" in capsys.readouterr().out
+    assert "pruned trials will cost less: after 1, 2, 4 ... epochs one of 2 trials continues" in capsys.readouterr().out
     assert call("study", "run", name, "--quiet") == 0
     found = outcomes()
     for row in ("backprop", "dfa"):
@@ -136,7 +136,7 @@ def test_each_row_is_pruned_by_the_rule_and_the_best_is_taken(workplace: Path, c
     assert " pruned</td>" in page
     capsys.readouterr()
     assert call("study", "status", name) == 0
-    assert "after epoch 1 not among the best of the trials so far" in capsys.readouterr().out
+    assert "not among the best trials so far after epoch 1" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("events.jsonl")}
     assert call("study", "run", name, "--quiet") == 0
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("events.jsonl")} == before
@@ -190,12 +190,12 @@ def test_tpe_is_told_of_pruned_trials(workplace: Path) -> None:
     ("old", "new", "said"),
     [
         ("budget.epochs: 4", "budget.seconds: 4", "compares trials after epochs"),
-        ("rung: 1", "rung: 4", "the first rung lies beyond"),
-        ("budget.epochs: 4", "budget.epochs: 4, evaluation.every: 2", "nothing is evaluated until then"),
+        ("rung: 1", "rung: 4", "the first rung must be less than"),
+        ("budget.epochs: 4", "budget.epochs: 4, evaluation.every: 2", "there is no evaluation until then"),
         ("rules: [backprop, dfa]", "rules: [dfa, {program: sklearn, tune: {program.options.C: [1, 2], optimizer.lr: null}}]", "no epochs"),
         ("pruner: asha", "pruner: hyperband", "unknown pruner 'hyperband'"),
-        ("pruner: asha", "pruner: none", "are for tune: pruner: asha"),
-        ("reduction: 2", "reduction: 1", "give 2 or more"),
+        ("pruner: asha", "pruner: none", "need pruner: asha"),
+        ("reduction: 2", "reduction: 1", "set 2 or more"),
         ("rung: 1", "rung: 0.5", "tune: rung: must be a whole number"),
     ],
 )
@@ -214,7 +214,7 @@ def test_a_smoke_run_of_a_study_is_another_study(workplace: Path, capsys: pytest
     report = capsys.readouterr().out
     assert "The study was shortened" in report
     assert "quick=true instead of false" in report
-    assert "A smoke run (quick)" in report
+    assert "This is a smoke test (quick)" in report
     found = outcomes()
     assert not {each["cell"] for each in found} & whole
     assert {each["tags"]["quick"] for each in found} == {"True"}

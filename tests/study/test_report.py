@@ -123,7 +123,7 @@ def test_sections_and_their_order(tmp_path: Path) -> None:
     assert titles(report) == [
         "",
         "Results",
-        "The table as the study has it",
+        "Results in the order of the study",
         "Time to target",
         "Learning curves",
         "Score against cost",
@@ -131,7 +131,7 @@ def test_sections_and_their_order(tmp_path: Path) -> None:
         "Across columns",
         "Against the controls",
         "Block by block",
-        "How the rows differ",
+        "Settings that differ between rows",
         "Environment",
         "Notes",
         "Run it again",
@@ -211,7 +211,7 @@ def test_the_leaderboard_is_sorted_and_has_intervals(tmp_path: Path) -> None:
     assert list(rows) == ["DFA", "BP", "frozen (control)"]
     assert rows["DFA"] == ["DFA", "1", "97.00", f"{low:.2f} to {high:.2f}", "3", "96.50", "+0.50"]
     assert rows["frozen (control)"] == ["frozen (control)", "3", "50.00", "", "1 of 3", "", ""]
-    assert "DFA has the highest mean test accuracy, 97.00 %; BP follows with 92.00 %." in page
+    assert "DFA has the highest mean test accuracy, 97.00 %; BP is second with 92.00 %." in page
     assert "5 of" not in page
     assert "7 of 9 cells are finished." in page
 
@@ -236,8 +236,8 @@ def test_what_is_said_of_the_first_two(tmp_path: Path) -> None:
     made = planned(tmp_path, rows=("BP", "DFA"), metric="test/accuracy", published={"BP": 1})
     for first, second, said in (
         ([0.918, 0.93, 0.942], [0.90, 0.91, 0.92], "The difference over 3 shared seeds is 2.00 ± 0.12 (standard error)."),
-        ([0.90, 0.92, 0.96], [0.94, 0.91, 0.90], "The two cannot be told apart: the difference over 3 shared seeds is 1.00 ± 2.89"),
-        ([0.90, None, None], [0.80, 0.81, 0.82], "They share 1 seed, too few to tell whether the order is chance."),
+        ([0.90, 0.92, 0.96], [0.94, 0.91, 0.90], "The two cannot be distinguished: the difference over 3 shared seeds is 1.00 ± 2.89"),
+        ([0.90, None, None], [0.80, 0.81, 0.82], "They share 1 seed, too few to judge the difference."),
         ([0.90, None, None], [None, 0.80, None], "They share no seed"),
     ):
         _, page, _ = written(tmp_path, made, scored(made, {"BP": first, "DFA": second}))  # type: ignore[dict-item]
@@ -293,11 +293,11 @@ def test_a_metric_that_is_published_is_reported_in_its_direction(tmp_path: Path,
     assert (headers[4], rows["BP"][4]) == ("test accuracy, %", "50.00")  # what else was measured
     difference = rows["BP"][-2:]
     assert difference == (["95.00", "-4.00"] if greater else ["3e-09", "-1.5e-09"])
-    extreme, means = ("highest", "91.00 %; DFA follows with 82.00 %") if greater else ("lowest", "1.5e-09; DFA follows with 4e-09")
+    extreme, means = ("highest", "91.00 %; DFA is second with 82.00 %") if greater else ("lowest", "1.5e-09; DFA is second with 4e-09")
     assert f"BP has the {extreme} mean test {name.replace('_', ' ')}, {means}" in page
     assert "0.0000" not in page
     assert "over seeds and over new examples" not in page
-    assert f"floors are measured in accuracy or loss, and the table has the test {name.replace('_', ' ')}" in " ".join(
+    assert f"floors are measured in accuracy or loss, and the table reports the test {name.replace('_', ' ')}" in " ".join(
         floor_remarks(View(made, lines), Floors(made, tmp_path))
     )
 
@@ -417,7 +417,7 @@ def test_seconds_of_cells_that_waited_are_marked_and_not_drawn(tmp_path: Path) -
     wall, processor = float(rows["DFA"][1].strip("*")), float(rows["DFA"][2])
     assert processor == pytest.approx(0.07 * wall, rel=0.1)
     assert f"The seconds of {len(lines[1].cells)} cells cannot be compared" in report.text()
-    assert "less than 90% of the time of their threads" in report.text()
+    assert "their threads had a processor for less than 90% of the time" in report.text()
     assert "over seconds of training" in page  # of BP alone
     assert [len(timed(line)) for line in lines] == [len(lines[0].cells), 0]
 
@@ -433,7 +433,7 @@ def test_seconds_of_cells_that_shared_their_machine_are_marked_where_nothing_els
     report, page, _ = written(tmp_path, made, lines)
     assert "over seconds of training" not in page
     assert "validation accuracy, %, over epochs" in page
-    assert page.count("Left out of what is drawn over seconds") == 2
+    assert page.count("Plots over seconds leave out cells") == 2
     _, rows = table(report, "Costs")
     assert all(row[1].endswith("*") for row in rows.values())
     assert "cells cannot be compared" in report.text()
@@ -508,7 +508,7 @@ def test_rows_with_too_few_seeds_are_left_out_of_profiles(tmp_path: Path) -> Non
     report, page, _ = written(tmp_path, made, lines)
     _, rows = table(report, "Probability of improvement")
     assert list(rows) == ["DFA", "frozen"]
-    assert "fewer than 5 finished seeds in some column: BP." in page
+    assert "(fewer than 5 finished seeds in some column): BP." in page
 
 
 def test_the_probability_of_improvement_beside_scipys(tmp_path: Path) -> None:

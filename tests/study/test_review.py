@@ -60,7 +60,7 @@ def test_what_cannot_be_tuned_is_refused_at_once(workplace: Path) -> None:
         TUNED.replace("{optimizer.lr: {low: 1e-4, high: 0.1, log: true}}", "{optimizer.name: [adam, sdg], budget.epochs: [1, 2]}")
     )
     assert "did you mean 'sgd'" in told
-    assert "budget.epochs is not to be tuned" in told
+    assert "budget.epochs cannot be tuned" in told
     assert "task.validation is 0" in refused(TUNED.replace("budget.epochs: 1", "budget.epochs: 1, task.validation: 0"))
     for key, values in (
         ("task.validation", "[0.1, 0.3]"),
@@ -68,7 +68,7 @@ def test_what_cannot_be_tuned_is_refused_at_once(workplace: Path) -> None:
         ("stream", "[a, b]"),
         ("select", "[last, best-val]"),
     ):
-        assert f"{key} is not to be tuned" in refused(TUNED.replace("{optimizer.lr:", f"{{{key}: {values}, optimizer.lr:"))
+        assert f"{key} cannot be tuned" in refused(TUNED.replace("{optimizer.lr:", f"{{{key}: {values}, optimizer.lr:"))
     worklist_of(TUNED.replace("{optimizer.lr:", "{batch_size: [32, 64], optimizer.lr:"))
 
 
@@ -241,7 +241,8 @@ def test_a_rule_that_exits_ends_its_cell_alone(
     capsys.readouterr()
     assert call("study", "run", "s.yaml", "-q") == 1
     assert (
-        "0 of 2 cells to run, 1 are finished, 1 ended without a result (again: bpfree study retry failed s.yaml)" in capsys.readouterr().err
+        "0 of 2 cells to run, 1 are finished, 1 ended without a result (to run them again: bpfree study retry failed s.yaml)"
+        in capsys.readouterr().err
     )
 
 
@@ -373,5 +374,5 @@ def test_timings_of_parallel_cells_are_marked_in_every_column(workplace: Path) -
     assert "4,321*" in dfa
     assert dfa.count("*") == 2
     assert "*" not in backprop
-    assert "nor what was reached in so many of them" in text
+    assert "nor can results of runs with a time budget" in text
     assert [len(timed(line)) for line in worklist.table()] == [0, 2]  # these are drawn over seconds

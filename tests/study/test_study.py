@@ -139,7 +139,7 @@ def test_a_table_end_to_end_and_once(workplace: Path, capsys: pytest.CaptureFixt
     assert lines["DFA", "long"][5] == "2"  # the number of seeds follows the deviation at once
     assert lines["BP", "short"][5] == "2"
     assert "Nothing like the paper's network." in output.out
-    assert "DFA [long], BP [long]: trained on the whole training set; nothing was selected" in output.out
+    assert "DFA [long], BP [long]: trained on the whole training set; the last weights are tested, without selection" in output.out
     assert "DFA [short], BP [short]: 10 % of the training examples are held out" in output.out
     page = Path(output.out.strip().splitlines()[-1])
     assert page.name == "report.html"
@@ -289,7 +289,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(site: Path, capsys: pyt
     assert call("study", "run", name, "--quiet", "output=undisturbed") == 0
     Path("stop").touch()
     assert call("study", "run", name, "--quiet") == 130
-    assert "the same command resumes it" in capsys.readouterr().err
+    assert "run the same command to resume it" in capsys.readouterr().err
     (known,) = outcomes()
     assert known["status"] == "interrupted"
     CellStore(Path("runs"), "table").path_of(str(known["cell"])).write_text(json.dumps({**known, "status": status}))
@@ -486,4 +486,4 @@ def test_counts_agree_and_the_command_is_whole(workplace: Path, capsys: pytest.C
     assert call("study", "status", name, short) == 0
     assert "2 cells: 2 finished\n" in capsys.readouterr().out
     assert call("study", "status", name) == 0
-    assert "2 not run, 2 finished ones of other settings" in capsys.readouterr().out
+    assert "2 not run, 2 more finished cells have other settings" in capsys.readouterr().out

@@ -78,7 +78,7 @@ def test_a_shared_option_that_another_option_of_a_row_makes_idle_is_listed(workp
         ("rule: {name: dfa}, rule.name: backprop", "rule.name is given twice"),
         ("rule: dfa, optimizer: {}", "optimizer={}: is a section"),
         ("rule: dfa, task: ''", "names no task"),
-        ("rule: dfa, output: 007", "no place here"),
+        ("rule: dfa, output: 007", "not allowed here"),
         ("rule: dfa, optimizer: {1: 2}", "name must be text"),
         ("rule: dfa, stream: ", "has no value"),
     ],
@@ -126,7 +126,7 @@ tune: {trials: 2, space: {rule.scale: [0.5, 1.0]}, settings: {%s}}
 def test_a_tuned_setting_that_a_row_does_not_use_is_refused_for_that_row(workplace: Path) -> None:
     text = refused(TUNED % ("", ""))
     assert "rule.scale is tuned and not used: unknown key rule.scale of rule 'backprop'" in text
-    assert "tune: {rule.scale: null} of the row takes it away" in text
+    assert "remove it with tune: {rule.scale: null} in the row" in text
     assert "(row b)" in text
     check_tuning(plan(TUNED % ("rule.scale: null", "")))
     assert "schedule.final is used by no row" in refused(TUNED % ("rule.scale: null, optimizer.lr: [0.1, 0.2]", "schedule.final: 0.1"))

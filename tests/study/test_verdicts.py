@@ -136,9 +136,9 @@ def test_three_numbers_and_three_verdicts(tmp_path: Path) -> None:
         (0.93, 0.95, 0.80, "above its floor"),
         (0.93, 0.95, 0.95, "above its floor; not above its twin at equal operations"),
         (0.93, 0.90, 0.80, "above its floor; its features alone are not shown to be"),
-        (0.90, 0.95, 0.80, "has not paid for its features in this budget"),
-        (0.85, 0.95, 0.80, "has not paid for its features in this budget"),
-        (0.85, 0.95, 0.85, "its features are above the floor; neither its predictions are nor does it beat its twin at equal operations"),
+        (0.90, 0.95, 0.80, "its features are above the floor; its predictions are not within this budget"),
+        (0.85, 0.95, 0.80, "its features are above the floor; its predictions are not within this budget"),
+        (0.85, 0.95, 0.85, "its features are above the floor; its predictions are not, nor above its twin at equal operations"),
         (0.90, 0.90, 0.80, "not shown to learn more than its floor"),
         (0.85, 0.85, 0.80, "below its floor"),
     ],
@@ -279,7 +279,7 @@ def test_the_report_has_numbers_and_verdicts(tmp_path: Path) -> None:
     assert "Beside the floor" in text
     assert floor_finding(report.floors) == "Beside the floor: above its floor: dfa, bp."
     assert floor_finding([]) == ""
-    assert "Not read for the floor of mlp, too large: b9 (9,000 features)." in text
+    assert "Too large to be read for the floor of mlp: b9 (9,000 features)." in text
 
 
 def test_rows_share_a_floor_if_they_share_task_network_and_initialisation(tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def test_lines_of_somebody_elses_making_are_left_out(recorded: Callable[..., Run
         log.append("result", metrics={"train/accuracy": 0.25})
     refused = send(place, TrackingConfig(to=["csv"]))
     assert refused is not None
-    assert [(each["event"], each["reason"]) for each in refused] == [("epoch", "it is not as the log must have it")]
+    assert [(each["event"], each["reason"]) for each in refused] == [("epoch", "the event is malformed")]
     assert csv_points(place)["result", "train/accuracy"] == {3: 0.25}
 
 

@@ -1,4 +1,4 @@
-"""The end of a report: what failed, where it ran, how rows differ in their settings, and how to run it again."""
+"""Final sections of a report: failed cells, environments, differences of settings, and commands to run the study again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["again", "differences", "failed", "places"]
 
 
 def failed(view: View) -> Iterator[Section]:
-    """Cells that ended without a result, or with a part of it missing."""
+    """List the cells that ended without a result, or with a part of it missing."""
     cells = [
         [row.written.label, *([row.column] if view.labelled else []), f"{record.key.seed}", record.status, record.reason]
         for row, record in failures(view.rows)
@@ -28,7 +28,7 @@ def failed(view: View) -> Iterator[Section]:
 
 
 def differences(view: View) -> Iterator[Section]:
-    """The settings in which the rows of a column differ."""
+    """List the settings in which the rows of a column differ."""
     parts: list[Part] = []
     for column in view.columns:
         rows = view.of(column)
@@ -41,19 +41,19 @@ def differences(view: View) -> Iterator[Section]:
         ]
         if view.labelled:
             parts.append(Text(f"{column}:"))
-        parts.append(Table(["row", "settings that are not the same in all rows"], cells, [1], f"Settings {column}".strip()))
+        parts.append(Table(["row", "settings that differ between rows"], cells, [1], f"Settings {column}".strip()))
     if parts:
-        yield Section("How the rows differ", [Folded("Settings that differ between rows; all others are the same", parts)])
+        yield Section("Settings that differ between rows", [Folded("All other settings are equal in all rows", parts)])
 
 
 def _settings(row: TableRow) -> dict[str, Any]:
-    """Those that can change a number; the seed aside."""
+    """Return a row's settings that can change a result, without the seed."""
     flat = row.cells[0].settings
     return {key: value for key, value in flat.items() if is_scientific(key) and key != "seed" and value is not None}
 
 
 def places(view: View) -> Iterator[Section]:
-    """Devices and versions of finished cells, and the plugins of their rules."""
+    """List devices and versions of finished cells, and the plugins of their rules."""
     found = environments(view.rows)
     if not found:
         return
@@ -73,7 +73,7 @@ def places(view: View) -> Iterator[Section]:
 
 
 def again(view: View, command: str) -> Section:
-    """The command of the study, and that of each cell."""
+    """List the command of the study, and that of each cell."""
     runs = [_one_run(row) for row in view.rows]
     return Section("Run it again", [Code([command]), Folded("Each cell as a run of its own (first seed)", [Code(runs)])])
 

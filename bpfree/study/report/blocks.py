@@ -1,4 +1,4 @@
-"""What happens inside: the score of each block's own prediction, and how its credit agrees with the true gradient."""
+"""Sections on single blocks: the score of each block's own prediction, and the alignment of its credit with the gradient."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COSINES = {"cosine": "the task's loss", "objective_cosine": "the rule's own obje
 
 
 def blocks(view: View) -> Iterator[Section]:
-    """A section where anything was measured of single blocks."""
+    """Make a section of measurements of single blocks, if there are any."""
     return view.by_column("Block by block", lambda column: chain(_scores(view, column), _alignments(view, column)))
 
 
@@ -29,9 +29,9 @@ def blocks(view: View) -> Iterator[Section]:
 
 
 def block_names(row: TableRow) -> list[str]:
-    """Blocks whose own predictions were scored on validation by the primary metric, in the order of the network.
+    """List the blocks whose own predictions were scored on validation by the primary metric, in the order of the network.
 
-    Names of blocks end in a number (``b1``, ``t10``); other predictions (``mean``, ``sampled``) and protocols are none.
+    Names of blocks end in a number (``b1``, ``t10``); other predictions (``mean``, ``sampled``) and protocols are not blocks.
     """
     protocols = {result_key(name) for name in row.cells[0].recipe.settings.evaluation.protocols}
     keys = {key: None for record in row.finished for metrics in record.history[-1:] for key in metrics}
@@ -87,7 +87,7 @@ def _alignments(view: View, column: str) -> Iterator[Part]:
         told = " or ".join(f"of {COSINES[kind]}" for kind in COSINES if kind in kinds)
         yield Text(
             f"Cosine between a rule's credit and the gradient {told} by reverse mode, block by block, over the epochs; mean over "
-            "seeds. 1: the same direction; 0: none in common. Colours go from the first block (orange) to the last (blue); dashed: blocks "
+            "seeds. 1: the same direction; 0: orthogonal. Colours go from the first block (orange) to the last (blue); dashed: blocks "
             "without a number, such as a readout."
         )
         yield Figure(panels)
@@ -102,7 +102,7 @@ def _aligned(view: View, row: TableRow, kind: str, series: Sequence[Series]) -> 
 
 
 def _cosines(row: TableRow, kind: str) -> list[Series]:
-    """A curve for each block that has any."""
+    """Make a curve of cosines for each block that has measurements."""
     pattern = re.compile(rf"alignment/(.+)/{kind}")
     keys = {key: None for record in row.finished for metrics in record.history for key in metrics if pattern.fullmatch(key)}
     series = []

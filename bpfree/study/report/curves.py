@@ -1,4 +1,4 @@
-"""Learning curves, and scores against time and memory."""
+"""Sections with learning curves, and scores against time and memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from bpfree.study.store import CellRecord
 __all__ = ["costs", "learning_curves"]
 
 AGAINST = (("epoch", "epochs"), ("samples", "examples drawn"), ("seconds", "seconds of training"))
-NOT_TIMED = f"Left out of what is drawn over seconds are cells whose seconds cannot be compared: {WAITED}."
+NOT_TIMED = f"Plots over seconds leave out cells whose seconds cannot be compared: {WAITED}."
 
 Curve = list[tuple[float, float, float, float]]
-"""Mean x, mean y, least y, greatest y."""
+"""Points of mean x, mean y, least y and greatest y."""
 
 
 def learning_curves(view: View) -> Iterator[Section]:
-    """The primary metric on validation (or the loss) over epochs, examples and seconds, for each column."""
+    """Plot the primary metric on validation (or the loss) over epochs, examples and seconds, for each column."""
     notes = [Text(NOT_TIMED, "note")] if untimed(view.rows) else []
     return view.by_column("Learning curves", lambda column: _figure(view, column), *notes)
 
@@ -51,7 +51,7 @@ def _figure(view: View, column: str) -> Iterator[Figure]:
     if not panels:
         return
     drawn = [view.key(row) for row in rows if any(_chosen(row, key) for key, _ in AGAINST)]
-    caption = "Mean over seeds; the band goes from the least to the greatest of them, up to the last epoch that all of them reached."
+    caption = "Mean over seeds; the band goes from the least to the greatest value, up to the last epoch that all seeds reached."
     yield Figure(panels, caption, drawn)
 
 
@@ -60,7 +60,7 @@ def _chosen(row: TableRow, key: str) -> list[CellRecord]:
 
 
 def _curve(records: Sequence[CellRecord], key: str, measure: Measure) -> Curve:
-    """Over the records, epoch by epoch, as long as all of them have one; nothing of runs without a curve."""
+    """Average the curves of records, epoch by epoch, as far as all of them go; leave out runs without a curve."""
     every = [_points(record.history, key, measure) for record in records]
     made: Curve = []
     for together in zip(*(points for points in every if points), strict=False):
@@ -99,7 +99,7 @@ COSTS = (
 
 
 def costs(view: View) -> Iterator[Section]:
-    """Score against seconds, memory and passes, a point for each row."""
+    """Plot the score against seconds, memory and passes, with a point for each row."""
     notes = [Text(NOT_TIMED, "note")] if untimed(view.rows) else []
     return view.by_column("Score against cost", lambda column: _scatter(view, column), *notes)
 
@@ -126,7 +126,7 @@ def _scatter(view: View, column: str) -> Iterator[Figure]:
     if not panels:
         return
     caption = "A point for each row: means over seeds; bars: 95 % interval of the score, least to greatest cost."
-    caption += f" Drawn at the edge, as they lie beyond it: {', '.join(beyond.values())}." if beyond else ""
+    caption += f" Beyond the axis, and drawn at its edge: {', '.join(beyond.values())}." if beyond else ""
     yield Figure(panels, caption, [view.key(row) for row in rows])
 
 

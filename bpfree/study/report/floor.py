@@ -1,4 +1,4 @@
-"""The rows beside their floors: three numbers and three verdicts for each."""
+"""Tables of the rows and their floors: three numbers and three verdicts for each row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["floor_finding", "floor_remarks", "floor_tables"]
 
 
 def floor_tables(view: View, floors: Floors) -> list[ComparisonTable]:
-    """Make the tables of numbers and of verdicts; none as long as no floor was measured."""
+    """Make the tables of numbers and of verdicts; none if no floor was measured."""
     found = verdicts(view.plan, view.rows, floors, view.measure)
     if not found:
         return []
@@ -84,21 +84,24 @@ def _numbers_legend(view: View, found: Sequence[Verdict]) -> str:
         "(same seeds), or of all together, chosen by mean validation over seeds. "
     )
     if any(not each.floor.record.chosen for each in found):
-        text += "Without a validation split nothing was chosen: all together, with the penalty 0.001. "
+        text += "Without a validation split, the floor reads inputs and all blocks together, with the penalty 0.001. "
     if any(each.floor.at_least for each in found):
-        text += "At least: some features were too large to be read, or a readout recipe is not known to have converged. "
+        text += "At least: some features were too large to be read, or a readout may not have converged. "
     if any(each.share is not None and each.text for each in found):
         text += (
             "Share of the gap: (own less floor) over (back-propagation on the same network, tuned alike, less floor), from means, with a "
             "95 % interval over seeds (Fieller); blank where the gap is below two points or three standard errors. "
         )
     if any(not math.isnan(each.operations) for each in found):
-        text += "Operations to floor: median, to the end of the first epoch whose validation is at the floor's; inf: half of them miss it. "
+        text += (
+            "Operations to floor: median, to the end of the first epoch whose validation is at the floor's; inf: at least half of the runs "
+            "never reach it. "
+        )
     return text + " ".join(_chance(view, found))
 
 
 def _chance(view: View, found: Sequence[Verdict]) -> Iterator[str]:
-    """Chance and the nearest class mean, per column."""
+    """Describe chance and the nearest class mean of each column."""
     for column in view.columns:
         record = next((each.floor.record for each in found if each.row.column == column and each.floor.record.chance is not None), None)
         if record is None or record.chance is None:
@@ -150,7 +153,7 @@ def _verdicts_legend(view: View, judged: Sequence[Verdict], columns: Mapping[str
 
 
 def _what_decides(view: View, found: Mapping[str, Sequence[Difference]]) -> Iterator[str]:
-    """The smallest detectable differences, and the seeds that would decide one point."""
+    """State the smallest detectable differences, and the number of seeds that would detect one point."""
     sizes = {
         kind: sorted({view.measure.text(one.detectable) for one in each if one.detectable is not None}, key=float)
         for kind, each in found.items()
@@ -180,10 +183,10 @@ def floor_finding(found: Sequence[ComparisonTable]) -> str:
 
 
 def floor_remarks(view: View, floors: Floors) -> Iterator[str]:
-    """Say what is missing: a floor that was not measured, or a gradient that was left."""
+    """Report floors that were not measured, and readouts that did not converge."""
     if not view.measure.of_predictions:
         if any(has_floor(row.cells[0]) for row in view.rows):
-            yield f"Nothing is put beside its floor: floors are measured in accuracy or loss, and the table has the {view.measure.name}."
+            yield f"No row has a floor: floors are measured in accuracy or loss, and the table reports the {view.measure.name}."
         return
     missing = [row.label for row in view.rows if row.finished and has_floor(row.cells[0]) and floors.of(row, view.rows) is None]
     if missing:
@@ -191,6 +194,6 @@ def floor_remarks(view: View, floors: Floors) -> Iterator[str]:
     records: dict[int, FloorRecord] = {id(known): known for row in view.rows if (known := floors.of(row, view.rows)) is not None}
     for record in records.values():
         if record.gradient > 1.001e-4 and not record.real:
-            yield f"A readout of the floor of {record.network} is left with a gradient of {record.gradient:.1e}, more than 1e-4."
+            yield f"A readout of the floor of {record.network} did not converge: its gradient is {record.gradient:.1e}, more than 1e-4."
         if record.skipped:
-            yield f"Not read for the floor of {record.network}, too large: {', '.join(record.skipped)}."
+            yield f"Too large to be read for the floor of {record.network}: {', '.join(record.skipped)}."

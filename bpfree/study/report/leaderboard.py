@@ -1,4 +1,4 @@
-"""The leaderboard of each column: scores with intervals, and what they cost by what means."""
+"""Leaderboards: the scores of each column with intervals, and their costs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPANS = {"0": "none", "1": "inside a block", "all": "end to end"}
 
 
 def leaderboards(view: View) -> Iterator[Section]:
-    """A section for all columns, and one for each of them where the study has several."""
+    """Make a section for all columns, with one below it for each column if the study has several."""
     legend = Text(_legend(view), "note")
     notes = Folded("How to read these tables", [legend]) if view.labelled else legend
     return view.by_column("Results" if view.labelled else "Leaderboard", lambda column: _of_column(view, column), notes)
@@ -36,7 +36,9 @@ def _of_column(view: View, column: str) -> list[Part]:
     if any(row.finished for row in rows):
         parts.append(_costs(view, column, rows))
         if untimed(rows):
-            parts.append(Text(f"* Not comparable, of one cell or more: {WAITED}. Run on a quiet machine with --jobs 1.", "note"))
+            parts.append(
+                Text(f"* Not comparable for at least one cell: {WAITED}. Use --jobs 1 on an idle machine for comparable timings.", "note")
+            )
     return parts
 
 
@@ -67,8 +69,8 @@ def _legend(view: View) -> str:
         "Seconds: training only, with what a rule prepares and solves; processor seconds: of all threads. Memory: tensors at the peak of a "
         "step, without the data set. What was not measured is blank. Passes: forward-pass equivalents of one "
         "example; passes per example: over the examples drawn. Operations: floating-point, of matrix products and "
-        "convolutions in all of training; those of the converged probe of the features stand apart. Credit: how far one reverse-mode "
-        "call reaches."
+        "convolutions in all of training; those of the converged probe of the features are listed separately. Credit: how far one "
+        "reverse-mode call reaches."
     )
     return " ".join(parts)
 
@@ -108,7 +110,7 @@ def _scores(view: View, column: str, rows: Sequence[TableRow]) -> Table:
 
 
 def _further(view: View, rows: Sequence[TableRow]) -> list[Measure]:
-    """What else the task and ``evaluation.metrics`` name, as far as it was measured; not the loss."""
+    """List the other metrics of the task and ``evaluation.metrics`` that were measured, without the loss."""
     metrics = {name: metric for row in rows for name, metric in row.metrics.items()}
     found = (Measure("test", metric, name) for name, metric in metrics.items() if name not in (view.measure.measured, LOSS.name))
     return [measure for measure in found if any(row.by_seed(measure) for row in rows)]
@@ -137,7 +139,7 @@ def _published(view: View, row: TableRow) -> list[str]:
 
 
 def _draws(row: TableRow) -> str:
-    """The primary metric over all seeds and inference draws with its standard error; blank without several draws."""
+    """Format the primary metric over all seeds and inference draws with its standard error; blank without several draws."""
     measure = Measure("test", row.primary, row.primary.name)
     found = [
         [measure.shown(value) for key, value in record.result.items() if key.removeprefix(f"{measure.key}_draw_").isdigit()]
@@ -155,7 +157,7 @@ def _word(measure: Measure) -> str:
 
 
 def best_alternative(row: TableRow) -> str:
-    """Describe the rule's best other prediction (a single block, say), chosen on validation; protocols are no predictions."""
+    """Describe the best other prediction of a row, such as a single block's, chosen on validation; protocols do not count."""
     measure = Measure("test", row.primary, row.primary.name)
     protocols = {result_key(name) for name in row.cells[0].recipe.settings.evaluation.protocols}
     keys = {key: None for record in row.finished for key in record.result}
@@ -229,7 +231,7 @@ def _tag(row: TableRow, key: str) -> str:
 
 
 def _network(row: TableRow) -> str:
-    """By its name, with a word where the rule has it of its own: it must not be taken for the one that the others share."""
+    """Name the network of a row, and mark a network of the rule's own, which must not be mistaken for the shared one."""
     recipe = row.cells[0].recipe
     if recipe.is_program:
         return f"none (program {recipe.trains})"

@@ -1,6 +1,6 @@
-"""Rows over several tasks at once: performance profiles and the probability of improvement.
+"""Sections on several tasks together: performance profiles and the probability of improvement.
 
-Only of rows with at least five finished seeds in each of at least three columns: below that they say nothing.
+They need rows with at least five finished seeds in each of at least three columns.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["across_columns", "why_not"]
 
 COLUMNS, SEEDS = 3, 5
 LIMIT = 4.0
-"""Of the ratios to the fastest row, as in AlgoPerf."""
+"""Largest ratio to the fastest row that a profile covers, as in AlgoPerf."""
 
 Grid = list[list[TableRow]]
-"""Of each row of the study: its row of the table in every column."""
+"""Each row of the study, with its table row in every column."""
 
 
 def across_columns(view: View) -> Iterator[Section]:
-    """Profiles and probabilities, where there is enough to compare."""
+    """Make the section of profiles and probabilities, if there are enough rows, columns and seeds."""
     grid = _grid(view)
     if len(grid) < 2:
         return
@@ -40,12 +40,12 @@ def across_columns(view: View) -> Iterator[Section]:
     compared = {rows[0].written.label for rows in grid}
     left = [written.label for written in view.plan.study.rows if written.label not in compared]
     if left:
-        parts.append(Text(f"Left out, as they have fewer than {SEEDS} finished seeds in some column: {', '.join(left)}.", "note"))
+        parts.append(Text(f"Left out (fewer than {SEEDS} finished seeds in some column): {', '.join(left)}.", "note"))
     yield Section("Across columns", parts)
 
 
 def why_not(view: View) -> str:
-    """A sentence for a study of several columns that has too little for this section; empty for others."""
+    """Explain why a study of several columns has too few results for this section; empty for other studies."""
     if len(view.columns) < 2 or len(_grid(view)) >= 2:
         return ""
     return (
@@ -55,7 +55,7 @@ def why_not(view: View) -> str:
 
 
 def _grid(view: View) -> Grid:
-    """The rows with enough seeds in every column of the study, if it has enough of these."""
+    """Select the rows with enough seeds in every column; none if the study has too few such rows or columns."""
     if len(view.columns) < COLUMNS:
         return []
     by_row = [[row for row in view.rows if row.written is written] for written in view.plan.study.rows]
@@ -70,7 +70,7 @@ def _finite(view: View, row: TableRow) -> list[float]:
 
 
 def _timed(view: View, grid: Grid) -> list[Part]:
-    """Over the time to the target, where every column has one."""
+    """Plot performance profiles over the time to the target, if every column has a target."""
     if not all(view.plan.study.targets.get(column) is not None for column in view.columns):
         return []
     shared = not all(record.comparable for rows in grid for row in rows for record in ended(row))
@@ -89,7 +89,7 @@ def _timed(view: View, grid: Grid) -> list[Part]:
         "tau times that of the fastest row there. Misses are infinite."
     )
     if shared:
-        caption += f" Examples drawn stand for seconds, which cannot be compared for some cells: {WAITED}."
+        caption += f" Examples drawn are used instead of seconds, which cannot be compared for some cells: {WAITED}."
     order = sorted(range(len(grid)), key=lambda place: -integral[place])
     cells = [[view.label(grid[place][0]), f"{integral[place]:.3f}"] for place in order]
     score = Table(
@@ -99,7 +99,7 @@ def _timed(view: View, grid: Grid) -> list[Part]:
 
 
 def _scored(view: View, grid: Grid) -> list[Part]:
-    """Over scores, scaled on each column from its worst run to its best."""
+    """Plot score distributions, scaled on each column from its worst run to its best."""
     sign = 1 if view.greater else -1
     scores = [[[sign * score for score in _finite(view, row)] for row in rows] for rows in grid]
     for place in range(len(view.columns)):

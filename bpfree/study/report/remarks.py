@@ -1,4 +1,4 @@
-"""What a reader must know of a study, in sentences: what was compared, what came out, how it differs from what is written."""
+"""Remarks on a study in sentences: what was compared, what the results are, how the study differs from what is written."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ PHRASES = {
 }
 ALL = {
     "row better": "All {} other rows are better than",
-    "not distinguishable": "None of the {} other rows can be told from",
+    "not distinguishable": "None of the {} other rows can be distinguished from",
     "control better": "All {} other rows are worse than",
-    "one seed only": "One seed does not tell the {} other rows from",
+    "one seed only": "With one seed, the {} other rows cannot be distinguished from",
 }
 ENVIRONMENT = ("device_name", "threads", "torch", "python", "bpfree")
 
@@ -34,7 +34,7 @@ ENVIRONMENT = ("device_name", "threads", "torch", "python", "bpfree")
 
 
 def compared(view: View) -> str:
-    """Rules, tasks, seeds, budget, tuning and selection in a paragraph."""
+    """Describe rules, tasks, seeds, budget, tuning and selection in a paragraph."""
     plan, rows = view.plan, view.rows
     recipes = [row.cells[0].recipe for row in rows]
     rules = _distinct(recipe.trains for recipe in recipes if not recipe.is_program)
@@ -52,7 +52,11 @@ def compared(view: View) -> str:
     budgets = _distinct(_budget(row) for row in rows if not row.cells[0].recipe.is_program)
     parts = [f"{what[0].upper()}{what[1:]}{columns}, {seeds} ({', '.join(map(str, plan.seeds))})."]
     if budgets:
-        parts.append(f"Training budget: {listed(budgets)}." if len(budgets) < 4 else f"Training budgets from {budgets[0]} on; they differ.")
+        parts.append(
+            f"Training budget: {listed(budgets)}."
+            if len(budgets) < 4
+            else f"Training budgets differ between rows; the first is {budgets[0]}."
+        )
     tuned = [row.tuned for row in rows if row.tuned is not None and row.tuned.keys]
     if tuned:
         keys, trials = _distinct(key for one in tuned for key in one.keys), _distinct(str(one.planned) for one in tuned)
@@ -96,7 +100,7 @@ def _distinct(texts: Iterable[str]) -> list[str]:
 
 
 def findings(view: View) -> Iterator[str]:
-    """A sentence for each column: the best mean, and whether the next one can be told from it."""
+    """Describe the best mean of each column, and whether it can be distinguished from the second best."""
     for column in view.columns:
         rows = [row for row in view.ranked(column) if (mean := view.mean(row)) is not None and math.isfinite(mean)]
         if len(rows) > 1:
@@ -109,15 +113,15 @@ def _first_two(view: View, best: TableRow, second: TableRow) -> str:
     measure = view.measure
     a, b = (f"{measure.text(view.mean(row) or 0.0)}{measure.unit}" for row in (best, second))
     extreme = "highest" if view.greater else "lowest"
-    text = f"{best.written.label} has the {extreme} mean {measure.name}, {a}; {second.written.label} follows with {b}"
+    text = f"{best.written.label} has the {extreme} mean {measure.name}, {a}; {second.written.label} is second with {b}"
     found = compare(view.plan, best, second, measure)
     if found is None:
-        return f"{text}. They share no seed, so that nothing is said of the difference."
+        return f"{text}. They share no seed, so that the difference cannot be judged."
     if len(found.gains) < 3:
-        return f"{text}. They share {_count(len(found.gains), 'seed')}, too few to tell whether the order is chance."
+        return f"{text}. They share {_count(len(found.gains), 'seed')}, too few to judge the difference."
     said = f"{measure.text(abs(found.gain))} +- {measure.text(found.standard_error or 0.0)}"
     if found.verdict == "not distinguishable":
-        return f"{text}. The two cannot be told apart: the difference over {len(found.gains)} shared seeds is {said} (standard error)."
+        return f"{text}. The two cannot be distinguished: the difference over {len(found.gains)} shared seeds is {said} (standard error)."
     if found.gain > 0:
         return f"{text}. The difference over {len(found.gains)} shared seeds is {said} (standard error)."
     return f"{text}; but over the {len(found.gains)} seeds that both have, {second.written.label} is better."
@@ -142,7 +146,7 @@ def _over_control(view: View, control: str) -> Iterator[str]:
 
 
 def _verdicts(view: View, control: str) -> dict[str, dict[str, str]]:
-    """By row and column, where both have a result."""
+    """Judge each row against a control, by row and column, if both have a result."""
     found: dict[str, dict[str, str]] = {}
     for each in comparisons(view.plan, view.rows):
         if each.control == control:
@@ -154,7 +158,7 @@ def _verdicts(view: View, control: str) -> dict[str, dict[str, str]]:
 
 
 def remarks(plan: Plan, rows: Sequence[TableRow], *, hidden: int = 0) -> Iterator[str]:
-    """How this differs from the study as written, how far it is, what was selected, whether the data are the same."""
+    """State how this differs from the study as written, its progress, the selection of weights, and whether data differ."""
     if plan.changes:
         word = "shortened: this is not" if plan.shortened else "changed: this is not"
         yield f"The study was {word} the study as written. {'; '.join(plan.changes)}."
@@ -169,28 +173,28 @@ def remarks(plan: Plan, rows: Sequence[TableRow], *, hidden: int = 0) -> Iterato
     yield from _patience(rows)
     yield from _programs(rows)
     if any(row.cells[0].recipe.settings.quick for row in rows):
-        yield "A smoke run (quick): a few batches of each split. The numbers mean nothing."
+        yield "This is a smoke test (quick) with a few batches of each split; its numbers are meaningless."
     if plan.study.publishes("train"):
         yield "Training split: all its examples, scored by the weights that were tested."
     edges = [row.label for row in rows if row.tuned is not None and row.tuned.complete and row.tuned.at_edge]
     if edges:
-        yield f"The best value lies at the edge of what was tried, so that better ones may lie beyond: {', '.join(edges)}."
+        yield f"The best value lies at the edge of what was tried, so that better values may lie beyond it: {', '.join(edges)}."
     yield from _data(rows)
     if untimed(rows):
         by_clock = any(row.cells[0].recipe.settings.budget.seconds is not None and untimed([row]) for row in rows)
-        what = "cannot be compared, nor what was reached in so many of them" if by_clock else "cannot be compared"
+        what = "cannot be compared, nor can results of runs with a time budget" if by_clock else "cannot be compared"
         cells = sum(not record.comparable for row in rows for record in row.finished)
-        yield f"* The seconds of {_count(cells, 'cell')} {what}: {WAITED}. Run on a quiet machine with --jobs 1 for some that can."
+        yield f"* The seconds of {_count(cells, 'cell')} {what}: {WAITED}. Use --jobs 1 on an idle machine for comparable timings."
     if hidden:
         yield f"Not shown: {hidden} finished cells of other settings, seeds, versions or sources."
 
 
 def _selection(rows: Sequence[TableRow]) -> Iterable[str]:
-    """On how much the cells were trained, and what chose the weights that were tested."""
+    """State the share of examples for training, and how the tested weights were selected."""
     told: dict[str, list[str]] = {}
     for row in rows:
         recipe = row.cells[0].recipe
-        if not recipe.is_program:  # which selects for itself
+        if not recipe.is_program:  # a program selects its weights itself
             told.setdefault(_selected(recipe.task.validation, recipe.settings.select), []).append(row.label)
     for text, labels in told.items():
         yield f"{text}." if len(told) == 1 else f"{', '.join(labels)}: {text[0].lower()}{text[1:]}."
@@ -198,27 +202,27 @@ def _selection(rows: Sequence[TableRow]) -> Iterable[str]:
 
 def _selected(validation: float, select: str) -> str:
     if not validation:
-        return "Trained on the whole training set; nothing was selected: the last weights are tested"
-    chosen = "the weights best on them are tested" if select == "best-val" else "the last weights are tested"
+        return "Trained on the whole training set; the last weights are tested, without selection"
+    chosen = "the weights with the best validation score are tested" if select == "best-val" else "the last weights are tested"
     return f"{100 * validation:g} % of the training examples are held out for validation; {chosen}"
 
 
 def _programs(rows: Sequence[TableRow]) -> Iterator[str]:
-    """Which rows are other trainers, and why numbers of them are missing."""
+    """Name the rows that are other trainers, and explain why some of their numbers are missing."""
     told = [row.label for row in rows if row.cells[0].recipe.is_program]
     if told:
-        yield f"{listed(told)}: {'another trainer' if len(told) == 1 else 'other trainers'}, with no budget of bpfree's; {BLANK}."
+        yield f"{listed(told)}: {'another trainer' if len(told) == 1 else 'other trainers'}, without a bpfree budget; {BLANK}."
 
 
 def _patience(rows: Sequence[TableRow]) -> Iterator[str]:
-    """How many cells were ended because validation became no better."""
+    """State the number of cells that ended early because validation no longer improved."""
     told = [ended for row in rows for record in row.finished if (ended := record.result.get("train/out_of_patience")) is not None]
     if told:
         yield f"budget.patience ended {sum(map(bool, told))} of {_count(len(told), 'cell')} before their budget was used."
 
 
 def _data(rows: Sequence[TableRow]) -> Iterable[str]:
-    """Cells on one task must have seen the same data; a fingerprint is known once they have run."""
+    """Report finished cells on one task whose data have different fingerprints."""
     seen: dict[str, set[str]] = {}
     for row in rows:
         recipe = row.cells[0].recipe
@@ -229,17 +233,19 @@ def _data(rows: Sequence[TableRow]) -> Iterable[str]:
 
 
 def failures(rows: Sequence[TableRow]) -> Iterator[tuple[TableRow, CellRecord]]:
-    """Row and record of each cell that ended without a result, or with a part of it; twins are rows of their own."""
+    """List row and record of each cell that ended without a result, or with a part of it missing; twins are separate rows."""
     for row in rows:
         for each in filter(None, (row, row.twin)):
             for record in filter(None, each.records):
-                own = record.status == "finished" and record.reason == record.seen().reason  # a run's patience may have ended it
+                own = (
+                    record.status == "finished" and record.reason == record.seen().reason
+                )  # such as the remark that patience ended the run
                 if (record.reason and not own) or record.status in ("diverged", "failed", "timeout", "refused"):
                     yield each, record
 
 
 def environments(rows: Sequence[TableRow]) -> dict[str, int]:
-    """Each place in which finished cells ran, and how many did."""
+    """Count the finished cells of each environment."""
     tags: list[Mapping[str, str]] = [record.tags for row in rows for record in row.finished]
     counts: dict[str, int] = {}
     for place in tags:

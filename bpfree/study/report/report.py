@@ -1,4 +1,4 @@
-"""The report of a study: what terminal, page and Markdown show, and its files, each cell's numbers among them."""
+"""The report of a study: its content for terminal, page and Markdown, and its files, including each cell's numbers."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ HEADERS = ("row", "column", "seed", "status", "reason", "parallel", "run", "sett
 
 @dataclass
 class Report:
-    """All that is shown.
+    """The content of a report.
 
     Attributes:
         plan: the study with what the command line said.
         rows: the table's, row by row, with the learning curves of their cells.
         command: the words that run it; empty for a study that runs from Python.
         headers, table: the cells of the study's table, as text.
-        controls: the rows beside the study's controls, where there is anything to compare.
-        floors: the rows beside their floors, and the verdicts, where floors were measured.
-        remarks: what a reader must know, a sentence each: how this differs from the study as written comes first.
+        controls: comparisons with the study's controls, if there are any.
+        floors: comparisons with the floors, and the verdicts, if floors were measured.
+        remarks: what a reader must know, a sentence each: first, how this differs from the study as written.
         failures: a sentence for each cell that did not finish.
         environment: where the finished cells ran.
     """
@@ -62,12 +62,12 @@ class Report:
 
     @property
     def name(self) -> str:
-        """Of its files. A changed study has its own, so that they do not replace those of the whole one."""
+        """Base name of the files; a changed study has a name of its own, so that it does not overwrite the full report."""
         changes = "; ".join(self.plan.changes)
         return f"report-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else "report"
 
     def text(self) -> str:
-        """For a terminal: title, table, controls, remarks, failures, environment, command."""
+        """Format the report for a terminal: title, table, controls, remarks, failures, environment, command."""
         study = self.plan.study
         numbers = range(self.headers.index("n") - 1, len(self.headers))
         parts = [study.title, *([f"Published: {study.paper}"] if study.paper else []), ""]
@@ -78,7 +78,7 @@ class Report:
         return "\n".join([*parts, "", *filter(None, told)])
 
     def sections(self) -> list[Section]:
-        """What page and Markdown show, in their order. Figures are drawn when this is asked for."""
+        """Make the sections of page and Markdown, in their order, with their figures."""
         view = View(self.plan, self.rows)
         return [
             Section("", self._head(view)),
@@ -99,7 +99,7 @@ class Report:
         ]
 
     def _head(self, view: View) -> list[Part]:
-        """Published where, what was compared, what no reader may miss, and what came out."""
+        """Make the head: the paper, changes of the study, what was compared, findings and remarks."""
         paper = self.plan.study.paper
         parts: list[Part] = [Text(f"Published: {paper}", "lead")] if paper else []
         told = list(self.remarks)
@@ -113,29 +113,29 @@ class Report:
 
     def _as_written(self, view: View) -> Section:
         words = [place for place, header in enumerate(self.headers) if header == "column"]
-        text = "Mean and standard deviation over n seeds. What is blank was not published, not verified, or not measured."
+        text = "Mean and standard deviation over n seeds. Blank: not published, not verified, or not measured."
         if self.plan.study.publishes("test") or self.plan.study.publishes("train"):
             text += " Difference: our mean minus the published number."
         texts = [list(cells) for cells in self.table]
         parts: list[Part] = [Table(self.headers, texts, words, "The study's table"), Text(text, "note")]
         if not self.plan.study.publishes("test"):
             parts = [Folded("All rows in the order of the study", parts)]
-        return Section("The table as the study has it", parts)
+        return Section("Results in the order of the study", parts)
 
     def _comparisons(self) -> list[ComparisonTable]:
         return [*self.floors, *([self.controls] if self.controls else [])]
 
     def _against(self) -> list[Section]:
-        """Floors, verdicts and controls, a section each."""
+        """Make a section each of floors, verdicts and controls."""
         return [Section(found.title, [_as_table(found), Text(found.legend, "note")]) for found in self._comparisons()]
 
 
 def report_on(plan: Plan, rows: Sequence[TableRow], words: Sequence[str], *, hidden: int = 0, floors: Floors | None = None) -> Report:
-    """The report on what is finished so far.
+    """Make the report on the cells that are finished so far.
 
     Args:
         plan: the study, resolved.
-        rows: its rows in their columns, with what is known of their cells.
+        rows: its rows in their columns, with the records of their cells.
         words: those of the command line after ``bpfree``; empty for a study that runs from Python.
         hidden: finished cells of other settings, which are not shown.
         floors: those that were measured; ``None``: the study asks for none.
@@ -166,7 +166,7 @@ def _failure(row: TableRow, record: CellRecord) -> str:
 
 
 def _flowing(notes: str) -> str:
-    """Lines of a paragraph joined; a blank line, and a line that begins with a mark or space, still breaks."""
+    """Join the lines of a paragraph; keep breaks at blank lines and before lines that begin with a mark or space."""
     return re.sub(r"(?<=\S)\n(?=[\w\"'(])", " ", notes)
 
 
@@ -174,7 +174,7 @@ def _flowing(notes: str) -> str:
 
 
 def write_report(report: Report, folder: Path, name: str = "report") -> Path:
-    """Write ``NAME.html``, ``NAME.md`` and ``NAME-results.csv`` (``results.csv`` for the name ``report``), each at once.
+    """Write ``NAME.html``, ``NAME.md`` and ``NAME-results.csv`` (``results.csv`` for the name ``report``), each atomically.
 
     Returns:
         The page.
@@ -194,13 +194,13 @@ def write_report(report: Report, folder: Path, name: str = "report") -> Path:
 
 
 def files_of(page: Path) -> list[Path]:
-    """All files of a report, given its page."""
+    """List all files of a report, given its page."""
     name = page.stem
     return [page, page.with_suffix(".md"), page.with_name("results.csv" if name == "report" else f"{name}-results.csv")]
 
 
 def results_csv(rows: Sequence[TableRow]) -> str:
-    """Each cell's numbers as CSV, whatever became of it: results under the union of their names, shares and losses as measured."""
+    """Write each cell's numbers as CSV, also of failed cells: a column for each result, shares and losses as measured."""
     keys = sorted({key for row in rows for record in row.records if record is not None for key in record.result})
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

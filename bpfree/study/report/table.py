@@ -1,4 +1,4 @@
-"""The table of a study in its own order: our means and deviations beside what was published."""
+"""The table of a study in its own order: our means and deviations, and the published numbers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ COSTS = (
     ("trained", "parameters_trained"),
 )
 TIMINGS = ("train/seconds", "train/samples_per_second")
-"""Marked where they cannot be compared."""
+"""Headers whose values are marked if they cannot be compared."""
 
 
 def headers(view: View) -> list[str]:
-    """Of the columns that the study needs."""
+    """List the headers of the columns that the study needs."""
     study = view.plan.study
     beside = ["published", "difference"]
     return [
@@ -38,7 +38,7 @@ def _header(measure: Measure) -> str:
 
 
 def texts(view: View, row: TableRow) -> list[str]:
-    """The cells of a row."""
+    """Format the cells of a row."""
     study = view.plan.study
     cells = [view.label(row), *([row.column] if view.labelled else [])]
     cells += _beside(row, view.measure, published=study.publishes("test"), empty=row.status_text())
@@ -52,14 +52,14 @@ def texts(view: View, row: TableRow) -> list[str]:
 
 
 def _seconds(view: View, row: TableRow) -> str:
-    """With the decimals that the column needs."""
+    """Format a row's seconds with the decimals that the column needs."""
     column = aligned([mean_of(other, "train/seconds") for other in view.rows])
     place = next(number for number, other in enumerate(view.rows) if other is row)
     return column[place]
 
 
 def _beside(row: TableRow, measure: Measure, *, published: bool, empty: str = "") -> list[str]:
-    """Ours; and where the table has them, the published number and the difference. What is not known stays blank."""
+    """Format our value and, if the table has them, the published number and the difference; blank if unknown."""
     values = list(row.by_seed(measure).values())
     measurable = len(values) > 1 and all(map(math.isfinite, values))  # the loss of a finished run can be infinite
     ours = spread(statistics.fmean(values), statistics.stdev(values) if measurable else None, measure) if values else ""

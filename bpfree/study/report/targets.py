@@ -1,4 +1,4 @@
-"""Time to target: when the primary metric on validation first reaches what the study asks for.
+"""Time to target: when the primary metric on validation first reaches the target of the study.
 
 The time of a run is that of the first epoch whose end finds it at the target, so that its resolution is an epoch. A run that ended
 without reaching it, for whatever reason, takes infinitely long, and medians count it as such.
@@ -29,17 +29,17 @@ COLUMNS = (
 
 
 def ended(row: TableRow) -> list[CellRecord]:
-    """Cells that have ended: finished, diverged, failed, out of time."""
+    """List the records of cells that have ended: finished, diverged, failed, timed out."""
     return [record for record in row.records if record is not None and record.is_final]
 
 
 def _waited(row: TableRow) -> bool:
-    """Whether its seconds cannot be compared."""
+    """Tell whether a row has cells whose seconds cannot be compared."""
     return not all(record.comparable for record in ended(row))
 
 
 def reached(view: View, row: TableRow) -> list[tuple[CellRecord, Mapping[str, float] | None]]:
-    """Each cell that ended, with the epoch at which it was at the target; ``None``: never."""
+    """Pair each cell that ended with the epoch in which it reached the target; ``None``: never."""
     target = view.plan.study.targets.get(row.column)
     measure = view.validation(view.of(row.column))
     if target is None or measure is None:
@@ -49,25 +49,25 @@ def reached(view: View, row: TableRow) -> list[tuple[CellRecord, Mapping[str, fl
 
 
 def times(view: View, row: TableRow, key: str) -> list[float]:
-    """What each cell that ended took; infinite for misses."""
+    """Return the cost of each cell that ended, up to the target; infinite for misses."""
     return [math.inf if epoch is None else _at(record, epoch, key) for record, epoch in reached(view, row)]
 
 
 def _at(record: CellRecord, epoch: Mapping[str, float], key: str) -> float:
-    """What was spent by an epoch; operations are passes times those of one pass."""
+    """Return the cost up to an epoch; operations are passes times the operations of a pass."""
     if key == "operations":
         return epoch.get("forwards", math.nan) * record.result.get("forward_operations", math.nan)
     return epoch.get(key, math.nan)
 
 
 def time_to_target(view: View) -> Iterator[Section]:
-    """A table for each column that has a target."""
+    """Make a table for each column that has a target."""
     legend = (
-        "Median over the cells that ended, to the end of the first epoch at the target; a cell that misses it takes infinitely long. "
-        "inf: half of them or more miss it. Memory: the peak up to then."
+        "Median over the cells that ended, to the end of the first epoch at the target; a cell that never reaches it counts as infinite. "
+        "inf: at least half of the cells never reach it. Memory: the peak up to that epoch."
     )
     if any(_waited(row) for row in view.rows):
-        legend += f" * Of one cell or more these seconds cannot be compared: {WAITED}."
+        legend += f" * Not comparable for at least one cell: {WAITED}."
     return view.by_column("Time to target", lambda column: _parts(view, column), Text(legend, "note"))
 
 

@@ -1,4 +1,4 @@
-"""What was tried before the seeds of the table: how scores depend on what was tuned, and what was chosen."""
+"""The section on tuning: scores of trials over the tuned settings, and the chosen configuration."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FIRST = "optimizer.lr"
 
 
 def tuning(view: View) -> Iterator[Section]:
-    """A figure over each tuned key, and the table of trials, for each column."""
+    """Plot the scores over each tuned key, and make the table of trials, for each column."""
     waited = not all(trial.comparable for row in view.rows if row.tuned is not None for trial in row.tuned.trials)
     legend = Text(
         "Each trial is trained on the tuning seeds and scored on the validation split; the first has the settings of the study's file. "
-        "A trial that failed counts as one. The best on validation was chosen, the earliest of equals; the test split has no part in it."
+        "Failed trials count. The trial with the best validation score was chosen (ties: the earliest); the test split was not used."
         + "".join(f" Trials were pruned, by the same rule for each row: {each}." for each in dict.fromkeys(_pruning(view)))
-        + (f" * Of one trial or more these seconds cannot be compared: {WAITED}." if waited else ""),
+        + (f" * Not comparable for at least one trial: {WAITED}." if waited else ""),
         "note",
     )
     return view.by_column("Tuning", lambda column: _parts(view, column), legend)
@@ -54,7 +54,7 @@ def _figure(view: View, found: Sequence[tuple[TableRow, Tuned]]) -> Figure | Non
     panels = [made for key in keys if (made := _panel(view, found, key))]
     if not panels:
         return None
-    caption = "Validation score of each trial that ended with one."
+    caption = "Validation score of each trial that has one."
     if any(len(tuned.keys) == 1 for _, tuned in found):
         caption += " Lines join the trials of a row where a single key was tuned."
     if any(len(tuned.keys) > 1 for _, tuned in found):
@@ -115,7 +115,7 @@ def _score(tuned: Tuned, trial: Trial | None) -> str:
 
 
 def _gain(tuned: Tuned) -> str:
-    """By what the chosen configuration is better than the default."""
+    """Format the gain of the chosen configuration over the default."""
     default, best = tuned.default, tuned.best
     if default is None or default.score is None or best is None or best.score is None or not math.isfinite(default.score):
         return ""
@@ -128,7 +128,7 @@ def _trials(tuned: Tuned) -> str:
 
 
 def _failures(tuned: Tuned) -> str:
-    """Those without a score, by what became of them."""
+    """Count the trials without a score by their status."""
     counts = Counter(trial.status for trial in tuned.trials if trial.status not in ("finished", "not run"))
     return ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
 

@@ -1,4 +1,4 @@
-"""What the sections of a report share: the study's rows by column, their metrics, colours, and numbers as text."""
+"""The view that the sections of a report share: rows by column, metrics, colours, and numbers as text."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ __all__ = [
 ]
 
 WAITED = (
-    f"the processor worked for them for less than {SHARE:.0%} of the time of their threads (on a GPU: other cells ran beside them), so "
-    "that a part of their seconds was waiting"
+    f"their threads had a processor for less than {SHARE:.0%} of the time (on a GPU: other cells ran at the same time), so "
+    "that part of their seconds was waiting"
 )
-"""Of cells whose seconds cannot be compared."""
+"""Reason why seconds of cells cannot be compared."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A study's plan and rows, as the sections look at them."""
+    """A study's plan and rows, for the sections of its report."""
 
     plan: Plan
     rows: Sequence[TableRow]
 
     @cached_property
     def measure(self) -> Measure:
-        """What is reported of the test split."""
+        """Measure that is reported of the test split."""
         return table_measure(self.plan.study, self.rows)
 
     @property
     def greater(self) -> bool:
-        """Whether more of the metric is better."""
+        """Whether a greater value of the measure is better."""
         return self.measure.metric.greater
 
     @cached_property
     def columns(self) -> list[str]:
-        """Labels of those that have rows."""
+        """Labels of the columns that have rows."""
         return [column.label for column in self.plan.study.columns if any(row.column == column.label for row in self.rows)]
 
     @property
@@ -67,11 +67,11 @@ class View:
         return any(self.columns)
 
     def of(self, column: str) -> list[TableRow]:
-        """The rows of a column, in the order of the study."""
+        """Return the rows of a column, in the order of the study."""
         return [row for row in self.rows if row.column == column]
 
     def by_column(self, title: str, parts: Callable[[str], Iterable[Part]], *notes: Part) -> Iterator[Section]:
-        """A section on every column that has parts; where columns have labels, with a section below it for each of them."""
+        """Make a section of the parts of every column; if columns have labels, with a section below it for each column."""
         found = {column: made for column in self.columns if (made := list(parts(column)))}
         if not found:
             return
@@ -83,7 +83,7 @@ class View:
             yield Section(column, made, level=3)
 
     def style(self, row: TableRow) -> int:
-        """The number of the row in the study, which decides on its colour."""
+        """Return the number of the row in the study, which determines its colour."""
         return self._styles[row.written.label]
 
     @cached_property
@@ -91,26 +91,26 @@ class View:
         return {row.label: number for number, row in enumerate(self.plan.study.rows)}
 
     def label(self, row: TableRow) -> str:
-        """A row's label, with a word at controls."""
+        """Return the label of a row, marked if the row is a control."""
         return f"{row.written.label} (control)" if row.written.label in self.plan.study.controls else row.written.label
 
     def key(self, row: TableRow) -> Key:
-        """How a row looks in figures."""
+        """Make the legend entry of a row in figures."""
         return Key(self.style(row), self.label(row))
 
     def scores(self, row: TableRow) -> list[float]:
-        """The metric of each finished cell that measured it."""
+        """Return the measure of each finished cell that has it."""
         return list(row.by_seed(self.measure).values())
 
     def mean(self, row: TableRow) -> float | None:
-        """Of the scores."""
+        """Return the mean score; ``None`` without scores."""
         scores = self.scores(row)
         return statistics.fmean(scores) if scores else None
 
     def interval(self, row: TableRow) -> Interval | None:
-        """Compute the interval of the mean score, over seeds and (where predictions are at hand) new examples.
+        """Compute the interval of the mean score, over seeds and (where predictions are available) new examples.
 
-        Shares end at 0 and 100 per cent, which Student's over two or three seeds does not know.
+        Intervals of shares are clipped to 0 and 100 per cent, because Student's t knows no bounds.
         """
         scores = scores_of(row, self.measure, self.plan.output)
         several = list(scores.examples.values())
@@ -120,12 +120,12 @@ class View:
         return None if known is None else Interval(max(low, known.low), min(high, known.high))
 
     def over_examples(self, row: TableRow) -> bool:
-        """Whether the interval of a row is over new examples too."""
+        """Tell whether the interval of a row is over new examples too."""
         scores = scores_of(row, self.measure, self.plan.output)
         return bool(scores.means) and len(scores.examples) == len(scores.means)
 
     def ranked(self, column: str) -> list[TableRow]:
-        """Best mean first; what has no finite mean comes last, in the order of the study."""
+        """Sort the rows of a column by mean score, best first; rows without a finite mean come last, in the order of the study."""
 
         def key(row: TableRow) -> tuple[bool, float]:
             mean = self.mean(row)
@@ -135,7 +135,7 @@ class View:
         return sorted(self.of(column), key=key)
 
     def validation(self, rows: Iterable[TableRow]) -> Measure | None:
-        """What learning curves show: the primary metric on validation, or the loss where no epoch has it; ``None`` without either."""
+        """Choose the measure of learning curves: the primary metric on validation, else the loss; ``None`` without either."""
         records = [record for row in rows for record in row.records if record is not None]
         keys = {key for record in records for metrics in record.history for key in metrics}
         primaries = {record.primary.name: record.primary for record in records if record.history}
@@ -147,23 +147,23 @@ class View:
 
 
 def values_of(row: TableRow, key: str) -> list[float]:
-    """An entry of the finished cells' results, where it is there."""
+    """Return an entry of the results of finished cells that have it."""
     return [record.result[key] for record in row.finished if key in record.result]
 
 
 def mean_of(row: TableRow, key: str) -> float | None:
-    """Of :func:`values_of`."""
+    """Return the mean of :func:`values_of`; ``None`` without values."""
     values = values_of(row, key)
     return statistics.fmean(values) if values else None
 
 
 def timed(row: TableRow) -> list[CellRecord]:
-    """Finished cells whose seconds can be compared."""
+    """List finished cells whose seconds can be compared."""
     return [record for record in row.finished if record.comparable]
 
 
 def untimed(rows: Iterable[TableRow]) -> bool:
-    """Whether there are finished cells whose seconds cannot be compared."""
+    """Tell whether there are finished cells whose seconds cannot be compared."""
     return any(not record.comparable for row in rows for record in row.finished)
 
 
@@ -171,18 +171,18 @@ def untimed(rows: Iterable[TableRow]) -> bool:
 
 
 def spread(mean: float, deviation: float | None, measure: Measure) -> str:
-    """``97.65 +- 0.21``."""
+    """Format a mean and its deviation, such as ``97.65 +- 0.21``."""
     return measure.text(mean) + ("" if deviation is None else f" +- {measure.text(deviation)}")
 
 
 def counted(row: TableRow) -> str:
-    """How many of its cells are finished."""
+    """Format the number of finished cells of a row, such as ``2 of 3`` if some are missing."""
     finished, planned = len(row.finished), len(row.cells)
     return f"{finished}" if finished == planned else f"{finished} of {planned}"
 
 
 def compact(value: float) -> str:
-    """Three digits and a letter: 43.1k, 5.20M, 318."""
+    """Format a number with three digits and a letter: 43.1k, 5.20M, 318."""
     for limit, suffix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * limit:
             scaled = value / limit
@@ -191,7 +191,7 @@ def compact(value: float) -> str:
 
 
 def aligned(values: Sequence[float | None]) -> list[str]:
-    """A column of numbers with the same decimals: as many as the smallest needs for two digits, at most three; blank for ``None``."""
+    """Format a column of numbers with equal decimals: as many as the smallest needs for two digits, at most three; ``None``: blank."""
     sizes = [abs(value) for value in values if value is not None and math.isfinite(value) and value]
     least = min(sizes, default=1.0)
     decimals = 0 if least >= 10 or max(sizes, default=1.0) >= 100_000 else 1 if least >= 1 else 2 if least >= 0.1 else 3
