@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bpfree import Task, TaskSpec, UsageError
-from bpfree.tasks.arrays import NPZ, ArraysConfig
+from bpfree.tasks.npz import NPZ, ArraysConfig
 
 RNG = np.random.default_rng(0)
 Array = np.ndarray[Any, np.dtype[Any]]
