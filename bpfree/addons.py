@@ -1,4 +1,4 @@
-"""Add-ons to the updates of any rule: what changes gradients between the rule and the optimiser."""
+"""Add-ons to the updates of any rule: they change gradients between the rule and the optimiser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 class Addon(Protocol):
-    """What an add-on does; it may be a module, whose state is saved in checkpoints."""
+    """The methods of an add-on; it may be a module, whose state is saved in checkpoints."""
 
     def update(self, groups: Mapping[str, list[nn.Parameter]], activations: Activations) -> None:
         """Change the ``.grad`` of the parameters that are about to be applied.
@@ -31,7 +31,7 @@ class Addon(Protocol):
 
         Args:
             groups: that are applied now, with their parameters.
-            activations: of the step's last forward pass, if the add-on asked for them; else empty.
+            activations: of the step's last forward pass, if the add-on requests them; else empty.
         """
 
 
@@ -61,7 +61,7 @@ class Activations(dict[str, tuple[Tensor, Tensor]]):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Keep what the layers compute inside; outside, nothing is kept."""
+        """Record the inputs and pre-activations of layers inside; outside, nothing is kept."""
         handles: list[RemovableHandle] = []
         self.clear()
         for path, module in self._rule.named_modules() if self._rule is not None else ():

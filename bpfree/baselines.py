@@ -72,7 +72,7 @@ class Frozen(Rule):
 
 
 class Linear(Backprop):
-    """A linear classifier on the inputs: what a task gives away without any hidden layer."""
+    """A linear classifier on the inputs: the accuracy that needs no hidden layer."""
 
     card = Card("a linear classifier on the raw inputs", equation="grad W = (softmax(W x) - y) x^T")
     traits_of = always(Traits(dependence="independent", downstream_weights=0, reverse_span=1))

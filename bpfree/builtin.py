@@ -1,4 +1,4 @@
-"""The plugin that the core is to itself: its baselines, networks and tasks, its trackers and executors."""
+"""The core's own plugin: its baselines, networks and tasks, its trackers and executors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Code that is named by its file, ``FILE.py:NAME``: a rule, a network or a task that no plugin has registered.
 
-To name a file is to ask for its code to be executed, and a configuration, a study file or a run's folder may be somebody else's. So a
+To name a file is to ask for its code to be executed, and a configuration, a study file or a run's folder may be another user's. So a
 file is executed only where the person at the command line has named that very file, in a word ``rule=FILE.py:NAME`` or with
 ``--allow-code FILE``. A file is read once, when it is allowed: what is hashed is what is executed, also in workers, to which the text
 travels.
@@ -36,7 +36,7 @@ MODULE = "bpfree_code_"
 
 @dataclass(frozen=True)
 class CodeName:
-    """A name that leads to code.
+    """A name of an object in a file of code.
 
     Attributes:
         path: of the file.
@@ -56,7 +56,7 @@ class CodeName:
 
     @property
     def text(self) -> str:
-        """As it is written."""
+        """The name as it is written."""
         return f"{self.path}{self.hash and f'@{self.hash}'}:{self.name}"
 
     @property
@@ -65,7 +65,7 @@ class CodeName:
         return f"{Path(self.path).name}:{self.name}"
 
     def resolved(self, folder: Path | None = None) -> CodeName:
-        """The same with the absolute path, through symbolic links.
+        """Return the name with the absolute path, through symbolic links.
 
         Args:
             folder: to which a relative path belongs; ``None``: the current one.
@@ -75,7 +75,7 @@ class CodeName:
 
 
 def placed(value: Any, folder: Path | None = None) -> Any:
-    """A value of a setting: where it names code, with the absolute path; any other as it is.
+    """Return the value of a setting, with the absolute path where it names code in a file.
 
     Args:
         value: as it is written.
@@ -86,14 +86,14 @@ def placed(value: Any, folder: Path | None = None) -> Any:
 
 
 def shown(name: str) -> str:
-    """A name as it is shown: without folder and hash where it names code."""
+    """Return a name for display: without folder and hash where it names code in a file."""
     code = CodeName.parse(name)
     return name if code is None else code.short
 
 
 @dataclass(frozen=True)
 class CodeFile:
-    """A file of code as it was when it was allowed.
+    """A file of code in the version that was allowed.
 
     Attributes:
         path: absolute, through symbolic links.
@@ -146,7 +146,7 @@ class CodeFile:
         return module
 
     def line_of(self, error: BaseException | None) -> str:
-        """The file, and the line of it in which an error arose, where it did in this file."""
+        """Return the file, with the line in which an error arose if it arose in this file."""
         if isinstance(error, SyntaxError) and error.filename == str(self.path):
             return f"{self.path}, line {error.lineno}"
         frames = [] if error is None else list(traceback.walk_tb(error.__traceback__))
@@ -155,7 +155,7 @@ class CodeFile:
 
 
 def files_of(names: Iterable[str]) -> list[CodeFile]:
-    """Read the files that names lead to, each once; names of another kind are passed over.
+    """Read the files that names lead to, each once; other names are skipped.
 
     Raises:
         UsageError: there is no such file.

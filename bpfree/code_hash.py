@@ -1,4 +1,4 @@
-"""The hash of a Python file's code: comments, docstrings and blank lines do not count, so that a better explanation costs no computing."""
+"""The hash of a Python file's code, which comments, docstrings and blank lines do not change: better words need no new measurement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKEN = re.compile(
 
 
 def hash_of_python(content: bytes) -> str:
-    """SHA-256 of the code, the same on every version of Python; of the bytes if this one cannot read them.
+    """Return the SHA-256 of the code, the same on every version of Python; of the bytes if this one cannot parse them.
 
     The syntax tree is used for the places of docstrings alone, since its other details differ between versions.
     """
@@ -38,7 +38,7 @@ def hash_of_python(content: bytes) -> str:
 
 
 def _texts(module: ast.Module) -> Iterator[ast.Expr]:
-    """All statements that are nothing but a string: docstrings, also those of attributes."""
+    """Yield all statements that are nothing but a string: docstrings, also those of attributes."""
     nodes: list[ast.AST] = [module]
     for node in nodes:
         for name in ("body", "orelse", "finalbody", "handlers", "cases"):
@@ -50,7 +50,7 @@ def _texts(module: ast.Module) -> Iterator[ast.Expr]:
 
 
 def _kept(match: re.Match[bytes]) -> bytes:
-    """What is left of a token.
+    """Return what remains of a token.
 
     Raises:
         ValueError: an f-string with its own quotes inside, as Python 3.12 allows: where it ends cannot be seen.

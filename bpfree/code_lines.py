@@ -1,4 +1,4 @@
-"""How much code a rule is: lines of its class and of the bases that came with it."""
+"""The size of a rule's code: lines of its class and of the bases from its package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NO_CODE = {
 
 
 def class_lines(kind: type) -> int | None:
-    """Lines of code of a class and of its bases from the same package, without the contract of rules.
+    """Count the lines of code of a class and of its bases from the same package, without the contract of rules.
 
     Functions beside the classes do not count, nor does what is inherited from other packages.
 
@@ -41,7 +41,7 @@ def class_lines(kind: type) -> int | None:
 
 
 def code_lines(source: str) -> int:
-    """Lines that hold code: no blank ones, no comments, no docstrings (nor other strings that are statements).
+    """Count the lines that hold code: no blank ones, no comments, no docstrings (nor other strings that are statements).
 
     Raises:
         SyntaxError, tokenize.TokenError: it is not Python.

@@ -1,8 +1,8 @@
 """Configurations of runs: from files and ``key=value`` words to typed, checked settings.
 
 A configuration is a tree of plain values. Three of its sections, ``rule``, ``network`` and ``task``, have a ``name`` and the options of
-the thing that is named; ``rule: dfa`` and ``rule=dfa`` are short for ``rule.name``. Everything that is wrong is reported
-at once, before any data is loaded.
+the named object; ``rule: dfa`` and ``rule=dfa`` are short for ``rule.name``. All problems are reported at once, before any data is
+loaded.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def resolve(leaves: Iterable[Leaf] | Mapping[str, Any], registry: Plugins | None
     Args:
         leaves: or a nested mapping.
         registry: of names; the installed plugins by default.
-        spec: the task's, if it is known already; otherwise the data set is asked for it.
+        spec: the task's, if it is known already; otherwise the data set provides it.
 
     Raises:
-        UsageError: with everything that is wrong.
+        UsageError: with a list of all problems.
     """
     registry = registry or installed_plugins()
     registry.report()
@@ -43,11 +43,11 @@ def resolve(leaves: Iterable[Leaf] | Mapping[str, Any], registry: Plugins | None
 
 
 def allowing(words: Iterable[Leaf] = (), files: Iterable[str | Path] = ()) -> Plugins:
-    """The installed plugins, in which names may also lead to code in files that somebody has named.
+    """Return the installed plugins, with permission to execute the named files of code.
 
     Args:
         words: settings; those that were typed as words of the command line (``Leaf.word``) allow the files that they name.
-        files: that are allowed beside.
+        files: further files to allow.
 
     Raises:
         UsageError: there is no such file.
@@ -64,7 +64,7 @@ def recipe_of(
     where: str,
     registry: Plugins | None = None,
 ) -> Recipe:
-    """The recipe that a checkpoint holds, with changes.
+    """Read the recipe of a checkpoint, with changes.
 
     Args:
         saved: the nested configuration.
@@ -97,7 +97,7 @@ def recipe_of(
 
 
 def _name_in(leaf: Leaf) -> str:
-    """The name given for a section; empty where it is not a name."""
+    """Return the name given for a section; empty where the value is not a name."""
     try:
         return str(typed(leaf.value, str, leaf.key)).strip()
     except Misfit:
@@ -105,7 +105,7 @@ def _name_in(leaf: Leaf) -> str:
 
 
 def load_task(name: str, *, root: str | Path | None = None, validation: float = 0.1, split_seed: int = 0, **options: Any) -> Task:
-    """A registered task with its splits, for use from Python.
+    """Load a registered task with its splits, for use from Python.
 
     Args:
         name: such as ``digits`` or ``mnist``.

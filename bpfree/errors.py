@@ -15,7 +15,7 @@ __all__ = ["BpfreeError", "DiskError", "UsageError", "nearest", "told", "unknown
 
 
 class BpfreeError(Exception):
-    """A failure with a place and a remedy, of which addresses are shown without passwords.
+    """A failure with a place and a remedy; addresses in it are shown without passwords.
 
     Args:
         what: one sentence on what is wrong.
@@ -42,7 +42,7 @@ class BpfreeError(Exception):
 
 
 class DiskError(BpfreeError):
-    """A file could not be written: not the work, but the disk is at fault, and the work can be resumed."""
+    """A file could not be written because of the disk; the work can be resumed."""
 
 
 class UsageError(BpfreeError):
@@ -52,14 +52,14 @@ class UsageError(BpfreeError):
 
     @classmethod
     def of(cls, problems: Iterable[str], place: str, *, where: str = "", fix: str = "") -> UsageError:
-        """Make one error of everything that is wrong in a place, such as ``study``; each problem counts once."""
+        """Make one error of all problems in a place, such as ``study``; each problem counts once."""
         listed = list(dict.fromkeys(problems))
-        several = f"{len(listed)} things are wrong in the {place}:\n" + "\n".join(f"  - {problem}" for problem in listed)
+        several = f"{len(listed)} problems in the {place}:\n" + "\n".join(f"  - {problem}" for problem in listed)
         return cls(listed[0] if len(listed) == 1 else several, where=where, fix=fix, problems=listed)
 
 
 def told(error: BaseException) -> str:
-    """Name a foreign exception with its words, if it has any: those of a plugin may fail to say them."""
+    """Name a foreign exception with its message, if it has any; a plugin's exception may fail to give one."""
     try:
         words = str(error)
     except Exception:
@@ -68,13 +68,13 @@ def told(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name closest to ``name``, or ``None`` if none is close."""
+    """Return the known name closest to ``name``, or ``None`` if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return close[0] if close else None
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str = "") -> UsageError:
-    """The error for a name that is not registered: suggests the nearest, and lists all."""
+    """Make the error for a name that is not registered: suggest the nearest, and list all."""
     names = sorted(known)
     guess = nearest(name, names)
     fix = f"did you mean {guess!r}? " if guess else ""

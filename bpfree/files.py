@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole: readers see the old or the new one, never a part; and places that a record may name."""
+"""Files that are replaced as a whole, so that readers never see a part; and checks of paths in records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["expanded", "inside", "remove_abandoned", "replacing", "write_text"]
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
-    """Open a file that takes the place of another when the block ends; if it fails, the old one stays.
+    """Open a file that replaces another one when the block ends; if the block fails, the old file stays.
 
     The content goes to a temporary file in the same folder, which is made if it does not exist. It is locked while it is written: where its
     writer is killed, :func:`remove_abandoned` knows it by that.
@@ -45,7 +45,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
 
 
 def _temporary(path: Path) -> tuple[Path, IO[bytes]]:
-    """A new file beside another, locked where the file system can."""
+    """Open a new file beside another, locked where the file system supports it."""
     while True:
         temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
         file = temporary.open("xb")
@@ -53,11 +53,11 @@ def _temporary(path: Path) -> tuple[Path, IO[bytes]]:
             fcntl.flock(file, fcntl.LOCK_EX)
         if temporary.exists():
             return temporary, file
-        file.close()  # somebody has looked at it before it was locked, and taken it for abandoned
+        file.close()  # another process removed it as abandoned before it was locked
 
 
 def remove_abandoned(folder: Path, names: str) -> None:
-    """Remove temporary files of :func:`replacing` whose writers were killed; what is being written stays.
+    """Remove temporary files of :func:`replacing` whose writers were killed; files still being written stay.
 
     Args:
         folder: where to look.
@@ -76,9 +76,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """Find a file or folder that a record names; ``None`` where it would lie outside, so that nothing of it is to be opened.
+    """Find a file or folder that a record names; ``None`` where it would lie outside, and must not be opened.
 
-    A record may be somebody else's, and name anything: an absolute path, one with ``..``, a symbolic link that leads out.
+    A record may come from another user, and name anything: an absolute path, one with ``..``, a symbolic link that leads out.
 
     Args:
         folder: that the record belongs to.
@@ -94,7 +94,7 @@ def inside(folder: Path, name: str) -> Path | None:
 
 
 def expanded(path: Path) -> Path:
-    """The path with the user's home for ``~``.
+    """Return the path with the user's home for ``~``.
 
     Raises:
         UsageError: there is none.

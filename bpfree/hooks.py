@@ -1,6 +1,6 @@
 """The hook interface: what a plugin can register, and what an observer can see.
 
-*Registration* hooks are called once and return names to things. *Lifecycle* hooks are called during a run; they
+*Registration* hooks are called once and return mappings from names to objects. *Lifecycle* hooks are called during a run; they
 observe: what is trained and reported is compared around each of them, and a change fails the run. They see the run read-only, but
 for ``run.artifacts`` and ``run.tracking``. The trainer's loop, with the places where they are called::
 
@@ -75,42 +75,42 @@ hookimpl = pluggy.HookimplMarker("bpfree")
 
 @hookspec
 def bpfree_rules() -> Mapping[str, type[Rule]]:  # type: ignore[empty-body]
-    """Learning rules by name."""
+    """Register learning rules by name."""
 
 
 @hookspec
 def bpfree_networks() -> Mapping[str, NetworkBuilder]:  # type: ignore[empty-body]
-    """Builders of networks by name."""
+    """Register builders of networks by name."""
 
 
 @hookspec
 def bpfree_tasks() -> Mapping[str, DataSource]:  # type: ignore[empty-body]
-    """Data sets by name."""
+    """Register data sets by name."""
 
 
 @hookspec
 def bpfree_programs() -> Mapping[str, Program]:  # type: ignore[empty-body]
-    """Other trainers by name, which a study can have as rows (``program: NAME``) beside rules."""
+    """Register other trainers by name, which a study can have as rows (``program: NAME``) beside rules."""
 
 
 @hookspec
 def bpfree_augmentations() -> Mapping[str, Augmentation]:  # type: ignore[empty-body]
-    """Augmentations of training batches by name."""
+    """Register augmentations of training batches by name."""
 
 
 @hookspec
 def bpfree_protocols() -> Mapping[str, EvaluationProtocol]:  # type: ignore[empty-body]
-    """Protocols that score features by name, switched on with ``evaluation.protocols=[name]``."""
+    """Register protocols that score features by name, switched on with ``evaluation.protocols=[name]``."""
 
 
 @hookspec
 def bpfree_metrics() -> Mapping[str, Metric]:  # type: ignore[empty-body]
-    """Metrics of predictions by name, switched on with ``evaluation.metrics=[name]``."""
+    """Register metrics of predictions by name, switched on with ``evaluation.metrics=[name]``."""
 
 
 @hookspec
 def bpfree_optimizers() -> Mapping[str, type[Optimizer]]:  # type: ignore[empty-body]
-    """Optimisers by name, chosen with ``optimizer=name``: subclasses of ``torch.optim.Optimizer``, over parameters and their options.
+    """Register optimisers by name, chosen with ``optimizer=name``: subclasses of ``torch.optim.Optimizer``, over parameters and options.
 
     One whose ``step`` needs a closure says so with a class attribute ``needs_closure = True``; the closure computes the rule's credit again
     and gives its metric ``loss``.
@@ -119,17 +119,17 @@ def bpfree_optimizers() -> Mapping[str, type[Optimizer]]:  # type: ignore[empty-
 
 @hookspec
 def bpfree_addons() -> Mapping[str, AddonKind]:  # type: ignore[empty-body]
-    """Add-ons to the updates of any rule by name, switched on with ``optimizer.addons=[name]``."""
+    """Register add-ons to the updates of any rule by name, switched on with ``optimizer.addons=[name]``."""
 
 
 @hookspec
 def bpfree_diagnostics() -> Mapping[str, Callable[[], Any]]:  # type: ignore[empty-body]
-    """Factories of lifecycle observers by name, switched on with ``diagnostics=[name]``."""
+    """Register factories of lifecycle observers by name, switched on with ``diagnostics=[name]``."""
 
 
 @hookspec
 def bpfree_presets() -> Mapping[str, Mapping[str, Any]]:  # type: ignore[empty-body]
-    """Settings of a row of a study by name: ``{"noprop/mnist": {"rule": "noprop-dt", "rule.T": 10}}``.
+    """Register settings of a row of a study by name: ``{"noprop/mnist": {"rule": "noprop-dt", "rule.T": 10}}``.
 
     Names begin with what they are for, or with the plugin's. The study ``quickstart`` has a row for each preset
     ``quickstart/NAME``: a plugin marks one rule with it, small enough for a minute on one core with the digits.
@@ -138,19 +138,24 @@ def bpfree_presets() -> Mapping[str, Mapping[str, Any]]:  # type: ignore[empty-b
 
 @hookspec
 def bpfree_studies() -> Mapping[str, str | PathLike[str]]:  # type: ignore[empty-body]
-    """Study files (YAML, see ``docs/studies.md``) by name."""
+    """Register study files (YAML, see ``docs/studies.md``) by name."""
 
 
 @hookspec
 def bpfree_trackers() -> Mapping[str, Maker]:  # type: ignore[empty-body]
-    """Makers of trackers by name, switched on with ``tracking.to=[name]``: called with the run and the options ``tracking.*``, each gives
-    a :class:`bpfree.Tracker`."""
+    """Register makers of trackers by name, switched on with ``tracking.to=[name]``.
+
+    Each is called with the run and the options ``tracking.*``, and returns a :class:`bpfree.Tracker`.
+    """
 
 
 @hookspec
 def bpfree_executors() -> Mapping[str, Maker]:  # type: ignore[empty-body]
-    """Makers of executors by name, chosen with ``bpfree study run --executor name``: called with a :class:`bpfree.study.executor.Request`
-    and the executor's own options, each gives a :class:`bpfree.Executor`."""
+    """Register makers of executors by name, chosen with ``bpfree study run --executor name``.
+
+    Each is called with a :class:`bpfree.study.executor.Request` and the executor's own options, and returns a
+    :class:`bpfree.Executor`.
+    """
 
 
 # --- lifecycle ------------------------------------------------------------------------------------------------------
@@ -158,22 +163,22 @@ def bpfree_executors() -> Mapping[str, Maker]:  # type: ignore[empty-body]
 
 @hookspec
 def run_start(run: Run) -> None:
-    """A run begins, or is resumed after an interruption (``run.resumed``). Its configuration and folder are known."""
+    """Observe the start of a run, or its resumption (``run.resumed``); its configuration and folder are known."""
 
 
 @hookspec
 def phase_start(run: Run, phase: Phase) -> None:
-    """A phase begins; parameters that it adds exist."""
+    """Observe the start of a phase; parameters that it adds exist."""
 
 
 @hookspec
 def step_end(run: Run, step: Step) -> None:
-    """A step has been taken. Keep it cheap: this is inside the timed loop."""
+    """Observe a step that has been taken; keep this cheap, because it is inside the timed loop."""
 
 
 @hookspec
 def epoch_end(run: Run, metrics: Mapping[str, float], rule: Rule) -> None:
-    """A pass over the training split has ended: all its metrics, after the evaluation. Not timed.
+    """Observe the end of a pass over the training split, with all its metrics, after the evaluation; not timed.
 
     The rule may only be read: a change fails the run.
     """
@@ -181,19 +186,19 @@ def epoch_end(run: Run, metrics: Mapping[str, float], rule: Rule) -> None:
 
 @hookspec
 def progress(run: Run, metrics: Mapping[str, float]) -> None:
-    """A logging interval inside an epoch has passed: the means of the step metrics since the last one."""
+    """Observe the end of a logging interval within an epoch, with the means of its step metrics."""
 
 
 @hookspec
 def checkpoint_saved(run: Run, path: Path) -> None:
-    """A checkpoint is on disk."""
+    """Observe that a checkpoint is on disk."""
 
 
 @hookspec
 def phase_end(run: Run, phase: Phase) -> None:
-    """A phase has ended."""
+    """Observe the end of a phase."""
 
 
 @hookspec
 def run_end(run: Run) -> None:
-    """The run is over: ``run.status`` is finished, diverged, interrupted or failed; ``run.result`` holds the test, to be read."""
+    """Observe the end of the run: its ``status`` is finished, diverged, interrupted or failed, and ``run.result`` holds the test."""

@@ -1,4 +1,4 @@
-"""Translate what a rule says in the words of plugin interface 1, for one release.
+"""Translate the declarations of rules of plugin interface 1 to the present interface, for one release.
 
 In interface 1 the traits of a rule, its default optimiser and so on are class attributes, or properties where its options change them;
 in interface 2 they are functions of the options and the network, and some names are others: ``docs/from-1-to-2.md``. Each old spelling
@@ -21,17 +21,17 @@ from bpfree.options import OptimizerConfig
 __all__ = ["FUNCTIONS", "install", "install_hooks", "readout", "translate"]
 
 FUNCTIONS = ("traits", "optimizer", "optimizer_keys", "shared_groups", "draws")
-"""What became a function, ``NAME_of``; what a rule says of itself can still be read by this name."""
+"""Attributes of a class that became functions, ``NAME_of``; on a rule they can still be read."""
 RENAMED = {"own_network": "brings_network", "final": "final_prediction", "in_passing": "quick_predictions"}
-"""Names of a rule."""
+"""Old names of a rule's attributes, with their new ones."""
 STEPLESS = {"encode": 1, "hand_over": 2}
 """Hooks of streamed rules that were given no step: how many arguments they had, and still have in an old spelling."""
 READOUTS = {True: "required", False: "optional"}
-"""What the trait ``readout`` said."""
+"""Values of the trait ``readout`` for those of interface 1."""
 
 
 def install(rule: type, step: type) -> None:
-    """Make the old names readable: of rules and steps, and what is a function now also on the class, with its default options."""
+    """Make the old names of rules and steps readable; the class itself returns the values of its default options."""
     for name in FUNCTIONS:
         setattr(rule, name, _ReadOnClass(vars(rule)[name].fget))
     for old, new in RENAMED.items():
@@ -40,7 +40,7 @@ def install(rule: type, step: type) -> None:
 
 
 def translate(rule: type, base: type) -> None:
-    """Give a new class of rule the functions that its class attributes and properties stand for.
+    """Give a new class of rule the functions that replace its class attributes and properties.
 
     Args:
         rule: as its author wrote it.
@@ -66,13 +66,13 @@ def translate(rule: type, base: type) -> None:
 
 
 def install_hooks(streamed: type) -> None:
-    """Let ``super().encode(batch)`` and ``super().hand_over(trace, batch)``, which know no step, reach the base class."""
+    """Pass ``super().encode(batch)`` and ``super().hand_over(trace, batch)``, which lack the step, to the base class."""
     for name, count in STEPLESS.items():
         setattr(streamed, name, _tolerant(vars(streamed)[name], count))
 
 
 def readout(said: Any) -> Any:
-    """The trait ``readout`` for what interface 1 said in its place: whether the rule needs one."""
+    """Return the trait ``readout`` for interface 1's declaration of whether the rule needs one."""
     if isinstance(said, bool):
         _warn(f"Traits(readout={said})", f'Traits(readout="{READOUTS[said]}")', 4)
         return READOUTS[said]
@@ -80,7 +80,7 @@ def readout(said: Any) -> Any:
 
 
 def _takes(function: Any, count: int) -> bool:
-    """Whether a method takes so many arguments beside ``self``."""
+    """Tell whether a method takes this many arguments besides ``self``."""
     try:
         inspect.signature(function).bind(*[None] * (count + 1))
     except (TypeError, ValueError):
@@ -122,7 +122,7 @@ def _to_function(rule: type, name: str, said: Any) -> None:
 
 
 def _of_property(rule: type, name: str, said: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
-    """The function for a property, and the property's own, in which ``super().NAME`` is what the class above says."""
+    """Make the function that replaces a property, and a property in which ``super().NAME`` is the parent class's value."""
     new = f"{name}_of"
 
     def value(self: Any) -> Any:
@@ -130,13 +130,13 @@ def _of_property(rule: type, name: str, said: Any) -> tuple[Callable[..., Any], 
             return said.__get__(self, type(self))
 
     def function(cls: Any, config: Any, network: nn.Module | None = None) -> Any:
-        """Ask an instance that has its options, perhaps its network, and nothing else."""
+        """Read the property of an instance that has its options, perhaps its network, and nothing else."""
         stand_in = cls.__new__(cls)
         nn.Module.__init__(stand_in)
         stand_in.config, stand_in.network = config, network
         try:
             return value(stand_in)
-        except Exception:  # it needs more than there is, whatever that raises: not known before the rule is built
+        except Exception:  # the property needs a built rule, and may raise any exception
             return OptimizerConfig() if name == "optimizer" else getattr(super(rule, cls), new)(config, network)
 
     return function, value
@@ -154,7 +154,7 @@ def _set(instance: Any, name: str, value: Any) -> Iterator[None]:
 
 
 class _ReadOnClass(property):
-    """A property that also says on the class what holds with its default options."""
+    """A property that on the class returns the value of the default options."""
 
     def __get__(self, instance: Any, owner: Any = None, /) -> Any:
         if instance is not None:
@@ -190,5 +190,5 @@ def _warn(old: str, new: str, level: int) -> None:
 
 @cache
 def _warn_once(old: str, new: str) -> None:
-    """The first time that it is read, at the line that reads it."""
+    """Warn at the first access, at the line that reads it."""
     _warn(old, new, 3)

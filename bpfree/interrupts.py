@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGHUP (a terminal or a connection that closes) do for as long as something lasts."""
+"""Handlers of SIGINT, SIGTERM and SIGHUP (a terminal or a connection that closes) for a limited time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 def answer(handler: Handler) -> None:
-    """From now on all are answered so, but a hang-up that ``nohup`` has had ignored."""
+    """Install a handler for these signals, except for a hang-up that ``nohup`` ignores."""
     for number in NUMBERS:
         if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -22,7 +22,7 @@ def answer(handler: Handler) -> None:
 
 @contextmanager
 def handling(handler: Handler) -> Iterator[None]:
-    """All are answered so inside, and as before afterwards. Only in the main thread, as ``signal.signal``."""
+    """Install a handler for these signals inside the context, only in the main thread, as ``signal.signal`` requires."""
     before = {number: signal.getsignal(number) for number in NUMBERS}
     answer(handler)
     try:

@@ -1,4 +1,4 @@
-"""What listings show, kept in the user's cache until something that is installed changes, so that a listing need not import torch.
+"""A cache of listings in the user's folder, valid until an installed package changes, so that a listing need not import torch.
 
 A value is kept with the state of what it depends on: the installed plugins and their versions, where they are imported from, times and
 sizes of their sources and the core's (an editable install changes without its version), and the folders of installed packages.
@@ -28,21 +28,21 @@ DISABLE_VARIABLE = "BPFREE_DISABLE_PLUGINS"
 
 
 def disabled_plugins() -> list[str]:
-    """The plugins that the environment variable ``BPFREE_DISABLE_PLUGINS`` names, separated by commas."""
+    """List the plugins that the environment variable ``BPFREE_DISABLE_PLUGINS`` names, separated by commas."""
     return [name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",") if name.strip()]
 
 
 def kept(
     name: str, make: Callable[[], tuple[Any, Iterable[Path] | None]], *, words: Any = None, under: Any = None, folder: Path | None = None
 ) -> Any:
-    """A value as JSON has it: the kept one where nothing has changed since, else a new one.
+    """Return a value as JSON has it: the cached one if nothing has changed since, else a new one.
 
     A cache that is damaged, missing or not to be written is done without.
 
     Args:
         name: of the value.
-        make: makes it, and says which files and folders it depends on beside what is installed; ``None``: it is not to be kept.
-        words: which of several values of this name is asked for.
+        make: makes the value, and returns the files and folders that it depends on besides what is installed; ``None``: do not cache it.
+        words: identify one of several values of this name.
         under: further conditions under which it holds.
         folder: where it is kept, if there is such a folder; ``None``: in the user's cache.
     """
@@ -66,7 +66,7 @@ def kept(
 
 
 def cache_folder() -> Path:
-    """Return the user's cache.
+    """Return the user's cache folder.
 
     Raises:
         RuntimeError: the user has no home.
@@ -80,12 +80,12 @@ def _entries() -> Sequence[importlib.metadata.EntryPoint]:
 
 @lru_cache(maxsize=1)
 def _entries_in(state: object) -> Sequence[importlib.metadata.EntryPoint]:
-    """Look once, as long as nothing is installed or removed."""
+    """List the entry points, read again only when packages are installed or removed."""
     return sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
 
 
 def _roots(entries: Iterable[importlib.metadata.EntryPoint]) -> list[str]:
-    """Folders or files of the core's package and of plugins; nothing is imported.
+    """List folders or files of the core's package and of plugins; nothing is imported.
 
     Raises:
         ImportError, ValueError: one cannot be found.
@@ -96,12 +96,12 @@ def _roots(entries: Iterable[importlib.metadata.EntryPoint]) -> list[str]:
 
 
 def _installation() -> list[Any]:
-    """Which of several installations (or search paths, or sets of disabled plugins) this is."""
+    """Identify this installation among several (or its search path, or its set of disabled plugins)."""
     return [sys.version, _roots(_entries()), _packages(), disabled_plugins()]
 
 
 def installed_state() -> str:
-    """A hash that moves with what is installed.
+    """Return a hash that changes with the installed packages.
 
     Raises:
         OSError, ImportError, ValueError: sources cannot be seen.
@@ -115,12 +115,12 @@ def installed_state() -> str:
 
 
 def _packages() -> list[str]:
-    """Where packages are imported from; their times change with what is installed there. The working folder's changes with each run."""
+    """List the folders of installed packages, whose times change on installation; the working folder's changes with each run."""
     return [path for path in sys.path if path not in ("", os.getcwd())]
 
 
 def _edited() -> list[str]:
-    """Files that were imported from elsewhere than where packages are installed, such as those of a library that is edited in place."""
+    """List the files imported from outside the folders of packages, such as those of a library that is edited in place."""
     import sysconfig
 
     watched = (*(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), *_roots(_entries()))
@@ -137,7 +137,7 @@ def _sources(root: str) -> Iterator[str]:
 
 
 def _seen(path: str) -> list[Any]:
-    """A file's path, size and time."""
+    """Return a file's path, size and time."""
     try:
         found = os.stat(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""What plugins may register, by kind."""
+"""The kinds of objects that plugins may register."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ADDRESS = re.compile(r"[\w.]+:[\w.]+")
 
 @dataclass(frozen=True)
 class Maker:
-    """What makes a tracker or an executor, when one is asked for.
+    """The maker of a tracker or an executor, which is called when one is requested.
 
     Attributes:
         make: a class or function, or its address, ``module:name``, which is imported on the first use. Of a tracker it is called with the
@@ -56,16 +56,16 @@ class Maker:
 
     @property
     def options(self) -> type:
-        """Dataclass of its own options."""
+        """Dataclass of the options of what it makes."""
         return getattr(self.target, "Config", NoOptions)
 
     @property
     def is_sound(self) -> bool:
-        """Whether there is something that can make anything."""
+        """Whether the target is callable, or an address of something to call."""
         return ADDRESS.fullmatch(self.make) is not None if isinstance(self.make, str) else callable(self.make)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Make one."""
+        """Call the target."""
         return self.target(*arguments)
 
 
@@ -82,7 +82,7 @@ TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def misfit(kind: str, thing: Any) -> str:
-    """What a registered thing of this kind must be; empty: it is."""
+    """Say what a registered object of this kind must be; the empty string if it is that."""
     if kind == "rules":
         good = isinstance(thing, type) and issubclass(thing, Rule) and isinstance(thing.card, Card) and _has_options(thing)
         return "" if good else "a subclass of bpfree.Rule with a card, whose Config is a dataclass"
@@ -101,9 +101,9 @@ def misfit(kind: str, thing: Any) -> str:
 
 
 def _has_options(thing: Any) -> bool:
-    """Whether its options, if it has any, can be listed."""
+    """Tell whether the object's options, if it has any, can be listed."""
     config = getattr(thing, "Config", NoOptions)
     try:
         return isinstance(config, type) and all(True for _ in describe(config))
-    except (TypeError, NameError, AttributeError):  # no dataclass, or types that mean nothing
+    except (TypeError, NameError, AttributeError):  # no dataclass, or types that cannot be resolved
         return False

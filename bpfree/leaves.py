@@ -35,8 +35,8 @@ FORMER = {"frozen_twin": "twin"}
 """Keys by their former names, which saved configurations may have."""
 NAMED = ("rule", "network", "program", "task", "optimizer", "schedule")
 """Sections that may be given by their name alone."""
-REFERENCE = "${...} stands for another value in words of the command line alone: write the value itself"
-"""What is wrong with a value in a file, which may be somebody else's: ``${oc.env:NAME}`` would read this user's environment."""
+REFERENCE = "${...} is replaced only on the command line: write the value itself"
+"""What is wrong with a value in a file, which another user may have written: ``${oc.env:NAME}`` would read this user's environment."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +59,26 @@ class Leaf:
 
 
 def refers(value: Any) -> bool:
-    """Whether a value, or a part of it, stands for another one."""
+    """Tell whether a value, or a part of it, refers to another one."""
     if isinstance(value, (list, tuple, Mapping)):
         return any(map(refers, [*value, *value.values()] if isinstance(value, Mapping) else value))
     return isinstance(value, str) and "${" in value
 
 
 def canonical(key: str, value: Any) -> str:
-    """The key that is meant: ``rule`` is short for ``rule.name``, and what version 0.1 called ``frozen_twin`` is ``twin``."""
+    """Return a key's full form: ``rule`` is short for ``rule.name``, and version 0.1's ``frozen_twin`` is ``twin``."""
     key = FORMER.get(key, key)
     return f"{key}.name" if key in NAMED and not isinstance(value, Mapping) else key
 
 
 def said(value: Any) -> str:
-    """A value in a message: text in quotes, anything else as it is typed; only the beginning of a long one."""
+    """Return a value for a message: text in quotes, anything else as it is typed; only the beginning of a long one."""
     text = repr(value) if isinstance(value, str) else yaml_values.text_of(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def last_said(leaves: Sequence[Leaf], key: str, default: Any, kind: Any = str) -> Any:
-    """The last value given for a key, before the whole is resolved.
+    """Return the last value given for a key, before the configuration is resolved.
 
     Raises:
         UsageError: it is not of this type.
@@ -93,7 +93,7 @@ def last_said(leaves: Sequence[Leaf], key: str, default: Any, kind: Any = str) -
 
 
 def read_yaml(path: Path) -> list[Leaf]:
-    """The leaves of a YAML file (safe tags only).
+    """Read the leaves of a YAML file (safe tags only).
 
     Raises:
         UsageError: no such file, no mapping of names, or a key that is given twice.
@@ -131,7 +131,7 @@ def _dotted(path: Iterable[Any], where: str) -> str:
 
 
 def leaves_of(node: Mapping[str, Any], prefix: str, origin: str) -> Iterator[Leaf]:
-    """The leaves of a nested mapping; an empty one is a leaf.
+    """Yield the leaves of a nested mapping; an empty mapping is a leaf.
 
     Raises:
         UsageError: a name that is not text.
@@ -145,7 +145,7 @@ def leaves_of(node: Mapping[str, Any], prefix: str, origin: str) -> Iterator[Lea
 
 
 def parse_words(words: Iterable[str]) -> list[Leaf]:
-    """The leaves of ``key=value`` words; a value is read as YAML when its key's type is known.
+    """Parse ``key=value`` words to leaves; a value is read as YAML when its key's type is known.
 
     Raises:
         UsageError: a word without ``=``, or a mapping that has a key twice.
@@ -172,7 +172,7 @@ def parse_words(words: Iterable[str]) -> list[Leaf]:
 
 
 def leaf_at(leaf: Leaf, folder: Path | None = None) -> Leaf:
-    """The leaf, with the absolute path where it names code in a file.
+    """Return the leaf, with the absolute path where it names code in a file.
 
     Args:
         leaf: of any key.
@@ -182,13 +182,13 @@ def leaf_at(leaf: Leaf, folder: Path | None = None) -> Leaf:
 
 
 def names_code(leaf: Leaf) -> bool:
-    """Whether a leaf names a rule, network or task by a file of code."""
+    """Tell whether a leaf names a rule, network or task by a file of code."""
     named = canonical(leaf.key, leaf.value) in ("rule.name", "network.name", "task.name")
     return named and isinstance(leaf.value, str) and CodeName.parse(leaf.value) is not None
 
 
 def once(leaves: Iterable[Leaf]) -> list[Leaf]:
-    """Leaves of one mapping, in which a key has one value.
+    """Return the leaves of one mapping, in which a key may have only one value.
 
     Raises:
         UsageError: it has two, as ``rule`` and ``rule.name``, say.

@@ -1,4 +1,4 @@
-"""Runs of bpfree 0.1: their weights and results can be read, and that is all."""
+"""Runs of bpfree 0.1, whose weights and results can be read, but which cannot be resumed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["is_of_version_1", "refuse_version_1"]
 
 
 def is_of_version_1(folder: Path) -> bool:
-    """Whether a run's folder is of bpfree 0.1, which kept a record of the run and no log of its events."""
+    """Tell whether a run's folder is of bpfree 0.1, which kept a record of the run and no log of its events."""
     return (folder / "run.json").is_file() and not (folder / "events.jsonl").is_file()
 
 
@@ -19,7 +19,7 @@ def refuse_version_1(folder: Path, what: str) -> None:
 
     Args:
         folder: of the run.
-        what: what was asked for, such as ``resumed``.
+        what: the request, such as ``resumed``.
 
     Raises:
         UsageError: it is one.

@@ -18,13 +18,13 @@ DIGITS = 4
 
 
 class Accumulator(Protocol):
-    """What a metric measures over one pass of a split."""
+    """An accumulator of a metric over one pass of a split."""
 
     def add(self, outputs: Tensor, batch: Any) -> None:
-        """Take up the outputs for a :class:`bpfree.Batch`; nothing is copied to the host here."""
+        """Add the outputs for a :class:`bpfree.Batch`; this does not copy anything to the host."""
 
     def value(self) -> float:
-        """Give the metric of all that was added; NaN if it is not defined for it."""
+        """Return the metric of all added outputs; NaN if it is not defined for them."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,17 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """``accuracy, %`` or ``bits per character``: for columns and axes."""
+        """Label of columns and axes: ``accuracy, %`` or ``bits per character``."""
         unit = "%" if self.share else self.unit
         return f"{self.name.replace('_', ' ')}, {unit}" if unit else self.name.replace("_", " ")
 
     @property
     def factor(self) -> float:
-        """What values are multiplied by where they are shown: 100 for shares."""
+        """Factor by which values are multiplied for display: 100 for shares."""
         return 100.0 if self.share else 1.0
 
     def best(self, values: Iterable[float]) -> float:
-        """Give the best of some values.
+        """Return the best of some values.
 
         Raises:
             ValueError: there are none.
@@ -86,7 +86,7 @@ class Metric:
         return f"{number} {self.unit}" if self.unit else number
 
     def recorded(self) -> dict[str, Any]:
-        """Describe it by plain values, for the record of a run."""
+        """Return the metric as plain values, for the record of a run."""
         return {"greater": self.greater, "share": self.share, "unit": self.unit}
 
 
@@ -97,7 +97,7 @@ KNOWN = {metric.name: metric for metric in (LOSS, ACCURACY, ERROR)}
 
 
 def metric_of(key: str, known: Mapping[str, Metric] = KNOWN) -> Metric:
-    """Find the metric that a key is about: of ``val/linear_probe/accuracy`` it is the accuracy.
+    """Find the metric of a key: that of ``val/linear_probe/accuracy`` is the accuracy.
 
     Args:
         key: of a result or of the metrics of an epoch; also of what is derived, such as ``test/accuracy_se``.
@@ -133,12 +133,12 @@ def scores_in(values: Mapping[str, float], split: str, metrics: Iterable[Metric]
 
 
 def recorded_metrics(metrics: Iterable[Metric]) -> dict[str, Any]:
-    """Describe metrics by plain values in their order, of which the first is the one to choose by."""
+    """Return metrics as plain values in their order; the first is the primary metric."""
     return {metric.name: metric.recorded() for metric in metrics}
 
 
 def metrics_from(recorded: Mapping[str, Any]) -> dict[str, Metric]:
-    """Read what ``recorded_metrics`` wrote; what is no description of a metric is left out."""
+    """Read what ``recorded_metrics`` returned; entries that do not describe a metric are skipped."""
     found = {}
     for name, values in recorded.items():
         try:

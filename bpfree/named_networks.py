@@ -16,7 +16,7 @@ __all__ = ["build_network", "spelled_out"]
 
 
 def spelled_out(name: str, registry: Plugins) -> tuple[str, dict[str, str]]:
-    """The builder that a name means, and the options that it gives: ``("torchvision", {"model": "resnet18"})``.
+    """Return the builder that a name means, and the options in the name: ``("torchvision", {"model": "resnet18"})``.
 
     A name without a colon, one that is registered with it, and one that leads to a file of code mean themselves.
 

@@ -1,4 +1,4 @@
-"""What an object of a file, or of a Python program, stands for: a rule, a builder of networks, a data set.
+"""Objects of a file, or of a Python program, as plugins register them: a rule, a builder of networks, a data set.
 
 A rule is a subclass of :class:`bpfree.Rule`. A network is a :class:`~bpfree.network.builders.NetworkBuilder`, a function that returns a
 network or any module, or a subclass of ``nn.Module``. A task is a :class:`~bpfree.tasks.task.DataSource`, a :class:`bpfree.Task`, or a
@@ -38,7 +38,7 @@ TASKS = "a bpfree.Task, a function that returns one or (train, test), or a DataS
 
 
 def registered(kind: str, thing: Any, name: str) -> Any:
-    """The thing as a plugin would register it.
+    """Return an object in the form in which a plugin would register it.
 
     Args:
         kind: ``rules``, ``networks`` or ``tasks``.
@@ -83,17 +83,17 @@ def _builder(thing: Any, name: str) -> Any:
 
 
 def _summary(thing: Any) -> str:
-    """The first line of its own docstring; that of a base would be of something else."""
+    """Return the first line of the object's own docstring, not of an inherited one."""
     return inspect.cleandoc(thing.__doc__ or "").partition("\n")[0]
 
 
 class _Call:
-    """A function or class with its parameters: those that are given, and options.
+    """A function or class with its parameters: passed values and options.
 
     Args:
         function: what is called.
         name: for messages.
-        given: parameters that are given by these names.
+        given: parameters that are passed by these names.
         first: what a first parameter of another name stands for, if it has no default.
 
     Attributes:
@@ -119,7 +119,7 @@ class _Call:
         self.Config: type = self._whole or made
 
     def __call__(self, config: Any, values: Mapping[str, Any]) -> Any:
-        """Call it with the options, and those of the values that it asks for."""
+        """Call the function with the options, and with those of the values that are among its parameters."""
         own = {"config": config} if self._whole else {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
         return self._function(**{key: values[source] for key, source in self._given.items()}, **own)
 
@@ -127,17 +127,17 @@ class _Call:
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
-    except (NameError, TypeError, AttributeError):  # annotations that mean nothing here
+    except (NameError, TypeError, AttributeError):  # annotations that cannot be resolved here
         return {}
 
 
 def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass of a hint, which may be one ``or None``."""
+    """Return the dataclass in a hint, which may be one ``or None``."""
     return next((part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
 
 
 def _option(parameter: inspect.Parameter, hint: Any, name: str, given: Sequence[str]) -> tuple[Any, Any]:
-    """Type and field of an option.
+    """Return type and field of an option.
 
     Raises:
         UsageError: a parameter that cannot be one.
@@ -163,7 +163,7 @@ def _option(parameter: inspect.Parameter, hint: Any, name: str, given: Sequence[
 
 @dataclass(frozen=True)
 class WholeTask(DataSource):
-    """A data set that may come as a task, with splits, stages or parts of its own.
+    """A data set that may be a whole task, with splits, stages or parts of its own.
 
     Attributes:
         make: ``(config, root)``: the task, or its spec and its splits, as ``load`` gives them.
@@ -172,7 +172,7 @@ class WholeTask(DataSource):
     make: Callable[[Any, Path | None], Task | tuple[TaskSpec, Any]] | None = None
 
     def task(self, config: Any, root: Path | None) -> Task | None:
-        """The task, if there is more in it than examples of which a validation split is to be cut."""
+        """Return the task, if it has more than examples from which a validation split is to be cut."""
         assert self.make is not None
         made = self.make(config, root)
         return made if isinstance(made, Task) and (made.validation is not None or made.stages or made.parts) else None
@@ -211,10 +211,10 @@ def _whole(make: Callable[[Any, Path | None], Any], config: type, summary: str) 
 
 
 def _examples(made: Any, config: Any, root: Path | None, name: str) -> Task | tuple[TaskSpec, Any]:
-    """What a function has returned.
+    """Read the return value of a function for a data set.
 
     Raises:
-        UsageError: it is nothing that can be trained on.
+        UsageError: it is neither a task nor data.
     """
     if isinstance(made, Task):
         return made

@@ -34,7 +34,7 @@ def option(
     needs: Mapping[str, Collection[Any]] | None = None,
     unless: Mapping[str, Collection[Any]] | None = None,
 ) -> Any:
-    """A dataclass field with a help text, bounds, and the values of other options with which it is read.
+    """Make a dataclass field with a help text, bounds, and the values of other options with which it is read.
 
     Args:
         default: its value where none is given.
@@ -52,27 +52,27 @@ def option(
 
 @dataclass
 class NoOptions:
-    """The configuration of something that has nothing to configure."""
+    """The configuration of an object without options."""
 
 
 @dataclass
 class OptimizerConfig:
-    """Which ``torch.optim`` optimiser applies the updates, and how.
+    """The ``torch.optim`` optimiser that applies the updates, and its options.
 
     ``None`` means the rule's default, or else the optimiser's own.
     """
 
-    name: str = option("auto", "a class of torch.optim in any case (sgd, adamw, ...), or auto: what the rule declares")
+    name: str = option("auto", "a class of torch.optim, in upper or lower case (sgd, adamw, ...), or auto: as the rule declares")
     lr: float | None = option(None, "learning rate", gt=0)
     weight_decay: float | None = option(None, "weight decay", ge=0)
     momentum: float | None = option(None, "momentum (optimisers that have one)", ge=0, lt=1)
     options: dict[str, Any] = option(factory=dict, help="further arguments of the optimiser, such as betas")
     addons: list[Any] = option(
-        factory=list, help="what changes gradients before the optimiser, in order: names, or {name: ..., option: ...}"
+        factory=list, help="add-ons that change gradients before the optimiser, in order: names, or {name: ..., option: ...}"
     )
 
     def over(self, base: OptimizerConfig) -> OptimizerConfig:
-        """This configuration where it says something, ``base`` elsewhere.
+        """Return this configuration with ``base`` for all that it leaves open.
 
         Naming another optimiser drops the base's further arguments, which may not exist there.
         """
@@ -89,7 +89,7 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """How the learning rate changes over a run.
+    """The change of the learning rate over a run.
 
     The named shapes are functions of the progress of the budget (0 to 1) and multiply each group's rate; any class of
     ``torch.optim.lr_scheduler`` is taken by its own name with ``options`` and stepped once per epoch.
@@ -104,7 +104,7 @@ class ScheduleConfig:
 
 
 def describe(config: type) -> Iterator[tuple[str, str, Any, str]]:
-    """``(name, type, default, help)`` of each field of a configuration dataclass, in order."""
+    """Yield ``(name, type, default, help)`` of each field of a configuration dataclass, in order."""
     hints = typing.get_type_hints(config)
     for item in dataclasses.fields(config):
         default = item.default
@@ -114,7 +114,7 @@ def describe(config: type) -> Iterator[tuple[str, str, Any, str]]:
 
 
 def kind_text(kind: Any) -> str:
-    """A type as people write it: ``float | none``, ``relu | gelu``, ``list of int``."""
+    """Return a type as people write it: ``float | none``, ``relu | gelu``, ``list of int``."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind is type(None):
         return "none"
@@ -139,7 +139,7 @@ def bounds_text(item: dataclasses.Field[Any]) -> str:
 
 
 def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
-    """One sentence for each field of the dataclass instance that is out of its range, nested ones included."""
+    """Yield one sentence for each field of the dataclass instance that is out of its range, nested ones included."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         key = f"{prefix}{item.name}"

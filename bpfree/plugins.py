@@ -39,7 +39,7 @@ Status = Literal["ok", "broken", "incompatible", "disabled"]
 
 @dataclass
 class PluginRecord:
-    """What is known of one installed plugin.
+    """The facts about one installed plugin.
 
     Attributes:
         name: of its entry point.
@@ -69,11 +69,11 @@ class PluginRecord:
 
 @dataclass(frozen=True)
 class Given:
-    """What names may lead to beside what plugins register; travels to other processes.
+    """Files of code and objects that names may refer to besides registered ones; sent to other processes.
 
     Attributes:
         files: of code that may be executed, by absolute path.
-        things: made in Python, as they are there, with their records, by kind and name.
+        things: objects made in Python, with their records, by kind and name.
     """
 
     files: Mapping[str, CodeFile] = field(default_factory=dict)
@@ -84,12 +84,12 @@ class Given:
 
 
 class Broken(Exception):
-    """What a plugin does wrong, as the end of a sentence that begins with its name."""
+    """A fault of a plugin; the message is the end of a sentence that begins with its name."""
 
 
 @contextmanager
 def contained(doing: str) -> Iterator[None]:
-    """A plugin's code inside: whatever it does, this process continues as before, and its output is not mixed with ours.
+    """Run a plugin's code inside so that this process continues as before, with its output kept apart from ours.
 
     Args:
         doing: what the plugin does, for messages.
@@ -120,7 +120,7 @@ class Plugins:
         entry_points: for tests; by default those installed in the group ``bpfree``.
 
     Attributes:
-        reported: whether it has been said which plugins are left out.
+        reported: whether the excluded plugins have been reported.
         given: what names may lead to beside what plugins register.
     """
 
@@ -214,7 +214,7 @@ class Plugins:
         return things
 
     def report(self) -> None:
-        """Log, the first time, which plugins were left out against their users' wish, and why."""
+        """Log once which plugins were left out against their users' wish, and why."""
         for record in [] if self.reported else self.records.values():
             if record.status in ("broken", "incompatible"):
                 logger.warning("the plugin %s is left out, because it %s", record.name, record.reason)
@@ -222,17 +222,20 @@ class Plugins:
 
     @property
     def keepable(self) -> bool:
-        """Whether listings of these may be kept: no source has changed since they were loaded, and none is broken or incompatible: what
-        would repair those (an installed library, say) is not among the files that are compared. Nor is what was given."""
+        """Whether listings of these plugins may be cached.
+
+        They may if no source has changed since the plugins were loaded, and none is broken or incompatible: a repair of those (an
+        installed library, say) is not among the compared files. Given files and objects are not cached either.
+        """
         unchanged = self._state == _state() and not self.given.files and not self.given.things
         return unchanged and all(record.status in ("ok", "disabled") for record in self.records.values())
 
     def names(self, kind: str) -> list[str]:
-        """Registered names of a kind, one of ``KINDS``."""
+        """List the registered names of a kind, one of ``KINDS``."""
         return sorted(self._registered[kind])
 
     def get(self, kind: str, name: str, *, where: str = "") -> Any:
-        """The registered thing; or what is in a file, for a name of code.
+        """Return the registered object of a name, or the object in a file for a name of code.
 
         Raises:
             UsageError: unknown name; says so if a plugin that is not ok may have had it. Code that is not allowed, or wrong.
@@ -248,18 +251,18 @@ class Plugins:
         raise error
 
     def including(self, rule: type[Any]) -> Plugins:
-        """A copy that also knows a rule by its class's name, as if a plugin of its module had registered it."""
+        """Copy the plugins, and add a rule by its class's name, as if a plugin of its module had registered it."""
         name, module = rule.__name__, rule.__module__
         return self.knowing("rules", name, rule, PluginRecord(module, module, "?", provides={"rules": [name]}))
 
     def knowing(self, kind: str, name: str, thing: Any, record: PluginRecord) -> Plugins:
-        """A copy that also knows a thing by a name, in place of another of this name."""
+        """Copy the plugins, and add an object by a name, in place of another of this name."""
         copied = copy.copy(self)
         copied._registered = {**self._registered, kind: {**self._registered[kind], name: (thing, record)}}
         return copied
 
     def extended(self, given: Given) -> Plugins:
-        """A copy that knows further files and things, also those that another process was given."""
+        """Copy the plugins, and add further files and objects, also those that another process was given."""
         if not given.files and not given.things:
             return self
         from bpfree.objects import registered
@@ -272,11 +275,11 @@ class Plugins:
         return copied
 
     def allowing(self, files: Iterable[CodeFile]) -> Plugins:
-        """A copy in which names may lead to code in these files, which is executed when it is asked for by such a name."""
+        """Copy the plugins, and let names lead to code in these files, which is executed at the first use of such a name."""
         return self.extended(Given({str(file.path): file for file in files}))
 
     def coded(self, kind: str, code: CodeName, *, where: str = "") -> tuple[Any, PluginRecord]:
-        """What a name of code leads to, as a plugin would register it. The code is executed, the first time in this process.
+        """Return the object of a name of code, as a plugin would register it; the code is executed once in this process.
 
         Raises:
             UsageError: the file is not allowed, has changed, or fails; it has no such name, or something of another kind.
@@ -303,7 +306,11 @@ class Plugins:
                 module = file.module()
         except Broken as error:
             missing = isinstance(error.__cause__, ImportError)
-            fix = "it may import what is installed, and no files beside it: several files are a plugin" if missing else "mend the file"
+            fix = (
+                "a file of code may import installed packages, but no neighbouring file: write a plugin for several files"
+                if missing
+                else "correct the file"
+            )
             raise UsageError(f"{file.path.name} {error}", where=file.line_of(error.__cause__), fix=fix) from error
         if not hasattr(module, code.name):
             names = [name for name, thing in vars(module).items() if getattr(thing, "__module__", "") == module.__name__]
@@ -312,17 +319,17 @@ class Plugins:
         return thing, PluginRecord(file.path.name, file.path.name, file.hash, path=str(file.path), code=file.hash)
 
     def owner(self, kind: str, name: str) -> PluginRecord:
-        """The plugin that registered a name."""
+        """Return the plugin that registered a name."""
         return self._registered[kind][name][1]
 
     def items(self, kind: str) -> Iterator[tuple[str, Any, PluginRecord]]:
-        """``(name, thing, plugin)`` of a kind, sorted by name."""
+        """Yield ``(name, object, plugin)`` of a kind, sorted by name."""
         for name in self.names(kind):
             yield name, *self._registered[kind][name]
 
 
 def _state() -> str:
-    """What is installed; empty where that cannot be seen."""
+    """Return a hash of what is installed; empty where it cannot be computed."""
     try:
         return installed_state()
     except (OSError, ImportError, ValueError):
@@ -330,13 +337,13 @@ def _state() -> str:
 
 
 def singular(kind: str) -> str:
-    """One of a kind."""
+    """Return the singular of a kind's name."""
     return "study" if kind == "studies" else kind.removesuffix("s")
 
 
 @dataclass(frozen=True)
 class PluginIndex:
-    """What listings show of the installed plugins.
+    """The part of the installed plugins that listings show.
 
     Attributes:
         records: as :class:`Plugins` has them, without traces.
@@ -348,7 +355,7 @@ class PluginIndex:
 
 
 def _indexed(plugins: Plugins) -> tuple[dict[str, Any], list[Path] | None]:
-    """The index as plain values, and what it depends on beside the plugins."""
+    """Return the index as plain values, and what it depends on besides the plugins."""
     records = [{**dataclasses.asdict(record), "trace": ""} for record in plugins.records.values()]
     summaries = {kind: [[name, owner.name, _summary(thing)] for name, thing, owner in plugins.items(kind)] for kind in KINDS}
     return {"records": records, "summaries": summaries}, [] if plugins.keepable else None
@@ -360,7 +367,7 @@ def _summary(thing: Any) -> str:
 
 @lru_cache(maxsize=1)
 def installed_plugins() -> Plugins:
-    """The plugins installed here, loaded on first use.
+    """Return the plugins installed here, loaded on first use.
 
     The environment variable ``BPFREE_DISABLE_PLUGINS`` names plugins, separated by commas, that are left out.
     """
@@ -375,6 +382,6 @@ def installed_plugins() -> Plugins:
 
 
 def plugin_index() -> PluginIndex:
-    """The index of the installed plugins: as it was when they were last loaded, if nothing has changed since."""
+    """Return the index of the installed plugins from the cache, if nothing has changed since they were last loaded."""
     found = kept("plugins", lambda: _indexed(installed_plugins()))
     return PluginIndex([PluginRecord(**record) for record in found["records"]], found["summaries"])

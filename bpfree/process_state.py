@@ -1,4 +1,4 @@
-"""Settings of the whole process that foreign code may change: torch's, the working folder, the answers to signals."""
+"""Settings of the whole process that foreign code may change: torch's, the working folder, signal handlers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _set_default_device(device: torch.device) -> None:
 def _folder() -> str:
     try:
         return os.getcwd()
-    except OSError:  # somebody has removed it
+    except OSError:  # the folder has been removed
         return os.curdir
 
 
@@ -52,7 +52,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 
 @contextmanager
 def unchanged() -> Iterator[list[str]]:
-    """Give the process back as it was, whatever is done inside.
+    """Restore the process's settings after the body, and list those that it changed.
 
     Torch's global generator may draw inside: its state comes back without a word. Answers to signals come back too, in the main thread.
 
@@ -68,7 +68,7 @@ def unchanged() -> Iterator[list[str]]:
                 yield changed
             finally:
                 found = [name for name, (get, _) in SETTINGS.items() if get() != before[name]]
-                found += ["the answers to signals"] if _answers() != answers else []
+                found += ["the signal handlers"] if _answers() != answers else []
     finally:
         for name in found:
             if name in SETTINGS:

@@ -16,7 +16,7 @@ __all__ = ["Program", "ProgramContext"]
 
 
 class ProgramContext(Protocol):
-    """What a program is given of its run.
+    """The methods of a run that a program may use.
 
     Attributes:
         task: with its splits, raw.
@@ -41,7 +41,7 @@ class ProgramContext(Protocol):
         """The task's spec."""
 
     def arrays(self, split: Literal["train", "val"]) -> tuple[Any, Any]:
-        """Give a split's inputs (N, ...) as a network would see them, normalised, and its targets, both as NumPy arrays.
+        """Return a split's inputs (N, ...) as a network would see them, normalised, and its targets, both as NumPy arrays.
 
         Nothing of it counts as training time.
 
@@ -65,7 +65,7 @@ class ProgramContext(Protocol):
         """
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Record the end of an epoch (of a fit, where there are no epochs) with its metrics; by ``val/...`` trials are chosen."""
+        """Record the end of an epoch (of a fit, where there are no epochs) with its metrics; trials are chosen by ``val/...``."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Program:
 
     Attributes:
         train: called once with the run's context; returns the metrics of the end, such as ``test/accuracy``. What it takes is timed, but
-            for what its context does. It cannot be resumed: an interrupted run starts anew.
+            for what its context does. It cannot be resumed: an interrupted run starts again from the beginning.
         Config: dataclass of its own options, ``program.KEY`` in a configuration.
         summary: one line for listings.
         check: ``(options, spec) -> problems``, each a sentence, before any data are loaded; by default none.

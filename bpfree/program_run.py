@@ -37,7 +37,7 @@ BLANK = "operations, memory, features, alignment and floors are measured of rule
 
 
 class ProgramRun:
-    """A run of a program, which it sees as its :class:`bpfree.program.ProgramContext`.
+    """A run of a program, which uses it as its :class:`bpfree.program.ProgramContext`.
 
     Args:
         recipe: names the program.
@@ -68,7 +68,7 @@ class ProgramRun:
     # --- what a program calls -----------------------------------------------------------------------------------------------
 
     def arrays(self, split: str) -> tuple[Any, Any]:
-        """Give a split's normalised inputs and its targets."""
+        """Return a split's normalised inputs and its targets."""
         with self._clock.stopped():
             examples = {"train": self.task.train, "val": self.task.validation}.get(split)
             if examples is None:
@@ -166,7 +166,7 @@ class ProgramRun:
 
     @contextmanager
     def _status(self) -> Iterator[None]:
-        """How the run ends, which observers are notified of."""
+        """Set the status with which the run ends, and notify the observers."""
         run = self._run
         run.status = "running"
         try:
@@ -187,7 +187,7 @@ class ProgramRun:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """End what is inside at a signal, at once: a program has no state that could be saved."""
+    """End the body at a signal, at once: a program has no state that could be saved."""
 
     def end(number: int, frame: Any) -> None:
         raise Interrupted(f"stopped by {signal.Signals(number).name}", None)
@@ -197,7 +197,7 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics as a program gives them, as numbers.
+    """Convert a program's metrics to numbers.
 
     Raises:
         UsageError: they are none.
@@ -205,11 +205,11 @@ def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
     try:
         return {str(name): float(value) for name, value in metrics.items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"a program gives metrics by name, not {metrics!r:.80}", fix="tell its author") from error
+        raise UsageError(f"a program gives metrics by name, not {metrics!r:.80}", fix="report it to the author of the program") from error
 
 
 def program_tags(recipe: Recipe) -> dict[str, str]:
-    """What a program's run can be found by, beside what all runs have; and the versions of what it computes with."""
+    """Return the tags by which a program's run can be found, and the versions of the packages that it computes with."""
     name = recipe.names["program"]
     program, owner = recipe.registry.get("programs", name), recipe.registry.owner("programs", name)
     return {

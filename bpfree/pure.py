@@ -21,7 +21,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a pure step gives.
+    """The results of a pure step.
 
     Attributes:
         parameters: the gradient of each parameter that learns, by its name in ``rule.named_parameters()``; those without are left out.
@@ -59,7 +59,7 @@ class Pure(Rule):
         """
 
     def noise(self, batch: Batch) -> Mapping[str, tuple[int, ...]]:
-        """Ask for random numbers: the shape of each tensor, by a name of its own; none by default."""
+        """Return the shape of each tensor of noise by a name of its own; none by default."""
         return {}
 
     def run(self, name: str, parameters: Tensors, buffers: Tensors, x: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reaching a cluster of Ray: an existing one, or one of its own on this machine."""
+"""Connections to a Ray cluster: an existing one, or one started on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOOPBACK = ("127.0.0.1", "::1")
 
 
 def import_ray(address: str | None) -> Any:
-    """The package, made ready for a cluster.
+    """Import Ray, and prepare it for a cluster.
 
     Args:
         address: of the cluster, as :func:`connect` takes it.
@@ -43,11 +43,11 @@ def import_ray(address: str | None) -> Any:
 
 
 def _is_own(address: str | None) -> bool:
-    return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"  # which is Ray's word for it
+    return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"  # Ray's word for a new cluster on this machine
 
 
 def connect(ray: Any, address: str | None, *, processors: float) -> bool:
-    """Connect to a cluster, unless this process is connected already; returns whether it was not.
+    """Connect to a cluster, unless this process is connected already; return whether it was not.
 
     A cluster of its own listens on this machine's loopback alone, and takes only who has its token, where Ray has tokens.
 
@@ -82,7 +82,7 @@ def connect(ray: Any, address: str | None, *, processors: float) -> bool:
 
 
 def _job(ray: Any) -> Any:
-    """A job whose workers do not look for modules in the current folder first, as Ray has it."""
+    """Make a job whose workers do not look for modules in the current folder first, as Ray's default does."""
 
     class JobConfig(ray.job_config.JobConfig):  # type: ignore[misc]
         def _runtime_env_has_working_dir(self) -> bool:
@@ -93,7 +93,7 @@ def _job(ray: Any) -> Any:
 
 @contextmanager
 def _on_loopback(ray: Any) -> Iterator[None]:
-    """Have a cluster that is started inside listen on the loopback, whose address Ray otherwise replaces by the machine's own.
+    """Let a cluster that is started inside listen on the loopback, whose address Ray otherwise replaces by the machine's own.
 
     Raises:
         BpfreeError: it does not.
@@ -117,7 +117,7 @@ def _on_loopback(ray: Any) -> Iterator[None]:
 
 
 def room(ray: Any, *, processors: float, gpus: float, what: str) -> int:
-    """How many of something fit on the cluster at a time.
+    """Count how many processes of a given size fit on the cluster at a time.
 
     Raises:
         UsageError: not one.

@@ -30,7 +30,7 @@ GRACE = 120.0
 
 @dataclass(frozen=True)
 class Order:
-    """What each process is to do.
+    """The instructions to each process.
 
     Attributes:
         leaves: of the configuration, or its changes.
@@ -58,7 +58,7 @@ class Member:
     """One process of the run, on the cluster."""
 
     def standing(self) -> tuple[str, int, int, str]:
-        """Its address, a port that is free there, its process number, and its node."""
+        """Return the process's address, a port that is free there, its process number, and its node."""
         import ray
 
         with socket.socket() as found:
@@ -67,7 +67,7 @@ class Member:
         return ray.util.get_node_ip_address(), port, os.getpid(), ray.get_runtime_context().get_node_id()
 
     def train(self, order: Order, environment: dict[str, str]) -> tuple[Run | None, int, str]:
-        """The run as this process sees it; or the code and text of the error that ended it."""
+        """Train in this process, and return its run, or the code and text of the error that ended it."""
         from bpfree import runner
 
         os.environ.update(environment)
@@ -128,7 +128,7 @@ def train(
 
 
 def _start(ray: Any, size: int, threads: int, gpus: float) -> list[Any]:
-    """The first one where this process is, if there is room, because it writes the run's folder."""
+    """Start the processes, the first one on this machine if there is room, because it writes the run's folder."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
@@ -157,7 +157,7 @@ def _together(ray: Any, members: Sequence[Any], order: Order) -> Run:
 
 
 def _wait(ray: Any, tasks: list[Any], order: Order) -> Run:
-    """The first process's run; when one has failed, the others have a moment to say so too."""
+    """Wait for the first process's run; when a process has failed, give the others a moment to report too."""
     waiting, failures = list(tasks), []
     end = None
     while waiting and (end is None or time.monotonic() < end):
@@ -186,7 +186,7 @@ def _lost(what: str, order: Order, code: int = 1) -> BpfreeError:
 
 @contextmanager
 def _forwarded(ray: Any, standings: Sequence[tuple[str, int, int, str]]) -> Iterator[None]:
-    """A first SIGINT or SIGTERM is sent to the processes, which save a checkpoint; a second one ends this process."""
+    """Forward a first SIGINT or SIGTERM to the processes, which save a checkpoint; a second one ends this process."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def forward(number: int, frame: Any) -> None:

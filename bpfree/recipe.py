@@ -1,4 +1,4 @@
-"""Recipes: complete configurations, of which task, rule and trainer are built."""
+"""Recipes: complete configurations, from which task, rule and trainer are built."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ CHANGEABLE = {
 
 @dataclass
 class DataConfig:
-    """Where data come from and how they travel."""
+    """The source of the data, and how they reach the device."""
 
     root: str | None = option(None, "folder of data sets (none: the environment's BPFREE_DATA, else the user's cache)")
     resident: Literal["auto", "yes", "no"] = option("auto", "keep the set as tensors on the device (auto: if it fits)")
@@ -72,7 +72,7 @@ class DataConfig:
 
 @dataclass
 class RunConfig(TrainConfig):
-    """Everything but the three chosen sections."""
+    """The settings outside the sections rule, network and task."""
 
     data: DataConfig = field(default_factory=DataConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -84,7 +84,7 @@ class RunConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved configuration: all that is needed to build the task, the rule and the trainer.
+    """A resolved configuration, from which the task, the rule and the trainer can be built.
 
     Attributes:
         names: of the rule, network and task, or of the program and task.
@@ -104,14 +104,14 @@ class Recipe:
     code: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole as nested plain values; ``resolve`` of it gives the same recipe. Its addresses are whole: not to be shown."""
+        """Return the recipe as nested plain values, which ``resolve`` reads back; addresses are complete and must not be shown."""
         content = self._content()
         for section, name in self.code.items():
             content[section]["name"] = name
         return content
 
     def _content(self) -> dict[str, Any]:
-        """The same, but that code from a file goes by its short name."""
+        """Return the recipe as nested plain values, with the short names of code from files."""
         kinds = [kind for kind in CHOSEN if kind in self.names]
         chosen = {kind: {"name": self.names[kind], **dataclasses.asdict(self.options[kind])} for kind in kinds}
         chosen["task"] |= dataclasses.asdict(self.task)
@@ -124,11 +124,11 @@ class Recipe:
 
     @property
     def trains(self) -> str:
-        """Name the rule, or the program."""
+        """Name of the rule, or of the program."""
         return self.names["program" if self.is_program else "rule"]
 
     def flat(self) -> dict[str, Any]:
-        """``{"rule.name": ..., "seed": ...}``; addresses are whole. What comes from a file has the short name ``FILE.py:NAME``."""
+        """Return ``{"rule.name": ..., "seed": ...}``; addresses are complete, and code from a file has the short name ``FILE.py:NAME``."""
         return _flat(self._content())
 
     @property
@@ -138,33 +138,33 @@ class Recipe:
         return f"{self.names['task']} {code}" if code else self.names["task"]
 
     def recorded(self) -> dict[str, Any]:
-        """The whole as it is written down: nested, its addresses redacted."""
+        """Return the recipe for a record: nested, its addresses redacted."""
         return redacted(self.to_dict())  # type: ignore[no-any-return]
 
     def to_yaml(self) -> str:
-        """The whole as YAML, its addresses redacted."""
+        """Return the recipe as YAML, its addresses redacted."""
         return yaml_values.dump(self.recorded())
 
     def code_files(self) -> list[CodeFile]:
-        """The files of code that rule, network and task come from, each once."""
+        """List the files of code that define rule, network and task, each once."""
         paths = dict.fromkeys(code.path for name in self.code.values() if (code := CodeName.parse(name)) is not None)
         return [self.registry.given.files[path] for path in paths]
 
     def root(self) -> Path | None:
-        """Folder of data sets, ``None`` for the data sets' own default."""
+        """Return the folder of data sets, ``None`` for the data sets' own default."""
         import os
 
         place = self.settings.data.root or os.environ.get("BPFREE_DATA")
         return expanded(Path(place)) if place else None
 
     def pinned(self, rule: Rule) -> Recipe:
-        """The same with what ``auto`` and ``none`` stand for written out: the optimiser, and the number of threads."""
+        """Return the recipe with the values that ``auto`` and ``none`` resolve to: the optimiser, and the number of threads."""
         optimizer = self.settings.optimizer.over(rule.optimizer)
         threads = self.settings.threads or torch.get_num_threads()
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, optimizer=optimizer, threads=threads))
 
     def spec(self) -> TaskSpec:
-        """The task's spec, without loading its data: constants and class weights that come from these have their place, and no meaning.
+        """Return the task's spec without loading its data; constants and class weights from the data are placeholders.
 
         Raises:
             UsageError: an option of the task is an address that was recorded without its secrets.
@@ -187,7 +187,7 @@ class Recipe:
         return self._shortened(Task.from_source(source, self.options["task"], root=self.root(), **vars(self.task)))
 
     def _shortened(self, task: Task) -> Task:
-        """The task of a smoke run, or the whole."""
+        """Return the whole task, or that of a smoke run."""
         return few(task, quick_examples(self.settings)) if self.settings.quick else task
 
     def augmentations(self) -> list[Augmentation]:
@@ -200,7 +200,7 @@ class Recipe:
         found = [named_augmentation(entry, find) for entry in self.task.augment]
         names = augmentation_names(self.task.augment)
         if twice := next((name for name in names if names.count(name) > 1), ""):
-            raise UsageError(f"{twice} is named twice, and would draw the same twice", where="task.augment", fix="name it once")
+            raise UsageError(f"{twice} is named twice, and both would draw the same numbers", where="task.augment", fix="name it once")
         return found
 
     def _refuse_cut(self) -> None:
@@ -239,7 +239,7 @@ class Recipe:
 
 
 def _may_be_large(options: Any) -> bool:
-    """Whether one of the sizes among a network's options, or all of them multiplied, may ask for hundreds of MiB of parameters."""
+    """Tell whether a size among a network's options, or the product of all, may need hundreds of MiB of parameters."""
     values = [getattr(options, item.name) for item in dataclasses.fields(options)]
     sizes = [sum(x for x in v if not isinstance(x, str)) if isinstance(v, list) else v for v in values if not isinstance(v, (bool, str))]
     known = [float(size) for size in sizes if isinstance(size, (int, float))]
@@ -247,12 +247,12 @@ def _may_be_large(options: Any) -> bool:
 
 
 def quick_examples(settings: RunConfig) -> int:
-    """Count the examples of each split in a smoke run: three batches, and not too few to hold some classes."""
+    """Count the examples of each split in a smoke run: three batches, and enough to hold some classes."""
     return max(QUICK_LEAST, QUICK_BATCHES * settings.batch_size)
 
 
 def quickened(settings: RunConfig) -> RunConfig:
-    """Shorten the budget of a smoke run; one in operations stays, as nobody knows how many a pass takes."""
+    """Shorten the budget of a smoke run, except one in operations, as the operations of a pass are unknown."""
     if not settings.quick:
         return settings
     budget, drawn = settings.budget, QUICK_EPOCHS * quick_examples(settings)
@@ -267,7 +267,7 @@ def quickened(settings: RunConfig) -> RunConfig:
 
 
 def changed(before: Recipe, after: Recipe) -> list[str]:
-    """The keys in which two recipes differ, as they are recorded; the place and the version of a file of code do not count."""
+    """List the recorded keys in which two recipes differ; the place and the version of a file of code do not count."""
     values, others = redacted(before.flat()), redacted(after.flat())
     return [key for key in dict.fromkeys([*values, *others]) if key not in values or key not in others or values[key] != others[key]]
 

@@ -1,7 +1,7 @@
-"""Addresses without what lets anybody in: user, password, token and query are ``***`` wherever an address is written.
+"""Redaction of addresses: user, password, token and query are ``***`` wherever an address is written.
 
-What a run records can be read by whoever sees its folder, its tracking store or its report; the settings that it works with keep the
-whole address. One that was recorded is known by its ``***`` (:func:`is_redacted`), and is asked for again.
+A run's records can be read by anyone with access to its folder, its tracking store or its report; the settings in use keep the whole
+address. A recorded address is recognised by its ``***`` (:func:`is_redacted`), and must be given again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["is_redacted", "redact", "redact_logs", "redact_word", "redacted"]
 
 HIDDEN = "***"
 WHOLE = re.compile(r"\A([\w+.-]{1,40}://)(?![/\s])[^\n]*@")
-"""Of a text that is an address, up to its last ``@``: a password may hold blanks."""
+"""An address up to its last ``@``, in a text that is nothing else: a password may hold blanks."""
 USER = re.compile(r"(?<![\w/.])[^\s:/@'\"=()]{1,200}:[^\s/'\"]{1,200}@(?=[\w\[])")
 """``user:password@host``, as it is typed without a scheme."""
 QUERY = re.compile(r"\?[\w.~%\[\]-]{1,80}=")
@@ -29,7 +29,7 @@ def redact(text: str) -> str:
 
 
 def _part(part: str) -> str:
-    """A part of a text between blanks, redacted."""
+    """Redact a part of a text between blanks."""
     before, scheme, address = part.partition("://")
     before = USER.sub(f"{HIDDEN}@", before)
     query = QUERY.search(before)
@@ -44,7 +44,7 @@ def _part(part: str) -> str:
 
 
 def _cut(text: str, place: int) -> str:
-    """The text without what follows a place, but for a quotation mark or a full stop at its end."""
+    """Replace the text after a place, except for a quotation mark or a full stop at its end."""
     query = text[place + 1 :]
     end = query[len(query.rstrip(AROUND)) :]
     return f"{text[: place + 1]}{HIDDEN}{end}" if len(end) < len(query) else text
@@ -70,7 +70,7 @@ def redact_word(word: str) -> str:
 
 
 def is_redacted(value: Any) -> bool:
-    """Whether a value is an address that has been recorded: what was left out of it is not known here."""
+    """Tell whether a value is a redacted address, whose hidden part is not known here."""
     return isinstance(value, str) and HIDDEN in value and (value.startswith(HIDDEN) or "://" in value) and redact(value) == value
 
 
@@ -95,9 +95,9 @@ LOGGERS = ("bpfree", "mlflow", "sqlalchemy", "urllib3")
 
 
 def redact_logs(others: Iterable[logging.Filterer] = ()) -> None:
-    """Redact what the loggers of this package say, those of libraries that take addresses, and others or handlers.
+    """Redact the messages of this package's loggers, of libraries that take addresses, and of further loggers or handlers.
 
-    A library's loggers are there when it is imported; to call this again does no harm.
+    A library's loggers exist once it is imported; this function may be called again.
     """
     known = [name for name in ("bpfree", *logging.root.manager.loggerDict) if name.split(".")[0] in LOGGERS]
     for one in (*map(logging.getLogger, known), *others):

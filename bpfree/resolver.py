@@ -1,4 +1,4 @@
-"""From leaves to a recipe: values of the right type, names that are known, nothing that does nothing."""
+"""Resolution of leaves to a recipe: values of the right type, known names, no setting without effect."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Resolver:
     Args:
         leaves: of canonical keys; later ones win.
         registry: of names.
-        spec: the task's, if it is known already; otherwise the data set is asked for it.
+        spec: the task's, if it is known already; otherwise the data set provides it.
     """
 
     def __init__(self, leaves: list[Leaf], registry: Plugins, spec: TaskSpec | None) -> None:
@@ -70,7 +70,7 @@ class Resolver:
         self._choose()
 
     def _choose(self) -> None:
-        """Settle whether a rule or a program trains: one that is a row's own goes before one that rows share."""
+        """Decide whether a rule or a program trains: a row's own choice goes before a shared one."""
         named = {kind: [leaf for leaf in self.leaves if leaf.key == f"{kind}.name"] for kind in ("rule", "program")}
         if named["rule"] and named["program"] and named["rule"][-1].shared == named["program"][-1].shared:
             origins = " and ".join(leaves[-1].origin for leaves in named.values())
@@ -83,7 +83,7 @@ class Resolver:
             self._drop([(key, f"{key}: {reason}") for key in keys])
 
     def _spelled_out(self, leaf: Leaf) -> list[Leaf]:
-        """``network=torchvision:resnet18`` as the name and the model; anything else as it is."""
+        """Split ``network=torchvision:resnet18`` into the name and the model; return any other leaf unchanged."""
         try:
             text = typed(leaf.value, str, leaf.key) if leaf.key == "network.name" else ""
         except Misfit:
@@ -149,7 +149,7 @@ class Resolver:
         return Recipe(self.names, options, common, quickened(settings), self.registry, dict(sorted(self.unused.items())), self.code)
 
     def _unread(self, program: Program, filled: RunConfig) -> Iterator[tuple[str, str]]:
-        """Settings that are not the defaults, and that a program does not read."""
+        """Yield the settings that differ from the defaults, but that a program does not read."""
         values, defaults = (leaves_of(dataclasses.asdict(each), "", "") for each in (filled, RunConfig()))
         known = {leaf.key: leaf.value for leaf in defaults}
         for leaf in values:
@@ -165,7 +165,7 @@ class Resolver:
         return filled
 
     def _options(self, base: Any, prefix: str) -> Any:
-        """``base`` with the leaves under ``prefix``, without idle ones."""
+        """Return ``base`` with the leaves under ``prefix``, without idle ones."""
 
         def fill() -> Any:
             return self._fill(base, prefix)
@@ -173,7 +173,7 @@ class Resolver:
         return self._without_idle(fill(), fill, lambda filled: idle_options(filled, base, prefix))
 
     def _without_idle(self, filled: Filled, fill: Callable[[], Filled], find: Callable[[Filled], Iterable[tuple[str, str]]]) -> Filled:
-        """Values without shared ones that do nothing here; others that do nothing are problems."""
+        """Return the values without idle shared settings; other idle settings are problems."""
         for _ in range(len(self.leaves) + 1):
             if not self._drop(find(filled)):
                 break
@@ -181,7 +181,7 @@ class Resolver:
         return filled
 
     def _drop(self, found: Iterable[tuple[str, str]]) -> bool:
-        """Move shared leaves that do nothing to the unused ones, and note the others as problems; whether there were shared ones."""
+        """Move idle shared leaves to the unused ones, note the others as problems, and tell whether there were shared ones."""
         dropped = False
         for key, reason in list(found):
             given = [leaf for leaf in self.leaves if f"{leaf.key}.".startswith(f"{key}.")]
@@ -207,7 +207,7 @@ class Resolver:
             return None
 
     def _coded(self, kind: str, section: str, code: CodeName) -> Any:
-        """What is in a file: from here on it goes by its short name; the recorded name has the place and the hash."""
+        """Return the object in a file, to which its short name refers from here on; the recorded name has the place and the hash."""
         thing, owner = self.registry.coded(kind, code, where=f"{section}.name")
         self.registry = self.registry.knowing(kind, code.short, thing, owner)
         self.names[section] = code.short
@@ -242,7 +242,7 @@ class Resolver:
     # --- values -----------------------------------------------------------------------------------------------------
 
     def _fill(self, base: Any, prefix: str, mine: Any = lambda name: True, *, known: set[str] | None = None) -> Any:
-        """``base`` with the leaves under ``prefix``, as an instance of its class; notes what does not fit."""
+        """Return ``base`` with the leaves under ``prefix``, as an instance of its class, and note what does not fit."""
         node = _tree(base)
         for leaf in self.leaves:
             if not leaf.key.startswith(prefix):
@@ -308,7 +308,7 @@ class Resolver:
         return f"unknown key {leaf.key}{owner}: {hint} ({leaf.origin})"
 
     def _all_keys(self) -> list[str]:
-        """Every key that is known by now: of the rule, the task and the rest."""
+        """List every key that is known by now: of the rule, the task and the rest."""
         known = {section: dataclasses.asdict(TaskCommon()) if section == "task" else {} for section in self.names}
         for section, keys in known.items():
             if self.names[section] in self.registry.names(f"{section}s"):
@@ -317,9 +317,9 @@ class Resolver:
 
     def _check_settings(self, rule: type[Rule], config: Any, spec: TaskSpec, common: TaskCommon, settings: RunConfig) -> None:
         if common.validation == 0 and settings.select == "best-val":
-            self.problems.append("task.validation=0 leaves nothing to choose by: it needs select=last")
+            self.problems.append("task.validation=0 leaves no validation split to select weights on: use select=last")
         if common.validation == 0 and settings.budget.patience is not None:
-            self.problems.append("task.validation=0 leaves nothing to be patient with: budget.patience needs a validation split")
+            self.problems.append("task.validation=0: budget.patience needs a validation split; leave one of them out")
         if settings.accumulate > settings.batch_size:
             self.problems.append(
                 f"accumulate={settings.accumulate} needs at least as many examples per update, batch_size={settings.batch_size}"
@@ -336,7 +336,7 @@ class Resolver:
         self._check_each(checks)
 
     def _check_names(self, spec: TaskSpec, settings: RunConfig) -> None:
-        """Note names that nothing has, or that do not fit the task."""
+        """Note names that are not registered, or that do not fit the task."""
         for name in settings.evaluation.protocols:
             self._named("protocols", name, "evaluation.protocols")
             self._protocol_fits(name, spec)
@@ -386,7 +386,7 @@ class Resolver:
 
 
 def _fits(config: type, key: str, value: Any) -> bool:
-    """Whether a value that a rule implies, perhaps for another network, is one of this one: presets are not the same everywhere."""
+    """Tell whether a value that a rule implies is valid for this network: presets are not the same everywhere."""
     if key not in {item.name for item in dataclasses.fields(config)}:
         return False
     try:
@@ -398,7 +398,7 @@ def _fits(config: type, key: str, value: Any) -> bool:
 
 @lru_cache(maxsize=1024)
 def _kind(config: Any, key: str) -> Any:
-    """The type of a key of a dataclass; anything inside a free mapping."""
+    """Return the type of a key of a dataclass; anything inside a free mapping."""
     if not dataclasses.is_dataclass(config):
         return Any
     return typing.get_type_hints(config)[key]
@@ -406,7 +406,7 @@ def _kind(config: Any, key: str) -> Any:
 
 @lru_cache(maxsize=256)
 def _defaults(config: type) -> tuple[Any, DictConfig]:
-    """An instance with the defaults, and its tree: to be copied, since it takes milliseconds to make one."""
+    """Make an instance with the defaults, and its tree, which callers copy because it takes milliseconds to make."""
     tree: DictConfig = OmegaConf.structured(config())
     return config(), tree
 

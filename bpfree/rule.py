@@ -1,6 +1,6 @@
 """The contract of a learning rule.
 
-A rule is an ``nn.Module`` that owns its network as a submodule. Its base class says how much it must write:
+A rule is an ``nn.Module`` that owns its network as a submodule. Its base class determines how much it must implement:
 
 - :class:`Streamed`: one scalar local loss per block, from that block's trace and the batch alone. One block's graph
   is alive at a time, so memory is flat in depth.
@@ -103,7 +103,7 @@ class Card:
 
 @dataclass(frozen=True)
 class _Always(Generic[Value]):
-    """A function that is not bound to a class or instance, so that it can be taken over by name."""
+    """A function that is not bound to a class or instance, so that a class can adopt it by name."""
 
     value: Value
 
@@ -112,7 +112,7 @@ class _Always(Generic[Value]):
 
 
 def always(value: Value) -> Callable[..., Value]:
-    """Make a function of options and network that always gives this value: ``traits_of = always(Traits(...))``."""
+    """Make a function of options and network that returns this value: ``traits_of = always(Traits(...))``."""
     return _Always(value)
 
 
@@ -171,7 +171,7 @@ class Rule(nn.Module, ABC):
             )
         if has_own_loss(self.spec) and not traits.own_loss:
             raise UsageError(
-                f"{name} teaches a loss of its own, but the task brings one: {type(self.spec).__name__}",
+                f"{name} learns from a loss of its own, but the task brings one: {type(self.spec).__name__}",
                 where=f"task {self.spec.name}",
                 fix="choose a rule that learns from the task's loss (trait own_loss)",
             )
@@ -179,7 +179,7 @@ class Rule(nn.Module, ABC):
             raise UsageError(
                 f"{name} cannot learn from targets of kind {self.spec.targets!r}",
                 where=f"task {self.spec.name}",
-                fix=f"it can from: {', '.join(traits.targets)}",
+                fix=f"it accepts: {', '.join(traits.targets)}",
             )
         if traits.readout == "required":
             check_readout(self.network, self.spec)
@@ -196,7 +196,7 @@ class Rule(nn.Module, ABC):
 
     @classmethod
     def optimizer_of(cls, config: Any, network: Network | None = None) -> OptimizerConfig:
-        """Give the default optimiser; without a network, ``None`` for what only the network decides (and ``auto`` for a name)."""
+        """Return the default optimiser; without a network, ``None`` for what only the network decides (and ``auto`` for a name)."""
         return OptimizerConfig("adam", lr=1e-3)
 
     @classmethod
@@ -218,7 +218,7 @@ class Rule(nn.Module, ABC):
 
     @classmethod
     def draws_of(cls, config: Any, network: Network | None = None) -> int:
-        """Say how many draws of a stochastic ``predict`` the final evaluation averages over."""
+        """Return the number of draws of a stochastic ``predict`` over which the final evaluation averages."""
         return 1
 
     @property
@@ -248,7 +248,7 @@ class Rule(nn.Module, ABC):
 
     @classmethod
     def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
-        """Choose the network that the rule takes unless told otherwise: options of the ``network`` section, with ``name``.
+        """Choose the rule's default network: options of the ``network`` section, with ``name``.
 
         A rule with a network of its own returns its builder's name and the sizes that its configuration implies.
         """
@@ -256,7 +256,7 @@ class Rule(nn.Module, ABC):
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
-        """Give settings of a small instance for the certificate to measure: flat keys of ``network`` and ``rule``.
+        """Return settings of a small instance for the certificate to measure: flat keys of ``network`` and ``rule``.
 
         Without normalisation and dropout if the rule can do without, so that batches of one and random generators can be examined.
         Without a readout if the rule declares that it has none: it is left out as from any network.
@@ -291,7 +291,7 @@ class Rule(nn.Module, ABC):
         return {name: members for name, members in groups.items() if members}
 
     def group_options(self) -> dict[str, dict[str, Any]]:
-        """Give options of the optimiser to single groups, such as ``{"head": {"lr": 0.01}}``."""
+        """Return options of the optimiser for single groups, such as ``{"head": {"lr": 0.01}}``."""
         return {}
 
     def freeze_features(self) -> None:
@@ -328,7 +328,7 @@ class Rule(nn.Module, ABC):
         return {}
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
-        """Give the phases of a run, in order, perhaps endlessly; by default one, in which everything learns."""
+        """Return the phases of a run, in order, perhaps endlessly; by default one, in which everything learns."""
         return [Phase("train", epochs=None if budget.samples is not None else budget.epochs)]
 
     def start_stage(self, stage: Stage) -> None:
@@ -342,7 +342,7 @@ class Rule(nn.Module, ABC):
         """Reset or grow parameters at the start of a phase, without data: a resumed run replays it before loading its weights."""
 
     def end_phase(self, phase: Phase, step: Step) -> None:
-        """End a phase: solve for parameters, say, with what was accumulated in it."""
+        """End a phase, for example by solving for parameters from sums over its batches."""
 
     @abstractmethod
     def credit(self, batch: Batch, step: Step) -> Metrics:
@@ -364,9 +364,9 @@ class Rule(nn.Module, ABC):
         return self.network.blocks.values()
 
     def plan(self) -> str:
-        """Say in plain text what the rule makes of this very network: which layers, where noise goes, which path is used.
+        """Describe in plain text how the rule uses this network: which layers, where noise goes, which path is used.
 
-        Shown before training and kept with the run; the empty string: there is nothing to say.
+        Shown before training and kept with the run; the empty string if there is nothing to report.
         """
         return ""
 
@@ -394,7 +394,7 @@ class Rule(nn.Module, ABC):
         """
 
     def after_update(self, groups: Sequence[str]) -> None:
-        """Project or renormalise parameters: those of these groups, and of no others, have moved.
+        """Project or renormalise the parameters of these groups, which alone have moved.
 
         Args:
             groups: names of the groups that were applied now.
@@ -418,14 +418,14 @@ class Rule(nn.Module, ABC):
             self.final_prediction = before
 
     def features(self, inputs: Any) -> Tensor:
-        """Return what the rule makes of its inputs before the readout, (N, ...): the readout's input, deterministic in eval mode.
+        """Return the features (N, ...) before the readout: the readout's input, deterministic in eval mode.
 
         Phases ``on_features`` and evaluation protocols (linear probe and so on, which flatten it) take it.
         """
         return self.network.features(inputs)
 
     def representations(self, inputs: Any) -> dict[str, Tensor]:
-        """Return what each hidden block makes of its inputs, (N, ...) by name: what the floor of a comparison reads.
+        """Return the output of each hidden block, (N, ...) by name, which the floor of a comparison reads.
 
         Deterministic in eval mode, and without labels. Here: the output of each hidden block of a chain; the empty mapping for other
         networks, whose rules override it.
@@ -443,7 +443,7 @@ class Rule(nn.Module, ABC):
         return scores
 
     def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return further predictions worth reporting beside ``predict``, by name (single blocks, ensembles): scores (N, C)."""
+        """Return further predictions to report besides ``predict``, by name (single blocks, ensembles): scores (N, C)."""
         return {}
 
 

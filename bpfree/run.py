@@ -1,4 +1,4 @@
-"""A run as its observers see it: what it is, where its files are, and its status."""
+"""A run as its observers see it: its identity, its files, and its status."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def measures(self) -> dict[str, Metric]:
-        """The metrics by name, first the one to choose by; of a run that does not say them, those that it has numbers of."""
+        """Metrics by name, the primary one first; of a run that does not record them, those that it has numbers of."""
         found = metrics_from(self.metrics)
         if found:
             return found
@@ -75,11 +75,11 @@ class Run:
 
     @property
     def primary(self) -> Metric:
-        """The metric that the run is judged by."""
+        """Metric by which the run is judged."""
         return next(iter(self.measures.values()))
 
     def scores(self, split: str) -> list[tuple[Metric, float]]:
-        """Collect what was measured of a split, as people are to see it: the primary metric first.
+        """Return the measured metrics of a split for display, the primary one first.
 
         Of ``test`` it is the result, of ``train`` and ``val`` the last epoch's. The loss is among them where it is the primary metric, or
         nothing else was measured.
@@ -88,15 +88,15 @@ class Run:
         return scores_in(values, split, self.measures.values())
 
     def metric(self, key: str) -> Metric:
-        """Find the metric that a key of the result or the history is about."""
+        """Find the metric of a key of the result or the history."""
         return metric_of(key, self.measures)
 
 
 class ReadOnly(dict[str, Any]):
-    """A copy of a mapping that cannot be written to; a dictionary to all who read it (``json.dumps``, ``isinstance``)."""
+    """A read-only copy of a mapping, which is a dictionary to its readers (``json.dumps``, ``isinstance``)."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError("observers see this read-only: work on dict(...) of it")
+        raise TypeError("observers get a read-only mapping: change a copy, dict(...)")
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
 
@@ -111,7 +111,7 @@ class ReadOnly(dict[str, Any]):
 
 
 class RunView(Run):
-    """A run as observers are handed it: it says how the run stands, and cannot be written to.
+    """A read-only view of a run for observers, which shows its current state.
 
     Its mappings are copies; only ``artifacts`` and ``tracking`` are the run's own, to which observers add what they made.
 
@@ -146,11 +146,11 @@ for _field in dataclasses.fields(Run):
 
 
 def new_run_id(name: str) -> str:
-    """A sortable, unique name: time, what it is, and six random hex digits."""
+    """Make a sortable, unique name of time, subject, and six random hex digits."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return f"{now}-{as_file(name)}-{secrets.token_hex(3)}"
 
 
 def as_file(name: str) -> str:
-    """A name as a part of a file's, with hyphens for what not every file system takes."""
+    """Return a name as part of a file name, with hyphens for characters that not every file system takes."""
     return re.sub(r"[^\w.+-]", "-", name)

@@ -1,4 +1,4 @@
-"""Running a recipe: its folder, its observers, its trainer; also resuming a run.
+"""Running a recipe, with its folder, its observers and its trainer; also resuming a run.
 
 Where a launcher has started several processes, each of them runs the same recipe: the first one makes the folder and observes.
 """
@@ -89,7 +89,7 @@ def run(
 
 
 def new_record(recipe: Recipe, run_id: str | None) -> Run:
-    """A run with its folder, which is made.
+    """Make a run with its folder.
 
     Raises:
         UsageError: the run of this identifier has a checkpoint.
@@ -151,7 +151,7 @@ def resume(
 def find_run(
     place: str, output: str, changes: Sequence[Leaf], registry: Plugins | None = None
 ) -> Run | tuple[Run, Path, dict[str, Any], dict[str, str]]:
-    """A run that can be resumed, its checkpoint, its configuration before the changes, and tags; or the run as it ended.
+    """Find a run to resume, with its checkpoint, its configuration before the changes, and its tags; or the run as it ended.
 
     Raises:
         BpfreeError: no such run, or one that does not fit the changes.
@@ -170,7 +170,7 @@ def find_run(
         complete(folder)
         return before
     if about is None:
-        fix = "use last.pt; or start a new run: of a study's finished cells the weights alone are kept"
+        fix = "use last.pt, or start a new run (of a study's finished cells only the weights are kept)"
         raise BpfreeError("the checkpoint holds weights only: a run cannot be resumed from it", where=str(path), fix=fix)
     own = RunFolder(folder).name_copy() or (before.id if before else about["id"])
     record = Run(own, about["name"], folder=folder, tags=before.tags if before else {}, history=before.history if before else [])
@@ -179,7 +179,7 @@ def find_run(
 
 
 def known_run(folder: Path) -> Run | None:
-    """A run as its log has it, if there is one."""
+    """Read a run from its log, if there is one."""
     try:
         return read_run(folder)
     except BpfreeError:
@@ -187,7 +187,7 @@ def known_run(folder: Path) -> Run | None:
 
 
 def ids_of(folder: Path) -> set[str]:
-    """Every identifier that a run has had: a copy gets one of its own."""
+    """Return every identifier that a run has had: a copy gets one of its own."""
     return {str(event.get("id")) for event, _ in RunFolder(folder).log.read() if event["event"] in ("begin", "copied")}
 
 
@@ -206,7 +206,7 @@ def refuse_changes(keys: Iterable[str]) -> None:
 
 
 def has_finished(place: str, *, output: str = "runs") -> bool:
-    """Whether a run has come to its end: then ``resume`` without changes returns it as it is.
+    """Tell whether a run has ended: then ``resume`` without changes returns it unchanged.
 
     Raises:
         UsageError: no such run.
@@ -216,7 +216,7 @@ def has_finished(place: str, *, output: str = "runs") -> bool:
 
 
 def tests_before(run: Run | None) -> int:
-    """How often a run has seen the test split, by its log: 0 if it has not finished, whatever its settings are."""
+    """Count how often a run has seen the test split, by its log: 0 if it has not finished, whatever its settings are."""
     if run is None:
         return 0
     meant = bool(run.config.get("evaluation.test", True))
@@ -247,7 +247,7 @@ def remove_untrained(folder: Path) -> None:
 
 
 def make_folder(folder: Path, *, again: bool = False) -> None:
-    """A folder for a run: a new one, unless it begins again.
+    """Make a folder for a run: a new one, unless the run starts again.
 
     Raises:
         BpfreeError: it cannot be written.
@@ -354,7 +354,7 @@ def _run_program(
 
 
 class Pause:
-    """Interrupts a run after an epoch, where there is one to do so after.
+    """Interrupts a run after an epoch, if it is to pause there.
 
     Args:
         until: epochs; ``None``: never.
@@ -367,13 +367,13 @@ class Pause:
 
     @hookimpl
     def epoch_end(self, run: Run) -> None:
-        """Ask for it; the run ends with a checkpoint of this epoch."""
+        """Ask the run to stop, which ends it with a checkpoint of this epoch."""
         if self._until is not None and run.epoch >= self._until:
             self.stop(paused_at(self._until))
 
 
 def places(tracking: TrackingConfig, folder: Path) -> list[str]:
-    """Where else than in its folder a run is recorded: its trackers, MLflow with the address of its store."""
+    """List where a run is recorded besides its folder: its trackers, MLflow with the address of its store."""
     if not tracking.enabled:
         return []
     return [f"mlflow, {tracking.resolve_uri(folder.parent)}" if name == "mlflow" else name for name in tracking.to]
@@ -394,7 +394,7 @@ class RecipeFile:
 
     @hookimpl(tryfirst=True)
     def run_start(self, run: Run) -> None:
-        """Write them."""
+        """Write the files."""
         if run.folder is None:
             return
         place = RunFolder(run.folder)
@@ -408,7 +408,7 @@ class RecipeFile:
 
 
 def copy_of(file: CodeFile, folder: Path) -> Path:
-    """Keep a copy of a file of code, as a record: it is never executed. That of an earlier version, or of another file, stays."""
+    """Copy a file of code into the record, where it is never executed; copies of other files or versions stay."""
     path = folder / file.path.name
     if path.exists() and path.read_bytes() != file.source:
         path = folder / f"{file.path.stem}-{file.hash}.py"
@@ -418,7 +418,7 @@ def copy_of(file: CodeFile, folder: Path) -> Path:
 
 
 def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> list[Any]:
-    """Pictures, plots, progress display, the diagnostics asked for, and every plugin that observes."""
+    """Make the observers: pictures, plots, progress display, the configured diagnostics, and every plugin that observes."""
     from bpfree.tracking.pictures import Pictures
     from bpfree.tracking.plots import Plots
     from bpfree.tracking.progress import ProgressDisplay
@@ -431,7 +431,7 @@ def standard_observers(recipe: Recipe, *, quiet: bool, label: str | None) -> lis
 
 
 def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
-    """What a run can be found by; also what the rule declares of itself, and how many lines of code it is."""
+    """Return the tags by which a run can be found, with the rule's traits and its lines of code."""
     lines = class_lines(type(rule))
     owner = recipe.registry.owner("rules", recipe.names["rule"])
     return {
@@ -452,7 +452,7 @@ def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
 
 
 def common_tags(recipe: Recipe, task: Task) -> dict[str, str]:
-    """What a run can be found by, whatever trains."""
+    """Return the tags by which a run of a rule or a program can be found."""
     return {
         **recipe.names,
         "data_fingerprint": task.fingerprint(),

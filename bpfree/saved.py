@@ -113,7 +113,7 @@ def _class_at(address: str) -> type[TaskSpec] | None:
 
 
 def _belongs(module: str, plugin: Path) -> bool:
-    """Whether a module is of the package whose ``__init__.py`` (or module of its own) registers a plugin."""
+    """Tell whether a module is of the package whose ``__init__.py`` (or module of its own) registers a plugin."""
     return module.partition(".")[0] == (plugin.parent.name if plugin.name == "__init__.py" else plugin.stem)
 
 
@@ -142,7 +142,7 @@ def load(
 
     Raises:
         UsageError: no such checkpoint; or it names code in a file that is not allowed, or has changed.
-        BpfreeError: it is corrupt, of another rule, or does not say how to build its rule.
+        BpfreeError: it is corrupt, of another rule, or lacks what is needed to build its rule.
     """
     path = find_checkpoint(place, output=output, prefer="selected")
     content = read_checkpoint(path, device=device)

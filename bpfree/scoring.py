@@ -38,7 +38,7 @@ OF_TRAINING = (
 
 
 class Scored(NamedTuple):
-    """What a saved rule reaches on a split.
+    """The scores of a saved rule on a split.
 
     Attributes:
         about: checkpoint, rule, task, split, number of examples.
@@ -55,7 +55,7 @@ class Scored(NamedTuple):
 def score(
     place: str, changes: Sequence[Leaf] = (), *, split: str = "validation", output: str = "runs", registry: Plugins | None = None
 ) -> Scored:
-    """Metrics of a saved rule on the ``validation``, ``test`` or ``train`` split.
+    """Score a saved rule on the ``validation``, ``test`` or ``train`` split.
 
     Args:
         place: a run's folder, its name under ``output``, or a checkpoint file.
@@ -130,7 +130,7 @@ def _score_features(
     settings: TrainConfig,
     folder: Path,
 ) -> dict[str, float]:
-    """``linear_probe/accuracy`` and so on: of protocols that are fitted to one split, choose by another, and score a third, or the same."""
+    """Score protocols (``linear_probe/accuracy`` and so on) that fit on one split, choose by another, and score a third or the same."""
     known: dict[int, Split] = {}
 
     def compute(batches: Loader) -> Split:

@@ -13,13 +13,13 @@ __all__ = ["KeyedGenerators", "derive", "derive_in", "preserved_global_state", "
 
 
 def derive(*parts: object) -> int:
-    """A 63-bit seed that is a pure function of its parts, such as ``(seed, "order", epoch)``."""
+    """Derive a 63-bit seed that is a pure function of its parts, such as ``(seed, "order", epoch)``."""
     text = "\0".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
 def derive_in(stream: str | None, seed: int, *parts: object) -> int:
-    """The seed of something that a run's ``stream`` keeps apart; without a stream it is ``derive(seed, *parts)``.
+    """Derive the seed of what a run's ``stream`` separates; without a stream it is ``derive(seed, *parts)``.
 
     Initialisation and all noise are kept apart so, the order of the data is not: runs of several streams share it.
     """
@@ -52,7 +52,7 @@ class KeyedGenerators:
 
 @contextmanager
 def preserved_global_state(device: torch.device) -> Iterator[None]:
-    """Give the caller's state of torch's global generators back at the end."""
+    """Restore the caller's state of torch's global generators at the end."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda, enabled=True):
         yield
@@ -60,14 +60,14 @@ def preserved_global_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's global CPU generator set to ``seed`` inside, as it was outside (for initialisation)."""
+    """Set torch's global CPU generator to ``seed`` inside, and restore it afterwards (for initialisation)."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def global_state(device: torch.device) -> dict[str, Any]:
-    """The state of torch's global generators that a run on ``device`` may use."""
+    """Return the state of torch's global generators that a run on ``device`` may use."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -75,7 +75,7 @@ def global_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_global_state(state: dict[str, Any], device: torch.device) -> None:
-    """Inverse of :func:`global_state`; a run that moves to another kind of device keeps what fits."""
+    """Restore what :func:`global_state` returned; a run that moves to another kind of device keeps what fits."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

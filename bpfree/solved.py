@@ -28,16 +28,16 @@ class Solved(Rule):
 
     @classmethod
     def optimizer_keys_of(cls, config: Any, network: Any = None) -> tuple[str, ...]:
-        """No optimiser: its settings, and a schedule, are refused."""
+        """Read no key of the optimiser: its settings, and a schedule, are refused."""
         return ()
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
-        """Give one phase of one pass."""
+        """Return one phase of one pass."""
         return [Phase("accumulate", epochs=1)]
 
     @abstractmethod
     def accumulate(self, batch: Batch, step: Step) -> Metrics:
-        """Add what a batch says to buffers; called under ``no_grad``. Returns detached scalars as metrics."""
+        """Add a batch's contribution to buffers; called under ``no_grad``. Returns detached scalars as metrics."""
 
     @abstractmethod
     def solve(self, step: Step) -> None:
@@ -45,16 +45,16 @@ class Solved(Rule):
 
     @torch.no_grad()
     def learn(self, batch: Batch, step: Step) -> Metrics:
-        """Accumulate."""
+        """Accumulate the batch's sums."""
         return self.accumulate(batch, step)
 
     @torch.no_grad()
     def end_phase(self, phase: Phase, step: Step) -> None:
-        """Solve."""
+        """Solve for the parameters."""
         self.solve(step)
 
     def credit(self, batch: Batch, step: Step) -> Metrics:
-        """Refuse: there are no gradients.
+        """Refuse credit: there are no gradients.
 
         Raises:
             BpfreeError: always.
@@ -95,7 +95,7 @@ class RidgeSums(nn.Module):
 
     @torch.no_grad()
     def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
-        """Give weight (C, F) and bias (C,) of the minimum of ``mean |W x + b - y|^2 + penalty |W|^2``, which leaves the bias free.
+        """Return weight (C, F) and bias (C,) of the minimum of ``mean |W x + b - y|^2 + penalty |W|^2``, which leaves the bias free.
 
         Raises:
             BpfreeError: the sums are singular: no rows yet, or a penalty of 0 with features that depend on each other.

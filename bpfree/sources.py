@@ -97,11 +97,11 @@ OF_EXAMINER = ("certify",)
 CONTRACT, EXAMINER, REST = "bpfree contract", "bpfree examiner", "bpfree"
 """Names of the parts of the core in a certificate."""
 MOST_KNOWN = 5000
-"""Hashes that are kept."""
+"""Largest number of cached hashes."""
 
 
 def source_hashes(recipe: Recipe) -> dict[str, str]:
-    """A hash for each package that the recipe's numbers come from: the core, and the plugins that own what it names.
+    """Hash each package on which the recipe's numbers depend: the core, and the plugins that own what it names.
 
     Plugins that own a class which the rule inherits from count too.
     """
@@ -113,7 +113,7 @@ def source_hashes(recipe: Recipe) -> dict[str, str]:
 
 
 def floor_hash(recipe: Recipe) -> dict[str, str]:
-    """Hash what a floor comes from: untrained networks, their tasks, and the readouts that are solved on them.
+    """Hash the sources of a floor: untrained networks, their tasks, and the readouts that are solved on them.
 
     The core's training loop has no part in it.
     """
@@ -123,7 +123,7 @@ def floor_hash(recipe: Recipe) -> dict[str, str]:
 
 
 def certificate_hashes(registry: Plugins, rule: str) -> dict[str, str]:
-    """Hash what a certificate is measured on: the plugins of the rule and of its specimens' networks, and the parts of the core."""
+    """Hash the sources of a certificate: the plugins of the rule and of its specimens' networks, and the parts of the core."""
     shapes = (("dense", 2, 16), ("convolutional", 2, 8))
     settings = [registry.get("rules", rule).specimen(*shape) or {} for shape in shapes]
     named = {spelled_out(words["network.name"], registry)[0] for words in settings if "network.name" in words}
@@ -148,7 +148,7 @@ def core_parts(core: Path) -> dict[str, str]:
 
 
 def source_of(made: type | FunctionType) -> str:
-    """Hash the source of a class or function: of its module's file, of its package where it belongs to one; of itself in a session.
+    """Hash the source of a class or function: of its module's file, of its package if it is in one; of itself in a session.
 
     Raises:
         UsageError: there is no source, as of what was typed into an interpreter.
@@ -159,7 +159,7 @@ def source_of(made: type | FunctionType) -> str:
     try:
         return hash_of_python(textwrap.dedent(inspect.getsource(made)).encode())[:16]
     except (OSError, TypeError) as error:
-        what = f"the source of {made.__qualname__} cannot be read, so that nobody would notice a change"
+        what = f"the source of {made.__qualname__} cannot be read, so a change would go unnoticed"
         raise UsageError(what, where=made.__module__, fix="write it into a file") from error
 
 
@@ -179,7 +179,7 @@ def _hashes(registry: Plugins, rule: str | None, named: Iterable[tuple[str, str]
 
 
 def _roots_of_bases(kind: type) -> set[Path | None]:
-    """Where the classes come from that one inherits from which no plugin has registered, but for files of code, torch and Python."""
+    """Return the places of a class's bases that no plugin has registered, except files of code, torch and Python."""
     foreign = {"torch", *sys.stdlib_module_names}
     modules = {base.__module__ for base in kind.__mro__ if base.__module__.partition(".")[0] not in foreign}
     return {_root(module) for module in modules if not module.startswith(MODULE)}
@@ -191,7 +191,7 @@ def _root_of_plugin(registry: Plugins, name: str) -> Path | None:
 
 
 def _root(module: str) -> Path | None:
-    """The folder of the package that a module belongs to, or its file; above a namespace package there is none."""
+    """Return the folder of the package that a module belongs to, or its file; above a namespace package there is none."""
     parts = module.split(".")
     for length in range(1, len(parts) + 1):
         package = sys.modules.get(".".join(parts[:length]))
@@ -203,7 +203,7 @@ def _root(module: str) -> Path | None:
 
 @lru_cache(maxsize=64)
 def hash_of(root: Path, skipped: tuple[str, ...] = (), chosen: tuple[str, ...] = ()) -> str:
-    """SHA-256 over names and contents of all or the chosen files but those skipped (paths below the root), 16 hex digits.
+    """Hash (SHA-256, 16 hex digits) names and contents of all or the chosen files, without the skipped ones (paths below the root).
 
     Once per process: what runs is what was there when it began.
     """
@@ -224,7 +224,7 @@ def hash_of(root: Path, skipped: tuple[str, ...] = (), chosen: tuple[str, ...] =
 
 
 def _known_hashes() -> dict[str, str]:
-    """Hashes of code, by those of the files' bytes, of which they are a function: parsing takes a hundred times as long."""
+    """Return the cached hashes of code by the hashes of the files' bytes: parsing takes a hundred times as long."""
     try:
         known = json.loads(_place_of_hashes().read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home
@@ -233,7 +233,7 @@ def _known_hashes() -> dict[str, str]:
 
 
 def _place_of_hashes() -> Path:
-    """In the user's cache, by what computes them: the file of that function, and the version of Python that parses."""
+    """Return the file of the cache, named by the code that computes the hashes and the version of Python that parses."""
     digest = hashlib.sha256(Path(code_hash.__file__).read_bytes() + sys.version.encode()).hexdigest()
     return cache_folder() / f"code-{digest[:16]}.json"
 

@@ -1,4 +1,4 @@
-"""The things that a rule is given: a batch, the step it belongs to, the phase of training and the budget of a run."""
+"""The arguments of a rule: a batch, the step it belongs to, the phase of training and the budget of a run."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Phase:
 
     @property
     def is_open(self) -> bool:
-        """Whether the phase says nothing of its end, so that the run's budget ends it."""
+        """Whether the phase sets no end of its own, so that the run's budget ends it."""
         return self.epochs is self.seconds is self.forwards is self.operations is None
 
 
@@ -118,13 +118,13 @@ class Stage:
     validation: Tensor | None = None
 
     def recorded(self) -> dict[str, Any]:
-        """Describe it without its examples, for a checkpoint."""
+        """Return the stage as plain values without its examples, for a checkpoint."""
         return {"name": self.name, "index": self.index, "classes": list(self.classes)}
 
 
 @dataclass(slots=True)
 class Step:
-    """The step in progress: where it stands, its randomness, and the way to apply updates.
+    """The step in progress: its position, its randomness, and the way to apply updates.
 
     The same object is handed to every step of a run, with its fields moved on.
 
@@ -156,6 +156,6 @@ class Step:
     local_groups: frozenset[str] | None = None
 
     def fills(self, name: str) -> bool:
-        """Tell whether a group learns in this phase, and is to be filled by this process."""
+        """Tell whether a group learns in this phase, and this process is to fill its gradients."""
         learns = self.phase.groups is None or name in self.phase.groups
         return learns and (self.local_groups is None or name in self.local_groups)

@@ -1,4 +1,4 @@
-"""What a run will do, said before it trains: data, network, rule, optimiser, device, record."""
+"""A summary of a run before it trains: data, network, rule, optimiser, device, record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW_BLOCKS = 8
 
 
 def summary(recipe: Recipe, task: Task, rule: Rule, run: Run, trackers: Iterable[str]) -> Lines:
-    """Name and text of each line.
+    """Return name and text of each line.
 
     Args:
         recipe: the configuration, with what ``auto`` stands for (:meth:`Recipe.pinned`).
@@ -76,7 +76,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _optimiser(recipe: Recipe, rule: Rule) -> str:
-    """The optimiser with its rate; a rule that updates in place has none."""
+    """Describe the optimiser with its rate; a rule that updates in place has none."""
     optimizer, schedule = recipe.settings.optimizer, recipe.settings.schedule
     rate = "its own rate" if optimizer.lr is None else f"rate {optimizer.lr:g}"
     scheduled = "" if schedule.name == "constant" else f", {schedule.name} schedule"
@@ -106,7 +106,7 @@ class SummaryDisplay:
 
     @hookimpl(tryfirst=True)
     def run_start(self, run: Run) -> None:
-        """Show them."""
+        """Show the lines."""
         stream = self._stream or sys.stderr
         if self._label is not None:
             print_line(stream, f"{self._label}: {'; '.join(f'{name} {text}' for name, text in self._lines)}")

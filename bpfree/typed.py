@@ -1,4 +1,4 @@
-"""Values of a key's type: what was typed becomes what the key holds, or is refused in plain words.
+"""Conversion of typed text to a key's type, or its refusal in plain words.
 
 A value has the type of its key, whatever YAML would make of it: ``007`` is the number 7 for a key that holds a whole number, and the
 text ``007`` for one that holds text. Keys without a type (those of free mappings such as ``optimizer.options``) take YAML's core schema.
@@ -27,7 +27,7 @@ class Misfit(Exception):
 
 
 def typed(value: Any, kind: Any, key: str) -> Any:
-    """The value as a key of this type holds it.
+    """Convert a value to the type of a key.
 
     Args:
         value: a plain one, or a :class:`~bpfree.yaml_values.Scalar`.
@@ -67,7 +67,7 @@ def _one_of(value: Any, kinds: tuple[Any, ...], key: str) -> Any:
 
 
 def _written(value: Any) -> str | None:
-    """The text of a scalar, ``None`` for lists and mappings."""
+    """Return the text of a scalar, ``None`` for lists and mappings."""
     if isinstance(value, str):
         return value
     return value.text if isinstance(value, Scalar) else None if isinstance(value, (list, tuple, Mapping)) else text_of(value)

@@ -28,11 +28,11 @@ NULL = re.compile(r"^(?:null|Null|NULL|~|)$")
 BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 
 MOST_CHARACTERS, MOST_VALUES, MOST_LEVELS, MOST_DIGITS = 1_000_000, 50_000, 50, 100
-"""Of a text (values with what its aliases stand for); beyond, it is refused before any of it is made."""
+"""Limits of a text (values are counted with aliases expanded); a larger one is refused before it is parsed."""
 
 
 class TooMuch(yaml.YAMLError):
-    """A text that stands for more than a person would write."""
+    """A text that expands to more than a person would write."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+01234567
 
 @lru_cache(maxsize=4)
 def _checked(text: str) -> str:
-    """The text, if what it stands for is finite and of a size that people write.
+    """Return the text, if it expands to a finite value of a size that people write.
 
     Raises:
         TooMuch: it is not.
         yaml.YAMLError: it is not YAML.
     """
-    if len(text) <= MOST_DIGITS and "*" not in text:  # too short for any of it
+    if len(text) <= MOST_DIGITS and "*" not in text:  # too short to exceed a limit
         return text
     if len(text) > MOST_CHARACTERS:
         raise TooMuch(f"more than {MOST_CHARACTERS} characters")
@@ -99,7 +99,7 @@ def _checked(text: str) -> str:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes and event.anchor in (anchor for anchor, _ in above):
-                raise TooMuch(f"line {event.start_mark.line + 1}: *{event.anchor} stands for what it is part of")
+                raise TooMuch(f"line {event.start_mark.line + 1}: *{event.anchor} refers to a value that contains it")
             count += sizes.get(event.anchor, 1)
         elif isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)):
             count += 1
@@ -142,7 +142,7 @@ def _scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
 
 
 class _Writing(_Loader):
-    """The same, but scalars keep their text."""
+    """Loader of the core schema that keeps the text of scalars."""
 
 
 def _kept(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
@@ -156,7 +156,7 @@ for _kind in ("int", "float", "bool", "null"):
 
 
 def _canonical(value: Any) -> str:
-    """The one way in which Python writes a value, if it is the common one."""
+    """Return the one way in which Python writes a value, if it is the common one."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -165,13 +165,13 @@ def _canonical(value: Any) -> str:
 
 
 def text_in(path: Path) -> str:
-    """The text of a file, no more of it than is refused for its length."""
+    """Read the text of a file, up to the length at which it is refused."""
     with path.open(encoding="utf-8") as file:
         return file.read(MOST_CHARACTERS + 1)
 
 
 def read(text: str) -> Any:
-    """The value that a YAML text stands for.
+    """Read the value of a YAML text.
 
     Raises:
         yaml.YAMLError: it stands for none.
@@ -180,7 +180,7 @@ def read(text: str) -> Any:
 
 
 def written(text: str) -> Any:
-    """The same with a :class:`Scalar` for each plain scalar that is not written in the one common way.
+    """Read a YAML text, with a :class:`Scalar` for each plain scalar that is not written in the one common way.
 
     Raises:
         yaml.YAMLError: it stands for no value.
@@ -189,7 +189,7 @@ def written(text: str) -> Any:
 
 
 def entries(text: str) -> list[YamlLeaf] | None:
-    """The values of a mapping, nested ones included, in order; ``None``: the text is no mapping.
+    """List the values of a mapping, nested ones included, in order; ``None`` if the text is no mapping.
 
     An empty mapping is a value.
 
@@ -215,7 +215,7 @@ def _entries(loader: _Writing, node: yaml.MappingNode, path: tuple[Any, ...]) ->
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what would not be read as text."""
+    """Writes in quotes any text that would not be read as text."""
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", INTEGER, list("-+0123456789"))
@@ -223,13 +223,13 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+01234567
 
 
 def dump(value: Any) -> str:
-    """A nested mapping of plain values as YAML, which :func:`read` gives back."""
+    """Write a nested mapping of plain values as YAML, which :func:`read` gives back."""
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
     return text
 
 
 def repeated(text: str) -> list[str]:
-    """A sentence for each name that a mapping has twice, of which YAML would take the last.
+    """Return a sentence for each name that a mapping has twice, of which YAML would take the last.
 
     Raises:
         yaml.YAMLError: it is not YAML.
@@ -255,7 +255,7 @@ def _repeated(node: Any, where: str) -> Iterator[str]:
 
 
 def plain(value: Any) -> Any:
-    """The values of the core schema in place of what was written."""
+    """Replace scalars by the values of the core schema."""
     if isinstance(value, Scalar):
         return value.value
     if isinstance(value, dict):
@@ -264,7 +264,7 @@ def plain(value: Any) -> Any:
 
 
 def text_of(value: Any) -> str:
-    """A value as it is typed behind ``KEY=``, so that :func:`written` gives it again."""
+    """Write a value as it is typed behind ``KEY=``, so that :func:`written` reads it back."""
     if isinstance(value, str):
         return value if _is_itself(value) else json.dumps(value, ensure_ascii=False)
     return _inside(value)

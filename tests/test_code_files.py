@@ -283,7 +283,7 @@ def test_files_beside_are_not_importable(workplace: Path, capsys: pytest.Capture
     assert call("train", *OURS, *FAST) == 2
     error = capsys.readouterr().err
     assert "mine.py, line 1" in error
-    assert "no files beside it" in error
+    assert "no neighbouring file" in error
     assert not mark.exists()
 
 

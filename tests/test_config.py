@@ -32,7 +32,7 @@ def test_an_error_carries_its_problems() -> None:
         resolve(parse_words(["rule.scal=2", "seed=x", "seed=x"]))
     assert len(caught.value.problems) == 2
     listed = "".join(f"\n  - {problem}" for problem in caught.value.problems)
-    assert str(caught.value) == f"2 things are wrong in the configuration:{listed}"
+    assert str(caught.value) == f"2 problems in the configuration:{listed}"
     assert UsageError("a", where="b", fix="c").problems == ["a (b; c)"]
     assert UsageError.of(["a", "a"], "study", where="b").problems == ["a"]
 
@@ -104,7 +104,7 @@ def test_names_are_checked_and_suggested() -> None:
 
 
 def test_settings_that_exclude_each_other() -> None:
-    assert "needs select=last" in problems_of("task.validation=0", "select=best-val")
+    assert "use select=last" in problems_of("task.validation=0", "select=best-val")
     assert "one limit" in problems_of("budget.epochs=1", "budget.samples=10")
     assert resolve(parse_words(["task.validation=0"])).task.validation == 0
 

@@ -50,7 +50,7 @@ def test_a_while(digits: Task, device: torch.device, tmp_path: Path, monkeypatch
     run = trained(digits, tmp_path / "run", device, [Full(range(2, 4), monkeypatch)]).fit()
     assert run.status == read_run(tmp_path / "run").status == "finished"
     assert [record.getMessage() for record in caplog.records if "No space left" in record.getMessage()] != []
-    assert len([record for record in caplog.records if "tries again" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "will try again" in record.getMessage()]) == 1
     mine, other = (read_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["weights"] for name in ("run", "other"))
     assert_equal_bits(mine, other)
     assert [metrics["epoch"] for metrics in read_run(tmp_path / "run").history] == [1, 2, 3, 4]

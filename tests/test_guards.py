@@ -235,7 +235,7 @@ def test_the_twin_of_an_in_place_rule_is_watched(digits: Task, device: torch.dev
     trainer = Trainer(rule_on(digits, factory), digits, config_of(device, budget=ONE, twin=True))
     text = failing(trainer)
     assert "network.blocks.b1" in text
-    assert "is said to be fixed in phase 'train', but changed" in text
+    assert "is declared fixed in phase 'train', but changed" in text
     assert factory.__name__ in text
     if factory is InPlace:  # at once
         assert trainer.run.epoch == 0

@@ -128,7 +128,7 @@ SETTINGS: list[tuple[str, Callable[[], Any], Callable[[], Any]]] = [
     ("torch's precision of products", lambda: torch.set_float32_matmul_precision("medium"), torch.get_float32_matmul_precision),
     ("torch's seed", lambda: torch.manual_seed(1234), torch.initial_seed),
     ("the working folder", lambda: os.chdir("/"), os.getcwd),
-    ("the answers to signals", lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN), lambda: signal.getsignal(signal.SIGTERM)),
+    ("the signal handlers", lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN), lambda: signal.getsignal(signal.SIGTERM)),
 ]
 
 

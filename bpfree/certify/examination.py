@@ -140,7 +140,7 @@ def _run(m: Measurements, check: Check) -> Finding:
             "failed",
             f"{type(error).__name__}: {' '.join(str(error).split())}",
             _place(error, m.subject.rule),
-            "mend the rule",
+            "correct the rule",
         )
 
 

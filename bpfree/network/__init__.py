@@ -1,4 +1,4 @@
-"""Networks of blocks: their traces, their builders, the splitting of foreign modules, and what rules need of an execution."""
+"""Networks of blocks: traces, builders, the splitting of foreign modules, and the tools with which rules execute blocks."""
 
 from bpfree.network.builders import MLPConfig, VGGConfig, mlp, vgg
 from bpfree.network.calls import Call, recorded_calls

@@ -39,7 +39,7 @@ NORMS_2D: dict[str, list[Callable[[int], nn.Module]]] = {
 
 @dataclass(frozen=True)
 class NetworkBuilder:
-    """A registered network: what makes it, and the dataclass of its options.
+    """A registered network: its builder, and the dataclass of its options.
 
     Attributes:
         build: called with the task's spec and the options.
@@ -112,7 +112,7 @@ class VGGConfig:
 
 
 def mlp(spec: TaskSpec, config: MLPConfig | None = None) -> Network:
-    """Hidden blocks ``b1``, ``b2``, ... (linear, norm, activation) and the linear block ``readout``."""
+    """Build hidden blocks ``b1``, ``b2``, ... (linear, norm, activation) and the linear block ``readout``."""
     config = config or MLPConfig()
     width = spec.input_size
     blocks: dict[str, nn.Module] = {}
@@ -133,7 +133,7 @@ def mlp(spec: TaskSpec, config: MLPConfig | None = None) -> Network:
 
 
 def vgg(spec: TaskSpec, config: VGGConfig | None = None) -> Network:
-    """Hidden blocks ``b1``, ``b2``, ... (convolution, norm, activation, perhaps pooling; or dense) and the block ``readout``.
+    """Build hidden blocks ``b1``, ``b2``, ... (convolution, norm, activation, perhaps pooling; or dense) and the block ``readout``.
 
     Raises:
         UsageError: if the task's inputs are no images, or too small for the poolings; a pooling after a convolution that does not exist.

@@ -1,4 +1,4 @@
-"""What single layers took and made while a module was executed: a layer's pre-activation, above all."""
+"""Inputs and outputs of single layers during an execution of a module: a layer's pre-activation, above all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Call(NamedTuple):
 
 @contextmanager
 def recorded_calls(*layers: nn.Module) -> Iterator[dict[nn.Module, list[Call]]]:
-    """Record what layers take and make inside.
+    """Record the inputs and outputs of layers inside.
 
     ::
 

@@ -44,26 +44,26 @@ NORMS = {nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNor
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether :func:`parameter_gradients` knows the module: a linear layer, a convolution, or one that brings its own."""
+    """Tell whether :func:`parameter_gradients` knows the module: a linear layer, a convolution, or one with its own method."""
     if type(module) is nn.Linear or type(module) in CONVOLUTIONS:
         return isinstance(module._parameters.get("weight"), Tensor)  # not computed from other parameters, as pruning and weight_norm do
     return hasattr(module, "parameter_gradients")
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether :func:`input_gradient` knows the module: layer, group or batch norm, or one that brings its own."""
+    """Tell whether :func:`input_gradient` knows the module: layer, group or batch norm, or one with its own method."""
     if type(module) in NORMS:
         return isinstance(module._parameters.get("weight"), Tensor) or getattr(module, "weight", None) is None
     return bool(getattr(module, "normalises", False)) and next(module.parameters(), None) is None
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether the module normalises with statistics of the batch when it trains; subclasses do too."""
+    """Tell whether the module normalises with statistics of the batch in training, as batch norms and their subclasses do."""
     return isinstance(module, _BatchNorm)
 
 
 def output_rows(module: nn.Module) -> int | None:
-    """The length of the weight's first axis, if its entries make successive runs of the output's channels; else ``None``."""
+    """Return the length of the weight's first axis, if its entries make successive runs of the output's channels; else ``None``."""
     if not is_linear(module):
         return None
     if type(module) is nn.Linear:
@@ -75,7 +75,7 @@ def output_rows(module: nn.Module) -> int | None:
 
 
 def parameter_gradients(module: nn.Module, x: Tensor, signal: Tensor) -> dict[str, Tensor]:
-    """Gradients of a linear map's parameters: the outer product of signal and input, summed over examples and positions.
+    """Compute a linear map's parameter gradients: the outer product of signal and input, summed over examples and positions.
 
     Args:
         module: for which :func:`is_linear` holds.
@@ -127,7 +127,7 @@ def _convolution(module: Any, x: Tensor, signal: Tensor) -> Tensor:
 
 
 def linear_input_gradient(module: Any, x: Tensor, signal: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The cotangent in front of a linear layer or convolution, through its own weight or through another one.
+    """Compute the cotangent in front of a linear layer or convolution, through its own weight or through another one.
 
     Args:
         module: a ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
@@ -161,7 +161,7 @@ def _pull_convolution(module: Any, x: Tensor, signal: Tensor, weight: Tensor, pa
 
 
 def input_gradient(module: Any, x: Tensor, signal: Tensor) -> Tensor:
-    """The cotangent in front of a normalisation.
+    """Compute the cotangent in front of a normalisation.
 
     For y = gamma (x - m) / s with m and s over a set of entries, dL/dx = (d - mean d - xhat mean(d xhat)) / s with
     d = gamma dL/dy; with fixed statistics, d / s.
@@ -189,7 +189,7 @@ def input_gradient(module: Any, x: Tensor, signal: Tensor) -> Tensor:
 
 
 def norm_parameter_gradients(module: Any, x: Tensor, signal: Tensor) -> dict[str, Tensor]:
-    """Gradients of a normalisation's own scale and shift, by parameter name; empty if it has none.
+    """Compute gradients of a normalisation's own scale and shift, by parameter name; empty if it has none.
 
     Args:
         module: for which :func:`is_norm` holds, in the mode in which it was executed.
@@ -214,7 +214,7 @@ def norm_parameter_gradients(module: Any, x: Tensor, signal: Tensor) -> dict[str
 
 
 def _precise(x: Tensor) -> Tensor:
-    """In single precision at least: statistics are taken in it, also where activities are in half precision."""
+    """Convert to single precision at least, in which statistics are taken, also of activities in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -223,7 +223,7 @@ def _uses_batch(module: _BatchNorm) -> bool:
 
 
 def _fixed(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Running mean and standard deviation, to broadcast over the input."""
+    """Return running mean and standard deviation, shaped to broadcast over the input."""
     shape = (1, -1, *[1] * (x.dim() - 2))
     return module.running_mean.view(shape), (module.running_var + module.eps).sqrt().view(shape)
 
@@ -236,7 +236,7 @@ def _scale(module: Any, x: Tensor) -> Tensor | None:
 
 
 def _normalised(module: Any, x: Tensor) -> tuple[Tensor, Tensor, torch.Size, list[int]]:
-    """Normalised input and standard deviation, in the view and over the axes in which the statistics are taken."""
+    """Return the normalised input and the standard deviation, in the view and over the axes of the statistics."""
     if isinstance(module, nn.LayerNorm):
         view, axes = x.shape, list(range(-len(module.normalized_shape), 0))
     elif isinstance(module, nn.GroupNorm):

@@ -1,4 +1,4 @@
-"""Where a module can be cut: its graph of operations, and the places where a single tensor passes.
+"""Cuts of a module: its graph of operations, and the places where a single tensor passes.
 
 The graph comes from ``torch.fx``. A submodule that cannot be traced, or whose forward depends on ``self.training``
 (which a graph would freeze), is kept whole as one operation. What cannot be kept whole is refused.
@@ -38,7 +38,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 
 @dataclass(frozen=True)
 class Cut:
-    """A block begins at operation ``position``; ``name`` is the module that was asked for, if one was."""
+    """The beginning of a block at operation ``position``; ``name`` is the requested module, if one was requested."""
 
     position: int
     name: str = ""
@@ -66,7 +66,7 @@ class BlockTracer(fx.Tracer):
         return result
 
     def owner(self, node: fx.Node) -> str:
-        """Path of the submodule that an operation is, or is in."""
+        """Return the path of the submodule that an operation is, or is in."""
         if node.op == "call_module":
             return str(node.target)
         scope = self.node_name_to_scope.get(node.name)
@@ -74,7 +74,7 @@ class BlockTracer(fx.Tracer):
 
 
 class Tracer(Protocol):
-    """What has made a graph: by tracing, or by watching.
+    """The interface of objects that record a graph: by tracing, or by watching.
 
     Attributes:
         calls: arguments and results of each call, by path of submodule.
@@ -83,7 +83,7 @@ class Tracer(Protocol):
     calls: dict[str, list[Call]]
 
     def owner(self, node: fx.Node) -> str:
-        """Path of the submodule that an operation is, or is in."""
+        """Return the path of the submodule that an operation is, or is in."""
         ...
 
 
@@ -114,7 +114,7 @@ class Traced:
         self.weights = [index for index, node in enumerate(self.nodes) if has_weight(node, module, self.constants)]
 
     def passing(self, position: int) -> list[fx.Node]:
-        """Values made before a position and used there or later; parameters are none."""
+        """List the values made before a position and used there or later; parameters are none."""
         return [
             node
             for node in self.nodes[:position]
@@ -126,12 +126,12 @@ class Traced:
         return len(values) == 1 and values[0].op != "placeholder" and batched[values[0].name]
 
     def under(self, path: str) -> list[int]:
-        """Positions of the operations of a submodule."""
+        """List the positions of the operations of a submodule."""
         return [index for index, owner in enumerate(self.owners) if owner == path or owner.startswith(f"{path}.")]
 
 
 def trace(module: nn.Module, input_shape: Sequence[int], example: Any = None) -> Traced:
-    """The module's operations.
+    """Trace the module's operations.
 
     Raises:
         UsageError: its forward cannot be traced, depends on ``self.training``, has more than one input or output, or
@@ -166,14 +166,14 @@ def trace(module: nn.Module, input_shape: Sequence[int], example: Any = None) ->
 
 
 def defaults(module: nn.Module) -> dict[str, Any] | None:
-    """The optional arguments of a module's forward that have plain values: it is traced with these."""
+    """Return the optional arguments of a module's forward that have plain values, with which it is traced."""
     arguments = inspect.signature(type(module).forward).parameters.values()
     plain = {each.name: each.default for each in arguments if each.kind is each.POSITIONAL_OR_KEYWORD and type(each.default) in PLAIN}
     return plain or None
 
 
 def without_defaults(graph: fx.Graph) -> fx.Graph:
-    """The graph without the assertions that its optional arguments have their defaults."""
+    """Remove the assertions that a module's optional arguments have their defaults from the graph."""
     for node in reversed(graph.nodes):
         if node.op == "call_function" and node.target in ASSERTIONS and not node.users:
             sources = list(node.all_input_nodes)
@@ -186,7 +186,7 @@ def without_defaults(graph: fx.Graph) -> fx.Graph:
 
 
 def mode_dependence(evaluated: tuple[fx.Graph, BlockTracer], trained: tuple[fx.Graph, BlockTracer]) -> str | None:
-    """The submodule in which the two graphs first differ; ``None`` if they are the same."""
+    """Return the submodule in which the two graphs first differ; ``None`` if they are equal."""
 
     def text(node: fx.Node | None) -> str:
         return "" if node is None else f"{node.op} {node.target} {node.args} {node.kwargs}"
@@ -204,7 +204,7 @@ def mode_dependence(evaluated: tuple[fx.Graph, BlockTracer], trained: tuple[fx.G
 
 
 def automatic_cuts(traced: Traced) -> list[Cut]:
-    """Before each operation with weights if its predecessor is in another block, as close to it as can be.
+    """Cut before each operation with weights if its predecessor is in another block, as close to it as possible.
 
     So what follows a weight (norm, activation, pooling) stays with it. Where one instance of a class cannot be cut
     inside, none is: an inverted residual without a shortcut stays whole because its siblings with one do.
@@ -224,7 +224,7 @@ def automatic_cuts(traced: Traced) -> list[Cut]:
 
 
 def closed_positions(traced: Traced) -> set[int]:
-    """Positions inside instances of classes of which some instance cannot be cut."""
+    """Return the positions inside instances of classes of which some instance cannot be cut."""
     insides: dict[type, list[range]] = {}
     for path in traced.calls:
         part, places = traced.module.get_submodule(path), traced.under(path)
@@ -238,7 +238,7 @@ def closed_positions(traced: Traced) -> set[int]:
 
 
 def named_cuts(traced: Traced, names: Sequence[str]) -> list[Cut]:
-    """Each named submodule begins a block.
+    """Cut so that each named submodule begins a block.
 
     Raises:
         UsageError: an unknown name, a submodule that is never called, or one before which several tensors pass.
@@ -264,7 +264,7 @@ def named_cuts(traced: Traced, names: Sequence[str]) -> list[Cut]:
 
 
 def possible(traced: Traced) -> str:
-    """Modules at which a block may begin."""
+    """List the modules at which a block may begin."""
     found = []
     for path in traced.calls:
         places = traced.under(path)
@@ -274,7 +274,7 @@ def possible(traced: Traced) -> str:
 
 
 def has_weight(node: fx.Node, module: nn.Module, constants: set[fx.Node]) -> bool:
-    """Whether an operation is a map with a matrix (or more axes) of parameters; normalisations and scalings are not."""
+    """Tell whether an operation is a map with a matrix (or more axes) of parameters; normalisations and scalings are not."""
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))
         return not isinstance(part, NORMS) and any(parameter.dim() > 1 for parameter in part.parameters())
@@ -282,7 +282,7 @@ def has_weight(node: fx.Node, module: nn.Module, constants: set[fx.Node]) -> boo
 
 
 def constants_of(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """The operations whose values are made of parameters and buffers alone."""
+    """Find the operations whose values are computed from parameters and buffers alone."""
     found: set[fx.Node] = set()
     for node in nodes:
         if node.op == "get_attr" or (node.all_input_nodes and found.issuperset(node.all_input_nodes)):
@@ -297,7 +297,7 @@ def single_output(output: fx.Node) -> fx.Node:
 
 
 def one_input(nodes: list[fx.Node]) -> list[fx.Node]:
-    """Without inputs that nothing uses (optional ones).
+    """Remove inputs that nothing uses (optional ones).
 
     Raises:
         UsageError: if more than one is used.
@@ -306,7 +306,9 @@ def one_input(nodes: list[fx.Node]) -> list[fx.Node]:
     if len(used) != 1:
         names = ", ".join(node.name for node in used)
         raise UsageError(
-            f"a module that is split must use one input, not {len(used)}", where=names, fix="wrap it in a module that gives the others"
+            f"a module that is split must use one input, not {len(used)}",
+            where=names,
+            fix="wrap it in a module that supplies the other inputs",
         )
     return [node for node in nodes if node.op != "placeholder" or node is used[0]]
 
@@ -325,7 +327,7 @@ class Shapes(fx.Interpreter):
 
 
 def run_once(module: nn.Module, graph: fx.Graph, input_shape: Sequence[int], example: Any = None) -> dict[str, bool]:
-    """Whether each operation's value is a tensor with a batch axis, by its name."""
+    """Tell for each operation, by name, whether its value is a tensor with a batch axis."""
     some = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), torch.zeros(()))
     shapes = Shapes(fx.GraphModule(module, graph))
     try:
@@ -347,14 +349,14 @@ def first_line(error: Exception) -> str:
 
 
 def common_path(paths: Sequence[str]) -> str:
-    """The innermost submodule that all paths are in (or are)."""
+    """Return the innermost submodule that contains all paths (or is one of them)."""
     levels = zip(*(path.split(".") for path in paths), strict=False)
     return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels))
 
 
 @contextmanager
 def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode inside; each submodule's own mode afterwards."""
+    """Use train or eval mode inside, and restore each submodule's own mode afterwards."""
     before = [(part, part.training) for part in module.modules()]
     module.train(training)
     try:

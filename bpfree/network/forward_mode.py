@@ -22,7 +22,7 @@ PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, 
 
 @functools.cache
 def prepare() -> None:
-    """Have torch load its decompositions for forward mode, which warns of a deprecated function of torch's own."""
+    """Load torch's decompositions for forward mode, without its warning of a deprecated function of its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -65,7 +65,7 @@ def dual(value: Tensor, tangent: Tensor) -> Tensor:
 
 
 def where_active(noise: Tensor, value: Tensor) -> Tensor:
-    """Noise (1 or K, N or 1, ...) where the ReLU of value (N, ...) is active, else zero.
+    """Return noise (1 or K, N or 1, ...) where the ReLU of value (N, ...) is active, else zero.
 
     One elementwise kernel: a product with a boolean mask takes eight times as long on a CPU, ``torch.where`` thirty times.
     """
@@ -73,13 +73,13 @@ def where_active(noise: Tensor, value: Tensor) -> Tensor:
 
 
 def differentiable_attention() -> AbstractContextManager[None]:
-    """The kernel of scaled dot-product attention that has a derivative by forward mode; the fused ones have none."""
+    """Select the kernel of scaled dot-product attention that has a derivative by forward mode; the fused ones have none."""
     return sdpa_kernel(SDPBackend.MATH)  # type: ignore[no-any-return]
 
 
 @contextmanager
 def differentiable_kernels(module: nn.Module) -> Iterator[None]:
-    """Kernels that have a derivative by forward mode: of attention, and of an LSTM on a CPU, for which oneDNN's has none."""
+    """Select kernels that have a derivative by forward mode, of attention and of an LSTM on a CPU (oneDNN's has none)."""
     one_dnn = torch._C._get_mkldnn_enabled()
     recurrent = one_dnn and any(isinstance(part, nn.LSTM) for part in module.modules())
     if recurrent:

@@ -30,6 +30,6 @@ def add_gradient(parameter: Tensor, value: Tensor) -> None:
 
 
 def add_gradients(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """:func:`add_gradient` for the parameters of a module, by their names in it: ``weight``, ``inner.bias``."""
+    """Add values to the ``.grad`` of a module's parameters by :func:`add_gradient`, by their names: ``weight``, ``inner.bias``."""
     for name, value in values.items():
         add_gradient(module.get_parameter(name), value)

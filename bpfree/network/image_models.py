@@ -1,4 +1,4 @@
-"""What networks from libraries of image models share: size and colours of the images, and the cuts."""
+"""Common parts of networks from libraries of image models: size and colours of the images, and the cuts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 class Resize(nn.Module):
-    """Images of any size to squares of ``size`` pixels, by bilinear interpolation.
+    """Resizes images to squares of ``size`` pixels, by bilinear interpolation.
 
     Args:
         size: of the result's sides.
@@ -34,12 +34,12 @@ class Resize(nn.Module):
         return f"{self.size}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C, size, size)."""
+        """Resize (N, C, H, W) to (N, C, size, size)."""
         return F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False)
 
 
 def image_shape(spec: TaskSpec, library: str, size: int) -> tuple[int, int, int]:
-    """Channels, height and width of what the model sees.
+    """Return channels, height and width of the model's input.
 
     Args:
         spec: of the task.
@@ -58,7 +58,7 @@ def image_shape(spec: TaskSpec, library: str, size: int) -> tuple[int, int, int]
 
 
 def split_model(model: nn.Module, name: str, spec: TaskSpec, *, at: list[str], size: int, usual: int, smallest: int = 0) -> Network:
-    """The model as a network on the task's images, resized in its first block if ``size`` says so.
+    """Make the model a network on the task's images, resized in its first block if ``size`` asks for it.
 
     Args:
         model: with as many outputs as the task has.
@@ -91,7 +91,7 @@ def split_model(model: nn.Module, name: str, spec: TaskSpec, *, at: list[str], s
 
 
 def _problem(model: nn.Module, shape: tuple[int, int, int]) -> str:
-    """What the model says of an image of this shape; the empty string: it takes it."""
+    """Return the model's error for an image of this shape; the empty string if it takes the image."""
     weight: Any = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.zeros(()))
     try:
         with torch.no_grad(), evaluating(model):

@@ -20,12 +20,12 @@ INITIALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "lecun-normal": lambda weight: nn.init.normal_(weight, std=1 / math.sqrt(weight[0].numel())),
     "orthogonal": nn.init.orthogonal_,
 }
-"""Each with gain 1, but for He's, whose gain is the square root of two."""
+"""Initialisations by name, each with gain 1, except for He's, whose gain is the square root of two."""
 
 
 @torch.no_grad()
 def initialise(module: nn.Module, name: Initialisation, gain: float = 1.0) -> None:
-    """Fill the weights of all linear layers and convolutions anew, times ``gain``, and their biases with zeros.
+    """Draw new weights for all linear layers and convolutions, times ``gain``, and set their biases to zero.
 
     Args:
         module: a network or a block.

@@ -1,4 +1,4 @@
-"""Networks that cannot fit the memory are refused before they are made, rather than end the process."""
+"""Refusal of networks that cannot fit the memory, before they are made and end the process."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from bpfree.network.network import Network
 __all__ = ["built"]
 
 SMALL = 2**28
-"""Bytes that may be asked for before it is found out how many there will be."""
+"""Bytes of new tensors above which a network's size is determined before it is made."""
 
 
 class _Large(Exception):
-    """More than a small network has been asked for."""
+    """The network is larger than a small one."""
 
 
 class _Counting(TorchDispatchMode):
@@ -65,12 +65,12 @@ def built(build: Callable[[], Network], *, copies: int, free: Callable[[], Mappi
 
 
 def _bytes_of(build: Callable[[], Network]) -> int:
-    """Bytes of the parameters, without making them; 0 where that cannot be found out."""
+    """Count the bytes of the parameters, without making them; 0 where that is not possible."""
     try:
         with torch.device("meta"):
             return sum(p.numel() * p.element_size() for p in build().parameters())
     except UsageError:
-        return 0  # which it will say again
+        return 0  # the builder will raise it again
     except Exception as error:
         if "overflow" in str(error):
             raise UsageError(

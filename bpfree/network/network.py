@@ -76,11 +76,11 @@ class Network(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its inputs: that of its first floating-point parameter; float32 where it has none."""
+        """Dtype of the inputs: that of the first floating-point parameter; float32 where there is none."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
 
     def without_readout(self) -> Network:
-        """The same blocks without the readout, for a rule that has none; the network itself if it has no readout.
+        """Return the network's blocks without the readout, for a rule that has none; the network itself if it has no readout.
 
         Raises:
             UsageError: the readout is its only block.
@@ -120,7 +120,7 @@ class Network(nn.Module):
         return shapes
 
     def forward(self, x: Tensor) -> Tensor:
-        """All blocks in order: (N, *input_shape) to the last block's output.
+        """Run all blocks in order: (N, *input_shape) to the last block's output.
 
         Raises:
             BpfreeError: if the network is no chain, which only its rule can execute.
@@ -132,7 +132,7 @@ class Network(nn.Module):
         return x
 
     def features(self, x: Tensor) -> Tensor:
-        """What the readout takes, (N, ...): the output of the last hidden block; the inputs where there is none."""
+        """Compute the readout's input, (N, ...): the output of the last hidden block, or the inputs where there is none."""
         for name in self.hidden:
             x = self.blocks[name](x)
         return x
@@ -164,7 +164,7 @@ class Network(nn.Module):
         return run_blocks(first, {name: self.blocks[name] for name in wanted}, x, input_grad=input_grad)
 
     def stream(self, x: Tensor, *, grad: bool = True, hand_over: HandOver | None = None) -> Iterator[Trace]:
-        """Traces block by block, the next made when it is asked for, so that one graph at a time is alive.
+        """Yield traces block by block, each made on demand, so that one graph at a time is alive.
 
         Args:
             x: (N, *input_shape).
@@ -182,7 +182,7 @@ class Network(nn.Module):
             del trace
 
     def traces(self, x: Tensor, *, input_grad: bool = False, perturb: Perturb | None = None) -> Traces:
-        """Traces of all blocks, from one execution.
+        """Return the traces of all blocks, from one execution.
 
         Args:
             x: (N, *input_shape).

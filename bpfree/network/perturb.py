@@ -28,7 +28,7 @@ __all__ = ["PerturbedPass", "Perturber", "frozen_statistics", "mixes_by_batch_no
 
 @dataclass
 class PerturbedPass:
-    """What one perturbed execution gave, for K directions on N examples.
+    """Results of one perturbed execution, for K directions on N examples.
 
     Attributes:
         output: (N, ...).
@@ -99,7 +99,7 @@ class Perturber:
         return PerturbedPass(results[0].output, tangent, results[0].inputs, used)
 
     def execute_per_example(self, x: Tensor, weights: Mapping[str, Tensor], *, record: Collection[str] = ()) -> PerturbedPass:
-        """Like :meth:`execute` along parameters, with a direction of its own for each example.
+        """Execute along parameters with a direction of its own for each example; otherwise like :meth:`execute`.
 
         Args:
             x: (N, ...).
@@ -150,7 +150,7 @@ class Perturber:
         mask: bool,
         k: int,
     ) -> PerturbedPass:
-        """Along direction k alone, by dual numbers."""
+        """Execute along direction k alone, by dual numbers."""
         used = [n[k : k + 1] for n in noise]
         inputs: dict[str, Tensor] = {}
 
@@ -187,7 +187,7 @@ class Perturber:
         record: Collection[str],
         mask: bool,
     ) -> PerturbedPass:
-        """Along all directions at once: the output is computed once, and only derivatives are batched."""
+        """Execute along all directions at once: the output is computed once, and only derivatives are batched."""
         parameters = self._values(weights)
         zeros = [torch.zeros(n.shape[1:], dtype=n.dtype, device=n.device) for n in noise]
 
@@ -221,7 +221,7 @@ class Perturber:
         record: Collection[str],
         keep: Callable[[str, Tensor], None],
     ) -> Iterator[None]:
-        """Noise at the sites and a look at the inputs, during one execution."""
+        """Add noise at the sites and record the inputs, during one execution."""
         handles = []
         sums: dict[str, dict[int, int]] = {}
         for path in record:
@@ -241,7 +241,7 @@ class Perturber:
 
 
 def _in_front(indices: Mapping[int, int], inject: Callable[[int, Tensor], Tensor]) -> Callable[..., Any]:
-    """A hook that adds noise to the input of a module, in some of its calls."""
+    """Make a hook that adds noise to the input of a module, in some of its calls."""
     calls = itertools.count()
 
     def hook(part: nn.Module, args: Any) -> Any:
@@ -256,7 +256,7 @@ def _unchanged(index: int, value: Tensor) -> Tensor:
 
 
 def _repeated(module: nn.Module, x: Tensor, run: Callable[[int], PerturbedPass], times: int) -> list[PerturbedPass]:
-    """Execute several times as if once: the same dropout masks, running statistics updated once."""
+    """Execute several times with the effects of one: the same dropout masks, running statistics updated once."""
     devices = [x.device] if x.is_cuda else []
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     cpu, cuda = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
@@ -276,13 +276,13 @@ def _repeated(module: nn.Module, x: Tensor, run: Callable[[int], PerturbedPass],
 
 
 def mixes_by_batch_norm(module: nn.Module) -> bool:
-    """Whether a batch norm in it uses the batch's statistics, as it is now."""
+    """Tell whether a batch norm of the module, in its present mode, uses the batch's statistics."""
     return any(is_batch_norm(part) and (part.training or part.running_mean is None) for part in module.modules())
 
 
 @contextmanager
 def frozen_statistics(module: nn.Module, x: Tensor | None) -> Iterator[None]:
-    """Batch norms normalise with their running statistics inside, so that each example has an output of its own.
+    """Let batch norms use their running statistics inside, so that each example has an output of its own.
 
     The statistics follow the batch first, which takes one more forward pass.
 
@@ -314,7 +314,7 @@ def _follow(module: nn.Module, parts: Sequence[Any], x: Tensor) -> None:
 
 
 def _update(part: Any, x: Tensor) -> None:
-    """As torch does in train mode: exponential (or, without momentum, cumulative) averages, the variance unbiased.
+    """Update running statistics as torch does in train mode: exponential (or, without momentum, cumulative) averages, unbiased variance.
 
     One value per channel has no such variance: where torch would refuse to train, the statistics stay as they are.
     """

@@ -1,4 +1,4 @@
-"""Which outputs a site influences: measured by a derivative, not read from the layers' names.
+"""The outputs that a site influences: measured by a derivative, not read from the layers' names.
 
 A forward gradient multiplies noise by the derivative of the losses that the noise reaches. The fewer these are, the less noise from
 elsewhere is in that scalar; to leave out one that is reached would bias the estimate. So each site is probed in a copy of the
@@ -29,7 +29,7 @@ DROPOUT_FUNCTIONS = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d
 
 @dataclass(frozen=True)
 class Reach:
-    """What a site's noise leaves alone: where it moves no output of other examples, tokens or groups of channels.
+    """Outputs that a site's noise does not move: of other examples, tokens or groups of channels.
 
     Attributes:
         examples: each example's noise reaches that example's output only.
@@ -43,17 +43,17 @@ class Reach:
 
 
 def channel_axis(shape: torch.Size) -> int:
-    """The axis of the channels in a shape without batch axis: (C,), (tokens, C) or (C, height, width)."""
+    """Return the axis of the channels in a shape without batch axis: (C,), (tokens, C) or (C, height, width)."""
     return 0 if len(shape) == 3 else len(shape) - 1
 
 
 def token_axis(shape: torch.Size) -> int | None:
-    """The axis of the tokens in a shape without batch axis, if it has one."""
+    """Return the axis of the tokens in a shape without batch axis, if it has one."""
     return 0 if len(shape) == 2 else None
 
 
 def by_channel(shape: torch.Size, groups: int) -> Tensor:
-    """The group of each channel, shaped to broadcast over (N, *shape); groups are runs of neighbouring channels."""
+    """Return the group of each channel, shaped to broadcast over (N, *shape); groups are runs of neighbouring channels."""
     axis = channel_axis(shape)
     view = [1] * (len(shape) + 1)
     view[axis + 1] = shape[axis]
@@ -73,7 +73,7 @@ def probe(module: nn.Module, sites: Sequence[Site], input_shape: torch.Size, gro
         torch.default_generator.manual_seed(0)
         perturber = Perturber(_random(copy.deepcopy(module).cpu().double()), quick=False)
         x = torch.randn(EXAMPLES, *input_shape, dtype=torch.float64)
-        apart = _stays(perturber, sites, x, _by_example)  # the usual case, at the price of one execution
+        apart = _stays(perturber, sites, x, _by_example)  # the usual case, which costs one execution
         return [_measure(perturber, site, x, groups, apart) for site in sites]
 
 
@@ -88,7 +88,7 @@ def _measure(perturber: Perturber, site: Site, x: Tensor, groups: int, apart: bo
 
 
 def _by_example(shape: torch.Size) -> Tensor:
-    """In two halves."""
+    """Assign the examples to two halves."""
     return (torch.arange(EXAMPLES) * 2 // EXAMPLES).view(-1, *[1] * len(shape))
 
 
@@ -98,7 +98,7 @@ def _by_token(shape: torch.Size) -> Tensor | None:
 
 
 def _stays(perturber: Perturber, sites: Sequence[Site], x: Tensor, number: Callable[[torch.Size], Tensor | None]) -> bool:
-    """Whether noise on the parts of a site moves parts of the same number only.
+    """Tell whether noise on the parts of a site moves only parts of the same number.
 
     Args:
         perturber: of the copy.
@@ -125,7 +125,7 @@ def _stays(perturber: Perturber, sites: Sequence[Site], x: Tensor, number: Calla
 
 
 def _random(module: nn.Module) -> nn.Module:
-    """Random parameters, so that no path is closed by a zero."""
+    """Draw random parameters, so that no path is closed by a zero."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -133,7 +133,7 @@ def _random(module: nn.Module) -> nn.Module:
 
 
 class _Open(TorchFunctionMode):
-    """Leaky units in place of ReLUs, and nothing dropped, in modules or functions: no path is closed by chance."""
+    """Replaces ReLUs by leaky units and disables dropout, in modules or functions, so that no path is closed by chance."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}

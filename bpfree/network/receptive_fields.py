@@ -1,4 +1,4 @@
-"""Linear receptive fields: what the units of each hidden block look for, drawn in the space of the input images.
+"""Linear receptive fields: the pattern that excites each unit of a hidden block, drawn in the space of the input images.
 
 A unit is an output of its block's last linear map (of a convolution, the one at the centre of the map, cropped to what it
 sees). Its weights are carried back through the layers below by their transposed linear maps,
@@ -68,7 +68,7 @@ class _TooLarge(Exception):
 
 @torch.no_grad()
 def receptive_fields(network: Network, count: int = 64, image: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """The linear receptive fields of the first ``count`` units of each hidden block.
+    """Compute the linear receptive fields of the first ``count`` units of each hidden block.
 
     Args:
         network: a chain. A block with a layer that is not known (attention, residual sums, parallel paths) is left out, and so are
@@ -102,7 +102,7 @@ def receptive_fields(network: Network, count: int = 64, image: Sequence[int] | N
 
 
 def _carry(path: Sequence[_Layer], count: int) -> Tensor | None:
-    """Fields of the first outputs of the last layer, at the first one's input; ``None`` if they would be too large."""
+    """Carry fields of the last layer's first outputs back to the first layer's input; ``None`` if they would be too large."""
     weight, (channels, *size) = path[-1].units, path[-1].shape
     assert weight is not None
     values = torch.eye(min(count, channels), channels, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
@@ -126,7 +126,7 @@ def _layers(block: nn.Module, shape: Shape) -> Iterator[_Layer]:
 
 
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules in the order in which they are called, if each takes nothing but what the last one made."""
+    """Yield the modules in the order of their calls, if each takes nothing but the output of the one before."""
     if isinstance(module, fx.GraphModule):
         yield from _graph_leaves(module)
     elif type(module).forward is nn.Sequential.forward:
@@ -198,7 +198,7 @@ def _convolution(leaf: Any, shape: Shape) -> _Layer:
 
 
 def _cropped(values: Tensor, corner: tuple[int, int], shape: Shape) -> _Fields:
-    """What lies on the map of the shape, of a part of it that begins at ``corner`` and may stick out into the padding."""
+    """Crop to the map of the shape a part of it that begins at ``corner`` and may extend into the padding."""
     (y, x), (height, width) = corner, values.shape[2:]
     top, left = max(0, -y), max(0, -x)
     return _Fields(values[:, :, top : min(height, shape[1] - y), left : min(width, shape[2] - x)], (y + top, x + left))
@@ -215,7 +215,7 @@ def _padding(leaf: Any, shape: Shape) -> _Layer:
 
 
 def _reshaping(leaf: Any, shape: Shape) -> _Layer:
-    """Flattening and its inverse, between a map and all of its entries."""
+    """Make the layer of flattening or its inverse, between a map and all of its entries."""
     if type(leaf).forward is nn.Flatten.forward:
         whole = leaf.start_dim == 1 and leaf.end_dim in (-1, len(shape))
         result: Shape = (math.prod(shape),)
@@ -249,7 +249,7 @@ def _batch_norm(leaf: Any, shape: Shape) -> _Layer:
 
 
 def _pooling(leaf: Any, shape: Shape) -> _Layer:
-    """Means over windows, axis by axis: (out, in) matrices whose rows are the windows."""
+    """Make the layer of means over windows, axis by axis: (out, in) matrices whose rows are the windows."""
     if len(shape) != 3 or getattr(leaf, "divisor_override", None) is not None:
         raise _Unknown
     result = leaf(torch.empty(1, *shape, device="meta"))

@@ -1,4 +1,4 @@
-"""Recordings of what a module executed: what two passes have in common, and the graph that it makes."""
+"""Recordings of a module's execution: the common part of two passes, and the graph that it makes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Operation:
-    """What was executed.
+    """An executed operation.
 
     Attributes:
         kind: of the node in a graph of ``torch.fx``.
@@ -65,7 +65,7 @@ class Recording:
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The value with each leaf of its tuples, lists, mappings and slices changed."""
+    """Apply a function to each leaf of a value's tuples, lists, mappings and slices."""
     return map_aggregate(value, change)
 
 
@@ -73,7 +73,7 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def needed(recording: Recording) -> Recording:
-    """Without operations on which neither the result nor a change in place depends; positions are those that are left."""
+    """Drop operations on which neither the result nor a change in place depends, and renumber the rest."""
     operations = recording.operations
     wanted, open_refs = {0}, [recording.result, *(Ref(index) for index, each in enumerate(operations) if each.in_place)]
     while open_refs:
@@ -104,7 +104,7 @@ def _collect(leaf: Any, found: list[Ref]) -> Any:
 
 
 def merged(one: Recording, other: Recording) -> list[Operation] | None:
-    """The operations of two passes, with what is a multiple of the number of examples; ``None``: they differ."""
+    """Merge the operations of two passes, marking multiples of the number of examples; ``None`` if they differ."""
     counts = (one.examples, other.examples)
     if one.result != other.result or len(one.operations) != len(other.operations):
         return None
@@ -124,7 +124,7 @@ class _DifferentError(Exception):
 
 
 def _common(a: Any, b: Any, counts: tuple[int, int]) -> Any:
-    """An argument of both passes."""
+    """Return an argument that is common to both passes."""
     if type(a) is not type(b):
         raise _DifferentError
     if isinstance(a, (tuple, list)):
@@ -150,13 +150,13 @@ def _common(a: Any, b: Any, counts: tuple[int, int]) -> Any:
 
 @dataclass(frozen=True)
 class _Value:
-    """Where a value of a call is found, as a proxy of ``torch.fx`` says it."""
+    """The place of a value in a call, as a proxy of ``torch.fx`` describes it."""
 
     node: fx.Node
 
 
 class Watched:
-    """What :class:`Traced` asks a tracer for.
+    """The tracer's methods that :class:`Traced` needs, for a recording.
 
     Attributes:
         calls: of submodules, with the nodes of their arguments and values.
@@ -167,7 +167,7 @@ class Watched:
         self.owners: dict[fx.Node, str] = {}
 
     def owner(self, node: fx.Node) -> str:
-        """Path of the submodule that an operation is, or is in."""
+        """Return the path of the submodule that an operation is, or is in."""
         return self.owners.get(node, "")
 
 
@@ -212,10 +212,10 @@ def to_graph(operations: list[Operation], recording: Recording) -> tuple[fx.Grap
 
 
 def examples_of(x: Tensor, times: int) -> int:
-    """A multiple of the number of examples; executed by the blocks."""
+    """Return a multiple of the number of examples; the blocks execute this function."""
     return x.size(0) * times
 
 
 def created(name: str, *args: Any, **kwargs: Any) -> Any:
-    """A tensor that a function of torch makes of nothing but numbers; executed by the blocks."""
+    """Make a tensor by a function of torch from numbers alone; the blocks execute this function."""
     return getattr(torch, name)(*args, **kwargs)

@@ -1,8 +1,8 @@
 """A backward pass through other weights than the forward pass: feedback alignment, sign-symmetry, Kolen-Pollack and their kin.
 
 Inside :func:`replaced_backward` a linear layer or convolution y = W x + b passes dLoss/dx = B^T dLoss/dy for the B that is given, while
-y and the gradients of W and b are as ever. With B = W this is back-propagation, exactly. Other layers that have weights and pass credit
-through them (attention, recurrent layers, transposed convolutions) are met by name, and said to be left as they are.
+y and the gradients of W and b are unchanged. With B = W this is back-propagation, exactly. Other layers that have weights and pass credit
+through them (attention, recurrent layers, transposed convolutions) are found by name, and reported as not replaced.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PASS_NOTHING = (nn.Embedding, nn.EmbeddingBag, _NormBase, nn.LayerNorm, nn.Group
 
 
 class Replaced:
-    """What has been replaced so far inside :func:`replaced_backward`.
+    """The weights replaced so far inside :func:`replaced_backward`.
 
     Attributes:
         met: names of the weights in whose place others have passed credit, in order.
@@ -39,12 +39,12 @@ class Replaced:
 
     @property
     def unmet(self) -> dict[str, str]:
-        """See the class."""
+        """Weights without feedback, with the reason; see the class."""
         return {name: reason for name, reason in self._reasons.items() if name not in self.met}
 
 
 def feedback_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights of linear layers and convolutions, by name: those for which :func:`replaced_backward` takes feedback of the same shape.
+    """Return weights of linear layers and convolutions by name, for which :func:`replaced_backward` takes feedback of their shape.
 
     Attention keeps its projections to itself, also the ``out_proj`` that looks like a layer.
     """
@@ -59,7 +59,7 @@ def feedback_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def replaced_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iterator[Replaced]:
-    """Let linear layers and convolutions of what is executed inside pass credit through other weights.
+    """Let linear layers and convolutions that are executed inside pass credit through other weights.
 
     ::
 
@@ -67,14 +67,14 @@ def replaced_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iter
             loss = self.spec.loss(self.network(batch.inputs), batch)
         loss.backward()
 
-    What is executed outside, such as a diagnostic's true gradient, is as ever. Forward mode is not supported inside.
+    Executions outside, such as for a diagnostic's true gradient, are not affected. Forward mode is not supported inside.
 
     Args:
         module: a network, or a block of it.
         feedback: by name of the weight, as :func:`feedback_weights` has them; of its shape.
 
     Yields:
-        What was met: look at ``unmet`` after the first pass, and refuse or say what it names.
+        The record of replaced weights; check ``unmet`` after the first pass, and refuse or report what it names.
 
     Raises:
         UsageError: an unknown name, a weight whose backward pass cannot be replaced, or feedback of another shape.
@@ -100,7 +100,7 @@ def replaced_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iter
 
 
 def _reasons(module: nn.Module) -> dict[str, str]:
-    """Why each weight that can pass credit is not replaced, unless feedback is given for it."""
+    """Say for each weight that can pass credit why it is not replaced, unless feedback is given for it."""
     weights = feedback_weights(module)
     reasons: dict[str, str] = {}
     for name, parameter in module.named_parameters():
@@ -114,7 +114,7 @@ def _reasons(module: nn.Module) -> dict[str, str]:
 
 
 def _outer(module: nn.Module, path: str) -> str:
-    """Kind of the layer that a parameter belongs to: of the attention, for its projections."""
+    """Name the kind of the layer that a parameter belongs to: of the attention, for its projections."""
     parts = path.split(".") if path else []
     owners = [module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
     attention = next((owner for owner in owners if isinstance(owner, nn.MultiheadAttention)), owners[-1])
@@ -138,7 +138,7 @@ def _hook(layer: nn.Module, name: str, matrix: Tensor, replaced: Replaced) -> tu
 
 
 class _Feedback(torch.autograd.Function):
-    """A layer's output as it is, whose cotangent reaches the layer's input through another matrix."""
+    """Returns a layer's output unchanged, but sends its cotangent to the layer's input through another matrix."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, matrix: Tensor, layer: nn.Module) -> Tensor:

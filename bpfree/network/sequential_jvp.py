@@ -49,7 +49,7 @@ class Chain:
             self._visit(f"{path}.{name}" if path else name, child)
 
     def fits(self, sites: Sequence[Site], weights: Collection[str], record: Collection[str]) -> bool:
-        """Whether all that is requested lies between the leaves, and they have no other hooks."""
+        """Tell whether all requested places lie between the leaves, and these have no other hooks."""
         return (
             self._simple
             and not any(part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in self._called)
@@ -68,7 +68,7 @@ class Chain:
         record: Collection[str],
         mask: bool,
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor], list[Tensor]]:
-        """Output, derivative, recorded inputs, and the noise as used; the arguments are those of ``Perturber.execute``."""
+        """Return output, derivative, recorded inputs, and the noise as used; the arguments are those of ``Perturber.execute``."""
         used, inputs = list(noise), {}
         places = {site.module: index for index, site in enumerate(sites)}
         moves = _by_leaf(weights)
@@ -107,13 +107,13 @@ def _by_leaf(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _add(tangent: Tensor | None, noise: Tensor, value: Tensor) -> Tensor:
-    """Noise (K, N or 1, ...) on top of a derivative (K, N, ...)."""
+    """Add noise (K, N or 1, ...) to a derivative (K, N, ...)."""
     noise = noise.to(value.dtype)
     return noise.expand(len(noise), *value.shape) if tangent is None else tangent + noise
 
 
 def _execute(leaf: nn.Module, x: Tensor, tangent: Tensor | None, moves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Output (N, ...) and derivative (K, N, ...) of a leaf, from those of its input and its parameters."""
+    """Compute output (N, ...) and derivative (K, N, ...) of a leaf, from those of its input and its parameters."""
     if tangent is None and not moves:
         return leaf(x), None
     if type(leaf) is nn.Linear:
@@ -129,7 +129,7 @@ def _execute(leaf: nn.Module, x: Tensor, tangent: Tensor | None, moves: Mapping[
 
 def _linear(leaf: nn.Linear, x: Tensor, tangent: Tensor | None, moves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     def beside(value: Tensor) -> Tensor:
-        """(K, ...) with axes of length 1 behind the first, as many as the derivative has."""
+        """Insert axes of length 1 after the first of (K, ...), as many as the derivative has."""
         return value.reshape(len(value), *[1] * (x.dim() + 1 - value.dim()), *value.shape[1:])
 
     output: Tensor = leaf(x)
@@ -143,7 +143,7 @@ def _linear(leaf: nn.Linear, x: Tensor, tangent: Tensor | None, moves: Mapping[s
 
 
 def _once(leaf: nn.Module, x: Tensor, tangent: Tensor | None, moves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """One direction, by dual numbers."""
+    """Execute along one direction, by dual numbers."""
     with forward_ad.dual_level(), differentiable_attention(), Products():
         dual = x if tangent is None else forward_ad.make_dual(x, tangent[0].clone())  # cloned: a layer in place would overwrite it
         parameters = {name: forward_ad.make_dual(leaf.get_parameter(name).detach(), value[0]) for name, value in moves.items()}
@@ -152,7 +152,7 @@ def _once(leaf: nn.Module, x: Tensor, tangent: Tensor | None, moves: Mapping[str
 
 
 def _together(leaf: nn.Module, x: Tensor, tangent: Tensor | None, moves: Mapping[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Several directions, by ``vmap``; the output is computed once."""
+    """Execute along several directions, by ``vmap``; the output is computed once."""
     parameters = {name: leaf.get_parameter(name).detach() for name in moves}
 
     def run(value: Tensor, own: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

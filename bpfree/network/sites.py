@@ -1,4 +1,4 @@
-"""Where noise on activities goes: before each nonlinearity, at a linear map's output or behind the normalisation that follows it.
+"""Places for noise on activities: before each nonlinearity, at a linear map's output or behind the normalisation that follows it.
 
 A *site* is such a place. It is found by executing the module once and observing what consumes each tensor, so that it works for any
 module made of linear layers, convolutions, normalisations and ReLUs, in modules or as functions, with residual sums. Noise may be
@@ -57,7 +57,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Sites:
-    """What noise on activities reaches in a module.
+    """Places in a module that noise on activities can reach.
 
     Attributes:
         sites: in order of execution.
@@ -74,7 +74,7 @@ class Sites:
 
 @dataclass
 class _Tensor:
-    """A tensor that linear maps made: alone, through a normalisation, or summed."""
+    """A tensor computed by linear maps: by one alone, through a normalisation, or as a sum."""
 
     sources: tuple[Source, ...]
     shape: torch.Size
@@ -177,18 +177,18 @@ class _SiteWatch(TorchFunctionMode):
         return [self.known[id(leaf)] for leaf in tree_leaves(values) if id(leaf) in self.known]
 
     def end(self, output: Any) -> _Tensor | None:
-        """What the module returned, which its caller consumes."""
+        """Record the module's return value, which its caller consumes."""
         for tensor in self._known(output):
             tensor.uses += 1
         return self.known.get(id(output))
 
     def alone(self, path: str) -> bool:
-        """Whether the module was called once, as such, on the batch, and nothing else reads its parameters."""
+        """Tell whether the module was called once, as such, on the batch, and nothing else reads its parameters."""
         return self.calls[path] == 1 and path not in self.odd
 
 
 def find_sites(module: nn.Module, x: Tensor, *, final: bool = True) -> Sites:
-    """The places for noise on activities in a module.
+    """Find the places for noise on activities in a module.
 
     Args:
         module: one block, or several in sequence; it is executed once, as in training but for normalisations by running statistics:
@@ -209,7 +209,7 @@ def find_sites(module: nn.Module, x: Tensor, *, final: bool = True) -> Sites:
 
 
 def _owners(module: nn.Module) -> dict[int, set[str]]:
-    """The linear maps and normalisations that hold a parameter, by the parameter's id."""
+    """Return the linear maps and normalisations that hold a parameter, by the parameter's id."""
     owners: dict[int, set[str]] = {}
     for path, part in module.named_modules():
         if is_linear(part) or is_norm(part):
@@ -219,14 +219,14 @@ def _owners(module: nn.Module) -> dict[int, set[str]]:
 
 
 def _shared(module: nn.Module) -> set[int]:
-    """The ids of parameters that several modules hold."""
+    """Return the ids of parameters that several modules hold."""
     counts = Counter(id(parameter) for part in module.modules() for parameter in part._parameters.values() if parameter is not None)
     return {key for key, count in counts.items() if count > 1}
 
 
 @contextmanager
 def _rehearsing(module: nn.Module, x: Tensor) -> Iterator[None]:
-    """Train mode, batch norms with running statistics apart; random state, buffers and modes are restored."""
+    """Use train mode inside, batch norms with running statistics excepted; restore random state, buffers and modes."""
     modes = [(part, part.training) for part in module.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
@@ -243,7 +243,7 @@ def _rehearsing(module: nn.Module, x: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _watched(module: nn.Module, watch: _SiteWatch) -> Iterator[None]:
-    """Reports each call of a known module to the watch."""
+    """Report each call of a known module inside to the watch."""
     shared = _shared(module)
     watch.odd |= {path for key, paths in watch.owners.items() if key in shared for path in paths}
     handles = []
@@ -259,7 +259,7 @@ def _watched(module: nn.Module, watch: _SiteWatch) -> Iterator[None]:
 
 
 def _resolve(watch: _SiteWatch) -> Iterator[Site]:
-    """A site for each linear map that is executed once, as late before the nonlinearity as its consumers allow."""
+    """Yield a site for each linear map that is executed once, as late before the nonlinearity as its consumers allow."""
     chosen: list[tuple[int, Site]] = []
     covered: set[str] = set()
     # sums first, then normalised outputs, then plain ones: the latest place wins

@@ -1,4 +1,4 @@
-"""Any module into a network of blocks that share its submodules.
+"""Splitting of any module into a network of blocks that share its submodules.
 
 ::
 
@@ -47,7 +47,7 @@ def split(
     Args:
         module: an ``nn.Sequential``, or any module that ``torch.fx`` can trace; optional arguments keep their defaults. Submodules that
             it cannot trace, or whose forward depends on ``self.training``, are kept whole. A module with a method ``bpfree_blocks()``
-            says itself which blocks it has, in order and by name; composed they must be its forward.
+            declares its own blocks, in order and by name; their composition must equal its forward.
         input_shape: of one example, without the batch axis.
         at: paths of submodules; each begins a block (``["layer1.0", "layer2", "fc"]``), and what comes before the
             first is a block too. Where ``torch.fx`` cannot trace the module (control flow or assertions in its outermost forward, a
@@ -81,7 +81,7 @@ def split(
 def traced_blocks(
     module: nn.Module, input_shape: Sequence[int], at: Sequence[str] | None, readout: str | None, example: Any = None
 ) -> Network:
-    """Blocks from tracing the module, or, where that fails and it is said where blocks begin, from watching it."""
+    """Make blocks by tracing the module, or, where that fails and the cuts are given, by watching it."""
     try:
         traced = trace(module, input_shape, example)
     except UsageError as error:
@@ -93,7 +93,7 @@ def traced_blocks(
 
 
 def watched_blocks(module: nn.Module, input_shape: Sequence[int], at: Sequence[str], readout: str | None, untraced: UsageError) -> Network:
-    """Blocks from watching the module, which give what it gives, bit for bit."""
+    """Make blocks by watching the module; their outputs equal the module's, bit for bit."""
     try:
         traced = watch(module, input_shape, at)
         network = assemble(traced, named_cuts(traced, at), input_shape, readout)
@@ -105,7 +105,7 @@ def watched_blocks(module: nn.Module, input_shape: Sequence[int], at: Sequence[s
 
 
 def own_blocks(module: Any, input_shape: Sequence[int], readout: str | None, example: Any = None) -> Network:
-    """The blocks that a module says it has."""
+    """Return the blocks that a module declares."""
     blocks = {name.replace(".", "_"): block for name, block in module.bpfree_blocks().items()}
     refuse_sharing(blocks)
     if readout == "auto":
@@ -119,7 +119,7 @@ def own_blocks(module: Any, input_shape: Sequence[int], readout: str | None, exa
 
 
 def check_composition(network: Network, module: nn.Module, *, rtol: float, atol: float) -> None:
-    """Refuse blocks that give something else than the module's forward."""
+    """Refuse blocks whose composition differs from the module's forward."""
     x = network.example
     if x is None:
         x = torch.randn(2, *network.input_shape, generator=torch.Generator().manual_seed(0)).to(network.dtype)
@@ -152,7 +152,7 @@ def assemble(traced: Traced, cuts: Sequence[Cut], input_shape: Sequence[int], re
 
 
 def segment(traced: Traced, span: range) -> nn.Module:
-    """The operations of a span as a module."""
+    """Make a module of the operations of a span."""
     source = traced.nodes[0] if span.start == 0 else traced.passing(span.start)[0]
     result = traced.result if span.stop == len(traced.nodes) else traced.passing(span.stop)[0]
     whole = whole_module(traced, span, source, result)
@@ -174,7 +174,7 @@ def segment(traced: Traced, span: range) -> nn.Module:
 
 
 def whole_module(traced: Traced, span: range, source: fx.Node, result: fx.Node) -> nn.Module | None:
-    """The submodule that a span is, neither less nor more, if it is called once with nothing but the source."""
+    """Return the submodule that equals a span exactly, if it is called once with nothing but the source."""
     inside = [index for index in span if traced.nodes[index].op != "placeholder" and traced.nodes[index] not in traced.constants]
     path = common_path([traced.owners[index] for index in inside])
     calls = traced.calls.get(path, [])
@@ -186,7 +186,7 @@ def whole_module(traced: Traced, span: range, source: fx.Node, result: fx.Node) 
 
 
 def block_names(traced: Traced, spans: Sequence[range], asked: dict[int, str]) -> list[str]:
-    """A block's name: what was asked for, or the largest submodule whose weights are the block's alone."""
+    """Name each block: by the requested module, or by the largest submodule whose weights are the block's alone."""
     paths = [path_of(traced, span, spans) for span in spans]
     first = {traced.owners[index].split(".")[0] for index in spans[0]} - {""}
     if 0 not in asked and (not paths[0] or (len(first) > 1 and any("." in path for path in paths[1:]))):
@@ -208,7 +208,7 @@ def path_of(traced: Traced, span: range, spans: Sequence[range]) -> str:
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """The names, with a number after those that came before."""
+    """Make names unique by a number after repeated ones."""
     seen: Counter[str] = Counter()
     result = []
     for name in names:
@@ -237,7 +237,7 @@ def ends_in_linear(traced: Traced, span: range) -> bool:
 
 
 def plan(network: Network) -> str:
-    """A table of the network's blocks: their layers, output shapes and numbers of parameters."""
+    """Print a table of the network's blocks: their layers, output shapes and numbers of parameters."""
     rows = [("block", "output", "parameters", "layers")]
     for name, block in network.blocks.items():
         shape = "x".join(map(str, network.shapes[name])) if name in network.shapes else "?"
@@ -249,7 +249,7 @@ def plan(network: Network) -> str:
 
 
 def layers_of(block: nn.Module) -> str:
-    """Kinds of the innermost modules and of the functions, in order of first use, with their numbers."""
+    """List the kinds of the innermost modules and of the functions, in order of first use, with their numbers."""
     kinds: list[str] = []
     if isinstance(block, fx.GraphModule):
         for node in block.graph.nodes:

@@ -15,7 +15,7 @@ __all__ = ["cumulative_statistics", "kept_buffers"]
 
 @contextmanager
 def kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Leave the module's buffers alone in the passes inside: running statistics, counters and states are afterwards what they were.
+    """Restore the module's buffers after the passes inside: running statistics, counters and states.
 
     The passes work on copies, so that graphs made before stay valid, as do those made inside. Outputs are those of an ordinary pass.
 
@@ -37,7 +37,7 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def cumulative_statistics(module: nn.Module) -> Iterator[bool]:
-    """Let the batch norms of a module take new running statistics: the plain mean over all batches that they see inside.
+    """Let a module's batch norms compute new running statistics: the plain mean over all batches inside.
 
     Everything else stays in the mode that it is in; modes and momenta come back at the end.
 

@@ -24,11 +24,11 @@ class TimmConfig:
     model: str = option("resnet18", "name that timm.create_model takes")
     at: list[str] = option(factory=list, help="submodules that begin a block, such as blocks.1 (none: a block per layer or residual block)")
     options: dict[str, Any] = option(factory=dict, help="arguments of timm.create_model, such as drop_path_rate")
-    image_size: int = option(0, "resize the images to squares of so many pixels in front of the model (0: as they are)", ge=0, le=4096)
+    image_size: int = option(0, "side in pixels of the squares to which images are resized (0: not resized)", ge=0, le=4096)
 
 
 def timm_network(spec: TaskSpec, config: TimmConfig | None = None) -> Network:
-    """The model, split at its layers or residual blocks, or where ``network.at`` says.
+    """Make a model of timm, split at its layers or residual blocks, or where ``network.at`` says.
 
     A model that is built for one size of images is built for the task's; colours are left to timm's own ``in_chans``.
 

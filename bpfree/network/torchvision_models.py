@@ -29,12 +29,12 @@ class TorchvisionConfig:
         factory=list, help="submodules that begin a block, such as layer1.0 (none: one block per layer or residual block)"
     )
     options: dict[str, Any] = option(factory=dict, help="arguments of the model's constructor, such as width_per_group")
-    image_size: int = option(0, "resize the images to squares of so many pixels in front of the model (0: as they are)", ge=0, le=4096)
+    image_size: int = option(0, "side in pixels of the squares to which images are resized (0: not resized)", ge=0, le=4096)
     small_stem: bool = option(True, "ResNets on images below 64 pixels: begin with a 3x3 convolution of stride 1, without max-pooling")
 
 
 def torchvision_network(spec: TaskSpec, config: TorchvisionConfig | None = None) -> Network:
-    """The model, split at its layers or residual blocks.
+    """Make a model of torchvision, split at its layers or residual blocks.
 
     Grey images: the first convolution sums its kernels over the three colours, which is the same as repeating the
     image in each. The small stem is that of the CIFAR experiments of He et al. 2016. Models that are built for one size of images
@@ -79,7 +79,7 @@ def _made(models: Any, config: TorchvisionConfig, outputs: int, sides: list[int]
 
 
 def _sizes(models: Any, name: str) -> tuple[int, int]:
-    """Pixels of the images that a model was made for, and of the smallest that it takes, as its pretrained weights have them."""
+    """Return the image size that a model was made for, and the smallest that it takes, as its pretrained weights state them."""
     try:
         weights = models.get_model_weights(name).DEFAULT
         return int(weights.transforms.keywords["crop_size"]), int(max(weights.meta.get("min_size", (0, 0))))

@@ -36,7 +36,7 @@ class Trace:
         self.parts: Mapping[str, Tensor] = {name: output} if parts is None else parts
 
     def pull(self, signal: Tensor) -> Tensor:
-        """The input's cotangent ``J^T signal``; leaves every ``.grad`` alone and may be called again.
+        """Compute the input's cotangent ``J^T signal``; leaves every ``.grad`` alone and may be called again.
 
         Args:
             signal: (N, ...) of the output's shape.
@@ -100,7 +100,7 @@ def run_blocks(index: int, blocks: Mapping[str, nn.Module], x: Any, *, input_gra
 
 
 def _source(name: str, x: Any, input_grad: bool) -> Any:
-    """The input without what made it."""
+    """Return the input detached from its graph."""
     x = x.detach() if isinstance(x, Tensor) else tree_map(torch.detach, x)
     if input_grad:
         if not isinstance(x, Tensor) or not x.is_floating_point():

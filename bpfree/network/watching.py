@@ -28,11 +28,11 @@ __all__ = ["main_output", "watch"]
 logger = logging.getLogger("bpfree.network")
 
 READS = {"__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
-"""What makes Python values of a tensor's, on which control flow may depend."""
+"""Functions that turn a tensor's values into Python values, on which control flow may depend."""
 SCORES = ("logits", "scores", "output", "out")
 """Names of the scores among several outputs."""
 BATCHES = (2, 3)
-"""Numbers of examples that are watched."""
+"""Numbers of examples in the passes that are watched."""
 
 
 class Recorder(TorchFunctionMode):
@@ -56,7 +56,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Calls of submodules are recorded inside."""
+        """Record the calls of submodules inside."""
         with ExitStack() as stack:
             for path, part in self._module.named_modules():
                 if not path:
@@ -146,28 +146,30 @@ class Recorder(TorchFunctionMode):
             return self._refs[id(tensor)]
         path = self._attributes.get(id(tensor))
         if path is None:
-            raise UsageError("it works on a tensor that is neither made of its input nor an attribute of it", where=self._scopes[-1])
+            raise UsageError(
+                "it uses a tensor that is neither computed from its input nor an attribute of the module", where=self._scopes[-1]
+            )
         return self._append(Operation("get_attr", path, (), {}, path.rpartition(".")[0]))
 
     def _value(self, output: Any) -> Ref | None:
         return self._refs.get(id(output)) if isinstance(output, Tensor) else None
 
     def finish(self, output: Tensor) -> Recording:
-        """The recording without what the output does not need."""
+        """Return the recording without what the output does not need."""
         self.recording.result = self._ref(output)
         return needed(self.recording)
 
 
 def watch(module: nn.Module, input_shape: Sequence[int], at: Sequence[str]) -> Traced:
-    """The operations of a module, those inside of submodules without a cut counting as one.
+    """Record the operations of a module by executing it; a submodule without a cut counts as one operation.
 
     Args:
-        module: is called with one tensor; it may have optional arguments, and return a mapping or tuple in which the scores can be told.
+        module: is called with one tensor; optional arguments are allowed; it may return a mapping or tuple with identifiable scores.
         input_shape: of one example, without the batch axis.
         at: the submodules that begin a block.
 
     Raises:
-        UsageError: it fails on such an input, takes different paths for different inputs, or its scores cannot be told.
+        UsageError: it fails on such an input, takes different paths for different inputs, or its scores cannot be identified.
     """
     ancestors = {".".join(name.split(".")[:depth]) for name in at for depth in range(1, name.count(".") + 1)}
     name = type(module).__name__
@@ -181,13 +183,13 @@ def watch(module: nn.Module, input_shape: Sequence[int], at: Sequence[str]) -> T
     if merged(first, trained) is None:
         raise _refusal(name, "its forward depends on self.training, as functional dropout or batch norm does, and a cut would freeze that")
     if first.reads:
-        logger.warning("%s looks at values in its forward (%s): what it does with them is not in the blocks", name, first.reads[0])
+        logger.warning("%s reads values in its forward (%s): the blocks do not contain what depends on them", name, first.reads[0])
     graph, tracer = to_graph(common, first)
     return Traced(module, graph, tracer, input_shape)
 
 
 def main_output(output: Any) -> Tensor:
-    """The scores in what a module returns: the tensor, the entry of a usual name, or the only one.
+    """Return the scores in a module's output: the tensor, the entry of a usual name, or the only one.
 
     Raises:
         UsageError: several tensors, none of which has a usual name.
@@ -218,7 +220,7 @@ def _record(module: nn.Module, x: Tensor, ancestors: set[str], *, training: bool
             return recorder.finish(main_output(output))
     except UsageError as error:
         raise _refusal(type(module).__name__, error.what, error.where) from error
-    except Exception as error:  # of any user code
+    except Exception as error:  # user code may raise any exception
         raise UsageError(
             f"{type(module).__name__} cannot take an input of shape {tuple(x.shape[1:])}",
             where=f"{type(error).__name__}: {first_line(error)}",
@@ -238,7 +240,7 @@ def _made_up(module: nn.Module, count: int, input_shape: Sequence[int]) -> Tenso
 
 
 def _spelling(function: Any, name: str, args: Any) -> tuple[str, Any, Any]:
-    """How ``torch.fx`` says it: the kind, the target, and the arguments."""
+    """Return an operation in the terms of ``torch.fx``: the kind, the target, and the arguments."""
     if name == "__get__":
         return "call_function", getattr, (args[0], function.__self__.__name__)
     if function is getattr(Tensor, name, None):
@@ -267,7 +269,7 @@ def _fields(output: Any) -> Mapping[Any, Any]:
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that are plain attributes of submodules."""
+    """Yield the tensors that are plain attributes of submodules."""
     for path, part in module.named_modules():
         for name, value in vars(part).items():
             if isinstance(value, Tensor):

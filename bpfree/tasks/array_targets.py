@@ -1,6 +1,6 @@
-"""What an array of targets is: classes, several labels, soft labels, tokens or numbers.
+"""Kinds of targets in arrays: classes, several labels, soft labels, tokens or numbers.
 
-Values decide, where they leave no doubt; ``task.targets`` says what can be read in several ways.
+Unambiguous values decide the kind; ``task.targets`` decides for ambiguous ones.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Kind = Literal["classes", "multilabel", "soft", "real", "tokens"]
 
 
 def describe_targets(targets: Mapping[str, Array], said: Kind | Literal["auto"], classes: int | None, where: str) -> tuple[Kind, int]:
-    """Kind of the targets and number of outputs, the same for all splits.
+    """Return the kind of the targets and the number of outputs, the same for all splits.
 
     Args:
         targets: of the splits, by the names of their arrays.
-        said: by the user.
+        said: the kind that the user gives.
         classes: that there are, or tokens in the vocabulary; ``None``: those that occur.
         where: for messages.
 
     Raises:
-        UsageError: targets that are not what was said, or can be read in several ways.
+        UsageError: targets that are not of the given kind, or can be read in several ways.
     """
     where, parts = f"{where}: {', '.join(targets)}", list(targets.values())
     for name, part in targets.items():
@@ -60,7 +60,7 @@ def describe_targets(targets: Mapping[str, Array], said: Kind | Literal["auto"],
 
 
 def count_tokens(parts: list[Array], vocabulary: int | None, where: str) -> int:
-    """Number of tokens: one more than the largest that counts, or as many as ``task.classes`` gives."""
+    """Count the tokens: one more than the largest that counts, or as many as ``task.classes`` gives."""
     if any(part.ndim < 2 or part.dtype.kind not in "iu" for part in parts):
         refuse("tokens must be integers (N, ...), several for each example", where, "set task.targets to what they are")
     counted = [part[part != IGNORED] for part in parts]
@@ -84,7 +84,7 @@ def refuse(what: str | None, where: str, fix: str) -> None:
 
 
 def kind_of(parts: list[Array], where: str) -> Kind:
-    """What targets are by their values; their dtype alone never decides what is learned.
+    """Determine the kind of targets by their values; their dtype alone never decides what is learned.
 
     Raises:
         UsageError: they can be read in several ways.
@@ -100,19 +100,19 @@ def kind_of(parts: list[Array], where: str) -> Kind:
             refuse(
                 "the targets are whole numbers stored as floats: classes or numbers?",
                 where,
-                "say task.targets=classes or task.targets=real",
+                "set task.targets=classes or task.targets=real",
             )
         return "classes" if integers else "real"
     if whole and low >= 0 and max(part.max() for part in parts) <= 1:
-        fix = "say task.targets=classes (one-hot rows), multilabel, soft, or real (each column is a number)"
+        fix = "set task.targets=classes (one-hot rows), multilabel, soft, or real (each column is a number)"
         refuse("the targets are rows of 0 and 1: one class each, or several labels at once?", where, fix)
     if integers:
-        refuse("the targets are rows of integers", where, "say task.targets=real if they are numbers, tokens if each is a class")
+        refuse("the targets are rows of integers", where, "set task.targets=real if they are numbers, tokens if each is a class")
     return "soft" if all(is_soft(part) for part in parts) else "real"
 
 
 def count_classes(parts: list[Array], classes: int | None, where: str) -> int:
-    """Number of classes: that of the labels, which are 0, 1, 2 and so on, or as many as ``task.classes`` gives."""
+    """Count the classes: those of the labels, which are 0, 1, 2 and so on, or as many as ``task.classes`` gives."""
     if not all(is_column(part) for part in parts):
         if not all(is_one_hot(part) for part in parts) or len({part.shape[1] for part in parts}) > 1:
             refuse("classes must be integers (N,), counted from 0, or one-hot rows", where, "set task.targets to what they are")
@@ -129,7 +129,7 @@ def count_classes(parts: list[Array], classes: int | None, where: str) -> int:
         refuse(f"all labels are {shown}: there is nothing to tell apart", where, "give at least two classes")
     if classes is None and len(labels) < count:
         what = "are counted from 0" if labels[0] else "have no gaps"
-        refuse(f"the labels are {shown}, but classes {what}", where, f"{again}; or say task.classes={count}, if the others exist")
+        refuse(f"the labels are {shown}, but classes {what}", where, f"{again}; or set task.classes={count}, if the others exist")
     return count
 
 

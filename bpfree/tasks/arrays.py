@@ -38,7 +38,7 @@ CHANNELS = (1, 2, 3, 4)
 
 @dataclass
 class ArraysConfig:
-    """Where the arrays are, and how to read them."""
+    """The file of the arrays, and how to read them."""
 
     path: str = option("", "the .npz file; a relative path is looked up in the working directory, then in the data root")
     inputs: Literal["numbers", "tokens"] = option("numbers", "what inputs are; tokens: integers of a vocabulary, which are not normalised")
@@ -58,14 +58,14 @@ class ArraysConfig:
 
 @dataclass(frozen=True)
 class Header:
-    """Shape and type of an array, from its first bytes."""
+    """Shape and type of an array, read from its first bytes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
 
 def spec(config: ArraysConfig, root: Path | None) -> TaskSpec:
-    """Shapes from the arrays' headers, number and kind of outputs from the targets; of inputs only tokens are read, for their number.
+    """Read shapes from the arrays' headers, and kind and number of outputs from the targets; of inputs, read only tokens, to count them.
 
     Raises:
         UsageError: no such file, other arrays than expected, or shapes that are ambiguous or do not fit each other.
@@ -87,7 +87,7 @@ def spec(config: ArraysConfig, root: Path | None) -> TaskSpec:
 
 
 def load(config: ArraysConfig, root: Path | None) -> tuple[Split, Split]:
-    """Training and test examples: uint8 as it is, other integer images of 0 to 255 int16, all else float32; images (N, C, H, W).
+    """Load training and test examples: uint8 as it is, other integer images of 0 to 255 int16, all else float32; images (N, C, H, W).
 
     Raises:
         UsageError: as for ``spec``; inputs that are not finite, or images that are all but black.
@@ -121,7 +121,7 @@ def locate(config: ArraysConfig, root: Path | None) -> Path:
 
 
 def read_headers(path: Path) -> dict[str, Header]:
-    """Shape and type of each array by name, from the first bytes of each."""
+    """Read shape and type of each array by name, from the first bytes of each."""
     headers = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -141,7 +141,7 @@ def read_headers(path: Path) -> dict[str, Header]:
 
 
 def check_headers(headers: Mapping[str, Header], path: Path) -> tuple[tuple[str, str], ...]:
-    """The pairs of inputs and targets that the file holds, after a look at their shapes and types."""
+    """Return the pairs of inputs and targets that the file holds, after a check of their shapes and types."""
     found = next((pairs for pairs in (PAIRS, WHOLE) if all(name in headers for pair in pairs for name in pair)), None)
     if found is None:
         raise UsageError(f"the file holds {', '.join(sorted(headers)) or 'no arrays'}", where=str(path), fix=EXPECTED)
@@ -174,7 +174,7 @@ def read_arrays(path: Path, names: list[str]) -> dict[str, Array]:
 
 
 def vocabulary(arrays: Mapping[str, Array], path: Path) -> int:
-    """One more than the largest token of the inputs."""
+    """Return one more than the largest token of the inputs."""
     for name, array in arrays.items():
         if array.dtype.kind not in "iu" or array.min() < 0:
             what = f"{name} holds {array.dtype if array.dtype.kind not in 'iu' else 'negative numbers'}, but tokens are integers from 0"
@@ -183,7 +183,7 @@ def vocabulary(arrays: Mapping[str, Array], path: Path) -> int:
 
 
 def input_shape(header: Header, config: ArraysConfig, path: Path) -> tuple[int, ...]:
-    """Shape of one input, images with the channels first."""
+    """Return the shape of one input, images with the channels first."""
     shape, axes = header.shape, {"nhwc": 4, "nchw": 4, "image": 3, "sequence": 3}.get(config.layout)
     if axes not in (None, len(shape)):
         lacks = "no axis of channels" if axes == 4 else "not two axes after the first"
@@ -204,7 +204,7 @@ def input_shape(header: Header, config: ArraysConfig, path: Path) -> tuple[int, 
 
 
 def is_sequence(header: Header, config: ArraysConfig, path: Path) -> bool:
-    """Whether inputs with two axes are sequences: integers are the pixels of grey images, unless it is said."""
+    """Tell whether inputs with two axes are sequences: integers count as pixels of grey images, unless the options differ."""
     if config.layout == "auto" and header.dtype.kind not in "iu":
         what = f"inputs of shape {header.shape} and type {header.dtype}: grey images, or sequences of (length, features)?"
         raise UsageError(what, where=str(path), fix="set task.layout=image or task.layout=sequence")
@@ -221,7 +221,7 @@ def layout(shape: tuple[int, ...], config: ArraysConfig, path: Path) -> str:
 
 
 def scale_of(header: Header, config: ArraysConfig, path: Path) -> float | None:
-    """What inputs are divided by; ``None``: it depends on the values.
+    """Return the number that inputs are divided by; ``None`` if it depends on the values.
 
     Integer images are pixels of 0 to 255, whatever their type. Vectors of bytes may be pixels or tokens.
     """
@@ -231,7 +231,7 @@ def scale_of(header: Header, config: ArraysConfig, path: Path) -> float | None:
         refuse(
             "inputs are vectors of uint8: pixels, or numbers to be taken as they are?",
             str(path),
-            "say task.scale=255 or task.scale=1, or task.inputs=tokens",
+            "set task.scale=255 or task.scale=1, or task.inputs=tokens",
         )
     return WHITE if config.layout != "sequence" and len(header.shape) > 2 and header.dtype.kind in "iu" else None
 
@@ -246,7 +246,7 @@ def check_brightness(arrays: Mapping[str, Array], config: ArraysConfig, path: Pa
         largest = max(int(array.max()) for array in arrays.values())
         if 0 < largest < BRIGHT:
             what = f"the largest value of the images ({', '.join(arrays)}) is {largest}: is that white, or is 255?"
-            refuse(what, str(path), f"say task.scale={largest} or task.scale=255 (or 1: taken as they are)")
+            refuse(what, str(path), f"set task.scale={largest} or task.scale=255 (or 1: taken as they are)")
 
 
 def as_inputs(array: Array, config: ArraysConfig, path: Path) -> Tensor:

@@ -53,23 +53,23 @@ class Draws:
 
     @property
     def device(self) -> torch.device:
-        """Where the images are."""
+        """Device of the images."""
         return self.indices.device
 
     def partners(self, name: str) -> Tensor:
-        """(N,) positions in the batch, drawn for each example: whose partner is uniform among all of the batch, itself included."""
+        """Draw (N,) positions in the batch, one for each example: its partner is uniform among all of the batch, itself included."""
         return (self.uniform(name)[:, 0] * len(self.indices)).long()
 
     def _key(self, name: str) -> int:
         return derive(self.seed, "augment", self.epoch, name, *([self.view] if self.view else []))
 
     def seeds(self, name: str) -> list[int]:
-        """A seed of 63 bits for each example."""
+        """Return a seed of 63 bits for each example."""
         rows = _mix((self.indices + 1) * GOLDEN + self._key(name))
         return _shift(rows, 1).tolist()  # type: ignore[no-any-return]
 
     def uniform(self, name: str, count: int = 1) -> Tensor:
-        """(N, count) float32 numbers, uniform on the multiples of 2**-24 in [0, 1); the same on every device."""
+        """Draw (N, count) float32 numbers, uniform on the multiples of 2**-24 in [0, 1); the same on every device."""
         key = self._key(name)
         columns = torch.arange(count, device=self.indices.device)
         rows = _mix((self.indices + 1) * GOLDEN + key)
@@ -86,11 +86,11 @@ class Augmentation:
             normalisation; targets may become soft (N, classes). It writes into neither, and keeps no state: what it draws comes from
             ``draws``, which also has the task's spec and the options.
         summary: one line for listings.
-        options: makes of what the user says, a mapping, what ``apply`` finds in ``draws.options``; refuses what it does not know. By
+        options: turns the user's mapping into what ``apply`` finds in ``draws.options``; refuses unknown options. By
             default there are none. :func:`options_of` makes one of a dataclass.
         mixes: whether it makes soft labels of classes, for which the rule needs the trait ``targets`` with ``soft``.
         images: whether it is for images alone.
-        said: the options, once they are given.
+        said: the given options.
     """
 
     apply: Callable[[Tensor, Tensor | None, Draws], tuple[Tensor, Tensor | None]]
@@ -101,7 +101,7 @@ class Augmentation:
     said: Any = None
 
     def with_options(self, given: Mapping[str, Any]) -> Augmentation:
-        """Give the same with options.
+        """Return a copy of the augmentation with these options.
 
         Raises:
             UsageError: it does not know them.
@@ -109,7 +109,7 @@ class Augmentation:
         return replace(self, said=(self.options or options_of(NoOptions))(given))
 
     def __call__(self, images: Tensor, targets: Tensor | None, draws: Draws) -> tuple[Tensor, Tensor | None]:
-        """Apply it with its options.
+        """Apply the augmentation with its options.
 
         Raises:
             BpfreeError: what comes out does not fit the task.
@@ -203,7 +203,7 @@ def check_augmentations(augment: Sequence[Augmentation], spec: TaskSpec, targets
         what = f"mixing makes soft labels of classes, but task {spec.name!r} has {spec.targets!r} targets"
         raise UsageError(what, where="task.augment", fix="leave mixup and cutmix out")
     if "soft" not in targets:
-        what = f"mixing makes soft labels, from which {rule} cannot learn: it can from {', '.join(targets)} (trait targets)"
+        what = f"mixing makes soft labels, from which {rule} cannot learn: it accepts {', '.join(targets)} (trait targets)"
         raise UsageError(what, where="task.augment", fix="leave mixup and cutmix out, or choose a rule that takes soft targets")
 
 
@@ -225,12 +225,12 @@ def crop(images: Tensor, targets: Tensor | None, draws: Draws) -> tuple[Tensor, 
 
 
 def _shift(bits: Tensor, by: int) -> Tensor:
-    """Logical right shift of int64 (torch's keeps the sign)."""
+    """Shift int64 to the right logically (torch's shift keeps the sign)."""
     return (bits >> by) & ((1 << (64 - by)) - 1)
 
 
 def _mix(z: Tensor) -> Tensor:
-    """The finaliser of splitmix64: a bijection of int64 that spreads consecutive numbers over all bits."""
+    """Apply the finaliser of splitmix64: a bijection of int64 that spreads consecutive numbers over all bits."""
     z = (z ^ _shift(z, 30)) * FIRST
     z = (z ^ _shift(z, 27)) * SECOND
     return z ^ _shift(z, 31)

@@ -1,4 +1,4 @@
-"""The one check of data against their spec: what is trained, tested, scored or predicted on has passed here.
+"""The one check of data against their spec: all data for training, testing, scoring or prediction pass here.
 
 It looks at each number at most twice, and not at all at those that cannot be wrong (pixels in uint8).
 """
@@ -24,7 +24,7 @@ __all__ = ["check_inputs", "check_lengths", "check_split", "check_task", "is_who
 logger = logging.getLogger("bpfree")
 
 CHUNK = 1 << 22
-"""Numbers that are looked at in one go."""
+"""Numbers that are checked at a time."""
 WHITE = 255.0
 """The largest value of a pixel in eight bits."""
 BRIGHT = 64.0
@@ -32,7 +32,7 @@ BRIGHT = 64.0
 SLACK = 0.1
 """Share of their range by which inputs may be outside of it: resizing overshoots."""
 LOOKED_AT = 64
-"""Examples that are checked where they have to be read for it, one by one."""
+"""Number of examples that are checked of a split that is read example by example."""
 SHOWN = 8
 """Labels that a message names."""
 SUM_TOLERANCE = 1e-3
@@ -75,7 +75,7 @@ def check_task(spec: TaskSpec, train: Examples, validation: Examples | None, tes
 def check_split(spec: TaskSpec, split: Examples, name: str) -> None:
     """Check that a split fits a spec, and that all of its numbers are finite.
 
-    Of examples that have to be read one by one, the first 64 are looked at.
+    Of examples that have to be read one by one, only the first 64 are checked.
 
     Args:
         spec: the task's, or that of the task on which a rule was trained.
@@ -97,7 +97,7 @@ def check_split(spec: TaskSpec, split: Examples, name: str) -> None:
 
 
 def _looked_at(split: Examples, what: str, where: str) -> Split:
-    """The split itself, or as much of it as is read to be checked."""
+    """Return the split itself, or the part of it that is read for the check."""
     if isinstance(split, Split):
         return split
     inputs, targets = split.batch(torch.arange(min(LOOKED_AT, len(split))))
@@ -151,17 +151,17 @@ def not_finite(values: Tensor, name: str) -> str | None:
 
 
 def is_whole(values: Tensor) -> bool:
-    """Whether all numbers are whole ones, whatever their dtype."""
+    """Tell whether all numbers are whole ones, whatever their dtype."""
     return not values.is_floating_point() or all(bool((part == part.round()).all()) for part in _chunks(values))
 
 
 def listed(labels: Iterable[float]) -> str:
-    """The first few labels of many."""
+    """List the first few of many labels."""
     return _first([f"{label:g}" for label in labels])
 
 
 def named(spec: TaskSpec, classes: Iterable[int]) -> str:
-    """The first few classes of many, by their names if they have any."""
+    """List the first few of many classes, by their names if they have any."""
     return _first([spec.label(place) for place in classes])
 
 
@@ -234,7 +234,7 @@ def _check_part(part: InputPart, leaf: Tensor, name: str, where: str) -> None:
     low, high = _extent(leaf)
     if low < 0 or high >= part.vocabulary:
         what = f"{name} holds integers from {low:g} to {high:g}, but its vocabulary is 0 to {part.vocabulary - 1}"
-        raise UsageError(what, where=where, fix=f"count them from 0, or say vocabulary={int(high) + 1}")
+        raise UsageError(what, where=where, fix=f"count them from 0, or set vocabulary={int(high) + 1}")
 
 
 def _check_finite(inputs: Tensor, extent: Extent, name: str, where: str) -> None:
@@ -257,14 +257,14 @@ def _check_limits(inputs: Tensor, extent: Extent, limits: Extent, name: str, whe
     elif most == 1 and low >= 0:
         fix = "bring them to [0, 1]: pixels of 0 to 255 are divided by 255"
     else:
-        fix = f"bring them to {least:g} to {most:g}; or, when training, say task.scale (TaskSpec(scale=...)): what inputs are divided by"
+        fix = f"bring them to {least:g} to {most:g}; or, when training, set task.scale (TaskSpec(scale=...)): what inputs are divided by"
     raise UsageError(
         f"{name} holds values from {low:g} to {high:g}, but raw inputs of this task lie in {least:g} to {most:g}", where=where, fix=fix
     )
 
 
 def settled(spec: TaskSpec, train: Examples) -> TaskSpec:
-    """Give the spec with scale and limits, as far as the training inputs determine them; faults in the inputs are left to the check.
+    """Add scale and limits to the spec, as far as the training inputs determine them; faults in the inputs are left to the check.
 
     Raises:
         UsageError: the scale of the inputs is ambiguous.
@@ -289,7 +289,7 @@ def settled(spec: TaskSpec, train: Examples) -> TaskSpec:
 
 
 def _limits_of(inputs: Tensor, extent: Extent, scale: float) -> Extent | None:
-    """The range in which all inputs of a task must lie; none for features, which are of any size."""
+    """Return the range in which all inputs of a task must lie; none for features, which are of any size."""
     low, high = extent
     if scale != 1:
         return (0.0, float(scale)) if _are_images(inputs) or (low >= 0 and high <= scale) else None
@@ -299,7 +299,7 @@ def _limits_of(inputs: Tensor, extent: Extent, scale: float) -> Extent | None:
 
 
 def _scale_of(inputs: Tensor, extent: Extent) -> float | None:
-    """What inputs are divided by if no scale is given; ``None`` where that is ambiguous."""
+    """Return the number that inputs are divided by if no scale is given; ``None`` where that is ambiguous."""
     images, (low, high) = _are_images(inputs), extent
     if inputs.dtype == torch.uint8:
         return WHITE if images else None
@@ -318,7 +318,7 @@ def _are_images(inputs: Tensor) -> bool:
 
 
 def _extent(values: Tensor) -> Extent:
-    """Smallest and largest number; NaN if one of them is."""
+    """Return the smallest and the largest number; NaN if one of them is."""
     if values.dtype == torch.bool:
         return 0.0, 1.0
     low, high = values.aminmax()

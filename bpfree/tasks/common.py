@@ -1,4 +1,4 @@
-"""The options that every task has, and what they make of its examples and its spec."""
+"""The options that every task has, and their effect on its examples and its spec."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Normalise = Literal["source", "auto", "none", "given"]
 
 @dataclass
 class TaskCommon:
-    """What every task has."""
+    """Options of every task."""
 
     validation: float = option(0.1, "share of the training examples held out to choose by; 0: none", ge=0, lt=1)
     split_seed: int = option(0, "of the validation cut; independent of seed", ge=0, unless={"validation": (0,)})
@@ -71,7 +71,7 @@ class TaskCommon:
 
 
 def described(spec: TaskSpec, common: TaskCommon, normalise: str = "given") -> TaskSpec:
-    """Apply what needs no data: constants that are said, and class weights, which are 1 as long as they are not known.
+    """Apply the options that need no data: given constants, and class weights, which are 1 until they are known.
 
     Args:
         spec: of the data set.
@@ -141,7 +141,7 @@ def _weight_problems(spec: TaskSpec, weights: Any) -> Iterator[str]:
     elif spec.targets not in ("classes", "soft"):
         yield f"task.class_weights is for classes, but task {spec.name!r} has {spec.targets!r} targets"
     elif weights != "balanced" and not _are_weights(weights):
-        yield f"task.class_weights={weights!r}: say none, balanced, or a list of positive numbers, one for each class"
+        yield f"task.class_weights={weights!r}: give none, balanced, or a list of positive numbers, one for each class"
     elif weights != "balanced" and len(weights) != spec.outputs:
         yield f"task.class_weights has {len(weights)} numbers for {spec.outputs} classes"
 
@@ -157,7 +157,7 @@ def _is_normalised(spec: TaskSpec) -> bool:
 
 
 def _balanced(spec: TaskSpec, train: Examples) -> tuple[float, ...]:
-    """Weights whose mean over the training examples is 1."""
+    """Compute weights whose mean over the training examples is 1."""
     where = f"task {spec.name}, task.class_weights=balanced"
     if train.targets is None:
         raise UsageError(
@@ -203,7 +203,7 @@ def _inputs(split: Examples) -> Iterator[Tensor]:
 
 
 def subset_of(train: Examples, count: int | None) -> Examples:
-    """Take ``count`` of the training examples, in their original order; ``None``: all of them.
+    """Take ``count`` of the training examples, in their original order; ``None`` takes all of them.
 
     Each class has its share of them, rounded up; a smaller subset is a part of every larger one.
 
@@ -218,7 +218,7 @@ def subset_of(train: Examples, count: int | None) -> Examples:
 
 
 def stratified_order(targets: Tensor | None, count: int) -> Tensor:
-    """Order all examples so that every beginning is stratified by class.
+    """Order all examples so that every prefix is stratified by class.
 
     Example k = 0, 1, ... of a class with n examples, in random order, comes at k / n; ties are in random order. Hence a beginning has
     the same share of every class, rounded up: all classes, in any beginning that is long enough, and as many of each where all are

@@ -20,18 +20,18 @@ __all__ = ["DIGITS"]
 
 @dataclass
 class DigitsConfig:
-    """How large the images are."""
+    """The size of the images."""
 
     size: Literal[8, 16, 32] = option(8, "pixels to a side; more than 8 repeat each pixel, for networks that need larger images")
 
 
 def spec(config: DigitsConfig, root: Path | None) -> TaskSpec:
-    """Mean and deviation are those of all pixels of the training and validation examples together."""
+    """Describe the digits; mean and deviation are those of all pixels of the training and validation examples together."""
     return TaskSpec("digits", input_shape=(1, config.size, config.size), outputs=10, mean=(0.3053,), std=(0.3760,), scale=1.0)
 
 
 def _file() -> Path:
-    """The table in scikit-learn's package, which takes a second to import."""
+    """Find the table in scikit-learn's package without importing it, which takes a second."""
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise BpfreeError("scikit-learn, which brings the digits, is not installed", fix="pip install scikit-learn")
@@ -39,7 +39,7 @@ def _file() -> Path:
 
 
 def load(config: DigitsConfig, root: Path | None) -> tuple[Split, Split]:
-    """Pixels 0 to 16 are scaled to [0, 1]; the test split is a fixed stratified fifth."""
+    """Load the digits with pixels 0 to 16 scaled to [0, 1]; the test split is a fixed stratified fifth."""
     with gzip.open(_file()) as file:
         data = np.loadtxt(file, delimiter=",")
     images = torch.from_numpy(data[:, :-1]).float().div(16).reshape(-1, 1, 8, 8)

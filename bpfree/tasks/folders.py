@@ -31,13 +31,13 @@ WHITE = 255.0
 
 @dataclass
 class FolderConfig(PictureConfig):
-    """Where the pictures are, and how to read them."""
+    """The folder of the pictures, and how to read them."""
 
     path: str = option("", "the folder; a relative path is looked up in the working directory, then in the data root")
 
 
 def spec(config: FolderConfig, root: Path | None) -> TaskSpec:
-    """Classes from the names of the folders, the shape from the first picture; nothing else is read.
+    """Read the classes from the names of the folders, and the shape from the first picture; nothing else is read.
 
     Raises:
         UsageError: no such folder, or none with a folder for each class.
@@ -48,7 +48,7 @@ def spec(config: FolderConfig, root: Path | None) -> TaskSpec:
 
 
 def load(config: FolderConfig, root: Path | None) -> tuple[Examples, Examples] | tuple[Examples, Examples | None, Examples]:
-    """Training, validation and test pictures.
+    """Load training, validation and test pictures.
 
     Raises:
         UsageError: as for ``spec``; a class that only another split has; or a picture that is damaged, or has another form.
@@ -67,7 +67,7 @@ def load(config: FolderConfig, root: Path | None) -> tuple[Examples, Examples] |
 
 
 def files(config: FolderConfig, root: Path | None) -> list[Path]:
-    """All pictures."""
+    """List all pictures."""
     parts = splits_in(located(config, root))
     return [folder / name for folder in parts.values() for name in listed_pictures(folder, classes_of(parts["train"]))[0]]
 
@@ -85,7 +85,7 @@ def located(config: FolderConfig, root: Path | None) -> Path:
 
 
 def splits_in(folder: Path) -> Mapping[str, Path]:
-    """The folders of the splits: of ``train``, and perhaps of ``validation`` and ``test``.
+    """Find the folders of the splits: of ``train``, and perhaps of ``validation`` and ``test``.
 
     Raises:
         UsageError: folders that are splits beside others that are none, or two for one split.
@@ -107,7 +107,7 @@ def splits_in(folder: Path) -> Mapping[str, Path]:
 
 
 def classes_of(folder: Path) -> tuple[str, ...]:
-    """Names of the folders, in alphabetical order.
+    """Return the names of the folders, in alphabetical order.
 
     Raises:
         UsageError: there are fewer than two.
@@ -120,12 +120,12 @@ def classes_of(folder: Path) -> tuple[str, ...]:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Folders, but for hidden ones and what archives leave behind."""
+    """List the folders, without hidden ones and those that archives leave behind."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith((".", "__")))
 
 
 def form(folder: Path, config: FolderConfig) -> Form:
-    """That of the first picture, or what the options say."""
+    """Return the form of the first picture, or that of the options."""
     for name in classes_of(folder):
         if (first := next(pictures_in(folder / name), None)) is not None:
             with opened(first) as image:
@@ -135,7 +135,7 @@ def form(folder: Path, config: FolderConfig) -> Form:
 
 
 def listed_pictures(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], list[int]]:
-    """Names of all pictures below a split's folder, and their classes.
+    """List the names of all pictures below a split's folder, and their classes.
 
     Raises:
         UsageError: a class that is not among the given ones, or has no picture.
@@ -156,7 +156,7 @@ def listed_pictures(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], 
 
 
 def pictures_in(folder: Path) -> Iterator[Path]:
-    """Pictures in a folder and those below it, in alphabetical order."""
+    """Yield the pictures in a folder and in those below it, in alphabetical order."""
     for place, _, names in sorted(os.walk(folder, followlinks=True)):
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):

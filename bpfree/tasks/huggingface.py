@@ -36,7 +36,7 @@ PICTURE, LABEL, ARRAYS = "Image", "ClassLabel", ("Sequence", "List", "LargeList"
 
 @dataclass
 class HuggingFaceConfig(PictureConfig):
-    """Which set, and which of its columns."""
+    """The data set, and which of its columns to use."""
 
     path: str = option("", "a folder that save_to_disk wrote, or the name of a set in the cache of Hugging Face")
     configuration: str = option("", "of a set with several configurations (none: its only one)")
@@ -45,7 +45,7 @@ class HuggingFaceConfig(PictureConfig):
 
 
 def spec(config: HuggingFaceConfig, root: Path | None) -> TaskSpec:
-    """Columns from the features of the set, the shape from the first example.
+    """Read the columns from the features of the set, and the shape from the first example.
 
     Raises:
         BpfreeError: the library or the set is not there.
@@ -61,7 +61,7 @@ def spec(config: HuggingFaceConfig, root: Path | None) -> TaskSpec:
 
 
 def load(config: HuggingFaceConfig, root: Path | None) -> tuple[Examples, Examples] | tuple[Examples, Examples | None, Examples]:
-    """Training, validation and test examples.
+    """Load training, validation and test examples.
 
     Raises:
         BpfreeError: as for ``spec``.
@@ -80,7 +80,7 @@ def load(config: HuggingFaceConfig, root: Path | None) -> tuple[Examples, Exampl
 
 
 def library() -> Any:
-    """The library ``datasets``.
+    """Import the library ``datasets``.
 
     Raises:
         BpfreeError: it is not installed.
@@ -93,7 +93,7 @@ def library() -> Any:
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Keep the library from asking the network, which it does even for sets in its cache; as it was, afterwards."""
+    """Keep the library from using the network, which it does even for sets in its cache; restore its settings afterwards."""
     before: list[tuple[Any, str, Any]] = []
     for module in map(sys.modules.get, ("datasets.config", "huggingface_hub.constants")):
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -108,7 +108,7 @@ def offline() -> Iterator[None]:
 
 
 def splits_in(config: HuggingFaceConfig, root: Path | None) -> Mapping[str, Any]:
-    """The splits: ``train``, and perhaps ``validation`` and ``test``.
+    """Open the splits: ``train``, and perhaps ``validation`` and ``test``.
 
     Raises:
         BpfreeError: there is no such set here.
@@ -139,7 +139,7 @@ def splits_in(config: HuggingFaceConfig, root: Path | None) -> Mapping[str, Any]
 
 
 def columns_of(data: Any, config: HuggingFaceConfig) -> tuple[str, str]:
-    """Names of the columns of inputs and targets.
+    """Return the names of the columns of inputs and targets.
 
     Raises:
         UsageError: there are none or several that could be meant.
@@ -165,7 +165,7 @@ def only(kinds: Mapping[str, str], wanted: tuple[str, ...], other: str, key: str
 
 
 def describe(feature: Any, data: Any, name: str) -> tuple[TargetKind, int, tuple[str, ...]]:
-    """Kind of the targets, number of outputs, and names of the classes."""
+    """Return the kind of the targets, the number of outputs, and the names of the classes."""
     if type(feature).__name__ == LABEL:
         return "classes", len(feature.names), tuple(map(str, feature.names))
     if type(feature).__name__ == "Value" and feature.dtype.startswith(("float", "double")):

@@ -38,7 +38,7 @@ __all__ = [
 logger = logging.getLogger("bpfree")
 
 DEFAULT_PENALTY = 1e-3
-"""Of the weights, where there is no validation split to choose it by."""
+"""Penalty of the weights if there is no validation split to choose it on."""
 GRID = (1e-1, 1e-2, 1e-3, 1e-4)
 """Penalties that are always tried, the strongest first: each solution starts from the one before."""
 WEAKEST, STRONGEST = 1e-8, 1e4
@@ -63,7 +63,7 @@ def chunks(features: Tensor, device: torch.device) -> Iterator[tuple[slice, Tens
 
 
 def centred(features: Tensor, mean: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Iterate over :func:`chunks` less the mean (F,), on its device. They share one buffer: a chunk is gone when the next one comes."""
+    """Iterate over :func:`chunks` minus the mean (F,), on its device; they share one buffer, which the next chunk overwrites."""
     buffer = torch.empty(0, device=mean.device)
     for place, rows in chunks(features, mean.device):
         if not len(buffer):
@@ -198,7 +198,7 @@ class Readout(ABC):
     def _score(self, fitted: LinearMap, split: Split) -> float: ...
 
     def _product(self, examples: int) -> int:
-        """Operations of one product of n examples' features with a weight matrix."""
+        """Count the operations of one product of n examples' features with a weight matrix."""
         return 2 * examples * self.features.shape[1] * self.outputs
 
 
@@ -244,7 +244,7 @@ class Logistic(Readout):
 
     @torch.no_grad()
     def _objective(self, penalty: float) -> float:
-        """J at the weights in their dtype, with its gradient in ``.grad``."""
+        """Compute J at the weights in their dtype, with its gradient in ``.grad``."""
         weight, bias, count = self._weight, self._bias, len(self.features)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -312,7 +312,7 @@ def make_readout(train: Split, targets: str, outputs: int, device: torch.device)
 
 
 def _minimise(objective: Callable[[], float], parameters: list[Tensor]) -> float:
-    """L-BFGS in place, to the tolerance of the gradient alone: how little the objective moves says nothing of the rest."""
+    """Minimise by L-BFGS in place, to the tolerance of the gradient alone: the objective's decrease does not bound the error."""
     solver = torch.optim.LBFGS(
         parameters,
         max_iter=MOST_ITERATIONS,
@@ -343,7 +343,7 @@ class Choice:
 
     @property
     def at_edge(self) -> bool:
-        """Whether it lies at an end of what was tried, beyond which nothing is sensible."""
+        """Whether the penalty lies at an end of the grid of sensible penalties."""
         return self.penalty in (min(self.scores), max(self.scores))
 
 
@@ -351,7 +351,7 @@ def choose_penalty(score: Callable[[float], float]) -> Choice:
     """Choose a penalty from powers of ten, 0.1 to 0.0001; the grid is extended as long as the best lies at its edge.
 
     Args:
-        score: of a penalty on validation, greater is better; asked from strong to weak, so that each solution is near the last.
+        score: of a penalty on validation, greater is better; called from strong to weak, so that each solution is near the last.
     """
     scores = {penalty: score(penalty) for penalty in GRID}
     while True:
@@ -366,5 +366,5 @@ def choose_penalty(score: Callable[[float], float]) -> Choice:
 
 
 def _tenfold(penalty: float, by: int) -> float:
-    """The next power of ten, without the rounding that multiplying would add."""
+    """Return the next power of ten, without the rounding error of a product."""
     return float(f"1e{round(torch.log10(torch.tensor(penalty)).item()) + by}")

@@ -78,7 +78,7 @@ class Resident:
 
 @dataclass(frozen=True)
 class Loading:
-    """How the batches of a run are chosen and reach the device: ``resident`` and ``workers`` of its loaders, and the order of training."""
+    """Options of a run's batches: ``resident`` and ``workers`` of its loaders, and the order of training."""
 
     resident: bool | None = None
     workers: int = 0
@@ -162,15 +162,15 @@ class Loader:
         return len(self.split) - self.examples
 
     def __len__(self) -> int:
-        """Batches per pass."""
+        """Count the batches per pass."""
         return -(-self.examples // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The first pass: for evaluation, where all passes are the same."""
+        """Iterate over the first pass: for evaluation, where all passes are the same."""
         return self.batches(0)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """One pass over the split, from batch ``start`` on (to resume in the middle of a pass)."""
+        """Yield the batches of one pass over the split, from batch ``start`` on (to resume within a pass)."""
         keys = self._keys(epoch)[start * self.batch_size :]
         if not len(keys):
             return
@@ -190,7 +190,7 @@ class Loader:
             yield Batch(views[0], made[0][1], views if self.views > 1 else (), indices)
 
     def _view(self, inputs: Any, targets: Tensor | None, draws: Draws) -> tuple[Any, Tensor | None]:
-        """One view of a batch, as the augmentations draw it; it shares no memory with others."""
+        """Return one view of a batch, as the augmentations draw it; it shares no memory with other views."""
         if draws.view and not self.augment:
             return tree_map(torch.clone, inputs), targets
         for augmentation in self.augment if self.seed is not None else ():
@@ -198,11 +198,11 @@ class Loader:
         return inputs, targets
 
     def order(self, epoch: int) -> Tensor:
-        """(examples,) positions in the split in the order of a pass, on the CPU."""
+        """Return (examples,) positions in the split in the order of a pass, on the CPU."""
         return self._keys(epoch) % len(self.split)
 
     def _keys(self, epoch: int) -> Tensor:
-        """The positions of a pass; where it shows an example again, plus a multiple of the split's length, by which augmentations draw."""
+        """Return a pass's positions, plus a multiple of the split's length for a repeated example, so that augmentations differ."""
         if self.seed is None or isinstance(self.split, StreamedSplit):
             return torch.arange(self.examples)
         generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
@@ -211,7 +211,7 @@ class Loader:
         return torch.randperm(len(self.split), generator=generator)[: self.examples]
 
     def _balanced(self, generator: torch.Generator) -> Tensor:
-        """As many keys as there are examples, of each class the same number, to one; which ones get one more is drawn."""
+        """Return as many keys as there are examples, equally many of each class to within one; the classes with one more are drawn."""
         assert self.split.targets is not None
         targets, count = self.split.targets, len(self.split)
         labels = targets.unique()
@@ -231,7 +231,7 @@ class Loader:
             yield select(kept.inputs, indices), None if kept.targets is None else kept.targets.index_select(0, indices)
 
     def _follow(self, split: StreamedSplit, epoch: int, start: int) -> Iterator[tuple[Any, Tensor | None]]:
-        """The batches of a data set that is read in its own order."""
+        """Yield the batches of a data set that is read in its own order."""
         sizes = [len(part) for part in torch.arange(self.examples).split(self.batch_size)]
         for place, (inputs, targets) in enumerate(split.passes(epoch, sizes)):
             if place >= start:
@@ -262,17 +262,17 @@ class Gathers(Dataset[tuple[Any, Tensor | None]]):
 
 
 def typed(targets: Tensor) -> Tensor:
-    """Targets in the types that losses take: int64 classes, float32 otherwise."""
+    """Convert targets to the types that losses take: int64 classes, float32 otherwise."""
     return targets.float() if targets.is_floating_point() else targets.long()
 
 
 def float_bytes(split: Split) -> int:
-    """Bytes of a split's inputs as float32."""
+    """Count the bytes of a split's inputs as float32."""
     return bytes_of(split.inputs)
 
 
 def fits(split: Split, device: torch.device, *, raw: bool) -> bool:
-    """Whether a split is kept on the device by default."""
+    """Tell whether a split is kept on the device by default."""
     if device.type != "cuda":
         return float_bytes(split) <= HOST_LIMIT
     stored = sum(leaf.nbytes for leaf in leaves(split.inputs)) if raw or float_bytes(split) > FLOAT_LIMIT else float_bytes(split)

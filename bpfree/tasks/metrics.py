@@ -21,7 +21,7 @@ __all__ = ["ACCURACY", "BUILT_IN", "LOSS", "mean_metric", "whole_metric"]
 Values = Callable[[Any, Tensor, Batch], Tensor]
 Measure = Callable[[Any, Tensor, Tensor | None], float]
 BINS = 15
-"""Of the expected calibration error (Guo et al. 2017)."""
+"""Bins of the expected calibration error (Guo et al. 2017)."""
 
 
 class _Mean:
@@ -43,7 +43,7 @@ class _Mean:
 
 
 class _MeanLoss:
-    """The task's loss: the mean of its batches, weighted by what each is a mean over."""
+    """The task's loss: the mean over batches, weighted by the number of terms of each."""
 
     def __init__(self, spec: Any) -> None:
         self._spec = spec
@@ -64,7 +64,7 @@ class _MeanLoss:
 
 
 class _Whole:
-    """A function of all outputs and targets, which are kept on the CPU."""
+    """The accumulator of a function of all outputs and targets, which are kept on the CPU."""
 
     def __init__(self, measure: Measure, spec: Any) -> None:
         self._measure, self._spec = measure, spec
@@ -163,14 +163,14 @@ def _absolute(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
 
 
 def _classes(spec: Any, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scores (M, C) and classes (M,)."""
+    """Return scores (M, C) and classes (M,)."""
     assert targets is not None
     found: tuple[Tensor, Tensor] = spec.scored_classes(outputs, targets)
     return found
 
 
 def _of_decisions(name: str, **options: Any) -> Measure:
-    """A function of ``sklearn.metrics`` of true and predicted classes or labels, in per-class means."""
+    """Make a measure of a function of ``sklearn.metrics`` of true and predicted classes or labels, in per-class means."""
 
     def measure(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
         from sklearn import metrics
@@ -189,7 +189,7 @@ def _of_decisions(name: str, **options: Any) -> Measure:
 
 
 def _auc(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
-    """Area under the ROC curve, mean over classes that occur and do not always occur, each against all others."""
+    """Compute the area under the ROC curve, mean over classes that occur but not always, each against all others."""
     from sklearn.metrics import roc_auc_score
 
     if spec.targets == "multilabel":
@@ -219,7 +219,7 @@ def _average_precision(spec: Any, outputs: Tensor, targets: Tensor | None) -> fl
 
 
 def _calibration_error(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
-    """Expected calibration error: mean distance of confidence and accuracy over 15 bins of equal width (Guo et al. 2017, equation 3)."""
+    """Compute the expected calibration error: |confidence - accuracy| over 15 equal bins (Guo et al. 2017, equation 3)."""
     scores, classes = _classes(spec, outputs, targets)
     confidence, made = scores.double().softmax(1).max(1)
     right = (made == classes).double()
@@ -229,7 +229,7 @@ def _calibration_error(spec: Any, outputs: Tensor, targets: Tensor | None) -> fl
 
 
 def _explained(spec: Any, outputs: Tensor, targets: Tensor | None) -> float:
-    """Coefficient of determination, mean over outputs; an output that is constant in the split is left out."""
+    """Compute the coefficient of determination, mean over outputs; an output that is constant in the split is left out."""
     assert targets is not None
     made, truth = outputs.double().flatten(1), spec.beside(outputs, targets).double().flatten(1)
     spread = (truth - truth.mean(0)).pow(2).sum(0)
@@ -322,4 +322,4 @@ BUILT_IN: dict[str, Metric] = {
     "rmse": whole_metric("rmse", _rms, greater=False, summary="root of the mean squared error of an output", kinds=("real",)),
     "r2": whole_metric("r2", _explained, summary="coefficient of determination, mean over outputs", kinds=("real",)),
 }
-"""By the name that ``evaluation.metrics`` takes."""
+"""The metrics by the names that ``evaluation.metrics`` takes."""

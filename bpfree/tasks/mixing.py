@@ -20,7 +20,7 @@ __all__ = ["CUTMIX", "MIXUP"]
 
 @dataclass
 class MixConfig:
-    """How much is mixed."""
+    """The strength of the mixing."""
 
     alpha: float = option(1.0, "of the Beta(alpha, alpha) distribution of an example's own share; 1: uniform", gt=0, le=100)
 
@@ -52,14 +52,14 @@ def cutmix(images: Tensor, targets: Tensor | None, draws: Draws) -> tuple[Tensor
 
 
 def _within(size: int, centre: Tensor, side: Tensor) -> Tensor:
-    """(N, size) which rows or columns lie in an interval of length ``side * size`` around ``centre * size``, in whole pixels."""
+    """Return (N, size), true for rows or columns in an interval of length ``side * size`` around ``centre * size``, in whole pixels."""
     middle, half = (centre * size).floor(), ((side * size).floor() / 2).floor()
     places = torch.arange(size, device=centre.device)
     return (places >= (middle - half)[:, None]) & (places < (middle + half)[:, None])
 
 
 def _mixed_labels(targets: Tensor | None, share: Tensor, partners: Tensor, draws: Draws) -> Tensor | None:
-    """Soft labels (N, classes): ``share`` of an example's own, the rest of its partner's."""
+    """Return soft labels (N, classes): ``share`` of an example's own, the rest of its partner's."""
     if targets is None:
         return None
     assert draws.spec is not None
@@ -68,7 +68,7 @@ def _mixed_labels(targets: Tensor | None, share: Tensor, partners: Tensor, draws
 
 
 def _shares(draws: Draws, name: str) -> Tensor:
-    """(N,) draws of Beta(alpha, alpha): the quantile function at a uniform number of each example."""
+    """Draw (N,) numbers from Beta(alpha, alpha): the quantile function at a uniform number of each example."""
     uniform, alpha = draws.uniform(name)[:, 0], draws.options.alpha
     if alpha == 1:
         return uniform

@@ -27,7 +27,7 @@ GREY, DEEP = ("1", "L", "LA"), ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 @dataclass
 class PictureConfig:
-    """How pictures become tensors."""
+    """The conversion of pictures to tensors."""
 
     size: list[int] = option(
         factory=list, help="height and width that pictures are brought to, [32] for a square (none: all have the same)", ge=1, le=8192
@@ -40,7 +40,7 @@ class PictureConfig:
 
 @dataclass(frozen=True)
 class Form:
-    """What all pictures of a task are brought to.
+    """The common size and colours of all pictures of a task.
 
     Attributes:
         shape: (channels, height, width).
@@ -100,7 +100,7 @@ def form_of(first: Any, config: PictureConfig) -> Form:
 
 
 def opened(path: Path) -> Any:
-    """Open a picture; its pixels are decoded when they are asked for.
+    """Open a picture; its pixels are decoded at their first use.
 
     Raises:
         UsageError: it is none, or damaged.
@@ -132,7 +132,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return self.form.tensor(image, where), int(self.targets[place])
 
     def image(self, place: int) -> tuple[Any, str]:
-        """Give a picture of PIL, and where it is from."""
+        """Return a picture of PIL, and where it is from."""
         raise NotImplementedError
 
 
@@ -163,7 +163,7 @@ class FilePictures(Pictures):
         return opened(path), str(path)
 
     def digest(self) -> str:
-        """SHA-256 over names, bytes and classes of all files, and the form."""
+        """Return the SHA-256 over names, bytes and classes of all files, and the form."""
         if not self._digest:
             found = hashlib.sha256(str((self.form, self.targets.tolist())).encode())
             for name in self.names:
@@ -187,12 +187,12 @@ class ItemPictures(Pictures):
         self.items, self.key, self.name = items, key, name
 
     def image(self, place: int) -> tuple[Any, str]:
-        """Ask the data set for the item."""
+        """Read the item from the data set."""
         return self.items[place][self.key], f"item {place} of {self.name}"
 
 
 def split_of(pictures: Pictures, keep: Literal["auto", "memory", "files"]) -> Split | DatasetSplit:
-    """Decode all pictures into one tensor, or leave them where they are.
+    """Decode all pictures into one tensor, or leave them in their files.
 
     Args:
         pictures: of a split.
@@ -208,7 +208,7 @@ def split_of(pictures: Pictures, keep: Literal["auto", "memory", "files"]) -> Sp
 
 
 def resized(images: Tensor, config: PictureConfig) -> Tensor:
-    """Bring uint8 images (N, C, H, W) to the size and colours that are asked for, in pieces."""
+    """Bring uint8 images (N, C, H, W) to the requested size and colours, in pieces."""
     from torchvision.transforms.v2 import functional
 
     if config.colour != "auto" and images.shape[1] != (1 if config.colour == "grey" else 3):

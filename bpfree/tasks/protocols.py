@@ -1,4 +1,4 @@
-"""Evaluation protocols: how good a rule's features are, whatever its own readout makes of them.
+"""Evaluation protocols: the quality of a rule's features, independent of its own readout.
 
 A protocol is fitted on the features of the training split and then scores the features of other splits. What it has to choose it chooses
 on the validation split, once, before the test; what it has chosen is recorded:
@@ -41,15 +41,15 @@ __all__ = [
 ]
 
 RESTARTS, KMEANS_LIMIT, MINI_BATCH = 10, 2**24, 1024
-"""Of k-means: initialisations; numbers (64 MiB of float32) above which it learns from mini-batches, and of how many examples."""
+"""K-means: initialisations; numbers (64 MiB of float32) above which it uses mini-batches; examples of a mini-batch."""
 
 Score = Callable[[Split], Mapping[str, float]]
-"""What a fitted protocol is: features (N, F) and targets to metrics by name, such as ``{"accuracy": 0.9}``."""
+"""A fitted protocol, which maps features (N, F) and targets to metrics by name, such as ``{"accuracy": 0.9}``."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a protocol gets beside the features.
+    """The facts about a task that a protocol gets with the features.
 
     Attributes:
         classes: their number, or that of real outputs.
@@ -84,7 +84,7 @@ class EvaluationProtocol:
 
 
 def result_key(name: str) -> str:
-    """A protocol's name in metrics: ``linear-probe`` is measured as ``test/linear_probe/accuracy``."""
+    """Return a protocol's name in metrics: ``linear-probe`` is measured as ``test/linear_probe/accuracy``."""
     return name.replace("-", "_")
 
 
@@ -93,7 +93,7 @@ def result_key(name: str) -> str:
 
 @dataclass(frozen=True)
 class FittedProbe:
-    """A linear probe with the penalty that was chosen. Calling it on a split gives its accuracy, or its loss for real targets.
+    """A fitted linear probe with its chosen penalty. Calling it on a split gives its accuracy, or its loss for real targets.
 
     Attributes:
         map: from features to scores.
@@ -147,7 +147,7 @@ def fit_linear_probe(train: Split, setting: Setting, validation: Split | None = 
 
 
 def fit_nearest_centroid(train: Split, setting: Setting, validation: Split | None = None) -> LinearMap:
-    """The class whose mean of the training features is nearest, by Euclidean distance; features as they are.
+    """Fit the classifier by the nearest mean of the training features, by Euclidean distance; features as they are.
 
     Nothing is standardised: what the distances of the representation itself are worth is the question. A class without
     training examples is never chosen. It is scikit-learn's ``NearestCentroid``.
@@ -155,7 +155,7 @@ def fit_nearest_centroid(train: Split, setting: Setting, validation: Split | Non
     Args:
         train: features (N, F) and classes (N,).
         setting: number of classes C, and where to compute.
-        validation: not looked at: there is nothing to choose.
+        validation: not used: there is nothing to choose.
     """
     device, targets = setting.device, classes_of(train)
     mean = mean_of(train.inputs, device)
@@ -172,7 +172,7 @@ def fit_nearest_centroid(train: Split, setting: Setting, validation: Split | Non
 
 
 def clustering_accuracy(clusters: Tensor, targets: Tensor) -> float:
-    """The share of examples in the class that their cluster stands for, under the best one-to-one assignment (ACC).
+    """Compute the share of examples in the class of their cluster, under the best one-to-one assignment (ACC).
 
     ``max_m 1/N sum_n [y_n = m(c_n)]`` over all one-to-one maps m of clusters to classes: Xie, Girshick and Farhadi,
     "Unsupervised deep embedding for clustering analysis", ICML 2016. The Hungarian algorithm finds it.
@@ -189,7 +189,7 @@ def clustering_accuracy(clusters: Tensor, targets: Tensor) -> float:
 
 
 def fit_clustering(train: Split, setting: Setting, validation: Split | None = None) -> Score:
-    """K-means on the training features, without labels, with as many clusters as there are classes; features as they are.
+    """Cluster the training features by k-means, without labels, into as many clusters as classes; features as they are.
 
     scikit-learn's ``KMeans`` from 10 initialisations by k-means++, the best of which is kept; ``MiniBatchKMeans`` (1,024
     examples at a time) where the features are more than 2**24 numbers (64 MiB), so that no copy of them is made. It runs on
@@ -199,9 +199,9 @@ def fit_clustering(train: Split, setting: Setting, validation: Split | None = No
     score is its :func:`clustering_accuracy`.
 
     Args:
-        train: features (N, F); its targets are not looked at.
+        train: features (N, F); its targets are not used.
         setting: number of classes, seed, and where examples are assigned.
-        validation: not looked at: there is nothing to choose.
+        validation: not used: there is nothing to choose.
     """
     centres = torch.from_numpy(_k_means(train.inputs.numpy(), min(setting.classes, len(train)), setting.seed)).to(setting.device)
     found = nearest(centres, centres.mean(0))
@@ -209,7 +209,7 @@ def fit_clustering(train: Split, setting: Setting, validation: Split | None = No
 
 
 def _k_means(features: np.ndarray[Any, np.dtype[np.float32]], clusters: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Centres (clusters, F)."""
+    """Find the centres (clusters, F) by k-means."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # it has no annotations
 

@@ -1,4 +1,4 @@
-"""A smoke run's task: a few examples of each split, the same ones each time."""
+"""The task of a smoke run: a few examples of each split, the same ones each time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["few"]
 
 
 def few(task: Task, count: int) -> Task:
-    """Cut a task down to some examples of each split, drawn at random; of a stream, of each of its stages.
+    """Reduce a task to some examples of each split, drawn at random; in a stream, of each of its stages.
 
     Spec, normalisation included, and names of parts stay.
 
@@ -44,7 +44,7 @@ def few(task: Task, count: int) -> Task:
 
 
 def _cut(split: Examples, count: int, stages: Sequence[Tensor | None], name: str) -> tuple[Examples, Tensor]:
-    """The examples that are kept, and their places (M,), in their order."""
+    """Return the kept examples, and their places (M,), in their order."""
     if isinstance(split, StreamedSplit):
         places = torch.arange(min(count, len(split)))
         return split.subset(places), places
@@ -56,7 +56,7 @@ def _cut(split: Examples, count: int, stages: Sequence[Tensor | None], name: str
 
 
 def _within(positions: Tensor, places: Tensor) -> Tensor:
-    """Those of some positions that are kept, as places among what is kept."""
+    """Return the kept ones of some positions, as places among the kept examples."""
     return torch.isin(places, positions).nonzero().flatten()
 
 

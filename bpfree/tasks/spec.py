@@ -1,4 +1,4 @@
-"""What is known of a task: its inputs, targets, loss and metrics; no data."""
+"""The description of a task: its inputs, targets, loss and metrics, without data."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class TaskSpec:
                 f"{self.outputs} outputs for inputs of shape {tuple(self.input_shape)}", where=where, fix="sizes are 1 or more"
             )
         if self.vocabulary is not None and (self.vocabulary < 1 or self.structure is not None):
-            fix = "give 1 or more" if self.structure is None else "say it in the parts of the structure"
+            fix = "give 1 or more" if self.structure is None else "set it in the parts of the structure"
             raise UsageError(f"vocabulary={self.vocabulary}", where=where, fix=fix)
         if self.class_names and len(self.class_names) != self.outputs:
             what = f"{len(self.class_names)} names of classes for {self.outputs} outputs"
@@ -199,7 +199,7 @@ class TaskSpec:
         return F.cross_entropy(outputs, targets, reduction="none")
 
     def counted(self, batch: Batch) -> int | Tensor:
-        """Count what the loss of a batch is a mean over: its examples, or the tokens that count."""
+        """Count the terms of the mean that is the loss of a batch: its examples, or the tokens that count."""
         if self.targets == "tokens" and batch.targets is not None and not has_own_loss(self):
             return (batch.targets != IGNORED).sum()
         return len(batch)
@@ -235,7 +235,7 @@ class TaskSpec:
             return loss, made.exp_().scatter_(1, batch.targets[:, None], -1.0, reduce="add").mul_(1.0 / len(made))
 
     def _differentiated(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss and error of a subclass that may bring one of them, or both."""
+        """Compute loss and error of a subclass that may define one of them, or both."""
         own_error = type(self).error is not TaskSpec.error
         with torch.enable_grad():
             leaf = outputs.detach().requires_grad_()
@@ -258,7 +258,7 @@ class TaskSpec:
         return (made * (counts / counts.sum().clamp_min(1))[:, None].to(made.dtype)).reshape(outputs.shape)
 
     def target_rows(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Give the targets as rows (N, C): one-hot classes; labels, distributions or real values as they are."""
+        """Return the targets as rows (N, C): one-hot classes; labels, distributions or real values as they are."""
         if batch.targets is None:
             raise BpfreeError(f"task {self.name!r} has no targets")
         if self.targets == "tokens":
@@ -270,7 +270,7 @@ class TaskSpec:
     # --- scores -------------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> Sequence[Metric]:
-        """Name the metrics of a run beside the loss; runs are chosen by the first, or by the loss where there are none."""
+        """Return the metrics of a run besides the loss; the first one, or the loss where there is none, is used to compare runs."""
         if has_own_loss(self) and self.targets != "classes":
             return ()
         return {
@@ -282,7 +282,7 @@ class TaskSpec:
 
     @property
     def primary(self) -> Metric:
-        """The metric that runs, trials and tables are judged by."""
+        """Return the metric by which runs, trials and tables are compared."""
         found = tuple(self.metrics())
         return found[0] if found else metrics.LOSS
 
@@ -308,7 +308,7 @@ class TaskSpec:
         return scores, self.beside(scores, targets).argmax(1)
 
     def _tokens(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (M, C) and tokens (M,) of outputs (N, ..., C) and targets (N, ...)."""
+        """Return scores (M, C) and tokens (M,) of outputs (N, ..., C) and targets (N, ...)."""
         if outputs.shape[:-1] != targets.shape:
             raise BpfreeError(
                 f"outputs have shape {tuple(outputs.shape)}, but targets {tuple(targets.shape)}",
@@ -318,7 +318,7 @@ class TaskSpec:
         return outputs.reshape(-1, outputs.shape[-1]), targets.reshape(-1)
 
     def beside(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Give the targets back if they have the outputs' shape: others would be broadcast, to a number that means nothing.
+        """Return the targets if they have the outputs' shape, and refuse others: these would be broadcast to a meaningless number.
 
         Raises:
             BpfreeError: the shapes differ.
@@ -368,7 +368,7 @@ class TaskSpec:
         return ((x - mean) / std).to(dtype)
 
     def scaled(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
-        """``raw / scale`` in a floating dtype; the raw inputs are not overwritten."""
+        """Return ``raw / scale`` in a floating dtype; the raw inputs are not overwritten."""
         scale = self.scale if self.scale is not None else 255.0 if raw.dtype == torch.uint8 else 1.0
         x = raw.to(dtype)
         if scale == 1:
@@ -392,14 +392,14 @@ class TaskSpec:
     # --- in a checkpoint ----------------------------------------------------------------------------------------------------
 
     def recorded(self) -> dict[str, Any]:
-        """Describe it by plain values: its fields, and the class of a subclass."""
+        """Return the spec as plain values: its fields, and the class of a subclass."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
         content["structure"] = None if self.structure is None else tree_map(_recorded_part, self.structure)
         return content if type(self) is TaskSpec else {**content, CLASS: f"{type(self).__module__}:{type(self).__qualname__}"}
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What inputs are normalised in: float64 for float64, otherwise float32."""
+    """Return the dtype in which inputs are normalised: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -408,7 +408,7 @@ def _are_classes(targets: Tensor) -> bool:
 
 
 def has_own_loss(spec: TaskSpec) -> bool:
-    """Tell whether a subclass brings its own loss, and so says what targets and outputs are."""
+    """Tell whether a subclass defines its own loss, and thereby what targets and outputs are."""
     return type(spec).loss is not TaskSpec.loss
 
 

@@ -24,7 +24,7 @@ Collate = Callable[[list[Any]], Any]
 
 @runtime_checkable
 class Examples(Protocol):
-    """What the trainer needs of a split."""
+    """The interface of a split for the trainer."""
 
     @property
     def targets(self) -> Tensor | None:
@@ -34,10 +34,10 @@ class Examples(Protocol):
         """Count the examples."""
 
     def batch(self, indices: Tensor) -> tuple[Any, Tensor | None]:
-        """Give the raw inputs and targets of the examples at ``indices`` (M,), on the CPU."""
+        """Return the raw inputs and targets of the examples at ``indices`` (M,), on the CPU."""
 
     def subset(self, indices: Tensor) -> Examples:
-        """Give the examples at ``indices`` (M,) as a split."""
+        """Return the examples at ``indices`` (M,) as a split."""
 
     def digest(self, found: Any) -> None:
         """Feed everything that is learned from to a hash of :mod:`hashlib`."""
@@ -54,12 +54,12 @@ class Split:
         return length(self.inputs)
 
     def batch(self, indices: Tensor) -> tuple[Any, Tensor | None]:
-        """Give the raw inputs and targets of the examples at ``indices`` (M,)."""
+        """Return the raw inputs and targets of the examples at ``indices`` (M,)."""
         part = self.subset(indices)
         return part.inputs, part.targets
 
     def subset(self, indices: Tensor) -> Split:
-        """Give the examples at ``indices`` (M,) as a split."""
+        """Return the examples at ``indices`` (M,) as a split."""
         return Split(select(self.inputs, indices), None if self.targets is None else self.targets[indices])
 
     def digest(self, found: Any) -> None:
@@ -95,11 +95,11 @@ class ItemSplit:
         return len(self.items)
 
     def batch(self, indices: Tensor) -> tuple[Any, Tensor | None]:
-        """Give the joined items and the targets of the examples at ``indices`` (M,)."""
+        """Return the joined items and the targets of the examples at ``indices`` (M,)."""
         return self.collate([self.items[place] for place in indices.tolist()]), None if self.targets is None else self.targets[indices]
 
     def subset(self, indices: Tensor) -> ItemSplit:
-        """Give the examples at ``indices`` (M,) as a split."""
+        """Return the examples at ``indices`` (M,) as a split."""
         chosen = [self.items[place] for place in indices.tolist()]
         return ItemSplit(chosen, None if self.targets is None else self.targets[indices], self.collate)
 
@@ -142,7 +142,7 @@ class DatasetSplit:
         return _pair(self.collate([self.dataset[place] for place in self.places[indices].tolist()]), self.supervised)
 
     def subset(self, indices: Tensor) -> DatasetSplit:
-        """Give the examples at ``indices`` (M,) as a split, without reading them."""
+        """Return the examples at ``indices`` (M,) as a split, without reading them."""
         targets = None if self.targets is None else self.targets[indices]
         return DatasetSplit(self.dataset, targets=targets, collate=self.collate, places=self.places[indices], supervised=self.supervised)
 
@@ -160,8 +160,8 @@ class DatasetSplit:
 class StreamedSplit:
     """Take examples from an iterable data set of torch, in its own order, pass by pass.
 
-    Its items are ``(inputs, target)`` or inputs alone. It cannot be cut or shuffled here: it shuffles itself, by the epoch that its
-    ``set_epoch`` is told, if it has one. Batches are read in this process.
+    Its items are ``(inputs, target)`` or inputs alone. It cannot be cut or shuffled here: it shuffles itself, by the epoch that is
+    passed to its ``set_epoch``, if it has one. Batches are read in this process.
 
     Args:
         dataset: the data set; each ``iter`` of it begins a pass.
@@ -203,10 +203,10 @@ class StreamedSplit:
         return next(self.passes(0, [len(indices)]))
 
     def subset(self, indices: Tensor) -> StreamedSplit:
-        """Give the first examples as a split.
+        """Return the first examples as a split.
 
         Raises:
-            UsageError: other examples are asked for.
+            UsageError: the indices are not the first ones.
         """
         if indices.sort().values.tolist() != list(range(len(indices))):
             raise self._refused()
@@ -233,7 +233,7 @@ def _pair(joined: Any, supervised: bool) -> tuple[Any, Tensor | None]:
     if not isinstance(joined, (tuple, list)) or len(joined) != 2:
         raise UsageError(
             f"an item of the data set is {type(joined).__name__}, not a pair of inputs and target",
-            fix="return (inputs, target) from it, or say supervised=False",
+            fix="return (inputs, target) from it, or set supervised=False",
         )
     return joined[0], torch.as_tensor(joined[1])
 

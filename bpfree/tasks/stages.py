@@ -1,4 +1,4 @@
-"""Streams: a task that is learned in stages, one after the other, and what is kept of earlier ones."""
+"""Streams: tasks that are learned in stages, one after the other, and the examples that are kept of earlier stages."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["Memory", "chosen", "herded", "stages_from", "walk"]
 
 
 class HasPhases(Protocol):
-    """A rule, as far as it is asked here."""
+    """The part of a rule that this module uses."""
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
-        """Give the phases of a run."""
+        """Return the phases of a run."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """How many examples of earlier stages are trained on again in later ones.
+    """The number of examples of earlier stages that later ones train on again.
 
     Attributes:
-        total: examples in all, shared evenly by the classes seen so far; ``None``: ``per_class`` says.
+        total: examples in all, shared evenly by the classes seen so far; ``None``: ``per_class`` decides.
         per_class: examples of each class; for streams without new classes of each stage.
         choose: ``random``, or ``herding``: those whose mean of features, one by one, stays nearest to their class's (Rebuffi et al. 2017,
             algorithm 4).
@@ -43,7 +43,7 @@ class Memory:
             raise UsageError("a memory has a total or a number per class, of 1 or more", where="Memory", fix="Memory(total=2000)")
 
     def each(self, groups: int) -> int:
-        """Count the examples of each of so many classes."""
+        """Return the number of examples of each of n classes."""
         return self.per_class if self.per_class is not None else (self.total or 0) // max(1, groups)
 
 
@@ -76,14 +76,14 @@ def walk(rule: HasPhases, budget: Budget, stages: Sequence[Stage]) -> Iterator[S
 
 
 def _closed(phase: Phase, share: Budget) -> Phase:
-    """A phase that ends with its stage's share of the budget, where it says nothing of its end."""
+    """Let a phase without an end of its own end with its stage's share of the budget."""
     if not phase.is_open:
         return phase
     return replace(phase, epochs=share.epochs, seconds=share.seconds, forwards=share.forwards, operations=share.operations)
 
 
 def chosen(memory: Memory, targets: Tensor, features: Tensor | None, groups: int, seed: int, stage: int) -> list[Tensor]:
-    """Choose what is kept of a stage: positions among its examples, by class, the most useful first.
+    """Choose the examples to keep of a stage: positions among its examples, by class, the most useful first.
 
     Args:
         memory: how many, and how.

@@ -35,7 +35,7 @@ MOST_CATEGORIES = 1000
 
 @dataclass
 class TableConfig:
-    """Where the table is, and what its columns are."""
+    """The files of the table, and the meaning of its columns."""
 
     path: str = option("", "the table; a relative path is looked up in the working directory, then in the data root")
     test: str = option("", "another table with the test examples (none: a fixed fifth of the table)")
@@ -61,7 +61,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns are.
+    """The inputs and the target among the columns.
 
     Attributes:
         inputs: categories of each input column; ``None``: numbers.
@@ -83,7 +83,7 @@ class Columns:
 
 
 def spec(config: TableConfig, root: Path | None) -> TaskSpec:
-    """Names, categories and classes, for which the table is read; once for each of its states.
+    """Read names, categories and classes from the table, once for each of its states.
 
     Raises:
         UsageError: no such table or column; or a column of which it is not clear what it is.
@@ -107,7 +107,7 @@ def _spec(
 
 
 def load(config: TableConfig, root: Path | None) -> tuple[Split, Split]:
-    """Training and test examples: inputs float32 (N, columns), classes (N,) or numbers (N, 1).
+    """Load training and test examples: inputs float32 (N, columns), classes (N,) or numbers (N, 1).
 
     Raises:
         UsageError: as for ``spec``; or a test table with other columns, categories or classes.
@@ -121,7 +121,7 @@ def load(config: TableConfig, root: Path | None) -> tuple[Split, Split]:
 
 
 def files(config: TableConfig, root: Path | None) -> list[Path]:
-    """The tables."""
+    """List the files of the tables."""
     return [located(path, root, key) for path, key in ((config.path, "task.path"), (config.test, "task.test")) if path]
 
 
@@ -137,7 +137,7 @@ def located(given: str, root: Path | None, key: str) -> Path:
 
 
 def read(path: Path, separator: str) -> Table:
-    """Read the cells.
+    """Read the cells of a table.
 
     Raises:
         UsageError: the file is no table.
@@ -168,7 +168,7 @@ def separator_of(first: str, said: str, path: Path) -> str:
     if said != "auto":
         said = {"tab": "\t", "\\t": "\t"}.get(said, said)
         if len(said) != 1:
-            raise UsageError(f"task.separator={said!r} is no single sign", where=str(path), fix="give one sign, or tab")
+            raise UsageError(f"task.separator={said!r} is not a single character", where=str(path), fix="give one character, or tab")
         return said
     found = [sign for sign in SEPARATORS if sign in first]
     if len(found) > 1:
@@ -178,7 +178,7 @@ def separator_of(first: str, said: str, path: Path) -> str:
 
 
 def number(cell: str) -> float | None:
-    """The number that a cell is; ``None``: it is text."""
+    """Return the number in a cell; ``None`` for text."""
     try:
         return None if "_" in cell else float(cell)
     except ValueError:
@@ -186,7 +186,7 @@ def number(cell: str) -> float | None:
 
 
 def described(table: Table, config: TableConfig) -> Columns:
-    """Find out what the columns are.
+    """Determine what the columns are.
 
     Raises:
         UsageError: a column that is not there, lacks a value, or is partly numbers and partly text.
@@ -217,7 +217,7 @@ def categories(table: Table, name: str, *, told: bool) -> tuple[str, ...] | None
         return None
     if not told and len(texts) < len(cells):
         what = f"{cells[texts[0]]!r} is no number, but {len(cells) - len(texts)} of {len(cells)} cells of the column are"
-        raise table.refused(what, name, texts[0], f"correct it, or say task.categorical=[{name}] if they are names")
+        raise table.refused(what, name, texts[0], f"correct it, or set task.categorical=[{name}] if they are names")
     found = tuple(sorted(set(cells)))
     if len(found) > MOST_CATEGORIES or (len(found) == len(cells) and not told and len(cells) > 2):
         what = f"the column {name} has {len(found)} categories in {len(cells)} rows"
@@ -233,7 +233,7 @@ def check_missing(table: Table, name: str) -> None:
 
 
 def classes(table: Table, config: TableConfig) -> tuple[str, ...]:
-    """The classes of the target in order, numbers by their value; empty: it is a number."""
+    """List the classes of the target in order, numbers by their value; none if the target is a number."""
     name, cells = config.target, table.columns[config.target]
     check_missing(table, name)
     numbers = [number(cell) for cell in cells]
@@ -242,17 +242,17 @@ def classes(table: Table, config: TableConfig) -> tuple[str, ...]:
         return ()
     if config.targets == "auto" and len(numeric) == len(cells):
         what = f"the target {name} holds whole numbers: classes or numbers?"
-        raise UsageError(what, where=str(table.path), fix="say task.targets=classes or task.targets=real")
+        raise UsageError(what, where=str(table.path), fix="set task.targets=classes or task.targets=real")
     found = sorted(set(cells), key=float if len(numeric) == len(cells) else str)
     if len(found) > MOST_CATEGORIES:
         raise UsageError(
-            f"the target {name} has {len(found)} classes", where=str(table.path), fix="say task.targets=real if they are numbers"
+            f"the target {name} has {len(found)} classes", where=str(table.path), fix="set task.targets=real if they are numbers"
         )
     return tuple(found)
 
 
 def encoded(table: Table, found: Columns) -> Split:
-    """Inputs and targets as numbers.
+    """Encode inputs and targets as numbers.
 
     Raises:
         UsageError: a column is not there; or a cell is no number, or of no known category or class.

@@ -1,4 +1,4 @@
-"""Tasks: what is learned. Splits, targets, loss and evaluation protocol; rules see only the spec."""
+"""Tasks: splits, targets, loss and evaluation protocol of what is learned; rules see only the spec."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEST_SHARE, TEST_SEED = 0.2, 20_230_324
 
 @dataclass(frozen=True)
 class DataSource:
-    """A registered data set: how to know its spec cheaply, and how to load its training and test examples.
+    """A registered data set: functions that find its spec cheaply, and load its training and test examples.
 
     Attributes:
         spec: ``(config, root) -> TaskSpec`` without reading the data.
@@ -121,7 +121,7 @@ class Task:
                 tensors without targets, or a data set of torch, whose items are ``(inputs, target)``; inputs may be pictures of PIL. Its
                 ``targets`` and ``classes`` are used, if it has them.
             validation: likewise, or the share of the training examples that is held out; 0 or ``None``: none.
-            name: of the task, where ``spec`` does not say it.
+            name: of the task, if there is no ``spec`` with one.
             spec: what the data are; ``None``: found from the training examples, where they are one tensor each with integer classes
                 (N,) or real targets (N, ...).
             split_seed: of the validation cut.
@@ -133,7 +133,7 @@ class Task:
         """
         if of_training := [key for key in ("augment", "sampling") if key in common]:
             fix = "Trainer(..., augment=[...], loading=Loading(sampling=...))"
-            raise UsageError(f"{of_training[0]} is no matter of the task, but of its training", where="Task.of", fix=fix)
+            raise UsageError(f"{of_training[0]} belongs to the training, not to the task", where="Task.of", fix=fix)
         options = TaskCommon(**common)
         kept, tested = subset_of(as_split(train, "train"), options.subset), as_split(test, "test")
         held: Examples | None
@@ -150,14 +150,14 @@ class Task:
         return cls(fitted(found, options, kept), kept, held, tested)
 
     def fingerprint(self) -> str:
-        """SHA-256 over all three splits' shapes and contents, 16 hex digits; computed once."""
+        """Return the SHA-256 over all three splits' shapes and contents, 16 hex digits; computed once."""
         if not self._fingerprint:
             self._fingerprint.append(fingerprint_of((self.train, self.validation, self.test)))
         return self._fingerprint[0]
 
 
 def as_split(data: Any, name: str) -> Examples:
-    """Make a split of what ``Task.of`` takes.
+    """Make a split of an argument of ``Task.of``.
 
     Raises:
         UsageError: it is nothing of the kind.
@@ -202,7 +202,7 @@ def _tensors(inputs: Any, name: str) -> Any:
 
 
 def _numbers(values: Any, name: str) -> Tensor:
-    """A tensor, of float32 and int64 where it is of other widths."""
+    """Convert values to a tensor, other widths of numbers to float32 and int64."""
     try:
         made = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -219,9 +219,9 @@ def guessed_spec(name: str, train: Examples, test: Examples) -> TaskSpec:
         UsageError: the data may mean several things.
     """
     inputs, targets = train.batch(torch.arange(min(2, len(train))))
-    fix = "say it: Task.of(..., spec=bpfree.TaskSpec(...))"
+    fix = "give the spec: Task.of(..., spec=bpfree.TaskSpec(...))"
     if not isinstance(inputs, Tensor):
-        raise UsageError("the inputs are no single tensor, so what they are cannot be told from them", where=name, fix=fix)
+        raise UsageError("the inputs are not a single tensor, so their spec cannot be guessed", where=name, fix=fix)
     shape = tuple(inputs.shape[1:])
     if targets is None:
         return TaskSpec(name, shape, 1, "none")
@@ -282,7 +282,7 @@ def fixed_test(everything: Cut) -> tuple[Cut, Cut]:
 
 
 def stratified_indices(split: Examples, share: float, seed: int) -> Tensor:
-    """Indices (M,) of a random ``share`` of the examples of each class (of all, where there are no classes)."""
+    """Draw indices (M,) of a random ``share`` of the examples of each class (of all, where there are no classes)."""
     generator = torch.Generator().manual_seed(seed)
     count = len(split)
     if split.targets is None or split.targets.dim() != 1 or split.targets.is_floating_point():

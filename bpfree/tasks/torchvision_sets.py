@@ -52,14 +52,14 @@ SPLITS: dict[str, tuple[str, str | None, str]] = {
 
 @dataclass
 class TorchvisionSetConfig(PictureConfig):
-    """Which set, and how its pictures are read."""
+    """The data set, and how its pictures are read."""
 
     dataset: str = option("", "a class of torchvision.datasets, such as EMNIST or SVHN")
     options: dict[str, Any] = option(factory=dict, help="further arguments of the class, such as split for EMNIST")
 
 
 def spec(config: TorchvisionSetConfig, root: Path | None) -> TaskSpec:
-    """Shape and classes: known beforehand, or those of the training split, which is downloaded where it is not there.
+    """Describe shape and classes, from a table or from the training split, which is downloaded if it is missing.
 
     Raises:
         UsageError: no such set, or arguments that it does not take.
@@ -83,7 +83,7 @@ def _spec(dataset: str, options: str, size: tuple[int, ...], colour: Any, root: 
 
 
 def load(config: TorchvisionSetConfig, root: Path | None) -> tuple[Examples, Examples] | tuple[Examples, Examples | None, Examples]:
-    """Training and test examples, and validation examples where the set has them.
+    """Load training and test examples, and validation examples where the set has them.
 
     Raises:
         UsageError: as for ``spec``, or items that are no pictures with a class.
@@ -100,7 +100,7 @@ def load(config: TorchvisionSetConfig, root: Path | None) -> tuple[Examples, Exa
 
 
 def kind_of(config: TorchvisionSetConfig) -> Any:
-    """The class.
+    """Return the set's class.
 
     Raises:
         UsageError: torchvision has none of that name, or it takes other arguments.
@@ -127,7 +127,7 @@ def kind_of(config: TorchvisionSetConfig) -> Any:
 
 
 def arguments(kind: Any, config: TorchvisionSetConfig) -> Mapping[str, dict[str, Any]]:
-    """What the class is called with for each split; for the training split alone where the set has only one."""
+    """Return the arguments of the class for each split; for the training split alone where the set has only one."""
     from torchvision import datasets
 
     known, given = inspect.signature(kind).parameters, dict(config.options)
@@ -141,7 +141,7 @@ def arguments(kind: Any, config: TorchvisionSetConfig) -> Mapping[str, dict[str,
 
 
 def opened(kind: Any, given: dict[str, Any], root: Path | None, config: TorchvisionSetConfig) -> Any:
-    """A split of the set, which is downloaded if it is not there.
+    """Open a split of the set, and download it if it is missing.
 
     Raises:
         BpfreeError: that fails.
@@ -171,7 +171,7 @@ def opened(kind: Any, given: dict[str, Any], root: Path | None, config: Torchvis
 
 
 def moved(entry: Path, target: Path) -> None:
-    """Put a downloaded file or folder into place, over what is there."""
+    """Move a downloaded file or folder to its destination, and replace what is there."""
     if target.is_dir():
         shutil.copytree(entry, target, dirs_exist_ok=True)
     else:
@@ -179,7 +179,7 @@ def moved(entry: Path, target: Path) -> None:
 
 
 def examples(data: Any, train: Any, config: TorchvisionSetConfig) -> Examples:
-    """The examples of a split, as one tensor where torchvision has them so; else in the form of the first training picture."""
+    """Return the examples of a split, as one tensor where torchvision has one; else in the form of the first training picture."""
     images, targets = arrays_of(data, config)
     if images is not None:
         return Split(images, targets)
@@ -188,7 +188,7 @@ def examples(data: Any, train: Any, config: TorchvisionSetConfig) -> Examples:
 
 
 def arrays_of(data: Any, config: TorchvisionSetConfig) -> tuple[Tensor | None, Tensor]:
-    """Images uint8 (N, C, H, W), ``None`` where the set holds none as an array; and classes (N,)."""
+    """Return images uint8 (N, C, H, W), ``None`` where the set holds none as an array; and classes (N,)."""
     targets = targets_of(data, config)
     images = getattr(data, "data", None)
     if images is None or isinstance(images, (list, tuple)) or len(images) != len(targets):
@@ -204,7 +204,7 @@ def arrays_of(data: Any, config: TorchvisionSetConfig) -> tuple[Tensor | None, T
 
 
 def targets_of(data: Any, config: TorchvisionSetConfig) -> Tensor:
-    """Classes (N,), counted from 0; read with the pictures only where the set does not list them."""
+    """Return classes (N,), counted from 0; read with the pictures only where the set does not list them."""
     found: Any = next((getattr(data, name) for name in ("targets", "labels", "_labels", "y") if hasattr(data, name)), None)
     if found is None or len(found) != len(data):
         found = [item_of(data, config, place)[1] for place in range(len(data))]
@@ -218,12 +218,12 @@ def targets_of(data: Any, config: TorchvisionSetConfig) -> Tensor:
 
 
 def first_is_unused(data: Any, config: TorchvisionSetConfig) -> bool:
-    """Whether classes are counted from 1: those of EMNIST's letters."""
+    """Tell whether classes are counted from 1: those of EMNIST's letters."""
     return config.dataset == "EMNIST" and config.options.get("split") == "letters"
 
 
 def names_of(data: Any, config: TorchvisionSetConfig) -> tuple[str, ...]:
-    """Names of the classes, where the set or its class lists them."""
+    """Return the names of the classes, where the set or its class lists them."""
     if config.dataset == "EMNIST":
         return tuple(map(str, data.classes_split_dict[config.options["split"]]))[int(first_is_unused(data, config)) :]
     found = getattr(data, "classes", None)
@@ -233,7 +233,7 @@ def names_of(data: Any, config: TorchvisionSetConfig) -> tuple[str, ...]:
 
 
 def item_of(data: Any, config: TorchvisionSetConfig, place: int = 0) -> Any:
-    """A pair of picture and class.
+    """Return a pair of picture and class.
 
     Raises:
         UsageError: the items are something else.

@@ -49,12 +49,12 @@ def move(tree: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
 
 
 def bytes_of(tree: Any) -> int:
-    """Bytes of a tree with four for each number."""
+    """Count the bytes of a tree with four for each number."""
     return sum(4 * leaf.numel() for leaf in leaves(tree))
 
 
 def check_tree(tree: Any) -> str:
-    """Say what is wrong with a tree of inputs; empty: nothing."""
+    """Say what is wrong with a tree of inputs; the empty string if nothing is."""
     found = leaves(tree)
     if not found:
         return "the inputs hold no tensor"

@@ -39,7 +39,7 @@ BATCHES = (*(f"data_batch_{index}" for index in range(1, 6)), "test_batch", "bat
 
 @dataclass(frozen=True)
 class VisionSet:
-    """Where torchvision keeps a set, and what is known of it.
+    """The files of a set in torchvision's layout, and the known facts about it.
 
     Attributes:
         spec: of the task; mean and deviation are those of the official training images.
@@ -56,12 +56,12 @@ class VisionSet:
     single: str = ""
 
     def present(self, root: Path) -> bool:
-        """Whether all of torchvision's files are there."""
+        """Tell whether all of torchvision's files exist."""
         return all((root / self.folder / name).is_file() for name in self.files)
 
 
 def files(known: VisionSet, config: NoOptions, root: Path | None) -> list[Path]:
-    """What :func:`load` reads."""
+    """List the files that :func:`load` reads."""
     root = expanded(root or DEFAULT_ROOT)
     if known.single and (root / known.single).is_file() and not known.present(root):
         return [root / known.single]
@@ -69,7 +69,7 @@ def files(known: VisionSet, config: NoOptions, root: Path | None) -> list[Path]:
 
 
 def load(known: VisionSet, config: NoOptions, root: Path | None) -> tuple[Split, Split]:
-    """Training and test examples: uint8 (N, C, H, W) and int64 (N,).
+    """Load training and test examples: uint8 (N, C, H, W) and int64 (N,).
 
     Raises:
         BpfreeError: if the files are missing and cannot be downloaded, or are damaged.
@@ -91,7 +91,7 @@ def load(known: VisionSet, config: NoOptions, root: Path | None) -> tuple[Split,
 
 
 def read(known: VisionSet, root: Path, *, train: bool) -> Split:
-    """One split, by torchvision's class, which checks what it reads."""
+    """Read one split, by torchvision's class, which checks its files."""
     import torchvision
 
     data = getattr(torchvision.datasets, known.reader)(root, train=train, download=False)
@@ -99,7 +99,7 @@ def read(known: VisionSet, root: Path, *, train: bool) -> Split:
 
 
 def read_single(path: Path) -> tuple[Split, Split]:
-    """Both splits from a file of arrays."""
+    """Read both splits from a file of arrays."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             parts = [(arrays[f"x_{name}"], arrays[f"y_{name}"]) for name in ("train", "test")]
@@ -111,7 +111,7 @@ def read_single(path: Path) -> tuple[Split, Split]:
 
 
 def channels_first(images: Tensor | Any) -> Tensor:
-    """(N, H, W) or (N, H, W, C), a tensor or an array, to uint8 (N, C, H, W)."""
+    """Convert (N, H, W) or (N, H, W, C), a tensor or an array, to uint8 (N, C, H, W)."""
     images = torch.as_tensor(images)
     return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
 
@@ -148,7 +148,7 @@ def download(known: VisionSet, root: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_network() -> Iterator[None]:
-    """A time limit for connections, and no progress bars."""
+    """Set a time limit for connections, and hide progress bars."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:

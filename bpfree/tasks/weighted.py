@@ -61,7 +61,7 @@ class WeightedSpec(TaskSpec):
             return (outputs.softmax(1) * rows.sum(1, keepdim=True) - rows) / len(outputs)
 
     def metrics(self) -> Sequence[Metric]:
-        """Name the accuracy, in which all examples count the same."""
+        """Return the accuracy, in which all examples count the same."""
         return (metrics.ACCURACY,)
 
     def _weights(self, outputs: Tensor) -> Tensor:

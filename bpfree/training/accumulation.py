@@ -1,4 +1,4 @@
-"""One step from several micro-batches."""
+"""Accumulation: one step from several micro-batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ __all__ = ["accumulate", "gather", "slices"]
 
 
 def accumulate(rule: Rule, batch: Batch, step: Step, parts: int, *, rank: int = 0, size: int = 1) -> Metrics:
-    """One step from ``parts`` micro-batches; equals the large batch's for rules whose credit is a mean over examples."""
+    """Return the metrics of one step from ``parts`` micro-batches.
+
+    The step equals the large batch's for rules whose credit is a mean over examples.
+    """
     metrics = gather(rule.credit, rule, batch, step, parts, rank=rank, size=size)
     step.apply()
     return metrics
@@ -58,7 +61,7 @@ def gather(
 
 
 def _part(batch: Batch, start: int, end: int) -> Batch:
-    """Some consecutive examples of a batch."""
+    """Cut some consecutive examples out of a batch."""
 
     def cut(tree: Any) -> Any:
         return None if tree is None else torch.utils._pytree.tree_map(lambda leaf: leaf[start:end], tree)
@@ -69,7 +72,7 @@ def _part(batch: Batch, start: int, end: int) -> Batch:
 
 
 def slices(total: int, parts: int, *, rank: int = 0, size: int = 1) -> dict[int, tuple[int, int]]:
-    """The micro-batches of one of several processes: first and last example (exclusive) by their numbers.
+    """Return the first and last (exclusive) example of each micro-batch of one of several processes, by the micro-batch's number.
 
     There are ``parts`` for each process, but none of a single example, which batch norm cannot normalise; so there may be none.
     """

@@ -1,7 +1,7 @@
-"""How well a rule's credit agrees with gradients by reverse mode, measured on the side: the run stays as it is, bit for bit.
+"""Alignment of a rule's credit with gradients by reverse mode, measured without changing any bit of the run.
 
-On a sampled step, before the step itself, the same batch is met several times: by reverse mode through the task's loss of
-the whole network, by reverse mode through the rule's own ``objective`` where it has one, and by the rule. All meet the same
+On a sampled step, before the step itself, the batch is used several times: by reverse mode through the task's loss of
+the whole network, by reverse mode through the rule's own ``objective`` where it has one, and by the rule. All use the same
 weights and, through torch's global generators, the same dropout masks; afterwards everything is put back.
 """
 
@@ -32,12 +32,12 @@ Vectors = dict[str, Tensor]
 
 @dataclass
 class AlignmentConfig:
-    """How often a rule's credit is compared with true gradients; none of it counts as training time."""
+    """Options of the comparison of a rule's credit with true gradients, which does not count as training time."""
 
     every: int = option(0, "steps between comparisons of the rule's credit with true gradients; 0: never", ge=0)
     draws: int = option(
         0,
-        "estimates of the same batch, with other noise, that the variance is taken from; 0 or 1: no variance",
+        "estimates of one batch, each with different noise, for the variance; 0 or 1: no variance",
         ge=0,
         unless={"every": (0,)},
     )
@@ -61,21 +61,21 @@ class Alignment:
         self._config, self._parts = config, parts
 
     def wants(self, batch: Batch, step: Step) -> bool:
-        """Whether this step is sampled; none of a phase on features, in which the blocks below do not learn."""
+        """Tell whether this step is sampled; no step of a phase on features is, because the blocks below do not learn in it."""
         return self._config.every > 0 and step.index % self._config.every == 0 and not step.phase.on_features
 
     def around(self, take: Take, clock: Clock, batch: Batch, step: Step) -> Metrics:
-        """Measure before the step."""
+        """Measure the alignment of a step, then take the step."""
         with clock.stopped():
             metrics = self.measure(batch)
         return metrics | take(batch, step)
 
     def measure(self, batch: Batch) -> Metrics:
-        """Detached scalars on the device, for each block to which the rule gives credit (``alignment/NAME/...``).
+        """Return detached scalars on the device for each block to which the rule gives credit (``alignment/NAME/...``).
 
         ``cosine``, ``norm_ratio``: between the estimate and the gradient of the task's loss, where the network is a chain
         with a readout that takes the task's inputs; norm of the estimate over norm of the gradient.
-        ``objective_cosine``, ``objective_norm_ratio``: the same with the gradient of the rule's ``objective``.
+        ``objective_cosine``, ``objective_norm_ratio``: cosine and ratio with the gradient of the rule's ``objective``.
         Blocks whose true gradient is zero (below a head that still is) have no direction to compare with, and are left out.
         ``variance``: with M >= 2 draws g_m, ``sum_m |g_m - mean|^2 / (M - 1)`` over the squared norm of the objective's
         gradient; without an objective, of the task's; without either, of the mean of the draws. The draws differ in the
@@ -98,7 +98,7 @@ class Alignment:
     # --- executions that leave nothing behind -----------------------------------------------------------------------
 
     def _aside(self, before: Snapshot, batch: Batch, fill: Callable[[Batch, Step], object], draw: int = 0) -> Vectors:
-        """The blocks' gradients that ``fill`` leaves in ``.grad``; then everything is as before."""
+        """Return the blocks' gradients that ``fill`` leaves in ``.grad``, and restore the state of the run."""
         try:
             self._updater.zero_grad()
             fill(batch, self._stepper.aside(draw))
@@ -107,7 +107,7 @@ class Alignment:
             before.restore()
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Blocks with a gradient, at least in single precision; a parameter without one counts as zero."""
+        """Yield the blocks with a gradient, at least in single precision; a parameter without one counts as zero."""
         for name, parameters in self._blocks():
             if any(p.grad is not None for p in parameters):
                 parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -121,7 +121,7 @@ class Alignment:
     # --- true gradients ---------------------------------------------------------------------------------------------
 
     def _descend(self, loss: Callable[[Batch, Step], Tensor | None]) -> Callable[[Batch, Step], object]:
-        """Fills ``.grad`` with the gradient of a loss by reverse mode."""
+        """Make a function that fills ``.grad`` with the gradient of a loss by reverse mode."""
 
         def credit(batch: Batch, step: Step) -> Metrics:
             with torch.enable_grad():
@@ -168,12 +168,12 @@ class Alignment:
 
 
 def _not_zero(gradients: Vectors) -> Vectors:
-    """Waits for the device; a sampled step is not timed."""
+    """Keep the gradients that are not zero; this waits for the device, but a sampled step is not timed."""
     return {name: value for name, value in gradients.items() if bool(value.any())}
 
 
 def _compare(estimate: Vectors, reference: Vectors, prefix: str) -> Metrics:
-    """Cosine and ratio of norms for each block that has both; a cosine with zero is zero."""
+    """Return cosine and ratio of norms for each block that is in both; a cosine with zero is zero."""
     metrics = {}
     for name in (name for name in estimate if name in reference):
         ours, true = estimate[name], reference[name]
@@ -185,7 +185,7 @@ def _compare(estimate: Vectors, reference: Vectors, prefix: str) -> Metrics:
 
 
 def _relative_variance(draws: Iterator[Vectors], reference: Vectors) -> Metrics:
-    """Unbiased variance of the draws over the squared norm of the reference, else of their mean; Welford's recurrence."""
+    """Return the unbiased variance of the draws over the squared norm of the reference, else of their mean; Welford's recurrence."""
     first = next(draws)
     mean = {name: value.clone() for name, value in first.items()}
     squares = {name: value.new_zeros(()) for name, value in first.items()}

@@ -1,4 +1,4 @@
-"""Where a run's batches come from: raw examples, or what the readout takes of them."""
+"""Batches of a run: raw examples, or the features that the readout takes of them."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Batches:
         self._loaders = {}
 
     def _begin_part(self, part: str | None) -> None:
-        """Let go of the loaders of another part of the training split."""
+        """Release the loaders of another part of the training split."""
         if part != self._part:
             self._part, self._loaders = part, {}
 
     def examples(self, phase: Phase) -> Examples:
-        """The training examples that a phase is on.
+        """Return the training examples that a phase uses.
 
         Raises:
             UsageError: the task has no such part.
@@ -69,7 +69,7 @@ class Batches:
         return next((loader.resident for loader in self._loaders.values()), None)
 
     def batches(self, phase: Phase, clock: Clock, look: Look) -> Loader | FeatureLoader:
-        """Batches of a phase's passes; features are computed when they are first asked for, on the run's clock.
+        """Return the batches of a phase's passes; features are computed at their first use, on the run's clock.
 
         Args:
             phase: the current one.
@@ -111,11 +111,11 @@ class Batches:
         return feature_loader(train, raw.spec, batch_size=raw.batch_size, device=raw.device, seed=raw.seed, balanced=raw.balanced)
 
     def features(self, batches: Loader, look: Look) -> Split:
-        """The rule's features of a split."""
+        """Compute the rule's features of a split."""
         return feature_split(self._rule, batches, precision=self._setup.config.precision, folder=self._setup.run.folder, look=look)
 
     def end_phase(self) -> None:
-        """Let go of the features."""
+        """Release the features of the phase."""
         self._on_features = None
         self._evaluator.drop_features()
 

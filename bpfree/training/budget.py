@@ -1,4 +1,4 @@
-"""How much of its budget a run has used, and a phase of its own share: what ends when."""
+"""The share of its budget that a run has used, and that of a phase: when each of them ends."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class BudgetTracker:
         self._patience = Patience(setup.config.budget.patience, setup.task.spec.primary)
 
     def _count_passes(self, rule: Rule) -> int:
-        """Passes that the phases amount to. Where they are open or endless, the budget's epochs, which then end the run."""
+        """Count the passes of all phases; where phases are open or endless, return the budget's epochs, which then end the run."""
         steps = itertools.islice(walk(rule, self._budget, self._stages), MOST_PHASES)
         phases = [each for each in steps if isinstance(each, Phase)]
         if len(phases) == MOST_PHASES or any(phase.is_open for phase in phases):
@@ -48,7 +48,7 @@ class BudgetTracker:
         return sum(phase.epochs or 0 for phase in phases)
 
     def used(self) -> float:
-        """Share of the budget that is used.
+        """Return the share of the budget that is used.
 
         Raises:
             UsageError: it is in forward-pass equivalents or operations, which are not known.
@@ -65,19 +65,19 @@ class BudgetTracker:
         return (at.epoch + at.share) / max(1, self.passes)
 
     def is_over(self) -> bool:
-        """Whether the budget, or an end of patience, ends the run now."""
+        """Tell whether the budget, or an end of patience, ends the run now."""
         return self._patience.is_out(self._state.at) or (self._ends and self.used() >= 1)
 
     def note(self, metrics: Mapping[str, float]) -> None:
-        """Take up the metrics of an epoch that has ended, by which patience is measured."""
+        """Note the metrics of an epoch that has ended, which patience uses."""
         self._patience.note(metrics, self._state.at)
 
     def told(self) -> tuple[str, dict[str, float]]:
-        """Say why the run ended before its budget, if it did, and give what its result has of that."""
+        """Return why the run ended before its budget, if it did, with the entries of its result."""
         return self._patience.told(self._state.at, in_time=self.used() < 1)
 
     def phase_progress(self, phase: Phase, progress: float) -> float:
-        """Share of the phase that is over, 0 to 1; of an open one, the run's ``progress``."""
+        """Return the share of the phase that is over, 0 to 1; for an open phase, the run's ``progress``."""
         at = self._state.at
         if phase.seconds is not None:
             return min(1.0, (self._state.clock.report() - at.phase_seconds) / phase.seconds)
@@ -88,11 +88,11 @@ class BudgetTracker:
         return min(1.0, (at.phase_epoch + at.share) / phase.epochs) if phase.epochs else progress
 
     def phase_is_over(self, phase: Phase) -> bool:
-        """Whether it is, at the end of a pass or before the first."""
+        """Tell whether the phase is over, at the end of a pass or before the first."""
         return self.is_used_up(phase) or (phase.epochs is not None and self._state.at.phase_epoch >= phase.epochs)
 
     def is_used_up(self, phase: Phase) -> bool:
-        """Whether the phase's seconds, forwards or operations, or the run's budget are, which may be in the middle of a pass."""
+        """Tell whether the phase's seconds, forwards or operations, or the run's budget, are used up; this may be within a pass."""
         state = self._state
         if phase.seconds is not None and state.clock.report() - state.at.phase_seconds >= phase.seconds:
             return True
@@ -104,7 +104,7 @@ class BudgetTracker:
 
 
 class Patience:
-    """Ends a run whose primary metric on validation has not become better for some epochs.
+    """Ends a run whose primary metric on validation has not improved for some epochs.
 
     What it has seen is a part of the run's position, so that a resumed run ends where it would have ended.
 
@@ -117,7 +117,7 @@ class Patience:
         self._epochs, self._metric = epochs, metric
 
     def note(self, metrics: Mapping[str, float], at: Position) -> None:
-        """Compare the epoch that has ended with the best before it; one that was not evaluated is not better."""
+        """Compare the epoch that has ended with the best before it; an epoch without evaluation does not count as better."""
         score = self._metric.sign * metrics.get(f"val/{self._metric.name}", math.nan)
         if self._epochs is not None and score > at.best_score:
             at.best_epoch, at.best_score = at.epoch, score
@@ -127,7 +127,7 @@ class Patience:
         return self._epochs is not None and not at.batch and at.epoch - at.best_epoch >= self._epochs
 
     def told(self, at: Position, *, in_time: bool) -> tuple[str, dict[str, float]]:
-        """Say why it ended the run, if it did so ``in_time``, before the budget; and give the best epoch for the run's result."""
+        """Return why patience ended the run, if it did so ``in_time``, before the budget; and the best epoch for the run's result."""
         if self._epochs is None:
             return "", {}
         ended = in_time and self.is_out(at)
@@ -139,7 +139,7 @@ class Patience:
 
 
 def check_patience(setup: Setup) -> None:
-    """Refuse a patience that nothing could measure, or that would end a run before its later phases have begun.
+    """Refuse a patience that nothing can measure, or that would end a run before its later phases have begun.
 
     Raises:
         UsageError: no validation split, a task without a metric, or a rule whose only phase is not evaluated, that has several, or that

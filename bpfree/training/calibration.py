@@ -1,4 +1,4 @@
-"""Calibration: what a rule chooses on the validation split, once, after training, with its weights fixed."""
+"""Calibration: values that a rule chooses on the validation split, once, after training, with its weights fixed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOT_CALIBRATED = "not calibrated: no validation split"
 
 @dataclass
 class Calibration:
-    """What was chosen, and after how many steps; kept in checkpoints, so that nothing is chosen twice.
+    """A rule's calibrated values, and the step of their calibration; kept in checkpoints, so that a rule calibrates once.
 
     Attributes:
         step: of the run.
@@ -42,29 +42,29 @@ class Calibration:
     after: dict[str, Tensor] = field(default_factory=dict)
 
     def put(self, rule: Rule) -> None:
-        """Set the buffers as they were chosen."""
+        """Set the buffers to the calibrated values."""
         _set(rule, self.after)
 
     def undo(self, rule: Rule) -> None:
-        """Set the buffers as training left them, for a run that is resumed."""
+        """Set the buffers to the values that training left, for a run that is resumed."""
         _set(rule, self.before)
 
     def result(self) -> dict[str, float]:
-        """For the run's result."""
+        """Return the calibrated numbers for the run's result."""
         return {**{f"calibration/{name}": value for name, value in self.values.items()}, "calibration_seconds": self.seconds}
 
     def to_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """Return the calibration as tensors and plain values."""
         return asdict(self)
 
 
 def calibrates(rule: Rule) -> bool:
-    """Whether the rule has anything to choose."""
+    """Tell whether the rule has anything to calibrate."""
     return type(rule).calibrate is not Rule.calibrate
 
 
 def calibrate(rule: Rule, data: Examples, generator: torch.Generator, *, step: int, precision: str = "fp32") -> Calibration:
-    """Let a rule choose: in eval mode, without gradients.
+    """Let a rule calibrate itself: in eval mode, without gradients.
 
     Args:
         rule: with the weights that will be tested.

@@ -42,7 +42,7 @@ TAIL = len(MARK) + 64
 """Bytes of the archive's comment: the mark and 64 hex digits."""
 CHUNK = 1 << 20
 KINDS: dict[str, type] = {"format": int, "weights": dict, "rule": str, "phases_begun": int, "training": dict}
-"""Of what a checkpoint holds, where it is there."""
+"""Types of the entries of a checkpoint, where they exist."""
 FIX = "it is damaged, or was not written by bpfree: use another checkpoint, or start the run again"
 
 
@@ -58,12 +58,12 @@ class _Hashed:
         self.trouble: OSError | None = None
 
     def write(self, content: Any) -> int:
-        """Write, and hash."""
+        """Write the bytes and add them to the hash."""
         self.digest.update(content)
         try:
             return self._file.write(content)
         except OSError as error:
-            self.trouble = error  # which torch turns into an error about its archive
+            self.trouble = error  # torch turns it into an error about its archive
             raise
 
     def flush(self) -> None:
@@ -72,7 +72,7 @@ class _Hashed:
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write or replace the file as a whole, with the digest of its bytes at the end; what killed processes have left is removed.
+    """Write or replace the file as a whole, with the digest of its bytes at the end; remove the temporary files of killed processes.
 
     Raises:
         DiskError: it cannot be written; the one before it stays.
@@ -94,7 +94,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint whose bytes are those that were written.
+    """Read a checkpoint, and refuse it unless its bytes are those that were written.
 
     One of version 0.1, which has no digest, is read with a warning.
 
@@ -111,8 +111,8 @@ def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[s
         raise
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in first:  # it advises to run the code in the file
-            first = "it holds other than tensors and plain values"
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in first:  # torch's message advises to run the code in the file
+            first = "it holds objects other than tensors and plain values"
         raise BpfreeError(f"cannot read the checkpoint: {first}", where=str(path), fix=FIX) from None
     if not isinstance(content, dict) or "weights" not in content or "format" not in content:
         raise BpfreeError("the file is no checkpoint of bpfree", where=str(path), fix=FIX)
@@ -131,7 +131,7 @@ def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[s
 
 
 def _check_digest(file: IO[bytes], path: Path) -> bool:
-    """Whether the file has a digest; it is at its beginning afterwards.
+    """Tell whether the file has a digest, check it, and leave the file at its beginning.
 
     Raises:
         BpfreeError: the digest is another than that of its bytes.
@@ -153,16 +153,16 @@ def _check_digest(file: IO[bytes], path: Path) -> bool:
 
 
 def _damaged(path: Path) -> BpfreeError:
-    return BpfreeError("cannot read the checkpoint: its digest is that of other bytes", where=str(path), fix=FIX)
+    return BpfreeError("cannot read the checkpoint: its bytes do not match its digest", where=str(path), fix=FIX)
 
 
 @lru_cache(maxsize=64)
 def _warn_undigested(path: Path) -> None:
-    logger.warning("the checkpoint %s has no digest, as version 0.1 wrote them: damage to it would not be seen", path)
+    logger.warning("the checkpoint %s is of version 0.1 and has no digest, so damage to it cannot be detected", path)
 
 
 def check_rule(content: Mapping[str, Any], rule: Rule, path: Path) -> None:
-    """Refuse the checkpoint of another rule.
+    """Refuse a checkpoint of a different rule.
 
     Raises:
         BpfreeError: it is.
@@ -173,7 +173,7 @@ def check_rule(content: Mapping[str, Any], rule: Rule, path: Path) -> None:
 
 
 def replay(rule: Rule, steps: Iterator[Stage | Phase], content: Mapping[str, Any]) -> Iterator[Stage | Phase]:
-    """Begin the stages and phases that had begun when a checkpoint was written, which may make parameters; its weights fit afterwards.
+    """Begin the stages and phases that had begun when a checkpoint was written: they may make parameters, which its weights need.
 
     Args:
         rule: freshly built.
@@ -191,7 +191,7 @@ def replay(rule: Rule, steps: Iterator[Stage | Phase], content: Mapping[str, Any
 
 
 def load_weights(rule: Rule, content: Mapping[str, Any], where: str = "", fix: str = "") -> None:
-    """Take up a checkpoint's weights, once its phases are replayed.
+    """Load a checkpoint's weights, after its phases have been replayed.
 
     Raises:
         BpfreeError: they do not fit the network.
@@ -208,7 +208,7 @@ def load_weights(rule: Rule, content: Mapping[str, Any], where: str = "", fix: s
 
 
 def keep_weights(folder: Path) -> None:
-    """Keep one checkpoint of a run that is over, with the weights that were tested and nothing that only a resumed run needs.
+    """Keep one checkpoint of a run that is over, with the weights that were tested and without what only a resumed run needs.
 
     Args:
         folder: of the checkpoints. Nothing changes where there is none, or where it cannot be read or written.
@@ -222,7 +222,7 @@ def keep_weights(folder: Path) -> None:
 
 
 def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: str = "last") -> Path:
-    """The checkpoint that a person means: a file, a run's folder, or a run's name under the output folder.
+    """Find a checkpoint by its file, by a run's folder, or by a run's name under the output folder.
 
     Args:
         place: what was given.

@@ -1,4 +1,4 @@
-"""Compiled blocks behind one switch, and eager ones wherever that fails.
+"""Compilation of blocks by one switch, with eager blocks wherever it fails.
 
 What calls a block, also to differentiate it, is left as it is: only ``block(...)`` is compiled, at its first call. Keys of state
 dictionaries stay. Results equal eager ones up to the order of sums: 1e-5 of a gradient's norm in float32, 1e-12 in float64, as long as
@@ -40,7 +40,7 @@ class Compilation:
     Attributes:
         graphs: compiled so far: at first calls, and again for new shapes or modes of a block.
         seconds: of steps in which something was compiled (:meth:`around`).
-        trouble: why blocks are eager though that was not asked for; the empty string: they are compiled.
+        trouble: why blocks are eager although compilation was requested; the empty string if they are compiled.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], mode: str, device: torch.device) -> None:
@@ -58,15 +58,15 @@ class Compilation:
             self._give_up(error)
 
     def costs(self) -> dict[str, float]:
-        """``train/compile_seconds``, where anything was compiled."""
+        """Return ``train/compile_seconds`` if anything was compiled."""
         return {"train/compile_seconds": self.seconds} if self.graphs else {}
 
     def wants(self, batch: Batch, step: Step) -> bool:
-        """Whether something may be compiled in a step."""
+        """Tell whether a step may compile something."""
         return bool(self._blocks)
 
     def around(self, take: Take, clock: Clock, batch: Batch, step: Step) -> Metrics:
-        """Take a step; if something is compiled in it, the clock, which runs, does not count it."""
+        """Take a step; the running clock does not count what is compiled in it."""
         graphs, mark = self.graphs, clock.mark()
         metrics = take(batch, step)
         if self.graphs != graphs:
@@ -75,7 +75,7 @@ class Compilation:
 
     @contextmanager
     def apart(self, clock: Clock) -> Iterator[None]:
-        """What a rule does outside of steps, on a clock that stands still afterwards: compiling, but not the rest of it, is taken out."""
+        """Deduct the compilation inside from a clock that is stopped afterwards: for calls of a rule outside of steps."""
         before = self._inside
         yield
         if self._inside > before:
@@ -83,7 +83,7 @@ class Compilation:
             self.seconds += self._inside - before
 
     def _guarded(self, block: nn.Module) -> Callable[..., Any]:
-        """The compiled call of a block; what fails compiled, but not eagerly, ends all compilation."""
+        """Make the compiled call of a block; a block that fails compiled, but not eagerly, ends all compilation."""
 
         def whole(*args: Any, **kwargs: Any) -> Any:  # torch before 2.7 does not look into torch's own modules by themselves
             return block._call_impl(*args, **kwargs)
@@ -121,7 +121,7 @@ class Compilation:
 
 
 def inductor(graph: Any, inputs: Any, mode: str) -> Callable[..., Any]:
-    """The graph by torch's default compiler, its backward pass at once, so that failing is noticed while there is an eager way."""
+    """Compile the graph by torch's default compiler, with its backward pass, so that a failure shows while the eager way is open."""
     import torch._dynamo
     import torch._functorch.config as autograd
     import torch._inductor

@@ -20,11 +20,11 @@ LIMITS = ("epochs", "samples", "seconds", "forwards", "operations")
 
 @dataclass
 class BudgetConfig:
-    """How long to train: one of the five limits (none: 10 epochs), and when to give up before."""
+    """The length of training, by one of five limits (none: 10 epochs), and when to stop before."""
 
     epochs: int | None = option(None, "passes over the training split, as the rule counts them (no limit set: 10)", ge=1)
     samples: int | None = option(None, "examples drawn; every pass over an example counts", ge=1)
-    seconds: float | None = option(None, "of training, without evaluation", gt=0)
+    seconds: float | None = option(None, "seconds of training, without evaluation", gt=0)
     forwards: int | None = option(
         None, "forward-pass equivalents of one example: operations of the training steps over those of one forward pass", ge=1
     )
@@ -57,11 +57,13 @@ class BudgetConfig:
 
 @dataclass
 class EvaluationConfig:
-    """When and how predictions are scored; none of it counts as training time."""
+    """Options of the scoring of predictions, which does not count as training time."""
 
     every: int = option(1, "epochs between evaluations; the last one is always evaluated", ge=1)
     batch_size: int = option(512, "examples per forward pass", ge=1)
-    draws: int | None = option(None, "draws of a stochastic rule averaged in the final evaluation (none: what the rule says)", ge=1)
+    draws: int | None = option(
+        None, "draws of a stochastic rule averaged in the final evaluation (none: as many as the rule declares)", ge=1
+    )
     test: bool = option(True, "evaluate the test split at the end; false for trials of tuning, which must not see it")
     alternatives: bool = option(True, "also score the rule's alternative predictions, such as its single blocks")
     metrics: list[str] = option(factory=list, help="further metrics of predictions, beside the task's own: bpfree metrics")
@@ -70,7 +72,7 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When the state is saved (``last.pt``); the weights that are tested are kept beside it."""
+    """Times at which the state is saved (``last.pt``); the weights that are tested are kept beside it."""
 
     every: int = option(1, "epochs between checkpoints; 0: only at the end and on interruption", ge=0)
     minutes: float = option(5.0, "minutes between checkpoints inside an epoch", gt=0)
@@ -78,19 +80,19 @@ class CheckpointConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything about training that is neither the rule, the network nor the task."""
+    """Options of training other than those of the rule, the network and the task."""
 
     seed: int = option(0, "drives initialisation, order of the data, and noise", ge=0)
     stream: str | None = option(
         None,
-        "further word of the seeds of initialisation and noise; the order of the data does not depend on it (a study says the rule's name)",
+        "mixed into the seeds of initialisation and noise, not of the order of the data (in a study: the rule's name)",
     )
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     batch_size: int = option(64, "examples per update", ge=1)
     accumulate: int = option(1, "micro-batches per update; the update equals the whole batch's", ge=1)
     parallel: Literal["auto", "data", "blocks"] = option(
         "auto",
-        "what processes of a launcher share: the examples of each batch, or the blocks; auto: blocks that are independent and enough",
+        "how processes share the work: examples of each batch, or blocks; auto: blocks if they are independent and enough",
     )
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -107,4 +109,4 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
-    log_interval: float = option(1.0, "seconds between looks at the step metrics (which stay on the device until then)", gt=0)
+    log_interval: float = option(1.0, "seconds between readings of the step metrics (which stay on the device until then)", gt=0)

@@ -1,6 +1,6 @@
 """The processes that train one network together, as a launcher (``torchrun``, Ray) has started them.
 
-A launcher says in the environment who a process is: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, and ``MASTER_ADDR`` and ``MASTER_PORT``,
+A launcher passes a process's rank in the environment: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, and ``MASTER_ADDR`` and ``MASTER_PORT``,
 where the first one is met. A world of one does nothing, and does not touch ``torch.distributed``.
 """
 
@@ -34,7 +34,7 @@ LEAVING_HANGS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)
 
 @dataclass(frozen=True)
 class World:
-    """Who a process is among those that train together; each method is called by all of them, in the same order.
+    """The rank of a process among those that train together; all of them call each method, in the same order.
 
     Attributes:
         rank: of this process; 0 evaluates, notifies observers, and writes.
@@ -48,7 +48,7 @@ class World:
 
     @classmethod
     def here(cls) -> World:
-        """What the process group says, if there is one, else the launcher's environment.
+        """Read the process group, if there is one, else the launcher's environment.
 
         Raises:
             UsageError: the environment names several processes, but not which of them this is, or where they meet.
@@ -70,12 +70,12 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that evaluates and writes."""
+        """Tell whether this process is the one that evaluates and writes."""
         return self.rank == 0
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """The process group, inside; one that is there already is used, and left as it is, and so is ours where leaving may hang."""
+        """Join the process group inside; leave one that exists already as it is, and our own where leaving may hang."""
         if self.size == 1 or dist.is_initialized():
             yield
             return
@@ -90,11 +90,11 @@ class World:
     # --- agreeing ---------------------------------------------------------------------------------------------------
 
     def largest(self, *numbers: float) -> list[float]:
-        """The largest of each number over all processes."""
+        """Return the largest of each number over all processes."""
         return self._reduced(numbers, dist.ReduceOp.MAX)
 
     def total(self, *numbers: float) -> list[float]:
-        """The sum of each number over all processes."""
+        """Return the sum of each number over all processes."""
         return self._reduced(numbers, dist.ReduceOp.SUM)
 
     def _reduced(self, numbers: Sequence[float], operation: Any) -> list[float]:
@@ -106,7 +106,7 @@ class World:
         return cast(list[float], values.tolist())
 
     def gathered(self, thing: T) -> list[T]:
-        """What each process gives, in the order of ranks."""
+        """Return the object of each process, in the order of ranks."""
         if self.size == 1:
             return [thing]
         things: list[Any] = [None] * self.size
@@ -115,7 +115,7 @@ class World:
         return things
 
     def collected(self, thing: T) -> list[T]:
-        """What each process gives, in the order of ranks, in the first one; elsewhere an empty list. Tensors arrive on the CPU."""
+        """Return the object of each process, by rank, in the first process; elsewhere an empty list. Tensors arrive on the CPU."""
         own = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, thing)
         if self.size == 1:
             return [own]
@@ -125,10 +125,10 @@ class World:
         return things if self.first else []
 
     def from_first(self, call: Callable[[], T]) -> T:
-        """What the first process's call returns; the others do not call.
+        """Return the result of the first process's call in all processes; the other processes do not call.
 
         Raises:
-            BpfreeError: in the others, if it fails in the first; there, what it raised.
+            BpfreeError: in the other processes, if the call fails in the first one, which raises the original error.
         """
         if self.size == 1:
             return call()
@@ -148,7 +148,7 @@ class World:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Do what is inside, which needs no other process, in all of them; where one fails, all end.
+        """Run the body, which needs no other process, on every rank; if it fails on one, all raise.
 
         Raises:
             BpfreeError: where it has not failed, if it has in another process; there, what it raised.
@@ -175,19 +175,19 @@ class World:
         self._in_flat_pieces(tensors, lambda flat: dist.broadcast(flat.view(torch.uint8), src=source))
 
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replace the tensors by their means over all processes; what is the same in all of them keeps its bits."""
+        """Replace the tensors by their means over all processes; values that agree everywhere keep their bits."""
 
         def exchange(flat: Tensor) -> None:
             extremes = torch.cat([flat, -flat])
             dist.all_reduce(extremes, dist.ReduceOp.MAX)
             high, low = extremes[: len(flat)], -extremes[len(flat) :]
-            dist.all_reduce(flat)  # of equal numbers the sum may be infinite, and the quotient another number
+            dist.all_reduce(flat)  # the sum of equal numbers may overflow, or its quotient differ from them
             flat.copy_(torch.where(high == low, high, flat / self.size))
 
         self._in_flat_pieces(tensors, exchange)
 
     def _in_flat_pieces(self, tensors: Iterable[Tensor], exchange: Callable[[Tensor], object]) -> None:
-        """Exchange tensors of a kind in one piece, and write what comes of it back into them."""
+        """Exchange all tensors of one kind as a single flat tensor, and write the result back into them."""
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -200,7 +200,7 @@ class World:
                     tensor.copy_(piece.view(tensor.shape))
 
     def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace each ``.grad`` by its sum over all processes; one that is ``None`` in all of them stays so."""
+        """Replace each ``.grad`` by its sum over all processes; a ``.grad`` that is ``None`` in all of them stays ``None``."""
         if not parameters:
             return
         flags = torch.tensor([float(p.grad is not None) for p in parameters])
@@ -227,7 +227,7 @@ class World:
 
 
 def _described(error: BaseException) -> tuple[str, int]:
-    """What other processes get of an error: its text, and its exit code."""
+    """Return an error's text and exit code, which are sent to other processes."""
     return str(error) or type(error).__name__, getattr(error, "exit_code", 1)
 
 
@@ -238,7 +238,7 @@ def _elsewhere(where: str, text: str, code: int) -> BpfreeError:
 
 
 def _backend() -> str:
-    """NCCL between GPUs, unless processes share one; Gloo for everything else."""
+    """Choose NCCL between GPUs, unless processes share one, and Gloo for everything else."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     alone = torch.cuda.is_available() and here <= torch.cuda.device_count() and dist.is_nccl_available()
     return "cpu:gloo,cuda:nccl" if alone else "gloo"
@@ -246,7 +246,7 @@ def _backend() -> str:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """What fails between processes, in words: almost always one of them has ended."""
+    """Turn a failure of communication into an error that says that another process has probably ended."""
     try:
         yield
     except RuntimeError as error:

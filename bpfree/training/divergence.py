@@ -14,7 +14,7 @@ __all__ = ["Diverged", "check_losses", "check_weights"]
 
 
 class Diverged(Exception):
-    """A loss or a weight is not finite; says which, and when."""
+    """A loss or a weight is not finite; the message says which, and when."""
 
 
 def check_losses(means: Mapping[str, float], step: int) -> None:

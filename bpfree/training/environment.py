@@ -1,4 +1,4 @@
-"""Where a run runs: device, threads, numerical settings; and what it says of them."""
+"""Device, threads and numerical settings of a run, and the tags that describe them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["autocast", "describe", "flushing_denormals", "free_memory", "load", 
 
 
 def resolve_device(name: str, *, process: int = 0) -> torch.device:
-    """``auto`` (cuda if there is one, else cpu), ``cpu``, ``cuda`` or ``cuda:N``.
+    """Return the device that ``auto`` (cuda if there is one, else cpu), ``cpu``, ``cuda`` or ``cuda:N`` names.
 
     Several processes on a machine take its GPUs in turn, by the number of the ``process``, unless one is named.
 
@@ -36,7 +36,7 @@ def resolve_device(name: str, *, process: int = 0) -> torch.device:
 
 
 def free_memory(name: str) -> dict[str, int]:
-    """Bytes that are free for a run on a device of this name: the device's, and the machine's, where networks are made.
+    """Return the bytes that are free on a device of this name, and on the machine, where networks are made.
 
     Raises:
         UsageError: no such device.
@@ -47,7 +47,7 @@ def free_memory(name: str) -> dict[str, int]:
 
 @contextmanager
 def flushing_denormals() -> Iterator[None]:
-    """Numbers below 1.2e-38 are zero inside, on processors that can do so; in this thread, and in those that it starts.
+    """Treat numbers below 1.2e-38 as zero inside, where the processor can; in this thread, and in those that it starts.
 
     Weight decay makes such numbers of the weights of units that never fire, and a processor takes many times as long for a product with
     one: predictions of NoProp-CT on MNIST after twelve epochs took 17 times as long, training steps 1.6 times.
@@ -66,7 +66,7 @@ def _flushes() -> bool:
 
 @contextmanager
 def numerics(*, threads: int | None, deterministic: bool) -> Iterator[None]:
-    """Number of threads, deterministic algorithms and no denormals inside, the caller's settings afterwards."""
+    """Set number of threads, deterministic algorithms and no denormals inside; restore the caller's settings afterwards."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     if threads is not None:
         torch.set_num_threads(threads)
@@ -85,7 +85,7 @@ def numerics(*, threads: int | None, deterministic: bool) -> Iterator[None]:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bfloat16 for ``bf16``, nothing for ``fp32``.
+    """Return autocast to bfloat16 for ``bf16``, and no autocast for ``fp32``.
 
     Without torch's cache of cast weights: inside one context it would hand out the weights of the first step for ever.
     """
@@ -93,7 +93,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Tags: versions, device, threads, numerical settings."""
+    """Return tags: versions, device, threads, numerical settings."""
     cuda = device.type == "cuda"
     return {
         "bpfree": __version__,
@@ -114,7 +114,7 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def load() -> float | None:
-    """The machine's load of the last minute for each of its processors; ``None`` where it is not available."""
+    """Return the machine's load of the last minute for each of its processors; ``None`` where it is not available."""
     try:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
     except (OSError, AttributeError):

@@ -75,7 +75,7 @@ class Evaluator:
         self.predictions: Predictions | None = None
 
     def begin_stage(self, stage: Stage, seen: Sequence[Stage]) -> None:
-        """Validate on what a stream has shown so far: training examples of this stage, and the validation examples of all."""
+        """Validate on what a stream has shown so far: training examples of this stage, and validation examples of all stages so far."""
         task = self._task
         if stage.train is not None:
             self._sample = stage.train[
@@ -90,7 +90,7 @@ class Evaluator:
             self._loaders = {}
 
     def score_stages(self, seen: Sequence[Stage]) -> dict[str, list[float]]:
-        """Score each stage seen so far by the primary metric, on validation, and on the test split where that is to be seen."""
+        """Score each stage seen so far by the primary metric, on validation, and on the test split if the run may use it."""
         name, found = self._task.spec.primary.name, dict[str, list[float]]()
         for split, examples in {"val": self._task.validation, "test": self._task.test if self._config.evaluation.test else None}.items():
             places = [stage.test if split == "test" else stage.validation for stage in seen]
@@ -105,7 +105,7 @@ class Evaluator:
         return found
 
     def raw(self, split: Examples, share: Resident | None = None) -> Loader:
-        """Batches of a split in its original order."""
+        """Make batches of a split in its original order."""
         return self._setup.batches(split, self._config.evaluation.batch_size, share=share)
 
     def _loader(self, name: str, split: Examples) -> Loader:
@@ -151,7 +151,7 @@ class Evaluator:
         return {f"{name}/{key}": value for key, value in scores.items()}
 
     def validate(self, epoch: int) -> dict[str, float]:
-        """Score a fixed sample of the training split, ``train/loss`` and so on, and the validation split, ``val/...``."""
+        """Score a fixed sample of the training split (``train/loss`` and so on) and the validation split (``val/...``)."""
         with self._rule.quick_predictions():
             train = self._score("train", self._splits["train"], epoch)
             return train | self._score("val", self._splits["val"], epoch, alternatives=self._config.evaluation.alternatives)
@@ -171,7 +171,7 @@ class Evaluator:
         return scores
 
     def keep_predictions(self) -> None:
-        """Write them into the run's folder, if it has one; a trained rule is worth more than that."""
+        """Write the predictions into the run's folder, if it has one; a failure to write does not end the run."""
         folder = self._setup.run.folder
         if folder is None or self.predictions is None:
             return
@@ -181,7 +181,7 @@ class Evaluator:
             logger.warning("the predictions for the test split could not be written: %s", error)
 
     def try_protocols(self) -> None:
-        """Refuse a rule without features before it is trained, rather than after.
+        """Refuse a rule without features before it is trained.
 
         Raises:
             UsageError: protocols are to score its features, and it gives none.
@@ -191,7 +191,7 @@ class Evaluator:
             try_features(self._rule, self.raw(few), self._config.precision)
 
     def protocols(self, compute: Callable[[Loader], Split], train: Resident | None = None) -> dict[str, float]:
-        """``test/linear_probe/accuracy``, ``val/...`` and so on: what the configured protocols say of the features.
+        """Return what the configured protocols measure of the features: ``test/linear_probe/accuracy``, ``val/...`` and so on.
 
         Of the test split only where that is to be seen.
 
@@ -226,7 +226,7 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class _Watched:
-    """Batches, with a look before each."""
+    """Batches, with a call before each."""
 
     batches: Loader
     look: Callable[[float], None]
@@ -239,7 +239,7 @@ class _Watched:
 
 def _warn(what: str, error: Exception) -> None:
     reason = str(error) if isinstance(error, BpfreeError) else f"{type(error).__name__}: {error}"
-    logger.warning("without numbers of %s: %s", what, reason)
+    logger.warning("skipping %s: %s", what, reason)
 
 
 def training_sample(task: Task) -> Tensor:
@@ -249,7 +249,7 @@ def training_sample(task: Task) -> Tensor:
 
 
 def scored_by(spec: TaskSpec, further: Iterable[str]) -> list[Metric]:
-    """List what the predictions of a run are scored by: the task's metrics, the loss, and further ones by name; first the primary one.
+    """List the metrics that score a run's predictions: the primary one, the task's others, the loss, and further ones by name.
 
     Raises:
         UsageError: as of ``check_metrics``.
@@ -258,7 +258,7 @@ def scored_by(spec: TaskSpec, further: Iterable[str]) -> list[Metric]:
 
 
 def check_metrics(names: Iterable[str], spec: TaskSpec) -> list[Metric]:
-    """Give the registered metrics of these names, if they can measure this task; those that the task has anyway are left out.
+    """Return the registered metrics of these names, if they can measure this task, without those that the task has anyway.
 
     Raises:
         UsageError: an unknown name, or a metric of other targets.
@@ -280,10 +280,10 @@ def check_metrics(names: Iterable[str], spec: TaskSpec) -> list[Metric]:
 
 
 def check_protocols(names: Iterable[str], rule: Rule) -> dict[str, EvaluationProtocol]:
-    """The protocols of these names, if they can work with this rule and its task.
+    """Return the protocols of these names, if they can work with this rule and its task.
 
     Raises:
-        UsageError: an unknown name, targets other than classes, or a rule that says nowhere what its features are.
+        UsageError: an unknown name, targets other than classes, or a rule that does not define its features.
     """
     where = "evaluation.protocols"
     found: dict[str, EvaluationProtocol] = {name: installed_plugins().get("protocols", name, where=where) for name in names}
@@ -305,7 +305,7 @@ def check_protocols(names: Iterable[str], rule: Rule) -> dict[str, EvaluationPro
 
 
 def try_features(rule: Rule, batches: Loader, precision: str) -> None:
-    """Compute a few features, so that a rule that gives none is refused before the training; random states are given back.
+    """Compute a few features, to refuse a rule without any before training; random states are restored.
 
     Raises:
         UsageError: it gives none.
@@ -317,12 +317,12 @@ def try_features(rule: Rule, batches: Loader, precision: str) -> None:
         raise UsageError(
             f"{type(rule).__name__} gives no features that evaluation protocols can score: {type(error).__name__}: {error}",
             where="evaluation.protocols",
-            fix="evaluation.protocols=[], or mend the rule's features",
+            fix="evaluation.protocols=[], or correct the rule's features",
         ) from error
 
 
 def flat_features(split: Split) -> Split:
-    """A split of features (N, ...) as protocols take it, (N, F), without a copy.
+    """Return a split of features (N, ...) as protocols take it, (N, F), without a copy.
 
     Raises:
         BpfreeError: a feature is not finite.
@@ -334,7 +334,7 @@ def flat_features(split: Split) -> Split:
 
 
 def setting_of(name: str, spec: TaskSpec, seed: int, device: torch.device) -> Setting:
-    """Make what a protocol gets beside the features."""
+    """Make the setting that a protocol gets with the features."""
     return Setting(spec.outputs, seeds.derive(seed, "protocol", name), device, spec.targets)
 
 
@@ -362,7 +362,7 @@ def evaluate_features(
 
     Returns:
         ``test/linear_probe/accuracy`` and so on, what was chosen, as ``linear_probe/penalty``, and the floating-point operations of
-        the fit, as ``linear_probe/operations``, where the protocol says them.
+        the fit, as ``linear_probe/operations``, where the protocol reports them.
     """
     key = result_key(name)
     score = protocol.fit(train, setting, validation)
@@ -462,7 +462,7 @@ class _Pass:
 
 
 def _drop_what_is_not_finite(rounds: list[dict[str, float]]) -> None:
-    """Take out metrics that were taken over outputs of which some are no numbers; the loss says so itself."""
+    """Remove metrics that were computed over outputs that are not finite; the loss shows that itself."""
     for prefix in {key.removesuffix(NOT_FINITE) for key in rounds[0] if key.endswith(NOT_FINITE)}:
         share = max(scores.pop(prefix + NOT_FINITE, 0.0) for scores in rounds)
         if share:

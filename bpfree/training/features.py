@@ -1,4 +1,4 @@
-"""Phases on features: what the readout takes, computed once per split and kept."""
+"""Phases on features: the readout's inputs, computed once per split and kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHARE_OF_FREE = 0.5
 def feature_split(
     rule: Rule, batches: Loader, *, precision: str = "fp32", folder: Path | None = None, look: Callable[[float], None] | None = None
 ) -> Split:
-    """``rule.features`` of all examples, in eval mode: a split whose inputs (N, ...) have the network's dtype and are on the CPU.
+    """Compute ``rule.features`` of all examples, in eval mode: inputs (N, ...) in the network's dtype, on the CPU.
 
     Args:
         rule: on its device, in whatever mode; it gets that mode back.
@@ -53,7 +53,7 @@ def feature_split(
 
 
 def _allocate(shape: tuple[int, ...], folder: Path | None, dtype: torch.dtype) -> Tensor:
-    """Memory, or a file mapped into it, which is gone from its folder at once."""
+    """Allocate a tensor in memory, or in a mapped file, which is removed from its folder at once."""
     count = torch.Size(shape).numel()
     if dtype.itemsize * count <= SHARE_OF_FREE * psutil.virtual_memory().available:
         return torch.empty(shape, dtype=dtype)
@@ -64,8 +64,8 @@ def _allocate(shape: tuple[int, ...], folder: Path | None, dtype: torch.dtype) -
 def feature_loader(
     split: Split, spec: TaskSpec, *, batch_size: int, device: torch.device, seed: int | None = None, balanced: bool = False
 ) -> Loader:
-    """Batches of a split of features, in the order that the raw split's have."""
-    # on a CPU they are where they are needed, in memory or in a file mapped into it; a GPU takes them if it has room
+    """Make batches of a split of features, in the order of the raw split's batches."""
+    # on a CPU they are in place, in memory or in a file mapped into it; a GPU takes them if it has room
     shared = Resident(split.inputs, split.targets, normalised=True) if device.type == "cpu" else None
     described = TaskSpec(spec.name, tuple(split.inputs.shape[1:]), spec.outputs, scale=1.0)  # of features, which are taken as they are
     return Loader(
@@ -74,7 +74,7 @@ def feature_loader(
 
 
 class FeatureLoader:
-    """A loader's batches with the rule's features in place of the inputs, computed again for each batch.
+    """Batches of a loader with the rule's features as inputs, computed again for each batch.
 
     Args:
         rule: on its device.
@@ -88,7 +88,7 @@ class FeatureLoader:
         return len(self._loader)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """One pass, as ``Loader.batches``."""
+        """Yield the batches of one pass, as ``Loader.batches`` does."""
         for batch in self._loader.batches(epoch, start):
             with evaluating(self._rule), torch.no_grad():
                 features = self._rule.features(batch.inputs)

@@ -27,9 +27,9 @@ from bpfree.tasks.task import Examples, Split, Task
 __all__ = ["ALL", "INPUTS", "Floor", "Reading", "chance_of", "fill_statistics", "measure_floor", "read_inputs"]
 
 INPUTS, ALL = "inputs", "inputs and all blocks"
-"""Names of sources that are no block's."""
+"""Names of the sources that are not blocks."""
 MOST_NUMBERS = 2**28
-"""Of one source's features of the training split (1 GiB): larger ones are not read, and the floor is reported as "at least". For
+"""Entries of one source's features of the training split (1 GiB): larger ones are not read, and the floor is reported as "at least". For
 real targets their products with each other may not be more either."""
 BATCH = 256
 
@@ -38,13 +38,13 @@ Look = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Reading:
-    """What a converged readout of one source reaches.
+    """Scores of a converged readout of one source.
 
     Attributes:
         source: ``inputs``, a block's name, or all of them together.
         penalty: of its weights.
         validation: score of each seed, greater is better: accuracy (0 to 1), or minus the loss; empty without a validation split.
-        test: the same on the test split; empty where it was not tested.
+        test: scores on the test split; empty where it was not tested.
         examples: per seed, of each test example: whether it is right (0 or 1), or its loss.
         gradient: the largest entry that a solution was left with.
     """
@@ -58,7 +58,7 @@ class Reading:
 
     @property
     def rank(self) -> float:
-        """The mean on validation; minus infinity where there is none."""
+        """Mean score on validation; minus infinity without one."""
         return statistics.fmean(self.validation) if self.validation else -math.inf
 
 
@@ -82,7 +82,7 @@ class Floor:
 
     @property
     def name(self) -> str:
-        """What is read."""
+        """Name of the source that the floor reads."""
         return self.best.source
 
     @property
@@ -100,12 +100,12 @@ class Floor:
 
 
 def _pieces(split: Split) -> Iterator[Tensor]:
-    """Indices in pieces whose sizes differ by one at most, none of them of a single example if there are more."""
+    """Yield indices in pieces whose sizes differ by at most one; no piece is a single example unless the split is."""
     return iter(torch.arange(len(split)).tensor_split(-(-len(split) // BATCH)))
 
 
 def tensors_of(split: Examples, task: Task) -> Split:
-    """Give a split whose inputs can be read by a linear map.
+    """Return a split whose inputs a linear map can read.
 
     Raises:
         UsageError: its inputs are no single tensor of real numbers, or its targets are none that a linear map reads.
@@ -117,7 +117,7 @@ def tensors_of(split: Examples, task: Task) -> Split:
 
 
 def _inputs(rule: Rule, raw: Tensor, device: torch.device) -> Tensor:
-    """As in training: normalised, and of the network's dtype."""
+    """Prepare inputs as in training: normalised, and of the network's dtype."""
     inputs: Tensor = rule.spec.normalise(raw.to(device))
     return inputs.to(rule.network.dtype)
 
@@ -132,7 +132,7 @@ def fill_statistics(rule: Rule, train: Split, device: torch.device) -> None:
 
 @torch.no_grad()
 def _represent(rule: Rule, split: Split, device: torch.device, source: str) -> Split:
-    """One source of an untrained rule as features (N, F)."""
+    """Return one source of an untrained rule as features (N, F)."""
     parts = []
     with evaluating(rule):
         for piece in _pieces(split):
@@ -145,7 +145,7 @@ def _represent(rule: Rule, split: Split, device: torch.device, source: str) -> S
 
 @torch.no_grad()
 def _sizes(rule: Rule, split: Split, device: torch.device) -> dict[str, int]:
-    """The number of features of each source of a rule but its inputs."""
+    """Return the number of features of each source of a rule except its inputs."""
     with evaluating(rule):
         found = rule.representations(_inputs(rule, split.inputs[:2], device))
     sizes = {name: part.flatten(1).shape[1] for name, part in found.items()}
@@ -168,7 +168,7 @@ class _Source:
         self.scores: dict[float, tuple[float, ...]] = {}
 
     def fit(self, penalty: float) -> float:
-        """Solve for a penalty; the mean score on validation."""
+        """Solve for a penalty, and return the mean score on validation."""
         self.fitted[penalty] = [readout.fit(penalty) for readout in self.readouts]
         if self.held is None:
             return 0.0
@@ -177,7 +177,7 @@ class _Source:
         return statistics.fmean(self.scores[penalty])
 
     def read(self) -> Reading:
-        """Choose the penalty."""
+        """Choose the penalty, and return the scores that it reaches."""
         penalty = DEFAULT_PENALTY if self.held is None else choose_penalty(self.fit).penalty
         if penalty not in self.fitted:
             self.fit(penalty)

@@ -1,4 +1,4 @@
-"""What a run watches while it trains: fixed parameters stay, learning ones move, and an evaluation only reads them."""
+"""Checks during training: fixed parameters stay, learning ones move, and an evaluation only reads them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger("bpfree")
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""Buffers that follow the data whether or not anything learns."""
+"""Buffers that change with the data even if nothing learns."""
 
 
 class Values:
@@ -61,12 +61,12 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def named_tensors(rule: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
+    """Return parameters and buffers by name."""
     return {**dict(rule.named_parameters()), **dict(rule.named_buffers())}
 
 
 def kind_of(rule: nn.Module, name: str) -> str:
-    """``the parameter NAME`` or ``the buffer NAME``."""
+    """Return ``the parameter NAME`` or ``the buffer NAME``."""
     return f"the {'buffer' if name in dict(rule.named_buffers()) else 'parameter'} {name}"
 
 
@@ -136,12 +136,12 @@ def only_read(rule: Rule, *methods: str) -> Iterator[None]:
 
 
 def version(tensor: Tensor) -> tuple[int, int]:
-    """What moves when a tensor is written to in the ordinary way, or gets other storage; nothing waits for the device."""
+    """Return what changes when a tensor is written to in the ordinary way, or gets other storage; this does not wait for the device."""
     return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 class LearningWatch:
-    """Fixed parameters stay, learning ones move: by version after the first step of a phase, by value at the ends of epochs and phases.
+    """Checks that fixed parameters stay and learning ones move: by version after a phase's first step, else by value.
 
     *Fixed* are the parameters of groups that a phase does not name, and those of the own-prediction twin that do not learn. *Learning* are
     those of a phase's groups that require a gradient; where there is one, also a real-valued buffer that is no running statistic counts
@@ -149,7 +149,7 @@ class LearningWatch:
 
     Args:
         rule: that is watched.
-        world: the processes that train it, which find the same.
+        world: the processes that train it, all of which reach the same result.
         twin: whether the rule is its own-prediction twin.
 
     Attributes:
@@ -167,7 +167,7 @@ class LearningWatch:
         self._fixed_values = self._start = None  # type: Values | None
 
     def prepared(self, before: Values) -> None:
-        """``prepare`` has run: what it filled has moved."""
+        """Note that ``prepare`` has run: what it filled has moved."""
         names = [*self._names_learning(), *self._names_solved()]
         self._note(bool(set(before.changed(named_tensors(self._rule))) & set(names)))
 
@@ -191,7 +191,7 @@ class LearningWatch:
                 self.check_fixed()
 
     def check_fixed(self) -> None:
-        """Compare what is said to be fixed with what it was when the phase began.
+        """Compare the parameters that a phase declares fixed with their values at its beginning.
 
         Raises:
             BpfreeError: it has changed.
@@ -203,13 +203,13 @@ class LearningWatch:
             rule, more = type(self._rule).__name__, f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             reason = "this is the own-prediction twin" if self._twin else "its group is not among Phase.groups"
             raise BpfreeError(
-                f"the parameter {changed[0]}{more} is said to be fixed in phase {self._phase.name!r}, but changed ({reason})",
+                f"the parameter {changed[0]}{more} is declared fixed in phase {self._phase.name!r}, but changed ({reason})",
                 where=rule,
                 fix="in learn and its hooks write only into parameters with requires_grad, or name the group in Phase.groups",
             )
 
     def look(self, *, steps: int) -> None:
-        """Note whether what learns in this phase has moved; once it has, nothing more is compared."""
+        """Note whether anything that learns in this phase has moved; from then on, nothing more is compared."""
         if self._start is None or steps <= self._step:
             return
         self.expected = True
@@ -217,7 +217,7 @@ class LearningWatch:
             self._start = None
 
     def end_phase(self, *, steps: int, whole: bool) -> None:
-        """The phase is over: say if nothing moved in it.
+        """End the phase, and warn if nothing moved in it.
 
         Args:
             steps: taken in all.
@@ -235,7 +235,7 @@ class LearningWatch:
         self._fixed, self._fixed_values, self._versions, self._start = {}, None, None, None
 
     def end_run(self, *, steps: int, gradients: bool) -> None:
-        """The training is over.
+        """End the training, and refuse or warn if nothing has moved in it.
 
         Args:
             steps: taken in all.
@@ -260,11 +260,11 @@ class LearningWatch:
         )
 
     def state_dict(self) -> dict[str, bool]:
-        """What a resumed run needs to know."""
+        """Return what a resumed run needs to know."""
         return {"moved": self.moved, "expected": self.expected}
 
     def load_state_dict(self, saved: Mapping[str, bool] | None) -> None:
-        """Inverse of :meth:`state_dict`; an older checkpoint counts as one of a run that moved."""
+        """Restore what :meth:`state_dict` returned; an older checkpoint counts as that of a run that moved."""
         self.moved, self.expected = (True, True) if saved is None else (saved["moved"], saved["expected"])
 
     def _note(self, moved: bool) -> bool:
@@ -278,7 +278,7 @@ class LearningWatch:
         return [name for name, p in self._rule.named_parameters() if p.requires_grad and id(p) in members]
 
     def _names_solved(self) -> list[str]:
-        """Real-valued buffers in which a rule may learn, and parameters that it fills though nothing descends them."""
+        """List the real-valued buffers in which a rule may learn, and the parameters that it fills without gradient descent."""
         buffers = [n for n, b in self._rule.named_buffers() if b.is_floating_point() and n.rpartition(".")[2] not in STATISTICS]
         filled = [name for name, p in self._rule.named_parameters() if not (p.requires_grad or self._twin or name in self._fixed)]
         return [*buffers, *filled]

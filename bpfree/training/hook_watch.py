@@ -1,4 +1,4 @@
-"""What surrounds each call of an observer's hook: nothing that is trained or reported may change in it."""
+"""Checks around each call of an observer's hook: it must not change anything that is trained or reported."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = ["HookWatch", "is_our_own", "name_of"]
 
 
 def is_our_own(plugin: Any) -> bool:
-    """Whether an observer is part of this program: then only what it does with a rule is watched, which may run the rule's code."""
+    """Tell whether an observer is part of this package; then only its use of a rule is watched, which may run the rule's code."""
     module = plugin.__name__ if isinstance(plugin, ModuleType) else type(plugin).__module__
     return module.split(".")[0] == "bpfree"
 
 
 def name_of(plugin: Any) -> str:
-    """How an observer is named in messages: a module's name, an object's class."""
+    """Return an observer's name for messages: a module's name, or an object's class."""
     return plugin.__name__ if isinstance(plugin, ModuleType) else type(plugin).__name__
 
 
 class HookWatch:
-    """Compares, around a hook, the rule, its optimiser, the step and the run.
+    """Compares the rule, its optimiser, the step and the run before and after a hook.
 
     Tensors are compared by value, except around ``step_end``, where versions have to suffice so that no step waits for the device: there by
     value at the 1st, 2nd, 4th, 8th ... call. An observer that was found to write into weights and put them back is compared by value at
@@ -121,7 +121,7 @@ class HookWatch:
         return facts
 
     def _rewritten(self, recorded: dict[str, Any] | None) -> str | None:
-        """What of the run was rewritten behind its view; it is put back."""
+        """Restore the run's attributes that a hook rewrote, and name the first of them."""
         changed = [name for name, value in (recorded or {}).items() if getattr(self._run, name) != value]
         for name in changed:
             setattr(self._run, name, (recorded or {})[name])

@@ -1,4 +1,4 @@
-"""Settings that nothing reads, because of another setting or the rule: a run with them would not be the one that was asked for.
+"""Settings that nothing reads, because of another setting or the rule; a run would silently ignore them.
 
 A value that is the default is never idle, so that a recorded configuration, which has every key, can be run again. What depends on
 another option of the same dataclass is declared with the option (``needs`` and ``unless``); the rest is written out here.
@@ -27,7 +27,7 @@ OWN_RATES = {"OneCycleLR": "max_lr", "CyclicLR": "base_lr and max_lr"}
 
 
 def idle(settings: TrainConfig, rule: type[Rule], config: Any) -> Iterator[tuple[str, str]]:
-    """Each idle setting by its key, with a sentence that names what it depends on.
+    """Yield the key of each idle setting, with a sentence that names what it depends on.
 
     Args:
         settings: of training.
@@ -42,10 +42,10 @@ def idle(settings: TrainConfig, rule: type[Rule], config: Any) -> Iterator[tuple
 
 
 def idle_options(config: Any, base: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """Each option that other options of its dataclass make idle, by its key, with a sentence that names these.
+    """Yield the key of each option that other options of its dataclass make idle, with a sentence that names these.
 
     Args:
-        config: an instance of a dataclass of options; dataclasses inside it are looked at too.
+        config: an instance of a dataclass of options; dataclasses inside it are checked too.
         base: another, of values that are never idle: the defaults, or what a rule implies for its network.
         prefix: of the keys, such as ``rule.``.
     """
@@ -58,7 +58,7 @@ def idle_options(config: Any, base: Any, prefix: str) -> Iterator[tuple[str, str
 
 
 def _reason(config: Any, item: dataclasses.Field[Any], prefix: str) -> str:
-    """The options that make one idle, and those that it is for; the empty string: it is read."""
+    """Name the options that make one idle, and those that it is for; return the empty string for an option that is read."""
     needs, unless = item.metadata.get("needs", {}), item.metadata.get("unless", {})
     against = [key for key, values in unless.items() if getattr(config, key, None) in values]
     if against or not needs or any(getattr(config, key) in values for key, values in needs.items()):
@@ -91,7 +91,7 @@ def _schedule(schedule: ScheduleConfig) -> Iterator[tuple[str, str]]:
 
 
 def _rates(settings: TrainConfig, default: OptimizerConfig) -> Iterator[tuple[str, str]]:
-    """Rates and momentum that a scheduler replaces by its own."""
+    """Yield the rates and the momentum that a scheduler replaces by its own."""
     name, schedule = settings.schedule.name, settings.schedule
     if name not in OWN_RATES:
         return
@@ -107,7 +107,7 @@ def _rates(settings: TrainConfig, default: OptimizerConfig) -> Iterator[tuple[st
 
 
 def idle_of_rule(settings: TrainConfig, rule: Rule) -> Iterator[tuple[str, str]]:
-    """The settings that this rule does not read, and its own idle options, which may have been given in Python."""
+    """Yield the settings that this rule does not read, and its own idle options, also those given in Python."""
     yield from idle_options(rule.config, type(rule.config)(), "rule.")
     yield from _of_rule(settings, type(rule).__name__, rule.traits, rule.optimizer, rule.optimizer_keys)
 
@@ -146,7 +146,7 @@ def _unread(settings: TrainConfig, rule: str, keys: tuple[str, ...], default: Op
     for item in dataclasses.fields(OptimizerConfig):
         value = getattr(settings.optimizer, item.name)
         unset: Any = item.default_factory() if callable(item.default_factory) else item.default
-        # a rate and nothing else is what plain gradient descent has
+        # plain gradient descent has a rate and no other setting
         plain = item.name == "name" and str(value).lower() == "sgd" and keys == ("lr",)
         if item.name not in keys and not plain and value not in (unset, getattr(default, item.name)):
             yield f"optimizer.{item.name}", f"optimizer.{item.name}={text_of(value)} does nothing with the rule {rule}: {read}"

@@ -1,4 +1,4 @@
-"""What a run measures of itself: step metrics without host synchronisation, time, memory."""
+"""Measurements of a run itself: step metrics without host synchronisation, time, memory."""
 
 from __future__ import annotations
 
@@ -54,25 +54,25 @@ class StepMetrics:
         return means
 
     def epoch(self, merge: Callable[[Mapping[str, list[float]]], Mapping[str, list[float]]]) -> dict[str, float]:
-        """Means over the epoch, of the sums that ``merge`` makes of those of several processes; starts the next one."""
+        """Return the epoch's means, of the sums that ``merge`` makes of those of several processes, and start the next epoch."""
         self.flush()
         means = {name: total / weight for name, (total, weight) in merge(self._sums).items() if weight}
         self._sums.clear()
         return means
 
     def state_dict(self) -> dict[str, list[float]]:
-        """The sums of an epoch in progress."""
+        """Return the sums of an epoch in progress."""
         self.flush()
         return {name: list(pair) for name, pair in self._sums.items()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Restore what :meth:`state_dict` returned."""
         self._sums = {name: list(pair) for name, pair in saved.items()}
 
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds by the wall's clock, and of the processor (all threads of this process)."""
+    """Seconds of wall-clock time, and of the processor (all threads of this process)."""
 
     wall: float = 0.0
     processor: float = 0.0
@@ -84,7 +84,7 @@ class Spent:
         return self + other.times(-1)
 
     def times(self, factor: float) -> Spent:
-        """Multiply both by a number."""
+        """Multiply both times by a number."""
         return Spent(factor * self.wall, factor * self.processor)
 
 
@@ -94,7 +94,7 @@ def _now() -> Spent:
 
 @dataclass
 class _Kind:
-    """Steps of a kind: those that were timed, and those that were measured on the side, with the time these took themselves."""
+    """Steps of one kind: the timed ones, and the measured ones with the time that these took themselves."""
 
     timed: Spent = field(default_factory=Spent)
     steps: int = 0
@@ -103,7 +103,7 @@ class _Kind:
 
     @property
     def charge(self) -> Spent:
-        """For the measured ones: the mean of the timed ones each; their own time if there are none."""
+        """Time to charge for the measured steps: the mean of a timed step for each; their own time if none was timed."""
         return self.timed.times(self.measured / self.steps) if self.steps else self.own
 
 
@@ -133,7 +133,7 @@ class Clock:
         self._since = _now()
 
     def stop(self) -> None:
-        """Stop counting, once the device has done its work."""
+        """Stop counting, after waiting for the device."""
         self._wait()
         if self._since is not None:
             self._note(_now() - self._since)
@@ -146,7 +146,7 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Do not count what is done inside, but for a step (:meth:`measuring`)."""
+        """Exclude the body from the time, except for a step (:meth:`measuring`)."""
         running = self._since is not None
         if running:
             self.stop()
@@ -156,7 +156,7 @@ class Clock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count what is done inside, unless it fails."""
+        """Count the body, unless it fails."""
         self.start()
         try:
             yield
@@ -168,7 +168,7 @@ class Clock:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def step(self, kind: str) -> None:
-        """Begin a step of this kind; steps of the same kind cost the same, and the clock runs on between them."""
+        """Begin a step of this kind; steps of one kind cost the same, and the clock keeps running between them."""
         if kind != self._kind:
             self._lap(kind)
         self._kinds[kind].steps += 1
@@ -185,7 +185,7 @@ class Clock:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Measure the step inside if the clock stands still; it is charged later."""
+        """Measure the step inside if the clock is stopped; the step is charged later."""
         if self._since is not None:
             yield
             return
@@ -202,12 +202,12 @@ class Clock:
         self._charged = sum((kind.charge for kind in self._kinds.values()), Spent())
 
     def mark(self) -> tuple[Spent, _Kind]:
-        """Where a step begins, for :meth:`forget`; the clock runs."""
+        """Mark the beginning of a step, for :meth:`forget`; the clock runs."""
         assert self._since is not None
         return self._timed + (_now() - self._since), replace(self._kinds.get(self._kind, _Kind()))
 
     def forget(self, mark: tuple[Spent, _Kind]) -> float:
-        """Take back the step since a mark, timed or measured; returns its seconds. The clock runs on."""
+        """Take back the step since a mark, timed or measured, and return its seconds; the clock keeps running."""
         self.stop()
         timed, before = mark
         taken, kind = self._timed - timed, self._kinds.setdefault(self._kind, _Kind())
@@ -220,45 +220,45 @@ class Clock:
         return taken.wall + own.wall
 
     def deduct(self, seconds: float) -> None:
-        """Take back seconds of what ran outside steps."""
+        """Deduct seconds that were spent outside steps."""
         self._timed -= Spent(seconds, seconds if self._timed.processor >= seconds else 0.0)
 
     # --- accounts ---------------------------------------------------------------------------------------------------
 
     @property
     def seconds(self) -> float:
-        """By the wall's clock, so far (without waiting for the device)."""
+        """Wall-clock seconds so far (without waiting for the device)."""
         running = 0.0 if self._since is None else time.perf_counter() - self._since.wall
         return max(self._reported.wall, self._timed.wall + self._charged.wall + running)
 
     @property
     def processor_seconds(self) -> float | None:
-        """The processor's; ``None`` where a part of the run was not measured."""
+        """Processor seconds so far; ``None`` if a part of the run was not measured."""
         running = 0.0 if self._since is None else time.process_time() - self._since.processor
         return max(self._reported.processor, self._timed.processor + self._charged.processor + running) if self._knows_processor else None
 
     def report(self) -> float:
-        """``seconds``, which will never be fewer than this from now on: for budgets and results."""
+        """Return ``seconds``, for budgets and results; later values are never smaller."""
         seconds = self.seconds
         if seconds > self._reported.wall:
             self._reported = Spent(seconds, self._reported.processor)
         return seconds
 
     def report_processor(self) -> float | None:
-        """The same of ``processor_seconds``."""
+        """Return ``processor_seconds``, for results; later values are never smaller."""
         seconds = self.processor_seconds
         if seconds is not None:
             self._reported = Spent(self._reported.wall, seconds)
         return seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, while the clock stands still."""
+        """Return the times as plain values, while the clock is stopped."""
         spent = {"timed": self._timed, "charged": self._charged, "told": self._reported}
         kinds = {name: [*astuple(kind.timed), kind.steps, *astuple(kind.own), kind.measured] for name, kind in self._kinds.items()}
         return {**{name: list(astuple(value)) for name, value in spent.items()}, "kinds": kinds, "processor": self._knows_processor}
 
     def load_state_dict(self, saved: Mapping[str, Any] | None, seconds: float) -> None:
-        """Inverse of :meth:`state_dict`; ``None``: of an older checkpoint, of which the ``seconds`` alone are known."""
+        """Restore what :meth:`state_dict` returned; ``None`` for an older checkpoint, of which only ``seconds`` are known."""
         if saved is None:
             self._timed, self._knows_processor = Spent(seconds), False
             return
@@ -287,20 +287,20 @@ class StepMemory:
 
     @property
     def step_bytes(self) -> int:
-        """Of the step that takes most; 0 before one was watched."""
+        """Bytes of the step that takes most; 0 before one was watched."""
         return max(self._watched.values(), default=0)
 
     def wants(self, batch: Batch, step: Step) -> bool:
-        """Whether this step of its phase is to be watched: the first, which may be its last, and the third.
+        """Tell whether to watch this step of its phase: the first, which may be its last, and the third.
 
-        Never while somebody else profiles, since torch has one profiler at a time.
+        Never while another profiler runs, since torch allows one at a time.
         """
         phase = step.phase.name
         count = self._seen[phase] = self._seen.get(phase, 0) + 1
         return count in (1, 3) and not torch.autograd.profiler._is_profiler_enabled
 
     def around(self, take: Callable[[Batch, Step], Metrics], clock: Clock, batch: Batch, step: Step) -> Metrics:
-        """Watch a step."""
+        """Take a step and watch its memory."""
         with clock.stopped(), self.watch(step.phase.name):
             return take(batch, step)
 
@@ -327,14 +327,14 @@ class StepMemory:
         self._watched[phase] = max(peak - (self._kept() - lying), 0 if phase else self._watched.get(phase, 0))
 
     def state_dict(self) -> dict[str, Any]:
-        """The watched step of each phase, and how many steps of it were seen: a resumed run watches none twice."""
+        """Return the watched step of each phase, and how many of its steps were seen: a resumed run watches none twice."""
         return {"step_bytes": self.step_bytes, "watched": dict(self._watched), "seen": dict(self._seen)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`; without steps by their phase (of several processes, or of an older checkpoint): the largest."""
+        """Restore what :meth:`state_dict` returned; without steps by phase (of several processes, or an older checkpoint), the largest."""
         self._watched = dict(saved.get("watched") or ({"": saved["step_bytes"]} if saved["step_bytes"] else {}))
         self._seen = dict(saved["seen"])
 
     def total(self) -> float | None:
-        """MiB: the largest step seen, and the bytes that are kept between steps; ``None`` where no step was watched."""
+        """Return MiB: the largest step seen, and the bytes that are kept between steps; ``None`` if no step was watched."""
         return (self.step_bytes + self._kept()) / 2**20 if self._watched else None

@@ -74,7 +74,7 @@ def _try(rule: Rule, phase: Phase, batch: Batch, task: Task) -> None:
 
 @contextmanager
 def _entered(rule: Rule) -> Iterator[list[str]]:
-    """Names of the norms that are executed inside, in order."""
+    """Collect the names of the norms that are executed inside, in order."""
     entered: list[str] = []
     handles = []
     for name, module in rule.named_modules():

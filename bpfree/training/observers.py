@@ -1,4 +1,4 @@
-"""Calling observers: each in isolation, because an observer must never end or change a run."""
+"""Calls of observers, each in isolation: an observer must never end or change a run."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Observers:
         self._manager.check_pending()
 
     def listens(self, hook: str) -> bool:
-        """Whether any observer implements the hook."""
+        """Tell whether any observer implements the hook."""
         return bool(getattr(self._manager.hook, hook).get_hookimpls())
 
     def notify(self, hook: str, **arguments: Any) -> None:
-        """Call every implementation that asks for nothing but the arguments. One that fails is reported once and dropped.
+        """Call every implementation that takes only these arguments; one that fails is reported once and dropped.
 
         Raises:
             BpfreeError: an observer may refuse the run with it (a required tracking server that is down); or one has changed something.
@@ -61,7 +61,7 @@ class Observers:
                 self._call(hook, implementation, arguments)
 
     def notify_again(self, hook: str) -> None:
-        """Call the implementations of this program alone, because what they were given has changed since."""
+        """Call the implementations of this package again, because their arguments have changed since."""
         for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
             if is_our_own(implementation.plugin):
                 self._call(hook, implementation, {})

@@ -1,4 +1,4 @@
-"""What training costs in floating-point operations: counted by the core, never declared by a rule.
+"""Cost of training in floating-point operations, counted by the core, never declared by a rule.
 
 Matrix products (in place, too) and convolutions count, with two operations for each multiplication and addition, as torch's
 ``FlopCounterMode`` has it, and direct solutions of linear systems (their leading terms: Golub and Van Loan, Matrix Computations, 4th ed.,
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class _NoModules:
-    """In place of the counter's module tracker, whose hooks on modules and gradients would be in the way of rules."""
+    """Replacement of the counter's module tracker, whose hooks on modules and gradients would interfere with rules."""
 
     parents = ("Global",)
 
@@ -76,7 +76,7 @@ def _cubed(matrix: Any) -> int:
 
 
 def _factor(thirds: int) -> Callable[..., int]:
-    """n^3 in thirds, for matrices (..., n, n)."""
+    """Make a counter of n^3 in thirds, for matrices (..., n, n)."""
 
     def count(matrix: Any, *arguments: Any, **options: Any) -> int:
         return thirds * _cubed(matrix) // 3
@@ -85,7 +85,7 @@ def _factor(thirds: int) -> Callable[..., int]:
 
 
 def _solve(matrix: Any, right: Any, *arguments: Any, **options: Any) -> int:
-    """An LU factorisation, and two triangular systems for each column on the right."""
+    """Count an LU factorisation, and two triangular systems for each column on the right."""
     columns = int(right[-1]) if len(right) == len(matrix) else 1
     return 2 * _cubed(matrix) // 3 + 2 * int(math.prod(matrix)) * columns
 
@@ -122,7 +122,7 @@ FURTHER = {
 
 @contextmanager
 def counted_operations() -> Iterator[Callable[[], int]]:
-    """Count the floating-point operations inside; the function gives their number, also afterwards."""
+    """Count the floating-point operations inside; the function returns their number, also afterwards."""
     from torch.utils.flop_counter import FlopCounterMode  # imports triton, about 1 s
 
     counter = FlopCounterMode(display=False, custom_mapping=FURTHER)
@@ -134,7 +134,7 @@ def counted_operations() -> Iterator[Callable[[], int]]:
 class Operations:
     """The operations of a run so far; all of it is saved in checkpoints.
 
-    A rule that cannot be counted trains as if nobody had tried: the run is then without these numbers.
+    A rule that cannot be counted trains as usual, but the run lacks these numbers.
 
     Args:
         stepper: which takes the run's steps.
@@ -143,7 +143,7 @@ class Operations:
     Attributes:
         total: operations of all training steps, of what is done outside of them, and of features that were computed for phases on features.
         forward: operations of one forward pass of ``examples`` examples; ``None`` before it is counted.
-        features: the same of ``Rule.features``, where a phase is on features; counted again for each such phase.
+        features: operations of ``Rule.features``, where a phase is on features; counted again for each such phase.
         trouble: why there are no numbers; the empty string: there are.
     """
 
@@ -160,11 +160,11 @@ class Operations:
     # --- counting ---------------------------------------------------------------------------------------------------
 
     def wants(self, batch: Batch, step: Step) -> bool:
-        """Whether a step on this batch is of a kind that was not counted yet."""
+        """Tell whether steps on a batch of this kind were not counted yet."""
         return not self.trouble and kind_of(step.phase, batch) not in self._steps
 
     def around(self, take: Take, clock: Clock, batch: Batch, step: Step) -> Metrics:
-        """Take a step and count its operations; what a count has broken is put back, and the step taken without."""
+        """Take a step and count its operations; if counting fails, restore the state and take the step without it."""
         with clock.stopped():
             metrics, found = self._counted(lambda: take(batch, step), step)
         total, failures = self._world.total(found or 0, found is None)
@@ -175,7 +175,7 @@ class Operations:
         return metrics
 
     def add_call(self, call: Callable[[], object], step: Step) -> None:
-        """Make a call of the rule's outside of steps, and add its operations. Of processes that all make it the first one counts."""
+        """Make a call of the rule outside of steps, and add its operations; if all processes make it, the first one counts."""
         if self.trouble:
             call()
             return
@@ -201,22 +201,22 @@ class Operations:
         return made, operations()
 
     def count_forward(self, inputs: Any, examples: int) -> None:
-        """Count a ``predict`` that is not final on some inputs, in eval mode and without any trace in random states."""
+        """Count a ``predict`` that is not final on some inputs, in eval mode and without changing random states."""
         generator = torch.Generator(self._device).manual_seed(0)
         self.forward, self.examples = self._aside(lambda: self._rule.predict(inputs, generator)), examples
         if self.forward == 0:
             self._give_up(BpfreeError("its forward pass has no matrix product and no convolution"))
 
     def wants_features(self, phase: Phase) -> bool:
-        """Whether a phase is on features, of which those were not counted yet: a rule may have grown since the phase before."""
+        """Tell whether a phase uses features that were not counted yet; a rule may have grown since the previous phase."""
         return phase.on_features and not self.trouble and self._features_of != _features_of(phase)
 
     def count_features(self, phase: Phase, inputs: Any) -> None:
-        """The same for ``features`` in a phase, on the inputs that the forward pass was counted on."""
+        """Count ``features`` in a phase, on the inputs on which the forward pass was counted."""
         self.features, self._features_of = self._aside(lambda: self._rule.features(inputs)), _features_of(phase)
 
     def _aside(self, call: Callable[[], Tensor]) -> int | None:
-        """The operations of a call, which the first process alone makes."""
+        """Return the operations of a call that the first process alone makes."""
         found, self.trouble = self._world.from_first(lambda: (self._count_aside(call), self.trouble))
         return found
 
@@ -238,7 +238,7 @@ class Operations:
     # --- accounts ---------------------------------------------------------------------------------------------------
 
     def add_step(self, phase: Phase, batch: Batch, *, features: bool) -> None:
-        """A step was taken; ``features``: after its features had been computed from the inputs."""
+        """Add the operations of a step; with ``features``, also those of computing its features from the inputs."""
         self.total += self._steps.get(kind_of(phase, batch), 0)
         if features:
             self.add_features(len(batch))
@@ -253,7 +253,7 @@ class Operations:
         return None if self.trouble or not self.forward else self.total * self.examples / self.forward
 
     def spent(self, since: int = 0) -> float:
-        """Forward-pass equivalents since a total, for budgets.
+        """Return the forward-pass equivalents since a total, for budgets.
 
         Raises:
             UsageError: they are not known.
@@ -275,7 +275,7 @@ class Operations:
             raise UsageError(self.trouble, where=where, fix="set budget.epochs, budget.samples or budget.seconds")
 
     def costs(self) -> dict[str, float]:
-        """For a run's result: ``train/forwards``, ``train/operations`` and, for one example, ``forward_operations``."""
+        """Return costs for a run's result: ``train/forwards``, ``train/operations`` and, for one example, ``forward_operations``."""
         if self.forwards is None or self.forward is None:
             return {}
         forward = self.forward / self.examples
@@ -284,12 +284,12 @@ class Operations:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the counts as plain values."""
         names = ("total", "forward", "features", "examples", "trouble")
         return {name: getattr(self, name) for name in names} | {"steps": dict(self._steps), "features_of": self._features_of}
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
-        """Inverse of :meth:`state_dict`; ``None``: of a checkpoint from before operations were counted."""
+        """Restore what :meth:`state_dict` returned; ``None`` for a checkpoint from before operations were counted."""
         if saved is None:
             self.trouble = "the operations of the run's first part were not counted"
             return
@@ -300,11 +300,11 @@ class Operations:
 
 
 _recent: tuple[Phase, int, str] = (Phase(), 0, "")
-"""The kind that was asked for last: it is asked for several times in each step."""
+"""The most recent kind of step, kept because each step needs it several times."""
 
 
 def kind_of(phase: Phase, batch: Batch) -> str:
-    """Steps of the same kind cost the same."""
+    """Name the kind of a step; steps of the same kind cost the same."""
     global _recent
     known, size, kind = _recent
     if known is not phase or size != len(batch):

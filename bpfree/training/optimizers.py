@@ -24,7 +24,7 @@ OWN_KEYS = ("lr", "weight_decay", "momentum")
 
 
 def merged(groups: Groups, special: Special) -> dict[str, dict[str, Any]]:
-    """Torch's parameter groups: one for all of the rule's groups that have the same options.
+    """Merge the rule's groups that have the same options into one of torch's parameter groups.
 
     A fused optimiser makes a call per parameter group, and ten small ones cost several times what one large one does.
     """
@@ -37,7 +37,7 @@ def merged(groups: Groups, special: Special) -> dict[str, dict[str, Any]]:
 
 
 def make_optimizer(config: OptimizerConfig, groups: Groups, special: Special) -> torch.optim.Optimizer:
-    """A ``torch.optim`` optimiser over the groups, fused where it can be.
+    """Make a ``torch.optim`` optimiser over the groups, fused where it can be.
 
     Raises:
         UsageError: no such optimiser, an argument that it does not take, or one that cannot work here, as Muon, which takes matrices only.
@@ -55,7 +55,7 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, special: Special) ->
     try:
         made: type[Any] = factory if arguments.get("differentiable") else _without_compiler(factory)
         optimizer: torch.optim.Optimizer = made(list(merged(groups, special).values()), **arguments)
-    except Exception as error:  # torch checks little, and raises what it happens to meet
+    except Exception as error:  # torch checks little, and may raise any exception
         raise UsageError(f"{config.name} refuses its options: {error}", where=_said(config)) from error
     for group in optimizer.param_groups:
         group["base_lr"] = float(group["lr"])
@@ -63,7 +63,7 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, special: Special) ->
 
 
 def _factory(config: OptimizerConfig) -> Any:
-    """The class that the configuration names.
+    """Return the class that the configuration names.
 
     Raises:
         UsageError: there is none, or it cannot work here.
@@ -108,7 +108,7 @@ def _names_compiler(method: Any) -> bool:
 
 
 def untaken(config: OptimizerConfig) -> Iterator[tuple[str, UsageError]]:
-    """Each setting of the optimiser that this one does not take, by its key, with the error that says so; none of an unknown ``auto``.
+    """Yield each setting that this optimiser does not take, by key, with the error to raise; none for an unknown ``auto``.
 
     Raises:
         UsageError: there is no such optimiser.
@@ -123,7 +123,7 @@ def untaken(config: OptimizerConfig) -> Iterator[tuple[str, UsageError]]:
     for key, value in config.options.items():
         where = f"optimizer.options.{key}"
         if key in OWN_KEYS:
-            yield where, UsageError(f"{where} is said by a key of its own", where=where, fix=f"optimizer.{key}={value}")
+            yield where, UsageError(f"{where} has a key of its own", where=where, fix=f"optimizer.{key}={value}")
         elif key not in names:
             yield where, unknown_name(f"option of {config.name}", key, names, where=where)
         elif reason := misfit(value, accepted[key]):
@@ -134,7 +134,7 @@ def untaken(config: OptimizerConfig) -> Iterator[tuple[str, UsageError]]:
 
 
 def misfit(value: Any, parameter: inspect.Parameter) -> str:
-    """What a value must be for this parameter of torch's, as far as its signature says; empty: it fits."""
+    """Say what a value must be for this parameter of torch's, as far as its signature says; empty if it fits."""
     default, kind = parameter.default, str(parameter.annotation)
     if value is None:
         return "" if default is None else "must have a value"
@@ -158,7 +158,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _said(config: OptimizerConfig) -> str:
-    """The settings that say something, for a message."""
+    """Name the configured options, for a message."""
     return ", ".join(f"optimizer.options.{key}" for key in config.options) or "optimizer"
 
 

@@ -1,4 +1,4 @@
-"""What a phase switches on and off: which groups learn, and which blocks run in eval mode."""
+"""Switches of a phase: which groups learn, and which blocks run in eval mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["learning"]
 
 @contextmanager
 def learning(rule: Rule, phase: Phase) -> Iterator[None]:
-    """The rule in train mode with the phase's groups trainable; ``requires_grad`` and modes are restored afterwards.
+    """Put the rule in train mode with the phase's groups trainable; restore ``requires_grad`` and modes afterwards.
 
     Blocks below the first learning one run in eval mode, and without a graph, since nothing below needs a gradient.
 

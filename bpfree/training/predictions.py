@@ -1,4 +1,4 @@
-"""What a run predicted for each example of the test split: a byte or two each, in ``predictions.npz`` in the run's folder.
+"""Predictions of a run for each example of the test split: a byte or two each, in ``predictions.npz`` in the run's folder.
 
 Arrays, in the order of the test split: ``predicted``, the class with the highest score (uint8; uint16 beyond 256 classes), of the first
 draw of a stochastic predictor; ``correct``, whether it is right (uint8, 0 or 1), of several draws the share of them that are (float32).
@@ -30,7 +30,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of N examples, in the order of their split.
+    """Predictions of N examples, in the order of their split.
 
     Attributes:
         predicted: (N,) classes, of the first draw; ``None`` for real targets.
@@ -45,14 +45,14 @@ class Predictions:
     protocols: Mapping[str, Array] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, Array]:
-        """As they are in the file."""
+        """Return the arrays as the file stores them."""
         own = {"predicted": self.predicted, "correct": self.correct, "loss": self.loss}
         found = {name: array for name, array in own.items() if array is not None}
         return found | {f"{name}_correct": array for name, array in self.protocols.items()}
 
 
 class Collector:
-    """Takes up the scores of an evaluation, batch by batch; they stay on the device until they are read.
+    """Collects the scores of an evaluation, batch by batch; they stay on the device until they are read.
 
     Args:
         spec: of the task.
@@ -65,12 +65,12 @@ class Collector:
         self._values: list[list[Tensor]] = []
 
     def begin_draw(self) -> None:
-        """A pass over the split begins."""
+        """Begin a pass over the split."""
         self._draws += 1
         self._values.append([])
 
     def add(self, scores: Tensor, batch: Batch) -> None:
-        """The scores of a batch."""
+        """Add the scores of a batch."""
         if self._spec.targets not in ("classes", "soft"):
             if self._spec.targets not in ("tokens", "none"):  # of which a loss is not of single examples
                 self._values[-1].append(self._spec.losses(scores.float(), batch))
@@ -81,7 +81,7 @@ class Collector:
             self._predicted.append(scores.argmax(1).to(torch.uint8 if self._spec.outputs <= 256 else torch.int32))
 
     def predictions(self) -> Predictions | None:
-        """What was taken up; ``None`` where it is not one value for each example, or nothing."""
+        """Return the collected predictions; ``None`` where they are not one value for each example, or there are none."""
         if not self._draws or not self._values[0]:
             return None
         draws = [torch.cat(values).cpu() for values in self._values]
@@ -116,7 +116,7 @@ def read_predictions(path: Path) -> Predictions | None:
     try:
         with np.load(RunFolder(path).predictions if path.is_dir() else path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
-    except Exception:  # what a damaged archive raises is nowhere written
+    except Exception:  # a damaged archive may raise any exception
         return None
     protocols = {name.removesuffix("_correct"): array for name, array in arrays.items() if name.endswith("_correct")}
     found = Predictions(arrays.get("predicted"), arrays.get("correct"), arrays.get("loss"), protocols)

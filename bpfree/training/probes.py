@@ -1,4 +1,4 @@
-"""Measuring single steps on the side of a run, which stays as it is, bit for bit."""
+"""Measurements of single steps that leave the run unchanged, bit for bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StepProbe(Protocol):
     """
 
     def wants(self, batch: Batch, step: Step) -> bool:
-        """Whether the step that comes is to be measured; asked once for each step."""
+        """Tell whether to measure the next step; called once for each step."""
 
     def around(self, take: Take, clock: Clock, batch: Batch, step: Step) -> Metrics:
         """Take the step, and measure before, after or around it.
@@ -43,7 +43,7 @@ class StepProbe(Protocol):
 
 
 def take_step(probes: Iterable[StepProbe], take: Take, clock: Clock, batch: Batch, step: Step) -> Metrics:
-    """Take a step inside the probes that want it."""
+    """Take a step inside the probes that want to measure it."""
     wanted = [probe for probe in probes if probe.wants(batch, step)]
     if not wanted:
         return take(batch, step)

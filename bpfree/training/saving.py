@@ -1,4 +1,4 @@
-"""The checkpoints of one run: what is in them, and resuming from one."""
+"""The checkpoints of one run: their contents, and resuming from one."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Checkpoints:
         self._write("selected.pt", {"weights": weights, "score": score})
 
     def _history(self, path: Path) -> list[dict[str, float]]:
-        """Learning curves so far, from the log in the checkpoint's folder."""
+        """Read the learning curves so far from the log in the checkpoint's folder."""
         if self._run.history or not self._writes:
             return self._run.history
         try:
@@ -82,12 +82,12 @@ class Checkpoints:
             return []
 
     def read(self, path: Path) -> Mapping[str, Any]:
-        """Read a checkpoint and take up its position; weights follow when the phases have been replayed.
+        """Read a checkpoint and restore its position; weights follow when the phases have been replayed.
 
         Raises:
             BpfreeError: it is of another rule or other data, or holds weights only.
         """
-        several = self._world.size > 1  # then it goes from process to process
+        several = self._world.size > 1  # then the first process reads it for all
         saved: dict[str, Any] = self._world.from_first(lambda: read_checkpoint(path, device="cpu" if several else self._setup.device))
         check_rule(saved, self._setup.rule, path)
         training = saved.get("training")
@@ -101,7 +101,7 @@ class Checkpoints:
             )
         try:
             self._state.take_position(training)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # whoever wrote it, it was not bpfree
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # bpfree did not write it
             raise BpfreeError(
                 f"the checkpoint's state of training is not as bpfree writes it: {error}", where=str(path), fix=FIX
             ) from error

@@ -40,12 +40,12 @@ LENGTHS = {
     "PolynomialLR": ("total_iters",),
     "CyclicLR": ("step_size_up", "step_size_down"),
 }
-"""What says after how many steps a scheduler has come to its end, or round: the attribute, or the sum of both."""
+"""Attributes that give the steps to a scheduler's end, or of its cycle: the one, or the sum of both."""
 MOST_STEPS = 100_000
 
 
 def shape_of(schedule: ScheduleConfig) -> Callable[[float], float] | None:
-    """The factor as a function of progress; ``None`` where the rate is constant or left to torch."""
+    """Return the factor as a function of progress; ``None`` where the rate is constant or left to torch."""
     shapes: dict[str, Callable[[float], float]] = {
         "constant": lambda progress: 1.0,
         "linear": lambda progress: 1 - (1 - schedule.final) * progress,
@@ -67,7 +67,7 @@ def shape_of(schedule: ScheduleConfig) -> Callable[[float], float] | None:
 
 
 def torch_scheduler(schedule: ScheduleConfig, optimizer: torch.optim.Optimizer) -> Any:
-    """The scheduler of ``torch.optim.lr_scheduler`` over an optimiser; ``None`` for a named shape.
+    """Make the scheduler of ``torch.optim.lr_scheduler`` over an optimiser; ``None`` for a named shape.
 
     Raises:
         UsageError: no such schedule, or options that it does not take.
@@ -88,7 +88,7 @@ def torch_scheduler(schedule: ScheduleConfig, optimizer: torch.optim.Optimizer) 
             raise UsageError(f"{schedule.name} refuses its options: {key} {reason}, not {value!r}", where=where)
     try:
         return factory(optimizer, **schedule.options)
-    except Exception as error:  # torch checks little, and raises what it happens to meet
+    except Exception as error:  # torch checks little, and may raise any exception
         raise UsageError(f"{schedule.name} refuses its options: {error}", where="schedule.options") from error
 
 
@@ -99,12 +99,14 @@ def check_schedule(schedule: ScheduleConfig) -> None:
         UsageError: no such schedule, or options that it does not take.
     """
     if schedule.name == "milestones" and not schedule.milestones:
-        raise UsageError("schedule=milestones needs some", where="schedule.milestones", fix="for example schedule.milestones=[0.5,0.75]")
+        raise UsageError(
+            "schedule=milestones needs schedule.milestones", where="schedule.milestones", fix="for example schedule.milestones=[0.5,0.75]"
+        )
     _stepped(schedule, 1)
 
 
 def _stepped(schedule: ScheduleConfig, steps: int) -> tuple[Any, list[float]]:
-    """The scheduler over a single parameter after n steps, and the rates that epochs had.
+    """Return the scheduler over a single parameter after n steps, and the rates of its epochs.
 
     Raises:
         UsageError: it cannot be made, or does not go so far.
@@ -127,7 +129,7 @@ def _stepped(schedule: ScheduleConfig, steps: int) -> tuple[Any, list[float]]:
 
 
 def check_length(schedule: ScheduleConfig, steps: int | None) -> None:
-    """See whether a scheduler of torch comes to its end within the run, or whether the run goes beyond its end.
+    """Check whether a scheduler of torch comes to its end within the run, and whether the run continues beyond its end.
 
     A scheduler is stepped once per epoch. One whose length is in batches would hardly begin, and OneCycleLR raises an error beyond its end.
     CosineAnnealingLR beyond its end is periodic, as torch has it.
@@ -177,12 +179,12 @@ def check_length(schedule: ScheduleConfig, steps: int | None) -> None:
 
 
 def scheduler_length(scheduler: Any) -> float:
-    """Steps of a cycle of CyclicLR, which keeps no attribute of that name."""
+    """Return the steps of a scheduler's cycle, also of CyclicLR, which keeps no such attribute."""
     return float(getattr(scheduler, "total_size", 0))
 
 
 def planned_steps(rule: Rule, budget: Budget) -> list[int] | None:
-    """How many steps each scheduler gets that is not a phase's own; ``None`` where that is not known beforehand.
+    """Return the number of steps of each scheduler that is not a phase's own; ``None`` where it is not known beforehand.
 
     There is one for each optimiser, of which a phase may have its own.
     """

@@ -1,4 +1,4 @@
-"""Which weights of a run are tested: those of the best epoch on validation or the last, and what the rule calibrates with them."""
+"""Weights of a run that are tested: those of the best epoch on validation or the last, and the rule's calibration with them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Selection:
         self._metric = setup.task.spec.primary
 
     def keep(self, metrics: Mapping[str, float]) -> None:
-        """Keep the present weights if they are the best on validation so far, and such are selected.
+        """Keep the present weights if they are the best on validation so far, and the run selects the best.
 
         Args:
             metrics: of the epoch that has ended, with the task's primary metric (``val/accuracy``) where it was evaluated.
@@ -49,7 +49,7 @@ class Selection:
         self._checkpoints.save_selected(weights, score)
 
     def take(self, save: Callable[[Mapping[str, Any] | None], None]) -> None:
-        """Put the selected weights into the rule, and let it calibrate with them where it can.
+        """Load the selected weights into the rule, and let it calibrate with them where it can.
 
         Args:
             save: writes a checkpoint with the given weights, or the rule's for ``None``; called after a calibration.
@@ -80,7 +80,7 @@ class Selection:
 
 
 def _calibrated(state: RunState, setup: Setup) -> Calibration:
-    """Have the rule choose with its present weights, unless it did so after the same step, before the run was interrupted.
+    """Let the rule calibrate with its present weights, unless it did so after the same step, before the run was interrupted.
 
     Its buffers are set. The first of several processes chooses for all.
     """

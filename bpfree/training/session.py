@@ -1,4 +1,4 @@
-"""One call of ``Trainer.fit``: the loop for every rule, and what is made for it."""
+"""One call of ``Trainer.fit``: the loop for every rule, and the objects that are made for it."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ class Session:
         ):
             return
         raise UsageError(
-            f"the run has trained longer than that: {100 * used:.0f} % of the new budget are used",
+            f"the run has already used {100 * used:.0f} % of the new budget",
             where="budget",
-            fix="give a larger budget; what it has learned is tested by bpfree evaluate",
+            fix="give a larger budget, or test the trained rule with bpfree evaluate",
         )
 
     def _describe(self) -> None:
@@ -134,7 +134,7 @@ class Session:
         self._finish()
 
     def _one_pass(self, phase: Phase) -> None:
-        """A pass over the training split, or the rest of one that was interrupted."""
+        """Train for a pass over the training split, or for the rest of one that was interrupted."""
         state, watched = self.state, self._observers.listens("step_end")
         loader = self._batches.batches(phase, state.clock, self._while_computing_features)
         self._count_forward(phase, loader)
@@ -176,7 +176,7 @@ class Session:
             self._end_epoch(phase)
 
     def _aim(self, phase: Phase) -> None:
-        """Set progress and learning rates for the step that comes."""
+        """Set progress and learning rates for the next step."""
         progress = min(1.0, self._budget_tracker.used())
         self.state.stepper.at(progress, None if phase.schedule is None else self._budget_tracker.phase_progress(phase, progress))
 
@@ -211,7 +211,7 @@ class Session:
     # --- phases -----------------------------------------------------------------------------------------------------
 
     def _phases(self) -> Iterator[Phase]:
-        """Yield the phases to train, each after it has begun; a resumed run starts with the one that it was in."""
+        """Yield the phases to train, each after it has begun; a resumed run starts with the phase in which it was saved."""
         steps, state, saved = walk(self._rule, self._setup.budget, self._setup.task.stages), self.state, self._saved
         if saved is None:
             self._prepare()
@@ -248,7 +248,7 @@ class Session:
         self._evaluator.begin_stage(stage, stream.seen)
 
     def _end_stage(self) -> None:
-        """Score the stages seen so far, and choose what is kept of the present one; once, also where a run is resumed after it."""
+        """Score the stages seen so far, and choose the examples to keep of the present one; only once, also in a resumed run."""
         stream = self.state.stream
         if stream.ended:
             return
@@ -277,7 +277,7 @@ class Session:
         self.state.begun += 1
 
     def _count_forward(self, phase: Phase, loader: Loader | FeatureLoader) -> None:
-        """Count the operations of a forward pass, once, and of features that a phase is on, on the first training examples."""
+        """Count once, on the first training examples, the operations of a forward pass and of a phase's features."""
         operations, at, train = self.state.operations, self.state.at, self._setup.task.train
         few = operations.wants_features(phase)
         if not operations.trouble and (operations.forward is None or few):
@@ -293,12 +293,12 @@ class Session:
     # --- between steps ----------------------------------------------------------------------------------------------
 
     def _while_computing_features(self, share: float) -> None:
-        """Show the progress; weights do not change, so there is nothing to save."""
+        """Show the progress while features are computed; weights do not change, so there is nothing to save."""
         self._stop.obey(self._run.folder)
         self._show({"features": share})
 
     def _while_evaluating(self, share: float) -> None:
-        """The same, between the batches of a split of which a share is scored; several processes wait for the first one."""
+        """Show the progress while a split is evaluated, and stop if asked; several processes wait for the first one."""
         if self._setup.world.size == 1:
             self._stop.obey(self._run.folder)
         self._show({"evaluation": share})
@@ -309,7 +309,7 @@ class Session:
             self._notify("progress", metrics=self._standing() | metrics)
 
     def _look(self) -> None:
-        """Read the step metrics, notice divergence, save if it is time."""
+        """Read the step metrics, check for divergence, and save if a checkpoint is due."""
         self._next_look = time.perf_counter() + self._config.log_interval
         means = self._team.joined(self.state.metrics.flush())
         check_losses(means, self.state.at.step)
@@ -335,23 +335,23 @@ class Session:
             self._notify("checkpoint_saved", path=path)
 
     def _save_on_the_way(self) -> None:
-        """Write a checkpoint; training continues where the disk is full for now, and the next one comes in time."""
+        """Write a checkpoint; if the disk is full, continue training, and write the next one when it is due."""
         try:
             self.save()
         except DiskError as error:
             if not self._checkpoints.trouble:
-                logger.warning("%s (%s); training continues, and tries again", error.what, error.where)
+                logger.warning("%s (%s); training continues and will try again", error.what, error.where)
             self._checkpoints.trouble = error.what
 
     def rescue(self) -> None:
-        """Save what a run that was stopped has reached, unless the weights to be tested are in place of its own: then it is saved."""
+        """Save the progress of a stopped run, unless the weights to be tested are loaded: then it is saved already."""
         if not self._tests:
             self.save()
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        """Take the weights that were selected, and test them: once, or not at all where the configuration says so."""
+        """Load the selected weights, and test them once, or not at all if the configuration says so."""
         state, world, result = self.state, self._setup.world, self._run.result
         self._end_stage()
         state.end_training()
@@ -369,7 +369,7 @@ class Session:
         self._evaluator.keep_predictions()
 
     def _trained_features(self, batches: Loader) -> Split:
-        """A split's features once the rule is trained, unless the run is asked to stop."""
+        """Compute a split's features with the trained rule, unless the run is asked to stop."""
 
         def look(share: float) -> None:
             if self._stop.asked:

@@ -1,4 +1,4 @@
-"""What a run is made of: one object that its parts share."""
+"""The objects of a run, which its parts share as one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Setup:
         augment: tuple[Augmentation, ...] = (),
         share: Resident | None = None,
     ) -> Loader:
-        """Make a loader of a split: in its original order where there is no seed; the arguments are :class:`Loader`'s."""
+        """Make a loader of a split, in its original order without a seed; the arguments are :class:`Loader`'s."""
         return Loader(
             split,
             self.task.spec,

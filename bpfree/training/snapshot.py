@@ -1,4 +1,4 @@
-"""Everything that executing a rule may change, saved and restored: for measurements on the side of a run."""
+"""State that executing a rule may change, saved and restored around measurements that must not change the run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Snapshot:
         self._undo.append(partial(seeds.set_global_state, seeds.global_state(device), device))
 
     def restore(self) -> None:
-        """Put everything back as it was."""
+        """Restore the saved state."""
         for undo in self._undo:
             undo()
 

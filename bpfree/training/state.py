@@ -1,4 +1,4 @@
-"""Everything of a run that changes while it trains, and its passage through checkpoints."""
+"""The changing state of a run, and how checkpoints save and restore it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["Position", "RunState", "copied"]
 
 @dataclass
 class Position:
-    """How far a run has come; all of it is saved.
+    """The position of a run in its training; all of it is saved.
 
     Attributes:
         phase: index of the current phase; ``phase_epoch`` passes of it are complete.
@@ -67,16 +67,16 @@ class RunState:
         setup: the run's; the rule is on its device.
 
     Attributes:
-        at: how far the run has come.
+        at: the position of the run.
         clock, metrics, memory, operations, compilation: what it measures.
         probes: measure single steps, the outermost first (``training/probes.py``).
         stepper, updater, step: takes the steps; its optimisers, and the step that rules are handed.
         load: of the machine when the run began; ``None`` where that is not known.
         begun: phases that have begun, which is what a loaded rule must replay.
         best: validation score and weights (on the CPU) of the best epoch, where weights are selected so.
-        learning: sees to it that what is fixed stays, and what learns moves.
-        stream: what a task of several stages has reached.
-        calibration: what the rule chose on the validation split after the last step, where it has done so.
+        learning: checks that fixed parameters stay, and that learning ones move.
+        stream: scores and kept examples of a task of several stages.
+        calibration: values that the rule chose on the validation split after the last step, if it has.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -104,7 +104,7 @@ class RunState:
         self._complete: Position | None = None
 
     def solve(self, name: str, *arguments: Any) -> None:
-        """Call what the rule does outside of steps (``prepare``, ``start_phase``, ``end_phase``): on the clock, its operations counted."""
+        """Call the rule outside of steps (``prepare``, ``start_phase``, ``end_phase``): on the clock, with its operations counted."""
         method = getattr(self.rule, name)
         if getattr(method, "__func__", None) is getattr(Rule, name):  # there is nothing to do
             return
@@ -117,44 +117,44 @@ class RunState:
             self.operations.add_call(call, self.step)
 
     def begin(self) -> None:
-        """The first phase begins here, after what the rule has prepared."""
+        """Begin the first phase, after the rule has prepared."""
         self.at.phase_seconds, self.at.phase_operations = self.clock.report(), self.operations.total
 
     def advance(self, examples: int, batches: int) -> None:
-        """Note a step, with its number of examples, and of batches of the pass."""
+        """Add a step, with its number of examples, and of batches of the pass."""
         at = self.at
         at.batch, at.samples = at.batch + 1, at.samples + examples
         at.step = self.step.index = at.step + 1
         at.share = at.batch / batches
 
     def end_pass(self) -> None:
-        """A pass over the training split is complete."""
+        """End a pass over the training split."""
         at = self.at
         at.epoch, at.phase_epoch, at.batch, at.share = at.epoch + 1, at.phase_epoch + 1, 0, 0.0
         self.step.epoch = at.epoch
         self.updater.epoch_ended()
 
     def end_phase(self) -> None:
-        """The current phase is complete."""
+        """End the current phase."""
         self._complete = dataclasses.replace(self.at)
         self.at.phase, self.at.phase_epoch, self.at.phase_seconds = self.at.phase + 1, 0, self.clock.report()
         self.at.phase_operations = self.operations.total
 
     def end_training(self) -> None:
-        """The last phase is over: a checkpoint from now on can resume it, should the budget become larger."""
+        """End the last phase: a checkpoint from now on can resume it, should the budget become larger."""
         if self._complete is not None and self._complete.phase_epoch:
             self.at = self._complete
 
     def kept(self) -> int:
-        """Bytes that are held between steps: parameters, buffers and optimiser state."""
+        """Return the bytes that are held between steps: parameters, buffers and optimiser state."""
         return sum(t.numel() * t.element_size() for t in (*self.rule.parameters(), *self.rule.buffers(), *self.updater.tensors()))
 
     def peak_memory(self) -> float | None:
-        """MiB: peak of a step and what is held between steps; of the process that has most. ``None``: it was not measured."""
+        """Return MiB: a step's peak and what is held between steps, of the process with most; ``None`` if it was not measured."""
         return self.team.world.largest(self.memory.total() or 0.0)[0] or None
 
     def epoch_metrics(self) -> dict[str, float]:
-        """Costs and step metrics of the pass that ended, and the start of the next one's. What was not measured is left out."""
+        """Return costs and step metrics of the pass that ended, without those not measured, and start those of the next pass."""
         at, seconds, processor = self.at, self.clock.report(), self.clock.report_processor()
         spent, samples, steps = seconds - at.epoch_seconds, at.samples - at.epoch_samples, at.step - at.epoch_step
         at.epoch_seconds, at.epoch_samples, at.epoch_step = seconds, at.samples, at.step
@@ -175,7 +175,7 @@ class RunState:
         }
 
     def costs(self) -> dict[str, float]:
-        """What the run took, for its result. What was not measured is left out."""
+        """Return the costs of the run, for its result, without those that were not measured."""
         self.clock.settle()
         seconds, parameters = self.clock.report(), list(self.rule.parameters())
         measured = {
@@ -199,7 +199,7 @@ class RunState:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values; the rule's weights are saved beside it. ``ranks``: what each of several processes has alone."""
+        """Return tensors and plain values without the rule's weights; ``ranks`` holds what each of several processes has alone."""
         own: dict[str, Any] = {
             "generator": self.step.generator.get_state(),
             "global": seeds.global_state(self.device),
@@ -228,13 +228,13 @@ class RunState:
         }
 
     def _own(self, saved: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """What this process had alone, if there were as many, and they shared the work in the same way."""
+        """Return the state that this process had alone, if as many processes shared the work in the same way."""
         ranks, world = saved.get("ranks", ()), self.team.world
         same = world.size > 1 and len(ranks) == world.size and saved["parallel"] == self.team.kind
         return ranks[world.rank] if same else None
 
     def take_position(self, saved: Mapping[str, Any]) -> None:
-        """Take up a saved position; parameters and optimisers follow when the phases have been replayed."""
+        """Restore a saved position; parameters and optimisers follow when the phases have been replayed."""
         self.at = Position(**saved["position"])
         self.clock.load_state_dict(saved.get("clock"), saved["seconds"])
         self.load = saved.get("load", self.load)
@@ -253,7 +253,7 @@ class RunState:
             self.best = (saved["best"]["score"], saved["best"]["weights"])
 
     def take_weights(self, content: Mapping[str, Any]) -> None:
-        """Take up a checkpoint's weights, optimisers and generators.
+        """Load a checkpoint's weights, optimisers and generators.
 
         Raises:
             BpfreeError: they do not fit the network.
@@ -265,7 +265,7 @@ class RunState:
             raise BpfreeError(f"the checkpoint's state of training does not fit: {error}", fix="use another checkpoint") from error
 
     def _take_training(self, saved: Mapping[str, Any]) -> None:
-        if self.calibration is not None:  # what was chosen is no part of the training, which may be resumed
+        if self.calibration is not None:  # calibrated values are no part of the training, which may be resumed
             self.calibration.undo(self.rule)
         self.updater.load_addon_states(saved.get("addons", ()))
         self.updater.load_state_dict(self.team.own_optimizers(saved["optimizers"]))
@@ -273,7 +273,7 @@ class RunState:
 
     def _take_generators(self, saved: Mapping[str, Any]) -> None:
         own = self._own(saved)
-        if own is None and self.team.stream:  # one that was not there before: its noise is new
+        if own is None and self.team.stream:  # a process that did not exist when the checkpoint was written: draw fresh noise
             self.step.generator.manual_seed(self._seeds("noise", *self.team.stream, self.at.step))
             torch.manual_seed(self._seeds("global", *self.team.stream, self.at.step))
             return
@@ -286,10 +286,10 @@ class RunState:
 
 
 def known(measured: Mapping[str, float | None]) -> dict[str, float]:
-    """Those that were measured."""
+    """Keep the costs that were measured."""
     return {name: value for name, value in measured.items() if value is not None}
 
 
 def copied(rule: Rule) -> dict[str, Any]:
-    """A copy of the rule's state dict on the CPU."""
+    """Copy the rule's state dict to the CPU."""
     return {name: value.detach().cpu().clone() for name, value in rule.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Taking steps with a rule: optimisers, generators and phases as in a run, in a loop of one's own."""
+"""Steps with a rule outside the trainer: optimisers, generators and phases as in a run, in a loop of one's own."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Stepper:
             yield phase
 
     def enter(self, phase: Phase) -> None:
-        """Take up the parameters and the optimiser of a phase that the rule has begun."""
+        """Adopt the parameters and make the optimiser of a phase that the rule has begun."""
         self.rule.to(self.device)
         self.updater.start_phase(phase)
         self.step.phase = phase
@@ -100,7 +100,7 @@ class Stepper:
 
         Args:
             progress: share of the budget that is used, 0 to 1.
-            in_phase: the same of the current phase, for one with a schedule of its own.
+            in_phase: the progress of the current phase, for a phase with a schedule of its own.
         """
         self.step.progress = progress
         self.updater.at(progress if in_phase is None else in_phase)
@@ -121,7 +121,7 @@ class Stepper:
         return metrics
 
     def _again(self, batch: Batch) -> Callable[[], Tensor]:
-        """A function that fills the gradients of a batch again, with the same noise, and gives the loss."""
+        """Make a function that fills the gradients of a batch again, with the same noise, and returns the loss."""
         own, everywhere = self.step.generator.get_state(), seeds.global_state(self.device)
 
         def credit() -> Tensor:
@@ -137,7 +137,7 @@ class Stepper:
         return credit
 
     def end_pass(self) -> None:
-        """End a pass over the training split: ``step.epoch`` and schedules of torch move on."""
+        """End a pass over the training split: advance ``step.epoch`` and schedules of torch."""
         self.step.epoch += 1
         self.updater.epoch_ended()
 
@@ -150,14 +150,14 @@ class Stepper:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Inside, torch's global generators have the stepper's own states."""
+        """Use the stepper's own states of torch's global generators inside."""
         with seeds.preserved_global_state(self.device):
             seeds.set_global_state(self._drawn, self.device)
             yield
             self._drawn = seeds.global_state(self.device)
 
     def aside(self, draw: int = 0) -> Step:
-        """Copy the step, with generators of its own, for a measurement beside the run.
+        """Copy the step, with generators of its own, for a measurement that does not change the run.
 
         Args:
             draw: 0: the noise that the step itself will have; another number: other noise, by number.

@@ -1,4 +1,4 @@
-"""Asking a run to stop: by a signal, or from the program; several processes stop together, after the same step."""
+"""Requests to stop a run, by a signal or from the program; several processes stop together, after the same step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAUSED = "paused after epoch"
 
 
 def paused_at(epoch: int) -> str:
-    """The reason of a run that was interrupted after an epoch because it was to pause there."""
+    """Return the reason of a run that was interrupted after an epoch because it was to pause there."""
     return f"{PAUSED} {epoch}"
 
 
@@ -42,14 +42,14 @@ class Interrupted(BpfreeError):
 
 
 class Stop:
-    """Whether a run is to end after the step in progress, with a checkpoint.
+    """A request to end a run after the step in progress, with a checkpoint.
 
     Args:
         world: the processes that stop together.
 
     Attributes:
-        asked: why this process was asked to; the empty string: it was not.
-        reason: the same once all processes know.
+        asked: why this process was asked to stop; the empty string if it was not.
+        reason: why the run stops, once all processes know.
     """
 
     def __init__(self, world: World) -> None:
@@ -57,7 +57,7 @@ class Stop:
         self.asked = self.reason = ""
 
     def ask(self, reason: str) -> None:
-        """Ask to stop. May be called from any thread."""
+        """Request a stop; may be called from any thread."""
         self.asked = reason
         if self._world.size == 1:
             self.reason = reason
@@ -67,7 +67,7 @@ class Stop:
         self.asked = self.reason = ""
 
     def obey(self, folder: Path | None) -> None:
-        """End what is in progress, if all processes know that they were asked to.
+        """End the work in progress, if all processes know of the request.
 
         Raises:
             Interrupted: they were.
@@ -76,7 +76,7 @@ class Stop:
             raise Interrupted(self.reason, folder)
 
     def confer(self, *flags: bool) -> list[bool]:
-        """Exchange requests with the other processes; also return which of some flags any of them has set."""
+        """Exchange stop requests with the other processes, and return which of some flags any of them has set."""
         code = REASONS.index(self.asked) if self.asked in REASONS else 1
         highest, *answers = self._world.largest(code, *map(float, flags))
         if highest and not self.reason:
@@ -84,14 +84,17 @@ class Stop:
         return [bool(answer) for answer in answers]
 
     def is_time(self, step: int, due: bool) -> bool:
-        """Whether to do now what is ``due``; several processes agree on the answer of the first, at every 20th step."""
+        """Tell whether to do now what is ``due``; several processes agree on the answer of the first, at every 20th step."""
         if self._world.size == 1:
             return due
         return step % CONFER_EVERY == 0 and self.confer(due and self._world.first)[0]
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Signals ask, inside; a second one ends the run at once. One that came too late to stop it is passed on when it has ended."""
+        """Request a stop on a signal inside; a second one ends the run at once.
+
+        A signal that came too late to stop the run is passed on when it has ended.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return

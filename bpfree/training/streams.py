@@ -23,7 +23,7 @@ Rows = list[list[float]]
 
 
 class StreamState:
-    """What a run on a stream has reached, and what it keeps.
+    """Scores that a run on a stream has reached, and the examples that it keeps.
 
     Args:
         task: with its stages; none: it is no stream, and all of this stays empty.
@@ -48,11 +48,11 @@ class StreamState:
 
     @property
     def ended(self) -> bool:
-        """Whether the present stage has been scored, or none has begun."""
+        """Tell whether the present stage has been scored, or none has begun."""
         return self.stage is None or any(len(rows) > self.stage.index for rows in self.scores.values())
 
     def positions(self) -> Tensor | None:
-        """Give the positions (M,) of what the present stage trains on: its examples, and what is kept; ``None``: all examples."""
+        """Return the positions (M,) of the examples that the present stage trains on, kept ones included; ``None`` for all examples."""
         if self.stage is None or self.stage.train is None:
             return None
         return torch.cat([self.stage.train, *self._memory()]).sort().values
@@ -65,11 +65,11 @@ class StreamState:
         return [positions[:count] for stage in self.kept[: self.stage.index] for positions in stage]
 
     def _groups(self, stages: Sequence[Stage]) -> int:
-        """Classes of some stages; a stage without classes of its own is a group."""
+        """Count the classes of some stages; a stage without classes of its own counts as a group."""
         return max(1, sum(len(stage.classes) or 1 for stage in stages))
 
     def keep(self, features: Callable[[Tensor], Tensor]) -> None:
-        """Choose what is kept of the present stage.
+        """Choose the examples to keep of the present stage.
 
         Args:
             features: gives the features (M, F) of the training examples at (M,).
@@ -88,7 +88,7 @@ class StreamState:
         self.scores.setdefault(split, []).append(list(scores))
 
     def results(self, metric: Metric) -> dict[str, float]:
-        """Summarise the scores, and say what is kept."""
+        """Summarise the scores, and report what is kept."""
         found: dict[str, float] = {}
         for split, rows in self.scores.items():
             sizes = [len(_of(stage, split)) for stage in self._task.stages]
@@ -102,11 +102,11 @@ class StreamState:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Give everything that a checkpoint needs."""
+        """Return the state for a checkpoint."""
         return {"scores": self.scores, "kept": self.kept}
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
-        """Take up what a checkpoint has; older ones have nothing."""
+        """Restore a checkpoint's state; older checkpoints have none."""
         if saved:
             self.scores = {name: [list(row) for row in rows] for name, rows in saved["scores"].items()}
             self.kept = [list(stage) for stage in saved["kept"]]

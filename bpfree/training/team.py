@@ -1,4 +1,4 @@
-"""How the processes of a world share the training of one rule: not at all (one process), the examples, or the blocks.
+"""Ways in which processes share the training of one rule: none (one process), by examples, or by blocks.
 
 *Data*: each process takes its slice of every batch, with noise of its own, and ``.grad`` is summed over processes before each update.
 A run in W processes with A micro-batches each is a run in one process with W A micro-batches, up to rounding.
@@ -27,11 +27,11 @@ from bpfree.training.updater import Updater
 __all__ = ["BlockTeam", "DataTeam", "Team", "make_team"]
 
 Sums = Mapping[str, list[float]]
-"""Of step metrics: value times examples, and examples."""
+"""Sums of step metrics by name: of value times examples, and of examples."""
 
 
 class Team:
-    """One process, which has the whole rule; the other teams extend it.
+    """A single process, which has the whole rule; the other teams extend this class.
 
     Args:
         rule: what they train.
@@ -49,11 +49,11 @@ class Team:
         return ()
 
     def examples(self, batch: Batch, parts: int) -> int:
-        """How many examples of a batch that is cut into micro-batches this process learns from."""
+        """Return how many examples of a batch that is cut into micro-batches this process learns from."""
         return len(batch)
 
     def update(self, batch: Batch, step: Step, parts: int) -> Metrics:
-        """Take one step from micro-batches; the metrics are of what this process learned from."""
+        """Take one step from micro-batches; the metrics are of this process's examples."""
         return self.rule.learn(batch, step) if parts == 1 else accumulate(self.rule, batch, step, parts)
 
     def check(self, phase: Phase) -> None:
@@ -64,43 +64,43 @@ class Team:
         """
 
     def enter(self, step: Step, updater: Updater) -> None:
-        """A phase has begun, and may have made parameters: the first process's are those of all."""
+        """Enter a phase, which may have made parameters: all processes take the first one's."""
 
     def synchronise(self) -> None:
-        """At the end of a pass: all processes hold the whole network."""
+        """Give all processes the whole network, at the end of a pass."""
 
     def weights(self) -> dict[str, Any]:
-        """The whole rule's state dict; nothing that training depends on changes."""
+        """Return the whole rule's state dict, without changing anything that training depends on."""
         return self.rule.state_dict()
 
     def statistics(self) -> dict[str, Tensor]:
-        """Buffers by name that differ between processes in the middle of a pass: running means, for example."""
+        """Return buffers by name that differ between processes within a pass: running means, for example."""
         return {}
 
     def optimizers(self, updater: Updater) -> dict[str, Any]:
-        """The whole state of the optimisers."""
+        """Return the whole state of the optimisers."""
         return updater.state_dict()
 
     def own_optimizers(self, whole: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What of the whole state of the optimisers this process is to take up."""
+        """Return the part of the optimisers' whole state that this process needs."""
         return whole
 
     def merged(self, sums: Sums) -> dict[str, list[float]]:
-        """Sums of step metrics over all processes."""
+        """Sum the step metrics over all processes."""
         return {name: list(pair) for name, pair in sums.items()}
 
     def joined(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Means of step metrics over all processes, for display."""
+        """Average the step metrics over all processes, for display."""
         return {name: total / weight for name, (total, weight) in self.merged({name: [mean, 1.0] for name, mean in means.items()}).items()}
 
 
 class _Several(Team):
-    """What both ways have in common."""
+    """Common part of the teams of several processes."""
 
     def check(self, phase: Phase) -> None:
         if phase.seconds is not None:
             raise UsageError(
-                f"phase {phase.name!r} ends by the clock, and several processes have several",
+                f"phase {phase.name!r} ends by the clock, and each process has its own clock",
                 where=f"{type(self.rule).__name__}.phases",
                 fix="train in one process, or give the phase epochs",
             )
@@ -125,7 +125,7 @@ class _Several(Team):
 
 
 class DataTeam(_Several):
-    """The examples of each batch are dealt to the processes."""
+    """Team that deals the examples of each batch to the processes."""
 
     kind = "data"
 
@@ -160,7 +160,7 @@ class DataTeam(_Several):
 
 
 class BlockTeam(_Several):
-    """The blocks are dealt to the processes, in runs of neighbours."""
+    """Team that deals the blocks to the processes, in runs of neighbours."""
 
     kind = "blocks"
 
@@ -190,7 +190,7 @@ class BlockTeam(_Several):
         updater.exchange = exchange
 
     def _deal(self) -> dict[str, int]:
-        """The process of each group, block and child of the rule: its block's, or the first for what belongs to no block."""
+        """Return the process of each group, block and child of the rule: its block's, or the first for what belongs to no block."""
         blocks = self.rule.network.names
         of_block = {name: place * self.world.size // len(blocks) for place, name in enumerate(blocks)}
         of_parameter = {id(p): of_block[name] for name in blocks for p in self.rule.network.blocks[name].parameters()}
@@ -201,7 +201,7 @@ class BlockTeam(_Several):
         return owners
 
     def _held(self) -> list[dict[str, Tensor]]:
-        """Parameters and buffers by name, for each process: those of its groups and blocks, and of local heads named as a block is."""
+        """List the parameters and buffers of each process by name: of its groups and blocks, and of local heads named as a block is."""
         place: dict[int, int] = {}
         for name, block in self.rule.network.blocks.items():  # also what is in no group, because no optimiser moves it
             place |= {id(tensor): self._owners[name] for tensor in itertools.chain(block.parameters(), block.buffers())}
@@ -235,12 +235,12 @@ class BlockTeam(_Several):
         return {key: {**part, "state": {n: value for n, value in part["state"].items() if n in mine}} for key, part in whole.items()}
 
     def _weight(self, name: str, one: float, other: float) -> float:
-        """The rule's loss is the sum of what the processes have of it; anything else is a mean."""
+        """Combine two weights of a metric: the rule's loss is the sum over processes; anything else is a mean."""
         return max(one, other) if name == "rule/loss" else one + other
 
 
 def make_team(rule: Rule, config: TrainConfig, world: World) -> Team:
-    """The way that the configuration asks for, and the rule allows.
+    """Make the team that the configuration asks for, if the rule allows it.
 
     Raises:
         UsageError: it cannot be trained by several processes, or not with these settings.
@@ -272,9 +272,9 @@ def make_team(rule: Rule, config: TrainConfig, world: World) -> Team:
 
 def _excluded(rule: Rule, config: TrainConfig) -> str:
     if config.budget.seconds is not None:
-        return "budget.seconds: each has a clock of its own"
+        return "budget.seconds: each process has its own clock"
     if config.alignment.every:
         return "alignment.every: the comparison is made in one process"
     if type(rule).end_phase is not Rule.end_phase:
-        return f"{type(rule).__name__}: it solves what a phase accumulated, of which each has a part"
+        return f"{type(rule).__name__}: its end_phase needs statistics of all examples, but each process has a share"
     return ""

@@ -1,4 +1,4 @@
-"""The trainer: checks what it is given, and runs it."""
+"""The trainer: checks its arguments, and trains."""
 
 from __future__ import annotations
 
@@ -133,12 +133,12 @@ class Trainer:
         return self.run
 
     def stop(self, reason: str = "asked to stop") -> None:
-        """End the run after the step in progress, with a checkpoint to resume from. May be called from any thread."""
+        """End the run after the step in progress, with a checkpoint to resume from; may be called from any thread."""
         self._stop.ask(reason)
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
-        """Grad mode, numerics and seeds of a run; whatever happens, the caller's state comes back."""
+        """Set grad mode, numerics and seeds of a run, and restore the caller's state in any case."""
         config, team, device = self.config, self.setup.team, self.setup.device
         with ExitStack() as stack:
             stack.enter_context(team.world.joined())
@@ -151,7 +151,7 @@ class Trainer:
 
     @contextmanager
     def _status(self, session: Session) -> Iterator[None]:
-        """How the run ends, which observers are notified of."""
+        """Set the status with which the run ends, and notify the observers."""
         run = self.run
         run.status = "running"
         try:
@@ -169,7 +169,7 @@ class Trainer:
                 session.rescue()
             run.status, run.reason = "interrupted", f"{self._stop.asked or 'stopped'}, at once"
             raise
-        except DiskError as error:  # what was trained up to the last checkpoint is there
+        except DiskError as error:  # the last checkpoint remains
             run.status, run.reason = "interrupted", error.what
             raise
         except BaseException as error:
@@ -180,7 +180,7 @@ class Trainer:
             self._notify_end()
 
     def _notify_end(self) -> None:
-        """Notify observers of the end; the run has failed if one refuses it, or changes something, even then."""
+        """Notify observers of the end; the run fails if one refuses it, or changes something, even then."""
         try:
             self._observers.notify("run_end")
         except BpfreeError as error:

@@ -1,4 +1,4 @@
-"""Applying updates: parameter groups, optimisers, schedules, clipping."""
+"""Updates of parameters: groups, optimisers, schedules, clipping."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ClipConfig:
 
 
 class Updater:
-    """One optimiser over all groups of a rule, and what surrounds its step.
+    """One optimiser over all groups of a rule, and the operations around its step.
 
     A phase may name another optimiser; each is made when first needed and kept. RunState is saved by parameter name, because
     torch's positional state silently moves to the wrong parameter when a network grows.
@@ -85,7 +85,7 @@ class Updater:
         self.start_phase(Phase())
 
     def start_phase(self, phase: Phase) -> None:
-        """Take up new or replaced parameters, drop the state of reset groups, choose the phase's optimiser."""
+        """Adopt new or replaced parameters, drop the state of reset groups, choose the phase's optimiser."""
         self.groups = _trainable_groups(self.rule)
         config = self.config if phase.optimizer is None else phase.optimizer.over(self.config)
         self.wants_closure = needs_closure(config)
@@ -119,7 +119,7 @@ class Updater:
         self._after_update(applied)
 
     def _ready(self, applied: Sequence[str]) -> None:
-        """Bring the gradients of some groups to the state in which the optimiser takes them."""
+        """Prepare the gradients of some groups for the optimiser."""
         self._before_update(applied)
         for _, addon in self._addons:
             addon.update({name: self._members(name) for name in applied}, self.activations)
@@ -129,11 +129,11 @@ class Updater:
             self._clip(tuple(applied))
 
     def _closure(self, applied: Sequence[str]) -> Any:
-        """What an optimiser calls to have loss and gradients computed again."""
+        """Make the function by which an optimiser computes loss and gradients again."""
 
         def again() -> Tensor:
             if self.recompute is None:
-                what = f"{self.config.name} computes gradients several times a step, which a step outside of Stepper.take cannot"
+                what = f"{self.config.name} computes gradients several times a step, which works only in steps taken by Stepper.take"
                 raise BpfreeError(what, where="optimizer.name", fix="choose another optimiser")
             loss = self.recompute()
             self._ready(applied)
@@ -142,11 +142,11 @@ class Updater:
         return again
 
     def addon_states(self) -> list[dict[str, Any]]:
-        """Give the state of each add-on that has one, in order."""
+        """Return the state of each add-on that has one, in order."""
         return [dict(addon.state_dict()) if isinstance(addon, nn.Module) else {} for _, addon in self._addons]
 
     def load_addon_states(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Take up what :meth:`addon_states` gave."""
+        """Restore the states that :meth:`addon_states` returned."""
         for (_, addon), state in zip(self._addons, saved, strict=False):
             if isinstance(addon, nn.Module):
                 addon.load_state_dict(dict(state))
@@ -157,7 +157,7 @@ class Updater:
         return self.groups[name]
 
     def _only(self, names: tuple[str, ...]) -> list[dict[str, Any]]:
-        """The optimiser's parameter groups, each with the parameters of the named groups alone."""
+        """Return the optimiser's parameter groups, each with the parameters of the named groups alone."""
         chosen = {id(p) for name in names for p in self._members(name)}
         return [{**group, "params": [p for p in group["params"] if id(p) in chosen]} for group in self._current.param_groups]
 
@@ -167,7 +167,7 @@ class Updater:
             torch.nn.utils.clip_grad_norm_(parameters, self.clip.norm or math.inf)
 
     def lr(self, name: str) -> float:
-        """The current learning rate of a group."""
+        """Return the current learning rate of a group."""
         first = self._members(name)[0]
         return float(next(group["lr"] for group in self._current.param_groups if any(p is first for p in group["params"])))
 
@@ -191,15 +191,15 @@ class Updater:
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Those made so far, one per kind of phase."""
+        """Optimisers made so far, one per kind of phase."""
         return list(self._optimizers.values())
 
     def tensors(self) -> list[Tensor]:
-        """All tensors of the optimisers' state."""
+        """List all tensors of the optimisers' state."""
         return [v for o in self._optimizers.values() for state in o.state.values() for v in state.values() if isinstance(v, Tensor)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser and scheduler states; tensors and plain values only, keyed by parameter and group names."""
+        """Return optimiser and scheduler states; tensors and plain values only, keyed by parameter and group names."""
         names = {id(p): name for name, p in self.rule.named_parameters()}
         result = {}
         for key, optimizer in self._optimizers.items():
@@ -214,7 +214,7 @@ class Updater:
         return result
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`, for a rule whose phases up to now have been replayed."""
+        """Restore what :meth:`state_dict` returned, for a rule whose phases up to now have been replayed."""
         names = {id(p): name for name, p in self.rule.named_parameters()}
         for key, part in saved.items():
             if key not in self._optimizers:
@@ -230,9 +230,9 @@ class Updater:
 
 
 def told_groups(method: Callable[..., None]) -> Callable[[Sequence[str]], None]:
-    """A rule's ``before_update`` or ``after_update``, to be called with the groups that are applied.
+    """Adapt a rule's ``before_update`` or ``after_update`` to be called with the groups that are applied.
 
-    One of an older plugin, which takes no argument, is called without, and a ``DeprecationWarning`` says what to change.
+    A method of an older plugin that takes no argument is called without one, with a ``DeprecationWarning``.
     """
     try:
         inspect.signature(method).bind(())
@@ -250,9 +250,9 @@ def told_groups(method: Callable[..., None]) -> Callable[[Sequence[str]], None]:
 
 
 def _lay_out_as_parameters(parameters: Iterable[nn.Parameter]) -> None:
-    """Give each ``.grad`` its parameter's strides: fused optimisers walk both in memory order and would mix up the entries.
+    """Lay out each ``.grad`` with its parameter's strides: fused optimisers walk both in memory order and would mix up the entries.
 
-    Autograd sees to it itself; gradients that a rule has computed in closed form may be laid out otherwise (channels last).
+    Autograd does so itself; gradients that a rule has computed in closed form may be laid out otherwise (channels last).
     """
     for parameter in parameters:
         gradient = parameter.grad

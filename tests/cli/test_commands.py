@@ -383,7 +383,7 @@ def test_a_run_whose_data_have_moved_goes_on_with_the_same_data(workplace: Path,
     assert "no such file of arrays" in capsys.readouterr().err
     path = "task.path=elsewhere/vectors.npz"
     assert call("train", "--resume", str(run), path, "budget.epochs=1", "--quiet") == 2
-    assert "the run has trained longer than that: 200 % of the new budget are used" in capsys.readouterr().err
+    assert "the run has already used 200 % of the new budget" in capsys.readouterr().err
     assert call("train", "--resume", str(run), path, "task.split_seed=3", "budget.epochs=3", "--quiet") == 2
     assert "task.split_seed" in capsys.readouterr().err
     assert call("train", "--resume", str(run), path, "budget.epochs=3", "--quiet") == 0

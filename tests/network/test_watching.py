@@ -261,7 +261,7 @@ def test_a_check_of_values_is_left_out_with_a_warning(caplog: pytest.LogCaptureF
     module = Checking().eval()
     with caplog.at_level(logging.WARNING, "bpfree.network"):
         network = split(module, (4,), at=["head"])
-    assert "looks at values in its forward" in caplog.text
+    assert "reads values in its forward" in caplog.text
     x = torch.randn(3, 4)
     assert torch.equal(network(x), module(x))
 

@@ -276,7 +276,7 @@ def _train_in(make: Any, options: dict[str, Any], folder: Path, further: dict[st
         (2, cases.islands, {"clip": ClipConfig(norm=1.0, scope="global")}, "clip.scope"),
         (3, cases.two_islands, {"parallel": "blocks"}, "only 2 blocks"),
         (2, cases.own_steps, {}, "applies its updates itself"),
-        (2, cases.solving, {}, "solves what a phase accumulated"),
+        (2, cases.solving, {}, "end_phase needs statistics of all examples"),
         (2, cases.by_the_clock, {}, "ends by the clock"),
     ],
 )

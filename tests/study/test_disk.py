@@ -73,4 +73,4 @@ def test_a_finished_cell_is_not_resumed(finished: str, capsys: pytest.CaptureFix
         assert call("train", "--resume", known["run"], "--quiet") == 0
         assert "this run is already finished" in capsys.readouterr().err
         assert call("train", "--resume", known["run"], "budget.epochs=2", "--quiet") == 1
-        assert "of a study's finished cells the weights alone are kept" in " ".join(capsys.readouterr().err.split())
+        assert "of a study's finished cells only the weights are kept" in " ".join(capsys.readouterr().err.split())

@@ -233,7 +233,7 @@ def test_a_class_without_examples_has_no_balanced_weight() -> None:
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [([1.0, 2.0], "2 numbers for 4 classes"), ("heavy", "say none, balanced, or a list"), ([1.0, 0.0, 1.0, 1.0], "positive numbers")],
+    [([1.0, 2.0], "2 numbers for 4 classes"), ("heavy", "give none, balanced, or a list"), ([1.0, 0.0, 1.0, 1.0], "positive numbers")],
 )
 def test_weights_that_are_none_are_refused(weights: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -324,7 +324,7 @@ def test_a_run_is_sampled_as_it_is_told() -> None:
 def test_a_balanced_order_needs_classes() -> None:
     with pytest.raises(UsageError, match=r"task\.sampling=balanced is for classes"):
         described(TaskSpec("real", (6,), 1, "real"), TaskCommon(sampling="balanced"))
-    with pytest.raises(UsageError, match="sampling is no matter of the task"):
+    with pytest.raises(UsageError, match="sampling belongs to the training"):
         task(sampling="balanced")
     with pytest.raises(UsageError, match="known beforehand"):
         Loader(Split(INPUTS, None), TaskSpec("n", (6,), 1, "none"), batch_size=5, device=CPU, seed=0, balanced=True)

@@ -440,7 +440,7 @@ def test_a_plugins_protocol_runs_and_one_that_fails_costs_its_own_numbers(
     assert run.result["test/my_count/share"] == pytest.approx(len(digits.test) / len(digits.train))
     assert "test/accuracy" in run.result
     assert not any("failing" in key for key in run.result)
-    assert "without numbers of the protocol 'failing': ArithmeticError: no inverse" in caplog.text
+    assert "skipping the protocol 'failing': ArithmeticError: no inverse" in caplog.text
 
 
 def test_a_trained_run_that_is_asked_to_stop_is_finished_without_them(

@@ -220,7 +220,7 @@ def test_mixing_in_a_loader_gives_soft_labels() -> None:
 
 
 def test_mixing_is_refused_for_rules_and_tasks_without_soft_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"from which a rule cannot learn: it can from classes \(trait targets\)"):
+    with pytest.raises(UsageError, match=r"from which a rule cannot learn: it accepts classes \(trait targets\)"):
         check_augmentations([find("mixup")], SPEC, ("classes",), "a rule")
     monkeypatch.setattr(Backprop, "traits_of", always(Traits("all", "all", "all", targets=("classes",))))
     with pytest.raises(UsageError, match=r"from which rule 'backprop' cannot learn"):

@@ -34,7 +34,7 @@ def _dependence(m: Measurements) -> str | None:
     what = f"it declares dependence={declared!r}, measured is {measured!r}"
     if pair:
         what += f": the update of block {pair[0]!r} changes with the parameters of block {pair[1]!r}"
-    raise CheckFailed(what, where=_place(m, kind, pair, m.dependence[kind]), fix=f"declare dependence={measured!r}, or mend the rule")
+    raise CheckFailed(what, where=_place(m, kind, pair, m.dependence[kind]), fix=f"declare dependence={measured!r}, or correct the rule")
 
 
 def _offending(matrix: Matrix, declared: str) -> tuple[str, str] | None:
@@ -125,7 +125,7 @@ def _wrong_span(m: Measurements, observed_steps: ObservedSteps, declared: int | 
     return CheckFailed(
         f"it declares reverse_span={declared!r}, but its widest reverse-mode call crosses {observed_steps.span} blocks{crossed}",
         where=f"{widest.where if widest and observed_steps.span > expected else _declaration(m)}; {kind} network",
-        fix=f"declare reverse_span={_span_word(observed_steps.span, m, kind)}, or mend the rule",
+        fix=f"declare reverse_span={_span_word(observed_steps.span, m, kind)}, or correct the rule",
     )
 
 

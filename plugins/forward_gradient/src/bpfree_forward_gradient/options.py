@@ -22,7 +22,7 @@ class ForwardGradientConfig:
     perturb: Literal["activities", "weights"] = option("activities", "noise before each nonlinearity, or on the parameters")
     tangents: int = option(8, "directions per step, averaged (K); the papers have one", ge=1)
     noise: Literal["gaussian", "rademacher"] = option("rademacher", "distribution of the noise")
-    independent: bool | None = option(None, "noise of its own for each example (not set: with activities yes, with weights no)")
+    independent: bool | None = option(None, "independent noise for each example (not set: with activities yes, with weights no)")
     mask: bool = option(True, "no noise on inactive units (activities in front of a ReLU)", needs=ACTIVITIES)
     antithetic: bool = option(False, "directions in pairs that share their noise and differ in sign at every second layer with noise")
     norm_gradient: Literal["exact", "ignored"] = option(

@@ -100,7 +100,7 @@ class Scope:
             )
         if self.config.perturb == "activities" and not apart:
             raise UsageError(
-                "one derivative per batch needs noise of its own for each example",
+                "one derivative per batch needs independent noise for each example",
                 where=f"rule.independent=false, {names}: examples meet behind the noise",
                 fix="leave rule.independent unset, or with batch norm rule.batch_norm=frozen-statistics",
             )

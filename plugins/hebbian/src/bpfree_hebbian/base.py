@@ -47,7 +47,7 @@ class HebbianConfig:
     """Options of every Hebbian rule with a readout."""
 
     lr: list[float] = option(
-        factory=list, help="Hebbian rates of the blocks, the last one goes on (none: the rule's); optimizer.* is the readout's", gt=0
+        factory=list, help="Hebbian rates of the blocks, the last one repeats (none: the rule's); optimizer.* is the readout's", gt=0
     )
     feature_epochs: int | None = option(None, "passes without labels, out of budget.epochs; the rest trains the readout", ge=1)
     feature_batch_size: int | None = option(None, "examples per Hebbian update (none: the rule's)", ge=1)

@@ -140,8 +140,8 @@ class CNNConfig:
     )
     scale: float = option(1.0, "factor on the numbers of channels", gt=0)
     channels: list[int] = option(factory=list, help="output channels of each convolution", ge=1)
-    kernels: list[int] = option(factory=list, help="their widths, odd (fewer than channels: the last one goes on)", ge=1)
-    powers: list[float] = option(factory=list, help="exponents of the activations (fewer: the last one goes on)", gt=0, unless=LINEAR)
+    kernels: list[int] = option(factory=list, help="widths of the kernels, odd (fewer than channels: the last one repeats)", ge=1)
+    powers: list[float] = option(factory=list, help="exponents of the activations (fewer: the last one repeats)", gt=0, unless=LINEAR)
     pools: list[str] = option(factory=list, help="KIND-WIDTH-STRIDE-PADDING (max-4-2-1, avg-2-2-0) or none, after each")
     activation: Kind = option("triangle", "after each convolution: triangle is relu(u - mean over channels) ** power")
     dropout: float = option(0.5, "dropout before the readout", ge=0, lt=1)
@@ -224,7 +224,7 @@ def each(chosen: list[Any], default: list[Any], count: int, where: str) -> list[
         UsageError: more were chosen than there are layers.
     """
     if len(chosen) > count:
-        raise UsageError(f"{len(chosen)} values for {count} layers", where=where, fix="one for each, or fewer: the last one goes on")
+        raise UsageError(f"{len(chosen)} values for {count} layers", where=where, fix="one for each, or fewer: the last one repeats")
     values = chosen or default
     return (values + values[-1:] * count)[:count]
 

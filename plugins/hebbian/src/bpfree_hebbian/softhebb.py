@@ -72,7 +72,7 @@ class SoftHebbConfig(HebbianConfig):
     competition: Literal["soft", "hard"] = option("soft", "softmax of the units, or the winner alone (a control)")
     anti_hebbian: bool | None = option(None, "losers learn with the opposite sign (soft competition only)", needs=SOFT)
     t_invert: list[float] = option(
-        factory=list, help="inverse temperatures of the blocks' competitions; the last one goes on", gt=0, needs=SOFT
+        factory=list, help="inverse temperatures of the blocks' competitions; the last one repeats", gt=0, needs=SOFT
     )
     power_lr: float | None = option(None, "exponent q of the rate's factor |norm - 1|^q of each unit; 0: the same rate for all", ge=0)
     normalise: bool = option(True, "divide each update by its largest entry")
@@ -91,7 +91,7 @@ class SoftHebb(Hebbian):
         equation="y = softmax(t u) over units, losers' sign flipped;  dw_k = sum_n (y_k x - y_k u_k w_k) / max|dW|;  "
         "w_k += lr | |w_k| - 1 |^0.5 dw_k",
         notes="Every update is divided by its largest entry, so its size does not depend on the batch size, while the number of updates "
-        "does: with another batch size the rate is to be chosen anew. The authors report 99.4 % on MNIST for a deeper network "
+        "does: with another batch size the rate must be chosen again. The authors report 99.4 % on MNIST for a deeper network "
         "whose layout they do not give; on one hidden layer of 2000 units the readout of random features alone comes within a point of it.",
     )
     config: SoftHebbConfig

@@ -199,7 +199,7 @@ def builder(make: Callable[[TaskSpec, Any, int], TimedBlock], options: type[Time
 
 
 NETWORKS = {
-    "noprop-timed-mlp": builder(mlp_block, TimedMLPConfig, "a narrow block that is told the time, for vectors (NoProp)", images=False),
-    "noprop-timed-cnn": builder(cnn_block, TimedCNNConfig, "a small convolutional block that is told the time (NoProp)", images=True),
+    "noprop-timed-mlp": builder(mlp_block, TimedMLPConfig, "a narrow block that gets the time, for vectors (NoProp)", images=False),
+    "noprop-timed-cnn": builder(cnn_block, TimedCNNConfig, "a small convolutional block that gets the time (NoProp)", images=True),
     "noprop-timed-paper": builder(paper_block, TimedPaperConfig, "the block of the NoProp paper's Figure 6, continuous time", images=True),
 }

@@ -27,7 +27,7 @@ class RelaxedConfig(OutputConfig):
 
     T: int = option(8, "inference steps per batch", ge=1)
     state_lr: float = option(0.05, "rate of the relaxed variables (states, or epc's errors), per example", gt=0)
-    state_momentum: float = option(0.0, "their momentum", ge=0, lt=1)
+    state_momentum: float = option(0.0, "momentum of the relaxed variables", ge=0, lt=1)
     scaling: Literal["none", "mupc"] = option(
         "none", "mupc: weights N(0, 1) with multipliers that depend on width and depth, no biases (Innocenti et al. 2025)"
     )
@@ -43,7 +43,7 @@ class PredictiveCodingConfig(RelaxedConfig):
         "none", "clamp the output to the target (none), or move it by beta towards it, away from it, or both in turn, epoch by epoch"
     )
     beta: float = option(0.3, "strength of the nudging in the first epoch", gt=0, le=1, unless={"nudge": ("none",)})
-    beta_ramp: float = option(0.02, "what each epoch adds to it, up to 1", ge=0, unless={"nudge": ("none",), "beta": (1.0,)})
+    beta_ramp: float = option(0.02, "what each epoch adds to beta, up to 1", ge=0, unless={"nudge": ("none",), "beta": (1.0,)})
 
 
 @dataclass
