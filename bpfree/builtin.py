@@ -14,12 +14,12 @@ from bpfree.program import Program
 from bpfree.programs.sklearn import SKLEARN
 from bpfree.rule import Rule
 from bpfree.tasks import (
-    arrays,
     augment,
     folders,
     huggingface,
     metrics,
     mixing,
+    npz,
     protocols,
     tables,
     torchvision_sets,
@@ -65,7 +65,7 @@ def bpfree_tasks() -> dict[str, DataSource]:
         "fashion-mnist": vision.FASHION_MNIST,
         "cifar10": vision.CIFAR10,
         "cifar100": vision.CIFAR100,
-        "npz": arrays.NPZ,
+        "npz": npz.NPZ,
         "folder": folders.FOLDER,
         "csv": tables.CSV,
         "torchvision": torchvision_sets.TORCHVISION,

@@ -124,7 +124,7 @@ def flat(inputs: Any) -> Any:
 
 @contextmanager
 def limited(threads: int | None) -> Iterator[None]:
-    """Compute with so many threads of the processor's libraries inside."""
+    """Compute with this many threads of the processor's libraries inside."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     with threadpool_limits(threads):
@@ -132,7 +132,7 @@ def limited(threads: int | None) -> Iterator[None]:
 
 
 def outputs(model: Any, rows: Any, spec: TaskSpec) -> Any:
-    """Outputs of the task's shape: real predictions, or scores (M, C) of classes, the predicted one first."""
+    """Give outputs of the task's shape: real predictions, or scores (M, C) of classes, the predicted one first."""
     predicted = np.asarray(model.predict(rows))
     if spec.targets == "real":
         return predicted.reshape(len(rows), *spec.output_size)

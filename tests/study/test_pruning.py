@@ -88,8 +88,8 @@ def test_the_order_in_which_trials_train_changes_nothing(seed: int) -> None:
 
 
 def test_decisions_by_hand() -> None:
-    """Of two one goes on. The second trial has failed, the third is better than the first, the fourth worse than both, the fifth waits for
-    the first at rung 2, which has not got there; what was not measured prunes nobody."""
+    """One of two continues. The second trial failed, the third is better than the first, the fourth worse than both; the fifth waits for
+    the first at rung 2, which has not got there; what was not measured prunes no one."""
     trials = [
         Reached({1: 0.5}),
         Reached({}, ended=True),

@@ -21,9 +21,9 @@ from bpfree.cli.main import main
 from bpfree.network import mlp
 from bpfree.scoring import score
 from bpfree.step import Batch
-from bpfree.tasks.arrays import NPZ, ArraysConfig
 from bpfree.tasks.check import check_inputs, check_split, not_finite
 from bpfree.tasks.loading import Loader
+from bpfree.tasks.npz import NPZ, ArraysConfig
 from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
 from bpfree.training.config import BudgetConfig, TrainConfig
 from bpfree.training.evaluation import evaluate

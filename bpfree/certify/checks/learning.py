@@ -25,7 +25,7 @@ def _learning(m: Measurements) -> str | None:
         raise CheckFailed(
             f"it {does} its own-prediction twin: {said}; beside the twin {found.over_twin}",
             where=f"digits, {found.epochs} epochs, {SEEDS} seeds, {found.network}",
-            fix="correct the rule or its default rates; or waive the check, and give as the reason what the rule is for instead of features",
+            fix="correct the rule or its default rates; or waive the check, and say as the reason what the rule is for instead",
         )
     if not found.over_floor.above:
         raise NotShown(f"{NOT_SHOWN}: {said}; beside the floor {found.over_floor}")

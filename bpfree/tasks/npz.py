@@ -24,8 +24,8 @@ from torch import Tensor
 from bpfree.errors import UsageError
 from bpfree.files import expanded
 from bpfree.options import option
-from bpfree.tasks.array_targets import Array, as_targets, describe_targets, refuse
 from bpfree.tasks.check import BRIGHT, WHITE, not_finite
+from bpfree.tasks.npz_targets import Array, as_targets, describe_targets, refuse
 from bpfree.tasks.task import DataSource, Split, TaskSpec, fixed_test
 
 __all__ = ["NPZ", "ArraysConfig"]
