@@ -214,7 +214,7 @@ def test_a_smoke_run_of_a_study_is_another_study(workplace: Path, capsys: pytest
     report = capsys.readouterr().out
     assert "The study was shortened" in report
     assert "quick=true instead of false" in report
-    assert "This is a smoke test (quick)" in report
+    assert "This is a smoke run (quick)" in report
     found = outcomes()
     assert not {each["cell"] for each in found} & whole
     assert {each["tags"]["quick"] for each in found} == {"True"}
