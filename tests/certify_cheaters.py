@@ -304,7 +304,7 @@ class ExplainsNothing(Backprop):
 
 
 class WithoutCard(Backprop):
-    card = Card("a method of which nobody says what it computes")
+    card = Card("a method of which no one says what it computes")
 
 
 class Crashes(Backprop):
@@ -415,7 +415,7 @@ class FlipsRequiresGrad(Backprop):
 
 
 class LeavesGradients(Backprop):
-    """A parameter that is in no group gets a gradient that nobody drops."""
+    """A parameter that is in no group gets a gradient that no one drops."""
 
     def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
         super().__init__(network, spec, config)

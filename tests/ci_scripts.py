@@ -8,7 +8,7 @@ from types import ModuleType
 
 
 def load(name: str) -> ModuleType:
-    """``.ci/NAME.py``, executed anew."""
+    """``.ci/NAME.py``, executed again."""
     spec = importlib.util.spec_from_file_location(f"bpfree_ci_{name}", Path(__file__).parents[1] / ".ci" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

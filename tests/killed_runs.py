@@ -72,7 +72,7 @@ class KillAt:
     def _at(self, point: str) -> None:
         if point != self._point:
             return
-        for _ in range(2 if self._samples else 0):  # so many samples of the system's use are in the store
+        for _ in range(2 if self._samples else 0):  # this many samples of the system's use are in the store
             assert self._samples is not None
             self._samples.acquire()
         kill()
@@ -119,7 +119,7 @@ def kill_in_store(point: str) -> None:
 
 
 def wait_for_the_store(samples: threading.Semaphore) -> None:
-    """Each event is in the store before the run goes on, so that a kill finds all that was told before it there."""
+    """Each event is in the store before the run continues, so that a kill finds all that was told before it there."""
     append, begin, followers = EventLog.append, Follower.start, list[Follower]()
 
     def starting(self: Follower, patience: float) -> bool:

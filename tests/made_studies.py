@@ -1,4 +1,4 @@
-"""Studies with results that nobody trained: for tests of reports, and to look at them."""
+"""Studies with results that no one trained: for tests of reports, and to look at them."""
 
 from __future__ import annotations
 

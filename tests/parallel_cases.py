@@ -256,7 +256,7 @@ def small(task: Task, examples: int) -> Task:
 def train(
     make: Any, options: dict[str, Any], *, folder: Path | None = None, examples: int = 0, stop_at: int = 0, resume: bool = False
 ) -> Ended:
-    """A run of a few passes over digits; ``stop_at``: it is asked to stop after so many steps, in the first process alone."""
+    """A run of a few passes over digits; ``stop_at``: it is asked to stop after this many steps, in the first process alone."""
     task = Task.from_source(DIGITS)
     task = small(task, examples) if examples else task
     rule = make(task)

@@ -12,7 +12,7 @@ from children import Child, call_command
 
 
 def signalled(folder: Path, number: signal.Signals, checkpoints: int, further: int, *words: str) -> Child:
-    """Start ``bpfree WORDS``; it gets the signal after so many checkpoints, and so many times that its thread has run."""
+    """Start ``bpfree WORDS``; it gets the signal after this many checkpoints, and this many times that its thread has run."""
     return Child(_live, number, checkpoints, further, *words, folder=folder)
 
 

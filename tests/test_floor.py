@@ -80,7 +80,7 @@ def splits(task: Task) -> dict[str, Split]:
 
 
 def test_the_penalty_is_one_for_all_seeds(small: Task) -> None:
-    """Chosen by the mean over seeds, which may be nobody's own choice: read alone, seeds choose for themselves."""
+    """Chosen by the mean over seeds, which may be no single seed's own choice: read alone, seeds choose for themselves."""
     rules = [untrained(small, seed, depth=1, width=16) for seed in range(3)]
     together = measure_floor(small, rules).readings[1]
     alone = [measure_floor(small, [rule]).readings[1] for rule in rules]

@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_counts_the_same(digits: Task, device: torch.device, 
 
 
 def test_a_budget_of_forward_passes_ends_a_run(digits: Task, device: torch.device, tmp_path: Path) -> None:
-    """In the middle of a pass, after the step that uses it up; schedules follow it; a larger one goes on."""
+    """In the middle of a pass, after the step that uses it up; schedules follow it; a larger one continues."""
     budget = BudgetConfig(forwards=5000)
     seen: list[float] = []
 
@@ -272,7 +272,7 @@ def test_a_rules_own_error_stays_what_it_is(digits: Task, device: torch.device) 
 
 
 def test_a_checkpoint_from_before_operations_were_counted(digits: Task, device: torch.device, tmp_path: Path) -> None:
-    """It goes on, without these numbers."""
+    """It continues, without these numbers."""
     Trainer(rule_on(digits), digits, config_of(device, budget=BudgetConfig(epochs=1)), folder=tmp_path).fit()
     path = tmp_path / "checkpoints" / "last.pt"
     saved = read_checkpoint(path)
@@ -293,7 +293,7 @@ def test_a_checkpoint_from_before_operations_were_counted(digits: Task, device: 
 
 @pytest.mark.parametrize("name", installed_plugins().names("rules"))
 def test_every_rule_is_counted_and_none_is_changed_by_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the same run with nobody counting, bit for bit; a training step costs a good part of a forward pass at least.
+    """Oracle: the same run with no one counting, bit for bit; a training step costs a good part of a forward pass at least.
 
     Less than one where features are kept, or where a prediction takes many steps of which training makes one (NoProp-CT and -FM: 20).
     """

@@ -120,7 +120,7 @@ def test_each_draw_of_a_stochastic_rule_is_reported_of_the_test_split_alone(digi
 
 
 class NotToBeSeen(Split):
-    """A test split that nobody may look at."""
+    """A test split that no one may look at."""
 
     def subset(self, indices: Any) -> Split:
         raise AssertionError("the test split was read")
@@ -147,7 +147,7 @@ def test_without_a_test_nobody_looks_at_the_test_split(digits: Task, device: tor
 
 
 def test_how_often_the_test_split_was_seen_is_counted(tmp_path: Path) -> None:
-    """Never in a trial; once when the trial goes on with a test; and twice when that run is extended."""
+    """Never in a trial; once when the trial continues with a test; and twice when that run is extended."""
     words = [*QUICK, "rule=dfa", f"output={tmp_path}", "pictures.every=0"]
     trial = runner.run(resolve(parse_words([*words, "evaluation.test=false"])), quiet=True)
     assert trial.tags["test_evaluations"] == "0"

@@ -93,7 +93,7 @@ def missing(expected: str, shown: str) -> str:
     """The first line that was not printed after those before it; empty if there is none."""
     lines = iter([plain(line) for line in shown.splitlines()])
     for line in expected.splitlines():
-        if line.strip() not in ("", "...") and plain(line) not in lines:  # this goes on where the last line was found
+        if line.strip() not in ("", "...") and plain(line) not in lines:  # this continues where the last line was found
             return line
     return ""
 

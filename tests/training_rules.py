@@ -66,7 +66,7 @@ def write_through_data(rule: Rule) -> None:
 
 
 class StopAfter:
-    """An observer that asks the trainer to stop after so many steps."""
+    """An observer that asks the trainer to stop after this many steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps

@@ -61,7 +61,7 @@ def print_result(run: Run) -> None:
     if "parameters" in result and "parameters_trained" in result:
         lines.append(("parameters", f"{result['parameters']:,.0f} ({result['parameters_trained']:,.0f} trained)"))
     if run.tags.get("quick"):
-        lines.append(("quick", "a smoke test: its numbers are meaningless"))
+        lines.append(("quick", "a smoke run: its numbers are meaningless"))
     if "mlflow_uri" in run.tracking:
         lines.append(("tracking", run.tracking["mlflow_uri"]))
     if run.folder is not None:

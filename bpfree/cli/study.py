@@ -79,7 +79,7 @@ def settings(command: Command) -> Command:
     def merged(*arguments: Any, settings: tuple[str, ...], quick: bool, **options: Any) -> int:
         return command(*arguments, settings=(*settings, "quick=true") if quick else settings, **options)
 
-    option = click.option("--quick", is_flag=True, help="Smoke test with a few batches of each split (quick=true).")
+    option = click.option("--quick", is_flag=True, help="Smoke run with a few batches of each split (quick=true).")
     return click.argument("settings", nargs=-1, metavar="[SETTINGS]...")(option(merged))
 
 

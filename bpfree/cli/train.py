@@ -53,7 +53,7 @@ the blocks of a network where these are independent, else the examples of each b
 @click.option("--print-plan", is_flag=True, help="Show how the rule treats each layer of the network (if it reports a plan), and exit.")
 @click.option("--resume", metavar="RUN", help="Resume a run (folder, name or checkpoint file).")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
-@click.option("--quick", is_flag=True, help="Smoke test with a few batches of each split (quick=true).")
+@click.option("--quick", is_flag=True, help="Smoke run with a few batches of each split (quick=true).")
 @allow_code
 @click.option("--ray", type=click.IntRange(1, 1024), metavar="N", help="Train in N processes of a Ray cluster.")
 @click.option(

@@ -124,7 +124,7 @@ def flat(inputs: Any) -> Any:
 
 @contextmanager
 def limited(threads: int | None) -> Iterator[None]:
-    """Compute with so many threads of the processor's libraries inside."""
+    """Compute with this many threads of the processor's libraries inside."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     with threadpool_limits(threads):

@@ -88,7 +88,7 @@ class Verdict:
             ) + below
         if features is not None and features > 0:
             if equal is None or equal > 0:
-                return "its features are above the floor; its predictions are not within this budget"
+                return "has not paid for its features in this budget"
             return "its features are above the floor; its predictions are not, nor above its twin at equal operations"
         return "below its floor" if delivered < 0 else "not shown to learn more than its floor"
 

@@ -225,7 +225,7 @@ def test_failures_of_checkpoints(workplace: Path, capsys: pytest.CaptureFixture[
 
 
 def test_changes_that_name_nothing_or_would_do_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of an evaluation, and of a run that goes on; ``batch_size=064`` is no change."""
+    """Of an evaluation, and of a run that continues; ``batch_size=064`` is no change."""
     assert call("train", "rule=dfa", "output=007", "tracking.enabled=false", "--quiet", *FAST) == 0
     (run,) = (workplace / "007").iterdir()
     capsys.readouterr()
@@ -255,7 +255,7 @@ def test_an_output_folder_that_cannot_be_written(workplace: Path, capsys: pytest
 def test_an_unreachable_tracking_server(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gone = ["tracking.uri=http://127.0.0.1:9", "tracking.timeout=2", "tracking.flush_timeout=1"]
     assert "error" in refused(capsys, 1, "train", "rule=frozen", "tracking.required=true", *gone, *FAST)
-    assert call("train", "rule=frozen", "--quiet", *gone, *FAST) == 0  # a warning, and the run goes on
+    assert call("train", "rule=frozen", "--quiet", *gone, *FAST) == 0  # a warning, and the run continues
     run = only_run(workplace)
     assert not is_sent(run)
     assert (run / "checkpoints" / "last.pt").exists()

@@ -181,7 +181,7 @@ def test_a_wrong_request_is_told_once(workplace: Path) -> None:
 def test_on_a_cluster_one_process_of_which_is_killed(
     workplace: Path, undisturbed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error says how to go on, which ends with the same bits."""
+    """The error says how to continue, which ends with the same bits."""
     pytest.importorskip("ray", reason="Ray is not installed")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}

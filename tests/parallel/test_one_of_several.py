@@ -126,7 +126,7 @@ def test_peak_memory_is_that_of_the_process_that_has_most(digits: Task, others: 
 
 @pytest.mark.parametrize("trouble", [False, True])
 def test_operations_are_the_sum_of_what_all_processes_counted(digits: Task, trouble: bool) -> None:
-    """If one cannot count, none has a number, and none goes on counting: a sum needs them all."""
+    """If one cannot count, none has a number, and none continues to count: a sum needs them all."""
     rule, batch = cases.plain(digits), batch_of(digits, 8)
     stepper = Stepper(rule)
     alone, step = Operations(stepper), stepper.step
@@ -171,11 +171,11 @@ def test_all_stop_for_one_reason(mine: str, theirs: int, reason: str) -> None:
     assert stop.reason == reason
 
 
-# --- going on -----------------------------------------------------------------------------------------------------------
+# --- continuing -----------------------------------------------------------------------------------------------------------
 
 
 def one_checkpoint(task: Task, step: int, **further: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a run in one process saved after so many steps, in the middle of a pass; changed by ``further``."""
+    """What a run in one process saved after this many steps, in the middle of a pass; changed by ``further``."""
     rule = cases.plain(task)
     state = state_of(rule, task, World(), Team)
     state.at.step, state.at.batch = step, step
@@ -197,7 +197,7 @@ def draws(state: RunState) -> tuple[float, float]:
 
 
 def test_processes_that_were_not_there_before_draw_noise_of_their_own(digits: Task) -> None:
-    """Each another, and after each step another; the first one goes on with the noise of the one process that there was."""
+    """Each another, and after each step another; the first one continues with the noise of the one process that there was."""
     with torch.random.fork_rng(devices=[]):
         begun = [draws(state_of(cases.plain(digits), digits, World(rank, 3)))[0] for rank in range(3)]
         drawn = []

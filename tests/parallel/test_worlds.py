@@ -55,7 +55,7 @@ def test_what_fails_in_one_process_is_told_by_the_first(ranks: Ranks, tmp_path: 
 
 
 def test_a_folder_that_one_process_alone_sees(ranks: Ranks, tmp_path: Path) -> None:
-    """Training, going on, and finding that nothing is left to do; each process has a folder of its own to work in."""
+    """Training, continuing, and finding that nothing is left to do; each process has a folder of its own to work in."""
     (one, _), (other, _) = ranks.run(2, cases.command_line, tmp_path, ("train", *UNTRACKED))
     assert (one, other) == (0, 0)
     (run,) = (tmp_path / "0" / "runs").iterdir()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_table_and_its_heat_maps_are_up_to_date(tmp_path: Path) -> None:
-    """Oracle: the same files, written anew from the certificates."""
+    """Oracle: the same files, written again from the certificates."""
     known = certificates(ROOT / "registry")
     if not known:
         pytest.skip("no rule has a certificate yet: make certify")

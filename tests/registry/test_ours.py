@@ -68,7 +68,7 @@ def test_the_figures_of_our_own_results_are_here() -> None:
 
 @pytest.mark.parametrize("result", RESULTS)
 def test_reference_results_are_those_of_their_files(result: dict[str, Any]) -> None:
-    """Oracle: the recorded figures of each seed, from which mean and deviation are computed anew."""
+    """Oracle: the recorded figures of each seed, from which mean and deviation are computed again."""
     name, _, pointer = result["source"].partition("#")
     found: Any = json.loads((ROOT / name).read_text())
     for key in pointer.split("/")[1:]:

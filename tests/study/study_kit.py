@@ -59,7 +59,7 @@ def plugin_on_path(folder: Path, name: str, code: str) -> Iterator[None]:
 
 
 def forget_plugins() -> None:
-    """Look anew at what is installed, and at its sources."""
+    """Look again at what is installed, and at its sources."""
     installed_plugins.cache_clear()
     sources.hash_of.cache_clear()
 

@@ -91,7 +91,7 @@ def test_twins_are_tuned_with_the_trials_of_their_rows(workplace: Path) -> None:
     twins = final(worklist, "dfa (twin)")
     assert [(cell.key.seed, cell.recipe.settings.budget.operations) for cell in twins] == [(0, 1e6), (1, 2e6)]
     assert {cell.recipe.flat()["optimizer.lr"] for cell in twins} == {max(rates["dfa"])}
-    # a trial that is measured anew may choose another rate, in this very process
+    # a trial that is measured again may choose another rate, in this very process
     best = next(cell for cell in trials if cell.key.row == "dfa (twin)" and cell.recipe.flat()["optimizer.lr"] == max(rates["dfa"]))
     worklist._done.clear()
     note(worklist, best, "diverged")

@@ -120,7 +120,7 @@ def assert_same(one: str, other: str, count: int) -> None:
 
 @needs_submitit
 def test_cells_as_jobs_one_of_which_is_killed(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With submitit's own processes in the place of a cluster: a killed job is submitted again, and goes on from its checkpoint."""
+    """With submitit's own processes in the place of a cluster: a killed job is submitted again, and continues from its checkpoint."""
     assert call("study", "run", "s.yaml", "output=here", "--seeds", "1", "-q") == 0
     Path("lives").write_text("1")
     words = ("--executor", "slurm", "--with", "cluster=local", "--with", "minutes=5")

@@ -88,8 +88,8 @@ def test_the_order_in_which_trials_train_changes_nothing(seed: int) -> None:
 
 
 def test_decisions_by_hand() -> None:
-    """Of two one goes on. The second trial has failed, the third is better than the first, the fourth worse than both, the fifth waits for
-    the first at rung 2, which has not got there; what was not measured prunes nobody."""
+    """One of two continues. The second trial failed, the third is better than the first, the fourth worse than both; the fifth waits for
+    the first at rung 2, which has not got there; what was not measured prunes no one."""
     trials = [
         Reached({1: 0.5}),
         Reached({}, ended=True),
@@ -214,7 +214,7 @@ def test_a_smoke_run_of_a_study_is_another_study(workplace: Path, capsys: pytest
     report = capsys.readouterr().out
     assert "The study was shortened" in report
     assert "quick=true instead of false" in report
-    assert "This is a smoke test (quick)" in report
+    assert "This is a smoke run (quick)" in report
     found = outcomes()
     assert not {each["cell"] for each in found} & whole
     assert {each["tags"]["quick"] for each in found} == {"True"}

@@ -83,7 +83,7 @@ def test_a_cluster_of_two_workers_one_of_which_is_killed_loses_nothing(site: Pat
     killed = []
 
     def kill() -> None:
-        """The first worker of the cluster that is in its second epoch, so that it has a checkpoint to go on from."""
+        """The first worker of the cluster that is in its second epoch, so that it has a checkpoint to continue from."""
         while not killed:
             for path in (site / "seen").iterdir():
                 process, step = map(int, path.name.split("-"))

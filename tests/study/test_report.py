@@ -1,4 +1,4 @@
-"""Reports on results that nobody trained (``made_studies``). Oracles: numbers computed here, an HTML parser, the csv module."""
+"""Reports on results that no one trained (``made_studies``). Oracles: numbers computed here, an HTML parser, the csv module."""
 
 from __future__ import annotations
 

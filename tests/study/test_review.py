@@ -272,7 +272,7 @@ def job_of(worklist: Worklist, **changes: Any) -> Job:
 
 
 def test_the_mark_of_company_stays_with_the_seconds(workplace: Path) -> None:
-    """A cell that goes on from its checkpoint has seconds in it that it shared; one that begins anew has not."""
+    """A cell that continues from its checkpoint has seconds in it that it shared; one that begins again has not."""
     worklist = worklist_of(COMMON + "rules: [dfa]\n")
     before = cell_record(worklist.plan.cells[0].key, "timeout", parallel=2)
     assert worklist.store.begin(worklist.plan.cells[0].key, before).parallel == 2

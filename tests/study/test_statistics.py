@@ -104,7 +104,7 @@ def test_no_runs_have_no_median() -> None:
 # --- profiles -----------------------------------------------------------------------------------------------------------
 
 TIMES = [[1.0, 4.0, math.inf, math.inf], [2.0, 2.0, 5.0, math.inf], [math.inf, 9.0, 5.0, math.inf]]
-"""Three rows on four tasks. Ratios to the fastest: 1, 2, -, - | 2, 1, 1, - | -, 4.5, 1, -; nobody solves the last task."""
+"""Three rows on four tasks. Ratios to the fastest: 1, 2, -, - | 2, 1, 1, - | -, 4.5, 1, -; no one solves the last task."""
 
 
 def test_performance_profiles() -> None:

@@ -357,7 +357,7 @@ def test_a_cell_that_another_process_runs_is_left_to_it(
 
         monkeypatch.setattr(time, "sleep", wait)
         assert call("study", "run", name) == 0
-    assert waits == [1]  # what nobody else has comes first
+    assert waits == [1]  # what no one else has comes first
     assert "another process runs it" in capsys.readouterr().err
     assert len(runs()) == 2
 

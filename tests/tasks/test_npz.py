@@ -131,7 +131,7 @@ def test_a_file_without_a_test_split_gives_a_fixed_stratified_fifth(tmp_path: Pa
 
 
 def test_the_spec_reads_no_inputs(tmp_path: Path) -> None:
-    """The bytes of the inputs are destroyed behind their header, and nobody notices until they are loaded."""
+    """The bytes of the inputs are destroyed behind their header, and no one notices until they are loaded."""
     config = ArraysConfig(save(tmp_path, **halves(np.full((800, 7, 7), 77, np.uint8), np.arange(800) % 5)))
     path = Path(config.path)
     content = path.read_bytes()

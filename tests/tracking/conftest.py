@@ -123,7 +123,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def closed_port() -> int:
-    """A port where nobody listens."""
+    """A port where no one listens."""
     return free_port()
 
 
@@ -187,7 +187,7 @@ def server(servers: Callable[[], Server]) -> Server:
 
 
 class Gate:
-    """A TCP relay to a server that can be shut (nobody listens, connections are cut) and opened again."""
+    """A TCP relay to a server that can be shut (no one listens, connections are cut) and opened again."""
 
     def __init__(self, target: int) -> None:
         self._target, self.port = target, free_port()

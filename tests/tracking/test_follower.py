@@ -18,7 +18,7 @@ from bpfree.tracking.tracker import RefusedError, Tracker
 
 pytestmark = pytest.mark.time_dependent
 HOUR = 3600.0
-"""Longer than a test may take: nobody waits for it in vain."""
+"""Longer than a test may take: no one waits for it in vain."""
 
 
 class FakeSink(Tracker):

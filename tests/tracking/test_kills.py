@@ -1,4 +1,4 @@
-"""Runs that are killed outright and go on. Oracle: the same run undisturbed, its weights and what the store has of it."""
+"""Runs that are killed outright and continue. Oracle: the same run undisturbed, its weights and what the store has of it."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_nothing_had_happened(
 
 @pytest.mark.parametrize("point", ["step_end:20", "step_end:40"])
 def test_samples_of_the_systems_use_keep_one_value_per_step(tmp_path: Path, uri: str, killed: Callable[..., None], point: str) -> None:
-    """Their steps go on from the first attempt's beginning."""
+    """Their steps continue from the first attempt's beginning."""
     killed(tmp_path, uri, point, True, True)
     _, before = tracked(uri)
     began = tracked(uri)[0].info.start_time
@@ -144,7 +144,7 @@ def test_completing_a_run_that_is_there_changes_nothing(tmp_path: Path, uri: str
 
 
 def test_a_store_that_lost_the_run_gets_it_again(tmp_path: Path, uri: str, template: Path) -> None:
-    """Another, empty store in its place: all is told once more, with the time at which the run began and ended."""
+    """Another, empty store in its place: everything is sent once more, with the time at which the run began and ended."""
     run = start(tmp_path, uri)
     before, points = tracked(uri)
     for path in tmp_path.glob("mlflow.db*"):

@@ -12,7 +12,7 @@ from bpfree.tracking.sending import is_sent, send
 
 pytestmark = pytest.mark.time_dependent
 HOUR = 3600.0
-"""Longer than a test may take: nobody waits for it in vain."""
+"""Longer than a test may take: no one waits for it in vain."""
 
 
 def warnings(caplog):

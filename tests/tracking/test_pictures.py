@@ -30,7 +30,7 @@ ONE = {"rule": "backprop", "network.depth": 2, "network.width": 6, "device": "cp
 
 
 class Drawn(Backprop):
-    """Draws what it is told to."""
+    """Draws what it is given."""
 
     shown: Any = None
 

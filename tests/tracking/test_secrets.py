@@ -100,7 +100,7 @@ def test_screens_of_a_configuration_and_of_errors(workplace: Path, capsys: pytes
     assert call("--debug", "train", f"rule={URI}") == 2
     assert call("train", f"tracking.url={URI}") == 2
     assert call("train", "rule=dfa", f"tracking.uri={URI}", "tracking.required=true", *FAST) == 1
-    assert call("train", "rule=dfa", f"tracking.uri=somebody:{SECRET}@host", *FAST) == 0  # no address: MLflow says so, the run goes on
+    assert call("train", "rule=dfa", f"tracking.uri=somebody:{SECRET}@host", *FAST) == 0  # no address: MLflow says so, the run continues
     assert SECRET not in "".join(capsys.readouterr())
     assert not files_with(SECRET, workplace)
 

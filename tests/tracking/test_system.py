@@ -46,7 +46,7 @@ class FakeNVML:
 
 
 def run_for(samples, run, tracker):
-    """A run that lasts until so many samples are taken."""
+    """A run that lasts until this many samples are taken."""
 
     def taken():
         return sum(event["event"] == "system" for event, _ in RunFolder(run.folder).log.read())

@@ -173,7 +173,7 @@ def remarks(plan: Plan, rows: Sequence[TableRow], *, hidden: int = 0) -> Iterato
     yield from _patience(rows)
     yield from _programs(rows)
     if any(row.cells[0].recipe.settings.quick for row in rows):
-        yield "This is a smoke test (quick) with a few batches of each split; its numbers are meaningless."
+        yield "This is a smoke run (quick) with a few batches of each split; its numbers are meaningless."
     if plan.study.publishes("train"):
         yield "Training split: all its examples, scored by the weights that were tested."
     edges = [row.label for row in rows if row.tuned is not None and row.tuned.complete and row.tuned.at_edge]

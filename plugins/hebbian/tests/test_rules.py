@@ -172,7 +172,7 @@ def test_linear_maps_that_would_be_misread_are_refused() -> None:
 
 
 def test_lists_longer_than_the_network_are_refused() -> None:
-    """Shorter ones go on with their last value; the defaults of a preset may be longer."""
+    """Shorter ones continue with their last value; the defaults of a preset may be longer."""
     spec = TaskSpec("image", (3, 16, 16), 3)
     for word in ("rule.lr=[0.1,0.2]", "rule.t_invert=[1,2]"):
         with pytest.raises(UsageError, match="2 values for 1 layers"):

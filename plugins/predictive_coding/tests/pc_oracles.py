@@ -187,7 +187,7 @@ def by_the_book(
 
 
 def relaxed(relaxation: Relaxation, steps: int) -> Relaxation:
-    """The same relaxation after so many steps."""
+    """The same relaxation after this many steps."""
     with torch.no_grad():
         for _ in range(steps):
             relaxation.step()

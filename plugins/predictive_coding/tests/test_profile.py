@@ -131,7 +131,7 @@ def test_epochs_are_kept_and_replaced(tmp_path: Path) -> None:
 
 
 def plotted(tmp_path: Path, epochs: list[int], count: int = 3) -> str:
-    """The plot of a run with these epochs and so many blocks."""
+    """The plot of a run with these epochs and this many blocks."""
     names = [f"b{index + 1}" for index in range(count - 1)] + ["readout"]
     table = [[float(index + step >= count - 1) * (1 + index + step) for index in range(count)] for step in range(count)]
     for epoch in epochs:
@@ -172,7 +172,7 @@ def test_what_is_drawn_where_nothing_has_energy(tmp_path: Path) -> None:
 
 
 def test_the_plugins_hooks(tmp_path: Path) -> None:
-    """A run with a folder gets the file, its artifacts, and a plot of all its epochs at its end, also if it went on with nothing to do."""
+    """A run with a folder gets the file, its artifacts, and a plot of all its epochs at its end, also if there was nothing left to do."""
     rule = rule_of(PredictiveCoding, T=2, profile_every=1)
     made = Run("id", "name", folder=tmp_path / "run", epoch=1)
     (tmp_path / "run").mkdir()

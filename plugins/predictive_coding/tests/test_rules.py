@@ -455,7 +455,7 @@ def test_real_targets_of_a_run() -> None:
 
 
 def test_a_run_from_the_command_lines_recipe(tmp_path: Path) -> None:
-    """The plan, the energies and their plot lie in the run's folder, also after it went on for longer."""
+    """The plan, the energies and their plot lie in the run's folder, also after it continued for longer."""
     words = ["rule=predictive-coding", "rule.T=3", "rule.profile_every=10", "budget.epochs=1", f"output={tmp_path}"]
     made = run(recipe_of(words), quiet=True)
     assert made.folder is not None
