@@ -258,7 +258,8 @@ def test_no_advice_to_run_code_of_a_file(tmp_path: Path) -> None:
 
 def test_opening_a_run_removes_what_a_killed_writer_has_left(digits: Task, device: torch.device, tmp_path: Path) -> None:
     Trainer(rule_on(digits), digits, config_of(device, budget=BudgetConfig(epochs=1)), folder=tmp_path).fit()
-    left = [tmp_path / "checkpoints" / ".last.pt-0123abcd", tmp_path / ".predictions.npz-0123abcd"]
+    names = ("checkpoints/.last.pt-0123abcd", ".predictions.npz-0123abcd", ".sent-mlflow.json-0123abcd", ".config.yaml-0123abcd")
+    left = [tmp_path / name for name in names]
     for path in left:
         path.write_bytes(b"half")
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "last.pt"

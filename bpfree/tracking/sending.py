@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.files import remove_abandoned
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.record.folder import Cursor, RunFolder, read_run
 from bpfree.record.log import EventLog
@@ -185,6 +186,7 @@ def complete(folder: str | Path, uri: str | None = None) -> bool:
     Returns:
         Whether nothing is left to send.
     """
+    remove_abandoned(Path(folder), "*")
     run = read_run(folder)
     config = settled(config_of(run), folder) if uri is None else dataclasses.replace(config_of(run), uri=uri)
     if not config.enabled or run.status in ("created", "running") or _has_all(RunFolder(folder), config):

@@ -236,7 +236,7 @@ def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: s
     for candidate in candidates:
         folder = RunFolder(candidate)
         remove_abandoned(folder.checkpoints, "*.pt")
-        remove_abandoned(candidate, "predictions.npz")
+        remove_abandoned(candidate, "*")
         known = [candidate, folder.selected, folder.last] if prefer == "selected" else [candidate, folder.last, folder.selected]
         found = next((path for path in known if path.is_file()), None)
         if found is not None:

@@ -135,7 +135,10 @@ def test_completing_a_run_that_is_there_changes_nothing(tmp_path: Path, uri: str
     run = start(tmp_path, uri)
     assert run.folder is not None
     before, points = tracked(uri)
+    left = run.folder / ".sent-mlflow.json-0123abcd"  # of a writer that was killed
+    left.write_bytes(b"half")
     assert complete(run.folder)
+    assert not left.exists()
     again = runner.resume(str(run.folder))
     after, same = tracked(uri)
     assert (same, after.info.end_time, after.data.tags) == (points, before.info.end_time, before.data.tags)
