@@ -14,7 +14,10 @@ from typing import Any, Literal, NoReturn
 
 from bpfree.metric import ACCURACY, LOSS, Metric, metric_of, metrics_from, scores_in
 
-__all__ = ["ReadOnly", "Run", "RunView", "as_file", "new_run_id"]
+__all__ = ["PAUSED", "ReadOnly", "Run", "RunView", "as_file", "new_run_id"]
+
+PAUSED = "paused after epoch"
+"""Begin of the reason of a run that was interrupted because it was to pause at a rung."""
 
 Status = Literal["created", "running", "finished", "diverged", "interrupted", "failed"]
 

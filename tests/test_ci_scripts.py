@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import ci_scripts
 import psutil
@@ -26,8 +27,8 @@ def test_the_style_of_a_new_plugin_is_looked_at(monkeypatch: pytest.MonkeyPatch,
     script = ci_scripts.load("new_plugins")
     write = script.write_plugin
 
-    def written(name: str, folder: Path) -> None:
-        write(name, folder)
+    def written(name: str, folder: Path, **options: Any) -> None:
+        write(name, folder, **options)
         path = next(folder.rglob("plugin.py"))
         path.write_text(path.read_text() + fault)
 

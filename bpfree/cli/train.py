@@ -121,7 +121,8 @@ def _plan(recipe: Recipe) -> str:
     from bpfree.redaction import redact
 
     plan = "" if recipe.is_program else recipe.build_rule(recipe.spec()).plan()
-    return redact(plan.rstrip()) or f"{recipe.trains!r} reports no plan"
+    kind = "program" if recipe.is_program else "rule"
+    return redact(plan.rstrip()) or f"the {kind} {recipe.trains!r} reports no plan"
 
 
 def _on_ray(leaves: list[Leaf], size: int, address: str | None, resume: str | None, quiet: bool, registry: Plugins) -> Run:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from bpfree.hooks import hookimpl
 from bpfree.metric import LOSS, metric_of, scores_in
-from bpfree.run import Run
-from bpfree.training.stopping import PAUSED
+from bpfree.run import PAUSED, Run
 
 if TYPE_CHECKING:
     from rich.live import Live

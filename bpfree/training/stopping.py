@@ -11,17 +11,15 @@ from typing import Any
 
 from bpfree import interrupts
 from bpfree.errors import BpfreeError
+from bpfree.run import PAUSED
 from bpfree.training.distributed import World
 
-__all__ = ["PAUSED", "Interrupted", "Stop", "paused_at"]
+__all__ = ["Interrupted", "Stop", "paused_at"]
 
 CONFER_EVERY = 20
 """Steps between the moments at which several processes agree whether to report, save or stop."""
 
 REASONS = ("", "asked to stop", *(f"stopped by {number.name}" for number in interrupts.NUMBERS))
-
-
-PAUSED = "paused after epoch"
 
 
 def paused_at(epoch: int) -> str:

@@ -160,7 +160,9 @@ def test_a_comparison_lists_what_a_rule_does_not_use_and_refuses_a_second_rule(w
     made = cells.plan(comparison(["dfa", "noprop-dt"], common, references=False))
     assert unused(made) == {"dfa": [], "noprop-dt": ["network.width", "rule.scale"]}
     for words, shared in ((["dfa,rule=backprop"], []), (["dfa,rule="], []), (["dfa,rule.name=backprop"], []), (["dfa"], ["rule=backprop"])):
-        with pytest.raises(UsageError, match=r"two rules|rules are compared"):
+        with pytest.raises(
+            UsageError, match=r"two rules|rules are compared|name each rule as a word of its own|cannot be a common setting"
+        ):
             comparison(words, parse_words(shared))
     with pytest.raises(UsageError, match=r"unknown key rule\.scal"):
         cells.plan(comparison(["dfa,rule.scal=1"], []))
