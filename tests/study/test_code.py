@@ -327,7 +327,7 @@ def test_objects_that_a_study_does_not_take(workplace: Path, kind: str, thing: A
 def test_what_a_script_defines_stays_in_its_process(workplace: Path) -> None:
     """Where the main script has no file, as in an interactive session, its source cannot be read, which is said first."""
     own = type("Own", (DFA,), {"__module__": "__main__"})
-    with pytest.raises(UsageError, match="is defined in the main script|source of Own cannot be read"):
+    with pytest.raises(UsageError, match=r"is defined in the main script|source of Own cannot be read"):
         bpfree.compare([own], seeds=2, references=False, settings=QUICK, jobs=2)
 
 

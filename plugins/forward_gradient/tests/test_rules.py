@@ -202,7 +202,7 @@ def test_wherever_examples_meet(spec: TaskSpec, layer: Any, options: dict[str, A
     network = mlp(spec, 6)
     network.blocks["b1"].append(layer().double())  # type: ignore[operator]
     for statistics in ("batch-scalar", "frozen-statistics"):
-        with pytest.raises(UsageError, match="of its own|independent noise for each example"):
+        with pytest.raises(UsageError, match=r"of its own|independent noise for each example"):
             ForwardGradient(network, spec, ForwardGradientConfig(batch_norm=statistics, **options))  # type: ignore[arg-type]
 
 
