@@ -103,7 +103,8 @@ def train(
             run = _on_ray(leaves, ray, address, resume, quiet, registry)
         elif recipe is not None:
             if not quiet:
-                click.echo(f"{recipe.trains} on {recipe.names['task']}: loading data, opening the tracking store ...", err=True)
+                store = ", opening the tracking store" if recipe.settings.tracking.enabled else ""
+                click.echo(f"{recipe.trains} on {recipe.names['task']}: loading data{store} ...", err=True)
             run = runner.run(recipe, quiet=quiet, observers=observers)
         else:
             place = resume or ""
