@@ -17,7 +17,7 @@ from bpfree.errors import UsageError
 from bpfree.options import option
 from bpfree.tasks.splits import DatasetSplit, Split
 
-__all__ = ["FilePictures", "Form", "ItemPictures", "PictureConfig", "Pictures", "form_of", "opened", "resized", "split_of"]
+__all__ = ["FilePictures", "Form", "ItemPictures", "PictureConfig", "PictureSet", "form_of", "opened", "resized", "split_of"]
 
 KEPT = 2 * 2**30
 """Bytes of a split that are kept in memory by default, on every machine: a fingerprint depends on it."""
@@ -113,7 +113,7 @@ def opened(path: Path) -> Any:
         raise UsageError(f"cannot read the picture: {error}", where=str(path), fix="remove it, or replace it by a whole one") from error
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
+class PictureSet(Dataset[tuple[Tensor, int]]):
     """Pictures with their classes, read one by one.
 
     Args:
@@ -136,13 +136,13 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         raise NotImplementedError
 
 
-class FilePictures(Pictures):
+class FilePictures(PictureSet):
     """Pictures in files.
 
     Args:
         root: folder that the names are below.
         names: of the files.
-        targets, form: as :class:`Pictures` has them.
+        targets, form: as :class:`PictureSet` has them.
     """
 
     def __init__(self, root: Path, names: Sequence[str], targets: Tensor, form: Form) -> None:
@@ -172,14 +172,14 @@ class FilePictures(Pictures):
         return self._digest
 
 
-class ItemPictures(Pictures):
+class ItemPictures(PictureSet):
     """Pictures of PIL in the items of a data set.
 
     Args:
         items: the data set; ``items[i][key]`` is a picture.
         key: a place, or the name of a column.
         name: of the set, for messages.
-        targets, form: as :class:`Pictures` has them.
+        targets, form: as :class:`PictureSet` has them.
     """
 
     def __init__(self, items: Any, key: int | str, name: str, targets: Tensor, form: Form) -> None:
@@ -191,7 +191,7 @@ class ItemPictures(Pictures):
         return self.items[place][self.key], f"item {place} of {self.name}"
 
 
-def split_of(pictures: Pictures, keep: Literal["auto", "memory", "files"]) -> Split | DatasetSplit:
+def split_of(pictures: PictureSet, keep: Literal["auto", "memory", "files"]) -> Split | DatasetSplit:
     """Decode all pictures into one tensor, or leave them in their files.
 
     Args:

@@ -47,7 +47,7 @@ class TableConfig:
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """Cells by column, and the line of each row in its file."""
 
     path: Path
@@ -136,7 +136,7 @@ def located(given: str, root: Path | None, key: str) -> Path:
     return found
 
 
-def read(path: Path, separator: str) -> Table:
+def read(path: Path, separator: str) -> TextTable:
     """Read the cells of a table.
 
     Raises:
@@ -161,7 +161,7 @@ def read(path: Path, separator: str) -> Table:
             what = f"{len(row)} cells, but there are {len(header)} columns"
             raise UsageError(what, where=f"{path}, line {line}", fix="correct the line; text that holds the separator is put into quotes")
     cells = zip(*(row for _, row in rows[1:]), strict=True)
-    return Table(path, {name: list(column) for name, column in zip(header, cells, strict=True)}, [line for line, _ in rows[1:]])
+    return TextTable(path, {name: list(column) for name, column in zip(header, cells, strict=True)}, [line for line, _ in rows[1:]])
 
 
 def separator_of(first: str, said: str, path: Path) -> str:
@@ -185,7 +185,7 @@ def number(cell: str) -> float | None:
         return None
 
 
-def described(table: Table, config: TableConfig) -> Columns:
+def described(table: TextTable, config: TableConfig) -> Columns:
     """Determine what the columns are.
 
     Raises:
@@ -209,7 +209,7 @@ def described(table: Table, config: TableConfig) -> Columns:
     return Columns(inputs, config.target, classes(table, config))
 
 
-def categories(table: Table, name: str, *, told: bool) -> tuple[str, ...] | None:
+def categories(table: TextTable, name: str, *, told: bool) -> tuple[str, ...] | None:
     cells = table.columns[name]
     check_missing(table, name)
     texts = [row for row, cell in enumerate(cells) if number(cell) is None]
@@ -225,14 +225,14 @@ def categories(table: Table, name: str, *, told: bool) -> tuple[str, ...] | None
     return found
 
 
-def check_missing(table: Table, name: str) -> None:
+def check_missing(table: TextTable, name: str) -> None:
     row = next((row for row, cell in enumerate(table.columns[name]) if cell.lower() in MISSING), None)
     if row is not None:
         what = f"the value {table.columns[name][row]!r} is missing" if table.columns[name][row] else "a value is missing"
         raise table.refused(what, name, row, f"fill it in, remove the line, or task.leave_out=[{name}]")
 
 
-def classes(table: Table, config: TableConfig) -> tuple[str, ...]:
+def classes(table: TextTable, config: TableConfig) -> tuple[str, ...]:
     """List the classes of the target in order, numbers by their value; none if the target is a number."""
     name, cells = config.target, table.columns[config.target]
     check_missing(table, name)
@@ -251,7 +251,7 @@ def classes(table: Table, config: TableConfig) -> tuple[str, ...]:
     return tuple(found)
 
 
-def encoded(table: Table, found: Columns) -> Split:
+def encoded(table: TextTable, found: Columns) -> Split:
     """Encode inputs and targets as numbers.
 
     Raises:
@@ -266,13 +266,13 @@ def encoded(table: Table, found: Columns) -> Split:
     return Split(inputs, target(table, found))
 
 
-def target(table: Table, found: Columns) -> Tensor:
+def target(table: TextTable, found: Columns) -> Tensor:
     if not found.classes:
         return torch.from_numpy(numbers(table, found.target))
     return torch.from_numpy(places(table, found.target, found.classes))
 
 
-def numbers(table: Table, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def numbers(table: TextTable, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     values = [number(cell) for cell in table.columns[name]]
     for row, value in enumerate(values):
         if value is None or not math.isfinite(value) or abs(value) > np.finfo(np.float32).max:
@@ -280,7 +280,7 @@ def numbers(table: Table, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.
     return np.array(values, dtype=np.float64).astype(np.float32)[:, None]
 
 
-def places(table: Table, name: str, known: Sequence[str]) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def places(table: TextTable, name: str, known: Sequence[str]) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     index = {category: place for place, category in enumerate(known)}
     for row, cell in enumerate(table.columns[name]):
         if cell not in index:
@@ -289,7 +289,7 @@ def places(table: Table, name: str, known: Sequence[str]) -> np.ndarray[tuple[in
     return np.array([index[cell] for cell in table.columns[name]], dtype=np.int64)
 
 
-def one_hot(table: Table, name: str, known: Sequence[str]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def one_hot(table: TextTable, name: str, known: Sequence[str]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     return np.eye(len(known), dtype=np.float32)[places(table, name, known)]
 
 
