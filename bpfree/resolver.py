@@ -25,6 +25,7 @@ from bpfree.rule import Rule
 from bpfree.tasks.augment import check_augmentations
 from bpfree.tasks.common import TaskCommon
 from bpfree.tasks.task import TaskSpec
+from bpfree.training.environment import check_device_name
 from bpfree.training.idle import idle, idle_options
 from bpfree.training.optimizers import check_optimizer
 from bpfree.training.schedules import CLASSES, check_length, check_schedule
@@ -253,8 +254,9 @@ class Resolver:
             self._assign(node, path, leaf, prefix, known)
         try:
             filled = OmegaConf.to_object(node)
-        except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-            self.problems.append(f"{prefix or 'configuration'}: {' '.join(str(error).split())}")
+        except OmegaConfBaseException as error:  # its message may show what the reference leads to, which may be secret
+            key = f"{prefix}{getattr(error, 'full_key', None) or ''}" or "configuration"
+            self.problems.append(f"{key}: its reference ${{...}} leads nowhere, or to a value of another type: give the value itself")
             return base
         self.problems.extend(f"{problem}" for problem in range_problems(filled, prefix))
         return filled
@@ -326,7 +328,11 @@ class Resolver:
             )
         self._augmentations_fit(Recipe(self.names, {}, common, settings, self.registry), rule.traits_of(config).targets, spec)
         self._check_names(spec, settings)
-        checks: list[Callable[[], object]] = [lambda: settings.budget.resolve(1), lambda: check_schedule(settings.schedule)]
+        checks: list[Callable[[], object]] = [
+            lambda: check_device_name(settings.device),
+            lambda: settings.budget.resolve(1),
+            lambda: check_schedule(settings.schedule),
+        ]
         if "optimizer" not in self.idle:
             kinds = {name: kind for name, kind, _ in self.registry.items("addons")}
             checks.append(lambda: configured(settings.optimizer.addons, kinds))

@@ -15,7 +15,7 @@ from bpfree.addons import names_of
 from bpfree.code_files import CodeFile
 from bpfree.code_lines import class_lines
 from bpfree.config import recipe_of
-from bpfree.errors import BpfreeError, UsageError
+from bpfree.errors import BpfreeError, DiskError, UsageError
 from bpfree.files import replacing, write_text
 from bpfree.hooks import hookimpl
 from bpfree.leaves import Leaf, leaves_of, names_code
@@ -163,6 +163,8 @@ def find_run(
     moved = [leaf for leaf in changes if names_code(leaf)]  # code is where, and as, the changes name it
     refuse_changes(changed(recipe_of(saved["config"], moved, spec=recipe.spec(), where=str(path), registry=registry), recipe))
     folder, about = path.parent.parent, (saved.get("training") or {}).get("run")
+    if about is not None and not isinstance(about, Mapping):
+        raise BpfreeError("the checkpoint is not as bpfree writes it: training.run", where=str(path), fix="use another checkpoint")
     before = known_run(folder)
     if path.parent != RunFolder(folder).checkpoints or (before and about and about["id"] not in ids_of(folder)):
         raise UsageError("the checkpoint lies outside its run's folder", where=str(path), fix="resume the run by its folder or name")
@@ -394,10 +396,22 @@ class RecipeFile:
 
     @hookimpl(tryfirst=True)
     def run_start(self, run: Run) -> None:
-        """Write the files."""
+        """Write the files.
+
+        Raises:
+            DiskError: the folder cannot be written.
+        """
         if run.folder is None:
             return
-        place = RunFolder(run.folder)
+        try:
+            self._write(run, RunFolder(run.folder))
+        except OSError as error:
+            what = f"cannot write the run's configuration: {error.strerror or error}"
+            raise DiskError(
+                what, where=str(run.folder), fix="make the folder writable, with room on its disk, and start or resume again"
+            ) from error
+
+    def _write(self, run: Run, place: RunFolder) -> None:
         write_text(place.config, self._recipe.to_yaml())
         if self._plan:
             run.artifacts["plan.txt"] = place.plan

@@ -21,6 +21,16 @@ FORMAT = 1
 """Version of the file's layout."""
 
 
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("rule", "plugin", "distribution", "version", "kind", "date"), str),
+    **dict.fromkeys(("config", "traits", "properties", "sources", "environment"), dict),
+    **dict.fromkeys(("settings", "findings"), list),
+    "seconds": (int, float),
+    "api": int,
+}
+"""Types of a certificate's values, which may come from another user."""
+
+
 @dataclass
 class Certificate:
     """What was measured of a rule.
@@ -109,6 +119,9 @@ class Certificate:
         known = {item.name for item in dataclasses.fields(cls)}
         try:
             values = {key: value for key, value in content.items() if key in known}
+            wrong = [key for key, kind in KINDS.items() if key in values and not isinstance(values[key], kind)]
+            if wrong or not all(isinstance(word, str) for word in values.get("settings", ())):
+                raise TypeError(f"{', '.join(wrong) or 'settings'} cannot be {values[(wrong or ['settings'])[0]]!r:.60}")
             return cls(**{**values, "findings": [Finding(**finding) for finding in content["findings"]]})
         except (KeyError, TypeError) as error:
             raise BpfreeError(f"this is no certificate: {error}", fix=FIX) from error

@@ -21,7 +21,7 @@ class Ref:
 
 
 @dataclass(frozen=True)
-class Examples:
+class TimesExamples:
     """A number that is a multiple of the number of examples."""
 
     times: int
@@ -141,7 +141,7 @@ def _common(a: Any, b: Any, counts: tuple[int, int]) -> Any:
     if a == b or a is b:
         return a
     if type(a) is int and a * counts[1] == b * counts[0] and a % counts[0] == 0:
-        return Examples(a // counts[0])
+        return TimesExamples(a // counts[0])
     raise _DifferentError
 
 
@@ -180,7 +180,7 @@ def to_graph(operations: list[Operation], recording: Recording) -> tuple[fx.Grap
     def found(leaf: Any) -> Any:
         if isinstance(leaf, Ref):
             return nodes[leaf.position]
-        if isinstance(leaf, Examples):
+        if isinstance(leaf, TimesExamples):
             made = graph.call_function(examples_of, (recent, leaf.times))
             watched.owners[made] = operation.owner
             return made

@@ -35,7 +35,7 @@ BATCHES = (2, 3)
 """Numbers of examples in the passes that are watched."""
 
 
-class Recorder(TorchFunctionMode):
+class OperationRecorder(TorchFunctionMode):
     """Records what a module does outside of the submodules that are kept whole.
 
     Args:
@@ -214,7 +214,7 @@ def _record(module: nn.Module, x: Tensor, ancestors: set[str], *, training: bool
     devices = [x.device] if x.is_cuda else []
     try:
         with torch.no_grad(), in_mode(module, training), kept_buffers(module), torch.random.fork_rng(devices=devices):
-            recorder = Recorder(module, x, ancestors)
+            recorder = OperationRecorder(module, x, ancestors)
             with recorder.hooked(), recorder:
                 output = module(x)
             return recorder.finish(main_output(output))

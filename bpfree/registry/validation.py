@@ -129,7 +129,11 @@ def _of_certificate(certificate: Certificate, path: Path, entries: Sequence[Entr
         )
     if certificate.plugin not in owners:
         listed = f"the registry has that rule under {owners[0]}" if owners else "no entry lists the rule"
-        yield BpfreeError(f"the certificate is of {certificate.rule!r} of plugin {certificate.plugin!r}; {listed}", where=str(path))
+        yield BpfreeError(
+            f"the certificate is of {certificate.rule!r} of plugin {certificate.plugin!r}; {listed}",
+            where=str(path),
+            fix="certify the rule of the listed plugin, or correct the entry",
+        )
     yield from acceptable(certificate, plugins, path)
 
 

@@ -13,7 +13,7 @@ import torch
 from bpfree.errors import UsageError
 from bpfree.version import __version__
 
-__all__ = ["autocast", "describe", "flushing_denormals", "free_memory", "load", "numerics", "resolve_device"]
+__all__ = ["autocast", "check_device_name", "describe", "flushing_denormals", "free_memory", "load", "numerics", "resolve_device"]
 
 
 def resolve_device(name: str, *, process: int = 0) -> torch.device:
@@ -26,13 +26,23 @@ def resolve_device(name: str, *, process: int = 0) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device_name(name)
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise UsageError(f"unknown device {name!r}", where="device", fix="auto, cpu, cuda or cuda:N")
     available = torch.cuda.device_count() if kind == "cuda" else 1
     if int(index or 0) >= available:
         raise UsageError(f"device {name!r} is not here: {available} CUDA devices found", where="device", fix="use device=auto or cpu")
     return torch.device(kind, int(index or process % available)) if kind == "cuda" else torch.device("cpu")
+
+
+def check_device_name(name: str) -> None:
+    """Refuse a name that is no kind of device, wherever that device would be.
+
+    Raises:
+        UsageError: it is none of ``auto``, ``cpu``, ``cuda`` and ``cuda:N``.
+    """
+    kind, _, index = name.partition(":")
+    if name != "auto" and (kind not in ("cpu", "cuda") or (index and not index.isdigit())):
+        raise UsageError(f"unknown device {name!r}", where="device", fix="auto, cpu, cuda or cuda:N")
 
 
 def free_memory(name: str) -> dict[str, int]:

@@ -60,6 +60,10 @@ class Position:
     best_score: float = -math.inf
 
 
+SAVED: dict[str, type] = {"addons": list, "generator": torch.Tensor, "global": dict, "optimizers": dict, "stream": dict}
+"""Types of the parts that are taken up only once the run has begun, so that others are refused before."""
+
+
 class RunState:
     """The changing parts of a run.
 
@@ -235,6 +239,9 @@ class RunState:
 
     def take_position(self, saved: Mapping[str, Any]) -> None:
         """Restore a saved position; parameters and optimisers follow when the phases have been replayed."""
+        wrong = [name for name, kind in SAVED.items() if name in saved and not isinstance(saved[name], kind)]
+        if wrong:
+            raise TypeError(f"{', '.join(wrong)} cannot be {type(saved[wrong[0]]).__name__}")
         self.at = Position(**saved["position"])
         self.clock.load_state_dict(saved.get("clock"), saved["seconds"])
         self.load = saved.get("load", self.load)
