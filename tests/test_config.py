@@ -390,3 +390,18 @@ def test_options_that_an_optimiser_does_not_take_are_refused_by_name(name: str, 
 
 def test_null_is_an_option_where_torch_has_it() -> None:
     assert resolve(parse_words(["optimizer=adam", "optimizer.options={foreach: null}"])).settings.optimizer.options == {"foreach": None}
+
+
+def test_a_device_that_cannot_be_is_refused_before_anything_is_looked_for() -> None:
+    for name in ("nowhere", "cuda:x", "cpu0"):
+        with pytest.raises(UsageError, match=f"unknown device '{name}'"):
+            resolve(parse_words([f"device={name}"]))
+    assert resolve(parse_words(["device=cuda:3"])).settings.device == "cuda:3"  # it may be there on another machine
+
+
+def test_a_reference_of_another_type_does_not_show_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BPFREE_TEST_SECRET", "hunter2")
+    for word in ("seed=${oc.env:BPFREE_TEST_SECRET}", "seed=${nothing.there}"):
+        with pytest.raises(UsageError, match=r"seed: its reference .* give the value itself") as error:
+            resolve(parse_words([word]))
+        assert "hunter2" not in str(error.value)

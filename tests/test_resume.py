@@ -146,6 +146,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
     [
         *({"format": None}, {"rule": 3}, {"phases_begun": {}}, {"weights": []}, {"training": "x"}),
         *({"position": torch.zeros(2)}, {"metrics": None}, {"metrics": []}, {"generator": 3}, {"optimizers": "x"}, {"fingerprint": None}),
+        *({"addons": 3}, {"generator": []}, {"stream": 4}, {"global": None}),
     ],
     ids=str,
 )
@@ -161,6 +162,7 @@ def test_a_checkpoint_of_somebody_elses_making_is_refused(
     with pytest.raises(BpfreeError) as caught:
         Trainer(rule_on(digits), digits, config_of(device), folder=tmp_path).fit(path)
     assert caught.value.fix
+    assert caught.value.where
 
 
 def test_checkpoints_by_time_in_the_middle_of_an_epoch(digits: Task, device: torch.device, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from made_certificates import certificate
 
-from bpfree import UsageError, sources
+from bpfree import BpfreeError, UsageError, sources
+from bpfree.certify import Certificate
 from bpfree.certify.findings import Finding
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.registry import core_changed, stale, state
@@ -129,3 +130,14 @@ def test_what_a_registry_accepts() -> None:
     assert "the sources of bpfree contract have changed since" in old
     assert "bpfree certify dfa --output there.json" in old
     assert "make certify" in old
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("settings", None), ("settings", True), ("settings", [3]), ("plugin", [[[]]]), ("findings", {}), ("sources", 3), ("api", "2")],
+)
+def test_a_certificate_with_values_of_other_types_is_refused(key: str, value: object) -> None:
+    content = certificate().to_dict()
+    assert Certificate.from_dict(content).rule == content["rule"]
+    with pytest.raises(BpfreeError, match="this is no certificate"):
+        Certificate.from_dict({**content, key: value})
