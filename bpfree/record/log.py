@@ -87,8 +87,10 @@ class EventLog:
         """Open the file for appending; the rest of a line that a killed process has begun is cut off.
 
         Raises:
-            BpfreeError: another process writes to it.
+            BpfreeError: another process writes to it, or there is something in its place that is no file, and never will be.
         """
+        if self.path.exists() and not self.path.is_file():
+            raise BpfreeError("the run's record is no file", where=str(self.path), fix="remove what is in its place")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)

@@ -237,3 +237,10 @@ def test_a_folder_in_place_of_a_log_is_no_log(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").mkdir()
     with pytest.raises(BpfreeError, match="no record of a run"):
         read_run(tmp_path)
+
+
+def test_a_folder_in_the_place_of_the_log_is_refused_before_training(tmp_path: Path) -> None:
+    """A full disk may have room again; a folder stays one."""
+    (tmp_path / "events.jsonl").mkdir()
+    with pytest.raises(BpfreeError, match="the run's record is no file"):
+        Recorder().run_start(Run("id", "name", folder=tmp_path))
