@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bpfree import Batch, Network, TaskSpec, UsageError, installed_plugins, split
+from bpfree import Batch, Budget, InputPart, Network, Stepper, TaskSpec, UsageError, installed_plugins, split
 from bpfree.certify.loop import Loop
 from bpfree.certify.subject import Subject
 from bpfree.network import MLPConfig, VGGConfig, mlp, vgg
@@ -114,6 +114,53 @@ def _plain(spec: TaskSpec) -> Network:
     return mlp(spec, MLPConfig(depth=2, width=12))
 
 
+class Recurrent(nn.Module):
+    """A GRU whose states are its output."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(inputs, width, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gru(x)[0]  # type: ignore[no-any-return]
+
+
+class Joined(nn.Module):
+    """Two tensors of an example, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind, self.numbers = nn.Embedding(7, 6), nn.Linear(4, 6)
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        return torch.cat([self.kind(x["kind"]), self.numbers(x["numbers"])], dim=1).tanh()
+
+
+def _with_example(blocks: dict[str, nn.Module], spec: TaskSpec, width: int) -> Network:
+    readout = nn.Linear(width, spec.outputs)
+    return Network({**blocks, "readout": readout}, input_shape=spec.input_shape, readout="readout", example=spec.example(2))
+
+
+def _of_tokens(spec: TaskSpec) -> Network:
+    blocks: dict[str, nn.Module] = {
+        "b1": nn.Sequential(nn.Embedding(7, 8), Recurrent(8, 12)),
+        "b2": nn.Sequential(nn.Linear(12, 12), nn.Tanh()),
+    }
+    return _with_example(blocks, spec, 12)
+
+
+def _of_a_class(spec: TaskSpec) -> Network:
+    blocks: dict[str, nn.Module] = {
+        "b1": nn.Sequential(nn.Embedding(7, 8), LastState(8, 12)),
+        "b2": nn.Sequential(nn.Linear(12, 12), nn.Tanh()),
+    }
+    return _with_example(blocks, spec, 12)
+
+
+def _of_several(spec: TaskSpec) -> Network:
+    return _with_example({"b1": Joined(), "b2": nn.Sequential(nn.Linear(12, 12), nn.Tanh())}, spec, 12)
+
+
 NETWORKS = [
     Offer("dense", GREY, _plain),
     Offer("batch norm, dropout", GREY, lambda spec: mlp(spec, MLPConfig(depth=2, width=12, norm="batch", dropout=0.2))),
@@ -136,10 +183,30 @@ INPUTS = [
     Offer("grey images", GREY),
     Offer("colour images", COLOUR),
     Offer("sequences of vectors", SEQUENCE),
+    Offer("tokens", TaskSpec("tokens", (6,), 5, vocabulary=7), _of_a_class),
+    Offer(
+        "several tensors",
+        TaskSpec("several", (), 5, structure={"kind": InputPart((), "integer", 7), "numbers": InputPart((4,))}),
+        _of_several,
+    ),
 ]
 """With classes."""
-TARGETS = [Offer(kind, replace(GREY, targets=kind)) for kind in ("classes", "soft", "real", "none")]  # type: ignore[arg-type]
-"""On grey images."""
+
+
+@dataclass(frozen=True)
+class Smoothed(TaskSpec):
+    """A task that brings its own loss."""
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch.targets, label_smoothing=0.3)  # type: ignore[arg-type]
+
+
+TARGETS = [
+    *(Offer(kind, replace(GREY, targets=kind)) for kind in ("classes", "multilabel", "soft", "real", "none")),  # type: ignore[arg-type]
+    Offer("a token for each place", TaskSpec("language", (6,), 7, "tokens", vocabulary=7), _of_tokens),
+    Offer("a loss of the task's own", Smoothed(GREY.name, GREY.input_shape, GREY.outputs)),
+]
+"""On grey images, but for tokens."""
 
 
 def batches(spec: TaskSpec) -> list[Batch]:
@@ -147,10 +214,11 @@ def batches(spec: TaskSpec) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     made = []
     for _ in range(2):
-        x = torch.randn(16, *spec.input_shape, generator=generator)
+        x = spec.example(16, generator)
         labels = torch.arange(16) % spec.outputs
         rows = nn.functional.one_hot(labels, spec.outputs).float()
         kinds: dict[str, Tensor | None] = {"classes": labels, "soft": 0.9 * rows + 0.1 / spec.outputs, "real": rows - 0.2, "none": None}
+        kinds |= {"multilabel": rows, "tokens": spec.example_targets(16, generator) if spec.targets == "tokens" else None}
         made.append(Batch(x, kinds[spec.targets]))
     return made
 
@@ -192,9 +260,16 @@ def tried(rule: str, offer: Offer) -> tuple[str, str]:
 
 def _trained(rule: Any, offer: Offer) -> tuple[str, str]:
     before = [parameter.detach().clone() for parameter in rule.parameters()]
-    loop = Loop(rule.train())
-    for batch in loop.turns(batches(offer.spec), each=2):
-        loop.take(batch)
+    if offer.spec.structure is None:
+        loop = Loop(rule.train())
+        for batch in loop.turns(batches(offer.spec), each=2):
+            loop.take(batch)
+    else:  # the certificate's loop joins inputs that are one tensor each
+        stepper = Stepper(rule)
+        for phase in rule.phases(Budget(epochs=2)):
+            with stepper.phase(phase):
+                for batch in batches(offer.spec):
+                    stepper.take(batch)
     after = list(rule.parameters())
     if not all(bool(parameter.isfinite().all()) for parameter in after):
         return FAILS, "weights are not finite"
@@ -232,8 +307,8 @@ def sections() -> list[tuple[str, int, list[Offer]]]:
     """Title, place of the first offer among all, and offers of each table."""
     return [
         ("Networks, with classes as targets:", 0, NETWORKS),
-        ("Inputs, on the rule's own dense network:", len(NETWORKS), INPUTS),
-        ("Targets, on the rule's own dense network:", len(NETWORKS) + len(INPUTS), TARGETS),
+        ("Inputs, on the rule's own dense network; tokens and several tensors on small ones made for them:", len(NETWORKS), INPUTS),
+        ("Targets, on the rule's own dense network; tokens on a recurrent one:", len(NETWORKS) + len(INPUTS), TARGETS),
     ]
 
 
