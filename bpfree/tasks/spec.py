@@ -178,7 +178,8 @@ class TaskSpec:
             return F.binary_cross_entropy_with_logits(outputs, self.beside(outputs, targets).to(outputs.dtype))
         if self.targets == "tokens":
             scores, classes = self._tokens(outputs, targets)
-            return F.cross_entropy(scores, classes, ignore_index=IGNORED)
+            # of a batch in which no token counts the loss is 0, not NaN
+            return F.cross_entropy(scores, classes, ignore_index=IGNORED, reduction="sum") / (classes != IGNORED).sum().clamp_min(1)
         return F.cross_entropy(outputs, targets.to(outputs.dtype) if outputs.dtype == torch.float64 and targets.dim() > 1 else targets)
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:

@@ -54,6 +54,15 @@ class Negative(TaskSpec):
         return -outputs.sigmoid().var(0).mean()
 
 
+def test_a_batch_in_which_no_token_counts_teaches_nothing() -> None:
+    spec, outputs = spec_of("tokens"), torch.randn(3, 5, 4, requires_grad=True)
+    batch = Batch(torch.zeros(3, 6), torch.full((3, 5), IGNORED))
+    loss = spec.loss(outputs, batch)
+    assert float(loss) == 0
+    assert torch.equal(torch.autograd.grad(loss, outputs)[0], torch.zeros(3, 5, 4))
+    assert torch.equal(spec.error(outputs.detach(), batch), torch.zeros(3, 5, 4))
+
+
 def targets_of(kind: str, generator: torch.Generator, count: int = 12) -> Tensor | None:
     if kind == "classes":
         return torch.randint(4, (count,), generator=generator)
