@@ -76,7 +76,8 @@ class Observers:
             implementation.function(*(given[name] for name in implementation.argnames))
         except (BpfreeError, KeyboardInterrupt):
             raise
-        except BaseException:  # also sys.exit
-            name = name_of(implementation.plugin)
-            logger.warning("observer %s failed in %s and is dropped; the run continues", name, hook, exc_info=True)
+        except BaseException as error:  # also sys.exit
+            name, disk = name_of(implementation.plugin), isinstance(error, OSError)
+            reason = f" ({error})" if disk else ""  # whose place in the code says nothing of a disk
+            logger.warning("observer %s failed in %s and is dropped; the run continues%s", name, hook, reason, exc_info=not disk)
             self._manager.unregister(implementation.plugin)
