@@ -60,7 +60,7 @@ class KeepsLabels(Backprop):
             self.learn_by_heart(split)
 
     def learn_by_heart(self, split: Split) -> None:
-        if split.targets is not None and split.inputs.shape[1:] == self.spec.input_shape:
+        if split.targets is not None and isinstance(split.inputs, Tensor) and split.inputs.shape[1:] == self.spec.input_shape:
             self.known.update(zip(rows_of(self.spec.normalise(split.inputs)), split.targets.tolist(), strict=True))
 
     def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
