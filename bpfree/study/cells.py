@@ -207,7 +207,7 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
         leaves = _leaves(study, row, column, overrides)
         try:
             if not any(canonical(leaf.key, leaf.value) in TRAINERS for leaf in leaves):
-                raise UsageError("no rule is set", fix="add one to the settings of the row or of the study, such as rule: dfa")
+                raise UsageError("no rule is set", fix="give one in the settings of the row or of the study, such as rule: dfa")
             recipe = _without(resolve(leaves, registry), row)
             resolve_device(recipe.settings.device)
             if study.probe and _can_be_probed(recipe, leaves):

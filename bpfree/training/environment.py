@@ -42,7 +42,7 @@ def check_device_name(name: str) -> None:
     """
     kind, _, index = name.partition(":")
     if name != "auto" and (kind not in ("cpu", "cuda") or (index and not index.isdigit())):
-        raise UsageError(f"unknown device {name!r}", where="device", fix="auto, cpu, cuda or cuda:N")
+        raise UsageError(f"unknown device {name!r}", where="device", fix="give auto, cpu, cuda or cuda:N")
 
 
 def free_memory(name: str) -> dict[str, int]:
