@@ -263,7 +263,7 @@ class Session:
             return inputs
 
         with only_read(self._rule, "features"):
-            stream.keep(features)
+            self.state.charge(partial(stream.keep, features))
 
     def _prepare(self) -> None:
         if type(self._rule).prepare is not Rule.prepare:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -113,9 +113,14 @@ class RunState:
         if getattr(method, "__func__", None) is getattr(Rule, name):  # there is nothing to do
             return
 
+        self.charge(partial(method, *arguments))
+
+    def charge(self, work: Callable[[], object]) -> None:
+        """Do work of the training outside of steps: on the clock, its operations counted."""
+
         def call() -> None:
             with self.clock.running():
-                method(*arguments)
+                work()
 
         with self.compilation.apart(self.clock):
             self.operations.add_call(call, self.step)

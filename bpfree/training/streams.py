@@ -69,13 +69,14 @@ class StreamState:
         return max(1, sum(len(stage.classes) or 1 for stage in stages))
 
     def keep(self, features: Callable[[Tensor], Tensor]) -> None:
-        """Choose the examples to keep of the present stage.
+        """Choose the examples to keep of the present stage, if another one follows.
 
         Args:
             features: gives the features (M, F) of the training examples at (M,).
         """
         memory, stage = self._task.memory, self.stage
-        if memory is None or stage is None or stage.train is None or len(self.kept) > stage.index:
+        last = stage is None or stage.index == len(self._task.stages) - 1  # after which nothing is trained on again
+        if memory is None or stage is None or stage.train is None or last or len(self.kept) > stage.index:
             return
         targets = self._task.train.targets
         labels = torch.zeros(len(stage.train), dtype=torch.long) if targets is None else targets[stage.train]
