@@ -233,6 +233,33 @@ def test_herding_keeps_the_mean() -> None:
     assert (normal[order[:10]].mean(0) - normal.mean(0)).norm() < (normal[random].mean(0) - normal.mean(0)).norm()
 
 
+def test_choosing_by_features_is_charged() -> None:
+    """Herding computes the features of two stages of 60 examples; nothing is chosen after the last one."""
+    counted: list[int] = []
+
+    class Featured(Growing):
+        def features(self, inputs: Any) -> Any:
+            counted.append(len(inputs))
+            return self.network(inputs)
+
+    spent = {}
+    for choose in ("random", "herding"):
+        task = stream(Memory(per_class=4, choose=choose))  # type: ignore[arg-type]
+        spent[choose] = Trainer(Featured(network(), task.spec), task, config()).fit().result["train/operations"]
+        assert sum(counted) == (120 if choose == "herding" else 0)
+    forward = 2 * (8 * 16 + 16 * CLASSES)  # operations of an example, a multiplication and an addition for each weight
+    assert spent["herding"] - spent["random"] == pytest.approx(120 * forward)
+
+
+@pytest.mark.parametrize("other", [stream(Memory(per_class=3)), stream(), stream(Memory(per_class=4), increment=4)])
+def test_a_stream_that_is_another_one_is_not_resumed(other: Task, tmp_path: Path) -> None:
+    task = stream(Memory(per_class=4))
+    Trainer(Growing(network(), task.spec), task, config(), folder=tmp_path).fit()
+    assert other.fingerprint() != task.fingerprint() == stream(Memory(per_class=4)).fingerprint()
+    with pytest.raises(BpfreeError, match="made on other data"):
+        Trainer(Growing(network(), task.spec), other, config()).fit(resume=tmp_path / "checkpoints" / "last.pt")
+
+
 def test_a_part_of_the_training_split_is_what_a_phase_is_on() -> None:
     base = stream()
     task = Task(base.spec, base.train, base.validation, base.test, parts={"few": torch.arange(30)})

@@ -243,9 +243,17 @@ def _digest(found: Any, tensor: Tensor) -> None:
     found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)  # numpy knows no bfloat16
 
 
-def fingerprint_of(splits: Sequence[Examples | None]) -> str:
-    """Compute the SHA-256 over splits, 16 hex digits."""
-    found = hashlib.sha256()
+def fingerprint_of(splits: Sequence[Examples | None], described: str = "", indices: Sequence[Tensor] = ()) -> str:
+    """Compute the SHA-256 over splits, and over how a task divides them, 16 hex digits.
+
+    Args:
+        splits: with all their examples.
+        described: names and settings of stages, memory and parts.
+        indices: of the examples in them.
+    """
+    found = hashlib.sha256(described.encode())
+    for part in indices:
+        _digest(found, part)
     for split in splits:
         if split is not None:
             split.digest(found)

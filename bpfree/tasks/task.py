@@ -150,10 +150,20 @@ class Task:
         return cls(fitted(found, options, kept), kept, held, tested)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 over all three splits' shapes and contents, 16 hex digits; computed once."""
+        """Return the SHA-256 over all three splits' shapes and contents, 16 hex digits; computed once.
+
+        Of a stream also over its stages and its memory, and over parts that the task names.
+        """
         if not self._fingerprint:
-            self._fingerprint.append(fingerprint_of((self.train, self.validation, self.test)))
+            places = [part for stage in self.stages for part in (stage.train, stage.validation, stage.test)]
+            divided = [self.memory, *self.stages_recorded(), list(self.parts)] if self.stages or self.parts else []
+            indices = [part for part in (*places, *self.parts.values()) if part is not None]
+            self._fingerprint.append(fingerprint_of((self.train, self.validation, self.test), repr(divided) if divided else "", indices))
         return self._fingerprint[0]
+
+    def stages_recorded(self) -> list[dict[str, Any]]:
+        """Describe the stages without their examples, as a checkpoint has them."""
+        return [stage.recorded() for stage in self.stages]
 
 
 def as_split(data: Any, name: str) -> Examples:

@@ -47,7 +47,7 @@ class Checkpoints:
             "seed": self._setup.config.seed,
             "budget": dataclasses.asdict(self._setup.budget),
             "phases_begun": self._state.begun,
-            "stages": [stage.recorded() for stage in self._task.stages],
+            "stages": self._task.stages_recorded(),
         }
 
     def _write(self, name: str, content: dict[str, Any]) -> Path | None:
