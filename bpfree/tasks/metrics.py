@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,18 @@ __all__ = ["ACCURACY", "BUILT_IN", "LOSS", "mean_metric", "whole_metric"]
 
 Values = Callable[[Any, Tensor, Batch], Tensor]
 Measure = Callable[[Any, Tensor, Tensor | None], float]
+
+
+class About(TypedDict, total=False):
+    """Fields of a :class:`bpfree.Metric` that describe it."""
+
+    greater: bool
+    share: bool
+    unit: str
+    summary: str
+    kinds: tuple[str, ...]
+
+
 BINS = 15
 """Bins of the expected calibration error (Guo et al. 2017)."""
 
@@ -82,45 +94,27 @@ class _Whole:
         return float(self._measure(self._spec, torch.cat(self._outputs), torch.cat(self._targets) if self._targets else None))
 
 
-def mean_metric(
-    name: str,
-    values: Values,
-    *,
-    greater: bool = True,
-    share: bool = False,
-    unit: str = "",
-    summary: str = "",
-    kinds: tuple[str, ...] = (),
-) -> Metric:
+def mean_metric(name: str, values: Values, **about: Unpack[About]) -> Metric:
     """Make a metric that is a mean over examples.
 
     Args:
         name: as in ``test/NAME``.
         values: ``(spec, outputs, batch) -> (M,)``, a value for each example, or for each token that counts.
-        greater, share, unit, summary, kinds: as :class:`bpfree.Metric` has them.
+        about: ``greater``, ``share``, ``unit``, ``summary``, ``kinds``, as :class:`bpfree.Metric` has them.
     """
-    return Metric(name, greater, share, unit, summary, kinds, lambda spec, predict: _Mean(values, spec))
+    return Metric(name, **about, begin=lambda spec, predict: _Mean(values, spec))
 
 
-def whole_metric(
-    name: str,
-    measure: Measure,
-    *,
-    greater: bool = True,
-    share: bool = False,
-    unit: str = "",
-    summary: str = "",
-    kinds: tuple[str, ...] = (),
-) -> Metric:
+def whole_metric(name: str, measure: Measure, **about: Unpack[About]) -> Metric:
     """Make a metric of a whole split, such as an area under a curve.
 
     Args:
         name: as in ``test/NAME``.
         measure: ``(spec, outputs, targets) -> float`` of all outputs (N, ...), float32, and targets of a split, on the CPU; NaN where it
             is not defined.
-        greater, share, unit, summary, kinds: as :class:`bpfree.Metric` has them.
+        about: ``greater``, ``share``, ``unit``, ``summary``, ``kinds``, as :class:`bpfree.Metric` has them.
     """
-    return Metric(name, greater, share, unit, summary, kinds, lambda spec, predict: _Whole(measure, spec))
+    return Metric(name, **about, begin=lambda spec, predict: _Whole(measure, spec))
 
 
 # --- means ----------------------------------------------------------------------------------------------------------------
