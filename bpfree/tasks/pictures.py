@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def opened(path: Path) -> Any:
         raise UsageError(f"cannot read the picture: {error}", where=str(path), fix="remove it, or replace it by a whole one") from error
 
 
-class PictureSet(Dataset[tuple[Tensor, int]]):
+class PictureSet(Dataset[tuple[Tensor, int]], ABC):
     """Pictures with their classes, read one by one.
 
     Args:
@@ -131,9 +132,9 @@ class PictureSet(Dataset[tuple[Tensor, int]]):
         image, where = self.image(place)
         return self.form.tensor(image, where), int(self.targets[place])
 
+    @abstractmethod
     def image(self, place: int) -> tuple[Any, str]:
         """Return a picture of PIL, and where it is from."""
-        raise NotImplementedError
 
 
 class FilePictures(PictureSet):

@@ -173,7 +173,7 @@ def test_a_damaged_picture_is_named(keep: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_is_learned_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bright and dark pictures are told apart; the run's classes have names."""
+    """A run classifies bright and dark pictures; its classes have names."""
     for name, low in (("dark", 0), ("light", 150)):
         (tmp_path / "set" / name).mkdir(parents=True)
         for place in range(20):
