@@ -44,8 +44,11 @@ def _limit(pid: int, size: int = resource.RLIM_INFINITY) -> None:
 
 
 def _size(log: Path, draws: random.Random) -> int:
-    """Draw a largest file size: nothing can be written, or only a part of the next line of the log."""
-    return draws.choice((0, (log.stat().st_size if log.exists() else 0) + draws.randint(1, 200)))
+    """Draw a largest file size: no file of the run can be written, or only a part of the next line of the log.
+
+    The kernel counts locks in shared memory, of 32 bytes, as files; a full disk leaves these alone.
+    """
+    return draws.choice((64, (log.stat().st_size if log.exists() else 0) + draws.randint(1, 200)))
 
 
 def _site(plan: Plan, number: int) -> tuple[Path, str, list[str], Path]:

@@ -14,7 +14,7 @@ import torch
 
 from bpfree import sources
 from bpfree.certify.certificate import Certificate
-from bpfree.certify.checks import contract, isolation, learning, reproducibility, traits
+from bpfree.certify.checks import contract, isolation, learning, reproducibility, traits, whole_runs
 from bpfree.certify.checks.check import Check
 from bpfree.certify.checks.places import is_own, place_of_error
 from bpfree.certify.findings import NEEDLESS, CheckFailed, Finding, NotApplicable, NotShown, Unmeasured
@@ -29,8 +29,11 @@ from bpfree.training import environment
 
 __all__ = ["CHECKS", "certify", "check_waivers", "examine", "select", "set_aside"]
 
-CHECKS: list[Check] = [*traits.CHECKS, *isolation.CHECKS, *reproducibility.CHECKS, *contract.CHECKS, *learning.CHECKS]
-"""All checks, in order."""
+CHECKS: list[Check] = [
+    *(*whole_runs.CHECKS, *traits.CHECKS, *isolation.CHECKS),
+    *(*reproducibility.CHECKS, *contract.CHECKS, *learning.CHECKS),
+]
+"""All checks, in order: first those of whole runs, before anything of this process has been trained."""
 Progress = Callable[[Check, int, int, Finding | None], None]
 
 
@@ -155,7 +158,7 @@ def _place(error: BaseException, rule: type[Rule]) -> str:
 def _properties(m: Measurements, *, quick: bool) -> dict[str, Any]:
     """Return the properties that could be measured; a rule that breaks the measurement has failed its checks already."""
     try:
-        return m.properties() if quick else {**m.properties(), "learning": m.lesson.to_dict()}
+        return m.properties() if quick else m.all_properties()
     except Exception as error:
         return {"credit": "unmeasured", "error": f"{type(error).__name__}: {error}"}
 

@@ -22,6 +22,7 @@ from bpfree.certify.pace import CLOCK, measure_time
 from bpfree.certify.probe import MOST_PHASES, PLAIN, Moment, Probe, Sampling
 from bpfree.certify.reverse import OWN, ObservedSteps, observed
 from bpfree.certify.subject import Specimen, Subject, batches
+from bpfree.certify.whole_examination import WholeExamination, examine_whole_runs
 from bpfree.rule import Rule, Traits
 from bpfree.step import Batch, Step
 
@@ -255,6 +256,11 @@ class Measurements:
         return {when: {block: round(value[0], 4) for block, value in blocks.items()} for when, blocks in seen.items()}
 
     @cached_property
+    def whole(self) -> WholeExamination:
+        """Whole runs of the rule with its own settings."""
+        return examine_whole_runs(self.subject)
+
+    @cached_property
     def lesson(self) -> Lesson:
         """The rule, its floor, its own-prediction twin and back-propagation on digits."""
         return learn_lesson(self.subject)
@@ -274,8 +280,30 @@ class Measurements:
         everything = any(matrix.reach() == len(matrix.blocks) - 1 for matrix in self.downstream.values())
         return "uses the weights of all blocks above" if everything else f"uses the weights of {reach} block{'s' * (reach > 1)} above"
 
+    @property
+    def credit_in_whole_runs(self) -> str:
+        """How far credit travels, in words, by whole runs and on the specimens: the wider of both."""
+        small, reading = self.credit, self.whole.reading
+        if self.whole.trouble or small.startswith("equivalent"):
+            return small if small != "local" else "unmeasured"
+        for verdict, words in (
+            ("reads", "uses the weights of {}"),
+            ("at construction", "made from the first weights of {}"),
+            ("executes", "finds out the weights of {} by executing them"),
+        ):
+            reach = reading.reach(verdict)
+            if reach:
+                blocks = "all blocks above" if reach == len(reading.blocks) - 1 else f"{reach} block{'s' * (reach > 1)} above"
+                return words.format(blocks)
+        return "unmeasured" if reading.found("unmeasured") or reading.exchanged else small
+
+    def all_properties(self) -> dict[str, Any]:
+        """Return the properties of a full certificate."""
+        whole = {"credit": self.credit_in_whole_runs, "whole_runs": self.whole.to_dict()}
+        return {**self.properties(), **whole, "learning": self.lesson.to_dict()}
+
     def properties(self) -> dict[str, Any]:
-        """Return the properties as plain values, for the certificate."""
+        """Return the properties of a quick certificate as plain values."""
         total = {kind: observation.total() for kind, observation in self.observations.items()}
         widest = max(total.values(), key=lambda execution: execution.span)
         blocks = len(self.dependence[self.kind].blocks)

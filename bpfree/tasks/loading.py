@@ -7,6 +7,7 @@ workers, because order and augmentation depend on (seed, epoch, sample index) al
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bpfree.errors import BpfreeError, UsageError
+from bpfree.errors import BpfreeError, DiskError, UsageError
 from bpfree.seeds import derive
 from bpfree.step import Batch
 from bpfree.tasks.augment import Augmentation, Draws
@@ -26,6 +27,7 @@ from bpfree.tasks.trees import bytes_of, cat, leaves, move, select, tree_map
 __all__ = ["Loader", "Loading", "Resident"]
 
 GIB = 2**30
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FLOAT_LIMIT, HOST_LIMIT, SHARE_OF_FREE = 1 * GIB, 2 * GIB, 0.25
 CHUNK = 4096
 
@@ -243,9 +245,24 @@ class Loader:
         loader = DataLoader(
             Gathers(self.split, chosen), batch_size=None, num_workers=self.workers, pin_memory=cuda, generator=torch.Generator()
         )
-        for inputs, targets in loader:
+        for inputs, targets in _begun(loader):
             moved = None if targets is None else typed(targets.to(self.device, non_blocking=True))
             yield move(inputs, self.device, non_blocking=True), moved
+
+
+def _begun(loader: DataLoader[tuple[Any, Tensor | None]]) -> Iterator[tuple[Any, Tensor | None]]:
+    """Start the loader's processes.
+
+    Raises:
+        DiskError: there is no room for what they share, which containers often limit.
+    """
+    try:
+        return iter(loader)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        fix = "give more shared memory (in containers often 64 MB), or data.workers=0"
+        raise DiskError(f"cannot start processes that load data: {error.strerror}", where="shared memory", fix=fix) from error
 
 
 class Gathers(Dataset[tuple[Any, Tensor | None]]):

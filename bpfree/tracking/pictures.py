@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bpfree.files import replacing
 from bpfree.hooks import hookimpl
 from bpfree.network.network import evaluating
 from bpfree.record.folder import RunFolder
@@ -31,6 +32,7 @@ __all__ = ["Pictures", "grid", "is_due"]
 
 logger = logging.getLogger("bpfree.tracking")
 
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 WIDTH = 800
 """Approximate width of a grid in pixels; wider if its pictures are."""
 GAP, WHITE = 4, 255
@@ -39,6 +41,8 @@ GAP, WHITE = 4, 255
 class Pictures:
     """Draws :meth:`bpfree.Rule.pictures` and adds the files to the run's artifacts; a failure is a warning, and ends the drawing.
 
+    What cannot be written because of the disk is written after a later epoch, or at the end.
+
     Args:
         config: when, and how many.
     """
@@ -46,12 +50,13 @@ class Pictures:
     def __init__(self, config: PicturesConfig | None = None) -> None:
         self.config = config or PicturesConfig()
         self._drawn: dict[str, Tensor] = {}
+        self._waiting: dict[Path, Pixels] = {}
         self._active = True
 
     @hookimpl
     def run_start(self, run: Run) -> None:
         """Start over; a resumed run keeps the pictures of its earlier epochs."""
-        self._drawn, self._active = {}, True
+        self._drawn, self._waiting, self._active = {}, {}, True
         if run.resumed and run.folder is not None:
             run.artifacts.update((name, path) for epoch, name, path in _found(run.folder) if epoch <= run.epoch)
 
@@ -64,13 +69,31 @@ class Pictures:
             for name, fields in self._pictures(rule).items():
                 if name in self._drawn and torch.equal(fields, self._drawn[name]):
                     continue
-                path = RunFolder(run.folder).pictures / _file_name(name) / f"epoch-{run.epoch:04d}.png"
-                _save(grid(fields), path)
-                run.artifacts[path.relative_to(run.folder).as_posix()] = path
+                folder, pixels = RunFolder(run.folder).pictures / _file_name(name), grid(fields)
+                known = run.resumed and name not in self._drawn
                 self._drawn[name] = fields
+                if not (known and _is_last(pixels, folder, run.epoch)):  # an interrupted run may have drawn it
+                    self._waiting[folder / f"epoch-{run.epoch:04d}.png"] = pixels
+            self._write(run)
         except Exception as error:
             self._active = False
             logger.warning("no pictures of %s from epoch %d on: %s: %s", run.name, run.epoch, type(error).__name__, error)
+
+    @hookimpl
+    def run_end(self, run: Run) -> None:
+        """Write what could not be written before."""
+        self._write(run)
+
+    def _write(self, run: Run) -> None:
+        for path in list(self._waiting):
+            assert run.folder is not None
+            try:
+                _save(self._waiting[path], path)
+            except OSError as error:
+                logger.warning("cannot write the picture %s: %s; the run will try again", path.name, error.strerror or error)
+                return
+            del self._waiting[path]
+            run.artifacts[path.relative_to(run.folder).as_posix()] = path
 
     def _pictures(self, rule: Rule) -> dict[str, Tensor]:
         device = next((parameter.device for parameter in rule.parameters()), torch.device("cpu"))
@@ -91,7 +114,7 @@ def is_due(epoch: int, every: int | None, total: int | None = None) -> bool:
     return epoch % step == 0 or epoch == total
 
 
-def grid(fields: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def grid(fields: Tensor) -> Pixels:
     """Arrange fields (K, C, h, w) in a grid, enlarged by a whole factor: bytes (H, W), or (H, W, 3) in colour.
 
     Each is scaled by its own largest absolute value: that is white, its negative black, zero mid-grey (128). Frames are white.
@@ -116,11 +139,23 @@ def grid(fields: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return whole if channels == 3 else whole[..., 0]
 
 
-def _save(pixels: np.ndarray[Any, np.dtype[np.uint8]], path: Path) -> None:
+def _save(pixels: Pixels, path: Path) -> None:
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, compress_level=1)  # other compression levels take several times as long for a tenth less
+    with replacing(path) as file:
+        # other compression levels take several times as long for a tenth less
+        Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
+
+
+def _is_last(pixels: Pixels, folder: Path, epoch: int) -> bool:
+    """Tell whether the last picture before an epoch shows the same."""
+    from PIL import Image
+
+    before = [path for path in sorted(folder.glob("epoch-*.png")) if path.name < f"epoch-{epoch:04d}.png"]
+    try:
+        return bool(before) and np.array_equal(np.asarray(Image.open(before[-1])), pixels)
+    except OSError:
+        return False
 
 
 def _file_name(name: str) -> str:

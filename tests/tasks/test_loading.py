@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bpfree import Batch, BpfreeError, Split, TaskSpec, UsageError
+from bpfree.errors import DiskError
 from bpfree.seeds import derive
 from bpfree.tasks import loading
 from bpfree.tasks.augment import CROP, FLIP, Augmentation, Draws
@@ -163,3 +165,16 @@ def test_requests_that_make_no_sense_are_refused() -> None:
         Loader(toy(), SPEC, batch_size=4, device=cpu, seed=0, augment=[FLIP], share=normalised)
     with pytest.raises(BpfreeError, match="without examples"):
         Loader(toy(0), SPEC, batch_size=4, device=cpu)
+
+
+def test_shared_memory_that_is_full_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the option; the run can be resumed."""
+
+    def full(loader: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", full)
+    loader = Loader(toy(), SPEC, batch_size=10, device=torch.device("cpu"), resident=False, workers=2)
+    with pytest.raises(DiskError, match="cannot start processes that load data") as caught:
+        next(iter(loader))
+    assert "data.workers=0" in caught.value.fix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
@@ -176,6 +177,37 @@ def test_a_run_that_goes_on_keeps_them(workplace: Path) -> None:
     second = runner.resume(str(first.folder), changes=parse_words(["budget.epochs=3", "pictures.count=4"]), quiet=True)
     drawn = {f"pictures/b{block}/epoch-000{epoch}.png" for block in (1, 2) for epoch in (1, 2, 3)}
     assert {name for name in second.artifacts if name.startswith("pictures/")} == drawn
+
+
+def test_a_resumed_run_draws_again_only_what_has_changed(digits: Task, tmp_path: Path) -> None:
+    rule = rule_of({"same": torch.eye(4).reshape(1, 1, 4, 4), "other": torch.ones(1, 1, 2, 2)}, digits.spec)
+    run = Run("id", "name", folder=tmp_path, epoch=1)
+    Pictures().epoch_end(run, rule)
+    rule.shown["other"] = torch.zeros(1, 1, 2, 2)
+    run.epoch, run.resumed = 2, True
+    again = Pictures()
+    again.run_start(run)
+    again.epoch_end(run, rule)
+    assert files(tmp_path) == ["other/epoch-0001.png", "other/epoch-0002.png", "same/epoch-0001.png"]
+
+
+def test_what_a_full_disk_refuses_is_written_later(
+    digits: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rule = rule_of({"a": torch.eye(4).reshape(1, 1, 4, 4)}, digits.spec)
+    run, pictures = Run("id", "name", folder=tmp_path, epoch=1), Pictures()
+
+    def full(path: Path, **options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bpfree.tracking.pictures.replacing", full)
+        pictures.epoch_end(run, rule)
+    assert not run.artifacts
+    assert "the run will try again" in caplog.text
+    pictures.run_end(run)
+    assert files(tmp_path) == ["a/epoch-0001.png"]
+    assert list(run.artifacts) == ["pictures/a/epoch-0001.png"]
 
 
 # --- that nothing else notices --------------------------------------------------------------------------------------

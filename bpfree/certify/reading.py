@@ -1,0 +1,218 @@
+"""Which weights above a block its learning reads, by whole runs: a matrix of verdicts by bits, and what they rest on."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from bpfree.certify.subject import Subject
+from bpfree.certify.whole_runs import EPOCHS, Arm, Reference, WholeRun, run_arm, run_reference
+from bpfree.tasks.task import Task
+
+__all__ = ["Cell", "Reading", "Verdict", "measure_reading"]
+
+Verdict = Literal["none", "reads", "executes", "statistics", "at construction", "unmeasured"]
+"""What the learning of a block has of the weights of one above it.
+
+``reads``: it is a function of them. ``executes``: it is not, as long as executions on other inputs than a step's first have other
+weights' values: it finds them out by executing the block. ``at construction``: a function of them as they were when the rule was built.
+``statistics``: only of what a permutation leaves, such as a norm by which feedback is scaled.
+"""
+PLACEBOS = 20
+TIMES, LEAST = 10, 1e-4
+"""Where bits cannot agree, a relative change counts that exceeds so many times the largest of all placebos, and this."""
+SAME = 1e-3
+"""Relative change up to which weights count as the same after a permutation, whose sums are rounded in another order."""
+SEEN = 1e-3
+"""Relative difference of cotangents from which a rule that sends one through the dirty parameters would be seen."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of the matrix.
+
+    Attributes:
+        verdict: what was found.
+        first: step after which the weights first differed, from 1; -1: when training began. 0: never.
+        relative: the difference at the end of the run over how far the block moved.
+        why: the reason, if it is unmeasured.
+    """
+
+    verdict: Verdict
+    first: int = 0
+    relative: float = 0.0
+    why: str = ""
+
+
+@dataclass
+class Reading:
+    """The matrix: rows are blocks that learn, columns blocks above them.
+
+    Attributes:
+        blocks: names, first to last.
+        cells: [learning block][block above].
+        task, steps: what it was measured on.
+        draw: seed of the dirty parameters.
+        transport: relative difference of cotangents through clean and dirty parameters, by block: the positive control.
+        silent: blocks that do not learn.
+        exact: whether verdicts are by bits; otherwise by ``threshold``, the relative change that counts.
+        threshold: 0 where bits agree.
+        exchanged: whether the rule exchanged the parameters of the network that it was given.
+        trouble: why nothing could be measured.
+    """
+
+    blocks: list[str] = field(default_factory=list)
+    cells: dict[str, dict[str, Cell]] = field(default_factory=dict)
+    task: str = ""
+    steps: int = 0
+    draw: int = 0
+    transport: dict[str, float] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
+    exact: bool = True
+    threshold: float = 0.0
+    exchanged: bool = False
+    trouble: str = ""
+
+    def found(self, *verdicts: Verdict, beyond: int = 0) -> list[tuple[str, str, Cell]]:
+        """List the entries with one of these verdicts, of pairs more than ``beyond`` blocks apart, the farthest first."""
+        places = {name: place for place, name in enumerate(self.blocks)}
+        listed = [
+            (places[above] - places[below], below, above, cell)
+            for below, row in self.cells.items()
+            for above, cell in row.items()
+            if cell.verdict in verdicts and places[above] - places[below] > beyond
+        ]
+        return [(below, above, cell) for _, below, above, cell in sorted(listed, key=lambda entry: -entry[0])]
+
+    def reach(self, *verdicts: Verdict) -> int:
+        """Return how many blocks lie between the farthest pair with one of these verdicts, plus one; 0: there is none."""
+        pairs = self.found(*verdicts)
+        return self.blocks.index(pairs[0][1]) - self.blocks.index(pairs[0][0]) if pairs else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the matrix as plain values."""
+        rows = {
+            below: {
+                above: {
+                    "verdict": cell.verdict,
+                    **({"first_step": cell.first, "relative": float(f"{cell.relative:.3g}")} if cell.first else {}),
+                    **({"why": cell.why} if cell.why else {}),
+                }
+                for above, cell in row.items()
+            }
+            for below, row in self.cells.items()
+        }
+        return {
+            "blocks": self.blocks,
+            "cells": rows,
+            "task": self.task,
+            "steps": self.steps,
+            "draw": self.draw,
+            "transport": {name: float(f"{value:.3g}") for name, value in self.transport.items()},
+            "silent": self.silent,
+            "exact": self.exact,
+            "threshold": self.threshold,
+            "exchanged": self.exchanged,
+            "trouble": self.trouble,
+        }
+
+
+def measure_reading(subject: Subject, reference: Reference, task: Task | None = None, *, draw: int, epochs: int = EPOCHS) -> Reading:
+    """Examine each block above the first, each over whole runs.
+
+    Args:
+        subject: the rule.
+        reference: its recorded run.
+        task: of that run; ``None``: the rule's default one.
+        draw: seed of the dirty parameters.
+        epochs: of that run.
+    """
+    return _Examination(subject, reference, task, draw, epochs).measure()
+
+
+class _Examination:
+    def __init__(self, subject: Subject, reference: Reference, task: Task | None, draw: int, epochs: int) -> None:
+        self._subject, self._reference, self._task, self._draw, self._epochs = subject, reference, task, draw, epochs
+        silent = [name for name in reference.blocks if not reference.moved(name)]
+        self.found = Reading(list(reference.blocks), {}, steps=reference.steps, draw=draw, silent=silent, exchanged=reference.exchanged)
+
+    def measure(self) -> Reading:
+        control = self._run(Arm(None))
+        if control.trouble:
+            self.found.trouble = f"executing its blocks twice ends the run: {control.trouble}"
+        elif any(change.differs for change in control.changes.values()):
+            self._calibrate()
+        for name in self.found.blocks[1:]:
+            self._column(name)
+        return self.found
+
+    def _run(self, arm: Arm, draw: int | None = None) -> WholeRun:
+        return run_arm(
+            self._subject, arm, self._reference, self._task, draw=self._draw if draw is None else draw, epochs=self._epochs
+        )
+
+    def _calibrate(self) -> None:
+        """Find the relative change that counts, where not even two runs without a change agree bit for bit."""
+        runs = [self._run(Arm(None, rounding=True), draw=self._draw + number) for number in range(PLACEBOS)]
+        changes = [value for run in runs for change in run.changes.values() for value in change.relative]
+        self.found.exact, self.found.threshold = False, max(LEAST, TIMES * max(changes, default=0.0))
+
+    def _column(self, name: str) -> None:
+        below = [row for row in self.found.blocks[: self.found.blocks.index(name)] if row not in self.found.silent]
+        if self.found.trouble:
+            self._fill(below, name, Cell("unmeasured", why=self.found.trouble))
+            return
+        whole = self._run(Arm(name, alter=True))
+        self.found.transport[name] = whole.transport
+        reason = self._reason(whole, name)
+        verdicts: dict[str, Cell] = {row: Cell("unmeasured", why=reason) if reason else Cell("none") for row in below}
+        if self._differing(whole):
+            verdicts |= self._explained(name, whole)
+        for row, cell in verdicts.items():
+            if row in below:
+                self._fill([row], name, cell)
+
+    def _fill(self, rows: list[str], column: str, cell: Cell) -> None:
+        for row in rows:
+            self.found.cells.setdefault(row, {})[column] = cell
+
+    def _reason(self, run: WholeRun, name: str) -> str:
+        """Say why equal weights would show nothing; empty if they do."""
+        if run.trouble:
+            return f"the run fails on other weights of {name!r}: {run.trouble}"
+        if run.overwritten:
+            return f"the weights of {name!r} are overwritten by what the rule keeps elsewhere (in {run.overwritten} places)"
+        if not self._reference.initial[name]:
+            return ""  # without parameters there is nothing to read
+        if run.transport < SEEN:
+            return f"a cotangent through the dirty parameters of {name!r} is the same: transport would not be seen"
+        return ""
+
+    def _differing(self, run: WholeRun) -> dict[str, Cell]:
+        """Return the blocks whose weights differ, with when and by how much."""
+        found = {}
+        for name, change in run.changes.items():
+            counts = change.differs if self.found.exact else _holds(change.relative, self.found.threshold)
+            if counts:
+                found[name] = Cell("reads", change.first, change.relative[-1] if change.relative else 0.0)
+        return found
+
+    def _explained(self, name: str, whole: WholeRun) -> dict[str, Cell]:
+        """Tell reading from learning by execution, and from what is read at construction only."""
+        executes = {row: replace(cell, verdict="executes") for row, cell in self._differing(whole).items()}
+        found = self._differing(self._run(Arm(name, since="start")))
+        if executes.keys() <= found.keys():
+            return found
+        early = {row: cell for row, cell in self._differing(self._run(Arm(name))).items() if row not in found}
+        if early:
+            gentle = self._run(Arm(name, until="start", gentle=True))
+            same = not gentle.trouble and all(value <= SAME for change in gentle.changes.values() for value in change.relative)
+            verdict: Verdict = "statistics" if same else "at construction"
+            found |= {row: replace(cell, verdict=verdict) for row, cell in early.items()}
+        return executes | found
+
+
+def _holds(changes: tuple[float, ...], threshold: float) -> bool:
+    """Tell whether two of three moments exceed the threshold."""
+    return len(changes) > 1 and statistics.median(changes) > threshold

@@ -1,0 +1,325 @@
+"""Executing blocks twice: values from the parameters that they should have, and all else from dirty ones.
+
+A *unit* is an outermost module of a block that has parameters of its own, such as a linear map. Where a unit is watched, its parameters are
+dirty. Each execution is done with them, which makes the graph, the tangents, and whatever a rule reads; then once more with the clean
+parameters of a reference run, which gives the value, bit for bit. Generators and buffers are put back between the two. So a rule that
+only ever executes a block cannot tell it from one whose parameters are clean, and a rule that reads them, or sends a cotangent or a tangent
+through them, gets other numbers.
+
+The clean parameters of an execution are those of the same execution of the reference run: of the same unit, in the same step, in the same
+place among its executions there. They include what a rule did to them, in place or as substitutes (``torch.func.functional_call``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map
+
+from bpfree.network.network import Network
+
+__all__ = ["Doubles", "Record", "dirty", "units_of", "weights_apart"]
+
+Values = dict[str, Tensor]
+Place = tuple[int, str]
+"""A step and a unit. Steps count from 0; whatever happens before the first is -1, and what happens after a step belongs to it."""
+
+
+@dataclass
+class Record:
+    """The executions of a reference run.
+
+    Attributes:
+        values: parameters of each execution, by place and in order; ``None`` where they could not be read.
+        inputs: a digest of the inputs of the first execution in each step.
+    """
+
+    values: dict[Place, list[Values | None]] = field(default_factory=lambda: defaultdict(list))
+    inputs: dict[Place, str] = field(default_factory=dict)
+
+    def at(self, place: Place, number: int) -> Values | None:
+        """Return the parameters of an execution; those of the last one before it where the reference had fewer."""
+        known = self.values.get(place)
+        while not known and place[0] >= -1:
+            place = (place[0] - 1, place[1])
+            known, number = self.values.get(place), -1
+        return known[min(number, len(known) - 1)] if known else None
+
+
+def units_of(network: Network) -> dict[str, dict[str, nn.Module]]:
+    """Return for each block its outermost modules that have parameters of their own, by the names of the modules in the network."""
+    return {name: dict(_units(f"blocks.{name}", block)) for name, block in network.blocks.items()}
+
+
+def _units(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if any(True for _ in module.parameters(recurse=False)):
+        yield name, module
+        return
+    for own, child in module.named_children():
+        yield from _units(f"{name}.{own}", child)
+
+
+def dirty(clean: Tensor, generator: torch.Generator) -> Tensor:
+    """Make a dirty parameter: permuted, with drawn signs and a tenth of noise, so that zeros and constants become others too."""
+    order = torch.randperm(clean.numel(), generator=generator)
+    signs = torch.randint(0, 2, (clean.numel(),), generator=generator) * 2 - 1
+    noise = torch.randn(clean.numel(), generator=generator) * 0.1 * max(float(clean.square().mean().sqrt()), 0.01)
+    mixed = clean.flatten()[order.to(clean.device)] * signs.to(clean) + noise.to(clean)
+    return mixed.reshape(clean.shape).contiguous()
+
+
+class Doubles:
+    """Watches executions of a network's units, and doubles some of them.
+
+    Args:
+        network: of the rule.
+        record: of the reference run; ``None``: this is the reference run, which is recorded.
+        doubled: names of the blocks whose units are executed twice.
+        altered: names of blocks whose executions on other inputs than the first of their step are given other weights.
+        generator: of the other weights.
+        rounding: change each value of a doubled execution by its rounding: a placebo.
+
+    Attributes:
+        record: the given one, or the one that is made.
+        step: in which executions happen.
+        transport: largest relative difference between cotangents through clean and dirty parameters, by block; it shows that
+            transport through them would be seen.
+        sides: number of executions on other inputs than the first of their step, by block.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        record: Record | None = None,
+        *,
+        doubled: tuple[str, ...] = (),
+        altered: tuple[str, ...] = (),
+        generator: torch.Generator | None = None,
+        rounding: bool = False,
+    ) -> None:
+        self._rounding = rounding
+        self.record, self._recording = record or Record(), record is None
+        self._doubled, self._altered = set(doubled), set(altered)
+        self._generator = generator or torch.Generator()
+        self._units = {id(unit): (block, name) for block, units in units_of(network).items() for name, unit in units.items()}
+        self._kept = list(units_of(network).values())  # or another module could get the identity of one that is gone
+        self._counts: dict[Place, int] = defaultdict(int)
+        self._pending: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        self._within = False
+        self._others: dict[Place, Values] = {}
+        self.step = -1
+        self.transport: dict[str, float] = {}
+        self.sides: dict[str, int] = defaultdict(int)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch through torch's hooks for all modules: copies of a unit are other modules, and are executed as they are."""
+        before = nn.modules.module.register_module_forward_pre_hook(self._before)
+        after = nn.modules.module.register_module_forward_hook(self._after, with_kwargs=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _before(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if self._within or id(module) not in self._units:
+            return
+        block, _ = self._units[id(module)]
+        if self._recording or block not in self._doubled:
+            return
+        own = dict(module.named_buffers())
+        self._pending[id(module)] = torch.get_rng_state(), own
+        _swap(module, {key: buffer.clone() for key, buffer in own.items()}, buffers=True)
+
+    def _after(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        if self._within or id(module) not in self._units:
+            return None
+        block, name = self._units[id(module)]
+        place = (self.step, name)
+        number = self._counts[place]
+        self._counts[place] += 1
+        if self._recording:
+            self._note(place, module, arguments, keywords)
+            return None
+        if block not in self._doubled:
+            return None
+        random, buffers = self._pending.pop(id(module))
+        _swap(module, buffers, buffers=True)
+        clean = self.record.at(place, number)
+        if clean is None:
+            return None
+        drawn = torch.get_rng_state()
+        torch.set_rng_state(random)
+        if block in self._altered and not self._is_first(place, arguments, keywords):
+            self.sides[block] += 1
+            clean = self._other(place, clean)
+        value = self._execute(module, clean, arguments, keywords)
+        torch.set_rng_state(drawn)
+        if self._rounding:
+            value = tree_map(self._rounded, value)
+        if block not in self.transport:
+            self._compare_transport(block, module, clean, arguments, keywords)
+        return tree_map(_value_of, output, value)
+
+    # --- the reference ----------------------------------------------------------------------------------------------
+
+    def _note(self, place: Place, module: nn.Module, arguments: Any, keywords: Any) -> None:
+        last = self._last(place)
+        now = {name: _plain(p) for name, p in module.named_parameters(remove_duplicate=False)}
+        if any(value is None for value in now.values()):
+            self.record.values[place].append(None)
+        elif last is not None and all(torch.equal(value, last[name]) for name, value in now.items() if value is not None):
+            self.record.values[place].append(last)
+        else:
+            self.record.values[place].append({name: value.clone() for name, value in now.items() if value is not None})
+        self.record.inputs.setdefault(place, _digest(arguments, keywords))
+
+    def _last(self, place: Place) -> Values | None:
+        known = self.record.values.get(place)
+        if not known:
+            known = self.record.values.get((place[0] - 1, place[1]))
+        return known[-1] if known else None
+
+    # --- the second execution ---------------------------------------------------------------------------------------
+
+    def _execute(self, module: nn.Module, clean: Values, arguments: Any, keywords: Any) -> Any:
+        self._within = True
+        live = dict(module.named_parameters(remove_duplicate=False))
+        _swap(module, clean)
+        try:
+            with torch.no_grad():
+                return module.forward(*arguments, **keywords)
+        finally:
+            _swap(module, live)
+            self._within = False
+
+    def _is_first(self, place: Place, arguments: Any, keywords: Any) -> bool:
+        return self.step >= 0 and self.record.inputs.get(place) == _digest(arguments, keywords)
+
+    def _rounded(self, value: Any) -> Any:
+        if not _is_real(value):
+            return value
+        signs = torch.randint(-1, 2, value.shape, generator=self._generator).to(value)
+        return value * (1 + torch.finfo(value.dtype).eps * signs)
+
+    def _other(self, place: Place, clean: Values) -> Values:
+        if place not in self._others:
+            self._others = {key: value for key, value in self._others.items() if key[0] == place[0]}
+            self._others[place] = {name: dirty(value, self._generator) for name, value in clean.items()}
+        return self._others[place]
+
+    def _compare_transport(self, block: str, module: nn.Module, clean: Values, arguments: Any, keywords: Any) -> None:
+        """Compare the cotangents of the unit's inputs through clean and dirty parameters."""
+        found = []
+        live = {name: _plain(p) for name, p in module.named_parameters(remove_duplicate=False)}
+        given = tree_map(lambda x: x.detach().clone().requires_grad_() if _is_real(x) else x, (arguments, keywords))
+        inputs = [x for x in tree_leaves(given) if _is_real(x)]
+        if not inputs or any(_plain(x) is None for x in inputs) or any(value is None for value in live.values()):
+            return
+        buffers = dict(module.named_buffers())
+        random = torch.get_rng_state()
+        self._within = True
+        try:
+            for values in (clean, live):
+                own = dict(module.named_parameters(remove_duplicate=False))
+                _swap(module, {name: value for name, value in values.items() if value is not None})
+                _swap(module, {key: buffer.clone() for key, buffer in buffers.items()}, buffers=True)
+                torch.set_rng_state(random)
+                try:
+                    with torch.enable_grad():
+                        outputs = [y for y in tree_leaves(module.forward(*given[0], **given[1])) if _is_real(y) and y.requires_grad]
+                        if not outputs:
+                            return
+                        sent = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y) for y in outputs]
+                        found.append(torch.autograd.grad(outputs, inputs, sent, allow_unused=True))
+                finally:
+                    _swap(module, own)
+                    _swap(module, buffers, buffers=True)
+        except RuntimeError:  # inside a transform that excludes it
+            return
+        finally:
+            self._within = False
+            torch.set_rng_state(random)
+        pairs = [(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None]
+        change = max((_distance(a, b) for a, b in pairs), default=0.0)
+        self.transport[block] = max(change, self.transport.get(block, 0.0))
+
+
+def weights_apart(clean: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> float:
+    """Return the largest relative difference of a linear map's weights: of the cotangents that they would carry."""
+    return max((_distance(clean[name], p.detach()) for name, p in live.items() if p.dim() > 1), default=0.0)
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    size = max(float(a.norm()), float(b.norm()))
+    return float((a - b).norm()) / size if size else 0.0
+
+
+def _swap(module: nn.Module, values: Mapping[str, Tensor], *, buffers: bool = False) -> None:
+    """Put tensors in the places of a module's parameters or buffers, by name, without writing into any."""
+    for name, value in values.items():
+        path, _, own = name.rpartition(".")
+        part = module.get_submodule(path) if path else module
+        (part._buffers if buffers else part._parameters)[own] = value  # type: ignore[assignment]
+
+
+def _plain(tensor: Tensor) -> Tensor | None:
+    """Return a tensor's value without graph and tangent; ``None`` inside a transform of ``torch.func`` that hides it."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        tensor = forward_ad.unpack_dual(tensor).primal
+    return tensor.detach()
+
+
+def _digest(arguments: Any, keywords: Any) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in tree_leaves((arguments, keywords)):
+        plain = _plain(leaf) if isinstance(leaf, Tensor) else None
+        if plain is not None:
+            digest.update(f"{plain.shape} {plain.dtype}".encode() + plain.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(f"{type(leaf).__name__}".encode())
+    return digest.hexdigest()
+
+
+class _Value(torch.autograd.Function):
+    """Has the value of its second argument, and the derivatives of its first."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(graph: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, other: Any) -> Tensor:
+        return tangent.clone()
+
+
+def _value_of(graph: Any, value: Any) -> Any:
+    if not _is_real(graph):
+        return value
+    result: Callable[..., Any] = _Value.apply
+    return result(graph, value)
