@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(words)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that the busy processes end too
     with busy(options.processes):
         for time in range(1, options.times + 1):
             print(f"{time} of {options.times}, beside {options.processes} busy processes", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -10,14 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bpfree.certify.findings import Finding
+from bpfree.certify.findings import STATUSES, Finding
+from bpfree.certify.names import FULL, expected
 from bpfree.errors import BpfreeError
 
 __all__ = ["FORMAT", "Certificate", "read_certificate"]
 
 FIX = "write it with bpfree certify RULE --output FILE"
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file's layout."""
 
 
@@ -68,18 +70,29 @@ class Certificate:
     format: int = FORMAT
 
     @property
+    def absent(self) -> list[str]:
+        """Names of the checks that a certificate of this kind must have, and this one has not."""
+        present = {finding.id for finding in self.findings}
+        return [name for name in expected(self.kind) if name not in present]
+
+    @property
     def counts(self) -> dict[str, int]:
         """Number of findings by status."""
         return dict(Counter(finding.status for finding in self.findings))
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed (a waived check is shown as waived and does not fail the certificate)."""
-        return not any(finding.status == "failed" for finding in self.findings)
+        """Whether every check of its kind was made and none failed (a waived check is shown as waived and does not fail it)."""
+        return bool(self.findings) and not self.absent and not any(finding.status == "failed" for finding in self.findings)
 
     @property
     def status(self) -> str:
-        """``certified``, ``certified with waivers``, or ``failed``; a quick or partial certificate is never called certified."""
+        """Say how the examination ended: ``certified``, ``certified with waivers``, ``failed`` or ``incomplete``.
+
+        A quick or partial certificate is never called certified.
+        """
+        if not self.findings or self.absent:
+            return "incomplete"
         if not self.passed:
             return "failed"
         if self.kind != "full":
@@ -99,7 +112,8 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the certificate as plain values."""
-        return {**dataclasses.asdict(self), "status": self.status, "remark": self.remark, "command": self.command}
+        content = {**dataclasses.asdict(self), "status": self.status, "remark": self.remark, "command": self.command}
+        return {**content, "digest": digest_of(content)}
 
     def to_json(self) -> str:
         """Return the certificate as the JSON text of its file."""
@@ -122,9 +136,36 @@ class Certificate:
             wrong = [key for key, kind in KINDS.items() if key in values and not isinstance(values[key], kind)]
             if wrong or not all(isinstance(word, str) for word in values.get("settings", ())):
                 raise TypeError(f"{', '.join(wrong) or 'settings'} cannot be {values[(wrong or ['settings'])[0]]!r:.60}")
-            return cls(**{**values, "findings": [Finding(**finding) for finding in content["findings"]]})
+            made = cls(**{**values, "findings": [Finding(**finding) for finding in content["findings"]]})
         except (KeyError, TypeError) as error:
             raise BpfreeError(f"this is no certificate: {error}", fix=FIX) from error
+        made._validate(content)
+        return made
+
+    def _validate(self, content: Mapping[str, Any]) -> None:
+        """Refuse content that no examination writes.
+
+        Raises:
+            BpfreeError: another digest, a status or check that is unknown, or a check that is there twice.
+        """
+        given = [finding.id for finding in self.findings]
+        faults = [
+            f"the finding {finding.id!r} has the unknown status {finding.status!r}"
+            for finding in self.findings
+            if finding.status not in STATUSES
+        ]
+        faults += [f"{name!r} is no check" for name in given if name not in FULL]
+        faults += [f"the check {name!r} is there twice" for name in sorted({name for name in given if given.count(name) > 1})]
+        if content.get("digest") != digest_of({key: value for key, value in content.items() if key != "digest"}):
+            faults.append("its content has another digest than it states, so it was changed after the examination")
+        if faults:
+            raise BpfreeError(f"this is no certificate as bpfree writes it: {faults[0]}", fix=FIX)
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """Hash a certificate's content in canonical form: JSON with sorted keys and no spaces, in UTF-8."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_certificate(path: Path) -> Certificate:

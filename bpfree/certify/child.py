@@ -1,4 +1,4 @@
-"""Work in a child process with an empty home and without a network, so that an examined rule finds nothing of this user or of earlier runs."""
+"""Work in a child process with an empty home and without a network, where an examined rule finds nothing of earlier runs."""
 
 from __future__ import annotations
 

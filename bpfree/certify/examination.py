@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,12 +70,27 @@ def certify(
     with set_aside():
         m = Measurements(subject)
         findings = []
+        obstacle = _obstacle(m, chosen)
         for number, check in enumerate(chosen, start=1):
             report(check, number, len(chosen), None)
-            findings.append(examine(m, check, waivers))
+            findings.append(examine(m, check, waivers) if obstacle is None else obstacle.pop(0))
             report(check, number, len(chosen), findings[-1])
-        properties = {} if only else _properties(m, quick=quick)
+        properties = {} if only or obstacle is not None else m.properties(quick=quick)
         return _certificate(m, "partial" if only else "quick" if quick else "full", findings, properties, began)
+
+
+def _obstacle(m: Measurements, chosen: Sequence[Check]) -> list[Finding] | None:
+    """Return the findings on a rule that cannot be built: one failure, and all else unmeasured; ``None`` if it can be."""
+    first, *others = chosen
+    try:
+        m.build()
+    except BpfreeError:
+        raise
+    except Exception as error:
+        said = f"the rule cannot be built: {type(error).__name__}: {' '.join(str(error).split())}"
+        failed = Finding(first.id, first.title, "failed", said, _place(error, m.subject.rule), "correct the rule")
+        return [failed, *(Finding(check.id, check.title, "unmeasured", f"the rule cannot be built; see {first.id}") for check in others)]
+    return None
 
 
 def select(*, quick: bool = False, only: Iterable[str] = ()) -> list[Check]:
@@ -153,14 +168,6 @@ def _place(error: BaseException, rule: type[Rule]) -> str:
     if any(is_own(rule, module) for module, _, _ in frames):
         return place_of_error(error, rule)
     return f"{frames[-1][2].co_filename}:{frames[-1][1]}" if frames else ""
-
-
-def _properties(m: Measurements, *, quick: bool) -> dict[str, Any]:
-    """Return the properties that could be measured; a rule that breaks the measurement has failed its checks already."""
-    try:
-        return m.properties() if quick else m.all_properties()
-    except Exception as error:
-        return {"credit": "unmeasured", "error": f"{type(error).__name__}: {error}"}
 
 
 def _declared(m: Measurements) -> dict[str, Any]:

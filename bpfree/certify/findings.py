@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-__all__ = ["NEEDLESS", "CheckFailed", "Finding", "NotApplicable", "NotShown", "Status", "Unmeasured"]
+__all__ = ["NEEDLESS", "STATUSES", "CheckFailed", "Finding", "NotApplicable", "NotShown", "Status", "Unmeasured"]
 
 NEEDLESS = "the waiver is not needed"
 """Remark on a check that passes although it was expected to fail."""
 Status = Literal["passed", "not shown", "failed", "waived", "unmeasured", "not applicable"]
+STATUSES: tuple[str, ...] = get_args(Status)
 
 
 class CheckFailed(Exception):

@@ -83,6 +83,16 @@ class Matrix:
         pairs = [(j - i, i, j) for i in range(count) for j in range(i + 1, count) if self.at(i, j)]
         return None if not pairs else (self.blocks[max(pairs)[1]], self.blocks[max(pairs)[2]])
 
+    def joined(self, other: Matrix) -> Matrix:
+        """Return the matrix with the entries of another one wherever this has none."""
+        values, moments = {}, {}
+        for row in self.blocks:
+            values[row] = {name: value or other.values[row][name] or value for name, value in self.values[row].items()}
+            moments[row] = {
+                name: word if self.values[row][name] else other.moments[row][name] or word for name, word in self.moments[row].items()
+            }
+        return replace(self, values=values, moments=moments)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the matrix as plain values: rows are updates, columns weights."""
         rows = [[_plain(self.at(i, j)) for j in range(len(self.blocks))] for i in range(len(self.blocks))]

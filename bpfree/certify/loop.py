@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bpfree.certify import training_runs
-from bpfree.certify.subject import Specimen, Subject
+from bpfree.certify.subject import Subject
 from bpfree.network.network import evaluating
 from bpfree.options import OptimizerConfig
 from bpfree.rule import Rule
@@ -72,7 +72,7 @@ def _split(batches: Sequence[Batch]) -> Split:
 
 def small_rule(subject: Subject, kind: str, spec: TaskSpec, *, seed: int = 0) -> Rule:
     """Build a small instance for a task, on a network of a kind that the rule takes."""
-    return training_runs.build(subject, spec, seed=seed, specimen=Specimen(kind, depth=2, width=16))
+    return training_runs.build(subject, spec, seed=seed, specimen=subject.specimen(kind, depth=2, width=16))
 
 
 def numbered(loop: Loop, batches: Sequence[Batch], *, each: int) -> Iterator[tuple[int, Batch]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +25,7 @@ from bpfree.certify.subject import Specimen, Subject, batches
 from bpfree.certify.whole_examination import WholeExamination, examine_whole_runs
 from bpfree.rule import Rule, Traits
 from bpfree.step import Batch, Step
+from bpfree.tasks.spec import TaskSpec
 
 __all__ = ["SPECIMENS", "Measurements", "Observation"]
 
@@ -36,6 +37,7 @@ EXAMPLES = 7
 """Batch size when operations are observed: prime, so that sums over examples are not taken for sums over the inputs of a layer."""
 IN_BLOCKS = "network.blocks."
 PRACTICE_EPOCHS = 6
+UNMEASURED = "unmeasured"
 DEPENDENCES = ("independent", "upstream", "neighbours", "all")
 
 
@@ -106,6 +108,15 @@ class Measurements:
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
 
+    def specimen(self, kind: str) -> Specimen:
+        """Return the specimen on which structure is measured."""
+        return self.subject.fitted(SPECIMENS[kind])
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The made-up task of small instances."""
+        return self.subject.specimen(self.kind).spec
+
     @cached_property
     def kinds(self) -> list[str]:
         """The kinds of networks that structure is measured on: those on which the rule takes its steps."""
@@ -115,7 +126,7 @@ class Measurements:
     def _works(self, kind: str) -> bool:
         """Tell whether the rule takes a step; an error on a network that it did not refuse is reported by another check."""
         try:
-            Probe(self.subject, SPECIMENS[kind], Sampling(samples=2, steps=1), dtype=torch.float32).run()
+            Probe(self.subject, self.specimen(kind), Sampling(samples=2, steps=1), dtype=torch.float32).run()
         except Exception:
             return False
         return True
@@ -127,17 +138,17 @@ class Measurements:
 
     def build(self, *, seed: int = 0, depth: int = 2, width: int = 16, dtype: torch.dtype = torch.float32) -> Rule:
         """Build a small instance for images of 8 times 8 pixels and five classes."""
-        return self.subject.build(Specimen(self.kind, depth, width), seed=seed, dtype=dtype)
+        return self.subject.build(self.subject.specimen(self.kind, depth, width), seed=seed, dtype=dtype)
 
     def traits(self, kind: str | None = None) -> Traits:
         """Return the traits that the rule declares on the measured network."""
-        return self.subject.build(SPECIMENS[kind or self.kind]).traits
+        return self.subject.build(self.specimen(kind or self.kind)).traits
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """Double precision, or single where the rule's own tensors do not follow."""
         try:
-            Probe(self.subject, SPECIMENS[self.kind]).run()
+            Probe(self.subject, self.specimen(self.kind)).run()
         except RuntimeError:
             return torch.float32
         return torch.float64
@@ -145,15 +156,24 @@ class Measurements:
     # --- whose weights ----------------------------------------------------------------------------------------------
 
     @cached_property
-    def dependence(self) -> dict[str, Matrix]:
-        """Dependence matrix by kind of network."""
-        return {kind: dependence(self.subject, SPECIMENS[kind], dtype=self.dtype) for kind in self.kinds}
+    def _moved(self) -> dict[str, Matrix]:
+        """What changes when parameters are moved a little, by kind of network."""
+        return {kind: dependence(self.subject, self.specimen(kind), dtype=self.dtype) for kind in self.kinds}
 
     @cached_property
     def downstream(self) -> dict[str, Matrix]:
         """Downstream-weight matrix by kind of network."""
-        found = self.dependence
-        return {kind: downstream_weights(self.subject, SPECIMENS[kind], found[kind], dtype=self.dtype) for kind in self.kinds}
+        found = self._moved
+        return {kind: downstream_weights(self.subject, self.specimen(kind), found[kind], dtype=self.dtype) for kind in self.kinds}
+
+    @cached_property
+    def dependence(self) -> dict[str, Matrix]:
+        """Dependence matrix by kind of network.
+
+        It has an entry wherever downstream weights have one: a rule that decides by comparing candidates changes nothing while weights
+        move a little, and depends on them all the same.
+        """
+        return {kind: matrix.joined(self.downstream[kind]) for kind, matrix in self._moved.items()}
 
     @property
     def dependence_name(self) -> str:
@@ -171,7 +191,7 @@ class Measurements:
         return {kind: self._moving(kind) for kind in self.kinds}
 
     def _moving(self, kind: str) -> set[str]:
-        specimen = SPECIMENS[kind]
+        specimen = self.specimen(kind)
         rule = self.subject.build(specimen)
         before = {name: p.detach().clone() for name, p in rule.named_parameters()}
         loop = Loop(rule, optimizer=replace(PLAIN, lr=0.01), phases=MOST_PHASES)  # without decay, which moves what has no update
@@ -185,7 +205,7 @@ class Measurements:
         matrix = self.downstream[kind]
         if unprobed := [name for name in matrix.silent if name in self.moving[kind]]:
             return f"blocks {', '.join(unprobed)} learn in training, and have no update in the probe"
-        hidden = self.subject.build(SPECIMENS[kind]).network.hidden
+        hidden = self.subject.build(self.specimen(kind)).network.hidden
         if hidden and set(hidden) <= set(matrix.silent) and OWN in self.moving[kind]:
             return "no hidden block of its network learns: what learns are parameters of the rule itself, which are not probed"
         return ""
@@ -206,13 +226,13 @@ class Measurements:
                 yield
             steps.append(execution)
 
-        probe = Probe(self.subject, SPECIMENS[kind], Sampling(samples=EXAMPLES), dtype=self.dtype, gradients=True)
+        probe = Probe(self.subject, self.specimen(kind), Sampling(samples=EXAMPLES), dtype=self.dtype, gradients=True)
         return Observation(probe.run(watch=watch), steps)
 
     @cached_property
     def label_sensitive(self) -> dict[str, bool]:
         """By block: whether its update changes when the batch's labels do."""
-        probe = Probe(self.subject, SPECIMENS[self.kind], dtype=self.dtype)
+        probe = Probe(self.subject, self.specimen(self.kind), dtype=self.dtype)
         base, other = probe.run(), probe.with_other_labels().run()
         names = base[0].updates
         return {name: any(not torch.equal(a.updates[name], b.updates[name]) for a, b in zip(base, other, strict=True)) for name in names}
@@ -236,12 +256,12 @@ class Measurements:
     @cached_property
     def memory(self) -> MemoryCurve:
         """Memory of a step against depth."""
-        return measure_memory(self.subject, SPECIMENS[self.kind])
+        return measure_memory(self.subject, self.specimen(self.kind))
 
     @cached_property
     def time(self) -> dict[str, float | None]:
         """Time of a step over back-propagation's on the same network, by phase; ``None``: unmeasured."""
-        return measure_time(self.subject, Specimen(self.kind, depth=4, width=128 if self.kind == "dense" else 16))
+        return measure_time(self.subject, self.subject.specimen(self.kind, depth=4, width=128 if self.kind == "dense" else 16))
 
     @cached_property
     def alignment(self) -> dict[str, dict[str, float]]:
@@ -297,38 +317,53 @@ class Measurements:
                 return words.format(blocks)
         return "unmeasured" if reading.found("unmeasured") or reading.exchanged else small
 
-    def all_properties(self) -> dict[str, Any]:
-        """Return the properties of a full certificate."""
-        whole = {"credit": self.credit_in_whole_runs, "whole_runs": self.whole.to_dict()}
-        return {**self.properties(), **whole, "learning": self.lesson.to_dict()}
-
-    def properties(self) -> dict[str, Any]:
-        """Return the properties of a quick certificate as plain values."""
-        total = {kind: observation.total() for kind, observation in self.observations.items()}
-        widest = max(total.values(), key=lambda execution: execution.span)
-        blocks = len(self.dependence[self.kind].blocks)
-        return {
-            "credit": self.credit,
-            "precision": str(self.dtype).removeprefix("torch."),
-            "dependence": {"name": self.dependence_name, "matrices": {k: m.to_dict() for k, m in self.dependence.items()}},
-            "downstream_weights": {
+    def properties(self, *, quick: bool = False) -> dict[str, Any]:
+        """Return the properties as plain values, for the certificate; one that cannot be measured says why, and keeps the others."""
+        measured: dict[str, Callable[[], Any]] = {
+            "credit": lambda: self.credit if quick else self.credit_in_whole_runs,
+            "specimens": lambda: {kind: self.subject.specimen_settings(self.specimen(kind)) for kind in self.kinds},
+            "precision": lambda: str(self.dtype).removeprefix("torch."),
+            "dependence": lambda: {"name": self.dependence_name, "matrices": {k: m.to_dict() for k, m in self.dependence.items()}},
+            "downstream_weights": lambda: {
                 "reach": max((m.reach() or 0 for m in self.downstream.values()), default=0),
                 "matrices": {k: m.to_dict() for k, m in self.downstream.items()},
             },
-            "silent_blocks": self.silent,
-            "reverse": {
-                "span": self.span,
-                "of_blocks": blocks,
-                "calls_per_step": round(len(widest.calls) / max(1, widest.steps), 2),
-                "widest_call": widest.widest.where if widest.widest else "",
-                "unattributed": sum(len(execution.unattributed) for execution in total.values()),
-                "status": "observed",
-            },
-            "forward_mode": any(execution.forward_mode for execution in total.values()),
-            "labels_change": self.label_sensitive,
-            "gradient_cosine": {k: {b: round(c, 6) for b, c in o.cosines().items()} for k, o in self.observations.items()},
-            "passes": {k: o.measured_passes() for k, o in self.observations.items()},
-            "memory": self.memory.to_dict(),
-            "time": {"over_backprop": self.time, "clock": CLOCK},
-            "alignment": {"task": "digits", "epochs": PRACTICE_EPOCHS, **self.alignment},
+            "silent_blocks": lambda: self.silent,
+            "reverse": self._reverse,
+            "forward_mode": lambda: any(observation.total().forward_mode for observation in self.observations.values()),
+            "labels_change": lambda: self.label_sensitive,
+            "gradient_cosine": lambda: {k: {b: round(c, 6) for b, c in o.cosines().items()} for k, o in self.observations.items()},
+            "passes": lambda: {k: o.measured_passes() for k, o in self.observations.items()},
+            "memory": lambda: self.memory.to_dict(),
+            "time": lambda: {"over_backprop": self.time, "clock": CLOCK},
+            "alignment": lambda: {"task": self._practice, "epochs": PRACTICE_EPOCHS, **self.alignment},
+        }
+        if not quick:
+            measured["whole_runs"] = lambda: self.whole.to_dict()
+            if self.subject.targets == "classes" and self.subject.own_task is None:
+                measured["learning"] = lambda: self.lesson.to_dict()
+        found: dict[str, Any] = {}
+        unmeasured: dict[str, str] = {}
+        for name, measure in measured.items():
+            try:
+                found[name] = measure()
+            except Exception as error:  # a rule that breaks a measurement has failed a check already
+                unmeasured[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return {"credit": UNMEASURED, **found, "unmeasured": unmeasured}
+
+    @property
+    def _practice(self) -> str:
+        return training_runs.task_of(self.subject).spec.name
+
+    def _reverse(self) -> dict[str, Any]:
+        total = {kind: observation.total() for kind, observation in self.observations.items()}
+        widest = max(total.values(), key=lambda execution: execution.span)
+        return {
+            "span": self.span,
+            "of_blocks": len(self.observations[self.kind].moments[0].updates),
+            "layers": max(execution.layers for execution in total.values()),
+            "calls_per_step": round(len(widest.calls) / max(1, widest.steps), 2),
+            "widest_call": widest.widest.where if widest.widest else "",
+            "unattributed": sum(len(execution.unattributed) for execution in total.values()),
+            "status": "observed",
         }

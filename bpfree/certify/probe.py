@@ -109,7 +109,8 @@ class Probe:
     def with_other_labels(self) -> Probe:
         """Return a probe whose labels belong to other examples."""
         other = copy.copy(self)
-        other._batches = [replace(batch, targets=batch.targets.roll(1)) for batch in self._batches if batch.targets is not None]
+        targets = [None if batch.targets is None else batch.targets.roll(1, 0) for batch in self._batches]
+        other._batches = [replace(batch, targets=rolled) for batch, rolled in zip(self._batches, targets, strict=True)]
         return other
 
     def build(self, added: Mapping[str, Tensor] | None = None) -> Rule:

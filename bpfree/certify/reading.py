@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from bpfree.certify.subject import Subject
-from bpfree.certify.whole_runs import EPOCHS, Arm, Reference, WholeRun, run_arm, run_reference
+from bpfree.certify.whole_runs import EPOCHS, Arm, Reference, WholeRun, run_arm
 from bpfree.tasks.task import Task
 
 __all__ = ["Cell", "Reading", "Verdict", "measure_reading"]
@@ -148,9 +148,7 @@ class _Examination:
         return self.found
 
     def _run(self, arm: Arm, draw: int | None = None) -> WholeRun:
-        return run_arm(
-            self._subject, arm, self._reference, self._task, draw=self._draw if draw is None else draw, epochs=self._epochs
-        )
+        return run_arm(self._subject, arm, self._reference, self._task, draw=self._draw if draw is None else draw, epochs=self._epochs)
 
     def _calibrate(self) -> None:
         """Find the relative change that counts, where not even two runs without a change agree bit for bit."""

@@ -48,11 +48,13 @@ class ReverseCall:
     Attributes:
         blocks: that it crossed.
         own: whether it reached the rule's own parameters.
+        layers: names of the weight matrices that it met, of blocks and of the rule.
         products: matrix products and convolutions inside it.
         where: file and line that made it.
     """
 
     blocks: set[str] = field(default_factory=set)
+    layers: set[str] = field(default_factory=set)
     own: bool = False
     products: int = 0
     where: str = ""
@@ -82,6 +84,11 @@ class ObservedSteps:
     def span(self) -> int:
         """Blocks that the widest reverse-mode call crossed."""
         return max((len(call.blocks) for call in self.calls), default=0)
+
+    @property
+    def layers(self) -> int:
+        """Weight matrices that the call met which met most: more than one inside a block is credit through layers."""
+        return max((len(call.layers) for call in self.calls), default=0)
 
     @property
     def widest(self) -> ReverseCall | None:
@@ -176,6 +183,7 @@ class _ReverseWatch(TorchDispatchMode):
         for place, owner in owners.items():
             if task is not None:
                 self.reached(owner[0])
+                self.call(task).layers.add(owner[1])
             elif len(owners) == 1:  # a product of weights with weights is no pass
                 passing = self._forward(name, place, args, owner)
                 if passing:
@@ -223,11 +231,12 @@ class _ReverseWatch(TorchDispatchMode):
         self._intervals[task][1] = self._clock
         return self._calls[task]
 
-    def reached(self, block: str) -> None:
-        """Record that the current graph task has reached a block."""
+    def reached(self, block: str, layer: str = "") -> None:
+        """Record that the current graph task has reached a block, and perhaps a weight matrix."""
         task = current_task()
         if task is not None:
             call = self.call(task)
+            call.layers |= {layer} - {""}
             call.own |= block == OWN
             if block != OWN:
                 call.blocks.add(block)
@@ -263,6 +272,7 @@ class _ReverseWatch(TorchDispatchMode):
             if top != task:
                 whole = self._calls[top]
                 whole.blocks |= call.blocks
+                whole.layers |= call.layers
                 whole.own |= call.own
                 whole.products += call.products
         self._result.calls = [call for task, call in self._calls.items() if task not in self._parents]
@@ -322,10 +332,11 @@ def _hooked_outputs(names: dict[int, str], watch: _ReverseWatch) -> Iterator[Non
 def _hooked_parameters(rule: Rule, watch: _ReverseWatch) -> Iterator[None]:
     blocks = {id(p): name for name, block in rule.network.blocks.items() for p in block.parameters()}
 
-    def hook(name: str) -> Callable[[Tensor], None]:
-        return lambda gradient: watch.reached(name)
+    def hook(name: str, block: str, matrix: bool) -> Callable[[Tensor], None]:
+        return lambda gradient: watch.reached(block, name if matrix else "")
 
-    handles = [p.register_hook(hook(blocks.get(id(p), OWN))) for p in rule.parameters() if p.requires_grad]
+    named = [(name, p) for name, p in rule.named_parameters() if p.requires_grad]
+    handles = [p.register_hook(hook(name, blocks.get(id(p), OWN), p.dim() > 1)) for name, p in named]
     try:
         yield
     finally:

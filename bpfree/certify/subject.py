@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from bpfree.recipe import Recipe
 from bpfree.rule import Rule
 from bpfree.seeds import seeded
 from bpfree.step import Batch
-from bpfree.tasks.task import Split, TaskSpec
+from bpfree.tasks.spec import TargetKind, TaskSpec, has_own_loss
+from bpfree.tasks.task import Split, Task
+from bpfree.tasks.trees import select, tree_map
 
 __all__ = ["KINDS", "Specimen", "Subject", "examples"]
 
@@ -35,17 +38,21 @@ class Specimen:
         depth: hidden blocks.
         width: units, or channels, of each.
         image: width of its square inputs of one channel.
+        targets: their kind.
+        own: the spec of the task that the rule names in its specimen, in place of made-up images.
     """
 
     kind: str = "dense"
     depth: int = 4
     width: int = 32
     image: int = 8
+    targets: TargetKind = "classes"
+    own: TaskSpec | None = None
 
     @property
     def spec(self) -> TaskSpec:
-        """A task of made-up images and five classes."""
-        return TaskSpec("probe", (1, self.image, self.image), OUTPUTS)
+        """A task of made-up images and five outputs, or the rule's own."""
+        return self.own or TaskSpec("probe", (1, self.image, self.image), OUTPUTS, targets=self.targets)
 
 
 class Subject:
@@ -95,6 +102,36 @@ class Subject:
         found = self._recipes[key]
         return dataclasses.replace(found, options=copy.deepcopy(found.options))  # an instance may write into its configuration
 
+    # --- its tasks ------------------------------------------------------------------------------------------------------
+
+    @property
+    def targets(self) -> TargetKind:
+        """The kind of targets that it is examined with: classes, or the first that it takes."""
+        known = self.rule.traits_of(self.recipe.options["rule"]).targets
+        return "classes" if "classes" in known or not known else known[0]  # type: ignore[return-value]
+
+    @cached_property
+    def task_settings(self) -> dict[str, Any]:
+        """Settings of the task that the rule names in its specimen, for data that are no images; empty: none."""
+        found: dict[str, Any] = {}
+        for kind in KINDS:
+            settings = self.rule.specimen(kind, 2, 8) or {}
+            found = found or {key: value for key, value in settings.items() if key.split(".")[0] == "task"}
+        return found
+
+    @cached_property
+    def own_task(self) -> Task | None:
+        """The task that the rule names in its specimen."""
+        return self.resolve(self.task_settings).build_task() if self.task_settings else None
+
+    def specimen(self, kind: str = "dense", depth: int = 4, width: int = 32, image: int = 8) -> Specimen:
+        """Describe a small instance, with the data and targets that the rule takes."""
+        return Specimen(kind, depth, width, image, self.targets, None if self.own_task is None else self.own_task.spec)
+
+    def fitted(self, specimen: Specimen) -> Specimen:
+        """Return the specimen with the data and targets that the rule takes."""
+        return self.specimen(specimen.kind, specimen.depth, specimen.width, specimen.image)
+
     @property
     def config(self) -> dict[str, Any]:
         """The rule's configuration in full, as plain values."""
@@ -127,7 +164,7 @@ class Subject:
     def _refusal(self, kind: str) -> UsageError | None:
         """Say why the rule refuses a kind of network; ``None`` if it takes it."""
         try:
-            self.build(Specimen(kind, depth=2, width=8))
+            self.build(self.specimen(kind, depth=2, width=8))
         except UsageError as error:
             return error
         return None
@@ -152,17 +189,23 @@ class Subject:
 
 
 def examples(spec: TaskSpec, count: int, *, seed: int = 0) -> Split:
-    """Make examples: noise around a mean for each class, in single precision."""
+    """Make examples: for classes of images noise around a mean for each, else the spec's own, in single precision."""
     with seeded(seed):
-        targets = torch.arange(count) % spec.outputs
-        centres = torch.randn(spec.outputs, *spec.input_shape)
-        inputs = centres[targets] + 0.5 * torch.randn(count, *spec.input_shape)
-    return Split(inputs, targets)
+        if spec.targets == "classes" and spec.takes_real_tensors and not has_own_loss(spec):
+            targets = torch.arange(count) % spec.outputs
+            centres = torch.randn(spec.outputs, *spec.input_shape)
+            inputs = centres[targets] + 0.5 * torch.randn(count, *spec.input_shape)
+            return Split(inputs, targets)
+        generator = torch.Generator().manual_seed(seed)
+        return Split(spec.example(count, generator), spec.example_targets(count, generator))
 
 
 def batches(spec: TaskSpec, size: int, count: int, *, dtype: torch.dtype, seed: int = 1) -> list[Batch]:
     """Make n different batches of made-up examples."""
     split = examples(spec, size * count, seed=seed)
-    assert split.targets is not None
-    cut = zip(split.inputs.to(dtype).split(size), split.targets.split(size), strict=True)
-    return [Batch(inputs, targets) for inputs, targets in cut]
+    inputs = tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, split.inputs)
+    targets = split.targets
+    if targets is not None and targets.is_floating_point():
+        targets = targets.to(dtype)
+    parts = [torch.arange(start, start + size) for start in range(0, size * count, size)]
+    return [Batch(select(inputs, part), None if targets is None else targets[part]) for part in parts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,17 @@ from typing import Any
 import torch
 
 from bpfree.certify.subject import Specimen, Subject
+from bpfree.errors import BpfreeError
 from bpfree.rule import Rule
 from bpfree.run import Run
 from bpfree.tasks.digits import DIGITS
-from bpfree.tasks.task import Examples, Task, TaskSpec
+from bpfree.tasks.spec import TargetKind
+from bpfree.tasks.task import Examples, Split, Task, TaskSpec
 from bpfree.training.alignment import AlignmentConfig
 from bpfree.training.config import BudgetConfig, CheckpointConfig, EvaluationConfig, TrainConfig
 from bpfree.training.trainer import Trainer
 
-__all__ = ["EPOCHS", "PRACTICE", "build", "cut", "digits", "train", "trainer"]
+__all__ = ["EPOCHS", "PRACTICE", "build", "cut", "digits", "retargeted", "task_of", "train", "trainer"]
 
 EPOCHS = 20
 PRACTICE = Specimen("dense", depth=2, width=16)
@@ -30,6 +33,39 @@ BATCH = 32
 def digits() -> Task:
     """Return the bundled digits, with a tenth of the training split for validation."""
     return Task.from_source(DIGITS)
+
+
+def task_of(subject: Subject) -> Task:
+    """Return the digits with targets of a kind that the rule takes, or the task that it names in its specimen."""
+    if subject.own_task is not None:
+        return subject.own_task
+    return digits() if subject.targets == "classes" else retargeted(subject.targets)
+
+
+@lru_cache(maxsize=4)
+def retargeted(kind: TargetKind) -> Task:
+    """Return the digits with their classes as rows of 0 and 1 (``multilabel``), as smoothed distributions (``soft``), or as numbers.
+
+    Raises:
+        BpfreeError: of another kind.
+    """
+    if kind not in ("multilabel", "soft", "real"):
+        what = f"the certificate has no data with targets of kind {kind!r}"
+        raise BpfreeError(what, where="Rule.specimen", fix='name a task that the rule learns: {"task.name": "my-task", ...}')
+    task = digits()
+
+    def convert(split: Examples | None) -> Split | None:
+        if split is None:
+            return None
+        inputs, targets = split.batch(torch.arange(len(split)))
+        assert targets is not None
+        rows = torch.nn.functional.one_hot(targets, task.spec.outputs).float()
+        return Split(inputs, 0.9 * rows + 0.1 / task.spec.outputs if kind == "soft" else rows)
+
+    train, test = convert(task.train), convert(task.test)
+    assert train is not None
+    assert test is not None
+    return Task(replace(task.spec, targets=kind, class_names=()), train, convert(task.validation), test)
 
 
 def cut(task: Task, examples: int) -> Task:
@@ -65,7 +101,7 @@ def trainer(
     observers: Iterable[Any] = (),
 ) -> Trainer:
     """Make a trainer of a small instance, on one thread of the CPU."""
-    task = task or digits()
+    task = task or task_of(subject)
     settings = TrainConfig(
         seed=seed,
         budget=BudgetConfig(epochs=epochs),

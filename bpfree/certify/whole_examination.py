@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bpfree.certify import training_runs
 from bpfree.certify.child import in_child
 from bpfree.certify.loop import predict
 from bpfree.certify.probe import PLAIN, task_gradients
@@ -100,7 +101,9 @@ def examine_whole_runs(subject: Subject, task: Task | None = None, *, draw: int 
 
 
 def _examine(subject: Subject, task: Task | None, draw: int) -> WholeExamination:
-    task = task or subject.resolve(settings_of("runs", EPOCHS, 0)).build_task()
+    if task is None:
+        usual = subject.targets == "classes" and subject.own_task is None
+        task = subject.resolve(settings_of("runs", EPOCHS, 0)).build_task() if usual else training_runs.task_of(subject)
     reference, rule = run_reference(subject, task)
     found = WholeExamination(last_hidden=(rule.network.hidden or [""])[-1], traits=rule.traits)
     found.needed = _needed(reference, rule, task)

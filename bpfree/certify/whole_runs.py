@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -272,9 +271,7 @@ class _Intervening(_Watch):
         own = () if self._arm.block is None else (self._arm.block,)
         altered = own if self._arm.alter else ()
         doubled, generator = (*own, *self._above), self._generator
-        return Doubles(
-            network, self._reference.record, doubled=doubled, altered=altered, generator=generator, rounding=self._arm.rounding
-        )
+        return Doubles(network, self._reference.record, doubled=doubled, altered=altered, generator=generator, rounding=self._arm.rounding)
 
     @property
     def step(self) -> int:
@@ -457,5 +454,5 @@ def _watched(kind: type[Rule], watch: _Watch) -> Iterator[None]:
         stack.enter_context(mock.patch.object(session, "take_step", step))
         stack.enter_context(mock.patch.object(Selection, "take", select))
         # parameters that do not learn are dirty too
-        stack.enter_context(mock.patch.object(LearningWatch, "check_fixed", lambda watch: None))
+        stack.enter_context(mock.patch.object(LearningWatch, "check_fixed", return_value=None))
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,6 +160,10 @@ def add(plugin: str, files: tuple[Path, ...], entry_file: Path | None, folder: P
     renew(folder)
     without = [rule for rule in entry.rules if not certificate_file(folder, rule).exists()]
     click.echo(f"{place}: {len(entry.rules)} rules, {len(entry.rules) - len(without)} with a certificate")
+    for _, certificate in accepted:
+        for finding in certificate.findings:
+            if finding.status == "waived":
+                click.echo(f"waived for {certificate.rule}: {finding.id} ({finding.waiver})")
     for rule in without:
         click.echo(f"no certificate of {rule} yet: run bpfree certify {rule} --output {certificate_file(folder, rule)}")
 
@@ -198,19 +203,24 @@ def accept(path: Path, record: PluginRecord, plugins: Plugins) -> Certificate:
 
 @registry.command(short_help="Check entries, certificates and index.")
 @click.option("--folder", type=FOLDER, help="Folder of the registry.  [default: the installed registry]")
+@click.option("--recheck", is_flag=True, help="Repeat a drawn check of each certificate whose rule is installed.")
+@click.option("--draw", type=int, help="Seed by which --recheck draws the checks.  [default: a new one]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def validate(folder: Path | None, as_json: bool) -> int:
+def validate(folder: Path | None, recheck: bool, draw: int | None, as_json: bool) -> int:
     """Check the entries, certificates, index and tables of a registry's folder.
 
     Entries must fit the schema and the installed plugins; certificates must be readable, passed, full and not stale. Exit code 1 if
     anything is wrong. Rules without a certificate, and certificates measured before a change of the core outside contract and examiner,
-    are only mentioned.
+    are only mentioned. Certificates must have every check and the digest of their content; with --recheck a drawn check of each is
+    repeated, and must end as it says.
     """
     from bpfree.plugins import installed_plugins
     from bpfree.registry import OTHER_CHANGE, measured_on_another_core, missing, problems, registry_folder
 
     folder = registry_folder() if folder is None else existing(folder)
     found = problems(folder, installed_plugins())
+    if recheck:
+        found += repeated(folder, installed_plugins(), draw)
     without: list[str] = []
     other: list[str] = []
     with contextlib.suppress(BpfreeError):  # a file that cannot be read is among the problems
@@ -230,6 +240,22 @@ def validate(folder: Path | None, as_json: bool) -> int:
         click.echo(f"{OTHER_CHANGE}: {', '.join(other)}")
     click.echo(f"{folder}: {f'{len(found)} problems' if found else 'valid'}")
     return int(bool(found))
+
+
+def repeated(folder: Path, plugins: Plugins, draw: int | None) -> list[BpfreeError]:
+    """Repeat a drawn check of each certificate, and list the contradictions; progress goes to standard error."""
+    from bpfree.registry.certificates import rechecked
+
+    draw = secrets.randbelow(2**31) if draw is None else draw
+    click.echo(f"repeating a check of each certificate (--draw {draw})", err=True)
+    found = []
+    try:
+        for rule, check, contradiction in rechecked(folder, plugins, draw):
+            click.echo(f"{rule}: {check} {'as before' if contradiction is None else 'differs'}", err=True)
+            found += [] if contradiction is None else [contradiction]
+    except BpfreeError as error:  # also among the problems
+        click.echo(f"stopped: {error.what}", err=True)
+    return found
 
 
 @registry.command("index", short_help="Update index and tables.")

@@ -5,16 +5,18 @@ A certificate is stale if the plugin, the contract or the examiner has changed. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bpfree.errors import BpfreeError
 from bpfree.plugins import Plugins
 
 if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
 
-__all__ = ["OTHER_CHANGE", "certificates", "core_changed", "stale", "state"]
+__all__ = ["OTHER_CHANGE", "certificates", "core_changed", "rechecked", "stale", "state"]
 
 OTHER_CHANGE = "measured before a change of the core outside contract and examiner"
 
@@ -75,3 +77,29 @@ def state(rule: str, known: Mapping[str, Certificate], plugins: Plugins) -> str:
         return good
     changed = stale(certificate, plugins)
     return f"stale ({', '.join(changed)} changed)" if changed else good
+
+
+def rechecked(folder: Path, plugins: Plugins, draw: int) -> Iterator[tuple[str, str, BpfreeError | None]]:
+    """Repeat a drawn check of each certificate whose rule is installed; yield rule, check, and the contradiction if there is one.
+
+    Args:
+        folder: of the registry.
+        plugins: those installed.
+        draw: seed by which the checks are drawn.
+
+    Raises:
+        BpfreeError: a certificate cannot be read.
+    """
+    from bpfree.certify.examination import certify
+
+    for rule, made in certificates(folder).items():
+        if made.rule not in plugins.names("rules") or not made.findings:
+            continue
+        before = random.Random(f"{draw} {rule}").choice(made.findings)
+        waived = {before.id: before.waiver} if before.waiver else {}
+        (now,) = certify(made.rule, made.settings, only=[before.id], waive=waived, registry=plugins).findings
+        if now.status == before.status:
+            yield rule, before.id, None
+        else:
+            what = f"the certificate of {rule} says that {before.id} is {before.status}; repeated, it is {now.status}: {now.what}"
+            yield rule, before.id, BpfreeError(what, where=str(certificate_file(folder, rule)), fix=f"run {made.command}")

@@ -15,7 +15,11 @@ from bpfree.registry.index import out_of_date
 if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
 
-__all__ = ["acceptable", "measured_on_another_core", "missing", "problems"]
+__all__ = ["StaleCertificate", "acceptable", "measured_on_another_core", "missing", "problems"]
+
+
+class StaleCertificate(BpfreeError):
+    """A certificate was measured on other sources than the installed ones; it says nothing wrong of these, and nothing right."""
 
 
 def problems(folder: Path, plugins: Plugins) -> list[BpfreeError]:
@@ -71,7 +75,10 @@ def measured_on_another_core(folder: Path, plugins: Plugins) -> list[str]:
 def acceptable(certificate: Certificate, plugins: Plugins, where: Path) -> Iterator[BpfreeError]:
     """Report why a certificate cannot be in a registry: failed, not full, or stale."""
     renewal = f"{certificate.command} --output {where}"
-    if not certificate.passed:
+    if certificate.absent or not certificate.findings:
+        lacks = ", ".join(certificate.absent) or "every check"
+        yield BpfreeError(f"the certificate of {certificate.rule} lacks {lacks}", where=str(where), fix=renewal)
+    elif not certificate.passed:
         failed = ", ".join(finding.id for finding in certificate.findings if finding.status == "failed")
         yield BpfreeError(
             f"{certificate.rule} failed its examination: {failed}", where=str(where), fix=f"correct the rule, then run {renewal}"
@@ -79,7 +86,7 @@ def acceptable(certificate: Certificate, plugins: Plugins, where: Path) -> Itera
     elif certificate.kind != "full":
         yield BpfreeError(f"the certificate of {certificate.rule} is {certificate.kind}, not full", where=str(where), fix=renewal)
     if certificate.rule in plugins.names("rules") and (changed := stale(certificate, plugins)):
-        yield BpfreeError(
+        yield StaleCertificate(
             f"the certificate of {certificate.rule} is stale: the sources of {', '.join(changed)} have changed since",
             where=str(where),
             fix=f"{renewal}; in a checkout of bpfree, make certify renews all certificates",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from made_certificates import certificate
+from made_certificates import certificate, findings, write
 
 from bpfree import BpfreeError, UsageError, sources
-from bpfree.certify import Certificate
+from bpfree.certify import CHECKS, Certificate, certify
+from bpfree.certify.certificate import digest_of
 from bpfree.certify.findings import Finding
+from bpfree.certify.names import FULL, ONLY_FULL
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.registry import core_changed, stale, state
+from bpfree.registry.certificates import rechecked
 from bpfree.registry.validation import acceptable
 
 CORE = {"bpfree contract", "bpfree examiner", "bpfree"}
@@ -106,7 +110,7 @@ def test_networks_of_a_specimen_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_state_of_a_rule_s_certificate() -> None:
     plugins = installed_plugins()
-    waived = certificate("dfa", findings=[Finding("a", "a", "waived", waiver="why")])
+    waived = certificate("dfa", findings=findings(Finding("bf16", "a", "waived", waiver="why")))
     assert state("dfa", {}, plugins) == "none"
     assert state("dfa", {"dfa": certificate("dfa")}, plugins) == "certified"
     assert state("dfa", {"dfa": waived}, plugins) == "certified with waivers"
@@ -124,8 +128,8 @@ def test_what_a_registry_accepts() -> None:
 
     assert faults() == []
     assert faults(kind="quick") == ["the certificate of dfa is quick, not full | bpfree certify dfa --output there.json"]
-    (failed,) = faults(findings=[Finding("traits", "true", "failed")])
-    assert failed.startswith("dfa failed its examination: traits")
+    (failed,) = faults(findings=findings(Finding("trait-update", "true", "failed")))
+    assert failed.startswith("dfa failed its examination: trait-update")
     (old,) = faults(sources=certificate("dfa").sources | {"bpfree contract": "0"})
     assert "the sources of bpfree contract have changed since" in old
     assert "bpfree certify dfa --output there.json" in old
@@ -141,3 +145,46 @@ def test_a_certificate_with_values_of_other_types_is_refused(key: str, value: ob
     assert Certificate.from_dict(content).rule == content["rule"]
     with pytest.raises(BpfreeError, match="this is no certificate"):
         Certificate.from_dict({**content, key: value})
+
+
+def test_a_forged_file_is_no_certificate() -> None:
+    """Oracle: each forgery by hand; a certificate that was read is the one that was written."""
+    content = certificate("dfa").to_dict()
+    assert Certificate.from_dict(json.loads(json.dumps(content))) == certificate("dfa")
+    first, *others = content["findings"]
+
+    def forged(**changes: object) -> str:
+        spoilt = {key: value for key, value in {**content, **changes}.items() if key != "digest"}
+        return json.dumps({**spoilt, "digest": digest_of(spoilt)})
+
+    def refused(text: str) -> str:
+        with pytest.raises(BpfreeError) as caught:
+            Certificate.from_dict(json.loads(text))
+        return caught.value.what
+
+    assert "another digest" in refused(json.dumps({**content, "date": "2030-01-01"}))
+    assert "unknown status 'excellent'" in refused(forged(findings=[{**first, "status": "excellent"}, *others]))
+    assert "'mine' is no check" in refused(forged(findings=[{**first, "id": "mine"}, *others]))
+    assert "there twice" in refused(forged(findings=[first, first, *others]))
+    for findings_left in ([], others):
+        lacking = Certificate.from_dict(json.loads(forged(findings=findings_left)))
+        assert (lacking.status, lacking.passed) == ("incomplete", False)
+        (fault,) = acceptable(lacking, installed_plugins(), Path("there.json"))
+        assert "lacks" in fault.what
+    assert tuple(check.id for check in CHECKS) == FULL
+    assert set(ONLY_FULL) == {check.id for check in CHECKS if not check.quick}
+
+
+def test_a_drawn_check_is_repeated(tmp_path: Path) -> None:
+    """An honest certificate is confirmed; one that claims what the check does not find is contradicted."""
+    true = certify("dfa", only=["trait-supervision"])
+    write(tmp_path / "certificates" / "dfa.json", true)
+    assert [(rule, check, fault) for rule, check, fault in rechecked(tmp_path, installed_plugins(), 3)] == [
+        ("dfa", "trait-supervision", None)
+    ]
+    (finding,) = true.findings
+    finding.status = "not applicable"
+    write(tmp_path / "certificates" / "dfa.json", true)
+    ((_, _, fault),) = rechecked(tmp_path, installed_plugins(), 3)
+    assert fault is not None
+    assert "is not applicable; repeated, it is passed" in fault.what

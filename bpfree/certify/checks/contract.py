@@ -17,10 +17,10 @@ from bpfree.certify.checks.check import Check
 from bpfree.certify.checks.guard import guarded
 from bpfree.certify.checks.networks import CATALOGUE, Offer
 from bpfree.certify.checks.places import place_of, place_of_error
-from bpfree.certify.findings import CheckFailed, Unmeasured
+from bpfree.certify.findings import CheckFailed, NotApplicable, Unmeasured
 from bpfree.certify.loop import Loop, predict, small_rule
 from bpfree.certify.measurements import Measurements
-from bpfree.certify.subject import Specimen, Subject, batches, examples
+from bpfree.certify.subject import Subject, batches, examples
 from bpfree.config import resolve
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.options import OptimizerConfig
@@ -29,6 +29,7 @@ from bpfree.run import Run
 from bpfree.seeds import seeded
 from bpfree.step import Batch
 from bpfree.tasks.task import Task, TaskSpec
+from bpfree.tasks.trees import select
 from bpfree.training.environment import autocast
 
 __all__ = ["CHECKS"]
@@ -87,7 +88,7 @@ def _first_difference(one: Any, other: Any, key: str = "") -> str:
 
 def _into_the_rule(m: Measurements) -> None:
     """Check that the built rule has the given configuration, which checkpoints record."""
-    subject, specimen = m.subject, Specimen(m.kind, depth=2, width=16)
+    subject, specimen = m.subject, m.subject.specimen(m.kind, depth=2, width=16)
     recipe = subject.resolve(subject.specimen_settings(specimen), specimen.spec)
     given = dataclasses.asdict(recipe.options["rule"])
     rule = recipe.build_rule(specimen.spec)
@@ -191,20 +192,22 @@ def _judge(rule: Rule, before: list[Tensor], offer: Offer, fix: str) -> None:
 def batch_shapes(m: Measurements) -> str | None:
     """Check partial batches, a single example, and inputs in other memory layouts."""
     remark = _sizes(m)
-    _layouts(m, Specimen(m.kind, depth=2, width=16).spec, "non-contiguous", _non_contiguous)
+    if m.spec.takes_real_tensors:
+        _layouts(m, m.subject.specimen(m.kind, depth=2, width=16).spec, "non-contiguous", _non_contiguous)
     kinds = m.subject.kinds()
-    if "convolutional" in kinds:
-        colours = dataclasses.replace(Specimen().spec, input_shape=(3, 8, 8))
+    if "convolutional" in kinds and m.subject.own_task is None:
+        colours = dataclasses.replace(m.spec, input_shape=(3, 8, 8))
         _layouts(m, colours, "channels-last", lambda x: x.contiguous(memory_format=torch.channels_last), kind="convolutional")
     return remark
 
 
 def _sizes(m: Measurements) -> str | None:
-    spec, remark = Specimen(m.kind).spec, None
+    spec, remark = m.spec, None
     for count, name in ((5, "a partial batch of 5"), (1, "a batch of one example")):
         rule = m.build()
         whole = batches(spec, 16, 2, dtype=torch.float32)
-        part = Batch(whole[1].inputs[:count], None if whole[1].targets is None else whole[1].targets[:count])
+        few = torch.arange(count)
+        part = Batch(select(whole[1].inputs, few), None if whole[1].targets is None else whole[1].targets[:count])
         try:
             _learn(Loop(rule), [whole[0], part])
         except Exception as error:
@@ -241,7 +244,7 @@ def _layouts(m: Measurements, spec: TaskSpec, name: str, lay: Callable[[Tensor],
     laid = [Batch(lay(batch.inputs), batch.targets) for batch in given]
     updates = []
     for some in (given, laid):
-        rule = training_runs.build(m.subject, spec, specimen=Specimen(kind or m.kind, depth=2, width=8)).train()
+        rule = training_runs.build(m.subject, spec, specimen=m.subject.specimen(kind or m.kind, depth=2, width=8)).train()
         before = {key: p.detach().clone() for key, p in rule.named_parameters()}
         try:
             _learn(Loop(rule, optimizer=SGD), some)
@@ -263,7 +266,7 @@ def _layouts(m: Measurements, spec: TaskSpec, name: str, lay: Callable[[Tensor],
 def bf16(m: Measurements) -> str | None:
     """Check two steps of each phase and a prediction under autocast."""
     rule = m.build()
-    given = batches(Specimen(m.kind).spec, 16, 2, dtype=torch.float32)
+    given = batches(m.spec, 16, 2, dtype=torch.float32)
     fix = "cast where kinds meet: x.to(weight.dtype), or torch.autocast(..., enabled=False) around what needs float32"
     try:
         with autocast(torch.device("cpu"), "bf16"):
@@ -283,10 +286,13 @@ def bf16(m: Measurements) -> str | None:
 
 def nan_reported(m: Measurements) -> str | None:
     """Check that a run on inputs of which half hold a NaN is reported, and that one on clean inputs finishes."""
-    spec = Specimen(m.kind).spec
+    spec = m.spec
+    if not spec.takes_real_tensors:
+        raise NotApplicable("its inputs are no real numbers, so none of them can be NaN")
     clean, spoilt = examples(spec, 32, seed=3), examples(spec, 64)
     task = Task(spec, spoilt, clean, clean)
-    spoilt.inputs[::2].view(32, -1)[:, 0] = torch.nan  # after the task has checked them: the rule is to meet them
+    # after the task has checked them: the rule is to meet them; whole examples, because rules write labels over some of the inputs
+    spoilt.inputs[::2] = torch.nan
     try:
         plain = _run_on(m, Task(spec, clean, clean, clean))
     except BpfreeError as error:

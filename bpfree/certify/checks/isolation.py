@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +18,15 @@ from bpfree.certify.checks.check import Check
 from bpfree.certify.checks.frozen_noise import FrozenNoise
 from bpfree.certify.checks.guard import guarded
 from bpfree.certify.checks.places import place_of
-from bpfree.certify.findings import CheckFailed
+from bpfree.certify.findings import CheckFailed, Unmeasured
 from bpfree.certify.loop import predict, small_rule, trained
 from bpfree.certify.measurements import Measurements
-from bpfree.certify.subject import Specimen, batches
+from bpfree.certify.subject import batches
 from bpfree.network.network import evaluating
 from bpfree.rule import Rule
+from bpfree.tasks.spec import has_own_loss
 from bpfree.tasks.task import Examples, Split, Task, TaskSpec
+from bpfree.tasks.trees import select
 from bpfree.training.evaluation import Evaluator
 from bpfree.training.floor import chance_of
 
@@ -130,8 +133,19 @@ def _same(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def _need_classes(m: Measurements) -> None:
+    """Raise unless the rule learns classes of the digits.
+
+    Raises:
+        Unmeasured: it learns something else.
+    """
+    if m.subject.targets != "classes" or m.subject.own_task is not None:
+        raise Unmeasured("it is measured on the classes of the digits, which the rule does not learn")
+
+
 def labels_unseen(m: Measurements) -> str | None:
     """Check predictions with the labels of the evaluation permuted: after training, and before the rule was built."""
+    _need_classes(m)
     seed = secrets.randbits(62)
     true = _in_this_world(m, seed)
     gc.collect()  # so that the rule cannot find the other world's task
@@ -146,6 +160,7 @@ def labels_unseen(m: Measurements) -> str | None:
 
 def permuted_labels(m: Measurements) -> str | None:
     """Check that what is learned from permuted training labels does not predict the true ones, on average over a few permutations."""
+    _need_classes(m)
     found = [_from_permuted(m, seed) for seed in range(PERMUTATIONS)]
     accuracy = sum(float(confusion.trace()) for confusion in found) / PERMUTATIONS
     chance = chance_of(training_runs.digits()) or 1 / len(found[0])
@@ -196,31 +211,32 @@ def _variance_of_chance(confusion: Tensor, examples: int) -> float:
 # --- predictions ----------------------------------------------------------------------------------------------------------
 
 
-def _scores(rule: Rule, inputs: Tensor) -> Tensor:
+def _scores(rule: Rule, inputs: Any) -> Tensor:
     with FrozenNoise():
         return predict(rule, inputs).float()
 
 
-def _recut(rule: Rule, inputs: Tensor, sizes: tuple[int, ...]) -> Tensor:
+def _recut(rule: Rule, inputs: Any, sizes: tuple[int, ...]) -> Tensor:
     bounds = [0, *accumulate(sizes)]
-    return torch.cat([_scores(rule, inputs[start:end]) for start, end in pairwise(bounds)])
+    return torch.cat([_scores(rule, select(inputs, torch.arange(start, end))) for start, end in pairwise(bounds)])
 
 
 def prediction_per_example(m: Measurements) -> str | None:
     """Check that predictions are the same when examples are cut into other batches, with noise held fixed."""
-    spec = Specimen(m.kind).spec
+    spec = m.spec
     rule = trained(m.build(), batches(spec, 16, 4, dtype=torch.float32), each=4)
     inputs = batches(spec, sum(RECUTS["halves"]), 1, dtype=torch.float32, seed=2)[0].inputs
     whole = _scores(rule, inputs)
-    if whole.shape != (len(inputs), spec.outputs):
+    count = sum(RECUTS["halves"])
+    if spec.targets == "classes" and not has_own_loss(spec) and whole.shape != (count, spec.outputs):
         raise CheckFailed(
-            f"predict returns {tuple(whole.shape)} for {len(inputs)} examples of {spec.outputs} classes",
+            f"predict returns {tuple(whole.shape)} for {count} examples of {spec.outputs} classes",
             where=place_of(type(rule), "predict"),
-            fix=f"return scores (N, C), here {(len(inputs), spec.outputs)}, higher is better",
+            fix=f"return scores (N, C), here {(count, spec.outputs)}, higher is better",
         )
-    order = torch.arange(len(inputs)).flip(0).roll(5)
+    order = torch.arange(count).flip(0).roll(5)
     others = {cut: _recut(rule, inputs, sizes) for cut, sizes in RECUTS.items()}
-    others["another order"] = _scores(rule, inputs[order])[order.argsort()]
+    others["another order"] = _scores(rule, select(inputs, order))[order.argsort()]
     for cut, scores in others.items():
         _compare(rule, whole, scores, cut)
     return None
@@ -258,7 +274,7 @@ def _is_same(one: Tensor | bool | None, other: Tensor | bool | None) -> bool:
 
 def no_state_in_predict(m: Measurements) -> str | None:
     """Check that predictions change nothing that a checkpoint holds, nor grads and modes."""
-    spec = Specimen(m.kind).spec
+    spec = m.spec
     given = batches(spec, 16, 2, dtype=torch.float32)
     rule = trained(m.build(), given, each=2)
     for parameter in rule.parameters():

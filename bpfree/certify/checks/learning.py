@@ -15,6 +15,8 @@ __all__ = ["CHECKS"]
 
 def _learning(m: Measurements) -> str | None:
     """Check that the rule beats its twin, chance and its floor, each by two standard errors over five seeds."""
+    if m.subject.targets != "classes" or m.subject.own_task is not None:
+        raise NotApplicable("it is judged on the classes of the digits, which the rule does not learn")
     network = m.build().network
     if not [name for name in network.blocks if name != network.readout and name not in m.silent]:
         raise NotApplicable("no hidden block learns: it is a control, not a rule for features")

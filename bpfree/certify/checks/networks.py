@@ -62,7 +62,8 @@ class Offer:
 
     def batches(self, count: int) -> list[Batch]:
         """Make batches with random inputs and targets of the task's kind."""
-        return [Batch(batch.inputs, _targets(batch, self.spec)) for batch in batches(self.spec, 16, count, dtype=torch.float32)]
+        made = batches(replace(CLASSES, input_shape=self.spec.input_shape, outputs=self.spec.outputs), 16, count, dtype=torch.float32)
+        return [Batch(batch.inputs, _targets(batch, self.spec)) for batch in made]
 
 
 def _targets(batch: Batch, spec: TaskSpec) -> Tensor | None:

@@ -18,7 +18,7 @@ from bpfree.certify.checks.places import place_of
 from bpfree.certify.findings import CheckFailed, NotApplicable, Unmeasured
 from bpfree.certify.loop import Loop, predict, small_rule, trained
 from bpfree.certify.measurements import Measurements
-from bpfree.certify.subject import Specimen, batches
+from bpfree.certify.subject import batches
 from bpfree.hooks import hookimpl
 from bpfree.network.network import evaluating
 from bpfree.rule import Rule
@@ -38,7 +38,7 @@ EACH = 4
 
 
 def _batches(m: Measurements, seed: int = 1) -> list[Batch]:
-    return batches(Specimen(m.kind).spec, 16, EACH, dtype=torch.float32, seed=seed)
+    return batches(m.spec, 16, EACH, dtype=torch.float32, seed=seed)
 
 
 def _weights(rule: nn.Module) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ def _resumed(m: Measurements, task: Task, folder: Path) -> tuple[dict[str, Tenso
 
 def resume(m: Measurements) -> str | None:
     """Compare a run that was interrupted in the middle of a pass and resumed by a fresh trainer with one that was not."""
-    task = training_runs.cut(training_runs.digits(), EXAMPLES)
+    task = training_runs.cut(training_runs.task_of(m.subject), EXAMPLES)
     straight = _trainer(m, task)
     loss = straight.fit().result["test/loss"]
     found = []
@@ -261,7 +261,7 @@ def _settings() -> dict[str, object]:
 
 def caller_state(m: Measurements) -> str | None:
     """Compare the process's settings before and after a run."""
-    task = training_runs.cut(training_runs.digits(), EXAMPLES)
+    task = training_runs.cut(training_runs.task_of(m.subject), EXAMPLES)
     trainer = _trainer(m, task)
     before = _settings()
     trainer.fit()

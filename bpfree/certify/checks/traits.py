@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from bpfree.certify.checks.check import Check
 from bpfree.certify.findings import CheckFailed, Unmeasured
 from bpfree.certify.interventions import Matrix, name_of_dependence
-from bpfree.certify.measurements import DEPENDENCES, SPECIMENS, Measurements
+from bpfree.certify.measurements import DEPENDENCES, Measurements
 from bpfree.certify.probe import Probe
 from bpfree.certify.reverse import ObservedSteps
 from bpfree.rule import Rule
@@ -174,7 +174,7 @@ def _observed_update(m: Measurements) -> str:
         moved |= any(bool((p != q).any()) for p, q in zip(rule.parameters(), before, strict=True))
         decides |= calls != [()]
 
-    Probe(m.subject, SPECIMENS[m.kind], dtype=m.dtype).run(watch=watch)
+    Probe(m.subject, m.specimen(m.kind), dtype=m.dtype).run(watch=watch)
     return "in-place" if moved else "own-steps" if decides else "grad"
 
 

@@ -1,4 +1,4 @@
-"""Whole runs on the path of ``bpfree train``: weights above that are read, facts that exclude each other, predictions without the blocks."""
+"""Whole runs as ``bpfree train`` makes them: weights that are read, facts that exclude each other, predictions without the blocks."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def _reading(m: Measurements) -> str | None:
         if beyond:
             below, above, cell = beyond[0]
             raise CheckFailed(
-                f"it declares downstream_weights={traits.downstream_weights!r}, but what block {below!r} learns {does} the weights of block "
-                f"{above!r}: with other weights there, and the same values, {_ends(cell)}",
+                f"it declares downstream_weights={traits.downstream_weights!r}, but what block {below!r} learns {does} the weights of "
+                f"block {above!r}: with other weights there, and the same values, {_ends(cell)}",
                 where=_where(m, found),
                 fix=f"declare downstream_weights={_declared(reading.reach(verdict), len(reading.blocks))}, or cut what carries these "  # type: ignore[arg-type]
                 f"weights to block {below!r}",
