@@ -62,6 +62,7 @@ class ForwardForward(Streamed):
         notes="The label takes the place of the first numbers of an input. Predicts the class whose label makes the largest goodness.",
     )
     traits_of = always(Traits("upstream", 0, 1, passes=2, readout="none", targets=("classes",), inputs="real", own_loss=False))
+    optimizer_of = always(OptimizerConfig("adam", lr=3e-3))
 
     def labelled(self, inputs: Tensor, classes: Tensor) -> Tensor:
         marks = self.MARK * F.one_hot(classes, self.spec.outputs).to(inputs.dtype)
@@ -105,6 +106,7 @@ class LocalErrors(Streamed):
         notes="All maps are dense; the paper's are convolutions where the block is one.",
     )
     traits_of = always(Traits("upstream", 0, 1, targets=("classes", "soft"), own_loss=False))
+    optimizer_of = always(OptimizerConfig("adam", lr=3e-3))
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -130,8 +132,7 @@ class FeedbackAlignment(Rule):
         paper="Lillicrap, Cownden, Tweed, Akerman: Random synaptic feedback weights support error backpropagation for deep learning. 2016",
         equation="delta_l = (B_{l+1}^T delta_{l+1}) * f'(u_l);  grad W_l = delta_l h_{l-1}^T",
     )
-    traits_of = always(Traits("all", 0, 1))
-    optimizer_of = always(OptimizerConfig("sgd", lr=0.05, momentum=0.9))
+    traits_of = always(Traits("all", 0, 1, inputs="real"))
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -189,7 +190,7 @@ class WeightMirror(FeedbackAlignment):
         equation="B_l <- (1 - a) B_l + a mean u x^T,  u = W_l x + b_l,  x standard normal noise",
         notes="The response is the layer's pre-activation, so that B tends to W itself and not to a multiple; as many noises as examples.",
     )
-    traits_of = always(Traits("all", "all", 1, passes=2))
+    traits_of = always(Traits("all", "all", 1, passes=2, inputs="real"))
 
     def mirror(self, step: Step, sources: Sequence[Trace]) -> None:
         """Execute each block but the first on noise of the shape of its input, and move its feedback towards the correlation."""
@@ -221,6 +222,7 @@ class Pepita(Rule):
     )
     traits_of = always(Traits("all", 0, 1, passes=2, inputs="real"))
     optimizer_of = always(OptimizerConfig("sgd", lr=0.1, momentum=0.9))
+    network_options = on_mlp(depth=2)
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -290,7 +292,7 @@ class EquilibriumPropagation(Rule):
 
 
 class LearnedInverses(Rule):
-    """Rules with an inverse for each block but the first, learned by executing the block on its noised inputs."""
+    """Rules with inverses of blocks, each learned by executing the block on its noised inputs."""
 
     NOISE = 0.1
 
@@ -299,8 +301,12 @@ class LearnedInverses(Rule):
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
         sizes = {name: shape.numel() for name, shape in self.network.shapes.items()}
-        made = {name: nn.Sequential(nn.Linear(sizes[name], sizes[below]), nn.Tanh()) for below, name in pairwise(self.network.names)}
+        made = {name: nn.Sequential(nn.Linear(sizes[name], sizes[below]), nn.Tanh()) for below, name in pairwise(self.inverted())}
         self.inverses = nn.ModuleDict(made)
+
+    def inverted(self) -> list[str]:
+        """Return the blocks through which targets go down, and the first."""
+        return self.network.hidden
 
     def invert(self, trace: Trace, output: Tensor) -> Tensor:
         found: Tensor = self.inverses[trace.name](output.flatten(1)).view_as(trace.input)
@@ -324,7 +330,7 @@ class DifferenceTargets(LearnedInverses):
         equation="t_{l-1} = h_{l-1} + G_l(t_l) - G_l(h_l);  loss_l = |h_l - t_l|^2 / 2;  G_l: least |G_l(F_l(h + noise)) - (h + noise)|^2",
         notes="The last hidden block's target is a step of gradient descent on the loss, through the readout's own weights.",
     )
-    traits_of = always(Traits("all", "all", 1, passes=2))
+    traits_of = always(Traits("all", "all", 1, passes=2, inputs="real"))
 
     def first_target(self, readout: Trace, error: Tensor) -> Tensor:
         """Train the readout on the output error, and return the target of the block below it."""
@@ -334,8 +340,9 @@ class DifferenceTargets(LearnedInverses):
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         traces = self.network.traces(batch.inputs, input_grad=True)
-        for trace in traces[1:]:
-            self.fit_inverse(trace, step)
+        for trace in traces:
+            if trace.name in self.inverses:
+                self.fit_inverse(trace, step)
         scores = traces[-1].output.detach()
         target = self.first_target(traces[-1], self.spec.error(scores, batch))
         for trace in reversed(traces[:-1]):
@@ -357,6 +364,9 @@ class TargetsThroughout(DifferenceTargets):
         equation="t_L = s - rate (softmax(s) - y);  t_{l-1} = h_{l-1} + G_l(t_l) - G_l(h_l)",
         notes="The paper takes a gradient for the topmost hidden target; here it comes through an inverse like the others.",
     )
+
+    def inverted(self) -> list[str]:
+        return self.network.names
 
     def first_target(self, readout: Trace, error: Tensor) -> Tensor:
         scores = readout.output.detach()
@@ -391,7 +401,7 @@ class MeZO(Rule):
         notes="The paper fine-tunes large models; here a small network learns from scratch, with several directions a step.",
     )
     traits_of = always(Traits("all", "all", 0, update="in-place", passes=2 * DIRECTIONS))
-    optimizer_of = always(OptimizerConfig("sgd", lr=3e-3))
+    optimizer_of = always(OptimizerConfig("sgd", lr=0.03))
 
     network_options = on_mlp(depth=1, width=32)
 
@@ -522,8 +532,8 @@ HONEST = (
         DifferenceTargets,
         "all",
         "all",
-        "Targets come down through inverses that are learned from the responses of all blocks above to noised inputs; the topmost one is "
-        "a gradient through the readout's transposed weights, the only ones that are read, and every hidden block depends on it.",
+        "Targets come down through inverses that are learned from the responses of all hidden blocks above to noised inputs; the topmost "
+        "one is a gradient through the readout's transposed weights, the only ones that are read, and every hidden block depends on it.",
     ),
     Honest(
         TargetsThroughout,
