@@ -192,22 +192,23 @@ class WeightMirror(FeedbackAlignment):
     )
     traits_of = always(Traits("all", "all", 1, passes=2, inputs="real"))
 
-    def mirror(self, step: Step, sources: Sequence[Trace]) -> None:
+    def mirror(self, step: Step, count: int) -> None:
         """Execute each block but the first on noise of the shape of its input, and move its feedback towards the correlation."""
         names = {id(weight): name for name, weight in feedback_weights(self.network).items()}
-        for trace in sources:
-            layer: Any = layer_of(trace.block)
-            noise = normal_like(trace.input, step.generator_for(f"mirror {trace.name}"))
-            with torch.no_grad(), kept_buffers(trace.block), recorded_calls(layer) as calls:
-                trace.block(noise)
+        for below, name in pairwise(self.network.names):
+            block = self.network.blocks[name]
+            layer: Any = layer_of(block)
+            noise = normal_like(layer.weight.new_empty(count, *self.network.shapes[below]), step.generator_for(f"mirror {name}"))
+            with torch.no_grad(), kept_buffers(block), recorded_calls(layer) as calls:
+                block(noise)
             source, response = calls[layer][0]
             seen = parameter_gradients(layer, source, response)["weight"] * response.shape[1] / response.numel()
             self.get_buffer(self.keys[names[id(layer.weight)]]).lerp_(seen, self.RATE)
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        sources = list(self.network.stream(batch.inputs, grad=False))
-        self.mirror(step, sources[1:])
-        return super().credit(batch, step)
+        metrics = super().credit(batch, step)
+        self.mirror(step, len(batch))
+        return metrics
 
 
 class Pepita(Rule):

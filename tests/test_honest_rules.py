@@ -323,7 +323,7 @@ def test_the_best_candidates_by_hand(digits: Task) -> None:
         generator = stepper.step.generator_for(f"candidate {number}")
         weights = {name: p + Candidates.SIZE * torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in start.items()}
         rule.network.load_state_dict(weights)
-        tried.append((float(digits.spec.loss(rule.network(batch.inputs), batch)), weights))
+        tried.append((float(digits.spec.loss(rule.network(batch.inputs), batch).detach()), weights))
     rule.network.load_state_dict(start)
     stepper.take(batch)
     best = sorted(tried, key=lambda pair: pair[0])[: Candidates.BEST]
