@@ -1,6 +1,7 @@
 """Ten honest rules of the literature, and the truth of each in words: what a hidden block reads and learns of the weights above it.
 
-An examiner of rules is to raise no false alarm on any of them. Blocks are executed as modules, never by hand-made products.
+An examiner of rules is to raise no false alarm on any of them. Difference target propagation is there in two forms. Blocks are executed
+as modules, never by products made by hand.
 """
 
 from __future__ import annotations
