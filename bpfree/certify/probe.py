@@ -1,8 +1,9 @@
 """One examined trajectory: a rule takes its steps from fixed weights, and every block's update is noted.
 
-It begins near the rule's own initialisation, every parameter moved a little. After each step the parameters go back to where they were, so
-that steps at other batches and in other phases are all taken from the same weights, and two trajectories differ by what was done to these
-and by nothing else. A rule's other state (buffers, copies of weights that it made at some time) is kept. What is done to the weights
+It begins near the rule's own initialisation, every parameter moved a little. After each step the network's parameters go back to where
+they were, so that steps at other batches and in other phases are all taken from the same weights, and two trajectories differ by what was
+done to these and by nothing else. A rule's other state is kept: its own parameters, which learn slowly, buffers, copies of weights that it
+made at some time. What is done to the weights
 is done as soon as the rule has its network, so that its copies of them, made when it is built, differ as well.
 
 The update of a block is what ``learn`` does to its parameters: under SGD of rate 1 without decay or clipping; for a rule that
@@ -38,6 +39,9 @@ from bpfree.training.updater import Updater, told_groups
 __all__ = ["PLAIN", "Moment", "Probe", "Sampling", "task_gradients"]
 
 PLAIN = OptimizerConfig("sgd", lr=1.0, weight_decay=0.0, momentum=0.0, options={"nesterov": False, "dampening": 0.0, "maximize": False})
+OWN_RATE = 0.01
+"""Learning rate of a rule's own parameters, such as feedback weights and heads."""
+BLOCKS = "network.blocks."
 MOST_PHASES = 24
 """Number of phases to go through, since a rule may have endless phases."""
 Watch = Callable[[Rule, Batch, Step], AbstractContextManager[Any]]
@@ -155,10 +159,11 @@ class Probe:
             return list(self._moments(rule, added or {}, base, watch or _unwatched))
 
     def _moments(self, rule: Rule, added: Mapping[str, Tensor], base: list[Moment] | None, watch: Watch) -> Iterator[Moment]:
-        rule.group_options = dict  # type: ignore[method-assign,assignment]  # rate 1 for all
+        own = {name: {"lr": OWN_RATE} for name in rule.groups() if name not in rule.network.blocks}
+        rule.group_options = lambda: own  # type: ignore[method-assign]  # rate 1 for all blocks
         stepper = Stepper(rule, PLAIN)
         step = stepper.step
-        step.lr = lambda name: 1.0
+        step.lr = lambda name: OWN_RATE if name in own else 1.0
         place = 0
         for phase in self._phases(rule):
             rule.start_phase(phase)
@@ -206,7 +211,7 @@ class Probe:
         moment.updates = _updates(rule, before, applied)
         with torch.no_grad():
             for name, p in rule.named_parameters():
-                if name in before:
+                if name in before and name.startswith(BLOCKS):
                     p.copy_(before[name])
                 p.grad = None
         return moment
@@ -292,7 +297,11 @@ def _noting(rule: Rule, updater: Updater, applied: dict[str, Tensor]) -> Callabl
             for p in updater.groups[group]:
                 if p.grad is not None:
                     name = names[id(p)]
-                    applied[name] = applied[name] - p.grad if name in applied else -p.grad
+                    if name.startswith(BLOCKS):
+                        applied[name] = applied[name] - p.grad if name in applied else -p.grad
+                    else:
+                        with torch.no_grad():
+                            p.sub_(OWN_RATE * p.grad)
                     p.grad = None
         after_update(groups)
 
