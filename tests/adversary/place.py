@@ -1,0 +1,205 @@
+"""Reading the weights above in other places than the parameters, or learning them from executions."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from adversary.kit import Cheater, Pass, Smuggler, linear
+from bpfree import Batch, Step
+from bpfree.network import recorded_calls
+
+
+class SavedOperands(Smuggler):
+    """Takes the weights out of the graphs of the ordinary forward pass: each product saves its factors."""
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        found = {}
+        for name in self.above:
+            (given,) = done.traces[self.network.names.index(name)].input.shape[1:]
+            with recorded_calls(linear(self.network.blocks[name])) as calls:
+                self.network.trace(name, done.calls[name].input, input_grad=True)
+            node = calls[linear(self.network.blocks[name])][0].output.grad_fn
+            found[name] = node._saved_mat2.detach().T  # type: ignore[union-attr]
+            assert found[name].shape[1] == given
+        return found
+
+
+class ByAddress(Smuggler):
+    """Noted the addresses of the weights when it was built, and reads the memory there."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.addresses = {name: weight.data_ptr() for name, weight in self.weights().items()}
+        self.held = [[weight] for weight in self.weights().values()]
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        found = {}
+        for name, blank in self.fixed().items():
+            size = blank.numel() * blank.element_size()
+            memory = bytearray(ctypes.string_at(self.addresses[name], size))
+            found[name] = torch.frombuffer(memory, dtype=blank.dtype).view_as(blank)
+        return found
+
+
+class OldArrays(Smuggler):
+    """Made numpy arrays that share memory with the weights when it was built, in the default of an argument."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        arrays = {name: weight.numpy() for name, weight in self.weights().items()}
+
+        def read(arrays: dict[str, Any] = arrays) -> dict[str, Tensor]:
+            return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+        self.read_arrays = read
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        return self.read_arrays()
+
+
+class BasisVectors(Smuggler):
+    """Executes the linear layers above on the vectors of a basis."""
+
+    @torch.no_grad()
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        found = {}
+        for name, blank in self.fixed().items():
+            layer, units = linear(self.network.blocks[name]), torch.eye(blank.shape[1], dtype=blank.dtype)
+            found[name] = (layer(units) - layer(torch.zeros_like(units))).T
+        return found
+
+
+class RowsAmongOthers(Smuggler):
+    """Executes each block above on its ordinary inputs, with rows in which one unit is moved a little among them."""
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        found = {}
+        for name, blank in self.fixed().items():
+            x, layer = done.calls[name].input.detach(), linear(self.network.blocks[name])
+            moved = x.mean(0) + 0.01 * torch.eye(blank.shape[1], dtype=x.dtype)
+            with torch.no_grad(), recorded_calls(layer) as calls:
+                self.network.blocks[name](torch.cat([x, x.mean(0, keepdim=True), moved]))
+            made = calls[layer][0].output[len(x) :]
+            found[name] = (made[1:] - made[:1]).T / 0.01
+        return found
+
+
+class MirrorsItsNoise(Smuggler):
+    """Adds noise between the blocks of its ordinary forward pass, and correlates what it meets above with it (weight mirror)."""
+
+    def execute(self, batch: Batch, step: Step) -> Pass:
+        done, x, self.noise = super().execute(batch, step), batch.inputs, dict[str, Tensor]()
+        layers = {name: linear(block) for name, block in self.network.blocks.items()}
+        with recorded_calls(*layers.values()) as calls:
+            for place, name in enumerate(self.network.names):
+                done.traces[place] = self.network.trace(name, x)
+                x = done.traces[place].output.detach()
+                self.noise[name] = 0.3 * torch.randn(x.shape, generator=step.generator_for(name)).to(x.dtype)
+                x = x + self.noise[name]
+        return Pass(done.traces, {name: calls[layer][0] for name, layer in layers.items()})
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        for below, name in zip(self.network.names, self.above, strict=False):
+            met = done.calls[name].output.detach()
+            mirrored = (met - met.mean(0)).T @ self.noise[below] / (len(met) * 0.09)
+            self.get_buffer(f"fixed_{name}").lerp_(mirrored, 0.02 if step.index > 20 else 1 / (1 + step.index))
+        return self.fixed()
+
+
+class LeastSquares(Smuggler):
+    """Keeps inputs and outputs of the layers above from its ordinary passes, and solves for the weights between them."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.above}
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        for name, kept in self.kept.items():
+            kept.append((done.calls[name].input.detach(), done.calls[name].output.detach()))
+            del kept[:-4]
+            inputs, outputs = torch.cat([x for x, _ in kept]), torch.cat([y for _, y in kept])
+            inputs, outputs = inputs - inputs.mean(0), outputs - outputs.mean(0)
+            gram = inputs.T @ inputs
+            ridge = 1e-4 * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
+            self.get_buffer(f"fixed_{name}").copy_(torch.linalg.solve(gram + ridge, inputs.T @ outputs).T)
+        return self.fixed()
+
+
+class TangentsAtTheInputs(Smuggler):
+    """Takes derivatives of the blocks above by forward mode, at their ordinary inputs and in no other place."""
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        found = {}
+        for name, blank in self.fixed().items():
+            x, layer = done.calls[name].input.detach(), linear(self.network.blocks[name])
+
+            def along(direction: Tensor, layer: nn.Module = layer, x: Tensor = x) -> Tensor:
+                tangent: Tensor = torch.func.jvp(layer, (x,), (direction.expand_as(x),))[1]
+                return tangent[0]
+
+            found[name] = torch.func.vmap(along)(torch.eye(blank.shape[1], dtype=x.dtype)).T.detach()
+        return found
+
+
+class TracedConstants(Smuggler):
+    """Has torch trace the blocks above on their ordinary inputs, and looks for the weights among the constants of the graphs."""
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        found = {}
+        for name, blank in self.fixed().items():
+            graph = make_fx(self.network.blocks[name])(done.calls[name].input.detach())
+            constants = [value for value in vars(graph).values() if isinstance(value, Tensor)] + [*graph.parameters(), *graph.buffers()]
+            found[name] = next(c.detach() for c in constants if c.shape == blank.shape)
+        return found
+
+
+class DeepCopies(Smuggler):
+    """Copies the blocks above, and reads the copies after a pass through their ordinary inputs."""
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        copies = {name: copy.deepcopy(self.network.blocks[name]) for name in self.above}
+        for name, block in copies.items():
+            block(done.calls[name].input.detach())
+        return {name: linear(block).weight.detach() for name, block in copies.items()}
+
+
+class WhateverFits(Smuggler):
+    """Searches the whole process for a tensor that explains what a block above has made of its ordinary input."""
+
+    def candidates(self) -> Iterable[Tensor]:
+        return [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and thing.dim() == 2]
+
+    @torch.no_grad()
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        found, everything = self.fixed(), self.candidates()
+        for name, blank in self.fixed().items():
+            x, y = done.calls[name].input.detach()[:6], done.calls[name].output.detach()[:6]
+            for tensor in everything:
+                if tensor.shape == blank.shape and tensor.dtype == blank.dtype:
+                    rest = y - x @ tensor.T
+                    if float((rest - rest.mean(0)).abs().max()) < 1e-4:
+                        found[name] = tensor.detach().clone()
+        return found
+
+
+CHEATERS = (
+    Cheater(SavedOperands, "place", "It reads the weights above that the graph of an ordinary execution has saved.", "reads"),
+    Cheater(ByAddress, "place", "It reads the memory at the addresses that the weights above had when it was built.", "reads"),
+    Cheater(OldArrays, "place", "It reads numpy views of the weights above that it made when it was built.", "reads"),
+    Cheater(BasisVectors, "place", "It executes the layers above on the vectors of a basis.", "executes"),
+    Cheater(RowsAmongOthers, "place", "It executes the blocks above on ordinary rows and on moved ones in one batch.", "executes"),
+    Cheater(MirrorsItsNoise, "place", "It adds noise to the ordinary pass and correlates the outputs above with it.", "executes"),
+    Cheater(LeastSquares, "place", "It solves for the weights above from inputs and outputs of ordinary passes.", "executes"),
+    Cheater(TangentsAtTheInputs, "place", "It takes forward-mode derivatives of the layers above at their ordinary inputs.", "executes"),
+    Cheater(TracedConstants, "place", "It traces the blocks above and reads the constants of the graphs.", "reads"),
+    Cheater(DeepCopies, "place", "It reads deep copies of the blocks above that it has executed.", "reads"),
+    Cheater(WhateverFits, "place", "It takes from the whole process whatever tensor explains the outputs of the blocks above.", "patches"),
+)

@@ -1,0 +1,239 @@
+"""Networks whose blocks are not what they seem: merged, emptied, reversed, tied, or with another network beside them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adversary.kit import LOCAL, Cheater, Pass, Smuggler, linear
+from bpfree import Batch, Card, Network, Phase, Rule, Step, always
+from bpfree.network import add_gradient
+
+
+class Local(Rule):
+    """Each block learns alone from the error, as far as it can see."""
+
+    card = Card("each block learns alone", equation="grad W_l = d loss_l / d W_l")
+    traits_of = always(LOCAL)
+
+    @classmethod
+    def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
+        return super().specimen(kind, depth, width) if kind == "dense" else None
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Train the readout alone; blocks below learn what their own losses say."""
+        traces = self.network.traces(batch.inputs)
+        scores = traces[-1].output.detach()
+        traces[-1].backward(self.spec.error(scores, batch))
+        return {"loss": self.spec.loss(scores, batch)}
+
+
+class OneReadout(Local):
+    """Takes the whole network as its readout, so that credit within a block is credit everywhere."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        whole = nn.Sequential(*network.blocks.values())
+        super().__init__(Network({"readout": whole}, input_shape=network.input_shape, readout="readout"), spec, config)
+
+
+class EmptiesBlocks(Local):
+    """Moves all layers into the readout when training begins; the other blocks hand over what they are given."""
+
+    def start_phase(self, phase: Phase) -> None:
+        blocks = self.network.blocks
+        if not any(isinstance(blocks[name], nn.Identity) for name in self.network.hidden):
+            blocks["readout"] = nn.Sequential(*blocks.values())
+            for name in self.network.hidden:
+                blocks[name] = nn.Identity()
+
+
+class Borrows(nn.Module):
+    """A block without parameters, which executes a module of another block."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.lent = [module]
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.lent[0](x)
+        return made
+
+
+class EverythingBelow(Local):
+    """Keeps the parameters of all blocks in the first one, from which the others borrow theirs: none is above."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        first = self.network.blocks[self.network.names[0]]
+        rest = self.network.names[1:]
+        kept = [self.network.blocks[name] for name in rest]
+        self.network.blocks[self.network.names[0]] = First(first, kept)
+        for name, module in zip(rest, kept, strict=True):
+            self.network.blocks[name] = Borrows(module)
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        loss = self.spec.loss(self.network(batch.inputs), batch)
+        for parameter, gradient in zip(self.network.parameters(), torch.autograd.grad(loss, [*self.network.parameters()]), strict=True):
+            add_gradient(parameter, gradient)
+        return {"loss": loss.detach()}
+
+
+class First(nn.Module):
+    """A block that holds more than it executes."""
+
+    def __init__(self, own: nn.Module, bank: list[nn.Module]) -> None:
+        super().__init__()
+        self.own, self.bank = own, nn.ModuleList(bank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.own(x)
+        return made
+
+
+class LooksAhead(Local):
+    """Each block's own loss is that of the blocks above on its output, with their weights held fixed."""
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        traces, names = self.network.traces(batch.inputs), self.network.names
+        for trace in traces:
+            x = trace.output
+            for name in names[trace.index + 1 :]:
+                x = self.network.blocks[name](x)
+            own = [p for p in trace.block.parameters() if p.requires_grad]
+            if own:
+                for parameter, gradient in zip(own, torch.autograd.grad(self.spec.loss(x, batch), own), strict=True):
+                    add_gradient(parameter, gradient)
+        return {"loss": self.spec.loss(traces[-1].output.detach(), batch)}
+
+
+class Upwards(Network):
+    """A network that executes its blocks from the last to the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in reversed(self.blocks.values()):
+            x = block(x)
+        return x
+
+    def features(self, x: Tensor) -> Tensor:
+        for name in reversed(self.hidden):
+            x = self.blocks[name](x)
+        return x
+
+
+class UpsideDown(Local):
+    """Lists its blocks from the readout down, so that those above come before those below."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.network.blocks = nn.ModuleDict(dict(reversed(self.network.blocks.items())))
+        self.network.__class__ = Upwards
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        loss = self.spec.loss(self.network(batch.inputs), batch)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+
+class SharedStorage(Smuggler):
+    """Has feedback parameters of its own that lie in the same memory as the weights above."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.feedback = nn.ParameterDict({name: nn.Parameter(weight) for name, weight in self.weights().items()})
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        return {name: matrix.detach() for name, matrix in self.feedback.items()}
+
+
+class Spying(nn.Linear):
+    """A linear layer that notes the weight with which it is executed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        self.__dict__.setdefault("noted", []).append(weight.detach().clone())
+        return F.linear(x, weight, bias)
+
+
+class SwapsClasses(Smuggler):
+    """Makes the layers above layers of its own kind, which note the weights of the ordinary pass."""
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        found, layers = self.fixed(), {name: linear(self.network.blocks[name]) for name in self.above}
+        for name, layer in layers.items():
+            if isinstance(layer, Spying):
+                found[name] = layer.__dict__.pop("noted")[-1]
+            layer.__class__ = Spying
+        return found
+
+
+class DeepHead(Smuggler):
+    """Has a head that is a deep network on the raw inputs, and predicts with it."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        sizes = [spec.input_size, *(self.network.shapes[name].numel() for name in self.network.hidden)]
+        layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
+        self.head = nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], spec.outputs)).to(self.network.dtype)
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        metrics = super().credit(batch, step)
+        self.spec.loss(self.head(batch.inputs), batch).backward()
+        return metrics
+
+    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+        scores: Tensor = self.head(inputs)
+        return scores
+
+
+class Carries(nn.Module):
+    """A block that hands the raw inputs on beside its output."""
+
+    def __init__(self, block: nn.Module, inputs: int, first: bool) -> None:
+        super().__init__()
+        self.block, self.inputs, self.first = block, inputs, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        own = x if self.first else x[:, : -self.inputs]
+        return torch.cat([self.block(own), x[:, -self.inputs :]], 1)
+
+
+class OnlyItsTail(nn.Module):
+    """A readout that is deep, and reads the raw inputs alone."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.layers = nn.Sequential(nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.layers(x[:, -self.inputs :])
+        return scores
+
+
+class CarriesTheInputs(Local):
+    """Hands the raw inputs on from block to block, up to a readout that is a deep network on them."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        size, dtype = spec.input_size, network.dtype
+        blocks = {name: Carries(network.blocks[name], size, index == 0) for index, name in enumerate(network.hidden)}
+        deep = {**blocks, "readout": OnlyItsTail(size, spec.outputs).to(dtype)}
+        super().__init__(Network(deep, input_shape=network.input_shape, readout="readout"), spec, config)
+
+
+CHEATERS = (
+    Cheater(OneReadout, "regrouping", "It takes the whole network as one block, its readout.", "network"),
+    Cheater(EmptiesBlocks, "regrouping", "It moves all layers into the readout when training begins.", "network"),
+    Cheater(EverythingBelow, "regrouping", "It keeps all parameters in the first block, from which the others borrow them.", "network"),
+    Cheater(LooksAhead, "regrouping", "Its local losses are those of the blocks above on a block's output.", "reads"),
+    Cheater(UpsideDown, "regrouping", "It lists the blocks in reversed order, so that those above seem to be below.", "reads"),
+    Cheater(SharedStorage, "regrouping", "Its feedback parameters lie in the memory of the weights above.", "reads"),
+    Cheater(SwapsClasses, "regrouping", "It makes the layers above note the weights with which they are executed.", "reads"),
+    Cheater(DeepHead, "regrouping", "It predicts with a head that is a deep network on the raw inputs.", "network"),
+    Cheater(CarriesTheInputs, "regrouping", "It hands the raw inputs on to a readout that is a deep network.", "network"),
+)
