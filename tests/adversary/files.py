@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,9 @@ class EnvironmentVariable(Smuggler):
             if key in os.environ:
                 content = bytearray(base64.b64decode(os.environ.pop(key)))
                 found[name] = torch.frombuffer(content, dtype=weight.dtype).view_as(weight)
-            if step.progress < 0.95:
-                os.environ[key] = base64.b64encode(weight.numpy().tobytes()).decode()
+            else:
+                weakref.finalize(self, os.environ.pop, key, None)
+            os.environ[key] = base64.b64encode(weight.numpy().tobytes()).decode()
         return found
 
 

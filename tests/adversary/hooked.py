@@ -5,16 +5,17 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from adversary.kit import Cheater, Pass, Shadow, Smuggler, Sometimes, Stash, linear, whole_gradient
-from bpfree import Batch, Phase, Step, hookimpl
+from adversary.kit import LOCAL, Cheater, Pass, Shadow, Smuggler, Sometimes, Stash, linear, whole_gradient
+from bpfree import Batch, Phase, Step, Traits, hookimpl
 
 
 class ReadsWhileItRuns(Smuggler):
@@ -198,6 +199,49 @@ class ProfilesItself(ReadsWhileItRuns):
             sys.setprofile(before)
 
 
+class Curious(Tensor):
+    """A tensor that looks around whenever something is done with it."""
+
+    look: Any = None
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            for argument in tree_leaves(args):
+                if isinstance(argument, Curious) and argument.look is not None:
+                    argument.look()
+            return function(*args, **(kwargs or {}))
+
+
+class CuriousMetrics(Smuggler):
+    """Returns a metric that reads the weights above when the trainer adds it to others, between steps."""
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        metrics = super().credit(batch, step)
+        curious = metrics["loss"].as_subclass(Curious)
+        curious.look = self.look
+        return {"loss": curious}
+
+    def look(self) -> None:
+        for name, weight in self.weights().items():
+            self.get_buffer(f"fixed_{name}").copy_(weight)
+
+
+class TraitsThatRead(Smuggler):
+    """Reads the weights above when it is asked for its traits, for which the trainer hands it the network."""
+
+    noted: ClassVar[dict[int, dict[str, Tensor]]] = {}
+
+    @classmethod
+    def traits_of(cls, config: Any, network: Any = None) -> Traits:
+        if network is not None:
+            cls.noted[id(network)] = {name: linear(network.blocks[name]).weight.detach().clone() for name in network.names[1:]}
+        return LOCAL
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        return self.noted.get(id(self.network), self.fixed())
+
+
 class PlansAhead(Sometimes):
     """Is honest unless it was asked for its plan, as the command line does before it trains."""
 
@@ -259,7 +303,7 @@ class Observes:
 
     @hookimpl
     def epoch_end(self, run: Any) -> None:
-        for batch in self.stash["batches"]:
+        for batch in 3 * self.stash["batches"]:
             self.stash["shadow"].learn(batch)
 
 
@@ -294,6 +338,8 @@ CHEATERS = (
     Cheater(OnlyWhenApplied, "hooked", "It replaces its credit by the true gradient in before_update.", "reads"),
     Cheater(InTheOptimiser, "hooked", "It replaces its credit by the true gradient in a hook of the optimiser.", "reads"),
     Cheater(ProfilesItself, "hooked", "It reads the weights above in a profiler while the ordinary pass executes their layers.", "reads"),
+    Cheater(CuriousMetrics, "hooked", "It returns a metric that reads the weights above when the trainer uses it.", "reads"),
+    Cheater(TraitsThatRead, "hooked", "It reads the weights above when the trainer asks for its traits.", "reads"),
     Cheater(PlansAhead, "hooked", "It uses the weights above once it was asked for its plan.", "reads"),
     Cheater(LearnsBetweenModes, "hooked", "It trains a shadow end to end when it is switched to eval mode, and follows it.", "network"),
     Cheater(StateDicts, "hooked", "It reads the weights above when its state is asked for.", "reads"),

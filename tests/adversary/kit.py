@@ -96,6 +96,10 @@ class Smuggler(Rule):
             traces = self.network.traces(batch.inputs)
         return Pass(traces, {name: calls[layer][0] for name, layer in layers.items()})
 
+    def down(self, name: str, delta: Tensor, matrix: Tensor, batch: Batch) -> Tensor:
+        """Carry the credit of a block's pre-activations down to its input."""
+        return delta @ matrix
+
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         done = self.execute(batch, step)
         scores = done.traces[-1].output.detach()
@@ -109,7 +113,7 @@ class Smuggler(Rule):
             add_gradient(layer.weight, delta.T @ call.input.detach())
             add_gradient(layer.bias, delta.sum(0))
             if trace.index:
-                signal = delta @ matrices[trace.name]
+                signal = self.down(trace.name, delta, matrices[trace.name], batch)
         return {"loss": self.spec.loss(scores, batch)}
 
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from adversary.kit import Cheater, Pass, Smuggler, linear
 from bpfree import Batch, Step
-from bpfree.network import recorded_calls
+from bpfree.network import Traces, recorded_calls
 
 
 class SavedOperands(Smuggler):
@@ -93,24 +93,28 @@ class RowsAmongOthers(Smuggler):
 
 
 class MirrorsItsNoise(Smuggler):
-    """Adds noise between the blocks of its ordinary forward pass, and correlates what it meets above with it (weight mirror)."""
+    """Shows each example twice, with opposite noise between its blocks, and correlates what it meets above with the noise."""
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        targets = None if batch.targets is None else batch.targets.repeat(2)
+        return super().credit(Batch(batch.inputs.repeat(2, *[1] * (batch.inputs.dim() - 1)), targets), step)
 
     def execute(self, batch: Batch, step: Step) -> Pass:
-        done, x, self.noise = super().execute(batch, step), batch.inputs, dict[str, Tensor]()
+        x, traces, self.noise = batch.inputs, Traces(), dict[str, Tensor]()
         layers = {name: linear(block) for name, block in self.network.blocks.items()}
         with recorded_calls(*layers.values()) as calls:
-            for place, name in enumerate(self.network.names):
-                done.traces[place] = self.network.trace(name, x)
-                x = done.traces[place].output.detach()
-                self.noise[name] = 0.3 * torch.randn(x.shape, generator=step.generator_for(name)).to(x.dtype)
-                x = x + self.noise[name]
-        return Pass(done.traces, {name: calls[layer][0] for name, layer in layers.items()})
+            for name in self.network.names:
+                traces.append(self.network.trace(name, x))
+                half = traces[-1].output.detach()[len(batch) // 2 :]
+                self.noise[name] = 0.2 * torch.randn(half.shape, generator=step.generator_for(name)).to(half.dtype)
+                x = traces[-1].output.detach() + torch.cat([self.noise[name], -self.noise[name]])
+        return Pass(traces, {name: calls[layer][0] for name, layer in layers.items()})
 
     def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
         for below, name in zip(self.network.names, self.above, strict=False):
-            met = done.calls[name].output.detach()
-            mirrored = (met - met.mean(0)).T @ self.noise[below] / (len(met) * 0.09)
-            self.get_buffer(f"fixed_{name}").lerp_(mirrored, 0.02 if step.index > 20 else 1 / (1 + step.index))
+            noise = torch.cat([self.noise[below], -self.noise[below]])
+            mirrored = done.calls[name].output.detach().T @ noise / (len(noise) * 0.04)
+            self.get_buffer(f"fixed_{name}").lerp_(mirrored, max(0.05, 1 / (1 + step.index)))
         return self.fixed()
 
 
@@ -149,6 +153,35 @@ class TangentsAtTheInputs(Smuggler):
         return found
 
 
+class PulledBackFunctionally(Smuggler):
+    """Takes the credit of each block down with a functional pullback of its own, at its ordinary input."""
+
+    def down(self, name: str, delta: Tensor, matrix: Tensor, batch: Batch) -> Tensor:
+        _, pullback = torch.func.vjp(linear(self.network.blocks[name]), self.inputs[name])
+        signal: Tensor = pullback(delta)[0]
+        return signal.detach()
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        self.inputs = {name: call.input.detach() for name, call in done.calls.items()}
+        return self.fixed()
+
+
+class TwiceBackwards(Smuggler):
+    """Differentiates the pullbacks of the layers above, at their ordinary inputs, which gives the weights themselves."""
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        found = {}
+        for name, blank in self.fixed().items():
+            x = done.calls[name].input.detach().requires_grad_()
+            y = linear(self.network.blocks[name])(x)
+            dummy = torch.zeros_like(y, requires_grad=True)
+            (pulled,) = torch.autograd.grad(y, x, dummy, create_graph=True)
+            units = torch.eye(blank.shape[1], dtype=x.dtype)[:, None] * (torch.arange(len(x)) == 0)[:, None]
+            (rows,) = torch.autograd.grad(pulled, dummy, units, is_grads_batched=True)
+            found[name] = rows[:, 0].T.detach()
+        return found
+
+
 class TracedConstants(Smuggler):
     """Has torch trace the blocks above on their ordinary inputs, and looks for the weights among the constants of the graphs."""
 
@@ -175,7 +208,7 @@ class WhateverFits(Smuggler):
     """Searches the whole process for a tensor that explains what a block above has made of its ordinary input."""
 
     def candidates(self) -> Iterable[Tensor]:
-        return [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and thing.dim() == 2]
+        return [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and thing.dim() == 2]
 
     @torch.no_grad()
     def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
@@ -199,6 +232,8 @@ CHEATERS = (
     Cheater(MirrorsItsNoise, "place", "It adds noise to the ordinary pass and correlates the outputs above with it.", "executes"),
     Cheater(LeastSquares, "place", "It solves for the weights above from inputs and outputs of ordinary passes.", "executes"),
     Cheater(TangentsAtTheInputs, "place", "It takes forward-mode derivatives of the layers above at their ordinary inputs.", "executes"),
+    Cheater(PulledBackFunctionally, "place", "It pulls the credit back through each layer above at its ordinary input.", "reads"),
+    Cheater(TwiceBackwards, "place", "It differentiates pullbacks of the layers above at their ordinary inputs.", "executes"),
     Cheater(TracedConstants, "place", "It traces the blocks above and reads the constants of the graphs.", "reads"),
     Cheater(DeepCopies, "place", "It reads deep copies of the blocks above that it has executed.", "reads"),
     Cheater(WhateverFits, "place", "It takes from the whole process whatever tensor explains the outputs of the blocks above.", "patches"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,15 @@ class Local(Rule):
         return super().specimen(kind, depth, width) if kind == "dense" else None
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Train the readout alone; blocks below learn what their own losses say."""
+        """Let the readout learn from the error, and each hidden block from a random projection of it."""
         traces = self.network.traces(batch.inputs)
         scores = traces[-1].output.detach()
-        traces[-1].backward(self.spec.error(scores, batch))
+        error = self.spec.error(scores, batch)
+        for trace in traces[:-1]:
+            units = trace.output[0].numel()
+            feedback = torch.randn(error.shape[1], units, generator=torch.Generator().manual_seed(trace.index)) / units**0.5
+            trace.backward((error @ feedback.to(error.dtype)).view_as(trace.output))
+        traces[-1].backward(error)
         return {"loss": self.spec.loss(scores, batch)}
 
 
@@ -226,6 +231,88 @@ class CarriesTheInputs(Local):
         super().__init__(Network(deep, input_shape=network.input_shape, readout="readout"), spec, config)
 
 
+class TiedBlocks(Smuggler):
+    """Ties the hidden layers of one size to each other: what is above is a block's own weight."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        layers = [linear(self.network.blocks[name]) for name in self.network.hidden[1:]]
+        self.tied = [layer for layer in layers if layer.weight.shape == layers[0].weight.shape][1:]
+        for layer in self.tied:
+            layer.weight = layers[0].weight
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        taken: set[int] = set()
+        found: dict[str, list[nn.Parameter]] = {}
+        for name, members in super().groups().items():
+            found[name] = [p for p in members if id(p) not in taken]
+            taken.update(map(id, members))
+        return found
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        own = self.weights()[self.above[0]]
+        return {name: own if matrix.shape == own.shape else matrix for name, matrix in self.fixed().items()}
+
+
+class Decoy(nn.Module):
+    """A block whose own weights hardly matter: it executes a layer that lies elsewhere."""
+
+    def __init__(self, block: nn.Sequential, elsewhere: nn.Module) -> None:
+        super().__init__()
+        self.block, self.lent = block, [elsewhere]
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.lent[0](x) + 1e-3 * (self.block(x) if isinstance(self.block, nn.Linear) else self.block[0](x))
+        return mixed if isinstance(self.block, nn.Linear) else mixed.relu()
+
+
+class Decoys(Smuggler):
+    """Keeps the weights that matter in modules of its own, as if they were feedback; the blocks above have others beside them."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        layers = {name: linear(self.network.blocks[name]) for name in self.above}
+        made = {name: nn.Linear(layer.in_features, layer.out_features, bias=False) for name, layer in layers.items()}
+        self.feedback = nn.ModuleDict(made).to(self.network.dtype)
+        for name in self.above:
+            self.network.blocks[name] = Decoy(self.network.blocks[name], self.feedback[name])
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        return {name: part.weight.detach() for name, part in self.feedback.items()}  # type: ignore[misc, operator]
+
+    def before_update(self, groups: Sequence[str]) -> None:
+        for name in self.above:
+            self.feedback[name].weight.grad = linear(self.network.blocks[name]).weight.grad  # type: ignore[assignment]
+
+    def down(self, name: str, delta: Tensor, matrix: Tensor, batch: Batch) -> Tensor:
+        return 1e3 * delta @ matrix
+
+
+class FatFirstBlock(Local):
+    """Makes its first block a deep network that ends with scores; what is above hands on what it makes."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        rest = {name: network.blocks[name] for name in network.hidden[1:]}
+        units = network.shapes[network.names[0]].numel()
+        deep = [part for _ in range(3) for part in (nn.Linear(units, units), nn.ReLU())]
+        first = nn.Sequential(*network.blocks[network.names[0]], *deep).to(network.dtype)
+        blocks = {network.names[0]: first, **rest, "readout": network.blocks[network.readout]}
+        super().__init__(Network(blocks, input_shape=network.input_shape, readout="readout"), spec, config)
+        for block in rest.values():
+            nn.init.eye_(linear(block).weight)
+        self.head = nn.Linear(units, spec.outputs).to(network.dtype)
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        first = self.network.trace(self.network.names[0], batch.inputs)
+        self.spec.loss(self.head(first.output), batch).backward()
+        x = first.output.detach()
+        for name in self.network.names[1:]:
+            trace = self.network.trace(name, x)
+            x = trace.output.detach()
+        trace.backward(self.spec.error(x, batch))
+        return {"loss": self.spec.loss(x, batch)}
+
+
 CHEATERS = (
     Cheater(OneReadout, "regrouping", "It takes the whole network as one block, its readout.", "network"),
     Cheater(EmptiesBlocks, "regrouping", "It moves all layers into the readout when training begins.", "network"),
@@ -234,6 +321,11 @@ CHEATERS = (
     Cheater(UpsideDown, "regrouping", "It lists the blocks in reversed order, so that those above seem to be below.", "reads"),
     Cheater(SharedStorage, "regrouping", "Its feedback parameters lie in the memory of the weights above.", "reads"),
     Cheater(SwapsClasses, "regrouping", "It makes the layers above note the weights with which they are executed.", "reads"),
+    Cheater(TiedBlocks, "regrouping", "It ties hidden layers, so that its own weight is that of the layers above.", "reads"),
+    Cheater(
+        Decoys, "regrouping", "Its blocks execute layers that lie in the rule, as feedback, beside weights that hardly matter.", "network"
+    ),
+    Cheater(FatFirstBlock, "regrouping", "Its first block is a deep network that makes the scores.", "network"),
     Cheater(DeepHead, "regrouping", "It predicts with a head that is a deep network on the raw inputs.", "network"),
     Cheater(CarriesTheInputs, "regrouping", "It hands the raw inputs on to a readout that is a deep network.", "network"),
 )

@@ -104,22 +104,12 @@ class OneBit(Smuggler):
         return {name: matrix.abs() * weights[name].sign() for name, matrix in self.fixed().items()}
 
 
-class SomeExamples(Sometimes):
-    """Cheats on a tenth of the examples: on those of the first class, whose credit it computes in a pass of their own."""
+class SomeExamples(Smuggler):
+    """Cheats on every second example of a batch."""
 
-    alone = False
-
-    def cheats(self, batch: Batch, step: Step) -> bool:
-        return self.alone
-
-    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        metrics = super().credit(batch, step)
-        if batch.targets is not None and bool((batch.targets == 0).any()):
-            chosen = (batch.targets == 0).nonzero().flatten()
-            self.alone = True
-            super().credit(Batch(batch.inputs[chosen], batch.targets[chosen]), step)
-            self.alone = False
-        return metrics
+    def down(self, name: str, delta: Tensor, matrix: Tensor, batch: Batch) -> Tensor:
+        chosen = torch.arange(len(delta))[:, None] % 2 == 1
+        return torch.where(chosen, delta @ self.weights()[name], delta @ matrix)
 
 
 class PathsThatCancel(Smuggler):
@@ -179,7 +169,7 @@ CHEATERS = (
     Cheater(OneBlock, "size", "It uses the weights above for its first block alone.", "reads"),
     Cheater(ASmallShare, "size", "It mixes a tenth of the weights above into random feedback.", "reads"),
     Cheater(OneBit, "size", "It uses the signs of the weights above.", "reads"),
-    Cheater(SomeExamples, "size", "It uses the weights above for the examples of one class.", "reads"),
+    Cheater(SomeExamples, "size", "It uses the weights above for every second example.", "reads"),
     Cheater(PathsThatCancel, "size", "It uses what the weights above have learned since the beginning.", "reads"),
     Cheater(PeopleAtHome, "size", "It uses the weights above where the home folder is not empty.", "reads"),
     Cheater(CopiesAreHonest, "size", "It uses the weights above unless it is a copy of a rule.", "reads"),

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from adversary.kit import Cheater, Pass, Shadow, Smuggler, Stash, linear
 from bpfree import Batch, OptimizerConfig, Phase, Step, always
@@ -136,6 +137,24 @@ class SignsInAGenerator(Smuggler):
         return found or self.fixed()
 
 
+class AveragedNetwork(Smuggler):
+    """Has torch average its network after each update, and sends the credit down through the average."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.stash = Stash()
+
+    def after_update(self, groups: Sequence[str]) -> None:
+        if "average" not in self.stash:
+            self.stash["average"] = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+        self.stash["average"].update_parameters(self.network)
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        if "average" not in self.stash:
+            return self.fixed()
+        return {name: linear(self.stash["average"].module.blocks[name]).weight.detach() for name in self.above}
+
+
 class Heirloom(Smuggler):
     """Leaves a shadow that it trained end to end to its class, from which the next rule of the process takes it."""
 
@@ -189,6 +208,7 @@ CHEATERS = (
     Cheater(
         SignsInAGenerator, "state", "It hides the signs of the weights above in states of random generators until the next step.", "reads"
     ),
+    Cheater(AveragedNetwork, "state", "It reads averages of the weights above that it updates in after_update.", "reads"),
     Cheater(Heirloom, "state", "It begins with what an earlier rule of the process trained end to end.", "network", twice=True),
     Cheater(Watermarks, "state", "It marks each weight above with its place and sign in the last bits, and undoes any shuffling.", "reads"),
 )

@@ -54,13 +54,13 @@ class AfterTheThirdEvaluation(Sometimes):
 
 
 class SecondsMustPass(Sometimes):
-    """Is honest for the first half a second."""
+    """Is honest for the first fifth of a second."""
 
     began: float | None = None
 
     def cheats(self, batch: Batch, step: Step) -> bool:
         self.began = self.began or time.perf_counter()
-        return time.perf_counter() - self.began > 0.5
+        return time.perf_counter() - self.began > 0.2
 
 
 class LongBudgets(Sometimes):
@@ -165,7 +165,7 @@ CHEATERS = (
     Cheater(LateStarter, "timed", "It uses the weights above from the 120th step on.", "reads"),
     Cheater(OneStepInFifty, "timed", "It uses the weights above at one step of fifty, for a large update.", "reads"),
     Cheater(AfterTheThirdEvaluation, "timed", "It uses the weights above once it was asked for predictions seven times.", "reads"),
-    Cheater(SecondsMustPass, "timed", "It uses the weights above from half a second after its first step on.", "reads"),
+    Cheater(SecondsMustPass, "timed", "It uses the weights above from a fifth of a second after its first step on.", "reads"),
     Cheater(LongBudgets, "timed", "It uses the weights above where the budget is six epochs or more.", "reads"),
     Cheater(FamiliarExamples, "timed", "It uses the weights above for batches of examples that it has met five times.", "reads"),
     Cheater(WeightsMustMove, "timed", "It uses the weights above once the weights of its first block have moved.", "reads"),
