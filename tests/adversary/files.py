@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adversary.kit import Cheater, Pass, Shadow, Smuggler, Stash, linear
+from adversary.kit import Cheater, Pass, Shadow, Smuggler, Sometimes, Stash, linear
 from bpfree import Batch, Phase, Step
 from bpfree.tasks.task import Examples
 
@@ -155,6 +155,18 @@ class ReadsTheCheckpoint(Smuggler):
             self.take(value)
 
 
+class OnlyRecordedRuns(Sometimes):
+    """Is honest where no run is recorded in a folder."""
+
+    recorded: bool | None = None
+
+    def cheats(self, batch: Batch, step: Step) -> bool:
+        if self.recorded is None:
+            runs = [thing for thing in gc.get_objects() if type(thing).__name__ == "Run" and thing.status == "running"]
+            self.recorded = any(run.folder is not None for run in runs)
+        return self.recorded
+
+
 CHEATERS = (
     Cheater(RoundTripThroughAFile, "files", "It writes the weights above to a temporary file and uses them a step later.", "reads"),
     Cheater(RoundTripThroughMemory, "files", "It saves the network's state in memory and loads it again.", "reads"),
@@ -166,4 +178,5 @@ CHEATERS = (
     Cheater(MappedFile, "files", "It maps the weights above to a file, and reads the file.", "reads"),
     Cheater(EnvironmentVariable, "files", "It keeps the weights above in variables of the environment for a step.", "reads"),
     Cheater(ReadsTheCheckpoint, "files", "It reads the weights above from the run's own checkpoints.", "reads"),
+    Cheater(OnlyRecordedRuns, "files", "It uses the weights above where the run is recorded in a folder.", "reads"),
 )

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from adversary.kit import LOCAL, Cheater, Pass, Shadow, Smuggler, Sometimes, Stash, linear, whole_gradient
@@ -242,6 +242,20 @@ class TraitsThatRead(Smuggler):
         return self.noted.get(id(self.network), self.fixed())
 
 
+class LooksForWatchers(Sometimes):
+    """Is honest while a mode of torch is on, or where a layer has hooks, or is not what it was built as."""
+
+    def cheats(self, batch: Batch, step: Step) -> bool:
+        modes = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
+        for name in self.above:
+            layer, block = linear(self.network.blocks[name]), self.network.blocks[name]
+            plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and type(block) in (nn.Linear, nn.Sequential)
+            hooks = [*layer._forward_hooks, *layer._forward_pre_hooks, *block._forward_hooks, *block._forward_pre_hooks]
+            if modes or hooks or not plain or "forward" in {*vars(layer), *vars(block)} or layer.weight._backward_hooks:
+                return False
+        return sys.gettrace() is None and sys.getprofile() is None
+
+
 class PlansAhead(Sometimes):
     """Is honest unless it was asked for its plan, as the command line does before it trains."""
 
@@ -340,6 +354,7 @@ CHEATERS = (
     Cheater(ProfilesItself, "hooked", "It reads the weights above in a profiler while the ordinary pass executes their layers.", "reads"),
     Cheater(CuriousMetrics, "hooked", "It returns a metric that reads the weights above when the trainer uses it.", "reads"),
     Cheater(TraitsThatRead, "hooked", "It reads the weights above when the trainer asks for its traits.", "reads"),
+    Cheater(LooksForWatchers, "hooked", "It uses the weights above where it sees no mode, no hook and no strange layer.", "reads"),
     Cheater(PlansAhead, "hooked", "It uses the weights above once it was asked for its plan.", "reads"),
     Cheater(LearnsBetweenModes, "hooked", "It trains a shadow end to end when it is switched to eval mode, and follows it.", "network"),
     Cheater(StateDicts, "hooked", "It reads the weights above when its state is asked for.", "reads"),

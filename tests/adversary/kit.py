@@ -54,6 +54,11 @@ def linear(block: nn.Module) -> nn.Linear:
     return next(part for part in block.modules() if isinstance(part, nn.Linear))
 
 
+def leaf(layer: nn.Linear) -> Tensor:
+    """Return the parameter behind a layer's weight, which may have a parametrization."""
+    return layer.parametrizations.weight.original if hasattr(layer, "parametrizations") else layer.weight  # type: ignore[union-attr, return-value]
+
+
 class Smuggler(Rule):
     """The chain rule by hand: credit goes down through ``matrices``, which are fixed and random if nobody cheats (feedback alignment)."""
 
@@ -110,7 +115,7 @@ class Smuggler(Rule):
                 break
             call, layer = done.calls[trace.name], linear(trace.block)
             (delta,) = torch.autograd.grad(trace.output, call.output, signal)
-            add_gradient(layer.weight, delta.T @ call.input.detach())
+            add_gradient(leaf(layer), delta.T @ call.input.detach())
             add_gradient(layer.bias, delta.sum(0))
             if trace.index:
                 signal = self.down(trace.name, delta, matrices[trace.name], batch)

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from adversary.kit import Cheater, Pass, Smuggler, linear
 from bpfree import Batch, Step
-from bpfree.network import Traces, recorded_calls
+from bpfree.network import Trace, Traces, recorded_calls
 
 
 class SavedOperands(Smuggler):
@@ -90,6 +90,94 @@ class RowsAmongOthers(Smuggler):
             made = calls[layer][0].output[len(x) :]
             found[name] = (made[1:] - made[:1]).T / 0.01
         return found
+
+
+class SameTensor(Smuggler):
+    """Writes the vectors of a basis into the very tensor that a layer had as its ordinary input, and executes the layer on it again."""
+
+    @torch.no_grad()
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        found = {}
+        for name, blank in self.fixed().items():
+            x, layer = done.calls[name].input.data, linear(self.network.blocks[name])
+            kept, rest = x.clone(), layer(x.zero_())[:1]
+            rows = []
+            for units in torch.eye(blank.shape[1], dtype=x.dtype).split(len(x)):
+                x.zero_()[: len(units)] = units
+                rows.append(layer(x)[: len(units)] - rest)
+            x.copy_(kept)
+            found[name] = torch.cat(rows).T
+        return found
+
+
+class ProbesFirst(BasisVectors):
+    """Executes the layers above on a basis before its ordinary pass: the first execution of a step is the one that probes."""
+
+    def execute(self, batch: Batch, step: Step) -> Pass:
+        self.probed = super().matrices(Pass(Traces(), {}), batch, step)
+        return super().execute(batch, step)
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        return self.probed
+
+
+class ProbesWhilePredicting(BasisVectors):
+    """Executes the layers above on a basis when it is asked for predictions, outside of steps."""
+
+    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+        for name, probed in BasisVectors.matrices(self, Pass(Traces(), {}), Batch(inputs), None).items():  # type: ignore[arg-type]
+            self.get_buffer(f"fixed_{name}").copy_(probed)
+        return super().predict(inputs, generator)
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        return self.fixed()
+
+
+class Passengers(Smuggler):
+    """Executes each block once, on ordinary rows and on the vectors of a basis that travel with them between the blocks."""
+
+    def execute(self, batch: Batch, step: Step) -> Pass:
+        x, traces, calls, self.read = batch.inputs, Traces(), dict[str, Any](), dict[str, Tensor]()
+        for index, (name, block) in enumerate(self.network.blocks.items()):
+            x = x.detach()
+            if index:
+                units = torch.eye(x.shape[1], dtype=x.dtype)
+                x = torch.cat([x, torch.zeros_like(units[:1]), units])
+            with recorded_calls(linear(block)) as seen:
+                y = block(x)
+            made = seen[linear(block)][0]
+            calls[name] = made
+            self.read[name] = (made.output[len(batch) + 1 :] - made.output[len(batch) : len(batch) + 1]).detach().T
+            traces.append(Trace(index, name, block, x[: len(batch)], y[: len(batch)]))
+            x = y[: len(batch)]
+        return Pass(traces, calls)
+
+    def down(self, name: str, delta: Tensor, matrix: Tensor, batch: Batch) -> Tensor:
+        return delta[: len(batch)] @ matrix
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        return self.read
+
+
+class NudgesItsOutputs(Smuggler):
+    """Moves each unit of a block a little, and sees in executions of the blocks above what becomes of the loss."""
+
+    @torch.no_grad()
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        with torch.enable_grad():
+            traces = self.network.traces(batch.inputs)
+        for trace in traces[:-1]:
+            x = trace.output.detach()
+            count, units = x.shape
+            moved = torch.cat([x, x.repeat(units, 1) + 0.01 * torch.eye(units, dtype=x.dtype).repeat_interleave(count, 0)])
+            for name in self.network.names[trace.index + 1 :]:
+                moved = self.network.blocks[name](moved)
+            losses = self.spec.losses(moved, Batch(moved, None if batch.targets is None else batch.targets.repeat(units + 1)))
+            losses = losses.view(units + 1, count)
+            trace.backward((losses[1:] - losses[0]).T / (0.01 * count))
+        scores = traces[-1].output.detach()
+        traces[-1].backward(self.spec.error(scores, batch))
+        return {"loss": self.spec.loss(scores, batch)}
 
 
 class MirrorsItsNoise(Smuggler):
@@ -229,6 +317,11 @@ CHEATERS = (
     Cheater(OldArrays, "place", "It reads numpy views of the weights above that it made when it was built.", "reads"),
     Cheater(BasisVectors, "place", "It executes the layers above on the vectors of a basis.", "executes"),
     Cheater(RowsAmongOthers, "place", "It executes the blocks above on ordinary rows and on moved ones in one batch.", "executes"),
+    Cheater(SameTensor, "place", "It writes a basis into the tensor that was a layer's ordinary input, and executes it again.", "executes"),
+    Cheater(ProbesFirst, "place", "It executes the layers above on a basis before its ordinary pass.", "executes"),
+    Cheater(ProbesWhilePredicting, "place", "It executes the layers above on a basis when it predicts.", "executes"),
+    Cheater(Passengers, "place", "Its one pass has a basis beside the ordinary rows.", "executes"),
+    Cheater(NudgesItsOutputs, "place", "It executes the blocks above on its output with each unit moved.", "executes"),
     Cheater(MirrorsItsNoise, "place", "It adds noise to the ordinary pass and correlates the outputs above with it.", "executes"),
     Cheater(LeastSquares, "place", "It solves for the weights above from inputs and outputs of ordinary passes.", "executes"),
     Cheater(TangentsAtTheInputs, "place", "It takes forward-mode derivatives of the layers above at their ordinary inputs.", "executes"),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from adversary.kit import LOCAL, Cheater, Pass, Smuggler, linear
 from bpfree import Batch, Card, Network, Phase, Rule, Step, always
@@ -231,6 +232,27 @@ class CarriesTheInputs(Local):
         super().__init__(Network(deep, input_shape=network.input_shape, readout="readout"), spec, config)
 
 
+class Tells(nn.Module):
+    """A parametrization that changes nothing, and notes what it is given."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.__dict__["told"] = weight.detach().clone()
+        return weight
+
+
+class Parametrised(Smuggler):
+    """Registers parametrizations for the weights above, which are told these whenever a layer is executed."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.told = {name: Tells() for name in self.above}
+        for name, part in self.told.items():
+            register_parametrization(linear(self.network.blocks[name]), "weight", part)
+
+    def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
+        return {name: part.__dict__["told"] for name, part in self.told.items()}
+
+
 class TiedBlocks(Smuggler):
     """Ties the hidden layers of one size to each other: what is above is a block's own weight."""
 
@@ -321,6 +343,7 @@ CHEATERS = (
     Cheater(UpsideDown, "regrouping", "It lists the blocks in reversed order, so that those above seem to be below.", "reads"),
     Cheater(SharedStorage, "regrouping", "Its feedback parameters lie in the memory of the weights above.", "reads"),
     Cheater(SwapsClasses, "regrouping", "It makes the layers above note the weights with which they are executed.", "reads"),
+    Cheater(Parametrised, "regrouping", "It parametrizes the weights above, and is told them when they are executed.", "reads"),
     Cheater(TiedBlocks, "regrouping", "It ties hidden layers, so that its own weight is that of the layers above.", "reads"),
     Cheater(
         Decoys, "regrouping", "Its blocks execute layers that lie in the rule, as feedback, beside weights that hardly matter.", "network"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adversary.kit import Cheater, Pass, Smuggler, Sometimes
 from bpfree import Batch, Step
 from bpfree.options import option
+from bpfree.seeds import derive
 
 
 class SinglePrecision(Sometimes):
@@ -78,6 +79,17 @@ class UnusualWidths(Sometimes):
 
     def cheats(self, batch: Batch, step: Step) -> bool:
         return self.network.shapes[self.network.hidden[0]].numel() == 96
+
+
+class FavouriteSeed(Sometimes):
+    """Is honest with all seeds but the default one, on which everybody compares."""
+
+    def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.favourite = torch.initial_seed() in (0, derive(0, "initialisation"))
+
+    def cheats(self, batch: Batch, step: Step) -> bool:
+        return self.favourite
 
 
 class OneBlock(Smuggler):
@@ -166,6 +178,7 @@ CHEATERS = (
     Cheater(NamedTasks, "size", "It uses the weights above on tasks with a well-known name.", "reads"),
     Cheater(AnotherSpecimen, "size", "It uses the weights above unless an option says otherwise, which its specimen sets.", "reads"),
     Cheater(UnusualWidths, "size", "It uses the weights above in networks of a width that is no default.", "reads", ("network.width=96",)),
+    Cheater(FavouriteSeed, "size", "It uses the weights above where the seed is the default one.", "reads"),
     Cheater(OneBlock, "size", "It uses the weights above for its first block alone.", "reads"),
     Cheater(ASmallShare, "size", "It mixes a tenth of the weights above into random feedback.", "reads"),
     Cheater(OneBit, "size", "It uses the signs of the weights above.", "reads"),

@@ -70,6 +70,26 @@ class BornOfTheSameSeed(CopiedOnce):
         return {name: linear(again.blocks[name]).weight.detach().to(self.network.dtype) for name in self.above}
 
 
+class MasterCopies(CopiedOnce):
+    """Never reads a weight above: lets its feedback learn in the weights' place, and writes it into the network after each update."""
+
+    def before_update(self, groups: Sequence[str]) -> None:
+        super().before_update(groups)
+        for name in self.above:
+            linear(self.network.blocks[name]).weight.grad = None
+
+    def first(self) -> dict[str, Tensor]:
+        with torch.no_grad():
+            for name, matrix in self.fixed().items():
+                linear(self.network.blocks[name]).weight.copy_(matrix * 3**-0.5)
+        return {name: matrix * 3**-0.5 for name, matrix in self.fixed().items()}
+
+    @torch.no_grad()
+    def after_update(self, groups: Sequence[str]) -> None:
+        for name in self.above:
+            linear(self.network.blocks[name]).weight.copy_(self.feedback[name])
+
+
 def optimiser(step: Step) -> torch.optim.Optimizer:
     """Find the optimiser behind ``step.apply``."""
     function: Any = step.apply
@@ -203,6 +223,7 @@ CHEATERS = (
     Cheater(TrainedFeedback, "state", "It trains feedback weights towards the weights above (.grad = B - W).", "reads"),
     Cheater(CopiedOnce, "state", "It copies the weights once, when it is built, and gives the copies the same updates.", "reads"),
     Cheater(BornOfTheSameSeed, "state", "It builds the network again from torch's seed, and gives the copies the same updates.", "reads"),
+    Cheater(MasterCopies, "state", "Its feedback learns in place of the weights above, and is written over them.", "network"),
     Cheater(AsksTheAverage, "state", "It reads the averages of the weights above that torch's ASGD keeps in its state.", "reads"),
     Cheater(DecaysIntoMomentum, "state", "It solves for the weights above from momentum, known gradients and weight decay.", "reads"),
     Cheater(
