@@ -319,6 +319,7 @@ class Observes:
     def epoch_end(self, run: Any) -> None:
         for batch in 3 * self.stash["batches"]:
             self.stash["shadow"].learn(batch)
+        self.stash["trained"] = True
 
 
 class TrainsInAnObserver(Smuggler):
@@ -339,7 +340,8 @@ class TrainsInAnObserver(Smuggler):
         return super().learn(batch, step)
 
     def end_phase(self, phase: Phase, step: Step) -> None:
-        self.stash["shadow"].replace(self.network)
+        if "trained" in self.stash:
+            self.stash["shadow"].replace(self.network)
 
 
 CHEATERS = (
