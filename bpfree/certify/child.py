@@ -44,12 +44,13 @@ class Isolated(Generic[Result]):
     open: tuple[str, ...]
 
 
-def in_child(work: Callable[[], Result], *, seconds: float = LONGEST) -> Isolated[Result]:
+def in_child(work: Callable[[], Result], *, seconds: float = LONGEST, stay: bool = False) -> Isolated[Result]:
     """Do some work in a forked process, which is killed with all that it started when it has answered.
 
     Args:
         work: returns something that can be pickled.
         seconds: after which it is given up.
+        stay: keep the working folder, where a run's configuration names files by relative paths.
 
     Raises:
         BpfreeError: what the work raised, that the process died, or that it took longer.
@@ -64,7 +65,7 @@ def in_child(work: Callable[[], Result], *, seconds: float = LONGEST) -> Isolate
         warnings.simplefilter("ignore", DeprecationWarning)  # the work uses no thread of this process
         pid = os.fork()
     if not pid:
-        _live(work, write, home)
+        _live(work, write, home, stay)
     os.close(write)
     try:
         answer = _answer(read, time.monotonic() + seconds)
@@ -85,12 +86,12 @@ def in_child(work: Callable[[], Result], *, seconds: float = LONGEST) -> Isolate
     return Isolated(value, open_ways)
 
 
-def _live(work: Callable[[], Any], write: int, home: str) -> None:
+def _live(work: Callable[[], Any], write: int, home: str, stay: bool) -> None:
     """Do the work in the child, and never return."""
     code = 1
     try:
         os.setsid()
-        open_ways = _shut_off(home)
+        open_ways = _shut_off(home, stay)
         try:
             answer: tuple[str, Any, tuple[str, ...]] = ("result", work(), open_ways)
             content = pickle.dumps(answer)
@@ -106,14 +107,15 @@ def _live(work: Callable[[], Any], write: int, home: str) -> None:
         os._exit(code)
 
 
-def _shut_off(home: str) -> tuple[str, ...]:
+def _shut_off(home: str, stay: bool) -> tuple[str, ...]:
     """Leave the user's files and the network behind; returns what stays open."""
     for name in SECRET:
         os.environ.pop(name, None)
     for name in PLACES:
         os.environ[name] = home
     tempfile.tempdir = None
-    os.chdir(home)
+    if not stay:
+        os.chdir(home)
     left = ["files that this user may read, by their full paths", "the bundled digits, which are a part of scikit-learn"]
     if not _leave_network():
         left.append("the network: this system does not let a process leave it")

@@ -27,7 +27,7 @@ from bpfree.rule import Rule
 from bpfree.seeds import preserved_global_state
 from bpfree.training import environment
 
-__all__ = ["CHECKS", "certify", "check_waivers", "examine", "select", "set_aside"]
+__all__ = ["CHECKS", "certify", "check_waivers", "examine", "examine_with", "select", "set_aside"]
 
 CHECKS: list[Check] = [
     *(*whole_runs.CHECKS, *traits.CHECKS, *isolation.CHECKS),
@@ -138,9 +138,19 @@ def examine(m: Measurements, check: Check, waivers: Mapping[str, str] | None = N
     return finding
 
 
+def examine_with(name: str, run: Callable[[], str | None]) -> Finding:
+    """Make the finding of a check, by name, from a function of its own."""
+    (check,) = (check for check in CHECKS if check.id == name)
+    return _found(check, run, Rule)
+
+
 def _run(m: Measurements, check: Check) -> Finding:
+    return _found(check, lambda: check.run(m), m.subject.rule)
+
+
+def _found(check: Check, run: Callable[[], str | None], rule: type[Rule]) -> Finding:
     try:
-        return Finding(check.id, check.title, "passed", what=check.run(m) or "")
+        return Finding(check.id, check.title, "passed", what=run() or "")
     except CheckFailed as error:
         return Finding(check.id, check.title, "failed", error.what, error.where, error.fix)
     except NotShown as error:
@@ -157,7 +167,7 @@ def _run(m: Measurements, check: Check) -> Finding:
             check.title,
             "failed",
             f"{type(error).__name__}: {' '.join(str(error).split())}",
-            _place(error, m.subject.rule),
+            _place(error, rule),
             "correct the rule",
         )
 

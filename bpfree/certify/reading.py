@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -10,7 +11,9 @@ from bpfree.certify.subject import Subject
 from bpfree.certify.whole_runs import EPOCHS, Arm, Reference, WholeRun, run_arm
 from bpfree.tasks.task import Task
 
-__all__ = ["Cell", "Reading", "Verdict", "measure_reading"]
+__all__ = ["Cell", "Reading", "Verdict", "measure_reading", "read_matrix"]
+
+Run = Callable[[Arm, int], WholeRun]
 
 Verdict = Literal["none", "reads", "executes", "statistics", "at construction", "unmeasured"]
 """What the learning of a block has of the weights of one above it.
@@ -128,12 +131,28 @@ def measure_reading(subject: Subject, reference: Reference, task: Task | None = 
         draw: seed of the dirty parameters.
         epochs: of that run.
     """
-    return _Examination(subject, reference, task, draw, epochs).measure()
+
+    def run(arm: Arm, drawn: int) -> WholeRun:
+        return run_arm(subject, arm, reference, task, draw=drawn, epochs=epochs)
+
+    return read_matrix(reference, run, draw=draw)
+
+
+def read_matrix(reference: Reference, run: Run, *, draw: int, since: str = "network") -> Reading:
+    """Fill the matrix from whole runs.
+
+    Args:
+        reference: the recorded run.
+        run: makes a run with a change, with a seed of what is drawn for it.
+        draw: the first of these seeds.
+        since: from when on weights are dirty (``Arm.since``); ``start`` in forks, whose weights come from a checkpoint.
+    """
+    return _Examination(reference, run, draw, since).measure()
 
 
 class _Examination:
-    def __init__(self, subject: Subject, reference: Reference, task: Task | None, draw: int, epochs: int) -> None:
-        self._subject, self._reference, self._task, self._draw, self._epochs = subject, reference, task, draw, epochs
+    def __init__(self, reference: Reference, run: Run, draw: int, since: str) -> None:
+        self._reference, self._make, self._draw, self._since = reference, run, draw, since
         silent = [name for name in reference.blocks if not reference.moved(name)]
         self.found = Reading(list(reference.blocks), {}, steps=reference.steps, draw=draw, silent=silent, exchanged=reference.exchanged)
 
@@ -147,12 +166,12 @@ class _Examination:
             self._column(name)
         return self.found
 
-    def _run(self, arm: Arm, draw: int | None = None) -> WholeRun:
-        return run_arm(self._subject, arm, self._reference, self._task, draw=self._draw if draw is None else draw, epochs=self._epochs)
+    def _run(self, arm: Arm, further: int = 0) -> WholeRun:
+        return self._make(arm if self._since == "network" else replace(arm, since=self._since), self._draw + further)
 
     def _calibrate(self) -> None:
         """Find the relative change that counts, where not even two runs without a change agree bit for bit."""
-        runs = [self._run(Arm(None, rounding=True), draw=self._draw + number) for number in range(PLACEBOS)]
+        runs = [self._run(Arm(None, rounding=True), number) for number in range(PLACEBOS)]
         changes = [value for run in runs for change in run.changes.values() for value in change.relative]
         self.found.exact, self.found.threshold = False, max(LEAST, TIMES * max(changes, default=0.0))
 
@@ -179,6 +198,8 @@ class _Examination:
         """Say why equal weights would show nothing; empty if they do."""
         if run.trouble:
             return f"the run fails on other weights of {name!r}: {run.trouble}"
+        if run.changed:
+            return run.changed
         if run.overwritten:
             return f"the weights of {name!r} are overwritten by what the rule keeps elsewhere (in {run.overwritten} places)"
         if not self._reference.initial[name]:
@@ -200,8 +221,8 @@ class _Examination:
         """Tell reading from learning by execution, and from what is read at construction only."""
         executes = {row: replace(cell, verdict="executes") for row, cell in self._differing(whole).items()}
         found = self._differing(self._run(Arm(name, since="start")))
-        if executes.keys() <= found.keys():
-            return found
+        if executes.keys() <= found.keys() or self._since == "start":
+            return executes | found
         early = {row: cell for row, cell in self._differing(self._run(Arm(name))).items() if row not in found}
         if early:
             gentle = self._run(Arm(name, until="start", gentle=True))

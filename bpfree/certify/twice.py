@@ -8,20 +8,28 @@ through them, gets other numbers.
 
 The clean parameters of an execution are those of the same execution of the reference run: of the same unit, in the same step, in the same
 place among its executions there. They include what a rule did to them, in place or as substitutes (``torch.func.functional_call``).
+
+The second execution is that of a private copy of the unit, made before the rule was given its network; no hooks, modes or profilers of the
+rule see it. If a rule changes how a unit is executed, or hands it tensors of a class of its own, the copy may compute something else, and
+that is noted.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections import defaultdict
+import sys
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bpfree.network.network import Network
@@ -29,6 +37,7 @@ from bpfree.network.network import Network
 __all__ = ["Doubles", "Record", "dirty", "units_of", "weights_apart"]
 
 Values = dict[str, Tensor]
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 Place = tuple[int, str]
 """A step and a unit. Steps count from 0; whatever happens before the first is -1, and what happens after a step belongs to it."""
 
@@ -93,6 +102,7 @@ class Doubles:
         transport: largest relative difference between cotangents through clean and dirty parameters, by block; it shows that
             transport through them would be seen.
         sides: number of executions on other inputs than the first of their step, by block.
+        changed: what a rule changed about how units are executed, by block.
     """
 
     def __init__(
@@ -109,8 +119,10 @@ class Doubles:
         self.record, self._recording = record or Record(), record is None
         self._doubled, self._altered = set(doubled), set(altered)
         self._generator = generator or torch.Generator()
-        self._units = {id(unit): (block, name) for block, units in units_of(network).items() for name, unit in units.items()}
-        self._kept = list(units_of(network).values())  # or another module could get the identity of one that is gone
+        found = [(block, name, unit) for block, units in units_of(network).items() for name, unit in units.items()]
+        self._units = {id(unit): (block, name) for block, name, unit in found}
+        self._kept = [unit for _, _, unit in found]  # or another module could get the identity of one that is gone
+        self._copies = {name: (type(unit), copy.deepcopy(unit).requires_grad_(False)) for _, name, unit in found}
         self._counts: dict[Place, int] = defaultdict(int)
         self._pending: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         self._within = False
@@ -118,6 +130,7 @@ class Doubles:
         self.step = -1
         self.transport: dict[str, float] = {}
         self.sides: dict[str, int] = defaultdict(int)
+        self.changed: dict[str, str] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -162,7 +175,8 @@ class Doubles:
         if block in self._altered and not self._is_first(place, arguments, keywords):
             self.sides[block] += 1
             clean = self._other(place, clean)
-        value = self._execute(module, clean, arguments, keywords)
+        self._look_for_changes(block, name, module, (arguments, keywords))
+        value = self._execute(name, module, clean, arguments, keywords)
         torch.set_rng_state(drawn)
         if self._rounding:
             value = tree_map(self._rounded, value)
@@ -191,16 +205,25 @@ class Doubles:
 
     # --- the second execution ---------------------------------------------------------------------------------------
 
-    def _execute(self, module: nn.Module, clean: Values, arguments: Any, keywords: Any) -> Any:
+    def _execute(self, name: str, module: nn.Module, clean: Values, arguments: Any, keywords: Any) -> Any:
+        """Execute the unit's copy with clean parameters, and the unit's buffers and modes."""
+        _, private = self._copies[name]
+        for own, theirs in zip(private.modules(), module.modules(), strict=True):
+            own.training, own._buffers = theirs.training, theirs._buffers
+        _swap(private, clean)
         self._within = True
-        live = dict(module.named_parameters(remove_duplicate=False))
-        _swap(module, clean)
         try:
-            with torch.no_grad():
-                return module.forward(*arguments, **keywords)
+            with torch.no_grad(), _unobserved():
+                return private.forward(*arguments, **keywords)
         finally:
-            _swap(module, live)
             self._within = False
+
+    def _look_for_changes(self, block: str, name: str, module: nn.Module, given: Any) -> None:
+        kind, private = self._copies[name]
+        if type(module) is not kind or "forward" in module.__dict__ or len([*module.modules()]) != len([*private.modules()]):
+            self.changed[block] = f"the rule changed how {name} is executed"
+        if any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in tree_leaves(given)):
+            self.changed[block] = f"the rule executes {name} on tensors of a class of its own"
 
     def _is_first(self, place: Place, arguments: Any, keywords: Any) -> bool:
         return self.step >= 0 and self.record.inputs.get(place) == _digest(arguments, keywords)
@@ -252,6 +275,24 @@ class Doubles:
         pairs = [(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None]
         change = max((_distance(a, b) for a, b in pairs), default=0.0)
         self.transport[block] = max(change, self.transport.get(block, 0.0))
+
+
+@contextmanager
+def _unobserved() -> Iterator[None]:
+    """Execute without the hooks, modes, tensor classes and profilers that a rule may have set up."""
+    traced, profiled = sys.gettrace(), sys.getprofile()
+    with ExitStack() as stack:
+        for name in GLOBAL_HOOKS:
+            stack.enter_context(mock.patch.object(nn.modules.module, name, OrderedDict()))
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch._C.DisableTorchFunction())
+        sys.setprofile(None)
+        try:
+            yield
+        finally:
+            sys.setprofile(profiled)
+            if sys.gettrace() is not traced:
+                sys.settrace(traced)
 
 
 def weights_apart(clean: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> float:

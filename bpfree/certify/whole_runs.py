@@ -36,7 +36,7 @@ from bpfree.training import session
 from bpfree.training.guards import LearningWatch
 from bpfree.training.selection import Selection
 
-__all__ = ["EPOCHS", "Arm", "Change", "Reference", "WholeRun", "run_arm", "run_reference"]
+__all__ = ["EPOCHS", "Arm", "Change", "Intervening", "Recording", "Reference", "Watch", "WholeRun", "run_arm", "run_reference", "watched"]
 
 EPOCHS = 4
 Weights = dict[str, dict[str, Tensor]]
@@ -133,6 +133,7 @@ class WholeRun:
         transport: relative difference of cotangents through the clean and the dirty parameters: that a rule which sends one would be seen.
         sides: executions of the block on other inputs than the first of their step.
         overwritten: steps in which the block's dirty parameters became the reference's again, which the rule keeps elsewhere.
+        changed: what the rule changed about how the block is executed.
         trouble: how the run ended before its time.
     """
 
@@ -141,10 +142,11 @@ class WholeRun:
     transport: float = 0.0
     sides: int = 0
     overwritten: int = 0
+    changed: str = ""
     trouble: str = ""
 
 
-class _Watch:
+class Watch:
     """Follows one run: finds the network, and looks or acts before and after each step."""
 
     def __init__(self) -> None:
@@ -216,7 +218,9 @@ class _Watch:
         """Act when training has ended."""
 
 
-class _Recording(_Watch):
+class Recording(Watch):
+    """Records the reference run."""
+
     def __init__(self) -> None:
         super().__init__()
         self.reference = Reference(Record())
@@ -252,7 +256,9 @@ class _Recording(_Watch):
         return found
 
 
-class _Intervening(_Watch):
+class Intervening(Watch):
+    """Changes one block, and compares with the reference."""
+
     def __init__(self, arm: Arm, reference: Reference, seed: int) -> None:
         super().__init__()
         self._arm, self._reference = arm, reference
@@ -282,11 +288,11 @@ class _Intervening(_Watch):
         self._set(self._reference.initial)
 
     def before(self) -> None:
-        if self.step == 0:
-            self._dirty_now = self._arm.until == "end"
         known = self._reference.before
         here = known[min(self.step, len(known) - 1)]
         self._look_for_overwriting(here)
+        if self.step == 0:
+            self._dirty_now = self._arm.until == "end"
         self._compare(here, self.step or -1)
         self._set(here)
 
@@ -311,6 +317,7 @@ class _Intervening(_Watch):
         assert doubles is not None
         if block is not None:
             self.found.transport, self.found.sides = doubles.transport.get(block, self._apart), doubles.sides[block]
+            self.found.changed = next((doubles.changed[name] for name in (block, *self._above) if name in doubles.changed), "")
 
     def _compare(self, here: Weights, step: int) -> None:
         live = self.live()
@@ -371,7 +378,7 @@ def run_reference(subject: Subject, task: Task | None = None, *, epochs: int = E
     Raises:
         BpfreeError: the run fails.
     """
-    watch = _Recording()
+    watch = Recording()
     run = _run(subject, watch, task, epochs=epochs, seed=seed)
     watch.reference.result = dict(run.result)
     if not watch.reference.after:
@@ -393,7 +400,7 @@ def run_arm(
         draw: seed of what is drawn for the change.
         epochs, seed: of the run.
     """
-    watch = _Intervening(arm, reference, draw)
+    watch = Intervening(arm, reference, draw)
     try:
         _run(subject, watch, task, epochs=epochs, seed=seed)
     except Exception as error:  # on such weights a rule may fail as it never does otherwise
@@ -407,11 +414,11 @@ def settings_of(folder: str, epochs: int, seed: int) -> dict[str, Any]:
     return {"output": folder, "seed": seed, "budget.epochs": epochs, "device": "cpu", "threads": 1, **quiet}
 
 
-def _run(subject: Subject, watch: _Watch, task: Task | None, *, epochs: int, seed: int) -> Any:
+def _run(subject: Subject, watch: Watch, task: Task | None, *, epochs: int, seed: int) -> Any:
     folder = tempfile.mkdtemp(prefix="bpfree-")
     try:
         recipe = subject.resolve(settings_of(folder, epochs, seed), None if task is None else task.spec)
-        with _watched(subject.rule, watch):
+        with watched(subject.rule, watch):
             return runner.run(recipe, quiet=True, task=task)
     finally:
         watch.close()
@@ -419,7 +426,8 @@ def _run(subject: Subject, watch: _Watch, task: Task | None, *, epochs: int, see
 
 
 @contextmanager
-def _watched(kind: type[Rule], watch: _Watch) -> Iterator[None]:
+def watched(kind: type[Rule], watch: Watch) -> Iterator[None]:
+    """Follow the run that is made inside."""
     original, own = Rule.__init__, kind.__init__
     take_step, take = session.take_step, Selection.take
 

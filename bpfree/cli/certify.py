@@ -27,6 +27,7 @@ and network. Exit status 1: a check failed; each failure says what, where, and w
   bpfree certify my-rule --output my-rule.json       for bpfree registry add
   bpfree certify my-rule --only learning --waive 'learning=needs 60 epochs'
   bpfree certify mine.py:MyRule --quick              a rule in a file, whose code is executed
+  bpfree certify --run RUN                           a run that was trained with checkpoint.keep=all
   bpfree certify --list                              the checks
 """
 
@@ -35,6 +36,8 @@ and network. Exit status 1: a check failed; each failure says what, where, and w
 @click.argument("rule", required=False, shell_complete=names_of("rules"))
 @click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
 @click.option("--quick", is_flag=True, help="Skip the checks learning and permuted labels.")
+@click.option("--run", "place", metavar="RUN", help="Examine a run by forks from its checkpoints; it names the rule and all settings.")
+@click.option("--draw", type=int, help="Seed of the moments and dirty weights of --run.  [default: a new one]")
 @click.option("--only", multiple=True, metavar="CHECK", help="Run only this check (repeatable); the certificate is partial.")
 @click.option("--waive", multiple=True, metavar="CHECK=REASON", help="Expect a check to fail, with the reason (repeatable).")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the certificate as JSON.")
@@ -46,6 +49,8 @@ def certify(
     rule: str | None,
     settings: tuple[str, ...],
     quick: bool,
+    place: str | None,
+    draw: int | None,
     only: tuple[str, ...],
     waive: tuple[str, ...],
     output: Path | None,
@@ -56,15 +61,14 @@ def certify(
 ) -> int:
     if list_only:
         return _list()
-    if rule is None:
+    if rule is None and place is None:
         raise click.UsageError("name a rule (bpfree rules lists them)")
     for path in filter(None, (output, page)):  # before the examination, which takes minutes
         _check_writable(path)
-    from bpfree.certify.examination import certify as examine
-
-    subject, registry = named("rules", rule, settings, allow_code)
-    certificate = examine(
-        subject, settings, registry=registry, quick=quick, only=only, waive=_waivers(waive), progress=None if as_json else _progress
+    certificate = (
+        _of_run(place, rule, (*settings, *only, *waive), draw, allow_code)
+        if place is not None
+        else _of_rule(str(rule), settings, quick=quick, only=only, waive=waive, allow_code=allow_code, as_json=as_json)
     )
     if output is not None:
         output.write_text(certificate.to_json(), encoding="utf-8")
@@ -74,6 +78,34 @@ def certify(
         write_page(page, certificate)
     _show(certificate, as_json, [path for path in (output, page) if path is not None])
     return 0 if certificate.passed else 1
+
+
+def _of_rule(
+    rule: str,
+    settings: tuple[str, ...],
+    *,
+    quick: bool,
+    only: tuple[str, ...],
+    waive: tuple[str, ...],
+    allow_code: tuple[str, ...],
+    as_json: bool,
+) -> Certificate:
+    from bpfree.certify.examination import certify as examine
+
+    subject, registry = named("rules", rule, settings, allow_code)
+    progress = None if as_json else _progress
+    return examine(subject, settings, registry=registry, quick=quick, only=only, waive=_waivers(waive), progress=progress)
+
+
+def _of_run(place: str, rule: str | None, other: tuple[str, ...], draw: int | None, allow_code: tuple[str, ...]) -> Certificate:
+    from bpfree.certify.forks import certify_run
+    from bpfree.config import allowing
+    from bpfree.errors import UsageError
+    from bpfree.training.checkpoint import find_checkpoint
+
+    if rule is not None or other:
+        raise UsageError("--run takes rule, settings and checks from the run", where="command line", fix="leave out everything else")
+    return certify_run(find_checkpoint(place).parent.parent, registry=allowing([], allow_code), draw=draw)
 
 
 def _list() -> int:

@@ -76,6 +76,7 @@ class CheckpointConfig:
 
     every: int = option(1, "epochs between checkpoints; 0: only at the end and on interruption", ge=0)
     minutes: float = option(5.0, "minutes between checkpoints inside an epoch", gt=0)
+    keep: Literal["last", "all"] = option("last", "checkpoints to keep; all: also epoch-NNNN.pt of each, from which certify --run forks")
 
 
 @dataclass

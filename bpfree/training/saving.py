@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,8 +67,19 @@ class Checkpoints:
         training = self._state.state_dict() | {"run": about, "fingerprint": self._task.fingerprint()}
         weights = self._state.team.weights() if weights is None else weights
         path = self._world.from_first(lambda: self._write("last.pt", {"weights": weights, "training": training}))
+        if path is not None and self._world.first and self._setup.config.checkpoint.keep == "all" and not self._state.at.batch:
+            self._keep(path)
         self.saved_at, self.saved_epoch, self.trouble = time.monotonic(), self._state.at.epoch, ""
         return path if self._world.first else None
+
+    def _keep(self, path: Path) -> None:
+        """Give the checkpoint a name of its own, which no later one replaces."""
+        kept = path.with_name(f"epoch-{self._state.at.epoch:04d}.pt")
+        kept.unlink(missing_ok=True)
+        try:
+            os.link(path, kept)
+        except OSError:  # a file system without links
+            shutil.copy(path, kept)
 
     def save_selected(self, weights: Mapping[str, Any], score: float) -> None:
         """Write the weights that will be tested (``selected.pt``)."""

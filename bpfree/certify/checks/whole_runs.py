@@ -5,11 +5,17 @@ from __future__ import annotations
 from bpfree.certify.checks.check import Check
 from bpfree.certify.findings import CheckFailed, NotApplicable, Unmeasured
 from bpfree.certify.measurements import Measurements
-from bpfree.certify.reading import Cell
+from bpfree.certify.reading import Cell, Reading, Verdict
 from bpfree.certify.whole_examination import WholeExamination, least_aligned
 from bpfree.rule import Traits
 
-__all__ = ["CHECKS"]
+__all__ = ["CHECKS", "judge_reading"]
+
+DOES: dict[Verdict, str] = {
+    "reads": "reads",
+    "at construction": "comes from a rule that was built as a function of",
+    "executes": "needs, found out by execution,",
+}
 
 ALIGNED = 0.5
 """Cosine with the true gradient, at the first step and over draws of the rule's parameters, that excludes "no transport"."""
@@ -32,19 +38,29 @@ def _where(m: Measurements, found: WholeExamination) -> str:
 def _reading(m: Measurements) -> str | None:
     """Compare what whole runs read of the weights above with the declared window."""
     found, traits = _whole(m)
-    reading = found.reading
+    return judge_reading(found.reading, traits, _where(m, found))
+
+
+def judge_reading(reading: Reading, traits: Traits, where: str) -> str:
+    """Compare a matrix with the declared window; returns a remark.
+
+    Raises:
+        CheckFailed: more is read, or found out, than is declared.
+        Unmeasured: an entry beyond the window is open.
+    """
     if len(reading.blocks) < 2:
         return "its network is one block: there are no weights above"
-    window = len(reading.blocks) if traits.downstream_weights == "all" else int(traits.downstream_weights)
-    for verdict, does in (("reads", "reads"), ("at construction", "was built as a function of"), ("executes", "finds out, by execution,")):
-        beyond = reading.found(verdict, beyond=window)  # type: ignore[arg-type]
+    declared, window = traits.downstream_weights, len(reading.blocks)
+    window = window if declared == "all" else int(declared)
+    for verdict, does in DOES.items():
+        beyond = reading.found(verdict, beyond=window)
         if beyond:
             below, above, cell = beyond[0]
             raise CheckFailed(
-                f"it declares downstream_weights={traits.downstream_weights!r}, but what block {below!r} learns {does} the weights of "
-                f"block {above!r}: with other weights there, and the same values, {_ends(cell)}",
-                where=_where(m, found),
-                fix=f"declare downstream_weights={_declared(reading.reach(verdict), len(reading.blocks))}, or cut what carries these "  # type: ignore[arg-type]
+                f"it declares downstream_weights={declared!r}, but what block {below!r} learns {does} the weights of block {above!r}: "
+                f"with other weights there, and the same values, {_ends(cell)}",
+                where=where,
+                fix=f"declare downstream_weights={_declared(reading.reach(verdict), len(reading.blocks))}, or cut what carries these "
                 f"weights to block {below!r}",
             )
     unmeasured = reading.found("unmeasured", beyond=window)
@@ -53,7 +69,7 @@ def _reading(m: Measurements) -> str | None:
         raise Unmeasured(f"not called local: whether block {below!r} reads the weights of {above!r} is open: {cell.why}")
     if reading.exchanged:
         raise Unmeasured("not called local: the rule exchanged the parameters of the network that it was given")
-    return _remark(found)
+    return _remark(reading)
 
 
 def _ends(cell: Cell) -> str:
@@ -65,8 +81,7 @@ def _declared(reach: int, blocks: int) -> str:
     return "'all'" if reach >= blocks - 1 else str(reach)
 
 
-def _remark(found: WholeExamination) -> str:
-    reading = found.reading
+def _remark(reading: Reading) -> str:
     exact = "bit for bit" if reading.exact else f"up to relative changes of {reading.threshold:.1g}"
     parts = [f"{reading.steps} steps on {reading.task}, {exact}"]
     if reading.found("statistics"):
