@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -232,7 +233,8 @@ class Recipe:
             free = partial(environment.free_memory, self.settings.device)
             # to count what is made imports torch's compiler, which takes longer than to make most networks
             network = built(build, copies=1 if in_place else 2, free=free) if _may_be_large(self.options["network"]) else build()
-            rule: Rule = kind(network, spec, self.options["rule"])
+            # a copy: what a rule does to its spec does not change how the task scores it
+            rule: Rule = kind(network, copy.copy(spec), self.options["rule"])
         if self.settings.twin:
             rule.freeze_features()
         return rule

@@ -91,6 +91,9 @@ def _live(work: Callable[[], Any], write: int, home: str, stay: bool) -> None:
     code = 1
     try:
         os.setsid()
+        silent = os.open(os.devnull, os.O_WRONLY)  # what examined runs print is nobody's
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
         open_ways = _shut_off(home, stay)
         try:
             answer: tuple[str, Any, tuple[str, ...]] = ("result", work(), open_ways)

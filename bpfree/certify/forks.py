@@ -27,7 +27,7 @@ from bpfree.certify.checks.whole_runs import judge_reading
 from bpfree.certify.child import in_child
 from bpfree.certify.examination import examine_with, set_aside
 from bpfree.certify.reading import Reading, read_matrix
-from bpfree.certify.whole_runs import Arm, Intervening, Recording, Reference, Watch, WholeRun, watched
+from bpfree.certify.whole_runs import Arm, Enough, Intervening, Recording, Reference, Watch, WholeRun, watched
 from bpfree.config import parse_words, recipe_of
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.hooks import API_VERSION
@@ -162,6 +162,8 @@ class _Forks:
             watch = Intervening(arm, reference, drawn)
             try:
                 self._run(begin, end, watch)
+            except Enough:
+                pass
             except BpfreeError as error:
                 watch.found.trouble = error.what
             return watch.found

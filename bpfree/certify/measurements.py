@@ -308,7 +308,7 @@ class Measurements:
             return small if small != "local" else "unmeasured"
         for verdict, words in (
             ("reads", "uses the weights of {}"),
-            ("at construction", "made from the first weights of {}"),
+            ("at construction", "made from the first weights of {}, before the first step"),
             ("executes", "finds out the weights of {} by executing them"),
         ):
             reach = reading.reach(verdict)

@@ -15,11 +15,11 @@ __all__ = ["Cell", "Reading", "Verdict", "measure_reading", "read_matrix"]
 
 Run = Callable[[Arm, int], WholeRun]
 
-Verdict = Literal["none", "reads", "executes", "statistics", "at construction", "unmeasured"]
+Verdict = Literal["none", "reads", "passed on", "executes", "statistics", "at construction", "unmeasured"]
 """What the learning of a block has of the weights of one above it.
 
-``reads``: it is a function of them. ``executes``: it is not, as long as executions on other inputs than a step's first have other
-weights' values: it finds them out by executing the block. ``at construction``: a function of them as they were when the rule was built.
+``reads``: it is a function of them. ``passed on``: it is not, and changes only because blocks in between have read them. ``executes``: it is not, as long as executions on other inputs than a step's first have other
+weights' values: it finds them out by executing the block. ``at construction``: a function of them as they were before the first step.
 ``statistics``: only of what a permutation leaves, such as a norm by which feedback is scaled.
 """
 PLACEBOS = 20
@@ -157,11 +157,13 @@ class _Examination:
         self.found = Reading(list(reference.blocks), {}, steps=reference.steps, draw=draw, silent=silent, exchanged=reference.exchanged)
 
     def measure(self) -> Reading:
-        control = self._run(Arm(None))
-        if control.trouble:
+        control = WholeRun(Arm(None)) if self._reference.exchanged else self._run(Arm(None))
+        if self._reference.exchanged:
+            self.found.trouble = "the rule exchanged or rearranged the parameters of the network that it was given"
+        elif control.trouble:
             self.found.trouble = f"executing its blocks twice ends the run: {control.trouble}"
-        elif any(change.differs for change in control.changes.values()):
-            self._calibrate()
+        elif apart := max((change.largest for change in control.changes.values() if change.differs), default=0.0):
+            self._calibrate(apart)
         for name in self.found.blocks[1:]:
             self._column(name)
         return self.found
@@ -169,8 +171,14 @@ class _Examination:
     def _run(self, arm: Arm, further: int = 0) -> WholeRun:
         return self._make(arm if self._since == "network" else replace(arm, since=self._since), self._draw + further)
 
-    def _calibrate(self) -> None:
+    def _calibrate(self, apart: float) -> None:
         """Find the relative change that counts, where not even two runs without a change agree bit for bit."""
+        if apart > SAME:
+            self.found.trouble = (
+                f"two runs of the same seed end with other weights (by {apart:.2g} of how far they moved): they depend on the clock, on "
+                "what earlier runs have left, or on how blocks are executed"
+            )
+            return
         runs = [self._run(Arm(None, rounding=True), number) for number in range(PLACEBOS)]
         changes = [value for run in runs for change in run.changes.values() for value in change.relative]
         self.found.exact, self.found.threshold = False, max(LEAST, TIMES * max(changes, default=0.0))
@@ -180,7 +188,7 @@ class _Examination:
         if self.found.trouble:
             self._fill(below, name, Cell("unmeasured", why=self.found.trouble))
             return
-        whole = self._run(Arm(name, alter=True))
+        whole = self._run(Arm(name, alter=True, strict=True))
         self.found.transport[name] = whole.transport
         reason = self._reason(whole, name)
         verdicts: dict[str, Cell] = {row: Cell("unmeasured", why=reason) if reason else Cell("none") for row in below}
@@ -218,18 +226,28 @@ class _Examination:
         return found
 
     def _explained(self, name: str, whole: WholeRun) -> dict[str, Cell]:
-        """Tell reading from learning by execution, and from what is read at construction only."""
-        executes = {row: replace(cell, verdict="executes") for row, cell in self._differing(whole).items()}
+        """Tell apart why blocks end with other weights: each further run explains some of those that are left."""
+        open_rows = self._differing(whole)
         found = self._differing(self._run(Arm(name, since="start")))
-        if executes.keys() <= found.keys() or self._since == "start":
-            return executes | found
-        early = {row: cell for row, cell in self._differing(self._run(Arm(name))).items() if row not in found}
-        if early:
-            gentle = self._run(Arm(name, until="start", gentle=True))
-            same = not gentle.trouble and all(value <= SAME for change in gentle.changes.values() for value in change.relative)
-            verdict: Verdict = "statistics" if same else "at construction"
-            found |= {row: replace(cell, verdict=verdict) for row, cell in early.items()}
-        return executes | found
+        if len({cell.first for cell in found.values()}) > 1:
+            direct = self._differing(self._run(Arm(name, since="start", tethered=True)))
+            found = {row: cell if row in direct else replace(cell, verdict="passed on") for row, cell in found.items()}
+        if not open_rows.keys() <= found.keys() and self._since == "network":
+            found = self._at_construction(name) | found
+        if not open_rows.keys() <= found.keys():
+            executed = self._differing(self._run(Arm(name, alter=True)))
+            found = {row: replace(cell, verdict="executes") for row, cell in executed.items()} | found
+        noise = f"it changes with what {name!r} makes of inputs that are no outputs of the block below, such as noise of the rule's own"
+        return {row: replace(cell, verdict="unmeasured", why=noise) for row, cell in open_rows.items()} | found
+
+    def _at_construction(self, name: str) -> dict[str, Cell]:
+        early = self._differing(self._run(Arm(name)))
+        if not early:
+            return {}
+        gentle = self._run(Arm(name, until="start", gentle=True))
+        same = not gentle.trouble and all(value <= SAME for change in gentle.changes.values() for value in change.relative)
+        verdict: Verdict = "statistics" if same else "at construction"
+        return {row: replace(cell, verdict=verdict) for row, cell in early.items()}
 
 
 def _holds(changes: tuple[float, ...], threshold: float) -> bool:

@@ -37,6 +37,8 @@ from bpfree.network.network import Network
 __all__ = ["Doubles", "Record", "dirty", "units_of", "weights_apart"]
 
 Values = dict[str, Tensor]
+EQUAL = torch.equal
+"""As it was before any rule could replace it."""
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 Place = tuple[int, str]
 """A step and a unit. Steps count from 0; whatever happens before the first is -1, and what happens after a step belongs to it."""
@@ -93,6 +95,7 @@ class Doubles:
         record: of the reference run; ``None``: this is the reference run, which is recorded.
         doubled: names of the blocks whose units are executed twice.
         altered: names of blocks whose executions on other inputs than the first of their step are given other weights.
+        strict: whether the first is one of these too unless it is an output of the block below (in chains).
         generator: of the other weights.
         rounding: change each value of a doubled execution by its rounding: a placebo.
 
@@ -112,6 +115,7 @@ class Doubles:
         *,
         doubled: tuple[str, ...] = (),
         altered: tuple[str, ...] = (),
+        strict: bool = False,
         generator: torch.Generator | None = None,
         rounding: bool = False,
     ) -> None:
@@ -126,11 +130,30 @@ class Doubles:
         self._counts: dict[Place, int] = defaultdict(int)
         self._pending: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         self._within = False
-        self._others: dict[Place, Values] = {}
+        self._others: dict[str, Values] = {}
+        self._strict, self._outputs = strict and network.chain, defaultdict[str, set[str]](set)
+        names = list(network.blocks)
+        self._blocks = {id(block): name for name, block in network.blocks.items()}
+        self._below = dict(zip(names[1:], names, strict=False))
+        self._entries = {next(iter(units)) for units in units_of(network).values() if units}
         self.step = -1
+        self._prepare_others()
         self.transport: dict[str, float] = {}
         self.sides: dict[str, int] = defaultdict(int)
         self.changed: dict[str, str] = {}
+
+    def begin_step(self) -> None:
+        """Go on to the next step."""
+        self.step += 1
+        self._outputs.clear()
+        self._prepare_others()
+
+    def _prepare_others(self) -> None:
+        """Draw the step's other weights, outside of whatever a rule executes blocks in."""
+        for block, name in self._units.values():
+            known = self.record.at((self.step, name), 0) if block in self._altered else None
+            if known is not None:
+                self._others[name] = {own: dirty(value, self._generator) for own, value in known.items()}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -154,8 +177,14 @@ class Doubles:
         _swap(module, {key: buffer.clone() for key, buffer in own.items()}, buffers=True)
 
     def _after(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-        if self._within or id(module) not in self._units:
+        if self._within:
             return None
+        result = self._doubled_output(module, arguments, keywords, output) if id(module) in self._units else None
+        if self._strict and id(module) in self._blocks:
+            self._outputs[self._blocks[id(module)]].add(_bytes_of(output if result is None else result))
+        return result
+
+    def _doubled_output(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         block, name = self._units[id(module)]
         place = (self.step, name)
         number = self._counts[place]
@@ -172,16 +201,16 @@ class Doubles:
             return None
         drawn = torch.get_rng_state()
         torch.set_rng_state(random)
-        if block in self._altered and not self._is_first(place, arguments, keywords):
+        if block in self._altered and not self._is_ordinary(block, place, arguments, keywords):
             self.sides[block] += 1
-            clean = self._other(place, clean)
+            clean = self._others.get(name, clean)
         self._look_for_changes(block, name, module, (arguments, keywords))
         value = self._execute(name, module, clean, arguments, keywords)
         torch.set_rng_state(drawn)
         if self._rounding:
             value = tree_map(self._rounded, value)
         if block not in self.transport:
-            self._compare_transport(block, module, clean, arguments, keywords)
+            self._compare_transport(block, name, module, clean, (arguments, keywords))
         return tree_map(_value_of, output, value)
 
     # --- the reference ----------------------------------------------------------------------------------------------
@@ -191,7 +220,7 @@ class Doubles:
         now = {name: _plain(p) for name, p in module.named_parameters(remove_duplicate=False)}
         if any(value is None for value in now.values()):
             self.record.values[place].append(None)
-        elif last is not None and all(torch.equal(value, last[name]) for name, value in now.items() if value is not None):
+        elif last is not None and all(EQUAL(value, last[name]) for name, value in now.items() if value is not None):
             self.record.values[place].append(last)
         else:
             self.record.values[place].append({name: value.clone() for name, value in now.items() if value is not None})
@@ -206,7 +235,7 @@ class Doubles:
     # --- the second execution ---------------------------------------------------------------------------------------
 
     def _execute(self, name: str, module: nn.Module, clean: Values, arguments: Any, keywords: Any) -> Any:
-        """Execute the unit's copy with clean parameters, and the unit's buffers and modes."""
+        """Execute the unit's copy with clean parameters, and with the unit's own buffers, which it may update, and modes."""
         _, private = self._copies[name]
         for own, theirs in zip(private.modules(), module.modules(), strict=True):
             own.training, own._buffers = theirs.training, theirs._buffers
@@ -225,8 +254,13 @@ class Doubles:
         if any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in tree_leaves(given)):
             self.changed[block] = f"the rule executes {name} on tensors of a class of its own"
 
-    def _is_first(self, place: Place, arguments: Any, keywords: Any) -> bool:
-        return self.step >= 0 and self.record.inputs.get(place) == _digest(arguments, keywords)
+    def _is_ordinary(self, block: str, place: Place, arguments: Any, keywords: Any) -> bool:
+        """Tell whether these are the first inputs of the step, and outputs of the block below if that is asked for."""
+        if self.step < 0 or self.record.inputs.get(place) != _digest(arguments, keywords):
+            return False
+        if not self._strict or place[1] not in self._entries or block not in self._below:
+            return True
+        return _bytes_of((arguments, keywords)) in self._outputs[self._below[block]]
 
     def _rounded(self, value: Any) -> Any:
         if not _is_real(value):
@@ -234,47 +268,41 @@ class Doubles:
         signs = torch.randint(-1, 2, value.shape, generator=self._generator).to(value)
         return value * (1 + torch.finfo(value.dtype).eps * signs)
 
-    def _other(self, place: Place, clean: Values) -> Values:
-        if place not in self._others:
-            self._others = {key: value for key, value in self._others.items() if key[0] == place[0]}
-            self._others[place] = {name: dirty(value, self._generator) for name, value in clean.items()}
-        return self._others[place]
-
-    def _compare_transport(self, block: str, module: nn.Module, clean: Values, arguments: Any, keywords: Any) -> None:
-        """Compare the cotangents of the unit's inputs through clean and dirty parameters."""
-        found = []
-        live = {name: _plain(p) for name, p in module.named_parameters(remove_duplicate=False)}
-        given = tree_map(lambda x: x.detach().clone().requires_grad_() if _is_real(x) else x, (arguments, keywords))
-        inputs = [x for x in tree_leaves(given) if _is_real(x)]
-        if not inputs or any(_plain(x) is None for x in inputs) or any(value is None for value in live.values()):
-            return
-        buffers = dict(module.named_buffers())
-        random = torch.get_rng_state()
+    def _compare_transport(self, block: str, name: str, module: nn.Module, clean: Values, given: Any) -> None:
+        """Compare the cotangents of the unit's inputs through clean and dirty parameters, in the unit's copy."""
+        live = {own: _plain(p) for own, p in module.named_parameters(remove_duplicate=False)}
+        leaves = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+        if any(value is None for value in live.values()) or any(_plain(x) is None for x in leaves):
+            return  # inside a transform
+        _, private = self._copies[name]
+        random, found = torch.get_rng_state(), []
         self._within = True
         try:
             for values in (clean, live):
-                own = dict(module.named_parameters(remove_duplicate=False))
-                _swap(module, {name: value for name, value in values.items() if value is not None})
-                _swap(module, {key: buffer.clone() for key, buffer in buffers.items()}, buffers=True)
+                _swap(private, {own: value for own, value in values.items() if value is not None})
+                for own, theirs in zip(private.modules(), module.modules(), strict=True):
+                    own._buffers = {key: None if buffer is None else buffer.clone() for key, buffer in theirs._buffers.items()}
                 torch.set_rng_state(random)
-                try:
-                    with torch.enable_grad():
-                        outputs = [y for y in tree_leaves(module.forward(*given[0], **given[1])) if _is_real(y) and y.requires_grad]
-                        if not outputs:
-                            return
-                        sent = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y) for y in outputs]
-                        found.append(torch.autograd.grad(outputs, inputs, sent, allow_unused=True))
-                finally:
-                    _swap(module, own)
-                    _swap(module, buffers, buffers=True)
-        except RuntimeError:  # inside a transform that excludes it
-            return
+                with _unobserved():
+                    found.append(_cotangents(private, given))
         finally:
             self._within = False
             torch.set_rng_state(random)
         pairs = [(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None]
         change = max((_distance(a, b) for a, b in pairs), default=0.0)
         self.transport[block] = max(change, self.transport.get(block, 0.0))
+
+
+def _cotangents(module: nn.Module, given: Any) -> list[Tensor | None]:
+    """Send a drawn cotangent through a module, and return those of its inputs."""
+    with torch.enable_grad():
+        arguments, keywords = tree_map(lambda x: x.detach().clone().requires_grad_() if _is_real(x) else x, given)
+        inputs = [x for x in tree_leaves((arguments, keywords)) if _is_real(x)]
+        outputs = [y for y in tree_leaves(module.forward(*arguments, **keywords)) if _is_real(y) and y.requires_grad]
+        if not inputs or not outputs:
+            return []
+        sent = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y) for y in outputs]
+        return list(torch.autograd.grad(outputs, inputs, sent, allow_unused=True))
 
 
 @contextmanager
@@ -331,9 +359,19 @@ def _digest(arguments: Any, keywords: Any) -> str:
     for leaf in tree_leaves((arguments, keywords)):
         plain = _plain(leaf) if isinstance(leaf, Tensor) else None
         if plain is not None:
-            digest.update(f"{plain.shape} {plain.dtype}".encode() + plain.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            digest.update(f"{plain.shape} {plain.dtype}".encode() + plain.contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
         else:
             digest.update(f"{type(leaf).__name__}".encode())
+    return digest.hexdigest()
+
+
+def _bytes_of(tree: Any) -> str:
+    """Return a digest of the values of a tree's tensors, whatever their shapes are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in tree_leaves(tree):
+        plain = _plain(leaf) if isinstance(leaf, Tensor) else None
+        if plain is not None:
+            digest.update(plain.contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -36,9 +36,25 @@ from bpfree.training import session
 from bpfree.training.guards import LearningWatch
 from bpfree.training.selection import Selection
 
-__all__ = ["EPOCHS", "Arm", "Change", "Intervening", "Recording", "Reference", "Watch", "WholeRun", "run_arm", "run_reference", "watched"]
+__all__ = [
+    "EPOCHS",
+    "Arm",
+    "Change",
+    "Enough",
+    "Intervening",
+    "Recording",
+    "Reference",
+    "Watch",
+    "WholeRun",
+    "run_arm",
+    "run_reference",
+    "watched",
+]
 
-EPOCHS = 4
+EPOCHS = 10
+"""The default budget of ``bpfree train``."""
+EQUAL = torch.equal
+"""As it was before any rule could replace it."""
 Weights = dict[str, dict[str, Tensor]]
 """Parameters by block and name."""
 
@@ -54,6 +70,8 @@ class Arm:
         until: ``end`` of the run, or ``start``: dirty only while the rule is built and prepared.
         gentle: permuted only, which keeps norm, mean and deviation.
         rounding: change each value of doubled executions by its rounding, as a placebo.
+        strict: with ``alter``: also executions on inputs that are no outputs of the block below.
+        tethered: set the blocks below to the reference's weights after each step too, so that only what a block itself reads shows.
     """
 
     block: str | None
@@ -62,6 +80,8 @@ class Arm:
     until: str = "end"
     gentle: bool = False
     rounding: bool = False
+    strict: bool = False
+    tethered: bool = False
 
 
 @dataclass
@@ -120,7 +140,7 @@ class Reference:
 
     def moved(self, block: str) -> bool:
         """Whether the block has learned."""
-        return any(not torch.equal(p, self.final[block][name]) for name, p in self.initial[block].items())
+        return any(name not in self.final[block] or not EQUAL(p, self.final[block][name]) for name, p in self.initial[block].items())
 
 
 @dataclass
@@ -144,6 +164,10 @@ class WholeRun:
     overwritten: int = 0
     changed: str = ""
     trouble: str = ""
+
+
+class Enough(Exception):
+    """Every block below has other weights: the rest of the run would show nothing more."""
 
 
 class Watch:
@@ -245,13 +269,18 @@ class Recording(Watch):
     def end(self) -> None:
         self.reference.final = self._copied(self.reference.after[-1] if self.reference.after else {})
 
+    def _names(self) -> dict[str, Any]:
+        return {name: own.keys() for name, own in self.live().items()}
+
     def _copied(self, last: Weights) -> Weights:
         """Copy the weights, except those that are as they were."""
         found: Weights = {}
+        if self.reference.initial and self._names() != {name: own.keys() for name, own in self.reference.initial.items()}:
+            self.reference.exchanged = True
         for block, own in self.live().items():
             old = last.get(block, {})
             found[block] = {
-                name: old[name] if name in old and torch.equal(old[name], p.detach()) else p.detach().clone() for name, p in own.items()
+                name: old[name] if name in old and EQUAL(old[name], p.detach()) else p.detach().clone() for name, p in own.items()
             }
         return found
 
@@ -277,7 +306,15 @@ class Intervening(Watch):
         own = () if self._arm.block is None else (self._arm.block,)
         altered = own if self._arm.alter else ()
         doubled, generator = (*own, *self._above), self._generator
-        return Doubles(network, self._reference.record, doubled=doubled, altered=altered, generator=generator, rounding=self._arm.rounding)
+        return Doubles(
+            network,
+            self._reference.record,
+            doubled=doubled,
+            altered=altered,
+            generator=generator,
+            strict=self._arm.strict,
+            rounding=self._arm.rounding,
+        )
 
     @property
     def step(self) -> int:
@@ -303,6 +340,9 @@ class Intervening(Watch):
         self._compare(here, self.step + 1)
         if self.step + 1 in self._moments:
             self._measure(here)
+        if self._arm.block is not None and self.found.changes and all(change.first for change in self.found.changes.values()):
+            self.end()
+            raise Enough
         self._set(here)
 
     def _measure(self, here: Weights) -> None:
@@ -311,8 +351,10 @@ class Intervening(Watch):
             change.relative += (_relative(self._reference, name, live[name], here[name]),)
 
     def end(self) -> None:
-        self._compare(self._reference.final, self._reference.steps)
-        self._measure(self._reference.final)
+        known = self._reference.after
+        last = self._reference.final if self.step + 1 >= len(known) else known[self.step]
+        self._compare(last, self.step + 1)
+        self._measure(last)
         doubles, block = self.doubles, self._arm.block
         assert doubles is not None
         if block is not None:
@@ -322,16 +364,16 @@ class Intervening(Watch):
     def _compare(self, here: Weights, step: int) -> None:
         live = self.live()
         for name, change in self.found.changes.items():
-            if not change.first and any(not torch.equal(p.detach(), here[name][key]) for key, p in live[name].items() if key in here[name]):
+            if not change.first and any(not EQUAL(p.detach(), here[name][key]) for key, p in live[name].items() if key in here[name]):
                 change.first = step
 
     def _set(self, weights: Weights) -> None:
         """Give the block dirty parameters, and those above it the reference's."""
         live = self.live()
         with torch.no_grad():
-            for name in self._above:
+            for name in (*self._above, *(self._below if self._arm.tethered else ())):
                 for key, p in live[name].items():
-                    if not torch.equal(p, weights[name][key]):
+                    if not EQUAL(p, weights[name][key]):
                         p.copy_(weights[name][key])
             for key, p in live.get(self._arm.block or "", {}).items():
                 clean = weights[self._arm.block or ""][key]
@@ -352,7 +394,7 @@ class Intervening(Watch):
             return
         for key, p in self.live()[self._arm.block].items():
             clean, written = here[self._arm.block][key], self._written[key]
-            if torch.equal(p.detach(), clean) and not torch.equal(written, clean) and clean.numel() > 1:
+            if EQUAL(p.detach(), clean) and not EQUAL(written, clean) and clean.numel() > 1:
                 self.found.overwritten += 1
                 return
 
@@ -403,6 +445,8 @@ def run_arm(
     watch = Intervening(arm, reference, draw)
     try:
         _run(subject, watch, task, epochs=epochs, seed=seed)
+    except Enough:
+        pass
     except Exception as error:  # on such weights a rule may fail as it never does otherwise
         watch.found.trouble = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return watch.found
@@ -410,7 +454,7 @@ def run_arm(
 
 def settings_of(folder: str, epochs: int, seed: int) -> dict[str, Any]:
     """Return the settings of an examined run over the rule's own."""
-    quiet = {"tracking.enabled": False, "checkpoint.every": 0, "pictures.every": 0, "pictures.curves": False}
+    quiet = {"tracking.enabled": False, "pictures.every": 0, "pictures.curves": False}
     return {"output": folder, "seed": seed, "budget.epochs": epochs, "device": "cpu", "threads": 1, **quiet}
 
 
@@ -446,7 +490,7 @@ def watched(kind: type[Rule], watch: Watch) -> Iterator[None]:
     def step(probes: Any, update: Callable[..., Any], clock: Any, batch: Any, step: Any) -> Any:
         watch.look()
         assert watch.doubles is not None
-        watch.doubles.step += 1
+        watch.doubles.begin_step()
         watch.before()
         metrics = take_step(probes, update, clock, batch, step)
         watch.after()

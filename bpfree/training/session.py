@@ -353,6 +353,12 @@ class Session:
     def _finish(self) -> None:
         """Load the selected weights, and test them once, or not at all if the configuration says so."""
         state, world, result = self.state, self._setup.world, self._run.result
+        if type(result) is not dict:
+            raise BpfreeError(
+                f"the run's result was replaced by a {type(result).__name__} while it trained",
+                where=type(self._rule).__name__,
+                fix="let rule and observers leave the record of a run alone",
+            )
         self._end_stage()
         state.end_training()
         state.learning.end_run(steps=state.at.step, gradients=state.updater.received)

@@ -13,7 +13,7 @@ __all__ = ["CHECKS", "judge_reading"]
 
 DOES: dict[Verdict, str] = {
     "reads": "reads",
-    "at construction": "comes from a rule that was built as a function of",
+    "at construction": "is a function, from before the first step, of",
     "executes": "needs, found out by execution,",
 }
 
@@ -67,8 +67,8 @@ def judge_reading(reading: Reading, traits: Traits, where: str) -> str:
     if unmeasured:
         below, above, cell = unmeasured[0]
         raise Unmeasured(f"not called local: whether block {below!r} reads the weights of {above!r} is open: {cell.why}")
-    if reading.exchanged:
-        raise Unmeasured("not called local: the rule exchanged the parameters of the network that it was given")
+    if reading.trouble:
+        raise Unmeasured(f"not called local: {reading.trouble}")
     return _remark(reading)
 
 
