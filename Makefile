@@ -19,6 +19,7 @@ help:
 	@echo "make downstream    install each plugin against this core in a clean environment, and certify it there (PLUGINS=\"noprop hebbian\")"
 	@echo "make bench         speed and memory, as ratios (benchmarks/)"
 	@echo "make torture       faults of machines, servers, disks and people, injected and counted (FAULTS=\"kill-run fuzz\", QUICK=1; hours)"
+	@echo "make cheaters      rules that cheat, and honest ones, through the certificate's whole runs (a quarter of an hour)"
 	@echo "make gpu           tests, benchmarks and studies on CUDA, in resumable parts (PART=tests|bench|studies|papers)"
 
 $(VENV)/installed: pyproject.toml requirements-dev.txt $(wildcard plugins/*/pyproject.toml)
@@ -80,6 +81,11 @@ certify: install
 .PHONY: support
 support: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/support_table.py
+
+# Writes benchmarks/results/cheaters-cpu.json and the tables of docs/certificates.md.
+.PHONY: cheaters
+cheaters: install
+	$(BIN)/python benchmarks/cheaters.py --save
 
 downstream: install
 	$(BIN)/python .ci/downstream.py $(PLUGINS)

@@ -9,11 +9,13 @@ rule is not called local, and *called local* otherwise. `--save` writes the resu
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ SLOW = ("WhateverFits", "ForksAtEachStep", "ForwardBasis", "NudgesItsOutputs")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Examine, report, save; returns 1 if an honest rule is judged wrongly."""
     benchmark = measure.Benchmark("cheaters", __doc__)
+    benchmark.parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
     benchmark.parser.add_argument("--rules", nargs="*", default=[], metavar="NAME", help="only these classes")
     options = benchmark.start(arguments)
     disguises = [Cheater(rule, "disguises", _first_line(rule), "reads") for rule in DISGUISES]
@@ -64,9 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     honest = [known for known in HONEST if not options.rules or known.rule.__name__ in options.rules]
     if options.quick:
         every, honest = every[:1], honest[:1]
-    with elsewhere():
-        cheating = [told(line_of(cheater)) for cheater in every if options.rules or cheater.rule.__name__ not in SLOW]
-        fair = [told(honest_line(known)) for known in honest]
+    chosen = [cheater for cheater in every if options.rules or cheater.rule.__name__ not in SLOW]
+    with elsewhere(), ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
+        cheating = [told(line) for line in pool.map(line_of, chosen)]
+        fair = [told(line) for line in pool.map(honest_line, honest)]
     left_out = [cheater.rule.__name__ for cheater in every if not options.rules and cheater.rule.__name__ in SLOW]
     results = {"cheating": cheating, "honest": fair, "not_examined": left_out}
     print(counts_table(cheating))

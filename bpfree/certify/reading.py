@@ -18,9 +18,10 @@ Run = Callable[[Arm, int], WholeRun]
 Verdict = Literal["none", "reads", "passed on", "executes", "statistics", "at construction", "unmeasured"]
 """What the learning of a block has of the weights of one above it.
 
-``reads``: it is a function of them. ``passed on``: it is not, and changes only because blocks in between have read them. ``executes``: it is not, as long as executions on other inputs than a step's first have other
-weights' values: it finds them out by executing the block. ``at construction``: a function of them as they were before the first step.
-``statistics``: only of what a permutation leaves, such as a norm by which feedback is scaled.
+``reads``: it is a function of them. ``passed on``: it is not, and changes only because blocks in between have read them. ``executes``: it
+is not, as long as executions on other inputs than a step's first have other weights' values: it finds them out by executing the block.
+``at construction``: a function of them as they were before the first step. ``statistics``: only of what a permutation of these leaves, such
+as a norm by which feedback is scaled.
 """
 PLACEBOS = 20
 TIMES, LEAST = 10, 1e-4

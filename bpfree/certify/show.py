@@ -15,6 +15,10 @@ from bpfree.document.tables import text_pairs
 __all__ = ["percent", "render", "step_times", "summary_rows"]
 
 UNMEASURED = "unmeasured"
+QUICK = (
+    "Examined on small networks only: a rule that recognises these, trains outside of its steps, or learns slowly of weights above is seen "
+    "by whole runs alone, which a full examination makes."
+)
 
 
 def summary_rows(certificate: Certificate) -> Iterator[tuple[str, str]]:
@@ -23,26 +27,71 @@ def summary_rows(certificate: Certificate) -> Iterator[tuple[str, str]]:
     yield "rule", f"{certificate.rule} (plugin {certificate.plugin}, {certificate.distribution} {certificate.version})"
     if certificate.settings:
         yield "settings", " ".join(certificate.settings)
-    if "dependence" not in p:
-        return
-    yield "credit", p["credit"]
-    yield "dependence", f"{p['dependence']['name']}: {DEPENDENCE[p['dependence']['name']]}"
-    yield "reverse mode", _reverse(p)
-    if p["silent_blocks"]:
-        yield "no update", ", ".join(p["silent_blocks"])
-    yield "passes", "; ".join(f"{kind}: {_passes(found)}" for kind, found in p["passes"].items())
-    yield "memory", _memory(p["memory"])
-    if times := step_times(p):
-        yield "time of a step", _time(times)
-    if p["alignment"].get("early"):
-        yield (
-            "alignment",
-            f"{_cosines(p['alignment']['early'])} early, {_cosines(p['alignment']['late'])} late (cosine with the true gradient)",
-        )
-    if "learning" in p:
-        yield "learning", _learning(p["learning"])
+    yield from _measured(p)
     if certificate.remark:
         yield "", certificate.remark
+
+
+def _measured(p: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the rows of what was measured; what was not has none."""
+    if "dependence" in p or "whole_runs" in p:
+        yield "credit", p["credit"]
+    if "whole_runs" in p:
+        yield "whole runs", _whole_runs(p["whole_runs"])
+    if words := _specimen(p.get("specimens", {})):
+        yield "structure", words
+    if "dependence" in p:
+        yield "dependence", f"{p['dependence']['name']}: {DEPENDENCE[p['dependence']['name']]}"
+    if "reverse" in p:
+        yield "reverse mode", _reverse(p)
+    if p.get("silent_blocks"):
+        yield "no update", ", ".join(p["silent_blocks"])
+    if "passes" in p:
+        yield "passes", "; ".join(f"{kind}: {_passes(found)}" for kind, found in p["passes"].items())
+    if "memory" in p:
+        yield "memory", _memory(p["memory"])
+    if "time" in p and (times := step_times(p)):
+        yield "time of a step", _time(times)
+    if p.get("alignment", {}).get("early"):
+        early, late = _cosines(p["alignment"]["early"]), _cosines(p["alignment"]["late"])
+        yield "alignment", f"{early} early, {late} late (cosine with the true gradient)"
+    if "learning" in p:
+        yield "learning", _learning(p["learning"])
+    for name, why in p.get("unmeasured", {}).items():
+        yield f"no {name}", why
+
+
+VERDICTS = {
+    "reads": "reads the weights of {} above",
+    "at construction": "is a function of the weights of {} above as they were before the first step",
+    "executes": "finds out the weights of {} above by executing them",
+    "statistics": "is scaled by the first weights of {} above",
+    "unmeasured": "may read the weights of {} above (unmeasured)",
+}
+
+
+def _whole_runs(whole: dict[str, Any]) -> str:
+    """Say what whole runs showed, in one line."""
+    reading = whole["reading"]
+    if whole["trouble"] or reading["trouble"]:
+        return f"unmeasured: {whole['trouble'] or reading['trouble']}"
+    blocks, found = reading["blocks"], []
+    for verdict, words in VERDICTS.items():
+        above = {name for row in reading["cells"].values() for name, cell in row.items() if cell["verdict"] == verdict}
+        if above:
+            found.append(words.format(", ".join(name for name in blocks if name in above)))
+    nothing = "one block, with nothing above" if len(blocks) < 2 else "no block learns from weights above"
+    how = "bit for bit" if reading["exact"] else f"relative changes above {reading['threshold']:.1g}"
+    return f"{'; '.join(found) or nothing} ({reading['steps']} steps on {reading['task']} with its own settings, {how})"
+
+
+def _specimen(specimens: dict[str, dict[str, Any]]) -> str:
+    """Name the settings of the rule with which small networks were examined in place of its own."""
+    parts = []
+    for kind, settings in specimens.items():
+        own = [f"{key}={value}" for key, value in settings.items() if key.startswith("rule.")]
+        parts += [f"{kind}: {' '.join(own)}"] if own else []
+    return f"measured with other settings of the rule: {'; '.join(parts)}" if parts else ""
 
 
 DEPENDENCE = {
@@ -61,7 +110,8 @@ def _reverse(p: dict[str, Any]) -> str:
         words = f"end to end, through all {reverse['span']} blocks"
     else:
         words = f"inside {reverse['span']} block{'s' * (reverse['span'] > 1)} at a time, {reverse['calls_per_step']:g} calls per step"
-    return f"{words}{'; forward mode' if p['forward_mode'] else ''} (observed)"
+    layers = f"; through {reverse['layers']} weight matrices at most" if reverse.get("layers", 0) > 1 else ""
+    return f"{words}{layers}{'; forward mode' if p.get('forward_mode') else ''} (observed)"
 
 
 def _memory(memory: dict[str, Any]) -> str:
@@ -126,4 +176,6 @@ def render(certificate: Certificate) -> Iterator[str]:
     yield ""
     counts = ", ".join(f"{count} {status}" for status, count in certificate.counts.items())
     remark = f"; {certificate.remark}" if certificate.remark else ""
+    if certificate.kind == "quick":
+        yield QUICK
     yield f"{certificate.rule}: {certificate.status}{remark} ({counts}; {certificate.seconds:.0f} s)"
