@@ -315,7 +315,9 @@ class Measurements:
             if reach:
                 blocks = "all blocks above" if reach == len(reading.blocks) - 1 else f"{reach} block{'s' * (reach > 1)} above"
                 return words.format(blocks)
-        return "unmeasured" if reading.found("unmeasured") or reading.exchanged else small
+        if reading.found("unmeasured") or reading.trouble:
+            return "unmeasured"
+        return "local, scaled by a statistic of the first weights above" if reading.found("statistics") else small
 
     def properties(self, *, quick: bool = False) -> dict[str, Any]:
         """Return the properties as plain values, for the certificate; one that cannot be measured says why, and keeps the others."""

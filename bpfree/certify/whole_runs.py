@@ -340,7 +340,12 @@ class Intervening(Watch):
         self._compare(here, self.step + 1)
         if self.step + 1 in self._moments:
             self._measure(here)
-        if self._arm.block is not None and self.found.changes and all(change.first for change in self.found.changes.values()):
+        if (
+            self._arm.block is not None
+            and not self._arm.gentle
+            and self.found.changes
+            and all(change.first for change in self.found.changes.values())
+        ):
             self.end()
             raise Enough
         self._set(here)

@@ -604,8 +604,8 @@ def test_a_rule_that_breaks_when_it_is_built_gets_a_certificate_that_says_where(
     certificate = certify(BreaksWhenBuilt, quick=True)
     assert certificate.status == "failed"
     assert certificate.traits == {}
-    assert {finding.status for finding in certificate.findings} == {"failed"}
-    assert certificate.findings[0].what == "TypeError: not so"
+    assert certificate.counts == {"failed": 1, "unmeasured": len(certificate.findings) - 1}
+    assert certificate.findings[0].what == "the rule cannot be built: TypeError: not so"
     assert "BreaksWhenBuilt.__init__" in certificate.findings[0].where
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_certificates import certificate
+from made_certificates import certificate, completed
 
 from bpfree import Batch, Card, Rule, Step
 from bpfree.baselines import Backprop, Frozen
@@ -151,7 +151,7 @@ def quick() -> Certificate:
 
 
 def full(made: Certificate, of: Lesson) -> Certificate:
-    return dataclasses.replace(made, kind="full", properties={**made.properties, "learning": of.to_dict()})
+    return dataclasses.replace(completed(made), properties={**made.properties, "learning": of.to_dict()})
 
 
 def test_the_certificate_has_all_numbers_by_seed(quick: Certificate) -> None:
@@ -198,7 +198,8 @@ def test_above_the_floor_there_is_no_remark(quick: Certificate) -> None:
 def test_certificates_without_a_floor_are_still_read(quick: Certificate) -> None:
     """As earlier versions wrote them."""
     learning = {"task": "digits", "network": "small", "rule": [0.8], "twin": [0.5], "backprop": [0.9], "epochs": 20}
-    old = Certificate.from_dict({**quick.to_dict(), "properties": {**quick.properties, "learning": learning}})
+    old = dataclasses.replace(quick, properties={**quick.properties, "learning": learning})
+    assert Certificate.from_dict(old.to_dict()) == old
     assert old.remark == ""
     assert "| 80.0, -, 50.0, 90.0 |" in table([old])
     assert any("own-prediction twin 50.0 %" in line for line in render(old))

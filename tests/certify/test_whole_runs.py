@@ -88,7 +88,7 @@ class FeedbackOfTheWeights(DFA):
 
     def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
         super().__init__(network, spec, config)
-        first = network.blocks[network.readout].weight.detach()
+        first = next(p.detach() for p in network.blocks[network.readout].parameters() if p.dim() > 1)
         for name, value in self.named_buffers():
             if "feedback" in name:
                 value.copy_(first.T.reshape(value.shape) if self.copied and value.numel() == first.numel() else value * first.std())
@@ -104,6 +104,10 @@ def test_what_is_read_at_construction_is_told_apart(few: Task) -> None:
     assert verdicts(reading_of(ScaledFeedback, few)) <= {"none", "statistics"}
     assert "statistics" in verdicts(reading_of(ScaledFeedback, few))
     assert "at construction" in verdicts(reading_of(FeedbackOfTheWeights, few))
+    (told,) = certify(ScaledFeedback, only=["trait-downstream-weights"]).findings
+    assert (told.status, "scaled by a statistic of the first weights" in told.what) == ("passed", True)
+    (told,) = certify(FeedbackOfTheWeights, only=["trait-downstream-weights"]).findings
+    assert told.status == "failed"
 
 
 class KeepsAnother(DFA):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_certificates import certificate, resealed, write
+from made_certificates import certificate, findings, resealed, write
 
 from bpfree.certify.findings import Finding
 from bpfree.cli.main import main
@@ -77,7 +77,7 @@ def test_add_keeps_what_only_people_can_say(workplace: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"findings": [Finding("traits", "t", "failed")]}, "failed its examination: traits"),
+        ({"findings": findings(Finding("trait-update", "t", "failed"))}, "failed its examination: trait-update"),
         ({"kind": "quick"}, "is quick, not full"),
         ({"sources": {"bpfree contract": "0"}}, "is stale"),
         ({"rule": "dfa"}, "the certificate of 'dfa', which 'noprop' does not register"),
@@ -107,7 +107,7 @@ def ours(workplace: Path) -> Path:
 def test_validate_names_a_certificate_of_another_core(ours: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another hash of what is neither contract nor examiner is no fault."""
     path = ours / "certificates/noprop-dt.json"
-    path.write_text(path.read_text().replace('"bpfree": "', '"bpfree": "x'))
+    path.write_text(resealed(path.read_text().replace('"bpfree": "', '"bpfree": "x')))
     capsys.readouterr()
     assert call("registry", "validate", "--folder", "registry") == 0
     assert "measured before a change of the core outside contract and examiner: noprop-dt\n" in capsys.readouterr().out

@@ -60,7 +60,11 @@ def _crossing(observed_steps: ObservedSteps, pair: tuple[str, str]) -> str:
 
 
 def _downstream(m: Measurements) -> str | None:
-    """Compare downstream weights, as far as the specimen's depth allows; local only if all pairs beyond the window were measured."""
+    """Compare downstream weights, as far as the specimen's depth allows; local only if all pairs beyond the window were measured.
+
+    What changes only because feedback was scaled by a statistic of the weights above, when the rule was built, is told as that.
+    """
+    remark = None
     for kind, matrix in m.downstream.items():
         declared = m.traits(kind).downstream_weights
         most = len(matrix.blocks) - 1
@@ -69,8 +73,18 @@ def _downstream(m: Measurements) -> str | None:
             raise Unmeasured(f"not called local: {_why(matrix, open_pairs)}")
         if doubts := m.doubts(kind):
             raise Unmeasured(f"not called local: {doubts}")
-        _compare_reach(m, kind, matrix, declared, window)
-    return None
+        if (matrix.reach() or 0) > window and _only_scaled(m, window):
+            remark = "something is scaled by a statistic of the first weights above, such as their norm; no update reads them otherwise"
+        else:
+            _compare_reach(m, kind, matrix, declared, window)
+    return remark
+
+
+def _only_scaled(m: Measurements, window: int) -> bool:
+    """Tell whether whole runs show that nothing but a statistic of the first weights above counts."""
+    reading = m.whole.reading
+    others = reading.found("reads", "executes", "at construction", "unmeasured", beyond=window)
+    return bool(reading.found("statistics")) and not others and not m.whole.trouble and not reading.trouble
 
 
 def _why(matrix: Matrix, pairs: list[tuple[str, str]]) -> str:

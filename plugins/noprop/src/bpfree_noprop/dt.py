@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bpfree.network.network import Network
 from bpfree.options import option
-from bpfree.rule import Card, Metrics, Traits, always
+from bpfree.rule import Card, Metrics, Traits
 from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.tasks.task import TaskSpec
 from bpfree_noprop.base import PAPER
@@ -68,11 +68,17 @@ class NoPropDT(ChainRule):
         notes="Inside each block the gradient is ordinary back-propagation (the title of the paper's second version says so). "
         "By default all blocks learn from each batch, which is the exact mean over t; updates=sequential is Algorithm 1. "
         "Algorithm 1 samples z_t but its loss uses z_{t-1}: we sample z_{t-1}. The paper gives no formula for its schedule: ours is the "
-        "time-reversed cosine, clipped. A learned embedding is shared: updates depend on no other block, yet all move it. "
+        "time-reversed cosine, clipped. A learned embedding is shared: its gradient goes through every block, so that through it the "
+        "blocks learn from each other's weights. "
         "The paper's chain (inference=sampled, Eq. 3) draws a class from the blocks' beliefs where the mean path, our default, takes the "
         "likeliest: 0.6 to 0.7 points on digits and MNIST. The head starts as a nearest-embedding classifier.",
     )
-    traits_of = always(Traits("independent", 0, 1, chain=False, readout="none", targets=("classes", "soft"), inputs="real", own_loss=False))
+
+    @classmethod
+    def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
+        """Declare independent blocks; those that share a learned embedding change it for each other, and so read each other's weights."""
+        alone = Traits("independent", 0, 1, chain=False, readout="none", targets=("classes", "soft"), inputs="real", own_loss=False)
+        return alone if config.embedding == "one-hot" else replace(alone, dependence="all", downstream_weights="all")
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropDTConfig | None = None) -> None:
         super().__init__(network, spec, config)
