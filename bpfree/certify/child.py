@@ -130,7 +130,7 @@ def _leave_network() -> bool:
         return False
     with contextlib.suppress(OSError, AttributeError):
         system = ctypes.CDLL(None)
-        return system.unshare(NEW_NETWORK) == 0 or system.unshare(NEW_USER | NEW_NETWORK) == 0
+        return bool(system.unshare(NEW_NETWORK) == 0 or system.unshare(NEW_USER | NEW_NETWORK) == 0)
     return False
 
 

@@ -141,14 +141,14 @@ def examine(m: Measurements, check: Check, waivers: Mapping[str, str] | None = N
 def examine_with(name: str, run: Callable[[], str | None]) -> Finding:
     """Make the finding of a check, by name, from a function of its own."""
     (check,) = (check for check in CHECKS if check.id == name)
-    return _found(check, run, Rule)
+    return _found(check, run, None)
 
 
 def _run(m: Measurements, check: Check) -> Finding:
     return _found(check, lambda: check.run(m), m.subject.rule)
 
 
-def _found(check: Check, run: Callable[[], str | None], rule: type[Rule]) -> Finding:
+def _found(check: Check, run: Callable[[], str | None], rule: type[Rule] | None) -> Finding:
     try:
         return Finding(check.id, check.title, "passed", what=run() or "")
     except CheckFailed as error:
@@ -167,7 +167,7 @@ def _found(check: Check, run: Callable[[], str | None], rule: type[Rule]) -> Fin
             check.title,
             "failed",
             f"{type(error).__name__}: {' '.join(str(error).split())}",
-            _place(error, rule),
+            "" if rule is None else _place(error, rule),
             "correct the rule",
         )
 

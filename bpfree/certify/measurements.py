@@ -20,6 +20,7 @@ from bpfree.certify.learning import Lesson, learn_lesson
 from bpfree.certify.loop import Loop
 from bpfree.certify.pace import CLOCK, measure_time
 from bpfree.certify.probe import MOST_PHASES, PLAIN, Moment, Probe, Sampling
+from bpfree.certify.reading import Verdict
 from bpfree.certify.reverse import OWN, ObservedSteps, observed
 from bpfree.certify.subject import Specimen, Subject, batches
 from bpfree.certify.whole_examination import WholeExamination, examine_whole_runs
@@ -306,11 +307,12 @@ class Measurements:
         small, reading = self.credit, self.whole.reading
         if self.whole.trouble or small.startswith("equivalent"):
             return small if small != "local" else "unmeasured"
-        for verdict, words in (
+        credits: tuple[tuple[Verdict, str], ...] = (
             ("reads", "uses the weights of {}"),
             ("at construction", "made from the first weights of {}, before the first step"),
             ("executes", "finds out the weights of {} by executing them"),
-        ):
+        )
+        for verdict, words in credits:
             reach = reading.reach(verdict)
             if reach:
                 blocks = "all blocks above" if reach == len(reading.blocks) - 1 else f"{reach} block{'s' * (reach > 1)} above"

@@ -32,7 +32,7 @@ from bpfree.errors import BpfreeError
 from bpfree.network.network import Network
 from bpfree.rule import Rule
 from bpfree.tasks.task import Task
-from bpfree.training import session
+from bpfree.training import probes, session
 from bpfree.training.guards import LearningWatch
 from bpfree.training.selection import Selection
 
@@ -478,7 +478,7 @@ def _run(subject: Subject, watch: Watch, task: Task | None, *, epochs: int, seed
 def watched(kind: type[Rule], watch: Watch) -> Iterator[None]:
     """Follow the run that is made inside."""
     original, own = Rule.__init__, kind.__init__
-    take_step, take = session.take_step, Selection.take
+    take_step, take = probes.take_step, Selection.take
 
     def initialise(rule: Rule, *args: Any, **kwargs: Any) -> None:
         original(rule, *args, **kwargs)
@@ -492,12 +492,12 @@ def watched(kind: type[Rule], watch: Watch) -> Iterator[None]:
         own(rule, *args, **kwargs)
         watch.built(rule)
 
-    def step(probes: Any, update: Callable[..., Any], clock: Any, batch: Any, step: Any) -> Any:
+    def step(wanted: Any, update: Callable[..., Any], clock: Any, batch: Any, step: Any) -> Any:
         watch.look()
         assert watch.doubles is not None
         watch.doubles.begin_step()
         watch.before()
-        metrics = take_step(probes, update, clock, batch, step)
+        metrics = take_step(wanted, update, clock, batch, step)
         watch.after()
         return metrics
 
