@@ -18,6 +18,20 @@ CAPTION = (
     "precision; empty: none, ?: could not be measured. In the second kind the change lies in the null space of the layer's inputs, so "
     "that no forward value moves: what shows there is weight transport."
 )
+WHOLE_CAPTION = (
+    " In whole runs an entry says what a block learns of the weights of one above: r, it reads them; c, as they were at construction; e, "
+    "it finds them out by executing; s, a statistic of them; b, blocks in between read them; empty, nothing, bit for bit."
+)
+SHADES: dict[str, tuple[float | None, str]] = {
+    "none": (0.0, ""),
+    "reads": (1.0, "r"),
+    "at construction": (0.8, "c"),
+    "executes": (0.6, "e"),
+    "passed on": (0.4, "b"),
+    "statistics": (0.2, "s"),
+    "unmeasured": (None, "?"),
+}
+"""How dark each verdict of a whole run is, and its letter."""
 LEAST = 1e-9
 """Relative change at the light end of the scale; 1 is the dark end."""
 
@@ -31,7 +45,25 @@ def figure(properties: Mapping[str, Any]) -> Figure:
         for key, title in TITLES.items()
         for kind, matrix in properties.get(key, {}).get("matrices", {}).items()
     ]
-    return Figure(panels, CAPTION)
+    reading = properties.get("whole_runs", {}).get("reading", {})
+    if len(reading.get("blocks", ())) > 1:
+        panels.insert(0, _verdict_map(reading))
+    return Figure(panels, CAPTION + (WHOLE_CAPTION if reading else ""))
+
+
+def _verdict_map(reading: Mapping[str, Any]) -> Panel:
+    """Draw what whole runs say of each pair: a word where the weights above count."""
+    blocks, cells = reading["blocks"], list[list[Shade | None]]()
+    for i, below in enumerate(blocks):
+        row: list[Shade | None] = []
+        for j, above in enumerate(blocks):
+            verdict = reading["cells"].get(below, {}).get(above, {}).get("verdict", "none")
+            strength, word = SHADES[verdict]
+            row.append(None if j <= i else Shade(strength, word, f"what {below} learns of the weights of {above}: {verdict}"))
+        cells.append(row)
+    title, subtitle = "whole runs", f"{reading['steps']} steps on {reading['task']}, other weights, same values"
+    small = dict.fromkeys(reading["silent"], "no update")
+    return shades(title, subtitle, blocks, cells, small=small, axes="rows: learning of; columns: weights of")
 
 
 def heat_map(title: str, changed: str, blocks: Sequence[str], rows: Rows, *, silent: Sequence[str] = (), above: bool = False) -> Panel:
