@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bpfree.certify import training_runs
-from bpfree.certify.subject import Subject
+from bpfree.certify.subject import Subject, with_views
 from bpfree.network.network import evaluating
 from bpfree.options import OptimizerConfig
 from bpfree.rule import Rule
@@ -62,7 +62,7 @@ class Loop(Stepper):
 
     def _of_features(self, batch: Batch) -> Batch:
         with evaluating(self.rule), torch.no_grad():
-            return Batch(self.rule.features(batch.inputs), batch.targets)
+            return with_views(Batch(self.rule.features(batch.inputs), batch.targets), self.rule.traits.views)
 
 
 def _split(batches: Sequence[Batch]) -> Split:

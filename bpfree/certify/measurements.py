@@ -27,6 +27,7 @@ from bpfree.certify.whole_examination import WholeExamination, examine_whole_run
 from bpfree.rule import Rule, Traits
 from bpfree.step import Batch, Step
 from bpfree.tasks.spec import TaskSpec
+from bpfree.training.stepper import Stepper
 
 __all__ = ["SPECIMENS", "Measurements", "Observation"]
 
@@ -49,10 +50,12 @@ class Observation:
     Attributes:
         moments: its steps, with true gradients where there are some.
         steps: what each step executed; the same order.
+        plain: what one forward pass of the network executes, where it is a chain. Rows of a sequence are no examples.
     """
 
     moments: list[Moment]
     steps: list[ObservedSteps]
+    plain: ObservedSteps | None = None
 
     def total(self) -> ObservedSteps:
         """Return the observations of all steps together."""
@@ -63,12 +66,17 @@ class Observation:
 
     def passes(self) -> dict[str, float]:
         """Return forward passes per example by block, in a usual step (sampled extras excluded) of the phase with most."""
+        one = {name: max(1.0, self.plain.passes(name)) if self.plain else 1.0 for name in self.moments[0].updates}
+        return {name: count / one[name] for name, count in self._rows().items()}
+
+    def _rows(self) -> dict[str, float]:
+        """Return rows per example that go forward through the most used weights of each block."""
         names = self.moments[0].updates
         return {name: max(statistics.median(step.passes(name) for step in steps) for steps in self._by_phase()) for name in names}
 
     def disagreement(self) -> str:
         """Say why the operations of the steps disagree with the passes of the most used block; empty if they agree."""
-        most = max(self.passes().values())
+        most = max(self._rows().values())
         if not most:
             return "no product with a block's own weights was seen: it works with copies or stacks of them"
         found = [reason for step in self.steps if (reason := step.disagreement(most))]
@@ -117,6 +125,10 @@ class Measurements:
     def spec(self) -> TaskSpec:
         """The made-up task of small instances."""
         return self.subject.specimen(self.kind).spec
+
+    def batches(self, size: int, count: int, *, dtype: torch.dtype = torch.float32, seed: int = 1) -> list[Batch]:
+        """Make batches of the made-up task, with the views that the rule asks for."""
+        return batches(self.spec, size, count, dtype=dtype, seed=seed, views=self.subject.views)
 
     @cached_property
     def kinds(self) -> list[str]:
@@ -196,7 +208,7 @@ class Measurements:
         rule = self.subject.build(specimen)
         before = {name: p.detach().clone() for name, p in rule.named_parameters()}
         loop = Loop(rule, optimizer=replace(PLAIN, lr=0.01), phases=MOST_PHASES)  # without decay, which moves what has no update
-        for batch in loop.turns(batches(specimen.spec, 16, 3, dtype=torch.float32), each=3):
+        for batch in loop.turns(batches(specimen.spec, 16, 3, dtype=torch.float32, views=self.subject.views), each=3):
             loop.take(batch)
         moved = [name for name, p in rule.named_parameters() if name in before and not torch.equal(p, before[name])]
         return {name.split(".")[2] if name.startswith(IN_BLOCKS) else OWN for name in moved}
@@ -228,7 +240,17 @@ class Measurements:
             steps.append(execution)
 
         probe = Probe(self.subject, self.specimen(kind), Sampling(samples=EXAMPLES), dtype=self.dtype, gradients=True)
-        return Observation(probe.run(watch=watch), steps)
+        moments = probe.run(watch=watch)
+        return Observation(moments, steps, self._one_pass(probe, moments[0].batch))
+
+    def _one_pass(self, probe: Probe, batch: Batch) -> ObservedSteps | None:
+        """Observe a forward pass of the network."""
+        rule = probe.build()
+        if not rule.network.chain:
+            return None
+        with observed(rule, batch, Stepper(rule, PLAIN).step) as execution, torch.no_grad():
+            rule.network(batch.inputs)
+        return execution
 
     @cached_property
     def label_sensitive(self) -> dict[str, bool]:
@@ -302,6 +324,11 @@ class Measurements:
         return "uses the weights of all blocks above" if everything else f"uses the weights of {reach} block{'s' * (reach > 1)} above"
 
     @property
+    def hidden_that_learn(self) -> list[str]:
+        """Names of the blocks below the last that whole runs judge."""
+        return [name for name in self.whole.reading.blocks[:-1] if name not in self.whole.reading.silent]
+
+    @property
     def credit_in_whole_runs(self) -> str:
         """How far credit travels, in words, by whole runs and on the specimens: the wider of both."""
         small, reading = self.credit, self.whole.reading
@@ -319,7 +346,10 @@ class Measurements:
                 return words.format(blocks)
         if reading.found("unmeasured") or reading.trouble:
             return "unmeasured"
-        return "local, scaled by a statistic of the first weights above" if reading.found("statistics") else small
+        if reading.found("statistics"):
+            return "local, scaled by a statistic of the first weights above"
+        judged = set(self.hidden_that_learn) <= set(reading.cells)
+        return "local" if small == "unmeasured" and reading.exact and reading.cells and judged else small
 
     def properties(self, *, quick: bool = False) -> dict[str, Any]:
         """Return the properties as plain values, for the certificate; one that cannot be measured says why, and keeps the others."""

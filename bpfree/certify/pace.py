@@ -57,7 +57,7 @@ def measure_time(subject: Subject, specimen: Specimen) -> dict[str, float | None
         the median over the pairs; ``None``: unmeasured, see :func:`ratio`. Empty where back-propagation cannot train the network.
     """
     probe = Probe(subject, specimen, Sampling(samples=EXAMPLES, steps=PAIRS, phases=PHASES), dtype=torch.float32)
-    raw = batches(specimen.spec, EXAMPLES, 1, dtype=torch.float32)[0]
+    raw = batches(specimen.spec, EXAMPLES, 1, dtype=torch.float32, views=subject.views)[0]
     pairs: dict[str, list[tuple[Lap, Lap]]] = {}
     reference: list[tuple[Backprop, Step]] = []
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bpfree.certify.subject import Specimen, Subject, batches, examples
+from bpfree.certify.subject import Specimen, Subject, batches, examples, with_views
 from bpfree.errors import BpfreeError
 from bpfree.network.network import Network, evaluating
 from bpfree.options import OptimizerConfig
@@ -108,7 +108,7 @@ class Probe:
         self.subject, self.specimen, self.dtype = subject, specimen, dtype
         self.sampling = sampling or Sampling()
         self._gradients = gradients
-        self._batches = batches(specimen.spec, self.sampling.samples, self.sampling.steps, dtype=dtype)
+        self._batches = batches(specimen.spec, self.sampling.samples, self.sampling.steps, dtype=dtype, views=subject.views)
 
     def with_other_labels(self) -> Probe:
         """Return a probe whose labels belong to other examples."""
@@ -195,7 +195,7 @@ class Probe:
         rule, updater, step = stepper.rule, stepper.updater, stepper.step
         if step.phase.on_features:
             with torch.no_grad(), evaluating(rule):
-                batch = Batch(rule.features(batch.inputs), batch.targets)
+                batch = with_views(Batch(rule.features(batch.inputs), batch.targets), self.subject.views)
         moment = Moment(step.phase.name, batch, {})
         if not step.phase.on_features and rule.network.chain:
             with torch.no_grad():

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bpfree.config import resolve
 from bpfree.errors import BpfreeError, UsageError
@@ -105,6 +106,11 @@ class Subject:
     # --- its tasks ------------------------------------------------------------------------------------------------------
 
     @property
+    def views(self) -> int:
+        """How many views of each example its batches have."""
+        return int(self.rule.traits_of(self.recipe.options["rule"]).views)
+
+    @property
     def targets(self) -> TargetKind:
         """The kind of targets that it is examined with: classes, or the first that it takes."""
         known = self.rule.traits_of(self.recipe.options["rule"]).targets
@@ -118,6 +124,22 @@ class Subject:
             settings = self.rule.specimen(kind, 2, 8) or {}
             found = found or {key: value for key, value in settings.items() if key.split(".")[0] == "task"}
         return found
+
+    @property
+    def own_network(self) -> dict[str, Any]:
+        """Settings of task and network for whole runs of a rule that names a task in its specimen; the user's network goes first."""
+        if not self.task_settings:
+            return {}
+        given = any(leaf.key.split(".")[0] == "network" for leaf in self._leaves)
+        small = self.rule.specimen(self.kind(), 2, 16) or {}
+        network = {} if given else {key: value for key, value in small.items() if key.split(".")[0] == "network"}
+        return {**self.task_settings, **network}
+
+    @property
+    def names_code(self) -> bool:
+        """Whether a setting names code in a file, perhaps by a relative path."""
+        values = [*(leaf.value for leaf in self._leaves), *self.own_network.values()]
+        return any(isinstance(value, str) and ".py:" in value for value in values)
 
     @cached_property
     def own_task(self) -> Task | None:
@@ -200,12 +222,26 @@ def examples(spec: TaskSpec, count: int, *, seed: int = 0) -> Split:
         return Split(spec.example(count, generator), spec.example_targets(count, generator))
 
 
-def batches(spec: TaskSpec, size: int, count: int, *, dtype: torch.dtype, seed: int = 1) -> list[Batch]:
-    """Make n different batches of made-up examples."""
+def batches(spec: TaskSpec, size: int, count: int, *, dtype: torch.dtype, seed: int = 1, views: int = 1) -> list[Batch]:
+    """Make n different batches of made-up examples, with several views of each where a rule asks for them."""
     split = examples(spec, size * count, seed=seed)
     inputs = tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, split.inputs)
     targets = split.targets
     if targets is not None and targets.is_floating_point():
         targets = targets.to(dtype)
     parts = [torch.arange(start, start + size) for start in range(0, size * count, size)]
-    return [Batch(select(inputs, part), None if targets is None else targets[part]) for part in parts]
+    made = [Batch(select(inputs, part), None if targets is None else targets[part]) for part in parts]
+    return [with_views(batch, views, seed + place) for place, batch in enumerate(made)]
+
+
+def with_views(batch: Batch, count: int, seed: int = 0) -> Batch:
+    """Give a batch several views of each example: itself, and others with a little noise on real numbers."""
+    if count == 1:
+        return batch
+    generator = torch.Generator().manual_seed(seed)
+
+    def noised(leaf: Tensor) -> Tensor:
+        return leaf + 0.1 * torch.randn(leaf.shape, generator=generator).to(leaf) if leaf.is_floating_point() else leaf
+
+    others = [tree_map(noised, batch.inputs) for _ in range(count - 1)]
+    return dataclasses.replace(batch, views=(batch.inputs, *others))

@@ -16,7 +16,7 @@ from bpfree.certify.child import in_child
 from bpfree.certify.loop import predict
 from bpfree.certify.probe import PLAIN, task_gradients
 from bpfree.certify.reading import Reading, measure_reading
-from bpfree.certify.subject import Subject
+from bpfree.certify.subject import Subject, with_views
 from bpfree.certify.whole_runs import EPOCHS, Reference, run_reference, settings_of
 from bpfree.errors import BpfreeError
 from bpfree.rule import Rule, Traits
@@ -93,7 +93,7 @@ def examine_whole_runs(subject: Subject, task: Task | None = None, *, draw: int 
         return _examine(subject, task, drawn)
 
     try:
-        done = in_child(work)
+        done = in_child(work, stay=subject.names_code)
     except BpfreeError as error:
         return WholeExamination(trouble=error.what)
     done.result.open = done.open
@@ -103,7 +103,7 @@ def examine_whole_runs(subject: Subject, task: Task | None = None, *, draw: int 
 def _examine(subject: Subject, task: Task | None, draw: int) -> WholeExamination:
     if task is None:
         usual = subject.targets == "classes" and subject.own_task is None
-        task = subject.resolve(settings_of("runs", EPOCHS, 0)).build_task() if usual else training_runs.task_of(subject)
+        task = subject.resolve(settings_of(subject, "runs", EPOCHS, 0)).build_task() if usual else training_runs.task_of(subject)
     reference, rule = run_reference(subject, task)
     found = WholeExamination(last_hidden=(rule.network.hidden or [""])[-1], traits=rule.traits)
     found.needed = _needed(reference, rule, task)
@@ -154,14 +154,14 @@ def _first_alignment(subject: Subject, task: Task) -> dict[str, list[float]]:
 
 
 def _first_cosines(subject: Subject, task: Task, seed: int) -> dict[str, float]:
-    recipe = subject.resolve(settings_of("runs", EPOCHS, seed), task.spec)
+    recipe = subject.resolve(settings_of(subject, "runs", EPOCHS, seed), task.spec)
     rule = recipe.build_rule(task.spec).train()
     if not rule.network.chain:
         return {}
     rule.group_options = dict  # type: ignore[method-assign,assignment]  # rate 1 for all
     count = recipe.settings.batch_size
     raw, targets = task.train.batch(torch.arange(min(count, len(task.train))))
-    batch = Batch(task.spec.normalise(raw), targets)
+    batch = with_views(Batch(task.spec.normalise(raw), targets), subject.views)
     stepper = Stepper(rule, PLAIN, seed=seed)
     try:
         stepper.prepare(task.train)

@@ -457,16 +457,16 @@ def run_arm(
     return watch.found
 
 
-def settings_of(folder: str, epochs: int, seed: int) -> dict[str, Any]:
+def settings_of(subject: Subject, folder: str, epochs: int, seed: int) -> dict[str, Any]:
     """Return the settings of an examined run over the rule's own."""
     quiet = {"tracking.enabled": False, "pictures.every": 0, "pictures.curves": False}
-    return {"output": folder, "seed": seed, "budget.epochs": epochs, "device": "cpu", "threads": 1, **quiet}
+    return {"output": folder, "seed": seed, "budget.epochs": epochs, "device": "cpu", "threads": 1, **quiet, **subject.own_network}
 
 
 def _run(subject: Subject, watch: Watch, task: Task | None, *, epochs: int, seed: int) -> Any:
     folder = tempfile.mkdtemp(prefix="bpfree-")
     try:
-        recipe = subject.resolve(settings_of(folder, epochs, seed), None if task is None else task.spec)
+        recipe = subject.resolve(settings_of(subject, folder, epochs, seed), None if task is None else task.spec)
         with watched(subject.rule, watch):
             return runner.run(recipe, quiet=True, task=task)
     finally:

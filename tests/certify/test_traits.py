@@ -10,11 +10,12 @@ import certify_disguises as disguises
 import pytest
 import torch
 from certify_cheaters import LocalHeads
+from honest_rules import HONEST, Honest
 from torch import Tensor
 
 from bpfree import Batch, Rule, Step, Traits, always
 from bpfree.baselines import DFA, Backprop, Frozen, Linear
-from bpfree.certify import Finding, Measurements, Specimen, Subject, examine
+from bpfree.certify import Finding, Measurements, Specimen, Subject, certify, examine
 from bpfree.certify.checks import traits
 from bpfree.certify.interventions import dependence, downstream_weights, name_of_dependence
 from bpfree.certify.probe import Probe
@@ -297,3 +298,11 @@ def test_an_update_changes_with_its_own_and_all_lower_blocks() -> None:
     for i in range(5):
         for j in range(5):
             assert (matrix.at(i, j) != 0.0) == (j <= i), (i, j)
+
+
+@pytest.mark.parametrize("known", HONEST, ids=lambda known: known.rule.__name__)
+def test_what_rules_of_the_literature_declare_is_measured(known: Honest) -> None:
+    """No false alarm: their traits are as their authors say, and a run on inputs that hold NaN is reported."""
+    found = certify(known.rule, known.settings, only=[*CHECKS, "nan-reported"]).findings
+    assert [str(finding) for finding in found if finding.status == "failed"] == []
+    assert sum(finding.status == "unmeasured" for finding in found) <= 1

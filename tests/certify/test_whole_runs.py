@@ -27,7 +27,7 @@ EPOCHS = 1
 @pytest.fixture(scope="module")
 def few() -> Task:
     """A quarter of the digits."""
-    task = Subject("dfa").resolve(settings_of("runs", 1, 0)).build_task()
+    task = Subject("dfa").resolve(settings_of(Subject("dfa"), "runs", 1, 0)).build_task()
     return Task(task.spec, task.train.subset(torch.arange(320)), None, task.test.subset(torch.arange(64)))  # type: ignore[union-attr]
 
 
@@ -176,7 +176,7 @@ def test_an_examined_run_ends_with_the_weights_of_an_ordinary_one(few: Task, tmp
     """The reference is what a user gets, and a run whose blocks are only executed twice is the same."""
     subject = Subject("dfa")
     kept: dict[str, Tensor] = {}
-    for recipe in [subject.resolve(settings_of(str(tmp_path), EPOCHS, 0), few.spec)]:
+    for recipe in [subject.resolve(settings_of(subject, str(tmp_path), EPOCHS, 0), few.spec)]:
         run = runner.run(recipe, quiet=True, task=few)
         assert run.folder is not None
         kept = torch.load(run.folder / "checkpoints" / "last.pt", weights_only=True)["weights"]

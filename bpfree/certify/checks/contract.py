@@ -20,7 +20,7 @@ from bpfree.certify.checks.places import place_of, place_of_error
 from bpfree.certify.findings import CheckFailed, NotApplicable, Unmeasured
 from bpfree.certify.loop import Loop, predict, small_rule
 from bpfree.certify.measurements import Measurements
-from bpfree.certify.subject import Subject, batches, examples
+from bpfree.certify.subject import Subject, batches, examples, with_views
 from bpfree.config import resolve
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.options import OptimizerConfig
@@ -165,7 +165,7 @@ def _try(subject: Subject, offer: Offer) -> str:
             rule = subject.rule(offer.build(offer.spec), offer.spec, copy.deepcopy(subject.recipe.options["rule"]))
         before = [p.detach().clone() for p in rule.parameters()]
         loop = Loop(rule)
-        for batch in loop.turns(offer.batches(2), each=2):
+        for batch in loop.turns(offer.batches(2, subject.views), each=2):
             loop.take(batch)
     except BpfreeError as error:
         if loop is None or loop.step.index == 0:
@@ -202,12 +202,13 @@ def batch_shapes(m: Measurements) -> str | None:
 
 
 def _sizes(m: Measurements) -> str | None:
-    spec, remark = m.spec, None
+    remark = None
     for count, name in ((5, "a partial batch of 5"), (1, "a batch of one example")):
         rule = m.build()
-        whole = batches(spec, 16, 2, dtype=torch.float32)
+        whole = m.batches(16, 2)
         few = torch.arange(count)
-        part = Batch(select(whole[1].inputs, few), None if whole[1].targets is None else whole[1].targets[:count])
+        some = Batch(select(whole[1].inputs, few), None if whole[1].targets is None else whole[1].targets[:count])
+        part = with_views(some, m.subject.views)
         try:
             _learn(Loop(rule), [whole[0], part])
         except Exception as error:
@@ -240,8 +241,8 @@ def _non_contiguous(x: Tensor) -> Tensor:
 
 def _layouts(m: Measurements, spec: TaskSpec, name: str, lay: Callable[[Tensor], Tensor], kind: str | None = None) -> None:
     """Check that inputs in another layout give the same update."""
-    given = batches(spec, 16, 3, dtype=torch.float32)
-    laid = [Batch(lay(batch.inputs), batch.targets) for batch in given]
+    given = batches(spec, 16, 3, dtype=torch.float32, views=m.subject.views)
+    laid = [Batch(lay(batch.inputs), batch.targets, tuple(lay(view) for view in batch.views)) for batch in given]
     updates = []
     for some in (given, laid):
         rule = training_runs.build(m.subject, spec, specimen=m.subject.specimen(kind or m.kind, depth=2, width=8)).train()
@@ -266,7 +267,7 @@ def _layouts(m: Measurements, spec: TaskSpec, name: str, lay: Callable[[Tensor],
 def bf16(m: Measurements) -> str | None:
     """Check two steps of each phase and a prediction under autocast."""
     rule = m.build()
-    given = batches(m.spec, 16, 2, dtype=torch.float32)
+    given = m.batches(16, 2)
     fix = "cast where kinds meet: x.to(weight.dtype), or torch.autocast(..., enabled=False) around what needs float32"
     try:
         with autocast(torch.device("cpu"), "bf16"):

@@ -21,7 +21,6 @@ from bpfree.certify.checks.places import place_of
 from bpfree.certify.findings import CheckFailed, Unmeasured
 from bpfree.certify.loop import predict, small_rule, trained
 from bpfree.certify.measurements import Measurements
-from bpfree.certify.subject import batches
 from bpfree.network.network import evaluating
 from bpfree.rule import Rule
 from bpfree.tasks.spec import has_own_loss
@@ -224,8 +223,8 @@ def _recut(rule: Rule, inputs: Any, sizes: tuple[int, ...]) -> Tensor:
 def prediction_per_example(m: Measurements) -> str | None:
     """Check that predictions are the same when examples are cut into other batches, with noise held fixed."""
     spec = m.spec
-    rule = trained(m.build(), batches(spec, 16, 4, dtype=torch.float32), each=4)
-    inputs = batches(spec, sum(RECUTS["halves"]), 1, dtype=torch.float32, seed=2)[0].inputs
+    rule = trained(m.build(), m.batches(16, 4), each=4)
+    inputs = m.batches(sum(RECUTS["halves"]), 1, seed=2)[0].inputs
     whole = _scores(rule, inputs)
     count = sum(RECUTS["halves"])
     if spec.targets == "classes" and not has_own_loss(spec) and whole.shape != (count, spec.outputs):
@@ -274,8 +273,7 @@ def _is_same(one: Tensor | bool | None, other: Tensor | bool | None) -> bool:
 
 def no_state_in_predict(m: Measurements) -> str | None:
     """Check that predictions change nothing that a checkpoint holds, nor grads and modes."""
-    spec = m.spec
-    given = batches(spec, 16, 2, dtype=torch.float32)
+    given = m.batches(16, 2)
     rule = trained(m.build(), given, each=2)
     for parameter in rule.parameters():
         parameter.grad = torch.full_like(parameter, 0.5)

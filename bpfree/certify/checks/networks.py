@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from bpfree.certify.subject import Specimen, batches
+from bpfree.certify.subject import Specimen, batches, with_views
 from bpfree.network.builders import MLPConfig, VGGConfig, mlp, vgg
 from bpfree.network.network import Network
 from bpfree.step import Batch
@@ -60,10 +60,10 @@ class Offer:
     spec: TaskSpec
     build: Callable[[TaskSpec], Network]
 
-    def batches(self, count: int) -> list[Batch]:
+    def batches(self, count: int, views: int = 1) -> list[Batch]:
         """Make batches with random inputs and targets of the task's kind."""
         made = batches(replace(CLASSES, input_shape=self.spec.input_shape, outputs=self.spec.outputs), 16, count, dtype=torch.float32)
-        return [Batch(batch.inputs, _targets(batch, self.spec)) for batch in made]
+        return [with_views(Batch(batch.inputs, _targets(batch, self.spec)), views) for batch in made]
 
 
 def _targets(batch: Batch, spec: TaskSpec) -> Tensor | None:

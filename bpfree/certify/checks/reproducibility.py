@@ -18,7 +18,6 @@ from bpfree.certify.checks.places import place_of
 from bpfree.certify.findings import CheckFailed, NotApplicable, Unmeasured
 from bpfree.certify.loop import Loop, predict, small_rule, trained
 from bpfree.certify.measurements import Measurements
-from bpfree.certify.subject import batches
 from bpfree.hooks import hookimpl
 from bpfree.network.network import evaluating
 from bpfree.rule import Rule
@@ -38,7 +37,7 @@ EACH = 4
 
 
 def _batches(m: Measurements, seed: int = 1) -> list[Batch]:
-    return batches(m.spec, 16, EACH, dtype=torch.float32, seed=seed)
+    return m.batches(16, EACH, seed=seed)
 
 
 def _weights(rule: nn.Module) -> dict[str, Tensor]:

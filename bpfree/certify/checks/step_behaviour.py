@@ -22,7 +22,6 @@ from bpfree.certify.checks.places import is_inside, place_now, place_of
 from bpfree.certify.findings import CheckFailed
 from bpfree.certify.loop import Loop, numbered
 from bpfree.certify.measurements import Measurements
-from bpfree.certify.subject import batches
 from bpfree.network.network import evaluating
 from bpfree.rule import Rule
 from bpfree.step import Batch
@@ -38,7 +37,7 @@ WARM = 2
 
 
 def _batches(m: Measurements, count: int) -> list[Batch]:
-    return batches(m.spec, 16, count, dtype=torch.float32)
+    return m.batches(16, count)
 
 
 # --- state ----------------------------------------------------------------------------------------------------------------
