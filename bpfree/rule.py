@@ -260,7 +260,8 @@ class Rule(nn.Module, ABC):
 
         Without normalisation and dropout if the rule can do without, so that batches of one and random generators can be examined.
         Without a readout if the rule declares that it has none: it is left out as from any network.
-        A rule with a network of its own returns the settings that make it so small.
+        A rule with a network of its own returns the settings that make it so small. A rule that does not learn from images names a task
+        too: ``{"task.name": "my-task", ...}``.
 
         Args:
             kind: ``dense`` or ``convolutional``.
