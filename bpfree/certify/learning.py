@@ -12,8 +12,10 @@ from typing import Any
 
 from bpfree.baselines import Backprop
 from bpfree.certify import training_runs
+from bpfree.certify.checks.places import place_of_error
+from bpfree.certify.findings import CheckFailed
 from bpfree.certify.subject import Subject
-from bpfree.errors import UsageError
+from bpfree.errors import BpfreeError, UsageError
 from bpfree.rule import Rule
 from bpfree.training.floor import Floor, Reading, chance_of, measure_floor, read_inputs
 
@@ -156,7 +158,7 @@ def learn_lesson(subject: Subject) -> Lesson:
         features=probed if len(probed) == SEEDS else (),
         floor=FloorScores(floor.name, floor.best.penalty, floor.best.validation, floor.test),
         inputs=floor.linear.test,
-        twin=tuple(_train(subject, seed, twin=True)["test/accuracy"] for seed in range(SEEDS)),
+        twin=tuple(_twin(subject, seed) for seed in range(SEEDS)),
         backprop=tuple(_ceiling(subject, seed, reference == words) for seed in range(SEEDS)),
         chance=chance_of(task) or 1 / task.spec.outputs,
     )
@@ -171,6 +173,22 @@ def _own(subject: Subject, seed: int) -> tuple[float, float | None]:
             raise
         result = _train(subject, seed)  # it gives no features
     return result["test/accuracy"], result.get("test/linear_probe/accuracy")
+
+
+def _twin(subject: Subject, seed: int) -> float:
+    """Train the own-prediction twin.
+
+    Raises:
+        CheckFailed: the rule fails as its twin, which a message of its own would not say.
+    """
+    try:
+        return _train(subject, seed, twin=True)["test/accuracy"]
+    except Exception as error:
+        said = error.what if isinstance(error, BpfreeError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        fix = "let freeze_features leave a rule that trains, with fewer blocks that learn"
+        raise CheckFailed(
+            f"as its own-prediction twin (twin=true) it fails: {said}", where=place_of_error(error, subject.rule), fix=fix
+        ) from error
 
 
 def _ceiling(subject: Subject, seed: int, same_network: bool) -> float:

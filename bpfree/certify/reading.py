@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
 from bpfree.certify.subject import Subject
 from bpfree.certify.whole_runs import EPOCHS, Arm, Reference, WholeRun, run_arm
 from bpfree.tasks.task import Task
@@ -24,8 +26,9 @@ is not, as long as executions on other inputs than a step's first have other wei
 as a norm by which feedback is scaled.
 """
 PLACEBOS = 20
-TIMES, LEAST = 10, 1e-4
-"""Where bits cannot agree, a relative change counts that exceeds so many times the largest of all placebos, and this."""
+TIMES, LEAST = 10, {True: 1e-9, False: 1e-4}
+"""Where bits cannot agree, a relative change counts that exceeds so many times the largest of all placebos, and this; in double precision
+or in single."""
 SAME = 1e-3
 """Relative change up to which weights count as the same after a permutation, whose sums are rounded in another order."""
 SEEN = 1e-3
@@ -181,8 +184,9 @@ class _Examination:
             )
             return
         runs = [self._run(Arm(None, rounding=True), number) for number in range(PLACEBOS)]
+        double = any(p.dtype == torch.float64 for own in self._reference.initial.values() for p in own.values())
         changes = [value for run in runs for change in run.changes.values() for value in change.relative]
-        self.found.exact, self.found.threshold = False, max(LEAST, TIMES * max(changes, default=0.0))
+        self.found.exact, self.found.threshold = False, max(LEAST[double], TIMES * max(changes, default=0.0))
 
     def _column(self, name: str) -> None:
         below = [row for row in self.found.blocks[: self.found.blocks.index(name)] if row not in self.found.silent]

@@ -204,3 +204,13 @@ def test_certificates_without_a_floor_are_still_read(quick: Certificate) -> None
     assert "| 80.0, -, 50.0, 90.0 |" in table([old])
     assert any("own-prediction twin 50.0 %" in line for line in render(old))
     assert certificate("dfa").remark == ""
+
+
+def test_a_rule_that_fails_as_its_twin_is_told_so() -> None:
+    class NoTwin(Backprop):
+        def freeze_features(self) -> None:
+            raise ArithmeticError("cannot be frozen")
+
+    (finding,) = certify(NoTwin, only=["learning"]).findings
+    assert finding.status == "failed"
+    assert finding.what == "as its own-prediction twin (twin=true) it fails: ArithmeticError: cannot be frozen"

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from bpfree import Batch, Phase, Step, runner
 from bpfree.baselines import DFA
 from bpfree.certify import certify
-from bpfree.certify.reading import Reading, Verdict, measure_reading
+from bpfree.certify.reading import Reading, Verdict, measure_reading, read_matrix
 from bpfree.certify.subject import Subject
+from bpfree.certify.twice import Record
 from bpfree.certify.whole_examination import examine_whole_runs
-from bpfree.certify.whole_runs import Arm, Reference, run_arm, run_reference, settings_of
+from bpfree.certify.whole_runs import Arm, Change, Reference, WholeRun, run_arm, run_reference, settings_of
 from bpfree.rule import Rule
 from bpfree.tasks.task import Task
 
@@ -246,3 +247,31 @@ def test_a_rule_that_fails_says_why() -> None:
 
     found = examine_whole_runs(Subject(Fails), draw=1)
     assert "no credit today" in found.trouble
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ((0.5, 0.6, 0.7), "reads"),
+        ((3e-4, 4e-4, 2e-3), "reads"),
+        ((2e-4, 1e-3, 2e-4), "none"),  # at one of three moments
+        ((1e-6, 2e-6, 3e-6), "none"),
+    ],
+)
+def test_where_bits_do_not_agree_placebos_decide(changes: tuple[float, ...], verdict: Verdict) -> None:
+    """Made-up runs whose rounding is 2.5e-5: ten times that counts, at two of three moments."""
+    weights = {name: {"weight": torch.randn(3, 3)} for name in ("b1", "b2")}
+    moved = {name: {"weight": own["weight"] + 1} for name, own in weights.items()}
+    reference = Reference(Record(), after=[moved], initial=weights, final=moved)
+    placebos = []
+
+    def run(arm: Arm, draw: int) -> WholeRun:
+        if arm.rounding:
+            placebos.append(draw)
+        found = changes if arm.block else (1e-5, 2e-5, 2.5e-5)
+        return WholeRun(arm, {"b1": Change(1, found)}, transport=1.0)
+
+    reading = read_matrix(reference, run, draw=5)
+    assert len(set(placebos)) == 20
+    assert (reading.exact, reading.threshold) == (False, pytest.approx(2.5e-4))
+    assert reading.cells["b1"]["b2"].verdict == verdict

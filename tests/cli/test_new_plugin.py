@@ -145,6 +145,8 @@ def test_a_plugin_brings_a_task_a_network_or_a_metric(kind: str, workplace: Path
     assert not (folder / "registry-entry.toml").exists()
     monkeypatch.syspath_prepend(str(folder / "src"))
     module = __import__(f"bpfree_my_{kind}.plugin", fromlist=["plugin"])
+    for loaded in [loaded for loaded in sys.modules if loaded.startswith(f"bpfree_my_{kind}")]:
+        del sys.modules[loaded]  # or other tests would find the package installed
 
     class Entry:
         dist = None
