@@ -13,6 +13,7 @@ memory of a GPU beside tensors as counted here: without data, and without what C
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,7 @@ def peak(rule: Rule, batch: Batch, device: torch.device, *, most: int) -> dict[s
             for _ in range(WARM):
                 stepper.take(batch)
             if number < most:
+                gc.collect()  # or garbage that is freed inside would count as less memory
                 with memory.watch():
                     rule.learn(batch, stepper.step)
     kept = [*rule.parameters(), *rule.buffers(), *stepper.updater.tensors()]
