@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HELP = """Examine a learning rule, and measure its properties.
 
 How far credit travels, whose weights it needs, what it costs, whether labels leak into predictions, whether a seed repeats it, whether
-it learns: measured on small networks and the bundled digits, on one thread of the CPU. SETTINGS are KEY=VALUE words of the sections rule
+it learns: measured in whole runs with the rule's own settings and on small networks, on one thread of the CPU. SETTINGS are KEY=VALUE words of the sections rule
 and network. Exit status 1: a check failed; each failure says what, where, and what to do.
 
 \b
@@ -35,7 +35,7 @@ and network. Exit status 1: a check failed; each failure says what, where, and w
 @click.command(short_help="Examine a rule and write a certificate of its measured properties.", help=HELP)
 @click.argument("rule", required=False, shell_complete=names_of("rules"))
 @click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
-@click.option("--quick", is_flag=True, help="Skip the checks learning and permuted labels.")
+@click.option("--quick", is_flag=True, help="Small networks only: skip whole runs, learning and permuted labels.")
 @click.option("--run", "place", metavar="RUN", help="Examine a run by forks from its checkpoints; it names the rule and all settings.")
 @click.option("--draw", type=int, help="Seed of the moments and dirty weights of --run.  [default: a new one]")
 @click.option("--only", multiple=True, metavar="CHECK", help="Run only this check (repeatable); the certificate is partial.")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bpfree.files import replacing
+from bpfree.files import remove_abandoned, replacing
 from bpfree.hooks import hookimpl
 from bpfree.network.network import evaluating
 from bpfree.record.folder import RunFolder
@@ -58,6 +58,8 @@ class Pictures:
         """Start over; a resumed run keeps the pictures of its earlier epochs."""
         self._drawn, self._waiting, self._active = {}, {}, True
         if run.resumed and run.folder is not None:
+            for folder in RunFolder(run.folder).pictures.glob("*"):  # where a folder became read-only, a part of a file may be left
+                remove_abandoned(folder, "epoch-*.png")
             run.artifacts.update((name, path) for epoch, name, path in _found(run.folder) if epoch <= run.epoch)
 
     @hookimpl

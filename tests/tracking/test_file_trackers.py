@@ -145,8 +145,8 @@ def be_killed(folder: Path, point: str, *words: str) -> None:
         return begin(self, patience)
 
     def kill_before(self: Follower) -> None:
-        """The file has it, the place in the log is not noted."""
-        if point == "noted" and "progress" in self.cursor.known.get("last", {}):
+        """The file has it, the place in the log is not noted; of two trackers, which are not in step, for the one that is looked at."""
+        if point == "noted" and self._tracker.name == "csv" and "progress" in self.cursor.known.get("last", {}):
             kill()
         keep(self)
 

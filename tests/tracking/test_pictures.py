@@ -185,8 +185,10 @@ def test_a_resumed_run_draws_again_only_what_has_changed(digits: Task, tmp_path:
     Pictures().epoch_end(run, rule)
     rule.shown["other"] = torch.zeros(1, 1, 2, 2)
     run.epoch, run.resumed = 2, True
+    (tmp_path / "pictures" / "same" / ".epoch-0001.png-0123abcd").touch()  # of a write that could not end
     again = Pictures()
     again.run_start(run)
+    assert not list((tmp_path / "pictures" / "same").glob(".*"))
     again.epoch_end(run, rule)
     assert files(tmp_path) == ["other/epoch-0001.png", "other/epoch-0002.png", "same/epoch-0001.png"]
 
