@@ -55,8 +55,8 @@ def in_child(work: Callable[[], Result], *, seconds: float = LONGEST, stay: bool
     Raises:
         BpfreeError: what the work raised, that the process died, or that it took longer.
     """
-    if not hasattr(os, "fork"):
-        return Isolated(work(), ("the process of the examination: this system cannot fork",))
+    if sys.platform != "linux":  # elsewhere a fork of a process that has loaded torch may crash, or there is none
+        return Isolated(work(), ("the process of the examination: it is left on Linux alone",))
     read, write = os.pipe()
     home = tempfile.mkdtemp(prefix="bpfree-home-")
     sys.stdout.flush()

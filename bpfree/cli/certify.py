@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 HELP = """Examine a learning rule, and measure its properties.
 
 How far credit travels, whose weights it needs, what it costs, whether labels leak into predictions, whether a seed repeats it, whether
-it learns: measured in whole runs with the rule's own settings and on small networks, on one thread of the CPU. SETTINGS are KEY=VALUE words of the sections rule
-and network. Exit status 1: a check failed; each failure says what, where, and what to do.
+it learns: measured in whole runs with the rule's own settings and on small networks, on one thread of the CPU. SETTINGS are KEY=VALUE
+words of the sections rule and network. Exit status 1: a check failed; each failure says what, where, and what to do.
 
 \b
   bpfree certify dfa --quick

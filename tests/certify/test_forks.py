@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from bpfree.certify.forks import certify_run
 from bpfree.certify.subject import Subject
 from bpfree.rule import Rule
 from bpfree.training.checkpoint import read_checkpoint
-
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 class Late(DFA):

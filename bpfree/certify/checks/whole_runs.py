@@ -116,7 +116,7 @@ def _needed(m: Measurements) -> str | None:
     """Refuse predictions that are the same with hidden blocks as they were before training."""
     found, _ = _whole(m)
     if found.needed is None:
-        raise NotApplicable("no hidden block learns, or it makes no predictions of classes")
+        raise NotApplicable("no hidden block learns, or it cannot predict")
     share = f"{100 * found.needed.agreement:.0f} % of {found.needed.examples} predictions stay with fresh hidden blocks"
     if found.needed.agreement >= UNCHANGED:
         raise CheckFailed(
