@@ -44,9 +44,9 @@ pytest: install
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m slow
 
-# What waits for other threads and processes passes ten times in a row, in eight processes beside eight busy ones.
+# What waits for other threads and processes passes ten times in a row, in four processes beside eight busy ones.
 test-timing: install
-	OMP_NUM_THREADS=1 $(BIN)/python .ci/busy.py --processes 8 --times 10 $(BIN)/python -m pytest -q -n 8 --dist loadfile -m "time_dependent and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/busy.py --processes 8 --times 10 $(BIN)/python -m pytest -q -n 4 --dist loadfile -m "time_dependent and not slow"
 
 test-oldest:
 	$(MAKE) VENV=.venv-oldest PYTHON=$(PYTHON) install-oldest
