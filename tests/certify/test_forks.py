@@ -71,6 +71,7 @@ def test_what_a_rule_does_late_is_seen_where_it_does_it(tmp_path: Path) -> None:
     assert found == {1: "passed (run)", 2: "failed", 3: "failed"}
 
 
+@pytest.mark.slow
 def test_a_fork_that_lands_elsewhere_says_nothing(tmp_path: Path) -> None:
     """Oracle: the later checkpoints of another seed."""
     folder, _ = trained("dfa", tmp_path / "a")

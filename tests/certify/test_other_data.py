@@ -36,7 +36,7 @@ def only(kind: str, base: type[Rule]) -> type[Rule]:
     return Only
 
 
-@pytest.mark.parametrize("kind", ["real", "multilabel", "soft"])
+@pytest.mark.parametrize("kind", ["real", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("multilabel", "soft"))])
 def test_targets_of_each_kind(kind: str) -> None:
     rule = only(kind, DFA)
     assert Subject(rule).targets == kind

@@ -300,6 +300,7 @@ def test_an_update_changes_with_its_own_and_all_lower_blocks() -> None:
             assert (matrix.at(i, j) != 0.0) == (j <= i), (i, j)
 
 
+@pytest.mark.slow  # half a minute; whole runs of the same rules are among the quick tests
 @pytest.mark.parametrize("known", HONEST, ids=lambda known: known.rule.__name__)
 def test_what_rules_of_the_literature_declare_is_measured(known: Honest) -> None:
     """No false alarm: their traits are as their authors say, and a run on inputs that hold NaN is reported."""
