@@ -18,10 +18,12 @@ SPIN = "while True: pass"
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
     """Run ``count`` processes that compute without end, as long as the context lasts."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that the busy processes end too
     spinning = [subprocess.Popen([sys.executable, "-S", "-c", SPIN]) for _ in range(count)]
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process in spinning:
             process.kill()
             process.wait()
@@ -34,7 +36,6 @@ def main(words: list[str]) -> int:
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(words)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that the busy processes end too
     with busy(options.processes):
         for time in range(1, options.times + 1):
             print(f"{time} of {options.times}, beside {options.processes} busy processes", flush=True)

@@ -40,7 +40,8 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
                 os.fsync(file.fileno())
             os.replace(temporary, path)  # still locked, so that no other process removes it as abandoned
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may have become read-only: the first error says more
+            temporary.unlink(missing_ok=True)
         raise
 
 

@@ -100,10 +100,11 @@ def score(
     options: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "dtype": rule.network.dtype}
     loader = Loader(examples, saved.spec, **options)
     generator = torch.Generator(device).manual_seed(seeds.derive_in(recipe.settings.stream, recipe.settings.seed, "evaluation", "score"))
-    metrics = scored_by(rule.spec, config.metrics)
+    metrics = scored_by(saved.spec, config.metrics)
     with only_read(rule, "predict", "alternatives"), autocast(device, recipe.settings.precision):
         further = [metric for metric in metrics if metric.name != LOSS.name]
-        scores = evaluate(rule, loader, generator, metrics=further, draws=config.draws or rule.draws, alternatives=config.alternatives)
+        known: dict[str, Any] = {"spec": saved.spec, "metrics": further, "alternatives": config.alternatives}
+        scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, **known)
     if protocols:
         train = loader if split == "train" else Loader(task.train, saved.spec, **options)
         held = loader if split == "validation" else None

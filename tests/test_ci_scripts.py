@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ def test_a_command_is_repeated_beside_busy_processes(workplace: Path, fails_at: 
     script = ci_scripts.load("busy")
     assert script.main(["--processes", "1", "--times", "3", sys.executable, "-c", COUNTS, str(fails_at)]) == code
     assert Path("calls").read_text() == "x" * calls
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert not [child for child in psutil.Process().children() if script.SPIN in child.cmdline()]
 
 

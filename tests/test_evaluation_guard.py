@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import types
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from training_rules import ONE, assert_equal_bits, config_of, failing, rule_on, weights, write_through_data
 
-from bpfree import Batch, BpfreeError, Budget, Phase, Rule, Step, Task, Trainer, runner, scoring
+from bpfree import Batch, BpfreeError, Budget, Phase, Rule, Step, Task, TaskSpec, Trainer, runner, scoring
 from bpfree.baselines import DFA, Backprop
 from bpfree.config import resolve
 from bpfree.leaves import Leaf
@@ -128,3 +130,50 @@ def test_a_saved_rule_is_watched_too(method: str, workplace: Path, monkeypatch: 
     monkeypatch.setattr(DFA, method, writes)
     with pytest.raises(BpfreeError, match=f"{method} changed the parameter"):
         scoring.score(run.id, changes)
+
+
+class Generous(TaskSpec):
+    """Finds every prediction correct."""
+
+    def correct(self, scores: Tensor, targets: Tensor) -> Tensor:
+        return torch.ones(len(scores), dtype=torch.bool)
+
+
+class ChangesItsSpec(Backprop):
+    """Learns little, and makes the description of the task generous."""
+
+    def start_phase(self, phase: Phase) -> None:
+        object.__setattr__(self.spec, "__class__", Generous)
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        return {name: 0 * value for name, value in super().credit(batch, step).items()}
+
+
+def test_a_rule_that_changes_its_spec_is_scored_by_the_tasks(digits: Task, device: torch.device) -> None:
+    """Oracle: its predictions, compared with the labels here."""
+    task = dataclasses.replace(digits, spec=copy.copy(digits.spec))  # other tests have the fixture's
+    rule = rule_on(task, ChangesItsSpec)
+    run = Trainer(rule, task, config_of(device, budget=ONE)).fit()
+    assert isinstance(rule.spec, Generous)
+    assert task.test is not None
+    with torch.no_grad():
+        inputs = task.spec.normalise(task.test.inputs).to(device)
+        right = rule.predict(inputs, torch.Generator(device)).argmax(1).cpu() == task.test.targets
+    assert run.result["test/accuracy"] == pytest.approx(right.double().mean().item())
+
+
+def test_a_saved_rule_that_changes_its_spec_is_scored_by_the_tasks(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the same run's accuracy without the change."""
+    settings = resolve({"rule": "dfa", "budget.epochs": 1, "network.width": 32, "tracking.enabled": False, "device": "cpu"})
+    honest = runner.run(settings, quiet=True)
+    known = scoring.score(honest.id, [])[1]["accuracy"]
+    for method in ("start_phase", "predict"):
+        original = getattr(DFA, method)
+
+        def changes(self: Rule, *arguments: Any, original: Any = original) -> Any:
+            object.__setattr__(self.spec, "__class__", Generous)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(DFA, method, changes)
+    assert runner.run(settings, quiet=True).result["test/accuracy"] == honest.result["test/accuracy"] < 1
+    assert scoring.score(honest.id, [])[1]["accuracy"] == known < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import subprocess
 import sys
@@ -91,6 +92,17 @@ def test_what_a_killed_writer_leaves_is_removed_and_what_is_written_stays(tmp_pa
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".cache-deadbeef", "last.pt", "other.pt"]
     assert (tmp_path / "other.pt").read_bytes() == b"whole"
     assert path.read_bytes() == b"old"
+
+
+def test_where_a_part_cannot_be_removed_the_first_error_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder became read-only while the file was written."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "refused", "the part")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="no space"), replacing(tmp_path / "page.txt"):
+        raise OSError(errno.ENOSPC, "no space")
 
 
 def test_a_temporary_file_that_is_taken_for_abandoned_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,8 @@ class Certificate:
         settings: ``KEY=VALUE`` words that it was examined with.
         config: its whole configuration.
         traits: what it declares, at this configuration.
-        kind: ``full`` or ``quick`` (without learning and permuted labels), or ``partial`` (single checks).
+        kind: ``full``, ``quick`` (without whole runs, learning and permuted labels), ``partial`` (single checks), or ``run`` (forks of a
+            run).
         date: ISO day.
         properties: what was measured, by name; plain values.
         findings: of all checks, in order.
@@ -108,6 +109,8 @@ class Certificate:
     @property
     def command(self) -> str:
         """Command that renews the certificate."""
+        if self.kind == "run":
+            return f"bpfree certify --run {self.properties.get('run', {}).get('name', 'RUN')}"
         return " ".join(["bpfree certify", self.rule, *self.settings])
 
     def to_dict(self) -> dict[str, Any]:

@@ -44,19 +44,23 @@ class Isolated(Generic[Result]):
     open: tuple[str, ...]
 
 
-def in_child(work: Callable[[], Result], *, seconds: float = LONGEST, stay: bool = False) -> Isolated[Result]:
+def in_child(work: Callable[[], Result], *, seconds: float = LONGEST, stay: bool = False, threads: int = 1) -> Isolated[Result]:
     """Do some work in a forked process, which is killed with all that it started when it has answered.
 
     Args:
         work: returns something that can be pickled.
         seconds: after which it is given up.
         stay: keep the working folder, where a run's configuration names files by relative paths.
+        threads: of torch that the work uses. Work of several is done in this process: a forked one lacks the threads that OpenMP has
+            started here, and would wait for them without end.
 
     Raises:
         BpfreeError: what the work raised, that the process died, or that it took longer.
     """
     if sys.platform != "linux":  # elsewhere a fork of a process that has loaded torch may crash, or there is none
-        return Isolated(work(), ("the process of the examination: it is left on Linux alone",))
+        return Isolated(work(), ("the caller's process: the examination has one of its own on Linux alone",))
+    if threads > 1:
+        return Isolated(work(), (f"the caller's process: a run of {threads} threads is not repeated in a forked one",))
     read, write = os.pipe()
     home = tempfile.mkdtemp(prefix="bpfree-home-")
     sys.stdout.flush()
@@ -91,7 +95,7 @@ def _live(work: Callable[[], Any], write: int, home: str, stay: bool) -> None:
     code = 1
     try:
         os.setsid()
-        silent = os.open(os.devnull, os.O_WRONLY)  # what examined runs print is nobody's
+        silent = os.open(os.devnull, os.O_WRONLY)  # nobody reads what examined runs print
         os.dup2(silent, 1)
         os.dup2(silent, 2)
         open_ways = _shut_off(home, stay)

@@ -22,18 +22,19 @@ from typing import Any
 import torch
 
 from bpfree import runner, sources
+from bpfree.certify.arms import Arm, Reference, WholeRun
 from bpfree.certify.certificate import Certificate
 from bpfree.certify.checks.whole_runs import judge_reading
 from bpfree.certify.child import in_child
 from bpfree.certify.examination import examine_with, set_aside
-from bpfree.certify.reading import Reading, read_matrix
-from bpfree.certify.whole_runs import Arm, Enough, Intervening, Recording, Reference, Watch, WholeRun, watched
+from bpfree.certify.reading import Reading, control_of, read_matrix
+from bpfree.certify.watches import Intervening, Recording, Watch, watched
 from bpfree.config import parse_words, recipe_of
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.hooks import API_VERSION
 from bpfree.plugins import Plugins, installed_plugins
 from bpfree.recipe import Recipe
-from bpfree.record.folder import RunFolder
+from bpfree.record.folder import RunFolder, read_run
 from bpfree.rule import Traits
 from bpfree.tasks.task import Task
 from bpfree.training import environment
@@ -42,7 +43,7 @@ from bpfree.training.stopping import Interrupted
 
 __all__ = ["certify_run"]
 
-QUIET = ["tracking.enabled=false", "pictures.every=0", "pictures.curves=false", "device=cpu", "threads=1"]
+QUIET = ["tracking.enabled=false", "pictures.every=0", "pictures.curves=false", "device=cpu"]
 MOMENTS = 2
 
 
@@ -57,7 +58,7 @@ class _Fork:
 
 
 def certify_run(place: Path, *, registry: Plugins | None = None, draw: int | None = None, moments: int = MOMENTS) -> Certificate:
-    """Examine a run by forks from its checkpoints, on one thread of the CPU.
+    """Examine a run by forks from its checkpoints, on the CPU, with as many threads as it had.
 
     Args:
         place: the run's folder; it was trained with ``checkpoint.keep=all``.
@@ -66,7 +67,7 @@ def certify_run(place: Path, *, registry: Plugins | None = None, draw: int | Non
         moments: how many pairs of consecutive checkpoints.
 
     Raises:
-        UsageError: the run has not kept two consecutive checkpoints.
+        UsageError: the run has not kept two consecutive checkpoints, or was trained on another device.
         BpfreeError: a checkpoint cannot be read, or what it names is not there.
     """
     began, place = time.perf_counter(), place.resolve()
@@ -74,17 +75,13 @@ def certify_run(place: Path, *, registry: Plugins | None = None, draw: int | Non
     plugins = registry or installed_plugins()
     pairs = _pairs(place)
     chosen = sorted(random.Random(drawn).sample(pairs, min(moments, len(pairs))))
-    config = read_checkpoint(_file(place, chosen[0][0]))["config"]
+    config, threads = read_checkpoint(_file(place, chosen[0][0]))["config"], _threads(place)
     recipe = recipe_of(config, [], where=str(place), registry=plugins)
-
-    def work() -> tuple[list[_Fork], Traits]:
-        torch.set_num_threads(1)
-        examined = _Forks(place, recipe)
-        return [examined.between(begin, end, drawn) for begin, end in chosen], examined.traits
-
     with set_aside():
-        done = in_child(work, stay=True)
-        forks, traits = done.result
+        examined = _Forks(place, recipe, threads)  # here, because the child has no data folder
+        traits = examined.traits
+        done = in_child(lambda: [examined.between(begin, end, drawn) for begin, end in chosen], stay=True, threads=threads)
+        forks = done.result
         findings = [examine_with("whole-run-reading", partial(_judged, fork, traits, place)) for fork in forks]
     worst = next((finding for finding in findings if finding.status != "passed"), findings[0])
     known = recipe.registry  # with what is in files of code
@@ -118,13 +115,26 @@ def _judged(fork: _Fork, traits: Traits, place: Path) -> str:
         raise BpfreeError(
             "a fork without any change does not land on the run's own later checkpoint, so it says nothing of the run",
             where=where,
-            fix="examine it with the versions, the data and the device that it was trained with",
+            fix="examine it with the versions and the data that it was trained with, on a processor of the same kind",
         )
     return f"epochs {fork.begin} to {fork.end}: {judge_reading(fork.reading, traits, where)}"
 
 
 def _file(place: Path, epoch: int) -> Path:
     return RunFolder(place).checkpoints / f"epoch-{epoch:04d}.pt"
+
+
+def _threads(place: Path) -> int:
+    """Return the number of threads of a run.
+
+    Raises:
+        UsageError: it was not trained on the CPU.
+    """
+    tags = read_run(place).tags
+    if tags.get("device", "cpu") != "cpu":
+        what = f"the run was trained on {tags['device']}, and forks are made on the CPU, where they cannot land on its checkpoints"
+        raise UsageError(what, where=str(place), fix="train it with device=cpu and checkpoint.keep=all")
+    return int(tags.get("threads", "1"))
 
 
 def _pairs(place: Path) -> list[tuple[int, int]]:
@@ -143,10 +153,11 @@ class _Forks:
     Args:
         place: the run's folder.
         recipe: its configuration.
+        threads: of torch.
     """
 
-    def __init__(self, place: Path, recipe: Recipe) -> None:
-        self._place, self._recipe = place, recipe
+    def __init__(self, place: Path, recipe: Recipe, threads: int) -> None:
+        self._place, self._recipe, self._changes = place, recipe, parse_words([*QUIET, f"threads={threads}"])
         self._task: Task = recipe.build_task()
         self.traits = recipe.build_rule(self._task.spec).traits
 
@@ -160,15 +171,10 @@ class _Forks:
 
         def run(arm: Arm, drawn: int) -> WholeRun:
             watch = Intervening(arm, reference, drawn)
-            try:
-                self._run(begin, end, watch)
-            except Enough:
-                pass
-            except BpfreeError as error:
-                watch.found.trouble = error.what
-            return watch.found
+            return watch.outcome(lambda: self._run(begin, end, watch))
 
-        reading = read_matrix(reference, run, draw=draw, since="start")
+        control = control_of(reference, self._task, draw)
+        reading = read_matrix(reference, run, draw=draw, control=control, since="start")
         reading.task = self._task.spec.name
         return _Fork(begin, end, reading, lands)
 
@@ -183,7 +189,7 @@ class _Forks:
                 with watched(kind, watch):
                     try:
                         runner.resume(
-                            str(place), changes=parse_words(QUIET), quiet=True, task=self._task, until=end, registry=self._recipe.registry
+                            str(place), changes=self._changes, quiet=True, task=self._task, until=end, registry=self._recipe.registry
                         )
                     except Interrupted:
                         watch.end()

@@ -344,8 +344,8 @@ class Measurements:
             if reach:
                 blocks = "all blocks above" if reach == len(reading.blocks) - 1 else f"{reach} block{'s' * (reach > 1)} above"
                 return words.format(blocks)
-        if reading.found("unmeasured") or reading.trouble:
-            return "unmeasured"
+        if reading.found("unmeasured") or reading.trouble or self.whole.unaligned or self.whole.contradicts_itself:
+            return "unmeasured" if small == "local" else small
         if reading.found("statistics"):
             return "local, scaled by a statistic of the first weights above"
         judged = set(self.hidden_that_learn) <= set(reading.cells)

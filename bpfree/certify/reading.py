@@ -9,13 +9,17 @@ from typing import Any, Literal
 
 import torch
 
+from bpfree.certify.arms import Arm, Reference, WholeRun
 from bpfree.certify.subject import Subject
-from bpfree.certify.whole_runs import EPOCHS, Arm, Reference, WholeRun, run_arm
-from bpfree.tasks.task import Task
+from bpfree.certify.transport import chained_transport
+from bpfree.certify.whole_runs import EPOCHS, run_arm
+from bpfree.tasks.task import Examples, Task
 
-__all__ = ["Cell", "Reading", "Verdict", "measure_reading", "read_matrix"]
+__all__ = ["Cell", "Reading", "Verdict", "control_of", "first_inputs", "measure_reading", "read_matrix"]
 
 Run = Callable[[Arm, int], WholeRun]
+Control = dict[str, dict[str, float]]
+"""Relative change of a block's gradient, by the block and by the dirty block above it."""
 
 Verdict = Literal["none", "reads", "passed on", "executes", "statistics", "at construction", "unmeasured"]
 """What the learning of a block has of the weights of one above it.
@@ -25,10 +29,12 @@ is not, as long as executions on other inputs than a step's first have other wei
 ``at construction``: a function of them as they were before the first step. ``statistics``: only of what a permutation of these leaves, such
 as a norm by which feedback is scaled.
 """
+EXAMPLES = 64
+"""Examples of the positive control."""
 PLACEBOS = 20
 TIMES, LEAST = 10, {True: 1e-9, False: 1e-4}
-"""Where bits cannot agree, a relative change counts that exceeds so many times the largest of all placebos, and this; in double precision
-or in single."""
+"""Where bits cannot agree, a relative change counts if it is more than ``TIMES`` times the largest of all placebos, and more than
+``LEAST[double]``: in double precision, or in single."""
 SAME = 1e-3
 """Relative change up to which weights count as the same after a permutation, whose sums are rounded in another order."""
 SEEN = 1e-3
@@ -125,13 +131,13 @@ class Reading:
         }
 
 
-def measure_reading(subject: Subject, reference: Reference, task: Task | None = None, *, draw: int, epochs: int = EPOCHS) -> Reading:
+def measure_reading(subject: Subject, reference: Reference, task: Task, *, draw: int, epochs: int = EPOCHS) -> Reading:
     """Examine each block above the first, each over whole runs.
 
     Args:
         subject: the rule.
         reference: its recorded run.
-        task: of that run; ``None``: the rule's default one.
+        task: of that run.
         draw: seed of the dirty parameters.
         epochs: of that run.
     """
@@ -139,24 +145,39 @@ def measure_reading(subject: Subject, reference: Reference, task: Task | None = 
     def run(arm: Arm, drawn: int) -> WholeRun:
         return run_arm(subject, arm, reference, task, draw=drawn, epochs=epochs)
 
-    return read_matrix(reference, run, draw=draw)
+    return read_matrix(reference, run, draw=draw, control=control_of(reference, task, draw))
 
 
-def read_matrix(reference: Reference, run: Run, *, draw: int, since: str = "network") -> Reading:
+def first_inputs(split: Examples, task: Task, count: int) -> Any:
+    """Return the first examples of a split as networks see them."""
+    raw, _ = split.batch(torch.arange(min(count, len(split))))
+    return task.spec.normalise(raw)
+
+
+def control_of(reference: Reference, task: Task, draw: int) -> Control | None:
+    """Send a cotangent down the network of a run, where that is a chain whose parameters the rule has left in place."""
+    if reference.network is None or not reference.network.chain or reference.exchanged:
+        return None
+    return chained_transport(reference.network, reference.after[-1], first_inputs(task.train, task, EXAMPLES), draw)
+
+
+def read_matrix(reference: Reference, run: Run, *, draw: int, control: Control | None = None, since: str = "network") -> Reading:
     """Fill the matrix from whole runs.
 
     Args:
         reference: the recorded run.
         run: makes a run with a change, with a seed of what is drawn for it.
         draw: the first of these seeds.
+        control: what transport changes in each block, by the dirty block above; ``None``: the network is no chain, and each block's own
+            cotangents have to suffice.
         since: from when on weights are dirty (``Arm.since``); ``start`` in forks, whose weights come from a checkpoint.
     """
-    return _Examination(reference, run, draw, since).measure()
+    return _Examination(reference, run, draw, control, since).measure()
 
 
 class _Examination:
-    def __init__(self, reference: Reference, run: Run, draw: int, since: str) -> None:
-        self._reference, self._make, self._draw, self._since = reference, run, draw, since
+    def __init__(self, reference: Reference, run: Run, draw: int, control: Control | None, since: str) -> None:
+        self._reference, self._make, self._draw, self._control, self._since = reference, run, draw, control, since
         silent = [name for name in reference.blocks if not reference.moved(name)]
         self.found = Reading(list(reference.blocks), {}, steps=reference.steps, draw=draw, silent=silent, exchanged=reference.exchanged)
 
@@ -190,22 +211,25 @@ class _Examination:
 
     def _column(self, name: str) -> None:
         below = [row for row in self.found.blocks[: self.found.blocks.index(name)] if row not in self.found.silent]
-        if self.found.trouble:
-            self._fill(below, name, Cell("unmeasured", why=self.found.trouble))
-            return
-        whole = self._run(Arm(name, alter=True, strict=True))
-        self.found.transport[name] = whole.transport
-        reason = self._reason(whole, name)
-        verdicts: dict[str, Cell] = {row: Cell("unmeasured", why=reason) if reason else Cell("none") for row in below}
-        if self._differing(whole):
-            verdicts |= self._explained(name, whole)
-        for row, cell in verdicts.items():
-            if row in below:
-                self._fill([row], name, cell)
+        verdicts = {row: Cell("unmeasured", why=self.found.trouble) for row in below}
+        if not self.found.trouble:
+            whole = self._run(Arm(name, alter=True, strict=True))
+            self.found.transport[name] = whole.transport
+            reason = self._reason(whole, name)
+            reasons = {row: reason or self._uncontrolled(row, name) for row in below}
+            verdicts = {row: Cell("unmeasured", why=why) if why else Cell("none") for row, why in reasons.items()}
+            if self._differing(whole):
+                verdicts |= self._explained(name, whole)
+        for row in below:
+            self.found.cells.setdefault(row, {})[name] = verdicts[row]
 
-    def _fill(self, rows: list[str], column: str, cell: Cell) -> None:
-        for row in rows:
-            self.found.cells.setdefault(row, {})[column] = cell
+    def _uncontrolled(self, row: str, name: str) -> str:
+        """Say why a chained cotangent would not be seen in a block; empty if it would, or if there is no chain."""
+        if self._control is None or not self._reference.initial[name] or self._control.get(row, {}).get(name, 0.0) >= SEEN:
+            return ""
+        return (
+            f"a cotangent that is sent from the output to {row!r} is the same with other weights of {name!r}, so transport would not show"
+        )
 
     def _reason(self, run: WholeRun, name: str) -> str:
         """Say why equal weights would show nothing; empty if they do."""

@@ -34,6 +34,9 @@ def summary_rows(certificate: Certificate) -> Iterator[tuple[str, str]]:
 
 def _measured(p: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the rows of what was measured; what was not has none."""
+    for fork in p.get("run", {}).get("forks", []):
+        name, lands = f"epochs {fork['from_epoch']} to {fork['to_epoch']}", "" if fork["lands_on_the_run"] else "does not land on the run: "
+        yield name, f"{lands}{_said_of(fork['reading'], 'in forks of the run')}"
     if "dependence" in p or "whole_runs" in p:
         yield "credit", p["credit"]
     if "whole_runs" in p:
@@ -72,9 +75,13 @@ VERDICTS = {
 
 def _whole_runs(whole: dict[str, Any]) -> str:
     """Say what whole runs showed, in one line."""
-    reading = whole["reading"]
-    if whole["trouble"] or reading["trouble"]:
-        return f"unmeasured: {whole['trouble'] or reading['trouble']}"
+    return f"unmeasured: {whole['trouble']}" if whole["trouble"] else _said_of(whole["reading"], "with its own settings")
+
+
+def _said_of(reading: dict[str, Any], how_made: str) -> str:
+    """Say what a matrix shows."""
+    if reading["trouble"]:
+        return f"unmeasured: {reading['trouble']}"
     blocks, found = reading["blocks"], []
     for verdict, words in VERDICTS.items():
         above = {name for row in reading["cells"].values() for name, cell in row.items() if cell["verdict"] == verdict}
@@ -82,7 +89,7 @@ def _whole_runs(whole: dict[str, Any]) -> str:
             found.append(words.format(", ".join(name for name in blocks if name in above)))
     nothing = "one block, with nothing above" if len(blocks) < 2 else "no block learns from weights above"
     how = "bit for bit" if reading["exact"] else f"relative changes above {reading['threshold']:.1g}"
-    return f"{'; '.join(found) or nothing} ({reading['steps']} steps on {reading['task']} with its own settings, {how})"
+    return f"{'; '.join(found) or nothing} ({reading['steps']} steps on {reading['task']} {how_made}, {how})"
 
 
 def _specimen(specimens: dict[str, dict[str, Any]]) -> str:

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bpfree.network.network import Network
 
-__all__ = ["Doubles", "Record", "dirty", "units_of", "weights_apart"]
+__all__ = ["EQUAL", "Doubles", "Record", "dirty", "distance", "units_of", "weights_apart"]
 
 Values = dict[str, Tensor]
 EQUAL = torch.equal
@@ -181,7 +181,7 @@ class Doubles:
             return None
         result = self._doubled_output(module, arguments, keywords, output) if id(module) in self._units else None
         if self._strict and id(module) in self._blocks:
-            self._outputs[self._blocks[id(module)]].add(_bytes_of(output if result is None else result))
+            self._outputs[self._blocks[id(module)]].add(_digest(output if result is None else result, shapes=False))
         return result
 
     def _doubled_output(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
@@ -224,7 +224,7 @@ class Doubles:
             self.record.values[place].append(last)
         else:
             self.record.values[place].append({name: value.clone() for name, value in now.items() if value is not None})
-        self.record.inputs.setdefault(place, _digest(arguments, keywords))
+        self.record.inputs.setdefault(place, _digest((arguments, keywords)))
 
     def _last(self, place: Place) -> Values | None:
         known = self.record.values.get(place)
@@ -256,11 +256,11 @@ class Doubles:
 
     def _is_ordinary(self, block: str, place: Place, arguments: Any, keywords: Any) -> bool:
         """Tell whether these are the first inputs of the step, and outputs of the block below if that is asked for."""
-        if self.step < 0 or self.record.inputs.get(place) != _digest(arguments, keywords):
+        if self.step < 0 or self.record.inputs.get(place) != _digest((arguments, keywords)):
             return False
         if not self._strict or place[1] not in self._entries or block not in self._below:
             return True
-        return _bytes_of((arguments, keywords)) in self._outputs[self._below[block]]
+        return _digest((arguments, keywords), shapes=False) in self._outputs[self._below[block]]
 
     def _rounded(self, value: Any) -> Any:
         if not _is_real(value):
@@ -289,7 +289,7 @@ class Doubles:
             self._within = False
             torch.set_rng_state(random)
         pairs = [(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None]
-        change = max((_distance(a, b) for a, b in pairs), default=0.0)
+        change = max((distance(a, b) for a, b in pairs), default=0.0)
         self.transport[block] = max(change, self.transport.get(block, 0.0))
 
 
@@ -325,14 +325,15 @@ def _unobserved() -> Iterator[None]:
 
 def weights_apart(clean: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> float:
     """Return the largest relative difference of a linear map's weights: of the cotangents that they would carry."""
-    return max((_distance(clean[name], p.detach()) for name, p in live.items() if p.dim() > 1), default=0.0)
+    return max((distance(clean[name], p.detach()) for name, p in live.items() if p.dim() > 1), default=0.0)
 
 
 def _is_real(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
+    """Return the norm of the difference over the larger norm."""
     size = max(float(a.norm()), float(b.norm()))
     return float((a - b).norm()) / size if size else 0.0
 
@@ -354,22 +355,13 @@ def _plain(tensor: Tensor) -> Tensor | None:
     return tensor.detach()
 
 
-def _digest(arguments: Any, keywords: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for leaf in tree_leaves((arguments, keywords)):
-        plain = _plain(leaf) if isinstance(leaf, Tensor) else None
-        if plain is not None:
-            digest.update(f"{plain.shape} {plain.dtype}".encode() + plain.contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(f"{type(leaf).__name__}".encode())
-    return digest.hexdigest()
-
-
-def _bytes_of(tree: Any) -> str:
-    """Return a digest of the values of a tree's tensors, whatever their shapes are."""
+def _digest(tree: Any, *, shapes: bool = True) -> str:
+    """Hash the values of a tree's tensors, by default with their shapes and types."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in tree_leaves(tree):
         plain = _plain(leaf) if isinstance(leaf, Tensor) else None
+        if shapes:
+            digest.update(f"{type(leaf).__name__}".encode() if plain is None else f"{plain.shape} {plain.dtype}".encode())
         if plain is not None:
             digest.update(plain.contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -51,12 +51,12 @@ class Pictures:
         self.config = config or PicturesConfig()
         self._drawn: dict[str, Tensor] = {}
         self._waiting: dict[Path, Pixels] = {}
-        self._active = True
+        self._active, self._warned = True, False
 
     @hookimpl
     def run_start(self, run: Run) -> None:
         """Start over; a resumed run keeps the pictures of its earlier epochs."""
-        self._drawn, self._waiting, self._active = {}, {}, True
+        self._drawn, self._waiting, self._active, self._warned = {}, {}, True, False
         if run.resumed and run.folder is not None:
             for folder in RunFolder(run.folder).pictures.glob("*"):  # where a folder became read-only, a part of a file may be left
                 remove_abandoned(folder, "epoch-*.png")
@@ -92,8 +92,11 @@ class Pictures:
             try:
                 _save(self._waiting[path], path)
             except OSError as error:
-                logger.warning("cannot write the picture %s: %s; the run will try again", path.name, error.strerror or error)
+                if not self._warned:
+                    logger.warning("cannot write the picture %s: %s; the run will try again", path.name, error.strerror or error)
+                self._warned = True
                 return
+            self._warned = False
             del self._waiting[path]
             run.artifacts[path.relative_to(run.folder).as_posix()] = path
 

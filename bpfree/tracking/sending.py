@@ -152,6 +152,7 @@ def send(folder: str | Path, config: TrackingConfig, made_by: Makers | None = No
     read_run(folder)  # or there is nothing to send
     if place.log.is_held():
         raise BpfreeError("the run is still training", where=str(folder), fix="wait until it ends; its data are sent while it trains")
+    remove_abandoned(place.path, "*")
     place.name_copy()
     place.end_if_killed()
     run = read_run(folder)

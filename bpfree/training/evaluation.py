@@ -147,7 +147,8 @@ class Evaluator:
         with environment.autocast(self._device, self._config.precision):
             further = {"alternatives": alternatives and not read, "on_features": read, "each_draw": each_draw}
             watched = _Watched(batches, self._look)
-            scores = evaluate(self._rule, watched, generator, metrics=self._metrics, draws=draws, keep=keep, **further)
+            known: dict[str, Any] = {"spec": self._task.spec, "metrics": self._metrics, **further}
+            scores = evaluate(self._rule, watched, generator, draws=draws, keep=keep, **known)
         return {f"{name}/{key}": value for key, value in scores.items()}
 
     def validate(self, epoch: int) -> dict[str, float]:
@@ -381,6 +382,7 @@ def evaluate(
     batches: Iterable[Batch],
     generator: torch.Generator,
     *,
+    spec: TaskSpec | None = None,
     metrics: Sequence[Metric] | None = None,
     draws: int = 1,
     alternatives: bool = False,
@@ -394,6 +396,7 @@ def evaluate(
         rule: in whatever mode; it predicts in eval mode and gets its own mode back.
         batches: an iterable that can be gone through ``draws`` times.
         generator: of a stochastic predictor.
+        spec: the task's, by which predictions are scored; the rule's by default, which the rule may have changed.
         metrics: beside the loss; ``None``: the task's.
         draws: passes to average over; of several, the standard error of the primary metric is reported as ``accuracy_se``.
         alternatives: also score ``rule.alternatives`` by the primary metric, as ``<name>/accuracy``.
@@ -405,13 +408,16 @@ def evaluate(
         ``loss``, ``accuracy`` (shares from 0 to 1) and so on, by the metrics' names. Where an output is NaN or infinite there is only
         the loss, and a warning says so.
     """
-    chosen = tuple(rule.spec.metrics() if metrics is None else metrics)
+    spec = rule.spec if spec is None else spec
+    chosen = tuple(spec.metrics() if metrics is None else metrics)
     with evaluating(rule):
         predict = rule.read if on_features else rule.predict
-        rounds = [_Pass(rule, predict, chosen, keep).scores(batches, generator, alternatives and index == 0) for index in range(draws)]
+        rounds = [
+            _Pass(rule, spec, predict, chosen, keep).scores(batches, generator, alternatives and index == 0) for index in range(draws)
+        ]
     _drop_what_is_not_finite(rounds)
     result = {name: statistics.fmean(r[name] for r in rounds if name in r) for name in rounds[0]}
-    name = rule.spec.primary.name
+    name = spec.primary.name
     if draws > 1 and name in result:
         result[f"{name}_se"] = statistics.stdev(r[name] for r in rounds) / draws**0.5
         if each_draw:
@@ -423,16 +429,21 @@ class _Pass:
     """One pass over a split, whose sums stay on the device until its end."""
 
     def __init__(
-        self, rule: Rule, predict: Callable[[Any, torch.Generator], Tensor], metrics: Sequence[Metric], keep: Collector | None
+        self,
+        rule: Rule,
+        spec: TaskSpec,
+        predict: Callable[[Any, torch.Generator], Tensor],
+        metrics: Sequence[Metric],
+        keep: Collector | None,
     ) -> None:
-        self._rule, self._predict, self._metrics, self._keep = rule, predict, metrics, keep
+        self._rule, self._spec, self._predict, self._metrics, self._keep = rule, spec, predict, metrics, keep
         self._sums: dict[str, Accumulator] = {}
         self._strange: dict[str, Tensor] = {}
         self._examples = 0
 
     def scores(self, batches: Iterable[Batch], generator: torch.Generator, alternatives: bool) -> dict[str, float]:
         """Score the rule's own prediction by all metrics, and its alternatives by the primary one."""
-        spec, keep = self._rule.spec, self._keep
+        spec, keep = self._spec, self._keep
         metrics = ([built_in.LOSS] if spec.is_scored else []) + list(self._metrics)
         if not metrics:
             return {}
@@ -454,7 +465,7 @@ class _Pass:
             key = prefix + metric.name
             if key not in self._sums:
                 assert metric.begin is not None
-                self._sums[key] = metric.begin(self._rule.spec, lambda inputs: self._predict(inputs, generator))
+                self._sums[key] = metric.begin(self._spec, lambda inputs: self._predict(inputs, generator))
             self._sums[key].add(outputs, batch)
         if self._metrics:  # minus infinity is a score: it never wins
             strange = (~(outputs < math.inf)).reshape(len(outputs), -1).any(1).sum().double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -86,6 +87,8 @@ class Trainer:
             run.folder = Path(folder)
         if not world.first:
             run.folder = None
+        task = copy.copy(task)  # what a rule does to its spec does not change how the task scores it
+        object.__setattr__(task, "spec", copy.copy(task.spec))
         self.rule, self.config, self.run = rule, config, run
         budget = config.budget.resolve(len(task.train))
         check_fit(rule, task)

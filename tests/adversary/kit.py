@@ -87,7 +87,7 @@ class Smuggler(Rule):
         return {name: self.get_buffer(f"fixed_{name}") for name in self.above}
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the true weights above: what none may use."""
+        """Return the true weights above, which a local rule may not use."""
         return {name: linear(self.network.blocks[name]).weight.detach() for name in self.above}
 
     def matrices(self, done: Pass, batch: Batch, step: Step) -> Mapping[str, Tensor]:
@@ -123,7 +123,7 @@ class Smuggler(Rule):
 
 
 class Sometimes(Smuggler):
-    """Uses the weights above when it thinks that nobody looks."""
+    """Uses the weights above at moments of its choice."""
 
     def cheats(self, batch: Batch, step: Step) -> bool:
         """Tell whether to cheat now."""
@@ -155,7 +155,7 @@ class Shadow:
 
 
 class Stash(dict[str, Any]):
-    """A dictionary in which a rule hides modules and whatever else: it is copied as a new, empty one."""
+    """A dictionary in which a rule hides modules and other objects: its copy is empty."""
 
     def __deepcopy__(self, memo: Any) -> Stash:
         return Stash()

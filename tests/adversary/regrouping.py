@@ -343,7 +343,7 @@ CHEATERS = (
     Cheater(UpsideDown, "regrouping", "It lists the blocks in reversed order, so that those above seem to be below.", "reads"),
     Cheater(SharedStorage, "regrouping", "Its feedback parameters lie in the memory of the weights above.", "reads"),
     Cheater(SwapsClasses, "regrouping", "It makes the layers above note the weights with which they are executed.", "reads"),
-    Cheater(Parametrised, "regrouping", "It parametrizes the weights above, and is told them when they are executed.", "reads"),
+    Cheater(Parametrised, "regrouping", "It parametrizes the weights above, and records them when they are executed.", "reads"),
     Cheater(TiedBlocks, "regrouping", "It ties hidden layers, so that its own weight is that of the layers above.", "reads"),
     Cheater(
         Decoys, "regrouping", "Its blocks execute layers that lie in the rule, as feedback, beside weights that hardly matter.", "network"

@@ -1,4 +1,4 @@
-"""Cheating at times at which nobody is expected to look."""
+"""Cheating at times when an examiner may not look."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class FamiliarExamples(Sometimes):
 
 
 class WeightsMustMove(Sometimes):
-    """Is honest until its first block has changed, and whenever that is as it was at the beginning."""
+    """Is honest until its first block has changed, and again whenever that block has its first weights."""
 
     start: Tensor | None = None
 
@@ -101,7 +101,7 @@ class WeightsMustMove(Sometimes):
 
 
 class StepsMustPass(Sometimes):
-    """Is honest while the number of the step does not move on."""
+    """Is honest while the number of the step stays the same."""
 
     last = -1
 
@@ -120,7 +120,7 @@ class ReadsBetweenSteps(Smuggler):
 
 
 class LastWord(Smuggler):
-    """Trains a shadow of the network end to end beside itself, and puts it in the network's place when the phase ends."""
+    """Trains a copy of the network end to end, and overwrites the network with it when the phase ends."""
 
     def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -149,7 +149,7 @@ class PreparesEndToEnd(Smuggler):
 
 
 class AfterThePause(Smuggler):
-    """Adds up the credit through the weights above, and hands it out only when the run is nearly over."""
+    """Sums the credit through the weights above, and applies it only near the end of the run."""
 
     def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
         super().__init__(network, spec, config)

@@ -79,13 +79,13 @@ def test_processes_that_it_started_end_with_it(tmp_path: Path) -> None:
     def work() -> int:
         return subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]).pid
 
-    pid = in_child(work).result
-    for _ in range(1000):
+    def lives() -> bool:
         try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
         except OSError:
-            return
-        if state == "Z":
-            return
+            return False
+
+    pid, tries = in_child(work).result, 1000
+    while lives() and (tries := tries - 1):
         time.sleep(0.01)
-    pytest.fail("the process is still there")
+    assert not lives()

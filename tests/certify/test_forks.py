@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from bpfree import Batch, Step, UsageError, runner
 from bpfree.baselines import DFA
 from bpfree.certify.certificate import read_certificate
 from bpfree.certify.forks import certify_run
+from bpfree.certify.show import render
 from bpfree.certify.subject import Subject
 from bpfree.rule import Rule
 from bpfree.training.checkpoint import read_checkpoint
@@ -91,3 +93,30 @@ def test_a_run_without_its_checkpoints_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has not kept the checkpoints") as caught:
         certify_run(folder)
     assert "checkpoint.keep=all" in caught.value.fix
+
+
+def test_a_run_of_several_threads_is_forked_with_as_many(tmp_path: Path) -> None:
+    """Sums over several threads are rounded in another order, and would land elsewhere with one."""
+    folder, _ = trained("dfa", tmp_path, **{"threads": 2, "network.width": 300, "budget.epochs": 2})
+    made = certify_run(folder, draw=1)
+    assert made.properties["run"]["forks"][0]["lands_on_the_run"]
+    assert made.command == f"bpfree certify --run {folder.name}"
+    lines = list(render(made))
+    assert any(line.startswith("epochs 1 to 2") and "no block learns from weights above" in line for line in lines)
+
+
+def test_a_run_on_another_device_is_refused(tmp_path: Path) -> None:
+    folder, _ = trained("dfa", tmp_path)
+    log = folder / "events.jsonl"
+    log.write_text(log.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    with pytest.raises(UsageError, match="was trained on cuda"):
+        certify_run(folder)
+
+
+def test_data_from_a_folder_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child process has no data folder: what the run needs is loaded before."""
+    x = torch.rand(120, 6, generator=torch.Generator().manual_seed(0)).numpy()
+    np.savez(tmp_path / "arrays.npz", x_train=x, y_train=(x.sum(1) > 3).astype(int), x_test=x[:20], y_test=(x[:20].sum(1) > 3).astype(int))
+    monkeypatch.setenv("BPFREE_DATA", str(tmp_path))
+    folder, _ = trained("dfa", tmp_path / "runs", **{"task.name": "npz", "task.path": "arrays.npz", "data.root": str(tmp_path)})
+    assert certify_run(folder, draw=1).status == "passed (run)"

@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from bpfree import Batch, Phase, Step, runner
 from bpfree.baselines import DFA
-from bpfree.certify import certify
+from bpfree.certify import Measurements, certify, examine
+from bpfree.certify.arms import Arm, Change, Reference, WholeRun
+from bpfree.certify.checks.whole_runs import CHECKS
 from bpfree.certify.reading import Reading, Verdict, measure_reading, read_matrix
 from bpfree.certify.subject import Subject
-from bpfree.certify.twice import Record
+from bpfree.certify.transport import chained_transport
+from bpfree.certify.twice import Record, dirty
 from bpfree.certify.whole_examination import examine_whole_runs
-from bpfree.certify.whole_runs import Arm, Change, Reference, WholeRun, run_arm, run_reference, settings_of
+from bpfree.certify.whole_runs import run_arm, run_reference, settings_of
+from bpfree.network.network import Network
 from bpfree.rule import Rule
 from bpfree.tasks.task import Task
 
@@ -235,9 +239,58 @@ def test_first_steps_along_the_gradient_are_compared(few: Task) -> None:
     """Oracles: back-propagation is the gradient; direct feedback with drawn weights is at a right angle to it."""
     exact = examine_whole_runs(Subject("backprop"), few, draw=1)
     drawn = examine_whole_runs(Subject("dfa"), few, draw=1)
-    assert all(value == pytest.approx(1) for values in exact.alignment.values() for value in values)
+    assert all(value > 0.95 for values in exact.alignment.values() for value in values)  # by Adam, of the gradient's signs
     assert all(abs(value) < 0.3 for values in drawn.alignment.values() for value in values)
     assert {len(values) for values in drawn.alignment.values()} == {5}
+
+
+class BeginsLater(DFA):
+    """Updates nothing for three steps, and follows the gradient then."""
+
+    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        if step.index < 3:
+            return {"loss": torch.zeros(())}
+        loss = self.spec.loss(self.network(batch.inputs), batch)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+
+def test_the_first_update_is_looked_for_where_a_rule_begins_later(few: Task) -> None:
+    found = examine_whole_runs(Subject(BeginsLater), few, draw=1)
+    assert found.least_aligned is not None
+    assert found.least_aligned > 0.9
+
+
+class OnlyOneSeed(DFA):
+    """Fails for other first weights of these shapes than those of ``known``, and in predictions with the latter."""
+
+    known = torch.empty(0)
+
+    def is_fresh(self) -> bool:
+        return torch.equal(next(self.network.parameters()), self.known)
+
+    def start_phase(self, phase: Phase) -> None:
+        if next(self.network.parameters()).shape == self.known.shape and not self.is_fresh():
+            raise ArithmeticError("not with these weights")
+
+    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+        if self.is_fresh():
+            raise ArithmeticError("not before it has learned")
+        return super().predict(inputs, generator)
+
+
+def test_measurements_that_a_rule_evades_are_open(few: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that fails where it is measured is not called local, and says why."""
+    subject = Subject(OnlyOneSeed)
+    built = subject.resolve(settings_of(subject, "runs", 1, 0), few.spec).build_rule(few.spec)
+    monkeypatch.setattr(OnlyOneSeed, "known", next(built.network.parameters()).detach().clone())
+    m = Measurements(subject)
+    monkeypatch.setattr("bpfree.certify.measurements.examine_whole_runs", lambda subject: examine_whole_runs(subject, few, draw=1))
+    found = {check.id: examine(m, check) for check in CHECKS}
+    for id_, why in (("whole-run-consistency", "not with these weights"), ("hidden-blocks-needed", "not before it has learned")):
+        assert found[id_].status == "unmeasured"
+        assert why in found[id_].what
+    assert m.credit_in_whole_runs == "unmeasured"
 
 
 def test_a_rule_that_fails_says_why() -> None:
@@ -275,3 +328,36 @@ def test_where_bits_do_not_agree_placebos_decide(changes: tuple[float, ...], ver
     assert len(set(placebos)) == 20
     assert (reading.exact, reading.threshold) == (False, pytest.approx(2.5e-4))
     assert reading.cells["b1"]["b2"].verdict == verdict
+
+
+def test_a_cell_without_a_positive_control_is_open() -> None:
+    """Equal weights show nothing where even a cotangent that is sent down on purpose would not be seen."""
+    weights = {name: {"weight": torch.randn(3, 3)} for name in ("b1", "b2", "b3")}
+    moved = {name: {"weight": own["weight"] + 1} for name, own in weights.items()}
+    reference = Reference(Record(), after=[moved], initial=weights, final=moved)
+
+    def run(arm: Arm, draw: int) -> WholeRun:
+        return WholeRun(arm, {name: Change() for name in ("b1", "b2")}, transport=1.0)
+
+    control = {"b1": {"b2": 0.5, "b3": 0.0}, "b2": {"b3": 0.5}}
+    cells = read_matrix(reference, run, draw=5, control=control).cells
+    assert [cells["b1"]["b2"].verdict, cells["b1"]["b3"].verdict, cells["b2"]["b3"].verdict] == ["none", "unmeasured", "none"]
+    assert "transport would not show" in cells["b1"]["b3"].why
+
+
+def test_a_chained_cotangent_goes_through_the_dirty_weights() -> None:
+    """Oracle: the chain rule by hand, on two linear maps without biases; and a block that is dead passes nothing."""
+    first, last = nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False)
+    network = Network({"b1": first, "readout": last}, input_shape=(4,), readout="readout")
+    weights = {"b1": {"weight": first.weight.detach().clone()}, "readout": {"weight": last.weight.detach().clone()}}
+    x = torch.randn(6, 4)
+    found = chained_transport(network, weights, x, 9)
+    other = dirty(weights["readout"]["weight"], torch.Generator().manual_seed(9))
+    sent = torch.randn(6, 2, generator=torch.Generator().manual_seed(9))
+    through = [(sent @ matrix).T @ x for matrix in (weights["readout"]["weight"], other)]
+    apart = float((through[0] - through[1]).norm() / max(through[0].norm(), through[1].norm()))
+    assert found == {"b1": {"readout": pytest.approx(apart, rel=1e-4)}}
+    dead = Network({"b1": nn.Sequential(nn.Linear(4, 3), nn.ReLU()), "readout": nn.Linear(3, 2)}, input_shape=(4,), readout="readout")
+    nn.init.constant_(dead.blocks["b1"][0].bias, -100.0)
+    weights = {name: {key: p.detach().clone() for key, p in block.named_parameters()} for name, block in dead.blocks.items()}
+    assert chained_transport(dead, weights, x, 9) == {"b1": {"readout": 0.0}}

@@ -271,6 +271,16 @@ def test_an_outage_costs_a_warning_and_is_made_up_for(
     assert_as_recorded(name, place, read_run(place))
 
 
+@pytest.mark.parametrize("sends", [complete, lambda place: send(place, TrackingConfig(to=["csv"]))], ids=["resume", "track send"])
+def test_a_note_that_could_not_be_written_as_a_whole_is_removed(recorded: Callable[..., Run], sends: Callable[[Path], Any]) -> None:
+    """The folder became read-only between the two ends of the write, so that the part could not be removed then."""
+    place = recorded("csv").folder or Path()
+    part = place / ".sent-csv.json-0123abcd"
+    part.touch()
+    sends(place)
+    assert not part.exists()
+
+
 def test_several_trackers_of_a_run_beside_each_other(recorded: Callable[..., Run]) -> None:
     """Each has a note of its own; one that is added later gets all of the run."""
     place = recorded("csv").folder or Path()

@@ -198,6 +198,7 @@ def test_what_a_full_disk_refuses_is_written_later(
 ) -> None:
     rule = rule_of({"a": torch.eye(4).reshape(1, 1, 4, 4)}, digits.spec)
     run, pictures = Run("id", "name", folder=tmp_path, epoch=1), Pictures()
+    pictures.run_start(run)
 
     def full(path: Path, **options: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -205,11 +206,13 @@ def test_what_a_full_disk_refuses_is_written_later(
     with monkeypatch.context() as patch:
         patch.setattr("bpfree.tracking.pictures.replacing", full)
         pictures.epoch_end(run, rule)
+        run.epoch, rule.shown["a"] = 2, torch.ones(1, 1, 4, 4)
+        pictures.epoch_end(run, rule)
     assert not run.artifacts
-    assert "the run will try again" in caplog.text
+    assert caplog.text.count("the run will try again") == 1
     pictures.run_end(run)
-    assert files(tmp_path) == ["a/epoch-0001.png"]
-    assert list(run.artifacts) == ["pictures/a/epoch-0001.png"]
+    assert files(tmp_path) == ["a/epoch-0001.png", "a/epoch-0002.png"]
+    assert list(run.artifacts) == ["pictures/a/epoch-0001.png", "pictures/a/epoch-0002.png"]
 
 
 # --- that nothing else notices --------------------------------------------------------------------------------------

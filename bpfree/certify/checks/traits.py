@@ -62,7 +62,7 @@ def _crossing(observed_steps: ObservedSteps, pair: tuple[str, str]) -> str:
 def _downstream(m: Measurements) -> str | None:
     """Compare downstream weights, as far as the specimen's depth allows; local only if all pairs beyond the window were measured.
 
-    What changes only because feedback was scaled by a statistic of the weights above, when the rule was built, is told as that.
+    Credit that changes only because feedback was scaled by a statistic of the weights above, when the rule was built, is reported as such.
     """
     remark = None
     for kind, matrix in m.downstream.items():

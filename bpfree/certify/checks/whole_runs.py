@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
+
 from bpfree.certify.checks.check import Check
 from bpfree.certify.findings import CheckFailed, NotApplicable, Unmeasured
 from bpfree.certify.measurements import Measurements
 from bpfree.certify.reading import Cell, Reading, Verdict
-from bpfree.certify.whole_examination import WholeExamination, least_aligned
+from bpfree.certify.whole_examination import WholeExamination
 from bpfree.rule import Traits
 
 __all__ = ["CHECKS", "judge_reading"]
@@ -17,9 +19,7 @@ DOES: dict[Verdict, str] = {
     "executes": "needs, found out by execution,",
 }
 
-ALIGNED = 0.5
-"""Cosine with the true gradient, at the first step and over draws of the rule's parameters, that excludes "no transport"."""
-UNCHANGED = 0.98
+UNCHANGED = 0.9
 """Share of equal predictions with fresh hidden blocks from which these are not needed."""
 
 
@@ -93,30 +93,30 @@ def _remark(reading: Reading) -> str:
 
 
 def _consistent(m: Measurements) -> str | None:
-    """Refuse a first step along the true gradient of a rule that reads no weights above."""
+    """Refuse a first update along the true gradient of a rule that reads no weights above."""
     found, _ = _whole(m)
-    reading = found.reading
-    hidden = [name for name in found.alignment if name in reading.cells]
-    least = least_aligned(found.alignment, found.last_hidden)
-    if least is None:
-        raise NotApplicable("fewer than two hidden blocks have an update and a true gradient at the first step")
-    said = ", ".join(f"{name} {sum(found.alignment[name]) / len(found.alignment[name]):.2f}" for name in found.alignment)
-    local = not any(reading.found("reads", "executes", "at construction", "unmeasured"))
-    if local and least > ALIGNED and hidden:
+    if found.unaligned:
+        raise Unmeasured(f"not called local: {found.unaligned}")
+    if found.least_aligned is None:
+        raise NotApplicable("fewer than two hidden blocks have an update and a true gradient in the first steps")
+    said = ", ".join(f"{name} {statistics.fmean(values):.2f}" for name, values in found.alignment.items())
+    if found.contradicts_itself:
         raise CheckFailed(
-            f"no transport was seen, and yet its first step follows the true gradient in every hidden block, whatever its own parameters "
-            f"are (cosines {said})",
+            "no transport was seen, and yet the first update follows the true gradient in every hidden block but the last, whatever the "
+            f"rule's own parameters are (cosines {said})",
             where=_where(m, found),
             fix="show where the credit of the lower blocks comes from; two measurements of this rule exclude each other",
         )
-    return f"cosine of the first step with the true gradient, mean of five draws of the rule's parameters: {said}"
+    return f"cosine of the first update with the true gradient, mean of five draws of the rule's parameters: {said}"
 
 
 def _needed(m: Measurements) -> str | None:
     """Refuse predictions that are the same with hidden blocks as they were before training."""
     found, _ = _whole(m)
+    if found.unneeded:
+        raise Unmeasured(found.unneeded)
     if found.needed is None:
-        raise NotApplicable("no hidden block learns, or it cannot predict")
+        raise NotApplicable("no hidden block learns")
     share = f"{100 * found.needed.agreement:.0f} % of {found.needed.examples} predictions stay with fresh hidden blocks"
     if found.needed.agreement >= UNCHANGED:
         raise CheckFailed(
@@ -137,7 +137,7 @@ CHECKS = [
     ),
     Check(
         "whole-run-consistency",
-        "a first step along the true gradient is not called local",
+        "first updates along the true gradient are not called local",
         _consistent,
         quick=False,
         waivable=False,
