@@ -6,12 +6,13 @@ JOBS ?= 2
 export OMP_WAIT_POLICY = PASSIVE
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: help install quickstart test pytest test-slow test-timing test-oldest lint types bench torture gpu certify downstream clean
+.PHONY: help install quickstart test pytest test-slow test-browser test-timing test-oldest lint types bench torture gpu certify downstream clean
 
 help:
 	@echo "make quickstart    install, then compare a rule of each plugin with floor and ceiling on digits (no download)"
 	@echo "make test          install, then lint, types and tests (JOBS=2 processes)"
 	@echo "make test-slow     the longer tests: worked example, wheel, long examinations, injected faults"
+	@echo "make test-browser  the report, the site and MLflow's pages in a headless Chromium (needs the system's Chromium)"
 	@echo "make test-timing   tests that wait for threads and processes, ten times beside eight busy processes"
 	@echo "make test-oldest   the tests on the oldest supported versions of the dependencies"
 	@echo "make certify       renew the registry's missing or stale certificates (ALL=1: all), its index and tables"
@@ -43,6 +44,10 @@ pytest: install
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m slow
+
+test-browser: install
+	$(BIN)/python -m pip install --quiet -e ".[browser]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser
 
 # What waits for other threads and processes passes ten times in a row, in four processes beside eight busy ones.
 test-timing: install
