@@ -90,7 +90,7 @@ support: install
 # Writes benchmarks/results/cheaters-cpu.json and the tables of docs/certificates.md.
 .PHONY: cheaters
 cheaters: install
-	$(BIN)/python benchmarks/cheaters.py --save
+	$(BIN)/python benchmarks/certify_adversaries.py --save
 
 downstream: install
 	$(BIN)/python .ci/downstream.py $(PLUGINS)

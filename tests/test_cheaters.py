@@ -27,8 +27,8 @@ SAMPLE = (
 def cheaters() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("cheaters")
-    for name in ("cheaters", "measure"):
+        yield importlib.import_module("certify_adversaries")
+    for name in ("certify_adversaries", "measure"):
         sys.modules.pop(name, None)
 
 

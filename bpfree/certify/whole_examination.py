@@ -23,8 +23,8 @@ from bpfree.tasks.task import Task
 __all__ = ["Needed", "WholeExamination", "examine_whole_runs"]
 
 DRAWS = 5
-ALIGNED = 0.5
-"""Mean cosine with the true gradient that excludes "no transport"."""
+ALIGNED = 0.3
+"""Mean cosine with the true gradient that excludes "no transport"; honest rules that are tried stay below 0.1."""
 EXAMPLES = 512
 """Examples on which predictions with fresh blocks are compared."""
 CLOSE = 0.01

@@ -3,7 +3,8 @@
 The cheating rules (tests/adversary/, and the disguises of tests/certify_disguises.py) say that they are local, and carry end-to-end credit
 in one way or another, or cheat at predictions and scores; they were written without knowledge of the examiner. The honest ones
 (tests/honest_rules.py) are rules of the literature. A cheating rule is *caught* if a check fails, *unmeasured* if none fails and the
-rule is not called local, and *called local* otherwise. `--save` writes the result file and the tables of docs/certificates.md.
+rule is not called local, and *called local* otherwise. The name of this file has "certify" in it, as the command line of `bpfree certify`
+has, for rules that look at it. `--save` writes the result file and the tables of docs/certificates.md.
 """
 
 from __future__ import annotations
