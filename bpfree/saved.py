@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bpfree.config import allowing, recipe_of
-from bpfree.errors import BpfreeError
+from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf
 from bpfree.network.network import Network, evaluating
 from bpfree.plugins import Plugins, installed_plugins
@@ -22,17 +24,33 @@ from bpfree.recipe import Recipe
 from bpfree.rule import Rule
 from bpfree.step import Budget
 from bpfree.tasks.check import check_inputs
-from bpfree.tasks.spec import CLASS, TaskSpec, structure_from
+from bpfree.tasks.given import as_batch
+from bpfree.tasks.spec import CLASS, TaskSpec, has_own_loss, structure_from
 from bpfree.tasks.stages import stages_from, walk
-from bpfree.tasks.trees import move
+from bpfree.tasks.trees import length, move, tree_map
 from bpfree.training.checkpoint import check_rule, find_checkpoint, load_weights, read_checkpoint, replay
+from bpfree.training.environment import resolve_device
 
 __all__ = ["Saved", "load"]
 
 
-@dataclass(frozen=True)
+BATCH_SIZE = 256
+"""Examples that are predicted at a time by default."""
+NAMED = ("classes", "soft", "multilabel")
+"""Kinds of targets whose outputs are classes or labels."""
+COUNTED = {"classes": "classes", "soft": "classes", "multilabel": "labels", "real": "real outputs", "tokens": "tokens", "none": "outputs"}
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, repr=False)
 class Saved:
-    """A trained rule.
+    """A trained rule, which predicts.
+
+    Inputs are given as the data set has them, in any dtype, and normalised here: tensors, arrays of numpy or nested lists, one example
+    or a batch of any size, or a tree of these where the task has such inputs. Grey images may lack the axis of channels; images may
+    have their channels last. Batches are computed in parts, whose size makes no difference but to rounding, and to the draws of a
+    stochastic rule.
 
     Attributes:
         rule: in eval mode.
@@ -46,28 +64,122 @@ class Saved:
     recipe: Recipe | None
     path: Path
 
+    def __repr__(self) -> str:
+        name = self.recipe.names["rule"] if self.recipe is not None else type(self.rule).__name__
+        inputs = "x".join(map(str, self.spec.input_shape)) or "several tensors"
+        return (
+            f"Saved({name} on {self.spec.name}: {inputs} -> {self.spec.outputs:,} {COUNTED[self.spec.targets]}; {self.device}; {self.path})"
+        )
+
     @property
     def network(self) -> Network:
-        """The trained network, a plain ``nn.Module`` that takes normalised inputs (``spec.normalise``)."""
+        """The trained network, a plain ``nn.Module`` that takes normalised inputs (``spec.normalise``).
+
+        It predicts by itself only where its rule predicts by the network's outputs; that of ``noprop-dt``, say, needs its rule for it.
+        """
         return self.rule.network
 
-    @torch.no_grad()
-    def predict(self, x: Any, *, seed: int = 0) -> Tensor:
-        """Predict outputs, such as scores (N, C), for inputs as the data set has them.
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(itertools.chain(self.rule.parameters(), self.rule.buffers())).device
 
-        Args:
-            x: (N, *input_shape) raw inputs as in training, in any dtype, or a tree of tensors where the task has such inputs; they are
-                normalised here (``spec.normalise``).
-            seed: of a stochastic rule's draws.
+    def to(self, device: str | torch.device) -> Saved:
+        """Move it to another device, and return it.
 
         Raises:
-            UsageError: inputs of another shape or range than those of training, or that are not finite.
+            UsageError: the device is not on this machine.
         """
-        check_inputs(self.spec, x, "predict")
-        device = next(self.rule.parameters()).device
-        generator = torch.Generator(device).manual_seed(seed)
+        self.rule.to(resolve_device(str(device)))
+        return self
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes or labels, in the order of the scores: "0", "1" and so on where they have none; empty for other targets."""
+        return tuple(map(self.spec.label, range(self.spec.outputs))) if self.spec.targets in NAMED else ()
+
+    def predict(self, inputs: Any, *, batch_size: int = BATCH_SIZE, seed: int = 0) -> Tensor:
+        """Predict outputs, such as scores (N, C), on the rule's device.
+
+        Args:
+            inputs: of one example, or of N.
+            batch_size: examples that are computed at a time.
+            seed: of a stochastic rule's draws, which are taken batch by batch.
+
+        Returns:
+            (N, ...) the rule's scores, higher is better, or real outputs; N is 1 for a single example.
+
+        Raises:
+            UsageError: inputs of another shape or range than those of training, that are not finite, or are no numbers.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise UsageError(f"batch_size={batch_size!r}", where="predict", fix="give a whole number of 1 or more")
+        batch = as_batch(self.spec, inputs, "predict")
+        check_inputs(self.spec, batch, "predict")
+        generator = torch.Generator(self.device).manual_seed(seed)
+        parts = torch.arange(length(batch)).split(batch_size)  # one, empty, for no examples
+        return torch.cat([self._outputs(_part(batch, part), generator) for part in parts])
+
+    @torch.no_grad()
+    def _outputs(self, batch: Any, generator: torch.Generator) -> Tensor:
         with evaluating(self.rule):
-            return self.rule.predict(self.spec.normalise(move(x, device), self.rule.network.dtype), generator)
+            return self.rule.predict(self.spec.normalise(move(batch, self.device), self.rule.network.dtype), generator)
+
+    def predict_proba(self, inputs: Any, *, batch_size: int = BATCH_SIZE, seed: int = 0) -> Array:
+        """Predict probabilities (N, C) of the classes; rows sum to one, except those of several labels at once.
+
+        They are the softmax of the scores, or each label's sigmoid, which is what loss and calibration error (``ece``) take them for. The
+        scores of most rules are logits or log-probabilities. Where they are something else, such as the norms of ``hebbian-norm``, the
+        order of the classes is the rule's, but the numbers are no calibrated probabilities.
+
+        Args:
+            inputs, batch_size, seed: as of :meth:`predict`.
+
+        Raises:
+            UsageError: as of :meth:`predict`; or the task has no classes.
+        """
+        self._check_classes("predict_proba")
+        scores = self.predict(inputs, batch_size=batch_size, seed=seed)
+        return probabilities(self.spec, scores).numpy()
+
+    def predict_classes(self, inputs: Any, *, batch_size: int = BATCH_SIZE, seed: int = 0) -> list[Any]:
+        """Predict the class of each example: its name, or its number where classes have no names.
+
+        Of several labels at once: a list of those whose probability is above one half, for each example.
+
+        Args:
+            inputs, batch_size, seed: as of :meth:`predict`.
+
+        Raises:
+            UsageError: as of :meth:`predict_proba`.
+        """
+        self._check_classes("predict_classes")
+        names: Sequence[Any] = self.spec.class_names or range(self.spec.outputs)
+        return decided(self.spec, self.predict(inputs, batch_size=batch_size, seed=seed), names)
+
+    def _check_classes(self, where: str) -> None:
+        if self.spec.targets not in NAMED or (has_own_loss(self.spec) and self.spec.targets != "classes"):
+            what = f"the task {self.spec.name} has no classes: its targets are {self.spec.targets}"
+            raise UsageError(what, where=where, fix="use predict, which returns the outputs")
+
+
+def probabilities(spec: TaskSpec, scores: Tensor) -> Tensor:
+    """Return probabilities (N, C), float64 on the CPU, of scores of classes (softmax) or of several labels (sigmoid)."""
+    exact = scores.cpu().double()
+    return exact.sigmoid() if spec.targets == "multilabel" else exact.softmax(1)
+
+
+def decided(spec: TaskSpec, scores: Tensor, names: Sequence[Any]) -> list[Any]:
+    """Return the name of each example's best class, or the names of all labels with a positive score."""
+    if spec.targets == "multilabel":
+        return [[name for name, chosen in zip(names, row, strict=True) if chosen] for row in (scores > 0).tolist()]
+    return [names[place] for place in scores.argmax(1).tolist()]
+
+
+def _part(batch: Any, places: Tensor) -> Any:
+    """Take consecutive examples without a copy."""
+    first = int(places[0]) if len(places) else 0
+    return tree_map(lambda leaf: leaf[first : first + len(places)], batch)
 
 
 def spec_of(content: Mapping[str, Any], path: Path) -> TaskSpec:
