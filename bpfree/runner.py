@@ -465,11 +465,18 @@ def standard_tags(recipe: Recipe, task: Task, rule: Rule) -> dict[str, str]:
     }
 
 
+def examples_text(task: Task) -> str:
+    """Count the examples of each split: ``1295 train, 143 validation, 359 test``."""
+    splits = {"train": task.train, "validation": task.validation, "test": task.test}
+    return ", ".join(f"{len(split)} {name}" for name, split in splits.items() if split is not None)
+
+
 def common_tags(recipe: Recipe, task: Task) -> dict[str, str]:
     """Return the tags by which a run of a rule or a program can be found."""
     return {
         **recipe.names,
         "data_fingerprint": task.fingerprint(),
+        "examples": examples_text(task),
         **({"classes": named(task.spec, range(task.spec.outputs))} if task.spec.class_names else {}),
         "seed": str(recipe.settings.seed),
         "test_evaluations": str(int(recipe.settings.evaluation.test)),

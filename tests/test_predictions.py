@@ -43,9 +43,25 @@ def test_a_byte_for_each_example_in_the_order_of_the_split(digits: Task, device:
     assert found.loss is None
     assert (found.predicted == expected).all()
     assert (found.correct == (expected == digits.test.targets.numpy())).all()
+    assert found.target is not None
+    assert found.target.dtype == np.uint8
+    assert (found.target == digits.test.targets.numpy()).all()
     assert found.correct.mean() == pytest.approx(run.result["test/accuracy"], abs=1e-9)
     assert not found.protocols
     assert {path.name for path in tmp_path.iterdir()} == {FILE, "checkpoints", "events.jsonl"}  # nothing temporary is left
+
+
+def test_confusions_are_counted_by_true_and_predicted_class(tmp_path: Path) -> None:
+    """Counted by hand; a file from before targets were kept has predictions and no confusions."""
+    predicted, target = np.array([0, 2, 2, 1, 2], np.uint8), np.array([0, 0, 2, 1, 0], np.uint8)
+    kept = Predictions(predicted, (predicted == target).astype(np.uint8), target=target)
+    write_predictions(tmp_path / FILE, kept)
+    found = read_predictions(tmp_path)
+    assert found is not None
+    counts = found.confusion(4)
+    assert counts is not None
+    assert counts.tolist() == [[1, 0, 2, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert Predictions(predicted, kept.correct).confusion(4) is None
 
 
 def test_protocols_keep_their_decisions(digits: Task, device: torch.device, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Predictions of a run for each example of the test split: a byte or two each, in ``predictions.npz`` in the run's folder.
 
 Arrays, in the order of the test split: ``predicted``, the class with the highest score (uint8; uint16 beyond 256 classes), of the first
-draw of a stochastic predictor; ``correct``, whether it is right (uint8, 0 or 1), of several draws the share of them that are (float32).
+draw of a stochastic predictor; ``target``, the class that is right (alike; files before version 0.2 are without it); ``correct``, whether
+the prediction is right (uint8, 0 or 1), of several draws the share of them that are (float32).
 Where targets are real numbers ``loss`` (float32), the mean over draws, is in the place of both. ``linear_probe_correct`` and so on: the
 same of evaluation protocols that decide example by example.
 """
@@ -37,18 +38,27 @@ class Predictions:
         correct: (N,) 0 or 1, of several draws the share that are right; ``None`` for real targets.
         loss: (N,) of real targets; else ``None``.
         protocols: ``correct`` of evaluation protocols, by the name that their results have (``linear_probe``).
+        target: (N,) classes that are right; ``None`` for real targets, and where they were not kept.
     """
 
     predicted: Array | None = None
     correct: Array | None = None
     loss: Array | None = None
     protocols: Mapping[str, Array] = field(default_factory=dict)
+    target: Array | None = None
 
     def arrays(self) -> dict[str, Array]:
         """Return the arrays as the file stores them."""
-        own = {"predicted": self.predicted, "correct": self.correct, "loss": self.loss}
+        own = {"predicted": self.predicted, "correct": self.correct, "loss": self.loss, "target": self.target}
         found = {name: array for name, array in own.items() if array is not None}
         return found | {f"{name}_correct": array for name, array in self.protocols.items()}
+
+    def confusion(self, classes: int) -> Array | None:
+        """Count the examples (C, C) of each class (row) that were predicted as each class (column); ``None`` without classes."""
+        if self.predicted is None or self.target is None:
+            return None
+        places = self.target.astype(np.int64) * classes + self.predicted
+        return np.bincount(places, minlength=classes**2).reshape(classes, classes)
 
 
 class Collector:
@@ -62,6 +72,7 @@ class Collector:
         self._spec = spec
         self._draws = 0
         self._predicted: list[Tensor] = []
+        self._target: list[Tensor] = []
         self._values: list[list[Tensor]] = []
 
     def begin_draw(self) -> None:
@@ -78,7 +89,9 @@ class Collector:
         assert batch.targets is not None
         self._values[-1].append(self._spec.correct(scores, batch.targets).to(torch.uint8))
         if self._draws == 1:  # torch before 2.3 has no uint16
-            self._predicted.append(scores.argmax(1).to(torch.uint8 if self._spec.outputs <= 256 else torch.int32))
+            kind = torch.uint8 if self._spec.outputs <= 256 else torch.int32
+            self._predicted.append(scores.argmax(1).to(kind))
+            self._target.append(self._spec.scored_classes(scores, batch.targets)[1].to(kind))
 
     def predictions(self) -> Predictions | None:
         """Return the collected predictions; ``None`` where they are not one value for each example, or there are none."""
@@ -89,11 +102,11 @@ class Collector:
             return None
         if self._spec.targets not in ("classes", "soft"):
             return Predictions(loss=torch.stack(draws).double().mean(0).float().numpy())
-        predicted = torch.cat(self._predicted).cpu().numpy()
+        predicted, target = (torch.cat(classes).cpu().numpy() for classes in (self._predicted, self._target))
         if 256 < self._spec.outputs <= 65536:
-            predicted = predicted.astype(np.uint16)
+            predicted, target = predicted.astype(np.uint16), target.astype(np.uint16)
         correct = draws[0] if self._draws == 1 else torch.stack(draws).double().mean(0).float()
-        return Predictions(predicted, correct.numpy())
+        return Predictions(predicted, correct.numpy(), target=target)
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:
@@ -119,7 +132,7 @@ def read_predictions(path: Path) -> Predictions | None:
     except Exception:  # a damaged archive may raise any exception
         return None
     protocols = {name.removesuffix("_correct"): array for name, array in arrays.items() if name.endswith("_correct")}
-    found = Predictions(arrays.get("predicted"), arrays.get("correct"), arrays.get("loss"), protocols)
+    found = Predictions(arrays.get("predicted"), arrays.get("correct"), arrays.get("loss"), protocols, arrays.get("target"))
     whole = (found.predicted is not None and found.correct is not None) or found.loss is not None
     same = len({array.shape for array in arrays.values()}) == 1 and all(array.ndim == 1 for array in arrays.values())
     return found if whole and same else None
