@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bpfree.document.axes import Axis
-from bpfree.document.content import Key, Panel
+from bpfree.document.content import Datum, Key, Panel
 
 __all__ = ["Mark", "Series", "Shade", "escape", "in_order", "look", "marker", "natural", "number", "panel", "shades", "swatch", "thinned"]
 
@@ -33,13 +33,14 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 14, 30, 44
 
 @dataclass(frozen=True)
 class Mark:
-    """A marker with optional error bars, and the text that shows when the pointer rests on it."""
+    """A marker with optional error bars, and the text that shows when the pointer rests on it; ``ringed`` if it was chosen."""
 
     x: float
     y: float
     title: str
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
+    ringed: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def number(value: float) -> str:
 def look(key: Key) -> str:
     """Return the attributes of a group of elements: one of eight colours, with other dashes from the ninth key on."""
     colour = f' style="color:{escape(key.colour)}"' if key.colour else ""
-    return f'class="c{key.style % COLOURS} d{key.style // COLOURS % DASHES}"{colour}'
+    return f'class="c{key.style % COLOURS} d{key.style // COLOURS % DASHES}{" faint" if key.faint else ""}"{colour}'
 
 
 def in_order(labels: Sequence[str]) -> list[Key]:
@@ -166,7 +167,16 @@ def panel(
     said = f"{title or y.label} against {x.label}: {', '.join(dict.fromkeys(one.key.label for one in series if one.key.label))}"
     head = f'<text class="head" x="{4 if len(title or y.label) > 44 else LEFT - 6}" y="16">{escape(title or y.label)}</text>'
     parts = [head, *_axes(frame), *_rules(frame, rules), *(_series(frame, one) for one in series)]
-    return Panel(width, height, said, "".join(parts))
+    return Panel(width, height, said, "".join(parts), title or y.label, [datum for one in series for datum in _data(one)])
+
+
+def _data(one: Series) -> Iterator[Datum]:
+    """List what a series draws: its markers, or the points of its line with its band."""
+    if one.points:
+        yield from (Datum(one.key.label, point.x, point.y, point.x_range, point.y_range) for point in one.points)
+        return
+    band = {x: (low, high) for x, low, high in one.band}
+    yield from (Datum(one.key.label, x, y, None, band.get(x)) for x, y in thinned(one.line))  # type: ignore[misc]
 
 
 def _axes(frame: _Frame) -> Iterator[str]:
@@ -228,7 +238,8 @@ def _point(frame: _Frame, style: int, point: Mark) -> str:
         bars += f'<path class="bar" d="M{number(x)} {number(frame.y(point.y_range[0]))}V{number(frame.y(point.y_range[1]))}"/>'
     if point.x_range:
         bars += f'<path class="bar" d="M{number(frame.x(point.x_range[0]))} {number(y)}H{number(frame.x(point.x_range[1]))}"/>'
-    return f'<g class="dot"><title>{escape(point.title)}</title>{bars}{marker(style, x, y)}</g>'
+    ring = f'<circle class="ring" cx="{number(x)}" cy="{number(y)}" r="8"/>' if point.ringed else ""
+    return f'<g class="dot"><title>{escape(point.title)}</title>{bars}{marker(style, x, y)}{ring}</g>'
 
 
 # --- maps ---------------------------------------------------------------------------------------------------------------

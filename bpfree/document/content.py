@@ -4,8 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-__all__ = ["Bullets", "Cell", "Code", "Figure", "Folded", "Key", "Noted", "Panel", "Part", "Picture", "Section", "Table", "Text"]
+__all__ = [
+    "Aside",
+    "Bullets",
+    "Cell",
+    "Code",
+    "Datum",
+    "Figure",
+    "Folded",
+    "Key",
+    "Noted",
+    "Panel",
+    "Part",
+    "Picture",
+    "Section",
+    "Table",
+    "Text",
+]
 
 
 @dataclass(frozen=True)
@@ -13,7 +30,8 @@ class Text:
     """A paragraph.
 
     Attributes:
-        kind: ``""``, ``lead``, ``changed`` (an important warning), ``note`` (small print), ``notes`` (line breaks are kept).
+        kind: ``""``, ``quote`` (the paragraph to quote), ``lead``, ``changed`` (an important warning), ``note`` (small print), ``notes``
+            (line breaks are kept).
     """
 
     text: str
@@ -72,11 +90,23 @@ class Key:
         style: number that determines colour, dash pattern and marker.
         label: its name in a legend.
         colour: replaces the style's colour.
+        faint: whether it stays in the background, since too many items are drawn.
     """
 
     style: int
     label: str
     colour: str = ""
+    faint: bool = False
+
+
+class Datum(NamedTuple):
+    """A point that a chart draws: whose, where, and the ranges of its error bars or its band."""
+
+    name: str
+    x: float
+    y: float
+    x_range: tuple[float, float] | None = None
+    y_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,12 +117,16 @@ class Panel:
         width, height: of its view box.
         label: description for readers who cannot see it.
         body: SVG elements.
+        title: of the chart.
+        data: what it draws.
     """
 
     width: int
     height: int
     label: str
     body: str
+    title: str = ""
+    data: Sequence[Datum] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +165,14 @@ class Folded:
     parts: Sequence[Part]
 
 
-Part = Text | Table | Figure | Bullets | Code | Folded
+@dataclass(frozen=True)
+class Aside:
+    """Parts beside the text where the page is wide enough, before it otherwise."""
+
+    parts: Sequence[Part]
+
+
+Part = Text | Table | Figure | Bullets | Code | Folded | Aside
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bpfree.document.content import Bullets, Cell, Code, Figure, Folded, Noted, Part, Picture, Section, Table, Text
+from bpfree.document.content import Aside, Bullets, Cell, Code, Figure, Folded, Noted, Part, Picture, Section, Table, Text
 from bpfree.document.tables import markdown_table
 
 __all__ = ["markdown"]
@@ -45,6 +45,8 @@ def _part(part: Part) -> Iterator[str]:
     match part:
         case Text(text, "changed"):
             yield f"> **{_plain(text)}**"
+        case Text(text, "quote") if text:
+            yield f"> {_plain(text)}"
         case Text(text) if text:
             yield _plain(text)
         case Table():
@@ -55,6 +57,9 @@ def _part(part: Part) -> Iterator[str]:
             yield "\n".join(["```text", *lines, "```"])
         case Folded(summary, parts):
             yield f"{_plain(summary)}:"
+            for inner in parts:
+                yield from _part(inner)
+        case Aside(parts):
             for inner in parts:
                 yield from _part(inner)
         case _:

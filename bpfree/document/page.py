@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bpfree.document.charts import escape, look, marker, swatch
-from bpfree.document.content import Bullets, Cell, Code, Figure, Folded, Key, Noted, Panel, Part, Picture, Section, Table, Text
+from bpfree.document.content import Aside, Bullets, Cell, Code, Figure, Folded, Key, Noted, Panel, Part, Picture, Section, Table, Text
+from bpfree.document.data import figure_csv
 from bpfree.document.style import PAGE_STYLE, SCRIPT
 
 __all__ = ["html_page"]
 
 LONG, LONG_LABEL = 40, 30
-"""Lengths in characters above which a cell of words, and a row's label, may wrap."""
+"""Lengths in characters above which a cell of words is wide, and a row's label wraps."""
+LONG_NOTE = 360
+"""Length in characters above which small print is set in columns."""
+FEW = 8
+"""Number of items above which the panels of a figure are larger, and its legend has buttons that show and hide all."""
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
@@ -27,7 +32,8 @@ def html_page(title: str, sections: Sequence[Section]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{PAGE_STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
-{"".join(map(_part, head.parts))}{_contents(others)}
+<header>{"".join(map(_part, head.parts))}</header>
+{_contents(others)}
 {body}<script>{SCRIPT}</script></body></html>
 """
 
@@ -57,31 +63,46 @@ def _part(part: Part) -> str:
             return f"<pre>{lines}</pre>\n"
         case Folded():
             return f"<details><summary>{escape(part.summary)}</summary>{''.join(map(_part, part.parts))}</details>\n"
+        case Aside():
+            return f"<aside>{''.join(map(_part, part.parts))}</aside>\n"
 
 
 def _figure(figure: Figure) -> str:
+    many = len(figure.keys) > FEW
+    kind = ' class="many"' if many else ""
+    panels = "".join(_panel(panel, 1.8 if many else 1.35) for panel in figure.panels)
     caption = f"<figcaption>{_words(figure.caption)}</figcaption>" if figure.caption else ""
-    return f'<figure>{_legend(figure.keys)}<div class="panels">{"".join(map(_panel, figure.panels))}</div>{caption}</figure>\n'
+    return f'<figure{kind}>{_legend(figure.keys)}<div class="panels">{panels}</div>{caption}{_data(figure)}</figure>\n'
 
 
-def _panel(panel: Panel) -> str:
-    """Embed a panel that fills its place, with letters of about equal size in all panels."""
-    box = f'viewBox="0 0 {panel.width} {panel.height}" style="max-width:{1.2 * panel.width:g}px"'
+def _data(figure: Figure) -> str:
+    text = figure_csv(figure)
+    return f'<details class="data"><summary>Data of this figure</summary><pre>{escape(text)}</pre></details>' if text else ""
+
+
+def _panel(panel: Panel, most: float) -> str:
+    """Embed a panel that fills its place, up to ``most`` times its size, with letters of about equal size in all panels."""
+    box = f'viewBox="0 0 {panel.width} {panel.height}" style="max-width:{most * panel.width:g}px"'
     return f'<svg class="panel" {box} role="img" aria-label="{escape(panel.label)}">{panel.body}</svg>'
 
 
 def _legend(keys: Sequence[Key]) -> str:
     """List the lines and markers of a legend, whose items the script turns into switches that hide rows."""
     items = (
-        f'<li data-row="{key.style}"><svg class="key" viewBox="0 0 28 12" width="28" height="12" aria-hidden="true">'
+        f'<li data-row="{key.style}"{_faint(key)}><svg class="key" viewBox="0 0 28 12" width="28" height="12" aria-hidden="true">'
         f"{swatch(key, 1, 6)}</svg><span>{escape(key.label)}</span></li>"
         for key in keys
     )
     return f'<ul class="legend">{"".join(items)}</ul>' if keys else ""
 
 
+def _faint(key: Key) -> str:
+    return ' class="faint"' if key.faint else ""
+
+
 def _text(part: Text) -> str:
-    attribute = f' class="{part.kind}"' if part.kind else ""
+    kind = f"{part.kind} long" if part.kind == "note" and len(part.text) > LONG_NOTE else part.kind
+    attribute = f' class="{kind}"' if kind else ""
     return f"<p{attribute}>{_words(part.text)}</p>\n" if part.text else ""
 
 

@@ -13,7 +13,7 @@ from bpfree.document.content import Key
 
 __all__ = ["Strip", "near_the_best", "shared_axis", "strip", "strip_axis"]
 
-WIDTH, HEIGHT, MARGIN = 200, 26, 8
+WIDTH, HEIGHT, MARGIN = 300, 26, 8
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def strip_axis(axis: Axis) -> str:
 
 def _few(axis: Axis) -> list[tuple[float, str]]:
     ticks = [tick for tick in axis.ticks if 14 < _x(axis, tick[0]) < WIDTH - 14]
-    return ticks[:: max(1, math.ceil(len(ticks) / 4))]
+    return ticks[:: max(1, math.ceil(len(ticks) / 5))]
 
 
 def strip(row: Strip, axis: Axis) -> str:

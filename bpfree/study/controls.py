@@ -46,8 +46,8 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """Verdict after correction for the family of comparisons."""
-        if self.standard_error is None:
-            return "one seed only"
+        if self.difference.why_unknown:
+            return self.difference.why_unknown
         return {1: "row better", 0: "not distinguishable", -1: "control better"}[self.difference.sign]
 
 
@@ -159,7 +159,7 @@ def error_legend(found: Sequence[Difference], *, conditional: bool, family: str)
     """Explain the errors of comparisons; ``family`` names the comparisons over which verdicts are corrected."""
     known = [each for each in found if each.error is not None]
     if not known:
-        return "One seed has no error over seeds."
+        return "The error is not known from one seed, nor from equal seeds without predictions of single examples."
     examples = "and over new examples of the same kind as the test split's"
     if any(each.paired.examples is None for each in known):
         examples = "alone: predictions of single examples are not available for all runs"

@@ -68,7 +68,8 @@ class Difference:
 
     Attributes:
         paired: the gains.
-        over_seeds: standard error over seeds, from the pooled deviation; ``None``: no comparison has two seeds.
+        over_seeds: standard error over seeds, from the pooled deviation; ``None``: no comparison has two seeds, or their gains are equal
+            and nothing is known of single examples.
         error: standard error over seeds and new examples.
         freedom: degrees of freedom of ``error``.
         p: two-sided, of this comparison alone.
@@ -105,8 +106,13 @@ class Difference:
         return Interval(self.gain - half, self.gain + half)
 
     @property
+    def why_unknown(self) -> str:
+        """Say why the error is not known; empty if it is."""
+        return "" if self.error is not None else "one seed only" if len(self.gains) < 2 else "error not known"
+
+    @property
     def sign(self) -> int:
-        """1: the row is better, -1: it is worse, 0: not distinguishable within the family, or known from one seed only."""
+        """1: the row is better, -1: it is worse, 0: not distinguishable within the family, or the error is not known."""
         if self.error is None or self.adjusted > 1 - LEVEL:
             return 0
         return 1 if self.gain > 0 else -1
@@ -140,7 +146,8 @@ def _pooled(family: Sequence[Paired]) -> tuple[float | None, int]:
 
 
 def _difference(paired: Paired, deviation: float | None, freedom: int, point: float) -> Difference:
-    if deviation is None:
+    rounding = 1e-12 * max(map(abs, paired.gains))
+    if deviation is None or (deviation <= rounding and paired.examples is None):  # equal seeds say nothing about new examples
         return Difference(paired)
     n, examples = len(paired.gains), paired.over_examples
     count = math.inf if paired.examples is None else len(paired.examples) - 1

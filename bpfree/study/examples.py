@@ -20,7 +20,7 @@ from bpfree.study.rows import TableRow
 from bpfree.study.store import CellRecord
 from bpfree.training.predictions import Predictions, read_predictions
 
-__all__ = ["OWN", "PROBED", "Scores", "paired", "scores_of", "twin_scores"]
+__all__ = ["OWN", "PROBED", "Scores", "paired", "predictions_of", "scores_of", "twin_scores"]
 
 Examples = NDArray[np.float64]
 OWN, PROBED = "", "linear_probe"
@@ -69,16 +69,26 @@ def _scores(finished: Sequence[CellRecord], measure: Measure, runs: Path, which:
 def _examples(record: CellRecord, measure: Measure, runs: Path, which: str) -> Examples | None:
     if not measure.of_predictions:
         return None
-    path = inside(runs, str(RunFolder(record.run).predictions)) if record.run else None
-    try:
-        kept = None if path is None else _predictions(path, path.stat().st_mtime_ns)
-    except OSError:
-        kept = None
+    kept = predictions_of(record, runs)
     if kept is None:
         return None
     own, of_probe = (kept.loss, None) if measure.measured == LOSS.name else (kept.correct, kept.protocols.get(which))
     values = of_probe if which else own
     return None if values is None else measure.shown(np.asarray(values, np.float64))
+
+
+def predictions_of(record: CellRecord, runs: Path) -> Predictions | None:
+    """Read the predictions of a cell's run for the test split; ``None`` where they are not available.
+
+    Args:
+        record: of the cell.
+        runs: folder of runs.
+    """
+    path = inside(runs, str(RunFolder(record.run).predictions)) if record.run else None
+    try:
+        return None if path is None else _predictions(path, path.stat().st_mtime_ns)
+    except OSError:
+        return None
 
 
 @lru_cache(maxsize=256)

@@ -56,25 +56,34 @@ class Improvement(NamedTuple):
 # --- the mean ---------------------------------------------------------------------------------------------------------
 
 
-def interval(values: Sequence[float], examples: Array | None = None) -> Interval | None:
+def interval(values: Sequence[float], examples: Array | None = None, *, binomial: tuple[float, int] | None = None) -> Interval | None:
     """Compute the 95 % interval of a mean over seeds, and over new examples.
 
     With s the deviation over n seeds and e_j the mean score of example j of N, the variance is ``s^2 / n + Var_j(e_j) / N``, by Student's t
-    with Satterthwaite's degrees of freedom. Without ``examples`` it is over seeds alone: Student's t below ten values, percentile bootstrap
-    from ten on.
+    with Satterthwaite's degrees of freedom. Where the single examples are not known, the variance of a share over N of them is at most the
+    binomial one. Without either it is over seeds alone: Student's t below ten values, percentile bootstrap from ten on.
 
     Args:
         values: of the seeds.
         examples: (N,) mean score of each example over these seeds.
+        binomial: where ``examples`` are not known: ``p (1 - p) / N`` of a share p, in the unit of the values, and N.
 
     Returns:
-        ``None`` for fewer than two values, and where any is not finite.
+        ``None`` for fewer than two values, where any is not finite, and where equal seeds alone would give an interval without width, which
+        is no certainty.
     """
-    if examples is None or len(examples) < 2 or not _measurable(values):
-        return t_interval(values) if len(values) < FEW else bootstrap_interval(values)
-    error, freedom = total_error(
-        float(np.var(values, ddof=1)) / len(values), len(values) - 1, float(np.var(examples, ddof=1)) / len(examples), len(examples) - 1
-    )
+    if not _measurable(values):
+        return None
+    if examples is not None and len(examples) > 1:
+        over_examples, count = float(np.var(examples, ddof=1)) / len(examples), len(examples)
+    elif binomial is not None and binomial[1] > 1:
+        over_examples, count = binomial
+    else:
+        known = t_interval(values) if len(values) < FEW else bootstrap_interval(values)
+        return known if known is not None and known.high > known.low else None
+    error, freedom = total_error(float(np.var(values, ddof=1)) / len(values), len(values) - 1, over_examples, count - 1)
+    if not error:
+        return None
     half, mean = quantile(freedom, (1 + LEVEL) / 2) * error, float(np.mean(values))
     return Interval(mean - half, mean + half)
 

@@ -78,9 +78,9 @@ class Verdict:
         if is_twin(self.row) or not _learns_features(self.row):
             return ""
         if self.delivered is None or self.delivered.error is None:
-            return "one seed only" if self.delivered is not None else ""
+            return self.delivered.why_unknown if self.delivered is not None else ""
         delivered, features = self.delivered.sign, self.features.sign if self.features is not None else None
-        equal = self.equal.sign if self.equal is not None else None
+        equal = self.equal.sign if self.equal is not None and self.equal.error is not None else None
         if delivered > 0:
             below = "; not above its twin at equal operations" if equal is not None and equal <= 0 else ""
             return (

@@ -12,6 +12,7 @@ import pytest
 from bpfree.document.axes import fitting, linear, logarithmic, short
 from bpfree.document.charts import Mark, Series, in_order, look, marker, natural, panel, thinned
 from bpfree.document.content import Figure, Key, Section
+from bpfree.document.data import figure_csv
 from bpfree.document.page import html_page
 from bpfree.document.strips import Strip, near_the_best, shared_axis, strip, strip_axis
 from bpfree.document.style import CHART_STYLE, PAGE_STYLE
@@ -104,6 +105,31 @@ def test_a_panel_is_well_formed_and_says_what_it_shows() -> None:
     assert "nan" not in made.body
     assert "inf" not in made.body
     assert ">lonely</span>" in html_page("t", [Section("", [Figure([made], keys=[one.key, lonely.key])])])
+
+
+def test_a_figures_data_are_what_it_draws() -> None:
+    """Lines with their bands, and markers with their error bars; columns that are empty everywhere are left out. By hand."""
+    one = Series(Key(0, "a"), [(1, 2), (2, 4.5)], [(1, 1, 3), (2, 4, 5)])
+    other = Series(Key(1, "b, c"), points=[Mark(3, 7, "hint", x_range=(2.5, 4))])
+    axes = linear([0, 5], "x"), linear([0, 10], "y")
+    assert figure_csv(Figure([panel("t", *axes, [one, other])])).splitlines() == [
+        "chart,name,x,x_low,x_high,y,y_low,y_high",
+        "t,a,1,,,2,1,3",
+        "t,a,2,,,4.5,4,5",
+        't,"b, c",3,2.5,4,7,,',
+    ]
+    assert figure_csv(Figure([panel("", *axes, [Series(Key(0, "a"), [(1, 2)])])])) == "chart,name,x,y\ny,a,1,2\n"
+    assert figure_csv(Figure([])) == ""
+
+
+def test_a_chosen_marker_has_a_ring_and_a_faint_row_its_class() -> None:
+    points = [Mark(1, 1, "tried"), Mark(2, 2, "chosen", ringed=True)]
+    made = panel("t", linear([0, 5], "x"), linear([0, 10], "y"), [Series(Key(0, "a", faint=True), points=points)])
+    root = ElementTree.fromstring(f"<svg>{made.body}</svg>")
+    rings = [node for node in root.iter("circle") if node.attrib.get("class") == "ring"]
+    (row,) = [node for node in root.iter("g") if "data-row" in node.attrib]
+    assert len(rings) == 1
+    assert row.attrib["class"].split() == ["c0", "d0", "faint"]
 
 
 def test_places_in_a_panel() -> None:

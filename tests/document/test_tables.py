@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bpfree.document.content import Noted, Picture, Section, Table
+import re
+
+from bpfree.document.content import Aside, Noted, Picture, Section, Table, Text
 from bpfree.document.markdown import markdown
 from bpfree.document.page import html_page
 from bpfree.document.tables import markdown_table, text_pairs, text_table
@@ -49,3 +51,10 @@ def test_a_table_of_facts_has_no_head_and_small_print() -> None:
 def test_markdown_leaves_drawn_columns_out() -> None:
     drawn = Table(["row", Picture("<svg/>"), "n"], [["a", Picture("<svg/>"), "7"]])
     assert markdown("t", [Section("S", [drawn])]).splitlines()[4:] == ["| row | n |", "| --- | ---: |", "| a | 7 |"]
+
+
+def test_what_stands_beside_the_text_is_a_table_in_markdown_too() -> None:
+    parts = [Aside([Table([], [["seeds", "3"]], [1])]), Text("To quote.", "quote")]
+    page = html_page("t", [Section("", parts)])
+    assert re.search(r"<header><aside>.*>seeds</td>.*</aside>\s*<p class=\"quote\">To quote.</p>", page, re.DOTALL)
+    assert markdown("t", [Section("", parts)]).splitlines()[2:] == ["|  |  |", "| --- | --- |", "| seeds | 3 |", "", "> To quote."]

@@ -40,7 +40,16 @@ def test_equal_seeds_do_not_make_an_interval_of_no_width() -> None:
     right = np.repeat([1.0, 0.0], [351, 8])
     low, high = interval([97.77] * 3, 100 * right)
     assert (high - low) / 2 == pytest.approx(1.97 * 100 * math.sqrt(351 / 359 * 8 / 359 / 358), rel=0.01)
-    assert interval([97.77] * 3) == (97.77, 97.77)
+    assert interval([97.77] * 3) is None
+
+
+def test_equal_gains_alone_are_no_certainty() -> None:
+    """Where nothing is known of single examples, three equal gains have no error; a column in which others differ has one."""
+    alone = judge({0: ("", Paired([2.0] * 3))})[0]
+    assert (alone.error, alone.sign, alone.why_unknown) == (None, 0, "error not known")
+    beside = judge({0: ("", Paired([2.0] * 3)), 1: ("", Paired([1.0, 2.0, 3.0]))})[0]
+    assert beside.error == pytest.approx(math.sqrt(0.5) / math.sqrt(3))
+    assert judge({0: ("", Paired([2.0]))})[0].why_unknown == "one seed only"
 
 
 def test_deviations_are_pooled_within_a_column() -> None:

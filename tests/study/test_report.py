@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_studies import cell_record, lines_of, outcome, planned, tuned
 from scipy import stats
 
-from bpfree.document.content import Section, Table
+from bpfree.document.content import Figure, Section, Table
 from bpfree.metric import ACCURACY
 from bpfree.record.folder import RunFolder
 from bpfree.study.cells import Plan
@@ -28,6 +29,7 @@ from bpfree.study.report.leaderboard import best_alternative
 from bpfree.study.report.view import View, aligned, compact, timed
 from bpfree.study.rows import TableRow, Trial, Tuned
 from bpfree.study.store import CellStore
+from bpfree.training.predictions import Predictions, write_predictions
 
 WORDS = ["study", "run", "made.yaml"]
 VOID = {"meta", "br"}
@@ -102,7 +104,7 @@ def test_a_page_is_well_formed_and_opens_offline(tmp_path: Path) -> None:
     lines[3].records[0] = dataclasses.replace(lines[3].records[0], status="failed", reason=f"in {SCRIPT}", about=None)  # type: ignore[type-var]
     _, page, _ = written(tmp_path, made, lines)
     parsed = Page(page)
-    assert "alert" not in re.sub(r"&lt;script&gt;alert\(&quot;1&quot;\)&lt;/script&gt;", "", page)
+    assert "alert" not in re.sub(r"&lt;script&gt;alert\((&quot;)+1(&quot;)+\)&lt;/script&gt;", "", page)
     assert "<b>" not in page
     for tag, attributes in parsed.seen:
         assert tag not in ("link", "iframe", "object", "img", "base")
@@ -112,6 +114,8 @@ def test_a_page_is_well_formed_and_opens_offline(tmp_path: Path) -> None:
     assert "@import" not in page
     assert "http" not in page
     assert [tag for tag, _ in parsed.seen].count("script") == 1
+    figures, data = ([tag for tag, _ in parsed.seen].count("figure"), page.count("<summary>Data of this figure</summary>"))
+    assert figures == data > 5
     drawn = [attributes for tag, attributes in parsed.seen if tag == "svg"]
     assert all(one.get("role") == "img" or one.get("aria-hidden") == "true" for one in drawn)
     assert all(one["aria-label"] for one in drawn if one.get("role") == "img")
@@ -132,7 +136,7 @@ def test_sections_and_their_order(tmp_path: Path) -> None:
         "Against the controls",
         "Block by block",
         "Settings that differ between rows",
-        "Environment",
+        "Methods",
         "Notes",
         "Run it again",
     ]
@@ -167,11 +171,12 @@ def test_results_hold_every_cell(tmp_path: Path) -> None:
     assert (tmp_path / "report-1234-results.csv").read_text() == (tmp_path / "results.csv").read_text()
     assert len(found) == 6
     assert float(found[0]["test/accuracy"]) == first.result["test/accuracy"]
+    assert float(found[0]["val/accuracy"]) == first.history[-1]["val/accuracy"]
     assert (found[0]["row"], found[0]["seed"], found[0]["status"], found[0]["run"]) == ("BP", "0", "finished", "run-BP-0")
     assert "rule=backprop" in found[0]["settings"]
     assert "output=" not in found[0]["settings"]
     assert (found[2]["status"], found[2]["test/accuracy"]) == ("not run", "")
-    assert (found[3]["status"], found[3]["reason"], found[3]["parallel"]) == ("diverged", "not finite", "3")
+    assert (found[3]["status"], found[3]["reason"], found[3]["cells_at_once"]) == ("diverged", "not finite", "3")
     assert {path.name for path in tmp_path.iterdir()} == {
         *("made.yaml", "report.html", "report.md", "results.csv"),
         *("report-1234.html", "report-1234.md", "report-1234-results.csv"),
@@ -355,6 +360,136 @@ def test_the_best_other_prediction_is_chosen_on_validation_and_is_no_protocol(tm
     assert best_alternative(line) == "accuracy 90.00 (mean)"
 
 
+# --- what it is worth ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 400])
+def test_equal_seeds_are_no_certainty(tmp_path: Path, count: int) -> None:
+    """Three equal accuracies of 0.9 on 400 examples: the error is the binomial one, sqrt(0.9 * 0.1 / 400) = 1.5 points, of 399 degrees
+    of freedom; where the number of examples is not known there is no interval."""
+    made = planned(tmp_path, rows=("BP", "DFA"))
+    lines = scored(made, {"BP": [0.9, 0.9, 0.9], "DFA": [0.8, 0.82, 0.84]})
+    for line in lines:
+        for known in line.records:
+            assert known is not None
+            known.seen().tags |= {"examples": f"1000 train, {count} test"} if count else {}
+    report, page, _ = written(tmp_path, made, lines)
+    _, rows = table(report, "Leaderboard")
+    half = float(stats.t.ppf(0.975, 399)) * 1.5
+    assert rows["BP"][3] == (f"{90 - half:.2f} to {90 + half:.2f}" if count else "")
+    assert ("90.00 % on the 400 test examples have a binomial standard error of 1.50 points" in page) == bool(count)
+    told = "the interval is that over new examples" if count else "no interval is shown"
+    assert f"All seeds have the same score in BP: {told}" in page
+    assert ("digits (1,000 train, 400 test examples)" in page) == bool(count)
+
+
+def test_the_first_paragraph_stands_alone(tmp_path: Path) -> None:
+    """It names data, rules, seeds and budget, and gives the best rows and the control with their intervals."""
+    made = planned(tmp_path, controls=["frozen"])
+    report, page, text = written(tmp_path, made, lines_of(made))
+    quoted = re.search(r'<p class="quote">(.*?)</p>', page)
+    assert quoted is not None
+    _, rows = table(report, "Leaderboard")
+    for part in ("backprop, dfa and frozen on digits", "3 seeds each (0, 1, 2)", "20 epochs", "bpfree 0.1, PyTorch 2.9, Python 3.12"):
+        assert part in quoted[1]
+    for label in ("BP", "DFA", "frozen"):
+        found = next(row for name, row in rows.items() if name.startswith(label))
+        assert f"{label} {found[2]} ({found[3]})" in quoted[1]
+    assert f"> {quoted[1]}\n" in text
+
+
+def test_methods_say_how_it_was_done(tmp_path: Path) -> None:
+    made = planned(tmp_path, words=["optimizer.lr=0.25"])
+    lines = lines_of(made)
+    for known in lines[0].records:
+        assert known is not None
+        known.seen().tags |= {"examples": "1000 train, 100 validation, 300 test", "data_fingerprint": "abcdef"}
+    _, _, text = written(tmp_path, made, lines)
+    methods = text.split("## Methods")[1].split("\n## ")[0]
+    for part in (
+        "digits (1,000 train, 100 validation, 300 test examples), digest abcdef, same",
+        "Budget: 20 epochs. Batches: 64 examples. Optimisers: adam, rate 0.25.",
+        "10 % of the training examples are held out for validation; the last weights are tested.",
+        "3 repetitions (seeds 0, 1, 2)",
+        "No setting was tuned",
+        "Software: bpfree 0.1, PyTorch 2.9, Python 3.12.",
+        "| a processor, threads 1, torch 2.9, python 3.12, bpfree 0.1 | 9 |",
+    ):
+        assert part in methods
+
+
+def with_predictions(made: Plan, lines: Sequence[TableRow], classes: int, target: np.ndarray) -> None:
+    """Row r takes every (r + 2)th example for the next class; seeds begin at another one."""
+    for number, line in enumerate(lines):
+        for record in line.finished:
+            wrong = np.arange(len(target)) % (number + 2) == record.key.seed % (number + 2)
+            predicted = np.where(wrong, (target + 1) % classes, target).astype(np.uint8)
+            folder = made.output / record.run
+            folder.mkdir(parents=True)
+            kept = Predictions(predicted, (predicted == target).astype(np.uint8), target=target.astype(np.uint8))
+            write_predictions(folder / "predictions.npz", kept)
+
+
+def test_class_by_class(tmp_path: Path) -> None:
+    """Scores, paired differences and confusions of each class. Oracle: counted here, example by example."""
+    made = planned(tmp_path, rows=("BP", "DFA"), seeds=2)
+    lines = scored(made, {"BP": [0.5, 0.5], "DFA": [0.66, 0.66]})
+    for line in lines:
+        for record in line.finished:
+            record.run = f"run-{line.written.label}-{record.key.seed}"
+    target = np.array([0] * 5 + [1] * 7 + [3] * 6)
+    with_predictions(made, lines, 10, target)
+    report, _, text = written(tmp_path, made, lines)
+    headers, rows = table(report, "Classes")
+    assert headers == ["class", "examples", "DFA, right %", "BP, right %", "difference", "verdict"]
+    assert list(rows) == ["0", "1", "3"]  # class 2 has no examples
+    for label, members in (("0", range(5)), ("1", range(5, 12)), ("3", range(12, 18))):
+        shares = [statistics.fmean(100 * (place % cycle != seed % cycle) for seed in (0, 1) for place in members) for cycle in (3, 2)]
+        assert rows[label][1:4] == [f"{len(members)}", *(f"{share:.1f}" for share in shares)]
+        assert rows[label][4].split(" +- ")[0] == f"{shares[0] - shares[1]:+.1f}"
+    headers, rows = table(report, "Confusions")
+    wrong = statistics.fmean(100 * (place % 3 == seed % 3) for seed in (0, 1) for place in range(5))
+    assert rows["0"][1:4] == [f"{100 - wrong:.1f}", f"{wrong:.1f}", ""]
+    assert rows["2"][1:] == [""] * 10
+    assert "Class by class" in text
+
+
+def test_of_many_classes_the_most_frequent_confusions_are_listed(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows=("BP",), seeds=1)
+    (line,) = lines_of(made)
+    target = np.repeat(np.arange(30), 4)
+    target[-1] = 7
+    with_predictions(made, [line], 30, target)
+    _, rows = table(report_on(made, [line], WORDS), "Confusions")
+    assert len(rows) == 12
+    assert rows["7"] == ["7", "8", "2", "40.0"]  # of five examples, those at 28 and at 30; the one at 119 is right
+
+
+def test_cells_without_targets_have_no_classes(tmp_path: Path) -> None:
+    """Predictions of version 0.1 are without targets."""
+    made = planned(tmp_path, rows=("BP",), seeds=1)
+    (line,) = lines_of(made)
+    folder = made.output / line.finished[0].run
+    folder.mkdir(parents=True)
+    write_predictions(folder / "predictions.npz", Predictions(np.zeros(4, np.uint8), np.ones(4, np.uint8)))
+    assert "Class by class" not in titles(report_on(made, [line], WORDS))
+
+
+def test_of_more_than_eight_rows_the_best_are_drawn_strongly(tmp_path: Path) -> None:
+    """Rows with greater numbers learn less; the legend is in the order of their scores."""
+    made = planned(tmp_path, rows=[f"row {number}" for number in range(11)], seeds=2)
+    lines = lines_of(made)
+    report, page, _ = written(tmp_path, made, lines)
+    ranked = [row.written.label for row in View(made, lines).ranked("")]
+    figure = next(part for section in report.sections() if section.title == "Learning curves" for part in section.parts)
+    assert isinstance(figure, Figure)
+    assert [key.label for key in figure.keys] == ranked
+    assert [key.faint for key in figure.keys] == [False] * 8 + [True] * 3
+    assert page.count('<figure class="many">') == 2
+    few = planned(tmp_path, rows=[f"row {number}" for number in range(8)], seeds=2)
+    assert "faint" not in re.sub("<style>.*?</style>", "", written(tmp_path, few, lines_of(few))[1], flags=re.DOTALL)
+
+
 # --- time -----------------------------------------------------------------------------------------------------------------
 
 
@@ -488,9 +623,36 @@ def test_the_table_of_trials(tmp_path: Path) -> None:
     report, page, _ = written(tmp_path, made, lines)
     headers, rows = table(report, "Tuning")
     assert headers == ["row", "trials", "without a score", "default, %", "chosen, %", "gain", "seconds", "chosen settings"]
-    assert rows["BP"] == ["BP", "3 of 4", "1 diverged", "90.00", "92.50", "+2.50", "30", "optimizer.lr=0.1235"]
+    assert rows["BP"] == ["BP", "3 of 4", "1 diverged", "90.00", "92.50", "+2.50", "30", "optimizer.lr=0.1235 (so far)"]
     assert rows["DFA"] == ["DFA", "1", "1 failed", "", "", "", "", "none: no trial has a score"]
     assert "over optimizer.lr" in page
+
+
+def test_a_chosen_value_at_the_edge_is_marked(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows=("BP", "DFA"), seeds=1)
+    lines = lines_of(made)
+    for line, scores in zip(lines, ([90.0, 91.0, 92.0], [90.0, 92.0, 91.0]), strict=True):
+        rates = (0.01, 0.1, 1.0)
+        values = zip(rates, scores, strict=True)
+        line.tuned = Tuned(
+            ["optimizer.lr"], [Trial({"optimizer.lr": lr}, "finished", x, values={"optimizer.lr": lr}) for lr, x in values], 3
+        )
+    report, page, _ = written(tmp_path, made, lines)
+    _, rows = table(report, "Tuning")
+    assert rows["BP"][-1] == "optimizer.lr=1.0 (at the edge of what was tried: optimizer.lr)"
+    assert rows["DFA"][-1] == "optimizer.lr=0.1"
+    headers, rows = table(report, "Rules and networks")
+    place = headers.index("tuned")
+    assert (rows["BP"][place], rows["DFA"][place]) == ("1 (3 trials, at the edge of what was tried)", "1 (3 trials)")
+    assert page.count('class="ring"') == 2
+    assert "BP: 92.00 at optimizer.lr = 1 (chosen, at the edge of what was tried)" in page
+    with (tmp_path / "results.csv").open(newline="") as file:
+        listed = [row for row in csv.DictReader(file) if row["trial"]]
+    assert [(row["row"], row["trial"], row["settings"], row["val/accuracy"]) for row in listed[:2]] == [
+        ("BP", "0", "optimizer.lr=0.01", "0.9"),
+        ("BP", "1", "optimizer.lr=0.1", "0.91"),
+    ]
+    assert len(listed) == 6
 
 
 def test_profiles_need_three_columns_and_five_seeds(tmp_path: Path) -> None:

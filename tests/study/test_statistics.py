@@ -57,9 +57,13 @@ def test_no_interval(values: list[float]) -> None:
     assert statistics.interval(values) is None
 
 
-def test_equal_values_have_an_interval_of_no_width() -> None:
-    assert statistics.interval([5.0] * 3) == (5.0, 5.0)
-    assert statistics.interval([5.0] * 10) == (5.0, 5.0)
+def test_equal_values_have_no_interval_over_seeds_alone() -> None:
+    """An interval without width would be a certainty that three equal seeds do not give."""
+    assert statistics.interval([5.0] * 3) is None
+    assert statistics.interval([5.0] * 12) is None
+    assert statistics.interval([5.0] * 3, np.full(10, 5.0)) is None
+    half = float(stats.t.ppf(0.975, 99)) * 0.3
+    assert statistics.interval([5.0] * 3, binomial=(0.09, 100)) == pytest.approx((5 - half, 5 + half))
 
 
 # --- time to a target ---------------------------------------------------------------------------------------------------

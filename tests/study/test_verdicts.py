@@ -111,7 +111,7 @@ OWN, PROBE = "test/accuracy", "test/linear_probe/accuracy"
 def test_three_numbers_and_three_verdicts(tmp_path: Path) -> None:
     made = planned(tmp_path)
     rows = {"dfa": {OWN: around(0.93), PROBE: around(0.95)}, "bp": {OWN: around(0.98), PROBE: around(0.979)}}
-    found = judged(made, rows, twins={"dfa": around(0.80)})
+    found = judged(made, rows, twins={"dfa": around(0.80)[::-1]})
     dfa = found["dfa"]
     assert dfa.features is not None
     assert dfa.delivered is not None
@@ -144,7 +144,7 @@ def test_three_numbers_and_three_verdicts(tmp_path: Path) -> None:
     ],
 )
 def test_verdicts_in_words(own: float, probed: float, twin: float, text: str, tmp_path: Path) -> None:
-    found = judged(planned(tmp_path), {"dfa": {OWN: around(own), PROBE: around(probed)}}, twins={"dfa": around(twin)})
+    found = judged(planned(tmp_path), {"dfa": {OWN: around(own), PROBE: around(probed)}}, twins={"dfa": around(twin)[::-1]})
     assert found["dfa"].text == text
 
 

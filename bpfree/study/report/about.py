@@ -1,18 +1,19 @@
-"""Final sections of a report: failed cells, environments, differences of settings, and commands to run the study again."""
+"""Final sections of a report: failed cells, differences of settings, and commands to run the study again."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bpfree.document.content import Code, Folded, Part, Section, Table, Text
 from bpfree.study.cells import is_scientific, word
-from bpfree.study.report.remarks import environments, failures
+from bpfree.study.report.remarks import failures
 from bpfree.study.report.view import View
 from bpfree.study.rows import TableRow
 
-__all__ = ["again", "differences", "failed", "places"]
+__all__ = ["again", "differences", "failed"]
 
 
 def failed(view: View) -> Iterator[Section]:
@@ -28,7 +29,7 @@ def failed(view: View) -> Iterator[Section]:
 
 
 def differences(view: View) -> Iterator[Section]:
-    """List the settings in which the rows of a column differ."""
+    """List the settings in which the rows of a column differ: those of most rows once, then what each row has of its own."""
     parts: list[Part] = []
     for column in view.columns:
         rows = view.of(column)
@@ -36,40 +37,37 @@ def differences(view: View) -> Iterator[Section]:
         keys = [key for key in dict.fromkeys(key for one in flat for key in one) if len({repr(one.get(key)) for one in flat}) > 1]
         if not keys:
             continue
-        cells = [
-            [row.written.label, " ".join(word(key, one[key]) for key in keys if key in one)] for row, one in zip(rows, flat, strict=True)
-        ]
+        usual = _usual(flat, keys)
+        cells = [["most rows", " ".join(word(key, value) for key, value in usual.items())]] if usual else []
+        for row, one in zip(rows, flat, strict=True):
+            own = [key for key in keys if key in one and (key not in usual or repr(one[key]) != repr(usual[key]))]
+            cells.append([row.written.label, " ".join(word(key, one[key]) for key in own)])
         if view.labelled:
             parts.append(Text(f"{column}:"))
         parts.append(Table(["row", "settings that differ between rows"], cells, [1], f"Settings {column}".strip()))
     if parts:
-        yield Section("Settings that differ between rows", [Folded("All other settings are equal in all rows", parts)])
+        yield Section(
+            "Settings that differ between rows",
+            [Folded("Of each row what it has otherwise than most; all other settings are equal", parts)],
+        )
+
+
+def _usual(flat: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that more than half of the rows share."""
+    found = {}
+    for key in keys:
+        values = {repr(one[key]): one[key] for one in flat if key in one}
+        most, count = Counter(repr(one[key]) for one in flat if key in one).most_common(1)[0]
+        if 2 * count > len(flat):
+            found[key] = values[most]
+    return found
 
 
 def _settings(row: TableRow) -> dict[str, Any]:
-    """Return a row's settings that can change a result, without the seed."""
+    """Return a row's settings that can change a result, without the seed, and without the stream where it is the rule's name."""
     flat = row.cells[0].settings
-    return {key: value for key, value in flat.items() if is_scientific(key) and key != "seed" and value is not None}
-
-
-def places(view: View) -> Iterator[Section]:
-    """List devices and versions of finished cells, and the plugins of their rules."""
-    found = environments(view.rows)
-    if not found:
-        return
-    cells = [[text, f"{count}"] for text, count in found.items()]
-    parts: list[Part] = [Table(["environment", "cells"], cells, [], "Environments")]
-    plugins = sorted(
-        {
-            f"{record.tags['plugin']} {record.tags.get('plugin_version', '')}".strip()
-            for row in view.rows
-            for record in row.finished
-            if record.tags.get("plugin")
-        }
-    )
-    if plugins:
-        parts.append(Text(f"Rules from: {', '.join(plugins)}."))
-    yield Section("Environment", parts)
+    hidden = {"seed", *(["stream"] if flat.get("stream") == flat.get("rule.name") else [])}
+    return {key: value for key, value in flat.items() if is_scientific(key) and key not in hidden and value is not None}
 
 
 def again(view: View, command: str) -> Section:

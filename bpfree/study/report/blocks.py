@@ -9,7 +9,7 @@ from itertools import chain
 
 from bpfree.document.axes import linear
 from bpfree.document.charts import Mark, Series, in_order, natural, panel
-from bpfree.document.content import Figure, Panel, Part, Section, Text
+from bpfree.document.content import Figure, Key, Panel, Part, Section, Text
 from bpfree.study.measures import Measure
 from bpfree.study.report.view import View
 from bpfree.study.rows import TableRow
@@ -42,7 +42,8 @@ def block_names(row: TableRow) -> list[str]:
 def _scores(view: View, column: str) -> Iterator[Part]:
     found = [(row, names) for row in view.of(column) if (names := block_names(row))]
     drawn = [(row, names) for row, names in found if row.primary.name == found[0][0].primary.name]
-    series = [_scored(view, row, names) for row, names in drawn]
+    rows = [row for row, _ in drawn]
+    series = [_scored(view.key(row, rows), row, names) for row, names in drawn]
     if not series:
         return
     x = linear([1, max(len(names) for _, names in drawn)], "block, from the input", whole=True)
@@ -53,22 +54,22 @@ def _scores(view: View, column: str) -> Iterator[Part]:
     made = panel(f"validation {word} of single blocks{unit}", x, y, series)
     whose = f"{word[0].upper()}{word[1:]} of each block's own prediction"
     caption = f"{whose} after the last epoch; mean over seeds, bars from the least to the greatest."
-    yield Figure([made], caption, [view.key(row) for row, _ in drawn])
+    yield Figure([made], caption + view.background(rows), view.keys(rows))
 
 
 def _measure(row: TableRow) -> Measure:
     return Measure("val", row.primary, row.primary.name)
 
 
-def _scored(view: View, row: TableRow, names: Sequence[str]) -> Series:
+def _scored(key: Key, row: TableRow, names: Sequence[str]) -> Series:
     points, measure = [], _measure(row)
     for place, name in enumerate(names, start=1):
         known = [measure.of(record.history[-1], name) for record in row.finished if record.history]
         values = [value for value in known if value is not None]
         mean = statistics.fmean(values)
         bars = (min(values), max(values)) if len(values) > 1 else None
-        points.append(Mark(place, mean, f"{view.label(row)}, {name}: {measure.text(mean)}", y_range=bars))
-    return Series(view.key(row), [(point.x, point.y) for point in points], points=points)
+        points.append(Mark(place, mean, f"{key.label}, {name}: {measure.text(mean)}", y_range=bars))
+    return Series(key, [(point.x, point.y) for point in points], points=points)
 
 
 # --- alignment ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from bpfree.document.axes import Axis, fitting, linear, logarithmic
 from bpfree.document.charts import Mark, Series, panel
-from bpfree.document.content import Figure, Section, Text
+from bpfree.document.content import Figure, Key, Section, Text
 from bpfree.document.strips import near_the_best
 from bpfree.study.measures import Measure
 from bpfree.study.report.view import WAITED, View, timed, untimed
@@ -37,6 +37,7 @@ def _figure(view: View, column: str) -> Iterator[Figure]:
         return
     name = f"validation {measure.metric.label}"
     target = view.plan.study.targets.get(column)
+    drawn = [row for row in rows if any(_chosen(row, key) for key, _ in AGAINST)]
     panels = []
     for key, label in AGAINST:
         curves = {number: curve for number, row in enumerate(rows) if (curve := _curve(_chosen(row, key), key, measure))}
@@ -45,14 +46,13 @@ def _figure(view: View, column: str) -> Iterator[Figure]:
         x = _x_axis(key, label, curves.values())
         values = [value for curve in curves.values() for point in curve for value in point[2:]]
         y = linear(values, name, bounds=measure.bounds) if measure.metric.share else fitting(values, name)
-        series = [_series(view, rows[number], curve) for number, curve in curves.items()]
+        series = [_series(view.key(rows[number], drawn), rows[number], curve) for number, curve in curves.items()]
         rules = [(target, "target")] if target is not None and y.low <= target <= y.high else []
         panels.append(panel(f"{name}, over {label}", x, y, series, rules=rules))
     if not panels:
         return
-    drawn = [view.key(row) for row in rows if any(_chosen(row, key) for key, _ in AGAINST)]
     caption = "Mean over seeds; the band goes from the least to the greatest value, up to the last epoch that all seeds reached."
-    yield Figure(panels, caption, drawn)
+    yield Figure(panels, caption + view.background(drawn), view.keys(drawn))
 
 
 def _chosen(row: TableRow, key: str) -> list[CellRecord]:
@@ -84,9 +84,9 @@ def _x_axis(key: str, label: str, curves: Iterable[Curve]) -> Axis:
     return linear([0.0, *values], label, bounds=(0, math.inf), pad=0.02)
 
 
-def _series(view: View, row: TableRow, curve: Curve) -> Series:
+def _series(key: Key, row: TableRow, curve: Curve) -> Series:
     band = [(x, low, high) for x, _, low, high in curve] if len(row.finished) > 1 else []
-    return Series(view.key(row), [(x, y) for x, y, _, _ in curve], band)
+    return Series(key, [(x, y) for x, y, _, _ in curve], band)
 
 
 # --- scores against costs -----------------------------------------------------------------------------------------------
@@ -121,13 +121,13 @@ def _scatter(view: View, column: str) -> Iterator[Figure]:
         beyond |= {
             view.style(row): f"{view.label(row)} ({view.measure.text(point.y)})" for row, point in found if not y.low <= point.y <= y.high
         }
-        series = [Series(view.key(row), points=[point]) for row, point in found]
+        series = [Series(view.key(row, rows), points=[point]) for row, point in found]
         panels.append(panel(f"{view.measure.label}, over {label.split(' (')[0].split(',')[0]}", x, y, series))
     if not panels:
         return
     caption = "A point for each row: means over seeds; bars: 95 % interval of the score, least to greatest cost."
     caption += f" Beyond the axis, and drawn at its edge: {', '.join(beyond.values())}." if beyond else ""
-    yield Figure(panels, caption, [view.key(row) for row in rows])
+    yield Figure(panels, caption + view.background(rows), view.keys(rows))
 
 
 def _point(view: View, row: TableRow, key: str, label: str) -> Mark | None:

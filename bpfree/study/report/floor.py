@@ -177,6 +177,8 @@ def floor_finding(found: Sequence[ComparisonTable]) -> str:
         return ""
     by_text: dict[str, list[str]] = {}
     place = verdicts.headers.index("column") if "column" in verdicts.headers else None
+    if place is not None and len({cells[place] for cells in verdicts.table}) == 1:
+        place = None
     for cells in verdicts.table:
         by_text.setdefault(cells[-1], []).append(cells[0] + ("" if place is None or not cells[place] else f" [{cells[place]}]"))
     return "Beside the floor: " + "; ".join(f"{text}: {', '.join(rows)}" for text, rows in by_text.items()) + "."

@@ -12,33 +12,59 @@ from bpfree.metric import LOSS
 from bpfree.study.measures import Measure
 from bpfree.study.model import MEMORY
 from bpfree.study.report.view import WAITED, View, aligned, compact, counted, mean_of, spread, untimed, values_of
-from bpfree.study.rows import TableRow
+from bpfree.study.rows import TableRow, listed
 from bpfree.study.statistics import FEW
 from bpfree.study.store import CellRecord
 from bpfree.tasks.protocols import result_key
 
 __all__ = ["best_alternative", "leaderboards"]
 
-WORDS = ("row", "over draws", "best other prediction", "network", "credit")
+SPAN = "reverse-mode span"
+WORDS = ("row", "over draws", "best other prediction", "network", SPAN, "tuned")
 SPANS = {"0": "none", "1": "inside a block", "all": "end to end"}
+ABOVE = " (uses weights of blocks above)"
+
+COSTS = (
+    ("seconds", "of training, with what a rule prepares and solves; without evaluation"),
+    ("processor seconds", "of all threads in training"),
+    ("memory, MiB", "tensors at the peak of a step, without the data set"),
+    ("passes", "forward-pass equivalents of one example, in all of training; per example: over the examples drawn"),
+    ("operations", "floating-point operations of matrix products and convolutions, in all of training"),
+    ("probe operations", "those of the converged probe of the features, which are not part of training"),
+    ("trained", "parameters that training changes"),
+    (SPAN, "how far one reverse-mode call (backward pass) reaches: inside a block, over some blocks, or end to end"),
+    ("lines of code", "of the rule's class and those it inherits from, without the framework's"),
+    ("tuned", "number of settings that were tuned, and the trials"),
+)
+"""Columns of the tables of costs and of rules, and what they mean."""
 
 
 def leaderboards(view: View) -> Iterator[Section]:
     """Make a section for all columns, with one below it for each column if the study has several."""
-    legend = Text(_legend(view), "note")
-    notes = Folded("How to read these tables", [legend]) if view.labelled else legend
-    return view.by_column("Results" if view.labelled else "Leaderboard", lambda column: _of_column(view, column), notes)
+    legend: list[Part] = [Text(_legend(view), "note")]
+    meanings = Folded("What the columns of costs and rules mean", [Table(["column", "meaning"], _meanings(view), [1], "Columns")])
+    above = any(_credit(row).endswith(ABOVE) for row in view.rows)
+    said = f"{SPAN[0].upper()}{SPAN[1:]}: how far one backward pass (reverse-mode call) reaches. "
+    said += (
+        "Uses weights of blocks above: the update of a block reads weights of later blocks, which a local rule does not." if above else ""
+    )
+    spans = [Text(said.strip(), "note")] if any(map(_credit, view.rows)) else []
+    notes = [Folded("How to read these tables", legend)] if len(view.columns) > 1 else legend
+    return view.by_column("Results" if view.labelled else "Leaderboard", lambda column: _of_column(view, column), *notes, *spans, meanings)
+
+
+def _meanings(view: View) -> list[list[str]]:
+    shown = {str(header) for row in view.columns for table in _costs(view, row, view.ranked(row)) for header in table.headers}
+    return [[name, meaning] for name, meaning in COSTS if name in shown]
 
 
 def _of_column(view: View, column: str) -> list[Part]:
     rows = view.ranked(column)
     parts: list[Part] = [_scores(view, column, rows)]
     if any(row.finished for row in rows):
-        parts.append(_costs(view, column, rows))
-        if untimed(rows):
-            parts.append(
-                Text(f"* Not comparable for at least one cell: {WAITED}. Use --jobs 1 on an idle machine for comparable timings.", "note")
-            )
+        note = f"* Not comparable for at least one cell: {WAITED}. Use --jobs 1 on an idle machine for comparable timings."
+        for table in _costs(view, column, rows):
+            parts += [table, *([Text(note, "note")] if "seconds" in table.headers and untimed(rows) else [])]
     return parts
 
 
@@ -65,14 +91,28 @@ def _legend(view: View) -> str:
             "Over draws: for stochastic predictors, mean and standard error over all seeds and inference draws, as papers report it; "
             "draws of one seed share their weights, so that this error is smaller than one over seeds."
         )
-    parts.append(
-        "Seconds: training only, with what a rule prepares and solves; processor seconds: of all threads. Memory: tensors at the peak of a "
-        "step, without the data set. What was not measured is blank. Passes: forward-pass equivalents of one "
-        "example; passes per example: over the examples drawn. Operations: floating-point, of matrix products and "
-        "convolutions in all of training; those of the converged probe of the features are listed separately. Credit: how far one "
-        "reverse-mode call reaches."
-    )
+    parts += _of_test_split(view)
     return " ".join(parts)
+
+
+def _of_test_split(view: View) -> Iterator[str]:
+    """State the error that the size of the test split causes, however equal seeds are."""
+    best = next((row for column in view.columns for row in view.ranked(column) if view.binomial(row) is not None), None)
+    if best is not None:
+        (variance, count), mean = view.binomial(best) or (0.0, 0), view.mean(best) or 0.0
+        of = f" of {best.column}" if best.column else ""
+        yield (
+            f"However equal the seeds are, {view.measure.text(mean)} % on the {count:,} test examples{of} have a binomial standard error "
+            f"of {math.sqrt(variance):.2f} points."
+        )
+    scores = {id(row): view.scores(row) for row in view.rows}
+    if any(len(each) > 1 and len(set(each)) == 1 for each in scores.values()):
+        equal = [row.label for row in view.rows if len(scores[id(row)]) > 1 and len(set(scores[id(row)])) == 1]
+        unknown = any(view.interval(row) is None for row in view.rows if row.label in equal)
+        told = (
+            "no interval is shown, since the error over new examples is not known" if unknown else "the interval is that over new examples"
+        )
+        yield f"All seeds have the same score in {listed(equal)}: {told}."
 
 
 # --- scores -------------------------------------------------------------------------------------------------------------
@@ -181,14 +221,20 @@ def _last(record: CellRecord, key: str) -> float | None:
 # --- costs --------------------------------------------------------------------------------------------------------------
 
 
-def _costs(view: View, column: str, rows: Sequence[TableRow]) -> Table:
-    headers: list[str] = ["row"]
-    columns: list[list[str]] = [[view.label(row) for row in rows]]
+def _costs(view: View, column: str, rows: Sequence[TableRow]) -> list[Table]:
+    """Make the tables of what training costs, and of rules and their networks."""
+    found: dict[str, list[str]] = {}
 
     def add(name: str, cells: list[str]) -> None:
         if any(cells):
-            headers.append(name)
-            columns.append(cells)
+            found[name] = cells
+
+    def table(name: str) -> list[Table]:
+        headers, columns = ["row", *found], [[view.label(row) for row in rows], *found.values()]
+        words = [place for place, header in enumerate(headers) if header in WORDS]
+        texts = [list(cells) for cells in zip(*columns, strict=True)]
+        styles = [view.style(row) for row in rows]
+        return [Table(headers, texts, words, f"{name} {column}".strip(), styles)] if found else []
 
     seconds = aligned([mean_of(row, "train/seconds") for row in rows])
     marks = ["*" if untimed([row]) else "\u2007" if untimed(rows) else "" for row in rows]
@@ -200,15 +246,15 @@ def _costs(view: View, column: str, rows: Sequence[TableRow]) -> Table:
     add("passes", [_compact(row, "train/forwards") for row in rows])
     add("operations", [_compact(row, "train/operations") for row in rows])
     add("probe operations", [_compact(row, "linear_probe/operations") for row in rows])
+    costs = table("Costs")
+    found.clear()
+    add("network", [_network(row) for row in rows])
     add("parameters", [_whole(row, "parameters") for row in rows])
     add("trained", [_whole(row, "parameters_trained") for row in rows])
-    add("network", [_network(row) for row in rows])
-    add("credit", [_credit(row) for row in rows])
-    for name, cells in (("lines of code", [_tag(row, "rule_lines") for row in rows]), ("tuned", [_tuned(row) for row in rows])):
-        add(name, cells)
-    words = [place for place, header in enumerate(headers) if header in WORDS]
-    texts = [list(cells) for cells in zip(*columns, strict=True)]
-    return Table(headers, texts, words, f"Costs {column}".strip(), [view.style(row) for row in rows])
+    add(SPAN, [_credit(row) for row in rows])
+    add("lines of code", [_tag(row, "rule_lines") for row in rows])
+    add("tuned", [_tuned(row) for row in rows])
+    return [*costs, *table("Rules and networks")]
 
 
 def _ratio(row: TableRow, key: str, over: str) -> float | None:
@@ -252,10 +298,11 @@ def _credit(row: TableRow) -> str:
     if not span:
         return ""
     text = SPANS.get(span, f"{span} blocks")
-    return f"{text}, weights from above" if weights not in ("", "0") and span != "all" else text
+    return text + ABOVE if weights not in ("", "0") and span != "all" else text
 
 
 def _tuned(row: TableRow) -> str:
     if row.tuned is None or not row.tuned.keys:
         return ""
-    return f"{len(row.tuned.keys)} ({len(row.tuned.trials)} trials)"
+    edge = ", at the edge of what was tried" if row.tuned.complete and row.tuned.at_edge else ""
+    return f"{len(row.tuned.keys)} ({len(row.tuned.trials)} trials{edge})"

@@ -9,23 +9,37 @@ from bpfree.program_run import BLANK
 from bpfree.study.cells import Plan
 from bpfree.study.controls import compare, comparisons
 from bpfree.study.older import older_cells
-from bpfree.study.report.view import WAITED, View, compact, untimed
+from bpfree.study.report.view import WAITED, View, compact, splits_of, untimed
 from bpfree.study.rows import TableRow, listed, unused
 from bpfree.study.store import CellRecord
 
-__all__ = ["compared", "environments", "failures", "findings", "remarks"]
+__all__ = [
+    "budget_text",
+    "compared",
+    "counted_noun",
+    "data_text",
+    "environments",
+    "failures",
+    "findings",
+    "remarks",
+    "selected_text",
+    "software",
+    "without_shorter",
+]
 
 PHRASES = {
     "row better": "better",
     "not distinguishable": "not distinguishable",
     "control better": "worse",
     "one seed only": "not known from one seed",
+    "error not known": "not known from equal seeds",
 }
 ALL = {
     "row better": "All {} other rows are better than",
     "not distinguishable": "None of the {} other rows can be distinguished from",
     "control better": "All {} other rows are worse than",
     "one seed only": "With one seed, the {} other rows cannot be distinguished from",
+    "error not known": "With equal seeds alone, the {} other rows cannot be distinguished from",
 }
 ENVIRONMENT = ("device_name", "threads", "torch", "python", "bpfree")
 
@@ -39,7 +53,7 @@ def compared(view: View) -> str:
     recipes = [row.cells[0].recipe for row in rows]
     rules = _distinct(recipe.trains for recipe in recipes if not recipe.is_program)
     programs = _distinct(recipe.trains for recipe in recipes if recipe.is_program)
-    tasks = _distinct(row.cells[0].recipe.names["task"] for row in rows)
+    tasks = without_shorter(map(data_text, rows))
     count = len({row.written.label for row in rows})
     seeds = "one seed" if len(plan.seeds) == 1 else f"{len(plan.seeds)} seeds each"
     trainers = [
@@ -47,9 +61,9 @@ def compared(view: View) -> str:
         for kind, names in (("rule", rules), ("program", programs))
         if names
     ]
-    what = f"{_count(count, 'row')} with {listed(trainers)} on {listed(tasks)}"
+    what = f"{counted_noun(count, 'row')} with {listed(trainers)} on {listed(tasks)}"
     columns = f" in {len(view.columns)} columns" if len(view.columns) > 1 else ""
-    budgets = _distinct(_budget(row) for row in rows if not row.cells[0].recipe.is_program)
+    budgets = _distinct(budget_text(row) for row in rows if not row.cells[0].recipe.is_program)
     parts = [f"{what[0].upper()}{what[1:]}{columns}, {seeds} ({', '.join(map(str, plan.seeds))})."]
     if budgets:
         parts.append(
@@ -63,16 +77,17 @@ def compared(view: View) -> str:
         parts.append(f"Tuned on the validation split, with {listed(trials)} trials for each row and column: {listed(keys)}.")
     again = sum(record.tags.get("test_evaluations", "1") != "1" for row in rows for record in row.finished)
     parts.append(
-        f"The test split was evaluated more than once in {_count(again, 'run')}."
+        f"The test split was evaluated more than once in {counted_noun(again, 'run')}."
         if again
         else "The test split is evaluated once per run, after every choice was made."
     )
     return " ".join(parts)
 
 
-def _budget(row: TableRow) -> str:
+def budget_text(row: TableRow) -> str:
+    """Describe the training budget of a row."""
     patience = row.cells[0].recipe.settings.budget.patience
-    return _limit(row) if patience is None else f"{_limit(row)}, or until validation is no better for {_count(patience, 'epoch')}"
+    return _limit(row) if patience is None else f"{_limit(row)}, or until validation is no better for {counted_noun(patience, 'epoch')}"
 
 
 def _limit(row: TableRow) -> str:
@@ -85,11 +100,25 @@ def _limit(row: TableRow) -> str:
         return f"{compact(budget.operations)} operations"
     if budget.seconds is not None:
         return f"{budget.seconds:g} seconds"
-    return _count(10 if budget.epochs is None else budget.epochs, "epoch")
+    return counted_noun(10 if budget.epochs is None else budget.epochs, "epoch")
 
 
-def _count(number: int, noun: str) -> str:
+def counted_noun(number: int, noun: str) -> str:
+    """Write a number with its noun, such as ``3 cells``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def data_text(row: TableRow) -> str:
+    """Describe the data of a row: ``digits (1,295 train, 143 validation, 359 test examples)``."""
+    counts = ", ".join(f"{count:,} {name}" for name, count in splits_of(row).items())
+    name = row.cells[0].recipe.names["task"]
+    return f"{name} ({counts} examples)" if counts else name
+
+
+def without_shorter(texts: Iterable[str]) -> list[str]:
+    """Leave out texts with which a longer one begins: data of rows that have not finished have no counts."""
+    known = list(dict.fromkeys(texts))
+    return [text for text in known if not any(other.startswith(f"{text} (") for other in known)]
 
 
 def _distinct(texts: Iterable[str]) -> list[str]:
@@ -100,11 +129,11 @@ def _distinct(texts: Iterable[str]) -> list[str]:
 
 
 def findings(view: View) -> Iterator[str]:
-    """Describe the best mean of each column, and whether it can be distinguished from the second best."""
+    """Describe the best mean of each column, and whether it can be distinguished from the second best; then the rows beside controls."""
     for column in view.columns:
         rows = [row for row in view.ranked(column) if (mean := view.mean(row)) is not None and math.isfinite(mean)]
         if len(rows) > 1:
-            yield (f"{column}: " if column else "") + _first_two(view, rows[0], rows[1])
+            yield (f"{column}: " if len(view.columns) > 1 else "") + _first_two(view, rows[0], rows[1])
     for control in view.plan.study.controls:
         yield from _over_control(view, control)
 
@@ -117,8 +146,10 @@ def _first_two(view: View, best: TableRow, second: TableRow) -> str:
     found = compare(view.plan, best, second, measure)
     if found is None:
         return f"{text}. They share no seed, so that the difference cannot be judged."
+    if found.standard_error is None and len(found.gains) > 2:
+        return f"{text}. All seeds that they share differ by as much, which does not tell the error of the difference."
     if len(found.gains) < 3:
-        return f"{text}. They share {_count(len(found.gains), 'seed')}, too few to judge the difference."
+        return f"{text}. They share {counted_noun(len(found.gains), 'seed')}, too few to judge the difference."
     said = f"{measure.text(abs(found.gain))} +- {measure.text(found.standard_error or 0.0)}"
     if found.verdict == "not distinguishable":
         return f"{text}. The two cannot be distinguished: the difference over {len(found.gains)} shared seeds is {said} (standard error)."
@@ -132,7 +163,7 @@ def _over_control(view: View, control: str) -> Iterator[str]:
     verdicts = _verdicts(view, control)
     kinds = {verdict for by_column in verdicts.values() for verdict in by_column.values()}
     if len(kinds) == 1 and len(verdicts) > 2:
-        everywhere = " in every column" if view.labelled else ""
+        everywhere = " in every column" if len(view.columns) > 1 else ""
         yield f"{ALL[kinds.pop()].format(len(verdicts))} the control {control}{everywhere}."
         return
     for label, by_column in verdicts.items():
@@ -167,7 +198,7 @@ def remarks(plan: Plan, rows: Sequence[TableRow], *, hidden: int = 0) -> Iterato
         yield f"{finished} of {cells} cells are finished."
     for version, count in older_cells(rows).items():
         again = "`bpfree study run` would compute them again"
-        yield f"{_count(count, 'cell')} measured by bpfree {version} from other sources than those installed here; {again}."
+        yield f"{counted_noun(count, 'cell')} measured by bpfree {version} from other sources than those installed here; {again}."
     yield from unused(rows)
     yield from _selection(rows)
     yield from _patience(rows)
@@ -184,7 +215,7 @@ def remarks(plan: Plan, rows: Sequence[TableRow], *, hidden: int = 0) -> Iterato
         by_clock = any(row.cells[0].recipe.settings.budget.seconds is not None and untimed([row]) for row in rows)
         what = "cannot be compared, nor can results of runs with a time budget" if by_clock else "cannot be compared"
         cells = sum(not record.comparable for row in rows for record in row.finished)
-        yield f"* The seconds of {_count(cells, 'cell')} {what}: {WAITED}. Use --jobs 1 on an idle machine for comparable timings."
+        yield f"* The seconds of {counted_noun(cells, 'cell')} {what}: {WAITED}. Use --jobs 1 on an idle machine for comparable timings."
     if hidden:
         yield f"Not shown: {hidden} finished cells of other settings, seeds, versions or sources."
 
@@ -193,14 +224,16 @@ def _selection(rows: Sequence[TableRow]) -> Iterable[str]:
     """State the share of examples for training, and how the tested weights were selected."""
     told: dict[str, list[str]] = {}
     for row in rows:
-        recipe = row.cells[0].recipe
-        if not recipe.is_program:  # a program selects its weights itself
-            told.setdefault(_selected(recipe.task.validation, recipe.settings.select), []).append(row.label)
+        if not row.cells[0].recipe.is_program:  # a program selects its weights itself
+            told.setdefault(selected_text(row), []).append(row.label)
     for text, labels in told.items():
         yield f"{text}." if len(told) == 1 else f"{', '.join(labels)}: {text[0].lower()}{text[1:]}."
 
 
-def _selected(validation: float, select: str) -> str:
+def selected_text(row: TableRow) -> str:
+    """State how the tested weights of a row were selected."""
+    recipe = row.cells[0].recipe
+    validation, select = recipe.task.validation, recipe.settings.select
     if not validation:
         return "Trained on the whole training set; the last weights are tested, without selection"
     chosen = "the weights with the best validation score are tested" if select == "best-val" else "the last weights are tested"
@@ -218,7 +251,7 @@ def _patience(rows: Sequence[TableRow]) -> Iterator[str]:
     """State the number of cells that ended early because validation no longer improved."""
     told = [ended for row in rows for record in row.finished if (ended := record.result.get("train/out_of_patience")) is not None]
     if told:
-        yield f"budget.patience ended {sum(map(bool, told))} of {_count(len(told), 'cell')} before their budget was used."
+        yield f"budget.patience ended {sum(map(bool, told))} of {counted_noun(len(told), 'cell')} before their budget was used."
 
 
 def _data(rows: Sequence[TableRow]) -> Iterable[str]:
@@ -253,3 +286,12 @@ def environments(rows: Sequence[TableRow]) -> dict[str, int]:
         if text:
             counts[text] = counts.get(text, 0) + 1
     return counts
+
+
+def software(rows: Sequence[TableRow]) -> str:
+    """List the versions of bpfree, torch and Python of the finished cells."""
+    parts = []
+    for name, key in (("bpfree", "bpfree"), ("PyTorch", "torch"), ("Python", "python")):
+        versions = sorted({record.tags[key] for row in rows for record in row.finished if record.tags.get(key)})
+        parts += [f"{name} {' and '.join(versions)}"] if versions else []
+    return ", ".join(parts)

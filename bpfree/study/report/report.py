@@ -7,7 +7,7 @@ import hashlib
 import io
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,19 +18,19 @@ from bpfree.document.tables import text_table
 from bpfree.errors import BpfreeError
 from bpfree.files import write_text
 from bpfree.redaction import redact_word
-from bpfree.study.cells import Plan
+from bpfree.study.cells import Plan, word
 from bpfree.study.controls import ComparisonTable, control_table
 from bpfree.study.floors import Floors
-from bpfree.study.report import about, blocks, curves, leaderboard, profiles, table, targets, tuning
+from bpfree.study.report import about, blocks, classes, curves, leaderboard, methods, profiles, quote, table, targets, tuning
 from bpfree.study.report import floor as floor_report
-from bpfree.study.report.remarks import compared, environments, failures, findings, remarks
+from bpfree.study.report.remarks import environments, failures, remarks
 from bpfree.study.report.view import View
 from bpfree.study.rows import TableRow
 from bpfree.study.store import CellRecord
 
 __all__ = ["Report", "files_of", "report_on", "results_csv", "write_report"]
 
-HEADERS = ("row", "column", "seed", "status", "reason", "parallel", "run", "settings")
+HEADERS = ("row", "column", "seed", "trial", "status", "reason", "cells_at_once", "run", "settings")
 
 
 @dataclass
@@ -90,23 +90,26 @@ class Report:
             *tuning.tuning(view),
             *profiles.across_columns(view),
             *self._against(),
+            *classes.by_class(view),
             *blocks.blocks(view),
             *about.failed(view),
             *about.differences(view),
-            *about.places(view),
+            methods.methods(view),
             *([Section("Notes", [Text(_flowing(self.plan.study.notes), "notes")])] if self.plan.study.notes else []),
             *([about.again(view, self.command)] if self.command else []),
         ]
 
     def _head(self, view: View) -> list[Part]:
-        """Make the head: the paper, changes of the study, what was compared, findings and remarks."""
+        """Make the head: facts at a glance, a paragraph to quote, the paper, changes of the study, what was compared, findings, remarks."""
         paper = self.plan.study.paper
-        parts: list[Part] = [Text(f"Published: {paper}", "lead")] if paper else []
+        parts: list[Part] = [quote.glance(view)]
+        parts += [Text(f"Published: {paper}", "lead")] if paper else []
         told = list(self.remarks)
         if self.plan.changes:
             parts.append(Text(told.pop(0), "changed"))
-        parts.append(Text(compared(view)))
-        found = list(filter(None, [*findings(view), floor_report.floor_finding(self.floors)]))
+        paragraph, others = quote.quotable(view)
+        parts.append(Text(paragraph, "quote"))
+        found = list(filter(None, [*others, floor_report.floor_finding(self.floors)]))
         parts += [Bullets(found)] if found else []
         parts.append(Text(" ".join(filter(None, [*told, profiles.why_not(view)])), "note"))
         return parts
@@ -200,16 +203,44 @@ def files_of(page: Path) -> list[Path]:
 
 
 def results_csv(rows: Sequence[TableRow]) -> str:
-    """Write each cell's numbers as CSV, also of failed cells: a column for each result, shares and losses as measured."""
-    keys = sorted({key for row in rows for record in row.records if record is not None for key in record.result})
+    """Write each cell's numbers as CSV, also of failed cells: a column for each result, shares and losses as measured.
+
+    Scores on validation (``val/accuracy``) are those after the last epoch. After its cells a row's trials follow, each with its mean score
+    over the tuning seeds.
+    """
+    trials = {id(row): list(_trials(row)) for row in rows}
+    found = [_measured(record) for row in rows for record in row.records] + [each for row in rows for _, each in trials[id(row)]]
+    keys = sorted({key for each in found for key in each})
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*HEADERS, *keys])
     for row in rows:
         for cell, record in zip(row.cells, row.records, strict=True):
             words = shlex.join(word for word in cell.words if not word.startswith(("output=", "seed=")))
-            writer.writerow([row.written.label, row.column, cell.key.seed, *_status(record), words, *_numbers(record, keys)])
+            place = [row.written.label, row.column, f"{cell.key.seed}", ""]
+            writer.writerow([*place, *_status(record), words, *_numbers(_measured(record), keys)])
+        for first, numbers in trials[id(row)]:
+            writer.writerow([row.written.label, row.column, "", *first, *_numbers(numbers, keys)])
     return buffer.getvalue()
+
+
+def _measured(record: CellRecord | None) -> dict[str, float]:
+    if record is None:
+        return {}
+    last = record.history[-1] if record.history else {}
+    return {key: value for key, value in last.items() if key.startswith("val/")} | record.result
+
+
+def _trials(row: TableRow) -> Iterator[tuple[list[str], dict[str, float]]]:
+    """Iterate over the trials of a row: what stands before the numbers, and the numbers."""
+    tuned = row.tuned
+    for number, trial in enumerate(() if tuned is None or not tuned.keys else tuned.trials):
+        assert tuned is not None
+        measure = tuned.measure
+        numbers = {} if trial.score is None else {measure.key: trial.score / measure.metric.factor}
+        numbers |= {"train/seconds": trial.seconds} if trial.seconds else {}
+        settings = shlex.join(word(key, value) for key, value in trial.settings.items())
+        yield [f"{number}", trial.status, "", "", "", settings], numbers
 
 
 def _status(record: CellRecord | None) -> list[str]:
@@ -218,6 +249,5 @@ def _status(record: CellRecord | None) -> list[str]:
     return [record.status, " ".join(record.reason.split()), f"{record.parallel}", record.run]
 
 
-def _numbers(record: CellRecord | None, keys: Sequence[str]) -> list[str]:
-    known = {} if record is None else record.result
+def _numbers(known: Mapping[str, float], keys: Sequence[str]) -> list[str]:
     return [repr(float(known[key])) if key in known else "" for key in keys]

@@ -9,7 +9,7 @@ from typing import Any
 
 from bpfree.document.axes import linear, logarithmic
 from bpfree.document.charts import Mark, Series, panel
-from bpfree.document.content import Figure, Panel, Part, Section, Table, Text
+from bpfree.document.content import Figure, Key, Panel, Part, Section, Table, Text
 from bpfree.study.cells import word
 from bpfree.study.report.view import WAITED, View, aligned
 from bpfree.study.rows import TableRow, Trial, Tuned
@@ -54,12 +54,13 @@ def _figure(view: View, found: Sequence[tuple[TableRow, Tuned]]) -> Figure | Non
     panels = [made for key in keys if (made := _panel(view, found, key))]
     if not panels:
         return None
-    caption = "Validation score of each trial that has one."
+    caption = "Validation score of each trial that has one; a ring marks the chosen trial."
     if any(len(tuned.keys) == 1 for _, tuned in found):
         caption += " Lines join the trials of a row where a single key was tuned."
     if any(len(tuned.keys) > 1 for _, tuned in found):
         caption += " Where several keys were tuned together, each panel shows all trials over one of them."
-    return Figure(panels, caption, [view.key(row) for row, _ in found])
+    rows = [row for row, _ in found]
+    return Figure(panels, caption + view.background(rows), view.keys(rows))
 
 
 def _panel(view: View, found: Sequence[tuple[TableRow, Tuned]], key: str) -> Panel | None:
@@ -71,14 +72,18 @@ def _panel(view: View, found: Sequence[tuple[TableRow, Tuned]], key: str) -> Pan
     scale_log = any(key in tuned.logarithmic for _, tuned, _ in drawn) or (key == FIRST and max(values) > 5 * min(values))
     log = scale_log and min(values) > 0
     x = logarithmic(values, f"{key} (logarithmic)") if log else linear(values, key)
-    name = f"validation {drawn[0][1].measure.metric.label}"
+    name, rows = f"validation {drawn[0][1].measure.metric.label}", [row for row, _ in found]
     y = linear([score for _, _, points in drawn for _, score in points], name)
-    return panel(f"{name}, over {key}", x, y, [_series(view, row, tuned, points, key) for row, tuned, points in drawn])
+    return panel(f"{name}, over {key}", x, y, [_series(view.key(row, rows), tuned, points, key) for row, tuned, points in drawn])
 
 
 def _points(tuned: Tuned, key: str) -> list[tuple[float, float]]:
-    found = ((_number({**trial.values, **trial.settings}.get(key)), trial.score) for trial in tuned.trials)
+    found = ((_value(trial, key), trial.score) for trial in tuned.trials)
     return sorted((x, y) for x, y in found if x is not None and y is not None and math.isfinite(y))
+
+
+def _value(trial: Trial, key: str) -> float | None:
+    return _number({**trial.values, **trial.settings}.get(key))
 
 
 def _number(value: Any) -> float | None:
@@ -86,9 +91,15 @@ def _number(value: Any) -> float | None:
     return float(value) if known else None
 
 
-def _series(view: View, row: TableRow, tuned: Tuned, points: Sequence[tuple[float, float]], key: str) -> Series:
-    marks = [Mark(x, y, f"{view.label(row)}: {tuned.measure.text(y)} at {key} = {x:.3g}") for x, y in points]
-    return Series(view.key(row), points if len(tuned.keys) == 1 else [], points=marks)
+def _series(look: Key, tuned: Tuned, points: Sequence[tuple[float, float]], key: str) -> Series:
+    chosen = None if tuned.best is None else (_value(tuned.best, key), tuned.best.score)
+    edge = ", at the edge of what was tried" if key in tuned.at_edge else ""
+    marks = []
+    for x, y in points:
+        title = f"{look.label}: {tuned.measure.text(y)} at {key} = {x:.3g}"
+        ringed = (x, y) == chosen
+        marks.append(Mark(x, y, f"{title} (chosen{edge})" if ringed else title, ringed=ringed))
+    return Series(look, points if len(tuned.keys) == 1 else [], points=marks)
 
 
 # --- table --------------------------------------------------------------------------------------------------------------
@@ -138,6 +149,7 @@ def _settings(tuned: Tuned) -> str:
     if best is None:
         return "none: no trial has a score"
     chosen = " ".join(word(key, _rounded(value)) for key, value in best.settings.items()) or "the default"
+    chosen = chosen if tuned.complete else f"{chosen} (so far)"
     return f"{chosen} (at the edge of what was tried: {', '.join(tuned.at_edge)})" if tuned.at_edge else chosen
 
 

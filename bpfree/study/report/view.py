@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ __all__ = [
     "compact",
     "counted",
     "mean_of",
+    "splits_of",
     "spread",
+    "tested",
     "timed",
     "untimed",
     "values_of",
@@ -37,6 +40,8 @@ WAITED = (
     "that part of their seconds was waiting"
 )
 """Reason why seconds of cells cannot be compared."""
+MOST_STRONG = 8
+"""Number of rows above which the others of a figure stay in the background: as many as there are colours."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +76,20 @@ class View:
         return [row for row in self.rows if row.column == column]
 
     def by_column(self, title: str, parts: Callable[[str], Iterable[Part]], *notes: Part) -> Iterator[Section]:
-        """Make a section of the parts of every column; if columns have labels, with a section below it for each column."""
+        """Make a section of the parts of every column; if columns have labels, with a section below it for each column.
+
+        Notes follow the parts of a single column, and precede those of several.
+        """
         found = {column: made for column in self.columns if (made := list(parts(column)))}
         if not found:
             return
         if not self.labelled:
             yield Section(title, [*next(iter(found.values())), *notes])
             return
-        yield Section(title, list(notes))
+        single = len(found) == 1
+        yield Section(title, [] if single else list(notes))
         for column, made in found.items():
-            yield Section(column, made, level=3)
+            yield Section(column, [*made, *(notes if single else ())], level=3)
 
     def style(self, row: TableRow) -> int:
         """Return the number of the row in the study, which determines its colour."""
@@ -94,9 +103,22 @@ class View:
         """Return the label of a row, marked if the row is a control."""
         return f"{row.written.label} (control)" if row.written.label in self.plan.study.controls else row.written.label
 
-    def key(self, row: TableRow) -> Key:
-        """Make the legend entry of a row in figures."""
-        return Key(self.style(row), self.label(row))
+    def key(self, row: TableRow, among: Sequence[TableRow] = ()) -> Key:
+        """Make the legend entry of a row in a figure; ``among`` more than eight rows, all but the eight best stay in the background."""
+        return Key(self.style(row), self.label(row), faint=len(among) > MOST_STRONG and row not in self._by_rank(among)[:MOST_STRONG])
+
+    def keys(self, rows: Sequence[TableRow]) -> list[Key]:
+        """Make the legend of a figure of rows of a column: in the study's order, of more than eight rows by their mean score."""
+        return [self.key(row, rows) for row in (self._by_rank(rows) if len(rows) > MOST_STRONG else rows)]
+
+    def background(self, rows: Sequence[TableRow]) -> str:
+        """Say in a sentence which rows of a figure are drawn faintly; empty if none is."""
+        if len(rows) <= MOST_STRONG:
+            return ""
+        return f" The {MOST_STRONG} rows with the best scores are drawn strongly; pointing at another one brings it out."
+
+    def _by_rank(self, rows: Sequence[TableRow]) -> list[TableRow]:
+        return [row for row in self.ranked(rows[0].column) if row in rows]
 
     def scores(self, row: TableRow) -> list[float]:
         """Return the measure of each finished cell that has it."""
@@ -110,19 +132,31 @@ class View:
     def interval(self, row: TableRow) -> Interval | None:
         """Compute the interval of the mean score, over seeds and (where predictions are available) new examples.
 
-        Intervals of shares are clipped to 0 and 100 per cent, because Student's t knows no bounds.
+        Intervals of shares are clipped to 0 and 100 per cent, because Student's t knows no bounds. Accuracies whose predictions are not
+        available have the binomial error in their place, where the number of test examples is known.
         """
         scores = scores_of(row, self.measure, self.plan.output)
         several = list(scores.examples.values())
         whole = len(several) == len(scores.means) and len({len(each) for each in several}) == 1
-        known = interval(self.scores(row), np.mean(several, axis=0) if whole and several else None)
+        examples = np.mean(several, axis=0) if whole and several else None
+        known = interval(self.scores(row), examples, binomial=self.binomial(row))
         low, high = self.measure.bounds
         return None if known is None else Interval(max(low, known.low), min(high, known.high))
+
+    def binomial(self, row: TableRow) -> tuple[float, int] | None:
+        """Compute the binomial variance of a row's mean accuracy or error over new test examples, and their number; ``None`` if unknown."""
+        kept = scores_of(row, self.measure, self.plan.output).examples
+        mean, count = self.mean(row), tested(row) or max((len(examples) for examples in kept.values()), default=0)
+        if mean is None or not count or not self.measure.metric.share or not self.measure.of_predictions:
+            return None
+        factor = self.measure.metric.factor
+        return max(0.0, mean * (factor - mean)) / count, count
 
     def over_examples(self, row: TableRow) -> bool:
         """Tell whether the interval of a row is over new examples too."""
         scores = scores_of(row, self.measure, self.plan.output)
-        return bool(scores.means) and len(scores.examples) == len(scores.means)
+        kept = bool(scores.means) and len(scores.examples) == len(scores.means)
+        return kept or (bool(scores.means) and self.binomial(row) is not None)
 
     def ranked(self, column: str) -> list[TableRow]:
         """Sort the rows of a column by mean score, best first; rows without a finite mean come last, in the order of the study."""
@@ -155,6 +189,17 @@ def mean_of(row: TableRow, key: str) -> float | None:
     """Return the mean of :func:`values_of`; ``None`` without values."""
     values = values_of(row, key)
     return statistics.fmean(values) if values else None
+
+
+def splits_of(row: TableRow) -> dict[str, int]:
+    """Return the number of examples of each split of a row's data, by name; empty for runs from before it was recorded."""
+    text = next((record.tags["examples"] for record in row.finished if "examples" in record.tags), "")
+    return {name: int(count) for count, name in re.findall(r"(\d+) (\w+)", text)}
+
+
+def tested(row: TableRow) -> int:
+    """Return the number of test examples of a row's data; 0 if it is not known."""
+    return splits_of(row).get("test", 0)
 
 
 def timed(row: TableRow) -> list[CellRecord]:
