@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from bpfree import system
 from bpfree.errors import UsageError
 
 __all__ = ["expanded", "inside", "remove_abandoned", "replacing", "write_text"]
@@ -38,7 +38,10 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)  # still locked, so that no other process removes it as abandoned
+            if system.MOVES_OPEN_FILES:  # still locked, so that no other process removes it as abandoned
+                os.replace(temporary, path)
+        if not system.MOVES_OPEN_FILES:
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the folder may have become read-only: the first error says more
             temporary.unlink(missing_ok=True)
@@ -51,7 +54,7 @@ def _temporary(path: Path) -> tuple[Path, IO[bytes]]:
         temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
         file = temporary.open("xb")
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            system.lock(file.fileno(), wait=True)
         if temporary.exists():
             return temporary, file
         file.close()  # another process removed it as abandoned before it was locked
@@ -66,8 +69,8 @@ def remove_abandoned(folder: Path, names: str) -> None:
     """
     for path in folder.glob(f".{names}-{'[0-9a-f]' * 8}"):
         with contextlib.suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            if system.lock(file.fileno()):
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bpfree import interrupts, seeds
+from bpfree import devices, interrupts, seeds
 from bpfree.errors import BpfreeError, DiskError, UsageError, told
 from bpfree.metric import recorded_metrics
 from bpfree.program import Program
@@ -141,7 +141,7 @@ class ProgramRun:
         run = self._run
         with ExitStack() as stack:
             stack.enter_context(environment.numerics(threads=self.threads, deterministic=self.settings.deterministic))
-            stack.enter_context(seeds.preserved_global_state(self.device))
+            stack.enter_context(devices.preserved_global_state(self.device))
             torch.manual_seed(seeds.derive_in(self.settings.stream, self.seed, "global"))
             run.tags |= environment.describe(self.device)
             with self._status():

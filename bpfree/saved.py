@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bpfree.config import allowing, recipe_of
+from bpfree.devices import explained
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf
 from bpfree.network.network import Network, evaluating
@@ -29,7 +30,7 @@ from bpfree.tasks.spec import CLASS, TaskSpec, has_own_loss, structure_from
 from bpfree.tasks.stages import stages_from, walk
 from bpfree.tasks.trees import length, move, tree_map
 from bpfree.training.checkpoint import check_rule, find_checkpoint, load_weights, read_checkpoint, replay
-from bpfree.training.environment import resolve_device
+from bpfree.training.environment import device_of
 
 __all__ = ["Saved", "load"]
 
@@ -88,9 +89,9 @@ class Saved:
         """Move it to another device, and return it.
 
         Raises:
-            UsageError: the device is not on this machine.
+            UsageError: the device is not on this machine, or has no float64, which the rule needs.
         """
-        self.rule.to(resolve_device(str(device)))
+        self.rule.to(device_of(self.rule, str(device)))
         return self
 
     @property
@@ -122,7 +123,7 @@ class Saved:
 
     @torch.no_grad()
     def _outputs(self, batch: Any, generator: torch.Generator) -> Tensor:
-        with evaluating(self.rule):
+        with evaluating(self.rule), explained(self.device, type(self.rule).__name__):
             return self.rule.predict(self.spec.normalise(move(batch, self.device), self.rule.network.dtype), generator)
 
     def predict_proba(self, inputs: Any, *, batch_size: int = BATCH_SIZE, seed: int = 0) -> Array:
@@ -246,7 +247,7 @@ def load(
         place: a run's folder, its name under ``output``, or a checkpoint file.
         rule: built in Python, for a run whose rule or network was.
         spec: of the task, for a run of a task of your own whose class is not imported.
-        device: where to put it.
+        device: where to put it; also ``auto``.
         output: folder of runs.
         changes: of the configuration, such as another kind of inference.
         allow_code: files of code that may be executed, for a run whose rule or network is named by its file.
@@ -257,7 +258,7 @@ def load(
         BpfreeError: it is corrupt, of another rule, or lacks what is needed to build its rule.
     """
     path = find_checkpoint(place, output=output, prefer="selected")
-    content = read_checkpoint(path, device=device)
+    content = read_checkpoint(path)
     spec = spec_of(content["task"], path) if spec is None else spec
     recipe = None
     if rule is None:
@@ -268,5 +269,5 @@ def load(
     with torch.random.fork_rng(devices=[]):  # phases may add parameters, and initialise them
         list(replay(rule, walk(rule, Budget(**content["budget"]), stages_from(content.get("stages", ()))), content))
     load_weights(rule, content, where=f"{path}: ")
-    rule.to(device)
+    rule.to(device_of(rule, str(device)))
     return Saved(rule.eval(), spec, recipe, path)

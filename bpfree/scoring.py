@@ -23,7 +23,7 @@ from bpfree.tasks.protocols import EvaluationProtocol
 from bpfree.tasks.task import Split
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.config import TrainConfig
-from bpfree.training.environment import autocast, flushing_denormals, resolve_device
+from bpfree.training.environment import autocast, flushing_denormals
 from bpfree.training.evaluation import check_protocols, evaluate, evaluate_features, flat_features, scored_by, setting_of
 from bpfree.training.features import feature_split
 from bpfree.training.guards import only_read
@@ -86,8 +86,8 @@ def score(
             where=f"task={spec.name} has inputs {tuple(spec.input_shape)} and {spec.outputs} outputs",
             fix="choose a task of the same shape",
         )
-    device = resolve_device(recipe.settings.device)
-    saved = load(path, device=device, changes=changes, registry=registry)
+    saved = load(path, device=recipe.settings.device, changes=changes, registry=registry)
+    device = saved.device
     rule = saved.rule
     task = recipe.build_task()
     examples = getattr(task, split)

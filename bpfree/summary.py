@@ -17,7 +17,7 @@ from bpfree.run import Run
 from bpfree.tasks.check import named
 from bpfree.tasks.task import Task, TaskSpec
 from bpfree.tracking.progress import print_line
-from bpfree.training.environment import resolve_device
+from bpfree.training.environment import device_of
 
 __all__ = ["SummaryDisplay", "summary"]
 
@@ -35,7 +35,7 @@ def summary(recipe: Recipe, task: Task, rule: Rule, run: Run, trackers: Iterable
         trackers: where else it is recorded, a phrase each.
     """
     names, settings = recipe.names, recipe.settings
-    device = resolve_device(settings.device)
+    device = device_of(rule, settings.device)
     threads = f", {settings.threads} thread{'s' if settings.threads != 1 else ''}" if device.type == "cpu" else ""
     return [
         ("data", f"{names['task']}: {_examples(task)}; inputs {' x '.join(map(str, task.spec.input_shape))}; {_targets(task.spec)}"),

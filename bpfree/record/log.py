@@ -19,7 +19,6 @@ the folder.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -31,6 +30,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bpfree import system
 from bpfree.errors import BpfreeError, DiskError
 
 __all__ = ["FORMAT", "UNREADABLE", "Event", "EventLog", "now", "strict"]
@@ -93,7 +93,7 @@ class EventLog:
             raise BpfreeError("the run's record is no file", where=str(self.path), fix="remove what is in its place")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
             self._take()
             self._cut()
         except OSError as error:
@@ -104,22 +104,24 @@ class EventLog:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(self._file)
-                    self._file = None
-                    fix = "wait until it ends, or stop it"
-                    raise BpfreeError("another process trains this run", where=str(self.path.parent), fix=fix) from None
-                time.sleep(0.05)
+                if system.lock(self._file):
+                    return
             except OSError:  # a file system without locks
-                return None
+                return
+            if time.monotonic() > deadline:
+                os.close(self._file)
+                self._file = None
+                raise BpfreeError("another process trains this run", where=str(self.path.parent), fix="wait until it ends, or stop it")
+            time.sleep(0.05)
 
     def _cut(self) -> None:
         assert self._file is not None
         size = os.fstat(self._file).st_size
-        while size and os.pread(self._file, 1, size - 1) != b"\n":
-            size = max(0, size - 1)
+        while size:
+            os.lseek(self._file, size - 1, os.SEEK_SET)  # what is written is appended all the same
+            if os.read(self._file, 1) == b"\n":
+                break
+            size -= 1
         os.ftruncate(self._file, size)
 
     def append(self, event: str, **facts: Any) -> None:
@@ -211,10 +213,7 @@ class EventLog:
     def is_held(self) -> bool:
         """Tell whether a process writes to the log, without changing anything."""
         with suppress(OSError), self.path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
+            return not system.lock(file.fileno(), shared=True)
         return False
 
 

@@ -7,7 +7,6 @@ A crash releases the lock.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import platform
 import secrets
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from bpfree import system
 
 __all__ = ["Concurrency", "present"]
 
@@ -46,11 +47,11 @@ def present(folder: Path) -> Iterator[Concurrency]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     own, file = _own_file(folder)
-    with file:
-        try:
+    try:
+        with file:
             yield Concurrency(folder, own)
-        finally:
-            own.unlink(missing_ok=True)
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def _own_file(folder: Path) -> tuple[Path, BinaryIO]:
@@ -58,7 +59,8 @@ def _own_file(folder: Path) -> tuple[Path, BinaryIO]:
     while True:
         own = folder / f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
         file = own.open("wb")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # without locks no cells are counted
+            system.lock(file.fileno(), wait=True)
         if own.exists():
             return own, file
         file.close()
@@ -67,9 +69,7 @@ def _own_file(folder: Path) -> tuple[Path, BinaryIO]:
 def _is_held(path: Path) -> bool:
     try:
         with path.open("rb+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not system.lock(file.fileno()):
                 return True
             with contextlib.suppress(OSError):
                 path.unlink()  # its process has died

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from bpfree import devices
 from bpfree.errors import BpfreeError
 from bpfree.recipe import Recipe
 from bpfree.rule import Rule
@@ -76,10 +77,11 @@ def estimate(cell: Cell, done: Sequence[CellRecord]) -> Estimate:
 def _from_steps(recipe: Recipe, examples: int) -> float:
     """Time steps of the first phase, and multiply by the number of steps."""
     spec, settings = recipe.spec(), recipe.settings
-    device = environment.resolve_device(settings.device)
     kept = examples - round(recipe.task.validation * examples)
     with environment.numerics(threads=settings.threads, deterministic=settings.deterministic), torch.random.fork_rng(devices=[]):
-        rule = recipe.build_rule(spec).to(device)
+        rule = recipe.build_rule(spec)
+        device = environment.device_of(rule, settings.device)
+        rule.to(device)
         budget = settings.budget.resolve(kept)
         phases = list(islice(rule.phases(budget), MOST_PHASES))
         wanted = phases[0].batch_size or settings.batch_size
@@ -110,7 +112,6 @@ def _time_step(rule: Rule, phase: Phase, batch: Batch, recipe: Recipe) -> float:
         for _ in range(WARM_UP + TIMED):
             since = time.perf_counter()
             stepper.take(batch)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            devices.synchronize(device)
             times.append(time.perf_counter() - since)
     return min(times[WARM_UP:])

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from bpfree import interrupts
+from bpfree import interrupts, system
+from bpfree.errors import UsageError
 from bpfree.options import NoOptions
 from bpfree.plugins import installed_plugins
 from bpfree.search_path import search_path
@@ -40,15 +41,33 @@ def local(request: Request, options: NoOptions) -> Executor:
     Args:
         request: without ``jobs``, the study or the number of GPUs says how many.
         options: none.
+
+    Raises:
+        UsageError: several at a time, on a system without pools.
     """
     gpus = visible_gpus() if request.on_gpu else []
     wanted = request.jobs or max(request.usual, len(gpus))
-    jobs, cores = min(wanted, max(1, request.left)), len(os.sched_getaffinity(0))
+    if wanted > 1 and not system.HAS_POOLS:
+        wanted = _one(request)
+    jobs, cores = min(wanted, max(1, request.left)), system.processors()
     if jobs > 1 and not gpus and jobs * request.threads > cores:
         many = "%d cells at a time with %d threads each oversubscribe the %d processors"
         logger.warning(many, jobs, request.threads, cores)
     # keep the pool even for one cell, because a rule may crash its process
     return InProcess() if wanted == 1 else Pool(jobs, gpus)
+
+
+def _one(request: Request) -> int:
+    """Run one cell at a time where the system has no pools of processes.
+
+    Raises:
+        UsageError: more were asked for.
+    """
+    what = "several cells at a time need a system that hands a process its connection, as Linux does"
+    if request.jobs:
+        raise UsageError(what, where=f"--jobs {request.jobs}", fix="--jobs 1, or --executor ray")
+    logger.warning("%s: they run one after the other", what)
+    return 1
 
 
 def visible_gpus() -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bpfree.kept import kept
 from bpfree.study.store import CellKey, CellRecord, CellStore
+from bpfree.system import processors
 
 if TYPE_CHECKING:
     from bpfree.study.rows import Cell
@@ -35,7 +36,7 @@ def status_table(planned: Callable[[], Worklist], folder: Path, words: Any) -> t
     """
     gpus = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
     found = sorted(path.name for path in folder.glob("*/cells/*.json"))  # a cell of other sources may stand for one of the plan
-    under = [found, sorted(set(os.environ.items()) - {(key, os.environ.get(key)) for key in TERMINAL}), gpus, len(os.sched_getaffinity(0))]
+    under = [found, sorted(set(os.environ.items()) - {(key, os.environ.get(key)) for key in TERMINAL}), gpus, processors()]
     plan: dict[str, Any] = kept(".cells", lambda: _plain(planned()), words=[os.getcwd(), words], under=under, folder=folder)
     store, later = CellStore(Path(plan["output"]), plan["study"]), plan["later"]
     known = [(CellKey(*each), store.seen(each[0]) or (store.read(older) if older else None)) for *each, older in plan["cells"]]

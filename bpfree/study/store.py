@@ -6,7 +6,6 @@ The events of a cell's run are in the log of the run's folder, which the record 
 from __future__ import annotations
 
 import datetime
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bpfree import system
 from bpfree.errors import BpfreeError, DiskError
 from bpfree.files import inside, write_text
 from bpfree.leaves import Leaf
@@ -259,12 +259,9 @@ class CellStore:
         """Tell whether a process works on the cell; this changes nothing, so that other users may call it too."""
         try:
             with self._lock_of(cell).open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+                return not system.lock(file.fileno(), shared=True)
         except OSError:
             return False
-        return False
 
     def _lock_of(self, cell: str) -> Path:
         return self.folder / "cells" / f".{cell}.lock"
@@ -296,11 +293,10 @@ class CellStore:
             ) from error
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+                free = system.lock(file.fileno())
+            except OSError:  # a file system without locks
+                free = True
+            yield free
 
     def others(self, cells: set[str]) -> int:
         """Count the finished cells in the folder other than the given ones: of other settings, seeds or sources."""

@@ -29,6 +29,7 @@ from bpfree.redaction import redact
 from bpfree.run import Run
 from bpfree.study.concurrency import Concurrency, present
 from bpfree.study.store import CellKey, CellRecord, CellStore
+from bpfree.system import HAS_ALARMS
 from bpfree.tasks.task import Task
 from bpfree.training import environment
 from bpfree.training.checkpoint import keep_weights
@@ -248,7 +249,7 @@ class CellObserver:
         Raises:
             TimedOut: the limit is long exceeded; raised again every second, in case it is caught.
         """
-        if self._job.timeout is None or threading.current_thread() is not threading.main_thread():
+        if self._job.timeout is None or not _can_ring():
             yield
             return
 
@@ -264,7 +265,7 @@ class CellObserver:
             signal.signal(signal.SIGALRM, former)
 
     def _stop_alarm(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if _can_ring():
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def note(self) -> None:
@@ -276,6 +277,11 @@ class CellObserver:
             self._job.store.write(
                 self._record
             )  # saved at once, so that the record of a killed process still shows that its seconds cannot be compared
+
+
+def _can_ring() -> bool:
+    """Tell whether an alarm can be set here."""
+    return HAS_ALARMS and threading.current_thread() is threading.main_thread()
 
 
 class TaskCache:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bpfree.devices import with_doubles
 from bpfree.errors import BpfreeError
 from bpfree.tasks.task import Split
 
@@ -308,7 +309,7 @@ class Ridge(Readout):
 
 def make_readout(train: Split, targets: str, outputs: int, device: torch.device) -> Readout:
     """Make the readout for a kind of targets: :class:`Ridge` for ``real``, :class:`Logistic` for ``classes`` and ``soft``."""
-    return (Ridge if targets == "real" else Logistic)(train, outputs, device)
+    return (Ridge if targets == "real" else Logistic)(train, outputs, with_doubles(device))
 
 
 def _minimise(objective: Callable[[], float], parameters: list[Tensor]) -> float:

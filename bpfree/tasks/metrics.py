@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bpfree import metric as described
+from bpfree.devices import doubled, summed
 from bpfree.metric import Accumulator, Metric
 from bpfree.step import Batch
 
@@ -46,7 +47,7 @@ class _Mean:
 
     def add(self, outputs: Tensor, batch: Batch) -> None:
         values = self._values(self._spec, outputs, batch)
-        total = values.sum(dtype=torch.float64) if values.device.type != "mps" else values.sum()
+        total = summed(values)
         self._total = total if self._total is None else self._total + total
         self._count += values.numel()
 
@@ -64,7 +65,9 @@ class _MeanLoss:
 
     def add(self, outputs: Tensor, batch: Batch) -> None:
         count = self._spec.counted(batch)
-        total = self._spec.loss(outputs.float(), batch).double() * count
+        total = doubled(self._spec.loss(outputs.float(), batch))
+        count = count.to(total.device) if isinstance(count, Tensor) else count
+        total = total * count
         if isinstance(count, Tensor):  # of a batch in which every token is ignored the mean is NaN
             total = torch.where(count > 0, total, 0.0)
         self._total = total if self._total is None else self._total + total
@@ -150,7 +153,7 @@ def _all_labels_right(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
 
 def _absolute(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
     distance: Tensor = outputs - spec.beside(outputs, _targets(batch))
-    return distance.abs().double().flatten()
+    return doubled(distance.abs()).flatten()
 
 
 # --- of a whole split ----------------------------------------------------------------------------------------------------

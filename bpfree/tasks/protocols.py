@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bpfree.devices import with_doubles
 from bpfree.tasks.linear import DEFAULT_PENALTY, LinearMap, centred, choose_penalty, classes_of, make_readout, mean_of, nearest
 from bpfree.tasks.task import Split
 
@@ -54,7 +55,7 @@ class Setting:
     Attributes:
         classes: their number, or that of real outputs.
         seed: for what a protocol draws; a function of the run's seed and the protocol's name.
-        device: the run's, where a protocol may compute.
+        device: the run's, where a protocol may compute; the CPU in place of one without float64.
         targets: their kind: ``classes``, ``soft`` or ``real``.
     """
 
@@ -62,6 +63,9 @@ class Setting:
     seed: int
     device: torch.device
     targets: str = "classes"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", with_doubles(self.device))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpfree.devices import preserved_global_state, seed_global
 from bpfree.errors import UsageError
-from bpfree.seeds import preserved_global_state
 from bpfree.tasks.augment import Augmentation, Draws
 
 __all__ = ["TRANSFORMS"]
@@ -95,9 +95,7 @@ def transformed(name: str, images: Tensor, targets: Tensor | None, draws: Draws)
 
 
 def _one(transform: Callable[[Tensor], Tensor], image: Tensor, seed: int) -> Tensor:
-    torch.default_generator.manual_seed(seed)
-    if image.device.type == "cuda":
-        torch.cuda.default_generators[image.device.index or 0].manual_seed(seed)
+    seed_global(seed, image.device)
     return transform(image)
 
 

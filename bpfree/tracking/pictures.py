@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bpfree.devices import preserved_global_state
 from bpfree.files import remove_abandoned, replacing
 from bpfree.hooks import hookimpl
 from bpfree.network.network import evaluating
 from bpfree.record.folder import RunFolder
 from bpfree.run import Run
-from bpfree.seeds import preserved_global_state
 from bpfree.tracking.config import PicturesConfig
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bpfree import seeds
+from bpfree import devices
 from bpfree.errors import BpfreeError
 from bpfree.network.network import evaluating
 from bpfree.rule import Rule
@@ -80,7 +80,7 @@ def calibrate(rule: Rule, data: Examples, generator: torch.Generator, *, step: i
     parameters = Values(dict(rule.named_parameters()))
     before = {name: buffer.detach().clone() for name, buffer in rule.named_buffers()}
     began = time.perf_counter()
-    with torch.no_grad(), evaluating(rule), seeds.preserved_global_state(device), environment.autocast(device, precision):
+    with torch.no_grad(), evaluating(rule), devices.preserved_global_state(device), environment.autocast(device, precision):
         returned = rule.calibrate(data, generator)
     seconds = time.perf_counter() - began
     changed = parameters.changed(dict(rule.named_parameters()))

@@ -102,7 +102,7 @@ class TrainConfig:
     compile: Literal["none", "default", "cuda-graphs"] = option(
         "none", "torch.compile of each block, also with CUDA graphs; where that fails blocks stay eager, with a warning"
     )
-    device: str = option("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
+    device: str = option("auto", "auto (the first that is here of cuda, mps and cpu), cpu, cuda, cuda:N or mps")
     deterministic: bool = option(False, "only deterministic algorithms; matters on CUDA, a CPU repeats itself anyway")
     threads: int | None = option(None, "threads of torch on the CPU (none: torch's choice); changes the last bits", ge=1, le=1024)
     select: Literal["last", "best-val"] = option("last", "which weights are tested: the last, or the best on validation")

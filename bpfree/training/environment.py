@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -10,39 +11,81 @@ from contextlib import contextmanager
 import psutil
 import torch
 
+from bpfree import devices
 from bpfree.errors import UsageError
+from bpfree.rule import Rule
 from bpfree.version import __version__
 
-__all__ = ["autocast", "check_device_name", "describe", "flushing_denormals", "free_memory", "load", "numerics", "resolve_device"]
+__all__ = [
+    "autocast",
+    "check_device_name",
+    "describe",
+    "device_of",
+    "flushing_denormals",
+    "free_memory",
+    "load",
+    "numerics",
+    "resolve_device",
+]
+
+logger = logging.getLogger("bpfree")
 
 
 def resolve_device(name: str, *, process: int = 0) -> torch.device:
-    """Return the device that ``auto`` (cuda if there is one, else cpu), ``cpu``, ``cuda`` or ``cuda:N`` names.
+    """Return the device that a name stands for: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
-    Several processes on a machine take its GPUs in turn, by the number of the ``process``, unless one is named.
+    With ``auto`` it is the first of cuda, mps and cpu that is here. Several processes on a machine take its GPUs in turn, by the number of
+    the ``process``, unless one is named.
 
     Raises:
         UsageError: no such kind of device, or none of it here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = devices.best()
     check_device_name(name)
     kind, _, index = name.partition(":")
-    available = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind == "cpu":
+        return torch.device("cpu")
+    available = devices.count(kind)
     if int(index or 0) >= available:
-        raise UsageError(f"device {name!r} is not here: {available} CUDA devices found", where="device", fix="use device=auto or cpu")
-    return torch.device(kind, int(index or process % available)) if kind == "cuda" else torch.device("cpu")
+        found = f"{available} {kind.upper()} device{'s' if available > 1 else ''} found" if available else f"no {kind.upper()} device found"
+        raise UsageError(f"device={name}: {found}", where="device", fix="device=auto or device=cpu")
+    return torch.device(kind, int(index or process % available))
+
+
+def device_of(rule: Rule, name: str, *, process: int = 0, processes: int = 1, warn: bool = False) -> torch.device:
+    """Return the device of this name for a rule; where ``auto`` takes an MPS device that the rule excludes, the CPU.
+
+    Args:
+        rule: that will be trained there.
+        name: as :func:`resolve_device` takes it.
+        process, processes: number of this process on the machine, and how many train together.
+        warn: log why it is the CPU.
+
+    Raises:
+        UsageError: an MPS device is named, and the rule has numbers in float64, or several processes train it.
+    """
+    device = resolve_device(name, process=process)
+    if devices.has_doubles(device):
+        return device
+    reason = "several processes cannot train together on MPS devices" if processes > 1 else ""
+    reason = reason or (f"{type(rule).__name__} {devices.NO_DOUBLES}" if devices.keeps_doubles(rule) else "")
+    if reason and name != "auto":
+        raise UsageError(reason, where=f"device={name}", fix="device=cpu")
+    if reason and warn:
+        logger.warning("%s: it is trained on the CPU", reason)
+    return torch.device("cpu") if reason else device
 
 
 def check_device_name(name: str) -> None:
     """Refuse a name that is no kind of device, wherever that device would be.
 
     Raises:
-        UsageError: it is none of ``auto``, ``cpu``, ``cuda`` and ``cuda:N``.
+        UsageError: it is none of ``auto``, ``cpu``, ``cuda``, ``cuda:N`` and ``mps``.
     """
     kind, _, index = name.partition(":")
-    if name != "auto" and (kind not in ("cpu", "cuda") or (index and not index.isdigit())):
-        raise UsageError(f"unknown device {name!r}", where="device", fix="give auto, cpu, cuda or cuda:N")
+    if name != "auto" and (kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit())):
+        raise UsageError(f"unknown device {name!r}", where="device", fix="give auto, cpu, cuda, cuda:N or mps")
 
 
 def free_memory(name: str) -> dict[str, int]:
@@ -52,7 +95,7 @@ def free_memory(name: str) -> dict[str, int]:
         UsageError: no such device.
     """
     device, here = resolve_device(name), {"the machine's memory": int(psutil.virtual_memory().available)}
-    return here if device.type == "cpu" else {f"the memory of {device}": torch.cuda.mem_get_info(device)[0], **here}
+    return here if device.type != "cuda" else {f"the memory of {device}": torch.cuda.mem_get_info(device)[0], **here}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bpfree import seeds
+from bpfree import devices, seeds
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.metric import Accumulator, Metric
 from bpfree.network.network import evaluating
@@ -312,7 +312,7 @@ def try_features(rule: Rule, batches: Loader, precision: str) -> None:
         UsageError: it gives none.
     """
     try:
-        with seeds.preserved_global_state(batches.device):
+        with devices.preserved_global_state(batches.device):
             feature_split(rule, batches, precision=precision).inputs.reshape(len(batches.split), -1)
     except Exception as error:
         raise UsageError(
@@ -468,7 +468,7 @@ class _Pass:
                 self._sums[key] = metric.begin(self._spec, lambda inputs: self._predict(inputs, generator))
             self._sums[key].add(outputs, batch)
         if self._metrics:  # minus infinity is a score: it never wins
-            strange = (~(outputs < math.inf)).reshape(len(outputs), -1).any(1).sum().double()
+            strange = devices.summed((~(outputs < math.inf)).reshape(len(outputs), -1).any(1))
             self._strange[prefix] = self._strange[prefix] + strange if prefix in self._strange else strange
 
 

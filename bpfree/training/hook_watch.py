@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bpfree import seeds
+from bpfree import devices
 from bpfree.errors import BpfreeError
 from bpfree.process_state import unchanged
 from bpfree.run import Run
@@ -65,7 +65,7 @@ class HookWatch:
             self._tensors, self._modules, self._begun = named_tensors(rule), list(rule.modules()), self._state.begun
         by_value = not in_step or call & (call - 1) == 0 or id(plugin) in self._perturbing
         recorded = None if in_step else _recorded(self._run)
-        random, generator, device = seeds.global_state(self._state.device), self._state.step.generator, self._state.device
+        random, generator, device = devices.global_state(self._state.device), self._state.step.generator, self._state.device
         drawn = generator.get_state()
         before, versions = self._facts(whole=not in_step), self._versions()
         values = Values(self._tensors) if by_value else None
@@ -73,7 +73,7 @@ class HookWatch:
             with unchanged() as settings:
                 yield
         finally:
-            seeds.set_global_state(random, device)
+            devices.set_global_state(random, device)
             generator.set_state(drawn)
         changed = self._changed_tensors(versions, values, plugin)
         after = self._facts(whole=not in_step)

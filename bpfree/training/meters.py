@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from bpfree import devices
 from bpfree.rule import Metrics
 from bpfree.step import Batch, Step
 
@@ -46,7 +47,7 @@ class StepMetrics:
             sums = self._sums.setdefault(name, [0.0, 0.0])
             # One by one, in order: the sum does not depend on when the metrics were read.
             for value, examples in zip(
-                torch.stack([torch.as_tensor(value) for value in values]).double().tolist(), weights[name], strict=True
+                devices.doubled(torch.stack([torch.as_tensor(value) for value in values])).tolist(), weights[name], strict=True
             ):
                 total, weight = total + value * examples, weight + examples
                 sums[0], sums[1] = sums[0] + value * examples, sums[1] + examples
@@ -124,8 +125,7 @@ class Clock:
         self._knows_processor = True
 
     def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        devices.synchronize(self._device)
 
     def start(self) -> None:
         """Start or continue counting."""

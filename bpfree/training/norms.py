@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from bpfree import seeds
+from bpfree import devices
 from bpfree.errors import UsageError
 from bpfree.rule import Rule
 from bpfree.step import Batch, Budget, Phase
@@ -40,7 +40,7 @@ def check_batches_of_one(rule: Rule, task: Task, budget: Budget, batch_size: int
     if 1 not in sizes:
         return
     device = next((p.device for p in rule.parameters()), torch.device("cpu"))
-    with seeds.preserved_global_state(device):
+    with devices.preserved_global_state(device):
         try:
             trial = copy.deepcopy(rule)
         except (RuntimeError, TypeError):  # it holds what cannot be copied

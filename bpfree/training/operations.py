@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from bpfree.devices import preserved_global_state
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.network.network import evaluating
 from bpfree.rule import Metrics
-from bpfree.seeds import preserved_global_state
 from bpfree.step import Batch, Phase, Step
 from bpfree.training.distributed import World
 from bpfree.training.meters import Clock

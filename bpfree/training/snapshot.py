@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bpfree import seeds
+from bpfree import devices
 
 __all__ = ["Snapshot"]
 
@@ -32,7 +32,7 @@ class Snapshot:
         self._storages: set[tuple[torch.device, int]] = set()
         for root in roots:
             self._remember(root)
-        self._undo.append(partial(seeds.set_global_state, seeds.global_state(device), device))
+        self._undo.append(partial(devices.set_global_state, devices.global_state(device), device))
 
     def restore(self) -> None:
         """Restore the saved state."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bpfree import seeds
+from bpfree import devices, seeds
 from bpfree.errors import BpfreeError
 from bpfree.rule import Rule
 from bpfree.training import environment
@@ -211,7 +211,7 @@ class RunState:
         """Return tensors and plain values without the rule's weights; ``ranks`` holds what each of several processes has alone."""
         own: dict[str, Any] = {
             "generator": self.step.generator.get_state(),
-            "global": seeds.global_state(self.device),
+            "global": devices.global_state(self.device),
             "metrics": self.metrics.state_dict(),
             "statistics": self.team.statistics(),
             "memory": self.memory.state_dict(),
@@ -292,7 +292,7 @@ class RunState:
         states = saved if own is None else own
         if saved["device"] == self.device.type:
             self.step.generator.set_state(states["generator"].cpu())
-        seeds.set_global_state({name: state.cpu() for name, state in states["global"].items()}, self.device)
+        devices.set_global_state({name: state.cpu() for name, state in states["global"].items()}, self.device)
         if own is not None:
             self.rule.load_state_dict(own["statistics"], strict=False)
 

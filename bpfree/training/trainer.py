@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bpfree import seeds
+from bpfree import devices, seeds
 from bpfree.errors import BpfreeError, DiskError, UsageError, told
 from bpfree.metric import recorded_metrics
 from bpfree.record.recorder import Recorder
@@ -80,7 +80,7 @@ class Trainer:
         loading: Loading | None = None,
     ) -> None:
         config, world = config or TrainConfig(), World.here()
-        device = environment.resolve_device(config.device, process=world.local_rank)
+        device = environment.device_of(rule, config.device, process=world.local_rank, processes=world.size, warn=True)
         name = f"{type(rule).__name__.lower()}-{task.spec.name}-s{config.seed}"
         run = run or Run(new_run_id(name), name, config=dataclasses.asdict(config))
         if folder is not None:
@@ -131,7 +131,7 @@ class Trainer:
         """
         with self._surroundings():
             session = Session(self.setup, self._observers, self._stop, None if resume is None else Path(resume))
-            with self._stop.on_signals(), self._status(session):
+            with self._stop.on_signals(), self._status(session), devices.explained(self.setup.device, type(self.rule).__name__):
                 session.train()
         return self.run
 
@@ -148,7 +148,7 @@ class Trainer:
             stack.enter_context(torch.inference_mode(False))  # whatever the caller, or a plugin's import, has left behind
             stack.enter_context(torch.enable_grad())
             stack.enter_context(environment.numerics(threads=config.threads, deterministic=config.deterministic))
-            stack.enter_context(seeds.preserved_global_state(device))
+            stack.enter_context(devices.preserved_global_state(device))
             torch.manual_seed(seeds.derive_in(config.stream, config.seed, "global", *team.stream))
             yield
 
