@@ -34,6 +34,17 @@ def spelled_out(name: str, registry: Plugins) -> tuple[str, dict[str, str]]:
     return builder, {family: member}
 
 
+def hinted(error: UsageError, name: str) -> UsageError:
+    """Add to the error for an unknown network how the model of torchvision of this name is named, if there is one."""
+    try:
+        from torchvision import models
+    except ImportError:
+        return error
+    if name.lower() not in models.list_models(module=models):
+        return error
+    return UsageError(error.what, where=error.where, fix=f"did you mean network=torchvision network.model={name.lower()}?", known=error.known)
+
+
 def build_network(name: str, spec: TaskSpec, registry: Plugins | None = None, **options: Any) -> Network:
     """Build the network that ``network=NAME`` means on the command line, with options as ``network.KEY``.
 

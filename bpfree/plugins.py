@@ -244,10 +244,10 @@ class Plugins:
             return self._registered[kind][name][0]
         if kind in CODED and (code := CodeName.parse(name)) is not None:
             return self.coded(kind, code, where=where)[0]
-        error = unknown_name(singular(kind), name, self.names(kind), where=where)
+        error = unknown_name(singular(kind), name, self._registered[kind], where=where)
         ill = [f"{record.name} ({record.status}: {record.reason})" for record in self.records.values() if record.status != "ok"]
         if ill:
-            raise UsageError(error.what, where=error.where, fix=f"{error.fix}; not loaded: {'; '.join(ill)}")
+            raise UsageError(error.what, where=error.where, fix=f"{error.fix} (not loaded: {'; '.join(ill)})", known=error.known)
         raise error
 
     def including(self, rule: type[Any]) -> Plugins:

@@ -16,7 +16,7 @@ from bpfree.addons import configured
 from bpfree.code_files import CodeName
 from bpfree.errors import UsageError, nearest
 from bpfree.leaves import REFERENCE, Leaf, leaves_of, refers, said
-from bpfree.named_networks import spelled_out
+from bpfree.named_networks import hinted, spelled_out
 from bpfree.options import range_problems
 from bpfree.plugins import Plugins
 from bpfree.program import Program
@@ -56,7 +56,7 @@ class Resolver:
 
     def __init__(self, leaves: list[Leaf], registry: Plugins, spec: TaskSpec | None) -> None:
         self.leaves, self.registry, self.spec = leaves, registry, spec
-        self.problems: list[str] = []
+        self.problems: list[str | UsageError] = []
         self.unused: dict[str, str] = {}
         self.idle: set[str] = set()
         self.names = {"rule": "backprop", "network": "auto", "task": "digits"}
@@ -92,7 +92,7 @@ class Resolver:
         try:
             name, implied = spelled_out(text, self.registry)
         except UsageError as error:
-            self.problems.append(f"{error.what} ({error.fix}) ({leaf.origin})")
+            self.problems.append(UsageError(error.what, where=leaf.origin, fix=error.fix, known=error.known))
             return []
         if not implied:
             return [leaf]
@@ -111,7 +111,7 @@ class Resolver:
         return name
 
     def _nameless(self, section: str, leaf: Leaf) -> None:
-        self.problems.append(f"{section}={said(leaf.value)}: names no {section}: bpfree {section}s lists them ({leaf.origin})")
+        self.problems.append(UsageError(f"{section}={said(leaf.value)}: names no {section}", where=leaf.origin, fix=f"bpfree {section}s lists them"))
 
     def resolve(self) -> Recipe:
         nameless = bool(self.problems)
@@ -203,8 +203,7 @@ class Resolver:
         try:
             return self.registry.get(kind, name, where=f"{section}.name") if code is None else self._coded(kind, section, code)
         except UsageError as error:
-            place = f"{error.where}; " if code is not None and error.where else ""
-            self.problems.append(f"{error.what} ({place}{error.fix})")
+            self.problems.append(hinted(error, name) if section == "network" else error)
             return None
 
     def _coded(self, kind: str, section: str, code: CodeName) -> Any:
@@ -270,7 +269,7 @@ class Resolver:
             if part not in names:
                 problem = self._unknown(leaf, prefix + ".".join(path[:depth]), part, names)
                 if leaf.shared and prefix:
-                    self.unused[leaf.key] = problem
+                    self.unused[leaf.key] = problem.sentence
                 else:
                     self.problems.append(problem)
                 return
@@ -278,25 +277,25 @@ class Resolver:
                 node = node[part]
                 kind = OmegaConf.get_type(node)
                 if not isinstance(node, DictConfig):
-                    self.problems.append(f"{leaf.key}: {prefix}{'.'.join(path[: depth + 1])} has no parts ({leaf.origin})")
+                    self.problems.append(UsageError(f"{leaf.key}: {prefix}{'.'.join(path[: depth + 1])} has no parts", where=leaf.origin))
                     return
         key = path[-1]
         if isinstance(node._get_node(key), DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(node, key)):
             example = f"{leaf.key}.{next(iter(node[key]))}"
-            self.problems.append(f"{leaf.key}={said(leaf.value)}: is a section; set one of its keys, such as {example} ({leaf.origin})")
+            self.problems.append(UsageError(f"{leaf.key}={said(leaf.value)}: is a section", where=leaf.origin, fix=f"set one of its keys, such as {example}"))
             return
         reference = refers(leaf.value)
         if reference and not leaf.word:
-            self.problems.append(f"{leaf.key}={said(leaf.value)}: {REFERENCE} ({leaf.origin})")
+            self.problems.append(UsageError(f"{leaf.key}={said(leaf.value)}: {REFERENCE}", where=leaf.origin))
             return
         try:
             value = leaf.value if reference and isinstance(leaf.value, str) else typed(leaf.value, _kind(kind, key), leaf.key)
             OmegaConf.update(node, key, value, merge=False)
         except (Misfit, OmegaConfBaseException) as error:
-            reason = str(getattr(error, "msg", None) or error).splitlines()[0]
-            self.problems.append(f"{leaf.key}={said(leaf.value)}: {reason} ({leaf.origin})")
+            reason = error.what if isinstance(error, Misfit) else "cannot be used here"
+            self.problems.append(UsageError(f"{leaf.key}={said(leaf.value)}: {reason}", where=leaf.origin, fix=getattr(error, "fix", "")))
 
-    def _unknown(self, leaf: Leaf, section: str, part: str, names: set[str]) -> str:
+    def _unknown(self, leaf: Leaf, section: str, part: str, names: set[str]) -> UsageError:
         section = section.rstrip(".")
         everywhere = names | (set(CHOSEN) if not section else set())
         word = part.lower().replace("-", "_")
@@ -305,9 +304,9 @@ class Resolver:
         same = [key for key in same if key.rpartition(".")[0] == section] or same
         guess = nearest(word, everywhere)
         full = same[0] if same else f"{section}.{guess}" if section else guess
-        hint = f"did you mean {full}?" if same or guess else f"known here: {', '.join(sorted(everywhere)) or 'no keys'}"
         owner = f" of {section} {self.names[section]!r}" if section in CHOSEN else ""
-        return f"unknown key {leaf.key}{owner}: {hint} ({leaf.origin})"
+        fix = f"did you mean {full}?" if same or guess else "use one of the known keys" if everywhere else "leave it out: there are no keys"
+        return UsageError(f"unknown key {leaf.key}{owner}", where=leaf.origin, fix=fix, known=[] if same or guess else sorted(everywhere))
 
     def _all_keys(self) -> list[str]:
         """List every key that is known by now: of the rule, the task and the rest."""
@@ -359,19 +358,19 @@ class Resolver:
             try:
                 check()
             except UsageError as error:
-                self.problems += error.problems
+                self.problems += error.faults
 
     def _augmentations_fit(self, recipe: Recipe, targets: tuple[str, ...], spec: TaskSpec) -> None:
         try:
             check_augmentations(recipe.augmentations(), spec, targets, f"rule {self.names['rule']!r}")
         except UsageError as error:
-            self.problems += error.problems if len(error.problems) > 1 else [f"{error.what} in task.augment ({error.fix})"]
+            self.problems += error.faults
 
     def _named(self, kind: str, name: str, where: str) -> None:
         try:
             self.registry.get(kind, name, where=where)
         except UsageError as error:
-            self.problems.append(f"{error.what} in {where} ({error.fix})")
+            self.problems.append(error)
 
     def _protocol_fits(self, name: str, spec: TaskSpec) -> None:
         if name in self.registry.names("protocols"):

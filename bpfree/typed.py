@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from bpfree.errors import nearest
+from bpfree.errors import did_you_mean
 from bpfree.yaml_values import FLOAT, Scalar, plain, text_of
 
 __all__ = ["Misfit", "typed"]
@@ -23,7 +23,16 @@ NOTHING = ("null", "Null", "NULL")
 
 
 class Misfit(Exception):
-    """A value that is not of its key's type; the message is the end of a sentence that begins with the key."""
+    """A value that is not of its key's type; the message is the end of a sentence that begins with the key.
+
+    Args:
+        what: the key must be, without the remedy.
+        fix: the remedy.
+    """
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(": ".join(filter(None, [what, fix])))
+        self.what, self.fix = what, fix
 
 
 def typed(value: Any, kind: Any, key: str) -> Any:
@@ -39,7 +48,7 @@ def typed(value: Any, kind: Any, key: str) -> Any:
     """
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(value, Scalar) and not value.text:
-        raise Misfit(f"has no value: give one{', null for none' if type(None) in parts else ''}, or leave the key out")
+        raise Misfit("has no value", f"give one{', null for none' if type(None) in parts else ''}, or leave the key out")
     if origin in (typing.Union, types.UnionType):
         return _one_of(value, parts, key)
     if origin is typing.Literal:
@@ -133,20 +142,19 @@ def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
         if choice is value or (text is not None and text == (choice if isinstance(choice, str) else text_of(choice))):
             return choice
     known = list(map(str, choices))
-    guess = nearest(text or "", known)
-    raise Misfit(f"must be one of {', '.join(known)}" + (f": did you mean {guess!r}?" if guess else ""))
+    raise Misfit(f"must be one of {', '.join(known)}", did_you_mean(text or "", known))
 
 
 def _list(value: Any, kind: Any, key: str) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return [typed(entry, kind, key) for entry in value]
     text = _written(value)
-    raise Misfit("must be a list" + (f": {key}=[{text.strip('[]() ')}]" if text else ": [a, b, ...]"))
+    raise Misfit("must be a list", f"{key}=[{text.strip('[]() ')}]" if text else "[a, b, ...]")
 
 
 def _mapping(value: Any, kind: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise Misfit(f"must be a mapping: {key}={{name: value}}, or {key}.NAME=value")
+        raise Misfit("must be a mapping", f"{key}={{name: value}}, or {key}.NAME=value")
     for name in value:
         if not isinstance(name, str):
             raise Misfit(f"must have names that are text, not {plain(name)!r}")

@@ -294,7 +294,7 @@ def test_files_beside_are_not_importable(workplace: Path, capsys: pytest.Capture
     ("code", "words", "message"),
     [
         (MINE, ["rule=mien.py:Mine"], r"cannot read the file of code: No such file"),
-        (MINE, ["rule=mine.py:Mien"], r"unknown name in mine.py 'Mien' .*did you mean 'Mine'"),
+        (MINE, ["rule=mine.py:Mien"], r"unknown name in mine.py 'Mien': did you mean 'Mine'"),
         (MINE, ["rule=mine.py:Net"], r"mine.py:Net is the class Net, not a subclass of bpfree.Rule"),
         (MINE, ["rule=mine.py:data"], r"mine.py:data is the function data, not a subclass of bpfree.Rule"),
         (MINE, ["task=mine.py:Net"], r"mine.py:Net is the class Net, not a bpfree.Task, a function"),

@@ -23,7 +23,7 @@ from bpfree.typed import typed
 def problems_of(*words: str) -> str:
     with pytest.raises(UsageError) as caught:
         resolve(parse_words(words))
-    return str(caught.value)
+    return "\n".join(caught.value.problems)
 
 
 def test_an_error_carries_its_problems() -> None:
@@ -31,9 +31,15 @@ def test_an_error_carries_its_problems() -> None:
     with pytest.raises(UsageError) as caught:
         resolve(parse_words(["rule.scal=2", "seed=x", "seed=x"]))
     assert len(caught.value.problems) == 2
-    listed = "".join(f"\n  - {problem}" for problem in caught.value.problems)
-    assert str(caught.value) == f"2 problems in the configuration:{listed}"
-    assert UsageError("a", where="b", fix="c").problems == ["a (b; c)"]
+    assert str(caught.value).splitlines() == [
+        "2 problems in the configuration:",
+        "  - seed='x': must be a whole number",
+        "    where: command line",
+        "  - unknown key rule.scal of rule 'backprop'",
+        "    where: command line",
+        "    fix:   leave it out: there are no keys",
+    ]
+    assert UsageError("a", where="b", fix="c").problems == ["a: c (b)"]
     assert UsageError.of(["a", "a"], "study", where="b").problems == ["a"]
 
 
@@ -84,7 +90,7 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_valid_name_or_ran
         "accumulate=100",
         "unknown optimizer 'adamx'",
         "unknown diagnostic 'x'",
-        "unknown protocol 'linear-probes' in evaluation.protocols (did you mean 'linear-probe'?",
+        "unknown protocol 'linear-probes': did you mean 'linear-probe'?",
     ):
         assert expected in text, text
 
