@@ -39,7 +39,12 @@ class BpfreeError(Exception):
     def __init__(
         self, what: str, *, where: str = "", fix: str = "", known: Iterable[str] = (), problems: Iterable[str | BpfreeError] = ()
     ) -> None:
-        self.what, self.where, self.fix, self.known = redact(what), redact(where), redact(fix), [redact(name) for name in known]
+        self.what, self.where, self.fix, self.known = (
+            redact(what),
+            redact(where),
+            redact(fix),
+            [redact(name) for name in dict.fromkeys(known)],
+        )
         self._faults = [fault if isinstance(fault, BpfreeError) else BpfreeError(fault) for fault in problems]
         labelled = [(label, text) for label, text in (("where:", self.where), ("fix:", self.fix), ("known:", self._names())) if text]
         super().__init__("\n".join([self.what, *(f"  {label:<6} {text}" for label, text in labelled)]))
@@ -62,7 +67,7 @@ class BpfreeError(Exception):
     def sentence(self) -> str:
         """Return the error as one sentence."""
         known = f"known: {self._names()}" if self.known else ""
-        parts = [self.what, " ".join(filter(None, [self.fix, known]))]
+        parts = [self.what, (" " if self.fix.endswith("?") else "; ").join(filter(None, [self.fix, known]))]
         return ": ".join(filter(None, parts)) + (f" ({self.where})" if self.where else "")
 
     def at(self, where: str) -> Self:

@@ -42,7 +42,8 @@ def hinted(error: UsageError, name: str) -> UsageError:
         return error
     if name.lower() not in models.list_models(module=models):
         return error
-    return UsageError(error.what, where=error.where, fix=f"did you mean network=torchvision network.model={name.lower()}?", known=error.known)
+    fix = f"did you mean network=torchvision network.model={name.lower()}?"
+    return UsageError(error.what, where=error.where, fix=fix, known=error.known)
 
 
 def build_network(name: str, spec: TaskSpec, registry: Plugins | None = None, **options: Any) -> Network:

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bpfree.addons import configured
 from bpfree.code_files import CodeName
-from bpfree.errors import UsageError, nearest
+from bpfree.errors import BpfreeError, UsageError, nearest
 from bpfree.leaves import REFERENCE, Leaf, leaves_of, refers, said
 from bpfree.named_networks import hinted, spelled_out
 from bpfree.options import range_problems
@@ -56,7 +56,7 @@ class Resolver:
 
     def __init__(self, leaves: list[Leaf], registry: Plugins, spec: TaskSpec | None) -> None:
         self.leaves, self.registry, self.spec = leaves, registry, spec
-        self.problems: list[str | UsageError] = []
+        self.problems: list[str | BpfreeError] = []
         self.unused: dict[str, str] = {}
         self.idle: set[str] = set()
         self.names = {"rule": "backprop", "network": "auto", "task": "digits"}
@@ -111,7 +111,8 @@ class Resolver:
         return name
 
     def _nameless(self, section: str, leaf: Leaf) -> None:
-        self.problems.append(UsageError(f"{section}={said(leaf.value)}: names no {section}", where=leaf.origin, fix=f"bpfree {section}s lists them"))
+        what, fix = f"{section}={said(leaf.value)}: names no {section}", f"bpfree {section}s lists them"
+        self.problems.append(UsageError(what, where=leaf.origin, fix=fix))
 
     def resolve(self) -> Recipe:
         nameless = bool(self.problems)
@@ -282,7 +283,8 @@ class Resolver:
         key = path[-1]
         if isinstance(node._get_node(key), DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(node, key)):
             example = f"{leaf.key}.{next(iter(node[key]))}"
-            self.problems.append(UsageError(f"{leaf.key}={said(leaf.value)}: is a section", where=leaf.origin, fix=f"set one of its keys, such as {example}"))
+            what, fix = f"{leaf.key}={said(leaf.value)}: is a section", f"set one of its keys, such as {example}"
+            self.problems.append(UsageError(what, where=leaf.origin, fix=fix))
             return
         reference = refers(leaf.value)
         if reference and not leaf.word:

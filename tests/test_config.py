@@ -40,7 +40,7 @@ def test_an_error_carries_its_problems() -> None:
         "    fix:   leave it out: there are no keys",
     ]
     assert UsageError("a", where="b", fix="c").problems == ["a: c (b)"]
-    assert UsageError.of(["a", "a"], "study", where="b").problems == ["a"]
+    assert UsageError.of(["a", "a"], "study", where="b").problems == ["a (b)"]
 
 
 def test_defaults_are_complete_and_resolve_to_themselves() -> None:

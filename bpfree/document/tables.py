@@ -65,7 +65,8 @@ def _wrapped(cell: str, width: int) -> list[str]:
     """Break a cell between words; inside a word only where that is longer than the column."""
     lines = [""]
     for word in cell.split():
-        parts = [word] if len(word) <= width else [part[at : at + width] for part in PIECE.findall(word) for at in range(0, len(part), width)]
+        parts = [word] if len(word) <= width else PIECE.findall(word)
+        parts = [part[start : start + width] for part in parts for start in range(0, len(part), width)]
         for number, part in enumerate(parts):
             gap = " " if lines[-1] and not number else ""
             if len(lines[-1]) + len(gap) + len(part) <= width:

@@ -23,7 +23,7 @@ import torch
 
 from bpfree.code_files import shown
 from bpfree.config import resolve
-from bpfree.errors import UsageError, nearest
+from bpfree.errors import BpfreeError, UsageError, nearest
 from bpfree.leaves import Leaf, canonical, leaf_at, said
 from bpfree.metric import ACCURACY, ERROR
 from bpfree.plugins import Plugins, installed_plugins
@@ -195,14 +195,29 @@ def is_scientific(key: str) -> bool:
     return key.split(".")[0] not in NOT_SCIENTIFIC
 
 
+def faults_in(study: Study, registry: Plugins | None = None) -> list[BpfreeError]:
+    """List what is wrong in the settings of a study's rows."""
+    study, registry = named(study, registry or installed_plugins())
+    try:
+        _resolve_all(study, [], registry)
+    except UsageError as error:
+        return error.faults
+    return []
+
+
 def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | None) -> list[TableRow]:
     """Resolve the rows in each of their columns.
 
     Raises:
         UsageError: with every problem, each reported once.
     """
-    problems: dict[str, list[str]] = {}
+    problems: dict[str, tuple[BpfreeError, list[str]]] = {}
     found = []
+
+    def note(problem: str | BpfreeError, *rows: str) -> None:
+        fault = UsageError(problem) if isinstance(problem, str) else problem
+        problems.setdefault(fault.sentence, (fault, []))[1].extend(rows)
+
     for row, column in study.cells():
         leaves = _leaves(study, row, column, overrides)
         try:
@@ -216,21 +231,21 @@ def _resolve_all(study: Study, overrides: Sequence[Leaf], registry: Plugins | No
                 recipe = dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, evaluation=evaluation))
             found.append(TableRow(row, column.label, recipe, leaves))
         except UsageError as error:
-            for problem in error.problems:
-                problems.setdefault(problem, []).append(row.label)
+            for fault in error.faults:
+                note(fault, row.label)
     for each in found:
         for problem in (*_wrongly_published(each), *_wrong_target(study.targets.get(each.column), each)):
-            problems.setdefault(problem, []).append(each.written.label)
+            note(problem, each.written.label)
     for problem in [] if problems else _used_by_none(found):
-        problems.setdefault(problem, [each.written.label for each in found])
+        note(problem, *(each.written.label for each in found))
     if problems:
         every = len(list(study.cells()))
-        listed = [_where(problem, rows, every) for problem, rows in problems.items()]
+        listed = [_where(fault, rows, every) for fault, rows in problems.values()]
         raise UsageError.of(listed, "study", where=f"study {study.name}")
     return found
 
 
-def _wrongly_published(row: TableRow) -> Iterator[str]:
+def _wrongly_published(row: TableRow) -> Iterator[str | UsageError]:
     """Report problems of a row's published numbers: metrics that its task does not have, and shares out of range."""
     for key, number in row.written.published.get(row.column, {}).items():
         if key == MEMORY:
@@ -241,8 +256,8 @@ def _wrongly_published(row: TableRow) -> Iterator[str]:
         if measure.measured not in known:
             names = [*known, *([ERROR.name] if ACCURACY.name in known else [])]
             guess = nearest(measure.metric.name, names)
-            hint = f"did you mean {measure.split}/{guess}?" if guess else f"known here: {', '.join(names)}"
-            yield f"published: unknown metric {key!r}: {hint} (further ones: evaluation.metrics)"
+            fix = f"did you mean {measure.split}/{guess}?" if guess else "measure it: evaluation.metrics=[NAME]"
+            yield UsageError(f"published: unknown metric {key!r}", fix=fix, known=[f"{measure.split}/{name}" for name in names])
         elif not low <= number.mean <= high:
             yield f"published: {key}={number.mean:g} is out of range: in per cent, from {low:g} to {high:g}"
 
@@ -295,10 +310,10 @@ def _used_by_none(rows: Sequence[TableRow]) -> Iterator[str]:
     yield from (f"{key} is used by no row: {reason}" for (key, source), reason in unused.items() if (key, source) not in used)
 
 
-def _where(problem: str, rows: Sequence[str], every: int) -> str:
-    if len(rows) == every or "(row " in problem:
-        return problem
-    return f"{problem} (row {', '.join(dict.fromkeys(rows))})"
+def _where(fault: BpfreeError, rows: Sequence[str], every: int) -> BpfreeError:
+    if len(rows) == every or "row " in fault.where:
+        return fault
+    return fault.at("; ".join(filter(None, [fault.where, f"row {', '.join(dict.fromkeys(rows))}"])))
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------

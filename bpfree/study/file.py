@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 
 from bpfree import yaml_values
-from bpfree.errors import UsageError, nearest
+from bpfree.errors import BpfreeError, UsageError, nearest
 from bpfree.leaves import REFERENCE, canonical, leaves_of, refers
 from bpfree.plugins import Plugins, installed_plugins
-from bpfree.study.grid import expand
+from bpfree.study.cells import faults_in
+from bpfree.study.grid import GRID_KEYS, expand, unknown
 from bpfree.study.model import MEMORY, Choices, Column, Domain, Published, Range, Row, Study, Tune
 
 __all__ = ["find_study", "read_study"]
@@ -92,11 +93,13 @@ def read_study(path: Path, name: str | None = None, registry: Plugins | None = N
         raise UsageError(what, where=str(path), fix=yaml_values.FIX) from error
     except yaml.YAMLError as error:
         raise UsageError("the study is not valid YAML", where=f"{path}: {' '.join(str(error).split())}", fix=yaml_values.FIX) from error
-    reader = _StudyReader(repeated)
+    reader, registry = _StudyReader(repeated), registry or installed_plugins()
     if isinstance(content, dict):
-        content = expand(content, registry or installed_plugins(), reader.problems.append, path.parent)
+        content = expand(reader.mapping(content, "the study", [*STUDY_KEYS, *GRID_KEYS]), registry, reader.problems.append, path.parent)
     study = reader.study(content, name or re.sub(r"[^\w.-]+", "-", path.stem), path)
     if reader.problems:
+        told = "\n".join(map(str, reader.problems))
+        reader.problems += [fault for fault in faults_in(study, registry) if fault.what not in told]
         raise UsageError.of(reader.problems, "study", where=str(path), fix="docs/studies.md describes the format")
     return study
 
@@ -123,10 +126,10 @@ class _StudyReader:
     """Collects problems instead of stopping at the first."""
 
     def __init__(self, problems: Iterable[str] = ()) -> None:
-        self.problems: list[str] = list(problems)
+        self.problems: list[str | BpfreeError] = list(problems)
 
     def study(self, content: Any, name: str, path: Path) -> Study:
-        node = self._mapping(content, "the study", STUDY_KEYS)
+        node = self.mapping(content, "the study", STUDY_KEYS)
         columns = [self._column(entry, number) for number, entry in enumerate(self._list(node, "columns"), start=1)] or [Column()]
         self._unique([column.label for column in columns], "columns")
         tune = self._tune(node.get("tune"))
@@ -165,13 +168,13 @@ class _StudyReader:
         return value
 
     def _column(self, entry: Any, number: int) -> Column:
-        node = self._mapping(entry, f"column {number}", COLUMN_KEYS)
+        node = self.mapping(entry, f"column {number}", COLUMN_KEYS)
         label = self._label(node, f"column {number}")
         target = self._target(node, f"column {label or number}: ")
         return Column(label, self._settings(node.get("settings"), f"column {label or number}: settings"), target)
 
     def _row(self, entry: Any, number: int, columns: Sequence[Column], tune: Tune | None) -> Row:
-        node = self._mapping(entry, f"row {number}", ROW_KEYS)
+        node = self.mapping(entry, f"row {number}", ROW_KEYS)
         label = self._label(node, f"row {number}")
         where = f"row {label or number}"
         cells = self._cells(node.get("columns"), where, [column.label for column in columns])
@@ -192,7 +195,7 @@ class _StudyReader:
             return {"": {}}
         if isinstance(node, list):
             node = dict.fromkeys(map(str, node))
-        own = self._mapping(node, f"{where}: columns", labels, kind="column")
+        own = self.mapping(node, f"{where}: columns", labels, kind="column")
         if not own:
             self.problems.append(f"{where}: columns: must name at least one column")
         return {label: self._settings(own[label], f"{where}: columns: {label}") for label in labels if label in own}
@@ -225,7 +228,7 @@ class _StudyReader:
     def _tune(self, value: Any) -> Tune | None:
         if value is None:
             return None
-        node = self._mapping(value, "tune", TUNE_KEYS)
+        node = self.mapping(value, "tune", TUNE_KEYS)
         trials, search = self._positive(node, "trials", "tune", whole=True), node.get("search", SEARCHES[0])
         if node.get("trials") is None:
             self.problems.append("tune: trials: must be the number of trials, including the default configuration")
@@ -296,11 +299,11 @@ class _StudyReader:
         where = f"{where}: published"
         if "" in cells:
             return {"": self._numbers(node, where)}
-        by_column = self._mapping(node or {}, where, list(cells), kind="column")
+        by_column = self.mapping(node or {}, where, list(cells), kind="column")
         return {label: self._numbers(by_column[label], f"{where}: {label}") for label in cells if label in by_column}
 
     def _numbers(self, node: Any, where: str) -> dict[str, Published]:
-        numbers = {str(key): self._number(value, str(key), where) for key, value in self._mapping(node or {}, where).items()}
+        numbers = {str(key): self._number(value, str(key), where) for key, value in self.mapping(node or {}, where).items()}
         return {key: number for key, number in numbers.items() if number is not None}
 
     def _number(self, value: Any, key: str, where: str) -> Published | None:
@@ -328,20 +331,24 @@ class _StudyReader:
 
     # --- values -----------------------------------------------------------------------------------------------------
 
-    def _mapping(self, node: Any, where: str, known: Iterable[str] | None = None, kind: str = "key") -> dict[str, Any]:
+    def mapping(self, node: Any, where: str, known: Iterable[str] | None = None, kind: str = "key") -> dict[str, Any]:
+        """Return a mapping with known keys; a misspelt one is a problem, and stands for the one that is meant, so that it is checked too."""
         if not isinstance(node, dict):
             self.problems.append(f"{where}: must be a mapping of names to values, not {node!r}")
             return {}
-        names = list(node if known is None else known)
-        for key in node:
+        if known is None:
+            return node
+        names, found = list(known), dict[str, Any]()
+        for key, value in node.items():
+            guess = key if key in names else nearest(str(key), names)
             if key not in names:
                 self._unknown(kind, key, names, where)
-        return node
+            if guess == key or (guess is not None and guess not in node):
+                found[guess] = value
+        return found
 
     def _unknown(self, kind: str, name: Any, known: Sequence[str], where: str) -> None:
-        guess = nearest(str(name), known)
-        hint = f"did you mean {guess!r}?" if guess else f"known here: {', '.join(known)}"
-        self.problems.append(f"{where}: unknown {kind} {name!r}: {hint}")
+        self.problems.append(unknown(kind, name, known, where))
 
     def _list(self, node: Mapping[str, Any], key: str) -> list[Any]:
         value = node.get(key)
@@ -353,8 +360,11 @@ class _StudyReader:
         value = node.get(key)
         if value is None and not needed:
             return ""
+        if value is None:
+            self.problems.append(f"{where} has no {key}: add {key}: TEXT")
+            return ""
         if not isinstance(value, str) or not value.strip():
-            self.problems.append(f"{where}: {key}: must be text" + ("" if value is None else f", not {value!r} (put it into quotes)"))
+            self.problems.append(f"{where}: {key}: must be text, not {value!r} (put it into quotes)")
             return ""
         return value.strip()
 

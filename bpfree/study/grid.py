@@ -15,7 +15,7 @@ from typing import Any
 
 from bpfree.code_files import placed, shown
 from bpfree.config import resolve
-from bpfree.errors import UsageError, nearest
+from bpfree.errors import BpfreeError, UsageError, did_you_mean
 from bpfree.leaves import canonical, leaves_of
 from bpfree.plugins import Plugins
 
@@ -30,7 +30,13 @@ RULE_KEYS = ("rule", "program", "preset", "presets", "label", "settings", "publi
 NETWORK_KEYS = ("label", "settings")
 TASK_KEYS = ("label", "settings", "target")
 
-Note = Callable[[str], None]
+Note = Callable[[str | BpfreeError], None]
+
+
+def unknown(kind: str, name: Any, known: Sequence[str], where: str) -> UsageError:
+    """Make the error for a name that a part of a study does not have."""
+    fix = did_you_mean(str(name), known) or "use one of the known names"
+    return UsageError(f"unknown {kind} {name!r}", where=where, fix=fix, known=known)
 
 
 class GridRow(dict[str, Any]):
@@ -168,7 +174,7 @@ class _Grid:
         try:
             yield str(node["preset"]), dict(self._registry.get("presets", str(node["preset"]), where=where))
         except UsageError as error:
-            self._note(f"{where}: {error.what}: {error.fix}")
+            self._note(error.at(where))
 
     def _is_right(self, preset: str) -> bool:
         """Tell whether a preset's settings fit its rule; otherwise log it, so that one plugin's mistake does not refuse the study."""
@@ -184,7 +190,7 @@ class _Grid:
         try:
             return bool(self._registry.get("rules", placed(name, self._folder), where=where).brings_network)
         except UsageError as error:
-            self._note(f"{where}: {error.what} ({error.fix})")
+            self._note(error.at(where))
             return True
 
     def _settings(self, node: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -208,8 +214,7 @@ class _Grid:
     def _check(self, node: Mapping[str, Any], where: str, keys: Sequence[str]) -> None:
         for key in node:
             if key not in keys:
-                guess = nearest(str(key), keys)
-                self._note(f"{where}: unknown key {key!r}: " + (f"did you mean {guess!r}?" if guess else f"known here: {', '.join(keys)}"))
+                self._note(unknown("key", key, keys, where))
 
 
 class _Excluded:
@@ -226,9 +231,7 @@ class _Excluded:
             for axis, names in chosen.items():
                 for name in names:
                     if name not in labels[axis]:
-                        guess = nearest(name, labels[axis])
-                        hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(labels[axis]) or 'none'}"
-                        note(f"exclude: the grid has no {axis} {name!r}: {hint}")
+                        note(unknown(axis, name, labels[axis], "exclude"))
             self._combinations.append(chosen)
 
     def holds(self, rule: str, network: str | None, task: str | None) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 
-from bpfree.errors import UsageError, nearest
+from bpfree.errors import UsageError, did_you_mean
 from bpfree.leaves import Leaf
 from bpfree.study.cells import Plan, cell_of, recipe_with
 from bpfree.study.older import OlderCells
@@ -264,7 +264,7 @@ def _check_twins(rows: Sequence[TableRow]) -> None:
 def _check_labels(given: Sequence[str] | None, labels: Sequence[str], kind: str) -> None:
     wrong = [label for label in given or () if label not in labels]
     if wrong:
-        guesses = [guess for label in wrong if (guess := nearest(label, labels))]
-        fix = f"did you mean {', '.join(map(repr, guesses))}? " if guesses else ""
+        known = [label for label in labels if label]
+        fix = " ".join(dict.fromkeys(filter(None, (did_you_mean(label, known) for label in wrong))))
         what = f"the study has no {kind} {', '.join(map(repr, wrong))}"
-        raise UsageError(what, where=f"--{kind}", fix=f"{fix}known: {', '.join(filter(None, labels)) or 'none'}")
+        raise UsageError(what, where=f"--{kind}", fix=fix or (f"choose among its {kind}" if known else f"leave --{kind} out"), known=known)

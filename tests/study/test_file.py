@@ -43,7 +43,7 @@ def written(folder: Path, text: str, name: str = "table.yaml") -> Path:
 def refusal(folder: Path, text: str) -> str:
     with pytest.raises(UsageError) as caught:
         plan(read_study(written(folder, text)))
-    return str(caught.value)
+    return "\n".join(caught.value.problems)
 
 
 def test_a_file_becomes_cells(tmp_path: Path) -> None:
@@ -97,7 +97,6 @@ rows:
     "said",
     [
         "unknown key 'titel': did you mean 'title'?",
-        "the study: title: must be text",
         "seeds: must be the number of seeds",
         "seed is not allowed here",
         "output is not allowed here",
@@ -111,7 +110,7 @@ rows:
         "test/accuracy: must be a number",
         "memory_mb=-640 is out of range: in MiB",
         "label: must be text, not 3",
-        "row 2: columns: unknown column 'd'",
+        "unknown column 'd': use one of the known names; known: a",
         "row 2: settings: must be a mapping",
         "row z: published: a: test/error: must be a number",
         "test/accuracy and test/error in one table",
@@ -132,7 +131,8 @@ rows:
   - {label: y, published: {a: {train/macro_f2: 90}, b: {test/macro_f1: 300}}}
 """
     said = refusal(tmp_path, text)
-    assert "published: unknown metric 'test/macro_f1': known here: accuracy, loss, error (further ones: evaluation.metrics) (row x)" in said
+    assert "published: unknown metric 'test/macro_f1': measure it: evaluation.metrics=[NAME]" in said
+    assert "known: test/accuracy, test/loss, test/error (row x)" in said
     assert "published: unknown metric 'train/macro_f2'" in said
     assert "published: test/macro_f1=300 is out of range: in per cent, from 0 to 100 (row y)" in said
     far = "title: A table\nsettings: {task: digits}\ntarget: -1\nrows: [{label: x, settings: {rule: dfa}}]"
@@ -157,7 +157,7 @@ rows:
     for said in (
         "did you mean batch_size? (settings of the study)",
         "did you mean 'dfa'?",
-        "(row a)",
+        "(rule.name; row a)",
         "did you mean rule.scale? (row b)",
         "must be >= 1 (row c)",
     ):

@@ -25,7 +25,7 @@ def read(text: str) -> Study:
 def problems(text: str) -> str:
     with pytest.raises(UsageError) as caught:
         read(text)
-    return str(caught.value)
+    return "\n".join(caught.value.problems)
 
 
 def table(study: Study) -> list[tuple[str, list[str], dict[str, Any]]]:
@@ -88,11 +88,11 @@ def test_without_tasks_there_is_one_column(workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("rules: [dffa]", "unknown rule 'dffa' (did you mean 'dfa'?"),
+        ("rules: [dffa]", "unknown rule 'dffa': did you mean 'dfa'?"),
         ("rules: [{rule: dfa, setings: {}}]", "unknown key 'setings': did you mean 'settings'?"),
         ("rules: [{label: x}]", "one of rule, program, preset and presets"),
         ("rules: [dfa]\nrows: []", "remove rows or the grid"),
-        ("rules: [dfa]\nexclude: [{rule: dffa}]", "no rule 'dffa': did you mean 'dfa'?"),
+        ("rules: [dfa]\nexclude: [{rule: dffa}]", "unknown rule 'dffa': did you mean 'dfa'?"),
         ("rules: [dfa]\nexclude: [{colour: red}]", "exclude: must be mappings"),
         ("rules: [{preset: nothing}]", "unknown preset 'nothing'"),
         ("rules: dfa", "rules: must be a list"),
