@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from bpfree.document.terminal import LEAST
 from bpfree.options import bounded_help
 
 if TYPE_CHECKING:
@@ -14,8 +16,13 @@ if TYPE_CHECKING:
 __all__ = ["annotate"]
 
 
-def annotate(recipe: Recipe) -> str:
-    """Write the recipe as YAML with each key's meaning as a comment."""
+COMMENTS = 36
+"""Column of the comments."""
+
+
+def annotate(recipe: Recipe, width: int | None = None) -> str:
+    """Write the recipe as YAML with each key's meaning as a comment, which wraps to a width if one is given."""
+    column = COMMENTS if width is None else min(COMMENTS, width // 2)
     meanings = dict(_meanings(recipe))
     path: list[str] = []
     lines = []
@@ -26,8 +33,16 @@ def annotate(recipe: Recipe) -> str:
             continue
         path = [*path[: (len(line) - len(line.lstrip())) // 2], key]
         meaning = meanings.get(".".join(path))
-        lines.append(f"{line.ljust(36)}  # {meaning}" if meaning else line)
+        lines += _commented(line, meaning, column, width) if meaning else [line]
     return "\n".join(lines) + "\n"
+
+
+def _commented(line: str, meaning: str, column: int, width: int | None) -> list[str]:
+    parts = [meaning] if width is None else textwrap.wrap(meaning, max(LEAST, width - column - 4), break_on_hyphens=False)
+    starts = [line.ljust(column), *(" " * column for _ in parts[1:])]
+    if width is not None and len(line) > column and len(line) + 4 + len(parts[0]) > width:
+        parts, starts = ["", *parts], [line, *(" " * column for _ in parts)]
+    return [f"{start}  # {part}" if part else start for start, part in zip(starts, parts, strict=True)]
 
 
 def _meanings(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -42,7 +42,7 @@ words of the sections rule and network. Exit status 1: a check failed; each fail
 @click.option("--waive", multiple=True, metavar="CHECK=REASON", help="Expect a check to fail, with the reason (repeatable).")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the certificate as JSON.")
 @click.option("--page", type=click.Path(path_type=Path, dir_okay=False), help="Write the certificate as an HTML page with heat maps.")
-@click.option("--json", "as_json", is_flag=True, help="Print only the certificate, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print only the certificate, or the list of checks, as JSON.")
 @allow_code
 @click.option("--list", "list_only", is_flag=True, help="List the checks.")
 def certify(
@@ -60,7 +60,7 @@ def certify(
     list_only: bool,
 ) -> int:
     if list_only:
-        return _list()
+        return _list(as_json)
     if rule is None and place is None:
         raise click.UsageError("name a rule (bpfree rules lists them)")
     for path in filter(None, (output, page)):  # before the examination, which takes minutes
@@ -108,13 +108,16 @@ def _of_run(place: str, rule: str | None, other: tuple[str, ...], draw: int | No
     return certify_run(find_checkpoint(place).parent.parent, registry=allowing([], allow_code), draw=draw)
 
 
-def _list() -> int:
+def _list(as_json: bool) -> int:
     from bpfree.certify.examination import CHECKS
-    from bpfree.cli.output import print_table
+    from bpfree.cli.output import print_json, print_table
 
     def remarks(check: Any) -> str:
         return ", ".join(word for word, holds in (("not in --quick", not check.quick), ("cannot be waived", not check.waivable)) if holds)
 
+    if as_json:
+        print_json([{"check": check.id, "title": check.title, "quick": check.quick, "waivable": check.waivable} for check in CHECKS])
+        return 0
     print_table(["check", "what holds if it passes", ""], [[check.id, check.title, remarks(check)] for check in CHECKS])
     return 0
 
@@ -153,9 +156,9 @@ def _show(certificate: Certificate, as_json: bool, written: list[Path]) -> None:
         click.echo(certificate.to_json(), nl=False)
         return
     from bpfree.certify.show import render
+    from bpfree.cli.output import say
 
     click.echo("", err=True)
-    for line in render(certificate):
-        click.echo(line)
+    say("\n".join(render(certificate)))
     for path in written:
-        click.echo(f"written: {path}")
+        say(f"written: {path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 
 from bpfree.cli.code import named
 from bpfree.cli.completion import names_of
+from bpfree.cli.output import json_option
 
 REMARKS = {
     "optimizer": " (with the default options; other settings default to the network's, or torch's)",
@@ -24,42 +24,44 @@ def options_table(config: type) -> list[list[str]]:
     return [[name, kind, "none" if default is None else str(default) or "''", meaning] for name, kind, default, meaning in describe(config)]
 
 
+def options_of(config: type) -> list[dict[str, str]]:
+    return [dict(zip(("key", "type", "default", "meaning"), row, strict=True)) for row in options_table(config)]
+
+
 def show_options(config: type, section: str) -> None:
     from bpfree.cli.output import print_table
 
     rows = options_table(config)
-    if not rows:
-        click.echo(f"Options ({section}.KEY=VALUE): none")
-        return
-    click.echo(f"Options ({section}.KEY=VALUE):")
-    print_table(["key", "type", "default", "meaning"], rows)
+    click.echo(f"Options ({section}.KEY=VALUE):{'' if rows else ' none'}")
+    if rows:
+        print_table(["key", "type", "default", "meaning"], rows)
 
 
 @click.command(short_help="List learning rules, or show one's method card.")
 @click.argument("name", required=False, shell_complete=names_of("rules"))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def rules(name: str | None, as_json: bool) -> None:
     """List the learning rules of all installed plugins; with NAME, show its method card.
 
     A card has the rule's summary, its source, its update, its declared traits, and its options.
     """
-    from bpfree.cli.output import print_table
+    from bpfree.cli.output import print_json, print_table, say
     from bpfree.plugins import installed_plugins, plugin_index
 
     if name is not None:
         name, registry = named("rules", name)
         rule = registry.get("rules", name)
         card = dict(rule_card(name, rule, registry.owner("rules", name)), certificate=certificate_of(name, registry))
-        click.echo(json.dumps(card, indent=2)) if as_json else show_card(card, rule)
+        print_json(card) if as_json else show_card(card, rule)
         return
     if as_json:
-        click.echo(json.dumps([dict(rule_card(*item)) for item in installed_plugins().items("rules")], indent=2))
+        print_json([dict(rule_card(*item)) for item in installed_plugins().items("rules")])
         return
     index = plugin_index()
     print_table(["rule", "plugin", "what it is"], index.summaries["rules"])
     ill = [record for record in index.records if record.status != "ok"]
     if ill:
-        click.echo(f"\nnot loaded: {', '.join(f'{r.name} ({r.status})' for r in ill)}; see bpfree plugins list", err=True)
+        say(f"\nnot loaded: {', '.join(f'{r.name} ({r.status})' for r in ill)}; see bpfree plugins list", err=True)
 
 
 def rule_card(name: str, rule: Any, owner: Any) -> Iterator[tuple[str, Any]]:
@@ -72,7 +74,7 @@ def rule_card(name: str, rule: Any, owner: Any) -> Iterator[tuple[str, Any]]:
     yield from dataclasses.asdict(card).items()
     yield "traits", dataclasses.asdict(rule.traits_of(defaults))
     yield "optimizer", {key: value for key, value in dataclasses.asdict(rule.optimizer_of(defaults)).items() if value not in (None, {}, [])}
-    yield "options", [dict(zip(("key", "type", "default", "meaning"), row, strict=True)) for row in options_table(rule.Config)]
+    yield "options", options_of(rule.Config)
 
 
 def certificate_of(name: str, registry: Any) -> str:
@@ -102,12 +104,16 @@ def plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def list_kind(kind: str, name: str | None) -> None:
-    from bpfree.cli.output import print_table
+def list_kind(kind: str, name: str | None, as_json: bool) -> None:
+    from bpfree.cli.output import print_json, print_table, say
     from bpfree.plugins import plugin_index
 
     if name is None:
-        print_table([kind[:-1], "plugin", "what it is"], plugin_index().summaries[kind])
+        listed = plugin_index().summaries[kind]
+        if as_json:
+            print_json([dict(zip(("name", "plugin", "summary"), row, strict=True)) for row in listed])
+        else:
+            print_table([kind[:-1], "plugin", "what it is"], listed)
         return
     name, registry = named(kind, name)
     if kind == "networks":
@@ -115,38 +121,46 @@ def list_kind(kind: str, name: str | None) -> None:
 
         name = spelled_out(name, registry)[0]
     thing = registry.get(kind, name)
-    click.echo(f"{name}: {thing.summary}")
+    if as_json:
+        print_json({"name": name, "summary": thing.summary, "options": options_of(thing.Config)})
+        return
+    say(f"{name}: {thing.summary}")
     show_options(thing.Config, kind[:-1])
 
 
 @click.command(short_help="List network builders, or show one's options.")
 @click.argument("name", required=False, shell_complete=names_of("networks"))
-def networks(name: str | None) -> None:
+@json_option
+def networks(name: str | None, as_json: bool) -> None:
     """List the networks that can be named with network=NAME; with NAME, show its options."""
-    list_kind("networks", name)
+    list_kind("networks", name, as_json)
 
 
 @click.command(short_help="List tasks, or show one's options.")
 @click.argument("name", required=False, shell_complete=names_of("tasks"))
-def tasks(name: str | None) -> None:
+@json_option
+def tasks(name: str | None, as_json: bool) -> None:
     """List the tasks that can be named with task=NAME; with NAME, show its options (for all settings: bpfree train --print-config)."""
-    list_kind("tasks", name)
+    list_kind("tasks", name, as_json)
 
 
 @click.command(short_help="List programs (other trainers), or show one's options.")
 @click.argument("name", required=False, shell_complete=names_of("programs"))
-def programs(name: str | None) -> None:
+@json_option
+def programs(name: str | None, as_json: bool) -> None:
     """List the other trainers that a study can have as rows (`program: NAME`); with NAME, show its options."""
-    list_kind("programs", name)
+    list_kind("programs", name, as_json)
 
 
 @click.command(short_help="List metrics, or describe one.")
 @click.argument("name", required=False, shell_complete=names_of("metrics"))
-def metrics(name: str | None) -> None:
+@json_option
+def metrics(name: str | None, as_json: bool) -> None:
     """List the metrics that can be named with evaluation.metrics=[NAME,...]; with NAME, describe it and its display."""
     if name is None:
-        list_kind("metrics", None)
+        list_kind("metrics", None, as_json)
         return
+    from bpfree.cli.output import print_json, print_pairs
     from bpfree.plugins import installed_plugins
 
     metric = installed_plugins().get("metrics", name)
@@ -158,5 +172,4 @@ def metrics(name: str | None) -> None:
         "unit": "share of 0 to 1, shown in per cent" if metric.share else metric.unit or "none",
         "targets": ", ".join(metric.kinds) or "all",
     }
-    for key, text in lines.items():
-        click.echo(f"{key.ljust(12)}{text}")
+    print_json(lines) if as_json else print_pairs(lines.items())

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
+from bpfree.document.terminal import fitted, width_of
 from bpfree.errors import BpfreeError, told
 from bpfree.redaction import redact, redact_logs
 from bpfree.version import __version__
@@ -130,8 +131,9 @@ def _run(words: list[str], *, debug: bool) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # this exception exists since click 8.2; earlier versions print the help themselves
             click.echo(error.format_message())
             return 0
-        usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
-        return _say(error, "\n".join(filter(None, [f"error: {error.format_message()}", usage])), error.exit_code, debug)
+        from bpfree.cli.usage import told_usage
+
+        return _say(error, f"error: {told_usage(error, words)}", error.exit_code, debug)
     except SystemExit as error:  # an exit that bpfree did not request
         if _place(error).startswith(str(Path(click.__file__).parent)):  # the completions were printed
             return int(error.code or 0)
@@ -170,5 +172,5 @@ def _say(error: BaseException, message: str, code: int, debug: bool) -> int:
     if rank and code == 2:  # if several processes make the same request, only the first one reports its errors
         return code
     message = redact(message)
-    click.echo(f"process {rank}: {message}" if rank else message, err=True)
+    click.echo(fitted(f"process {rank}: {message}" if rank else message, width_of(sys.stderr)), err=True)
     return code

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Container, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 
 from bpfree.document.tables import text_pairs, text_table
+from bpfree.document.terminal import fitted, width_of
 from bpfree.hooks import hookimpl
 from bpfree.run import Run
 
-__all__ = ["PlanDisplay", "exit_code", "print_pairs", "print_result", "print_table"]
+__all__ = ["PlanDisplay", "exit_code", "json_option", "print_json", "print_pairs", "print_result", "print_table", "say"]
 
 
 class PlanDisplay:
@@ -26,13 +29,40 @@ class PlanDisplay:
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Container[int] = ()) -> None:
-    """Print a plain table; columns in ``right`` are aligned to the right."""
-    click.echo("\n".join(text_table(headers, rows, right)))
+    """Print a plain table that fits the terminal; columns in ``right`` are aligned to the right, and empty ones left out."""
+    listed = [list(map(str, row)) for row in rows]
+    used = [place for place in range(len(headers)) if not listed or any(row[place] for row in listed)]
+    lines = [[row[place] for place in used] for row in listed]
+    numbers = [number for number, place in enumerate(used) if place in right]
+    click.echo("\n".join(text_table([headers[place] for place in used], lines, numbers, width_of(sys.stdout))))
 
 
 def print_pairs(pairs: Iterable[tuple[str, Any]]) -> None:
     """Print names and values, a line each, without those whose value is empty."""
-    click.echo("\n".join(text_pairs(pairs)))
+    click.echo("\n".join(text_pairs(pairs, width_of(sys.stdout))))
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print text that fits the terminal."""
+    click.echo(fitted(text, width_of(sys.stderr if err else sys.stdout)), err=err)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+"""The option of every listing."""
+
+
+def print_json(content: Any) -> None:
+    """Print JSON, with ``null`` for numbers that JSON does not have."""
+    click.echo(json.dumps(finite(content), indent=2, ensure_ascii=False, default=str))
+
+
+def finite(content: Any) -> Any:
+    """Replace NaN and infinite numbers by ``None``."""
+    if isinstance(content, Mapping):
+        return {str(key): finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def print_result(run: Run) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from bpfree.cli.completion import names_of
+from bpfree.cli.output import json_option, print_json, print_pairs, print_table, say
 from bpfree.errors import BpfreeError, unknown_name
 
 if TYPE_CHECKING:
@@ -27,15 +28,14 @@ def plugins() -> None:
 
 
 @plugins.command("list", short_help="List all plugins, also broken ones, with their status.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def list_plugins(as_json: bool) -> None:
     """List all plugins: version, interface version, status, number of certified rules, and why a plugin cannot be used."""
-    from bpfree.cli.output import print_table
     from bpfree.kept import kept
 
     described: list[dict[str, Any]] = kept("certified", described_plugins)
     if as_json:
-        click.echo(json.dumps(described, indent=2))
+        print_json(described)
         return
     rows = [
         [
@@ -51,9 +51,9 @@ def list_plugins(as_json: bool) -> None:
     print_table(["plugin", "version", "api", "status", "rules", "certified"], rows)
     for record in described:
         if record["reason"]:
-            click.echo(f"\n{record['name']} is {record['status']}: {record['reason']}")
+            say(f"\n{record['name']} is {record['status']}: {record['reason']}")
             if record["status"] not in ("ok", "disabled"):
-                click.echo(f"disable it: bpfree --disable {record['name']} ...")
+                say(f"disable it: bpfree --disable {record['name']} ...")
 
 
 def described_plugins() -> tuple[list[dict[str, Any]], list[Path] | None]:
@@ -70,8 +70,8 @@ def described_plugins() -> tuple[list[dict[str, Any]], list[Path] | None]:
 
 
 @plugins.command(short_help="Show details of a plugin.")
-@click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("name", shell_complete=names_of("plugins"))
+@json_option
 def info(name: str, as_json: bool) -> None:
     """Show the plugin NAME: package, what it registers, hooks, interface version, certificates, its entry in the registry."""
     from bpfree.plugins import installed_plugins
@@ -82,13 +82,12 @@ def info(name: str, as_json: bool) -> None:
     described = plain(installed.records[name], known_certificates(), installed)
     described["registry_entry"] = entry_file(name)
     if as_json:
-        click.echo(json.dumps(described, indent=2))
+        print_json(described)
         return
     show(described)
 
 
 def show(described: dict[str, Any]) -> None:
-    from bpfree.cli.output import print_pairs, print_table
     from bpfree.hooks import API_VERSION
     from bpfree.plugins import KINDS
 
@@ -116,7 +115,7 @@ def known_certificates() -> Mapping[str, Certificate]:
     try:
         return certificates(registry_folder())
     except BpfreeError as error:
-        click.echo(f"certificates are not shown: {error}", err=True)
+        say(f"certificates are not shown: {error}", err=True)
         return {}
 
 
@@ -170,7 +169,7 @@ def new(name: str, folder: Path | None, class_name: str | None, kind: Kind) -> N
 
     target = Path(name) if folder is None else folder
     for path in write_plugin(name, target, class_name=class_name, kind=kind):
-        click.echo(f"wrote {path}")
-    click.echo("\nNext:")
+        say(f"wrote {path}")
+    say("\nNext:")
     for command in next_commands(name, target, kind):
-        click.echo(f"  {command}")
+        say(f"  {command}")

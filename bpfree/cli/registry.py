@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bpfree.cli.output import json_option, print_json, print_pairs, print_table, say
 from bpfree.errors import BpfreeError, UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -64,15 +64,14 @@ def existing(folder: Path) -> Path:
 
 @registry.command("list", short_help="List all known plugins.")
 @reading
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def list_known(index: Path | None, folder: Path | None, as_json: bool) -> None:
     """List all known plugins: their rules, and the number of certified ones, with the date of the oldest certificate."""
-    from bpfree.cli.output import print_table
     from bpfree.registry.index import certified
 
     found = records(index, folder)
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        print_json(found)
         return
     print_table(
         ["plugin", "rules", "status", "certified"],
@@ -83,7 +82,7 @@ def list_known(index: Path | None, folder: Path | None, as_json: bool) -> None:
 @registry.command(short_help="Show a plugin's entry, certificates and results.")
 @click.argument("name")
 @reading
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def show(name: str, index: Path | None, folder: Path | None, as_json: bool) -> None:
     """Show a plugin's entry in the registry. NAME is the name of the plugin, or of one of its rules."""
     found = records(index, folder)
@@ -91,13 +90,12 @@ def show(name: str, index: Path | None, folder: Path | None, as_json: bool) -> N
     if not chosen:
         raise unknown_name("plugin", name, {record["name"] for record in found} | {rule for record in found for rule in record["rules"]})
     if as_json:
-        click.echo(json.dumps(chosen[0], indent=2, ensure_ascii=False))
+        print_json(chosen[0])
         return
     show_record(chosen[0])
 
 
 def show_record(record: dict[str, Any]) -> None:
-    from bpfree.cli.output import print_pairs, print_table
     from bpfree.registry.index import value_of
 
     first, last = record["api"]
@@ -159,13 +157,13 @@ def add(plugin: str, files: tuple[Path, ...], entry_file: Path | None, folder: P
             write_text(target, path.read_text(encoding="utf-8"))
     renew(folder)
     without = [rule for rule in entry.rules if not certificate_file(folder, rule).exists()]
-    click.echo(f"{place}: {len(entry.rules)} rules, {len(entry.rules) - len(without)} with a certificate")
+    say(f"{place}: {len(entry.rules)} rules, {len(entry.rules) - len(without)} with a certificate")
     for _, certificate in accepted:
         for finding in certificate.findings:
             if finding.status == "waived":
-                click.echo(f"waived for {certificate.rule}: {finding.id} ({finding.waiver})")
+                say(f"waived for {certificate.rule}: {finding.id} ({finding.waiver})")
     for rule in without:
-        click.echo(f"no certificate of {rule} yet: run bpfree certify {rule} --output {certificate_file(folder, rule)}")
+        say(f"no certificate of {rule} yet: run bpfree certify {rule} --output {certificate_file(folder, rule)}")
 
 
 def said_by(path: Path, record: PluginRecord) -> Entry:
@@ -205,7 +203,7 @@ def accept(path: Path, record: PluginRecord, plugins: Plugins) -> Certificate:
 @click.option("--folder", type=FOLDER, help="Folder of the registry.  [default: the installed registry]")
 @click.option("--recheck", is_flag=True, help="Repeat a drawn check of each certificate whose rule is installed.")
 @click.option("--draw", type=int, help="Seed by which --recheck draws the checks.  [default: a new one]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def validate(folder: Path | None, recheck: bool, draw: int | None, as_json: bool) -> int:
     """Check the entries, certificates, index and tables of a registry's folder.
 
@@ -228,17 +226,15 @@ def validate(folder: Path | None, recheck: bool, draw: int | None, as_json: bool
         other = measured_on_another_core(folder, installed_plugins())
     if as_json:
         plain = [{"what": problem.what, "where": problem.where, "fix": problem.fix} for problem in found]
-        click.echo(
-            json.dumps({"problems": plain, "without_certificate": without, "measured_on_another_core": other}, indent=2, ensure_ascii=False)
-        )
+        print_json({"problems": plain, "without_certificate": without, "measured_on_another_core": other})
         return int(bool(found))
     for problem in found:
-        click.echo(f"error: {problem}\n")
+        say(f"error: {problem}\n")
     if without:
-        click.echo(f"without a certificate: {', '.join(without)}")
+        say(f"without a certificate: {', '.join(without)}")
     if other:
-        click.echo(f"{OTHER_CHANGE}: {', '.join(other)}")
-    click.echo(f"{folder}: {f'{len(found)} problems' if found else 'valid'}")
+        say(f"{OTHER_CHANGE}: {', '.join(other)}")
+    say(f"{folder}: {f'{len(found)} problems' if found else 'valid'}")
     return int(bool(found))
 
 
@@ -247,14 +243,14 @@ def repeated(folder: Path, plugins: Plugins, draw: int | None) -> list[BpfreeErr
     from bpfree.registry.certificates import rechecked
 
     draw = secrets.randbelow(2**31) if draw is None else draw
-    click.echo(f"repeating a check of each certificate (--draw {draw})", err=True)
+    say(f"repeating a check of each certificate (--draw {draw})", err=True)
     found = []
     try:
         for rule, check, contradiction in rechecked(folder, plugins, draw):
-            click.echo(f"{rule}: {check} {'as before' if contradiction is None else 'differs'}", err=True)
+            say(f"{rule}: {check} {'as before' if contradiction is None else 'differs'}", err=True)
             found += [] if contradiction is None else [contradiction]
     except BpfreeError as error:  # also among the problems
-        click.echo(f"stopped: {error.what}", err=True)
+        say(f"stopped: {error.what}", err=True)
     return found
 
 
@@ -265,4 +261,4 @@ def write_index(folder: Path) -> None:
     from bpfree.registry import renew
 
     changed = renew(existing(folder))
-    click.echo("\n".join(f"wrote {path}" for path in changed) or "index and tables were up to date")
+    say("\n".join(f"wrote {path}" for path in changed) or "index and tables were up to date")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import click
 
 from bpfree.cli.code import allow_code
 from bpfree.cli.completion import setting
+from bpfree.document.terminal import fitted, width_of
 
 if TYPE_CHECKING:
     from bpfree.leaves import Leaf
@@ -97,7 +99,8 @@ def train(
             recipe = resolve(leaves, registry) if resume is None and (ray is None or print_config or print_plan) else None
         if recipe is not None and (print_config or print_plan):
             if world.first:
-                click.echo(annotate(recipe) if print_config else _plan(recipe), nl=not print_config)
+                width = width_of(sys.stdout)
+                click.echo(annotate(recipe, width) if print_config else fitted(_plan(recipe), width), nl=not print_config)
             return 0
         if ray is not None:
             run = _on_ray(leaves, ray, address, resume, quiet, registry)

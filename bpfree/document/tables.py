@@ -43,9 +43,9 @@ def _fitting(texts: list[list[str]], natural: list[int], right: Container[int], 
     if sum(natural) <= room:
         return natural
     columns = list(zip(*texts, strict=True))
-    for piece in (WORD, PIECE):  # a word is broken, after a hyphen, only where it must be
+    for piece, readable in ((WORD, 20), (PIECE, 14)):  # a word is broken, after a hyphen, only where it must be
         longest = [max(len(part) for cell in column for part in (piece.findall(cell) or [""])) for column in columns]
-        least = [size if place in right else longest[place] for place, size in enumerate(natural)]
+        least = [size if place in right else max(longest[place], min(size, readable)) for place, size in enumerate(natural)]
         if sum(least) <= room:
             widths = list(natural)
             while sum(widths) > room:

@@ -184,7 +184,7 @@ def test_wrong_requests(workplace: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "needs images" in refused(
         capsys, 2, "train", "network=vgg", "network.pool_after=[1]", "task=npz", f"task.path={vectors(workplace)}"
     )
-    assert "No such command" in refused(capsys, 2, "trian")
+    assert "did you mean train?" in refused(capsys, 2, "trian")
     assert sorted(path.name for path in workplace.iterdir()) in (["vectors.npz"], ["runs", "vectors.npz"])
     assert not (workplace / "runs").exists() or list((workplace / "runs").iterdir()) == []
 
