@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from bpfree.cli.code import allow_code
+from bpfree.cli.output import json_option
 
 HELP = """Train several rules over several seeds, and compare them in a table and a report.
 
@@ -33,6 +34,7 @@ You may interrupt a comparison at any time: the same command resumes it, and fin
 @click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: the folder of the cells]")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 @allow_code
+@json_option
 def compare(
     words: tuple[str, ...],
     seeds: int,
@@ -42,6 +44,7 @@ def compare(
     to: Path | None,
     quiet: bool,
     allow_code: tuple[str, ...],
+    as_json: bool,
 ) -> int:
     from bpfree.cli.study import run_worklist
     from bpfree.config import allowing
@@ -66,4 +69,4 @@ def compare(
     plan = cells.plan(study, [leaf for leaf in common if leaf.key == "output"], registry=registry)
     again = ["compare", *words, "--seeds", str(seeds), *(["--only"] if only else [])]
     again += [word for file in allow_code for word in ("--allow-code", file)]
-    return run_worklist(Worklist(plan), common, again, Options(jobs=jobs, timeout=timeout, folder=to, quiet=quiet))
+    return run_worklist(Worklist(plan), common, again, Options(jobs=jobs, timeout=timeout, folder=to, quiet=quiet), as_json)

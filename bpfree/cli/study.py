@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ import click
 
 from bpfree.cli.code import allow_code
 from bpfree.cli.completion import names_of
+from bpfree.cli.output import json_option, print_json, print_pairs, print_table, say
+from bpfree.document.terminal import duration, width_of
 
 if TYPE_CHECKING:
     from bpfree.leaves import Leaf
@@ -115,6 +118,7 @@ running = _options(
     to,
     allow_code,
     click.option("--quiet", "-q", is_flag=True, help="Show no progress."),
+    json_option,
 )
 
 
@@ -129,12 +133,16 @@ def study() -> None:
 
 
 @study.command("list", short_help="List the installed studies.")
-def list_studies() -> None:
+@json_option
+def list_studies(as_json: bool) -> None:
     """List all installed studies: title, number of cells, and plugin."""
-    from bpfree.cli.output import print_table
     from bpfree.kept import kept
 
-    print_table(["study", "title", "cells", "plugin"], kept("studies", _studies), right=[2])
+    headers, rows = ["study", "title", "cells", "plugin"], kept("studies", _studies)
+    if as_json:
+        print_json([{**dict(zip(headers, row, strict=True)), "cells": int(row[2] or 0)} for row in rows])
+        return
+    print_table(headers, rows, right=[2])
 
 
 def _studies() -> tuple[list[list[str]], list[Path] | None]:
@@ -166,9 +174,9 @@ def _count(found: Study) -> int:
 @study.command("show", short_help="Show the rows of a study, and the published numbers.")
 @click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
 @allow_code
-def show(name: str, allow_code: tuple[str, ...]) -> None:
+@json_option
+def show(name: str, allow_code: tuple[str, ...], as_json: bool) -> None:
     """Show the rows of a study with their settings, and the published numbers."""
-    from bpfree.cli.output import print_pairs, print_table
     from bpfree.config import allowing
     from bpfree.study.file import find_study
 
@@ -180,11 +188,16 @@ def show(name: str, allow_code: tuple[str, ...]) -> None:
     lines.append(("controls", ", ".join(found.controls)))
     lines += [(f"column {column.label}", _words(column.settings)) for column in found.columns if column.label]
     lines += [("target", ", ".join(f"{value:g}{f' ({label})' if label else ''}" for label, value in found.targets.items()))]
+    headers, rows = _shown(found)
+    if as_json:
+        about = {key: text for key, text in lines if text}
+        print_json({**about, "rows": [dict(zip(headers, row, strict=True)) for row in rows], "notes": found.notes})
+        return
     print_pairs(lines)
     click.echo()
-    print_table(*_shown(found))
+    print_table(headers, rows)
     if found.notes:
-        click.echo(f"\n{found.notes}")
+        say("\n" + "\n\n".join(" ".join(part.split()) for part in found.notes.split("\n\n")))
 
 
 def _tuning(found: Study) -> str:
@@ -231,7 +244,7 @@ def run(name: str, settings: tuple[str, ...], dry_run: bool, **options: Any) -> 
     if dry_run:
         _chosen(options)
         chosen = {"rows": options["rows"], "columns": options["columns"]}
-        return _dry_run(_worklist(name, settings, options["seeds"], options["allow_code"], load=False, **chosen))
+        return _dry_run(_worklist(name, settings, options["seeds"], options["allow_code"], load=False, **chosen), options["as_json"])
     return _run(name, settings, options)
 
 
@@ -250,11 +263,12 @@ def retry(which: str, name: str, settings: tuple[str, ...], **options: Any) -> i
 @seeds
 @to
 @allow_code
-def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | None, allow_code: tuple[str, ...]) -> int:
+@json_option
+def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | None, allow_code: tuple[str, ...], as_json: bool) -> int:
     from bpfree.study import command
 
     worklist = _worklist(name, settings, seeds, allow_code, load=False, older=True)
-    _print(*command.report(worklist, ["study", "run", *_again(name, settings, seeds, allow_code)], to))
+    _print(*command.report(worklist, ["study", "run", *_again(name, settings, seeds, allow_code)], to), as_json)
     return 0
 
 
@@ -263,17 +277,32 @@ def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | N
 @settings
 @seeds
 @allow_code
-def status(name: str, settings: tuple[str, ...], seeds: int | None, allow_code: tuple[str, ...]) -> int:
-    from bpfree.cli.output import print_table
+@json_option
+def status(name: str, settings: tuple[str, ...], seeds: int | None, allow_code: tuple[str, ...], as_json: bool) -> int:
     from bpfree.leaves import last_said, parse_words
     from bpfree.study.status import status_table
 
     folder = Path(last_said(parse_words(settings), "output", "runs")) / "studies"
     words = [name, settings, seeds, allow_code]
     table, summary = status_table(lambda: _worklist(name, settings, seeds, allow_code, load=False, older=True), folder, words=words)
-    print_table(["row", "column", "seed", "state", "epoch", "minutes", "validation", "cell"], table, right=[2, 4, 5, 6])
-    click.echo(f"\n{summary}")
+    if as_json:
+        cells = [{key: value for key, value in line.items() if key != "shown"} for line in table]
+        print_json({"study": name, "cells": cells, "summary": summary.splitlines()})
+        return 0
+    rows = [
+        [
+            *(line["row"], line["column"], _number(line), ": ".join(filter(None, [line["state"], line["reason"]])), line["epoch"]),
+            *("" if line["seconds"] is None else duration(line["seconds"]), line["shown"], line["cell"]),
+        ]
+        for line in table
+    ]
+    print_table(["row", "column", "seed", "state", "epoch", "time", "validation", "cell"], rows, right=[2, 4, 5, 6])
+    say(f"\n{summary}")
     return 0
+
+
+def _number(line: dict[str, Any]) -> str:
+    return str(line["seed"]) if line["trial"] is None else f"trial {line['trial']}"
 
 
 # --- shared helpers ---------------------------------------------------------------------------------------------------
@@ -286,12 +315,16 @@ def _run(name: str, settings: tuple[str, ...], options: dict[str, Any], retry: S
     files, labels = options["allow_code"], {"rows": options["rows"], "columns": options["columns"]}
     worklist = _worklist(name, settings, options["seeds"], files, **labels, retry=retry)
     if retry and not worklist.to_retry():
-        click.echo(f"no cell of {worklist.plan.study.name} is {' or '.join(retry)}: there is nothing to run again", err=True)
+        say(f"no cell of {worklist.plan.study.name} is {' or '.join(retry)}: there is nothing to run again", err=True)
+        if options["as_json"]:
+            print_json({"study": worklist.plan.study.name, "cells_run": 0})
         return 0
-    counts = f"{worklist.left()} of {worklist.count()} cells to run{_others(worklist, _again(name, settings, None, files))}"
-    click.echo(f"{worklist.plan.study.name}: {counts}", err=True)
+    trials = sum(cell.key.trial is not None and worklist.to_do(cell) for cell in worklist.cells())
+    kinds = f" ({trials} tuning trials, then {worklist.left() - trials} final runs)" if trials else ""
+    counts = f"{worklist.left()} of {worklist.count()} cells to run{kinds}{_others(worklist, _again(name, settings, None, files))}"
+    say(f"{worklist.plan.study.name}: {counts}", err=True)
     words = ["study", "run", *_again(name, settings, options["seeds"], files, **labels)]
-    return run_worklist(worklist, parse_words(settings), words, chosen)
+    return run_worklist(worklist, parse_words(settings), words, chosen, options["as_json"])
 
 
 def _chosen(options: dict[str, Any]) -> Options:
@@ -305,7 +338,7 @@ def _chosen(options: dict[str, Any]) -> Options:
     return chosen
 
 
-def run_worklist(worklist: Worklist, overrides: Sequence[Leaf], words: Sequence[str], options: Options) -> int:
+def run_worklist(worklist: Worklist, overrides: Sequence[Leaf], words: Sequence[str], options: Options, as_json: bool) -> int:
     """Run a study or a comparison with its progress, and print the report."""
     from bpfree.cli.study_progress import StudyProgress
     from bpfree.study import command
@@ -313,15 +346,19 @@ def run_worklist(worklist: Worklist, overrides: Sequence[Leaf], words: Sequence[
 
     progress = StudyProgress(worklist.count(), worklist.left(), quiet=options.quiet)
     try:
-        _print(*command.run(worklist, overrides, words, options, progress.of))
+        _print(*command.run(worklist, overrides, words, options, progress.of), as_json)
     except (Interrupted, KeyboardInterrupt):
-        click.echo(f"the {'comparison' if words[0] == 'compare' else 'study'} was interrupted; run the same command to resume it", err=True)
+        say(f"the {'comparison' if words[0] == 'compare' else 'study'} was interrupted; run the same command to resume it", err=True)
         raise
     return 0 if worklist.complete() else 1
 
 
-def _print(made: Report, page: Path) -> None:
-    click.echo(f"{made.text()}\n\n{page.resolve()}")
+def _print(made: Report, page: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({**made.plain(), "report": str(page.resolve())})
+        return
+    width = width_of(sys.stdout)
+    click.echo(f"{made.text(width)}\n\n{page.resolve()}")
 
 
 def _others(worklist: Worklist, words: Sequence[str]) -> str:
@@ -357,16 +394,24 @@ def _again(name: str, settings: Sequence[str], seeds: int | None, files: Sequenc
     return [name, *settings, *([] if seeds is None else ["--seeds", str(seeds)]), *labels, *allowed]
 
 
-def _dry_run(worklist: Worklist) -> int:
-    from bpfree.cli.output import print_table
+def _dry_run(worklist: Worklist, as_json: bool) -> int:
     from bpfree.study.costs import costs
     from bpfree.study.rows import unused
 
-    for change in worklist.plan.changes:
-        click.echo(f"not as written: {change}")
-    for text in unused(worklist.table()):
-        click.echo(text)
+    told = [*(f"not as written: {change}" for change in worklist.plan.changes), *unused(worklist.table())]
     table, summary = costs(worklist)
-    print_table(["row", "column", "seed", "state", "minutes", "cell"], table, right=[2, 4])
-    click.echo(f"\n{summary}")
+    if as_json:
+        print_json({"study": worklist.plan.study.name, "remarks": told, "cells": table, "summary": summary.splitlines()})
+        return 0
+    for text in told:
+        say(text)
+    rows = [[line["row"], line["column"], _number(line), line["state"], _cost(line), line["cell"]] for line in table]
+    print_table(["row", "column", "seed", "state", "time", "cell"], rows, right=[2, 4])
+    say(f"\n{summary}")
     return 0
+
+
+def _cost(line: dict[str, Any]) -> str:
+    if not line["to_run"]:
+        return ""
+    return "?" if line["seconds"] is None else duration(line["seconds"])

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import click
+from bpfree.cli.output import say
+from bpfree.document.terminal import duration
 
 if TYPE_CHECKING:
     from bpfree.study.rows import Cell
@@ -37,7 +38,7 @@ class StudyProgress:
         """Start the display for a number of workers."""
         self._workers = workers
         if workers > 1 and not self._quiet:
-            click.echo(f"{workers} workers", err=True)
+            say(f"{workers} workers", err=True)
         return self
 
     def started(self, cell: Cell, before: CellRecord | None) -> None:
@@ -64,7 +65,7 @@ class StudyProgress:
         elif record.status != "finished":
             self._show(f"{cell.key.label}: {record.status}: {record.reason}")
         elif not self._quiet:
-            self._show(f"{cell.key.label}: {_score(record)}, {record.elapsed:.0f} s{self._rest()}")
+            self._show(f"{cell.key.label}: {_score(record)}, {duration(record.elapsed)}{self._rest()}")
 
     def _show(self, text: str) -> None:
         width = len(str(self._count))
@@ -75,7 +76,7 @@ class StudyProgress:
         if not self._left or done < 1:
             return ""
         seconds = (time.monotonic() - self._since) / done * self._left
-        return f"   (about {f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min'} left)"
+        return f"   (about {duration(seconds)} left)"
 
     def say(self, text: str) -> None:
         """Print any other message."""
@@ -83,7 +84,7 @@ class StudyProgress:
             self._echo(text)
 
     def _echo(self, text: str) -> None:
-        click.echo(text, err=True)
+        say(text, err=True)
         self._said = time.monotonic()
 
 

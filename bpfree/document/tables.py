@@ -24,7 +24,7 @@ def text_table(
     Args:
         headers: of the columns.
         rows: of as many cells.
-        right: numbers of the columns that are aligned to the right; their cells are not wrapped.
+        right: numbers of the columns that are aligned to the right; below their headers, their cells are not wrapped.
         width: that all lines must have at most; ``None``: any. Cells wrap; where the columns cannot be made narrow enough, each row
             becomes a list of its headers and cells.
     """
@@ -43,9 +43,11 @@ def _fitting(texts: list[list[str]], natural: list[int], right: Container[int], 
     if sum(natural) <= room:
         return natural
     columns = list(zip(*texts, strict=True))
+    numbers = [max(map(len, column[1:]), default=0) if place in right else 0 for place, column in enumerate(columns)]
     for piece, readable in ((WORD, 20), (PIECE, 14)):  # a word is broken, after a hyphen, only where it must be
         longest = [max(len(part) for cell in column for part in (piece.findall(cell) or [""])) for column in columns]
-        least = [size if place in right else max(longest[place], min(size, readable)) for place, size in enumerate(natural)]
+        kept = [numbers[place] if place in right else min(size, readable) for place, size in enumerate(natural)]
+        least = list(map(max, longest, kept))
         if sum(least) <= room:
             widths = list(natural)
             while sum(widths) > room:

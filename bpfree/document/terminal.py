@@ -11,7 +11,7 @@ import re
 import textwrap
 from typing import TextIO
 
-__all__ = ["fitted", "indented", "width_of"]
+__all__ = ["duration", "fitted", "indented", "width_of"]
 
 LEAST = 20
 """Columns below which nothing is wrapped further."""
@@ -28,6 +28,14 @@ def width_of(stream: TextIO) -> int | None:
         return max(LEAST, os.get_terminal_size(stream.fileno()).columns or 80) if stream.isatty() else None
     except (OSError, ValueError, AttributeError):  # a stream without a file
         return None
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that suits it: ``4.2 s``, ``45 s``, ``3.1 min``, ``2.0 h``."""
+    for unit, size in (("s", 1), ("min", 60)):
+        if (amount := seconds / size) < 99.5:
+            return f"{amount:.{0 if amount >= 9.95 or not amount else 1 if amount >= 0.095 else 2}f} {unit}"
+    return f"{seconds / 3600:.1f} h"
 
 
 def indented(text: str, width: int | None, indent: int) -> list[str]:
@@ -49,6 +57,7 @@ def fitted(text: str, width: int | None) -> str:
     """Wrap the lines of a text that are too long, below what they begin with."""
     lines = []
     for line in text.splitlines():
-        start = HANGING.match(line)
-        lines += indented(line.rstrip(), width, start.end() if start else 0)
+        found, spaces = HANGING.match(line), len(line) - len(line.lstrip())
+        start = found.end() if found else spaces
+        lines += indented(line.rstrip(), width, start if width is None or start <= max(LEAST, width // 3) else spaces + 2)
     return "\n".join(lines)

@@ -321,10 +321,14 @@ def execute(worklist: Worklist, jobs: Jobs, executor: Executor, display: Display
             ended = executor.wait()
             display.waiting(list(running.values()), lambda cell: epoch_of(worklist.store.read(cell.key.id)))
         for one in ended:
-            _note(one, running.pop(one.cell), worklist, elsewhere, deaths, display)
+            cell = running.pop(one.cell)
+            unreported = sum(not worklist.to_do(other) for other in running.values())  # so that each cell has a number of its own
+            _note(one, cell, worklist, elsewhere, deaths, display, unreported)
 
 
-def _note(ended: Ended, cell: Cell, worklist: Worklist, elsewhere: set[str], deaths: Counter[str], display: Display) -> None:
+def _note(
+    ended: Ended, cell: Cell, worklist: Worklist, elsewhere: set[str], deaths: Counter[str], display: Display, unreported: int
+) -> None:
     if ended.died:
         deaths[cell.key.id] += 1
         if deaths[cell.key.id] < DEATHS and not ended.final:
@@ -340,4 +344,4 @@ def _note(ended: Ended, cell: Cell, worklist: Worklist, elsewhere: set[str], dea
         worklist.take(ended.record)
         if not worklist.has_paused(cell.key.id):
             worklist.tried(cell.key.id)
-    display.ended(cell, ended.record, worklist.left())
+    display.ended(cell, ended.record, worklist.left() + unreported)

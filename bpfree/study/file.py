@@ -332,7 +332,7 @@ class _StudyReader:
     # --- values -----------------------------------------------------------------------------------------------------
 
     def mapping(self, node: Any, where: str, known: Iterable[str] | None = None, kind: str = "key") -> dict[str, Any]:
-        """Return a mapping with known keys; a misspelt one is a problem, and stands for the one that is meant, so that it is checked too."""
+        """Return a mapping with known keys; a misspelt one is a problem, and stands for the one that is meant."""
         if not isinstance(node, dict):
             self.problems.append(f"{where}: must be a mapping of names to values, not {node!r}")
             return {}

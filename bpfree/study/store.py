@@ -298,10 +298,10 @@ class CellStore:
                 free = True
             yield free
 
-    def others(self, cells: set[str]) -> int:
-        """Count the finished cells in the folder other than the given ones: of other settings, seeds or sources."""
-        found = (self.read(path.stem) for path in self.folder.glob("cells/*.json") if path.stem not in cells)
-        return sum(record is not None and record.status == "finished" for record in found)
+    def others(self, cells: set[str]) -> list[CellRecord]:
+        """List the finished cells in the folder other than the given ones: of other settings, seeds or sources."""
+        found = (self.read(path.stem) for path in sorted(self.folder.glob("cells/*.json")) if path.stem not in cells)
+        return [record for record in found if record is not None and record.status == "finished"]
 
     def begin(self, key: CellKey, before: CellRecord | None, *, restart: bool = False) -> CellRecord:
         """Make the record of a cell that is about to run, with the state of the run that it resumes.

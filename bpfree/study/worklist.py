@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from bpfree.errors import UsageError, did_you_mean
 from bpfree.leaves import Leaf
@@ -149,6 +149,19 @@ class Worklist:
         ended = [cell for row in self._chosen if row.twin is not None for cell in self._final(row) if not self.to_do(cell)]
         return trials + len(self.plan.seeds) * rows - shared - sum(not self._operations(cell) for cell in ended)
 
+    def later(self) -> Iterator[tuple[Cell, str]]:
+        """Yield cells like those that will be added, with the settings of their rows as written, and the condition that they wait for."""
+        for row in self._chosen:
+            final = self._final(row)
+            yield from ((cell, "tuning") for cell in (row.cells if not final else ()))
+            if row.twin is None:
+                continue
+            known = {cell.key.seed for cell in self._twins_of(row)}
+            for cell in final or row.cells:
+                comes = not final or self.to_do(cell) or self._operations(cell) > 0
+                if comes and cell.key.seed not in known:
+                    yield dataclasses.replace(cell, key=dataclasses.replace(cell.key, row=row.twin.written.label)), "its row"
+
     def waits_for(self) -> str:
         """Name the condition that cells which are not known yet wait for."""
         study = self.plan.study
@@ -242,7 +255,7 @@ class Worklist:
     def hidden(self) -> int:
         """Count the finished cells in the folder that do not belong to this study as planned."""
         cells = [*self.all_cells(), *self.plan.cells]
-        return self.store.others({known.key.id for cell in cells if (known := self._known(cell))} | {cell.key.id for cell in cells})
+        return len(self.store.others({known.key.id for cell in cells if (known := self._known(cell))} | {cell.key.id for cell in cells}))
 
 
 def _check_twins(rows: Sequence[TableRow]) -> None:

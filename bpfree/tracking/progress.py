@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
+from bpfree.document.terminal import duration, fitted, width_of
 from bpfree.hooks import hookimpl
 from bpfree.metric import LOSS, metric_of, scores_in
 from bpfree.run import PAUSED, Run
@@ -86,8 +87,8 @@ class ProgressDisplay:
 
 
 def print_line(stream: TextIO, text: str) -> None:
-    """Print a line without buffering, also into a pipe."""
-    stream.write(f"{text}\n")
+    """Print a line that fits the terminal, without buffering, also into a pipe."""
+    stream.write(f"{fitted(text, width_of(stream))}\n")
     stream.flush()
 
 
@@ -101,7 +102,7 @@ class _Plain:
         self._held: str | None = None
         self._phases = 0
         self._phase = ""
-        epochs = f", {run.total_epochs} epochs" if run.total_epochs else ""
+        epochs = f", {run.total_epochs} epoch{'s' * (run.total_epochs > 1)}" if run.total_epochs else ""
         again = f", resumed after epoch {run.epoch}" if run.resumed else ""
         print_line(stream, f"{name}: started{epochs}{again}")
 
@@ -229,7 +230,7 @@ class _ClockText:
         if self._first is None:
             self._first = (now, share)
         since, begun = self._first
-        self._left = _duration((now - since) / (share - begun) * (1 - share)) if begun < share < 1 else ""
+        self._left = duration((now - since) / (share - begun) * (1 - share)) if begun < share < 1 else ""
         return self._left
 
 
@@ -265,7 +266,7 @@ def _summary(run: Run, metrics: Mapping[str, float]) -> list[str]:
 def _ending(run: Run) -> str:
     if run.status == "finished":
         results = [f"test {metric.name.replace('_', ' ')} {metric.text(value)}" for metric, value in run.scores("test")]
-        results += [f"{_duration(run.result['train/seconds'])} of training"] if "train/seconds" in run.result else []
+        results += [f"{duration(run.result['train/seconds'])} of training"] if "train/seconds" in run.result else []
         return f"{run.name}: finished{': ' if results else ''}{', '.join(results)}"
     reason = f": {run.reason}" if run.reason else ""
     text = f"{run.name}: {run.status} after epoch {run.epoch}{reason}"
@@ -273,10 +274,3 @@ def _ending(run: Run) -> str:
     if run.status == "interrupted" and run.folder is not None and resumable:
         return f"{text}\n  resume it with: bpfree train --resume {shlex.quote(str(run.folder))}"
     return text
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d} min"

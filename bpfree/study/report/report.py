@@ -10,11 +10,13 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bpfree.document.content import Bullets, Folded, Part, Section, Table, Text
 from bpfree.document.markdown import markdown
 from bpfree.document.page import html_page
 from bpfree.document.tables import text_table
+from bpfree.document.terminal import fitted
 from bpfree.errors import BpfreeError
 from bpfree.files import write_text
 from bpfree.redaction import redact_word
@@ -66,16 +68,38 @@ class Report:
         changes = "; ".join(self.plan.changes)
         return f"report-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else "report"
 
-    def text(self) -> str:
-        """Format the report for a terminal: title, table, controls, remarks, failures, environment, command."""
+    def plain(self) -> dict[str, Any]:
+        """Return the report as plain values: cells with their results, comparisons, remarks."""
+        study = self.plan.study
+        tables = [
+            {"title": found.title, "rows": [dict(zip(found.headers, row, strict=True)) for row in found.table]}
+            for found in self._comparisons()
+        ]
+        cells = [
+            {"row": row.written.label, "column": row.column, "seed": cell.key.seed, **_outcome(record), "settings": list(cell.words)}
+            for row in self.rows
+            for cell, record in zip(row.cells, row.records, strict=True)
+        ]
+        about = {"study": study.name, "title": study.title, "changes": self.plan.changes, "command": self.command}
+        told = {"remarks": self.remarks, "failures": self.failures, "environment": self.environment}
+        return {**about, "cells": cells, "comparisons": tables, **told}
+
+    def text(self, width: int | None = None) -> str:
+        """Format the report for a terminal of a width: title, table, controls, remarks, failures, environment, command."""
         study = self.plan.study
         numbers = range(self.headers.index("n") - 1, len(self.headers))
         parts = [study.title, *([f"Published: {study.paper}"] if study.paper else []), ""]
-        parts += text_table(self.headers, self.table, numbers)
+        parts += text_table(self.headers, self.table, numbers, width)
         for found in self._comparisons():
-            parts += ["", found.title, "", *text_table(found.headers, found.table, found.numeric), "", found.legend]
-        told = (*self.remarks, *self.failures, study.notes, self.environment, self.command and f"Again: {self.command}")
-        return "\n".join([*parts, "", *filter(None, told)])
+            parts += ["", found.title, "", *text_table(found.headers, found.table, found.numeric, width), "", fitted(found.legend, width)]
+        told = (
+            *self.remarks,
+            *self.failures,
+            study.notes if width is None else _flowing(study.notes),
+            self.environment,
+            self.command and f"Again: {self.command}",
+        )
+        return "\n".join([fitted(parts[0], width), *parts[1:], "", *(fitted(text, width) for text in told if text)])
 
     def sections(self) -> list[Section]:
         """Make the sections of page and Markdown, in their order, with their figures."""
@@ -131,6 +155,12 @@ class Report:
     def _against(self) -> list[Section]:
         """Make a section each of floors, verdicts and controls."""
         return [Section(found.title, [_as_table(found), Text(found.legend, "note")]) for found in self._comparisons()]
+
+
+def _outcome(record: CellRecord | None) -> dict[str, Any]:
+    if record is None:
+        return {"status": "not run", "reason": "", "run": "", "result": {}}
+    return {"status": record.status, "reason": record.reason, "run": record.run, "result": record.result}
 
 
 def report_on(plan: Plan, rows: Sequence[TableRow], words: Sequence[str], *, hidden: int = 0, floors: Floors | None = None) -> Report:
