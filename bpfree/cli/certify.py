@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bpfree.cli.code import allow_code, named
-from bpfree.cli.completion import names_of
+from bpfree.cli.completion import names_of, run_name, setting
 
 if TYPE_CHECKING:
     from bpfree.certify.certificate import Certificate
@@ -34,9 +34,15 @@ words of the sections rule and network. Exit status 1: a check failed; each fail
 
 @click.command(short_help="Examine a rule and write a certificate of its measured properties.", help=HELP)
 @click.argument("rule", required=False, shell_complete=names_of("rules"))
-@click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
+@click.argument("settings", nargs=-1, metavar="[SETTINGS]...", shell_complete=setting)
 @click.option("--quick", is_flag=True, help="Small networks only: skip whole runs, learning and permuted labels.")
-@click.option("--run", "place", metavar="RUN", help="Examine a run by forks from its checkpoints; it names the rule and all settings.")
+@click.option(
+    "--run",
+    "place",
+    metavar="RUN",
+    shell_complete=run_name,
+    help="Examine a run by forks from its checkpoints; it names the rule and all settings.",
+)
 @click.option("--draw", type=int, help="Seed of the moments and dirty weights of --run.  [default: a new one]")
 @click.option("--only", multiple=True, metavar="CHECK", help="Run only this check (repeatable); the certificate is partial.")
 @click.option("--waive", multiple=True, metavar="CHECK=REASON", help="Expect a check to fail, with the reason (repeatable).")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from bpfree.cli.code import allow_code
+from bpfree.cli.completion import word
 from bpfree.cli.output import json_option
 
 HELP = """Train several rules over several seeds, and compare them in a table and a report.
@@ -26,7 +27,7 @@ You may interrupt a comparison at any time: the same command resumes it, and fin
 
 
 @click.command(help=HELP, short_help="Compare rules over seeds, with floor and ceiling.")
-@click.argument("words", nargs=-1, required=True, metavar="WORD...")
+@click.argument("words", nargs=-1, required=True, metavar="WORD...", shell_complete=word)
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(1, 10_000), help="Number of repetitions, with seeds 0, 1, ...")
 @click.option("--only", is_flag=True, help="Do not add the linear classifier, own-prediction twins and back-propagation.")
 @click.option("--jobs", "-j", type=click.IntRange(1, 1024), help="Number of parallel cells.  [default: 1, or one per GPU]")

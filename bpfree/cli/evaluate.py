@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bpfree.cli.code import allow_code
+from bpfree.cli.completion import run_name, setting
 
 if TYPE_CHECKING:
     from bpfree.metric import Metric
@@ -30,8 +31,8 @@ def _text(key: str, value: float, known: Mapping[str, Metric]) -> str:
 
 
 @click.command(help=HELP, short_help="Score a trained rule on a split.")
-@click.argument("checkpoint")
-@click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
+@click.argument("checkpoint", shell_complete=run_name)
+@click.argument("settings", nargs=-1, metavar="[SETTINGS]...", shell_complete=setting)
 @click.option(
     "--split", type=click.Choice(["validation", "test", "train"]), default="validation", show_default=True, help="Split to score."
 )

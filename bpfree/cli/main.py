@@ -44,6 +44,7 @@ Examples:
   bpfree study list                                   studies, such as tables of papers
   bpfree certify dfa                                  measure a rule's properties
   bpfree plugins new my-rule                          create a rule of your own
+  bpfree completion --install                         complete words with TAB
 """
 
 
@@ -65,6 +66,7 @@ class Commands(click.Group):
         "registry": "registry",
         "runs": "runs",
         "track": "track",
+        "completion": "completion",
     }
 
     def list_commands(self, context: click.Context) -> list[str]:
@@ -120,6 +122,8 @@ def _leave(code: int) -> NoReturn:
 
 
 def _run(words: list[str], *, debug: bool) -> int:
+    if "_BPFREE_COMPLETE" in os.environ:
+        from bpfree.cli import completion  # noqa: F401  (it registers the shells)
     try:
         result: Any = cli.main(args=words, prog_name="bpfree", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bpfree.cli.code import allow_code
-from bpfree.cli.completion import names_of
+from bpfree.cli.completion import labels_of, names_of, setting, study_name
 from bpfree.cli.output import json_option, print_json, print_pairs, print_table, say
 from bpfree.document.terminal import duration, width_of
 
@@ -83,7 +83,7 @@ def settings(command: Command) -> Command:
         return command(*arguments, settings=(*settings, "quick=true") if quick else settings, **options)
 
     option = click.option("--quick", is_flag=True, help="Smoke run with a few batches of each split (quick=true).")
-    return click.argument("settings", nargs=-1, metavar="[SETTINGS]...")(option(merged))
+    return click.argument("settings", nargs=-1, metavar="[SETTINGS]...", shell_complete=setting)(option(merged))
 
 
 seeds = click.option("--seeds", type=click.IntRange(1, 10_000), help="Number of repetitions.  [default: as in the study]")
@@ -92,8 +92,8 @@ to = click.option(
 )
 running = _options(
     seeds,
-    click.option("--rows", metavar="LABEL,...", callback=_labels, help="Run only these rows."),
-    click.option("--columns", metavar="LABEL,...", callback=_labels, help="Run only these columns."),
+    click.option("--rows", metavar="LABEL,...", callback=_labels, shell_complete=labels_of("rows"), help="Run only these rows."),
+    click.option("--columns", metavar="LABEL,...", callback=_labels, shell_complete=labels_of("columns"), help="Run only these columns."),
     click.option(
         "--jobs", "-j", type=click.IntRange(1, 1024), help="Number of parallel cells.  [default: as in the study, or one per GPU]"
     ),
@@ -172,7 +172,7 @@ def _count(found: Study) -> int:
 
 
 @study.command("show", short_help="Show the rows of a study, and the published numbers.")
-@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
+@click.argument("name", metavar="STUDY", shell_complete=study_name)
 @allow_code
 @json_option
 def show(name: str, allow_code: tuple[str, ...], as_json: bool) -> None:
@@ -236,7 +236,7 @@ def _published(row: Row, column: str) -> str:
 
 
 @study.command("run", help=RUN_HELP, short_help="Run the unfinished cells, and report.")
-@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
+@click.argument("name", metavar="STUDY", shell_complete=study_name)
 @settings
 @running
 @click.option("--dry-run", is_flag=True, help="Show the cells, their status and their estimated cost; run nothing.")
@@ -250,7 +250,7 @@ def run(name: str, settings: tuple[str, ...], dry_run: bool, **options: Any) -> 
 
 @study.command("retry", help=RETRY_HELP, short_help="Run failed cells again.")
 @click.argument("which", type=click.Choice(list(WHICH)))
-@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
+@click.argument("name", metavar="STUDY", shell_complete=study_name)
 @settings
 @running
 def retry(which: str, name: str, settings: tuple[str, ...], **options: Any) -> int:
@@ -258,7 +258,7 @@ def retry(which: str, name: str, settings: tuple[str, ...], **options: Any) -> i
 
 
 @study.command("report", help=REPORT_HELP, short_help="Report on the finished cells.")
-@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
+@click.argument("name", metavar="STUDY", shell_complete=study_name)
 @settings
 @seeds
 @to
@@ -273,7 +273,7 @@ def report(name: str, settings: tuple[str, ...], seeds: int | None, to: Path | N
 
 
 @study.command("status", help=STATUS_HELP, short_help="Show the status of the cells, also while a study runs.")
-@click.argument("name", metavar="STUDY", shell_complete=names_of("studies"))
+@click.argument("name", metavar="STUDY", shell_complete=study_name)
 @settings
 @seeds
 @allow_code

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from bpfree.cli.completion import run_name, setting
+
 
 @click.group(short_help="Manage experiment tracking.")
 def track() -> None:
@@ -13,8 +15,8 @@ def track() -> None:
 
 
 @track.command("send", short_help="Upload data that could not be sent while a tracker was unavailable.")
-@click.argument("run")
-@click.argument("settings", nargs=-1, metavar="[SETTINGS]...")
+@click.argument("run", shell_complete=run_name)
+@click.argument("settings", nargs=-1, metavar="[SETTINGS]...", shell_complete=setting)
 def send(run: str, settings: tuple[str, ...]) -> int:
     """Upload the data that the trackers of RUN (a run's folder, or its name) do not have.
 

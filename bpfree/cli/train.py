@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bpfree.cli.code import allow_code
-from bpfree.cli.completion import setting
+from bpfree.cli.completion import run_name, setting
 from bpfree.document.terminal import fitted, width_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ the blocks of a network where these are independent, else the examples of each b
 )
 @click.option("--print-config", is_flag=True, help="Print the complete configuration with the meaning of each key, and exit.")
 @click.option("--print-plan", is_flag=True, help="Show how the rule treats each layer of the network (if it reports a plan), and exit.")
-@click.option("--resume", metavar="RUN", help="Resume a run (folder, name or checkpoint file).")
+@click.option("--resume", metavar="RUN", shell_complete=run_name, help="Resume a run (folder, name or checkpoint file).")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 @click.option("--quick", is_flag=True, help="Smoke run with a few batches of each split (quick=true).")
 @allow_code
