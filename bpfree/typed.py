@@ -48,7 +48,9 @@ def typed(value: Any, kind: Any, key: str) -> Any:
     """
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(value, Scalar) and not value.text:
-        raise Misfit("has no value", f"give one{', null for none' if type(None) in parts else ''}, or leave the key out")
+        name, colon, text = key.rpartition(".")[2].partition(":")
+        spaced = f"write a space behind the colon: {{{name}: {text}}}" if colon else ""
+        raise Misfit("has no value", spaced or f"give one{', null for none' if type(None) in parts else ''}, or leave the key out")
     if origin in (typing.Union, types.UnionType):
         return _one_of(value, parts, key)
     if origin is typing.Literal:

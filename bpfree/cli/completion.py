@@ -247,7 +247,8 @@ class Fish(FishComplete):
     """Puts a blank behind a completion or none as fish itself decides."""
 
     def format_completion(self, item: CompletionItem) -> str:
-        return super().format_completion(CompletionItem(item.value, "plain" if item.type == PART else item.type, item.help))
+        help = item.help and item.help.replace(",", ";")  # click's script breaks lines at commas
+        return super().format_completion(CompletionItem(item.value, "plain" if item.type == PART else item.type, help))
 
 
 SHELLS = {"bash": Bash, "zsh": Zsh, "fish": Fish}

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import torch
 
-from bpfree.errors import BpfreeError, DiskError, UsageError
+from bpfree.errors import BpfreeError, DiskError, UsageError, did_you_mean
 from bpfree.files import remove_abandoned, replacing
 from bpfree.record.folder import RunFolder
 from bpfree.rule import Rule
@@ -43,7 +43,7 @@ TAIL = len(MARK) + 64
 CHUNK = 1 << 20
 KINDS: dict[str, type] = {"format": int, "weights": dict, "rule": str, "phases_begun": int, "training": dict}
 """Types of the entries of a checkpoint, where they exist."""
-FIX = "it is damaged, or was not written by bpfree: use another checkpoint, or start the run again"
+FIX = "use another file of its folder checkpoints, or train again: bpfree train --config RUN/config.yaml"
 
 
 class _Hashed:
@@ -110,10 +110,10 @@ def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[s
     except BpfreeError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in first:  # torch's message advises to run the code in the file
-            first = "it holds objects other than tensors and plain values"
-        raise BpfreeError(f"cannot read the checkpoint: {first}", where=str(path), fix=FIX) from None
+        # torch's own message may advise to run the code in the file
+        foreign = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
+        reason = "it holds objects other than tensors and plain values" if foreign else "it is damaged, or was not written by bpfree"
+        raise BpfreeError(f"cannot read the checkpoint: {reason}", where=str(path), fix=FIX) from None
     if not isinstance(content, dict) or "weights" not in content or "format" not in content:
         raise BpfreeError("the file is no checkpoint of bpfree", where=str(path), fix=FIX)
     odd = [key for key, kind in KINDS.items() if not isinstance(content.get(key, kind()), kind)]
@@ -241,9 +241,12 @@ def find_checkpoint(place: str | Path, *, output: str | Path = "runs", prefer: s
         found = next((path for path in known if path.is_file()), None)
         if found is not None:
             return found
+    fix = f"give a checkpoint file, a run's folder, or the name of a run in {output}/"
     unfinished = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    if unfinished is not None and not any(file.exists() for file in (RunFolder(unfinished).config, RunFolder(unfinished).log.path)):
+        held = sorted(path.parent.name for path in unfinished.glob("*/config.yaml"))
+        raise UsageError("the folder is not a run's", where=str(unfinished), fix=f"name one of its runs: {held[-1]}" if held else fix)
     if unfinished is not None:
         raise UsageError("the run has no checkpoint yet", where=str(unfinished), fix="start it again from the beginning")
-    raise UsageError(
-        "no such run or checkpoint", where=str(place), fix=f"give a checkpoint file, a run's folder, or the name of a run in {output}/"
-    )
+    guess = did_you_mean(Path(place).name, (path.parent.name for path in Path(output).glob("*/config.yaml")))
+    raise UsageError("no such run or checkpoint", where=str(place), fix=guess or fix)

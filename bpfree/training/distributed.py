@@ -251,6 +251,10 @@ def _explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "EADDRINUSE" in reason:
+            port = os.environ.get("MASTER_PORT", "")
+            fix = "choose a free port: torchrun --master-port PORT ..., or --standalone for any"
+            raise UsageError(f"the port {port} is in use", where=f"MASTER_PORT={port}", fix=fix) from error
         raise BpfreeError(
             "another process of this run has ended, or cannot be reached", where=reason, fix="if it has a checkpoint, use --resume"
         ) from error
