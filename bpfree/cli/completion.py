@@ -60,7 +60,7 @@ def labels_of(kind: str) -> Complete:
     def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
         before, comma, begun = incomplete.rpartition(",")
         given = before.split(",") if comma else []
-        study = context.params.get("name") or next(iter(context.args), "")  # an option without its value leaves arguments unread
+        study = context.params.get("name") or next(iter(context.args), "")
         found = [label for label in _labels(str(study), kind) if label not in given]
         return _items([(label, "") for label in found], before + comma, begun)
 
@@ -102,7 +102,8 @@ def _items(found: Iterable[Sequence[str]], before: str, incomplete: str, kind: s
 
 
 def _settings(context: click.Context) -> Sequence[str]:
-    return [str(each) for each in (context.params.get("settings") or context.params.get("words") or ())]
+    """Return the words so far; an option that still lacks its value leaves them unread."""
+    return [str(each) for each in (context.params.get("settings") or context.params.get("words") or context.args)]
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------

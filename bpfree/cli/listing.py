@@ -50,7 +50,7 @@ def rules(name: str | None, as_json: bool) -> None:
 
     if name is not None:
         name, registry = named("rules", name)
-        rule = registry.get("rules", name)
+        rule = registry.get("rules", name, where="bpfree rules")
         card = dict(rule_card(name, rule, registry.owner("rules", name)), certificate=certificate_of(name, registry))
         print_json(card) if as_json else show_card(card, rule)
         return
@@ -120,7 +120,7 @@ def list_kind(kind: str, name: str | None, as_json: bool) -> None:
         from bpfree.named_networks import spelled_out
 
         name = spelled_out(name, registry)[0]
-    thing = registry.get(kind, name)
+    thing = registry.get(kind, name, where=f"bpfree {kind}")
     if as_json:
         print_json({"name": name, "summary": thing.summary, "options": options_of(thing.Config)})
         return
@@ -163,7 +163,7 @@ def metrics(name: str | None, as_json: bool) -> None:
     from bpfree.cli.output import print_json, print_pairs
     from bpfree.plugins import installed_plugins
 
-    metric = installed_plugins().get("metrics", name)
+    metric = installed_plugins().get("metrics", name, where="bpfree metrics")
     lines = {
         "name": name,
         "key": f"test/{metric.name}, val/{metric.name}",

@@ -88,7 +88,8 @@ def show(name: str, index: Path | None, folder: Path | None, as_json: bool) -> N
     found = records(index, folder)
     chosen = [record for record in found if record["name"] == name] or [record for record in found if name in record["rules"]]
     if not chosen:
-        raise unknown_name("plugin", name, {record["name"] for record in found} | {rule for record in found for rule in record["rules"]})
+        known = [record["name"] for record in found] + [rule for record in found for rule in record["rules"]]
+        raise unknown_name("plugin or rule", name, known, where="bpfree registry show")
     if as_json:
         print_json(chosen[0])
         return

@@ -10,6 +10,7 @@ import click
 
 from bpfree.cli.code import allow_code
 from bpfree.cli.completion import run_name, setting
+from bpfree.cli.output import json_option
 from bpfree.document.terminal import fitted, width_of
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ the blocks of a network where these are independent, else the examples of each b
 @click.option(
     "--address", metavar="ADDRESS", help="Address of the Ray cluster, or `auto`.  [default: $RAY_ADDRESS, otherwise a local cluster]"
 )
+@json_option
 def train(
     settings: tuple[str, ...],
     configs: tuple[Path, ...],
@@ -72,10 +74,11 @@ def train(
     allow_code: tuple[str, ...],
     ray: int | None,
     address: str | None,
+    as_json: bool,
 ) -> int:
     from bpfree import runner
     from bpfree.cli.annotate import annotate
-    from bpfree.cli.output import PlanDisplay, exit_code, print_result
+    from bpfree.cli.output import PlanDisplay, exit_code, print_json, print_result
     from bpfree.config import allowing, resolve
     from bpfree.errors import UsageError
     from bpfree.leaves import last_said, parse_words, read_yaml
@@ -116,7 +119,10 @@ def train(
             run = runner.resume(place, output=output, changes=leaves, quiet=quiet, observers=observers, registry=registry)
             if finished and world.first:
                 click.echo("this run is already finished; raise its budget (budget.epochs=...) to train it further\n", err=True)
-    if world.first:
+    if world.first and as_json:
+        about = {"run": run.id, "status": run.status, "reason": run.reason, "folder": run.folder, "epoch": run.epoch, "tags": run.tags}
+        print_json({**about, "result": run.result})
+    elif world.first:
         print_result(run)
     return exit_code(run)
 

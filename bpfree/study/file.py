@@ -70,7 +70,7 @@ def find_study(name: str, registry: Plugins | None = None) -> Study:
     try:
         registry.get("studies", name)
     except UsageError as error:
-        raise UsageError(error.what, where=error.where, fix=f"{error.fix}; or give a study file, NAME.yaml") from None
+        raise UsageError(error.what, where="study", fix=f"{error.fix} Or give a study file, NAME.yaml", known=error.known) from None
     raise AssertionError("a name that is registered was found before")
 
 
