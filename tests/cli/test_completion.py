@@ -31,7 +31,7 @@ def completed(capsys: pytest.CaptureFixture[str], line: str) -> list[str]:
         patch.setenv("COMP_WORDS", line)
         with pytest.raises(SystemExit):
             main([])
-    return [found.partition(",")[2] for found in capsys.readouterr().out.splitlines()]
+    return [found.partition(",")[2] for found in capsys.readouterr().out.splitlines() if found]
 
 
 def test_names_keys_and_values(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
