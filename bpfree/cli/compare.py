@@ -22,7 +22,7 @@ You may interrupt a comparison at any time: the same command resumes it, and fin
 
 \b
   bpfree compare noprop-dt dfa --seeds 3 budget.epochs=30
-  bpfree compare noprop-dt noprop-dt,rule.T=1 task=mnist budget.epochs=2 --jobs 2
+  bpfree compare noprop-dt noprop-dt,rule.T=1 task=mnist --jobs 2
 """
 
 

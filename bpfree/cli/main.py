@@ -33,18 +33,18 @@ PAUSE = 10.0
 EPILOG = """
 \b
 Examples:
-  bpfree rules                                        list learning rules
-  bpfree rules noprop-dt                              show a method card
+  bpfree rules                              list learning rules
+  bpfree rules noprop-dt                    show a method card
   bpfree train rule=noprop-dt task=mnist budget.epochs=2 seed=1
-  bpfree train --config runs/RUN/config.yaml          repeat a run
-  bpfree train --resume runs/RUN                      resume after an interruption
+  bpfree train --config runs/RUN/config.yaml     repeat a run
+  bpfree train --resume runs/RUN            resume after an interruption
   bpfree evaluate runs/RUN --split test
-  bpfree runs                                         list runs and their status
-  bpfree compare noprop-dt dfa --seeds 3              compare with floor and ceiling
-  bpfree study list                                   studies, such as tables of papers
-  bpfree certify dfa                                  measure a rule's properties
-  bpfree plugins new my-rule                          create a rule of your own
-  bpfree completion --install                         complete words with TAB
+  bpfree runs                               list runs and their status
+  bpfree compare noprop-dt dfa --seeds 3    compare with floor and ceiling
+  bpfree study list                         studies, such as tables of papers
+  bpfree certify dfa                        measure a rule's properties
+  bpfree plugins new my-rule                create a rule of your own
+  bpfree completion --install               complete words with TAB
 """
 
 

@@ -31,10 +31,10 @@ the same study.
 
 \b
   bpfree study run quickstart
-  bpfree study run digits-floor-ceiling budget.epochs=1 --seeds 1 --rows dfa,backprop
-  bpfree study run mine.yaml --jobs 4                      # four processes; one per GPU where there are several
-  bpfree study run mine.yaml --executor ray --address auto # on a Ray cluster; slurm: as SLURM jobs
-  bpfree study run mine.yaml --dry-run                     # the cells, and what they will cost
+  bpfree study run quickstart budget.epochs=1 --seeds 1 --rows dfa,backprop
+  bpfree study run mine.yaml --jobs 4          four processes
+  bpfree study run mine.yaml --executor ray    on a Ray cluster (or slurm)
+  bpfree study run mine.yaml --dry-run         the cells and their cost
 
 A cell computes with one thread unless `threads` says otherwise, so that its numbers do not depend on --jobs. Timings of cells that ran at
 the same time are marked, and left out of plots of speed: use --jobs 1 for comparable timings.
@@ -43,7 +43,7 @@ REPORT_HELP = """Report on the finished cells of a study. Give the SETTINGS and 
 
 \b
   bpfree study report quickstart
-  bpfree study report digits-floor-ceiling budget.epochs=1 --seeds 1 --to paper/
+  bpfree study report quickstart budget.epochs=1 --seeds 1 --to paper/
 """
 STATUS_HELP = """Show the status of a study's cells, also while it runs. Give the SETTINGS and --seeds that it was run with.
 

@@ -28,9 +28,10 @@ SETTINGS are KEY=VALUE words that override the defaults and --config files, for 
   rule.scale=0.5              an option of the rule (bpfree rules dfa)
   task=mnist                  which data (bpfree tasks)
   network=mlp network.depth=6 which network, and its sizes (bpfree networks)
-  budget.epochs=20            or budget.samples=..., .seconds=..., .forwards=..., .operations=...
+  budget.epochs=20            or .samples, .seconds, .forwards, .operations
   optimizer.lr=0.001 batch_size=128 seed=1 device=cpu
-  tracking.to=[csv]           metrics.csv instead of MLflow; tracking.enabled=false: neither
+  tracking.to=[csv]           metrics.csv instead of MLflow
+  tracking.enabled=false      neither
 
 A run has a folder under runs/ (output=...): its configuration, metrics, plots and checkpoints. MLflow shows all runs:
 `mlflow ui --backend-store-uri sqlite:///mlflow.db`.

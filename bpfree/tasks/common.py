@@ -31,7 +31,7 @@ Normalise = Literal["source", "auto", "none", "given"]
 class TaskCommon:
     """Options of every task."""
 
-    validation: float = option(0.1, "share of the training examples held out to choose by; 0: none", ge=0, lt=1)
+    validation: float = option(0.1, "share of the training examples held out for validation; 0: none", ge=0, lt=1)
     split_seed: int = option(0, "of the validation cut; independent of seed", ge=0, unless={"validation": (0,)})
     augment: list[Any] = option(
         factory=list, help="augmentations of training batches, in order: a name, or {name: random-rotation, degrees: 10}"

@@ -150,7 +150,7 @@ def check_headers(headers: Mapping[str, Header], path: Path) -> tuple[tuple[str,
             if headers[name].dtype.kind not in "biuf":
                 classes = "encode the classes as 0, 1, 2: y = numpy.unique(y, return_inverse=True)[1]"
                 fix = classes if name.startswith("y") else "save it as an array of numbers"
-                raise UsageError(f"array {name} holds no numbers but {headers[name].dtype}", where=str(path), fix=fix)
+                raise UsageError(f"array {name} has dtype {headers[name].dtype}, expected numbers", where=str(path), fix=fix)
             if not math.prod(headers[name].shape or (0,)):
                 raise UsageError(f"array {name} is empty: its shape is {headers[name].shape}", where=str(path), fix="give it examples")
         inputs, targets = (headers[name].shape for name in pair)

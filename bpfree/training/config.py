@@ -104,7 +104,9 @@ class TrainConfig:
     )
     device: str = option("auto", "auto (the first that is here of cuda, mps and cpu), cpu, cuda, cuda:N or mps")
     deterministic: bool = option(False, "only deterministic algorithms; matters on CUDA, a CPU repeats itself anyway")
-    threads: int | None = option(None, "threads of torch on the CPU (none: torch's choice); changes the last bits", ge=1, le=1024)
+    threads: int | None = option(
+        None, "threads of torch on the CPU (none: torch's choice); their number changes results in the last bits", ge=1, le=1024
+    )
     select: Literal["last", "best-val"] = option("last", "which weights are tested: the last, or the best on validation")
     twin: bool = option(False, "train the rule's own-prediction twin: everything but its readout recipe stays as initialised")
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -110,3 +110,15 @@ def test_times_have_the_unit_that_suits_them() -> None:
     """Oracle: by hand."""
     times = {0: "0 s", 0.04: "0.04 s", 4.23: "4.2 s", 45: "45 s", 186: "3.1 min", 1200: "20 min", 7200: "2.0 h", 200_000: "55.6 h"}
     assert {seconds: duration(seconds) for seconds in times} == times
+
+
+def test_help_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every command and its subcommands."""
+    from bpfree.cli.main import cli
+
+    context = cli.make_context("bpfree", ["--help"], resilient_parsing=True)
+    for name in cli.list_commands(context):
+        command = cli.get_command(context, name)
+        for sub in ([], *([each] for each in getattr(command, "commands", {}))):
+            assert too_long(shown([name, *sub, "--help"], 80, capsys), 80) == [], name
+    assert too_long(shown(["--help"], 80, capsys), 80) == []

@@ -77,4 +77,5 @@ def again(view: View, command: str) -> Section:
 
 
 def _one_run(row: TableRow) -> str:
-    return f"{row.label}: {shlex.join(['bpfree', 'train', *row.cells[0].words])}"
+    remark = "" if row.tuned is None or row.tuned.complete else " (its tuning has not finished: the settings as written)"
+    return f"{row.label}{remark}: {shlex.join(['bpfree', 'train', *row.cells[0].words])}"

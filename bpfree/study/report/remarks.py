@@ -195,7 +195,7 @@ def remarks(plan: Plan, rows: Sequence[TableRow], *, hidden: int = 0) -> Iterato
         yield f"The study was {word} the study as written. {'; '.join(plan.changes)}."
     finished, cells = sum(len(row.finished) for row in rows), sum(len(row.cells) for row in rows)
     if finished < cells:
-        yield f"{finished} of {cells} cells are finished."
+        yield f"{finished} of {cells} cells are finished" + (", without counting trials of tuning." if plan.study.tune else ".")
     for version, count in older_cells(rows).items():
         again = "`bpfree study run` would compute them again"
         yield f"{counted_noun(count, 'cell')} measured by bpfree {version} from other sources than those installed here; {again}."
