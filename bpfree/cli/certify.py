@@ -25,8 +25,8 @@ words of the sections rule and network. Exit status 1: a check failed; each fail
   bpfree certify dfa --quick
   bpfree certify predictive-coding rule.T=2 --page certificate.html
   bpfree certify my-rule --output my-rule.json       for bpfree registry add
-  bpfree certify my-rule --only learning --waive 'learning=needs 60 epochs'
-  bpfree certify mine.py:MyRule --quick      a rule in a file, which is executed
+  bpfree certify my-rule --waive 'learning=needs 60 epochs'
+  bpfree certify mine.py:MyRule --quick      a rule in a file
   bpfree certify --run RUN                   a run with checkpoint.keep=all
   bpfree certify --list                      the checks
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -67,8 +68,17 @@ def finite(content: Any) -> Any:
 
 
 def print_result(run: Run) -> None:
-    """Print the outcome of a run."""
-    print_pairs(outcome(run))
+    """Print the outcome of a run; commands that do not fit go on behind a backslash, so that they can be copied."""
+    lines, width = outcome(run), width_of(sys.stdout)
+    room = None if width is None else width - 2 - max(len(name) for name, _ in lines) - len(" \\")
+    print_pairs((name, _continued(text, room) if name == "next" else text) for name, text in lines)
+
+
+def _continued(commands: str, room: int | None) -> str:
+    if room is None:
+        return commands
+    wrapped = [textwrap.wrap(line, room, break_long_words=False, break_on_hyphens=False) for line in commands.splitlines()]
+    return "\n".join(" \\\n".join(parts) for parts in wrapped)
 
 
 def exit_code(run: Run) -> int:
