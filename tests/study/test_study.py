@@ -166,7 +166,7 @@ def test_a_table_end_to_end_and_once(workplace: Path, capsys: pytest.CaptureFixt
 def test_a_dry_run_trains_and_writes_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("study", "run", study(TABLE), "--dry-run", "budget.epochs=1") == 0
     text = capsys.readouterr().out
-    assert "8 of 8 cells would be run" in text
+    assert "8 of 8 cells to run" in text
     assert "not as written: budget.epochs=1 instead of 2" in text
     assert [path.name for path in workplace.iterdir()] == ["table.yaml"]
 
@@ -475,7 +475,7 @@ def test_counts_agree_and_the_command_is_whole(workplace: Path, capsys: pytest.C
     assert "nothing to run again" in capsys.readouterr().err
     assert not outcomes()
     assert call("study", "run", name, short, "--dry-run") == 0
-    assert "2 of 2 cells would be run" in capsys.readouterr().out
+    assert "2 of 2 cells to run" in capsys.readouterr().out
     assert call("study", "run", name, short, "--rows", "same", "--quiet") == 0
     out, err = capsys.readouterr()
     assert "1 of 1 cells to run" in err
@@ -486,4 +486,4 @@ def test_counts_agree_and_the_command_is_whole(workplace: Path, capsys: pytest.C
     assert call("study", "status", name, short) == 0
     assert "2 cells: 2 finished\n" in capsys.readouterr().out
     assert call("study", "status", name) == 0
-    assert "2 not run, 2 more finished cells have other settings" in capsys.readouterr().out
+    assert "2 cells: 2 not run\n2 finished cells of a variant: repeat budget.epochs=1 to see them" in capsys.readouterr().out
