@@ -83,7 +83,7 @@ def test_a_study_is_reported_with_a_remark_and_run_again(
     assert call("study", "status", *words, "network.width=9") == 0  # another network
     assert "4 not run" in capsys.readouterr().out
     assert call("study", "run", *words, "--dry-run") == 0
-    assert "4 of 4 cells would be run" in capsys.readouterr().out
+    assert "4 of 4 cells to run" in capsys.readouterr().out
     assert call("study", "run", *words, "--rows", "dfa", "--seeds", "1", "--quiet") == 0
     assert call("study", "status", *words) == 0
     assert "4 finished, 3 of them from other sources" in capsys.readouterr().out
