@@ -275,11 +275,10 @@ def completion(shell: str | None, install: bool) -> None:
 
     It completes commands, names, KEY= words and their values, studies with their rows, and runs.
     """
-    from bpfree.cli.main import cli
     from bpfree.cli.output import say
 
     shell = shell or _own_shell()
-    script = SHELLS[shell](cli, {}, "bpfree", "_BPFREE_COMPLETE").source()
+    script = SHELLS[shell](click.get_current_context().find_root().command, {}, "bpfree", "_BPFREE_COMPLETE").source()
     if not install:
         click.echo(script)
         return
