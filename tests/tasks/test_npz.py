@@ -155,7 +155,7 @@ def test_a_relative_path_is_also_looked_up_in_the_data_root(tmp_path: Path, monk
         ({"a": IMAGES}, "x_train, y_train, x_test and y_test"),
         ({"x": IMAGES, "y": CLASSES[:3]}, "differ in length"),
         ({"x": IMAGES[:0], "y": CLASSES[:0]}, "empty"),
-        ({"x": IMAGES, "y": np.array([{}] * 40)}, "no numbers"),
+        ({"x": IMAGES, "y": np.array([{}] * 40)}, "expected numbers"),
         ({"x": RNG.normal(size=(40, 2, 2, 2, 2)), "y": CLASSES}, "neither vectors nor images"),
         ({"x": IMAGES[:, :3], "y": CLASSES}, "task.layout"),
         ({**halves(IMAGES, CLASSES), "x_test": IMAGES[30:, :8]}, "differ in the shape"),

@@ -46,7 +46,7 @@ def test_plain_lines(new_run):
     assert lines[0] == "[1/2] dfa-digits-s0: started, 50 epochs"
     assert lines[1].startswith("[1/2] dfa-digits-s0: epoch 1/50  loss 1  val loss 2  val accuracy 90.00 %  12,345 samples/s")
     assert lines[2].startswith("[1/2] dfa-digits-s0: epoch 50/50  loss 0.02  val loss 0.04")
-    assert lines[3] == "[1/2] dfa-digits-s0: finished: test accuracy 87.50 %, 1:15 min of training"
+    assert lines[3] == "[1/2] dfa-digits-s0: finished: test accuracy 87.50 %, 75 s of training"
     assert len(lines) == 4
 
 
