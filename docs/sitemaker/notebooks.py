@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from docs.site.blocks import Block, blocks, outside_code, pieces
+from sitemaker.blocks import Block, blocks, outside_code, pieces
 
 __all__ = ["notebook", "write_notebook"]
 

@@ -17,7 +17,7 @@ import bpfree
 project = "bpfree"
 author = copyright = "the bpfree authors"
 version = release = bpfree.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "docs.site.mathml"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sitemaker.mathml"]
 language = "en"
 
 myst_heading_anchors = 4  # by the names that code-hosting sites give them

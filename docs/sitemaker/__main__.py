@@ -1,4 +1,4 @@
-"""Build the site of the documentation: ``python -m docs.site.build [--output build/site]``, from the root of a checkout.
+"""Build the site of the documentation: ``PYTHONPATH=docs python -m sitemaker [--output build/site]``, from the root of a checkout.
 
 The pages of the repository are copied to a folder of sources, in the places where they are, so that their relative links go on
 leading where they led; ``README.md`` is ``index`` there. Pages that are made of what is installed (API, rules, keys) and of the
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from docs.site.blocks import FENCE, LINK, outside_code, page_paths
+from sitemaker.blocks import FENCE, LINK, outside_code, page_paths
 
 __all__ = ["assemble", "build", "contents", "main"]
 
@@ -50,8 +50,8 @@ def site_name(page: Path, root: Path) -> str:
 
 def assemble(root: Path, sources: Path) -> None:
     """Write the sources of the site: the repository's pages, the files that they link to, generated pages, and notebooks."""
-    from docs.site.generated import write_generated
-    from docs.site.notebooks import write_notebook
+    from sitemaker.generated import write_generated
+    from sitemaker.notebooks import write_notebook
 
     known = {page.resolve() for page in pages_of(root)}
     for page in pages_of(root):
@@ -92,7 +92,7 @@ def build(output: Path, root: Path = ROOT) -> int:
     for folder in (sources, output):
         shutil.rmtree(folder, ignore_errors=True)
     assemble(root, sources)
-    words = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(root / "docs" / "site"), "-d", str(output / ".doctrees"), str(sources), str(output)]
+    words = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(root / "docs" / "sitemaker"), "-d", str(output / ".doctrees"), str(sources), str(output)]
     code = build_main(words)
     shutil.rmtree(output / ".doctrees", ignore_errors=True)
     return code
