@@ -1,4 +1,7 @@
-"""Write the tables of docs/results.md, and the five lines in README.md, from the result files: ``python benchmarks/results_page.py``."""
+"""Write the tables of docs/results.md, of the tutorial, and the five lines in README.md, from the result files.
+
+    python benchmarks/results_page.py
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ __all__ = ["TABLES", "filled", "main"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "tutorial.md", ROOT / "README.md")
 IN_README = ("noprop-dt", "backprop", "dfa", "frozen", "linear")
 """Rows of the digits that the README shows."""
 FOLDERS = ("cases", "cost", "variants", "speed")
@@ -119,12 +122,37 @@ def files() -> str:
     return markdown_table(["file", "command", "date", "on"], rows)
 
 
+def tutorial() -> str:
+    """Return what the steps of the tutorial took, and what the whole took up to the reader's own comparison."""
+    content = read("tutorial")["results"]
+    steps: dict[str, list[dict[str, Any]]] = {}
+    for command in content["commands"]:
+        steps.setdefault(command["step"], []).append(command)
+    rows = [[step, str(len(commands)), *_seconds(commands)] for step, commands in steps.items()]
+    rows.append(["all", str(len(content["commands"])), *_seconds(content["commands"])])
+    first = content["to_first_comparison"]
+    told = f"To the first comparison on data of one's own (step 2): {first['seconds']:.0f} s, of which processors worked {first['processor_seconds']:.0f} s."
+    return f"{markdown_table(['step', 'commands', 'seconds', 'processor seconds'], rows, range(1, 4))}\n\n{told} {_place(read('tutorial'))}"
+
+
+def _seconds(commands: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for key in ("seconds", "processor_seconds"):
+        yield f"{sum(command[key] for command in commands):.0f}"
+
+
+def _place(content: Mapping[str, Any]) -> str:
+    load, hardware = content["load_average"], content["hardware"]
+    torch = content["versions"]["torch"].partition("+")[0]
+    return f"Measured on {content['date']}, {hardware['cpu']}, {hardware['cores']} cores, one thread, torch {torch}, beside other work (load {load['before']:g} to {load['after']:g})."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "readme": lambda: accuracies("accuracy_digits", seconds=False, rows=IN_README, columns=5),
     "digits": lambda: accuracies("accuracy_digits", seconds=False),
     "mnist": lambda: accuracies("accuracy_mnist", seconds=True),
     "claims": claims,
     "ratios": ratios,
+    "tutorial": tutorial,
     "files": files,
 }
 """What stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``."""
