@@ -19,6 +19,7 @@ author = copyright = "the bpfree authors"
 version = release = bpfree.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sitemaker.mathml"]
 language = "en"
+smartquotes = False  # options begin with two dashes
 
 myst_heading_anchors = 4  # by the names that code-hosting sites give them
 myst_enable_extensions = ["dollarmath"]

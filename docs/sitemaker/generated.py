@@ -149,8 +149,21 @@ def _catalogue(kind: str, section: str) -> str:
 
 
 def _keys() -> str:
-    text = "What `bpfree train --print-config rule=dfa` prints: every key of a configuration, its default, and its meaning. Options of [rules](../rules/index.md), [networks](networks.md) and [tasks](tasks.md) depend on the name."
-    return f"# Keys\n\n{text}\n\n```yaml\n{annotate(resolve(parse_words(['rule=dfa'])))}```\n"
+    text = (
+        "What `bpfree train --print-config rule=dfa` prints: every key of a configuration, its default, and its meaning. "
+        "Options of [rules](../rules/index.md), [networks](networks.md) and [tasks](tasks.md) depend on the name; these are those of `dfa` on digits."
+    )
+    parts, rows, path = [f"# Keys\n\n{text}"], list[list[str]](), list[str]()
+    for line in annotate(resolve(parse_words(["rule=dfa"]))).splitlines():
+        setting, _, meaning = line.partition("  # ")
+        key, _, value = setting.strip().partition(":")
+        if key.startswith("-"):  # an entry of the list above
+            rows[-1][1] += f" `{key.strip('- ')}`"
+            continue
+        path = [*path[: (len(setting) - len(setting.lstrip())) // 2], key]
+        if value or meaning:
+            rows.append([f"`{'.'.join(path)}`", f"`{value.strip()}`" if value else "", _escaped(meaning)])
+    return "\n\n".join([*parts, markdown_table(["key", "default", "meaning"], rows)]) + "\n"
 
 
 def _rules(known: Mapping[str, Certificate]) -> str:
