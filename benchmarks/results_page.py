@@ -1,6 +1,6 @@
 """Write the tables of docs/results.md, of the tutorial, and the five lines in README.md, from the result files.
 
-    python benchmarks/results_page.py
+python benchmarks/results_page.py
 """
 
 from __future__ import annotations
@@ -98,7 +98,16 @@ def ratios() -> str:
         for case, found in _ratios(content.get("results", {})):
             target = found.get("target_ratio")
             told = "" if target is None else f"at most {target:g}"
-            rows.append([content["benchmark"], case, BESIDE[content["benchmark"]], f"{found['median_ratio']:.2f}", f"{found['median_processor_ratio']:.2f}", told])
+            rows.append(
+                [
+                    content["benchmark"],
+                    case,
+                    BESIDE[content["benchmark"]],
+                    f"{found['median_ratio']:.2f}",
+                    f"{found['median_processor_ratio']:.2f}",
+                    told,
+                ]
+            )
     return markdown_table(["benchmark", "case", "compared with", "time", "processor time", "target"], rows, range(3, 5))
 
 
@@ -118,7 +127,9 @@ def files() -> str:
         cpu = content.get("hardware", {})
         place = f"{cpu.get('cpu', '')}, torch {content.get('versions', {}).get('torch', '?').partition('+')[0]}"
         command = content.get("command")
-        rows.append([f"[{path.name}](../benchmarks/results/{path.name})", f"`{command}`" if command else "", content.get("date", ""), place])
+        rows.append(
+            [f"[{path.name}](../benchmarks/results/{path.name})", f"`{command}`" if command else "", content.get("date", ""), place]
+        )
     return markdown_table(["file", "command", "date", "on"], rows)
 
 
@@ -131,7 +142,8 @@ def tutorial() -> str:
     rows = [[step, str(len(commands)), *_seconds(commands)] for step, commands in steps.items()]
     rows.append(["all", str(len(content["commands"])), *_seconds(content["commands"])])
     first = content["to_first_comparison"]
-    told = f"To the first comparison on data of one's own (step 2): {first['seconds']:.0f} s, of which processors worked {first['processor_seconds']:.0f} s."
+    worked = f"{first['seconds']:.0f} s, of which processors worked {first['processor_seconds']:.0f} s."
+    told = f"To the first comparison on data of one's own (step 2): {worked}"
     return f"{markdown_table(['step', 'commands', 'seconds', 'processor seconds'], rows, range(1, 4))}\n\n{told} {_place(read('tutorial'))}"
 
 
@@ -142,8 +154,8 @@ def _seconds(commands: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _place(content: Mapping[str, Any]) -> str:
     load, hardware = content["load_average"], content["hardware"]
-    torch = content["versions"]["torch"].partition("+")[0]
-    return f"Measured on {content['date']}, {hardware['cpu']}, {hardware['cores']} cores, one thread, torch {torch}, beside other work (load {load['before']:g} to {load['after']:g})."
+    machine = f"{hardware['cpu']}, {hardware['cores']} cores, one thread, torch {content['versions']['torch'].partition('+')[0]}"
+    return f"Measured on {content['date']}, {machine}, beside other work (load {load['before']:g} to {load['after']:g})."
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -92,7 +92,19 @@ def build(output: Path, root: Path = ROOT) -> int:
     for folder in (sources, output):
         shutil.rmtree(folder, ignore_errors=True)
     assemble(root, sources)
-    words = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(root / "docs" / "sitemaker"), "-d", str(output / ".doctrees"), str(sources), str(output)]
+    words = [
+        "-q",
+        "-W",
+        "--keep-going",
+        "-b",
+        "html",
+        "-c",
+        str(root / "docs" / "sitemaker"),
+        "-d",
+        str(output / ".doctrees"),
+        str(sources),
+        str(output),
+    ]
     code = build_main(words)
     shutil.rmtree(output / ".doctrees", ignore_errors=True)
     return code

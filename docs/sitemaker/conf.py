@@ -1,4 +1,4 @@
-"""How Sphinx makes the site from what ``build.py`` has put together."""
+"""How Sphinx makes the site from what ``__main__.py`` has put together."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 from sphinx.application import Sphinx
 
 import bpfree
-
-
 
 project = "bpfree"
 author = copyright = "the bpfree authors"

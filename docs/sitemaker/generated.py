@@ -25,7 +25,17 @@ from bpfree.registry.certificates import certificates
 __all__ = ["GROUPS", "MODULES", "write_generated"]
 
 GROUPS = {
-    "Train and use": ["Trainer", "TrainConfig", "BudgetConfig", "AlignmentConfig", "OptimizerConfig", "ScheduleConfig", "Run", "Saved", "load"],
+    "Train and use": [
+        "Trainer",
+        "TrainConfig",
+        "BudgetConfig",
+        "AlignmentConfig",
+        "OptimizerConfig",
+        "ScheduleConfig",
+        "Run",
+        "Saved",
+        "load",
+    ],
     "Compare": ["compare", "run_study", "Study", "Row"],
     "Data and tasks": [
         *("Task", "TaskSpec", "load_task", "Split", "DatasetSplit", "ItemSplit", "StreamedSplit", "Examples", "InputPart", "DataSource"),
@@ -49,6 +59,7 @@ MODULES = {
     "bpfree.certify": "Examination of rules, and conformance checks as test cases.",
 }
 """Public modules beside the package itself."""
+
 
 def write_generated(folder: Path, registry: Path) -> dict[str, list[str]]:
     """Write the pages below the folder of the site's sources.
@@ -131,7 +142,10 @@ def _api_index() -> str:
 
 
 def _options(config: type, section: str) -> Iterator[str]:
-    rows = [[f"`{section}.{key}`", f"`{kind}`", "none" if default is None else f"`{default}`", _escaped(meaning)] for key, kind, default, meaning in describe(config)]
+    rows = [
+        [f"`{section}.{key}`", f"`{kind}`", "none" if default is None else f"`{default}`", _escaped(meaning)]
+        for key, kind, default, meaning in describe(config)
+    ]
     yield markdown_table(["key", "type", "default", "meaning"], rows) if rows else "No options."
 
 
@@ -150,8 +164,8 @@ def _catalogue(kind: str, section: str) -> str:
 
 def _keys() -> str:
     text = (
-        "What `bpfree train --print-config rule=dfa` prints: every key of a configuration, its default, and its meaning. "
-        "Options of [rules](../rules/index.md), [networks](networks.md) and [tasks](tasks.md) depend on the name; these are those of `dfa` on digits."
+        "What `bpfree train --print-config rule=dfa` prints: every key of a configuration, its default, and its meaning. Options of "
+        "[rules](../rules/index.md), [networks](networks.md) and [tasks](tasks.md) depend on the name; here: `dfa` on digits."
     )
     parts, rows, path = [f"# Keys\n\n{text}"], list[list[str]](), list[str]()
     for line in annotate(resolve(parse_words(["rule=dfa"]))).splitlines():
@@ -181,7 +195,12 @@ def _rule(name: str, certificate: Certificate | None) -> str:
     rule, owner = plugins.get("rules", name), plugins.owner("rules", name)
     card, defaults = rule.card, rule.Config()
     traits = dataclasses.asdict(rule.traits_of(defaults))
-    told = [("plugin", f"`{owner.name}` ({owner.distribution})"), ("paper", _escaped(card.paper)), ("update", f"`{card.equation}`"), ("remarks", _escaped(card.notes))]
+    told = [
+        ("plugin", f"`{owner.name}` ({owner.distribution})"),
+        ("paper", _escaped(card.paper)),
+        ("update", f"`{card.equation}`"),
+        ("remarks", _escaped(card.notes)),
+    ]
     parts = [
         f"# {name}",
         f"{_escaped(card.summary)}.",
@@ -191,7 +210,10 @@ def _rule(name: str, certificate: Certificate | None) -> str:
         *_options(rule.Config, "rule"),
         "## Declared traits",
         "With the default options, for any network; [Traits](../reference/api/rules.md) says what they mean.",
-        markdown_table(["trait", "value"], [[f"`{key}`", f"`{value if isinstance(value, str) else json.dumps(value)}`"] for key, value in traits.items()]),
+        markdown_table(
+            ["trait", "value"],
+            [[f"`{key}`", f"`{value if isinstance(value, str) else json.dumps(value)}`"] for key, value in traits.items()],
+        ),
     ]
     return "\n\n".join([*parts, *_certificate(name, certificate)]) + "\n"
 

@@ -17,7 +17,16 @@ pytestmark = [
     pytest.mark.timeout(1200),  # the build takes 20 s, and several times that beside other work
 ]
 
-SHOWN = ("index", "docs/tutorial", "docs/results", "docs/beside-others", "docs/certificates", "rules/softhebb", "reference/api/rules", "plugins/noprop/index")
+SHOWN = (
+    "index",
+    "docs/tutorial",
+    "docs/results",
+    "docs/beside-others",
+    "docs/certificates",
+    "rules/softhebb",
+    "reference/api/rules",
+    "plugins/noprop/index",
+)
 DRAWERS = "document.querySelectorAll('.toc-drawer, .sidebar-drawer').forEach(drawer => { drawer.dataset.scrolls = '' })"
 """What the theme keeps beside the window until it is asked for."""
 ANCHOR = re.compile(r'\bid="([^"]+)"')
@@ -75,7 +84,9 @@ def test_nothing_is_cut_or_fetched(chromium: Any, site: Path, width: int, dark: 
             assert dead_links(shown.page) == [], name
 
 
-@pytest.mark.parametrize(("words", "found"), [("softhebb", "rules/softhebb.html"), ("BudgetConfig", "reference/api/"), ("patience", "docs/")])
+@pytest.mark.parametrize(
+    ("words", "found"), [("softhebb", "rules/softhebb.html"), ("BudgetConfig", "reference/api/"), ("patience", "docs/")]
+)
 def test_the_search_finds(chromium: Any, site: Path, words: str, found: str) -> None:
     with opened(chromium, site / "search.html") as shown:
         shown.page.goto(f"{(site / 'search.html').resolve().as_uri()}?q={words}")

@@ -95,7 +95,9 @@ def test_wheels_alone_do_what_the_readme_says(tmp_path: Path) -> None:
     assert {record["status"] for record in seen.values()} == {"ok"}
     assert len(seen) == len(sources)
     assert {(record["distribution"].startswith("bpfree"), record["version"]) for record in seen.values()} == {(True, __version__)}
-    (work / "mine.csv").write_text("weight,colour,bought\n" + "".join(f"{place},red,{'yes' if place % 2 else 'no'}\n" for place in range(40)))
+    (work / "mine.csv").write_text(
+        "weight,colour,bought\n" + "".join(f"{place},red,{'yes' if place % 2 else 'no'}\n" for place in range(40))
+    )
     ran = []
     for block in blocks(ROOT / "README.md"):
         if block.runs:
@@ -107,4 +109,4 @@ def test_wheels_alone_do_what_the_readme_says(tmp_path: Path) -> None:
                 script.call(interpreter.parent / "bpfree", *words, *quick, cwd=work)
                 ran.append(words[0])
     assert set(ran) >= {"study", "compare", "train"}
-    assert next(work.glob("runs/studies/quickstart*/report.html")).is_file()
+    assert len([*work.rglob("report*.html")]) == 2
