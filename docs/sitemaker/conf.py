@@ -11,13 +11,14 @@ from typing import Any
 from sphinx.application import Sphinx
 
 import bpfree
+from bpfree.options import describe
 
 project = "bpfree"
 author = copyright = "the bpfree authors"
 version = release = bpfree.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sitemaker.mathml"]
 language = "en"
-smartquotes = False  # options begin with two dashes
+smartquotes_action = "D"  # dashes alone
 
 myst_heading_anchors = 4  # by the names that code-hosting sites give them
 myst_enable_extensions = ["dollarmath"]
@@ -44,18 +45,35 @@ html_theme_options: dict[str, Any] = {"navigation_with_keys": True, "top_of_page
 
 SHAPE = re.compile(r"(?<=, )\*(?=\w+[,)])")
 """The star of a shape's remaining dimensions."""
-
-SENTENCES: dict[str, list[str]] = {}
-"""Docstrings of attributes as they were before napoleon, by name."""
+COLON = "\ue000"
+"""Stands for a colon while napoleon looks for the type of an attribute before one."""
 
 
 def describe_options(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Give a configuration's class its options, which are documented by their help texts."""
-    if what != "class" or not dataclasses.is_dataclass(obj):
+    if not is_configuration(obj):
         return
-    helps = [(field.name, field.metadata["help"]) for field in dataclasses.fields(obj) if field.metadata.get("help")]
     named = "\n".join(lines)
-    lines += [line for key, text in helps if f":ivar {key}:" not in named for line in ("", f":ivar {key}: {text}")]
+    for key, kind, default, meaning in describe(obj):
+        if f":ivar {key}:" not in named:
+            told = "" if default is None else f", {default!r} by default"
+            lines += ["", f":ivar {key}: {meaning} (``{kind}``{told})".replace("*", r"\*")]
+
+
+def is_configuration(thing: Any) -> bool:
+    """Tell whether something is a class of options."""
+    fields = dataclasses.fields(thing) if isinstance(thing, type) and dataclasses.is_dataclass(thing) else ()
+    return any(field.metadata.get("help") for field in fields)
+
+
+def shorten_signature(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> tuple[str, str] | None:
+    """Leave out the arguments of a configuration: they are its options, which are described."""
+    return ("(**options)", returns) if is_configuration(obj) else None
+
+
+def skip_aliases(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Skip the fields of a named tuple, which its own text describes."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
 def escape_shapes(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -63,10 +81,14 @@ def escape_shapes(app: Sphinx, what: str, name: str, obj: Any, options: Any, lin
     lines[:] = [SHAPE.sub(r"\\*", line) for line in lines]
 
 
-def keep_sentences(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Keep the docstring of an attribute as it is: napoleon takes what comes before a colon for a type."""
-    if what in ("attribute", "data", "property"):
-        lines[:] = SENTENCES.setdefault(name, list(lines))
+def hide_colons(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Keep the first line of an attribute's docstring whole: napoleon takes what comes before a colon for a type."""
+    if what in ("attribute", "data", "property") and lines:
+        lines[0] = re.sub(r"(?<!:):(?!:)", COLON, lines[0])
+
+
+def show_colons(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
 def without_generated_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -79,8 +101,13 @@ def without_generated_text(app: Sphinx, what: str, name: str, obj: Any, options:
 
 
 def setup(app: Sphinx) -> None:
-    for before_and_after in (100, 800):
-        app.connect("autodoc-process-docstring", keep_sentences, priority=before_and_after)
-    app.connect("autodoc-process-docstring", without_generated_text, priority=100)
-    app.connect("autodoc-process-docstring", escape_shapes, priority=900)
-    app.connect("autodoc-process-docstring", describe_options, priority=900)
+    for hook, priority in (
+        (without_generated_text, 100),
+        (hide_colons, 110),  # napoleon comes at 500
+        (show_colons, 800),
+        (escape_shapes, 900),
+        (describe_options, 910),
+    ):
+        app.connect("autodoc-process-docstring", hook, priority=priority)
+    app.connect("autodoc-process-signature", shorten_signature)
+    app.connect("autodoc-skip-member", skip_aliases)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ GROUPS = {
 """The public names by what they are for; a name that is in none stands in a group of its own, the last."""
 FURTHER = "Further names"
 MODULES = {
-    "bpfree.hooks": "The functions by which a plugin registers what it brings.",
+    "bpfree.hooks": "What a plugin can implement: functions by which it registers what it brings, and those that observe a run.",
     "bpfree.network": "Helpers for authors of rules.",
     "bpfree.certify": "Examination of rules, and conformance checks as test cases.",
 }
@@ -116,15 +117,21 @@ def _api(title: str, names: Sequence[str]) -> str:
 
 def _directive(name: str, thing: Any) -> str:
     if isinstance(thing, type):
-        return f".. autoclass:: {name}\n   :members:\n   :show-inheritance:"
-    return f".. autofunction:: {name}" if callable(thing) and hasattr(thing, "__code__") else f".. autodata:: {name}\n   :no-value:"
+        inherits = [] if thing.__bases__ == (object,) else ["   :show-inheritance:"]
+        return "\n".join([f".. autoclass:: {name}", "   :members:", *inherits])
+    if inspect.isroutine(inspect.unwrap(thing) if callable(thing) else thing):
+        return f".. autofunction:: {name}"
+    own = name.rpartition(".")[2]
+    home = f"bpfree.{bpfree._HOME[own]}.{own}" if own in bpfree._HOME else name  # where the text that describes it stands
+    return f".. autodata:: {home}\n   :no-value:"
 
 
 def _modules() -> str:
     parts = ["# Modules", ""]
     for name, summary in MODULES.items():
         module = importlib.import_module(name)
-        own = [each for each in module.__all__ if each not in bpfree.__all__]
+        hooks = [each for each, thing in vars(module).items() if hasattr(thing, "bpfree_spec")]
+        own = hooks or [each for each in module.__all__ if each not in bpfree.__all__]
         shown = [_directive(f"{name}.{each}", getattr(module, each)) for each in own]
         parts += [f"## {name}", "", summary, "", "```{eval-rst}", *(line for text in shown for line in (text, "")), "```", ""]
     return "\n".join(parts)
