@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from sitemaker.__main__ import FURTHER, contents, site_name
+from sitemaker.__main__ import FURTHER, contents, linked_rules, site_name
 from sitemaker.blocks import blocks, outside_code
 
 import bpfree
@@ -51,6 +51,11 @@ def test_a_page_that_nobody_named_is_not_lost(tmp_path: Path) -> None:
 def test_code_is_left_as_it_is() -> None:
     text = "a `a` a\n```text\na\n```\na"
     assert outside_code(text, str.upper) == "A `a` A\n```text\na\n```\nA"
+
+
+def test_rules_in_tables_are_links() -> None:
+    text = "`dfa`\n| `dfa` | [`dfa`](a.md), `dfa-like` |\n"
+    assert linked_rules(text, ["dfa", "oja"]) == "`dfa`\n| [`dfa`](../rules/dfa.md) | [`dfa`](a.md), `dfa-like` |\n"
 
 
 def test_every_public_name_is_in_one_group() -> None:

@@ -11,7 +11,7 @@ import argparse
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from sitemaker.blocks import FENCE, LINK, outside_code, page_paths
@@ -21,6 +21,8 @@ __all__ = ["assemble", "build", "contents", "main"]
 ROOT = Path(__file__).parents[2]
 FURTHER = "More"
 """Caption of the pages that the table in docs/README.md does not name."""
+OF_RULES = ("registry/index", "docs/certificates", "docs/what-is-here")
+"""Pages in whose tables the names of rules are links."""
 INDEX = re.compile(r"(\]\((?:[^)\s:]*/)?)README\.md")
 
 
@@ -50,10 +52,11 @@ def site_name(page: Path, root: Path) -> str:
 
 def assemble(root: Path, sources: Path) -> None:
     """Write the sources of the site: the repository's pages, the files that they link to, generated pages, and notebooks."""
+    from bpfree.plugins import installed_plugins
     from sitemaker.generated import write_generated
     from sitemaker.notebooks import write_notebook
 
-    known = {page.resolve() for page in pages_of(root)}
+    known, rules = {page.resolve() for page in pages_of(root)}, installed_plugins().names("rules")
     for page in pages_of(root):
         target = sources / f"{site_name(page, root)}.md"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,12 +68,19 @@ def assemble(root: Path, sources: Path) -> None:
         if (made := write_notebook(page, sources / "notebooks")) is not None:
             up = "../" * site_name(page, root).count("/")
             text = re.sub(r"\A(# .+\n)", rf"\1\n[This page as a notebook]({up}notebooks/{made.name})\n", text)
-        target.write_text(outside_code(text, lambda prose: INDEX.sub(r"\1index.md", prose)), encoding="utf-8")
+        text = outside_code(text, lambda prose: INDEX.sub(r"\1index.md", prose))
+        target.write_text(linked_rules(text, rules) if site_name(page, root) in OF_RULES else text, encoding="utf-8")
     made_pages = write_generated(sources, root / "registry")
     named = {title: [site_name(page, root) for page in pages] for title, pages in contents(root).items()}
     index = sources / "index.md"
     trees = "".join(toctree(title, names) for title, names in {"": ["docs/index"], **named, **made_pages}.items())
     index.write_text(index.read_text(encoding="utf-8") + trees, encoding="utf-8")
+
+
+def linked_rules(text: str, rules: Collection[str]) -> str:
+    """Make a link of each rule's name in the tables of a page, to the rule's own page."""
+    name = re.compile(rf"(?<!\[)`({'|'.join(map(re.escape, rules))})`")
+    return re.sub(r"^\|.*$", lambda line: name.sub(r"[`\1`](../rules/\1.md)", line[0]), text, flags=re.MULTILINE)
 
 
 def copy(source: Path, target: Path) -> None:

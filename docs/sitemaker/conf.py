@@ -56,8 +56,14 @@ def describe_options(app: Sphinx, what: str, name: str, obj: Any, options: Any, 
     named = "\n".join(lines)
     for key, kind, default, meaning in describe(obj):
         if f":ivar {key}:" not in named:
-            told = "" if default is None else f", {default!r} by default"
-            lines += ["", f":ivar {key}: {meaning} (``{kind}``{told})".replace("*", r"\*")]
+            nested = dataclasses.is_dataclass(default)
+            told = "" if default is None or nested else f", {default!r} by default"
+            lines += [
+                "",
+                f":ivar {key}: {meaning or 'see there'} ({f':class:`bpfree.{kind}`' if nested else f'``{kind}``'}{told})".replace(
+                    "*", r"\*"
+                ),
+            ]
 
 
 def is_configuration(thing: Any) -> bool:
