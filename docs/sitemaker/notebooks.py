@@ -16,8 +16,8 @@ __all__ = ["notebook", "write_notebook"]
 LOCAL = re.compile(r"!?\[([^\]]*)\]\((?![a-z]+:)[^)\s]*\)")
 FEWEST = 2
 """Blocks that a page must have for a notebook to be worth it."""
-RUN_COMMANDS = ("tutorial.md",)
-"""Pages all of whose commands can be run as they stand: a test follows these pages."""
+FOLLOWED = ("tutorial.md",)
+"""Pages all of whose commands can be run as they stand, and whose files are written: a test follows these pages."""
 
 
 def notebook(page: Path) -> nbformat.NotebookNode:
@@ -48,9 +48,11 @@ def _cells(page: Path) -> Iterator[nbformat.NotebookNode]:
 def _code(block: Block, page: str) -> str:
     if block.runs:
         return block.text.rstrip()
-    if block.language == "bash" and not block.remark and page in RUN_COMMANDS:
-        return "\n".join(f"!{line}" for line in block.text.splitlines() if line)
-    return ""
+    if page not in FOLLOWED:
+        return ""
+    if block.remark.startswith("written to "):
+        return f"%%writefile {block.remark.removeprefix('written to ')}\n{block.text.rstrip()}"
+    return "\n".join(f"!{line}" for line in block.text.splitlines() if line) if block.language == "bash" else ""
 
 
 def _alone(prose: str) -> str:

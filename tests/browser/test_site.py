@@ -115,7 +115,9 @@ def test_pages_can_be_had_as_notebooks(site: Path) -> None:
     assert {"tutorial", "writing-a-rule", "studies", "tasks"} <= set(notebooks)
     for name, notebook in notebooks.items():
         nbformat.validate(notebook)
-        code = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code" and not cell.source.startswith("!"))
+        code = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code" and cell.source[0] not in "!%")
         compile(code, name, "exec")
     commands = [cell.source for cell in notebooks["tutorial"].cells if cell.source.startswith("!")]
     assert commands[0].splitlines()[0] == "!bpfree plugins list"
+    written = [cell.source.splitlines()[0] for cell in notebooks["tutorial"].cells if cell.source.startswith("%%")]
+    assert written == ["%%writefile mine.py", "%%writefile mine.yaml"]
