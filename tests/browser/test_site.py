@@ -14,6 +14,7 @@ from browser.kit import cut, dead_links, opened
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.xdist_group("site"),  # which is built once
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning"),  # of Sphinx's extensions
     pytest.mark.timeout(1200),  # the build takes 20 s, and several times that beside other work
 ]
 
