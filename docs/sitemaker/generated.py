@@ -57,6 +57,7 @@ FURTHER = "Further names"
 MODULES = {
     "bpfree.hooks": "What a plugin can implement: functions by which it registers what it brings, and those that observe a run.",
     "bpfree.network": "Helpers for authors of rules.",
+    "bpfree.sklearn": "Rules as estimators of scikit-learn.",
     "bpfree.certify": "Examination of rules, and conformance checks as test cases.",
 }
 """Public modules beside the package itself."""
