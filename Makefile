@@ -6,18 +6,20 @@ JOBS ?= 2
 export OMP_WAIT_POLICY = PASSIVE
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: help install quickstart test pytest test-slow test-browser test-timing test-oldest lint types bench torture gpu certify downstream clean
+.PHONY: help install docs results quickstart test pytest test-slow test-browser test-timing test-oldest lint types bench torture gpu certify downstream clean
 
 help:
 	@echo "make quickstart    install, then compare a rule of each plugin with floor and ceiling on digits (no download)"
 	@echo "make test          install, then lint, types and tests (JOBS=2 processes)"
 	@echo "make test-slow     the longer tests: worked example, wheel, long examinations, injected faults"
-	@echo "make test-browser  the report, the site and MLflow's pages in a headless Chromium (needs the system's Chromium)"
+	@echo "make docs          the documentation as a site in build/site: API, rules with certificates, search, notebooks"
+	@echo "make test-browser  reports, site and MLflow's pages in the system's Chromium, headless; skipped, visibly, where there is none"
 	@echo "make test-timing   tests that wait for threads and processes, ten times beside eight busy processes"
 	@echo "make test-oldest   the tests on the oldest supported versions of the dependencies"
 	@echo "make certify       renew the registry's missing or stale certificates (ALL=1: all), its index and tables"
 	@echo "make support       try each rule on each kind of network, input and target, and write the tables of docs/networks.md"
 	@echo "make downstream    install each plugin against this core in a clean environment, and certify it there (PLUGINS=\"noprop hebbian\")"
+	@echo "make results       the tables of docs/results.md, README.md and the tutorial, from benchmarks/results"
 	@echo "make bench         speed and memory, as ratios (benchmarks/)"
 	@echo "make torture       faults of machines, servers, disks and people, injected and counted (FAULTS=\"kill-run fuzz\", QUICK=1; hours)"
 	@echo "make cheaters      rules that cheat, and honest ones, through the certificate's whole runs (a quarter of an hour)"
@@ -30,6 +32,22 @@ $(VENV)/installed: pyproject.toml requirements-dev.txt $(wildcard plugins/*/pypr
 	touch $@
 
 install: $(VENV)/installed
+
+# What a target needs beside the tools of all is installed by it.
+$(VENV)/installed-%: pyproject.toml | install
+	$(BIN)/python -m pip install --quiet -e ".[$*]"
+	touch $@
+
+# Strictly: a warning is an error. Nothing is fetched while it is built, and nothing when it is read.
+docs: $(VENV)/installed-docs
+	PYTHONPATH=docs $(BIN)/python -m sitemaker
+
+# The system's Chromium is driven; none is downloaded.
+test-browser: $(VENV)/installed-browser $(VENV)/installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser
+
+results: install
+	$(BIN)/python benchmarks/results_page.py
 
 quickstart: install
 	$(BIN)/bpfree study run quickstart
@@ -44,10 +62,6 @@ pytest: install
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m slow
-
-test-browser: install
-	$(BIN)/python -m pip install --quiet -e ".[browser]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser
 
 # What waits for other threads and processes passes ten times in a row, in four processes beside eight busy ones.
 test-timing: install

@@ -48,14 +48,28 @@ def clean_environment(folder: Path) -> Path:
 
 def install(interpreter: Path, source: Path, scratch: Path) -> None:
     """Install a package from a copy of its source, as a wheel, without dependencies and without the network."""
-    copied = scratch / source.resolve().name
+    pip(interpreter, "install", "--no-deps", copied(source, scratch), cwd=scratch)
+
+
+def build_wheel(interpreter: Path, source: Path, scratch: Path, target: Path) -> None:
+    """Build the wheel of a package from a copy of its source, without the network."""
+    pip(interpreter, "wheel", "--no-deps", "--wheel-dir", target, copied(source, scratch), cwd=scratch)
+
+
+def pip(interpreter: Path, command: str, *words: object, cwd: Path) -> None:
+    call(interpreter, "-m", "pip", command, "--quiet", "--no-index", "--no-build-isolation", *words, cwd=cwd)
+
+
+def copied(source: Path, scratch: Path) -> Path:
+    """Copy the source of a package."""
+    target = scratch / source.resolve().name
     if source == ROOT:
-        copied.mkdir(parents=True)
+        target.mkdir(parents=True)
         for name in OF_THE_CORE:
-            copy(source / name, copied / name)
+            copy(source / name, target / name)
     else:
-        copy(source, copied)
-    call(interpreter, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", copied, cwd=scratch)
+        copy(source, target)
+    return target
 
 
 def copy(source: Path, target: Path) -> None:

@@ -11,7 +11,6 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ import click
 import numpy as np
 import pytest
 from PIL import Image
+from sitemaker.__main__ import FURTHER, contents
+from sitemaker.blocks import FENCE, LINK, blocks, page_paths
 
 from bpfree.cli.main import cli
 from bpfree.config import allowing, parse_words, read_yaml, resolve
@@ -27,35 +28,10 @@ from bpfree.study import cells
 from bpfree.study.comparing import comparison, leaves_in
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "registry/README.md")),
-    *sorted(ROOT.glob("docs/*.md")),
-    *sorted(ROOT.glob("plugins/*/README.md")),
-]
-FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\(([^)\s]+)\)")
+PAGES = page_paths(ROOT)
 OWN = re.compile(r"\bmy-(rule|dfa)\b")
 """Names of rules that are the reader's: not installed here, and taken for one that is."""
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: its language, what else its first line says, its text, and the line where the text begins."""
-
-    language: str
-    remark: str
-    text: str
-    line: int
-
-
-def blocks(page: Path) -> list[Block]:
-    text = page.read_text()
-    found = []
-    for match in FENCE.finditer(text):
-        language, _, remark = match["info"].strip().partition(" ")
-        found.append(Block(language, remark.strip(), match["text"], text.count("\n", 0, match.start("text")) + 1))
-    return found
 
 
 @pages
@@ -66,6 +42,9 @@ def test_python_examples_run(page: Path, workplace: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
     for block in blocks(page):
         if block.language != "python":
+            continue
+        if block.remark.startswith("written to "):
+            Path(block.remark.removeprefix("written to ")).write_text(block.text)
             continue
         if block.remark:
             assert re.fullmatch(r"no-run\W+\w.*", block.remark), f"{page.name}:{block.line}: a block that does not run says no-run and why"
@@ -121,12 +100,13 @@ def test_commands_are_commands(page: Path, workplace: Path) -> None:
     """Nothing is trained: the words pass the command's parser, and its settings resolve to a configuration."""
     x = np.zeros((20, 3), dtype=np.float32)
     np.savez("mine.npz", x=x, y=np.arange(20) % 2)
+    Path("tumours.csv").write_text("mean radius,diagnosis\n" + "1.5,benign\n2.5,malignant\n" * 10)
     Path("mine.csv").write_text("weight,colour,bought\n" + "".join(f"{place},red,{'yes' if place % 2 else 'no'}\n" for place in range(20)))
-    for name in ("dark", "light"):
-        Path("pictures", name).mkdir(parents=True)
-        Image.new("RGB", (12, 12)).save(Path("pictures", name, "0.png"))
+    for folder in (Path("pictures", "dark"), Path("pictures", "light"), *(Path("written-digits", name) for name in "01")):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (12, 12)).save(folder / "0.png")
     Path("mine.yaml").write_text(next((block.text for block in blocks(page) if block.language == "yaml"), "rule: dfa\n"))
-    code = (block.text for block in blocks(page) if block.language == "python" and block.text.startswith("# mine.py\n"))
+    code = (block.text for block in blocks(page) if block.text.startswith("# mine.py\n") or block.remark == "written to mine.py")
     Path("mine.py").write_text(next(code, ""))
     for place, words in commands(page, "bpfree"):
         for file in (Path(word) for word in words if OWN.match(word) and "/" in word):
@@ -158,9 +138,9 @@ def test_make_targets_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rules", "networks", "tasks", "studies", "protocols"])
-def test_the_readme_lists_what_ships(kind: str) -> None:
+def test_what_ships_is_listed(kind: str) -> None:
     """Oracle: the registry."""
-    row = re.search(rf"^\| {kind} \|(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    row = re.search(rf"^\| {kind} \|(.*)$", (ROOT / "docs" / "what-is-here.md").read_text(), re.MULTILINE)
     assert row is not None
     cells = [set(re.findall(r"`([^`]+)`", cell)) for cell in row[1].strip("|").split("|")]
     for owner, named in zip(("core", "noprop", "forward-gradient", "hebbian", "predictive-coding"), cells, strict=True):
@@ -207,6 +187,15 @@ def test_the_checks_notice_what_is_wrong(tmp_path: Path) -> None:
         parse(["compare", "dfa", "--sedes", "3"])
     assert anchors(page) == {"a-page"}
     assert [block.line for block in blocks(page)] == [3, 6]
+
+
+def test_every_page_is_named_in_the_table_of_contents() -> None:
+    """The site lists pages that are not under a heading of its own, so that none is lost; here is where to name them."""
+    assert FURTHER not in contents(ROOT), "name these in docs/README.md"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 def test_the_files_of_a_change_are_there() -> None:

@@ -14,13 +14,12 @@ import os
 import re
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import ci_scripts
 import pytest
-from test_docs import Block, blocks
+from sitemaker import reader
+from sitemaker.blocks import Block, blocks
 
 pytestmark = [
     pytest.mark.timeout(1200),  # the page's commands take a minute and a half, and several times that beside other work
@@ -46,14 +45,8 @@ def environment(folder: Path) -> dict[str, str]:
     return {**variables, "PATH": f"{interpreter.parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-@dataclass
-class Reader:
-    """Does what the page says, in a folder; ``shown`` is what the commands last run printed, ``seconds`` what each took."""
-
-    folder: Path
-    variables: dict[str, str]
-    shown: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
+class Reader(reader.Reader):
+    """Does what the page says, edits what the first command wrote, and looks at what is printed."""
 
     def follow(self, block: Block) -> None:
         remark = block.remark.removeprefix("no-run: ")
@@ -69,16 +62,7 @@ class Reader:
             assert remark.startswith("written to "), f"{PAGE.name}:{block.line}: nothing says what this block is for"
             path = self.folder / remark.removeprefix("written to ")
             assert path.is_file(), f"bpfree plugins new wrote no {path}"
-            path.write_text(block.text)
-
-    def run(self, lines: list[str], *, expected: int) -> None:
-        self.shown = ""
-        for line in lines:
-            began, words = time.perf_counter(), ["bash", "-c", line]
-            done = subprocess.run(words, cwd=self.folder, env=self.variables, capture_output=True, text=True, check=False)
-            self.seconds[line] = time.perf_counter() - began
-            assert done.returncode == expected, f"{line}\nexited with {done.returncode}:\n{done.stdout}{done.stderr}"
-            self.shown += done.stdout
+            self.write(path, block.text)
 
     @staticmethod
     def replace(method: str, path: Path, text: str) -> None:
@@ -105,16 +89,16 @@ def plain(line: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+def follower(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     """One who has done all that the page says."""
     folder = tmp_path_factory.mktemp("worked-example")
     (folder / "work").mkdir()
-    reader = Reader(folder / "work", environment(folder / "environment"))
+    follower = Reader(folder / "work", environment(folder / "environment"))
     for block in blocks(PAGE):
-        reader.follow(block)
+        follower.follow(block)
         if "pip install" in block.text:
-            check_style(reader.folder / "my-dfa")
-    return reader
+            check_style(follower.folder / "my-dfa")
+    return follower
 
 
 def check_style(package: Path) -> None:
@@ -126,22 +110,22 @@ def check_style(package: Path) -> None:
 
 
 @pytest.mark.slow
-def test_there_are_five_commands(reader: Reader, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_are_five_commands(follower: Reader, capsys: pytest.CaptureFixture[str]) -> None:
     """That each exits as it should and prints what is shown is asserted on the way; here, how long they took is printed."""
     numbered = re.findall(r"^## \d\..*?^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     commands = [line for block in numbered for line in block.splitlines()]
     begin = [" ".join(line.split()[:2]) for line in commands]
     assert begin == ["bpfree plugins", "pip install", "bpfree train", "bpfree certify", "bpfree registry"]
-    chosen, whole = sum(reader.seconds[line] for line in commands), sum(reader.seconds.values())
+    chosen, whole = sum(follower.taken[line].wall for line in commands), sum(each.wall for each in follower.taken.values())
     with capsys.disabled():
-        print("", *(f"{reader.seconds[line]:6.1f} s  {line}" for line in commands), sep="\n")
+        print("", *(f"{follower.taken[line].wall:6.1f} s  {line}" for line in commands), sep="\n")
         print(f"{chosen:6.1f} s  from nothing to an entry; {whole:.1f} s for the whole page")
 
 
 @pytest.mark.slow
-def test_the_rule_is_certified(reader: Reader) -> None:
+def test_the_rule_is_certified(follower: Reader) -> None:
     """In full, without a failure, a waiver or a pair of blocks that could not be measured; as the shipped dfa, below its floor."""
-    certificate = json.loads((reader.folder / "my-dfa/my-dfa.json").read_text())
+    certificate = json.loads((follower.folder / "my-dfa/my-dfa.json").read_text())
     assert certificate["status"] == "certified"
     status = {finding["id"]: finding["status"] for finding in certificate["findings"]}
     assert status.pop("learning") == "not shown"
@@ -150,10 +134,10 @@ def test_the_rule_is_certified(reader: Reader) -> None:
 
 
 @pytest.mark.slow
-def test_the_registry_is_valid_and_lists_it(reader: Reader) -> None:
+def test_the_registry_is_valid_and_lists_it(follower: Reader) -> None:
     def said(*words: str) -> str:
         command = ["bash", "-c", " ".join(["bpfree registry", *words, "--folder registry --json"])]
-        return subprocess.run(command, cwd=reader.folder, env=reader.variables, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, cwd=follower.folder, env=follower.variables, capture_output=True, text=True, check=True).stdout
 
     (record,) = json.loads(said("list"))
     assert (record["name"], record["rules"], list(record["certificates"])) == ("my-dfa", ["my-dfa"], ["my-dfa"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,11 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import ci_scripts
 import pytest
+from sitemaker.blocks import blocks
+
+from bpfree.version import __version__
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,3 +73,40 @@ def test_the_command_line_reads_the_registry_in_it(wheel: Path, tmp_path: Path) 
     )
     call("-m", "bpfree", "plugins", "new", "from-a-wheel")
     assert (tmp_path / "from-a-wheel/src/bpfree_from_a_wheel/plugin.py").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # what the README says takes a minute, and several times that beside other work
+def test_wheels_alone_do_what_the_readme_says(tmp_path: Path) -> None:
+    """The core and every plugin as wheels, in an environment with nothing else of ours, in a folder without the checkout.
+
+    Oracle: the exit codes; what is imported from where. What trains is a smoke run (``quick=true``), and there are no tools for developers.
+    """
+    script = ci_scripts.load("downstream")
+    interpreter = script.clean_environment(tmp_path / "environment")
+    wheels, work = tmp_path / "wheels", tmp_path / "work"
+    work.mkdir()
+    sources = [ROOT, *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))]
+    for source in sources:
+        script.build_wheel(interpreter, source, tmp_path / "sources", wheels)
+    script.call(interpreter, "-m", "pip", "install", "--quiet", "--no-index", *sorted(wheels.glob("*.whl")), cwd=work)  # with dependencies
+
+    seen = script.plugins_seen(interpreter, work)
+    assert {record["status"] for record in seen.values()} == {"ok"}
+    assert len(seen) == len(sources)
+    assert {(record["distribution"].startswith("bpfree"), record["version"]) for record in seen.values()} == {(True, __version__)}
+    (work / "mine.csv").write_text(
+        "weight,colour,bought\n" + "".join(f"{place},red,{'yes' if place % 2 else 'no'}\n" for place in range(40))
+    )
+    ran = []
+    for block in blocks(ROOT / "README.md"):
+        if block.runs:
+            script.call(interpreter, "-c", block.text, cwd=work)
+        for line in block.text.splitlines() if block.language == "bash" else ():
+            program, *words = shlex.split(line, comments=True)
+            if program == "bpfree":
+                quick = ["quick=true"] if words[0] in ("study", "compare", "train") else []
+                script.call(interpreter.parent / "bpfree", *words, *quick, cwd=work)
+                ran.append(words[0])
+    assert set(ran) >= {"study", "compare", "train"}
+    assert {path.parent.name.partition("-")[0] for path in (work / "runs").rglob("report*.html")} == {"quickstart", "compare"}
