@@ -24,11 +24,12 @@ import measure
 import torch
 import torch.nn.functional as F
 
-from bpfree import TrainConfig, Trainer
+from bpfree import TrainConfig
 from bpfree.cli.output import print_table
 from bpfree.config import parse_words, resolve
 from bpfree.rule import Rule
 from bpfree.training.config import BudgetConfig, EvaluationConfig
+from bpfree.training.trainer import Trainer
 
 FASTER, OF_COPIES = 1.7, 0.95
 BATCH = 128

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bpfree import Phase, Rule, Trainer
+from bpfree import Phase, Rule
 from bpfree.cli.output import print_table
 from bpfree.config import parse_words
 from bpfree.network.network import evaluating
@@ -33,6 +33,7 @@ from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training.features import feature_loader, feature_split
 from bpfree.training.schedules import shape_of
+from bpfree.training.trainer import Trainer
 
 EVALUATE_EVERY = 10
 

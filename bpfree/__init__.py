@@ -19,10 +19,10 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.hooks import API_VERSION as API_VERSION
     from bpfree.hooks import hookimpl as hookimpl
     from bpfree.kinds import Maker as Maker
+    from bpfree.library import Trained as Trained
+    from bpfree.library import train as train
     from bpfree.metric import Metric as Metric
     from bpfree.named_networks import build_network as build_network
-    from bpfree.network.builders import mlp as mlp
-    from bpfree.network.builders import vgg as vgg
     from bpfree.network.network import Network as Network
     from bpfree.network.split import plan as plan
     from bpfree.network.split import split as split
@@ -36,6 +36,10 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.program import ProgramContext as ProgramContext
     from bpfree.pure import Gradients as Gradients
     from bpfree.pure import Pure as Pure
+    from bpfree.recipe import RunConfig as RunConfig
+    from bpfree.recorded import Trainer as Trainer
+    from bpfree.remembered import mlp as mlp
+    from bpfree.remembered import vgg as vgg
     from bpfree.rule import Broadcast as Broadcast
     from bpfree.rule import Card as Card
     from bpfree.rule import Rule as Rule
@@ -70,13 +74,14 @@ if TYPE_CHECKING:  # `as` makes them exports for type checkers
     from bpfree.tasks.task import Split as Split
     from bpfree.tasks.task import Task as Task
     from bpfree.tasks.task import TaskSpec as TaskSpec
+    from bpfree.tracking.config import PicturesConfig as PicturesConfig
+    from bpfree.tracking.config import TrackingConfig as TrackingConfig
     from bpfree.tracking.tracker import Tracker as Tracker
     from bpfree.training.alignment import AlignmentConfig as AlignmentConfig
     from bpfree.training.config import BudgetConfig as BudgetConfig
     from bpfree.training.config import TrainConfig as TrainConfig
     from bpfree.training.stepper import Stepper as Stepper
     from bpfree.training.stepper import new_step as new_step
-    from bpfree.training.trainer import Trainer as Trainer
 
 _HOME = {
     "API_VERSION": "hooks",
@@ -114,6 +119,9 @@ _HOME = {
     "ProgramContext": "program",
     "Rule": "rule",
     "Row": "study.model",
+    "RunConfig": "recipe",
+    "PicturesConfig": "tracking.config",
+    "TrackingConfig": "tracking.config",
     "Run": "run",
     "Saved": "saved",
     "ScheduleConfig": "options",
@@ -128,7 +136,9 @@ _HOME = {
     "Trace": "network.trace",
     "Traces": "network.trace",
     "Tracker": "tracking.tracker",
-    "Trainer": "training.trainer",
+    "Trained": "library",
+    "train": "library",
+    "Trainer": "recorded",
     "Traits": "rule",
     "UsageError": "errors",
     "always": "rule",
@@ -137,14 +147,14 @@ _HOME = {
     "hookimpl": "hooks",
     "load": "saved",
     "load_task": "config",
-    "mlp": "network.builders",
+    "mlp": "remembered",
     "option": "options",
     "new_step": "training.stepper",
     "plan": "network.split",
     "installed_plugins": "plugins",
     "run_study": "study.python",
     "split": "network.split",
-    "vgg": "network.builders",
+    "vgg": "remembered",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bpfree import baselines, hooks
+from bpfree import baselines, hooks, remembered
 from bpfree.addons import CENTRALISE, AddonKind
 from bpfree.kinds import Maker
 from bpfree.metric import Metric
@@ -40,8 +40,8 @@ def bpfree_rules() -> dict[str, type[Rule]]:
 @hooks.hookimpl
 def bpfree_networks() -> dict[str, NetworkBuilder]:
     return {
-        "mlp": NetworkBuilder(builders.mlp, builders.MLPConfig, "multilayer perceptron; images are flattened"),
-        "vgg": NetworkBuilder(builders.vgg, builders.VGGConfig, "3x3 convolutions with max-poolings and a linear readout"),
+        "mlp": NetworkBuilder(remembered.mlp, builders.MLPConfig, "multilayer perceptron; images are flattened"),
+        "vgg": NetworkBuilder(remembered.vgg, builders.VGGConfig, "3x3 convolutions with max-poolings and a linear readout"),
         "torchvision": NetworkBuilder(
             torchvision_models.torchvision_network,
             torchvision_models.TorchvisionConfig,

@@ -10,6 +10,7 @@ from bpfree.errors import UsageError, unknown_name
 from bpfree.network.network import Network
 from bpfree.options import range_problems
 from bpfree.plugins import Plugins, installed_plugins
+from bpfree.remembered import remember
 from bpfree.tasks.task import TaskSpec
 
 __all__ = ["build_network", "spelled_out"]
@@ -68,5 +69,4 @@ def build_network(name: str, spec: TaskSpec, registry: Plugins | None = None, **
     config = builder.Config(**{**implied, **options})
     if problems := list(range_problems(config, "network.")):
         raise UsageError.of(problems, "network")
-    network: Network = builder.build(spec, config)
-    return network
+    return remember(builder.build(spec, config), known, config)

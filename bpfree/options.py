@@ -17,9 +17,17 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, Self, TypeVar, cast
 
-__all__ = ["NoOptions", "OptimizerConfig", "ScheduleConfig", "describe", "option", "range_problems"]
+from bpfree.errors import UsageError, nearest
+from bpfree.typed import Misfit, typed
+
+__all__ = ["ALIASES", "NoOptions", "OptimizerConfig", "ScheduleConfig", "Sectioned", "checked", "describe", "option", "range_problems"]
+
+Filled = TypeVar("Filled")
+ALIASES = {"learning_rate": "lr", "rate": "lr", "wd": "weight_decay", "decay": "weight_decay", "batchsize": "batch_size"}
+"""Words that people use for keys, for suggestions."""
 
 
 def option(
@@ -50,13 +58,101 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+class Sectioned:
+    """A configuration that is made in Python: refuses names that it does not have, and makes sections of their names or mappings.
+
+    A section is a field that is a dataclass itself: ``optimizer="adam"`` is ``optimizer=OptimizerConfig(name="adam")``, and
+    ``budget={"epochs": 3}`` is ``budget=BudgetConfig(epochs=3)``.
+    """
+
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        """Refuse unknown names before the dataclass's own ``__init__`` does.
+
+        Raises:
+            UsageError: there is no such field; names the section that has it, or a similar one.
+        """
+        hints = _hints(cls)
+        if unknown := next((name for name in named if name not in hints), ""):
+            inside = {key: f"{name}={kind.__name__}" for name, kind in hints.items() if _is_section(kind) for key in reversed(_hints(kind))}
+            word = ALIASES.get(unknown, unknown)
+            guess = word if word in inside else nearest(word, [*hints, *inside])
+            place = f"{inside[guess]}({guess}=...)" if guess in inside and guess not in hints else f"{guess}=..."
+            fix = f"did you mean {place}?" if guess else f"known: {', '.join(hints)}"
+            raise UsageError(f"{cls.__name__} has no field {unknown!r}", where=f"{cls.__name__}({unknown}=...)", fix=fix)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, kind in _hints(type(self)).items():
+            value = getattr(self, name)
+            if not _is_section(kind) or isinstance(value, kind):
+                continue
+            if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+                setattr(self, name, kind(**value))
+            elif isinstance(value, str) and "name" in _hints(kind):
+                setattr(self, name, kind(name=value))
+            else:
+                fix = f"{name}={kind.__name__}(...), or a dictionary of its fields"
+                raise UsageError(f"{name} is a section, not {value!r:.80}", where=f"{type(self).__name__}({name}=...)", fix=fix)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _read_hints(config: Any) -> dict[str, Any]:
+    """Return the types of a dataclass's fields by name."""
+    hints = typing.get_type_hints(config)
+    return {item.name: hints[item.name] for item in dataclasses.fields(config)}
+
+
+_hints: Callable[[Any], dict[str, Any]] = lru_cache(maxsize=256)(_read_hints)
+
+
+def checked(config: Filled) -> Filled:
+    """Return a configuration with values of the right types, as the command line would read them.
+
+    Raises:
+        UsageError: with all values of another type, or out of their range.
+    """
+    problems: list[str] = []
+    converted: Any = _converted(config, "", problems)
+    problems += [] if problems else range_problems(converted)
+    if problems:
+        raise UsageError.of(problems, "configuration")
+    return cast(Filled, converted)
+
+
+def _converted(config: Any, prefix: str, problems: list[str]) -> Any:
+    changes = {}
+    for name, kind in _hints(type(config)).items():
+        value, key = getattr(config, name), f"{prefix}{name}"
+        if _is_section(kind):
+            found = _converted(value, f"{key}.", problems)
+        else:
+            try:
+                found = typed(_plain(value), kind, key)
+            except Misfit as error:
+                problems.append(f"{key}={value!r:.80}: {error}")
+                continue
+        if found is not value and (_is_section(kind) or type(found) is not type(value) or found != value):
+            changes[name] = found
+    return dataclasses.replace(config, **changes) if changes else config
+
+
+def _plain(value: Any) -> Any:
+    """Convert a number of numpy or torch, and a device of torch, to Python's own type."""
+    if type(value).__module__ == "torch" and type(value).__name__ == "device":
+        return str(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 @dataclass
 class NoOptions:
     """The configuration of an object without options."""
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Sectioned):
     """The ``torch.optim`` optimiser that applies the updates, and its options.
 
     ``None`` means the rule's default, or else the optimiser's own.
@@ -88,7 +184,7 @@ class OptimizerConfig:
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleConfig(Sectioned):
     """The change of the learning rate over a run.
 
     The named shapes are functions of the progress of the budget (0 to 1) and multiply each group's rate; any class of

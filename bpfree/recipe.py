@@ -142,6 +142,10 @@ class Recipe:
         """Return the recipe for a record: nested, its addresses redacted."""
         return redacted(self.to_dict())  # type: ignore[no-any-return]
 
+    def recorded_flat(self) -> dict[str, Any]:
+        """Return the recipe for a record: flat, its addresses redacted."""
+        return _flat(self.recorded())
+
     def to_yaml(self) -> str:
         """Return the recipe as YAML, its addresses redacted."""
         return yaml_values.dump(self.recorded())

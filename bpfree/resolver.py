@@ -17,7 +17,7 @@ from bpfree.code_files import CodeName
 from bpfree.errors import BpfreeError, UsageError, nearest
 from bpfree.leaves import REFERENCE, Leaf, leaves_of, refers, said
 from bpfree.named_networks import hinted, spelled_out
-from bpfree.options import range_problems
+from bpfree.options import ALIASES, range_problems
 from bpfree.plugins import Plugins
 from bpfree.program import Program
 from bpfree.recipe import CHOSEN, Recipe, RunConfig, quickened
@@ -41,8 +41,6 @@ READ_BY_PROGRAMS = (
 """Settings that every program reads, or is observed by."""
 OF_BATCHES = ("augment", "class_weights", "sampling")
 """Of what every task has, what a program reads only if it says so."""
-ALIASES = {"learning_rate": "lr", "rate": "lr", "wd": "weight_decay", "decay": "weight_decay", "batchsize": "batch_size"}
-"""Words that people use for keys, for suggestions."""
 
 
 class Resolver:

@@ -67,6 +67,12 @@ class Run:
     tracking: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        epochs = f"epoch {self.epoch}" + (f" of {self.total_epochs}" if self.total_epochs else "")
+        scores = [f"test {metric.name.replace('_', ' ')} {metric.text(value)}" for metric, value in self.scores("test")]
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"Run({', '.join([f'{self.name}: {self.status}{reason}', epochs, *scores, *([str(self.folder)] if self.folder else [])])})"
+
     @property
     def measures(self) -> dict[str, Metric]:
         """Metrics by name, the primary one first; of a run that does not record them, those that it has numbers of."""

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bpfree.code_files import CodeName
 from bpfree.config import allowing, recipe_of
 from bpfree.devices import explained
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf
 from bpfree.network.network import Network, evaluating
-from bpfree.plugins import Plugins, installed_plugins
+from bpfree.plugins import PluginRecord, Plugins, installed_plugins
 from bpfree.recipe import Recipe
 from bpfree.rule import Rule
 from bpfree.step import Budget
@@ -28,6 +29,7 @@ from bpfree.tasks.check import check_inputs
 from bpfree.tasks.given import as_batch
 from bpfree.tasks.spec import CLASS, TaskSpec, has_own_loss, structure_from
 from bpfree.tasks.stages import stages_from, walk
+from bpfree.tasks.task import DataSource
 from bpfree.tasks.trees import length, move, tree_map
 from bpfree.training.checkpoint import check_rule, find_checkpoint, load_weights, read_checkpoint, replay
 from bpfree.training.environment import device_of
@@ -230,6 +232,27 @@ def _belongs(module: str, plugin: Path) -> bool:
     return module.partition(".")[0] == (plugin.parent.name if plugin.name == "__init__.py" else plugin.stem)
 
 
+def _knowing(registry: Plugins, config: Mapping[str, Any], spec: TaskSpec, path: Path) -> Plugins:
+    """Let the name of a task that was made in Python stand for its spec: its data are not needed.
+
+    Raises:
+        BpfreeError: rule or network is not registered here.
+    """
+    for kind in ("rule", "network", "task"):
+        name = str(config.get(kind, {}).get("name", ""))
+        if not name or name in registry.names(f"{kind}s") or CodeName.parse(name) is not None:
+            continue
+        if kind == "task":
+            return registry.knowing("tasks", name, DataSource(lambda options, root: spec, _no_data), PluginRecord("Python", "Python", "?"))
+        what = f"the run's {kind} {name!r} was made in Python, or its plugin is not installed here"
+        raise BpfreeError(what, where=str(path), fix="build the rule with its network, and give it: bpfree.load(path, rule=rule)")
+    return registry
+
+
+def _no_data(options: Any, root: Path | None) -> Any:
+    raise BpfreeError("the data were made in Python", where="task", fix="load them there")
+
+
 def load(
     place: str | Path,
     *,
@@ -262,7 +285,7 @@ def load(
     spec = spec_of(content["task"], path) if spec is None else spec
     recipe = None
     if rule is None:
-        registry = registry or allowing(files=allow_code)
+        registry = _knowing(registry or allowing(files=allow_code), content["config"] or {}, spec, path)
         recipe = recipe_of(content["config"], changes, spec=spec, where=str(path), registry=registry)
         rule = recipe.build_rule(spec)
     check_rule(content, rule, path)

@@ -80,7 +80,17 @@ NOT_EXAMINED = (
     *SHOWING,
     *(f"certify/{name}.py" for name in ("__init__", "cases", "certificate", "heat", "page", "show", "table")),
     *OF_PROGRAMS,
-    *("code_lines.py", "ray_cluster.py", "ray_team.py", "runner.py", "saved.py", "scoring.py"),
+    *(
+        "code_lines.py",
+        "library.py",
+        "python_recipe.py",
+        "ray_cluster.py",
+        "recorded.py",
+        "ray_team.py",
+        "runner.py",
+        "saved.py",
+        "scoring.py",
+    ),
 )
 """Parts of the core that a certificate does not depend on."""
 OF_CONTRACT = (

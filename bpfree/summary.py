@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
@@ -15,7 +14,8 @@ from bpfree.redaction import redact
 from bpfree.rule import Rule
 from bpfree.run import Run
 from bpfree.tasks.check import named
-from bpfree.tasks.task import Task, TaskSpec
+from bpfree.tasks.task import Task, TaskSpec, meaning
+from bpfree.tracking.notebook import output
 from bpfree.tracking.progress import print_line
 from bpfree.training.environment import device_of
 
@@ -43,7 +43,7 @@ def summary(recipe: Recipe, task: Task, rule: Rule, run: Run, trackers: Iterable
         ("rule", f"{names['rule']}{', own-prediction twin' if settings.twin else ''}"),
         ("optimiser", f"{_optimiser(recipe, rule)}; batches of {settings.batch_size:,}; {_budget(recipe)}"),
         ("device", f"{device}{threads}, {settings.precision}"),
-        ("recorded in", "; ".join([str(run.folder), *map(redact, trackers)])),
+        *([("recorded in", "; ".join([str(run.folder), *map(redact, trackers)]))] if run.folder is not None else []),
     ]
 
 
@@ -54,10 +54,7 @@ def _examples(task: Task) -> str:
 
 
 def _targets(spec: TaskSpec) -> str:
-    names = f" ({named(spec, range(spec.outputs))})" if spec.class_names else ""
-    kinds = {"classes": f"{spec.outputs:,} classes{names}", "soft": f"soft labels of {spec.outputs:,} classes{names}", "none": "no targets"}
-    kinds |= {"multilabel": f"{spec.outputs:,} labels{names}", "tokens": f"tokens, a class of {spec.outputs:,} each"}
-    return kinds.get(spec.targets, f"{spec.outputs:,} real target{'s' if spec.outputs != 1 else ''}")
+    return meaning(spec, named(spec, range(spec.outputs)) if spec.class_names else "")
 
 
 def _blocks(network: Network) -> str:
@@ -98,7 +95,7 @@ class SummaryDisplay:
     Args:
         lines: as :func:`summary` makes them.
         label: of a cell, for which they are one line.
-        stream: where to; ``None``: standard error.
+        stream: where to; ``None``: standard error, or a notebook's output.
     """
 
     def __init__(self, lines: Lines, label: str | None = None, stream: TextIO | None = None) -> None:
@@ -107,10 +104,9 @@ class SummaryDisplay:
     @hookimpl(tryfirst=True)
     def run_start(self, run: Run) -> None:
         """Show the lines."""
-        stream = self._stream or sys.stderr
+        stream = self._stream or output()
         if self._label is not None:
             print_line(stream, f"{self._label}: {'; '.join(f'{name} {text}' for name, text in self._lines)}")
             return
         width = max(len(name) for name, _ in self._lines)
-        for name, text in self._lines:
-            print_line(stream, f"{name.ljust(width)}  {text}")
+        print_line(stream, "\n".join(f"{name.ljust(width)}  {text}" for name, text in self._lines))

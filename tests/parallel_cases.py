@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from training_rules import StopAfter, weights
 
-from bpfree import Batch, Budget, Network, Phase, Rule, Run, Step, Task, TrainConfig, Trainer, Traits, UsageError, always, hookimpl
+from bpfree import Batch, Budget, Network, Phase, Rule, Run, Step, Task, TrainConfig, Traits, UsageError, always, hookimpl
 from bpfree.baselines import DFA, Backprop
 from bpfree.cli import main as cli
 from bpfree.network import MLPConfig, mlp
@@ -25,7 +25,7 @@ from bpfree.tasks.task import Split, TaskSpec
 from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.config import BudgetConfig, CheckpointConfig
 from bpfree.training.distributed import World
-from bpfree.training.trainer import Interrupted
+from bpfree.training.trainer import Interrupted, Trainer
 
 
 def plain(task: Task, **sizes: Any) -> Rule:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import bpfree
-from bpfree import Activations, AddonKind, Batch, Network, OptimizerConfig, Task, TaskSpec, TrainConfig, Trainer
+from bpfree import Activations, AddonKind, Batch, Network, OptimizerConfig, Task, TaskSpec, TrainConfig
 from bpfree.addons import configured, make_addons
 from bpfree.cli.main import main
 from bpfree.errors import BpfreeError, UsageError
@@ -24,6 +24,7 @@ from bpfree.training import updater
 from bpfree.training.config import BudgetConfig
 from bpfree.training.optimizers import check_optimizer
 from bpfree.training.stepper import Stepper
+from bpfree.training.trainer import Trainer
 
 
 def command(words: list[str]) -> Any:

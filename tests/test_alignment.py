@@ -20,7 +20,6 @@ from bpfree import (
     Stepper,
     Task,
     TaskSpec,
-    Trainer,
     Traits,
     UsageError,
     always,
@@ -34,6 +33,7 @@ from bpfree.runner import refuse_changes
 from bpfree.training.alignment import Alignment, AlignmentConfig
 from bpfree.training.config import BudgetConfig
 from bpfree.training.snapshot import Snapshot
+from bpfree.training.trainer import Trainer
 
 EVERY_STEP = AlignmentConfig(every=1, draws=2)
 SPEC = TaskSpec("flat", input_shape=(6,), outputs=3)

@@ -12,10 +12,11 @@ from torch import Tensor
 from training_rules import ONE, assert_equal_bits, config_of, failing, rule_on, weights, write_through_data
 
 import bpfree
-from bpfree import Rule, Split, Task, Trainer
+from bpfree import Rule, Split, Task
 from bpfree.baselines import Backprop
 from bpfree.tasks.digits import DIGITS
 from bpfree.training.checkpoint import read_checkpoint
+from bpfree.training.trainer import Trainer
 
 
 class Threshold(Backprop):

@@ -10,13 +10,14 @@ import pytest
 import torch
 import yaml
 
-from bpfree import Task, TaskSpec, TrainConfig, Trainer, UsageError, installed_plugins, mlp, option, vgg
+from bpfree import Task, TaskSpec, TrainConfig, UsageError, installed_plugins, mlp, option, vgg
 from bpfree.baselines import Backprop
 from bpfree.cli.annotate import annotate
 from bpfree.config import parse_words, read_yaml, resolve
 from bpfree.network import VGGConfig
 from bpfree.recipe import RunConfig, TaskCommon
 from bpfree.training.idle import idle_options
+from bpfree.training.trainer import Trainer
 from bpfree.typed import typed
 
 

@@ -13,7 +13,7 @@ from made_time import Time
 from torch import Tensor, nn
 from training_rules import Exploding, StopAfter, config_of, rule_on
 
-from bpfree import Batch, Budget, Phase, Run, Split, Step, Task, TaskSpec, Trainer, new_step
+from bpfree import Batch, Budget, Phase, Run, Split, Step, Task, TaskSpec, new_step
 from bpfree.baselines import Backprop
 from bpfree.cli.output import print_result
 from bpfree.training.checkpoint import read_checkpoint
@@ -21,7 +21,7 @@ from bpfree.training.compiling import Compilation
 from bpfree.training.config import BudgetConfig
 from bpfree.training.meters import Clock
 from bpfree.training.probes import Take, take_step
-from bpfree.training.trainer import Interrupted
+from bpfree.training.trainer import Interrupted, Trainer
 
 EXAMPLES, FULL, PARTIAL = 1295, 20, 1
 """Of digits; batches of 64 in a pass, and a last one of 15."""

@@ -12,11 +12,12 @@ import pytest
 import torch
 from training_rules import config_of
 
-from bpfree import BudgetConfig, Task, Trainer, hookimpl, mlp, scoring
+from bpfree import BudgetConfig, Task, hookimpl, mlp, scoring
 from bpfree.baselines import Backprop
 from bpfree.config import parse_words, resolve
 from bpfree.runner import run
 from bpfree.training.environment import flushing_denormals, numerics
+from bpfree.training.trainer import Trainer
 
 
 def flushed() -> bool:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from training_rules import ONE, assert_equal_bits, config_of, failing, rule_on, weights, write_through_data
 
-from bpfree import Batch, BpfreeError, Budget, Phase, Rule, Step, Task, TaskSpec, Trainer, runner, scoring
+from bpfree import Batch, BpfreeError, Budget, Phase, Rule, Step, Task, TaskSpec, runner, scoring
 from bpfree.baselines import DFA, Backprop
 from bpfree.config import resolve
 from bpfree.leaves import Leaf
 from bpfree.training import guards
 from bpfree.training.config import EvaluationConfig
 from bpfree.training.guards import LearningWatch
+from bpfree.training.trainer import Trainer
 
 
 class Evaluated(Backprop):

@@ -25,7 +25,6 @@ from bpfree import (
     TaskSpec,
     Trace,
     Traces,
-    Trainer,
     Traits,
     always,
     new_step,
@@ -33,6 +32,7 @@ from bpfree import (
 from bpfree.baselines import Backprop, Frozen
 from bpfree.network import MLPConfig, mlp
 from bpfree.training.config import BudgetConfig, TrainConfig
+from bpfree.training.trainer import Trainer
 
 FLAT = TaskSpec("flat", input_shape=(6,), outputs=3)
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from training_rules import assert_equal_bits, config_of, rule_on
 
-from bpfree import Task, Trainer, hookimpl
+from bpfree import Task, hookimpl
 from bpfree.errors import BpfreeError, DiskError
 from bpfree.record.folder import read_run
 from bpfree.record.log import EventLog
 from bpfree.training import checkpoint
 from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.config import BudgetConfig
+from bpfree.training.trainer import Trainer
 
 EPOCHS = 4
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from training_rules import ONE, StopAfter, assert_equal_bits, config_of, failing, rule_on, weights
 
-from bpfree import Batch, Budget, Phase, Rule, Split, Step, Task, Trainer, Traits, UsageError, always
+from bpfree import Batch, Budget, Phase, Rule, Split, Step, Task, Traits, UsageError, always
 from bpfree.baselines import DFA, Backprop
-from bpfree.training.trainer import Interrupted
+from bpfree.training.trainer import Interrupted, Trainer
 
 # --- something moves --------------------------------------------------------------------------------------------------
 

@@ -33,10 +33,11 @@ from honest_rules import (
 )
 from torch import Tensor, nn
 
-from bpfree import Batch, OptimizerConfig, Rule, Stepper, Task, TrainConfig, Trainer, new_step
+from bpfree import Batch, OptimizerConfig, Rule, Stepper, Task, TrainConfig, new_step
 from bpfree.baselines import Backprop
 from bpfree.network import MLPConfig, mlp
 from bpfree.training.config import BudgetConfig
+from bpfree.training.trainer import Trainer
 
 LEARNED: dict[type[Rule], tuple[int, float]] = {
     ForwardForward: (8, 0.8),

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training_rules import ONE, assert_equal_bits, config_of, failing, noisy, rule_on, weights, write_through_data
 
-from bpfree import Rule, Run, Step, Task, Trainer, hookimpl
+from bpfree import Rule, Run, Step, Task, hookimpl
 from bpfree.baselines import Backprop
 from bpfree.record.folder import read_run
 from bpfree.tracking.pictures import Pictures
 from bpfree.training.hook_watch import HookWatch
+from bpfree.training.trainer import Trainer
 
 
 def _add(rule: Rule) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from training_rules import config_of, rule_on
 
-from bpfree import Batch, Budget, Phase, Step, Task, Trainer
+from bpfree import Batch, Budget, Phase, Step, Task
 from bpfree.baselines import Backprop
 from bpfree.training.config import BudgetConfig
+from bpfree.training.trainer import Trainer
 
 EXAMPLES = 1295
 MIB = 2**20

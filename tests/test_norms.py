@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from training_rules import assert_equal_bits, config_of, rule_on, weights
 
-from bpfree import Batch, Budget, Phase, Rule, Split, Step, Task, Trainer, UsageError
+from bpfree import Batch, Budget, Phase, Rule, Split, Step, Task, UsageError
 from bpfree.baselines import DFA, Backprop
 from bpfree.network import VGGConfig, vgg
 from bpfree.training.config import BudgetConfig
+from bpfree.training.trainer import Trainer
 
 
 def few(task: Task, count: int) -> Task:

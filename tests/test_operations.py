@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from training_rules import StopAfter, assert_equal_bits, config_of, noisy, rule_on, weights
 
-from bpfree import Batch, Budget, Phase, Rule, Run, Step, Task, TaskSpec, Trainer, Traits, UsageError, always
+from bpfree import Batch, Budget, Phase, Rule, Run, Step, Task, TaskSpec, Traits, UsageError, always
 from bpfree.baselines import DFA, Backprop, Frozen, Linear
 from bpfree.config import parse_words, resolve
 from bpfree.network import MLPConfig, mlp
@@ -22,7 +22,7 @@ from bpfree.tasks.augment import FLIP
 from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.config import BudgetConfig, EvaluationConfig
 from bpfree.training.operations import Operations, counted_operations
-from bpfree.training.trainer import Interrupted
+from bpfree.training.trainer import Interrupted, Trainer
 
 LAYERS = [2 * 64 * 32, 2 * 32 * 32, 2 * 32 * 10]
 """Operations of the layers of the network of ``rule_on``, for one example."""

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from training_rules import StopAfter, assert_equal_bits, config_of, rule_on, weights
 
-from bpfree import Batch, Budget, Phase, Split, Step, Task, Trainer, UsageError
+from bpfree import Batch, Budget, Phase, Split, Step, Task, UsageError
 from bpfree.baselines import Backprop
 from bpfree.training.config import BudgetConfig
 from bpfree.training.operations import Operations
-from bpfree.training.trainer import Interrupted
+from bpfree.training.trainer import Interrupted, Trainer
 
 EXAMPLES = 1295
 LAYERS = [2 * 64 * 32, 2 * 32 * 32, 2 * 32 * 10]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from training_rules import StopAfter, assert_equal_bits, config_of, noisy, rule_on, weights
 
-from bpfree import Stage, Task, Trainer, UsageError, runner
+from bpfree import Stage, Task, UsageError, runner
 from bpfree.baselines import DFA
 from bpfree.config import parse_words, resolve
 from bpfree.metric import ACCURACY, LOSS
@@ -21,7 +21,7 @@ from bpfree.tasks.quick import few
 from bpfree.training.budget import Patience
 from bpfree.training.config import BudgetConfig, EvaluationConfig
 from bpfree.training.state import Position
-from bpfree.training.trainer import Interrupted
+from bpfree.training.trainer import Interrupted, Trainer
 
 FAST = OptimizerConfig("sgd", lr=0.5)
 """A rate at which the validation accuracy of DFA goes up and down."""

@@ -21,7 +21,6 @@ from bpfree import (
     ScheduleConfig,
     Step,
     Task,
-    Trainer,
     UsageError,
     hookimpl,
 )
@@ -34,7 +33,7 @@ from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.config import BudgetConfig
 from bpfree.training.features import FeatureLoader, feature_split
 from bpfree.training.meters import Clock
-from bpfree.training.trainer import Interrupted
+from bpfree.training.trainer import Interrupted, Trainer
 
 
 @pytest.mark.parametrize("budget", [{"epochs": 2}, {"samples": 2000}, {"seconds": 0.3}])

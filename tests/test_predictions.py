@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from training_rules import StopAfter, config_of, rule_on
 
-from bpfree import Batch, Rule, Run, Split, Task, TaskSpec, Trainer, always
+from bpfree import Batch, Rule, Run, Split, Task, TaskSpec, always
 from bpfree.baselines import Backprop
 from bpfree.network import MLPConfig, mlp
 from bpfree.training.config import BudgetConfig, EvaluationConfig
 from bpfree.training.predictions import Collector, Predictions, read_predictions, write_predictions
-from bpfree.training.trainer import Interrupted
+from bpfree.training.trainer import Interrupted, Trainer
 
 FILE = "predictions.npz"
 

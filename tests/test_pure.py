@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 import bpfree
-from bpfree import Batch, Card, Gradients, Network, Pure, Split, Task, TaskSpec, TrainConfig, Trainer, Traits, always
+from bpfree import Batch, Card, Gradients, Network, Pure, Split, Task, TaskSpec, TrainConfig, Traits, always
 from bpfree.baselines import DFA
 from bpfree.pure import Tensors
 from bpfree.training import compiling
 from bpfree.training.config import BudgetConfig
 from bpfree.training.stepper import Stepper
+from bpfree.training.trainer import Trainer
 
 SPEC = TaskSpec("vectors", (6,), 3)
 

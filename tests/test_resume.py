@@ -17,7 +17,6 @@ from bpfree import (
     Run,
     Step,
     Task,
-    Trainer,
     UsageError,
     hookimpl,
     load,
@@ -29,7 +28,7 @@ from bpfree.scoring import score
 from bpfree.tasks.digits import DIGITS
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
 from bpfree.training.config import BudgetConfig, CheckpointConfig
-from bpfree.training.trainer import Interrupted
+from bpfree.training.trainer import Interrupted, Trainer
 
 TIMES = ("seconds", "processor_seconds", "samples_per_second", "step_ms")
 

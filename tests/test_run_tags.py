@@ -13,7 +13,8 @@ from bpfree.baselines import DFA, Backprop, Linear
 from bpfree.code_lines import class_lines, code_lines
 from bpfree.config import parse_words, resolve
 from bpfree.plugins import installed_plugins
-from bpfree.runner import run, standard_tags
+from bpfree.recorded import standard_tags
+from bpfree.runner import run
 
 
 class Base(Broadcast):

@@ -14,7 +14,7 @@ import torch
 from test_families import Zeroth
 from training_rules import rule_on
 
-from bpfree import Task, TrainConfig, Trainer, UsageError, mlp
+from bpfree import Task, TrainConfig, UsageError, mlp
 from bpfree.config import parse_words, resolve
 from bpfree.network.builders import MLPConfig
 from bpfree.options import OptimizerConfig, ScheduleConfig
@@ -23,6 +23,7 @@ from bpfree.rule import Traits, always
 from bpfree.step import Budget, Phase
 from bpfree.training.config import BudgetConfig
 from bpfree.training.schedules import check_length, planned_steps
+from bpfree.training.trainer import Trainer
 from bpfree.training.updater import ClipConfig
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from training_rules import NoisyPhases, assert_equal_bits, config_of, weights
 
-from bpfree import Run, Task, Trainer, hookimpl
+from bpfree import Run, Task, hookimpl
 from bpfree.baselines import DFA
 from bpfree.network import MLPConfig, mlp
 from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.config import EvaluationConfig, TrainConfig
-from bpfree.training.trainer import Interrupted
+from bpfree.training.trainer import Interrupted, Trainer
 
 TIMES = ("seconds", "processor_seconds", "samples_per_second", "step_ms")
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

@@ -33,7 +33,6 @@ from bpfree import (
     Task,
     TaskSpec,
     TrainConfig,
-    Trainer,
     class_stream,
 )
 from bpfree.errors import BpfreeError, UsageError
@@ -43,6 +42,7 @@ from bpfree.rule import Metrics
 from bpfree.tasks.stages import herded
 from bpfree.training.config import BudgetConfig
 from bpfree.training.streams import stream_scores
+from bpfree.training.trainer import Trainer
 
 CLASSES = 6
 
@@ -295,7 +295,8 @@ SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
-from bpfree import Memory, Trainer, hookimpl
+from bpfree import Memory, hookimpl
+from bpfree.training.trainer import Trainer
 from test_stages import Growing, config, network, stream
 
 class Killer:

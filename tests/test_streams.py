@@ -10,12 +10,13 @@ import pytest
 import torch
 from training_rules import assert_equal_bits, config_of, noisy, weights
 
-from bpfree import Batch, Rule, Run, Step, Task, Trainer, runner
+from bpfree import Batch, Rule, Run, Step, Task, runner
 from bpfree.baselines import Backprop
 from bpfree.config import parse_words, resolve
 from bpfree.seeds import KeyedGenerators, derive, derive_in
 from bpfree.tasks.task import Split
 from bpfree.training.config import BudgetConfig, EvaluationConfig
+from bpfree.training.trainer import Trainer
 
 QUICK = ("task=digits", "budget.epochs=1", "device=cpu", "threads=1", "tracking.enabled=false", "network.depth=2", "network.width=16")
 

@@ -22,7 +22,6 @@ from bpfree import (
     Step,
     Task,
     TaskSpec,
-    Trainer,
     Traits,
     UsageError,
     always,
@@ -33,6 +32,7 @@ from bpfree.network import VGGConfig, vgg
 from bpfree.tasks.digits import DIGITS
 from bpfree.training.checkpoint import read_checkpoint
 from bpfree.training.config import BudgetConfig, EvaluationConfig, TrainConfig
+from bpfree.training.trainer import Trainer
 from bpfree.training.updater import ClipConfig
 
 

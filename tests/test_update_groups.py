@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from training_rules import ONE, config_of, rule_on, weights
 
-from bpfree import Batch, OptimizerConfig, Rule, Step, Task, Trainer, Traits, always
+from bpfree import Batch, OptimizerConfig, Rule, Step, Task, Traits, always
 from bpfree.baselines import DFA, Backprop
+from bpfree.training.trainer import Trainer
 
 
 class InParts(DFA):

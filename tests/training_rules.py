@@ -21,12 +21,12 @@ from bpfree import (
     ScheduleConfig,
     Step,
     Task,
-    Trainer,
     hookimpl,
 )
 from bpfree.baselines import DFA, Backprop
 from bpfree.network import MLPConfig, mlp
 from bpfree.training.config import BudgetConfig, TrainConfig
+from bpfree.training.trainer import Trainer
 
 ONE = BudgetConfig(epochs=1)
 

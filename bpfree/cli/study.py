@@ -340,11 +340,11 @@ def _chosen(options: dict[str, Any]) -> Options:
 
 def run_worklist(worklist: Worklist, overrides: Sequence[Leaf], words: Sequence[str], options: Options, as_json: bool) -> int:
     """Run a study or a comparison with its progress, and print the report."""
-    from bpfree.cli.study_progress import StudyProgress
     from bpfree.study import command
+    from bpfree.study.progress import StudyProgress
     from bpfree.training.trainer import Interrupted
 
-    progress = StudyProgress(worklist.count(), worklist.left(), quiet=options.quiet)
+    progress = StudyProgress(worklist.plan.study.name, worklist.count(), worklist.left(), quiet=options.quiet)
     try:
         _print(*command.run(worklist, overrides, words, options, progress.of), as_json)
     except (Interrupted, KeyboardInterrupt):

@@ -9,7 +9,7 @@ from bpfree.document.content import Aside, Bullets, Cell, Code, Figure, Folded, 
 from bpfree.document.data import figure_csv
 from bpfree.document.style import PAGE_STYLE, SCRIPT
 
-__all__ = ["html_page"]
+__all__ = ["html_page", "html_parts"]
 
 LONG, LONG_LABEL = 40, 30
 """Lengths in characters above which a cell of words is wide, and a row's label wraps."""
@@ -36,6 +36,11 @@ def html_page(title: str, sections: Sequence[Section]) -> str:
 {_contents(others)}
 {body}<script>{SCRIPT}</script></body></html>
 """
+
+
+def html_parts(parts: Sequence[Part]) -> str:
+    """Write parts as HTML; its classes need the style of a page or a view."""
+    return "".join(map(_part, parts))
 
 
 def _contents(sections: Sequence[Section]) -> str:

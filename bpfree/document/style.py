@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from string import Template
 
-__all__ = ["CHART_STYLE", "PAGE_STYLE", "SCRIPT"]
+__all__ = ["CHART_STYLE", "PAGE_STYLE", "SCRIPT", "VIEW_STYLE"]
 
 NAMES = "ink soft paper panel edge warn good bad c0 c1 c2 c3 c4 c5 c6 c7"
 """Names of colours; c0 to c5 are those of Okabe and Ito, which colour-blind readers can distinguish."""
@@ -111,6 +111,17 @@ PAGE_STYLE = (
     f"@media screen and (prefers-color-scheme:dark){{:root{{{_variables(DARK)}}}}}"
     f"{FORMS}{INKS.substitute({name: f'var(--{name})' for name in LIGHT})}{PAGE}"
 )
+
+VIEW_STYLE = (
+    f".bpfree-view{{color-scheme:light;{_variables(LIGHT)};font:14px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);"
+    "padding:.6rem .8rem;border-radius:4px;max-width:60rem;"
+    f"{FORMS}{INKS.substitute({name: f'var(--{name})' for name in LIGHT})}{PAGE}}}\n"
+    f"@media (prefers-color-scheme:dark){{.bpfree-view{{color-scheme:dark;{_variables(DARK)}}}}}\n"
+    f"[data-jp-theme-light=true] .bpfree-view,.vscode-light .bpfree-view{{color-scheme:light;{_variables(LIGHT)}}}\n"
+    f"[data-jp-theme-light=false] .bpfree-view,.vscode-dark .bpfree-view{{color-scheme:dark;{_variables(DARK)}}}\n"
+    ".bpfree-view h3{margin-top:0} .bpfree-view .legend{margin-left:0} .bpfree-view table{margin-left:0}\n"
+)
+"""Style of a view: that of a page, nested in it, so that nothing else on the notebook's page changes."""
 
 SCRIPT = """
 (function(){

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from bpfree.rule import Rule
 from bpfree.study import cells, command
 from bpfree.study.comparing import comparison
 from bpfree.study.model import Study
+from bpfree.study.progress import StudyProgress
 from bpfree.study.report import Report
 from bpfree.study.rows import Cell
 from bpfree.study.store import CellRecord
 from bpfree.study.things import Things
 from bpfree.study.worklist import Worklist
 from bpfree.tasks.task import DataSource, Task
+from bpfree.tracking.notebook import in_notebook
 
 __all__ = ["compare", "run_study"]
 
@@ -36,6 +39,7 @@ def compare(
     references: bool = True,
     output: str | Path = "runs",
     jobs: int | None = None,
+    progress: bool = True,
 ) -> Report:
     """Compare rules over seeds, as ``bpfree compare`` does; finished cells are not run again.
 
@@ -48,9 +52,10 @@ def compare(
         references: add the linear classifier, own-prediction twins and back-propagation.
         output: folder of runs.
         jobs: cells at a time; with several, objects must be importable by other processes.
+        progress: show it: in place in a notebook, a line for each cell elsewhere. Without it only failures are logged.
 
     Returns:
-        The report; ``.text()`` gives it as the terminal would show it. Its page lies in ``OUTPUT/studies``.
+        The report, which a notebook shows; ``.text()`` gives it as the terminal would show it. Its page lies in ``OUTPUT/studies``.
 
     Raises:
         UsageError: with every problem, before anything is trained.
@@ -61,10 +66,17 @@ def compare(
     common += [] if network is None else [Leaf("network", things.name("networks", network), "compare")]
     common += leaves_of(settings or {}, "", "compare")
     study = comparison(words, common, seeds=seeds, references=references, registry=things.registry)
-    return _run(cells.plan(study, [_output(output)], registry=things.registry), output, jobs)
+    return _run(cells.plan(study, [_output(output)], registry=things.registry), output, jobs, progress)
 
 
-def run_study(study: Study, *, settings: Mapping[str, Any] | None = None, output: str | Path = "runs", jobs: int | None = None) -> Report:
+def run_study(
+    study: Study,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    output: str | Path = "runs",
+    jobs: int | None = None,
+    progress: bool = True,
+) -> Report:
     """Run the unfinished cells of a study, and report on it.
 
     Args:
@@ -72,6 +84,7 @@ def run_study(study: Study, *, settings: Mapping[str, Any] | None = None, output
         settings: of all cells, over those of the study.
         output: folder of runs.
         jobs: cells at a time; ``None``: what the study says.
+        progress: as in :func:`compare`.
 
     Returns:
         The report; ``.text()`` gives it as the terminal would show it.
@@ -80,16 +93,21 @@ def run_study(study: Study, *, settings: Mapping[str, Any] | None = None, output
         UsageError: with every problem, before anything is trained.
     """
     overrides = [*leaves_of(settings or {}, "", "run_study"), _output(output)]
-    return _run(cells.plan(study, overrides), output, jobs)
+    return _run(cells.plan(study, overrides), output, jobs, progress)
 
 
 def _output(folder: str | Path) -> Leaf:
     return Leaf("output", str(folder), "output")
 
 
-def _run(plan: cells.Plan, output: str | Path, jobs: int | None) -> Report:
-    report, page = command.run(Worklist(plan), [_output(output)], [], command.Options(jobs=jobs, quiet=True), lambda slots: _Logged())
-    logger.info("the report is %s", page)
+def _run(plan: cells.Plan, output: str | Path, jobs: int | None, progress: bool) -> Report:
+    worklist = Worklist(plan)
+    shown = StudyProgress(plan.study.title, worklist.count(), worklist.left(), quiet=False) if progress else None
+    display: Callable[[int], command.Display] = (lambda slots: _Logged()) if shown is None else shown.of
+    live = progress and sys.stderr.isatty() and not in_notebook()  # elsewhere the lines of each cell's own progress would be too many
+    options = command.Options(jobs=jobs, quiet=not live)
+    report, page = command.run(worklist, [_output(output)], [], options, display)
+    logger.info("the report is %s", page) if shown is None else shown.say(f"report: {page}")
     return report
 
 

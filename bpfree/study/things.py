@@ -68,7 +68,7 @@ class Things:
         if isinstance(thing, str):
             return thing
         for name, known, _ in self.registry.items(kind):  # bpfree.mlp is the registered network of that name
-            if thing is known or thing is _made_by(known):
+            if thing is known or inspect.unwrap(thing) is _made_by(known):
                 return name
         for (other, name), (known, _) in self.registry.given.things.items():
             if other == kind and known is thing:
@@ -109,7 +109,7 @@ def named(study: Study, registry: Plugins) -> tuple[Study, Plugins]:
 def _made_by(thing: Any) -> Any:
     """Return the class or function whose source determines an object's behaviour."""
     if isinstance(thing, NetworkBuilder):
-        return thing.build
+        return inspect.unwrap(thing.build)
     return thing.load if isinstance(thing, DataSource) else thing
 
 

@@ -25,6 +25,7 @@ from bpfree.leaves import Leaf, names_code
 from bpfree.plugins import Given, Plugins, installed_plugins
 from bpfree.recipe import Recipe, quick_examples
 from bpfree.record.folder import RunFolder
+from bpfree.recorded import known_run
 from bpfree.redaction import redact
 from bpfree.run import Run
 from bpfree.study.concurrency import Concurrency, present
@@ -161,7 +162,7 @@ class Worker:
         if job.restart:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         recipe = self._recipe(job)
-        if recipe.is_program and (done := runner.known_run(folder)) is not None and done.status == "finished" and not job.restart:
+        if recipe.is_program and (done := known_run(folder)) is not None and done.status == "finished" and not job.restart:
             return done  # the process was killed before it could record this
         return runner.run(recipe, run_id=folder.name, task=self._tasks.get(recipe), **options)
 

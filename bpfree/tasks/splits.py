@@ -53,6 +53,12 @@ class Split:
     def __len__(self) -> int:
         return length(self.inputs)
 
+    def __repr__(self) -> str:
+        parts = [f"{f'inputs{place}'} {_form(leaf)}" for place, leaf in named_leaves(self.inputs)]
+        return (
+            f"Split({len(self)} examples: {', '.join(parts)}, {'no targets' if self.targets is None else f'targets {_form(self.targets)}'})"
+        )
+
     def batch(self, indices: Tensor) -> tuple[Any, Tensor | None]:
         """Return the raw inputs and targets of the examples at ``indices`` (M,)."""
         part = self.subset(indices)
@@ -69,6 +75,12 @@ class Split:
             _digest(found, leaf)
         if self.targets is not None:
             _digest(found, self.targets)
+
+
+def _form(values: Any) -> str:
+    """Describe a tensor without its values: ``1x8x8 uint8``, a number of each example is ``int64`` alone."""
+    shape = "x".join(map(str, values.shape[1:]))
+    return f"{shape} {values.dtype}".replace("torch.", "").strip()
 
 
 def padded(items: list[Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from bpfree.tasks.splits import DatasetSplit, Examples, Split, fingerprint_of
 from bpfree.tasks.stages import Memory
 from bpfree.tasks.trees import tree_map
 
-__all__ = ["DataSource", "Examples", "Split", "Task", "TaskSpec", "fixed_test", "split_validation"]
+__all__ = ["DataSource", "Examples", "Split", "Task", "TaskSpec", "fixed_test", "meaning", "split_validation"]
 
 TEST_SHARE, TEST_SEED = 0.2, 20_230_324
 
@@ -61,6 +61,7 @@ class Task:
         parts: (M,) positions in the training split by name, for phases that are on a part of it (``Phase.part``).
         stages: of a stream, which are learned one after the other; none: all examples are learned together.
         memory: how many examples of earlier stages are trained on again; ``None``: none.
+        origin: the data set that it was loaded from, with its options and those of every task; ``None``: it was made of data.
 
     Raises:
         UsageError: a split that is empty, does not fit the spec, holds numbers that are not finite, or whose meaning is ambiguous.
@@ -73,10 +74,21 @@ class Task:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
     memory: Memory | None = None
+    origin: tuple[DataSource, Any, TaskCommon] | None = field(default=None, compare=False)
     _fingerprint: list[str] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec", check_task(self.spec, self.train, self.validation, self.test))
+
+    def __repr__(self) -> str:
+        stages = f", {len(self.stages)} stages" if self.stages else ""
+        shape = "x".join("any" if size == -1 else str(size) for size in self.spec.input_shape)
+        return f"Task({self.spec.name}: {self.counts()}{stages}; {shape} -> {meaning(self.spec)})"
+
+    def counts(self) -> str:
+        """Count the examples of each split: ``1295 train, 143 validation, 359 test``."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return ", ".join(f"{len(split)} {name}" for name, split in splits.items() if split is not None)
 
     @classmethod
     def from_source(cls, source: DataSource, config: Any = None, *, root: Path | None = None, **common: Any) -> Task:
@@ -100,7 +112,8 @@ class Task:
         kept, held = subset_of(first, options.subset), rest[0]
         if len(rest) == 1:
             kept, held = split_validation(kept, options.validation, options.split_seed)
-        return cls(fitted(spec, options, kept, source.normalise), kept, held, rest[-1])  # type: ignore[arg-type]
+        origin = (source, config, options)
+        return cls(fitted(spec, options, kept, source.normalise), kept, held, rest[-1], origin=origin)  # type: ignore[arg-type]
 
     @classmethod
     def of(
@@ -164,6 +177,19 @@ class Task:
     def stages_recorded(self) -> list[dict[str, Any]]:
         """Describe the stages without their examples, as a checkpoint has them."""
         return [stage.recorded() for stage in self.stages]
+
+
+def meaning(spec: TaskSpec, names: str = "") -> str:
+    """Say in a few words what the targets of a task are.
+
+    Args:
+        spec: of the task.
+        names: of classes or labels, to be listed after their number.
+    """
+    names = f" ({names})" if names else ""
+    kinds = {"classes": f"{spec.outputs:,} classes{names}", "soft": f"soft labels of {spec.outputs:,} classes{names}", "none": "no targets"}
+    kinds |= {"multilabel": f"{spec.outputs:,} labels{names}", "tokens": f"tokens, a class of {spec.outputs:,} each"}
+    return kinds.get(spec.targets, f"{spec.outputs:,} real target{'s' if spec.outputs != 1 else ''}")
 
 
 def as_split(data: Any, name: str) -> Examples:

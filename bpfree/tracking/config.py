@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from bpfree.errors import UsageError
-from bpfree.options import option
+from bpfree.options import Sectioned, option
 from bpfree.redaction import is_redacted, redact
 
 __all__ = ["PicturesConfig", "TrackingConfig", "sqlite_file", "sqlite_uri"]
@@ -19,7 +19,7 @@ logger = logging.getLogger("bpfree.tracking")
 
 
 @dataclass
-class PicturesConfig:
+class PicturesConfig(Sectioned):
     """Grids of what the rule learns (``pictures/`` in the run's folder), drawn after the epoch's evaluation."""
 
     every: int | None = option(
@@ -30,7 +30,7 @@ class PicturesConfig:
 
 
 @dataclass
-class TrackingConfig:
+class TrackingConfig(Sectioned):
     """Which trackers read a run, what they get, and how long the run waits for them."""
 
     enabled: bool = option(True, "send the run's log to trackers")

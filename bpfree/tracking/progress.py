@@ -1,4 +1,4 @@
-"""Show the progress of a run: a live line in a terminal, plain lines elsewhere."""
+"""Show the progress of a run: a live line in a terminal, an output in place in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bpfree.document.terminal import duration, fitted, width_of
 from bpfree.hooks import hookimpl
 from bpfree.metric import LOSS, metric_of, scores_in
 from bpfree.run import PAUSED, Run
+from bpfree.tracking.notebook import Place, in_notebook, output
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -35,25 +36,28 @@ class ProgressDisplay:
 
     Args:
         quiet: show only runs that did not finish.
-        stream: output, live if it is a terminal; ``None``: standard error.
+        stream: output, live if it is a terminal; ``None``: standard error, or the output of a notebook's cell.
         label: before the run's name, such as ``[2/6]`` in a comparison.
     """
 
     def __init__(self, quiet: bool = False, stream: TextIO | None = None, label: str | None = None) -> None:
         self.quiet, self.label = quiet, label
         self._stream = stream
-        self._view: _Plain | _Live | None = None
+        self._view: _Plain | _Live | _Notebook | None = None
 
     @hookimpl
     def run_start(self, run: Run) -> None:
         """Prepare the display without starting it, because another observer may still refuse the run."""
-        stream = self._stream or sys.stderr
+        stream = self._stream or output()
         name = f"{self.label} {run.name}" if self.label else run.name
         if self.quiet:
             self._view = None
         else:
             live = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-            self._view = _Live(name, stream, run) if live else _Plain(name, stream, run)
+            if self._stream is None and in_notebook():
+                self._view = _Notebook(name)
+            else:
+                self._view = _Live(name, stream, run) if live else _Plain(name, stream, run)
             if int(run.tags.get("world_size", 1)) > 1:
                 print_line(stream, f"{name}: {run.tags['world_size']} processes share the {SHARED[run.tags['parallel']]}")
 
@@ -82,7 +86,7 @@ class ProgressDisplay:
         if self._view is not None:
             self._view.end(text)
         elif run.status != "finished" and not run.reason.startswith(PAUSED):  # the caller that stopped the run reports it
-            print_line(self._stream or sys.stderr, text)
+            print_line(self._stream or output(), text)
         self._view = None
 
 
@@ -213,6 +217,35 @@ class _Live:
         if self._texts:
             print_line(self._stream, f"{self._name}: {'  '.join(self._texts)}")
         print_line(self._stream, text)
+
+
+class _Notebook:
+    """A bar and numbers in an output of the notebook; how the run ended remains."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._place, self._clock = name, Place(), _ClockText()
+        self._phase = ""
+        self._texts: list[str] = []
+
+    def phase(self, name: str) -> None:
+        self._phase = name if name != "train" else ""
+
+    def inside(self, run: Run, metrics: Mapping[str, float]) -> None:
+        aside = _aside(metrics)
+        self._show(run, metrics, metrics.get("progress", math.nan), [aside] if aside else self._texts)
+
+    def epoch(self, run: Run, metrics: Mapping[str, float]) -> None:
+        self._texts = _summary(run, metrics) or self._texts
+        self._show(run, metrics, metrics.get("epoch", 0) / run.total_epochs if run.total_epochs else math.nan, self._texts)
+
+    def _show(self, run: Run, metrics: Mapping[str, float], share: float, texts: list[str]) -> None:
+        left = self._clock.note(share)
+        shown = [_count(run, metrics), self._phase, *texts, f"{left} left" if left else ""]
+        self._place.show(self._name, shown, None if math.isnan(share) else share)
+
+    def end(self, text: str) -> None:
+        ended, *lines = text.partition(": ")[2].split("\n")
+        self._place.show(self._name, [ended, *self._texts], lines=lines, last=True)
 
 
 class _ClockText:

@@ -14,7 +14,7 @@ from bpfree.tasks.stages import walk
 from bpfree.training.setup import Setup
 from bpfree.training.state import Position, RunState
 
-__all__ = ["BudgetTracker", "check_patience"]
+__all__ = ["BudgetTracker", "check_patience", "why_not_early"]
 
 MOST_PHASES = 1_000_000
 """Phases of a plan are counted up to here; one with more is endless."""
@@ -29,7 +29,10 @@ class BudgetTracker:
 
     Attributes:
         passes: over the training split that the budget amounts to; 0 where that is not known beforehand.
+        ending: why a callback ends the run after the epoch that has ended; the empty string if none does.
     """
+
+    ending = ""
 
     def __init__(self, setup: Setup, state: RunState) -> None:
         self._budget, self._state, self._stages, budget = setup.budget, state, setup.task.stages, setup.budget
@@ -65,8 +68,8 @@ class BudgetTracker:
         return (at.epoch + at.share) / max(1, self.passes)
 
     def is_over(self) -> bool:
-        """Tell whether the budget, or an end of patience, ends the run now."""
-        return self._patience.is_out(self._state.at) or (self._ends and self.used() >= 1)
+        """Tell whether the budget, an end of patience, or a callback ends the run now."""
+        return bool(self.ending) or self._patience.is_out(self._state.at) or (self._ends and self.used() >= 1)
 
     def note(self, metrics: Mapping[str, float]) -> None:
         """Note the metrics of an epoch that has ended, which patience uses."""
@@ -74,7 +77,8 @@ class BudgetTracker:
 
     def told(self) -> tuple[str, dict[str, float]]:
         """Return why the run ended before its budget, if it did, with the entries of its result."""
-        return self._patience.told(self._state.at, in_time=self.used() < 1)
+        reason, result = self._patience.told(self._state.at, in_time=self.used() < 1)
+        return reason or self.ending, result
 
     def phase_progress(self, phase: Phase, progress: float) -> float:
         """Return the share of the phase that is over, 0 to 1; for an open phase, the run's ``progress``."""
@@ -147,19 +151,24 @@ def check_patience(setup: Setup) -> None:
     """
     if setup.config.budget.patience is None:
         return
-    name, fix = type(setup.rule).__name__, "leave budget.patience out"
-    phases = list(itertools.islice(walk(setup.rule, setup.budget, setup.task.stages), 2))
-    only = phases[0] if len(phases) == 1 and isinstance(phases[0], Phase) else None
+    fix = "leave budget.patience out"
     if setup.task.validation is None:
         what, fix = "without a validation split no epoch is better than another", "task.validation above 0, or leave it out"
     elif not setup.task.spec.is_scored:
         what = f"task {setup.task.spec.name!r} has no metric to be patient with"
-    elif only is None:
-        what = f"{name} trains in several phases here, and patience would end the run before the later ones"
-    elif not only.evaluate:
-        what = f"the epochs of {name} are not evaluated"
-    elif type(setup.rule).end_phase is not Rule.end_phase:
-        what = f"{name} solves for parameters when its phase ends, so that its epochs say nothing before"
-    else:
+    elif not (what := why_not_early(setup)):
         return
     raise UsageError(what, where="budget.patience", fix=fix)
+
+
+def why_not_early(setup: Setup) -> str:
+    """Say why the training cannot end before its budget; the empty string if it can."""
+    name = type(setup.rule).__name__
+    phases = list(itertools.islice(walk(setup.rule, setup.budget, setup.task.stages), 2))
+    only = phases[0] if len(phases) == 1 and isinstance(phases[0], Phase) else None
+    if only is None:
+        return f"{name} trains in several phases here, and would end before the later ones"
+    if not only.evaluate:
+        return f"the epochs of {name} are not evaluated"
+    solves = type(setup.rule).end_phase is not Rule.end_phase
+    return f"{name} solves for parameters when its phase ends, so that its epochs say nothing before" if solves else ""

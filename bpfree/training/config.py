@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bpfree.errors import UsageError
-from bpfree.options import OptimizerConfig, ScheduleConfig, option
+from bpfree.options import OptimizerConfig, ScheduleConfig, Sectioned, option
 from bpfree.step import Budget
 from bpfree.training.alignment import AlignmentConfig
 from bpfree.training.updater import ClipConfig
@@ -19,7 +19,7 @@ LIMITS = ("epochs", "samples", "seconds", "forwards", "operations")
 
 
 @dataclass
-class BudgetConfig:
+class BudgetConfig(Sectioned):
     """The length of training, by one of five limits (none: 10 epochs), and when to stop before."""
 
     epochs: int | None = option(None, "passes over the training split, as the rule counts them (no limit set: 10)", ge=1)
@@ -56,7 +56,7 @@ class BudgetConfig:
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Sectioned):
     """Options of the scoring of predictions, which does not count as training time."""
 
     every: int = option(1, "epochs between evaluations; the last one is always evaluated", ge=1)
@@ -71,7 +71,7 @@ class EvaluationConfig:
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(Sectioned):
     """Times at which the state is saved (``last.pt``); the weights that are tested are kept beside it."""
 
     every: int = option(1, "epochs between checkpoints; 0: only at the end and on interruption", ge=0)
@@ -80,7 +80,7 @@ class CheckpointConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Sectioned):
     """Options of training other than those of the rule, the network and the task."""
 
     seed: int = option(0, "drives initialisation, order of the data, and noise", ge=0)

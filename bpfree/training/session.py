@@ -204,6 +204,7 @@ class Session:
         check_weights(self._rule, epoch)
         self._selection.keep(metrics)
         self._budget_tracker.note(metrics)
+        self._budget_tracker.ending = self._setup.world.from_first(lambda: self._stop.ending)
         every = self._config.checkpoint.every
         if (every and epoch % every == 0) or self._budget_tracker.used() >= 1:
             self._save_on_the_way()

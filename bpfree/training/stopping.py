@@ -48,11 +48,12 @@ class Stop:
     Attributes:
         asked: why this process was asked to stop; the empty string if it was not.
         reason: why the run stops, once all processes know.
+        ending: why the training ends early, as if its budget were used up; the empty string if it does not.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.asked = self.reason = ""
+        self.asked = self.reason = self.ending = ""
 
     def ask(self, reason: str) -> None:
         """Request a stop; may be called from any thread."""
@@ -62,7 +63,7 @@ class Stop:
 
     def forget(self) -> None:
         """Clear the request."""
-        self.asked = self.reason = ""
+        self.asked = self.reason = self.ending = ""
 
     def obey(self, folder: Path | None) -> None:
         """End the work in progress, if all processes know of the request.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from bpfree import devices, seeds
 from bpfree.errors import BpfreeError, DiskError, UsageError, told
 from bpfree.metric import recorded_metrics
+from bpfree.options import checked
 from bpfree.record.recorder import Recorder
 from bpfree.redaction import redact
 from bpfree.rule import Rule
@@ -22,7 +24,8 @@ from bpfree.tasks.augment import Augmentation, check_augmentations
 from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Task
 from bpfree.training import environment
-from bpfree.training.budget import check_patience
+from bpfree.training.budget import check_patience, why_not_early
+from bpfree.training.callbacks import observers_of
 from bpfree.training.config import TrainConfig
 from bpfree.training.distributed import World
 from bpfree.training.divergence import Diverged
@@ -31,13 +34,15 @@ from bpfree.training.guards import check_fit, check_made_to_learn
 from bpfree.training.idle import idle_of_rule
 from bpfree.training.norms import check_batches_of_one
 from bpfree.training.observers import Observers
-from bpfree.training.schedules import CLASSES, check_length, planned_steps
+from bpfree.training.schedules import CLASSES, check_length, check_schedule, planned_steps
 from bpfree.training.session import Session
 from bpfree.training.setup import Setup
 from bpfree.training.stopping import Interrupted, Stop
 from bpfree.training.team import make_team
 
-__all__ = ["Interrupted", "Trainer"]
+__all__ = ["Interrupted", "Trainer", "check_kinds"]
+
+logger = logging.getLogger("bpfree")
 
 
 class Trainer:
@@ -52,6 +57,7 @@ class Trainer:
         config: everything about training.
         folder: where checkpoints go; ``None``: nothing is written.
         observers: objects with lifecycle hooks (``bpfree.hooks``): tracking, progress, diagnostics.
+        callbacks: functions that are called after each epoch, and objects with methods named as hooks (``bpfree.training.callbacks``).
         recorder: keeps the run's log in its folder, and has trackers read it; one without trackers if ``None``.
         run: what observers see of the run; made from the configuration if ``None``.
         recipe: the nested configuration that rebuilds rule and task, kept in checkpoints.
@@ -73,13 +79,15 @@ class Trainer:
         *,
         folder: str | Path | None = None,
         observers: Iterable[Any] = (),
+        callbacks: Iterable[Any] = (),
         recorder: Recorder | None = None,
         run: Run | None = None,
         recipe: Mapping[str, Any] | None = None,
         augment: Iterable[Augmentation] = (),
         loading: Loading | None = None,
     ) -> None:
-        config, world = config or TrainConfig(), World.here()
+        check_kinds(rule, task, config)
+        config, world = checked(config or TrainConfig()), World.here()
         device = environment.device_of(rule, config.device, process=world.local_rank, processes=world.size, warn=True)
         name = f"{type(rule).__name__.lower()}-{task.spec.name}-s{config.seed}"
         run = run or Run(new_run_id(name), name, config=dataclasses.asdict(config))
@@ -96,12 +104,23 @@ class Trainer:
         team = make_team(rule, config, world)
         self.setup = Setup(rule, task, config, budget, device, team, run, recipe, loading or Loading(), tuple(augment))
         self._check()
-        self._observers, self._stop = Observers([recorder or Recorder(), *observers] if world.first else [], run), Stop(world)
+        self._stop = Stop(world)
+        called = observers_of(callbacks, self.end)
+        self._observers = Observers([recorder or Recorder(), *observers, *called] if world.first else [], run)
+
+    def __repr__(self) -> str:
+        budget = ", ".join(f"{value:g} {name}" for name, value in dataclasses.asdict(self.setup.budget).items() if value is not None)
+        about = f"{type(self.rule).__name__} on {self.setup.task.spec.name}: {budget}, batches of {self.config.batch_size}"
+        return f"Trainer({about}, {self.setup.device}; {self.run.status})"
 
     def _check(self) -> None:
         rule, task, config, budget = self.rule, self.setup.task, self.config, self.setup.budget
         check_protocols(config.evaluation.protocols, rule)
         check_augmentations(self.setup.augment, task.spec, rule.traits.targets, type(rule).__name__)
+        check_schedule(config.schedule)
+        if config.accumulate > config.batch_size:
+            what = f"accumulate={config.accumulate} needs at least as many examples per update, batch_size={config.batch_size}"
+            raise UsageError(what, where="accumulate", fix="a larger batch_size, or fewer micro-batches")
         for key, reason in idle_of_rule(config, rule):
             raise UsageError(reason, where=key, fix="leave it out")
         if config.schedule.name in CLASSES:
@@ -138,6 +157,16 @@ class Trainer:
     def stop(self, reason: str = "asked to stop") -> None:
         """End the run after the step in progress, with a checkpoint to resume from; may be called from any thread."""
         self._stop.ask(reason)
+
+    def end(self, reason: str = "asked to end") -> None:
+        """End the training after the epoch in progress, then test as if the budget were used up; ``run.reason`` gets the reason.
+
+        A rule of several phases, or that solves for parameters at the end, cannot end early and trains on, with a warning.
+        """
+        if why_not := why_not_early(self.setup):
+            logger.warning("the training is not ended early (%s): %s", reason, why_not)
+        else:
+            self._stop.ending = reason
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
@@ -190,3 +219,20 @@ class Trainer:
             self.run.status, self.run.reason = "failed", error.what
             self._observers.notify_again("run_end")
             raise
+
+
+def check_kinds(rule: Any, task: Any, config: Any) -> None:
+    """Refuse arguments of another kind than the trainer takes.
+
+    Raises:
+        UsageError: names the argument, and what makes one of it.
+    """
+    wanted = (
+        (rule, Rule, "rule", "build it: DFA(network, task.spec); or train by name: bpfree.train('dfa')"),
+        (task, Task, "task", "bpfree.load_task('digits'), or bpfree.Task.of((x, y), (x_test, y_test))"),
+        (config or TrainConfig(), TrainConfig, "config", "bpfree.TrainConfig(budget=bpfree.BudgetConfig(epochs=5))"),
+    )
+    for given, kind, name, fix in wanted:
+        if not isinstance(given, kind):
+            what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+            raise UsageError(f"{name} is {what}, not a {kind.__name__}", where=f"Trainer({name}=...)", fix=fix)

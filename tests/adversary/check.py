@@ -28,6 +28,7 @@ from bpfree import Batch, BudgetConfig, Rule, Step, TrainConfig
 from bpfree.baselines import Backprop
 from bpfree.network import MLPConfig, mlp
 from bpfree.seeds import derive, seeded
+from bpfree.training.trainer import Trainer
 
 REFERENCES = (
     Cheater(Smuggler, "reference", "It is honest: feedback alignment.", "reads"),
@@ -105,7 +106,7 @@ def show(cheater: Cheater, epochs: int) -> None:
         watch = Watch(rule)
         with tempfile.TemporaryDirectory() as folder:
             config = TrainConfig(budget=BudgetConfig(epochs=epochs), device="cpu")
-            run = bpfree.Trainer(rule, task, config, folder=folder).fit()
+            run = Trainer(rule, task, config, folder=folder).fit()
     task = bpfree.load_task("digits")
     with torch.no_grad():
         made = rule.eval().network(task.spec.normalise(task.test.inputs))  # type: ignore[union-attr]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from bpfree.cli.main import main
-from bpfree.cli.study_progress import StudyProgress
 from bpfree.metric import ACCURACY, LOSS, recorded_metrics
 from bpfree.outcome import outcome
 from bpfree.run import Run
 from bpfree.study.command import execute
 from bpfree.study.executor import Ended
+from bpfree.study.progress import StudyProgress
 from bpfree.study.store import CellKey, CellRecord
 
 TUNED = """
@@ -101,7 +101,7 @@ def test_each_finished_cell_has_a_number_of_its_own(capsys: pytest.CaptureFixtur
         return ended
 
     executor: Any = SimpleNamespace(slots=3, start=waiting.append, wait=wait)
-    execute(worklist, SimpleNamespace(of=lambda cell: cell.key.id), executor, StudyProgress(5, 5, quiet=False))  # type: ignore[arg-type]
+    execute(worklist, SimpleNamespace(of=lambda cell: cell.key.id), executor, StudyProgress("mine", 5, 5, quiet=False))  # type: ignore[arg-type]
     numbers = [line.partition("]")[0] for line in capsys.readouterr().err.splitlines()]
     assert numbers == ["[1/5", "[2/5", "[3/5", "[4/5", "[5/5"]
 

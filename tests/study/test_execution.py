@@ -465,9 +465,9 @@ def test_workers_that_would_fight_for_processors_are_told_of(
 def test_what_runs_is_said_from_time_to_time(
     site: Path, forked: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bpfree.cli import study_progress
+    from bpfree.study import progress
 
-    monkeypatch.setattr(study_progress, "SILENCE", 0.0)
+    monkeypatch.setattr(progress, "SILENCE", 0.0)
     name = study(f"title: Slow\n{BARE}seeds: 2\nrules: [slow]\n")
     assert call("study", "run", name, "budget.epochs=1", "tracking.enabled=false", "--jobs", "2") == 0
     said = capsys.readouterr().err

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import bpfree
-from bpfree import BpfreeError, Network, Split, Task, TaskSpec, Trainer, UsageError
+from bpfree import BpfreeError, Network, Split, Task, TaskSpec, UsageError
 from bpfree.baselines import DFA, Backprop
 from bpfree.cli.main import main
 from bpfree.network import mlp
@@ -27,6 +27,7 @@ from bpfree.tasks.npz import NPZ, ArraysConfig
 from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
 from bpfree.training.config import BudgetConfig, TrainConfig
 from bpfree.training.evaluation import evaluate
+from bpfree.training.trainer import Trainer
 
 FLAT = TaskSpec("flat", (5,), 3)
 PICTURES = TaskSpec("pictures", (1, 6, 6), 4, mean=(0.4,), std=(0.3,))

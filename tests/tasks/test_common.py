@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 
 import bpfree
-from bpfree import Batch, BudgetConfig, Split, Task, TaskSpec, TrainConfig, Trainer, UsageError
+from bpfree import Batch, BudgetConfig, Split, Task, TaskSpec, TrainConfig, UsageError
 from bpfree.baselines import Backprop
 from bpfree.config import parse_words, resolve
 from bpfree.network.builders import mlp
@@ -28,6 +28,7 @@ from bpfree.tasks.common import TaskCommon, described, stratified_order, subset_
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.loading import Loader, Loading
 from bpfree.tasks.weighted import WeightedSpec
+from bpfree.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 COUNTS = (60, 25, 10, 5)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bpfree
-from bpfree import Batch, Network, Split, Task, TaskSpec, TrainConfig, Trainer
+from bpfree import Batch, Network, Split, Task, TaskSpec, TrainConfig
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.plugins import installed_plugins
 from bpfree.tasks import augment
@@ -25,6 +25,7 @@ from bpfree.tasks.spec import IGNORED, InputPart
 from bpfree.tasks.splits import DatasetSplit, ItemSplit, StreamedSplit
 from bpfree.training.config import BudgetConfig, EvaluationConfig
 from bpfree.training.stepper import Stepper
+from bpfree.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_rules import assert_equal_bits, config_of, rule_on, weights
 
-from bpfree import Batch, Network, Split, Step, Task, TaskSpec, Trainer, UsageError, hookimpl
+from bpfree import Batch, Network, Split, Step, Task, TaskSpec, UsageError, hookimpl
 from bpfree.baselines import Backprop, Linear
 from bpfree.config import parse_words, resolve
 from bpfree.plugins import Plugins
@@ -38,6 +38,7 @@ from bpfree.tasks.protocols import (
 )
 from bpfree.training.config import BudgetConfig, EvaluationConfig
 from bpfree.training.operations import counted_operations
+from bpfree.training.trainer import Trainer
 
 ALL = ["linear-probe", "nearest-centroid", "clustering"]
 

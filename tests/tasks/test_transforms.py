@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from torchvision.transforms import v2
 
-from bpfree import Batch, BpfreeError, Split, Task, TaskSpec, Trainer, Traits, UsageError, always
+from bpfree import Batch, BpfreeError, Split, Task, TaskSpec, Traits, UsageError, always
 from bpfree.baselines import Backprop
 from bpfree.config import parse_words, resolve
 from bpfree.network.builders import mlp
@@ -22,6 +22,7 @@ from bpfree.plugins import installed_plugins
 from bpfree.tasks.augment import Augmentation, Draws, check_augmentations, named_augmentation
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.transforms import CLASSES, TRANSFORMS
+from bpfree.training.trainer import Trainer
 
 SPEC = TaskSpec("pictures", (3, 16, 16), 5, scale=255)
 PIXELS = torch.randint(0, 256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

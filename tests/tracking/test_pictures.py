@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import bpfree
-from bpfree import Phase, Run, Task, Trainer, hookimpl, runner
+from bpfree import Phase, Run, Task, hookimpl, runner
 from bpfree.baselines import Backprop, Frozen
 from bpfree.config import parse_words, resolve
 from bpfree.network import MLPConfig, mlp
@@ -26,6 +26,7 @@ from bpfree.record.folder import RunFolder, read_run
 from bpfree.tracking.config import PicturesConfig
 from bpfree.tracking.pictures import Pictures, grid, is_due
 from bpfree.training.config import BudgetConfig, TrainConfig
+from bpfree.training.trainer import Trainer
 
 ONE = {"rule": "backprop", "network.depth": 2, "network.width": 6, "device": "cpu", "threads": 1}
 

@@ -17,6 +17,7 @@ from bpfree.document.markdown import markdown
 from bpfree.document.page import html_page
 from bpfree.document.tables import text_table
 from bpfree.document.terminal import fitted
+from bpfree.document.view import html_view
 from bpfree.errors import BpfreeError
 from bpfree.files import write_text
 from bpfree.redaction import redact_word
@@ -100,6 +101,18 @@ class Report:
             self.command and f"Again: {self.command}",
         )
         return "\n".join([fitted(parts[0], width), *parts[1:], "", *(fitted(text, width) for text in told if text)])
+
+    def __repr__(self) -> str:
+        records = [record for row in self.rows for record in row.records]
+        finished = sum(record is not None and record.status == "finished" for record in records)
+        first = f"Report({self.plan.study.title}: {finished} of {len(records)} cells finished; .text() has all of it)"
+        return "\n".join([first, *text_table(self.headers, self.table, range(self.headers.index("n") - 1, len(self.headers)))])
+
+    def _repr_html_(self) -> str:
+        """Show head, leaderboards and learning curves in a notebook."""
+        view = View(self.plan, self.rows)
+        shown = [Section("", self._head(view)), *leaderboard.leaderboards(view), *curves.learning_curves(view)]
+        return html_view(self.plan.study.title, shown)
 
     def sections(self) -> list[Section]:
         """Make the sections of page and Markdown, in their order, with their figures."""

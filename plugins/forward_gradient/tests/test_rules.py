@@ -13,11 +13,12 @@ from estimates import batch_for, credit_of, gradient_of, mlp, random_heads
 from torch import Tensor, nn
 
 import bpfree
-from bpfree import Batch, BudgetConfig, Network, Task, TaskSpec, TrainConfig, Trainer, UsageError, installed_plugins, new_step
+from bpfree import Batch, BudgetConfig, Network, Task, TaskSpec, TrainConfig, UsageError, installed_plugins, new_step
 from bpfree.baselines import Backprop
 from bpfree.config import parse_words, resolve
 from bpfree.network.builders import VGGConfig
 from bpfree.tasks.digits import DIGITS
+from bpfree.training.trainer import Trainer
 
 
 def rules_on(network: Network, spec: TaskSpec) -> list[Any]:

@@ -9,11 +9,12 @@ import torch
 from bpfree_forward_gradient.rules import LocalForwardGradient
 
 import bpfree
-from bpfree import AlignmentConfig, BudgetConfig, Task, TrainConfig, Trainer
+from bpfree import AlignmentConfig, BudgetConfig, Task, TrainConfig
 from bpfree.cli.main import main
 from bpfree.study.cells import plan
 from bpfree.study.file import find_study
 from bpfree.tasks.digits import DIGITS
+from bpfree.training.trainer import Trainer
 
 ROWS = ["BP", "L-BP", "LG-BP", "FG-W", "FG-A", "LG-FG-W", "LG-FG-A"]
 # Ren et al. 2022, Table 3, test error / train error in per cent

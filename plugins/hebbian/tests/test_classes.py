@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from bpfree_hebbian.classes import ClassesConfig, HebbianNorm, HebbianNormConfig, classes
 from torch import Tensor, nn
 
-from bpfree import Batch, Network, OptimizerConfig, TaskSpec, Trainer, UsageError, load_task, new_step
+from bpfree import Batch, Network, OptimizerConfig, TaskSpec, UsageError, load_task, new_step
 from bpfree.network import mlp
 from bpfree.training.accumulation import accumulate
 from bpfree.training.config import BudgetConfig, TrainConfig
+from bpfree.training.trainer import Trainer
 
 FLAT = TaskSpec("flat", (12,), 3)
 SOFT = TaskSpec("flat", (12,), 3, targets="soft")

@@ -14,10 +14,10 @@ from bpfree_hebbian.plugin import bpfree_rules
 from bpfree_hebbian.softhebb import SoftHebb, SoftHebbConfig
 from torch import Tensor, nn
 
-from bpfree import Batch, Budget, Network, Run, Step, TaskSpec, Trainer, UsageError, hookimpl, new_step
+from bpfree import Batch, Budget, Network, Run, Step, TaskSpec, UsageError, hookimpl, new_step
 from bpfree.config import parse_words, resolve
 from bpfree.training.schedules import shape_of
-from bpfree.training.trainer import Interrupted
+from bpfree.training.trainer import Interrupted, Trainer
 
 RULES = sorted(bpfree_rules())
 WITH_READOUT = [name for name in RULES if name != "hebbian-norm"]

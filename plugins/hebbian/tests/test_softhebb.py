@@ -13,8 +13,9 @@ from bpfree_hebbian.softhebb import SoftHebb, SoftHebbConfig
 from reference import hard_increment, patches, softhebb_increment, softhebb_step
 from torch import Tensor, nn
 
-from bpfree import Batch, Budget, Network, Phase, Run, Split, Stepper, TaskSpec, Trainer, UsageError, hookimpl
+from bpfree import Batch, Budget, Network, Phase, Run, Split, Stepper, TaskSpec, UsageError, hookimpl
 from bpfree.config import parse_words, resolve
+from bpfree.training.trainer import Trainer
 
 DENSE = TaskSpec("flat", (12,), 3)
 IMAGE = TaskSpec("image", (2, 6, 5), 3)

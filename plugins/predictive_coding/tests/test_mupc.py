@@ -14,8 +14,9 @@ from pc_oracles import DEVICE, FLAT, IMAGE, LARGE, assert_same, batch_of, by_the
 from torch import Tensor, nn
 
 import bpfree
-from bpfree import Network, TaskSpec, Trainer, UsageError
+from bpfree import Network, TaskSpec, UsageError
 from bpfree.config import parse_words, resolve
+from bpfree.training.trainer import Trainer
 
 
 def scaled_maps(network: Network) -> dict[str, Scaled]:

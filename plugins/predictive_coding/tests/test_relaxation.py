@@ -37,10 +37,11 @@ from pc_oracles import (
 )
 from torch import Tensor, nn
 
-from bpfree import Batch, Network, OptimizerConfig, TaskSpec, Trainer, new_step
+from bpfree import Batch, Network, OptimizerConfig, TaskSpec, new_step
 from bpfree.tasks.task import Split, Task
 from bpfree.training.accumulation import gather
 from bpfree.training.config import BudgetConfig, TrainConfig
+from bpfree.training.trainer import Trainer
 
 CASES: dict[str, tuple[str, TaskSpec, dict[str, Any]]] = {
     "tanh": ("tanh", FLAT, {}),

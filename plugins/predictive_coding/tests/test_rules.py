@@ -33,12 +33,12 @@ from pc_oracles import (
 )
 from torch import Tensor, nn
 
-from bpfree import Batch, Network, OptimizerConfig, Rule, Run, Step, TaskSpec, Trainer, UsageError, hookimpl, new_step
+from bpfree import Batch, Network, OptimizerConfig, Rule, Run, Step, TaskSpec, UsageError, hookimpl, new_step
 from bpfree.config import parse_words, resolve
 from bpfree.network import VGGConfig as CoreVGGConfig
 from bpfree.network import vgg as core_vgg
 from bpfree.runner import resume, run
-from bpfree.training.trainer import Interrupted
+from bpfree.training.trainer import Interrupted, Trainer
 
 RULES = sorted(bpfree_rules())
 SHORT = ["task=digits", "device=cpu", "threads=1", "network.name=mlp", "network.depth=2", "network.width=24", "tracking.enabled=false"]

@@ -1,34 +1,37 @@
-"""Show the progress of a study: a line for each cell that has ended, and the estimated time of the rest."""
+"""Show the progress of a study: a line for each cell that has ended, and the estimated time of the rest; in place in a notebook."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-from bpfree.cli.output import say
-from bpfree.document.terminal import duration
-
-if TYPE_CHECKING:
-    from bpfree.study.rows import Cell
-    from bpfree.study.store import CellRecord
+from bpfree.document.terminal import duration, fitted, width_of
+from bpfree.study.rows import Cell
+from bpfree.study.store import CellRecord
+from bpfree.tracking.notebook import Place, in_notebook, output
+from bpfree.tracking.progress import print_line
 
 __all__ = ["StudyProgress"]
 
 SILENCE = 60.0
 """Seconds between lines that list the running cells."""
+MOST_LINES = 12
+"""Of a notebook's output."""
 
 
 class StudyProgress:
-    """Shows running and ended cells on standard error.
+    """Shows running and ended cells on standard error, or in an output of a notebook.
 
     Args:
-        count: cells of the study.
+        name: of the study.
+        count: its cells.
         left: those that are to be run.
         quiet: show only failures.
     """
 
-    def __init__(self, count: int, left: int, *, quiet: bool) -> None:
+    def __init__(self, name: str, count: int, left: int, *, quiet: bool) -> None:
+        self._name, self._lines = name, list[str]()
+        self._place = Place() if in_notebook() else None
         self._count, self._left, self._first, self._quiet = count, left, left, quiet
         self._since = time.monotonic()
         self._elsewhere: set[str] = set()
@@ -37,8 +40,8 @@ class StudyProgress:
     def of(self, workers: int) -> StudyProgress:
         """Start the display for a number of workers."""
         self._workers = workers
-        if workers > 1 and not self._quiet:
-            say(f"{workers} workers", err=True)
+        if workers > 1:
+            self.say(f"{workers} workers")
         return self
 
     def started(self, cell: Cell, before: CellRecord | None) -> None:
@@ -84,8 +87,15 @@ class StudyProgress:
             self._echo(text)
 
     def _echo(self, text: str) -> None:
-        say(text, err=True)
         self._said = time.monotonic()
+        if self._place is None:
+            stream = output()
+            print_line(stream, fitted(text, width_of(stream)))
+            return
+        self._lines.append(text)
+        done = self._count - self._left
+        share = done / self._count if self._left else None
+        self._place.show(self._name, [f"{done} of {self._count} cells"], share, self._lines[-MOST_LINES:], last=True)
 
 
 def _score(record: CellRecord) -> str:
