@@ -24,20 +24,18 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
-from bpfree import runner
 from bpfree.config import resolve
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf, canonical, leaves_of
 from bpfree.plugins import installed_plugins
 from bpfree.recipe import Recipe
-from bpfree.run import Run
+from bpfree.recorded import Trainer
+from bpfree.run import Run, new_run_id
 from bpfree.saved import BATCH_SIZE, Saved, load
 from bpfree.study.things import Things
-from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Split, Task, TaskSpec
-from bpfree.tracking.progress import ProgressDisplay
 from bpfree.training.config import LIMITS
-from bpfree.training.trainer import Interrupted, Trainer
+from bpfree.training.stopping import Interrupted
 
 __all__ = ["LocalClassifier", "LocalRegressor"]
 
@@ -135,7 +133,7 @@ class _Local(BaseEstimator):
         recipe = resolve(self._leaves(things, data), things.registry)
         task = recipe.build_task()
         try:
-            run, saved = self._alone(recipe, task) if self.output is None else self._recorded(recipe, task)
+            run, saved = self._fitted(recipe, task)
         except Interrupted as error:  # a search must not take it for a failed fit
             raise KeyboardInterrupt(error.what) from error
         if run.status != "finished":
@@ -185,26 +183,15 @@ class _Local(BaseEstimator):
                 f"{unseen[0]} does nothing, as nothing is written", where="settings", fix="give output=FOLDER, or leave it out"
             )
 
-    def _alone(self, recipe: Recipe, task: Task) -> tuple[Run, Saved]:
-        """Train without a folder."""
+    def _fitted(self, recipe: Recipe, task: Task) -> tuple[Run, Saved]:
+        """Train, with a folder in ``output`` if that is given."""
         rule = recipe.build_rule(task.spec)
-        observers = [recipe.registry.get("diagnostics", name)() for name in recipe.settings.diagnostics]
-        resident = {"auto": None, "yes": True, "no": False}[recipe.settings.data.resident]
-        trainer = Trainer(
-            rule,
-            task,
-            recipe.settings,
-            observers=[*observers, ProgressDisplay(quiet=not self.verbose)],
-            augment=recipe.augmentations(),
-            loading=Loading(resident, recipe.settings.data.workers, recipe.task.sampling),
-        )
-        return trainer.fit(), Saved(rule.eval(), task.spec, None, Path())
-
-    def _recorded(self, recipe: Recipe, task: Task) -> tuple[Run, Saved]:
-        """Train as ``bpfree train`` does, with a folder in ``output``."""
-        run = runner.run(recipe, task=task, quiet=not self.verbose)
-        assert run.folder is not None
-        found = load(run.folder, spec=task.spec, registry=recipe.registry, device=run.tags.get("device", "cpu"))
+        folder = None if self.output is None else Path(self.output) / new_run_id(f"{recipe.trains}-data")
+        options: dict[str, Any] = {"augment": recipe.augmentations(), "progress": bool(self.verbose), "folder": folder, "recipe": recipe}
+        run = Trainer(rule, task, recipe.settings, **options).fit()
+        if folder is None:
+            return run, Saved(rule.eval(), task.spec, None, Path())
+        found = load(folder, spec=task.spec, registry=recipe.registry, device=run.tags.get("device", "cpu"))
         return run, replace(found, recipe=None)  # which cannot be pickled
 
     def _outputs(self, X: Any) -> Array:

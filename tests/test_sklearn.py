@@ -19,10 +19,10 @@ from sklearn.utils.estimator_checks import check_estimator, estimator_checks_gen
 from bpfree import BpfreeError, UsageError
 from bpfree.baselines import Backprop
 from bpfree.record.folder import read_run
+from bpfree.recorded import Trainer
 from bpfree.sklearn import LocalClassifier, LocalRegressor
 from bpfree.tasks.digits import DIGITS
 from bpfree.training.stopping import Interrupted
-from bpfree.training.trainer import Trainer
 
 QUICK = {
     "check_do_not_raise_errors_in_init_or_set_param",
