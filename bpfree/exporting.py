@@ -8,13 +8,15 @@ example gets, so that the program predicts for each example what the rule predic
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from bpfree.errors import BpfreeError, UsageError, told
 from bpfree.network.network import evaluating
 from bpfree.saved import NAMED, Saved
+from bpfree.tasks.trees import tree_map
 from bpfree.version import __version__
 
 __all__ = ["FORMATS", "TOLERANCE", "Exported", "check_kind", "export"]
@@ -77,15 +80,19 @@ def export(saved: Saved, path: str | Path, *, format: Format, batch: int | None 
     if spec.structure is not None:
         raise UsageError("its inputs are several tensors", where=f"task {spec.name}", fix="export it in Python, by torch.export")
     saved.to("cpu")
-    program = _Program(saved, seed)
     examples = [_example(saved, count) for count in ((batch,) if batch else EXAMPLES)]
     about = _about(saved, batch)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{'.onnx' if format == 'onnx' else '.pt2'}")
     try:
         with _quiet(), evaluating(saved.rule), torch.no_grad():
-            _write(program, examples[-1], draft, format, dynamic=batch is None, about=about)
-            difference = max(_compare(saved, program, _loaded(draft, format), example, seed, path) for example in examples)
+            program = _Program(saved, seed)
+            try:
+                _write(program, examples[-1], draft, format, dynamic=batch is None, about=about)
+                loaded = _loaded(draft, format)
+            except Exception as error:  # torch raises whatever its tracers meet
+                raise _refused(saved, format, batch, error) from error
+            difference = max(_compare(saved, program, loaded, example, seed, path) for example in examples)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -106,62 +113,112 @@ def check_kind(format: str, batch: int | None) -> None:
 
 
 class _Program(nn.Module):
-    """What is exported: normalisation, prediction and probabilities of a rule, with its noise as constants."""
+    """What is exported: normalisation, prediction and probabilities of a rule, with its noise as constants.
+
+    Args:
+        saved: the trained rule.
+        seed: of its noise.
+    """
 
     def __init__(self, saved: Saved, seed: int) -> None:
         super().__init__()
-        self.rule, self._spec, self._generator = saved.rule, saved.spec, torch.Generator().manual_seed(seed)
-        drawing = _Drawing([])
-        with evaluating(self.rule), torch.no_grad(), drawing:
-            self._predict(_example(saved, 1))
-        for place, drawn in enumerate(drawing.made):
+        self.rule, self.spec, self._generator = saved.rule, saved.spec, torch.Generator()
+        found = []
+        for example in _example(saved, 2).split(1):
+            self._generator.manual_seed(seed)
+            with evaluating(self.rule), torch.no_grad(), _Recording() as recording:
+                self._predict(example)
+            found.append(recording)
+        if found[0].read != found[1].read:
+            what = "the rule decides by the values of its inputs how it goes on, which a program cannot"
+            raise BpfreeError(what, where=type(self.rule).__name__, fix="use bpfree predict, or bpfree.load in Python")
+        self._read, self.draws = found[0].read, len(found[0].drawn)
+        for place, drawn in enumerate(found[0].drawn):
             self.register_buffer(f"noise{place}", drawn)
-        self.draws = len(drawing.made)
 
     def _predict(self, inputs: Tensor) -> Tensor:
-        return self.rule.predict(self._spec.normalise(inputs, self.rule.network.dtype), self._generator)
+        return self.rule.predict(self.spec.normalise(inputs, self.rule.network.dtype), self._generator)
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """Predict for raw inputs (N, ...)."""
-        with _Drawing([self.get_buffer(f"noise{place}") for place in range(self.draws)], inputs):
+        with _Replay(self._read, [self.get_buffer(f"noise{place}") for place in range(self.draws)], inputs), _without_autocast():
             found = self._predict(inputs)
-        if self._spec.targets not in NAMED:
+        if self.spec.targets not in NAMED:
             return {"outputs": found}
-        shares = found.sigmoid() if self._spec.targets == "multilabel" else found.softmax(1)
+        shares = found.sigmoid() if self.spec.targets == "multilabel" else found.softmax(1)
         return {"scores": found, "probabilities": shares}
 
 
-DRAWS: frozenset[Any] = frozenset(
-    {torch.randn, torch.rand, torch.randint, torch.bernoulli, torch.multinomial, torch.normal, torch.randperm}
-)
-IN_PLACE = frozenset({"normal_", "uniform_", "bernoulli_", "exponential_", "random_"})
+DRAWS = frozenset({"randn", "rand", "randint", "bernoulli", "multinomial", "normal", "randperm"})
+DRAWS_IN_PLACE = frozenset({"normal_", "uniform_", "bernoulli_", "exponential_", "random_"})
+READS = frozenset({"item", "tolist", "__bool__", "__float__", "__int__", "__index__"})
+"""Functions that give values of a tensor to Python: a program has those of the weights as constants."""
 
 
-class _Drawing(TorchFunctionMode):
-    """Record what is drawn from a generator; or give what was recorded, of one example, to each example of a batch.
+def _is_draw(name: str, arguments: Mapping[str, Any]) -> bool:
+    return arguments.get("generator") is not None and name in DRAWS | DRAWS_IN_PLACE
+
+
+MANY = 1_000_003
+"""What ``len`` says of a batch while a program for any number of examples is traced, as it cannot say "any"."""
+
+
+class _Recording(TorchFunctionMode):
+    """Record what a prediction draws from its generator, and which values it reads from tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[Tensor] = []
+        self.read: list[Any] = []
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, result = getattr(function, "__name__", ""), function(*args, **(kwargs or {}))
+        if _is_draw(name, kwargs or {}):
+            self.drawn.append(result.detach().clone())
+        elif name in READS:
+            self.read.append(result)
+        return result
+
+
+class _Replay(TorchFunctionMode):
+    """Give what was recorded for one example: values as they are, noise to each example of a batch.
 
     Args:
-        known: what was recorded; empty: record.
+        read: values.
+        drawn: noise.
         inputs: (N, ...) of the batch.
     """
 
-    def __init__(self, known: list[Tensor], inputs: Tensor | None = None) -> None:
+    def __init__(self, read: list[Any], drawn: list[Tensor], inputs: Tensor) -> None:
         super().__init__()
-        self._known, self._inputs, self._next, self.made = known, inputs, 0, list[Tensor]()
+        self._read, self._drawn, self._count = iter(read), iter(drawn), inputs.shape[0]
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(function, "__name__", "")
-        if kwargs.get("generator") is None or name not in DRAWS | IN_PLACE:
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        if name in READS:
+            return next(self._read)
+        if name == "__len__" and isinstance(args[0].shape[0], torch.SymInt):
+            return MANY
+        args, kwargs = tree_map(self._counted, (args, kwargs))
+        if not _is_draw(name, kwargs):
             return function(*args, **kwargs)
-        if self._inputs is None:
-            drawn = function(*args, **kwargs)
-            self.made.append(drawn.detach().clone())
-            return drawn
-        known = self._known[self._next]
-        self._next += 1
-        wide = known.expand(len(self._inputs), *known.shape[1:]) if known.dim() and len(known) == 1 else known
-        return args[0].copy_(wide) if name in IN_PLACE else wide
+        known = next(self._drawn)
+        wide = known.expand(self._count, *known.shape[1:]) if known.dim() and known.shape[0] == 1 else known
+        return args[0].copy_(wide) if name in DRAWS_IN_PLACE else wide
+
+    def _counted(self, argument: Any) -> Any:
+        return self._count if type(argument) is int and argument == MANY else argument
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Leave out regions of autocast, which programs cannot have, and which do nothing in full precision."""
+    before = torch.autocast
+    torch.autocast = lambda *arguments, **options: nullcontext()  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        torch.autocast = before  # type: ignore[misc]
 
 
 def _example(saved: Saved, count: int) -> Tensor:
@@ -197,26 +254,26 @@ def _about(saved: Saved, batch: int | None) -> dict[str, Any]:
 
 def _write(program: _Program, example: Tensor, path: Path, format: Format, *, dynamic: bool, about: dict[str, Any]) -> None:
     shapes = {"inputs": {0: torch.export.Dim("batch", min=1)}} if dynamic else None
-    try:
-        traced = torch.export.export(program, (example,), dynamic_shapes=shapes, strict=False)
-        if format == "torch-export":
-            torch.export.save(traced, path, extra_files={ABOUT: json.dumps(about)})
-            return
-        made = torch.onnx.export(traced, (), dynamo=True, input_names=["inputs"], output_names=_outputs(program), verbose=False)
-        assert made is not None
-        made.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
-        made.save(str(path), external_data=False)
-    except BpfreeError:
-        raise
-    except Exception as error:  # torch raises whatever its tracers meet
-        first = next((line.strip() for line in told(error).splitlines() if line.strip()), "")
-        fix = "export it for batches of one size: --batch N" if dynamic else "use bpfree predict, or bpfree.load in Python"
-        what = f"the computation of this rule cannot be exported as {format}: {first[:300]}"
-        raise BpfreeError(what, where=type(program.rule).__name__, fix=fix) from error
+    traced = torch.export.export(program, (example,), dynamic_shapes=shapes, strict=False)
+    if format == "torch-export":
+        torch.export.save(traced, path, extra_files={ABOUT: json.dumps(about)})
+        return
+    made = torch.onnx.export(traced, (), dynamo=True, input_names=["inputs"], output_names=_outputs(program), verbose=False)
+    assert made is not None
+    made.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
+    made.save(str(path), external_data=False)
+
+
+def _refused(saved: Saved, format: Format, batch: int | None, error: Exception) -> BpfreeError:
+    lines = re.sub(r"\x1b\[\d*m", "", told(error)).splitlines()  # without the colours of terminals
+    reason = next((line.strip() for line in lines if line.strip()), "")[:300]
+    what = f"the computation of this rule cannot be exported as {format}: {reason}"
+    fix = "use bpfree predict, or bpfree.load in Python"
+    return BpfreeError(what, where=type(saved.rule).__name__, fix=f"export it for one size: --batch N; or {fix}" if batch is None else fix)
 
 
 def _outputs(program: _Program) -> list[str]:
-    return ["scores", "probabilities"] if program._spec.targets in NAMED else ["outputs"]
+    return ["scores", "probabilities"] if program.spec.targets in NAMED else ["outputs"]
 
 
 def _loaded(path: Path, format: Format) -> Callable[[Tensor], Mapping[str, Tensor]]:
@@ -271,14 +328,11 @@ def _differs(path: Path, how: str) -> BpfreeError:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hide the reports of torch's exporters."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # torch prints programs that it could not make
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
