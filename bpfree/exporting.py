@@ -40,6 +40,8 @@ TOLERANCE = 1e-4
 """Largest difference of an output from the rule's own, relative to 1 and the largest output of the batch, whichever is more."""
 EXAMPLES = (1, 5)
 """Sizes of the batches on which a program for any size is checked."""
+TRIALS = 8
+"""Examples for which a rule must read the same values into Python, which then do not depend on its inputs."""
 ABOUT = "bpfree.json"
 """Name of the description in a program of ``torch.export``."""
 
@@ -124,12 +126,12 @@ class _Program(nn.Module):
         super().__init__()
         self.rule, self.spec, self._generator = saved.rule, saved.spec, torch.Generator()
         found = []
-        for example in _example(saved, 2).split(1):
+        for example in _example(saved, TRIALS).split(1):
             self._generator.manual_seed(seed)
             with evaluating(self.rule), torch.no_grad(), _Recording() as recording:
                 self._predict(example)
             found.append(recording)
-        if found[0].read != found[1].read:
+        if any(each.read != found[0].read for each in found):
             what = "the rule decides by the values of its inputs how it goes on, which a program cannot"
             raise BpfreeError(what, where=type(self.rule).__name__, fix="use bpfree predict, or bpfree.load in Python")
         self._read, self.draws = found[0].read, len(found[0].drawn)
@@ -176,7 +178,7 @@ class _Recording(TorchFunctionMode):
         if _is_draw(name, kwargs or {}):
             self.drawn.append(result.detach().clone())
         elif name in READS:
-            self.read.append(result)
+            self.read += np.asarray(result, dtype=object).ravel().tolist()
         return result
 
 
@@ -195,11 +197,15 @@ class _Replay(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        if name == "tolist" and args[0].dim():  # traced tensors ask for the parts of a list one by one
+            return [part.tolist() for part in args[0]]
         if name in READS:
             return next(self._read)
         if name == "__len__" and isinstance(args[0].shape[0], torch.SymInt):
             return MANY
         args, kwargs = tree_map(self._counted, (args, kwargs))
+        if function is torch.cdist and len(args) == 2:
+            return _distances(*args)
         if not _is_draw(name, kwargs):
             return function(*args, **kwargs)
         known = next(self._drawn)
@@ -208,6 +214,11 @@ class _Replay(TorchFunctionMode):
 
     def _counted(self, argument: Any) -> Any:
         return self._count if type(argument) is int and argument == MANY else argument
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Compute ``torch.cdist``, which chooses its method by the number of examples."""
+    return (x.unsqueeze(-2) - y.unsqueeze(-3)).pow(2).sum(-1).sqrt()
 
 
 @contextmanager

@@ -30,17 +30,20 @@ class _Runs(click.Group):
         return super().parse_args(context, args)
 
 
-@click.group(cls=_Runs, short_help="List, show, compare and delete runs.")
-def runs() -> None:
-    r"""List, show, compare and delete runs. `bpfree runs [OUTPUT]` lists those in a folder.
+HELP = """List, show, compare and delete runs. `bpfree runs [OUTPUT]` lists those in a folder.
 
-    \b
-    Examples:
-      bpfree runs rule=dfa status=finished --sort accuracy --limit 5
-      bpfree runs show RUN
-      bpfree runs compare RUN RUN
-      bpfree runs delete --failed --yes
-    """
+\b
+Examples:
+  bpfree runs rule=dfa status=finished --sort accuracy --limit 5
+  bpfree runs show RUN
+  bpfree runs compare RUN RUN
+  bpfree runs delete --failed --yes
+"""
+
+
+@click.group(cls=_Runs, help=HELP, short_help="List, show, compare and delete runs.")
+def runs() -> None:
+    pass
 
 
 @runs.command("list", short_help="List runs, and mark killed ones as interrupted.")
@@ -173,8 +176,11 @@ def show(run: str, output: str, as_json: bool) -> int:
             ("study", " ".join(filter(None, (found.tags.get(key) for key in ("study", "study_row", "study_column"))))),
         ]
     )
+    click.echo()
     print_result(found)
+    click.echo()
     print_pairs([(name, _curve(found, name, *_span([found], name))) for name in _curves([found])])
+    click.echo()
     print_pairs(
         [
             ("files", f"{size_of(known.folder) / 1e6:.1f} MB"),

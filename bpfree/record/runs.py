@@ -154,7 +154,7 @@ def sorted_by(runs: Iterable[Known], key: str) -> list[Known]:
     values = {known.folder: value_of(known.run, key) for known in runs}
     if runs and all(math.isnan(value) for value in values.values()):
         known_keys = {name for known in runs for name in (*known.run.result, *(known.run.history[-1] if known.run.history else ()))}
-        guess = nearest(key, known_keys)
+        guess = nearest(key, [*(name.rpartition("/")[2] for name in known_keys), *known_keys])
         fix = f"did you mean {guess}?" if guess else "a metric, such as accuracy or val/loss; or date"
         raise UsageError(f"no run has a number {key!r}", where="--sort", fix=fix)
     metric = next((known.run.metric(key) for known in runs if not math.isnan(values[known.folder])), None)
