@@ -44,6 +44,10 @@ def run(path: Path, inputs: Tensor) -> dict[str, Any]:
     return dict(zip(names, session.run(names, {"inputs": inputs.numpy()}), strict=True))
 
 
+both = pytest.mark.parametrize("kind", ["torch-export", pytest.param("onnx", marks=pytest.mark.slow)], indirect=True)
+"""The exporter to ONNX takes seconds: one quick test of it is enough."""
+
+
 @pytest.fixture(params=FORMATS)
 def kind(request: pytest.FixtureRequest) -> Any:
     if request.param == "onnx":
@@ -104,6 +108,7 @@ class Noisy(Backprop):
             return scores + (2 if float(first) > 0 else 3) * noise + start
 
 
+@both
 def test_noise_is_that_of_each_example_by_itself(kind: Any, tmp_path: Path) -> None:
     saved, path = saved_of(rule=Noisy), place(tmp_path, kind)
     export(saved, path, format=kind, seed=3)
@@ -143,6 +148,7 @@ def test_what_cannot_be_traced_is_refused(tmp_path: Path) -> None:
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
+@both
 def test_a_program_that_predicts_otherwise_is_not_kept(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = exporting._loaded
 

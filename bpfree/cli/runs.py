@@ -29,6 +29,9 @@ class _Runs(click.Group):
             args = ["list", *args]
         return super().parse_args(context, args)
 
+    def get_command(self, context: click.Context, name: str) -> click.Command:
+        return self.commands.get(name) or self.commands["list"]
+
 
 HELP = """List, show, compare and delete runs. `bpfree runs [OUTPUT]` lists those in a folder.
 
