@@ -10,6 +10,7 @@ import torch
 
 from bpfree import seeds
 from bpfree.config import recipe_of
+from bpfree.confusion import ClassScores, Confusion
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.leaves import Leaf, names_code
 from bpfree.metric import LOSS, Metric
@@ -44,11 +45,13 @@ class Scored(NamedTuple):
         about: checkpoint, rule, task, split, number of examples.
         values: by metric, as logged: shares from 0 to 1.
         metrics: the rule's predictions were scored by, by name, first the primary one.
+        classes: counts and scores of each class or label; ``None`` for other targets.
     """
 
     about: dict[str, str | int]
     values: dict[str, float]
     metrics: dict[str, Metric]
+    classes: ClassScores | None = None
 
 
 @flushing_denormals()
@@ -100,11 +103,11 @@ def score(
     options: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "dtype": rule.network.dtype}
     loader = Loader(examples, saved.spec, **options)
     generator = torch.Generator(device).manual_seed(seeds.derive_in(recipe.settings.stream, recipe.settings.seed, "evaluation", "score"))
-    metrics = scored_by(saved.spec, config.metrics)
+    metrics, confusion = scored_by(saved.spec, config.metrics), Confusion(saved.spec)
     with only_read(rule, "predict", "alternatives"), autocast(device, recipe.settings.precision):
         further = [metric for metric in metrics if metric.name != LOSS.name]
         known: dict[str, Any] = {"spec": saved.spec, "metrics": further, "alternatives": config.alternatives}
-        scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, **known)
+        scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, keep=confusion, **known)
     if protocols:
         train = loader if split == "train" else Loader(task.train, saved.spec, **options)
         held = loader if split == "validation" else None
@@ -119,7 +122,7 @@ def score(
         "split": split,
         "examples": len(examples),
     }
-    return Scored(about, scores, {metric.name: metric for metric in metrics})
+    return Scored(about, scores, {metric.name: metric for metric in metrics}, confusion.scores())
 
 
 def _score_features(

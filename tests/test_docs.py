@@ -82,7 +82,7 @@ TAKES_RULES = ("compare", "train", "rules")
 
 
 def check(name: str, given: dict[str, Any]) -> None:
-    if name == "compare":
+    if name == "compare" and "words" in given:  # and not that of runs
         rules = [word for word in given["words"] if "=" not in word.split(",")[0]]
         common = parse_words(word for word in given["words"] if word not in rules)
         registry = allowing([*common, *(leaf for word in rules for leaf in leaves_in(word))])

@@ -39,6 +39,8 @@ Examples:
   bpfree train --config runs/RUN/config.yaml     repeat a run
   bpfree train --resume runs/RUN            resume after an interruption
   bpfree evaluate runs/RUN --split test
+  bpfree predict runs/RUN photos/ --output predictions.csv
+  bpfree export runs/RUN --format onnx --output model.onnx
   bpfree runs                               list runs and their status
   bpfree compare noprop-dt dfa --seeds 3    compare with floor and ceiling
   bpfree study list                         studies, such as tables of papers
@@ -54,6 +56,8 @@ class Commands(click.Group):
     modules = {
         "train": "train",
         "evaluate": "evaluate",
+        "predict": "predict",
+        "export": "export",
         "compare": "compare",
         "study": "study",
         "certify": "certify",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -142,26 +143,47 @@ def read(path: Path, separator: str) -> TextTable:
     Raises:
         UsageError: the file is no table.
     """
+    return next(read_parts(path, separator))
+
+
+def read_parts(path: Path, separator: str, size: int | None = None) -> Iterator[TextTable]:
+    """Read the cells of a table, so many rows at a time; ``None``: all.
+
+    Raises:
+        UsageError: the file is no table.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             first = file.readline()
             file.seek(0)
             reader = csv.reader(file, delimiter=separator_of(first, separator, path))
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)]
+            rows = ((reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row))
+            line, header = next(rows, (1, list[str]()))
+            part = list(islice(rows, size))
+            if not part:
+                raise UsageError("the table has no examples", where=str(path), fix="give a line of names, and a line for each example")
+            check_header(header, f"{path}, line {line}")
+            while part:
+                yield text_table(path, header, part)
+                part = list(islice(rows, size))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"cannot read the table: {error}", where=str(path), fix="save it as comma-separated text in UTF-8") from error
-    header = rows[0][1] if rows else []
-    if len(rows) < 2:
-        raise UsageError("the table has no examples", where=str(path), fix="give a line of names, and a line for each example")
+
+
+def check_header(header: list[str], where: str) -> None:
+    """Refuse a first line that does not name each column."""
     if all(number(cell) is not None for cell in header) or "" in header or len(set(header)) < len(header):
         what = "the first line does not name the columns" if len(set(header)) == len(header) else "two columns have the same name"
-        raise UsageError(what, where=f"{path}, line {rows[0][0]}", fix="give each column a name of its own")
-    for line, row in rows[1:]:
+        raise UsageError(what, where=where, fix="give each column a name of its own")
+
+
+def text_table(path: Path, header: list[str], rows: Sequence[tuple[int, list[str]]]) -> TextTable:
+    for line, row in rows:
         if len(row) != len(header):
             what = f"{len(row)} cells, but there are {len(header)} columns"
             raise UsageError(what, where=f"{path}, line {line}", fix="correct the line; text that holds the separator is put into quotes")
-    cells = zip(*(row for _, row in rows[1:]), strict=True)
-    return TextTable(path, {name: list(column) for name, column in zip(header, cells, strict=True)}, [line for line, _ in rows[1:]])
+    cells = zip(*(row for _, row in rows), strict=True)
+    return TextTable(path, {name: list(column) for name, column in zip(header, cells, strict=True)}, [line for line, _ in rows])
 
 
 def separator_of(first: str, said: str, path: Path) -> str:
@@ -257,13 +279,40 @@ def encoded(table: TextTable, found: Columns) -> Split:
     Raises:
         UsageError: a column is not there; or a cell is no number, or of no known category or class.
     """
-    for name in (*found.inputs, found.target):
+    check_columns(table, [*found.inputs, found.target], "give both tables the same columns")
+    return Split(encoded_inputs(table, found.inputs), target(table, found))
+
+
+def check_columns(table: TextTable, names: Sequence[str], fix: str) -> None:
+    """Refuse a table without one of these columns, or with a cell of theirs that is empty."""
+    for name in names:
         if name not in table.columns:
-            raise UsageError(f"there is no column {name!r}", where=str(table.path), fix="give both tables the same columns")
+            raise UsageError(f"there is no column {name!r}", where=str(table.path), fix=fix)
         check_missing(table, name)
-    parts = [numbers(table, name) if known is None else one_hot(table, name, known) for name, known in found.inputs.items()]
-    inputs = torch.from_numpy(np.concatenate(parts, axis=1))
-    return Split(inputs, target(table, found))
+
+
+def encoded_inputs(table: TextTable, inputs: Mapping[str, tuple[str, ...] | None]) -> Tensor:
+    """Encode the inputs (N, columns) as float32: numbers as they are, categories as zeros and a one."""
+    parts = [numbers(table, name) if known is None else one_hot(table, name, known) for name, known in inputs.items()]
+    return torch.from_numpy(np.concatenate(parts, axis=1))
+
+
+def named_inputs(names: Sequence[str], columns: Collection[str]) -> dict[str, tuple[str, ...] | None]:
+    """Find the columns, and the categories of each, that make inputs of these names (:attr:`Columns.names`).
+
+    Args:
+        names: of the inputs, such as ``age`` and ``colour=red``.
+        columns: of the table; a name may hold ``=`` itself.
+    """
+    found: dict[str, tuple[str, ...] | None] = {}
+    for name in names:
+        cuts = [place for place, sign in enumerate(name) if sign == "="]
+        if name in columns or not cuts:
+            found[name] = None
+            continue
+        cut = next((place for place in cuts if name[:place] in columns), cuts[0])
+        found[name[:cut]] = (*(found.get(name[:cut]) or ()), name[cut + 1 :])
+    return found
 
 
 def target(table: TextTable, found: Columns) -> Tensor:

@@ -172,19 +172,34 @@ def _source(known: VisionSet, summary: str) -> DataSource:
     return DataSource(lambda config, root: known.spec, partial(load, known), summary=summary, files=partial(files, known))
 
 
+CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+"""Names of classes, in the order of their numbers, as the authors of the sets give them."""
+
 MNIST = _source(
     VisionSet(TaskSpec("mnist", (1, 28, 28), 10, mean=(0.1307,), std=(0.3081,), scale=255.0), "MNIST", "MNIST/raw", IDX),
     "handwritten digits, 28x28 grey, 60,000 + 10,000, 10 classes",
 )
 FASHION_MNIST = _source(
     VisionSet(
-        TaskSpec("fashion-mnist", (1, 28, 28), 10, mean=(0.2860,), std=(0.3530,), scale=255.0), "FashionMNIST", "FashionMNIST/raw", IDX
+        TaskSpec("fashion-mnist", (1, 28, 28), 10, mean=(0.2860,), std=(0.3530,), scale=255.0, class_names=CLOTHES),
+        "FashionMNIST",
+        "FashionMNIST/raw",
+        IDX,
     ),
     "articles of clothing, 28x28 grey, 60,000 + 10,000, 10 classes",
 )
 CIFAR10 = _source(
     VisionSet(
-        TaskSpec("cifar10", (3, 32, 32), 10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), scale=255.0),
+        TaskSpec(
+            "cifar10",
+            (3, 32, 32),
+            10,
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2470, 0.2435, 0.2616),
+            scale=255.0,
+            class_names=OBJECTS,
+        ),
         "CIFAR10",
         "cifar-10-batches-py",
         BATCHES,

@@ -47,7 +47,7 @@ def test_train_then_predict_evaluate_and_reproduce(workplace: Path, capsys: pyte
     assert accuracy == pytest.approx(result["test/accuracy"])
     assert isinstance(saved.network, torch.nn.Module)
     with pytest.raises(bpfree.UsageError, match=r"expected \(N, 1, 8, 8\)"):
-        saved.predict(torch.zeros(2, 64))
+        saved.predict(torch.zeros(2, 65))
 
     # evaluate: validation unless told otherwise
     for arguments, split in (([], "validation"), (["--split", "test"], "test")):
