@@ -27,12 +27,17 @@ __all__ = ["GROUPS", "MODULES", "write_generated"]
 
 GROUPS = {
     "Train and use": [
+        "train",
+        "Trained",
         "Trainer",
         "TrainConfig",
         "BudgetConfig",
         "AlignmentConfig",
         "OptimizerConfig",
         "ScheduleConfig",
+        "RunConfig",
+        "TrackingConfig",
+        "PicturesConfig",
         "Run",
         "Saved",
         "load",
