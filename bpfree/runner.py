@@ -315,6 +315,7 @@ def _train(
         raise
     pause.stop = trainer.stop
     record.config = {leaf.key: leaf.value for leaf in leaves_of(recipe.recorded(), "", "")}
+    record.parameters = recipe.telling()
     record.tags = redacted({**record.tags, **standard_tags(recipe, task, rule), **further})
     try:
         return trainer.fit(checkpoint)
@@ -348,6 +349,7 @@ def _run_program(
         task = task or recipe.build_task()
         recorder = Recorder([Tracking(tracking, makers(tracking, recipe.registry))] if tracking.enabled else [])
         record.config = {leaf.key: leaf.value for leaf in leaves_of(recipe.recorded(), "", "")}
+        record.parameters = recipe.telling()
         record.tags = redacted({**common_tags(recipe, task), **program_tags(recipe), **further})
         return ProgramRun(recipe, task, record, seen, recorder).fit()
     except BaseException:

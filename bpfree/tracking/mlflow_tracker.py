@@ -1,9 +1,10 @@
 """The tracker ``mlflow``: a thread reads the run's log, and sends new events without delaying the run.
 
-It sends the flat configuration as parameters; the run's tags, ``status`` and ``reason``; the metrics of each epoch
+It sends the telling part of the configuration as parameters; the run's tags, ``status`` and ``reason``; the metrics of each epoch
 (step: the epoch), those inside an epoch as ``step/...`` (step: the update), the final ones (step: the last epoch),
-``system/...`` (step: milliseconds since the run first began); the data set's name and fingerprint; configuration,
-environment, plots, pictures and checkpoint as artifacts, during the run within a minute.
+``system/...`` (step: milliseconds since the run first began); the data set's name, fingerprint, schema and sizes; configuration,
+environment, plots and pictures as artifacts, during the run within a minute; and the checkpoint, inside an MLflow model where the run
+has one, among the artifacts otherwise.
 
 MLflow stores an infinite value as 1.8e308; it is logged unchanged, and the tag ``infinite_metrics`` names it. A store that
 is slow or unavailable causes one warning; missing data are sent when the run is resumed, or by ``bpfree track send``.
@@ -21,13 +22,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bpfree.record.folder import Cursor, RunFolder
+from bpfree.record.folder import Cursor, RunFolder, read_run
 from bpfree.record.log import Event
 from bpfree.redaction import redact
 from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig, sqlite_file
-from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, TextArtifact
-from bpfree.tracking.store import RUN_TAG, Store
+from bpfree.tracking.events import Artifact, DataSet, End, Message, Metrics, Model, Opening, Tags, TextArtifact
+from bpfree.tracking.store import NOTE_TAG, RUN_TAG, Store
 from bpfree.tracking.tracker import RefusedError, Tracker, measured
 
 __all__ = ["MLflowTracker", "settled"]
@@ -73,7 +74,12 @@ class MLflowTracker(Tracker):
     def open(self, run: Run, began: int, seen: Sequence[Event], again: bool) -> bool:
         """Create the run in the store, or find it by MLflow's identifier or by the tag with bpfree's identifier."""
         wanted = self.known.get("mlflow_run_id")
-        opening = Opening(self.shown, self.config.experiment, run.name, began, _tags(run), _params(run.config), _dataset(run), wanted)
+        begins = (event for event, _ in self.folder.log.read(without=("progress", "system")) if event["event"] == "begin")
+        environment = next(begins, {}).get("environment", {})
+        opening = Opening(
+            self.shown, self.config.experiment, _name(run), began, _tags(run, environment), _params(run), _dataset(run), wanted
+        )
+        opening.resumed = run.resumed
         there = self.store.open(opening, search=True)
         self.known.update(mlflow_run_id=opening.run_id, mlflow_uri=self.shown, mlflow_experiment_id=self.store.experiment_id)
         self.known["mlflow_started"] = str(opening.time)
@@ -98,6 +104,8 @@ class MLflowTracker(Tracker):
                 refused.append((event, str(error)))
         for batch in _batches(messages):
             refused += self._send(self._unknown(batch))
+        if self.store.model_id:
+            self.known["mlflow_model_id"] = self.store.model_id
         return refused
 
     def _send(self, batch: Sequence[tuple[Event, Message]]) -> list[tuple[Event, str]]:
@@ -145,7 +153,9 @@ class MLflowTracker(Tracker):
         elif kind == "system":
             yield Metrics(when, step, dict(metrics))
         elif kind == "tags":
-            yield Tags(event["tags"])
+            yield Tags(_texts(event["tags"]))
+        elif kind == "model":
+            yield from self._model()
         elif kind == "artifact" and self.config.artifacts:
             yield self._artifact(event["path"])
         elif kind in ("end", "stopped"):
@@ -176,11 +186,31 @@ class MLflowTracker(Tracker):
             yield TextArtifact("environment.json", json.dumps(self._environment, indent=2) + "\n")
             if self.folder.config.is_file():
                 yield Artifact(self.folder.config, "")
-        if self.config.checkpoint:
-            chosen = next((path for path in (self.folder.selected, self.folder.last) if path.is_file()), None)
-            if chosen is not None:
-                yield Artifact(chosen, "checkpoints")
+        has_model = event["status"] == "finished" and self.config.logs_model(
+            in_study=self._run is not None and "study_cell" in self._run.tags
+        )
+        models = list(self._model()) if has_model else []
+        yield from models
+        if self.config.checkpoint and not models and (chosen := self._checkpoint()):
+            yield Artifact(chosen, "checkpoints")
         yield End(ENDS.get(event["status"], "FAILED"), event["time"])
+
+    def _checkpoint(self) -> Path | None:
+        return next((path for path in (self.folder.selected, self.folder.last) if path.is_file()), None)
+
+    def _model(self) -> Iterator[Model]:
+        """Make the message of the run's model; none without a checkpoint, or of a rule made in Python, which nobody else can build."""
+        run, checkpoint = read_run(self.folder.path), self._checkpoint()
+        if checkpoint is None or "rule.name" not in run.config:
+            return
+        measured = {"end": ("test/",), "epoch": ("val/", "train/")}
+        lasts = {event["event"]: event for event, _ in self.folder.log.read(without=("progress", "system")) if event["event"] in measured}
+        metrics = [
+            Metrics(event["time"], int(event["epoch"]), {name: value for name, value in values.items() if name.startswith(measured[kind])})
+            for kind, event in lasts.items()
+            for values in [event["result" if kind == "end" else "metrics"]]
+        ]
+        yield Model(run, checkpoint, _params(run), metrics, self.config.register)
 
 
 def _batches(messages: Iterable[tuple[Event, Message]]) -> Iterator[list[tuple[Event, Message]]]:
@@ -218,22 +248,79 @@ def settled(config: TrackingConfig, folder: str | Path) -> TrackingConfig:
 # --- a run in MLflow's terms --------------------------------------------------------------------------------------------
 
 
-def _tags(run: Run) -> dict[str, str]:
-    tags = {RUN_TAG: run.id, **{name: str(value) for name, value in run.tags.items() if value != ""}}
+def _name(run: Run) -> str:
+    """Name the run: a study's cell by its place in the table, since others of the study have the same rule and task."""
+    if not (row := run.tags.get("study_row")):
+        return run.name
+    column, trial = run.tags.get("study_column"), run.tags.get("study_trial")
+    number = f"trial {trial}" if trial else f"seed {run.tags.get('seed', '')}"
+    return f"{row} [{column}] {number}" if column else f"{row} {number}"
+
+
+def _tags(run: Run, environment: Mapping[str, Any]) -> dict[str, str]:
+    """Convert tags, and add those that MLflow's interface shows: user, source, commit and description."""
+    tags = {RUN_TAG: run.id, **_texts(run.tags)}
     with contextlib.suppress(Exception):  # a container may not have a name for its user
         tags.setdefault("mlflow.user", getpass.getuser())
-    return tags
+    if command := str(environment.get("command", "")):
+        tags |= {"command": command, "mlflow.source.name": command.split()[0]}
+    if commit := environment.get("git", {}).get("commit"):
+        tags |= {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": str(environment["git"]["dirty"]).lower()}
+    return tags | {NOTE_TAG: _note(run, command)}
 
 
-def _params(config: Mapping[str, Any]) -> dict[str, str]:
-    """Convert settings to strings: structures as JSON, other values as in Python, addresses without passwords."""
+def _note(run: Run, command: str) -> str:
+    """Describe the run in Markdown."""
+    tags = run.tags
+    parts = [f"{_code(tags, 'rule') or _code(tags, 'program')}", f"on {_code(tags, 'task')}" if tags.get("task") else ""]
+    parts += [f"with the network {_code(tags, 'network')}" if tags.get("network") else ""]
+    what = " ".join(part for part in parts if part) or f"`{run.name}`"
+    place = f"\n\nA cell of the study {_code(tags, 'study')}." if tags.get("study") else ""
+    return f"{what}, seed {tags.get('seed', '?')}.{place}" + (f"\n\n```\n{command}\n```" if command else "")
+
+
+def _code(tags: Mapping[str, str], name: str) -> str:
+    return f"`{tags[name]}`" if tags.get(name) else ""
+
+
+def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in tags.items() if value not in ("", None)}
+
+
+def _params(run: Run) -> dict[str, str]:
+    """Convert the telling settings to strings: structures as JSON, other values as in Python, addresses without passwords."""
+    keys = run.config if run.parameters is None else [key for key in run.parameters if key in run.config]
     return {
         key: redact(json.dumps(value, default=str) if isinstance(value, (dict, list, tuple)) else str(value))
-        for key, value in config.items()
+        for key, value in ((key, run.config[key]) for key in keys)
     }
 
 
-def _dataset(run: Run) -> tuple[str, str] | None:
+def _dataset(run: Run) -> DataSet | None:
     name = run.tags.get("task")
     digest = run.tags.get("fingerprint") or run.tags.get("data_fingerprint") or run.tags.get("data") or ""
-    return (name, digest or "unknown") if name else None
+    if not name:
+        return None
+    sizes = run.data.get("examples")
+    profile = (
+        None if not sizes else json.dumps({"num_rows": sum(sizes.values())} | {f"{split}_rows": size for split, size in sizes.items()})
+    )
+    return DataSet(name, digest or "unknown", _schema(run.data), profile)
+
+
+def _schema(data: Mapping[str, Any]) -> str | None:
+    """Describe the inputs and targets of a task as MLflow does: columns where they have names, tensors otherwise."""
+    spec = data.get("spec")
+    if not spec or spec.get("structure") is not None:
+        return None
+    if names := spec.get("input_names"):
+        return json.dumps({"mlflow_colspec": [{"name": name, "type": "double", "required": True} for name in names]})
+    features = [_tensor(data.get("dtype", "float32"), [-1, *spec["input_shape"]])]
+    kinds = {"classes": ("int64", [-1]), "tokens": ("int64", [-1, *spec["input_shape"]]), "none": None}
+    targets = kinds.get(spec["targets"], ("float32", [-1, *(spec.get("output_shape") or [spec["outputs"]])]))
+    parts = {"features": json.dumps(features), "targets": targets and json.dumps([_tensor(*targets)])}
+    return json.dumps({"mlflow_tensorspec": parts})
+
+
+def _tensor(dtype: str, shape: list[int]) -> dict[str, Any]:
+    return {"type": "tensor", "tensor-spec": {"dtype": dtype, "shape": shape}}
