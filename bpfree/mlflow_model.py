@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bpfree.saved import Saved, load
+from bpfree.saved import Saved, decided, load, probabilities
 from bpfree.tasks.facts import NAMED
 from bpfree.tasks.spec import has_own_loss
 
@@ -48,10 +48,11 @@ class Predictor:
         """
         params = params or {}
         inputs, seed = self._inputs(model_input), int(params.get("seed", 0))
+        scores, spec = self.saved.predict(inputs, seed=seed), self.saved.spec
         if params.get("scores") or not self._named:
-            return self.saved.predict(inputs, seed=seed).cpu().numpy()
-        predicted = self.saved.predict_classes(inputs, seed=seed)
-        chances = self.saved.predict_proba(inputs, seed=seed)
+            return scores.cpu().numpy()
+        predicted = decided(spec, scores, spec.class_names or range(spec.outputs))
+        chances = probabilities(spec, scores).numpy()
         columns = {f"probability_{name}": chances[:, place] for place, name in enumerate(self.saved.classes)}
         return pd.DataFrame({"prediction": predicted, **columns})
 

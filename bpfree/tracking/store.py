@@ -264,6 +264,21 @@ class Store:
         """Tell whether the store has the run, and it is not deleted."""
         return self._active(self.connect(), run_id) is not None
 
+    def tag(self, run_id: str, name: str) -> str | None:
+        """Return a tag of a run, ``None`` if it has none of this name."""
+        found = self._active(self.connect(), run_id)
+        return None if found is None else found.data.tags.get(name)
+
+    def show_models(self, run_id: str, models: Sequence[str]) -> None:
+        """Show models of other runs, by their identifiers, with this one."""
+        from mlflow.entities import LoggedModelOutput
+
+        client = self.connect()
+        outputs = client.get_run(run_id).outputs
+        known = {one.model_id for one in (outputs.model_outputs if outputs else ())}
+        if new := [LoggedModelOutput(model, 0) for model in models if model not in known]:
+            client.log_outputs(run_id, new)
+
     def _find(self, client: MlflowClient, opening: Opening, search: bool) -> Any:
         known = None if opening.run_id is None else self._active(client, opening.run_id)
         if known is not None or not search:
