@@ -15,7 +15,7 @@ from typing import Any
 from bpfree.redaction import redact_word
 from bpfree.version import __version__
 
-__all__ = ["environment"]
+__all__ = ["environment", "source"]
 
 PACKAGES = ("torch", "torchvision", "numpy", "mlflow", "mlflow-skinny", "pluggy", "omegaconf", "psutil", "nvidia-ml-py")
 GIT_SECONDS = 2.0
@@ -25,8 +25,7 @@ GIT_SECONDS = 2.0
 def environment() -> dict[str, Any]:
     """Describe versions of Python, packages and plugins; system, processors, memory and GPUs; the command line and the commit."""
     return {
-        "command": _command(),
-        "git": _git(),
+        **source(),
         "bpfree": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -36,6 +35,11 @@ def environment() -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "plugins": _plugins(),
     }
+
+
+def source() -> dict[str, Any]:
+    """Return the command line, and the commit of the working folder."""
+    return {"command": _command(), "git": _git()}
 
 
 def _command() -> str:

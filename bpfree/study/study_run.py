@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bpfree.record.environment import source
 from bpfree.record.folder import Cursor, RunFolder
 from bpfree.record.log import now
 from bpfree.redaction import redact
@@ -29,6 +30,7 @@ from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellRecord, CellStore
 from bpfree.study.worklist import Worklist
 from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, TextArtifact
+from bpfree.tracking.mlflow_tracker import source_tags
 from bpfree.tracking.sending import complete, config_of
 from bpfree.tracking.store import NOTE_TAG, RUN_TAG, Store, file_lock
 
@@ -40,6 +42,11 @@ PARENT = "mlflow.parentRunId"
 TABLE = "table.json"
 TABLE_TAG = {"mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}])}
 """Tag by which MLflow's interface shows a file as a table."""
+ABOUT = (
+    "A study of bpfree: the run of the study's name is the parent of its cells, with the report and a table of means among its "
+    "artifacts. To compare the rows, group the runs by the tag `study_row`."
+)
+"""Description of an experiment that is the study's own."""
 COSTS = ("train/seconds", "train/samples", "parameters")
 
 
@@ -75,8 +82,9 @@ class StudyRun:
             return
         opening = Opening(self._store.shown, self._experiment, self._plan.study.name, now(), self._tags(), self._params(), None)
         opening.run_id = self.run_id or None
-        if not self.run_id:
-            opening.tags |= self._note()
+        opening.tags |= self._note() if not self.run_id else {}
+        if self._experiment == self._plan.study.name:
+            opening.about = f"{self._plan.study.title or self._plan.study.name}. {ABOUT}"
         self._remember(settled=False)
 
         def ask() -> None:
@@ -144,7 +152,7 @@ class StudyRun:
     def _tags(self) -> dict[str, str]:
         study = self._plan.study
         own = self._cursor.known.setdefault("id", f"study-{study.name}-{secrets.token_hex(6)}")
-        tags = {RUN_TAG: own, "study": study.name, "study_title": study.title}
+        tags = {RUN_TAG: own, "study": study.name, "study_title": study.title} | source_tags(source())
         try:
             return tags | {"mlflow.user": getpass.getuser()}
         except Exception:  # a container may not have a name for its user
@@ -243,7 +251,7 @@ def _best_tags(best: dict[str, CellRecord]) -> Iterator[tuple[str, str]]:
 def _ask_for_model(record: CellRecord) -> None:
     """Note in the log of the best cell's run that its model is kept, unless it is anyway, or not wanted."""
     config, folder = config_of(record.seen()), RunFolder(record.place or "")
-    if not config.to_mlflow or config.model == "true" or not config.logs_model(in_study=False):
+    if not config.to_mlflow or config.model != "auto":
         return
     if not folder.log.size or folder.log.is_held() or any(event["event"] == "model" for event, _ in folder.log.read()):
         return

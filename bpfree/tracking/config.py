@@ -48,7 +48,7 @@ class TrackingConfig:
     system_interval: float = option(1.0, "seconds between system samples", ge=0.05, unless={"system": (False,)})
     timeout: float = option(10.0, "time limit of a request, and of waiting for a server when a run starts, in seconds", gt=0)
     flush_timeout: float = option(30.0, "seconds that the end of a run waits for unsent data", ge=0)
-    artifacts: bool = option(True, "upload configuration, environment, plots and pictures")
+    artifacts: bool = option(True, "upload environment, plots and pictures; the configuration is always there")
     checkpoint: bool = option(True, "also upload the tested or last checkpoint")
     model: Literal["auto", "true", "false"] = option(
         "auto", "log the trained network as an MLflow model, which has the checkpoint (auto: of a study's cells only the best)"

@@ -22,7 +22,14 @@ class DataSet:
 
 @dataclass
 class Opening:
-    """A run as it is created in the store; ``resumed``: it may have been there with other settings."""
+    """A run as it is created in the store.
+
+    Attributes:
+        dataset: that it is trained on.
+        run_id: MLflow's identifier, once it is known.
+        resumed: whether it may have been there with other settings.
+        about: description of its experiment, if that is created with it.
+    """
 
     uri: str
     experiment: str
@@ -33,6 +40,7 @@ class Opening:
     dataset: DataSet | None = None
     run_id: str | None = None
     resumed: bool = False
+    about: str = ""
 
 
 @dataclass

@@ -31,7 +31,7 @@ from bpfree.tracking.events import Artifact, DataSet, End, Message, Metrics, Mod
 from bpfree.tracking.store import NOTE_TAG, RUN_TAG, Store
 from bpfree.tracking.tracker import RefusedError, Tracker, measured
 
-__all__ = ["MLflowTracker", "settled"]
+__all__ = ["MLflowTracker", "settled", "source_tags"]
 
 LOCAL_PATIENCE = 120.0
 """Time limit for a local database, which this or another process may have to create first."""
@@ -184,8 +184,8 @@ class MLflowTracker(Tracker):
         yield Tags({"status": event["status"]} | ({"reason": event["reason"]} if event["reason"] or resumed else {}))
         if self.config.artifacts:
             yield TextArtifact("environment.json", json.dumps(self._environment, indent=2) + "\n")
-            if self.folder.config.is_file():
-                yield Artifact(self.folder.config, "")
+        if self.folder.config.is_file():
+            yield Artifact(self.folder.config, "")
         has_model = event["status"] == "finished" and self.config.logs_model(
             in_study=self._run is not None and "study_cell" in self._run.tags
         )
@@ -262,11 +262,16 @@ def _tags(run: Run, environment: Mapping[str, Any]) -> dict[str, str]:
     tags = {RUN_TAG: run.id, **_texts(run.tags)}
     with contextlib.suppress(Exception):  # a container may not have a name for its user
         tags.setdefault("mlflow.user", getpass.getuser())
-    if command := str(environment.get("command", "")):
-        tags |= {"command": command, "mlflow.source.name": command.split()[0]}
-    if commit := environment.get("git", {}).get("commit"):
-        tags |= {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": str(environment["git"]["dirty"]).lower()}
-    return tags | {NOTE_TAG: _note(run, command)}
+    return tags | source_tags(environment) | {NOTE_TAG: _note(run, str(environment.get("command", "")))}
+
+
+def source_tags(environment: Mapping[str, Any]) -> dict[str, str]:
+    """Convert the recorded command line and commit to the tags in which MLflow's interface looks for them."""
+    command, git = str(environment.get("command", "")), environment.get("git", {})
+    tags = {"command": command, "mlflow.source.name": command.split()[0]} if command else {}
+    if git.get("commit"):
+        tags |= {"mlflow.source.git.commit": git["commit"], "mlflow.source.git.dirty": str(git["dirty"]).lower()}
+    return tags
 
 
 def _note(run: Run, command: str) -> str:

@@ -210,14 +210,14 @@ class Store:
                 _make_database(self.database)
             yield
 
-    def _experiment(self, name: str) -> str:
+    def _experiment(self, name: str, about: str) -> str:
         client = self.connect()
         with self._creation():
             found = client.get_experiment_by_name(name)
             if found is None:
                 place = None if self.database is None else (self.database.absolute().parent / "mlruns" / quote(name, safe=" ")).as_uri()
                 try:
-                    tags = {KIND_TAG: KIND, NOTE_TAG: EXPERIMENT_NOTE}
+                    tags = {KIND_TAG: KIND, NOTE_TAG: about or EXPERIMENT_NOTE}
                     return str(client.create_experiment(name, artifact_location=place, tags=tags))
                 except Exception:  # another client of the server may have created it first
                     found = client.get_experiment_by_name(name)
@@ -244,7 +244,7 @@ class Store:
         """
         with self._judged():
             client = self.connect()
-            self.experiment_id = self._experiment(opening.experiment)
+            self.experiment_id = self._experiment(opening.experiment, opening.about)
             existing = self._find(client, opening, search)
             if existing is None:
                 tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": "bpfree"} | opening.tags
