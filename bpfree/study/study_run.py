@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from bpfree.record.environment import source
 from bpfree.record.folder import Cursor, RunFolder
@@ -29,7 +30,7 @@ from bpfree.study.report import Report, files_of
 from bpfree.study.rows import Cell, TableRow
 from bpfree.study.store import CellRecord, CellStore
 from bpfree.study.worklist import Worklist
-from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, TextArtifact
+from bpfree.tracking.events import Artifact, End, Message, Opening, Tags, TextArtifact
 from bpfree.tracking.mlflow_tracker import source_tags
 from bpfree.tracking.sending import complete, config_of
 from bpfree.tracking.store import NOTE_TAG, RUN_TAG, Store, file_lock
@@ -39,6 +40,9 @@ __all__ = ["StudyRun"]
 logger = logging.getLogger("bpfree.tracking")
 
 PARENT = "mlflow.parentRunId"
+TRAINING_VIEW = "workflowType=machine_learning"
+"""Part of an address by which MLflow's interface shows its pages for training."""
+CELLS = "compareRunsMode=CHART&searchFilter=" + quote("tags.study_cell LIKE '%'")
 TABLE = "table.json"
 TABLE_TAG = {"mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}])}
 """Tag by which MLflow's interface shows a file as a table."""
@@ -116,7 +120,6 @@ class StudyRun:
             self.open()
         if not self.run_id:
             return
-        finished = [record for row in report.rows for record in row.finished]
         best = dict(_best(report.rows))
         for record in best.values():
             _ask_for_model(record)
@@ -124,7 +127,7 @@ class StudyRun:
         def tell() -> None:
             self._adopt(worklist.all_cells())
             tags = {"status": status.lower(), **TABLE_TAG, **dict(_best_tags(best)), **self._note(page)}
-            self._store.send(self.run_id, [Metrics(now(), len(finished), {"cells/finished": float(len(finished))}), Tags(tags)])
+            self._store.send(self.run_id, [Tags(tags)])
             self._store.show_models(self.run_id, [model for record in best.values() if (model := _tracked(record, "mlflow_model_id"))])
             files: list[Message] = [TextArtifact(TABLE, json.dumps(_table(report.rows))), *(Artifact(path, "") for path in files_of(page))]
             self._store.send(self.run_id, [*files, End(status, now())])
@@ -167,9 +170,11 @@ class StudyRun:
         grid = f"{len(study.rows)} rows" + (f" in {len(columns)} columns" if columns else "") + f", seeds {seeds}"
         parts = [f"**{study.title}**" if study.title else f"**{study.name}**", study.notes.strip(), f"A study of bpfree: {grid}."]
         if page is not None:
-            place = f"#/experiments/{self._store.experiment_id}/runs/{self.run_id}/artifacts"
-            parts += [f"[Report]({place}/{page.name}) · [table of means]({place}/{TABLE})"]
-        parts += ["To compare the rows, group the runs by the tag `study_row`."]
+            runs = f"#/experiments/{self._store.experiment_id}/runs"
+            files = {"Report": page.name, "table of means": TABLE}
+            links = [f"[{name}]({runs}/{self.run_id}/artifacts/{file}?{TRAINING_VIEW})" for name, file in files.items()]
+            parts += [" · ".join([*links, f"[curves of all cells]({runs}?{TRAINING_VIEW}&{CELLS})"])]
+        parts += ["To compare the rows, show the cells and group them by the tag `study_row`."]
         self._cursor.known["note"] = "\n\n".join(filter(None, parts))
         return {NOTE_TAG: self._cursor.known["note"]}
 
@@ -201,11 +206,13 @@ def _table(rows: Sequence[TableRow]) -> dict[str, Any]:
     """Make a table of the means over seeds, in the names and units of the runs, as ``mlflow.log_table`` writes it."""
     tests = dict.fromkeys(f"test/{name}" for row in rows for name in row.metrics)
     keys = [key for key in (*tests, *COSTS) if any(key in record.result for row in rows for record in row.finished)]
-    columns, data = ["row", "column", "seeds", *(name for key in keys for name in _columns(key))], []
+    labels = ["row", "column"] if any(row.column for row in rows) else ["row"]
+    columns, data = [*labels, "seeds", *(name for key in keys for name in _columns(key))], []
     for row in rows:
         values = [[record.result[key] for record in row.finished if key in record.result] for key in keys]
         means = [number for key, found in zip(keys, values, strict=True) for number in _statistics(found)[: len(_columns(key))]]
-        data.append([row.written.label, row.column, len(row.finished), *means])
+        rounded = [None if mean is None else float(f"{mean:.6g}") for mean in means]
+        data.append([*(row.written.label, row.column)[: len(labels)], len(row.finished), *rounded])
     return {"columns": columns, "data": data}
 
 

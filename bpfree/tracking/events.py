@@ -82,14 +82,17 @@ class Model:
     Attributes:
         run: as its log has it.
         checkpoint: with the tested weights.
-        params, metrics: shown with the model, as with the run.
+        tags, params, metrics: shown with the model, as with the run.
+        dataset: that it was trained on and scored on.
         register: name in the registry; ``None``: it is not registered.
     """
 
     run: Run
     checkpoint: Path
+    tags: dict[str, str]
     params: dict[str, str]
     metrics: list[Metrics]
+    dataset: DataSet | None = None
     register: str | None = None
 
 

@@ -37,6 +37,10 @@ LOCAL_PATIENCE = 120.0
 """Time limit for a local database, which this or another process may have to create first."""
 
 PER_EVENT, PER_CALL = 900, 1000
+POSITIONS = ("epoch", "samples", "progress", "seconds")
+"""Metrics inside an epoch that say how far training is, not how it goes: charts of them are diagonals."""
+MODEL_TAGS = ("rule", "network", "task", "study", "study_row", "mlflow.user", "mlflow.source.name", "mlflow.source.type", NOTE_TAG)
+"""Tags of a run that its model has too."""
 ENDS = {"finished": "FINISHED", "interrupted": "KILLED"}
 
 
@@ -75,9 +79,9 @@ class MLflowTracker(Tracker):
         """Create the run in the store, or find it by MLflow's identifier or by the tag with bpfree's identifier."""
         wanted = self.known.get("mlflow_run_id")
         begins = (event for event, _ in self.folder.log.read(without=("progress", "system")) if event["event"] == "begin")
-        environment = next(begins, {}).get("environment", {})
+        self._environment = next(begins, {}).get("environment", {})
         opening = Opening(
-            self.shown, self.config.experiment, _name(run), began, _tags(run, environment), _params(run), _dataset(run), wanted
+            self.shown, self.config.experiment, _name(run), began, _tags(run, self._environment), _params(run), _dataset(run), wanted
         )
         opening.resumed = run.resumed
         there = self.store.open(opening, search=True)
@@ -149,7 +153,7 @@ class MLflowTracker(Tracker):
         elif kind == "epoch":
             yield from self._metrics(metrics, step, when)
         elif kind == "progress":
-            yield from self._metrics({f"step/{name}": value for name, value in metrics.items()}, step, when)
+            yield from self._metrics({f"step/{name}": value for name, value in metrics.items() if name not in POSITIONS}, step, when)
         elif kind == "system":
             yield Metrics(when, step, dict(metrics))
         elif kind == "tags":
@@ -210,7 +214,8 @@ class MLflowTracker(Tracker):
             for kind, event in lasts.items()
             for values in [event["result" if kind == "end" else "metrics"]]
         ]
-        yield Model(run, checkpoint, _params(run), metrics, self.config.register)
+        tags = {key: text for key, text in _tags(run, self._environment).items() if key in MODEL_TAGS}
+        yield Model(run, checkpoint, tags, _params(run), metrics, _dataset(run), self.config.register)
 
 
 def _batches(messages: Iterable[tuple[Event, Message]]) -> Iterator[list[tuple[Event, Message]]]:
@@ -268,7 +273,8 @@ def _tags(run: Run, environment: Mapping[str, Any]) -> dict[str, str]:
 def source_tags(environment: Mapping[str, Any]) -> dict[str, str]:
     """Convert the recorded command line and commit to the tags in which MLflow's interface looks for them."""
     command, git = str(environment.get("command", "")), environment.get("git", {})
-    tags = {"command": command, "mlflow.source.name": command.split()[0]} if command else {}
+    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": command.split()[0] if command else "bpfree"}
+    tags |= {"command": command} if command else {}
     if git.get("commit"):
         tags |= {"mlflow.source.git.commit": git["commit"], "mlflow.source.git.dirty": str(git["dirty"]).lower()}
     return tags
@@ -310,7 +316,7 @@ def _dataset(run: Run) -> DataSet | None:
     profile = (
         None if not sizes else json.dumps({"num_rows": sum(sizes.values())} | {f"{split}_rows": size for split, size in sizes.items()})
     )
-    return DataSet(name, digest or "unknown", _schema(run.data), profile)
+    return DataSet(name[:500], (digest or "unknown")[:36], _schema(run.data), profile)
 
 
 def _schema(data: Mapping[str, Any]) -> str | None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import logging
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,8 +59,7 @@ def log(client: MlflowClient, experiment_id: str, run_id: str, model: Model) -> 
     found = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'")
     logged = next((one for one in found if one.tags.get(DIGEST_TAG) == digest), None)
     if logged is None:
-        tags = {name: text for name in ("rule", "network", "task", "study", "study_row") if (text := model.run.tags.get(name))}
-        logged = client.create_logged_model(experiment_id, NAME, run_id, tags | {DIGEST_TAG: digest}, model.params)
+        logged = client.create_logged_model(experiment_id, NAME, run_id, model.tags | {DIGEST_TAG: digest}, model.params)
     if logged.status != "READY":  # new, or of a process that was killed
         with tempfile.TemporaryDirectory(prefix="bpfree-") as place:
             save(Path(place) / NAME, model.checkpoint, model.run, model_id=logged.model_id, run_id=run_id)
@@ -77,11 +78,10 @@ def _connect(client: MlflowClient, run_id: str, model_id: str, model: Model) -> 
     from mlflow.entities import LoggedModelOutput, Metric
 
     client.log_outputs(run_id, [LoggedModelOutput(model_id, model.run.epoch)])
-    points = [
-        Metric(name, value, one.time, one.step, model_id=model_id, run_id=run_id)
-        for one in model.metrics
-        for name, value in one.values.items()
-    ]
+    known: dict[str, str] = {"model_id": model_id, "run_id": run_id}
+    if model.dataset is not None:
+        known |= {"dataset_name": model.dataset.name, "dataset_digest": model.dataset.digest}
+    points = [Metric(name, value, one.time, one.step, **known) for one in model.metrics for name, value in one.values.items()]
     if points:
         client.log_batch(run_id, metrics=points)
 
@@ -95,10 +95,14 @@ def _register(client: MlflowClient, run_id: str, model_id: str, name: str) -> No
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = f"models:/{model_id}"
-    quoted = name.replace("'", "''")
-    if all(version.source != source for version in client.search_model_versions(f"name = '{quoted}' and run_id = '{run_id}'")):
-        client.create_model_version(name, source, run_id, model_id=model_id)
+    tag, source, quoted = "mlflow.modelVersions", f"models:/{model_id}", name.replace("'", "''")
+    versions = [one for one in client.search_model_versions(f"name = '{quoted}' and run_id = '{run_id}'") if one.source == source]
+    if not versions:
+        versions = [client.create_model_version(name, source, run_id, model_id=model_id)]
+    known = json.loads(client.get_logged_model(model_id).tags.get(tag, "[]"))
+    own = [{"name": one.name, "version": one.version} for one in versions]
+    if any(one not in known for one in own):
+        client.set_logged_model_tags(model_id, {tag: json.dumps([*known, *own])})  # by which MLflow's interface shows them together
 
 
 def _drop_checkpoints(client: MlflowClient, run_id: str) -> None:
@@ -133,16 +137,29 @@ def save(folder: Path, checkpoint: Path, run: Run, *, model_id: str, run_id: str
         write_checkpoint(data, content)
     spec = content["task"]
     inputs, example = _inputs(spec, input_dtype(spec, run.data))
-    mlflow.pyfunc.save_model(
-        os.fspath(folder),
-        loader_module=LOADER,
-        data_path=os.fspath(data),
-        mlflow_model=Description(model_id=model_id, run_id=run_id),
-        signature=_signature(spec, inputs),
-        input_example=example,
-        pip_requirements=requirements(run),
-        model_config={"device": "cpu", "allow_code": []},
-    )
+    with quietly("mlflow.pyfunc"):
+        mlflow.pyfunc.save_model(
+            os.fspath(folder),
+            loader_module=LOADER,
+            data_path=os.fspath(data),
+            mlflow_model=Description(model_id=model_id, run_id=run_id),
+            signature=_signature(spec, inputs),
+            input_example=example,
+            pip_requirements=requirements(run),
+            model_config={"device": "cpu", "allow_code": []},
+        )
+
+
+@contextlib.contextmanager
+def quietly(name: str) -> Iterator[None]:
+    """Leave out a logger's notes inside the context, which a run's display has no place for."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def requirements(run: Run) -> list[str]:

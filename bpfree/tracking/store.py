@@ -247,8 +247,8 @@ class Store:
             self.experiment_id = self._experiment(opening.experiment, opening.about)
             existing = self._find(client, opening, search)
             if existing is None:
-                tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": "bpfree"} | opening.tags
-                made = client.create_run(self.experiment_id, start_time=opening.time, tags=_tags(tags), run_name=opening.name)
+                tags = _tags(opening.tags)
+                made = client.create_run(self.experiment_id, start_time=opening.time, tags=tags, run_name=opening.name)
                 opening.run_id, known = made.info.run_id, {}
             else:
                 opening.run_id, opening.time, known = existing.info.run_id, existing.info.start_time, existing.data.params
@@ -373,7 +373,9 @@ class Store:
         params = {_name(key): _cut(value, MODEL_PARAM_LENGTH) for key, value in model.params.items()}
         metrics = [Metrics(one.time, one.step, {_name(key): value for key, value in one.values.items()}) for one in model.metrics]
         try:
-            self.model_id = log(client, self.experiment_id, run_id, dataclasses.replace(model, params=params, metrics=metrics))
+            self.model_id = log(
+                client, self.experiment_id, run_id, dataclasses.replace(model, tags=_tags(model.tags), params=params, metrics=metrics)
+            )
         except BpfreeError as error:
             raise RefusedError(f"the model was not logged: {error.what}") from error
 
@@ -414,5 +416,5 @@ def _dataset(data: DataSet) -> Any:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     source = '{"tags": {"mlflow.source.name": "bpfree"}}'
-    dataset = Dataset(data.name[:500], data.digest[:36], "code", source, schema=data.schema, profile=data.profile)
+    dataset = Dataset(data.name, data.digest, "code", source, schema=data.schema, profile=data.profile)
     return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])
