@@ -42,7 +42,8 @@ logger = logging.getLogger("bpfree.tracking")
 PARENT = "mlflow.parentRunId"
 TRAINING_VIEW = "workflowType=machine_learning"
 """Part of an address by which MLflow's interface shows its pages for training."""
-CELLS = "compareRunsMode=CHART&searchFilter=" + quote("tags.study_cell LIKE '%'")
+LINKED = 40
+"""Cells up to which the description links to their curves: a description is short."""
 TABLE = "table.json"
 TABLE_TAG = {"mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}])}
 """Tag by which MLflow's interface shows a file as a table."""
@@ -126,7 +127,7 @@ class StudyRun:
 
         def tell() -> None:
             self._adopt(worklist.all_cells())
-            tags = {"status": status.lower(), **TABLE_TAG, **dict(_best_tags(best)), **self._note(page)}
+            tags = {"status": status.lower(), **TABLE_TAG, **dict(_best_tags(best)), **self._note(page, report.rows)}
             self._store.send(self.run_id, [Tags(tags)])
             self._store.show_models(self.run_id, [model for record in best.values() if (model := _tracked(record, "mlflow_model_id"))])
             files: list[Message] = [TextArtifact(TABLE, json.dumps(_table(report.rows))), *(Artifact(path, "") for path in files_of(page))]
@@ -161,7 +162,7 @@ class StudyRun:
         except Exception:  # a container may not have a name for its user
             return tags
 
-    def _note(self, page: Path | None = None) -> dict[str, str]:
+    def _note(self, page: Path | None = None, rows: Sequence[TableRow] = ()) -> dict[str, str]:
         """Describe the study in Markdown, with a link to its report once there is one; a description that was edited stays."""
         if page is not None and self._store.tag(self.run_id, NOTE_TAG) not in (None, self._cursor.known.get("note")):
             return {}
@@ -173,8 +174,8 @@ class StudyRun:
             runs = f"#/experiments/{self._store.experiment_id}/runs"
             files = {"Report": page.name, "table of means": TABLE}
             links = [f"[{name}]({runs}/{self.run_id}/artifacts/{file}?{TRAINING_VIEW})" for name, file in files.items()]
-            parts += [" · ".join([*links, f"[curves of all cells]({runs}?{TRAINING_VIEW}&{CELLS})"])]
-        parts += ["To compare the rows, show the cells and group them by the tag `study_row`."]
+            parts += [" · ".join([*links, *_curves(rows, self._store.experiment_id)])]
+        parts += ["To compare the rows in the list of runs, show the cells and group them by the tag `study_row`."]
         self._cursor.known["note"] = "\n\n".join(filter(None, parts))
         return {NOTE_TAG: self._cursor.known["note"]}
 
@@ -214,6 +215,21 @@ def _table(rows: Sequence[TableRow]) -> dict[str, Any]:
         rounded = [None if mean is None else float(f"{mean:.6g}") for mean in means]
         data.append([*(row.written.label, row.column)[: len(labels)], len(row.finished), *rounded])
     return {"columns": columns, "data": data}
+
+
+def _curves(rows: Sequence[TableRow], experiment: str) -> Iterator[str]:
+    """Yield links to pages of MLflow's interface that compare the cells, where these are few."""
+    runs = [run for row in rows for record in row.finished if (run := _tracked(record, "mlflow_run_id"))]
+    if not 1 < len(runs) <= LINKED:
+        return
+    which = f"runs={_quoted(runs)}&experiments={_quoted([experiment])}"
+    metric = f"val/{rows[0].primary.name}"
+    yield f"[curves](#/metric?{which}&metric={_quoted(metric)}&plot_metric_keys={_quoted([metric])}&x_axis=step&{TRAINING_VIEW})"
+    yield f"[comparison of the cells](#/compare-runs?{which}&{TRAINING_VIEW})"
+
+
+def _quoted(value: Any) -> str:
+    return quote(json.dumps(value, separators=(",", ":")))
 
 
 def _columns(key: str) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ class Opening:
         dataset: that it is trained on.
         run_id: MLflow's identifier, once it is known.
         resumed: whether it may have been there with other settings.
+        ended: whether the store has its end already, and only gets what was added later.
         about: description of its experiment, if that is created with it.
     """
 
@@ -40,6 +41,7 @@ class Opening:
     dataset: DataSet | None = None
     run_id: str | None = None
     resumed: bool = False
+    ended: bool = False
     about: str = ""
 
 

@@ -253,7 +253,8 @@ class Store:
             else:
                 opening.run_id, opening.time, known = existing.info.run_id, existing.info.start_time, existing.data.params
                 self.experiment_id = existing.info.experiment_id
-                client.update_run(opening.run_id, status="RUNNING")
+                if not opening.ended:
+                    client.update_run(opening.run_id, status="RUNNING")
                 self._change_tags(client, opening, existing.data.tags)
             if opening.dataset is not None:  # repeating this is harmless, and the process that created the run may have been killed here
                 client.log_inputs(opening.run_id, datasets=[_dataset(opening.dataset)])
