@@ -84,7 +84,7 @@ class MLflowTracker(Tracker):
             self.shown, self.config.experiment, _name(run), began, _tags(run, self._environment), _params(run), _dataset(run), wanted
         )
         opening.resumed = run.resumed
-        opening.ended = next((event["event"] == "end" for event in reversed(seen) if event["event"] in ("begin", "end")), False)
+        opening.ended = run.status != "running" and any(event["event"] == "end" for event in seen)
         there = self.store.open(opening, search=True)
         self.known.update(mlflow_run_id=opening.run_id, mlflow_uri=self.shown, mlflow_experiment_id=self.store.experiment_id)
         self.known["mlflow_started"] = str(opening.time)

@@ -43,10 +43,11 @@ def train(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> Train:
 
 
 @pytest.fixture
-def mlflow(uri: str) -> Iterator[Any]:
+def mlflow(uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """MLflow with its global address set to the store."""
     import mlflow
 
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # its thread would outlive the test
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
     yield mlflow
