@@ -117,7 +117,7 @@ def test_tags_say_where_a_run_comes_from(uri, new_run, track, stored, tmp_path, 
         found.append(stored(run, uri)[0].data.tags)
     assert {one["mlflow.source.git.commit"] for one in found} == {git("rev-parse", "HEAD")}
     assert [one["mlflow.source.git.dirty"] for one in found] == ["false", "true"]
-    assert found[0]["command"] == "bpfree train rule=dfa tracking.uri=http://***@host 'note=two words'"
+    assert found[0]["command"] == "bpfree train rule=dfa 'tracking.uri=http://***@host' 'note=two words'"
     assert found[0]["mlflow.source.name"] == "bpfree"
     assert "`dfa` on `digits`" in found[0]["mlflow.note.content"]
     assert all(value for one in found for value in one.values())
