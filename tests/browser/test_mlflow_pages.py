@@ -95,7 +95,7 @@ def test_a_run_shows_its_metrics_and_its_model(chromium: Any, tracked: Tracked) 
     known = tracked.run.tracking
     place = f"/experiments/{known['mlflow_experiment_id']}/runs/{known['mlflow_run_id']}"
     with opened(chromium, tracked.at(place)) as found:
-        shows(found.page, "dfa on digits with the network mlp", "Parameters (7)", "Logged models (1)")
+        shows(found.page, "dfa on digits with the network mlp", "Parameters (8)", "Logged models (1)")
     with opened(chromium, tracked.at(f"{place}/model-metrics")) as found:
         shows(found.page, "val (2)", "test (2)", "rule (1)")
 
