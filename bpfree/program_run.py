@@ -20,6 +20,7 @@ from bpfree.record.folder import RunFolder
 from bpfree.record.recorder import Recorder
 from bpfree.redaction import redact
 from bpfree.run import ReadOnly, Run
+from bpfree.tasks.facts import facts_of
 from bpfree.tasks.loading import Loader
 from bpfree.tasks.task import Examples, Task, TaskSpec
 from bpfree.training import environment
@@ -59,6 +60,7 @@ class ProgramRun:
         self._metrics = scored_by(task.spec, recipe.settings.evaluation.metrics)
         self._observers, self._clock, self._load = Observers([recorder, *observers], run), Clock(self.device), environment.load()
         run.metrics = recorded_metrics(self._metrics)
+        run.data = facts_of(task)
 
     @property
     def spec(self) -> TaskSpec:

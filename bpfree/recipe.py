@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,18 @@ from bpfree.tracking.config import PicturesConfig, TrackingConfig
 from bpfree.training import environment
 from bpfree.training.config import TrainConfig
 
-__all__ = ["CHANGEABLE", "CHOSEN", "DataConfig", "Recipe", "RunConfig", "TaskCommon", "changed", "quick_examples", "quickened"]
+__all__ = [
+    "CHANGEABLE",
+    "CHOSEN",
+    "DataConfig",
+    "Recipe",
+    "RunConfig",
+    "TaskCommon",
+    "changed",
+    "is_scientific",
+    "quick_examples",
+    "quickened",
+]
 
 LARGE = 4096
 """A size of a network above which its memory is checked before it is made."""
@@ -60,6 +71,12 @@ CHANGEABLE = {
     "parallel",
 }
 """Sections and keys that may change when a run is resumed."""
+
+NOT_SCIENTIFIC = (CHANGEABLE - {"budget", "evaluation"}) | {"output"}
+"""The length of training is part of the result, and so are the draws of an evaluation and the epochs that ``best-val`` chooses from."""
+
+TELLING = {"rule.name", "network.name", "program.name", "task.name", "seed", "batch_size", "optimizer.name", "optimizer.lr"}
+"""Settings by which runs are compared, whether or not they have their defaults."""
 
 
 @dataclass
@@ -131,6 +148,17 @@ class Recipe:
     def flat(self) -> dict[str, Any]:
         """Return ``{"rule.name": ..., "seed": ...}``; addresses are complete, and code from a file has the short name ``FILE.py:NAME``."""
         return _flat(self._content())
+
+    def telling(self) -> tuple[str, ...]:
+        """List the keys that say what a run is: names, seed, budget, batch size, learning rate, and all that differs from its default.
+
+        Settings that change no result are left out (:data:`NOT_SCIENTIFIC`).
+        """
+        sections = {kind: default_values(type(options)) for kind, options in self.options.items()}
+        sections["task"] |= dataclasses.asdict(TaskCommon())
+        known = _flat({**dataclasses.asdict(RunConfig()), **sections})
+        told = {leaf.key: leaf.value for leaf in leaves_of(self.recorded(), "", "") if leaf.value is not None and is_scientific(leaf.key)}
+        return tuple(key for key, value in told.items() if key in TELLING or key.startswith("budget.") or known.get(key, MISSING) != value)
 
     @property
     def task_id(self) -> str:
@@ -270,6 +298,17 @@ def quickened(settings: RunConfig) -> RunConfig:
         forwards=budget.forwards and min(budget.forwards, 3 * drawn),
     )
     return dataclasses.replace(settings, budget=short)
+
+
+def is_scientific(key: str) -> bool:
+    """Tell whether a setting can change a result."""
+    return key.split(".")[0] not in NOT_SCIENTIFIC
+
+
+def default_values(config: type) -> dict[str, Any]:
+    """Return the defaults of a configuration dataclass, ``MISSING`` for fields that have none."""
+    fields = dataclasses.fields(config)
+    return {item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields}
 
 
 def changed(before: Recipe, after: Recipe) -> list[str]:

@@ -106,6 +106,7 @@ class Trainer(trainer.Trainer):
         if self.folder is not None:
             redact_logs()
             run.config = recipe.recorded_flat()
+            run.parameters = recipe.telling()
             run.tags = redacted({**run.tags, **standard_tags(recipe, task, rule), **(further or {})})
             observers = [RecipeFile(recipe, rule.plan()), *drawing(recipe), *plugin_observers(recipe), *observers]
         if progress:

@@ -48,6 +48,8 @@ class Run:
         tracking: where trackers have the run, such as its identifier in MLflow.
         metrics: what its predictions are scored by: direction and unit by name, first the one to choose by
             (:func:`bpfree.metric.metrics_from`).
+        parameters: keys of the configuration that say what the run is, the others having their defaults; ``None``: not known.
+        data: facts of the task: its spec, the type of its inputs, its number of examples (:func:`bpfree.tasks.facts.facts_of`).
     """
 
     id: str
@@ -66,6 +68,8 @@ class Run:
     artifacts: dict[str, Path] = field(default_factory=dict)
     tracking: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    parameters: tuple[str, ...] | None = None
+    data: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         epochs = f"epoch {self.epoch}" + (f" of {self.total_epochs}" if self.total_epochs else "")
@@ -143,7 +147,7 @@ def _seen(name: str) -> Callable[[RunView], Any]:
         value = getattr(view.__dict__["_run"], name)
         if name == "history":
             return [ReadOnly(metrics) for metrics in value]
-        if name in ("config", "tags", "result", "metrics"):
+        if name in ("config", "tags", "result", "metrics", "data"):
             return ReadOnly(copy.deepcopy(value))
         return value
 

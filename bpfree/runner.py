@@ -297,6 +297,7 @@ def _run_program(
         task = task or recipe.build_task()
         recorder = Recorder(recording(recipe, tracking))
         record.config = recipe.recorded_flat()
+        record.parameters = recipe.telling()
         record.tags = redacted({**common_tags(recipe, task), **program_tags(recipe), **further})
         return ProgramRun(recipe, task, record, seen, recorder).fit()
     except BaseException:

@@ -37,6 +37,8 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relativ
 @pages
 def test_python_examples_run(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page share a namespace, and run in an empty folder without tracking."""
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # its thread would outlive the test
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     module = types.ModuleType("bpfree_docs_example")
     module.__file__ = str(page)
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
@@ -51,6 +53,8 @@ def test_python_examples_run(page: Path, workplace: Path, monkeypatch: pytest.Mo
             continue
         padded = "\n" * (block.line - 1) + block.text  # so that a traceback names the page's own lines
         exec(compile(padded, str(page), "exec"), module.__dict__)
+    if "mlflow" in module.__dict__:
+        module.mlflow.set_tracking_uri("")  # as it was
 
 
 # --- commands -------------------------------------------------------------------------------------------------------

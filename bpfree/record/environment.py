@@ -1,23 +1,31 @@
-"""Describe the environment of a run: versions, hardware and plugins."""
+"""Describe the environment of a run: versions, hardware, plugins, the command and the commit that it ran from."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import shlex
+import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from bpfree.redaction import redact_word
 from bpfree.version import __version__
 
-__all__ = ["environment"]
+__all__ = ["environment", "source"]
 
 PACKAGES = ("torch", "torchvision", "numpy", "mlflow", "mlflow-skinny", "pluggy", "omegaconf", "psutil", "nvidia-ml-py")
+GIT_SECONDS = 2.0
+"""Time limit of asking for the commit."""
 
 
 def environment() -> dict[str, Any]:
-    """Describe versions of Python, packages and plugins; system, processors, memory and GPUs."""
+    """Describe versions of Python, packages and plugins; system, processors, memory and GPUs; the command line and the commit."""
     return {
+        **source(),
         "bpfree": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -27,6 +35,28 @@ def environment() -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "plugins": _plugins(),
     }
+
+
+def source() -> dict[str, Any]:
+    """Return the command line, and the commit of the working folder."""
+    return {"command": _command(), "git": _git()}
+
+
+def _command() -> str:
+    """Return the command line, its addresses without secrets; the program by its name, without its folder."""
+    program, *words = sys.argv or [""]
+    return shlex.join(redact_word(word) for word in (Path(program).name, *words)) if program else ""
+
+
+def _git() -> dict[str, Any]:
+    """Return the commit of the working folder, and whether files that git knows differ from it; empty outside of a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        options: dict[str, Any] = {"timeout": GIT_SECONDS, "env": os.environ | {"GIT_OPTIONAL_LOCKS": "0"}}
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **options)
+        if done.returncode == 0 and (found := done.stdout.strip()):
+            return {"commit": found.removesuffix("-dirty"), "dirty": found.endswith("-dirty")}
+    return {}
 
 
 def _version(name: str) -> str | None:

@@ -208,6 +208,8 @@ def read_events(events: Iterable[Event]) -> Run | None:
                     history=[metrics for metrics in before if metrics["epoch"] <= event["epoch"]],
                     artifacts={} if run is None else run.artifacts,
                     metrics=dict(event.get("metrics", {})),
+                    parameters=None if event.get("parameters") is None else tuple(event["parameters"]),
+                    data=dict(event.get("data", {})),
                 )
             elif run is not None:
                 _take(run, event)

@@ -2,8 +2,9 @@
 
 Every line has ``event`` and ``time`` (milliseconds since 1970), and
 
-``begin``      ``format``, ``id``, ``name``, ``config``, ``tags``, ``total_epochs``, ``resumed``, ``epoch``, ``metrics``: it begins, or
-               is resumed after this epoch; epochs that an earlier session had completed beyond it are computed again, and no longer count
+``begin``      ``format``, ``id``, ``name``, ``config``, ``parameters``, ``tags``, ``data``, ``total_epochs``, ``resumed``, ``epoch``,
+               ``metrics``: it begins, or is resumed after this epoch; epochs that an earlier session had completed beyond it are
+               computed again, and no longer count
 ``epoch``      ``epoch``, ``metrics``: of a pass over the training split
 ``progress``   ``step``, ``metrics``: means of the steps since the last such line
 ``system``     ``metrics``: use of processors, memory, disk, network and GPUs
@@ -11,6 +12,7 @@ Every line has ``event`` and ``time`` (milliseconds since 1970), and
 ``end``        ``status``, ``reason``, ``epoch``, ``result``, ``tags``
 ``result``     ``metrics``: further results, measured after the end
 ``tags``       ``tags``: further ones
+``model``      the run is the best of its study, whose model is kept
 ``copied``     ``id``: the folder is a copy of another run's, and has this identifier from here on
 
 Numbers that are not finite are the strings ``NaN``, ``Infinity`` and ``-Infinity``, which ``float`` reads. Paths are relative to

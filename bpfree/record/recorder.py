@@ -71,7 +71,7 @@ class Recorder:
         self._log.open()
         config: dict[str, Any] = redacted(run.config)
         about: dict[str, Any] = {"total_epochs": run.total_epochs, "resumed": run.resumed, "epoch": run.epoch}
-        about |= {"metrics": run.metrics, "environment": environment()}
+        about |= {"metrics": run.metrics, "parameters": run.parameters, "data": run.data, "environment": environment()}
         self._log.append("begin", format=FORMAT, id=run.id, name=run.name, config=config, tags=run.tags, **about)
         self._reading = []
         try:

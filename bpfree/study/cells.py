@@ -27,7 +27,7 @@ from bpfree.errors import BpfreeError, UsageError, nearest
 from bpfree.leaves import Leaf, canonical, leaf_at, said
 from bpfree.metric import ACCURACY, ERROR
 from bpfree.plugins import Plugins, installed_plugins
-from bpfree.recipe import CHANGEABLE, Recipe, quick_examples
+from bpfree.recipe import Recipe, is_scientific, quick_examples
 from bpfree.redaction import redacted
 from bpfree.rule import Rule
 from bpfree.sources import source_hashes
@@ -42,9 +42,6 @@ from bpfree.training.environment import resolve_device
 from bpfree.yaml_values import text_of
 
 __all__ = ["Plan", "cell_of", "is_scientific", "plan", "recipe_with", "word"]
-
-NOT_SCIENTIFIC = (CHANGEABLE - {"budget", "evaluation"}) | {"output"}
-"""The length of training is part of the result, and so are the draws of an evaluation and the epochs that ``best-val`` chooses from."""
 
 TRAINERS = ("rule.name", "program.name")
 DEFAULT = "default"
@@ -188,11 +185,6 @@ def replace_in(merged: dict[str, Leaf], later: Iterable[Leaf]) -> None:
             del merged[key]
     for leaf in later:
         merged[canonical(leaf.key, leaf.value)] = leaf
-
-
-def is_scientific(key: str) -> bool:
-    """Tell whether a setting can change a result."""
-    return key.split(".")[0] not in NOT_SCIENTIFIC
 
 
 def faults_in(study: Study, registry: Plugins | None = None) -> list[BpfreeError]:

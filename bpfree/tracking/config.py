@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote, unquote
 
 from bpfree.errors import UsageError
@@ -47,13 +48,21 @@ class TrackingConfig(Sectioned):
     system_interval: float = option(1.0, "seconds between system samples", ge=0.05, unless={"system": (False,)})
     timeout: float = option(10.0, "time limit of a request, and of waiting for a server when a run starts, in seconds", gt=0)
     flush_timeout: float = option(30.0, "seconds that the end of a run waits for unsent data", ge=0)
-    artifacts: bool = option(True, "upload configuration, environment, plots and pictures")
+    artifacts: bool = option(True, "upload environment, plots and pictures; the configuration is always there")
     checkpoint: bool = option(True, "also upload the tested or last checkpoint")
+    model: Literal["auto", "true", "false"] = option(
+        "auto", "log the trained network as an MLflow model, which has the checkpoint (auto: of a study's cells only the best)"
+    )
+    register: str | None = option(None, "name under which MLflow's registry gets the model", unless={"model": ("false",)})
 
     @property
     def to_mlflow(self) -> bool:
         """Whether MLflow tracks the run."""
         return self.enabled and "mlflow" in self.to
+
+    def logs_model(self, *, in_study: bool) -> bool:
+        """Tell whether the run's model is logged when it has finished; of a study's cells the best may be logged later."""
+        return self.model == "true" or (self.model == "auto" and self.checkpoint and not in_study)
 
     def resolve_uri(self, output_folder: Path) -> str:
         """Return the store: the configured one, ``MLFLOW_TRACKING_URI``, or SQLite beside the output folder.

@@ -1,9 +1,10 @@
 """The tracker ``mlflow``: a thread reads the run's log, and sends new events without delaying the run.
 
-It sends the flat configuration as parameters; the run's tags, ``status`` and ``reason``; the metrics of each epoch
+It sends the telling part of the configuration as parameters; the run's tags, ``status`` and ``reason``; the metrics of each epoch
 (step: the epoch), those inside an epoch as ``step/...`` (step: the update), the final ones (step: the last epoch),
-``system/...`` (step: milliseconds since the run first began); the data set's name and fingerprint; configuration,
-environment, plots, pictures and checkpoint as artifacts, during the run within a minute.
+``system/...`` (step: milliseconds since the run first began); the data set's name, fingerprint, schema and sizes; configuration,
+environment, plots and pictures as artifacts, during the run within a minute; and the checkpoint, inside an MLflow model where the run
+has one, among the artifacts otherwise.
 
 MLflow stores an infinite value as 1.8e308; it is logged unchanged, and the tag ``infinite_metrics`` names it. A store that
 is slow or unavailable causes one warning; missing data are sent when the run is resumed, or by ``bpfree track send``.
@@ -21,21 +22,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bpfree.record.folder import Cursor, RunFolder
+from bpfree.record.folder import Cursor, RunFolder, read_run
 from bpfree.record.log import Event
 from bpfree.redaction import redact
 from bpfree.run import Run
 from bpfree.tracking.config import TrackingConfig, sqlite_file
-from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, TextArtifact
-from bpfree.tracking.store import RUN_TAG, Store
+from bpfree.tracking.events import Artifact, DataSet, End, Message, Metrics, Model, Opening, Tags, TextArtifact
+from bpfree.tracking.store import NOTE_TAG, RUN_TAG, Store
 from bpfree.tracking.tracker import RefusedError, Tracker, measured
 
-__all__ = ["MLflowTracker", "settled"]
+__all__ = ["MLflowTracker", "settled", "source_tags"]
 
 LOCAL_PATIENCE = 120.0
 """Time limit for a local database, which this or another process may have to create first."""
 
 PER_EVENT, PER_CALL = 900, 1000
+POSITIONS = ("epoch", "samples", "progress", "seconds")
+"""Metrics inside an epoch that say how far training is, not how it goes: charts of them are diagonals."""
+MODEL_TAGS = ("rule", "network", "task", "study", "study_row", "mlflow.user", "mlflow.source.name", "mlflow.source.type", NOTE_TAG)
+"""Tags of a run that its model has too."""
 ENDS = {"finished": "FINISHED", "interrupted": "KILLED"}
 
 
@@ -73,7 +78,13 @@ class MLflowTracker(Tracker):
     def open(self, run: Run, began: int, seen: Sequence[Event], again: bool) -> bool:
         """Create the run in the store, or find it by MLflow's identifier or by the tag with bpfree's identifier."""
         wanted = self.known.get("mlflow_run_id")
-        opening = Opening(self.shown, self.config.experiment, run.name, began, _tags(run), _params(run.config), _dataset(run), wanted)
+        begins = (event for event, _ in self.folder.log.read(without=("progress", "system")) if event["event"] == "begin")
+        self._environment = next(begins, {}).get("environment", {})
+        opening = Opening(
+            self.shown, self.config.experiment, _name(run), began, _tags(run, self._environment), _params(run), _dataset(run), wanted
+        )
+        opening.resumed = run.resumed
+        opening.ended = run.status != "running" and any(event["event"] == "end" for event in seen)
         there = self.store.open(opening, search=True)
         self.known.update(mlflow_run_id=opening.run_id, mlflow_uri=self.shown, mlflow_experiment_id=self.store.experiment_id)
         self.known["mlflow_started"] = str(opening.time)
@@ -98,6 +109,8 @@ class MLflowTracker(Tracker):
                 refused.append((event, str(error)))
         for batch in _batches(messages):
             refused += self._send(self._unknown(batch))
+        if self.store.model_id:
+            self.known["mlflow_model_id"] = self.store.model_id
         return refused
 
     def _send(self, batch: Sequence[tuple[Event, Message]]) -> list[tuple[Event, str]]:
@@ -141,11 +154,13 @@ class MLflowTracker(Tracker):
         elif kind == "epoch":
             yield from self._metrics(metrics, step, when)
         elif kind == "progress":
-            yield from self._metrics({f"step/{name}": value for name, value in metrics.items()}, step, when)
+            yield from self._metrics({f"step/{name}": value for name, value in metrics.items() if name not in POSITIONS}, step, when)
         elif kind == "system":
             yield Metrics(when, step, dict(metrics))
         elif kind == "tags":
-            yield Tags(event["tags"])
+            yield Tags(_texts(event["tags"]))
+        elif kind == "model":
+            yield from self._model()
         elif kind == "artifact" and self.config.artifacts:
             yield self._artifact(event["path"])
         elif kind in ("end", "stopped"):
@@ -174,13 +189,34 @@ class MLflowTracker(Tracker):
         yield Tags({"status": event["status"]} | ({"reason": event["reason"]} if event["reason"] or resumed else {}))
         if self.config.artifacts:
             yield TextArtifact("environment.json", json.dumps(self._environment, indent=2) + "\n")
-            if self.folder.config.is_file():
-                yield Artifact(self.folder.config, "")
-        if self.config.checkpoint:
-            chosen = next((path for path in (self.folder.selected, self.folder.last) if path.is_file()), None)
-            if chosen is not None:
-                yield Artifact(chosen, "checkpoints")
+        if self.folder.config.is_file():
+            yield Artifact(self.folder.config, "")
+        has_model = event["status"] == "finished" and self.config.logs_model(
+            in_study=self._run is not None and "study_cell" in self._run.tags
+        )
+        models = list(self._model()) if has_model else []
+        yield from models
+        if self.config.checkpoint and not models and (chosen := self._checkpoint()):
+            yield Artifact(chosen, "checkpoints")
         yield End(ENDS.get(event["status"], "FAILED"), event["time"])
+
+    def _checkpoint(self) -> Path | None:
+        return next((path for path in (self.folder.selected, self.folder.last) if path.is_file()), None)
+
+    def _model(self) -> Iterator[Model]:
+        """Make the message of the run's model; none without a checkpoint, or of a rule made in Python, which nobody else can build."""
+        run, checkpoint = read_run(self.folder.path), self._checkpoint()
+        if checkpoint is None or "rule.name" not in run.config:
+            return
+        measured = {"end": ("test/",), "epoch": ("val/", "train/")}
+        lasts = {event["event"]: event for event, _ in self.folder.log.read(without=("progress", "system")) if event["event"] in measured}
+        metrics = [
+            Metrics(event["time"], int(event["epoch"]), {name: value for name, value in values.items() if name.startswith(measured[kind])})
+            for kind, event in lasts.items()
+            for values in [event["result" if kind == "end" else "metrics"]]
+        ]
+        tags = {key: text for key, text in _tags(run, self._environment).items() if key in MODEL_TAGS}
+        yield Model(run, checkpoint, tags, _params(run), metrics, _dataset(run), self.config.register)
 
 
 def _batches(messages: Iterable[tuple[Event, Message]]) -> Iterator[list[tuple[Event, Message]]]:
@@ -218,22 +254,85 @@ def settled(config: TrackingConfig, folder: str | Path) -> TrackingConfig:
 # --- a run in MLflow's terms --------------------------------------------------------------------------------------------
 
 
-def _tags(run: Run) -> dict[str, str]:
-    tags = {RUN_TAG: run.id, **{name: str(value) for name, value in run.tags.items() if value != ""}}
+def _name(run: Run) -> str:
+    """Name the run: a study's cell by its place in the table, since others of the study have the same rule and task."""
+    if not (row := run.tags.get("study_row")):
+        return run.name
+    column, trial = run.tags.get("study_column"), run.tags.get("study_trial")
+    number = f"trial {trial}" if trial else f"seed {run.tags.get('seed', '')}"
+    return f"{row} [{column}] {number}" if column else f"{row} {number}"
+
+
+def _tags(run: Run, environment: Mapping[str, Any]) -> dict[str, str]:
+    """Convert tags, and add those that MLflow's interface shows: user, source, commit and description."""
+    tags = {RUN_TAG: run.id, **_texts(run.tags)}
     with contextlib.suppress(Exception):  # a container may not have a name for its user
         tags.setdefault("mlflow.user", getpass.getuser())
+    return tags | source_tags(environment) | {NOTE_TAG: _note(run, str(environment.get("command", "")))}
+
+
+def source_tags(environment: Mapping[str, Any]) -> dict[str, str]:
+    """Convert the recorded command line and commit to the tags in which MLflow's interface looks for them."""
+    command, git = str(environment.get("command", "")), environment.get("git", {})
+    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": command.split()[0] if command else "bpfree"}
+    tags |= {"command": command} if command else {}
+    if git.get("commit"):
+        tags |= {"mlflow.source.git.commit": git["commit"], "mlflow.source.git.dirty": str(git["dirty"]).lower()}
     return tags
 
 
-def _params(config: Mapping[str, Any]) -> dict[str, str]:
-    """Convert settings to strings: structures as JSON, other values as in Python, addresses without passwords."""
+def _note(run: Run, command: str) -> str:
+    """Describe the run in Markdown."""
+    tags = run.tags
+    parts = [f"{_code(tags, 'rule') or _code(tags, 'program')}", f"on {_code(tags, 'task')}" if tags.get("task") else ""]
+    parts += [f"with the network {_code(tags, 'network')}" if tags.get("network") else ""]
+    what = " ".join(part for part in parts if part) or f"`{run.name}`"
+    place = f"\n\nA cell of the study {_code(tags, 'study')}." if tags.get("study") else ""
+    return f"{what}, seed {tags.get('seed', '?')}.{place}" + (f"\n\n```\n{command}\n```" if command else "")
+
+
+def _code(tags: Mapping[str, str], name: str) -> str:
+    return f"`{tags[name]}`" if tags.get(name) else ""
+
+
+def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in tags.items() if value not in ("", None)}
+
+
+def _params(run: Run) -> dict[str, str]:
+    """Convert the telling settings to strings: structures as JSON, other values as in Python, addresses without passwords."""
+    keys = run.config if run.parameters is None else [key for key in run.parameters if key in run.config]
     return {
         key: redact(json.dumps(value, default=str) if isinstance(value, (dict, list, tuple)) else str(value))
-        for key, value in config.items()
+        for key, value in ((key, run.config[key]) for key in keys)
     }
 
 
-def _dataset(run: Run) -> tuple[str, str] | None:
+def _dataset(run: Run) -> DataSet | None:
     name = run.tags.get("task")
     digest = run.tags.get("fingerprint") or run.tags.get("data_fingerprint") or run.tags.get("data") or ""
-    return (name, digest or "unknown") if name else None
+    if not name:
+        return None
+    sizes = run.data.get("examples")
+    profile = (
+        None if not sizes else json.dumps({"num_rows": sum(sizes.values())} | {f"{split}_rows": size for split, size in sizes.items()})
+    )
+    return DataSet(name[:500], (digest or "unknown")[:36], _schema(run.data), profile)
+
+
+def _schema(data: Mapping[str, Any]) -> str | None:
+    """Describe the inputs and targets of a task as MLflow does: columns where they have names, tensors otherwise."""
+    spec = data.get("spec")
+    if not spec or spec.get("structure") is not None:
+        return None
+    if names := spec.get("input_names"):
+        return json.dumps({"mlflow_colspec": [{"name": name, "type": "double", "required": True} for name in names]})
+    features = [_tensor(data.get("dtype", "float32"), [-1, *spec["input_shape"]])]
+    kinds = {"classes": ("int64", [-1]), "tokens": ("int64", [-1, *spec["input_shape"]]), "none": None}
+    targets = kinds.get(spec["targets"], ("float32", [-1, *(spec.get("output_shape") or [spec["outputs"]])]))
+    parts = {"features": json.dumps(features), "targets": targets and json.dumps([_tensor(*targets)])}
+    return json.dumps({"mlflow_tensorspec": parts})
+
+
+def _tensor(dtype: str, shape: list[int]) -> dict[str, Any]:
+    return {"type": "tensor", "tensor-spec": {"dtype": dtype, "shape": shape}}

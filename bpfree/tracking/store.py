@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from bpfree.errors import UsageError
+from bpfree.errors import BpfreeError, UsageError
 from bpfree.redaction import redact, redact_logs
 from bpfree.tracking.config import sqlite_file, sqlite_uri
-from bpfree.tracking.events import Artifact, End, Message, Metrics, Opening, Tags, TextArtifact
+from bpfree.tracking.events import Artifact, DataSet, End, Message, Metrics, Model, Opening, Tags, TextArtifact
 from bpfree.tracking.tracker import RefusedError
 
 if TYPE_CHECKING:
@@ -32,9 +33,18 @@ RUN_TAG = "bpfree.run"
 OUR_TIMEOUT = "_BPFREE_MLFLOW_TIMEOUT"
 """Environment variable that distinguishes a timeout set here from one set by the user."""
 
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+"""Tag of an experiment by which MLflow's interface opens its view of training, and not that of generative AI."""
+NOTE_TAG = "mlflow.note.content"
+"""Tag whose text MLflow's interface shows as a description."""
+EXPERIMENT_NOTE = (
+    "Runs of bpfree: neural networks trained without end-to-end back-propagation, and the baselines beside them. A study is a run with its "
+    "cells as nested runs and its report among its artifacts; group runs by the tag `study_row` to compare its rows."
+)
+
 PROBE_SECONDS = 2.0
 LOCK_SECONDS = 120.0
-PARAM_LENGTH, TAG_LENGTH, PER_BATCH = 6000, 5000, 100
+PARAM_LENGTH, MODEL_PARAM_LENGTH, TAG_LENGTH, PER_BATCH = 6000, 4000, 5000, 100
 CHATTER = (
     "alembic",
     "alembic.runtime.migration",
@@ -140,7 +150,7 @@ class Store:
             uri = uri.replace(str(named), str(self.database), 1)
         self.uri, self.shown = uri, redact(uri)
         self._client: MlflowClient | None = None
-        self.experiment_id = ""
+        self.experiment_id = self.model_id = ""
 
     # --- connecting -------------------------------------------------------------------------------------------------
 
@@ -200,18 +210,21 @@ class Store:
                 _make_database(self.database)
             yield
 
-    def _experiment(self, name: str) -> str:
+    def _experiment(self, name: str, about: str) -> str:
         client = self.connect()
         with self._creation():
             found = client.get_experiment_by_name(name)
             if found is None:
                 place = None if self.database is None else (self.database.absolute().parent / "mlruns" / quote(name, safe=" ")).as_uri()
                 try:
-                    return str(client.create_experiment(name, artifact_location=place))
+                    tags = {KIND_TAG: KIND, NOTE_TAG: about or EXPERIMENT_NOTE}
+                    return str(client.create_experiment(name, artifact_location=place, tags=tags))
                 except Exception:  # another client of the server may have created it first
                     found = client.get_experiment_by_name(name)
                     if found is None:
                         raise
+        if KIND_TAG not in found.tags:  # made by an earlier version, or by hand
+            client.set_experiment_tag(found.experiment_id, KIND_TAG, KIND)
         return str(found.experiment_id)
 
     # --- a run ------------------------------------------------------------------------------------------------------
@@ -231,25 +244,41 @@ class Store:
         """
         with self._judged():
             client = self.connect()
-            self.experiment_id = self._experiment(opening.experiment)
+            self.experiment_id = self._experiment(opening.experiment, opening.about)
             existing = self._find(client, opening, search)
             if existing is None:
-                tags = opening.tags | {"mlflow.source.type": "LOCAL", "mlflow.source.name": "bpfree"}
-                made = client.create_run(self.experiment_id, start_time=opening.time, tags=_tags(tags), run_name=opening.name)
+                tags = _tags(opening.tags)
+                made = client.create_run(self.experiment_id, start_time=opening.time, tags=tags, run_name=opening.name)
                 opening.run_id, known = made.info.run_id, {}
             else:
                 opening.run_id, opening.time, known = existing.info.run_id, existing.info.start_time, existing.data.params
                 self.experiment_id = existing.info.experiment_id
-                client.update_run(opening.run_id, status="RUNNING")
+                if not opening.ended:
+                    client.update_run(opening.run_id, status="RUNNING")
                 self._change_tags(client, opening, existing.data.tags)
             if opening.dataset is not None:  # repeating this is harmless, and the process that created the run may have been killed here
-                client.log_inputs(opening.run_id, datasets=[_dataset(*opening.dataset)])
+                client.log_inputs(opening.run_id, datasets=[_dataset(opening.dataset)])
             self._params(client, opening, known)
             return existing is not None
 
     def holds(self, run_id: str) -> bool:
         """Tell whether the store has the run, and it is not deleted."""
         return self._active(self.connect(), run_id) is not None
+
+    def tag(self, run_id: str, name: str) -> str | None:
+        """Return a tag of a run, ``None`` if it has none of this name."""
+        found = self._active(self.connect(), run_id)
+        return None if found is None else found.data.tags.get(name)
+
+    def show_models(self, run_id: str, models: Sequence[str]) -> None:
+        """Show models of other runs, by their identifiers, with this one."""
+        from mlflow.entities import LoggedModelOutput
+
+        client = self.connect()
+        outputs = client.get_run(run_id).outputs
+        known = {one.model_id for one in (outputs.model_outputs if outputs else ())}
+        if new := [LoggedModelOutput(model, 0) for model in models if model not in known]:
+            client.log_outputs(run_id, new)
 
     def _find(self, client: MlflowClient, opening: Opening, search: bool) -> Any:
         known = None if opening.run_id is None else self._active(client, opening.run_id)
@@ -271,26 +300,29 @@ class Store:
         return run if run.info.lifecycle_stage == "active" else None
 
     def _change_tags(self, client: MlflowClient, opening: Opening, known: dict[str, str]) -> None:
-        """Set the tags that have changed in a resumed run, except its user, who remains the one who began it."""
+        """Set the tags that have changed in a resumed run, except its user and its description, which may be edited in the store."""
         from mlflow.entities import RunTag
 
         assert opening.run_id is not None
-        tags = {key: value for key, value in _tags(opening.tags).items() if known.get(key) != value and key != "mlflow.user"}
+        tags = {
+            key: value for key, value in _tags(opening.tags).items() if known.get(key) != value and key not in ("mlflow.user", NOTE_TAG)
+        }
         if tags:
             client.log_batch(opening.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _params(self, client: MlflowClient, opening: Opening, known: dict[str, str]) -> None:
-        """Log missing parameters; a parameter that a resumed run has changed becomes a tag, because parameters cannot change."""
+        """Log missing parameters; what a resumed run has changed becomes a tag, because parameters cannot change."""
         from mlflow.entities import Param
 
         assert opening.run_id is not None
-        new = [Param(_name(key), _cut(value, PARAM_LENGTH)) for key, value in opening.params.items() if _name(key) not in known]
+        params = {} if opening.resumed and known else opening.params
+        new = [Param(_name(key), _cut(value, PARAM_LENGTH)) for key, value in params.items() if _name(key) not in known]
         for start in range(0, len(new), PER_BATCH):
             client.log_batch(opening.run_id, params=new[start : start + PER_BATCH])
         changed = {
             f"resumed/{key}": value
             for key, value in opening.params.items()
-            if known.get(_name(key), _cut(value, PARAM_LENGTH)) != _cut(value, PARAM_LENGTH)
+            if known.get(_name(key), None if opening.resumed and known else _cut(value, PARAM_LENGTH)) != _cut(value, PARAM_LENGTH)
         }
         for key, value in _tags(changed).items():
             client.set_tag(opening.run_id, key, value)
@@ -315,19 +347,38 @@ class Store:
                     self._upload(client, run_id, event)
                 elif isinstance(event, TextArtifact):
                     client.log_text(run_id, event.text, event.name)
+                elif isinstance(event, Model):
+                    self._log_model(client, run_id, event)
                 elif isinstance(event, End):
                     client.set_terminated(run_id, event.status, end_time=event.time)
 
     def _send_batch(self, client: MlflowClient, run_id: str, events: Sequence[Message]) -> None:
         from mlflow.entities import Metric, RunTag
+        from mlflow.exceptions import MlflowException
 
-        metrics = [Metric(_name(key), value, e.time, e.step) for e in events if isinstance(e, Metrics) for key, value in e.values.items()]
         tags: dict[str, str] = {}
         for event in events:
             if isinstance(event, Tags):
-                tags.update(_tags(event.values))
-        if metrics or tags:
-            client.log_batch(run_id, metrics=metrics, tags=[RunTag(key, value) for key, value in tags.items()])
+                tags.update(event.values)
+        metrics = [Metric(_name(key), value, e.time, e.step) for e in events if isinstance(e, Metrics) for key, value in e.values.items()]
+        kept = _tags(tags)
+        if metrics or kept:
+            client.log_batch(run_id, metrics=metrics, tags=[RunTag(key, value) for key, value in kept.items()])
+        for key in map(_name, tags.keys() - {key for key, value in tags.items() if value}):
+            with contextlib.suppress(MlflowException):  # it is not there
+                client.delete_tag(run_id, key)
+
+    def _log_model(self, client: MlflowClient, run_id: str, model: Model) -> None:
+        from bpfree.tracking.model import log
+
+        params = {_name(key): _cut(value, MODEL_PARAM_LENGTH) for key, value in model.params.items()}
+        metrics = [Metrics(one.time, one.step, {_name(key): value for key, value in one.values.items()}) for one in model.metrics]
+        try:
+            self.model_id = log(
+                client, self.experiment_id, run_id, dataclasses.replace(model, tags=_tags(model.tags), params=params, metrics=metrics)
+            )
+        except BpfreeError as error:
+            raise RefusedError(f"the model was not logged: {error.what}") from error
 
     def _upload(self, client: MlflowClient, run_id: str, event: Artifact) -> None:
         if not event.path.exists():
@@ -359,11 +410,12 @@ def _cut(value: str, length: int) -> str:
 
 
 def _tags(tags: dict[str, str]) -> dict[str, str]:
-    return {_name(key): _cut(str(value), TAG_LENGTH) for key, value in tags.items()}
+    return {_name(key): _cut(str(value), TAG_LENGTH) for key, value in tags.items() if str(value)}
 
 
-def _dataset(name: str, digest: str) -> Any:
+def _dataset(data: DataSet) -> Any:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    dataset = Dataset(name=name[:500], digest=digest[:36], source_type="code", source='{"tags": {"mlflow.source.name": "bpfree"}}')
+    source = '{"tags": {"mlflow.source.name": "bpfree"}}'
+    dataset = Dataset(data.name, data.digest, "code", source, schema=data.schema, profile=data.profile)
     return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])

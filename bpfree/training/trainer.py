@@ -21,6 +21,7 @@ from bpfree.redaction import redact
 from bpfree.rule import Rule
 from bpfree.run import Run, new_run_id
 from bpfree.tasks.augment import Augmentation, check_augmentations
+from bpfree.tasks.facts import facts_of
 from bpfree.tasks.loading import Loading
 from bpfree.tasks.task import Task
 from bpfree.training import environment
@@ -101,6 +102,7 @@ class Trainer:
         budget = config.budget.resolve(len(task.train))
         check_fit(rule, task)
         run.metrics = recorded_metrics(scored_by(task.spec, config.evaluation.metrics))
+        run.data = facts_of(task)
         team = make_team(rule, config, world)
         self.setup = Setup(rule, task, config, budget, device, team, run, recipe, loading or Loading(), tuple(augment))
         self._check()

@@ -5,11 +5,13 @@ Oracles: an undisturbed study, bit for bit; the MLflow database, read with SQL; 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -378,10 +380,33 @@ def test_a_study_is_one_parent_with_a_run_per_cell_and_the_report_as_artifacts(w
     assert {(run["tags"]["study_row"], run["tags"]["seed"]) for run in cells} == {
         (row, seed) for row in ("dfa", "backprop") for seed in "01"
     }
-    scores = [outcome["result"]["test/accuracy"] for outcome in outcomes() if outcome["row"] == "dfa"]  # a share, as those of cells
-    assert parent["metrics"]["test/accuracy/dfa", 4] == pytest.approx(sum(scores) / 2)
-    stored = {path.name for path in Path("mlruns").rglob(f"{parent['id']}/artifacts/*")}
+    stored = {path.name: path for path in Path("mlruns").rglob(f"{parent['id']}/artifacts/*")}
     assert len([name for name in stored if name.endswith((".html", ".md", ".csv"))]) == 3
+    assert parent["metrics"] == {}  # a number is a metric of the cells alone, by one name and in one unit
+    scores = [outcome["result"]["test/accuracy"] for outcome in outcomes() if outcome["row"] == "dfa"]
+    table = json.loads(stored["table.json"].read_text())
+    rows = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+    assert [(row["row"], row["seeds"]) for row in rows] == [("dfa", 2), ("backprop", 2)]
+    assert rows[0]["test/accuracy"] == pytest.approx(sum(scores) / 2, rel=1e-5)
+    assert {run["status"] for run in runs} == {"FINISHED"}
+
+
+def test_the_best_cell_by_validation_is_the_model_of_a_study(workplace: Path) -> None:
+    name = study(FOUR)
+    assert call("study", "run", name, "budget.epochs=1", "--quiet", "tracking.register=best") == 0
+    best = max(outcomes(), key=lambda outcome: outcome["history"][-1]["val/accuracy"])
+    with sqlite3.connect("mlflow.db") as store:
+        ((model, source),) = store.execute("select model_id, source_run_id from logged_models")
+        ((version,),) = store.execute("select source from model_versions where name = 'best'")
+    cells = {run["id"]: run for run in mlflow_runs()}
+    assert cells[source]["tags"]["study_cell"] == best["cell"]
+    assert version == f"models:/{model}"
+    (parent,) = [run for run in cells.values() if run["name"] == "table"]
+    assert (parent["tags"]["best_run"], parent["tags"]["best_row"]) == (source, best["row"])
+    assert {run["status"] for run in cells.values()} == {"FINISHED"}
+    assert call("study", "run", name, "budget.epochs=1", "--quiet", "tracking.register=best") == 0  # nothing is left to do
+    with sqlite3.connect("mlflow.db") as store:
+        assert store.execute("select count(*) from logged_models").fetchone() == (1,)
 
 
 def test_a_store_that_is_away_costs_a_warning_and_adopts_the_cells_later(

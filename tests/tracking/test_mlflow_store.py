@@ -18,6 +18,7 @@ from bpfree.errors import BpfreeError, UsageError
 from bpfree.record.folder import Cursor, RunFolder
 from bpfree.record.recorder import Recorder
 from bpfree.run import Run
+from bpfree.tasks.facts import facts_of
 from bpfree.tracking.config import TrackingConfig
 from bpfree.tracking.mlflow_tracker import MLflowTracker
 from bpfree.tracking.sending import Tracking, is_sent
@@ -39,7 +40,7 @@ def test_a_run_arrives_whole(uri, new_run, track, epoch, stored):
     (run.folder / "plots").mkdir()
     run.artifacts["plots/curves.svg"] = run.folder / "plots" / "curves.svg"
     run.artifacts["plots/curves.svg"].write_bytes(b"<svg/>")
-    tracker = track(uri)
+    tracker = track(uri, model="false")
     tracker.run_start(run)
     for number in (1, 2, 3):
         tracker.progress(run, {"step": 10.0 * number, "progress": number / 3, "rule/loss": 0.5})
@@ -73,6 +74,118 @@ def test_a_run_arrives_whole(uri, new_run, track, epoch, stored):
     assert {"config.yaml", "environment.json", "plots/curves.svg", "checkpoints/last.pt"} <= paths
     assert is_sent(run.folder)
     assert run.tracking["mlflow_experiment_id"] == found.info.experiment_id
+
+
+def test_experiments_open_as_training(uri, new_run, track, stored):
+    """MLflow's interface reads the tag; an experiment that was made before gets it, and keeps its description."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    client.create_experiment("older", tags={"mlflow.note.content": "mine"})
+    for name in ("older", "newer"):
+        run = new_run(name)
+        tracker = track(uri, experiment=name)
+        tracker.run_start(run)
+        finish(run, tracker)
+    tags = {name: client.get_experiment_by_name(name).tags for name in ("older", "newer")}
+    assert {name: each["mlflow.experimentKind"] for name, each in tags.items()} == dict.fromkeys(tags, "custom_model_development")
+    assert tags["older"]["mlflow.note.content"] == "mine"
+    assert "study_row" in tags["newer"]["mlflow.note.content"]
+
+
+def test_tags_say_where_a_run_comes_from(uri, new_run, track, stored, tmp_path, monkeypatch):
+    """Oracle: git itself. No tag is empty, and no address has its secrets."""
+
+    def git(*words):
+        done = subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/bpfree", "train", "rule=dfa", "tracking.uri=http://me:secret@host", "note=two words"])
+    git("init", "-q", ".")
+    Path("mine.py").write_text("1\n")
+    git("add", "mine.py")
+    git("commit", "-q", "-m", "first")
+    tags = {"rule": "dfa", "task": "digits", "cuda": "", "seed": "3"}
+    found = []
+    for name, text in (("clean", "1\n"), ("changed", "2\n")):
+        Path("mine.py").write_text(text)
+        run = new_run(name, tags=dict(tags))
+        tracker = track(uri)
+        tracker.run_start(run)
+        finish(run, tracker)
+        found.append(stored(run, uri)[0].data.tags)
+    assert {one["mlflow.source.git.commit"] for one in found} == {git("rev-parse", "HEAD")}
+    assert [one["mlflow.source.git.dirty"] for one in found] == ["false", "true"]
+    assert found[0]["command"] == "bpfree train rule=dfa 'tracking.uri=http://***@host' 'note=two words'"
+    assert found[0]["mlflow.source.name"] == "bpfree"
+    assert "`dfa` on `digits`" in found[0]["mlflow.note.content"]
+    assert all(value for one in found for value in one.values())
+
+
+def test_outside_of_a_repository_there_is_no_commit(uri, new_run, track, stored, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    run = new_run()
+    tracker = track(uri)
+    tracker.run_start(run)
+    finish(run, tracker)
+    assert "mlflow.source.git.commit" not in stored(run, uri)[0].data.tags
+
+
+def test_a_cell_is_named_by_its_place(uri, new_run, track, stored):
+    """Runs of a study have the same rule and task, so that their own names say little."""
+    cells = {
+        "DFA seed 2": {"study_row": "DFA", "study_column": "", "seed": "2"},
+        "DFA [deep] seed 2": {"study_row": "DFA", "study_column": "deep", "seed": "2"},
+        "DFA trial 5": {"study_row": "DFA", "seed": "2", "study_trial": "5"},
+    }
+    for number, (name, tags) in enumerate(cells.items()):
+        run = new_run(f"run{number}", tags=tags)
+        tracker = track(uri)
+        tracker.run_start(run)
+        finish(run, tracker)
+        assert stored(run, uri)[0].info.run_name == name
+
+
+def test_parameters_are_what_tells_runs_apart(uri, new_run, track, stored):
+    """Others are in the configuration's file; one that a resumed run changes is a tag, though the run had not named it."""
+    run = new_run(config={"rule.name": "dfa", "evaluation.every": 1}, parameters=("rule.name",))
+    (run.folder / "config.yaml").write_text("rule: dfa\n")
+    tracker = track(uri, artifacts=False)
+    tracker.run_start(run)
+    finish(run, tracker, "interrupted")
+    assert stored(run, uri)[0].data.params == {"rule.name": "dfa"}
+    config = {"rule.name": "dfa", "evaluation.every": 5}
+    again = new_run(config=config, parameters=("rule.name", "evaluation.every"), resumed=True, tracking=dict(run.tracking))
+    tracker = track(uri, artifacts=False)
+    tracker.run_start(again)
+    finish(again, tracker)
+    found, _ = stored(again, uri)
+    assert found.data.params == {"rule.name": "dfa"}
+    assert found.data.tags["resumed/evaluation.every"] == "5"
+    from mlflow.artifacts import list_artifacts
+
+    assert [entry.path for entry in list_artifacts(run_id=found.info.run_id, tracking_uri=uri)] == ["config.yaml"]
+
+
+def test_a_data_set_has_its_schema_and_its_sizes(uri, new_run, track, stored, digits):
+    """Oracle: MLflow's own reader of schemas."""
+    import json
+
+    from mlflow.data.schema import TensorDatasetSchema
+
+    run = new_run(tags={"task": "digits", "data_fingerprint": digits.fingerprint()}, data=facts_of(digits))
+    tracker = track(uri)
+    tracker.run_start(run)
+    finish(run, tracker)
+    dataset = stored(run, uri)[0].inputs.dataset_inputs[0].dataset
+    schema = TensorDatasetSchema.from_dict(json.loads(dataset.schema))
+    assert [(one.type, one.shape) for one in schema.features.inputs] == [("float32", (-1, 1, 8, 8))]
+    assert [(one.type, one.shape) for one in schema.targets.inputs] == [("int64", (-1,))]
+    sizes = {"train_rows": len(digits.train), "validation_rows": len(digits.validation), "test_rows": len(digits.test)}
+    assert json.loads(dataset.profile) == {"num_rows": 1797} | sizes
+    assert dataset.digest == digits.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -162,7 +275,8 @@ def test_resumed_run_goes_on_without_duplicates(uri, new_run, track, epoch, stor
     assert points["step/rule/loss"] == [(10 * n, 1.0) for n in range(1, 7)]
     assert found.data.params["budget.epochs"] == "5"
     assert found.data.tags["resumed/budget.epochs"] == "6"
-    assert (found.data.tags["status"], found.data.tags["reason"]) == ("finished", "")
+    assert found.data.tags["status"] == "finished"
+    assert "reason" not in found.data.tags
 
 
 def test_run_resumed_on_another_store_brings_its_history(tmp_path, template, uri, new_run, track, epoch, stored):
