@@ -1,0 +1,460 @@
+"""Blocks whose view of the input is any model: of a library, of a file, of an earlier run, or a module of one's own.
+
+A *stem* is a model without its classifier, its output pooled or flattened to (N, F). Each block has one of its own, or all have one
+together (``shared``). Blocks with stems of their own share nothing. A shared stem that learns gets gradients from every block, so that
+through it each block learns from the weights of all others; one that is ``frozen`` gets none, and its features can be computed once.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpfree.code_files import shown
+from bpfree.errors import UsageError
+from bpfree.named_networks import REGISTRY, build_network
+from bpfree.network.builders import NetworkBuilder
+from bpfree.network.network import Network, evaluating
+from bpfree.options import option
+from bpfree.rule import Rule
+from bpfree.tasks.task import TaskSpec
+from bpfree_noprop.blocks import DenoisingBlock, DenoisingConfig, check_sizes, dense
+from bpfree_noprop.dropout import KeyedDropout, keyed, masks_from
+from bpfree_noprop.embeddings import target_size
+from bpfree_noprop.weights import load_given
+
+__all__ = ["NETWORKS", "Stem", "StemConfig", "StemNetwork", "noprop_network", "shared_stem"]
+
+RUN = "run:"
+
+
+class Made(NamedTuple):
+    """A model without its classifier.
+
+    Attributes:
+        body: the model.
+        what: it is, in words.
+        cut: the classifier's name; empty: it had none.
+    """
+
+    body: nn.Module
+    what: str
+    cut: str = ""
+
+    @property
+    def told(self) -> str:
+        """What it is, and what was left out."""
+        return f"{self.what} without {self.cut}" if self.cut else self.what
+
+
+@dataclass
+class StemConfig(DenoisingConfig):
+    """Blocks that see the input through any model."""
+
+    stem: Any = option(
+        "auto",
+        "model that sees the input: a network's name (mlp, vgg, torchvision:resnet18, timm:NAME), FILE.py:NAME or run:NAME; a list has one "
+        "for each block; auto: mlp, or torchvision:resnet18 for images",
+    )
+    options: dict[str, Any] = option(factory=dict, help="options of the stem's network, such as {depth: 2}")
+    weights: str = option("", "file of weights with which stems begin, such as a pretrained model's state dict")
+    shared: bool = option(False, "one stem for all blocks; if it learns, blocks learn from each other's weights through it")
+    frozen: bool | None = option(None, "stems keep their weights (none: those of a shared stem that come from weights= or run:)")
+    keep: bool = option(True, "compute the features of a shared frozen stem once for each split, and keep them", needs={"shared": (True,)})
+    pool: Literal["auto", "mean", "flatten"] = option(
+        "auto", "how a stem's output becomes a vector: means over places, or flat; auto: flat where a classifier was cut off"
+    )
+    image_size: int = option(
+        0, "side in pixels of the squares to which images are resized in front of stems (0: not resized)", ge=0, le=4096
+    )
+    width: int = option(128, "units of the label's path, of what is read from the stem's features, and of the joined layers", ge=1)
+    depth: int = option(1, "layers between the joined paths and the logits", ge=0)
+
+
+class Stem(nn.Module):
+    """A model without its classifier, from inputs to features (N, F).
+
+    Args:
+        body: the model.
+        what: it is, in words.
+        spec: of the task.
+        pool: ``mean`` over places of (N, C, H, W) or (N, L, C), or ``flatten``.
+        image_size: to which images are resized first; 0: they are not.
+        frozen: whether it keeps its weights and statistics, and is always in eval mode.
+
+    Raises:
+        UsageError: it does not take the task's inputs, or gives something else than a tensor.
+    """
+
+    def __init__(self, body: nn.Module, what: str, spec: TaskSpec, *, pool: str, image_size: int = 0, frozen: bool = False) -> None:
+        super().__init__()
+        self.body, self.pool, self.image_size, self.frozen = keyed(body), pool, image_size, frozen
+        self.size = self._fitted(what, spec)
+        self.what = f"{what}, {self.size} features"
+        self._dropouts = [part for part in self.modules() if isinstance(part, KeyedDropout)]
+        if frozen:
+            self.requires_grad_(False)
+            self.eval()
+
+    def _fitted(self, what: str, spec: TaskSpec) -> int:
+        """Return F, and lay convolutions out as they are fastest, where the model's own views allow it."""
+        weight = next((p for p in self.body.parameters() if p.is_floating_point()), torch.zeros(()))
+        example = spec.example(2, dtype=weight.dtype)
+        try:
+            if any(isinstance(part, nn.Conv2d) for part in self.body.modules()):
+                self.body.to(memory_format=torch.channels_last)
+                try:
+                    return self._measure(example)
+                except RuntimeError:  # such as a view of an output whose channels come last
+                    self.body.to(memory_format=torch.contiguous_format)
+            return self._measure(example)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            raise UsageError(
+                f"the stem ({what}) cannot take an input of shape {spec.input_shape}",
+                where=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}",
+                fix="choose a stem for such inputs; network.image_size=224 (image_size=224) resizes images in front of it",
+            ) from error
+
+    def _measure(self, example: Any) -> int:
+        with torch.no_grad(), evaluating(self):
+            return int(self(example).shape[1])
+
+    def train(self, mode: bool = True) -> Stem:
+        """Set the mode; a frozen stem stays in eval mode."""
+        return super().train(mode and not self.frozen)
+
+    def masks(self, generator_for: Callable[[str], torch.Generator]) -> AbstractContextManager[None]:
+        """Draw the dropout masks of a shared stem from the generator ``stem/dropout`` inside."""
+        return masks_from(generator_for("stem/dropout"), self._dropouts) if self._dropouts else nullcontext()
+
+    def forward(self, x: Any) -> Tensor:
+        if self.image_size:
+            x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
+        h = self.body(x)
+        if not isinstance(h, Tensor):
+            raise TypeError(f"it returns {type(h).__name__}, not a tensor")
+        if self.pool == "mean" and h.dim() in (3, 4):
+            h = h.mean(1) if h.dim() == 3 else h.mean((2, 3))
+        return h.flatten(1)
+
+
+class StemNetwork(Network):
+    """Denoising blocks ``t1``, ``t2``, ..., each behind a stem of its own, or all behind one.
+
+    Args:
+        blocks: by name; behind a shared stem they take its features.
+        spec: of the task.
+        stem: the shared one.
+        keep: whether its features are to be kept, if it is frozen.
+        missing: file of weights that was not found, so that stems are as initialised.
+    """
+
+    def __init__(
+        self, blocks: dict[str, nn.Module], spec: TaskSpec, stem: Stem | None = None, *, keep: bool = True, missing: str = ""
+    ) -> None:
+        example = None if spec.takes_real_tensors else spec.example(1)
+        super().__init__(blocks, input_shape=spec.input_shape, chain=False, example=example)
+        self.stem, self.keep, self.missing = stem, keep, missing
+
+    def plan(self) -> str:
+        """Say in plain text what the blocks see the input through, what they share, and what that means for locality."""
+        if self.stem is None:
+            stems = [cast(nn.Sequential, cast(DenoisingBlock, block).stem)[0] for block in self.blocks.values()]
+            kinds = list(dict.fromkeys(cast(Stem, stem).what for stem in stems))
+            state = "keep their weights" if all(cast(Stem, stem).frozen for stem in stems) else "learn with their blocks"
+            return f"stems: one for each block ({'; '.join(kinds)}), which {state}; blocks share none of it"
+        if self.stem.frozen:
+            kept = "computed once for each split and kept, unless augmented" if self.keep else "computed for each batch"
+            return f"stem: one for all blocks ({self.stem.what}), frozen: it gets no gradient, blocks stay independent; features are {kept}"
+        return (
+            f"stem: one for all blocks ({self.stem.what}), which learns from the gradients of every block: through it blocks learn "
+            "from each other's weights (dependence and downstream weights: all)"
+        )
+
+
+def shared_stem(network: Network | None) -> Stem | None:
+    """Return the stem that all blocks of a network share; ``None``: they share none."""
+    return network.stem if isinstance(network, StemNetwork) else None
+
+
+def noprop_network(
+    spec: TaskSpec,
+    stem: Any = "auto",
+    *,
+    blocks: int = 10,
+    shared: bool = False,
+    frozen: bool | None = None,
+    weights: str | Path = "",
+    keep: bool = True,
+    options: dict[str, Any] | None = None,
+    pool: Literal["auto", "mean", "flatten"] = "auto",
+    image_size: int = 0,
+    width: int = 128,
+    depth: int = 1,
+    state_dim: int | None = None,
+    label: Literal["vector", "input"] = "vector",
+) -> StemNetwork:
+    """Make a network of denoising blocks, each of which sees the input through any model.
+
+    Args:
+        spec: of the task.
+        stem: a class or function that makes the model (it may take ``spec``, ``input_shape`` and ``outputs``, and gets ``options``); a
+            module, of which each block gets a copy with its weights; a name, as ``network.stem`` takes it; or a list, one for each block.
+            A last linear layer with as many outputs as the task has is a classifier, and is left out.
+        blocks: T.
+        shared, frozen, weights, keep, options, pool, image_size, width, depth, label: see :class:`StemConfig`.
+        state_dim: d; ``None``: of one-hot classes or labels, or of real targets.
+
+    Raises:
+        UsageError: a stem that cannot be made, or does not fit the task.
+    """
+    place = str(weights)
+    if place and not Path(place).expanduser().is_file():
+        raise UsageError("there is no such file of weights", where=place, fix="give the path of a state dict that torch.save has written")
+    config = StemConfig(
+        blocks=blocks,
+        state_dim=state_dim,
+        label=label,
+        stem=stem,
+        options=options or {},
+        weights=place,
+        shared=shared,
+        frozen=frozen,
+        keep=keep,
+        pool=pool,
+        image_size=image_size,
+        width=width,
+        depth=depth,
+    )
+    return build(spec, config)
+
+
+def build(spec: TaskSpec, config: StemConfig | None = None) -> StemNetwork:
+    """Build the network of a configuration.
+
+    A file of weights may be missing, since a trained rule is loaded with its own; training refuses it then.
+
+    Raises:
+        UsageError: a stem that cannot be made, or does not fit the task.
+    """
+    config = config or StemConfig()
+    d = config.state_dim if config.state_dim is not None else target_size(spec)
+    check_sizes(spec, config.label, d, images=False)
+    sources = sources_of(config)
+    found = not config.weights or Path(config.weights).expanduser().is_file()
+    given = bool(config.weights) or all(isinstance(each, str) and each.startswith(RUN) for each in sources)
+    frozen = config.shared and given if config.frozen is None else config.frozen
+    makers = {key_of(source): Maker(source, spec, config, frozen=frozen, load=found) for source in sources}
+    whole = makers[key_of(sources[0])]() if config.shared else None
+    blocks: dict[str, nn.Module] = {}
+    for t, source in enumerate(sources, start=1):
+        make = makers[key_of(source)]
+        blocks[f"t{t}"] = block(whole or make(), make if config.label == "input" else None, spec, config, d, shared=config.shared)
+    return StemNetwork(blocks, spec, whole, keep=config.keep, missing="" if found else config.weights)
+
+
+def sources_of(config: StemConfig) -> list[Any]:
+    """Return what each block's stem is made from.
+
+    Raises:
+        UsageError: a list of another length than there are blocks, or of several stems for one that is shared.
+    """
+    listed = isinstance(config.stem, (list, tuple)) and not isinstance(config.stem, nn.Module)
+    sources = list(config.stem) if listed else [config.stem] * config.blocks
+    if len(sources) != config.blocks:
+        what = f"{len(sources)} stems for {config.blocks} blocks"
+        raise UsageError(what, where="network.stem", fix=f"list {config.blocks}, or set network.blocks and rule.T to {len(sources)}")
+    if config.shared and len(set(map(key_of, sources))) > 1:
+        raise UsageError("blocks cannot share several stems", where="network.stem, network.shared", fix="name one, or network.shared=false")
+    if config.shared and config.label == "input":
+        what = "the path of a noised label that is an image has a stem of its own, which a shared stem rules out"
+        raise UsageError(what, where="network.label, network.shared", fix="rule.embedding=learned, or network.shared=false")
+    return sources
+
+
+def key_of(source: Any) -> Any:
+    """Return what is the same for the same source."""
+    return source if isinstance(source, str) else id(source)
+
+
+def block(view: Stem, label: Callable[[], Stem] | None, spec: TaskSpec, config: StemConfig, d: int, *, shared: bool) -> DenoisingBlock:
+    """Build a block behind its stem, or behind the features of a shared one.
+
+    Args:
+        view: the stem.
+        label: makes the stem of a noised label that has the shape of an input; ``None``: the label is a vector.
+    """
+    width = config.width
+
+    def reading(stem: Stem, *before: nn.Module) -> nn.Sequential:
+        return nn.Sequential(*before, *dense(stem.size, width))
+
+    path: nn.Module = nn.Sequential(*dense(d, width))
+    if label is not None:
+        stem = label()
+        path = reading(stem, nn.Unflatten(1, spec.input_shape), stem)
+    sizes = [2 * width] + [width] * config.depth
+    fuse = nn.Sequential(*(layer for pair in itertools.pairwise(sizes) for layer in dense(*pair)))
+    return DenoisingBlock(reading(view) if shared else reading(view, view), path, fuse, nn.Linear(sizes[-1], target_size(spec)), d)
+
+
+class Maker:
+    """Makes stems from one source.
+
+    Args:
+        source: a name, a module, or what makes one.
+        spec: of the task.
+        config: of the network.
+        frozen: whether the stems are.
+        load: whether the file of weights is there.
+    """
+
+    def __init__(self, source: Any, spec: TaskSpec, config: StemConfig, *, frozen: bool, load: bool) -> None:
+        self._config, self._spec, self._frozen, self._load = config, spec, frozen, load
+        size = config.image_size
+        if size and len(spec.input_shape) != 3:
+            raise UsageError("only images are resized", where="network.image_size", fix="leave it out")
+        self._inner = replace(spec, input_shape=(spec.input_shape[0], size, size)) if size else spec
+        self._source = ("torchvision:resnet18" if spec.is_image else "mlp") if source == "auto" else source
+        self._known: Made | None = None
+
+    def __call__(self) -> Stem:
+        made, config = self._made(), self._config
+        what = made.told
+        if config.weights and self._load:
+            load_given(made.body, Path(config.weights).expanduser())
+            what += f", weights from {Path(config.weights).name}"
+        pool = config.pool if config.pool != "auto" else "flatten" if made.cut else "mean"
+        return Stem(made.body, what, self._spec, pool=pool, image_size=config.image_size, frozen=self._frozen)
+
+    def _made(self) -> Made:
+        source, spec, options = self._source, self._inner, self._config.options
+        if isinstance(source, str) and not source.startswith(RUN):
+            return of_network(build_network(source, spec, **options), shown(source), spec)
+        if not isinstance(source, (str, nn.Module)):
+            made = called(source, spec, options)
+            name = getattr(source, "__name__", "") or type(made).__name__
+            return of_network(made, name, spec) if isinstance(made, Network) else headless(made, name, spec)
+        if options:
+            what = "a module" if isinstance(source, nn.Module) else "the network of a run"
+            raise UsageError(f"{what} takes no options", where="network.options", fix="leave them out")
+        if self._known is None:
+            self._known = of_run(source, spec) if isinstance(source, str) else headless(source, type(source).__name__, spec)
+        return copy.deepcopy(self._known)
+
+
+def called(make: Any, spec: TaskSpec, options: dict[str, Any]) -> nn.Module:
+    """Call what makes a stem with what its parameters ask for by name, and with the options.
+
+    Raises:
+        UsageError: it cannot be called, or returns something else than a module.
+    """
+    if not callable(make):
+        raise UsageError(f"a stem is a name, a module, or what makes one, not {make!r:.80}", where="stem", fix="give the module's class")
+    known = {"spec": spec, "input_shape": tuple(spec.input_shape), "outputs": spec.outputs}
+    asked = inspect.signature(make).parameters
+    made = make(**{name: value for name, value in known.items() if name in asked}, **options)
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"the stem's maker returns {type(made).__name__}, not a module", where="stem", fix="return the module")
+    return made
+
+
+def of_network(network: Network, name: str, spec: TaskSpec) -> Made:
+    """Return a network without its readout; one whose last linear map makes something else than the task's scores has none.
+
+    Raises:
+        UsageError: it is no chain.
+    """
+    if not network.chain:
+        raise UsageError(f"{name} is no chain of blocks, so no stem", where="network.stem", fix="name another network")
+    readout = network.readout
+    if readout is None or network.shapes.get(readout) != torch.Size(spec.output_size) or not network.hidden:
+        return Made(network, name)
+    return Made(network.without_readout(), name, readout)
+
+
+@torch.no_grad()
+def headless(module: nn.Module, name: str, spec: TaskSpec) -> Made:
+    """Return a copy of a module without its classifier: a last linear layer with as many outputs as the task has."""
+    module = copy.deepcopy(module)
+    made: dict[str, Any] = {}
+    heads = {path: part for path, part in module.named_modules() if path and isinstance(part, nn.Linear)}
+    hooks = [part.register_forward_hook(lambda *args, path=path: made.update({path: args[2]})) for path, part in heads.items()]
+    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+    try:
+        with evaluating(module):
+            found = module(spec.example(2, dtype=weight.dtype))
+    except Exception:  # the stem is measured later, where what is wrong is told
+        return Made(module, name)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    scores = tuple(getattr(found, "shape", ()))[1:] == tuple(spec.output_size)
+    cut = next((path for path, output in made.items() if output is found), "") if scores else ""
+    if cut:
+        module.set_submodule(cut, nn.Identity())
+    return Made(module, name, cut)
+
+
+class RuleFeatures(nn.Module):
+    """The features of a trained rule that has its own way to compute them."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, x: Any) -> Tensor:
+        return self.rule.features(x)
+
+
+class Renormalise(nn.Module):
+    """Takes inputs that were normalised with one task's constants to another's: ``x a + b`` for each channel."""
+
+    factor: Tensor
+    shift: Tensor
+
+    def __init__(self, now: TaskSpec, then: TaskSpec) -> None:
+        super().__init__()
+        shape = (-1,) + (1,) * (len(now.input_shape) - 1)
+        mean, std, old_mean, old_std = (torch.tensor(values).view(shape) for values in (now.mean, now.std, then.mean, then.std))
+        self.register_buffer("factor", std / old_std)
+        self.register_buffer("shift", (mean - old_mean) / old_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor + self.shift
+
+
+def of_run(name: str, spec: TaskSpec) -> Made:
+    """Return the network of a trained rule without its readout, with the weights that were tested.
+
+    Raises:
+        UsageError: its task has inputs of another shape, or scaled in another way.
+    """
+    from bpfree.saved import load
+
+    saved = load(name.removeprefix(RUN), registry=REGISTRY.get())
+    was = saved.spec
+    if (tuple(was.input_shape), was.scale, was.vocabulary) != (tuple(spec.input_shape), spec.scale, spec.vocabulary):
+        raise UsageError(
+            f"the run was trained on inputs of shape {tuple(was.input_shape)}, divided by {was.scale}",
+            where=f"network.stem={name}, task {spec.name}: shape {tuple(spec.input_shape)}, divided by {spec.scale}",
+            fix="network.image_size resizes images; or name a run on such inputs",
+        )
+    ordinary = type(saved.rule).features is Rule.features and saved.network.chain and saved.network.readout is not None
+    body: nn.Module = saved.network.without_readout() if ordinary else RuleFeatures(saved.rule)
+    if spec.takes_real_tensors and (was.mean, was.std) != (spec.mean, spec.std):
+        body = nn.Sequential(Renormalise(spec, was), body)
+    return Made(body, f"run {Path(name.removeprefix(RUN)).name}, {type(saved.rule).__name__}", saved.network.readout or "")
+
+
+NETWORKS = {"noprop": NetworkBuilder(build, StemConfig, "denoising blocks that see the input through any model (NoProp)")}
