@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -340,7 +341,9 @@ class Maker:
     def _made(self) -> Made:
         source, spec, options = self._source, self._inner, self._config.options
         if isinstance(source, str) and not source.startswith(RUN):
-            return of_network(build_network(source, spec, **options), shown(source), spec)
+            with untold():
+                network = build_network(source, spec, **options)
+            return of_network(network, shown(source), spec)
         if not isinstance(source, (str, nn.Module)):
             made = called(source, spec, options)
             name = getattr(source, "__name__", "") or type(made).__name__
@@ -351,6 +354,17 @@ class Maker:
         if self._known is None:
             self._known = of_run(source, spec) if isinstance(source, str) else headless(source, type(source).__name__, spec)
         return copy.deepcopy(self._known)
+
+
+@contextmanager
+def untold() -> Iterator[None]:
+    """Do not log how a network was split: the blocks of a stem are no units of credit."""
+    logger = logging.getLogger("bpfree.network")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def called(make: Any, spec: TaskSpec, options: dict[str, Any]) -> nn.Module:
