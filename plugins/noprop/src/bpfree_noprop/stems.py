@@ -330,7 +330,12 @@ class Maker:
         self._known: Made | None = None
 
     def __call__(self) -> Stem:
-        made, config = self._made(), self._config
+        try:
+            made, config = self._made(), self._config
+        except UsageError as error:
+            raise UsageError(
+                f"the stem cannot be made: {error.what}", where=f"network.stem={self._source!s:.200}", fix=error.fix
+            ) from error
         what = made.told
         if config.weights and self._load:
             load_given(made.body, Path(config.weights).expanduser())
