@@ -150,6 +150,7 @@ def test_a_list_has_a_stem_for_each_block(make: Make, batch: Batch) -> None:
     rule = make([Own, Plain, "mlp"], options={})
     assert [block.stem[0].size for block in rule.network.blocks.values()] == [6, 5, 128]
     assert {name.split(".")[2] for name in credited(rule, batch) if "blocks.t" in name} == {"t1", "t2", "t3"}
+    assert len(noprop_network(rule.spec, [Own, Plain]).blocks) == 2
     with pytest.raises(UsageError, match="2 stems for 3 blocks"):
         make([Own, Plain])
     with pytest.raises(UsageError, match="cannot share several"):
@@ -383,6 +384,8 @@ def test_refusals_lead_to_stems(spec: TaskSpec) -> None:
             NoPropDT(network, spec)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="cannot take an input of shape"):
         noprop_network(spec, lambda: nn.Linear(3, 3))
+    with pytest.raises(UsageError, match="overwrites its input"):
+        noprop_network(spec, lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Flatten()))
     with pytest.raises(UsageError, match="no chain"):
         noprop_network(spec, "noprop-mlp")
     with pytest.raises(UsageError, match="unknown network"):

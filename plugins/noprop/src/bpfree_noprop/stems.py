@@ -29,6 +29,7 @@ from bpfree.network.network import Network, evaluating
 from bpfree.options import option
 from bpfree.rule import Rule
 from bpfree.tasks.task import TaskSpec
+from bpfree.tasks.trees import leaves
 from bpfree_noprop.blocks import DenoisingBlock, DenoisingConfig, check_sizes, dense
 from bpfree_noprop.dropout import KeyedDropout, keyed, masks_from
 from bpfree_noprop.embeddings import target_size
@@ -127,8 +128,12 @@ class Stem(nn.Module):
             ) from error
 
     def _measure(self, example: Any) -> int:
-        with torch.no_grad(), evaluating(self):
-            return int(self(example).shape[1])
+        versions = [leaf._version for leaf in leaves(example)]
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self):
+            size = int(self(example).shape[1])
+        if [leaf._version for leaf in leaves(example)] != versions:
+            raise TypeError("it overwrites its input, which other blocks see too (set inplace=False on its first operation)")
+        return size
 
     def train(self, mode: bool = True) -> Stem:
         """Set the mode; a frozen stem stays in eval mode."""
@@ -192,7 +197,7 @@ def noprop_network(
     spec: TaskSpec,
     stem: Any = "auto",
     *,
-    blocks: int = 10,
+    blocks: int | None = None,
     shared: bool = False,
     frozen: bool | None = None,
     weights: str | Path = "",
@@ -212,7 +217,7 @@ def noprop_network(
         stem: a class or function that makes the model (it may take ``spec``, ``input_shape`` and ``outputs``, and gets ``options``); a
             module, of which each block gets a copy with its weights; a name, as ``network.stem`` takes it; or a list, one for each block.
             A last linear layer with as many outputs as the task has is a classifier, and is left out.
-        blocks: T.
+        blocks: T; ``None``: as many as a list has, or 10.
         shared, frozen, weights, keep, options, pool, image_size, width, depth, label: see :class:`StemConfig`.
         state_dim: d; ``None``: of one-hot classes or labels, or of real targets.
 
@@ -223,7 +228,7 @@ def noprop_network(
     if place and not Path(place).expanduser().is_file():
         raise UsageError("there is no such file of weights", where=place, fix="give the path of a state dict that torch.save has written")
     config = StemConfig(
-        blocks=blocks,
+        blocks=(len(stem) if isinstance(stem, (list, tuple)) else 10) if blocks is None else blocks,
         state_dim=state_dim,
         label=label,
         stem=stem,
@@ -270,8 +275,7 @@ def sources_of(config: StemConfig) -> list[Any]:
     Raises:
         UsageError: a list of another length than there are blocks, or of several stems for one that is shared.
     """
-    listed = isinstance(config.stem, (list, tuple)) and not isinstance(config.stem, nn.Module)
-    sources = list(config.stem) if listed else [config.stem] * config.blocks
+    sources = list(config.stem) if isinstance(config.stem, (list, tuple)) else [config.stem] * config.blocks
     if len(sources) != config.blocks:
         what = f"{len(sources)} stems for {config.blocks} blocks"
         raise UsageError(what, where="network.stem", fix=f"list {config.blocks}, or set network.blocks and rule.T to {len(sources)}")
