@@ -304,6 +304,25 @@ def test_weights_of_a_model_fill_its_blocks(tmp_path: Path, spec: TaskSpec) -> N
     torch.testing.assert_close(model.head(network.stem(x)), model(x))
 
 
+def test_weights_of_a_layer_that_holds_one_block(tmp_path: Path) -> None:
+    """Its name lacks the block's place in the layer."""
+
+    class Layered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer1 = nn.Linear(3, 4), nn.Sequential(nn.Sequential(nn.Tanh(), nn.Linear(4, 4)))
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer1(self.first(x)))
+
+    model, x = Layered(), torch.randn(5, 3)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    body = split(Layered(), (3,), at=["layer1", "head"]).without_readout()
+    load_given(body, tmp_path / "w.pt")
+    torch.testing.assert_close(model.head(body(x)), model(x))
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, spec: TaskSpec) -> None:
     colours = nn.Sequential(nn.Conv2d(3, 5, 3))
     torch.save(colours.state_dict(), tmp_path / "w.pt")

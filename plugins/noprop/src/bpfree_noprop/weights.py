@@ -31,7 +31,7 @@ def load_given(module: nn.Module, path: Path) -> None:
     given = state_in(path)
     wanted = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if not name.endswith("num_batches_tracked")}
     for name, tensor in wanted.items():
-        found = next((given[key] for key in names_of(name) if key in given), None)
+        found = given.pop(name_in(given, name), None)  # each is used once
         if found is not None and found.dim() == 4 and found.shape[1] == 3 and tensor.shape[1:2] == (1,):
             found = found.sum(1, keepdim=True)
         if found is None or found.shape != tensor.shape:
@@ -45,14 +45,17 @@ def load_given(module: nn.Module, path: Path) -> None:
         tensor.copy_(found)
 
 
-def names_of(name: str) -> list[str]:
-    """List the names, with ``_`` for each dot, that a part of a block may have had in its model.
+def name_in(given: Mapping[str, Tensor], name: str) -> str:
+    """Return the name, with ``_`` for each dot, that a part of a block had in its model; empty if the file has none such.
 
-    A block that is one submodule, ``layer1.0`` say, is called ``layer1_0`` and has only the rest of the name inside; another one keeps
-    whole names inside.
+    A block that is one submodule, ``layer1.0`` say, is called ``layer1_0``, or ``layer1`` where that holds nothing else, and has only the
+    rest of the name inside; another one keeps whole names inside.
     """
     inside = name.removeprefix("blocks.")
-    return [each.replace(".", "_") for each in (name, inside, inside.partition(".")[2])]
+    block, _, rest = (each.replace(".", "_") for each in inside.partition("."))
+    nested = [key for key in given if key.startswith(f"{block}_") and key.endswith(f"_{rest}")]
+    likely = [name.replace(".", "_"), inside.replace(".", "_"), *(nested if len(nested) == 1 else []), rest]
+    return next((key for key in likely if key in given), "")
 
 
 def state_in(path: Path) -> dict[str, Tensor]:
