@@ -341,7 +341,7 @@ def test_what_does_not_fit_is_refused(make: Make, spec: TaskSpec) -> None:
     with pytest.raises(UsageError, match=r"rule\.head"):
         make("fm", head="radial")
     chain = blocks.NETWORKS["noprop-mlp"]
-    with pytest.raises(UsageError, match="noprop-timed-mlp"):
+    with pytest.raises(UsageError, match="noprop-timed"):
         NoPropCT(chain.build(spec, chain.Config(blocks=1)), spec)
     with pytest.raises(UsageError, match=r"network\.blocks=10"):
         NoPropBackprop(chain.build(spec, chain.Config(blocks=2)), spec, NoPropBackpropConfig())

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from bpfree_noprop import NoPropDT, NoPropDTConfig, noprop_network
 from bpfree_noprop.backprop import NoPropBackprop
+from bpfree_noprop.ct import NoPropCT, NoPropCTConfig
+from bpfree_noprop.fm import NoPropFM, NoPropFMConfig
 from bpfree_noprop.stems import Stem, StemNetwork, headless
 from bpfree_noprop.weights import load_given
 from torch import Tensor, nn
@@ -396,6 +398,29 @@ def test_a_run_on_inputs_that_were_normalised_otherwise(tmp_path: Path, task: Ta
         torch.testing.assert_close(stem(other.normalise(raw)), wanted, rtol=1e-4, atol=1e-5)
     with pytest.raises(UsageError, match="inputs of shape"):
         noprop_network(replace(task.spec, input_shape=(1, 9, 9)), f"run:{tmp_path / 'run'}")
+
+
+@pytest.mark.parametrize(("kind", "config"), [(NoPropCT, NoPropCTConfig), (NoPropFM, NoPropFMConfig)])
+def test_continuous_time_takes_any_module(kind: Any, config: Any, spec: TaskSpec, batch: Batch) -> None:
+    """Oracle: the block's stem learns, or is frozen; the rule is what it is on its own networks."""
+    batch = Batch(batch.inputs.cpu(), batch.targets.cpu())
+    for frozen in (None, True):
+        network = bpfree.build_network("noprop-timed", spec, stem=Own, width=8, frozen=frozen)
+        rule = kind(network, spec, config(steps=2))
+        before = copy.deepcopy(network.blocks["block"].stem[0].state_dict())
+        rule.train()
+        step = new_step(rule)
+        for step.index in range(2):
+            rule.learn(batch, step)
+        after = network.blocks["block"].stem[0].state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before) == bool(frozen)
+        assert predicted(rule, batch.inputs).shape == (16, 4)
+        assert "Own without head" in rule.plan()
+        assert rule.traits.dependence == "independent"
+    with pytest.raises(UsageError, match="one stem"):
+        bpfree.build_network("noprop-timed", spec, stem=["mlp", "mlp"])
+    with pytest.raises(UsageError, match="noprop-timed"):
+        kind(bpfree.mlp(spec), spec)
 
 
 def test_refusals_lead_to_stems(spec: TaskSpec) -> None:

@@ -97,14 +97,16 @@ class NoPropRule(Rule):
     def misfit(self, where: str) -> UsageError:
         """Make the error for a network, or a module, of other blocks than the rule's."""
         kind = self.network_kind
-        own = (
-            "network=noprop network.stem=NAME on the command line (torchvision:resnet18, FILE.py:NAME, run:NAME ...); in Python "
-            "bpfree_noprop.noprop_network(spec, stem=YourModule, blocks=10) makes one of any module"
+        name, made = (
+            ("noprop", "bpfree_noprop.noprop_network(spec, stem=YourModule, blocks=10)")
             if kind is DenoisingBlock
-            else f"use network=auto or {self.networks[0]}, or noprop-dt, which takes any module (network=noprop)"
+            else ("noprop-timed", "bpfree.build_network('noprop-timed', spec, stem=YourModule)")
         )
         return UsageError(
-            f"{type(self).__name__} needs blocks of kind {kind.__name__}, which see an input and a noised label", where=where, fix=own
+            f"{type(self).__name__} needs blocks of kind {kind.__name__}, which see an input and a noised label",
+            where=where,
+            fix=f"network=auto; for any model network={name} network.stem=NAME (torchvision:resnet18, FILE.py:NAME, run:NAME ...); in Python "
+            f"{made} makes one of any module",
         )
 
     def check_network(self, network: Network, d: int) -> None:

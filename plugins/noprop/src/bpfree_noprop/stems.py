@@ -30,12 +30,12 @@ from bpfree.options import option
 from bpfree.rule import Rule
 from bpfree.tasks.task import TaskSpec
 from bpfree.tasks.trees import leaves
-from bpfree_noprop.blocks import DenoisingBlock, DenoisingConfig, check_sizes, dense
+from bpfree_noprop.blocks import DenoisingBlock, DenoisingConfig, LabelBlock, check_sizes, dense
 from bpfree_noprop.dropout import KeyedDropout, keyed, masks_from
 from bpfree_noprop.embeddings import target_size
 from bpfree_noprop.weights import load_given
 
-__all__ = ["NETWORKS", "Stem", "StemConfig", "StemNetwork", "noprop_network", "shared_stem"]
+__all__ = ["NETWORKS", "Maker", "Stem", "StemConfig", "StemNetwork", "ViewConfig", "noprop_network", "shared_stem"]
 
 RUN = "run:"
 
@@ -60,8 +60,8 @@ class Made(NamedTuple):
 
 
 @dataclass
-class StemConfig(DenoisingConfig):
-    """Blocks that see the input through any model."""
+class ViewConfig:
+    """A model through which blocks see the input, and the sizes of what they make of its features."""
 
     stem: Any = option(
         "auto",
@@ -70,17 +70,26 @@ class StemConfig(DenoisingConfig):
     )
     options: dict[str, Any] = option(factory=dict, help="options of the stem's network, such as {depth: 2}")
     weights: str = option("", "file of weights with which stems begin, such as a pretrained model's state dict")
-    shared: bool = option(False, "one stem for all blocks; if it learns, blocks learn from each other's weights through it")
     frozen: bool | None = option(None, "stems keep their weights (none: those of a shared stem that come from weights= or run:)")
-    keep: bool = option(True, "compute the features of a shared frozen stem once for each split, and keep them", needs={"shared": (True,)})
     pool: Literal["auto", "mean", "flatten"] = option(
         "auto", "how a stem's output becomes a vector: means over places, or flat; auto: flat where a classifier was cut off"
     )
-    image_size: int = option(
-        0, "side in pixels of the squares to which images are resized in front of stems (0: not resized)", ge=0, le=4096
-    )
+    image_size: int = option(0, "side in pixels of the squares to which stems resize their images (0: not resized)", ge=0, le=4096)
     width: int = option(128, "units of the label's path, of what is read from the stem's features, and of the joined layers", ge=1)
     depth: int = option(1, "layers between the joined paths and the logits", ge=0)
+
+    @property
+    def found(self) -> bool:
+        """Whether the file of weights, if there is to be one, is there."""
+        return not self.weights or Path(self.weights).expanduser().is_file()
+
+
+@dataclass
+class StemConfig(ViewConfig, DenoisingConfig):
+    """Blocks that see the input through any model."""
+
+    shared: bool = option(False, "one stem for all blocks; if it learns, blocks learn from each other's weights through it")
+    keep: bool = option(True, "compute the features of a shared frozen stem once for each split, and keep them", needs={"shared": (True,)})
 
 
 class Stem(nn.Module):
@@ -175,9 +184,11 @@ class StemNetwork(Network):
     def plan(self) -> str:
         """Say in plain text what the blocks see the input through, what they share, and what that means for locality."""
         if self.stem is None:
-            stems = [cast(nn.Sequential, cast(DenoisingBlock, block).stem)[0] for block in self.blocks.values()]
+            stems = [cast(nn.Sequential, cast(LabelBlock, block).stem)[0] for block in self.blocks.values()]
             kinds = list(dict.fromkeys(cast(Stem, stem).what for stem in stems))
             state = "keep their weights" if all(cast(Stem, stem).frozen for stem in stems) else "learn with their blocks"
+            if len(stems) == 1:
+                return f"stem: {stems[0].what}, which {'keeps its weights' if stems[0].frozen else 'learns with its block'}"
             return f"stems: one for each block ({'; '.join(kinds)}), which {state}; blocks share none of it"
         if self.stem.frozen:
             kept = "computed once for each split and kept, unless augmented" if self.keep else "computed for each batch"
@@ -257,16 +268,15 @@ def build(spec: TaskSpec, config: StemConfig | None = None) -> StemNetwork:
     d = config.state_dim if config.state_dim is not None else target_size(spec)
     check_sizes(spec, config.label, d, images=False)
     sources = sources_of(config)
-    found = not config.weights or Path(config.weights).expanduser().is_file()
     given = bool(config.weights) or all(isinstance(each, str) and each.startswith(RUN) for each in sources)
     frozen = config.shared and given if config.frozen is None else config.frozen
-    makers = {key_of(source): Maker(source, spec, config, frozen=frozen, load=found) for source in sources}
+    makers = {key_of(source): Maker(source, spec, config, frozen=frozen) for source in sources}
     whole = makers[key_of(sources[0])]() if config.shared else None
     blocks: dict[str, nn.Module] = {}
     for t, source in enumerate(sources, start=1):
         make = makers[key_of(source)]
         blocks[f"t{t}"] = block(whole or make(), make if config.label == "input" else None, spec, config, d, shared=config.shared)
-    return StemNetwork(blocks, spec, whole, keep=config.keep, missing="" if found else config.weights)
+    return StemNetwork(blocks, spec, whole, keep=config.keep, missing="" if config.found else config.weights)
 
 
 def sources_of(config: StemConfig) -> list[Any]:
@@ -321,11 +331,10 @@ class Maker:
         spec: of the task.
         config: of the network.
         frozen: whether the stems are.
-        load: whether the file of weights is there.
     """
 
-    def __init__(self, source: Any, spec: TaskSpec, config: StemConfig, *, frozen: bool, load: bool) -> None:
-        self._config, self._spec, self._frozen, self._load = config, spec, frozen, load
+    def __init__(self, source: Any, spec: TaskSpec, config: ViewConfig, *, frozen: bool) -> None:
+        self._config, self._spec, self._frozen = config, spec, frozen
         size = config.image_size
         if size and len(spec.input_shape) != 3:
             raise UsageError("only images are resized", where="network.image_size", fix="leave it out")
@@ -341,7 +350,7 @@ class Maker:
                 f"the stem cannot be made: {error.what}", where=f"network.stem={self._source!s:.200}", fix=error.fix
             ) from error
         what = made.told
-        if config.weights and self._load:
+        if config.weights and config.found:
             load_given(made.body, Path(config.weights).expanduser())
             what += f", weights from {Path(config.weights).name}"
         pool = config.pool if config.pool != "auto" else "flatten" if made.cut else "mean"
