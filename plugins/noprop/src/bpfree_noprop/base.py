@@ -105,8 +105,8 @@ class NoPropRule(Rule):
         return UsageError(
             f"{type(self).__name__} needs blocks of kind {kind.__name__}, which see an input and a noised label",
             where=where,
-            fix=f"network=auto; for any model network={name} network.stem=NAME (torchvision:resnet18, FILE.py:NAME, run:NAME ...); in Python "
-            f"{made} makes one of any module",
+            fix=f"network=auto; for any model network={name} network.stem=NAME (torchvision:resnet18, FILE.py:NAME, run:NAME ...); "
+            f"in Python {made} makes one of any module",
         )
 
     def check_network(self, network: Network, d: int) -> None:
