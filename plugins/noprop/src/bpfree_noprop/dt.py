@@ -24,6 +24,7 @@ from bpfree.tasks.trees import move
 from bpfree_noprop.base import PAPER
 from bpfree_noprop.blocks import DenoisingBlock
 from bpfree_noprop.chain import ChainConfig, ChainRule
+from bpfree_noprop.embeddings import full_precision
 from bpfree_noprop.heads import RealHead
 from bpfree_noprop.schedule import NoiseSchedule, prior_divergence, signal_shares, standard_normal
 from bpfree_noprop.stacked import Execution, Stack
@@ -234,7 +235,8 @@ class NoPropDT(ChainRule):
     def advance(self, z: Tensor, outputs: Tensor, t: int, noise: torch.Generator | None) -> Tensor:
         """Return ``z_t`` from ``z_{t-1}`` (N, d) and the outputs of block t (Eq. 3); its mean without a generator."""
         spread = self.residuals[t] if isinstance(self.head, RealHead) and self.config.step_noise == "residual" else None
-        return self.schedule.advance(z, self.estimate(outputs), t, noise, spread)
+        with full_precision(z.device):
+            return self.schedule.advance(z, self.estimate(outputs), t, noise, spread)
 
     def shaped(self, scores: Tensor) -> Tensor:
         """Return scores (N, m) in the shape of the task's outputs."""
@@ -264,7 +266,8 @@ class NoPropDT(ChainRule):
             for t, block in self.denoisers():
                 z = self.schedule.noised(u, t - 1, generator) if self.config.state == "noised" else standard_normal(u, generator)
                 error = self.estimate(block(seen, z)) - u
-                sums[t] += error.T @ error
+                with full_precision(u.device):
+                    sums[t] += error.T @ error
         self.residuals.copy_(sums / len(data))
         return {f"t{t}/residual_variance": float(self.residuals[t].diagonal().mean()) for t, _ in self.denoisers()}
 
