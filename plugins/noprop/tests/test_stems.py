@@ -15,7 +15,8 @@ from bpfree_noprop import NoPropDT, NoPropDTConfig, noprop_network
 from bpfree_noprop.backprop import NoPropBackprop
 from bpfree_noprop.ct import NoPropCT, NoPropCTConfig
 from bpfree_noprop.fm import NoPropFM, NoPropFMConfig
-from bpfree_noprop.stems import Stem, StemNetwork, headless
+from bpfree_noprop.stem_sources import headless
+from bpfree_noprop.stems import Stem, StemNetwork
 from bpfree_noprop.weights import load_given
 from torch import Tensor, nn
 
@@ -146,6 +147,14 @@ def test_each_block_has_a_stem_of_its_own(make: Make, batch: Batch) -> None:
     assert changed == {"t2"}
     assert rule.traits.dependence == "independent"
     assert not torch.equal(rule.network.blocks["t1"].stem[0].body.conv.weight, rule.network.blocks["t2"].stem[0].body.conv.weight)
+
+
+def test_a_maker_that_returns_the_same_module_each_time(spec: TaskSpec) -> None:
+    # Oracle: no parameter is in two blocks, whether the module is plain or a network.
+    for module in (Own(4), bpfree.mlp(spec)):
+        network = noprop_network(spec, lambda module=module: module, blocks=2, width=8)
+        members = [{id(p) for p in block.parameters()} for block in network.blocks.values()]
+        assert not members[0] & members[1]
 
 
 def test_a_list_has_a_stem_for_each_block(make: Make, batch: Batch) -> None:
