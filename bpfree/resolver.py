@@ -255,7 +255,7 @@ class Resolver:
         try:
             found = {item.name: replaced(getattr(options, item.name), known) for item in dataclasses.fields(options)}
         except UsageError as error:
-            self.problems.append(f"{error.what} ({error.fix})")
+            self.problems += error.problems
             return options
         return dataclasses.replace(options, **found)
 

@@ -323,9 +323,8 @@ class Maker:
         try:
             made, config = self._made(), self._config
         except UsageError as error:
-            raise UsageError(
-                f"the stem cannot be made: {error.what}", where=f"network.stem={self._source!s:.200}", fix=error.fix
-            ) from error
+            where = f"network.stem={self._source!s:.200}"
+            raise UsageError(f"the stem cannot be made: {error.what}", where=where, fix=error.fix, known=error.known) from error
         what = made.told
         if config.weights and config.found:
             load_given(made.body, Path(config.weights).expanduser())
