@@ -379,7 +379,7 @@ def test_a_stem_in_a_file_and_one_of_a_run(tmp_path: Path, monkeypatch: pytest.M
     assert again.options["network"].stem == recipe.options["network"].stem
     folder = tmp_path / "runs" / "first"
     config = bpfree.TrainConfig(budget=bpfree.BudgetConfig(epochs=1), device="cpu")
-    bpfree.Trainer(rule, task, config, folder=folder, recipe=recipe.to_dict()).fit()
+    bpfree.Trainer(rule, task, config, folder=folder, recipe=recipe).fit()
     with pytest.raises(UsageError, match="only if the command line names it"):
         bpfree.load(folder)
     saved = bpfree.load(folder, allow_code=["own.py"])
@@ -398,7 +398,7 @@ def test_a_run_on_inputs_that_were_normalised_otherwise(tmp_path: Path, task: Ta
     recipe = resolve(words)
     rule = recipe.build_rule(task.spec)
     config = bpfree.TrainConfig(budget=bpfree.BudgetConfig(epochs=1), device="cpu")
-    bpfree.Trainer(rule, task, config, folder=tmp_path / "run", recipe=recipe.to_dict()).fit()
+    bpfree.Trainer(rule, task, config, folder=tmp_path / "run", recipe=recipe).fit()
     other = replace(task.spec, mean=(0.3,), std=(0.7,))
     stem = noprop_network(other, f"run:{tmp_path / 'run'}", blocks=2, shared=True).stem
     raw = task.test.inputs[:9]
