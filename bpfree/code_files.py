@@ -16,7 +16,7 @@ import linecache
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,7 @@ from bpfree.code_hash import hash_of_python
 from bpfree.errors import UsageError
 from bpfree.files import expanded
 
-__all__ = ["MODULE", "CodeFile", "CodeName", "files_of", "placed", "shown"]
+__all__ = ["MODULE", "CodeFile", "CodeName", "codes_in", "files_of", "placed", "replaced", "shown"]
 
 CODE = re.compile(r"(?P<path>.+\.py)(?:@(?P<hash>[0-9a-f]{16}))?:(?P<name>[^\W\d]\w*)", re.DOTALL)
 
@@ -75,14 +75,27 @@ class CodeName:
 
 
 def placed(value: Any, folder: Path | None = None) -> Any:
-    """Return the value of a setting, with the absolute path where it names code in a file.
+    """Return the value of a setting, or a list of them, with absolute paths where it names code in files.
 
     Args:
         value: as it is written.
         folder: to which a relative path belongs; ``None``: the current one.
     """
+    return replaced(value, lambda code: code.resolved(folder).text)
+
+
+def codes_in(value: Any) -> list[CodeName]:
+    """List the names of code in the value of a setting: a text, or a list of texts."""
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    return [code for text in texts if isinstance(text, str) and (code := CodeName.parse(text)) is not None]
+
+
+def replaced(value: Any, by: Callable[[CodeName], str]) -> Any:
+    """Return the value of a setting, or a list of them, with another text for each name of code in it."""
+    if isinstance(value, (list, tuple)):
+        return [replaced(each, by) for each in value]
     code = CodeName.parse(value) if isinstance(value, str) else None
-    return value if code is None else code.resolved(folder).text
+    return value if code is None else by(code)
 
 
 def shown(name: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bpfree.code_files import CodeFile, files_of, shown
+from bpfree.code_files import CodeFile, codes_in, files_of, shown
 from bpfree.errors import BpfreeError
 from bpfree.leaves import Leaf, canonical, leaves_of, names_code, once, parse_words, read_yaml
 from bpfree.plugins import Plugins, installed_plugins
@@ -52,7 +52,7 @@ def allowing(words: Iterable[Leaf] = (), files: Iterable[str | Path] = ()) -> Pl
     Raises:
         UsageError: there is no such file.
     """
-    typed_in = [leaf.value for leaf in words if leaf.word and names_code(leaf)]
+    typed_in = [code.text for leaf in words if leaf.word and names_code(leaf) for code in codes_in(leaf.value)]
     return installed_plugins().allowing([*files_of(typed_in), *map(CodeFile.read, files)])
 
 

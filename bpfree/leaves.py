@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from bpfree import yaml_values
-from bpfree.code_files import CodeName, placed
+from bpfree.code_files import codes_in, placed
 from bpfree.errors import UsageError
 from bpfree.typed import Misfit, typed
 
@@ -182,9 +182,9 @@ def leaf_at(leaf: Leaf, folder: Path | None = None) -> Leaf:
 
 
 def names_code(leaf: Leaf) -> bool:
-    """Tell whether a leaf names a rule, network or task by a file of code."""
-    named = canonical(leaf.key, leaf.value) in ("rule.name", "network.name", "task.name")
-    return named and isinstance(leaf.value, str) and CodeName.parse(leaf.value) is not None
+    """Tell whether a leaf names a rule, network or task by a file of code, or a part of the network, as a text or in a list."""
+    key = canonical(leaf.key, leaf.value)
+    return (key in ("rule.name", "task.name") or key.startswith("network.")) and bool(codes_in(leaf.value))
 
 
 def once(leaves: Iterable[Leaf]) -> list[Leaf]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from bpfree.code_files import CodeName
@@ -13,7 +16,19 @@ from bpfree.plugins import Plugins, installed_plugins
 from bpfree.remembered import remember
 from bpfree.tasks.task import TaskSpec
 
-__all__ = ["build_network", "spelled_out"]
+__all__ = ["build_network", "naming", "spelled_out"]
+
+REGISTRY: ContextVar[Plugins | None] = ContextVar("registry", default=None)
+
+
+@contextmanager
+def naming(registry: Plugins) -> Iterator[None]:
+    """Let names that are looked up inside, such as those of parts of a network, mean what they mean in this registry."""
+    token = REGISTRY.set(registry)
+    try:
+        yield
+    finally:
+        REGISTRY.reset(token)
 
 
 def spelled_out(name: str, registry: Plugins) -> tuple[str, dict[str, str]]:
@@ -53,13 +68,13 @@ def build_network(name: str, spec: TaskSpec, registry: Plugins | None = None, **
     Args:
         name: of a builder, or of a model in a family: ``torchvision:resnet18``.
         spec: of the task.
-        registry: of names; the installed plugins by default.
+        registry: of names; by default that of the recipe which is building a rule, with its files of code, or the installed plugins.
         options: of the builder.
 
     Raises:
         UsageError: an unknown name or option, an option out of its range, or a network that does not fit the task.
     """
-    registry = registry or installed_plugins()
+    registry = registry or REGISTRY.get() or installed_plugins()
     known, implied = spelled_out(name, registry)
     builder = registry.get("networks", known, where="network")
     keys = [item.name for item in dataclasses.fields(builder.Config)]

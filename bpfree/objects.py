@@ -77,7 +77,8 @@ def _builder(thing: Any, name: str) -> Any:
         made = call(config, {"spec": spec, "input_shape": tuple(spec.input_shape), "outputs": spec.outputs})
         if not isinstance(made, nn.Module):
             raise BpfreeError(f"{name} returns {_what(made)}, not a network or module", where=name, fix="return the network")
-        return made if isinstance(made, Network) else split(made, spec.input_shape)
+        example = None if spec.takes_real_tensors else spec.example(2)
+        return made if isinstance(made, Network) else split(made, spec.input_shape, example=example)
 
     return NetworkBuilder(build, call.Config, _summary(thing))
 

@@ -14,10 +14,11 @@ from typing import Any, Literal
 import torch
 
 from bpfree import yaml_values
-from bpfree.code_files import CodeFile, CodeName
+from bpfree.code_files import CodeFile, CodeName, replaced
 from bpfree.errors import UsageError
 from bpfree.files import expanded
 from bpfree.leaves import leaves_of
+from bpfree.named_networks import naming
 from bpfree.network.memory import built
 from bpfree.objects import WholeTask
 from bpfree.options import option
@@ -110,7 +111,8 @@ class Recipe:
         task: what every task has.
         settings: everything else.
         unused: shared settings (:class:`Leaf`) that this rule does not use, by key, each with the reason; they are left out of the rest.
-        code: of what comes from a file, by section: its name with the file's path and the hash of its code.
+        code: of what comes from a file, by section, or by its name in the network's options: its name with the file's path and the hash
+            of its code.
     """
 
     names: Mapping[str, str]
@@ -125,7 +127,11 @@ class Recipe:
         """Return the recipe as nested plain values, which ``resolve`` reads back; addresses are complete and must not be shown."""
         content = self._content()
         for section, name in self.code.items():
-            content[section]["name"] = name
+            if section in CHOSEN:
+                content[section]["name"] = name
+        if "network" in content:
+            parts = {key: replaced(value, lambda code: self.code.get(code.text, code.text)) for key, value in content["network"].items()}
+            content["network"] = parts | {"name": content["network"]["name"]}
         return content
 
     def _content(self) -> dict[str, Any]:
@@ -258,7 +264,7 @@ class Recipe:
         Raises:
             UsageError: the network's parameters do not fit the memory, or it does not fit the task.
         """
-        with seeded(derive_in(self.settings.stream, self.settings.seed, "initialisation")):
+        with seeded(derive_in(self.settings.stream, self.settings.seed, "initialisation")), naming(self.registry):
             builder, kind = self.registry.get("networks", self.names["network"]), self.registry.get("rules", self.names["rule"])
             in_place = kind.traits_of(self.options["rule"]).update == "in-place"
             build = partial(builder.build, spec, self.options["network"])

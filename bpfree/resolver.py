@@ -7,13 +7,14 @@ import dataclasses
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bpfree.addons import configured
-from bpfree.code_files import CodeName
+from bpfree.code_files import CodeName, replaced
 from bpfree.errors import BpfreeError, UsageError, nearest
 from bpfree.leaves import REFERENCE, Leaf, leaves_of, refers, said
 from bpfree.named_networks import hinted, spelled_out
@@ -236,7 +237,27 @@ class Resolver:
         if builder is None:
             return None
         base = builder.Config(**{key: value for key, value in implied.items() if _fits(builder.Config, key, value)})
-        return self._options(base, "network.")
+        return self._with_code(self._options(base, "network."))
+
+    def _with_code(self, options: Any) -> Any:
+        """Register the networks in files that options of the network name, such as a part of it.
+
+        An option has the file's name with the hash of the code, and no folder; the recorded one has the place as well.
+        """
+
+        def known(code: CodeName) -> str:
+            thing, owner = self.registry.coded("networks", code, where="network")
+            name = dataclasses.replace(code, path=Path(code.path).name, hash=owner.code).text
+            self.registry = self.registry.knowing("networks", name, thing, owner)
+            self.code[name] = dataclasses.replace(code.resolved(), hash=owner.code).text
+            return name
+
+        try:
+            found = {item.name: replaced(getattr(options, item.name), known) for item in dataclasses.fields(options)}
+        except UsageError as error:
+            self.problems += error.problems
+            return options
+        return dataclasses.replace(options, **found)
 
     # --- values -----------------------------------------------------------------------------------------------------
 

@@ -89,6 +89,8 @@ class Batches:
 
     def _check(self, phase: Phase) -> None:
         network = self._rule.network
+        if not network.chain:  # whose rule knows itself what its features depend on
+            return
         below = {id(p) for name in network.hidden for p in network.blocks[name].parameters()}
         groups = self._rule.groups()
         learning = [name for name, members in groups.items() if any(p.requires_grad and id(p) in below for p in members)]

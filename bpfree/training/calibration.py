@@ -59,8 +59,8 @@ class Calibration:
 
 
 def calibrates(rule: Rule) -> bool:
-    """Tell whether the rule has anything to calibrate."""
-    return type(rule).calibrate is not Rule.calibrate
+    """Tell whether the rule has anything to calibrate; one that has only for some tasks says so by an attribute ``calibrates``."""
+    return type(rule).calibrate is not Rule.calibrate and bool(getattr(rule, "calibrates", True))
 
 
 def calibrate(rule: Rule, data: Examples, generator: torch.Generator, *, step: int, precision: str = "fp32") -> Calibration:

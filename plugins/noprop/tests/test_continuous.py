@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from bpfree_noprop import blocks, timed
 from bpfree_noprop.adjoint import NoPropAdjoint
-from bpfree_noprop.backprop import NoPropBackprop
+from bpfree_noprop.backprop import NoPropBackprop, NoPropBackpropConfig
 from bpfree_noprop.base import NoPropRule
 from bpfree_noprop.ct import NoPropCT
 from bpfree_noprop.fm import NoPropFM
@@ -341,10 +341,10 @@ def test_what_does_not_fit_is_refused(make: Make, spec: TaskSpec) -> None:
     with pytest.raises(UsageError, match=r"rule\.head"):
         make("fm", head="radial")
     chain = blocks.NETWORKS["noprop-mlp"]
-    with pytest.raises(UsageError, match="noprop-timed-mlp"):
+    with pytest.raises(UsageError, match="noprop-timed"):
         NoPropCT(chain.build(spec, chain.Config(blocks=1)), spec)
     with pytest.raises(UsageError, match=r"network\.blocks=10"):
-        NoPropBackprop(chain.build(spec, chain.Config(blocks=2)), spec)
+        NoPropBackprop(chain.build(spec, chain.Config(blocks=2)), spec, NoPropBackpropConfig())
     block = timed.NETWORKS["noprop-timed-mlp"]
     with pytest.raises(UsageError, match=r"network\.state_dim=4"):
         NoPropFM(block.build(spec, block.Config(state_dim=7)), spec)

@@ -306,7 +306,7 @@ def test_a_network_that_does_not_fit_is_refused(network: dict[str, Any], message
 
 
 def test_a_chain_network_is_refused(spec: TaskSpec) -> None:
-    with pytest.raises(UsageError, match="noprop-mlp"):
+    with pytest.raises(UsageError, match=r"network\.stem=NAME"):
         NoPropDT(mlp(spec, MLPConfig()), spec, NoPropDTConfig())
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bpfree.network.network import Network
 from bpfree.options import option
-from bpfree.rule import Card, Metrics, Traits, always
+from bpfree.rule import Card, Metrics, Traits
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import TaskSpec
 from bpfree_noprop.base import PAPER
 from bpfree_noprop.chain import ChainConfig, ChainRule
 from bpfree_noprop.heads import soft_cross_entropy
+from bpfree_noprop.stems import StemNetwork, shared_stem
 
 __all__ = ["Mixture", "NoPropBackprop", "NoPropBackpropConfig"]
 
@@ -56,7 +58,12 @@ class NoPropBackprop(ChainRule):
         "L = CE(head(z_T), y)",
         notes="End-to-end back-propagation, for comparison on equal networks. How w_t starts is not in the paper (ours: alpha = 0.5).",
     )
-    traits_of = always(Traits("all", "all", "all", chain=False, readout="none", targets=("classes", "soft"), inputs="real", own_loss=False))
+
+    @classmethod
+    def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
+        """Declare back-propagation; a stem of one's own may take any inputs."""
+        inputs: Literal["any", "real"] = "any" if isinstance(network, StemNetwork) else "real"
+        return Traits("all", "all", "all", chain=False, readout="none", targets=("classes", "soft"), inputs=inputs, own_loss=False)
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropBackpropConfig | None = None) -> None:
         super().__init__(network, spec, config)
@@ -64,6 +71,7 @@ class NoPropBackprop(ChainRule):
 
     def states(self, inputs: Tensor, generator: torch.Generator | None) -> Sequence[Tensor]:
         """Return z_0 to z_T, each (N, d)."""
+        inputs = self.view(inputs)
         path = [self.start(inputs, generator)]
         for t, block in self.denoisers():
             path.append(self.mix(path[-1], self.estimate(block(inputs, path[-1])), t))
@@ -71,6 +79,8 @@ class NoPropBackprop(ChainRule):
 
     def objective(self, batch: Batch, step: Step) -> Tensor:
         with ExitStack() as masks:
+            if stem := shared_stem(self.network):
+                masks.enter_context(stem.masks(step.generator_for))
             for t, block in self.denoisers():
                 masks.enter_context(block.masks(step.generator_for, f"t{t}"))
             z = self.states(batch.inputs, step.generator_for("start"))[-1]

@@ -1,25 +1,29 @@
-"""What NoProp's rules have in common: class embeddings, a head on the last state, labels as class weights."""
+"""What NoProp's rules have in common: embeddings of targets, a head on the last state, a stem that blocks may share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 from bpfree.network.network import Network
 from bpfree.options import option
 from bpfree.rule import Rule
-from bpfree.step import Batch
+from bpfree.step import Batch, Step
 from bpfree.tasks.task import Examples, TaskSpec
+from bpfree.tasks.trees import leaves, length
 from bpfree_noprop.blocks import DenoisingBlock, LabelBlock
-from bpfree_noprop.embeddings import ClassEmbedding, prototypes, state_dim
+from bpfree_noprop.embeddings import ClassEmbedding, RealEmbedding, prototypes, state_dim
 from bpfree_noprop.heads import SoftmaxHead, make_head
 from bpfree_noprop.schedule import standard_normal
+from bpfree_noprop.stems import Stem, StemNetwork, shared_stem
 
-__all__ = ["PAPER", "NoPropConfig", "NoPropRule"]
+__all__ = ["PAPER", "NoPropConfig", "NoPropRule", "learned_stem"]
 
 PAPER = (
     "Li, Teh, Pascanu: NoProp: Training Neural Networks without Full Back-propagation or Full Forward-propagation. 2025, arXiv 2503.24322"
@@ -41,10 +45,18 @@ class NoPropConfig:
     )
 
 
-class NoPropRule(Rule):
-    """A rule on noised label embeddings: its network's blocks see an input and a state z (N, d), and return class logits.
+def learned_stem(network: Network | None) -> Stem | None:
+    """Return the stem that all blocks of a network share, if it learns."""
+    stem = shared_stem(network)
+    return None if stem is None or stem.frozen else stem
 
-    Children: ``embed`` (:class:`ClassEmbedding`) and ``head`` (``log p_out(y|z)``).
+
+class NoPropRule(Rule):
+    """A rule on noised label embeddings: its network's blocks see an input and a state z (N, d), and return outputs (N, m).
+
+    Outputs are logits of classes or labels, or estimates of a real target. Children: ``embed`` (:class:`ClassEmbedding` or
+    :class:`RealEmbedding`) and ``head`` (``log p_out(y|z)``). A stem that the blocks share is the network's; if it learns, it is the group
+    ``stem``.
     """
 
     config: Any
@@ -55,11 +67,47 @@ class NoPropRule(Rule):
     """Default networks of the rule: for vectors and tiny images, and for images."""
 
     def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
+        if not isinstance(network, Network):
+            raise self.misfit(type(network).__name__)
         super().__init__(network, spec, config)
-        d = state_dim(spec, self.config.embedding, self.config.embedding_dim)
+        self.check_options()
+        kind = self.config.embedding
+        d = state_dim(spec, kind, self.config.embedding_dim)
         self.check_network(network, d)
-        self.embed = ClassEmbedding(spec.outputs, d, self.config.embedding)
+        real = spec.targets == "real"
+        self.embed = RealEmbedding(d) if real else ClassEmbedding(spec.outputs, d, kind, several=spec.targets == "multilabel")
         self.head = make_head(self.config.head, self.embed, self.config.sigma)
+
+    def check_options(self) -> None:
+        """Refuse embeddings and heads of classes for other targets.
+
+        Raises:
+            UsageError: prototypes of sets of labels, an embedding of real targets, or a radial head of either.
+        """
+        targets, config = self.spec.targets, self.config
+        if targets not in ("multilabel", "real"):
+            return
+        allowed = ("one-hot",) if targets == "real" else ("one-hot", "learned")
+        if config.embedding not in allowed:
+            what = f"targets of kind {targets!r} have no embedding {config.embedding!r}"
+            raise UsageError(what, where="rule.embedding", fix=f"rule.embedding={' or '.join(allowed)}")
+        if config.head != "softmax":
+            raise UsageError(f"targets of kind {targets!r} have a head of their own", where="rule.head", fix="leave rule.head out")
+
+    def misfit(self, where: str) -> UsageError:
+        """Make the error for a network, or a module, of other blocks than the rule's."""
+        kind = self.network_kind
+        name, made = (
+            ("noprop", "bpfree_noprop.noprop_network(spec, stem=YourModule, blocks=10)")
+            if kind is DenoisingBlock
+            else ("noprop-timed", "bpfree.build_network('noprop-timed', spec, stem=YourModule)")
+        )
+        return UsageError(
+            f"{type(self).__name__} needs blocks of kind {kind.__name__}, which see an input and a noised label",
+            where=where,
+            fix=f"network=auto; for any model network={name} network.stem=NAME (torchvision:resnet18, FILE.py:NAME, run:NAME ...); "
+            f"in Python {made} makes one of any module",
+        )
 
     def check_network(self, network: Network, d: int) -> None:
         """Refuse a network that does not fit the rule's configuration.
@@ -69,11 +117,7 @@ class NoPropRule(Rule):
         """
         where = f"blocks: {', '.join(network.names)}"
         if not all(type(block) is self.network_kind for block in network.blocks.values()):
-            raise UsageError(
-                f"{type(self).__name__} needs blocks of kind {self.network_kind.__name__}, which see an input and a noised label",
-                where=where,
-                fix=f"use network=auto or {self.networks[0]}",
-            )
+            raise self.misfit(where)
         found = cast(LabelBlock, next(iter(network.blocks.values()))).state_dim
         if found != d:
             raise UsageError(
@@ -95,20 +139,45 @@ class NoPropRule(Rule):
 
     @classmethod
     def shared_groups_of(cls, config: Any, network: Network | None = None) -> tuple[str, ...]:
-        """Name the groups that get gradients from every block: a learned embedding."""
-        return () if config.embedding == "one-hot" else ("embed",)
+        """Name the groups that get gradients from every block: a learned embedding, and a shared stem that learns."""
+        return (() if config.embedding == "one-hot" else ("embed",)) + (("stem",) if learned_stem(network) else ())
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the groups of blocks, head and embedding, and of a shared stem that learns."""
+        stem = learned_stem(self.network)
+        return super().groups() | ({} if stem is None else {"stem": list(stem.parameters())})
+
+    def compiled(self) -> Iterable[nn.Module]:
+        stem = shared_stem(self.network)
+        return [*self.network.blocks.values(), *([] if stem is None else [stem])]
+
+    def plan(self) -> str:
+        return self.network.plan() if isinstance(self.network, StemNetwork) else ""
 
     @classmethod
     def draws_of(cls, config: Any, network: Network | None = None) -> int:
         return 1 if config.inference == "deterministic" else int(config.draws)
 
     def freeze_features(self) -> None:
-        """Keep each block's body as initialised; its last linear map, the head and the embedding learn."""
+        """Keep each block's body, and a shared stem, as initialised; the blocks' last linear maps, the head and the embedding learn."""
+        if stem := shared_stem(self.network):
+            stem.requires_grad_(False)
         for block in self.network.blocks.values():
             cast(LabelBlock, block).freeze_body()
 
     def prepare(self, data: Examples, generator: torch.Generator) -> None:
-        """Fill prototypes with the medoid image of each class, and let the head start from them."""
+        """Fill prototypes with the medoid image of each class, and let the head start from them; whiten real targets.
+
+        Raises:
+            UsageError: the file of the stem's weights is missing.
+        """
+        if missing := getattr(self.network, "missing", ""):
+            what = "there is no such file of weights for the stem"
+            raise UsageError(what, where=f"network.weights={missing}", fix="give the path of a state dict")
+        if isinstance(self.embed, RealEmbedding):
+            if data.targets is not None:
+                self.embed.fit(data.targets.flatten(1))
+            return
         if self.config.embedding == "prototype":
             with torch.no_grad():
                 self.embed.weight.copy_(prototypes(data, self.spec, self.embed.weight.device))
@@ -117,21 +186,46 @@ class NoPropRule(Rule):
 
     def representations(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return the last hidden activities (N, H) of each block for a state z = 0, which says nothing of the label."""
-        return {name: cast(LabelBlock, block).blind(inputs) for name, block in self.network.blocks.items()}
+        seen = self.view(inputs)
+        return {name: cast(LabelBlock, block).blind(seen) for name, block in self.network.blocks.items()}
+
+    def view(self, inputs: Any) -> Any:
+        """Return what the blocks see of the inputs: the features (N, F) of a shared stem, or the inputs themselves."""
+        stem = shared_stem(self.network)
+        return inputs if stem is None else stem(inputs)
+
+    @contextmanager
+    def seen(self, batch: Batch, step: Step) -> Iterator[Any]:
+        """Give what the blocks see of a batch in training; a shared stem that learns is executed once, and gets their gradients last."""
+        stem = shared_stem(self.network)
+        if stem is None or step.phase.on_features:
+            yield batch.inputs
+        elif not any(p.requires_grad for p in stem.parameters()):
+            with torch.no_grad():
+                features = stem(batch.inputs)
+            yield features
+        else:
+            with stem.masks(step.generator_for):
+                features = stem(batch.inputs)
+            leaf = features.detach().requires_grad_()
+            yield leaf
+            if leaf.grad is not None:
+                features.backward(leaf.grad)
 
     def features(self, inputs: Tensor) -> Tensor:
         """Return the last hidden activities of all blocks side by side, (N, sum of H), for a state z = 0."""
         return torch.cat(list(self.representations(inputs).values()), dim=1)
 
     def rows(self, batch: Batch) -> Tensor:
-        """Return the labels as class weights (N, m): one-hot rows, or soft labels unchanged."""
-        return self.spec.target_rows(batch, self.embed.weight.dtype)
+        """Return the labels as class weights (N, m): one-hot rows, soft or several labels unchanged; real targets as they are."""
+        return self.spec.target_rows(batch, self.embed.weight.dtype).flatten(1)
 
-    def estimate(self, logits: Tensor) -> Tensor:
-        """Return ``uhat`` (N, d): the embeddings weighted by the class probabilities of a block's logits (N, m)."""
-        return self.embed(logits.to(self.embed.weight.dtype).softmax(1))  # type: ignore[no-any-return]
+    def estimate(self, outputs: Tensor) -> Tensor:
+        """Return ``uhat`` (N, d) of a block's outputs (N, m): embeddings weighted by probabilities, or of a real target the outputs."""
+        return self.embed.estimate(outputs)
 
-    def start(self, inputs: Tensor, generator: torch.Generator | None) -> Tensor:
+    def start(self, inputs: Any, generator: torch.Generator | None) -> Tensor:
         """Return ``z_0`` (N, d): a draw of N(0, I), or its mean 0 without a generator."""
-        zeros = torch.zeros(len(inputs), self.embed.weight.shape[1], device=inputs.device, dtype=self.embed.weight.dtype)
+        weight = self.embed.weight
+        zeros = torch.zeros(length(inputs), weight.shape[1], device=leaves(inputs)[0].device, dtype=weight.dtype)
         return zeros if generator is None else standard_normal(zeros, generator)

@@ -21,7 +21,9 @@ from bpfree.network.builders import NetworkBuilder
 from bpfree.network.network import Network
 from bpfree.options import option
 from bpfree.tasks.task import TaskSpec
+from bpfree.tasks.trees import length
 from bpfree_noprop.dropout import KeyedDropout, masks_from
+from bpfree_noprop.embeddings import target_size
 
 __all__ = ["NETWORKS", "CNNConfig", "DenoisingBlock", "LabelBlock", "MLPConfig", "PaperConfig"]
 
@@ -90,7 +92,7 @@ class LabelBlock(nn.Module):
 
     def no_label(self, x: Tensor) -> Tensor:
         """Return the state z = 0 (N, d), which says nothing of a label."""
-        return torch.zeros(len(x), self.state_dim, device=self.out.weight.device, dtype=self.out.weight.dtype)
+        return torch.zeros(length(x), self.state_dim, device=self.out.weight.device, dtype=self.out.weight.dtype)
 
     def freeze_body(self) -> None:
         """Fix all but the last linear map."""
@@ -154,7 +156,7 @@ def mlp_block(spec: TaskSpec, config: MLPConfig, d: int) -> DenoisingBlock:
     label = stem() if config.label == "input" else nn.Sequential(*dense(d, config.width))
     sizes = [2 * config.width] + [config.width] * config.depth
     fuse = nn.Sequential(*(layer for pair in itertools.pairwise(sizes) for layer in dense(*pair)))
-    return DenoisingBlock(stem(), label, fuse, nn.Linear(sizes[-1], spec.outputs), d)
+    return DenoisingBlock(stem(), label, fuse, nn.Linear(sizes[-1], target_size(spec)), d)
 
 
 def cnn_block(spec: TaskSpec, config: CNNConfig, d: int) -> DenoisingBlock:
@@ -172,7 +174,7 @@ def cnn_block(spec: TaskSpec, config: CNNConfig, d: int) -> DenoisingBlock:
 
     label = label_stem(spec, stem()) if config.label == "input" else nn.Sequential(*dense(d, config.width))
     fuse = nn.Sequential(*dense(2 * config.width, config.width))
-    return DenoisingBlock(stem(), label, fuse, nn.Linear(config.width, spec.outputs), d)
+    return DenoisingBlock(stem(), label, fuse, nn.Linear(config.width, target_size(spec)), d)
 
 
 def paper_block(spec: TaskSpec, config: PaperConfig, d: int) -> DenoisingBlock:
@@ -190,7 +192,7 @@ def paper_block(spec: TaskSpec, config: PaperConfig, d: int) -> DenoisingBlock:
     deeper = Residual(nn.Sequential(*dense(256, 256), nn.Linear(256, 256), nn.BatchNorm1d(256)))
     label = label_stem(spec, stem()) if config.label == "input" else nn.Sequential(*dense(d, 256), deeper)
     fuse = nn.Sequential(*dense(512, 256), *dense(256, 128))
-    return DenoisingBlock(stem(), label, fuse, nn.Linear(128, spec.outputs), d)
+    return DenoisingBlock(stem(), label, fuse, nn.Linear(128, target_size(spec)), d)
 
 
 def label_stem(spec: TaskSpec, stem: nn.Sequential) -> nn.Sequential:
@@ -205,12 +207,27 @@ def builder(
 
     def build(spec: TaskSpec, config: DenoisingConfig | None = None) -> Network:
         config = options() if config is None else config
-        d = config.state_dim if config.state_dim is not None else spec.outputs
+        d = config.state_dim if config.state_dim is not None else target_size(spec)
+        check_inputs(spec)
         check_sizes(spec, config.label, d, images)
         blocks: dict[str, nn.Module] = {f"t{t}": make(spec, config, d) for t in range(1, config.blocks + 1)}
         return Network(blocks, input_shape=spec.input_shape, readout=None, chain=False)
 
     return NetworkBuilder(build, options, summary)
+
+
+def check_inputs(spec: TaskSpec) -> None:
+    """Refuse inputs that the blocks' own stems do not take.
+
+    Raises:
+        UsageError: tokens, or several tensors.
+    """
+    if not spec.takes_real_tensors:
+        raise UsageError(
+            "this network needs inputs that are one tensor of real numbers",
+            where=f"task {spec.name}",
+            fix="use network=noprop with a stem that takes them: network.stem=FILE.py:NAME, or noprop_network(spec, stem) of bpfree_noprop",
+        )
 
 
 def check_sizes(spec: TaskSpec, label: str, d: int, images: bool, *, instead: str = "noprop-mlp") -> None:

@@ -33,6 +33,11 @@ class ChainRule(NoPropRule):
     config: Any
     optimizer_of = always(OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3))
 
+    def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
+        if config is None and isinstance(network, Network):  # in Python the number of blocks need not be said twice
+            config = self.Config(T=len(network.blocks))
+        super().__init__(network, spec, config)
+
     def check_network(self, network: Network, d: int) -> None:
         super().check_network(network, d)
         T = self.config.T

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["KeyedDropout", "masks_from"]
+__all__ = ["KeyedDropout", "keyed", "masks_from"]
 
 
 class KeyedDropout(nn.Dropout):
@@ -25,6 +25,18 @@ class KeyedDropout(nn.Dropout):
         if not self.training or self.p == 0 or self.generator is None:
             return super().forward(input)
         return input * mask(input, self.p, self.generator)
+
+
+def keyed(module: nn.Module) -> nn.Module:
+    """Replace the ``nn.Dropout`` in a module by :class:`KeyedDropout`, which has no state either; returns the module.
+
+    Other kinds (functional dropout, whole channels, dropped paths) keep drawing from torch's global generator.
+    """
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Dropout:
+                setattr(parent, name, KeyedDropout(child.p))
+    return KeyedDropout(module.p) if type(module) is nn.Dropout else module
 
 
 def mask(like: Tensor, p: float, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ Li, Teh, Pascanu: NoProp (arXiv 2503.24322), Eq. 3, 6, 8 and Algorithm 1.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -18,15 +19,22 @@ from bpfree.network.network import Network
 from bpfree.options import option
 from bpfree.rule import Card, Metrics, Traits
 from bpfree.step import Batch, Budget, Phase, Step
-from bpfree.tasks.task import TaskSpec
+from bpfree.tasks.task import Examples, TaskSpec
+from bpfree.tasks.trees import move
 from bpfree_noprop.base import PAPER
 from bpfree_noprop.blocks import DenoisingBlock
 from bpfree_noprop.chain import ChainConfig, ChainRule
-from bpfree_noprop.heads import soft_cross_entropy
+from bpfree_noprop.embeddings import full_precision
+from bpfree_noprop.heads import RealHead
 from bpfree_noprop.schedule import NoiseSchedule, prior_divergence, signal_shares, standard_normal
 from bpfree_noprop.stacked import Execution, Stack
+from bpfree_noprop.stems import StemNetwork, shared_stem
 
 __all__ = ["NoPropDT", "NoPropDTConfig"]
+
+TARGETS = ("classes", "soft", "multilabel", "real")
+CALIBRATED_AT_ONCE = 1000
+"""Validation examples whose residuals are measured at a time."""
 
 
 @dataclass
@@ -43,6 +51,10 @@ class NoPropDTConfig(ChainConfig):
         "auto",
         "of simultaneous updates: blocks one after the other, or dense blocks as one by batched products, which holds all their "
         "activations; auto: as one on a CPU, where that is faster",
+    )
+    step_noise: Literal["residual", "paper"] = option(
+        "residual",
+        "of a sampled step, for real targets: c_t + a_t^2 v_t with the block's residual variance v_t, measured on validation; or c_t alone",
     )
     state: Literal["noised", "noise"] = option(
         "noised", "what a block sees beside the input: the noised label, or (a control) noise that says nothing of it, also in inference"
@@ -71,19 +83,30 @@ class NoPropDT(ChainRule):
         "time-reversed cosine, clipped. A learned embedding is shared: its gradient goes through every block, so that through it the "
         "blocks learn from each other's weights. "
         "The paper's chain (inference=sampled, Eq. 3) draws a class from the blocks' beliefs where the mean path, our default, takes the "
-        "likeliest: 0.6 to 0.7 points on digits and MNIST. The head starts as a nearest-embedding classifier.",
+        "likeliest: 0.6 to 0.7 points on digits and MNIST. The head starts as a nearest-embedding classifier. "
+        "Beyond the paper: any model in blocks (network=noprop network.stem=NAME); several labels, as sums of embeddings; real targets, "
+        "whitened, as their own embedding, whose sampled steps take in what a block does not know (step_noise).",
     )
 
     @classmethod
     def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
-        """Declare independent blocks; those that share a learned embedding change it for each other, and so read each other's weights."""
-        alone = Traits("independent", 0, 1, chain=False, readout="none", targets=("classes", "soft"), inputs="real", own_loss=False)
-        return alone if config.embedding == "one-hot" else replace(alone, dependence="all", downstream_weights="all")
+        """Declare independent blocks, unless they share a learned embedding or stem, through which they read each other's weights.
+
+        Without a network: one whose blocks share no stem, as all are but ``noprop`` with ``network.shared=true``.
+        """
+        inputs: Literal["any", "real"] = "any" if isinstance(network, StemNetwork) else "real"
+        alone = Traits("independent", 0, 1, chain=False, readout="none", targets=TARGETS, inputs=inputs, own_loss=False)
+        return replace(alone, dependence="all", downstream_weights="all") if cls.shared_groups_of(config, network) else alone
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropDTConfig | None = None) -> None:
         super().__init__(network, spec, config)
         self.schedule = NoiseSchedule(signal_shares(self.config.schedule, self.config.T, self.config.clip))
         self.execution = Execution(self.config.execution, [block for _, block in self.denoisers()])
+        if isinstance(self.head, RealHead):
+            d = self.embed.weight.shape[0]
+            self.head.signal = math.sqrt(float(self.schedule.abar[-1]))
+            self.residuals: Tensor
+            self.register_buffer("residuals", torch.zeros(self.config.T + 1, d, d))
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
@@ -92,15 +115,26 @@ class NoPropDT(ChainRule):
         return small and {"rule.execution": "loop", **small}
 
     def plan(self) -> str:
-        return "" if self.config.updates == "sequential" else f"a step computes {self.execution}"
+        how = "" if self.config.updates == "sequential" else f"a step computes {self.execution}"
+        return "\n".join(filter(None, [super().plan(), how]))
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether training is on kept features of a frozen stem."""
+        stem = shared_stem(self.network)
+        return stem is not None and stem.frozen and cast(StemNetwork, self.network).keep and self.config.updates == "simultaneous"
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
         if self.config.updates == "simultaneous":
-            return super().phases(budget)
+            return [replace(phase, on_features=self.keeps_features) for phase in super().phases(budget)]
         return self._block_by_block(budget.epochs)
 
+    def features(self, inputs: Any) -> Tensor:
+        """Return the features of a stem that are kept, or else the last hidden activities of all blocks side by side, for a state z = 0."""
+        return cast(Tensor, self.view(inputs)) if self.keeps_features else super().features(inputs)
+
     def _block_by_block(self, epochs: int | None) -> Iterator[Phase]:
-        shared = [name for name in ("head", "embed") if list(self.get_submodule(name).parameters())]
+        shared = [name for name in ("head", "embed", "stem") if name in self.groups()]
         names = self.network.names
         for _ in itertools.count() if epochs is None else range(epochs):
             for name in names:
@@ -113,17 +147,19 @@ class NoPropDT(ChainRule):
         metrics: Metrics = {}
         if step.fills("head"):  # the other processes of a parallel run fill other groups
             total = self.label_loss(rows, step)
-            total.backward()  # type: ignore[no-untyped-call]
+            if total.requires_grad:  # that of real targets is a constant
+                total.backward()  # type: ignore[no-untyped-call]
             metrics["head/loss"] = total.detach()
         filled = [t for t in learning if step.fills(f"t{t}")]
         stack = self.execution.stack(len(filled))
-        if stack is not None:
-            metrics |= self.credit_stacked(stack, batch.inputs, rows, step)
-        else:
-            for t in filled:
-                loss = self.block_loss(t, batch.inputs, rows, step, share=1 / len(learning))
-                loss.backward()  # type: ignore[no-untyped-call]
-                metrics[f"t{t}/loss"] = loss.detach()
+        with self.seen(batch, step) as inputs:
+            if stack is not None:
+                metrics |= self.credit_stacked(stack, inputs, rows, step)
+            else:
+                for t in filled:
+                    loss = self.block_loss(t, inputs, rows, step, share=1 / len(learning))
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    metrics[f"t{t}/loss"] = loss.detach()
         return {"loss": torch.stack([rows.new_zeros(()), *metrics.values()]).sum(), **metrics}
 
     def credit_stacked(self, stack: Stack, inputs: Tensor, rows: Tensor, step: Step) -> Metrics:
@@ -136,10 +172,10 @@ class NoPropDT(ChainRule):
         stack.backward(losses.sum())
         return {f"t{t}/loss": loss for t, loss in enumerate(losses.detach().unbind(), start=1)}
 
-    def block_loss(self, t: int, inputs: Tensor, rows: Tensor, step: Step, *, share: float) -> Tensor:
-        """Return block t's term of Eq. 8 with a fresh ``z_{t-1} ~ q(z_{t-1}|y)``, for labels as class weights ``rows`` (N, m).
+    def block_loss(self, t: int, inputs: Any, rows: Tensor, step: Step, *, share: float) -> Tensor:
+        """Return block t's term of Eq. 8 with a fresh ``z_{t-1} ~ q(z_{t-1}|y)``, for targets as ``rows`` (N, m).
 
-        ``share`` is the probability of t in the expectation.
+        ``inputs`` is what the block sees of them, and ``share`` the probability of t in the expectation.
         """
         u, block = self.embed(rows), cast(DenoisingBlock, self.network.blocks[f"t{t}"])
         z = self.state(t, u, step)
@@ -160,29 +196,94 @@ class NoPropDT(ChainRule):
         """Return the terms of Eq. 8 without blocks: the head's cross-entropy on ``z_T ~ q(z_T|y)``, and the KL divergence."""
         u = self.embed(rows)
         z = self.schedule.noised(u, self.config.T, step.generator_for("head"))
-        return soft_cross_entropy(self.head(z, self.embed), rows) + prior_divergence(u, self.schedule.abar[0])
+        divergence = prior_divergence(u, self.schedule.abar[0])
+        return divergence if isinstance(self.head, RealHead) else self.head.loss(z, self.embed, rows) + divergence
 
-    def predict(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Return log-probabilities (N, m) of the head at the chain's end (Eq. 3), with noise or along the mean from ``z_0 = 0``."""
+    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+        """Return what the head says of the chain's end (Eq. 3), with noise or along the mean from ``z_0 = 0``.
+
+        Log-probabilities (N, m) of classes, logits of labels, or values of the target's shape.
+        """
+        return self.read(self.view(inputs), generator)
+
+    def read(self, features: Any, generator: torch.Generator) -> Tensor:
+        """Predict from what the blocks see of the inputs."""
         noise = generator if self.config.inference == "sampled" else None
-        z = self.start(inputs, noise)
+        z = self.start(features, noise)
         for t, block in self.denoisers():
-            seen = z if self.config.state == "noised" else self.start(inputs, generator)
-            z = self.schedule.advance(z, self.estimate(block(inputs, seen)), t, noise)
-        return self.head(z, self.embed)  # type: ignore[no-any-return]
+            seen = z if self.config.state == "noised" else self.start(features, generator)
+            z = self.advance(z, block(features, seen), t, noise)
+        return self.shaped(self.head(z, self.embed))
 
-    def alternatives(self, inputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return log-probabilities of each block alone on pure noise, of their mean, and of the other kind of inference.
+    @torch.no_grad()
+    def sample(self, inputs: Any, draws: int, generator: torch.Generator) -> Tensor:
+        """Draw from ``p(y|x)`` by sampled chains, whatever ``inference`` is: (draws, N, ...), of normalised inputs (``spec.normalise``).
+
+        What the blocks compute of the inputs alone is computed once. Call it in eval mode.
+        """
+        seen = self.view(inputs)
+        views = [(t, block, block.features(seen)) for t, block in self.denoisers()]
+        chains = []
+        for _ in range(draws):
+            z = self.start(seen, generator)
+            for t, block, features in views:
+                blind = z if self.config.state == "noised" else self.start(seen, generator)
+                z = self.advance(z, block.judge(features, blind), t, generator)
+            chains.append(self.shaped(self.head(z, self.embed)))
+        return torch.stack(chains)
+
+    def advance(self, z: Tensor, outputs: Tensor, t: int, noise: torch.Generator | None) -> Tensor:
+        """Return ``z_t`` from ``z_{t-1}`` (N, d) and the outputs of block t (Eq. 3); its mean without a generator."""
+        spread = self.residuals[t] if isinstance(self.head, RealHead) and self.config.step_noise == "residual" else None
+        with full_precision(z.device):
+            return self.schedule.advance(z, self.estimate(outputs), t, noise, spread)
+
+    def shaped(self, scores: Tensor) -> Tensor:
+        """Return scores (N, m) in the shape of the task's outputs."""
+        return scores.view(-1, *self.spec.output_size) if isinstance(self.head, RealHead) else scores
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the residuals of the blocks are measured on the validation split: of real targets."""
+        return isinstance(self.head, RealHead)
+
+    def calibrate(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
+        """Measure each block's residual covariance ``V_t`` (d, d), out of sample, which the noise of a sampled step takes in.
+
+        Exact blocks have ``V_t = Cov(u | x, z_{t-1})``, so that ``N(a_t uhat + b_t z, c_t I + a_t^2 V_t)`` has the mean and covariance of
+        ``z_t`` given x and ``z_{t-1}``; without the second term each step leaves out what the block does not know.
+
+        Returns:
+            The mean variance of each block, of 1 for a target of which nothing is known.
+        """
+        if not self.calibrates or data.targets is None:
+            return {}
+        sums = torch.zeros_like(self.residuals)
+        for places in torch.arange(len(data)).split(CALIBRATED_AT_ONCE):
+            raw, targets = data.batch(places)
+            seen = self.view(self.spec.normalise(move(raw, generator.device), self.network.dtype))
+            u = self.embed(self.rows(Batch(seen, targets.to(generator.device))))
+            for t, block in self.denoisers():
+                z = self.schedule.noised(u, t - 1, generator) if self.config.state == "noised" else standard_normal(u, generator)
+                error = self.estimate(block(seen, z)) - u
+                with full_precision(u.device):
+                    sums[t] += error.T @ error
+        self.residuals.copy_(sums / len(data))
+        return {f"t{t}/residual_variance": float(self.residuals[t].diagonal().mean()) for t, _ in self.denoisers()}
+
+    def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return the scores of each block alone on pure noise, of their mean, and of the other kind of inference.
 
         A block alone gets ``z ~ N(0, I)``, which says nothing of the label. Input features are computed once per block.
         """
         other, noise = ("deterministic", None) if self.config.inference == "sampled" else ("sampled", generator)
-        z, scores = self.start(inputs, noise), {}
+        inputs = self.view(inputs)
+        z, scores = self.start(inputs, noise), dict[str, Tensor]()
         for t, block in self.denoisers():
             features = block.features(inputs)
             blind = self.start(inputs, generator)
-            scores[f"t{t}"] = block.judge(features, blind).log_softmax(1)
+            scores[f"t{t}"] = self.embed.scores(block.judge(features, blind))
             seen = z if self.config.state == "noised" else blind
-            z = self.schedule.advance(z, self.estimate(block.judge(features, seen)), t, noise)
-        mean = torch.stack(list(scores.values())).exp().mean(0).log()
-        return {**scores, "mean": mean, other: self.head(z, self.embed)}
+            z = self.advance(z, block.judge(features, seen), t, noise)
+        mean = self.embed.mean(torch.stack(list(scores.values())))
+        return {name: self.shaped(each) for name, each in {**scores, "mean": mean, other: self.head(z, self.embed)}.items()}

@@ -1,13 +1,14 @@
-"""Output heads: ``log p_out(y|z)`` of a state z of dimension d, for m classes."""
+"""Output heads: what a state z of dimension d says of the target."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree_noprop.embeddings import ClassEmbedding, full_precision
+from bpfree_noprop.embeddings import ClassEmbedding, RealEmbedding, full_precision
 
-__all__ = ["RadialHead", "SoftmaxHead", "make_head", "soft_cross_entropy"]
+__all__ = ["LabelsHead", "RadialHead", "RealHead", "SoftmaxHead", "make_head", "soft_cross_entropy"]
 
 
 class SoftmaxHead(nn.Module):
@@ -35,6 +36,26 @@ class SoftmaxHead(nn.Module):
         with full_precision(z.device):
             return self.linear(z).log_softmax(1)  # type: ignore[no-any-return]
 
+    def loss(self, z: Tensor, embed: ClassEmbedding, rows: Tensor) -> Tensor:
+        """Return the batch mean of ``-log p(y|z)``, for labels as class weights ``rows`` (N, m)."""
+        return soft_cross_entropy(self(z, embed), rows)
+
+
+class LabelsHead(SoftmaxHead):
+    """``p(Y|z)`` is the product over labels of ``sigmoid(+-f_k(z))``: f decides for each label alone whether it is in the set.
+
+    It starts at the boundary between a state with a label's embedding and one without, as :meth:`SoftmaxHead.align` makes it.
+    """
+
+    def forward(self, z: Tensor, embed: ClassEmbedding) -> Tensor:
+        """Return logits (N, m) of the state (N, d); in full precision under autocast."""
+        with full_precision(z.device):
+            return self.linear(z)  # type: ignore[no-any-return]
+
+    def loss(self, z: Tensor, embed: ClassEmbedding, rows: Tensor) -> Tensor:
+        """Return the batch mean of ``-log p(Y|z)``, for sets as ``rows`` (N, m) of 0 and 1."""
+        return F.binary_cross_entropy_with_logits(self(z, embed), rows, reduction="sum") / len(rows)
+
 
 class RadialHead(SoftmaxHead):
     """``p(y|z)`` falls with the distance of a class's embedding from a guess (Eq. 15-16; "posterior" in the paper).
@@ -54,8 +75,26 @@ class RadialHead(SoftmaxHead):
             return (halved / self.sigma**2).log_softmax(1)
 
 
-def make_head(kind: str, embed: ClassEmbedding, sigma: float) -> SoftmaxHead:
-    """Make the head of this name; ``sigma`` concerns the radial head."""
+class RealHead(nn.Module):
+    """The real target that a state stands for: z over its signal, in the target's units. Nothing in it learns.
+
+    Attributes:
+        signal: ``sqrt(abar)`` of the last state.
+    """
+
+    signal = 1.0
+
+    def forward(self, z: Tensor, embed: RealEmbedding) -> Tensor:
+        """Return the values (N, d) of the state (N, d)."""
+        return embed.undo(z / self.signal)
+
+
+def make_head(kind: str, embed: ClassEmbedding | RealEmbedding, sigma: float) -> SoftmaxHead | RealHead:
+    """Make the head of this name, or that of several labels or real targets; ``sigma`` concerns the radial head."""
+    if isinstance(embed, RealEmbedding):
+        return RealHead()
+    if embed.several:
+        return LabelsHead(embed)
     return SoftmaxHead(embed) if kind == "softmax" else RadialHead(embed, sigma)
 
 

@@ -17,6 +17,7 @@ from bpfree.errors import UsageError
 from bpfree.options import option
 from bpfree.tasks.task import TaskSpec
 from bpfree_noprop.blocks import DenoisingBlock, DenoisingConfig, Residual, builder, dense, label_stem
+from bpfree_noprop.embeddings import target_size
 
 __all__ = ["NETWORKS", "ResidualConfig"]
 
@@ -42,7 +43,7 @@ def residual_block(spec: TaskSpec, config: ResidualConfig, d: int) -> DenoisingB
     vector = config.label == "vector"
     label: nn.Module = nn.Sequential(*dense(d, config.width)) if vector else label_stem(spec, stem(spec, config))
     fuse = nn.Sequential(*dense(features + (config.width if vector else features), config.width))
-    return DenoisingBlock(stem(spec, config), label, fuse, nn.Linear(config.width, spec.outputs), d)
+    return DenoisingBlock(stem(spec, config), label, fuse, nn.Linear(config.width, target_size(spec)), d)
 
 
 def stem(spec: TaskSpec, config: ResidualConfig) -> nn.Sequential:

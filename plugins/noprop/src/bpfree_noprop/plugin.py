@@ -8,7 +8,7 @@ from typing import Any
 from bpfree.hooks import hookimpl
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
-from bpfree_noprop import blocks, modern, timed
+from bpfree_noprop import blocks, modern, stems, timed, timed_stems
 from bpfree_noprop.adjoint import NoPropAdjoint
 from bpfree_noprop.backprop import NoPropBackprop
 from bpfree_noprop.ct import NoPropCT
@@ -31,7 +31,7 @@ def bpfree_rules() -> dict[str, type[Rule]]:
 
 @hookimpl
 def bpfree_networks() -> dict[str, NetworkBuilder]:
-    return {**blocks.NETWORKS, **modern.NETWORKS, **timed.NETWORKS}
+    return {**blocks.NETWORKS, **modern.NETWORKS, **stems.NETWORKS, **timed.NETWORKS, **timed_stems.NETWORKS}
 
 
 @hookimpl

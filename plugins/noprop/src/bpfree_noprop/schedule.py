@@ -101,10 +101,20 @@ class NoiseSchedule(nn.Module):
         """Draw ``z_t ~ q(z_t|y)`` for the embeddings ``u`` (N, d): Eq. 6."""
         return torch.add(self._signal[t] * u, standard_normal(u, generator), alpha=self._noise[t])
 
-    def advance(self, z: Tensor, uhat: Tensor, t: int, generator: torch.Generator | None) -> Tensor:
-        """Return ``z_t`` from ``z_{t-1}`` and the estimate of block t, all (N, d): Eq. 3; its mean without a generator."""
+    def advance(self, z: Tensor, uhat: Tensor, t: int, generator: torch.Generator | None, spread: Tensor | None = None) -> Tensor:
+        """Return ``z_t`` from ``z_{t-1}`` and the estimate of block t, all (N, d): Eq. 3; its mean without a generator.
+
+        Args:
+            spread: (d, d) covariance of the target given what block t sees, of which ``a_t^2`` times adds to the noise ``c_t I``.
+        """
         mean = self.a[t] * uhat + self.b[t] * z
-        return mean if generator is None else mean + self.std[t] * standard_normal(z, generator)
+        if generator is None:
+            return mean
+        noise = standard_normal(z, generator)
+        if spread is None:
+            return mean + self.std[t] * noise
+        covariance = self.std[t] ** 2 * torch.eye(len(spread), device=z.device, dtype=z.dtype) + self.a[t] ** 2 * spread
+        return mean + noise @ torch.linalg.cholesky_ex(covariance).L.T
 
 
 def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
