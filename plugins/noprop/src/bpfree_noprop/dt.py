@@ -24,8 +24,8 @@ from bpfree.tasks.trees import move
 from bpfree_noprop.base import PAPER
 from bpfree_noprop.blocks import DenoisingBlock
 from bpfree_noprop.chain import ChainConfig, ChainRule
-from bpfree_noprop.embeddings import full_precision
-from bpfree_noprop.heads import RealHead
+from bpfree_noprop.embeddings import RealEmbedding, full_precision
+from bpfree_noprop.heads import RealHead, SoftmaxHead
 from bpfree_noprop.schedule import NoiseSchedule, prior_divergence, signal_shares, standard_normal
 from bpfree_noprop.stacked import Execution, Stack
 from bpfree_noprop.stems import StemNetwork, shared_stem
@@ -197,7 +197,7 @@ class NoPropDT(ChainRule):
         u = self.embed(rows)
         z = self.schedule.noised(u, self.config.T, step.generator_for("head"))
         divergence = prior_divergence(u, self.schedule.abar[0])
-        return divergence if isinstance(self.head, RealHead) else self.head.loss(z, self.embed, rows) + divergence
+        return divergence if isinstance(self.embed, RealEmbedding) else cast(SoftmaxHead, self.head).loss(z, self.embed, rows) + divergence
 
     def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
         """Return what the head says of the chain's end (Eq. 3), with noise or along the mean from ``z_0 = 0``.
@@ -261,6 +261,7 @@ class NoPropDT(ChainRule):
         sums = torch.zeros_like(self.residuals)
         for places in torch.arange(len(data)).split(CALIBRATED_AT_ONCE):
             raw, targets = data.batch(places)
+            assert targets is not None
             seen = self.view(self.spec.normalise(move(raw, generator.device), self.network.dtype))
             u = self.embed(self.rows(Batch(seen, targets.to(generator.device))))
             for t, block in self.denoisers():

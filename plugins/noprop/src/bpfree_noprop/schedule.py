@@ -114,7 +114,8 @@ class NoiseSchedule(nn.Module):
         if spread is None:
             return mean + self.std[t] * noise
         covariance = self.std[t] ** 2 * torch.eye(len(spread), device=z.device, dtype=z.dtype) + self.a[t] ** 2 * spread
-        return mean + noise @ torch.linalg.cholesky_ex(covariance).L.T
+        factor: Tensor = torch.linalg.cholesky_ex(covariance).L
+        return mean + noise @ factor.T
 
 
 def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
