@@ -54,7 +54,7 @@ def test_python_examples_run(page: Path, workplace: Path, monkeypatch: pytest.Mo
         padded = "\n" * (block.line - 1) + block.text  # so that a traceback names the page's own lines
         exec(compile(padded, str(page), "exec"), module.__dict__)
     if "mlflow" in module.__dict__:
-        module.mlflow.set_tracking_uri("")  # as it was
+        module.mlflow.set_tracking_uri(None)  # as it was
 
 
 # --- commands -------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from bpfree.training.checkpoint import read_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
 __all__ = ["LOADER", "NAME", "log", "save"]
 
@@ -67,7 +68,7 @@ def log(client: MlflowClient, experiment_id: str, run_id: str, model: Model) -> 
         _connect(client, run_id, logged.model_id, model)
         client.finalize_logged_model(logged.model_id, "READY")
     if model.register:
-        _register(client, run_id, logged.model_id, model.register)
+        _register(client, run_id, logged, model.register)
     with contextlib.suppress(Exception):  # a store that cannot remove files keeps them
         _drop_checkpoints(client, run_id)
     return str(logged.model_id)
@@ -86,7 +87,7 @@ def _connect(client: MlflowClient, run_id: str, model_id: str, model: Model) -> 
         client.log_batch(run_id, metrics=points)
 
 
-def _register(client: MlflowClient, run_id: str, model_id: str, name: str) -> None:
+def _register(client: MlflowClient, run_id: str, logged: LoggedModel, name: str) -> None:
     """Make the model a version of a registered one, which is created if it is not there."""
     from mlflow.exceptions import MlflowException
 
@@ -95,7 +96,10 @@ def _register(client: MlflowClient, run_id: str, model_id: str, name: str) -> No
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tag, source, quoted = "mlflow.modelVersions", f"models:/{model_id}", name.replace("'", "''")
+    tag, model_id, quoted = "mlflow.modelVersions", logged.model_id, name.replace("'", "''")
+    # a database finds models by their identifiers at the process's global address, which may be another; a server at its own
+    served = client.tracking_uri.startswith(("http:", "https:", "databricks"))
+    source = f"models:/{model_id}" if served else logged.artifact_location
     versions = [one for one in client.search_model_versions(f"name = '{quoted}' and run_id = '{run_id}'") if one.source == source]
     if not versions:
         versions = [client.create_model_version(name, source, run_id, model_id=model_id)]

@@ -396,11 +396,11 @@ def test_the_best_cell_by_validation_is_the_model_of_a_study(workplace: Path) ->
     assert call("study", "run", name, "budget.epochs=1", "--quiet", "tracking.register=best") == 0
     best = max(outcomes(), key=lambda outcome: outcome["history"][-1]["val/accuracy"])
     with sqlite3.connect("mlflow.db") as store:
-        ((model, source),) = store.execute("select model_id, source_run_id from logged_models")
-        ((version,),) = store.execute("select source from model_versions where name = 'best'")
+        ((source,),) = store.execute("select source_run_id from logged_models")
+        (version,) = store.execute("select run_id from model_versions where name = 'best'")
     cells = {run["id"]: run for run in mlflow_runs()}
     assert cells[source]["tags"]["study_cell"] == best["cell"]
-    assert version == f"models:/{model}"
+    assert version == (source,)
     (parent,) = [run for run in cells.values() if run["name"] == "table"]
     assert (parent["tags"]["best_run"], parent["tags"]["best_row"]) == (source, best["row"])
     assert {run["status"] for run in cells.values()} == {"FINISHED"}

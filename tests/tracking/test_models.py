@@ -48,10 +48,9 @@ def mlflow(uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import mlflow
 
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # its thread would outlive the test
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
     yield mlflow
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)
 
 
 def logged(mlflow: Any, run: Run) -> list[Any]:
@@ -88,7 +87,7 @@ def test_a_run_is_a_model_that_predicts(train: Train, mlflow: Any, tmp_path: Pat
     assert {metric.key: metric.value for metric in known.metrics}["test/accuracy"] == run.result["test/accuracy"]
     assert {metric.dataset_digest for metric in known.metrics} == {run.tags["data_fingerprint"]}
     (version,) = mlflow.MlflowClient().search_model_versions("name = 'digits'")
-    assert (version.source, version.run_id) == (f"models:/{known.model_id}", run.tracking["mlflow_run_id"])
+    assert (version.source, version.run_id) == (known.artifact_location, run.tracking["mlflow_run_id"])
 
     folder = files(mlflow, known, tmp_path / "fetched")
     (folder / "registered_model_meta").unlink(missing_ok=True)  # MLflow writes it into whatever it loads
@@ -100,6 +99,15 @@ def test_a_run_is_a_model_that_predicts(train: Train, mlflow: Any, tmp_path: Pat
     held = {entry.path for entry in mlflow.MlflowClient().list_artifacts(run.tracking["mlflow_run_id"])}
     assert "checkpoints" not in held  # the model has it
     assert mlflow.pyfunc.load_model("models:/digits/1").predict(inputs)["prediction"].tolist() == table["prediction"].tolist()
+
+
+def test_a_model_is_registered_where_its_run_is(train: Train, mlflow: Any, tmp_path: Path, uri: str) -> None:
+    """The process's own address is another one."""
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'another.db'}")
+    run = train(**{"tracking.register": "digits"})
+    (version,) = mlflow.MlflowClient(uri, uri).search_model_versions("name = 'digits'")
+    assert version.run_id == run.tracking["mlflow_run_id"]
+    assert not (tmp_path / "another.db").exists()
 
 
 def test_what_is_sent_again_is_there_once(train: Train, mlflow: Any) -> None:
@@ -175,10 +183,11 @@ def test_a_table_is_read_by_its_columns(train: Train, mlflow: Any, tmp_path: Pat
 
 
 def test_a_server_gets_it_too(train: Train, server: Any, mlflow: Any, digits: bpfree.Task) -> None:
-    run = train(**{"tracking.uri": server.uri})
+    run = train(**{"tracking.uri": server.uri, "tracking.register": "digits"})
     mlflow.set_tracking_uri(server.uri)
     found = mlflow.pyfunc.load_model(f"runs:/{run.tracking['mlflow_run_id']}/model")
     inputs = digits.test.inputs[:5].numpy()
+    assert mlflow.pyfunc.load_model("models:/digits/1").metadata.model_id == found.metadata.model_id
     assert found.predict(inputs)["prediction"].tolist() == bpfree.load(run.folder).predict_classes(inputs)
     held = {entry.path for entry in mlflow.MlflowClient().list_artifacts(run.tracking["mlflow_run_id"])}
     assert "checkpoints" not in held
