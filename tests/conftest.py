@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.pop("COLUMNS", None)  # which pytest's processes have: tables and messages would be wrapped
 
 import pytest
 import torch

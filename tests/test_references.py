@@ -90,14 +90,14 @@ def test_neither_may_a_checkpoint_or_the_configuration_of_a_run(workplace: Path,
     (run,) = Path("runs").iterdir()
     checkpoint, written = run / "checkpoints" / "last.pt", run / "config.yaml"
     written.write_text(written.read_text().replace("experiment: bpfree", f"experiment: {WORD}"))
-    with pytest.raises(UsageError, match=r"tracking\.experiment.*config\.yaml, line \d+"):
+    with pytest.raises(UsageError, match=r"tracking\.experiment.*\n.*config\.yaml, line \d+"):
         resolve(read_yaml(written))
     content = read_checkpoint(checkpoint)
     content["config"]["tracking"]["experiment"] = WORD
-    with pytest.raises(UsageError, match=r"tracking\.experiment.*last\.pt"):
+    with pytest.raises(UsageError, match=r"tracking\.experiment.*\n.*last\.pt"):
         recipe_of(content["config"], where=str(checkpoint))
     write_checkpoint(checkpoint, content)
-    with pytest.raises(UsageError, match=r"tracking\.experiment.*last\.pt"):
+    with pytest.raises(UsageError, match=r"tracking\.experiment.*\n.*last\.pt"):
         load(run)
     for words in (["train", "--resume", str(run)], ["evaluate", str(run)], ["train", "--config", str(written)]):
         with pytest.raises(SystemExit) as ended:

@@ -373,7 +373,7 @@ CLASSES = np.arange(60) % 3
         (np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0]], bool)[CLASSES], "rows of 0 and 1"),
         (np.array([[1.0, 1.0], [0, 1], [0, 0]])[CLASSES], "rows of 0 and 1"),
         (np.array([[4, 1], [0, 2], [7, 0]])[CLASSES], "rows of integers"),
-        (np.array(["cat", "dog", "owl"])[CLASSES], "no numbers but <U3"),
+        (np.array(["cat", "dog", "owl"])[CLASSES], "has dtype <U3, expected numbers"),
     ],
 )
 def test_labels_that_can_be_read_in_several_ways_are_refused(y: Any, message: str, tmp_path: Path) -> None:

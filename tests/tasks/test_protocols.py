@@ -339,7 +339,7 @@ class Featureless(Backprop):
 def test_wrong_requests_are_refused_before_the_training(digits: Task, device: torch.device) -> None:
     with pytest.raises(UsageError, match="did you mean 'linear-probe'"):
         Trainer(rule_on(digits), digits, asking(device, "linear-prob"))
-    with pytest.raises(UsageError, match=r"unknown protocol 'kmeans' in evaluation\.protocols"):
+    with pytest.raises(UsageError, match=r"unknown protocol 'kmeans'\n +where: evaluation\.protocols"):
         resolve(parse_words(["evaluation.protocols=[kmeans]"]))
     rule = rule_on(digits, Featureless)
     assert isinstance(rule, Featureless)
