@@ -96,8 +96,11 @@ def test_a_run_shows_its_metrics_and_its_model(chromium: Any, tracked: Tracked) 
     place = f"/experiments/{known['mlflow_experiment_id']}/runs/{known['mlflow_run_id']}"
     with opened(chromium, tracked.at(place)) as found:
         shows(found.page, "dfa on digits with the network mlp", "Parameters (8)", "Logged models (1)")
+        for name in ("val/accuracy", "test/accuracy"):  # the list shows as many as fit
+            found.page.get_by_placeholder("Search metrics").fill(name)
+            shows(found.page, name)
     with opened(chromium, tracked.at(f"{place}/model-metrics")) as found:
-        shows(found.page, "val (2)", "test (2)", "rule (1)")
+        shows(found.page, f"{tracked.run.name} (rule/loss)")
 
 
 def test_a_model_shows_version_data_and_results(chromium: Any, tracked: Tracked) -> None:
