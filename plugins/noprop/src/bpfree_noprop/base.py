@@ -16,7 +16,7 @@ from bpfree.options import option
 from bpfree.rule import Rule
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import Examples, TaskSpec
-from bpfree.tasks.trees import leaves, length
+from bpfree.tasks.trees import leaves
 from bpfree_noprop.blocks import DenoisingBlock, LabelBlock
 from bpfree_noprop.embeddings import ClassEmbedding, RealEmbedding, prototypes, state_dim
 from bpfree_noprop.heads import SoftmaxHead, make_head
@@ -226,6 +226,6 @@ class NoPropRule(Rule):
 
     def start(self, inputs: Any, generator: torch.Generator | None) -> Tensor:
         """Return ``z_0`` (N, d): a draw of N(0, I), or its mean 0 without a generator."""
-        weight = self.embed.weight
-        zeros = torch.zeros(length(inputs), weight.shape[1], device=leaves(inputs)[0].device, dtype=weight.dtype)
+        weight, first = self.embed.weight, leaves(inputs)[0]
+        zeros = torch.zeros(first.shape[0], weight.shape[1], device=first.device, dtype=weight.dtype)
         return zeros if generator is None else standard_normal(zeros, generator)

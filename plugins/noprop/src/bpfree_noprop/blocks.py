@@ -21,7 +21,7 @@ from bpfree.network.builders import NetworkBuilder
 from bpfree.network.network import Network
 from bpfree.options import option
 from bpfree.tasks.task import TaskSpec
-from bpfree.tasks.trees import length
+from bpfree.tasks.trees import leaves
 from bpfree_noprop.dropout import KeyedDropout, masks_from
 from bpfree_noprop.embeddings import target_size
 
@@ -92,7 +92,7 @@ class LabelBlock(nn.Module):
 
     def no_label(self, x: Tensor) -> Tensor:
         """Return the state z = 0 (N, d), which says nothing of a label."""
-        return torch.zeros(length(x), self.state_dim, device=self.out.weight.device, dtype=self.out.weight.dtype)
+        return torch.zeros(leaves(x)[0].shape[0], self.state_dim, device=self.out.weight.device, dtype=self.out.weight.dtype)
 
     def freeze_body(self) -> None:
         """Fix all but the last linear map."""
