@@ -241,6 +241,8 @@ def stored_runs(database: Path) -> list[dict[str, Any]]:
 
 def log_points(folder: Path) -> dict[tuple[str, int], set[float]]:
     """Read a run's metrics from its log, under the store's names; a metric computed twice has both values."""
+    from bpfree.tracking.mlflow_tracker import POSITIONS
+
     points: dict[tuple[str, int], set[float]] = {}
     began: int | None = None
     for line in (folder / "events.jsonl").read_text().splitlines():
@@ -252,7 +254,7 @@ def log_points(folder: Path) -> dict[tuple[str, int], set[float]]:
                 key, step = f"step/{name}", int(metrics["step"])
             else:
                 key, step = name, event["time"] - began if kind == "system" else int(event["epoch"])
-            if key != "step/step":
+            if kind != "progress" or name not in ("step", *POSITIONS):
                 points.setdefault((key, step), set()).add(float(value))
     return points
 

@@ -151,8 +151,8 @@ def differences(site: Path, like: Path) -> list[str]:
 
 
 def _dated(name: str) -> bool:
-    """Tell whether a name contains a date or a hash: a report's, or a run's in the store."""
-    return name.startswith("report") or len(name) == 32
+    """Tell whether a name contains a date or a hash: a report's, or a run's or a model's (``m-HASH``) in the store."""
+    return name.startswith("report") or len(name.removeprefix("m-")) == 32
 
 
 def _stored(site: Path, ours: dict[str, dict[str, Any]]) -> list[str]:

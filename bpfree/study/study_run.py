@@ -85,22 +85,38 @@ class StudyRun:
         """Create or find the run, and the database, before several processes would create it."""
         if not self._enabled:
             return
-        opening = Opening(self._store.shown, self._experiment, self._plan.study.name, now(), self._tags(), self._params(), None)
-        opening.run_id = self.run_id or None
-        opening.tags |= self._note() if not self.run_id else {}
-        if self._experiment == self._plan.study.name:
-            opening.about = f"{self._plan.study.title or self._plan.study.name}. {ABOUT}"
-        self._remember(settled=False)
+        lock = self._cells.folder / ".mlflow.lock"
 
         def ask() -> None:
+            with file_lock(lock):  # of two processes that start at once the second takes the identity of the first
+                self._identify()
             self._store.check()
             self._store.probe()
-            with file_lock(self._cells.folder / ".mlflow.lock"):  # if two processes start at once, the second finds the run of the first
+            with file_lock(lock):  # and finds its run
+                opening = self._opening()
                 self._store.open(opening, search=True)
+            self.run_id = opening.run_id or ""
 
-        if self._asked(ask) and opening.run_id:
-            self.run_id = opening.run_id
+        if self._asked(ask) and self.run_id:
             self._remember(settled=False)
+
+    def _opening(self) -> Opening:
+        study = self._plan.study
+        opening = Opening(self._store.shown, self._experiment, study.name, now(), self._tags(), self._params(), None)
+        opening.run_id = self.run_id or None
+        opening.tags |= self._note() if not self.run_id else {}
+        if self._experiment == study.name:
+            opening.about = f"{study.title or study.name}. {ABOUT}"
+        return opening
+
+    def _identify(self) -> None:
+        """Take the identity that another process has noted since, or draw one, and note it."""
+        noted = Cursor.read(self._path)
+        if noted.store == self._store.shown and not noted.is_copy(self._path):
+            self._cursor.known |= {key: value for key, value in noted.known.items() if key in ("id", "mlflow_run_id") and value}
+        self._cursor.known.setdefault("id", f"study-{self._plan.study.name}-{secrets.token_hex(6)}")
+        self.run_id = str(self._cursor.known.get("mlflow_run_id", ""))
+        self._remember(settled=False)
 
     def _remember(self, *, settled: bool) -> None:
         self.settled = settled
@@ -155,8 +171,7 @@ class StudyRun:
 
     def _tags(self) -> dict[str, str]:
         study = self._plan.study
-        own = self._cursor.known.setdefault("id", f"study-{study.name}-{secrets.token_hex(6)}")
-        tags = {RUN_TAG: own, "study": study.name, "study_title": study.title} | source_tags(source())
+        tags = {RUN_TAG: self._cursor.known["id"], "study": study.name, "study_title": study.title} | source_tags(source())
         try:
             return tags | {"mlflow.user": getpass.getuser()}
         except Exception:  # a container may not have a name for its user

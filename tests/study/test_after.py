@@ -53,6 +53,15 @@ def test_two_processes_that_begin_at_once_have_one_parent(workplace: Path, monke
     assert most == [1, 1, 1]
 
 
+def test_the_second_of_two_that_have_read_no_note_yet_takes_the_identity_of_the_first(workplace: Path) -> None:
+    worklist = worklist_of(COMMON)
+    first, second = (StudyRun(worklist.plan, worklist.store) for _ in range(2))
+    first.open()
+    second.open()
+    assert first.run_id == second.run_id == mlflow_runs()[0]["id"]
+    assert len(mlflow_runs()) == 1
+
+
 def test_a_store_that_was_away_is_told_when_the_command_is_given_again(workplace: Path) -> None:
     Path("away").touch()  # a file where the database's folder will be
     uri = f"tracking.uri=sqlite:///{Path('away').absolute()}/m.db"
