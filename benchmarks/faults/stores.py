@@ -1,7 +1,7 @@
 """A tracking store that dies, comes back, is slow, answers errors, loses answers, or is locked: all of a run arrives, once.
 
 The oracle is the run's own log: after the run, and after ``bpfree track send`` where something was left, each of its points is in the
-store exactly once, with its value, and nothing else is; and each artifact is there.
+store exactly once, with its value, and nothing else is; each artifact is there, and one model, with the weights that were tested.
 """
 
 from __future__ import annotations
@@ -112,8 +112,24 @@ def delivered(folder: Path, database: Path, artifacts: Path) -> list[str]:
     wrong = points_lost(stored[0], place)
     wrong += [f"the run in the store is {stored[0]['status']}"] if stored[0]["status"] != "FINISHED" else []
     there = {path.name for path in artifacts.rglob(f"{stored[0]['id']}/artifacts/**/*") if path.is_file()}
-    wanted = {path.name for path in run.artifacts.values() if path.is_file()} | {"config.yaml", "environment.json", "last.pt"}
-    return wrong + [f"the file {name} is not in the store" for name in wanted - there]
+    wanted = {path.name for path in run.artifacts.values() if path.is_file()} | {"config.yaml", "environment.json"}
+    wrong += [f"the file {name} is not in the store" for name in wanted - there]
+    return wrong + _model_lost(place, stored[0]["id"], database, artifacts)
+
+
+def _model_lost(place: Path, run_id: str, database: Path, artifacts: Path) -> list[str]:
+    """Say what is wrong with a run's model, as stored: there is one, with the weights that were tested."""
+    import torch
+
+    from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
+
+    with contextlib.closing(sqlite3.connect(database)) as store:
+        models = [name for (name,) in store.execute("select model_id from logged_models where source_run_id = ?", (run_id,))]
+    files = [path for name in models for path in artifacts.rglob(f"{name}/**/weights.pt")]
+    if (len(models), len(files)) != (1, 1):
+        return [f"the run has {len(models)} models in the store, with {len(files)} files of weights"]
+    ours, theirs = (read_checkpoint(path)["weights"] for path in (find_checkpoint(place, prefer="selected"), files[0]))
+    return [f"{name} differs in the store's model" for name in ours if name not in theirs or not torch.equal(ours[name], theirs[name])]
 
 
 def send_rest(folder: Path, *words: str) -> list[str]:
