@@ -17,10 +17,10 @@ COUNTS = "import sys, pathlib; p = pathlib.Path('calls'); p.open('a').write('x')
 @pytest.mark.parametrize(("fails_at", "calls", "code"), [(9, 3, 0), (2, 2, 1)])
 def test_a_command_is_repeated_beside_busy_processes(workplace: Path, fails_at: int, calls: int, code: int) -> None:
     """Until it fails; of the busy processes none is left."""
-    script = ci_scripts.load("busy")
+    script, before = ci_scripts.load("busy"), signal.getsignal(signal.SIGTERM)
     assert script.main(["--processes", "1", "--times", "3", sys.executable, "-c", COUNTS, str(fails_at)]) == code
     assert Path("calls").read_text() == "x" * calls
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     assert not [child for child in psutil.Process().children() if script.SPIN in child.cmdline()]
 
 

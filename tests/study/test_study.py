@@ -361,7 +361,7 @@ def test_a_cell_that_another_process_runs_is_left_to_it(
 
         monkeypatch.setattr(time, "sleep", wait)
         assert call("study", "run", name) == 0
-    assert waits == [1]  # what no one else has comes first
+    assert set(waits) == {1}  # what no one else has comes first; a child that begins just then may hold the lock a moment longer
     assert "another process runs it" in capsys.readouterr().err
     assert len(runs()) == 2
 
