@@ -77,7 +77,7 @@ def test_without_locks_everything_is_written_all_the_same(tmp_path: Path, monkey
         system.lock(file.fileno())
     write_text(tmp_path / "page.txt", "all of it")
     (tmp_path / f".page.txt-{'0' * 8}").touch()
-    remove_abandoned(tmp_path, "*.txt")  # nobody can tell whether it is still written
+    remove_abandoned(tmp_path, "*.txt")  # without locks it may still be being written
     assert sorted(path.name for path in tmp_path.glob("*page*")) == [f".page.txt-{'0' * 8}", "page.txt"]
     with EventLog(tmp_path / "events.jsonl") as log:
         log.append("tags", tags={})

@@ -51,7 +51,7 @@ def files(folder: Path) -> set[str]:
 
 
 def test_a_run_from_python_leaves_what_the_command_line_leaves(task: Task, workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Files, configuration and tags are the same; so is the command that goes on with it."""
+    """Files, configuration and tags are the same; so is the command that resumes it."""
     run = new(task, "runs/mine").fit()
     words = ["rule=dfa", "rule.scale=0.5", "task.validation=0.2", "budget.epochs=1", "tracking.to=[csv]", "tracking.system=false"]
     assert command("train", *words, "pictures.every=0", "device=cpu", "threads=1", "output=other", "-q") == 0

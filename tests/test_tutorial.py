@@ -26,7 +26,7 @@ def test_the_tutorial_can_be_followed(workplace: Path, monkeypatch: pytest.Monke
 
 
 def test_a_reader_does_what_a_page_says(workplace: Path) -> None:
-    """Files are written, commands and Python run in the folder; one that fails is told."""
+    """Files are written, commands and Python run in the folder; the first failure is reported."""
     reader = Reader(workplace, {"PATH": "/usr/bin:/bin"})
     reader.follow(Block("yaml", "written to made.yaml", "a: 1\n", 1))
     reader.follow(Block("bash", "", "cat made.yaml\necho two\n", 2))

@@ -95,7 +95,7 @@ def _live(work: Callable[[], Any], write: int, home: str, stay: bool) -> None:
     code = 1
     try:
         os.setsid()
-        silent = os.open(os.devnull, os.O_WRONLY)  # nobody reads what examined runs print
+        silent = os.open(os.devnull, os.O_WRONLY)  # the output of examined runs is dropped
         os.dup2(silent, 1)
         os.dup2(silent, 2)
         open_ways = _shut_off(home, stay)

@@ -53,7 +53,7 @@ def runs() -> None:
 @click.argument("words", nargs=-1, metavar="[OUTPUT] [FILTERS]...")
 @click.option("--since", "begun", metavar="WHEN", help="Begun since: 2026-11-30, today, 12h or 7d ago.")
 @click.option("--sort", metavar="METRIC", help="Best first: accuracy (test), val/loss, seconds; or date.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only so many.")
+@click.option("--limit", type=click.IntRange(min=1), help="Show at most n runs.")
 @click.option("--clean", is_flag=True, help="Remove runs that were killed before their first checkpoint: they cannot be resumed.")
 @as_json
 def listed(words: tuple[str, ...], begun: str | None, sort: str | None, limit: int | None, clean: bool, as_json: bool) -> int:

@@ -147,7 +147,7 @@ def read(path: Path, separator: str) -> TextTable:
 
 
 def read_parts(path: Path, separator: str, size: int | None = None) -> Iterator[TextTable]:
-    """Read the cells of a table, so many rows at a time; ``None``: all.
+    """Read the cells of a table in parts of ``size`` rows; ``None``: all rows at once.
 
     Raises:
         UsageError: the file is no table.

@@ -204,7 +204,7 @@ class MLflowTracker(Tracker):
         return next((path for path in (self.folder.selected, self.folder.last) if path.is_file()), None)
 
     def _model(self) -> Iterator[Model]:
-        """Make the message of the run's model; none without a checkpoint, or of a rule made in Python, which nobody else can build."""
+        """Make the message of the run's model; none without a checkpoint, or where rule and network cannot be built from the record."""
         run, checkpoint = read_run(self.folder.path), self._checkpoint()
         if checkpoint is None or "rule.name" not in run.config:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from training_rules import config_of
 
-from bpfree import Batch, Budget, OptimizerConfig, Phase, Rule, Run, Stepper, Task, new_step
+from bpfree import Batch, Budget, OptimizerConfig, Phase, Rule, Run, Stepper, Task, UsageError, new_step
 from bpfree.training.distributed import World
 from bpfree.training.meters import Clock
 from bpfree.training.operations import Operations
@@ -225,3 +226,15 @@ def test_what_other_processes_had_alone_is_nobody_s(digits: Task, kind: str, bef
     assert first == saved["metrics"]
     assert not any(others)
     assert saved["metrics"] == {"rule/loss": [60.0, 30.0]}
+
+
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a socket of the test that listens there."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UsageError, match=f"the port {port} is in use") as caught, World.here().joined():
+            pass
+    assert "--master-port" in caught.value.fix
+    assert not torch.distributed.is_initialized()

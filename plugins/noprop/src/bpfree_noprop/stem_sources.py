@@ -95,7 +95,7 @@ def headless(module: nn.Module, name: str, spec: TaskSpec) -> Made:
     try:
         with evaluating(module):
             found = module(spec.example(2, dtype=weight.dtype))
-    except Exception:  # the stem is measured later, where what is wrong is told
+    except Exception:  # the stem is measured later, and its error is reported there
         return Made(module, name)
     finally:
         for hook in hooks:
