@@ -22,7 +22,7 @@ import pytest
 
 FORKS = sys.platform == "linux"
 LOADED = (
-    *("torch", "mlflow.tracking", "sklearn.datasets", "torchvision", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image"),
+    *("torch", "mlflow.tracking", "sklearn.datasets", "torchvision", "PIL.Image"),
     *("bpfree.training.trainer", "bpfree.tracking.mlflow_tracker", "bpfree.cli.train", "bpfree.study.worker"),
     *("bpfree_noprop.plugin", "bpfree_forward_gradient.plugin", "bpfree_hebbian.plugin", "bpfree_predictive_coding.plugin"),
 )

@@ -22,6 +22,8 @@ from bpfree.tasks.digits import DIGITS
 from bpfree.tracking import store
 from bpfree.training import meters
 
+for name in ("COLUMNS", "LINES"):
+    os.unsetenv(name)  # readline, which pytest loads, sets them behind os.environ, where child processes find them
 torch.set_num_threads(1)
 MAKE_DATABASE = store._make_database
 

@@ -70,6 +70,7 @@ def test_trainer_overhead(smoke: Run) -> None:
     assert (result["data"], result["steps"]) == ("synthetic", 20)
 
 
+@pytest.mark.slow
 def test_streamed(smoke: Run) -> None:
     result = smoke("streamed")
     check_ratio(result["step"])
@@ -95,6 +96,7 @@ def test_noprop_step(smoke: Run) -> None:
     )
 
 
+@pytest.mark.slow
 def test_noprop_memory(smoke: Run) -> None:
     found = smoke("noprop_memory")
     assert list(found["table_2"]) == ["mnist, CT"]
@@ -158,12 +160,14 @@ def test_forward_gradient_step(smoke: Run) -> None:
         check_ratio(compared)
 
 
+@pytest.mark.slow
 def test_forward_gradient_memory(smoke: Run) -> None:
     rules = smoke("forward_gradient_memory")["rules"]
     assert all(rules[name]["growth"] <= 1.05 for name in ("local blockwise", "local groupwise"))
     assert all(rules[name]["growth"] > 1.05 for name in ("backprop", "activities", "weights"))
 
 
+@pytest.mark.slow
 def test_hebbian_step(smoke: Run) -> None:
     result = smoke("hebbian_step")
     assert list(result) == ["layer 1", "layer 2", "layer 3", "all layers", "rule.learn"]
@@ -171,6 +175,7 @@ def test_hebbian_step(smoke: Run) -> None:
         check_ratio(compared)
 
 
+@pytest.mark.slow
 def test_readout_rates(smoke: Run) -> None:
     """All rows of a study that have a readout on features, one epoch each. Oracle: chance, and a rate at which nothing is learned."""
     words = ("hebbian-digits", "--rates", "1e-9", "0.1", "--set", "budget.epochs=4")
@@ -182,6 +187,7 @@ def test_readout_rates(smoke: Run) -> None:
         assert learned["training"] > still["training"] + 10
 
 
+@pytest.mark.slow
 def test_predictive_coding_step(smoke: Run) -> None:
     """Without PCX, which is no requirement."""
     result = smoke("predictive_coding_step")
@@ -250,6 +256,7 @@ def test_accuracy_of_digits(smoke: Run) -> None:
     assert result["markdown"].count("\n") == len(labels) + 1
 
 
+@pytest.mark.slow
 def test_accuracy_goes_on_where_it_stopped(load: Callable[[str], Any], smoke: Run, tmp_path: Path) -> None:
     """The second call finds the finished run, and only tests it again."""
     words = ("cifar10", "--output", str(tmp_path / "runs"))
@@ -307,6 +314,7 @@ def test_denormals_are_a_hundredth_of_the_weights(load: Callable[[str], Any]) ->
     assert float(tiny.float().mean()) == pytest.approx(0.01, rel=0.02)
 
 
+@pytest.mark.slow
 def test_study_report(smoke: Run) -> None:
     result = smoke("study_report")
     assert (result["cells"], result["epochs"]) == (30, 5)
@@ -322,6 +330,7 @@ def test_study_workers(smoke: Run) -> None:
     assert 0 < again < seconds["one"]  # Python alone has started, not torch
 
 
+@pytest.mark.slow
 def test_the_page_of_200_cells_is_small(load: Callable[[str], Any], tmp_path: Path) -> None:
     script = load("study_report")
     made = script.planned(tmp_path, script.ROWS)

@@ -37,6 +37,7 @@ def bare(folder: Path, words: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_system_without_what_unix_has_imports_trains_and_compares(tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text(TWO)
     said = bare(tmp_path, "--help; rules; train rule=dfa budget.epochs=1 tracking.enabled=false -q; study run two.yaml --jobs 1")

@@ -75,6 +75,7 @@ def environment_of(*paths: Path, **more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **more}
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_from_the_current_folder(tmp_path: Path) -> None:
     """A study in two worker processes, with a rule from the user's PYTHONPATH."""
     script = Path(sys.executable).with_name("bpfree")
@@ -100,6 +101,7 @@ def test_neither_with_python_m(tmp_path: Path) -> None:
     assert "dfa" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_python_m_where_bpfree_itself_lies(tmp_path: Path) -> None:
     """In a checkout that is not installed, the folder comes last."""
     (tmp_path / "bpfree").symlink_to(OURS / "bpfree")

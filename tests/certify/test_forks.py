@@ -50,6 +50,7 @@ def test_each_checkpoint_is_kept(tmp_path: Path) -> None:
     assert any(not torch.equal(first[name], value) for name, value in last.items())
 
 
+@pytest.mark.slow
 def test_an_honest_run_lands_and_passes(tmp_path: Path) -> None:
     folder, _ = trained("dfa", tmp_path)
     made = certify_run(folder, draw=1)
@@ -59,6 +60,7 @@ def test_an_honest_run_lands_and_passes(tmp_path: Path) -> None:
     assert read_certificate(tmp_path / "made.json").kind == "run"
 
 
+@pytest.mark.slow
 def test_what_a_rule_does_late_is_seen_where_it_does_it(tmp_path: Path) -> None:
     """The fork of the first epochs is honest, that of the last ones is not; the weights of the run are known to both."""
     folder, subject = trained(Late, tmp_path)

@@ -154,6 +154,7 @@ def full(made: Certificate, of: Lesson) -> Certificate:
     return dataclasses.replace(completed(made), properties={**made.properties, "learning": of.to_dict()})
 
 
+@pytest.mark.slow
 def test_the_certificate_has_all_numbers_by_seed(quick: Certificate) -> None:
     made = full(quick, lesson(0.8, 0.5, features=(0.85,) * SEEDS))
     learning = Certificate.from_dict(made.to_dict()).properties["learning"]
@@ -206,6 +207,7 @@ def test_certificates_without_a_floor_are_still_read(quick: Certificate) -> None
     assert certificate("dfa").remark == ""
 
 
+@pytest.mark.slow
 def test_a_rule_that_fails_as_its_twin_is_told_so() -> None:
     class NoTwin(Backprop):
         def freeze_features(self) -> None:

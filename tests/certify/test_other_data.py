@@ -111,6 +111,7 @@ class Letters(DFA):
 """
 
 
+@pytest.mark.slow
 def test_a_rule_names_the_task_that_it_is_examined_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
     return int(ended.value.code or 0), streams.out, streams.err
 
 
+@pytest.mark.slow
 def test_certificate_page_and_summary(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "linear", "--quick", "--output", "linear.json", "--page", "linear.html")
     assert code == 0

@@ -101,6 +101,7 @@ def test_after_the_first_time_torch_is_not_imported(workplace: Path) -> None:
     assert said[1].stderr.strip() == "False"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_bash_completes_in_a_shell(workplace: Path) -> None:
     script = subprocess.run([sys.executable, "-m", "bpfree", "completion", "bash"], capture_output=True, text=True, check=True).stdout

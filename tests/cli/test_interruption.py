@@ -40,6 +40,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Ten
     return last_weights(run)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(tmp_path: Path, undisturbed: dict[str, torch.Tensor]) -> None:
     """SIGKILL, which nothing can catch, three times: some checkpoints later, and then somewhere in what follows."""
     words = ("train", *TRAIN)

@@ -93,6 +93,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         return the_weights(the_run())
 
 
+@pytest.mark.slow
 def test_one_run_is_made_and_tracked(workplace: Path) -> None:
     """One folder, one run of MLflow, one result printed; the weights and metrics of one process."""
     words = (*WORDS, "budget.epochs=2")

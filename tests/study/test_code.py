@@ -79,6 +79,7 @@ def test_a_study_runs_resumes_and_reports(study: Path, capsys: pytest.CaptureFix
     assert "4 finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_workers_are_given_the_code(study: Path) -> None:
     """Processes of a pool: the same numbers as here, bit for bit."""
     for output, jobs in (("here", "1"), ("there", "2")):
@@ -237,6 +238,7 @@ def test_a_study_takes_objects(workplace: Path) -> None:
     assert "Again" not in report.text()
 
 
+@pytest.mark.slow
 def test_objects_travel_to_workers(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By reference to their module, which the worker imports."""
     folder = workplace / "package"

@@ -118,6 +118,7 @@ def assert_same(one: str, other: str, count: int) -> None:
         assert (mine / "lines.txt").read_text().splitlines() == (yours / "lines.txt").read_text().splitlines() == lines
 
 
+@pytest.mark.slow
 @needs_submitit
 def test_cells_as_jobs_one_of_which_is_killed(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With submitit's own processes in the place of a cluster: a killed job is submitted again, and continues from its checkpoint."""

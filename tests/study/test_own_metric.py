@@ -161,6 +161,7 @@ def test_a_negative_loss_is_selected_at_its_least_and_called_a_loss(max_cut: Pat
     assert not any("accura" in key for key in (*run.result, *run.history[-1]))
 
 
+@pytest.mark.slow
 def test_a_study_tunes_compares_and_reports_by_it(max_cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The chosen trial has the greatest cut on validation; ranks, targets, gains and texts follow; nothing speaks of accuracies."""
     Path("cuts.yaml").write_text(STUDY)

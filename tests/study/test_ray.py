@@ -125,6 +125,7 @@ def test_a_cluster_of_two_workers_one_of_which_is_killed_loses_nothing(site: Pat
     assert not ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_results_come_back_from_machines_that_do_not_share_the_folder(site: Path) -> None:
     """What a worker returns is noted where the study is run, if it is not there already."""
     from bpfree.study import cells
@@ -183,6 +184,7 @@ def listening() -> set[tuple[str, int]]:
     return {(socket.laddr.ip.removeprefix("::ffff:"), socket.laddr.port) for socket in sockets if socket.status == psutil.CONN_LISTEN}
 
 
+@pytest.mark.slow
 def test_a_cluster_of_its_own_lets_no_one_in(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracles: the sockets that the kernel lists; a file in the current folder named as a library; a task's environment and path."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))))  # empty: here

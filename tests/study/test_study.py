@@ -118,6 +118,7 @@ def table_lines(text: str, *rows: str) -> list[list[str]]:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_table_end_to_end_and_once(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = study(TABLE)
     assert call("study", "run", name, "--quiet") == 0

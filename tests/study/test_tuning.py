@@ -116,6 +116,7 @@ def test_tpe_learns_from_what_it_is_told_and_can_be_resumed(workplace: Path) -> 
     assert abs(line.tuned.best.settings["optimizer.lr"] / 3e-3 - 1) < 0.5
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_counts_as_one_and_is_not_chosen(workplace: Path) -> None:
     worklist = worklist_of(TUNED)
     for number, cell in enumerate(cell for cell in worklist.ready() if cell.key.trial is not None):

@@ -182,6 +182,7 @@ def test_a_table_is_read_by_its_columns(train: Train, mlflow: Any, tmp_path: Pat
     assert found.predict(frame[["width", "height"]]).columns.tolist() == ["prediction", "probability_tall", "probability_wide"]
 
 
+@pytest.mark.slow
 def test_a_server_gets_it_too(train: Train, server: Any, mlflow: Any, digits: bpfree.Task) -> None:
     run = train(**{"tracking.uri": server.uri, "tracking.register": "digits"})
     mlflow.set_tracking_uri(server.uri)

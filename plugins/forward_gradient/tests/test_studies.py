@@ -45,6 +45,7 @@ def test_the_papers_protocol(name: str) -> None:
             assert (flat["rule.noise"], flat["rule.tangents"]) == ("gaussian", 1)
 
 
+@pytest.mark.slow
 def test_a_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On small data and a small network; every row gets a result."""
     monkeypatch.chdir(tmp_path)

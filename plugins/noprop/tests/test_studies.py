@@ -105,6 +105,7 @@ def test_the_ablation_changes_one_thing_at_a_time() -> None:
         assert all(flat[key] == reference[key] for key in flat if not key.startswith(("rule.", "network.", "optimizer.", "stream"))), row
 
 
+@pytest.mark.slow
 def test_a_row_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On small images and blocks: one epoch is a pass for each block, and the result is a mean over five draws."""
     monkeypatch.chdir(tmp_path)
