@@ -56,6 +56,8 @@ def test_code_is_left_as_it_is() -> None:
 def test_rules_in_tables_are_links() -> None:
     text = "`dfa`\n| `dfa` | [`dfa`](a.md), `dfa-like` |\n"
     assert linked_rules(text, ["dfa", "oja"]) == "`dfa`\n| [`dfa`](../rules/dfa.md) | [`dfa`](a.md), `dfa-like` |\n"
+    text = "| plugin | rules |\n| --- | --- |\n| `dfa` | `dfa` |"
+    assert linked_rules(text, ["dfa"]) == text.removesuffix("`dfa` |") + "[`dfa`](../rules/dfa.md) |"
 
 
 def test_every_public_name_is_in_one_group() -> None:

@@ -78,9 +78,15 @@ def assemble(root: Path, sources: Path) -> None:
 
 
 def linked_rules(text: str, rules: Collection[str]) -> str:
-    """Make a link of each rule's name in the tables of a page, to the rule's own page."""
+    """Make a link of each rule's name in the tables of a page, to the rule's own page; names of plugins, in a first column, are left."""
     name = re.compile(rf"(?<!\[)`({'|'.join(map(re.escape, rules))})`")
-    return re.sub(r"^\|.*$", lambda line: name.sub(r"[`\1`](../rules/\1.md)", line[0]), text, flags=re.MULTILINE)
+
+    def linked(table: re.Match[str]) -> str:
+        first = 2 if table[0].startswith("| plugin |") else 1  # cell whose names may be those of rules
+        rows = (line.split("|", first) for line in table[0].split("\n"))
+        return "\n".join("|".join([*row[:-1], name.sub(r"[`\1`](../rules/\1.md)", row[-1])]) for row in rows)
+
+    return re.sub(r"^\|.*(?:\n\|.*)*", linked, text, flags=re.MULTILINE)
 
 
 def copy(source: Path, target: Path) -> None:
