@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bpfree.errors import UsageError
 from bpfree.network.network import Network
 from bpfree.options import option
 from bpfree.rule import Card, Metrics, Traits
@@ -22,12 +23,14 @@ from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.tasks.task import Examples, TaskSpec
 from bpfree.tasks.trees import move
 from bpfree_noprop.base import PAPER
-from bpfree_noprop.blocks import DenoisingBlock
+from bpfree_noprop.blocks import DenoisingBlock, PairedBlock
 from bpfree_noprop.chain import ChainConfig, ChainRule
-from bpfree_noprop.embeddings import RealEmbedding, full_precision
+from bpfree_noprop.embeddings import ClassEmbedding, RealEmbedding, full_precision
 from bpfree_noprop.heads import RealHead, SoftmaxHead
+from bpfree_noprop.readouts import Judgements, Readout, another_of_its_class
 from bpfree_noprop.schedule import NoiseSchedule, prior_divergence, signal_shares, standard_normal
 from bpfree_noprop.stacked import Execution, Stack
+from bpfree_noprop.states import OWN, KeptPaths, OwnStates, State, evidence
 from bpfree_noprop.stems import StemNetwork, shared_stem
 
 __all__ = ["NoPropDT", "NoPropDTConfig"]
@@ -56,8 +59,19 @@ class NoPropDTConfig(ChainConfig):
         "residual",
         "of a sampled step, for real targets: c_t + a_t^2 v_t with the block's residual variance v_t, measured on validation; or c_t alone",
     )
-    state: Literal["noised", "noise"] = option(
-        "noised", "what a block sees beside the input: the noised label, or (a control) noise that says nothing of it, also in inference"
+    state: State = option(
+        "noised",
+        "what a block sees beside the input in training: the noised label (the paper); noise that says nothing of it (blind blocks); the "
+        "state that the blocks before it last made of this very example (own), or twins of theirs that never learn from it (crossfit); or "
+        "the noised label, with what that says added to its logits in closed form (analytic)",
+    )
+    loss: Literal["squared", "cross-entropy"] = option(
+        "squared", "of a block: distance of its estimate from the embedding (the paper), or cross-entropy of its probabilities"
+    )
+    readout: Readout = option(
+        "chain",
+        "what predicts: the last state (the paper); the mean of the blocks' probabilities on the states along the path, or of each "
+        "block alone, without a state (mean); or their product",
     )
 
 
@@ -71,6 +85,7 @@ class NoPropDT(ChainRule):
 
     Config = NoPropDTConfig
     config: NoPropDTConfig
+    growing = ("kept.states",)
     card = Card(
         "NoProp, discrete time: each block alone learns to denoise a noised label",
         paper=PAPER,
@@ -90,23 +105,55 @@ class NoPropDT(ChainRule):
 
     @classmethod
     def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
-        """Declare independent blocks, unless they share a learned embedding or stem, through which they read each other's weights.
+        """Declare independent blocks, unless they learn on states that blocks before them have made, or share a learned embedding or stem.
 
         Without a network: one whose blocks share no stem, as all are but ``noprop`` with ``network.shared=true``.
         """
         inputs: Literal["any", "real"] = "any" if isinstance(network, StemNetwork) else "real"
-        alone = Traits("independent", 0, 1, chain=False, readout="none", targets=TARGETS, inputs=inputs, own_loss=False)
+        reach: Literal["independent", "upstream"] = "upstream" if config.state in OWN else "independent"
+        alone = Traits(reach, 0, 1, chain=False, readout="none", targets=TARGETS, inputs=inputs, own_loss=False)
         return replace(alone, dependence="all", downstream_weights="all") if cls.shared_groups_of(config, network) else alone
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropDTConfig | None = None) -> None:
         super().__init__(network, spec, config)
         self.schedule = NoiseSchedule(signal_shares(self.config.schedule, self.config.T, self.config.clip))
         self.execution = Execution(self.config.execution, [block for _, block in self.denoisers()])
+        if self.config.state in OWN:
+            self.kept = KeptPaths(self.config.T, self.embed.weight.shape[1])
         if isinstance(self.head, RealHead):
             d = self.embed.weight.shape[0]
             self.head.signal = math.sqrt(float(self.schedule.abar[-1]))
             self.residuals: Tensor
             self.register_buffer("residuals", torch.zeros(self.config.T + 1, d, d))
+
+    def check_options(self) -> None:
+        """Refuse states, losses and readouts that these targets, or the other options, do not have.
+
+        Raises:
+            UsageError: names the option.
+        """
+        super().check_options()
+        config, targets = self.config, self.spec.targets
+        if targets == "real" and (config.state in (*OWN, "analytic") or config.loss != "squared" or config.readout == "product"):
+            what = "real targets have no states of one's own or in closed form, no cross-entropy and no product of probabilities"
+            raise UsageError(what, where="rule.state, rule.loss, rule.readout", fix="leave them out")
+        if config.state in OWN and config.inference == "sampled":
+            what = f"blocks that learn on states of their own (rule.state={config.state}) have never met the noise of sampled steps"
+            raise UsageError(what, where="rule.inference", fix="rule.inference=deterministic")
+        if targets == "multilabel" and config.state == "analytic" and config.embedding != "one-hot":
+            what = "what a state says of sets of labels is known in closed form for one-hot embeddings alone"
+            raise UsageError(what, where="rule.state", fix="rule.embedding=one-hot")
+
+    def check_network(self, network: Network, d: int) -> None:
+        super().check_network(network, d)
+        wanted = 2 if self.config.state == "crossfit" else 1
+        if any(len(cast(DenoisingBlock, block).singles()) != wanted for block in network.blocks.values()):
+            what = f"rule.state={self.config.state} needs blocks of {wanted} member{'s' if wanted > 1 else ''}"
+            raise UsageError(what, where="network.members", fix=f"set network.members={wanted}")
+
+    @classmethod
+    def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
+        return super().network_options(spec, config) | ({"members": 2} if config.state == "crossfit" else {})
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
@@ -128,6 +175,23 @@ class NoPropDT(ChainRule):
         if self.config.updates == "simultaneous":
             return [replace(phase, on_features=self.keeps_features) for phase in super().phases(budget)]
         return self._block_by_block(budget.epochs)
+
+    def prepare(self, data: Examples, generator: torch.Generator) -> None:
+        """Also make room for the states of the training examples, if the rule keeps them.
+
+        Raises:
+            UsageError: several processes, each of which would keep states of other examples.
+        """
+        super().prepare(data, generator)
+        if self.config.state in OWN:
+            if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                what = "the states of training examples are kept in one process"
+                raise UsageError(what, where=f"rule.state={self.config.state}", fix="train in one process, or with rule.state=noised")
+            self.kept.open(len(data))
+
+    def end_phase(self, phase: Phase, step: Step) -> None:
+        if self.config.state in OWN and self.config.updates == "simultaneous":  # it was the only one
+            self.kept.close()
 
     def features(self, inputs: Any) -> Tensor:
         """Return the features of a stem that are kept, or else the last hidden activities of all blocks side by side, for a state z = 0."""
@@ -152,41 +216,87 @@ class NoPropDT(ChainRule):
             metrics["head/loss"] = total.detach()
         filled = [t for t in learning if step.fills(f"t{t}")]
         stack = self.execution.stack(len(filled))
+        own = self.own_states(batch, rows, step, whole=len(filled) == self.config.T)
         with self.seen(batch, step) as inputs:
-            if stack is not None:
-                metrics |= self.credit_stacked(stack, inputs, rows, step)
+            if stack is not None and not (own and own.within_step):
+                metrics |= self.credit_stacked(stack, inputs, rows, step, own)
             else:
                 for t in filled:
-                    loss = self.block_loss(t, inputs, rows, step, share=1 / len(learning))
+                    loss = self.block_loss(t, inputs, rows, step, share=1 / len(learning), own=own)
                     loss.backward()  # type: ignore[no-untyped-call]
                     metrics[f"t{t}/loss"] = loss.detach()
         return {"loss": torch.stack([rows.new_zeros(()), *metrics.values()]).sum(), **metrics}
 
-    def credit_stacked(self, stack: Stack, inputs: Tensor, rows: Tensor, step: Step) -> Metrics:
+    def own_states(self, batch: Batch, rows: Tensor, step: Step, *, whole: bool) -> OwnStates | None:
+        """Return the states that blocks have made of these examples; ``None`` where states are drawn.
+
+        Raises:
+            UsageError: they are not known, because examples have no positions in a training split, or differ from stage to stage.
+        """
+        if self.config.state not in OWN:
+            return None
+        own = OwnStates(self.schedule, self.kept, batch.indices, self.start(rows, None))
+        if step.stage is not None or (own.within_step and not whole):
+            what = "states of one's own are kept for each example of a training split that stays the same"
+            raise UsageError(what, where=f"rule.state={self.config.state}", fix="rule.state=noised, or train with bpfree.Trainer")
+        return own
+
+    def credit_stacked(self, stack: Stack, inputs: Tensor, rows: Tensor, step: Step, own: OwnStates | None = None) -> Metrics:
         """Take :meth:`block_loss` of all blocks and one backward pass of their sum, with the same noise."""
         T, u = self.config.T, self.embed(rows)
-        states = torch.stack([self.state(t, u, step) for t in range(1, T + 1)])
-        estimates = self.estimate(stack.forward(inputs, states).flatten(0, 1)).unflatten(0, (T, len(u)))
+        states = torch.stack([self.state(t, u, step) for t in range(1, T + 1)]) if own is None else own.all()
+        raw = stack.forward(inputs, self.shown(states)).unbind()
+        outputs = [self.answer(t, each, states[t - 1]) for t, each in enumerate(raw, start=1)]
+        losses = torch.stack([self.distance(each, u, rows) for each in outputs])
         weights = [self.weight(t, len(rows), share=1 / T) for t in range(1, T + 1)]
-        losses = (estimates - u).pow(2).sum((1, 2)) * torch.tensor(weights, device=u.device, dtype=u.dtype)
+        losses = losses * torch.tensor(weights, device=u.device, dtype=u.dtype)
         stack.backward(losses.sum())
+        if own is not None:
+            for t, each in enumerate(outputs, start=1):
+                own.after(t, self.estimate(each.detach()))
         return {f"t{t}/loss": loss for t, loss in enumerate(losses.detach().unbind(), start=1)}
 
-    def block_loss(self, t: int, inputs: Any, rows: Tensor, step: Step, *, share: float) -> Tensor:
+    def block_loss(self, t: int, inputs: Any, rows: Tensor, step: Step, *, share: float, own: OwnStates | None = None) -> Tensor:
         """Return block t's term of Eq. 8 with a fresh ``z_{t-1} ~ q(z_{t-1}|y)``, for targets as ``rows`` (N, m).
 
-        ``inputs`` is what the block sees of them, and ``share`` the probability of t in the expectation.
+        ``inputs`` is what the block sees of them, ``share`` the probability of t in the expectation, and ``own`` the states of earlier
+        passes, which it gets in place of a draw, and to which its estimate is added.
         """
         u, block = self.embed(rows), cast(DenoisingBlock, self.network.blocks[f"t{t}"])
-        z = self.state(t, u, step)
+        z = self.state(t, u, step) if own is None else own.before(t)
         with block.masks(step.generator_for, f"t{t}"):
-            logits = block(inputs, z)
-        return F.mse_loss(self.estimate(logits), u, reduction="sum") * self.weight(t, len(rows), share=share)
+            if own is not None and isinstance(block, PairedBlock):
+                outputs, foreign = block.crossed(inputs, z, own.halves(inputs))
+            else:
+                outputs = foreign = self.answer(t, block(inputs, self.shown(z)), z)
+        if own is not None:
+            own.after(t, self.estimate(foreign.detach()))
+        return self.distance(outputs, u, rows) * self.weight(t, len(rows), share=share)
+
+    def distance(self, outputs: Tensor, u: Tensor, rows: Tensor) -> Tensor:
+        """Return what a block's outputs (N, m) lack, summed over the batch: the estimate's squared error, or a cross-entropy."""
+        if self.config.loss == "squared":
+            return F.mse_loss(self.estimate(outputs), u, reduction="sum")
+        with full_precision(u.device):
+            logits = outputs.to(rows.dtype)
+            if self.spec.targets == "multilabel":
+                return F.binary_cross_entropy_with_logits(logits, rows, reduction="sum")
+            return F.cross_entropy(logits, rows, reduction="sum")
 
     def state(self, t: int, u: Tensor, step: Step) -> Tensor:
         """Return block t's state: a fresh draw of ``z_{t-1}`` for the embeddings ``u`` (N, d), or pure noise."""
         generator = step.generator_for(f"t{t}")
-        return self.schedule.noised(u, t - 1, generator) if self.config.state == "noised" else standard_normal(u, generator)
+        return standard_normal(u, generator) if self.config.state == "noise" else self.schedule.noised(u, t - 1, generator)
+
+    def shown(self, z: Tensor) -> Tensor:
+        """Return what a block is given of its states: nothing where what they say is added to its outputs."""
+        return torch.zeros_like(z) if self.config.state == "analytic" else z
+
+    def answer(self, t: int, outputs: Tensor, z: Tensor) -> Tensor:
+        """Return the logits (N, m) of block t, which knows ``z_{t-1}`` (N, d), from its outputs."""
+        if self.config.state != "analytic":
+            return outputs
+        return outputs + evidence(cast(ClassEmbedding, self.embed), z, self.schedule.share(t - 1))
 
     def weight(self, t: int, examples: int, *, share: float) -> float:
         """Return the weight of block t's summed squared error in the loss."""
@@ -200,7 +310,7 @@ class NoPropDT(ChainRule):
         return divergence if isinstance(self.embed, RealEmbedding) else cast(SoftmaxHead, self.head).loss(z, self.embed, rows) + divergence
 
     def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
-        """Return what the head says of the chain's end (Eq. 3), with noise or along the mean from ``z_0 = 0``.
+        """Return what the head says of the chain's end (Eq. 3), with noise or along the mean from ``z_0 = 0``, or another readout.
 
         Log-probabilities (N, m) of classes, logits of labels, or values of the target's shape.
         """
@@ -209,11 +319,38 @@ class NoPropDT(ChainRule):
     def read(self, features: Any, generator: torch.Generator) -> Tensor:
         """Predict from what the blocks see of the inputs."""
         noise = generator if self.config.inference == "sampled" else None
-        z = self.start(features, noise)
-        for t, block in self.denoisers():
-            seen = z if self.config.state == "noised" else self.start(features, generator)
-            z = self.advance(z, block(features, seen), t, noise)
-        return self.shaped(self.head(z, self.embed))
+        views = self.views(features)
+        if self.config.readout != "chain":
+            return self.shaped(self.judgements(views, noise).read(self.config.readout, self.embed))
+        return self.shaped(self.last(views, noise))
+
+    def views(self, features: Any) -> list[View]:
+        """Let each block compute of the inputs alone what all states need."""
+        return [View(t, block, block.features(features)) for t, block in self.denoisers()]
+
+    def met(self, z: Tensor, noise: torch.Generator | None) -> Tensor:
+        """Return the state that a block meets in inference: ``z`` (N, d), or one that says nothing, for blocks that are blind."""
+        return self.start(z, noise) if self.config.state == "noise" else z
+
+    def ask(self, view: View, z: Tensor) -> Tensor:
+        """Return the logits (N, m) of a block on ``z_{t-1}`` (N, d)."""
+        return self.answer(view.t, view.block.judge(view.features, self.shown(z)), z)
+
+    def last(self, views: Sequence[View], noise: torch.Generator | None) -> Tensor:
+        """Return what the head says of the chain's end (Eq. 3); its mean path without a generator."""
+        z = self.start(views[0].features, noise)
+        for view in views:
+            z = self.advance(z, self.ask(view, self.met(z, noise)), view.t, noise)
+        return self.head(z, self.embed)  # type: ignore[no-any-return]
+
+    def judgements(self, views: Sequence[View], noise: torch.Generator | None) -> Judgements:
+        """Ask each block alone, without a state (0, or noise), and along the path."""
+        alone, path, states = [], [], [self.start(views[0].features, noise)]
+        for view in views:
+            alone.append(view.block.judge(view.features, self.start(states[0], noise)))
+            path.append(self.ask(view, self.met(states[-1], noise)))
+            states.append(self.advance(states[-1], path[-1], view.t, noise))
+        return Judgements(alone, path, states)
 
     @torch.no_grad()
     def sample(self, inputs: Any, draws: int, generator: torch.Generator) -> Tensor:
@@ -221,15 +358,8 @@ class NoPropDT(ChainRule):
 
         What the blocks compute of the inputs alone is computed once. Call it in eval mode.
         """
-        seen = self.view(inputs)
-        views = [(t, block, block.features(seen)) for t, block in self.denoisers()]
-        chains = []
-        for _ in range(draws):
-            z = self.start(seen, generator)
-            for t, block, features in views:
-                blind = z if self.config.state == "noised" else self.start(seen, generator)
-                z = self.advance(z, block.judge(features, blind), t, generator)
-            chains.append(self.shaped(self.head(z, self.embed)))
+        views = self.views(self.view(inputs))
+        chains = [self.shaped(self.last(views, generator)) for _ in range(draws)]
         return torch.stack(chains)
 
     def advance(self, z: Tensor, outputs: Tensor, t: int, noise: torch.Generator | None) -> Tensor:
@@ -265,7 +395,7 @@ class NoPropDT(ChainRule):
             seen = self.view(self.spec.normalise(move(raw, generator.device), self.network.dtype))
             u = self.embed(self.rows(Batch(seen, targets.to(generator.device))))
             for t, block in self.denoisers():
-                z = self.schedule.noised(u, t - 1, generator) if self.config.state == "noised" else standard_normal(u, generator)
+                z = standard_normal(u, generator) if self.config.state == "noise" else self.schedule.noised(u, t - 1, generator)
                 error = self.estimate(block(seen, z)) - u
                 with full_precision(u.device):
                     sums[t] += error.T @ error
@@ -273,18 +403,41 @@ class NoPropDT(ChainRule):
         return {f"t{t}/residual_variance": float(self.residuals[t].diagonal().mean()) for t, _ in self.denoisers()}
 
     def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the scores of each block alone on pure noise, of their mean, and of the other kind of inference.
+        """Return the scores of each block alone, of the readouts that do not predict, of the other kind of inference, and of a control.
 
-        A block alone gets ``z ~ N(0, I)``, which says nothing of the label. Input features are computed once per block.
+        A block alone gets a state that says nothing of the label: ``z = 0``, or noise where inference is sampled. In ``chain_swapped`` and
+        ``path_swapped`` each block gets the state of another example of the batch with the same predicted class: where that changes
+        nothing, states carry no more than the class.
         """
-        other, noise = ("deterministic", None) if self.config.inference == "sampled" else ("sampled", generator)
-        inputs = self.view(inputs)
-        z, scores = self.start(inputs, noise), dict[str, Tensor]()
-        for t, block in self.denoisers():
-            features = block.features(inputs)
-            blind = self.start(inputs, generator)
-            scores[f"t{t}"] = self.embed.scores(block.judge(features, blind))
-            seen = z if self.config.state == "noised" else blind
-            z = self.advance(z, block.judge(features, seen), t, noise)
-        mean = self.embed.mean(torch.stack(list(scores.values())))
-        return {name: self.shaped(each) for name, each in {**scores, "mean": mean, other: self.head(z, self.embed)}.items()}
+        config, sampled = self.config, self.config.inference == "sampled"
+        views = self.views(self.view(inputs))
+        found = self.judgements(views, generator if sampled else None)
+        scores = {f"t{view.t}": self.embed.scores(outputs) for view, outputs in zip(views, found.alone, strict=True)}
+        scores |= {name: found.read(name, self.embed) for name in self.readouts()}
+        scores["chain"] = self.head(found.states[-1], self.embed)
+        if self.spec.targets in ("classes", "soft") and config.state != "noise":
+            scores |= self.swapped(views, found, scores["chain"])
+        if config.state not in OWN:
+            scores["deterministic" if sampled else "sampled"] = self.last(views, None if sampled else generator)
+        return {name: self.shaped(each) for name, each in scores.items() if name != config.readout}
+
+    def readouts(self) -> tuple[Readout, ...]:
+        """Name the readouts but the chain that these targets have."""
+        return ("mean", "path") if isinstance(self.head, RealHead) else ("mean", "path", "product")
+
+    def swapped(self, views: Sequence[View], found: Judgements, scores: Tensor) -> dict[str, Tensor]:
+        """Return the predictions of chain and path when each block gets the state of another example of its predicted class."""
+        other = another_of_its_class(scores)
+        states = [z[other] for z in found.states[:-1]]
+        path = [self.ask(view, z) for view, z in zip(views, states, strict=True)]
+        end = self.advance(states[-1], path[-1], views[-1].t, None)
+        return {"chain_swapped": self.head(end, self.embed), "path_swapped": replace(found, path=path).read("path", self.embed)}
+
+
+@dataclass(frozen=True)
+class View:
+    """A block t with what it computes of the inputs alone."""
+
+    t: int
+    block: DenoisingBlock
+    features: Tensor

@@ -92,6 +92,11 @@ class NoiseSchedule(nn.Module):
         self._signal: list[float] = abar.sqrt().tolist()
         self._noise: list[float] = (1 - abar).sqrt().tolist()
         self._gain: list[float] = [0.0, *snr.diff().tolist()]
+        self._share: list[float] = abar.tolist()
+
+    def share(self, t: int) -> float:
+        """Return ``abar_t`` as a number."""
+        return self._share[t]
 
     def gain(self, t: int) -> float:
         """Return ``SNR(t) - SNR(t-1)`` as a number."""
