@@ -171,7 +171,7 @@ class PairedBlock(DenoisingBlock):
         for member in self.singles():
             member.freeze_body()
 
-    def crossed(self, x: Any, z: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    def crossed(self, x: Any, z: Tensor, halves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the logits (N, m) of the member that learns from each example, and, without a graph, of the one that never does.
 
         A half of a single example is not normalised by its own statistics, but by the running ones.
@@ -179,18 +179,17 @@ class PairedBlock(DenoisingBlock):
         Args:
             x: inputs.
             z: (N, d) states.
-            second: (N,) whether the second member learns from the example.
+            halves: places in the batch of the examples from which each member learns.
         """
-        parts = [(~second).nonzero().flatten(), second.nonzero().flatten()]
         learned, foreign = [], []
-        for member, other, part in zip(self.singles(), reversed(self.singles()), parts, strict=True):
+        for member, other, part in zip(self.singles(), reversed(self.singles()), halves, strict=True):
             if len(part):
                 seen, state = select(x, part), z[part]
                 with evaluating(member) if len(part) < 2 else nullcontext():
                     learned.append(member(seen, state))
                 with torch.no_grad(), evaluating(other):
                     foreign.append(other(seen, state))
-        order = torch.cat(parts).argsort()
+        order = torch.cat(tuple(halves)).argsort()
         return torch.cat(learned)[order], torch.cat(foreign)[order]
 
 

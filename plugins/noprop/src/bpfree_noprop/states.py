@@ -42,7 +42,9 @@ def evidence(embed: ClassEmbedding, z: Tensor, share: float) -> Tensor:
         share: abar.
     """
     with full_precision(z.device):
-        return (share**0.5 * z @ embed.weight.T - share / 2 * embed.weight.pow(2).sum(1)) / (1 - share)
+        similar: Tensor = z if embed.fixed else z @ embed.weight.T
+        lengths = 1.0 if embed.fixed else embed.weight.pow(2).sum(1)
+        return (share**0.5 * similar - share / 2 * lengths) / (1 - share)
 
 
 class KeptPaths(nn.Module):
@@ -86,6 +88,7 @@ class OwnStates:
     def __init__(self, schedule: NoiseSchedule, kept: KeptPaths, indices: Tensor | None, start: Tensor) -> None:
         self._schedule, self._kept, self._last = schedule, kept, start
         self._indices = indices if len(kept.states) else None
+        self._halves: tuple[Tensor, Tensor] | None = None
         self._known = None if self._indices is None else torch.cat([start.unsqueeze(1), kept.states[self._indices]], 1)
 
     @property
@@ -97,12 +100,18 @@ class OwnStates:
         """Return ``z_{t-1}`` (N, d)."""
         return self._last if self._known is None else self._known[:, t - 1]
 
-    def halves(self, inputs: Any) -> Tensor:
-        """Return (N,) to which half of the data an example belongs: by its position, or, where that is not known, by its bits."""
-        if self._indices is not None:
-            return self._indices % 2 == 1
-        bits = leaves(inputs)[0].detach().flatten(1).contiguous().view(torch.uint8)
-        return bits.sum(1) % 2 == 1
+    def halves(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Return the places in the batch of the examples of each half of the data; the device is waited for once a step.
+
+        Halves go by position, or, where that is not known, by the bits of the input.
+        """
+        if self._halves is None:
+            if self._indices is not None:
+                second = self._indices % 2 == 1
+            else:
+                second = leaves(inputs)[0].detach().flatten(1).contiguous().view(torch.uint8).sum(1) % 2 == 1
+            self._halves = (~second).nonzero().flatten(), second.nonzero().flatten()
+        return self._halves
 
     def all(self) -> Tensor:
         """Return ``z_0 ... z_{T-1}`` (T, N, d) of an earlier pass."""
