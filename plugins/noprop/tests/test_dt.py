@@ -251,18 +251,21 @@ def test_inference_is_stochastic_only_when_sampled(make_rule: MakeRule, batch: B
 
 
 @pytest.mark.parametrize(("inference", "other"), [("sampled", "deterministic"), ("deterministic", "sampled")])
-def test_alternatives_are_blocks_their_mean_and_the_other_chain(inference: str, other: str, make_rule: MakeRule, batch: Batch) -> None:
+def test_alternatives_are_blocks_readouts_and_the_other_chain(inference: str, other: str, make_rule: MakeRule, batch: Batch) -> None:
     # Oracle: each block called by itself with the same draws; predict of a rule with the other inference.
     rule = make_rule(inference=inference).eval()
-    scores = rule.alternatives(batch.inputs, torch.Generator(batch.inputs.device).manual_seed(5))
-    assert list(scores) == ["t1", "t2", "t3", "mean", other]
+    generator = torch.Generator(batch.inputs.device).manual_seed(5)
+    with torch.no_grad():
+        scores = rule.alternatives(batch.inputs, torch.Generator(batch.inputs.device).manual_seed(5))
+    assert list(scores) == ["t1", "t2", "t3", "mean", "path", "product", "chain_swapped", "path_swapped", other]
     alone = [scores[f"t{t}"].exp() for t in (1, 2, 3)]
     torch.testing.assert_close(scores["mean"].exp(), sum(alone) / 3)
+    z = torch.zeros(16, 4, device=batch.inputs.device)
     if other == "deterministic":
-        twin = make_rule(inference="deterministic")
-        torch.testing.assert_close(scores[other], predictions(twin, batch.inputs))
-        generator = torch.Generator(batch.inputs.device).manual_seed(5)
+        torch.testing.assert_close(scores[other], predictions(make_rule(inference=other), batch.inputs))
+        torch.randn(16, 4, generator=generator, device=batch.inputs.device)  # z_0 of the chain
         z = torch.randn(16, 4, generator=generator, device=batch.inputs.device)
+    with torch.no_grad():
         torch.testing.assert_close(scores["t1"], rule.network.blocks["t1"](batch.inputs, z).log_softmax(1))
 
 

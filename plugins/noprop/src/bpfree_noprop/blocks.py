@@ -87,6 +87,10 @@ class LabelBlock(nn.Module):
         """Draw the block's dropout masks from the generator ``<name>/dropout`` inside, if it has any dropout."""
         return masks_from(generator_for(f"{name}/dropout"), self._dropouts) if self._dropouts else nullcontext()
 
+    def singles(self) -> Sequence[LabelBlock]:
+        """Return the block, or the two that it is a pair of."""
+        return [self]
+
     @abstractmethod
     def blind(self, x: Tensor) -> Tensor:
         """Return the activities (N, H) before the last linear map for an input alone: the state is z = 0."""
@@ -114,10 +118,6 @@ class DenoisingBlock(LabelBlock):
 
     def __init__(self, stem: nn.Module, label: nn.Module, fuse: nn.Module, out: nn.Linear, state_dim: int) -> None:
         super().__init__(state_dim, stem=stem, label=label, fuse=fuse, out=out)
-
-    def singles(self) -> list[DenoisingBlock]:
-        """Return the block, or the two that it is a pair of."""
-        return [self]
 
     def features(self, x: Tensor) -> Tensor:
         """Return (N, F): what the block computes from the input alone."""

@@ -44,7 +44,8 @@ def evidence(embed: ClassEmbedding, z: Tensor, share: float) -> Tensor:
     with full_precision(z.device):
         similar: Tensor = z if embed.fixed else z @ embed.weight.T
         lengths = 1.0 if embed.fixed else embed.weight.pow(2).sum(1)
-        return (share**0.5 * similar - share / 2 * lengths) / (1 - share)
+        found: Tensor = (share**0.5 * similar - share / 2 * lengths) / (1 - share)
+        return found
 
 
 class KeptPaths(nn.Module):

@@ -27,7 +27,7 @@ from bpfree.network.network import Network, evaluating
 from bpfree.options import option
 from bpfree.tasks.task import TaskSpec
 from bpfree.tasks.trees import leaves
-from bpfree_noprop.blocks import DenoisingBlock, DenoisingConfig, check_sizes, dense, paired
+from bpfree_noprop.blocks import DenoisingBlock, DenoisingConfig, LabelBlock, check_sizes, dense, paired
 from bpfree_noprop.dropout import KeyedDropout, keyed, masks_from
 from bpfree_noprop.embeddings import target_size
 from bpfree_noprop.stem_sources import RUN, Made, called, headless, of_network, of_run, untold
@@ -161,7 +161,7 @@ class StemNetwork(Network):
     def plan(self) -> str:
         """Say in plain text what the blocks see the input through, what they share, and what that means for locality."""
         if self.stem is None:
-            singles = [single for block in self.blocks.values() for single in cast(DenoisingBlock, block).singles()]
+            singles = [single for block in self.blocks.values() for single in cast(LabelBlock, block).singles()]
             stems = [cast(nn.Sequential, single.stem)[0] for single in singles]
             kinds = list(dict.fromkeys(cast(Stem, stem).what for stem in stems))
             state = "keep their weights" if all(cast(Stem, stem).frozen for stem in stems) else "learn with their blocks"
