@@ -250,19 +250,20 @@ def test_inference_is_stochastic_only_when_sampled(make_rule: MakeRule, batch: B
     assert (sampled.draws, mean.draws) == (5, 1)
 
 
-@pytest.mark.parametrize(("inference", "other"), [("sampled", "deterministic"), ("deterministic", "sampled")])
-def test_alternatives_are_blocks_readouts_and_the_other_chain(inference: str, other: str, make_rule: MakeRule, batch: Batch) -> None:
+@pytest.mark.parametrize("inference", ["deterministic", "sampled", "class-sampled"])
+def test_alternatives_are_blocks_readouts_and_the_other_chains(inference: str, make_rule: MakeRule, batch: Batch) -> None:
     # Oracle: each block called by itself with the same draws; predict of a rule with the other inference.
     rule = make_rule(inference=inference).eval()
     generator = torch.Generator(batch.inputs.device).manual_seed(5)
     with torch.no_grad():
         scores = rule.alternatives(batch.inputs, torch.Generator(batch.inputs.device).manual_seed(5))
-    assert list(scores) == ["t1", "t2", "t3", "mean", "path", "product", "chain_swapped", "path_swapped", other]
+    others = [kind for kind in ("deterministic", "sampled", "class-sampled") if kind != inference]
+    assert list(scores) == ["t1", "t2", "t3", "mean", "path", "product", "chain_swapped", "path_swapped", *others]
     alone = [scores[f"t{t}"].exp() for t in (1, 2, 3)]
     torch.testing.assert_close(scores["mean"].exp(), sum(alone) / 3)
     z = torch.zeros(16, 4, device=batch.inputs.device)
-    if other == "deterministic":
-        torch.testing.assert_close(scores[other], predictions(make_rule(inference=other), batch.inputs))
+    if inference != "deterministic":
+        torch.testing.assert_close(scores["deterministic"], predictions(make_rule(inference="deterministic"), batch.inputs))
         torch.randn(16, 4, generator=generator, device=batch.inputs.device)  # z_0 of the chain
         z = torch.randn(16, 4, generator=generator, device=batch.inputs.device)
     with torch.no_grad():

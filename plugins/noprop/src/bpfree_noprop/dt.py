@@ -6,8 +6,7 @@ Li, Teh, Pascanu: NoProp (arXiv 2503.24322), Eq. 3, 6, 8 and Algorithm 1.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -21,29 +20,38 @@ from bpfree.options import option
 from bpfree.rule import Card, Metrics, Traits
 from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.tasks.task import Examples, TaskSpec
-from bpfree.tasks.trees import move
 from bpfree_noprop.base import PAPER
 from bpfree_noprop.blocks import DenoisingBlock, PairedBlock
-from bpfree_noprop.chain import ChainConfig, ChainRule
-from bpfree_noprop.embeddings import ClassEmbedding, RealEmbedding, full_precision
-from bpfree_noprop.heads import RealHead, SoftmaxHead
-from bpfree_noprop.readouts import Judgements, Readout, another_of_its_class
-from bpfree_noprop.schedule import NoiseSchedule, prior_divergence, signal_shares, standard_normal
+from bpfree_noprop.chain import ChainConfig
+from bpfree_noprop.embeddings import RealEmbedding, full_precision
+from bpfree_noprop.heads import SoftmaxHead
+from bpfree_noprop.inference import DiscreteChain, Inference
+from bpfree_noprop.readouts import Readout
+from bpfree_noprop.schedule import prior_divergence, standard_normal
 from bpfree_noprop.stacked import Execution, Stack
-from bpfree_noprop.states import OWN, KeptPaths, OwnStates, State, evidence
+from bpfree_noprop.states import OWN, KeptPaths, OwnStates, State
 from bpfree_noprop.stems import StemNetwork, shared_stem
 
 __all__ = ["NoPropDT", "NoPropDTConfig"]
 
 TARGETS = ("classes", "soft", "multilabel", "real")
-CALIBRATED_AT_ONCE = 1000
-"""Validation examples whose residuals are measured at a time."""
 
 
 @dataclass
 class NoPropDTConfig(ChainConfig):
     """Options of NoProp in discrete time."""
 
+    inference: Inference = option(  # type: ignore[assignment]  # one more kind than of other chains
+        "deterministic",
+        "the chain's mean path from z_0 = 0, or (the paper) with its noise, or with a class drawn from each block's belief, not its mean",
+    )
+    early_exit: float | None = option(
+        None,
+        "of the mean path: an example's chain stops when its answer is settled, so that at most this much of the task's metric is lost on "
+        "validation, where it is measured after training; none: it never stops",
+        ge=0,
+        needs={"inference": ("deterministic",)},
+    )
     eta: float = option(0.1, "weight of the denoising loss; without effect under Adam unless the embedding is learned", gt=0)
     schedule: Literal["cosine", "cosine-interior", "linear"] = option("cosine", "how the label's share of the state grows with t")
     clip: float = option(1e-4, "the share stays within [clip, 1 - clip]", gt=0, lt=0.5)
@@ -75,7 +83,7 @@ class NoPropDTConfig(ChainConfig):
     )
 
 
-class NoPropDT(ChainRule):
+class NoPropDT(DiscreteChain):
     """Blocks share nothing but the class embedding and the head; neither activations nor gradients pass between them.
 
     The loss (Eq. 8, squared norm summed over d, batch mean) is ``E[-log p_out(y|z_T)] + KL(q(z_0|y) || N(0, I)) +
@@ -116,15 +124,9 @@ class NoPropDT(ChainRule):
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropDTConfig | None = None) -> None:
         super().__init__(network, spec, config)
-        self.schedule = NoiseSchedule(signal_shares(self.config.schedule, self.config.T, self.config.clip))
         self.execution = Execution(self.config.execution, [block for _, block in self.denoisers()])
         if self.config.state in OWN:
             self.kept = KeptPaths(self.config.T, self.embed.weight.shape[1])
-        if isinstance(self.head, RealHead):
-            d = self.embed.weight.shape[0]
-            self.head.signal = math.sqrt(float(self.schedule.abar[-1]))
-            self.residuals: Tensor
-            self.register_buffer("residuals", torch.zeros(self.config.T + 1, d, d))
 
     def check_options(self) -> None:
         """Refuse states, losses and readouts that these targets, or the other options, do not have.
@@ -137,7 +139,7 @@ class NoPropDT(ChainRule):
         if targets == "real" and (config.state in (*OWN, "analytic") or config.loss != "squared" or config.readout == "product"):
             what = "real targets have no states of one's own or in closed form, no cross-entropy and no product of probabilities"
             raise UsageError(what, where="rule.state, rule.loss, rule.readout", fix="leave them out")
-        if config.state in OWN and config.inference == "sampled":
+        if config.state in OWN and config.inference != "deterministic":
             what = f"blocks that learn on states of their own (rule.state={config.state}) have never met the noise of sampled steps"
             raise UsageError(what, where="rule.inference", fix="rule.inference=deterministic")
         if targets == "multilabel" and config.state == "analytic" and config.embedding != "one-hot":
@@ -288,16 +290,6 @@ class NoPropDT(ChainRule):
         generator = step.generator_for(f"t{t}")
         return standard_normal(u, generator) if self.config.state == "noise" else self.schedule.noised(u, t - 1, generator)
 
-    def shown(self, z: Tensor) -> Tensor:
-        """Return what a block is given of its states: nothing where what they say is added to its outputs."""
-        return torch.zeros_like(z) if self.config.state == "analytic" else z
-
-    def answer(self, t: int, outputs: Tensor, z: Tensor) -> Tensor:
-        """Return the logits (N, m) of block t, which knows ``z_{t-1}`` (N, d), from its outputs."""
-        if self.config.state != "analytic":
-            return outputs
-        return outputs + evidence(cast(ClassEmbedding, self.embed), z, self.schedule.share(t - 1))
-
     def weight(self, t: int, examples: int, *, share: float) -> float:
         """Return the weight of block t's summed squared error in the loss."""
         return share * self.config.T / 2 * self.config.eta * self.schedule.gain(t) / examples
@@ -308,136 +300,3 @@ class NoPropDT(ChainRule):
         z = self.schedule.noised(u, self.config.T, step.generator_for("head"))
         divergence = prior_divergence(u, self.schedule.abar[0])
         return divergence if isinstance(self.embed, RealEmbedding) else cast(SoftmaxHead, self.head).loss(z, self.embed, rows) + divergence
-
-    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
-        """Return what the head says of the chain's end (Eq. 3), with noise or along the mean from ``z_0 = 0``, or another readout.
-
-        Log-probabilities (N, m) of classes, logits of labels, or values of the target's shape.
-        """
-        return self.read(self.view(inputs), generator)
-
-    def read(self, features: Any, generator: torch.Generator) -> Tensor:
-        """Predict from what the blocks see of the inputs."""
-        noise = generator if self.config.inference == "sampled" else None
-        views = self.views(features)
-        if self.config.readout != "chain":
-            return self.shaped(self.judgements(views, noise).read(self.config.readout, self.embed))
-        return self.shaped(self.last(views, noise))
-
-    def views(self, features: Any) -> list[View]:
-        """Let each block compute of the inputs alone what all states need."""
-        return [View(t, block, block.features(features)) for t, block in self.denoisers()]
-
-    def met(self, z: Tensor, noise: torch.Generator | None) -> Tensor:
-        """Return the state that a block meets in inference: ``z`` (N, d), or one that says nothing, for blocks that are blind."""
-        return self.start(z, noise) if self.config.state == "noise" else z
-
-    def ask(self, view: View, z: Tensor) -> Tensor:
-        """Return the logits (N, m) of a block on ``z_{t-1}`` (N, d)."""
-        return self.answer(view.t, view.block.judge(view.features, self.shown(z)), z)
-
-    def last(self, views: Sequence[View], noise: torch.Generator | None) -> Tensor:
-        """Return what the head says of the chain's end (Eq. 3); its mean path without a generator."""
-        z = self.start(views[0].features, noise)
-        for view in views:
-            z = self.advance(z, self.ask(view, self.met(z, noise)), view.t, noise)
-        return self.head(z, self.embed)  # type: ignore[no-any-return]
-
-    def judgements(self, views: Sequence[View], noise: torch.Generator | None) -> Judgements:
-        """Ask each block alone, without a state (0, or noise), and along the path."""
-        alone, path, states = [], [], [self.start(views[0].features, noise)]
-        for view in views:
-            alone.append(view.block.judge(view.features, self.start(states[0], noise)))
-            path.append(self.ask(view, self.met(states[-1], noise)))
-            states.append(self.advance(states[-1], path[-1], view.t, noise))
-        return Judgements(alone, path, states)
-
-    @torch.no_grad()
-    def sample(self, inputs: Any, draws: int, generator: torch.Generator) -> Tensor:
-        """Draw from ``p(y|x)`` by sampled chains, whatever ``inference`` is: (draws, N, ...), of normalised inputs (``spec.normalise``).
-
-        What the blocks compute of the inputs alone is computed once. Call it in eval mode.
-        """
-        views = self.views(self.view(inputs))
-        chains = [self.shaped(self.last(views, generator)) for _ in range(draws)]
-        return torch.stack(chains)
-
-    def advance(self, z: Tensor, outputs: Tensor, t: int, noise: torch.Generator | None) -> Tensor:
-        """Return ``z_t`` from ``z_{t-1}`` (N, d) and the outputs of block t (Eq. 3); its mean without a generator."""
-        spread = self.residuals[t] if isinstance(self.head, RealHead) and self.config.step_noise == "residual" else None
-        with full_precision(z.device):
-            return self.schedule.advance(z, self.estimate(outputs), t, noise, spread)
-
-    def shaped(self, scores: Tensor) -> Tensor:
-        """Return scores (N, m) in the shape of the task's outputs."""
-        return scores.view(-1, *self.spec.output_size) if isinstance(self.head, RealHead) else scores
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether the residuals of the blocks are measured on the validation split: of real targets."""
-        return isinstance(self.head, RealHead)
-
-    def calibrate(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
-        """Measure each block's residual covariance ``V_t`` (d, d), out of sample, which the noise of a sampled step takes in.
-
-        Exact blocks have ``V_t = Cov(u | x, z_{t-1})``, so that ``N(a_t uhat + b_t z, c_t I + a_t^2 V_t)`` has the mean and covariance of
-        ``z_t`` given x and ``z_{t-1}``; without the second term each step leaves out what the block does not know.
-
-        Returns:
-            The mean variance of each block, of 1 for a target of which nothing is known.
-        """
-        if not self.calibrates or data.targets is None:
-            return {}
-        sums = torch.zeros_like(self.residuals)
-        for places in torch.arange(len(data)).split(CALIBRATED_AT_ONCE):
-            raw, targets = data.batch(places)
-            assert targets is not None
-            seen = self.view(self.spec.normalise(move(raw, generator.device), self.network.dtype))
-            u = self.embed(self.rows(Batch(seen, targets.to(generator.device))))
-            for t, block in self.denoisers():
-                z = standard_normal(u, generator) if self.config.state == "noise" else self.schedule.noised(u, t - 1, generator)
-                error = self.estimate(block(seen, z)) - u
-                with full_precision(u.device):
-                    sums[t] += error.T @ error
-        self.residuals.copy_(sums / len(data))
-        return {f"t{t}/residual_variance": float(self.residuals[t].diagonal().mean()) for t, _ in self.denoisers()}
-
-    def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the scores of each block alone, of the readouts that do not predict, of the other kind of inference, and of a control.
-
-        A block alone gets a state that says nothing of the label: ``z = 0``, or noise where inference is sampled. In ``chain_swapped`` and
-        ``path_swapped`` each block gets the state of another example of the batch with the same predicted class: where that changes
-        nothing, states carry no more than the class.
-        """
-        config, sampled = self.config, self.config.inference == "sampled"
-        views = self.views(self.view(inputs))
-        found = self.judgements(views, generator if sampled else None)
-        scores = {f"t{view.t}": self.embed.scores(outputs) for view, outputs in zip(views, found.alone, strict=True)}
-        scores |= {name: found.read(name, self.embed) for name in self.readouts()}
-        scores["chain"] = self.head(found.states[-1], self.embed)
-        if self.spec.targets in ("classes", "soft") and config.state != "noise":
-            scores |= self.swapped(views, found, scores["chain"])
-        if config.state not in OWN:
-            scores["deterministic" if sampled else "sampled"] = self.last(views, None if sampled else generator)
-        return {name: self.shaped(each) for name, each in scores.items() if name != config.readout}
-
-    def readouts(self) -> tuple[Readout, ...]:
-        """Name the readouts but the chain that these targets have."""
-        return ("mean", "path") if isinstance(self.head, RealHead) else ("mean", "path", "product")
-
-    def swapped(self, views: Sequence[View], found: Judgements, scores: Tensor) -> dict[str, Tensor]:
-        """Return the predictions of chain and path when each block gets the state of another example of its predicted class."""
-        other = another_of_its_class(scores)
-        states = [z[other] for z in found.states[:-1]]
-        path = [self.ask(view, z) for view, z in zip(views, states, strict=True)]
-        end = self.advance(states[-1], path[-1], views[-1].t, None)
-        return {"chain_swapped": self.head(end, self.embed), "path_swapped": replace(found, path=path).read("path", self.embed)}
-
-
-@dataclass(frozen=True)
-class View:
-    """A block t with what it computes of the inputs alone."""
-
-    t: int
-    block: DenoisingBlock
-    features: Tensor
