@@ -22,6 +22,7 @@ from bpfree_noprop.dt import NoPropDT, NoPropDTConfig
 from torch import Tensor
 
 import bpfree
+from bpfree.cli.output import print_table
 from bpfree.tasks.task import Examples, Task
 
 EPOCHS, BATCH, DRAWS, AT_ONCE = 2, 128, 5, 1000
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seeds.append({"seed": seed, **scores, "early_exit": stopping(rule, task.test, options.pairs), "result": result})
     for split in ("validation", "test"):
         print(f"{split}, % (each seed, mean)")
-        measure.print_table(["", *(f"seed {each['seed']}" for each in seeds), "mean"], table(seeds, split), right=range(1, len(seeds) + 2))
+        print_table(["", *(f"seed {each['seed']}" for each in seeds), "mean"], table(seeds, split), right=range(1, len(seeds) + 2))
     print("predict with early exit (ours) against the whole chain (bare), on test")
     measure.show_ratios({f"seed {each['seed']}, {name}": found for each in seeds for name, found in each["early_exit"].items()})
     benchmark.finish({"epochs": EPOCHS, "batch": BATCH, "draws": DRAWS, "seeds": seeds})

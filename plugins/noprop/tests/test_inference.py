@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bpfree_noprop.blocks import NETWORKS, DenoisingBlock
-from bpfree_noprop.calibration import TRIED
 from bpfree_noprop.dt import NoPropDT, NoPropDTConfig
+from bpfree_noprop.early_exit import TRIED
 from bpfree_noprop.modern import NETWORKS as MODERN
 from bpfree_noprop.stems import NETWORKS as STEMS
 from torch import Tensor, nn
@@ -175,6 +176,21 @@ def test_each_example_stops_when_its_answer_is_settled(embedding: str, sure: Mak
     assert torch.equal(rule.effort(inputs, generator)["blocks"], (first + 1).float())
 
 
+@pytest.mark.parametrize("readout", ["path", "mean", "product"])
+def test_other_readouts_stop_early_too(readout: str, sure: MakeRule, device: torch.device) -> None:
+    """Oracle: rules of the first t of the blocks with this readout, of which each example gets that of its number of blocks."""
+    rule = sure(readout=readout)
+    inputs = torch.randn(50, 1, 6, 6, generator=torch.Generator().manual_seed(3)).to(device)
+    found = rule.judgements(rule.views(inputs), None)
+    answers = [replace(found, alone=found.alone[:t], path=found.path[:t]).read(rule.config.readout, rule.embed) for t in range(1, 6)]
+    top = torch.stack(answers).exp().topk(2, dim=2).values
+    rule.exit_doubt.fill_(float((1 - top[:4, :, 0] + top[:4, :, 1]).quantile(0.3)))
+    blocks = rule.effort(inputs, torch.Generator(device))["blocks"]
+    assert blocks.unique().numel() > 1
+    wanted = torch.stack([answers[int(t) - 1][n] for n, t in enumerate(blocks)])
+    torch.testing.assert_close(rule.predict(inputs, torch.Generator(device)), wanted)
+
+
 def test_without_a_measured_doubt_the_whole_chain_answers(sure: MakeRule, batch: Batch) -> None:
     rule = sure()
     generator = torch.Generator(batch.inputs.device)
@@ -276,6 +292,15 @@ def test_the_folded_chain_is_the_chain(network: str, embedding: str) -> None:
     assert not any(isinstance(module, nn.BatchNorm1d) for module in double.modules())
 
 
+@pytest.mark.parametrize(
+    "options", [{"state": "analytic"}, {"state": "noise"}, {"state": "crossfit", "readout": "path"}, {"readout": "mean"}]
+)
+def test_the_folded_chain_of_other_states_and_readouts(options: dict[str, Any], make_rule: MakeRule, batch: Batch) -> None:
+    """Oracle: ``predict``."""
+    rule = trained_statistics(make_rule(**options))
+    torch.testing.assert_close(rule.folded()(batch.inputs), rule.predict(batch.inputs, torch.Generator(batch.inputs.device)))
+
+
 @pytest.mark.parametrize("targets", ["multilabel", "real"])
 def test_the_folded_chain_of_other_targets(targets: str) -> None:
     """Oracle: ``predict``."""
@@ -294,6 +319,15 @@ def test_the_folded_chain_is_one_graph(make_rule: MakeRule, batch: Batch) -> Non
     torch.testing.assert_close(program(x), wanted)
     compiled = torch.compile(rule.folded(), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), wanted)
+
+
+def test_a_program_of_an_early_exit_answers_the_same(sure: MakeRule) -> None:
+    """Oracle: ``predict``, which leaves out blocks where a program computes all of them for all examples."""
+    rule = sure().cpu()
+    inputs = torch.randn(100, 1, 6, 6, generator=torch.Generator().manual_seed(3))
+    rule.exit_doubt.fill_(float(settled(rule, inputs)[1][:4].quantile(0.3)))
+    program = torch.export.export(rule.folded(), (inputs[:5],), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    torch.testing.assert_close(program(inputs), rule.predict(inputs, torch.Generator()))
 
 
 @pytest.mark.parametrize("options", [{"inference": "sampled"}, {"inference": "class-sampled"}])

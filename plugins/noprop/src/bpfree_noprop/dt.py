@@ -23,9 +23,10 @@ from bpfree.tasks.task import Examples, TaskSpec
 from bpfree_noprop.base import PAPER
 from bpfree_noprop.blocks import DenoisingBlock, PairedBlock
 from bpfree_noprop.chain import ChainConfig
+from bpfree_noprop.early_exit import ExitingChain
 from bpfree_noprop.embeddings import RealEmbedding, full_precision
 from bpfree_noprop.heads import SoftmaxHead
-from bpfree_noprop.inference import DiscreteChain, Inference
+from bpfree_noprop.inference import Inference
 from bpfree_noprop.readouts import Readout
 from bpfree_noprop.schedule import prior_divergence, standard_normal
 from bpfree_noprop.stacked import Execution, Stack
@@ -83,7 +84,7 @@ class NoPropDTConfig(ChainConfig):
     )
 
 
-class NoPropDT(DiscreteChain):
+class NoPropDT(ExitingChain):
     """Blocks share nothing but the class embedding and the head; neither activations nor gradients pass between them.
 
     The loss (Eq. 8, squared norm summed over d, batch mean) is ``E[-log p_out(y|z_T)] + KL(q(z_0|y) || N(0, I)) +

@@ -1,4 +1,4 @@
-"""Prediction in discrete time: what each block makes of the input once, then the chain of states; early exit; calibration.
+"""Prediction in discrete time: what each block makes of the input once, then the chain of states.
 
 A chain is executed in one of three ways. ``deterministic`` follows the mean of Eq. 3 from ``z_0 = 0``. ``sampled`` draws its noise (the
 paper). ``class-sampled`` draws a class y from each block's belief, and ``z_t`` from ``q(z_t|z_{t-1}, y)``, where the paper puts the mean
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -20,9 +19,8 @@ from bpfree.errors import UsageError
 from bpfree.network.network import Network
 from bpfree.step import Batch
 from bpfree.tasks.task import Examples, TaskSpec
-from bpfree.tasks.trees import leaves, move, select
+from bpfree.tasks.trees import move
 from bpfree_noprop.blocks import DenoisingBlock
-from bpfree_noprop.calibration import NEVER, ExitTrials, operations_of
 from bpfree_noprop.chain import ChainRule
 from bpfree_noprop.embeddings import ClassEmbedding, full_precision
 from bpfree_noprop.folded import FoldedChain
@@ -31,7 +29,7 @@ from bpfree_noprop.readouts import Judgements, Readout, another_of_its_class
 from bpfree_noprop.schedule import NoiseSchedule, signal_shares, standard_normal
 from bpfree_noprop.states import OWN, evidence
 
-__all__ = ["DiscreteChain", "Inference"]
+__all__ = ["DiscreteChain", "Inference", "View"]
 
 Inference = Literal["deterministic", "sampled", "class-sampled"]
 ROWS = 2**14
@@ -45,43 +43,24 @@ class DiscreteChain(ChainRule):
 
     Attributes:
         residuals: (T+1, d, d), for real targets: the residual covariance ``V_t`` of each block, measured by :meth:`calibrate`.
-        exit_doubt: with ``early_exit``: the doubt up to which a chain stops, measured by :meth:`calibrate`.
     """
 
     schedule: NoiseSchedule
     residuals: Tensor
-    exit_doubt: Tensor
 
     def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
         self.schedule = NoiseSchedule(signal_shares(self.config.schedule, self.config.T, self.config.clip))
-        self._operations: list[float] | None = None
         if isinstance(self.head, RealHead):
             d = self.embed.weight.shape[0]
             self.head.signal = self.schedule.last_signal
             self.register_buffer("residuals", torch.zeros(self.config.T + 1, d, d))
-        if self.exits:
-            self.register_buffer("exit_doubt", torch.tensor(NEVER))
 
     def check_options(self) -> None:
         super().check_options()
         if self.spec.targets == "real" and self.config.inference == "class-sampled":
             fix = "rule.inference=sampled, whose steps draw what a block does not know"
             raise UsageError("real targets have no classes to draw", where="rule.inference=class-sampled", fix=fix)
-
-    @property
-    def exits(self) -> bool:
-        """Whether predictions stop early."""
-        return self.config.early_exit is not None and self.config.inference == "deterministic"
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *further: Any) -> None:
-        """Load weights also where the run had another ``early_exit``: it stops nowhere if none was measured."""
-        key = f"{prefix}exit_doubt"
-        if self.exits:
-            state_dict.setdefault(key, torch.full_like(self.exit_doubt, NEVER))
-        else:
-            state_dict.pop(key, None)
-        super()._load_from_state_dict(state_dict, prefix, *further)
 
     # --- the chain ------------------------------------------------------------------------------------------------------
 
@@ -94,8 +73,6 @@ class DiscreteChain(ChainRule):
 
     def read(self, features: Any, generator: torch.Generator) -> Tensor:
         """Predict from what the blocks see of the inputs."""
-        if self.exits:
-            return self.shaped(self.stopped(features)[0])
         views, noise = self.views(features), self.noise(generator)
         if self.config.readout != "chain":
             return self.shaped(self.judgements(views, noise).read(self.config.readout, self.embed))
@@ -190,110 +167,26 @@ class DiscreteChain(ChainRule):
             raise UsageError("only a chain without draws is one module", where=where, fix="load it with rule.inference=deterministic")
         return FoldedChain(self)
 
-    # --- early exit -----------------------------------------------------------------------------------------------------
-
-    def stopped(self, seen: Any) -> tuple[Tensor, Tensor]:
-        """Follow each example until its answer is settled; blocks look only at the examples that are left.
-
-        Returns:
-            The scores (N, m), as if the blocks left out said what the last one did; and the numbers of blocks (N,).
-        """
-        if torch.compiler.is_compiling():  # a program computes the same for all
-            return chosen(*self.settling(seen), self.exit_doubt)
-        T, way = self.config.T, Way(self.start(seen, None))
-        left = torch.arange(len(way.z), device=way.z.device)
-        blocks = torch.full_like(way.z[:, 0], T)
-        answers: Tensor | None = None
-        for t, block in self.denoisers():
-            way = self.settle(View(t, block, block.features(seen)), way)
-            answers = torch.empty_like(way.answer) if answers is None else answers
-            answers[left] = way.answer
-            going = (~(way.doubt <= self.exit_doubt)).nonzero().flatten()
-            if t == T or not going.shape[0]:
-                blocks[left] = float(t)
-                break
-            if going.shape[0] < left.shape[0]:
-                blocks[left] = float(t)
-                left, seen, way = left[going], select(seen, going), way.of(going)
-                blocks[left] = float(T)
-        assert answers is not None
-        return answers, blocks
-
-    def settling(self, seen: Any) -> tuple[Tensor, Tensor]:
-        """Return the answers (T, N, m) after each block, and the doubts about them (T, N); the last one is beyond doubt."""
-        way, answers, doubts = Way(self.start(seen, None)), [], []
-        for view in self.views(seen):
-            way = self.settle(view, way)
-            answers.append(way.answer)
-            doubts.append(way.doubt if view.t < self.config.T else torch.full_like(way.doubt, -torch.inf))
-        return torch.stack(answers), torch.stack(doubts)
-
-    def settle(self, view: View, way: Way) -> Way:
-        """Go one block further on the mean path: the state, and the answer if nothing follows but what this block said."""
-        readout, z = self.config.readout, way.z
-        if readout in ("mean", "product"):
-            said = view.block.judge(view.features, self.first(z, None))
-        else:
-            said = self.ask(view, self.met(z, None))
-            z = self.advance(z, said, view.t, None)
-        heard = (*way.heard, said) if readout != "chain" else (said,)
-        answer = opinion = Judgements(heard, heard, ()).read("mean" if readout == "chain" else readout, self.embed)
-        if readout == "chain":
-            with full_precision(z.device):
-                answer = self.head(self.schedule.finish(z, self.estimate(said), view.t), self.embed)
-        return Way(z, heard, answer, opinion, self.embed.doubt(opinion, way.opinion))
-
-    def effort(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return for each example the blocks of an early exit, and its floating-point operations."""
-        if not self.exits:
-            return {}
-        blocks = self.stopped(self.view(inputs))[1]
-        operations = torch.tensor(self.operations(inputs), device=blocks.device, dtype=torch.float64).cumsum(0)
-        return {"blocks": blocks, "operations": operations[blocks.long()]}
-
-    def operations(self, inputs: Any) -> list[float]:
-        """Count the floating-point operations for an example, from its shape: first what blocks share (stem, head), then each block's."""
-        if self._operations is None:
-            one = select(inputs, torch.zeros(1, dtype=torch.long, device=leaves(inputs)[0].device))
-            seen = self.view(one)
-            way = Way(self.start(seen, None))
-            rest = operations_of(lambda: (self.view(one), self.head(way.z, self.embed)))
-            blocks = [operations_of(partial(self._asked, t, block, seen, way.z)) for t, block in self.denoisers()]
-            self._operations = [rest, *blocks]
-        return self._operations
-
-    def _asked(self, t: int, block: DenoisingBlock, seen: Any, z: Tensor) -> Tensor:
-        return self.ask(View(t, block, block.features(seen)), z)
-
     # --- calibration ----------------------------------------------------------------------------------------------------
 
     @property
     def calibrates(self) -> bool:
-        """Whether anything is measured on the validation split: residuals of real targets, or when to stop."""
-        return isinstance(self.head, RealHead) or self.exits
+        """Whether anything is measured on the validation split: the residuals of blocks for real targets."""
+        return isinstance(self.head, RealHead)
 
     def calibrate(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
-        """Measure what blocks for real targets do not know, and the doubt up to which an early exit stops.
-
-        Returns:
-            The mean residual variance of each block, of 1 for a target of which nothing is known; and the scores, blocks and operations of
-            the whole chain and of the early exit.
-        """
-        found: dict[str, float] = {}
-        if data.targets is not None and isinstance(self.head, RealHead):
-            found |= self._measure_residuals(data, generator)
-        if data.targets is not None and self.exits:
-            found |= self._measure_exit(data, generator)
-        return found
-
-    def _measure_residuals(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
         """Measure each block's residual covariance ``V_t`` (d, d), out of sample, which the noise of a sampled step takes in.
 
         Exact blocks have ``V_t = Cov(u | x, z_{t-1})``, so that ``N(a_t uhat + b_t z, c_t I + a_t^2 V_t)`` has the mean and covariance of
         ``z_t`` given x and ``z_{t-1}``; without the second term each step leaves out what the block does not know.
+
+        Returns:
+            The mean variance of each block, of 1 for a target of which nothing is known.
         """
+        if data.targets is None or not isinstance(self.head, RealHead):
+            return {}
         sums = torch.zeros_like(self.residuals)
-        for batch in self._batches(data, generator.device):
+        for batch in self.batches(data, generator.device):
             seen, u = self.view(batch.inputs), self.embed(self.rows(batch))
             for t, block in self.denoisers():
                 z = standard_normal(u, generator) if self.config.state == "noise" else self.schedule.noised(u, t - 1, generator)
@@ -303,19 +196,8 @@ class DiscreteChain(ChainRule):
         self.residuals.copy_(sums / len(data))
         return {f"t{t}/residual_variance": float(self.residuals[t].diagonal().mean()) for t, _ in self.denoisers()}
 
-    def _measure_exit(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
-        trials = ExitTrials(self.spec, lambda inputs: self.predict(inputs, generator))
-        for batch in self._batches(data, generator.device):
-            answers, doubts = self.settling(self.view(batch.inputs))
-            costs = torch.tensor(self.operations(batch.inputs), dtype=torch.float64).cumsum(0)
-            for doubt in trials:
-                scores, blocks = chosen(answers, doubts, doubt)
-                trials.add(doubt, self.shaped(scores), batch, blocks, costs)
-        best = trials.within(float(self.config.early_exit))
-        self.exit_doubt.fill_(best)
-        return trials.told(best)
-
-    def _batches(self, data: Examples, device: torch.device) -> Iterator[Batch]:
+    def batches(self, data: Examples, device: torch.device) -> Iterator[Batch]:
+        """Yield what the network sees of raw examples, with their targets."""
         for places in torch.arange(len(data)).split(CALIBRATED_AT_ONCE):
             raw, targets = data.batch(places)
             assert targets is not None
@@ -328,20 +210,17 @@ class DiscreteChain(ChainRule):
 
         A block alone gets a state that says nothing of the label: ``z = 0``, or noise where inference is drawn. In ``chain_swapped`` and
         ``path_swapped`` each block gets the state of another example of the batch with the same predicted class: where that changes
-        nothing, states carry no more than the class. Beside an early exit, ``whole`` is the prediction by all blocks.
+        nothing, states carry no more than the class.
         """
         config, views = self.config, self.views(self.view(inputs))
         found = self.judgements(views, self.noise(generator))
         scores = {f"t{view.t}": self.embed.scores(outputs) for view, outputs in zip(views, found.alone, strict=True)}
         scores |= {name: found.read(name, self.embed) for name in self.readouts()}
         scores["chain"] = self.head(found.states[-1], self.embed)
-        own = scores[config.readout]
         if self.spec.targets in ("classes", "soft") and config.state != "noise":
             scores |= self.swapped(views, found, scores["chain"])
         if config.state not in OWN:
             scores |= {kind: self.last(views, self.noise(generator, kind)) for kind in self.kinds() if kind != config.inference}
-        if self.exits:
-            scores["whole"] = own
         return {name: self.shaped(each) for name, each in scores.items() if name != config.readout}
 
     def readouts(self) -> tuple[Readout, ...]:
@@ -376,34 +255,3 @@ class Noise:
 
     generator: torch.Generator
     classes: bool = False
-
-
-@dataclass(frozen=True)
-class Way:
-    """How far examples have come on the mean path.
-
-    Attributes:
-        z: (N, d) state.
-        heard: outputs (N, m) of the blocks so far that a readout but the chain's takes together.
-        answer: (N, m) scores, if nothing new follows.
-        opinion: (N, m) scores by which it is judged whether the answer is settled.
-        doubt: (N,) about it.
-    """
-
-    z: Tensor
-    heard: tuple[Tensor, ...] = ()
-    answer: Tensor = torch.empty(0)
-    opinion: Tensor | None = None
-    doubt: Tensor = torch.empty(0)
-
-    def of(self, places: Tensor) -> Way:
-        """Return that of some of the examples."""
-        opinion = None if self.opinion is None else self.opinion[places]
-        return Way(self.z[places], tuple(each[places] for each in self.heard), self.answer[places], opinion, self.doubt[places])
-
-
-def chosen(answers: Tensor, doubts: Tensor, limit: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Return the answer (N, m) after the first block whose doubt is within the limit, and the number of blocks (N,)."""
-    first = (doubts <= limit).to(answers.dtype).argmax(0)
-    index = first.view(1, -1, 1).expand(1, *answers.shape[1:])
-    return answers.gather(0, index).squeeze(0), (first + 1).to(answers.dtype)
