@@ -329,6 +329,7 @@ def test_network_follows_task_and_options() -> None:
         ("rule.embedding_dim=7", "rule.embedding_dim=7 does nothing with rule.embedding=one-hot: it is for rule.embedding=learned"),
         ("rule.sigma=0.5", "rule.sigma=0.5 does nothing with rule.head=softmax: it is for rule.head=radial"),
         ("rule.draws=9", "rule.draws=9 does nothing with rule.inference=deterministic"),
+        ("rule.early_exit=0.1 rule.inference=sampled", "rule.early_exit=0.1 does nothing with rule.inference=sampled"),
     ],
 )
 def test_an_option_that_another_makes_meaningless_is_refused(words: str, reason: str) -> None:
