@@ -447,6 +447,13 @@ class Rule(nn.Module, ABC):
         """Return further predictions to report besides ``predict``, by name (single blocks, ensembles): scores (N, C)."""
         return {}
 
+    def effort(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return what ``predict`` takes for each example where that differs: (N,) by name; means are reported as ``effort/<name>``.
+
+        Such as the blocks that are executed, where an early exit leaves out the rest. Asked for where alternatives are.
+        """
+        return {}
+
 
 interface_v1.install(Rule, Step)
 

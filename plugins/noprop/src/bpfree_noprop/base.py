@@ -116,7 +116,7 @@ class NoPropRule(Rule):
             UsageError: other blocks than the rule's, or another dimension of the noised label.
         """
         where = f"blocks: {', '.join(network.names)}"
-        if not all(type(block) is self.network_kind for block in network.blocks.values()):
+        if not all(isinstance(block, self.network_kind) for block in network.blocks.values()):
             raise self.misfit(where)
         found = cast(LabelBlock, next(iter(network.blocks.values()))).state_dim
         if found != d:
