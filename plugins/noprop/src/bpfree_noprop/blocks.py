@@ -281,8 +281,8 @@ def builder(
     return NetworkBuilder(build, options, summary)
 
 
-def check_inputs(spec: TaskSpec) -> None:
-    """Refuse inputs that the blocks' own stems do not take.
+def check_inputs(spec: TaskSpec, *, instead: str = "noprop") -> None:
+    """Refuse inputs that the blocks' own stems do not take; ``instead`` names the network whose stem may take them.
 
     Raises:
         UsageError: tokens, or several tensors.
@@ -291,7 +291,7 @@ def check_inputs(spec: TaskSpec) -> None:
         raise UsageError(
             "this network needs inputs that are one tensor of real numbers",
             where=f"task {spec.name}",
-            fix="use network=noprop with a stem that takes them: network.stem=FILE.py:NAME, or noprop_network(spec, stem) of bpfree_noprop",
+            fix=f"use network={instead} with a stem that takes them: network.stem=FILE.py:NAME, or a module in Python",
         )
 
 

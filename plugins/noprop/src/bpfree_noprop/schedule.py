@@ -128,17 +128,21 @@ class NoiseSchedule(nn.Module):
         mean = self.a[t] * uhat + self.b[t] * z
         if generator is None:
             return mean
-        noise = standard_normal(z, generator)
         if spread is None:
-            return mean + self.std[t] * noise
-        covariance = self.std[t] ** 2 * torch.eye(len(spread), device=z.device, dtype=z.dtype) + self.a[t] ** 2 * spread
-        factor: Tensor = torch.linalg.cholesky_ex(covariance).L
-        return mean + noise @ factor.T
+            return mean + self.std[t] * standard_normal(z, generator)
+        return mean + correlated(z, self.std[t] ** 2, self.a[t] ** 2 * spread, generator)
 
 
 def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
     """Draw independent N(0, 1) entries with the shape, type and device of ``like``."""
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+def correlated(like: Tensor, variance: Tensor | float, covariance: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw rows of ``N(0, variance I + covariance)`` with the shape, type and device of ``like`` (N, d); covariance (d, d)."""
+    whole = variance * torch.eye(len(covariance), device=like.device, dtype=like.dtype) + covariance
+    factor: Tensor = torch.linalg.cholesky_ex(whole).L
+    return standard_normal(like, generator) @ factor.T
 
 
 def prior_divergence(u: Tensor, abar: Tensor) -> Tensor:
