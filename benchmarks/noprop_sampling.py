@@ -1,6 +1,6 @@
 """What NoProp-DT's sampled chains draw, and what stopping early costs, on trained networks: ``noprop-cnn``, T = 10, two epochs of MNIST.
 
-Three questions, on validation (6,000 examples) and test, five draws of each chain.
+Three questions, on validation (a tenth of the training examples) and test, five draws of each chain. ``--task cifar10``: softer beliefs.
 
 - If the first block's beliefs ``p_1(y|x)`` were exact, a chain that draws classes (``class-sampled``) would be right as often as the mean
   probability of the true class. Is it?
@@ -121,9 +121,10 @@ def mean(seeds: Sequence[dict[str, Any]], split: str, name: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("noprop_sampling", __doc__, pairs=7)
     benchmark.parser.add_argument("--seeds", type=int, default=3, help="networks (default 3)")
+    benchmark.parser.add_argument("--task", choices=("mnist", "cifar10"), default="mnist")
     options = benchmark.start(arguments)
     spec = bpfree.TaskSpec("synthetic", (1, 28, 28), 10)
-    task = measure.synthetic_task(spec, train=256) if options.quick else bpfree.load_task("mnist")
+    task = measure.synthetic_task(spec, train=256) if options.quick else bpfree.load_task(options.task)
     assert task.validation is not None
     seeds = []
     for seed in range(1 if options.quick else options.seeds):
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_table(["", *(f"seed {each['seed']}" for each in seeds), "mean"], table(seeds, split), right=range(1, len(seeds) + 2))
     print("predict with early exit (ours) against the whole chain (bare), on test")
     measure.show_ratios({f"seed {each['seed']}, {name}": found for each in seeds for name, found in each["early_exit"].items()})
-    benchmark.finish({"epochs": EPOCHS, "batch": BATCH, "draws": DRAWS, "seeds": seeds})
+    benchmark.finish({"epochs": EPOCHS, "batch": BATCH, "draws": DRAWS, "seeds": seeds}, suffix=f"_{options.task}")
 
 
 if __name__ == "__main__":

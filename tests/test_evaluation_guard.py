@@ -193,3 +193,23 @@ def test_a_saved_rule_that_changes_its_spec_is_scored_by_the_tasks(workplace: Pa
         monkeypatch.setattr(DFA, method, changes)
     assert runner.run(settings, quiet=True).result["test/accuracy"] == honest.result["test/accuracy"] < 1
     assert scoring.score(honest.id, [])[1]["accuracy"] == known < 1
+
+
+class Laborious(Backprop):
+    """Says that an example takes as many steps as its first pixels are bright."""
+
+    def effort(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"steps": inputs.flatten(1)[:, :20].sum(1)}
+
+
+def test_what_predictions_take_is_a_mean_over_examples(digits: Task, device: torch.device) -> None:
+    """Oracle: the mean over the whole split at once, where the last batch is a smaller one; not asked for without alternatives."""
+    rule = rule_on(digits, Laborious)
+    evaluation = EvaluationConfig(batch_size=100)
+    run = Trainer(rule, digits, config_of(device, budget=ONE, evaluation=evaluation)).fit()
+    assert len(digits.test) % 100
+    inputs = digits.spec.normalise(digits.test.batch(torch.arange(len(digits.test)))[0]).flatten(1)[:, :20]
+    assert run.result["test/effort/steps"] == pytest.approx(float(inputs.sum(1).double().mean()), rel=1e-4)
+    assert "val/effort/steps" in run.history[-1]
+    bare = config_of(device, budget=ONE, evaluation=EvaluationConfig(alternatives=False))
+    assert not any("effort" in key for key in Trainer(rule_on(digits, Laborious), digits, bare).fit().result)
