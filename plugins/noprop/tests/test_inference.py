@@ -327,7 +327,9 @@ def test_a_program_of_an_early_exit_answers_the_same(sure: MakeRule) -> None:
     inputs = torch.randn(100, 1, 6, 6, generator=torch.Generator().manual_seed(3))
     rule.exit_doubt.fill_(float(settled(rule, inputs)[1][:4].quantile(0.3)))
     program = torch.export.export(rule.folded(), (inputs[:5],), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
-    torch.testing.assert_close(program(inputs), rule.predict(inputs, torch.Generator()))
+    wanted = rule.predict(inputs, torch.Generator())
+    torch.testing.assert_close(program(inputs), wanted)
+    torch.testing.assert_close(torch.compile(rule.folded(), fullgraph=True, backend="eager")(inputs), wanted)
 
 
 @pytest.mark.parametrize("options", [{"inference": "sampled"}, {"inference": "class-sampled"}])

@@ -79,7 +79,7 @@ class ExitingChain(DiscreteChain):
         """
         if torch.compiler.is_compiling():  # a program computes the same for all
             return chosen(*self.settling(seen), self.exit_doubt)
-        T, way = self.config.T, Way(self.start(seen, None))
+        T, way = self.config.T, Way.begin(self.start(seen, None))
         left = torch.arange(len(way.z), device=way.z.device)
         blocks = torch.full_like(way.z[:, 0], T)
         answers: Tensor | None = None
@@ -100,7 +100,7 @@ class ExitingChain(DiscreteChain):
 
     def settling(self, seen: Any) -> tuple[Tensor, Tensor]:
         """Return the answers (T, N, m) after each block, and the doubts about them (T, N); the last one is beyond doubt."""
-        way, answers, doubts = Way(self.start(seen, None)), [], []
+        way, answers, doubts = Way.begin(self.start(seen, None)), [], []
         for view in self.views(seen):
             way = self.settle(view, way)
             answers.append(way.answer)
@@ -135,9 +135,9 @@ class ExitingChain(DiscreteChain):
         if self._operations is None:
             one = select(inputs, torch.zeros(1, dtype=torch.long, device=leaves(inputs)[0].device))
             seen = self.view(one)
-            way = Way(self.start(seen, None))
-            rest = operations_of(lambda: (self.view(one), self.head(way.z, self.embed)))
-            blocks = [operations_of(partial(self._asked, t, block, seen, way.z)) for t, block in self.denoisers()]
+            z = self.start(seen, None)
+            rest = operations_of(lambda: (self.view(one), self.head(z, self.embed)))
+            blocks = [operations_of(partial(self._asked, t, block, seen, z)) for t, block in self.denoisers()]
             self._operations = [rest, *blocks]
         return self._operations
 
@@ -186,10 +186,15 @@ class Way:
     """
 
     z: Tensor
-    heard: tuple[Tensor, ...] = ()
-    answer: Tensor = torch.empty(0)
-    opinion: Tensor | None = None
-    doubt: Tensor = torch.empty(0)
+    heard: tuple[Tensor, ...]
+    answer: Tensor
+    opinion: Tensor | None
+    doubt: Tensor
+
+    @classmethod
+    def begin(cls, z: Tensor) -> Way:
+        """Start at ``z_0``, where nothing has been said."""
+        return cls(z, (), z, None, z[:, 0])
 
     def of(self, places: Tensor) -> Way:
         """Return that of some of the examples."""
