@@ -89,8 +89,8 @@ class Benchmark:
         """Return the command line without the paths of this machine."""
         words, skip = [], False
         for word in self._words:
-            path = word in ("--save", "--output", "--pcx")
-            if not path and not (skip and not word.startswith("-")) and not word.startswith(("--save=", "--output=", "--pcx=")):
+            path = word in ("--save", "--output", "--keep", "--pcx")
+            if not path and not (skip and not word.startswith("-")) and not word.startswith(("--save=", "--output=", "--keep=", "--pcx=")):
                 words.append(word)
             elif word.startswith("--pcx"):
                 words += ["--pcx", "PYTHON"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import measure
@@ -30,17 +31,24 @@ SINGLE = 64
 """Images that are predicted one by one for their time."""
 
 
-def trained(task: Task, seed: int, *, T: int, epochs: int) -> tuple[NoPropDT, dict[str, float]]:
-    """Train a network; returns the rule in eval mode, and the run's result."""
+def trained(task: Task, seed: int, *, T: int, epochs: int, kept: Path | None) -> tuple[NoPropDT, dict[str, float]]:
+    """Train a network, or load it from the file of an earlier call; returns the rule in eval mode, and the run's result."""
     torch.manual_seed(seed)
     config = NoPropDTConfig(T=T, early_exit=0.0)
     rule = NoPropDT(bpfree.build_network("noprop-cnn", task.spec, blocks=T), task.spec, config)
+    if kept is not None and kept.is_file():
+        content = torch.load(kept, weights_only=True)
+        rule.load_state_dict(content["weights"])
+        return rule.eval(), content["result"]
     settings = bpfree.TrainConfig(
         budget=bpfree.BudgetConfig(epochs=epochs), batch_size=BATCH, seed=seed, device="cpu", threads=1, select="last"
     )
     run = bpfree.Trainer(rule, task, settings).fit()
-    keys = ("train/", "calibration", "test/")
-    return rule.eval(), {key: value for key, value in run.result.items() if key.startswith(keys)}
+    result = {key: value for key, value in run.result.items() if key.startswith(("train/", "calibration", "test/"))}
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"weights": rule.state_dict(), "result": result}, kept)
+    return rule.eval(), result
 
 
 @torch.no_grad()
@@ -122,13 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("noprop_sampling", __doc__, pairs=7)
     benchmark.parser.add_argument("--seeds", type=int, default=3, help="networks (default 3)")
     benchmark.parser.add_argument("--task", choices=("mnist", "cifar10"), default="mnist")
+    benchmark.parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of trained networks, so that a run that was stopped goes on")
     options = benchmark.start(arguments)
     spec = bpfree.TaskSpec("synthetic", (1, 28, 28), 10)
     task = measure.synthetic_task(spec, train=256) if options.quick else bpfree.load_task(options.task)
     assert task.validation is not None
     seeds = []
     for seed in range(1 if options.quick else options.seeds):
-        rule, result = trained(task, seed, T=2 if options.quick else 10, epochs=1 if options.quick else EPOCHS)
+        kept = options.keep and options.keep / f"{options.task}-{seed}.pt"
+        rule, result = trained(task, seed, T=2 if options.quick else 10, epochs=1 if options.quick else EPOCHS, kept=kept)
         scores = {"validation": chains(rule, task.validation, seed), "test": chains(rule, task.test, seed)}
         seeds.append({"seed": seed, **scores, "early_exit": stopping(rule, task.test, options.pairs), "result": result})
     for split in ("validation", "test"):

@@ -106,6 +106,18 @@ def test_noprop_inference(smoke: Run) -> None:
 
 
 @pytest.mark.slow
+def test_noprop_sampling(smoke: Run) -> None:
+    """Shares are shares; exact blocks draw classes as often as their beliefs say, within the noise of five times 256 draws."""
+    (found,) = smoke("noprop_sampling", suffix="_mnist")["seeds"]
+    for split in ("validation", "test"):
+        assert all(0 <= value <= 1 for value in found[split].values())
+        drawn = found[split]["class-sampled, exact blocks with the beliefs of t1"]
+        assert abs(drawn - found[split]["t1: mean probability of the true class"]) < 5 * (0.1 * 0.9 / (5 * 256)) ** 0.5
+    assert found["result"]["test/effort/blocks"] <= 2
+    assert found["early_exit"]["batch"]["median_ratio"] > 0
+
+
+@pytest.mark.slow
 def test_noprop_memory(smoke: Run) -> None:
     found = smoke("noprop_memory")
     assert list(found["table_2"]) == ["mnist, CT"]
