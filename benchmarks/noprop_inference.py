@@ -4,8 +4,8 @@ The stems are what the blocks compute of the input alone, as the modules that th
 chain: the label's path, the joined layers, the mixing of states and the head.
 
 Also, each in pairs with ``predict``: the whole chain as one module without batch norms (``rule.folded()``), that module compiled by
-``torch.compile`` into one graph, and as a program of ``torch.export``; the same for single images, where calls cost more than numbers. And
-draws: ``rule.sample`` of 20 chains for each example against 20 sampled predictions, which compute the stems each time.
+``torch.compile`` into one graph, and as a program of ``torch.export`` or ONNX Runtime; the same for single images, where calls cost more
+than numbers. And draws: ``rule.sample`` of 20 chains for each example against 20 sampled predictions, which compute the stems each time.
 
 Random inputs of MNIST's shape; T = 10.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import measure
 import noprop_step
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TARGET = 1.15
 DRAWS = 20
@@ -53,7 +53,7 @@ def stems(rule: Any, inputs: Tensor) -> Callable[[], None]:
     return work
 
 
-def predicting(model: Callable[[Tensor], Tensor], inputs: Tensor) -> Callable[[], None]:
+def predicting(model: Callable[[Tensor], Any], inputs: Tensor) -> Callable[[], None]:
     """Return a prediction without gradients."""
 
     @torch.no_grad()
@@ -63,7 +63,23 @@ def predicting(model: Callable[[Tensor], Tensor], inputs: Tensor) -> Callable[[]
     return work
 
 
-def ways(rule: Any, inputs: Tensor) -> tuple[dict[str, Callable[[Tensor], Tensor]], float]:
+def by_onnx(module: nn.Module, inputs: Tensor) -> Callable[[Tensor], Any] | None:
+    """Return the module as a program of ONNX Runtime with as many threads as torch has; ``None`` where that is not installed."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError:
+        return None
+    made = torch.onnx.export(torch.export.export(module, (inputs,)), (), dynamo=True, verbose=False)
+    assert made is not None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    session = onnxruntime.InferenceSession(made.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x.numpy()})
+
+
+def ways(rule: Any, inputs: Tensor) -> tuple[dict[str, Callable[[Tensor], Any]], float]:
     """Return the other forms of ``predict``, and the seconds of the compilation."""
     whole = rule.folded()
     program = torch.export.export(whole, (inputs,)).module()
@@ -72,7 +88,9 @@ def ways(rule: Any, inputs: Tensor) -> tuple[dict[str, Callable[[Tensor], Tensor
     began = time.perf_counter()
     with torch.no_grad():
         compiled(inputs)
-    return {"folded": whole, "exported": program, "compiled": compiled}, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    onnx = by_onnx(whole, inputs) if inputs.device.type == "cpu" else None
+    return {"folded": whole, "exported": program, **({} if onnx is None else {"onnx": onnx}), "compiled": compiled}, seconds
 
 
 def measure_case(case: Case, device: torch.device, pairs: int, *, quick: bool) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_noprop_step(smoke: Run) -> None:
 @pytest.mark.slow  # it compiles
 def test_noprop_inference(smoke: Run) -> None:
     (case,) = smoke("noprop_inference")["cases"].values()
-    assert list(case["pairs"]) == ["predict", "folded", "exported", "compiled", "sample"]
+    assert [name for name in case["pairs"] if name != "onnx"] == ["predict", "folded", "exported", "compiled", "sample"]
     check_ratio(case["pairs"]["predict"])
     assert (case["T"], case["batch"]) == (10, 2)
     assert case["compile_seconds"] > 0
