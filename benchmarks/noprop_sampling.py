@@ -34,7 +34,7 @@ SINGLE = 64
 def trained(task: Task, seed: int, *, T: int, epochs: int, kept: Path | None) -> tuple[NoPropDT, dict[str, float]]:
     """Train a network, or load it from the file of an earlier call; returns the rule in eval mode, and the run's result."""
     torch.manual_seed(seed)
-    config = NoPropDTConfig(T=T, early_exit=0.0)
+    config = NoPropDTConfig(T=T, state="noised", readout="chain", early_exit=0.0)
     rule = NoPropDT(bpfree.build_network("noprop-cnn", task.spec, blocks=T), task.spec, config)
     if kept is not None and kept.is_file():
         content = torch.load(kept, weights_only=True)
