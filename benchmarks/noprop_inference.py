@@ -1,7 +1,8 @@
 """NoProp-DT's predictions against one pass through their stems. Target: at most 1.15 for ``noprop-cnn``, T = 10, batches of 128.
 
 The stems are what the blocks compute of the input alone, as the modules that they are, in eval mode and without gradients; the rest is the
-chain: the label's path, the joined layers, the mixing of states and the head.
+chain: the label's path, the joined layers, the mixing of states and the head. ``ensemble`` is a prediction by the product of what the
+blocks say alone.
 
 Also, each in pairs with ``predict``: the whole chain as one module without batch norms (``rule.folded()``), that module compiled by
 ``torch.compile`` into one graph, and as a program of ``torch.export`` or ONNX Runtime; the same for single images, where calls cost more
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import measure
@@ -108,7 +109,11 @@ def measure_case(case: Case, device: torch.device, pairs: int, *, quick: bool) -
         return measure.compared(measure.interleaved(one, two, pairs), target)
 
     own = predicting(lambda x: rule.predict(x, generator), inputs)
-    found = {"predict": paired(own, stems(rule, inputs), TARGET if case.target else None)}
+    target = TARGET if case.target else None
+    rule.config = replace(rule.config, readout="product")
+    ensemble = paired(own, stems(rule, inputs), target)
+    rule.config = replace(rule.config, state="noised", readout="chain")
+    found = {"predict": paired(own, stems(rule, inputs), target), "ensemble": ensemble}
     forms, seconds = ways(rule, inputs)
     found |= {name: paired(predicting(form, inputs), own) for name, form in forms.items()}
 

@@ -111,7 +111,7 @@ class ExitingChain(DiscreteChain):
         """Go one block further on the mean path: the state, and the answer if nothing follows but what this block said."""
         readout, z = self.config.readout, way.z
         if readout in ("mean", "product"):
-            said = view.block.judge(view.features, self.first(z, None))
+            said = self.alone(view, None)
         else:
             said = self.ask(view, self.met(z, None))
             z = self.advance(z, said, view.t, None)

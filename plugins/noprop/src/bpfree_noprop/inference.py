@@ -74,6 +74,9 @@ class DiscreteChain(ChainRule):
     def read(self, features: Any, generator: torch.Generator) -> Tensor:
         """Predict from what the blocks see of the inputs."""
         views, noise = self.views(features), self.noise(generator)
+        if self.config.readout in ("mean", "product") and noise is None:  # there is no path to follow
+            alone = [self.alone(view, None) for view in views]
+            return self.shaped(Judgements(alone, (), ()).read(self.config.readout, self.embed))
         if self.config.readout != "chain":
             return self.shaped(self.judgements(views, noise).read(self.config.readout, self.embed))
         return self.shaped(self.last(views, noise))
@@ -109,6 +112,10 @@ class DiscreteChain(ChainRule):
         """Return the logits (N, m) of a block on ``z_{t-1}`` (N, d)."""
         return self.answer(view.t, view.block.judge(view.features, self.shown(z)), z)
 
+    def alone(self, view: View, noise: Noise | None) -> Tensor:
+        """Return the logits (N, m) of a block without a state: for 0, or noise."""
+        return view.block.judge(view.features, self.first(view.features, noise))
+
     def last(self, views: Sequence[View], noise: Noise | None) -> Tensor:
         """Return what the head says of the chain's end (Eq. 3); its mean path without noise."""
         z = self.first(views[0].features, noise)
@@ -128,7 +135,7 @@ class DiscreteChain(ChainRule):
         """Ask each block alone, without a state (0, or noise), and along the path."""
         alone, path, states = [], [], [self.first(views[0].features, noise)]
         for view in views:
-            alone.append(view.block.judge(view.features, self.first(states[0], noise)))
+            alone.append(self.alone(view, noise))
             path.append(self.ask(view, self.met(states[-1], noise)))
             states.append(self.advance(states[-1], path[-1], view.t, noise))
         return Judgements(alone, path, states)
