@@ -43,7 +43,7 @@ class NoPropCTConfig(TimedConfig):
     )
     loss: Literal["squared", "cross-entropy"] = option(
         "squared",
-        "of the block: distance of its estimate from the embedding (the paper), or cross-entropy of its probabilities; the schedule's is Eq. 9",
+        "of the block: squared distance of its estimate from the embedding (the paper), or cross-entropy; the schedule's is Eq. 9's",
         needs={"times": ("information",)},
     )
     inference: Literal["deterministic", "flow", "sampled"] = option(

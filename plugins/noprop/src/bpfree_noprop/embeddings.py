@@ -20,7 +20,9 @@ ROWS_AT_ONCE = 512
 
 
 class ClassEmbedding(nn.Module):
-    """``W_Embed``: the fixed identity, or a learned matrix whose rows begin orthonormal, or if d < m of mean square 1, with orthogonal columns.
+    """``W_Embed``: the fixed identity, or a learned matrix with orthonormal rows at the start.
+
+    If d < m its columns are orthogonal, and its rows have mean square length 1, against which noise is measured.
 
     A set of labels Y is embedded as ``u_Y = sum_{k in Y} u_k``. That is linear, so the best estimate of it, ``E[u_Y | x, z]``, needs the
     probability of each label alone, though labels may depend on each other: what is known of the others is in z.
