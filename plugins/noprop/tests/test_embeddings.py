@@ -50,10 +50,11 @@ def test_a_class_without_examples_has_no_prototype(device: torch.device) -> None
 
 @pytest.mark.parametrize(("classes", "dim"), [(4, 20), (10, 3)])
 def test_learned_embedding_starts_orthogonal(classes: int, dim: int) -> None:
-    # Oracle: the smaller Gram matrix is the identity.
+    # Oracle: the smaller Gram matrix is the identity, times what makes rows of mean square 1 where there are fewer dimensions than classes.
     weight = ClassEmbedding(classes, dim, "learned").weight
     gram = weight @ weight.T if classes <= dim else weight.T @ weight
-    torch.testing.assert_close(gram, torch.eye(min(classes, dim)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(gram, torch.eye(min(classes, dim)) * max(1, classes / dim), atol=1e-5, rtol=0)
+    assert float(weight.detach().pow(2).sum(1).mean()) == pytest.approx(1, abs=1e-5)
 
 
 def test_one_hot_embedding_is_fixed_and_unsaved() -> None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from bpfree.errors import UsageError
 from bpfree.network.network import Network
 from bpfree.options import option
 from bpfree.rule import Card, Metrics
@@ -38,6 +40,11 @@ class NoPropCTConfig(TimedConfig):
         "information",
         "at which the block is trained: evenly over what there is to learn of the label, all with equal weight; the same times with the "
         "weights that make the loss that of Eq. 9; or (the paper) uniform in t, with Eq. 9's weights",
+    )
+    loss: Literal["squared", "cross-entropy"] = option(
+        "squared",
+        "of the block: squared distance of its estimate from the embedding (the paper), or cross-entropy; the schedule's is Eq. 9's",
+        needs={"times": ("information",)},
     )
     inference: Literal["deterministic", "flow", "sampled"] = option(
         "deterministic", "from z_0 = 0 or (flow) noise along the probability-flow equation, or (the paper) the diffusion with its noise"
@@ -95,6 +102,16 @@ class NoPropCT(MatchingRule):
         elif real:
             self.head.signal = float(torch.sigmoid(-self.noise.at_ends()[1]).sqrt())
 
+    def check_options(self) -> None:
+        """Refuse a cross-entropy of real targets.
+
+        Raises:
+            UsageError: names the option.
+        """
+        super().check_options()
+        if self.spec.targets == "real" and self.config.loss != "squared":
+            raise UsageError("real targets have no cross-entropy", where="rule.loss", fix="rule.loss=squared")
+
     def losses(self, batch: Batch, step: Step) -> Metrics:
         """Return the terms of Eq. 9 with one draw of time and noise per example."""
         return self.terms(batch, step)[0]
@@ -114,8 +131,12 @@ class NoPropCT(MatchingRule):
         weight, even = -slope * torch.exp(-gamma) / density, self.config.times == "information"
         seen = scaled(gamma, weight.detach()) if even else gamma
         z = noised(u, seen[:, None], step.generator_for("block"))
-        error = (self.estimate(self.logits(batch.inputs, z, t, step)) - u).pow(2).sum(1)
-        weighted = error + zero(weight) * error.detach() if even else weight * error
+        outputs = self.logits(batch.inputs, z, t, step)
+        error = (self.estimate(outputs) - u).pow(2).sum(1)
+        weighted = weight * error
+        if even:
+            missed = error if self.config.loss == "squared" else self.entropies(outputs, rows)
+            weighted = missed + zero(weight) * error.detach()
         losses = {"block/loss": self.config.eta / 2 * weighted.mean()}
         if not isinstance(self.head, RealHead):
             first, last = self.noise.at_ends()
@@ -123,6 +144,13 @@ class NoPropCT(MatchingRule):
             losses["head/loss"] = self.head_loss(end, rows)
             losses["noise/loss"] = prior_divergence(u, torch.sigmoid(-first))
         return losses, t, error
+
+    def entropies(self, outputs: Tensor, rows: Tensor) -> Tensor:
+        """Return the cross-entropies (N,) of what the block believes of classes, or of each label, for targets as ``rows`` (N, m)."""
+        logits = outputs.to(rows.dtype)
+        if self.spec.targets == "multilabel":
+            return F.binary_cross_entropy_with_logits(logits, rows, reduction="none").sum(1)
+        return F.cross_entropy(logits, rows, reduction="none")
 
     def drawn(self, u: Tensor, step: Step) -> tuple[Tensor, Tensor | float]:
         """Draw times (N,) for the examples' embeddings ``u`` (N, d), and return them with their densities."""

@@ -20,7 +20,9 @@ ROWS_AT_ONCE = 512
 
 
 class ClassEmbedding(nn.Module):
-    """``W_Embed``: the fixed identity, or a learned matrix with orthonormal rows (columns if d < m) at the start.
+    """``W_Embed``: the fixed identity, or a learned matrix with orthonormal rows at the start.
+
+    If d < m its columns are orthogonal, and its rows have mean square length 1, against which noise is measured.
 
     A set of labels Y is embedded as ``u_Y = sum_{k in Y} u_k``. That is linear, so the best estimate of it, ``E[u_Y | x, z]``, needs the
     probability of each label alone, though labels may depend on each other: what is known of the others is in z.
@@ -40,7 +42,8 @@ class ClassEmbedding(nn.Module):
         if self.fixed:
             self.register_buffer("weight", torch.eye(classes), persistent=False)
         else:
-            self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(classes, dim)))
+            rows = nn.init.orthogonal_(torch.empty(classes, dim))
+            self.weight = nn.Parameter(rows * max(1.0, classes / dim) ** 0.5)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Mix the embeddings: (N, m) class weights to (N, d); in full precision under autocast."""

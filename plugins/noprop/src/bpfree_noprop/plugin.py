@@ -8,7 +8,8 @@ from typing import Any
 from bpfree.hooks import hookimpl
 from bpfree.network.builders import NetworkBuilder
 from bpfree.rule import Rule
-from bpfree_noprop import blocks, modern, stems, timed, timed_stems
+from bpfree.run import Run
+from bpfree_noprop import blocks, modern, stems, timed, timed_stems, times_plot
 from bpfree_noprop.adjoint import NoPropAdjoint
 from bpfree_noprop.backprop import NoPropBackprop
 from bpfree_noprop.ct import NoPropCT
@@ -32,6 +33,20 @@ def bpfree_rules() -> dict[str, type[Rule]]:
 @hookimpl
 def bpfree_networks() -> dict[str, NetworkBuilder]:
     return {**blocks.NETWORKS, **modern.NETWORKS, **stems.NETWORKS, **timed.NETWORKS, **timed_stems.NETWORKS}
+
+
+@hookimpl
+def epoch_end(run: Run, rule: Rule) -> None:
+    """Keep the schedule of continuous time, and the times it learns at."""
+    if isinstance(rule, NoPropCT) and run.folder is not None:
+        run.artifacts[times_plot.FILE] = times_plot.keep(run.folder, run.epoch, rule)
+
+
+@hookimpl(tryfirst=True)
+def run_end(run: Run) -> None:
+    """Draw the times of the run."""
+    if run.folder is not None and (path := run.folder / times_plot.FILE).exists():
+        times_plot.add_plot(run, path)
 
 
 @hookimpl

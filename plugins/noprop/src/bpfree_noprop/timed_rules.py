@@ -54,7 +54,7 @@ class MatchingRule(TimedRule):
     Its configuration has ``inference``, one of ``kinds``; of these ``deterministic`` starts from 0, the others from noise.
     """
 
-    optimizer_of = always(OptimizerConfig("adam", lr=1e-3, weight_decay=1e-3))
+    optimizer_of = always(OptimizerConfig("adamw", lr=1e-3, weight_decay=1e-3))
     kinds: ClassVar[tuple[str, ...]]
     """The last of them draws from ``p(y|x)``."""
 
