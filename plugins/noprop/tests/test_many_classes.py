@@ -1,0 +1,152 @@
+"""A thousand classes and more, and classes that come in stages.
+
+Oracles: counted bytes, chance, runs without kept features, weights that do not move.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from bpfree_noprop import NoPropDT, NoPropDTConfig, noprop_network
+from bpfree_noprop.blocks import NETWORKS, DenoisingBlock, MLPConfig
+from torch import Tensor, nn
+
+import bpfree
+from bpfree.errors import UsageError
+from bpfree.options import OptimizerConfig
+from bpfree.step import Batch, Budget, Phase, Stage
+from bpfree.tasks.task import Split, Task, TaskSpec
+from bpfree.training.config import BudgetConfig, EvaluationConfig
+from bpfree.training.meters import StepMemory
+from bpfree.training.stepper import new_step
+
+CLASSES = 1200
+
+
+def many(T: int, spec: TaskSpec, width: int = 8) -> NoPropDT:
+    torch.manual_seed(0)
+    builder = NETWORKS["noprop-mlp"]
+    network = builder.build(spec, builder.Config(blocks=T, state_dim=16, width=width, depth=1))
+    return NoPropDT(network, spec, NoPropDTConfig(T=T, embedding="learned", embedding_dim=16))
+
+
+# --- a thousand classes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("updates", ["simultaneous", "sequential"])
+def test_memory_of_a_step_holds_no_scores_of_several_blocks(updates: str) -> None:
+    """Scores of a block are 128 x 1200 numbers, its parameters a tenth of that: a further block may cost its gradients, and no more."""
+    spec, batch = TaskSpec("many", (8,), CLASSES), Batch(torch.randn(128, 8), torch.arange(128) * 9)
+    found = {}
+    for T in (2, 8):
+        rule, memory = many(T, spec), StepMemory(torch.device("cpu"))
+        rule.config.updates = updates  # type: ignore[assignment]
+        phase = next(iter(rule.phases(Budget(epochs=1))))
+        step = new_step(rule)
+        step.phase = phase
+        rule.learn(batch, step)
+        with memory.watch():
+            rule.learn(batch, step)
+        found[T] = memory.step_bytes
+    scores, gradients = 4 * 128 * CLASSES, 4 * sum(p.numel() for p in rule.network.blocks["t1"].parameters())
+    assert gradients < 0.15 * scores
+    assert found[2] > scores  # those of one block are seen
+    assert (found[8] - found[2]) / 6 < (1.5 * gradients if updates == "simultaneous" else 0.02 * scores)
+
+
+def test_a_thousand_classes_are_learned() -> None:
+    """Each class is a point of 24 coordinates, examples are 0.3 away from it in each: nearest points are right in nearly all cases."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(CLASSES, 24, generator=generator)
+
+    def split(each: int) -> Split:
+        targets = torch.arange(CLASSES).repeat(each)
+        return Split(points[targets] + 0.3 * torch.randn(len(targets), 24, generator=generator), targets)
+
+    task = Task(TaskSpec("many", (24,), CLASSES), split(4), None, split(1))
+    rule = many(2, task.spec, width=128)
+    config = bpfree.TrainConfig(
+        budget=BudgetConfig(epochs=4), batch_size=128, device="cpu", optimizer=OptimizerConfig("adamw", lr=1e-2),
+        evaluation=EvaluationConfig(every=4),
+    )  # fmt: skip
+    assert bpfree.Trainer(rule, task, config).fit().result["test/accuracy"] > 20 / CLASSES
+
+
+# --- streams of classes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits() -> Task:
+    return bpfree.load_task("digits", subset=400)
+
+
+def streamed(rule: NoPropDT, task: Task, **memory: Any) -> dict[str, Any]:
+    stream = bpfree.class_stream(task, start=4, increment=3, memory=bpfree.Memory(**memory) if memory else None)
+    config = bpfree.TrainConfig(budget=BudgetConfig(epochs=2), batch_size=32, device="cpu")
+    return bpfree.Trainer(rule, stream, config).fit().result
+
+
+@pytest.mark.parametrize("updates", ["simultaneous", "sequential"])
+def test_classes_that_come_in_stages(updates: Any, digits: Task) -> None:
+    """Without a memory the last classes are known and the first forgotten, as of every rule that learns from what is there."""
+    network = NETWORKS["noprop-mlp"].build(digits.spec, None)
+    result = streamed(NoPropDT(network, digits.spec, NoPropDTConfig(updates=updates)), digits)
+    assert result["test/after_3/on_3/accuracy"] > 0.8
+    assert result["test/after_3/on_1/accuracy"] < 0.3
+
+
+def test_kept_features_in_a_stream_are_those_of_the_stage(digits: Task) -> None:
+    # Oracle: the same run with features computed for each batch.
+    results = []
+    for keep in (True, False):
+        torch.manual_seed(0)
+        network = noprop_network(digits.spec, nn.Flatten, blocks=2, width=16, shared=True, frozen=True, keep=keep)
+        rule = NoPropDT(network, digits.spec)
+        assert rule.keeps_features == keep
+        results.append(streamed(rule, digits, total=20, choose="herding"))
+    for key in ("test/after_3/on_1/accuracy", "test/after_2/on_2/accuracy", "test/forgetting/accuracy"):
+        assert results[0][key] == pytest.approx(results[1][key], abs=1e-6)
+
+
+def test_prototypes_of_classes_that_have_not_come_are_refused(digits: Task) -> None:
+    builder = NETWORKS["noprop-mlp"]
+    network = builder.build(digits.spec, builder.Config(state_dim=64, label="input"))
+    with pytest.raises(UsageError, match="class 4 has no training example"):
+        streamed(NoPropDT(network, digits.spec, NoPropDTConfig(embedding="prototype")), digits)
+
+
+class ByStage(NoPropDT):
+    """Each stage teaches two blocks of its own; those of earlier stages keep their weights, and later ones do not count yet."""
+
+    stage = 0
+
+    def start_stage(self, stage: Stage) -> None:
+        self.stage = stage.index
+
+    def phases(self, budget: Budget) -> Iterable[Phase]:
+        own = self.network.names[2 * self.stage : 2 * self.stage + 2]
+        return [Phase(f"stage {self.stage + 1}", epochs=budget.epochs, groups=(*own, "head"))]
+
+    def denoisers(self) -> Iterator[tuple[int, DenoisingBlock]]:
+        return itertools.islice(super().denoisers(), 2 * self.stage + 2)
+
+
+def test_blocks_can_be_added_and_frozen_by_stage(digits: Task) -> None:
+    # Oracle: which weights differ between the ends of the stages.
+    ends: list[dict[str, Tensor]] = []
+
+    class Watched(ByStage):
+        def start_stage(self, stage: Stage) -> None:
+            super().start_stage(stage)
+            ends.append({name: value.clone() for name, value in self.network.named_parameters()})
+
+    rule = Watched(NETWORKS["noprop-mlp"].build(digits.spec, MLPConfig(blocks=6)), digits.spec)
+    streamed(rule, digits)
+    ends.append(dict(rule.network.named_parameters()))
+    for stage, (before, after) in enumerate(itertools.pairwise(ends)):
+        moved = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+        assert moved == {f"t{2 * stage + 1}", f"t{2 * stage + 2}"}
