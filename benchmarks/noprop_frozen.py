@@ -74,35 +74,32 @@ def maps(body: nn.Module, spec: TaskSpec, images: Tensor) -> Iterator[tuple[slic
             yield part, body(x)
 
 
-def kept(path: Path, shape: Sequence[int], *, new: bool) -> Tensor:
-    """Map a file of half-precision numbers into memory."""
-    count = torch.Size(shape).numel()
-    if not new and path.stat().st_size != 2 * count:
-        raise SystemExit(f"{path.name} has another size than expected: delete it")
-    return torch.from_file(str(path), shared=new, size=count, dtype=torch.float16).view(*shape)
+def kept(path: Path, shape: Sequence[int]) -> Tensor:
+    """Map a file of half-precision numbers into memory; a new one is made of zeros."""
+    return torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=torch.float16).view(*shape)
 
 
 def features(body: nn.Module, task: Task, folder: Path) -> dict[str, Task]:
-    """Return the tasks of all places of the stem's maps (``published``) and of their means over a grid, with mirror images (others)."""
+    """Return the tasks of all places of the stem's maps (``published``) and of their means over a grid, with mirror images (``pooled``)."""
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
-    example = next(maps(body, task.spec, task.train.subset(torch.arange(1)).inputs))[1]
+    example = next(maps(body, task.spec, task.train.batch(torch.arange(1))[0]))[1][0]
     whole, pooled = {}, {}
     for name, split in splits.items():
         assert isinstance(split, Split)
-        sides = 2 if name == "train" else 1
-        done = folder / f"{name}.json"
-        new = not done.is_file()
-        large = kept(folder / f"{name}-maps", (len(split), example[0].numel()), new=new)
-        small = kept(folder / f"{name}-pooled", (sides * len(split), example.shape[1] * PLACES**2), new=new)
-        for side in range(sides if new else 0):
-            images = split.inputs.flip(3) if side else split.inputs
-            for part, found in maps(body, task.spec, images):
+        assert split.targets is not None
+        count, sides = len(split), 2 if name == "train" else 1
+        large = kept(folder / f"{name}-maps", (count, example.numel()))
+        small = kept(folder / f"{name}-pooled", (sides * count, len(example) * PLACES**2))
+        for side in range(sides):
+            done = folder / f"{name}-{side}.done"
+            if done.is_file():
+                continue
+            for part, found in maps(body, task.spec, split.inputs.flip(3) if side else split.inputs):
                 if not side:
                     large[part] = found.flatten(1)
-                rows = slice(side * len(split) + part.start, side * len(split) + part.start + len(found))
-                small[rows] = nn.functional.adaptive_avg_pool2d(found.float(), PLACES).flatten(1)
-        done.write_text("{}")
-        assert split.targets is not None
+                means = nn.functional.adaptive_avg_pool2d(found.float(), PLACES).flatten(1)
+                small[side * count + part.start :][: len(means)] = means
+            done.touch()
         whole[name], pooled[name] = Split(large, split.targets), Split(small, split.targets.repeat(sides))
     return {
         name: Task(TaskSpec("features", tuple(made["train"].inputs.shape[1:]), 10, scale=1.0), **made)
