@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+
+import bpfree
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -93,6 +96,25 @@ def test_noprop_step(smoke: Run) -> None:
         == ["grouped" in result for result in results.values()]
         == [False, False, True, True, False]
     )
+
+
+def test_noprop_streams(smoke: Run, load: Callable[[str], Any]) -> None:
+    """Also: each stage moves its own blocks alone."""
+    rows = smoke("noprop_streams")["rows"]
+    assert len(rows) == 9
+    assert all(-100 <= value[0] <= 100 for row in rows.values() for value in row.values())
+    script, task, weights = load("noprop_streams"), bpfree.load_task("digits"), list[dict[str, torch.Tensor]]()
+
+    class Watched(script.ByStage):  # type: ignore[misc, name-defined]
+        def start_stage(self, stage: bpfree.Stage) -> None:
+            super().start_stage(stage)
+            weights.append({name: value.clone() for name, value in self.network.named_parameters()})
+
+    rule = script.noprop(task, Watched)
+    script.scores(rule, task, 0, 0, 1)
+    weights.append(dict(rule.network.named_parameters()))
+    moved = [{name.split(".")[1] for name in old if not torch.equal(old[name], new[name])} for old, new in itertools.pairwise(weights)]
+    assert moved == [{"t1", "t2"}, {"t3", "t4"}, {"t5", "t6"}]
 
 
 @pytest.mark.slow  # it compiles

@@ -5,20 +5,18 @@ Oracles: counted bytes, chance, runs without kept features, weights that do not 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from bpfree_noprop import NoPropDT, NoPropDTConfig, noprop_network
-from bpfree_noprop.blocks import NETWORKS, DenoisingBlock, MLPConfig
-from torch import Tensor, nn
+from bpfree_noprop.blocks import NETWORKS, MLPConfig
+from torch import nn
 
 import bpfree
 from bpfree.errors import UsageError
 from bpfree.options import OptimizerConfig
-from bpfree.step import Batch, Budget, Phase, Stage
+from bpfree.step import Batch, Budget
 from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training.config import BudgetConfig, EvaluationConfig
 from bpfree.training.meters import StepMemory
@@ -117,36 +115,3 @@ def test_prototypes_of_classes_that_have_not_come_are_refused(digits: Task) -> N
     network = builder.build(digits.spec, builder.Config(state_dim=64, label="input"))
     with pytest.raises(UsageError, match="class 4 has no training example"):
         streamed(NoPropDT(network, digits.spec, NoPropDTConfig(embedding="prototype")), digits)
-
-
-class ByStage(NoPropDT):
-    """Each stage teaches two blocks of its own; those of earlier stages keep their weights, and later ones do not count yet."""
-
-    stage = 0
-
-    def start_stage(self, stage: Stage) -> None:
-        self.stage = stage.index
-
-    def phases(self, budget: Budget) -> Iterable[Phase]:
-        own = self.network.names[2 * self.stage : 2 * self.stage + 2]
-        return [Phase(f"stage {self.stage + 1}", epochs=budget.epochs, groups=(*own, "head"))]
-
-    def denoisers(self) -> Iterator[tuple[int, DenoisingBlock]]:
-        return itertools.islice(super().denoisers(), 2 * self.stage + 2)
-
-
-def test_blocks_can_be_added_and_frozen_by_stage(digits: Task) -> None:
-    # Oracle: which weights differ between the ends of the stages.
-    ends: list[dict[str, Tensor]] = []
-
-    class Watched(ByStage):
-        def start_stage(self, stage: Stage) -> None:
-            super().start_stage(stage)
-            ends.append({name: value.clone() for name, value in self.network.named_parameters()})
-
-    rule = Watched(NETWORKS["noprop-mlp"].build(digits.spec, MLPConfig(blocks=6)), digits.spec)
-    streamed(rule, digits)
-    ends.append(dict(rule.network.named_parameters()))
-    for stage, (before, after) in enumerate(itertools.pairwise(ends)):
-        moved = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
-        assert moved == {f"t{2 * stage + 1}", f"t{2 * stage + 2}"}
