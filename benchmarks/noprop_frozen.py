@@ -5,12 +5,12 @@ The stem is that of a run of SoftHebb on the same split, which may have been int
     bpfree train rule=softhebb task=cifar10 task.validation=0.1 budget.epochs=51
     python benchmarks/noprop_frozen.py --stem RUN --work FOLDER
 
-Features of all images, and of the training images' mirror images, are computed once (bf16 where the processor has units for it) and kept
-in FOLDER in half precision: the stem's maps of 1536 x 4 x 4, and their means over a grid of 2 x 2 places. On them learn
+Features of all images are computed once (in bf16) and kept in FOLDER in half precision: the stem's maps of 1536 x 4 x 4, and their means
+over a grid of 2 x 2 places. On these learn
 
 * ``noprop``: T blocks of ``noprop-dt``, as ``network.stem=run:RUN network.shared=true network.places=2 network.dropout=P`` makes them;
 * ``head``: one perceptron of as many parameters and two hidden layers, by back-propagation;
-* ``linear``: a linear readout, and ``published``: SoftHebb's own, on all places, without mirror images.
+* ``linear``: a linear readout; and ``published``: SoftHebb's own, on all places.
 
 ``noprop`` and ``head`` have the same budget, batches and schedule, and as many trials: rate and dropout that are best on the validation
 split with one seed are trained with three, and tested once. Each result is kept in FOLDER, so that a command that was stopped goes on.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,12 @@ HALVINGS = ScheduleConfig("milestones", milestones=[0.2, 0.35, 0.5, 0.6, 0.7, 0.
 
 
 @torch.no_grad()
-def maps(body: nn.Module, spec: TaskSpec, images: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the stem's maps (n, C, H, W) of raw images, in parts."""
-    for place in range(0, len(images), AT_ONCE):
-        part = slice(place, place + AT_ONCE)
-        x = spec.normalise(images[part]).contiguous(memory_format=torch.channels_last)
-        with autocast(x.device, "bf16"):
-            yield part, body(x)
+def maps(body: nn.Module, spec: TaskSpec, images: Tensor) -> Tensor:
+    """Return the stem's maps (N, C, H, W) of raw images."""
+    x = spec.normalise(images).contiguous(memory_format=torch.channels_last)
+    with autocast(x.device, "bf16"):
+        made: Tensor = body(x)
+    return made.float()
 
 
 def kept(path: Path, shape: Sequence[int]) -> Tensor:
@@ -80,27 +79,21 @@ def kept(path: Path, shape: Sequence[int]) -> Tensor:
 
 
 def features(body: nn.Module, task: Task, folder: Path) -> dict[str, Task]:
-    """Return the tasks of all places of the stem's maps (``published``) and of their means over a grid, with mirror images (``pooled``)."""
+    """Return the tasks of all places of the stem's maps (``published``) and of their means over a grid (``pooled``)."""
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
-    example = next(maps(body, task.spec, task.train.batch(torch.arange(1))[0]))[1][0]
+    example = maps(body, task.spec, task.train.batch(torch.arange(1))[0])[0]
     whole, pooled = {}, {}
     for name, split in splits.items():
         assert isinstance(split, Split)
-        assert split.targets is not None
-        count, sides = len(split), 2 if name == "train" else 1
-        large = kept(folder / f"{name}-maps", (count, example.numel()))
-        small = kept(folder / f"{name}-pooled", (sides * count, len(example) * PLACES**2))
-        for side in range(sides):
-            done = folder / f"{name}-{side}.done"
-            if done.is_file():
-                continue
-            for part, found in maps(body, task.spec, split.inputs.flip(3) if side else split.inputs):
-                if not side:
-                    large[part] = found.flatten(1)
-                means = nn.functional.adaptive_avg_pool2d(found.float(), PLACES).flatten(1)
-                small[side * count + part.start :][: len(means)] = means
-            done.touch()
-        whole[name], pooled[name] = Split(large, split.targets), Split(small, split.targets.repeat(sides))
+        large = kept(folder / f"{name}-maps", (len(split), example.numel()))
+        small = kept(folder / f"{name}-pooled", (len(split), len(example) * PLACES**2))
+        done = folder / f"{name}-done"
+        for place in range(int(done.read_text()) if done.is_file() else 0, len(split), AT_ONCE):
+            part = slice(place, place + AT_ONCE)
+            found = maps(body, task.spec, split.inputs[part])
+            large[part], small[part] = found.flatten(1), nn.functional.adaptive_avg_pool2d(found, PLACES).flatten(1)
+            done.write_text(str(part.stop))
+        whole[name], pooled[name] = Split(large, split.targets), Split(small, split.targets)
     return {
         name: Task(TaskSpec("features", tuple(made["train"].inputs.shape[1:]), 10, scale=1.0), **made)
         for name, made in (("published", whole), ("pooled", pooled))
@@ -195,7 +188,7 @@ def measured(row: str, task: Task, folder: Path, sizes: Sizes) -> dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("noprop_frozen", __doc__)
     benchmark.parser.add_argument("--stem", required=True, help="folder of a run of softhebb on CIFAR-10")
-    benchmark.parser.add_argument("--work", type=Path, required=True, help="folder for features (4.3 GB) and results")
+    benchmark.parser.add_argument("--work", type=Path, required=True, help="folder for features (3.7 GB) and results")
     benchmark.parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), help="measure only these")
     options = benchmark.start(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
