@@ -222,7 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for label, result in results.items():
         print(f"{label}: {result['learn_median_ms']:.2f} ms per step with the optimiser (T={result['T']})")
-    benchmark.finish({"bf16_units": bf16_units(benchmark.device), "cases": results})
+    suffix = f"_{options.network}" if options.network else ""
+    benchmark.finish({"bf16_units": bf16_units(benchmark.device), "cases": results}, suffix=suffix)
 
 
 if __name__ == "__main__":
