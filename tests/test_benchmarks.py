@@ -117,6 +117,25 @@ def test_noprop_streams(smoke: Run, load: Callable[[str], Any]) -> None:
     assert moved == [{"t1", "t2"}, {"t3", "t4"}, {"t5", "t6"}]
 
 
+def test_noprop_frozen(load: Callable[[str], Any], tmp_path: Path) -> None:
+    """Features are those of the stem, in half precision, also where the work was stopped; the two heads have as many parameters."""
+    script = load("noprop_frozen")
+    spec = bpfree.TaskSpec("cifar", (3, 8, 8), 10, scale=255.0)
+    task = load("measure").synthetic_task(spec, train=300, held=20)
+    body = torch.nn.Conv2d(3, 6, 5)
+    (tmp_path / "train-done").write_text("250")  # of which nothing was kept
+    made = script.features(body, task, tmp_path)
+    maps = body(spec.normalise(task.train.inputs))
+    assert made["published"].train.inputs.shape == (300, 6 * 4 * 4)
+    assert not made["published"].train.inputs[:250].any()
+    expected = {"published": maps.flatten(1), "pooled": maps.unflatten(3, (2, 2)).unflatten(2, (2, 2)).mean((3, 5)).flatten(1)}
+    for name, values in expected.items():
+        torch.testing.assert_close(made[name].train.inputs[250:].float(), values[250:], rtol=0.02, atol=0.02)
+    features = bpfree.TaskSpec("features", (6144,), 10)
+    chain, head = (script.count(script.MAKERS[row](features, 0.5, script.Sizes())) for row in ("chain", "head"))
+    assert head == pytest.approx(chain, rel=0.005)
+
+
 @pytest.mark.slow  # it compiles
 def test_noprop_inference(smoke: Run) -> None:
     (case,) = smoke("noprop_inference")["cases"].values()
