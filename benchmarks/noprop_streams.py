@@ -44,7 +44,7 @@ class ByStage(NoPropDT):
 
 def noprop(task: Task, kind: type[NoPropDT] = NoPropDT) -> Rule:
     T = EACH * STAGES
-    return kind(bpfree.build_network("noprop-mlp", task.spec, blocks=T), task.spec, NoPropDTConfig(T=T))
+    return kind(bpfree.build_network("noprop-mlp", task.spec, blocks=T), task.spec, NoPropDTConfig(T=T, state="noised"))
 
 
 def backprop(task: Task) -> Rule:
