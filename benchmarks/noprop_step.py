@@ -12,8 +12,10 @@ most 1/1.6 where the processor has bf16 units. Without them bf16 is emulated, an
 Of convolutional networks, the image paths (what comes before ``Flatten``) of all blocks at once, by grouped convolutions and by
 ``vmap``, against one after the other, forward and backward, without dropout. Neither pays on a CPU, so rules do not do it.
 
+Any model as the blocks' stems (``network=noprop``): torchvision's ResNet-18 in CIFAR form, a quarter of the width, T=4.
+
 Also reported: milliseconds of a whole step (``learn``, with the optimiser) of each network; for the paper's own block at
-T=10 and batch 128 that is the cost per step that the README quotes. Random inputs of digits' and MNIST's shapes.
+T=10 and batch 128 that is the cost per step that the README quotes. Random inputs of the tasks' shapes.
 """
 
 from __future__ import annotations
@@ -41,30 +43,36 @@ TARGET, BF16_TARGET = 1.05, 1 / 1.6
 
 @dataclass(frozen=True)
 class Case:
-    """A network at the sizes of a task; ``repeat`` steps make one measurement."""
+    """A network at the sizes of a task, with further settings; ``repeat`` steps make one measurement."""
 
     network: str
     task: str
     batch: int
     repeat: int
-    execution: str = "loop"
+    settings: tuple[str, ...] = ()
+    about: str = ""
 
     def __str__(self) -> str:
-        stacked = ", stacked" if self.execution == "stacked" else ""
-        return f"{self.network}, {self.task}, batch {self.batch}{stacked}"
+        return ", ".join(filter(None, [self.network, self.about, self.task, f"batch {self.batch}"]))
+
+    @property
+    def has_image_paths(self) -> bool:
+        """Whether the blocks' stems are chains of layers up to a ``Flatten``."""
+        return self.network in ("noprop-cnn", "noprop-paper")
 
 
 CASES = (
     Case("noprop-mlp", "digits", 64, 40),
-    Case("noprop-mlp", "digits", 64, 40, "stacked"),
+    Case("noprop-mlp", "digits", 64, 40, ("rule.execution=stacked",), "stacked"),
     Case("noprop-cnn", "mnist", 64, 4),
     Case("noprop-paper", "mnist", 128, 1),
+    Case("noprop", "cifar10", 128, 1, ("network.stem=torchvision:resnet18", "network.options={width: 0.25}", "rule.T=4"), "ResNet-18 / 4"),
 )
 
 
 def make(case: Case, device: torch.device, batch_size: int) -> tuple[Rule, Batch]:
-    """Build the rule with its default configuration (T=10), and a random batch."""
-    settings = ["rule=noprop-dt", f"task={case.task}", f"network={case.network}", f"rule.execution={case.execution}"]
+    """Build the rule with its default configuration (T=10) but for the case's settings, and a random batch."""
+    settings = ["rule=noprop-dt", "rule.execution=loop", f"task={case.task}", f"network={case.network}", *case.settings]
     recipe = resolve(parse_words(settings))
     spec = recipe.registry.get("tasks", case.task).spec(recipe.options["task"], None)
     generator = torch.Generator().manual_seed(0)
@@ -185,7 +193,7 @@ def measure_case(case: Case, device: torch.device, pairs: int, *, quick: bool) -
     measure.interleaved(half, ours, 1)
     target = BF16_TARGET if case.network == "noprop-paper" and bf16_units(device) else None
     result["bf16"] = measure.compared(measure.interleaved(half, ours, pairs), target)
-    if case.network != "noprop-mlp":
+    if case.has_image_paths:
         ways = {way: measure.timed(work, device, repeat=repeat) for way, work in image_paths(rule, batch).items()}
         for way in ("grouped", "mapped"):
             measure.interleaved(ways[way], ways["loop"], 1)
@@ -214,7 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for label, result in results.items():
         print(f"{label}: {result['learn_median_ms']:.2f} ms per step with the optimiser (T={result['T']})")
-    benchmark.finish({"bf16_units": bf16_units(benchmark.device), "cases": results})
+    suffix = f"_{options.network}" if options.network else ""
+    benchmark.finish({"bf16_units": bf16_units(benchmark.device), "cases": results}, suffix=suffix)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ BESIDE = {
     "forward_gradient_step": "a forward pass; directions: one by one",
     "hebbian_step": "a forward and a weight-gradient convolution",
     "noprop_step": "raw passes of the blocks",
+    "noprop_step_noprop": "raw passes of the blocks",
     "predictive_coding_step": "the case's step",
     "streamed": "a hand-written loop",
     "trainer_overhead": "a bare PyTorch loop",

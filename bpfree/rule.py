@@ -308,7 +308,7 @@ class Rule(nn.Module, ABC):
         """See the training split once before training, for data-dependent initialisation: fill, never create.
 
         Args:
-            data: the training split, raw; ``self.spec.normalise`` makes of it what the network sees.
+            data: the training split, raw, of a stream the first stage's part; ``self.spec.normalise`` makes of it what the network sees.
             generator: the rule's stream, on the run's device.
         """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+
+import bpfree
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -83,17 +86,54 @@ def test_noprop_step(smoke: Run) -> None:
     found = smoke("noprop_step")
     assert found["bf16_units"] in (True, False, None)
     results = found["cases"]
-    assert len(results) == 4
+    assert [result["T"] for result in results.values()] == [10, 10, 10, 10, 4]
     for result in results.values():
         check_ratio(result)
         assert result["bf16"]["median_ratio"] > 0
-        assert result["T"] == 10
         assert result["learn_median_ms"] > 0
     assert (
         ["mapped" in result for result in results.values()]
         == ["grouped" in result for result in results.values()]
-        == [False, False, True, True]
+        == [False, False, True, True, False]
     )
+
+
+def test_noprop_streams(smoke: Run, load: Callable[[str], Any]) -> None:
+    """Also: each stage moves its own blocks alone."""
+    rows = smoke("noprop_streams")["rows"]
+    assert len(rows) == 9
+    assert all(-100 <= value[0] <= 100 for row in rows.values() for value in row.values())
+    script, task, weights = load("noprop_streams"), bpfree.load_task("digits"), list[dict[str, torch.Tensor]]()
+
+    class Watched(script.ByStage):  # type: ignore[misc, name-defined]
+        def start_stage(self, stage: bpfree.Stage) -> None:
+            super().start_stage(stage)
+            weights.append({name: value.clone() for name, value in self.network.named_parameters()})
+
+    rule = script.noprop(task, Watched)
+    script.scores(rule, task, 0, 0, 1)
+    weights.append(dict(rule.network.named_parameters()))
+    moved = [{name.split(".")[1] for name in old if not torch.equal(old[name], new[name])} for old, new in itertools.pairwise(weights)]
+    assert moved == [{"t1", "t2"}, {"t3", "t4"}, {"t5", "t6"}]
+
+
+def test_noprop_frozen(load: Callable[[str], Any], tmp_path: Path) -> None:
+    """Features are those of the stem, in half precision, also where the work was stopped; the two heads have as many parameters."""
+    script = load("noprop_frozen")
+    spec = bpfree.TaskSpec("cifar", (3, 8, 8), 10, scale=255.0)
+    task = load("measure").synthetic_task(spec, train=300, held=20)
+    body = torch.nn.Conv2d(3, 6, 5)
+    (tmp_path / "train-done").write_text("250")  # of which nothing was kept
+    made = script.features(body, task, tmp_path)
+    maps = body(spec.normalise(task.train.inputs))
+    assert made["published"].train.inputs.shape == (300, 6 * 4 * 4)
+    assert not made["published"].train.inputs[:250].any()
+    expected = {"published": maps.flatten(1), "pooled": maps.unflatten(3, (2, 2)).unflatten(2, (2, 2)).mean((3, 5)).flatten(1)}
+    for name, values in expected.items():
+        torch.testing.assert_close(made[name].train.inputs[250:].float(), values[250:], rtol=0.02, atol=0.02)
+    features = bpfree.TaskSpec("features", (6144,), 10)
+    chain, head = (script.count(script.MAKERS[row](features, 0.5, script.Sizes())) for row in ("chain", "head"))
+    assert head == pytest.approx(chain, rel=0.005)
 
 
 @pytest.mark.slow  # it compiles

@@ -151,8 +151,12 @@ def test_stages_have_the_classes_and_examples_of_their_turn() -> None:
 
 def test_training_sees_the_examples_of_one_stage_at_a_time() -> None:
     seen: list[tuple[int, set[int]]] = []
+    prepared: list[Tensor | None] = []
 
     class Watching(Growing):
+        def prepare(self, data: bpfree.Examples, generator: torch.Generator) -> None:
+            prepared.append(data.targets)
+
         def credit(self, batch: Batch, step: Step) -> Metrics:
             assert step.stage is not None
             assert batch.targets is not None
@@ -162,6 +166,8 @@ def test_training_sees_the_examples_of_one_stage_at_a_time() -> None:
     task = stream()
     run = Trainer(Watching(network(), task.spec), task, config()).fit()
     assert [index for index, _ in seen] == sorted(index for index, _ in seen)
+    assert prepared[0] is not None
+    assert set(prepared[0].tolist()) == set(task.stages[0].classes)
     for index in range(3):
         assert set().union(*(labels for stage, labels in seen if stage == index)) == set(task.stages[index].classes)
     assert run.epoch == 6  # two passes over each of three stages

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from bpfree.errors import UsageError, unknown_name
@@ -31,6 +32,7 @@ class TorchvisionConfig:
     options: dict[str, Any] = option(factory=dict, help="arguments of the model's constructor, such as width_per_group")
     image_size: int = option(0, "side in pixels of the squares to which images are resized (0: not resized)", ge=0, le=4096)
     small_stem: bool = option(True, "ResNets on images below 64 pixels: begin with a 3x3 convolution of stride 1, without max-pooling")
+    width: float = option(1.0, "ResNets: factor on the channels of every layer (0.25: a quarter of the width)", gt=0)
 
 
 def torchvision_network(spec: TaskSpec, config: TorchvisionConfig | None = None) -> Network:
@@ -41,8 +43,8 @@ def torchvision_network(spec: TaskSpec, config: TorchvisionConfig | None = None)
     (vision transformers) are built for the task's.
 
     Raises:
-        UsageError: no images, an unknown model, arguments that it does not take, images of a size that it does not take, or a model
-            that cannot be split.
+        UsageError: no images, an unknown model, arguments that it does not take, images of a size that it does not take, a width for
+            another model than a ResNet, or a model that cannot be split.
     """
     from torchvision import models
 
@@ -53,6 +55,13 @@ def torchvision_network(spec: TaskSpec, config: TorchvisionConfig | None = None)
         raise unknown_name("model", config.model, known, where="network.model")
     usual, smallest = _sizes(models, config.model)
     model = _made(models, config, spec.outputs, sides, usual)
+    if config.width != 1:
+        if not isinstance(model, models.ResNet):
+            fix = "leave it out; network.options has what the model's own constructor takes, such as {width_mult: 0.25} of mobilenet_v2"
+            raise UsageError(f"only ResNets have a width, {config.model} has none", where=f"network.width={config.width:g}", fix=fix)
+        resize_channels(model, config.width)
+        if not all(parameter.numel() for parameter in model.parameters()):  # a group of ResNeXt's without a channel
+            raise UsageError(f"so narrow a {config.model} has layers without channels", where="network.width", fix="a larger width")
     if config.small_stem and isinstance(model, models.ResNet) and min(sides) < SMALL:
         use_small_stem(model)
     if channels == 1:
@@ -87,8 +96,39 @@ def _sizes(models: Any, name: str) -> tuple[int, int]:
         return 224, 0
 
 
+def resize_channels(model: Any, width: float) -> None:
+    """Make the layers of a ResNet again with ``width`` times their channels, at least one, initialised as torchvision does."""
+
+    def channels(usual: int) -> int:
+        return max(1, round(usual * width))
+
+    zero = [name for name, parameter in model.named_parameters() if name.endswith("weight") and not parameter.any()]
+    outputs = model.fc.out_features
+    model.inplanes, model.dilation = channels(64), 1
+    model.conv1 = nn.Conv2d(3, model.inplanes, 7, stride=2, padding=3, bias=False)
+    model.bn1 = model._norm_layer(model.inplanes)
+    for place, usual in enumerate((64, 128, 256, 512), start=1):
+        old = getattr(model, f"layer{place}")
+        strides = {part.stride[0] for part in old[0].modules() if isinstance(part, nn.Conv2d)}
+        dilates = place > 1 and strides == {1}  # in place of a stride
+        new = model._make_layer(type(old[0]), channels(usual), len(old), stride=1 if place == 1 else 2, dilate=dilates)
+        setattr(model, f"layer{place}", new)
+    model.fc = nn.Linear(model.inplanes, outputs)
+    for part in model.modules():
+        if isinstance(part, nn.Conv2d):
+            initialise(part)
+    with torch.no_grad():
+        for name in zero:
+            model.get_parameter(name).zero_()
+
+
+def initialise(convolution: nn.Conv2d) -> None:
+    """Draw a kernel as torchvision's ResNet does."""
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+
+
 def use_small_stem(model: Any) -> None:
     old = model.conv1
     model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's ResNet does
+    initialise(model.conv1)
     model.maxpool = nn.Identity()

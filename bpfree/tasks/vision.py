@@ -174,6 +174,16 @@ def _source(known: VisionSet, summary: str) -> DataSource:
 
 CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FINE = tuple(
+    """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar
+    cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl
+    hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
+    oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
+    rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank
+    telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split()  # noqa: SIM905 - a list would take a hundred lines
+)
 """Names of classes, in the order of their numbers, as the authors of the sets give them."""
 
 MNIST = _source(
@@ -208,7 +218,15 @@ CIFAR10 = _source(
 )
 CIFAR100 = _source(
     VisionSet(
-        TaskSpec("cifar100", (3, 32, 32), 100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762), scale=255.0),
+        TaskSpec(
+            "cifar100",
+            (3, 32, 32),
+            100,
+            mean=(0.5071, 0.4865, 0.4409),
+            std=(0.2673, 0.2564, 0.2762),
+            scale=255.0,
+            class_names=FINE,
+        ),
         "CIFAR100",
         "cifar-100-python",
         ("train", "test", "meta"),

@@ -268,8 +268,10 @@ class Session:
 
     def _prepare(self) -> None:
         if type(self._rule).prepare is not Rule.prepare:
-            before = Values(named_tensors(self._rule))
-            self.state.solve("prepare", self._setup.task.train, self.state.step.generator)  # the first process's is sent to all by a phase
+            before, task = Values(named_tensors(self._rule)), self._setup.task
+            first = task.stages[0].train if task.stages else None  # of a stream nothing is seen ahead
+            seen = task.train if first is None else task.train.subset(first)
+            self.state.solve("prepare", seen, self.state.step.generator)  # the first process's is sent to all by a phase
             self.state.learning.prepared(before)
 
     def _enter(self, phase: Phase) -> None:

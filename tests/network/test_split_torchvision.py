@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bpfree import TaskSpec, UsageError, split
-from bpfree.network.torchvision_models import TorchvisionConfig, torchvision_network
+from bpfree import TaskSpec, UsageError, build_network, split
+from bpfree.network.torchvision_models import TorchvisionConfig, resize_channels, torchvision_network
 from bpfree.plugins import installed_plugins
 
 models = pytest.importorskip("torchvision.models")
@@ -76,6 +77,38 @@ def test_small_images_get_the_small_stem() -> None:
     assert tuple(torchvision_network(spec, TorchvisionConfig(small_stem=False)).shapes["stem"]) == (64, 8, 8)
 
 
+def residual(inputs: int, outputs: int) -> int:
+    """Return the parameters of a basic block: two 3x3 convolutions with batch norms, and a projection where channels change."""
+    projection = inputs * outputs + 2 * outputs if inputs != outputs else 0
+    return 9 * outputs * (inputs + outputs) + 4 * outputs + projection
+
+
+def test_a_resnet_of_a_quarter_of_the_width() -> None:
+    network = build_network("torchvision:resnet18", TaskSpec("toy", (3, 32, 32), 7), width=0.25)
+    pairs = [(16, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)]
+    assert network.names == RESNET
+    assert tuple(network.shapes["stem"]) == (16, 32, 32)
+    counted = sum(p.numel() for p in network.parameters())
+    assert counted == 27 * 16 + 2 * 16 + sum(residual(*pair) for pair in pairs) + 128 * 7 + 7  # He et al. 2016, with these channels
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("resnet18", {"zero_init_residual": True}), ("resnext50_32x4d", {"replace_stride_with_dilation": [False, True, True]})],
+)
+def test_a_width_of_one_makes_torchvisions_own_layers(name: str, options: dict[str, Any]) -> None:
+    model = models.get_model(name, num_classes=5, **options)
+    again = copy.deepcopy(model)
+    resize_channels(again, 1.0)
+    assert repr(again) == repr(model)  # layers, channels, strides, dilations, groups
+    for (path, own), old in zip(again.named_parameters(), model.parameters(), strict=True):
+        if own.dim() > 1:  # drawn again, from torchvision's distribution
+            assert not torch.equal(own, old), path
+            torch.testing.assert_close(own.std(), old.std(), rtol=0.15, atol=0)
+        elif path != "fc.bias":
+            assert torch.equal(own, old), path
+
+
 def test_grey_images_are_seen_as_if_repeated_in_three_colours() -> None:
     torch.manual_seed(0)
     colour = torchvision_network(TaskSpec("toy", (3, 32, 32), 10), TorchvisionConfig("mobilenet_v2")).eval()
@@ -97,6 +130,8 @@ def test_options_and_cuts_reach_the_model() -> None:
     [
         ((3, 32, 32), TorchvisionConfig("resnet81"), "did you mean 'resnet18'"),
         ((3, 32, 32), TorchvisionConfig(options={"depth": 3}), "does not take these arguments"),
+        ((3, 32, 32), TorchvisionConfig("vgg11", width=0.5), "only ResNets have a width"),
+        ((3, 32, 32), TorchvisionConfig("resnext50_32x4d", width=0.03), "layers without channels"),
         ((3, 32, 32), TorchvisionConfig("densenet121", at=["features.denseblock1.denselayer2"]), "cannot cut before"),
         ((3, 8, 8), TorchvisionConfig("alexnet"), r"cannot take an input of shape \(3, 8, 8\)"),
         ((12,), TorchvisionConfig(), "images of 1 or 3 channels"),

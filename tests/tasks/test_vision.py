@@ -90,6 +90,17 @@ def test_cifar_batches_are_read_from_torchvisions_place(name: str, key: str, tmp
     assert test.targets.tolist() == labels
 
 
+def test_names_of_cifar100_are_numbered_as_its_authors_do() -> None:
+    """In alphabetical order; the first training images are known: a bull, a dinosaur, apples, a boy, a fish, a telephone, a train."""
+    names = vision.FINE
+    assert list(names) == sorted(set(names))
+    assert len(names) == 100
+    seen = [names[label] for label in FIRST_LABELS["cifar100"][:7]]
+    assert seen == ["cattle", "dinosaur", "apple", "boy", "aquarium_fish", "telephone", "train"]
+    if (meta := Path(os.environ.get("BPFREE_DATA", "unset")) / "cifar-100-python" / "meta").is_file():
+        assert pickle.loads(meta.read_bytes(), encoding="latin1")["fine_label_names"] == list(names)
+
+
 def test_cifar100_can_be_a_single_file_of_arrays(tmp_path: Path) -> None:
     images = tiny(4, 32, 32, 3)
     np.savez(tmp_path / "cifar100.npz", x_train=images, y_train=np.arange(4), x_test=images[:1], y_test=np.array([99]))

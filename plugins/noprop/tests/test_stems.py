@@ -133,6 +133,8 @@ def test_features_are_means_over_places_or_flat(spec: TaskSpec) -> None:
     assert Stem(nn.Linear(3, 9), "", sequence, pool="mean").size == 9
     resized = Stem(body, "", spec, pool="flatten", image_size=12)
     assert resized.size == 5 * 12 * 12
+    means = body(x).unflatten(3, (2, 3)).unflatten(2, (2, 3)).mean((3, 5))  # of 3 x 3 places
+    torch.testing.assert_close(Stem(body, "", spec, pool="flatten", places=2)(x), means.flatten(1))
 
 
 def test_each_block_has_a_stem_of_its_own(make: Make, batch: Batch) -> None:
@@ -183,6 +185,22 @@ def test_dropout_of_a_stem_is_keyed(make: Make, batch: Batch) -> None:
                 part.p = 0.0
         without = credited(rule, batch)
         assert any(not torch.equal(value, without[name]) for name, value in frozen_masks.items())
+
+
+def test_features_of_a_shared_stem_are_dropped_for_each_block_apart(make: Make, batch: Batch) -> None:
+    # Oracle: the two masks, drawn again from the blocks' own generators, on the features by hand; none in evaluation.
+    rule = make(lambda: nn.Flatten(), shared=True, frozen=True, dropout=0.5)
+    seen: dict[str, Tensor] = {}
+    for name, block in rule.network.blocks.items():
+        block.stem[1].register_forward_hook(lambda layer, args, output, name=name: seen.update({name: args[0].detach()}))
+    credited(rule, batch)
+    step, x = new_step(rule, seed=3), batch.inputs.flatten(1)
+    for name in rule.network.names:
+        kept = torch.empty_like(x).uniform_(generator=step.generator_for(f"{name}/dropout")) >= 0.5
+        torch.testing.assert_close(seen[name], 2 * kept * x)
+    assert not torch.equal(seen["t1"], seen["t2"])
+    predicted(rule, batch.inputs)
+    assert torch.equal(seen["t1"], x)
 
 
 def test_prototypes_go_through_a_stem_of_their_own(make: Make, spec: TaskSpec, batch: Batch) -> None:

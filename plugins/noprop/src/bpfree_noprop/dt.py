@@ -127,7 +127,7 @@ class NoPropDT(ExitingChain):
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropDTConfig | None = None) -> None:
         super().__init__(network, spec, config)
-        self.execution = Execution(self.config.execution, [block for _, block in self.denoisers()])
+        self.execution = Execution(self.config.execution, [cast(DenoisingBlock, block) for block in self.network.blocks.values()])
         if self.config.state in OWN:
             self.kept = KeptPaths(self.config.T, self.embed.weight.shape[1])
 

@@ -51,7 +51,14 @@ class ViewConfig:
     pool: Literal["auto", "mean", "flatten"] = option(
         "auto", "how a stem's output becomes a vector: means over places, or flat; auto: flat where a classifier was cut off"
     )
+    places: int = option(
+        0,
+        "side of the grid of places to which a stem's output (N, C, H, W) is averaged before it is flattened (0: as it is)",
+        ge=0,
+        unless={"pool": ("mean",)},
+    )
     image_size: int = option(0, "side in pixels of the squares to which stems resize their images (0: not resized)", ge=0, le=4096)
+    dropout: float = option(0.0, "of a stem's features, for each block apart", ge=0, lt=1)
     width: int = option(128, "units of the label's path, of what is read from the stem's features, and of the joined layers", ge=1)
     depth: int = option(1, "layers between the joined paths and the logits", ge=0)
 
@@ -77,6 +84,7 @@ class Stem(nn.Module):
         what: it is, in words.
         spec: of the task.
         pool: ``mean`` over places of (N, C, H, W) or (N, L, C), or ``flatten``.
+        places: side of the grid to which (N, C, H, W) is averaged before it is flattened; 0: it is not.
         image_size: to which images are resized first; 0: they are not.
         frozen: whether it keeps its weights and statistics, and is always in eval mode.
 
@@ -84,9 +92,11 @@ class Stem(nn.Module):
         UsageError: it does not take the task's inputs, or gives something else than a tensor.
     """
 
-    def __init__(self, body: nn.Module, what: str, spec: TaskSpec, *, pool: str, image_size: int = 0, frozen: bool = False) -> None:
+    def __init__(
+        self, body: nn.Module, what: str, spec: TaskSpec, *, pool: str, places: int = 0, image_size: int = 0, frozen: bool = False
+    ) -> None:
         super().__init__()
-        self.body, self.pool, self.image_size, self.frozen = keyed(body), pool, image_size, frozen
+        self.body, self.pool, self.places, self.image_size, self.frozen = keyed(body), pool, places, image_size, frozen
         self.size = self._fitted(what, spec)
         self.what = f"{what}, {self.size} features"
         self._dropouts = [part for part in self.modules() if isinstance(part, KeyedDropout)]
@@ -137,6 +147,8 @@ class Stem(nn.Module):
             raise TypeError(f"it returns {type(h).__name__}, not a tensor")
         if self.pool == "mean" and h.dim() in (3, 4):
             h = h.mean(1) if h.dim() == 3 else h.mean((2, 3))
+        elif self.places and h.dim() == 4:
+            h = F.adaptive_avg_pool2d(h, self.places)
         return h.flatten(1)
 
 
@@ -193,7 +205,9 @@ def noprop_network(
     keep: bool = True,
     options: dict[str, Any] | None = None,
     pool: Literal["auto", "mean", "flatten"] = "auto",
+    places: int = 0,
     image_size: int = 0,
+    dropout: float = 0.0,
     width: int = 128,
     depth: int = 1,
     state_dim: int | None = None,
@@ -208,7 +222,7 @@ def noprop_network(
             module, of which each block gets a copy with its weights; a name, as ``network.stem`` takes it; or a list, one for each block.
             A last linear layer with as many outputs as the task has is a classifier, and is left out.
         blocks: T; ``None``: as many as a list has, or 10.
-        shared, frozen, weights, keep, options, pool, image_size, width, depth, label, members: see :class:`StemConfig`.
+        shared, frozen, weights, keep, options, pool, places, image_size, dropout, width, depth, label, members: see :class:`StemConfig`.
         state_dim: d; ``None``: of one-hot classes or labels, or of real targets.
 
     Raises:
@@ -229,7 +243,9 @@ def noprop_network(
         frozen=frozen,
         keep=keep,
         pool=pool,
+        places=places,
         image_size=image_size,
+        dropout=dropout,
         width=width,
         depth=depth,
     )
@@ -296,7 +312,7 @@ def block(view: Stem, label: Callable[[], Stem] | None, spec: TaskSpec, config: 
     width = config.width
 
     def reading(stem: Stem, *before: nn.Module) -> nn.Sequential:
-        return nn.Sequential(*before, *dense(stem.size, width))
+        return nn.Sequential(*before, *masked(config.dropout), *dense(stem.size, width))
 
     path: nn.Module = nn.Sequential(*dense(d, width))
     if label is not None:
@@ -305,6 +321,11 @@ def block(view: Stem, label: Callable[[], Stem] | None, spec: TaskSpec, config: 
     sizes = [2 * width] + [width] * config.depth
     fuse = nn.Sequential(*(layer for pair in itertools.pairwise(sizes) for layer in dense(*pair)))
     return DenoisingBlock(reading(view) if shared else reading(view, view), path, fuse, nn.Linear(sizes[-1], target_size(spec)), d)
+
+
+def masked(dropout: float) -> list[nn.Module]:
+    """Build the dropout of a stem's features, if there is any."""
+    return [KeyedDropout(dropout)] if dropout else []
 
 
 class Maker:
@@ -337,7 +358,8 @@ class Maker:
             load_given(made.body, Path(config.weights).expanduser())
             what += f", weights from {Path(config.weights).name}"
         pool = config.pool if config.pool != "auto" else "flatten" if made.cut else "mean"
-        return Stem(made.body, what, self._spec, pool=pool, image_size=config.image_size, frozen=self._frozen)
+        sizes = {"places": config.places, "image_size": config.image_size}
+        return Stem(made.body, what, self._spec, pool=pool, frozen=self._frozen, **sizes)
 
     def _made(self) -> Made:
         source, spec, options = self._source, self._inner, self._config.options

@@ -11,7 +11,7 @@ from bpfree.network.builders import NetworkBuilder
 from bpfree.tasks.task import TaskSpec
 from bpfree_noprop.blocks import check_sizes
 from bpfree_noprop.embeddings import target_size
-from bpfree_noprop.stems import Maker, StemNetwork, ViewConfig
+from bpfree_noprop.stems import Maker, StemNetwork, ViewConfig, masked
 from bpfree_noprop.timed import TimedConfig, assemble, plain
 
 __all__ = ["NETWORKS", "TimedStemConfig"]
@@ -37,7 +37,7 @@ def build(spec: TaskSpec, config: TimedStemConfig | None = None) -> StemNetwork:
 
     def path(*before: nn.Module) -> nn.Sequential:
         stem = make()
-        return nn.Sequential(*before, stem, nn.BatchNorm1d(stem.size), *plain(stem.size, width))
+        return nn.Sequential(*before, stem, *masked(config.dropout), nn.BatchNorm1d(stem.size), *plain(stem.size, width))
 
     label = path(nn.Unflatten(1, spec.input_shape)) if config.label == "input" else nn.Sequential(*plain(d, width))
     block = assemble(path(), label, [width] * (config.depth + 1), width, target_size(spec), d)
