@@ -5,8 +5,8 @@ each block gets the state of another example of the same predicted class. The co
 
 - the chain of analytic states less that of states drawn from q(z|y), which have to be learned: the same within 0.3 points?
 - the chain less the mean of its own estimates along the path, of q(z|y);
-- the best of all that a chain computes, less the best ensemble of blind blocks, and less the better one of the large blocks, which have as
-  many operations. Which is best is chosen on validation, as a mean over seeds.
+- the best way in which states are used, less the best ensemble of blind blocks, and less the better large block, which has as many
+  operations. Which is best is chosen on validation, as a mean over seeds.
 
     bpfree study run noprop/chain-cifar10-short threads=1 device=cpu
     python benchmarks/noprop_chain.py noprop/chain-cifar10-short --save
@@ -15,7 +15,7 @@ each block gets the state of another example of the same predicted class. The co
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import measure
@@ -60,32 +60,31 @@ def scores_of(rows: Sequence[TableRow], split: str) -> dict[Way, dict[int, float
     return found
 
 
-def best(scores: Scores, ways: Sequence[Way]) -> Way:
-    """Return the way with the best mean over seeds."""
-    return max(ways, key=lambda way: statistics.fmean(scores[way].values()))
+def chosen(validation: Scores, *rows: str, leave: Sequence[str] = (), readouts: Sequence[str]) -> Way | None:
+    """Return the way that is best on validation, as a mean over seeds, of those whose rows begin so; ``None``: there are none."""
+    ways = [way for way in validation if way.row.startswith(tuple(rows)) and not way.row.startswith(tuple(leave))]
+    return max((way for way in ways if way.readout in readouts), key=lambda way: statistics.fmean(validation[way].values()), default=None)
 
 
-def chosen(validation: Scores) -> tuple[Way, Way, Way]:
-    """Choose on validation the best way in which states are used, the best ensemble of blind blocks, and the better large block."""
-    large = [way for way in validation if way.row.startswith(LARGE) and way.readout == "chain"]
-    blind = [way for way in validation if way.row.startswith(BLIND) and way.readout in ("mean", "product")]
-    others = [way for way in validation if not way.row.startswith((LARGE, BLIND)) and way.readout in ("chain", "path", "mean", "product")]
-    return best(validation, others), best(validation, blind), best(validation, large)
+def pairs(validation: Scores) -> Iterator[tuple[Way, Way]]:
+    """Yield the ways that are compared."""
+    yield Way(ANALYTIC, "chain"), Way(PAPER, "chain")
+    yield Way(PAPER, "chain"), Way(PAPER, "path")
+    variant = chosen(validation, "", leave=(LARGE, BLIND), readouts=READOUTS[:4])
+    for other in (chosen(validation, BLIND, readouts=("mean", "product")), chosen(validation, LARGE, readouts=("chain",))):
+        if variant and other:
+            yield variant, other
 
 
-def compared(scores: Scores, validation: Scores) -> dict[str, Difference]:
-    """Judge the comparisons as one family."""
-    variant, ensemble, large = chosen(validation)
-    pairs = [
-        (Way(ANALYTIC, "chain"), Way(PAPER, "chain")),
-        (Way(PAPER, "chain"), Way(PAPER, "path")),
-        (variant, ensemble),
-        (variant, large),
-    ]
+def compared(columns: Mapping[str, tuple[Scores, Scores]]) -> dict[str, Difference]:
+    """Judge the comparisons of all columns as one family; each has test and validation scores."""
     family: dict[object, tuple[object, Paired]] = {}
-    for ours, theirs in pairs:
-        seeds = sorted(scores[ours].keys() & scores[theirs].keys())
-        family[f"{ours} - {theirs}"] = ("", Paired([scores[ours][seed] - scores[theirs][seed] for seed in seeds]))
+    for column, (scores, validation) in columns.items():
+        for ours, theirs in pairs(validation):
+            seeds = sorted(scores.get(ours, {}).keys() & scores.get(theirs, {}).keys())
+            if seeds:
+                gains = [scores[ours][seed] - scores[theirs][seed] for seed in seeds]
+                family[f"{column}: {ours} - {theirs}".removeprefix(": ")] = (column, Paired(gains))
     return {str(name): difference for name, difference in judge(family).items()}
 
 
@@ -103,6 +102,23 @@ def recorded(found: Difference) -> dict[str, Any]:
     return {"gains": list(found.gains), "gain": found.gain, "interval_95": ends, "p": found.p, "p_holm": found.adjusted}
 
 
+def table(scores: Scores) -> tuple[list[str], list[list[str]]]:
+    """Return headers and lines: the mean over seeds of each row and readout."""
+    lines = []
+    for label in dict.fromkeys(way.row for way in scores):
+        means = {way.readout: statistics.fmean(found.values()) for way, found in scores.items() if way.row == label}
+        lines.append([label, *(f"{means[name]:.2f}" if name in means else "" for name in READOUTS)])
+    return ["test accuracy, %", *READOUTS], lines
+
+
+def by_row(scores: Scores) -> dict[str, dict[str, list[float]]]:
+    """Return the accuracies by row and readout, as a result file has them."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for way, values in scores.items():
+        found.setdefault(way.row, {})[way.readout] = [round(value, 3) for _, value in sorted(values.items())]
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("noprop_chain", __doc__)
     benchmark.parser.add_argument("study", help="name or file of the study, whose cells have been run")
@@ -111,25 +127,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = benchmark.start(arguments)
     words = [f"device={options.device}", f"threads={options.threads}", *options.set]
     rows = Worklist(plan(find_study(options.study), parse_words(words), seeds=options.seeds), older=True).table()
-    scores, validation = scores_of(rows, "test"), scores_of(rows, "val")
-    labels = list(dict.fromkeys(way.row for way in scores))
-    table = [
-        [label, *(f"{statistics.fmean(scores[way].values()):.2f}" if (way := Way(label, name)) in scores else "" for name in READOUTS)]
-        for label in labels
-    ]
-    print_table(["test accuracy, %", *READOUTS], table, right=range(1, len(READOUTS) + 1))
-    differences = compared(scores, validation)
+    columns = {}
+    for column in dict.fromkeys(row.column for row in rows):
+        part = [row for row in rows if row.column == column]
+        columns[column] = scores_of(part, "test"), scores_of(part, "val")
+        headers, lines = table(columns[column][0])
+        print_table(headers, lines, right=range(1, len(headers)))
+    differences = compared(columns)
     print_table(
         ["difference, points", "gain", "95 %", "seeds", "p (Holm)"], [told(*each) for each in differences.items()], right=range(1, 5)
     )
     benchmark.finish(
         {
             "unit": "accuracy in per cent, by seed",
-            "test": {label: {way.readout: list(scores[way].values()) for way in scores if way.row == label} for label in labels},
-            "validation": {label: {way.readout: list(validation[way].values()) for way in scores if way.row == label} for label in labels},
+            "columns": {name: {"test": by_row(test), "validation": by_row(held)} for name, (test, held) in columns.items()},
             "comparisons": {name: recorded(each) for name, each in differences.items()},
         },
-        suffix="" if options.study.endswith("chain-cifar10") else "_" + options.study.rpartition("-")[2],
+        suffix="_" + options.study.rpartition("/")[2].removeprefix("chain-").replace("-", "_"),
     )
 
 

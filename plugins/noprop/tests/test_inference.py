@@ -41,7 +41,7 @@ def exact_rule(T: int, embedding: str = "one-hot", *, targets: str = "classes", 
     Of several labels the logits are of each label alone, and embeddings must be orthonormal.
     """
     spec = TaskSpec("exact", (4,), 4, targets)  # type: ignore[arg-type]
-    config = NoPropDTConfig(T=T, embedding=embedding, embedding_dim=d, **options)  # type: ignore[arg-type]
+    config = NoPropDTConfig(T=T, state="noised", embedding=embedding, embedding_dim=d, **options)  # type: ignore[arg-type]
     if embedding == "prototype":
         d = 4
 

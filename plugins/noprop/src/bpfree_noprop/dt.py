@@ -27,15 +27,28 @@ from bpfree_noprop.early_exit import ExitingChain
 from bpfree_noprop.embeddings import RealEmbedding, full_precision
 from bpfree_noprop.heads import SoftmaxHead
 from bpfree_noprop.inference import Inference
-from bpfree_noprop.readouts import Readout
 from bpfree_noprop.schedule import prior_divergence, standard_normal
 from bpfree_noprop.stacked import Execution, Stack
-from bpfree_noprop.states import OWN, KeptPaths, OwnStates, State
+from bpfree_noprop.states import OWN, KeptPaths, OwnStates
 from bpfree_noprop.stems import StemNetwork, shared_stem
 
 __all__ = ["NoPropDT", "NoPropDTConfig"]
 
 TARGETS = ("classes", "soft", "multilabel", "real")
+STATES = {
+    "noised": "noised labels",
+    "noise": "no state but noise (they are blind)",
+    "own": "the states that blocks before them last made of an example",
+    "crossfit": "the states that twins of blocks before them made, which never learn from the example",
+    "analytic": "noised labels, with what these say added in closed form,",
+}
+LOSSES = {"squared": "squared error", "cross-entropy": "cross-entropy"}
+READOUTS = {
+    "chain": "the chain's last state",
+    "path": "the mean of blocks along the path",
+    "mean": "the mean of blocks without a state",
+    "product": "the product of blocks without a state",
+}
 
 
 @dataclass
@@ -68,19 +81,21 @@ class NoPropDTConfig(ChainConfig):
         "residual",
         "of a sampled step, for real targets: c_t + a_t^2 v_t with the block's residual variance v_t, measured on validation; or c_t alone",
     )
-    state: State = option(
-        "noised",
+    state: Literal["auto", "noised", "noise", "own", "crossfit", "analytic"] = option(
+        "auto",
         "what a block sees beside the input in training: the noised label (the paper); noise that says nothing of it (blind blocks); the "
         "state that the blocks before it last made of this very example (own), or twins of theirs that never learn from it (crossfit); or "
-        "the noised label, with what that says added to its logits in closed form (analytic)",
+        "the noised label, with what that says added to its logits in closed form (analytic); auto: noise, but the noised label for real "
+        "targets, for draws (inference), and for readouts of a chain",
     )
-    loss: Literal["squared", "cross-entropy"] = option(
-        "squared", "of a block: distance of its estimate from the embedding (the paper), or cross-entropy of its probabilities"
+    loss: Literal["auto", "squared", "cross-entropy"] = option(
+        "auto",
+        "of a block: distance of its estimate from the embedding (the paper), or cross-entropy of its probabilities; auto: the former",
     )
-    readout: Readout = option(
-        "chain",
-        "what predicts: the last state (the paper); the mean of the blocks' probabilities on the states along the path, or of each "
-        "block alone, without a state (mean); or their product",
+    readout: Literal["auto", "chain", "path", "mean", "product"] = option(
+        "auto",
+        "what predicts: the last state (the paper); the mean of the blocks' probabilities on the states along the path; that of each block "
+        "alone, without a state (mean), or their product; auto: the product for blind blocks, else the chain",
     )
 
 
@@ -131,6 +146,14 @@ class NoPropDT(ExitingChain):
         if self.config.state in OWN:
             self.kept = KeptPaths(self.config.T, self.embed.weight.shape[1])
 
+    def decided(self) -> NoPropDTConfig:
+        """Take an ensemble of blind blocks, unless a chain is asked for, or draws, or the targets are real."""
+        config, real = self.config, self.spec.targets == "real"
+        chained = real or config.inference != "deterministic" or config.readout in ("chain", "path")
+        state = config.state if config.state != "auto" else "noised" if chained else "noise"
+        readout = config.readout if config.readout != "auto" else "product" if state == "noise" and not real else "chain"
+        return replace(config, state=state, readout=readout, loss="squared" if config.loss == "auto" else config.loss)
+
     def check_options(self) -> None:
         """Refuse states, losses and readouts that these targets, or the other options, do not have.
 
@@ -168,7 +191,9 @@ class NoPropDT(ExitingChain):
 
     def plan(self) -> str:
         how = "" if self.config.updates == "sequential" else f"a step computes {self.execution}"
-        return "\n".join(filter(None, [super().plan(), how]))
+        config = self.config
+        what = f"blocks learn on {STATES[config.state]} by {LOSSES[config.loss]}; {READOUTS[config.readout]} predicts"
+        return "\n".join(filter(None, [super().plan(), what, how]))
 
     @property
     def keeps_features(self) -> bool:
