@@ -58,9 +58,7 @@ class DenoisingConfig:
 class TaperedConfig(DenoisingConfig):
     """Networks whose later blocks may be smaller."""
 
-    taper: float = option(
-        1.0, "units and channels of a block over those of the block before it: below 1, late blocks are cheap", gt=0, le=1
-    )
+    taper: float = option(1.0, "units and channels of a block over those of the one before it: below 1, late blocks are cheap", gt=0, le=1)
 
     def at(self, t: int) -> Self:
         """Return the sizes of block t."""
