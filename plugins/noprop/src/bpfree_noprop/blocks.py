@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -326,7 +327,10 @@ def builder(
         d = config.state_dim if config.state_dim is not None else target_size(spec)
         check_inputs(spec)
         check_sizes(spec, config.label, d, images)
-        blocks: dict[str, nn.Module] = {f"t{t}": paired(lambda: make(spec, config, d), config.members) for t in range(1, config.blocks + 1)}
+        blocks: dict[str, nn.Module] = {}
+        for t in range(1, config.blocks + 1):
+            sizes = config.at(t) if isinstance(config, TaperedConfig) else config
+            blocks[f"t{t}"] = paired(partial(make, spec, sizes, d), config.members)
         return Network(blocks, input_shape=spec.input_shape, readout=None, chain=False)
 
     return NetworkBuilder(build, options, summary)
