@@ -339,21 +339,30 @@ def test_tapered_blocks_are_smaller_one_by_one(spec: TaskSpec) -> None:
 @pytest.mark.parametrize(
     ("options", "targets", "wanted"),
     [
-        ({}, "classes", ("noise", "product")),
-        ({}, "multilabel", ("noise", "product")),
-        ({}, "real", ("noised", "chain")),
-        ({"inference": "sampled"}, "classes", ("noised", "chain")),  # the paper's
-        ({"readout": "chain"}, "classes", ("noised", "chain")),
-        ({"state": "noised"}, "classes", ("noised", "chain")),
-        ({"state": "own"}, "classes", ("own", "chain")),
-        ({"state": "noise", "readout": "mean"}, "classes", ("noise", "mean")),
+        ({}, "classes", (True, "product")),
+        ({}, "multilabel", (True, "product")),
+        ({}, "real", (False, "chain")),
+        ({"inference": "sampled"}, "classes", (False, "chain")),  # the paper's
+        ({"readout": "chain"}, "classes", (False, "chain")),
+        ({"state": "noised"}, "classes", (False, "chain")),
+        ({"state": "own"}, "classes", (False, "chain")),
+        ({"state": "noise", "readout": "mean"}, "classes", (True, "mean")),
     ],
 )
-def test_what_is_not_said_is_decided_by_the_rest(options: dict[str, Any], targets: Any, wanted: tuple[str, str]) -> None:
+def test_what_is_not_said_is_decided_by_the_rest(options: dict[str, Any], targets: Any, wanted: tuple[bool, str]) -> None:
     """Oracle: the table of the plugin's page; the plan names it."""
     spec = TaskSpec("t", (1, 6, 6), 4, targets)
     config = NoPropDTConfig(T=2, **options)
     builder = NETWORKS["noprop-mlp"]
     rule = NoPropDT(builder.build(spec, builder.Config(blocks=2, width=8)), spec, config)
-    assert (rule.config.state, rule.config.readout) == wanted
-    assert ("blind" in rule.plan(), "last state" in rule.plan()) == (wanted[0] == "noise", wanted[1] == "chain")
+    assert (rule.blind, rule.readout) == wanted
+    assert ("blind" in rule.plan(), "last state" in rule.plan()) == (wanted[0], wanted[1] == "chain")
+
+
+@pytest.mark.parametrize(("trained", "asked"), [({}, {"inference": "sampled"}), ({"inference": "sampled"}, {})])
+def test_blocks_stay_what_they_have_learned_on(trained: dict[str, Any], asked: dict[str, Any], make_rule: MakeRule) -> None:
+    # Oracle: the rule that was trained: what its predictions are asked for later does not decide it again.
+    rule, other = make_rule(state="auto", **trained), make_rule(state="auto", **asked)
+    assert rule.blind != other.blind
+    other.load_state_dict(rule.state_dict())
+    assert (other.blind, other.readout) == (rule.blind, rule.readout)

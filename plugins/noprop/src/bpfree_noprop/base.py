@@ -79,7 +79,6 @@ class NoPropRule(Rule):
         if not isinstance(network, Network):
             raise self.misfit(type(network).__name__)
         super().__init__(network, spec, config)
-        self.config = self.decided()
         self.check_options()
         kind = self.config.embedding
         d = state_dim(spec, kind, self.config.embedding_dim)
@@ -87,10 +86,6 @@ class NoPropRule(Rule):
         real = spec.targets == "real"
         self.embed = RealEmbedding(d) if real else ClassEmbedding(spec.outputs, d, kind, several=spec.targets == "multilabel")
         self.head = make_head(self.config.head, self.embed, self.config.sigma)
-
-    def decided(self) -> Any:
-        """Return the options, those that the task decides (``auto``) decided."""
-        return self.config
 
     def check_options(self) -> None:
         """Refuse embeddings and heads of classes for other targets.

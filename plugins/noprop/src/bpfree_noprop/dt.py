@@ -148,14 +148,6 @@ class NoPropDT(ExitingChain):
         if self.config.state in OWN:
             self.kept = KeptPaths(self.config.T, self.embed.weight.shape[1])
 
-    def decided(self) -> NoPropDTConfig:
-        """Take an ensemble of blind blocks, unless a chain is asked for, or draws, or the targets are real."""
-        config, real = self.config, self.spec.targets == "real"
-        chained = real or config.inference != "deterministic" or config.readout in ("chain", "path")
-        state = config.state if config.state != "auto" else "noised" if chained else "noise"
-        readout = config.readout if config.readout != "auto" else "product" if state == "noise" and not real else "chain"
-        return replace(config, state=state, readout=readout)
-
     def check_options(self) -> None:
         """Refuse states, losses and readouts that these targets, or the other options, do not have.
 
@@ -194,7 +186,8 @@ class NoPropDT(ExitingChain):
     def plan(self) -> str:
         how = "" if self.config.updates == "sequential" else f"a step computes {self.execution}"
         config = self.config
-        what = f"blocks learn on {STATES[config.state]} by {LOSSES[config.loss]}; {READOUTS[config.readout]} predicts"
+        state = config.state if config.state != "auto" else "noise" if self.blind else "noised"
+        what = f"blocks learn on {STATES[state]} by {LOSSES[config.loss]}; {READOUTS[self.readout]} predicts"
         return "\n".join(filter(None, [super().plan(), what, how]))
 
     @property
@@ -318,7 +311,7 @@ class NoPropDT(ExitingChain):
     def state(self, t: int, u: Tensor, step: Step) -> Tensor:
         """Return block t's state: a fresh draw of ``z_{t-1}`` for the embeddings ``u`` (N, d), or pure noise."""
         generator = step.generator_for(f"t{t}")
-        return standard_normal(u, generator) if self.config.state == "noise" else self.schedule.noised(u, t - 1, generator)
+        return standard_normal(u, generator) if self.blind else self.schedule.noised(u, t - 1, generator)
 
     def weight(self, t: int, examples: int, *, share: float) -> float:
         """Return the weight of block t's summed squared error in the loss."""
