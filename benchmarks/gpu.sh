@@ -11,7 +11,7 @@
 #
 #   BPFREE_DATA    folder of MNIST and CIFAR-10, for the studies (default data/)
 #   MNIST_EPOCHS, CIFAR_EPOCHS    of the studies (defaults 20 and 30)
-#   PAPERS         studies of the part papers (default: noprop/table1-mnist, -cifar10 and -cifar100, noprop/modern-cifar10, claims-cifar10)
+#   PAPERS         studies of the part papers (default: noprop/table1-mnist, -cifar10 and -cifar100, noprop/modern-cifar10, noprop/chain-cifar10, claims-cifar10)
 #   WORDS          settings of these studies, such as budget.epochs=1
 #   DEVICE         cuda; cpu to try this script without one
 #   QUICK=--quick  smoke runs of bench and studies
@@ -91,7 +91,7 @@ studies() {
 
 papers() {
   local name file
-  for name in ${PAPERS:-noprop/table1-mnist noprop/table1-cifar10 noprop/table1-cifar100 noprop/modern-cifar10 claims-cifar10}; do
+  for name in ${PAPERS:-noprop/table1-mnist noprop/table1-cifar10 noprop/table1-cifar100 noprop/modern-cifar10 noprop/chain-cifar10 claims-cifar10}; do
     file=study_${name//\//-}-$DEVICE
     result "$file.csv" && { echo "== $name: its result is there"; continue; }
     # $WORDS are words

@@ -248,6 +248,25 @@ def test_readout_rates(smoke: Run) -> None:
         assert learned["training"] > still["training"] + 10
 
 
+def test_noprop_chain_compares_ways_that_validation_chooses(load: Callable[[str], Any]) -> None:
+    """Oracle: made-up accuracies, whose best on validation is not the best on test; gains and the family's size by hand."""
+    chain = load("noprop_chain")
+    means = {("q(z|y)", "chain"): 57, ("q(z|y)", "path"): 59, ("analytic", "chain"): 56.9, ("own", "chain"): 58, ("blind", "mean"): 61}
+    means |= {("blind", "product"): 60, ("one large block", "chain"): 55}
+    test = {chain.Way(*way): {seed: mean + 0.1 * seed * (seed % 2) for seed in range(5)} for way, mean in means.items()}
+    validation = {way: dict.fromkeys(range(5), 60.0 + (way in (("own", "chain"), ("blind", "product")))) for way in test}
+    found = chain.compared({"": (test, validation)})
+    names = [
+        "analytic, chain - q(z|y), chain",
+        "q(z|y), chain - q(z|y), path",
+        "own, chain - blind, product",
+        "own, chain - one large block, chain",
+    ]
+    assert list(found) == names
+    assert [found[name].gain for name in names] == pytest.approx([-0.1, -2, -2, 3])
+    assert chain.by_row(test)["own"]["chain"] == pytest.approx([58, 58.1, 58, 58.3, 58])
+
+
 @pytest.mark.slow
 def test_predictive_coding_step(smoke: Run) -> None:
     """Without PCX, which is no requirement."""

@@ -29,11 +29,11 @@ def spec() -> TaskSpec:
 
 @pytest.fixture
 def make_rule(device: torch.device, spec: TaskSpec) -> MakeRule:
-    """A rule with T=3 on ``spec`` with the network that it asks for; keywords are its options."""
+    """The paper's blocks and chain with T=3 on ``spec`` with the network that they ask for; keywords are the rule's options."""
 
     def make(spec: TaskSpec = spec, seed: int = 0, network: dict[str, Any] | None = None, **options: Any) -> NoPropDT:
         torch.manual_seed(seed)
-        config = NoPropDTConfig(**{"T": 3, **options})
+        config = NoPropDTConfig(**{"T": 3, "state": "noised", **options})
         wanted = {**NoPropDT.network_options(spec, config), **(network or {})}
         builder = NETWORKS[wanted.pop("name")]
         return NoPropDT(builder.build(spec, builder.Config(**wanted)), spec, config).to(device)

@@ -41,7 +41,7 @@ def exact_rule(T: int, embedding: str = "one-hot", *, targets: str = "classes", 
     Of several labels the logits are of each label alone, and embeddings must be orthonormal.
     """
     spec = TaskSpec("exact", (4,), 4, targets)  # type: ignore[arg-type]
-    config = NoPropDTConfig(T=T, embedding=embedding, embedding_dim=d, **options)  # type: ignore[arg-type]
+    config = NoPropDTConfig(T=T, state="noised", embedding=embedding, embedding_dim=d, **options)  # type: ignore[arg-type]
     if embedding == "prototype":
         d = 4
 
@@ -182,7 +182,7 @@ def test_other_readouts_stop_early_too(readout: str, sure: MakeRule, device: tor
     rule = sure(readout=readout)
     inputs = torch.randn(50, 1, 6, 6, generator=torch.Generator().manual_seed(3)).to(device)
     found = rule.judgements(rule.views(inputs), None)
-    answers = [replace(found, alone=found.alone[:t], path=found.path[:t]).read(rule.config.readout, rule.embed) for t in range(1, 6)]
+    answers = [replace(found, alone=found.alone[:t], path=found.path[:t]).read(rule.readout, rule.embed) for t in range(1, 6)]
     top = torch.stack(answers).exp().topk(2, dim=2).values
     rule.exit_doubt.fill_(float((1 - top[:4, :, 0] + top[:4, :, 1]).quantile(0.3)))
     blocks = rule.effort(inputs, torch.Generator(device))["blocks"]

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bpfree_noprop.blocks import MLPConfig, PairedBlock, mlp_block
-from bpfree_noprop.dt import NoPropDT
+from bpfree_noprop.blocks import NETWORKS, MLPConfig, PairedBlock, mlp_block
+from bpfree_noprop.dt import NoPropDT, NoPropDTConfig
 from bpfree_noprop.embeddings import ClassEmbedding
 from bpfree_noprop.readouts import another_of_its_class
+from bpfree_noprop.stacked import obstacle
 from bpfree_noprop.states import evidence
-from torch import Tensor
+from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 from bpfree.step import Batch, Phase
@@ -41,7 +42,7 @@ def gradients(rule: NoPropDT, batch: Batch) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in rule.named_parameters() if p.grad is not None}
 
 
-def randomised(block: torch.nn.Module) -> None:
+def randomised(block: nn.Module) -> None:
     with torch.no_grad():
         for p in block.parameters():
             p.normal_()
@@ -56,7 +57,7 @@ def test_evidence_of_a_state_is_bayes(kind: str) -> None:
     torch.manual_seed(0)
     embed = ClassEmbedding(4, 3, kind).double()
     if kind == "learned":
-        torch.nn.init.normal_(embed.weight)  # of unequal lengths
+        nn.init.normal_(embed.weight)  # of unequal lengths
     prior, z, share = torch.rand(8, 4).double(), torch.randn(8, embed.weight.shape[1]).double(), 0.37
     noise = torch.distributions.Normal(share**0.5 * embed.weight, (1 - share) ** 0.5)
     joint = prior.log() + noise.log_prob(z.unsqueeze(1)).sum(2)
@@ -75,7 +76,7 @@ def test_the_mean_path_of_exact_blocks_ends_at_the_first_ones_answer(make_rule: 
     # Oracle: theory: with p(y|x) the same for all blocks, evidence of a state made of p ranks classes as p does.
     rule = make_rule(T=3, state="analytic").eval()
     for _, block in rule.denoisers():
-        torch.nn.init.zeros_(block.out.weight)
+        nn.init.zeros_(block.out.weight)
         block.out.bias.data = torch.tensor([0.1, 0.9, 0.4, 0.2])
     inputs = torch.randn(5, *rule.spec.input_shape)
     found = rule.judgements(rule.views(rule.view(inputs)), None)
@@ -297,3 +298,71 @@ def test_declared_dependence(make_rule: MakeRule) -> None:
         traits = make_rule(state=state).traits
         assert (traits.dependence, traits.downstream_weights) == (dependence, 0)
     assert make_rule(state="own", embedding="learned").traits.dependence == "all"
+
+
+# --- networks and defaults --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["noprop-mlp", "noprop-cnn"])
+def test_a_gate_scales_the_inputs_features_by_the_states(name: str) -> None:
+    # Oracle: the joined layers called with x (1 + A l), written out; nothing is scaled at first.
+    builder, spec = NETWORKS[name], TaskSpec("t", (1, 8, 8), 4)
+    torch.manual_seed(0)
+    block = builder.build(spec, builder.Config(blocks=1, width=8, join="gated")).blocks["t1"].eval()
+    x, z = torch.randn(5, *spec.input_shape), torch.randn(5, 4)
+    gate, *rest = block.fuse
+    features, label = block.features(x), block.label(z)
+    plain = nn.Sequential(*rest)(torch.cat([features, label], 1))
+    torch.testing.assert_close(block.hidden(features, z), plain)
+    nn.init.normal_(gate.scale.weight)
+    scaled = features * (1 + label @ gate.scale.weight.T)
+    torch.testing.assert_close(block.hidden(features, z), nn.Sequential(*rest)(torch.cat([scaled, label], 1)))
+
+
+def test_a_folded_chain_of_gated_blocks_predicts_the_same(make_rule: MakeRule, batch: Batch) -> None:
+    # Oracle: the rule's own prediction.
+    rule = make_rule(network={"join": "gated"}).eval()
+    for _, block in rule.denoisers():
+        nn.init.normal_(block.fuse[0].scale.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(rule.folded()(batch.inputs), rule.predict(batch.inputs, torch.Generator()), rtol=1e-4, atol=1e-5)
+
+
+def test_tapered_blocks_are_smaller_one_by_one(spec: TaskSpec) -> None:
+    # Oracle: the powers of the factor, by hand; blocks of different sizes are computed in a loop.
+    builder = NETWORKS["noprop-mlp"]
+    network = builder.build(spec, builder.Config(blocks=4, width=16, taper=0.5))
+    assert [block.out.in_features for block in network.blocks.values()] == [16, 8, 4, 2]
+    assert obstacle(list(network.blocks.values())) == "the blocks differ"
+
+
+@pytest.mark.parametrize(
+    ("options", "targets", "wanted"),
+    [
+        ({}, "classes", (True, "product")),
+        ({}, "multilabel", (True, "product")),
+        ({}, "real", (False, "chain")),
+        ({"inference": "sampled"}, "classes", (False, "chain")),  # the paper's
+        ({"readout": "chain"}, "classes", (False, "chain")),
+        ({"state": "noised"}, "classes", (False, "chain")),
+        ({"state": "own"}, "classes", (False, "chain")),
+        ({"state": "noise", "readout": "mean"}, "classes", (True, "mean")),
+    ],
+)
+def test_what_is_not_said_is_decided_by_the_rest(options: dict[str, Any], targets: Any, wanted: tuple[bool, str]) -> None:
+    """Oracle: the table of the plugin's page; the plan names it."""
+    spec = TaskSpec("t", (1, 6, 6), 4, targets)
+    config = NoPropDTConfig(T=2, **options)
+    builder = NETWORKS["noprop-mlp"]
+    rule = NoPropDT(builder.build(spec, builder.Config(blocks=2, width=8)), spec, config)
+    assert (rule.blind, rule.readout) == wanted
+    assert ("blind" in rule.plan(), "last state" in rule.plan()) == (wanted[0], wanted[1] == "chain")
+
+
+@pytest.mark.parametrize(("trained", "asked"), [({}, {"inference": "sampled"}), ({"inference": "sampled"}, {})])
+def test_blocks_stay_what_they_have_learned_on(trained: dict[str, Any], asked: dict[str, Any], make_rule: MakeRule) -> None:
+    # Oracle: the rule that was trained: what its predictions are asked for later does not decide it again.
+    rule, other = make_rule(state="auto", **trained), make_rule(state="auto", **asked)
+    assert rule.blind != other.blind
+    other.load_state_dict(rule.state_dict())
+    assert (other.blind, other.readout) == (rule.blind, rule.readout)

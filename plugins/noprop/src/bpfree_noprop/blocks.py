@@ -10,8 +10,9 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,18 @@ from bpfree.tasks.trees import leaves, select
 from bpfree_noprop.dropout import KeyedDropout, masks_from
 from bpfree_noprop.embeddings import target_size
 
-__all__ = ["NETWORKS", "CNNConfig", "DenoisingBlock", "LabelBlock", "MLPConfig", "PairedBlock", "PaperConfig", "paired"]
+__all__ = [
+    "NETWORKS",
+    "CNNConfig",
+    "DenoisingBlock",
+    "LabelBlock",
+    "MLPConfig",
+    "PairedBlock",
+    "PaperConfig",
+    "TaperedConfig",
+    "joint",
+    "paired",
+]
 
 
 @dataclass
@@ -37,11 +49,26 @@ class DenoisingConfig:
     label: Literal["vector", "input"] = option(
         "vector", "path of the noised label: linear layers, or (input) a stem like the input's, for prototypes"
     )
+    join: Literal["side-by-side", "gated"] = option(
+        "side-by-side", "how features of input and state meet: next to each other, or (gated) those of the state also scale the input's"
+    )
     members: Literal[1, 2] = option(1, "twins in a block, each of which learns from one half of the data (2: for rule.state=crossfit)")
 
 
 @dataclass
-class MLPConfig(DenoisingConfig):
+class TaperedConfig(DenoisingConfig):
+    """Networks whose later blocks may be smaller."""
+
+    taper: float = option(1.0, "units and channels of a block over those of the one before it: below 1, late blocks are cheap", gt=0, le=1)
+
+    def at(self, t: int) -> Self:
+        """Return the sizes of block t."""
+        sizes = {name: getattr(self, name) for name in ("channels", "width") if hasattr(self, name)}
+        return replace(self, **{name: max(1, round(size * self.taper ** (t - 1))) for name, size in sizes.items()})
+
+
+@dataclass
+class MLPConfig(TaperedConfig):
     """Narrow, deep blocks for vectors and tiny images."""
 
     width: int = option(64, "units of each layer", ge=1)
@@ -49,7 +76,7 @@ class MLPConfig(DenoisingConfig):
 
 
 @dataclass
-class CNNConfig(DenoisingConfig):
+class CNNConfig(TaperedConfig):
     """Small convolutional blocks for images of at least 16x16 pixels."""
 
     channels: int = option(16, "channels of the first convolution, doubled by the second", ge=1)
@@ -209,6 +236,31 @@ class Residual(nn.Module):
         return r + self.inner(r)  # type: ignore[no-any-return]
 
 
+class Gate(nn.Module):
+    """Scale each feature of an input by one plus a linear map of the state's features: ``[x, l]`` to ``[x (1 + A l), l]``, A = 0 at first.
+
+    Args:
+        features: of the input, F.
+        label: features of the state, G.
+    """
+
+    def __init__(self, features: int, label: int) -> None:
+        super().__init__()
+        self.sizes, self.scale = (features, label), nn.Linear(label, features)
+        nn.init.zeros_(self.scale.weight)
+        nn.init.zeros_(self.scale.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map (N, F+G) to (N, F+G)."""
+        x, label = h.split(self.sizes, dim=1)
+        return torch.cat([x * (1 + self.scale(label)), label], dim=1)
+
+
+def joint(config: DenoisingConfig, features: int, label: int, *layers: nn.Module) -> nn.Sequential:
+    """Build what maps joined features of input (F) and state (G), (N, F+G), to (N, H)."""
+    return nn.Sequential(*([Gate(features, label)] if config.join == "gated" else []), *layers)
+
+
 def dense(inputs: int, outputs: int) -> list[nn.Module]:
     """Build a linear layer, batch norm and ReLU."""
     return [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
@@ -220,7 +272,7 @@ def mlp_block(spec: TaskSpec, config: MLPConfig, d: int) -> DenoisingBlock:
 
     label = stem() if config.label == "input" else nn.Sequential(*dense(d, config.width))
     sizes = [2 * config.width] + [config.width] * config.depth
-    fuse = nn.Sequential(*(layer for pair in itertools.pairwise(sizes) for layer in dense(*pair)))
+    fuse = joint(config, config.width, config.width, *(layer for pair in itertools.pairwise(sizes) for layer in dense(*pair)))
     return DenoisingBlock(stem(), label, fuse, nn.Linear(sizes[-1], target_size(spec)), d)
 
 
@@ -238,7 +290,7 @@ def cnn_block(spec: TaskSpec, config: CNNConfig, d: int) -> DenoisingBlock:
         return layers.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
 
     label = label_stem(spec, stem()) if config.label == "input" else nn.Sequential(*dense(d, config.width))
-    fuse = nn.Sequential(*dense(2 * config.width, config.width))
+    fuse = joint(config, config.width, config.width, *dense(2 * config.width, config.width))
     return DenoisingBlock(stem(), label, fuse, nn.Linear(config.width, target_size(spec)), d)
 
 
@@ -256,7 +308,7 @@ def paper_block(spec: TaskSpec, config: PaperConfig, d: int) -> DenoisingBlock:
 
     deeper = Residual(nn.Sequential(*dense(256, 256), nn.Linear(256, 256), nn.BatchNorm1d(256)))
     label = label_stem(spec, stem()) if config.label == "input" else nn.Sequential(*dense(d, 256), deeper)
-    fuse = nn.Sequential(*dense(512, 256), *dense(256, 128))
+    fuse = joint(config, 256, 256, *dense(512, 256), *dense(256, 128))
     return DenoisingBlock(stem(), label, fuse, nn.Linear(128, target_size(spec)), d)
 
 
@@ -275,7 +327,10 @@ def builder(
         d = config.state_dim if config.state_dim is not None else target_size(spec)
         check_inputs(spec)
         check_sizes(spec, config.label, d, images)
-        blocks: dict[str, nn.Module] = {f"t{t}": paired(lambda: make(spec, config, d), config.members) for t in range(1, config.blocks + 1)}
+        blocks: dict[str, nn.Module] = {}
+        for t in range(1, config.blocks + 1):
+            sizes = config.at(t) if isinstance(config, TaperedConfig) else config
+            blocks[f"t{t}"] = paired(partial(make, spec, sizes, d), config.members)
         return Network(blocks, input_shape=spec.input_shape, readout=None, chain=False)
 
     return NetworkBuilder(build, options, summary)

@@ -27,15 +27,28 @@ from bpfree_noprop.early_exit import ExitingChain
 from bpfree_noprop.embeddings import RealEmbedding, full_precision
 from bpfree_noprop.heads import SoftmaxHead
 from bpfree_noprop.inference import Inference
-from bpfree_noprop.readouts import Readout
 from bpfree_noprop.schedule import prior_divergence, standard_normal
 from bpfree_noprop.stacked import Execution, Stack
-from bpfree_noprop.states import OWN, KeptPaths, OwnStates, State
+from bpfree_noprop.states import OWN, KeptPaths, OwnStates
 from bpfree_noprop.stems import StemNetwork, shared_stem
 
 __all__ = ["NoPropDT", "NoPropDTConfig"]
 
 TARGETS = ("classes", "soft", "multilabel", "real")
+STATES = {
+    "noised": "noised labels",
+    "noise": "no state but noise (they are blind)",
+    "own": "the states that blocks before them last made of an example",
+    "crossfit": "the states that twins of blocks before them made, which never learn from the example",
+    "analytic": "noised labels, with what these say added in closed form,",
+}
+LOSSES = {"squared": "squared error", "cross-entropy": "cross-entropy"}
+READOUTS = {
+    "chain": "the chain's last state",
+    "path": "the mean of blocks along the path",
+    "mean": "the mean of blocks without a state",
+    "product": "the product of blocks without a state",
+}
 
 
 @dataclass
@@ -68,19 +81,20 @@ class NoPropDTConfig(ChainConfig):
         "residual",
         "of a sampled step, for real targets: c_t + a_t^2 v_t with the block's residual variance v_t, measured on validation; or c_t alone",
     )
-    state: State = option(
-        "noised",
+    state: Literal["auto", "noised", "noise", "own", "crossfit", "analytic"] = option(
+        "auto",
         "what a block sees beside the input in training: the noised label (the paper); noise that says nothing of it (blind blocks); the "
         "state that the blocks before it last made of this very example (own), or twins of theirs that never learn from it (crossfit); or "
-        "the noised label, with what that says added to its logits in closed form (analytic)",
+        "the noised label, with what that says added to its logits in closed form (analytic); auto: noise, but the noised label for real "
+        "targets, for draws (inference), and for readouts of a chain",
     )
     loss: Literal["squared", "cross-entropy"] = option(
         "squared", "of a block: distance of its estimate from the embedding (the paper), or cross-entropy of its probabilities"
     )
-    readout: Readout = option(
-        "chain",
-        "what predicts: the last state (the paper); the mean of the blocks' probabilities on the states along the path, or of each "
-        "block alone, without a state (mean); or their product",
+    readout: Literal["auto", "chain", "path", "mean", "product"] = option(
+        "auto",
+        "what predicts: the last state (the paper); the mean of the blocks' probabilities on the states along the path; that of each block "
+        "alone, without a state (mean), or their product; auto: the product for blind blocks, else the chain",
     )
 
 
@@ -106,11 +120,14 @@ class NoPropDT(ExitingChain):
         "Algorithm 1 samples z_t but its loss uses z_{t-1}: we sample z_{t-1}. The paper gives no formula for its schedule: ours is the "
         "time-reversed cosine, clipped. A learned embedding is shared: its gradient goes through every block, so that through it the "
         "blocks learn from each other's weights. "
-        "The paper's chain (inference=sampled, Eq. 3) draws a class from the blocks' beliefs where the mean path, our default, takes the "
+        "By default blocks are blind and their product predicts, as no chain of ours did better at equal operations; real targets, draws "
+        "(inference) and readout=chain have the paper's noised labels. "
+        "The paper's chain (inference=sampled, Eq. 3) draws a class from the blocks' beliefs where the mean path (state=noised) takes the "
         "likeliest: 0.6 to 0.7 points on digits and MNIST. It puts a belief's mean in place of a class, which favours the likeliest (0.97 "
         "becomes 0.986 at T = 10, with exact blocks); inference=class-sampled draws a class, and is exact for exact blocks. "
         "The head starts as a nearest-embedding classifier. "
-        "Beyond the paper: any model in blocks (network=noprop network.stem=NAME); several labels, as sums of embeddings; real targets, "
+        "Beyond the paper: states that blocks make themselves, or in closed form (state); any model in blocks "
+        "(network=noprop network.stem=NAME); several labels, as sums of embeddings; real targets, "
         "whitened, as their own embedding, whose sampled steps take in what a block does not know (step_noise).",
     )
 
@@ -168,7 +185,10 @@ class NoPropDT(ExitingChain):
 
     def plan(self) -> str:
         how = "" if self.config.updates == "sequential" else f"a step computes {self.execution}"
-        return "\n".join(filter(None, [super().plan(), how]))
+        config = self.config
+        state = config.state if config.state != "auto" else "noise" if self.blind else "noised"
+        what = f"blocks learn on {STATES[state]} by {LOSSES[config.loss]}; {READOUTS[self.readout]} predicts"
+        return "\n".join(filter(None, [super().plan(), what, how]))
 
     @property
     def keeps_features(self) -> bool:
@@ -291,7 +311,7 @@ class NoPropDT(ExitingChain):
     def state(self, t: int, u: Tensor, step: Step) -> Tensor:
         """Return block t's state: a fresh draw of ``z_{t-1}`` for the embeddings ``u`` (N, d), or pure noise."""
         generator = step.generator_for(f"t{t}")
-        return standard_normal(u, generator) if self.config.state == "noise" else self.schedule.noised(u, t - 1, generator)
+        return standard_normal(u, generator) if self.blind else self.schedule.noised(u, t - 1, generator)
 
     def weight(self, t: int, examples: int, *, share: float) -> float:
         """Return the weight of block t's summed squared error in the loss."""

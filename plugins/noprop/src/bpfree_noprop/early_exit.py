@@ -109,7 +109,7 @@ class ExitingChain(DiscreteChain):
 
     def settle(self, view: View, way: Way) -> Way:
         """Go one block further on the mean path: the state, and the answer if nothing follows but what this block said."""
-        readout, z = self.config.readout, way.z
+        readout, z = self.readout, way.z
         if readout in ("mean", "product"):
             said = self.alone(view, None)
         else:

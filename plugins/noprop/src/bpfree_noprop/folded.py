@@ -96,10 +96,11 @@ def part(layer: nn.Linear, inputs: slice, bias: Tensor | None) -> nn.Linear:
 
 
 def fold_block(block: nn.Module) -> nn.Module:
-    """Fold a block, or both of a pair."""
+    """Fold a block, or both of a pair; one that scales features by the state keeps its parts."""
     if isinstance(block, PairedBlock):
         return PairedBlock([cast(DenoisingBlock, FoldedBlock(member)) for member in block.singles()])
-    return FoldedBlock(cast(DenoisingBlock, block))
+    plain = isinstance(next(layers_of(cast(DenoisingBlock, block).fuse), block.out), nn.Linear)
+    return FoldedBlock(cast(DenoisingBlock, block)) if plain else folded(block)
 
 
 class FoldedChain(nn.Module):

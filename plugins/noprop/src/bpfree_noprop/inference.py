@@ -42,6 +42,7 @@ class DiscreteChain(ChainRule):
     """What ``noprop-dt`` does at prediction.
 
     Attributes:
+        blind: whether blocks have learned without a state.
         residuals: (T+1, d, d), for real targets: the residual covariance ``V_t`` of each block, measured by :meth:`calibrate`.
     """
 
@@ -51,6 +52,8 @@ class DiscreteChain(ChainRule):
     def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
         self.schedule = NoiseSchedule(signal_shares(self.config.schedule, self.config.T, self.config.clip))
+        self.blind = self.learns_blind()
+        self.register_buffer("blind_blocks", torch.tensor(self.blind))
         if isinstance(self.head, RealHead):
             d = self.embed.weight.shape[0]
             self.head.signal = self.schedule.last_signal
@@ -61,6 +64,25 @@ class DiscreteChain(ChainRule):
         if self.spec.targets == "real" and self.config.inference == "class-sampled":
             fix = "rule.inference=sampled, whose steps draw what a block does not know"
             raise UsageError("real targets have no classes to draw", where="rule.inference=class-sampled", fix=fix)
+
+    def learns_blind(self) -> bool:
+        """Tell whether blocks learn without a state: if nothing asks for a chain, or for draws, and targets are not real."""
+        config = self.config
+        chained = self.spec.targets == "real" or config.inference != "deterministic" or config.readout in ("chain", "path")
+        return config.state == "noise" or (config.state == "auto" and not chained)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *further: Any) -> None:
+        """Keep what the blocks have learned on, whatever predictions are asked for; once blind blocks had to be asked for, and weights did not say it."""
+        told = torch.tensor(self.config.state == "noise")
+        self.blind = bool(state_dict.setdefault(f"{prefix}blind_blocks", told))
+        super()._load_from_state_dict(state_dict, prefix, *further)
+
+    @property
+    def readout(self) -> Readout:
+        """What predicts: if nothing is said, the product of blind blocks, or the chain."""
+        if self.config.readout != "auto":
+            return cast(Readout, self.config.readout)
+        return "product" if self.blind and self.spec.targets != "real" else "chain"
 
     # --- the chain ------------------------------------------------------------------------------------------------------
 
@@ -74,11 +96,11 @@ class DiscreteChain(ChainRule):
     def read(self, features: Any, generator: torch.Generator) -> Tensor:
         """Predict from what the blocks see of the inputs."""
         views, noise = self.views(features), self.noise(generator)
-        if self.config.readout in ("mean", "product") and noise is None:  # there is no path to follow
+        if self.readout in ("mean", "product") and noise is None:  # there is no path to follow
             alone = [self.alone(view, None) for view in views]
-            return self.shaped(Judgements(alone, (), ()).read(self.config.readout, self.embed))
-        if self.config.readout != "chain":
-            return self.shaped(self.judgements(views, noise).read(self.config.readout, self.embed))
+            return self.shaped(Judgements(alone, (), ()).read(self.readout, self.embed))
+        if self.readout != "chain":
+            return self.shaped(self.judgements(views, noise).read(self.readout, self.embed))
         return self.shaped(self.last(views, noise))
 
     def noise(self, generator: torch.Generator, kind: Inference | None = None) -> Noise | None:
@@ -96,7 +118,7 @@ class DiscreteChain(ChainRule):
 
     def met(self, z: Tensor, noise: Noise | None) -> Tensor:
         """Return the state that a block meets in inference: ``z`` (N, d), or one that says nothing, for blocks that are blind."""
-        return self.first(z, noise) if self.config.state == "noise" else z
+        return self.first(z, noise) if self.blind else z
 
     def shown(self, z: Tensor) -> Tensor:
         """Return what a block is given of its states: nothing where what they say is added to its outputs."""
@@ -196,7 +218,7 @@ class DiscreteChain(ChainRule):
         for batch in self.batches(data, generator.device):
             seen, u = self.view(batch.inputs), self.embed(self.rows(batch))
             for t, block in self.denoisers():
-                z = standard_normal(u, generator) if self.config.state == "noise" else self.schedule.noised(u, t - 1, generator)
+                z = standard_normal(u, generator) if self.blind else self.schedule.noised(u, t - 1, generator)
                 error = self.estimate(block(seen, z)) - u
                 with full_precision(u.device):
                     sums[t] += error.T @ error
@@ -224,11 +246,11 @@ class DiscreteChain(ChainRule):
         scores = {f"t{view.t}": self.embed.scores(outputs) for view, outputs in zip(views, found.alone, strict=True)}
         scores |= {name: found.read(name, self.embed) for name in self.readouts()}
         scores["chain"] = self.head(found.states[-1], self.embed)
-        if self.spec.targets in ("classes", "soft") and config.state != "noise":
+        if self.spec.targets in ("classes", "soft") and not self.blind:
             scores |= self.swapped(views, found, scores["chain"])
         if config.state not in OWN:
             scores |= {kind: self.last(views, self.noise(generator, kind)) for kind in self.kinds() if kind != config.inference}
-        return {name: self.shaped(each) for name, each in scores.items() if name != config.readout}
+        return {name: self.shaped(each) for name, each in scores.items() if name != self.readout}
 
     def readouts(self) -> tuple[Readout, ...]:
         """Name the readouts but the chain that these targets have."""

@@ -16,14 +16,14 @@ from torch import nn
 from bpfree.errors import UsageError
 from bpfree.options import option
 from bpfree.tasks.task import TaskSpec
-from bpfree_noprop.blocks import DenoisingBlock, DenoisingConfig, Residual, builder, dense, label_stem
+from bpfree_noprop.blocks import DenoisingBlock, Residual, TaperedConfig, builder, dense, joint, label_stem
 from bpfree_noprop.embeddings import target_size
 
 __all__ = ["NETWORKS", "ResidualConfig"]
 
 
 @dataclass
-class ResidualConfig(DenoisingConfig):
+class ResidualConfig(TaperedConfig):
     """Residual convolutional blocks for images of at least 16x16 pixels (2^(stages+1))."""
 
     channels: int = option(16, "channels of the first convolution, doubled by each stage", ge=1)
@@ -42,7 +42,8 @@ def residual_block(spec: TaskSpec, config: ResidualConfig, d: int) -> DenoisingB
     features = config.channels * 2**config.stages
     vector = config.label == "vector"
     label: nn.Module = nn.Sequential(*dense(d, config.width)) if vector else label_stem(spec, stem(spec, config))
-    fuse = nn.Sequential(*dense(features + (config.width if vector else features), config.width))
+    made = config.width if vector else features
+    fuse = joint(config, features, made, *dense(features + made, config.width))
     return DenoisingBlock(stem(spec, config), label, fuse, nn.Linear(config.width, target_size(spec)), d)
 
 

@@ -14,7 +14,7 @@ another one computes, so blocks may learn at the same time; over a run a block's
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,8 @@ from bpfree.tasks.trees import leaves
 from bpfree_noprop.embeddings import ClassEmbedding, full_precision
 from bpfree_noprop.schedule import NoiseSchedule
 
-__all__ = ["OWN", "KeptPaths", "OwnStates", "State", "evidence"]
+__all__ = ["OWN", "KeptPaths", "OwnStates", "evidence"]
 
-State = Literal["noised", "noise", "own", "crossfit", "analytic"]
 OWN = ("own", "crossfit")
 """Kinds of states that blocks make themselves."""
 

@@ -27,7 +27,7 @@ from bpfree.network.network import Network, evaluating
 from bpfree.options import option
 from bpfree.tasks.task import TaskSpec
 from bpfree.tasks.trees import leaves
-from bpfree_noprop.blocks import DenoisingBlock, DenoisingConfig, LabelBlock, check_sizes, dense, paired
+from bpfree_noprop.blocks import DenoisingBlock, DenoisingConfig, LabelBlock, check_sizes, dense, joint, paired
 from bpfree_noprop.dropout import KeyedDropout, keyed, masks_from
 from bpfree_noprop.embeddings import target_size
 from bpfree_noprop.stem_sources import RUN, Made, called, headless, of_network, of_run, untold
@@ -319,7 +319,7 @@ def block(view: Stem, label: Callable[[], Stem] | None, spec: TaskSpec, config: 
         stem = label()
         path = reading(stem, nn.Unflatten(1, spec.input_shape), stem)
     sizes = [2 * width] + [width] * config.depth
-    fuse = nn.Sequential(*(layer for pair in itertools.pairwise(sizes) for layer in dense(*pair)))
+    fuse = joint(config, width, width, *(layer for pair in itertools.pairwise(sizes) for layer in dense(*pair)))
     return DenoisingBlock(reading(view) if shared else reading(view, view), path, fuse, nn.Linear(sizes[-1], target_size(spec)), d)
 
 
