@@ -274,7 +274,7 @@ def guessed_spec(name: str, train: Examples, test: Examples) -> TaskSpec:
 
 
 def split_validation(train: Examples, share: float, seed: int) -> tuple[Examples, Examples | None]:
-    """Cut a validation split from the training examples: stratified by class, shuffled by ``seed``.
+    """Cut a validation split from the training examples: stratified by class, shuffled by ``seed``; of examples in groups, whole groups.
 
     Args:
         train: all training examples.
@@ -318,9 +318,16 @@ def fixed_test(everything: Cut) -> tuple[Cut, Cut]:
 
 
 def stratified_indices(split: Examples, share: float, seed: int) -> Tensor:
-    """Draw indices (M,) of a random ``share`` of the examples of each class (of all, where there are no classes)."""
+    """Draw indices (M,) of a random ``share`` of the examples of each class (of all, where there are no classes).
+
+    Of examples in groups (``Split.groups``) whole groups are drawn, that share of all groups.
+    """
     generator = torch.Generator().manual_seed(seed)
     count = len(split)
+    if isinstance(split, Split) and split.groups is not None:
+        groups = split.groups.unique()
+        drawn = groups[torch.randperm(len(groups), generator=generator)[: round(share * len(groups))]]
+        return torch.isin(split.groups, drawn).nonzero().flatten()
     if split.targets is None or split.targets.dim() != 1 or split.targets.is_floating_point():
         return torch.randperm(count, generator=generator)[: round(share * count)]
     order = torch.randperm(count, generator=generator)
