@@ -2,6 +2,10 @@
 
 Each picture is rotated about its centre by angles that are drawn uniformly. Pictures are divided into splits before they are rotated, and
 the rotations of one picture are a group (``Split.groups``), so that no two splits have rotations of one picture.
+
+Pixels outside of the largest disc in the frame are zero: the edges of a frame that turns with its picture give the angle away. A lattice
+that turns does so too: on digits of 8x8 back-propagation has an error of 5.7 degrees, of 2.6 with the frame's edges, and of 2.9 where the
+pixels are interpolated to 16x16.
 """
 
 from __future__ import annotations
@@ -41,7 +45,9 @@ class DigitsAngleConfig(AngleConfig):
     """Small pictures: four rotations of each."""
 
     rotations: int = option(4, "of each training picture, by angles of its own; of a test picture there is one", ge=1)
-    size: Literal[8, 16, 32] = option(8, "pixels to a side; more than 8 are interpolated as the picture is rotated")
+    size: Literal[8, 16, 32] = option(
+        8, "pixels to a side; more than 8 are interpolated, for networks that need larger images, and show the lattice of the 8"
+    )
 
 
 def rotated(pictures: Tensor, angles: Tensor, size: int | None = None) -> Tensor:
@@ -50,7 +56,7 @@ def rotated(pictures: Tensor, angles: Tensor, size: int | None = None) -> Tensor
     Args:
         pictures: (N, C, H, W), of any dtype; whole numbers are rounded.
         angles: (N,) in degrees, counter-clockwise.
-        size: pixels to a side of what is returned; ``None``: as large as they are.
+        size: pixels to a side of what is returned, interpolated in the same step; ``None``: as large as they are.
     """
     if len(pictures) > ROTATED_AT_ONCE:
         parts = zip(pictures.split(ROTATED_AT_ONCE), angles.split(ROTATED_AT_ONCE), strict=True)
@@ -63,6 +69,12 @@ def rotated(pictures: Tensor, angles: Tensor, size: int | None = None) -> Tensor
     grid = F.affine_grid(back, [len(pictures), 1, height, width], align_corners=False)
     made = F.grid_sample(pictures.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return made if pictures.is_floating_point() else made.round().to(pictures.dtype)
+
+
+def inside(size: int, pixels: int) -> Tensor:
+    """Tell which pixels (size, size) of a picture lie in the disc that touches the outermost of its original ``pixels`` to a side."""
+    places = (torch.arange(size) + 0.5) * (pixels / size) - pixels / 2
+    return places[:, None].square() + places.square() <= ((pixels - 1) / 2) ** 2
 
 
 def spec(pictures: DataSource, name: str, config: AngleConfig, root: Path | None) -> TaskSpec:
@@ -88,7 +100,8 @@ def _turned(pictures: Tensor, times: int, config: AngleConfig, generator: torch.
     angles = config.degrees * (2 * torch.rand(times, count, generator=generator, dtype=torch.float64) - 1)
     angles = angles.T.flatten()  # the first rotations are the same, however many there are
     made = rotated(pictures.repeat_interleave(times, 0), angles, getattr(config, "size", None))
-    return Split(made, angles.float()[:, None], torch.arange(count).repeat_interleave(times))
+    disc = inside(made.shape[2], pictures.shape[2]).to(made.dtype)
+    return Split(made * disc, angles.float()[:, None], torch.arange(count).repeat_interleave(times))
 
 
 def _source(pictures: DataSource, name: str, options: type[AngleConfig], summary: str) -> DataSource:
