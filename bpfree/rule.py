@@ -406,6 +406,25 @@ class Rule(nn.Module, ABC):
         scores: Tensor = self.network(inputs)
         return scores
 
+    def sample(self, inputs: Any, draws: int, generator: torch.Generator) -> Tensor:
+        """Draw real targets from what the rule believes of them, ``p(y|x)``: (draws, N, ...); in eval mode under ``no_grad``.
+
+        What intervals, coverage and CRPS are made of. A rule that has no distribution leaves it out.
+
+        Raises:
+            UsageError: the rule has none (:meth:`cannot_sample`).
+        """
+        raise UsageError(self.cannot_sample(), where="sample", fix="choose a rule that has a distribution, such as noprop-dt")
+
+    def cannot_sample(self) -> str:
+        """Say why there is no distribution of real targets to draw from; the empty string where there is one.
+
+        A rule whose distribution needs :meth:`calibrate` says so here as long as it has not been calibrated.
+        """
+        if self.spec.targets != "real":
+            return f"the targets of task {self.spec.name} are no real values"
+        return "" if type(self).sample is not Rule.sample else f"{type(self).__name__} predicts values, without a distribution of them"
+
     final_prediction: bool = True
     """Whether predictions made now are final; those after epochs are not, and a rule may spend less on them (fewer steps of a flow)."""
 

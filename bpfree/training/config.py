@@ -64,6 +64,11 @@ class EvaluationConfig(Sectioned):
     draws: int | None = option(
         None, "draws of a stochastic rule averaged in the final evaluation (none: as many as the rule declares)", ge=1
     )
+    samples: int = option(
+        99,
+        "draws from the distribution of real targets that a rule predicts, for its CRPS and its intervals in the final evaluation",
+        ge=19,
+    )
     test: bool = option(True, "evaluate the test split at the end; false for trials of tuning, which must not see it")
     alternatives: bool = option(True, "also score the rule's alternative predictions, such as its single blocks")
     metrics: list[str] = option(factory=list, help="further metrics of predictions, beside the task's own: bpfree metrics")

@@ -44,7 +44,7 @@ __all__ = ["Session"]
 
 logger = logging.getLogger("bpfree")
 
-PREDICTING = ("predict", "alternatives", "read")
+PREDICTING = ("predict", "alternatives", "read", "sample")
 """Methods of a rule that an evaluation of its predictions calls."""
 
 

@@ -30,7 +30,7 @@ from bpfree.training.callbacks import observers_of
 from bpfree.training.config import TrainConfig
 from bpfree.training.distributed import World
 from bpfree.training.divergence import Diverged
-from bpfree.training.evaluation import check_protocols, scored_by
+from bpfree.training.evaluation import check_protocols, sampled_by, scored_by
 from bpfree.training.guards import check_fit, check_made_to_learn
 from bpfree.training.idle import idle_of_rule
 from bpfree.training.norms import check_batches_of_one
@@ -101,7 +101,7 @@ class Trainer:
         self.rule, self.config, self.run = rule, config, run
         budget = config.budget.resolve(len(task.train))
         check_fit(rule, task)
-        run.metrics = recorded_metrics(scored_by(task.spec, config.evaluation.metrics))
+        run.metrics = recorded_metrics([*scored_by(task.spec, config.evaluation.metrics), *sampled_by(rule, config.evaluation.metrics)])
         run.data = facts_of(task)
         team = make_team(rule, config, world)
         self.setup = Setup(rule, task, config, budget, device, team, run, recipe, loading or Loading(), tuple(augment))

@@ -232,6 +232,11 @@ class NoPropDT(ChainRule):
             chains.append(self.shaped(self.head(z, self.embed)))
         return torch.stack(chains)
 
+    def cannot_sample(self) -> str:
+        unmeasured = self.config.step_noise == "residual" and self.calibrates and not bool(self.residuals.any())
+        what = "the residuals of the blocks were not measured, without which intervals are too narrow: give task.validation above 0"
+        return super().cannot_sample() or (f"{what}, or calibration.folds" if unmeasured else "")
+
     def advance(self, z: Tensor, outputs: Tensor, t: int, noise: torch.Generator | None) -> Tensor:
         """Return ``z_t`` from ``z_{t-1}`` (N, d) and the outputs of block t (Eq. 3); its mean without a generator."""
         spread = self.residuals[t] if isinstance(self.head, RealHead) and self.config.step_noise == "residual" else None
