@@ -65,4 +65,5 @@ def gaussian_crps(mean: Tensor, deviation: Tensor | float, targets: Tensor) -> T
     scale = torch.as_tensor(deviation, dtype=mean.dtype, device=mean.device)
     z = (targets - mean) / scale
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    return scale * (z * (2 * torch.special.ndtr(z) - 1) + 2 * density - 1 / math.sqrt(math.pi))
+    score: Tensor = scale * (z * (2 * torch.special.ndtr(z) - 1) + 2 * density - 1 / math.sqrt(math.pi))
+    return score

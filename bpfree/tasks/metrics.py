@@ -168,7 +168,8 @@ def _crps(spec: Any, draws: Tensor, batch: Batch) -> Tensor:
 def _covered(spec: Any, draws: Tensor, batch: Batch) -> Tensor:
     low, high = intervals.central(draws, described.LEVEL)
     targets = spec.beside(low, _targets(batch).to(low.dtype))
-    return ((low <= targets) & (targets <= high)).flatten()
+    inside: Tensor = (low <= targets) & (targets <= high)
+    return inside.flatten()
 
 
 def _width(spec: Any, draws: Tensor, batch: Batch) -> Tensor:

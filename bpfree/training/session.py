@@ -98,7 +98,7 @@ class Session:
         )
 
     def _describe(self) -> None:
-        if self._setup.task.validation is None and calibrates(self._rule):
+        if self._setup.task.validation is None and calibrates(self._rule) and not self._config.calibration.folds:
             self._run.tags["calibration"] = NOT_CALIBRATED
         self._run.total_epochs = self._budget_tracker.passes or None
         together = {"world_size": str(self._setup.world.size), "parallel": self._team.kind}
