@@ -16,6 +16,7 @@ Ridge regression and back-propagation predict normal distributions of one residu
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -208,23 +209,26 @@ METHODS = {"noprop-dt": noprop, "backprop": backprop, "ridge": ridge}
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def cell(part: str, repeat: int, quick: bool) -> dict[str, Any]:
-    """Predict each example once: what each method says, by the number of the example."""
+def cell(part: str, repeat: int, number: int, quick: bool) -> dict[str, Any]:
+    """Predict the examples of an outer fold: what each method says, by the number of the example."""
     setting = SETTINGS[part]._replace(epochs=(1,), ceiling=(1,)) if quick else SETTINGS[part]
-    rows: dict[str, dict[str, Any]] = {name: {"chosen": [], "r2_by_fold": []} for name in METHODS}
-    places, truth = [], []
-    for number, (task, held) in enumerate(tasks(part, repeat, quick)):
-        y = task.test.targets.flatten()
-        places += held.tolist()
-        truth += y.tolist()
-        for name, method in METHODS.items():
-            found = method(task, setting, OUTER * repeat + number)
-            values = {key: value for key, value in found._asdict().items() if isinstance(value, Tensor)}
-            for key, value in values.items():
-                rows[name].setdefault(key, []).extend(value.double().tolist())
-            rows[name]["chosen"].append(found.chosen)
-            rows[name]["r2_by_fold"].append(r2(found.mean, y))
-    return {"places": places, "truth": truth, "methods": rows}
+    task, held = next(itertools.islice(tasks(part, repeat, quick), number, None))
+    y = task.test.targets.flatten()
+    rows: dict[str, dict[str, Any]] = {}
+    for name, method in METHODS.items():
+        found = method(task, setting, OUTER * repeat + number)
+        values = {key: value.double().tolist() for key, value in found._asdict().items() if isinstance(value, Tensor)}
+        rows[name] = {**values, "chosen": [found.chosen], "r2_by_fold": [r2(found.mean, y)]}
+    return {"places": held.tolist(), "truth": y.tolist(), "methods": rows}
+
+
+def joined(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join the outer folds of a repeat, which have an example in one of them each."""
+    methods = {
+        name: {key: [value for each in cells for value in each["methods"][name][key]] for key in row}
+        for name, row in cells[0]["methods"].items()
+    }
+    return {**{key: [value for each in cells for value in each[key]] for key in ("places", "truth")}, "methods": methods}
 
 
 def r2(made: Tensor, y: Tensor) -> float:
@@ -287,26 +291,35 @@ def show(part: str, found: dict[str, Any]) -> None:
         print(f"CRPS of noprop-dt less {other}'s: {less['mean']:.4g} ± {less['standard_error']:.2g} ({100 * less['share']:.1f} %)")
 
 
+def kept(options: Any, part: str, repeat: int, number: int, wanted: bool) -> dict[str, Any] | None:
+    """Return an outer fold: as it was kept, or computed if it is wanted."""
+    path = None if options.cells is None else options.cells / f"{part}-{repeat}-{number}.json"
+    if path is not None and path.is_file():
+        known: dict[str, Any] = json.loads(path.read_text())
+        return known
+    if not wanted:
+        return None
+    found = cell(part, repeat, number, options.quick)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("noprop_regression", __doc__)
-    benchmark.parser.add_argument("--cells", type=Path, metavar="FOLDER", help="where finished repeats are kept, and looked for")
+    benchmark.parser.add_argument("--cells", type=Path, metavar="FOLDER", help="where finished folds are kept, and looked for")
     benchmark.parser.add_argument("--only", nargs="+", default=[], metavar="PART/REPEAT", help="compute these repeats alone")
     options = benchmark.start(arguments)
     results: dict[str, Any] = {}
     for part, repeats in REPEATS.items():
-        cells = []
+        known = []
         for repeat in range(1 if options.quick else repeats):
-            kept = None if options.cells is None else options.cells / f"{part}-{repeat}.json"
-            if kept is not None and kept.is_file():
-                cells.append(json.loads(kept.read_text()))
-            elif not options.only or f"{part}/{repeat}" in options.only:
-                cells.append(cell(part, repeat, options.quick))
-                if kept is not None:
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    kept.write_text(json.dumps(cells[-1]))
-        if cells:
-            settings = SETTINGS[part]._asdict()
-            results[part] = {"settings": settings, "draws": DRAWS, **figures(cells)}
+            wanted = not options.only or any(f"{part}/{repeat}/".startswith(f"{each}/") for each in options.only)
+            found = [each for number in range(OUTER) if (each := kept(options, part, repeat, number, wanted)) is not None]
+            known += [joined(found)] if len(found) == OUTER else []
+        if known:
+            results[part] = {"settings": SETTINGS[part]._asdict(), "draws": DRAWS, **figures(known)}
             show(part, results[part])
     benchmark.finish(results)
 

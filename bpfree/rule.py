@@ -457,6 +457,15 @@ class Rule(nn.Module, ABC):
             inputs = found[name] = self.network.blocks[name](inputs)
         return found
 
+    @property
+    def fixed_features(self) -> bool:
+        """Whether :meth:`features` is the same function all through training, such as that of a frozen stem.
+
+        What is kept for one phase on features then serves the next, and processes that share the blocks may have such phases: each
+        computes the features for itself.
+        """
+        return False
+
     def read(self, features: Tensor, generator: torch.Generator) -> Tensor:
         """Predict from features: ``read(features(x))`` is ``predict(x)``; needed for phases ``on_features`` only."""
         scores: Tensor = self.network.blocks[self.network.readout or ""](features)

@@ -288,7 +288,8 @@ class Session:
                     operations.count_forward(batch.inputs, len(batch))
                 if few:
                     operations.count_features(phase, batch.inputs)
-        if isinstance(loader, Loader) and phase.on_features and not at.phase_epoch and not at.batch:  # they were computed here
+        new = few or not self._rule.fixed_features
+        if isinstance(loader, Loader) and phase.on_features and new and not at.phase_epoch and not at.batch:  # they were computed here
             operations.add_features(len(self._batches.examples(phase)))
 
     # --- between steps ----------------------------------------------------------------------------------------------
