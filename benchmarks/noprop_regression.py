@@ -291,13 +291,13 @@ def show(part: str, found: dict[str, Any]) -> None:
         print(f"CRPS of noprop-dt less {other}'s: {less['mean']:.4g} ± {less['standard_error']:.2g} ({100 * less['share']:.1f} %)")
 
 
-def kept(options: Any, part: str, repeat: int, number: int, wanted: bool) -> dict[str, Any] | None:
+def kept(options: Any, part: str, repeat: int, number: int) -> dict[str, Any] | None:
     """Return an outer fold: as it was kept, or computed if it is wanted."""
     path = None if options.cells is None else options.cells / f"{part}-{repeat}-{number}.json"
     if path is not None and path.is_file():
         known: dict[str, Any] = json.loads(path.read_text())
         return known
-    if not wanted:
+    if options.only and not any(f"{part}/{repeat}/{number}/".startswith(f"{each}/") for each in options.only):
         return None
     found = cell(part, repeat, number, options.quick)
     if path is not None:
@@ -309,14 +309,15 @@ def kept(options: Any, part: str, repeat: int, number: int, wanted: bool) -> dic
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("noprop_regression", __doc__)
     benchmark.parser.add_argument("--cells", type=Path, metavar="FOLDER", help="where finished folds are kept, and looked for")
-    benchmark.parser.add_argument("--only", nargs="+", default=[], metavar="PART/REPEAT", help="compute these repeats alone")
+    benchmark.parser.add_argument(
+        "--only", nargs="+", default=[], metavar="PART/REPEAT", help="compute these alone, or PART, or PART/REPEAT/FOLD"
+    )
     options = benchmark.start(arguments)
     results: dict[str, Any] = {}
     for part, repeats in REPEATS.items():
         known = []
         for repeat in range(1 if options.quick else repeats):
-            wanted = not options.only or any(f"{part}/{repeat}/".startswith(f"{each}/") for each in options.only)
-            found = [each for number in range(OUTER) if (each := kept(options, part, repeat, number, wanted)) is not None]
+            found = [each for number in range(OUTER) if (each := kept(options, part, repeat, number)) is not None]
             known += [joined(found)] if len(found) == OUTER else []
         if known:
             results[part] = {"settings": SETTINGS[part]._asdict(), "draws": DRAWS, **figures(known)}
