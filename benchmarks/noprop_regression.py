@@ -68,7 +68,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "diabetes": Setting(5, 32, 1, 3e-3, 0.1, 32, (10, 15, 25), (5, 10, 20)),
+    "diabetes": Setting(5, 32, 1, 3e-3, 0.1, 32, (10, 15), (3, 5, 8)),
     "digits-angle": Setting(10, 64, 3, 1e-3, 1e-3, 64, (15,), (15,)),
 }
 REPEATS = {"diabetes": 5, "digits-angle": 1}

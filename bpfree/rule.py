@@ -328,6 +328,21 @@ class Rule(nn.Module, ABC):
         """
         return {}
 
+    def settle(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
+        """Finish a cross-fitted calibration (``calibration.folds``) for the weights that will be tested.
+
+        Called with the means of what was chosen on parts that were held out, in eval mode under ``no_grad``; as in :meth:`calibrate`,
+        buffers may change.
+
+        Args:
+            data: the training split, raw. These weights have learned from its targets, so that errors on it say nothing.
+            generator: of this alone, on the run's device.
+
+        Returns:
+            What was chosen, in place of means of the same names.
+        """
+        return {}
+
     def phases(self, budget: Budget) -> Iterable[Phase]:
         """Return the phases of a run, in order, perhaps endlessly; by default one, in which everything learns."""
         return [Phase("train", epochs=None if budget.samples is not None else budget.epochs)]

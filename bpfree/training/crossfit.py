@@ -74,12 +74,13 @@ def cross_fitted(setup: Setup, *, step: int) -> Calibration:
         data = setup.task.train.subset(held)
         found.append((rule, calibrate(rule, data, generator, step=step, precision=config.precision)))
     shares = [len(held) / len(setup.task.train) for held in parts]
-    values = _means([each.values for _, each in found], shares)
+    before, after = _pooled(setup.rule, found, shares)
+    Calibration(step, before=before, after=after).put(setup.rule)
+    generator = torch.Generator(setup.device).manual_seed(seeds.derive_in(config.stream, config.seed, "calibration", "settle"))
+    own = calibrate(setup.rule, setup.task.train, generator, step=step, precision=config.precision, method="settle")
+    values = _means([each.values for _, each in found], shares) | own.values
     values |= {"folds": float(len(parts)), **({"operations": operations} if operations else {})}
-    made = Calibration(step, 0.0, values, *_pooled(setup.rule, found, shares))
-    made.put(setup.rule)
-    made.seconds = time.perf_counter() - began
-    return made
+    return Calibration(step, time.perf_counter() - began, values, own.before | before, after | own.after)
 
 
 def _without(setup: Setup, held: Tensor) -> tuple[Rule, Run]:

@@ -27,6 +27,7 @@ from bpfree_noprop.chain import ChainConfig, ChainRule
 from bpfree_noprop.embeddings import RealEmbedding, full_precision
 from bpfree_noprop.heads import RealHead, SoftmaxHead
 from bpfree_noprop.schedule import NoiseSchedule, prior_divergence, signal_shares, standard_normal
+from bpfree_noprop.spread import match_spread
 from bpfree_noprop.stacked import Execution, Stack
 from bpfree_noprop.stems import StemNetwork, shared_stem
 
@@ -107,6 +108,10 @@ class NoPropDT(ChainRule):
             self.head.signal = math.sqrt(float(self.schedule.abar[-1]))
             self.residuals: Tensor
             self.register_buffer("residuals", torch.zeros(self.config.T + 1, d, d))
+            self.spread: Tensor
+            self.register_buffer("spread", torch.ones(()))
+            self.error: Tensor
+            self.register_buffer("error", torch.zeros(()))
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
@@ -243,7 +248,7 @@ class NoPropDT(ChainRule):
 
     def advance(self, z: Tensor, outputs: Tensor, t: int, noise: torch.Generator | None) -> Tensor:
         """Return ``z_t`` from ``z_{t-1}`` (N, d) and the outputs of block t (Eq. 3); its mean without a generator."""
-        spread = self.residuals[t] if isinstance(self.head, RealHead) and self.config.step_noise == "residual" else None
+        spread = self.spread * self.residuals[t] if isinstance(self.head, RealHead) and self.config.step_noise == "residual" else None
         with full_precision(z.device):
             return self.schedule.advance(z, self.estimate(outputs), t, noise, spread)
 
@@ -260,10 +265,12 @@ class NoPropDT(ChainRule):
         """Measure each block's residual covariance ``V_t`` (d, d), out of sample, which the noise of a sampled step takes in.
 
         Exact blocks have ``V_t = Cov(u | x, z_{t-1})``, so that ``N(a_t uhat + b_t z, c_t I + a_t^2 V_t)`` has the mean and covariance of
-        ``z_t`` given x and ``z_{t-1}``; without the second term each step leaves out what the block does not know.
+        ``z_t`` given x and ``z_{t-1}``; without the second term each step leaves out what the block does not know. What blocks that are
+        not exact still leave out is made up for by one factor of all ``V_t`` (:mod:`bpfree_noprop.spread`).
 
         Returns:
-            The mean variance of each block, of 1 for a target of which nothing is known.
+            The mean variance of each block, of 1 for a target of which nothing is known; the squared error of the mean of draws, and the
+            factor, ``spread``.
         """
         if not self.calibrates or data.targets is None:
             return {}
@@ -279,7 +286,16 @@ class NoPropDT(ChainRule):
                 with full_precision(u.device):
                     sums[t] += error.T @ error
         self.residuals.copy_(sums / len(data))
-        return {f"t{t}/residual_variance": float(self.residuals[t].diagonal().mean()) for t, _ in self.denoisers()}
+        measured = {f"t{t}/residual_variance": float(self.residuals[t].diagonal().mean()) for t, _ in self.denoisers()}
+        if self.config.step_noise == "paper":
+            return measured
+        spread, error = match_spread(self, data, generator)
+        self.error.fill_(error)
+        return {**measured, "error": error, "spread": spread}
+
+    def settle(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
+        """Match the spread of the tested blocks to the error that others have had on examples that were held out."""
+        return {"spread": match_spread(self, data, generator, float(self.error))[0]} if self.config.step_noise == "residual" else {}
 
     def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """Return the scores of each block alone on pure noise, of their mean, and of the other kind of inference.
