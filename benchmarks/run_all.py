@@ -16,6 +16,7 @@ SCRIPTS = (
     "trainer_overhead",
     "streamed",
     "noprop_step",
+    "noprop_inference",
     "noprop_memory",
     "forward_gradient_step",
     "forward_gradient_memory",

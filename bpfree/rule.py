@@ -328,7 +328,7 @@ class Rule(nn.Module, ABC):
         """
         return {}
 
-    def settle(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
+    def finish_calibration(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
         """Finish a cross-fitted calibration (``calibration.folds``) for the weights that will be tested.
 
         Called with the means of what was chosen on parts that were held out, in eval mode under ``no_grad``; as in :meth:`calibrate`,
@@ -488,6 +488,13 @@ class Rule(nn.Module, ABC):
 
     def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """Return further predictions to report besides ``predict``, by name (single blocks, ensembles): scores (N, C)."""
+        return {}
+
+    def effort(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return what ``predict`` takes for each example where that differs: (N,) by name; means are reported as ``effort/<name>``.
+
+        Such as the blocks that are executed, where an early exit leaves out the rest. Asked for where alternatives are.
+        """
         return {}
 
 

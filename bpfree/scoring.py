@@ -113,7 +113,7 @@ def score(
     loader = Loader(examples, saved.spec, **options)
     generator = torch.Generator(device).manual_seed(seeds.derive_in(recipe.settings.stream, recipe.settings.seed, "evaluation", "score"))
     metrics, confusion = scored_by(saved.spec, config.metrics), Confusion(saved.spec)
-    with only_read(rule, "predict", "alternatives", "sample"), autocast(device, recipe.settings.precision):
+    with only_read(rule, "predict", "alternatives", "effort", "sample"), autocast(device, recipe.settings.precision):
         further = [metric for metric in metrics if metric.name != LOSS.name]
         known: dict[str, Any] = {"spec": saved.spec, "metrics": further, "alternatives": config.alternatives}
         scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, keep=confusion, **known)

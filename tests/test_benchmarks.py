@@ -96,6 +96,15 @@ def test_noprop_step(smoke: Run) -> None:
     )
 
 
+@pytest.mark.slow  # it compiles
+def test_noprop_inference(smoke: Run) -> None:
+    (case,) = smoke("noprop_inference")["cases"].values()
+    assert list(case["pairs"]) == ["predict", "folded", "exported", "compiled", "sample"]
+    check_ratio(case["pairs"]["predict"])
+    assert (case["T"], case["batch"]) == (10, 2)
+    assert case["compile_seconds"] > 0
+
+
 @pytest.mark.slow
 def test_noprop_memory(smoke: Run) -> None:
     found = smoke("noprop_memory")
@@ -344,7 +353,7 @@ def test_the_page_of_200_cells_is_small(load: Callable[[str], Any], tmp_path: Pa
 def test_run_all_passes_options_on(load: Callable[[str], Any]) -> None:
     commands = load("run_all").commands(["--save", "--full", "--device", "cuda"])
     names = [Path(command[1]).stem for command in commands]
-    assert names[:-2] == ["trainer_overhead", "streamed", "noprop_step", "noprop_memory", *STEPS]
+    assert names[:-2] == ["trainer_overhead", "streamed", "noprop_step", "noprop_inference", "noprop_memory", *STEPS]
     assert names[-2:] == ["startup", "accuracy"]
     assert all(command[-3:] == ["--save", "--device", "cuda"] for command in commands)
     assert all(Path(command[1]).is_file() for command in commands)
@@ -366,7 +375,7 @@ def test_gpu_script_refuses_unknown_parts_and_skips_what_is_done(tmp_path: Path)
     environment = {**os.environ, "OUT": str(tmp_path), "STATE": str(tmp_path / "state"), "DEVICE": "tested", "PYTHON": sys.executable}
     script = ["bash", str(FOLDER / "gpu.sh")]
     assert subprocess.run([*script, "everything"], env=environment, capture_output=True).returncode == 2
-    names = ("trainer_overhead", "streamed", "noprop_step", "noprop_memory", *STEPS)
+    names = ("trainer_overhead", "streamed", "noprop_step", "noprop_inference", "noprop_memory", *STEPS)
     for name in names:
         (tmp_path / f"{name}-tested.json").touch()
     done = subprocess.run([*script, "bench"], env=environment, capture_output=True, text=True)

@@ -79,9 +79,24 @@ class InAlternatives(TrainsItself):
         return {}
 
 
+class InEffort(InAlternatives):
+    method = "effort"
+    alternatives = Rule.alternatives
+
+    def effort(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        self.touch()
+        return {}
+
+
 @pytest.mark.parametrize(
     ("factory", "method", "every"),
-    [(TrainsItself, "predict", 1), (TrainsItself, "features", 1), (OnFeatures, "features", 1), (InAlternatives, "alternatives", 9)],
+    [
+        (TrainsItself, "predict", 1),
+        (TrainsItself, "features", 1),
+        (OnFeatures, "features", 1),
+        (InAlternatives, "alternatives", 9),
+        (InEffort, "effort", 9),
+    ],
 )
 def test_a_rule_that_trains_while_it_is_evaluated_is_refused(
     digits: Task, device: torch.device, monkeypatch: pytest.MonkeyPatch, factory: type[Evaluated], method: str, every: int

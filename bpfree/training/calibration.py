@@ -70,7 +70,7 @@ def calibrate(
     *,
     step: int,
     precision: str = "fp32",
-    method: Literal["calibrate", "settle"] = "calibrate",
+    method: Literal["calibrate", "finish_calibration"] = "calibrate",
 ) -> Calibration:
     """Let a rule calibrate itself: in eval mode, without gradients.
 

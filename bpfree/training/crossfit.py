@@ -76,8 +76,8 @@ def cross_fitted(setup: Setup, *, step: int) -> Calibration:
     shares = [len(held) / len(setup.task.train) for held in parts]
     before, after = _pooled(setup.rule, found, shares)
     Calibration(step, before=before, after=after).put(setup.rule)
-    generator = torch.Generator(setup.device).manual_seed(seeds.derive_in(config.stream, config.seed, "calibration", "settle"))
-    own = calibrate(setup.rule, setup.task.train, generator, step=step, precision=config.precision, method="settle")
+    generator = torch.Generator(setup.device).manual_seed(seeds.derive_in(config.stream, config.seed, "calibration", "finish"))
+    own = calibrate(setup.rule, setup.task.train, generator, step=step, precision=config.precision, method="finish_calibration")
     values = _means([each.values for _, each in found], shares) | own.values
     values |= {"folds": float(len(parts)), **({"operations": operations} if operations else {})}
     return Calibration(step, time.perf_counter() - began, values, own.before | before, after | own.after)

@@ -432,7 +432,7 @@ def evaluate(
         spec: the task's, by which predictions are scored; the rule's by default, which the rule may have changed.
         metrics: beside the loss; ``None``: the task's.
         draws: passes to average over; of several, the standard error of the primary metric is reported as ``accuracy_se``.
-        alternatives: also score ``rule.alternatives`` by the primary metric, as ``<name>/accuracy``.
+        alternatives: also score ``rule.alternatives`` by the primary metric, as ``<name>/accuracy``; and the means of ``rule.effort``.
         on_features: the batches hold the rule's features in place of its inputs.
         each_draw: also report the primary metric of each of several draws, as ``accuracy_draw_1`` and so on.
         keep: takes up what is predicted for each example.
@@ -469,14 +469,14 @@ def evaluate_samples(
         batches: of the split.
         generator: of the draws.
         metrics: of samples.
-        draws: for each example.
+        draws: for each example; as predictions that are not final, for which a rule may take fewer steps.
         spec: the task's.
 
     Returns:
         ``crps``, ``coverage_90`` and so on, by the metrics' names.
     """
     sums = [(metric.name, metric.begin(spec, lambda inputs: inputs)) for metric in metrics if metric.begin is not None]
-    with evaluating(rule):
+    with evaluating(rule), rule.quick_predictions():
         for batch in batches:
             drawn = rule.sample(batch.inputs, draws, generator).float()
             for _, accumulator in sums:
@@ -498,10 +498,11 @@ class _Pass:
         self._rule, self._spec, self._predict, self._metrics, self._keep = rule, spec, predict, metrics, keep
         self._sums: dict[str, Accumulator] = {}
         self._strange: dict[str, Tensor] = {}
+        self._efforts: dict[str, Tensor] = {}
         self._examples = 0
 
     def scores(self, batches: Iterable[Batch], generator: torch.Generator, alternatives: bool) -> dict[str, float]:
-        """Score the rule's own prediction by all metrics, and its alternatives by the primary one."""
+        """Score the rule's own prediction by all metrics, its alternatives by the primary one, and what the prediction takes."""
         spec, keep = self._spec, self._keep
         metrics = ([built_in.LOSS] if spec.is_scored else []) + list(self._metrics)
         if not metrics:
@@ -515,8 +516,12 @@ class _Pass:
             self._add("", own, batch, metrics, generator)
             for name, value in self._rule.alternatives(batch.inputs, generator).items() if alternatives and spec.metrics() else ():
                 self._add(f"{name}/", value, batch, [spec.primary], generator)
+            for name, value in self._rule.effort(batch.inputs, generator).items() if alternatives else ():
+                total = devices.summed(value)
+                self._efforts[name] = self._efforts[name] + total if name in self._efforts else total
             self._examples += len(batch)
         found = {name: accumulator.value() for name, accumulator in self._sums.items()}
+        found |= {f"effort/{name}": float(total) / self._examples for name, total in self._efforts.items()}
         return found | {f"{prefix}{NOT_FINITE}": float(total) / self._examples for prefix, total in self._strange.items()}
 
     def _add(self, prefix: str, outputs: Tensor, batch: Batch, metrics: Sequence[Metric], generator: torch.Generator) -> None:

@@ -44,7 +44,7 @@ __all__ = ["Session"]
 
 logger = logging.getLogger("bpfree")
 
-PREDICTING = ("predict", "alternatives", "read", "sample")
+PREDICTING = ("predict", "alternatives", "effort", "read", "sample")
 """Methods of a rule that an evaluation of its predictions calls."""
 
 

@@ -250,19 +250,23 @@ def test_inference_is_stochastic_only_when_sampled(make_rule: MakeRule, batch: B
     assert (sampled.draws, mean.draws) == (5, 1)
 
 
-@pytest.mark.parametrize(("inference", "other"), [("sampled", "deterministic"), ("deterministic", "sampled")])
-def test_alternatives_are_blocks_their_mean_and_the_other_chain(inference: str, other: str, make_rule: MakeRule, batch: Batch) -> None:
+@pytest.mark.parametrize("inference", ["deterministic", "sampled", "class-sampled"])
+def test_alternatives_are_blocks_readouts_and_the_other_chains(inference: str, make_rule: MakeRule, batch: Batch) -> None:
     # Oracle: each block called by itself with the same draws; predict of a rule with the other inference.
     rule = make_rule(inference=inference).eval()
-    scores = rule.alternatives(batch.inputs, torch.Generator(batch.inputs.device).manual_seed(5))
-    assert list(scores) == ["t1", "t2", "t3", "mean", other]
+    generator = torch.Generator(batch.inputs.device).manual_seed(5)
+    with torch.no_grad():
+        scores = rule.alternatives(batch.inputs, torch.Generator(batch.inputs.device).manual_seed(5))
+    others = [kind for kind in ("deterministic", "sampled", "class-sampled") if kind != inference]
+    assert list(scores) == ["t1", "t2", "t3", "mean", "path", "product", "chain_swapped", "path_swapped", *others]
     alone = [scores[f"t{t}"].exp() for t in (1, 2, 3)]
     torch.testing.assert_close(scores["mean"].exp(), sum(alone) / 3)
-    if other == "deterministic":
-        twin = make_rule(inference="deterministic")
-        torch.testing.assert_close(scores[other], predictions(twin, batch.inputs))
-        generator = torch.Generator(batch.inputs.device).manual_seed(5)
+    z = torch.zeros(16, 4, device=batch.inputs.device)
+    if inference != "deterministic":
+        torch.testing.assert_close(scores["deterministic"], predictions(make_rule(inference="deterministic"), batch.inputs))
+        torch.randn(16, 4, generator=generator, device=batch.inputs.device)  # z_0 of the chain
         z = torch.randn(16, 4, generator=generator, device=batch.inputs.device)
+    with torch.no_grad():
         torch.testing.assert_close(scores["t1"], rule.network.blocks["t1"](batch.inputs, z).log_softmax(1))
 
 
@@ -325,6 +329,7 @@ def test_network_follows_task_and_options() -> None:
         ("rule.embedding_dim=7", "rule.embedding_dim=7 does nothing with rule.embedding=one-hot: it is for rule.embedding=learned"),
         ("rule.sigma=0.5", "rule.sigma=0.5 does nothing with rule.head=softmax: it is for rule.head=radial"),
         ("rule.draws=9", "rule.draws=9 does nothing with rule.inference=deterministic"),
+        ("rule.early_exit=0.1 rule.inference=sampled", "rule.early_exit=0.1 does nothing with rule.inference=sampled"),
     ],
 )
 def test_an_option_that_another_makes_meaningless_is_refused(words: str, reason: str) -> None:

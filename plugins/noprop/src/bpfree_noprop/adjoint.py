@@ -14,8 +14,7 @@ from bpfree.options import OptimizerConfig, option
 from bpfree.rule import Card, Metrics, Traits, always
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import TaskSpec
-from bpfree_noprop.base import PAPER
-from bpfree_noprop.heads import soft_cross_entropy
+from bpfree_noprop.base import PAPER, TARGETS, inputs_of
 from bpfree_noprop.timed_rules import TimedConfig, TimedRule
 
 __all__ = ["NoPropAdjoint", "NoPropAdjointConfig"]
@@ -82,8 +81,8 @@ class NoPropAdjoint(TimedRule):
             passes=config.training_steps,
             chain=False,
             readout="none",
-            targets=("classes", "soft"),
-            inputs="real",
+            targets=TARGETS,
+            inputs=inputs_of(network),
             own_loss=False,
         )
 
@@ -121,8 +120,8 @@ class NoPropAdjoint(TimedRule):
         return self.start(batch.inputs, step.generator_for("start"))
 
     def loss(self, z: Tensor, batch: Batch) -> Tensor:
-        """Return the cross-entropy of the head on z(1)."""
-        return soft_cross_entropy(self.head(z, self.embed), self.rows(batch))
+        """Return the loss of the head on z(1)."""
+        return self.head_loss(z, self.rows(batch))
 
     def solve(self, name: str, features: Tensor, start: Tensor, steps: int, **options: Any) -> Tensor:
         """Integrate from z(0) to z(1) (N, d) by a function of torchdiffeq."""
@@ -133,11 +132,11 @@ class NoPropAdjoint(TimedRule):
         path = integrate(Velocity(self, features), start, ends, method=self.config.solver, options=grid, **options)
         return path[-1]  # type: ignore[no-any-return]
 
-    def predict(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Return log-probabilities (N, m) of the head at t = 1."""
+    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+        """Return scores (N, m), or real values of the target's shape, of the head at t = 1."""
         start = self.start(inputs, generator if self.config.inference == "sampled" else None)
         z = self.solve("odeint", self.block.features(inputs), start, self.steps)
-        return self.head(z, self.embed)  # type: ignore[no-any-return]
+        return self.shaped(self.head(z, self.embed))
 
 
 def import_torchdiffeq() -> Any:

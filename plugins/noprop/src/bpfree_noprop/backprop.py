@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from bpfree.options import option
 from bpfree.rule import Card, Metrics, Traits
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import TaskSpec
-from bpfree_noprop.base import PAPER
+from bpfree_noprop.base import PAPER, TARGETS, inputs_of
 from bpfree_noprop.chain import ChainConfig, ChainRule
-from bpfree_noprop.heads import soft_cross_entropy
-from bpfree_noprop.stems import StemNetwork, shared_stem
+from bpfree_noprop.stems import shared_stem
 
 __all__ = ["Mixture", "NoPropBackprop", "NoPropBackpropConfig"]
 
@@ -62,14 +61,13 @@ class NoPropBackprop(ChainRule):
     @classmethod
     def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
         """Declare back-propagation; a stem of one's own may take any inputs."""
-        inputs: Literal["any", "real"] = "any" if isinstance(network, StemNetwork) else "real"
-        return Traits("all", "all", "all", chain=False, readout="none", targets=("classes", "soft"), inputs=inputs, own_loss=False)
+        return Traits("all", "all", "all", chain=False, readout="none", targets=TARGETS, inputs=inputs_of(network), own_loss=False)
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropBackpropConfig | None = None) -> None:
         super().__init__(network, spec, config)
         self.mix = Mixture(self.config.T, self.config.share)
 
-    def states(self, inputs: Tensor, generator: torch.Generator | None) -> Sequence[Tensor]:
+    def states(self, inputs: Any, generator: torch.Generator | None) -> Sequence[Tensor]:
         """Return z_0 to z_T, each (N, d)."""
         inputs = self.view(inputs)
         path = [self.start(inputs, generator)]
@@ -84,14 +82,14 @@ class NoPropBackprop(ChainRule):
             for t, block in self.denoisers():
                 masks.enter_context(block.masks(step.generator_for, f"t{t}"))
             z = self.states(batch.inputs, step.generator_for("start"))[-1]
-        return soft_cross_entropy(self.head(z, self.embed), self.rows(batch))
+        return self.head_loss(z, self.rows(batch))
 
     def credit(self, batch: Batch, step: Step) -> Metrics:
         loss = self.objective(batch, step)
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.detach()}
 
-    def predict(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Return log-probabilities (N, m) of the head on z_T."""
+    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+        """Return scores (N, m), or real values of the target's shape, of the head on z_T."""
         z = self.states(inputs, generator if self.config.inference == "sampled" else None)[-1]
-        return self.head(z, self.embed)  # type: ignore[no-any-return]
+        return self.shaped(self.head(z, self.embed))

@@ -16,18 +16,27 @@ from bpfree.options import option
 from bpfree.rule import Rule
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import Examples, TaskSpec
-from bpfree.tasks.trees import leaves
+from bpfree.tasks.trees import leaves, move
 from bpfree_noprop.blocks import DenoisingBlock, LabelBlock
 from bpfree_noprop.embeddings import ClassEmbedding, RealEmbedding, prototypes, state_dim
 from bpfree_noprop.heads import SoftmaxHead, make_head
 from bpfree_noprop.schedule import standard_normal
 from bpfree_noprop.stems import Stem, StemNetwork, shared_stem
 
-__all__ = ["PAPER", "NoPropConfig", "NoPropRule", "learned_stem"]
+__all__ = ["PAPER", "TARGETS", "NoPropConfig", "NoPropRule", "inputs_of", "learned_stem"]
+
+TARGETS = ("classes", "soft", "multilabel", "real")
+MEASURED_AT_ONCE = 1000
+"""Validation examples that something is measured on at a time."""
 
 PAPER = (
     "Li, Teh, Pascanu: NoProp: Training Neural Networks without Full Back-propagation or Full Forward-propagation. 2025, arXiv 2503.24322"
 )
+UNMEASURED = (
+    "the residuals of the blocks were not measured, without which intervals are too narrow: give task.validation above 0, or "
+    "calibration.folds"
+)
+"""Why a rule cannot draw real targets."""
 
 
 @dataclass
@@ -49,6 +58,11 @@ def learned_stem(network: Network | None) -> Stem | None:
     """Return the stem that all blocks of a network share, if it learns."""
     stem = shared_stem(network)
     return None if stem is None or stem.frozen else stem
+
+
+def inputs_of(network: Network | None) -> Literal["any", "real"]:
+    """Return the trait ``inputs`` on a network: a stem of one's own may take any, the networks that come with the plugin need real ones."""
+    return "any" if isinstance(network, StemNetwork) else "real"
 
 
 class NoPropRule(Rule):
@@ -116,7 +130,7 @@ class NoPropRule(Rule):
             UsageError: other blocks than the rule's, or another dimension of the noised label.
         """
         where = f"blocks: {', '.join(network.names)}"
-        if not all(type(block) is self.network_kind for block in network.blocks.values()):
+        if not all(isinstance(block, self.network_kind) for block in network.blocks.values()):
             raise self.misfit(where)
         found = cast(LabelBlock, next(iter(network.blocks.values()))).state_dim
         if found != d:
@@ -223,6 +237,21 @@ class NoPropRule(Rule):
     def estimate(self, outputs: Tensor) -> Tensor:
         """Return ``uhat`` (N, d) of a block's outputs (N, m): embeddings weighted by probabilities, or of a real target the outputs."""
         return self.embed.estimate(outputs)
+
+    def head_loss(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Return the batch mean of what the head loses on states (N, d), for targets as ``rows`` (N, m)."""
+        return cast(Any, self.head).loss(z, self.embed, rows)  # type: ignore[no-any-return]
+
+    def shaped(self, scores: Tensor) -> Tensor:
+        """Return scores (N, m) as they are, and real values (N, d) in the shape of the task's outputs."""
+        return scores.view(-1, *self.spec.output_size) if isinstance(self.embed, RealEmbedding) else scores
+
+    def batches(self, data: Examples, device: torch.device) -> Iterator[Batch]:
+        """Iterate over all examples of a split with targets, as the network sees them."""
+        for places in torch.arange(len(data)).split(MEASURED_AT_ONCE):
+            raw, targets = data.batch(places)
+            assert targets is not None
+            yield Batch(self.spec.normalise(move(raw, device), self.network.dtype), targets.to(device))
 
     def start(self, inputs: Any, generator: torch.Generator | None) -> Tensor:
         """Return ``z_0`` (N, d): a draw of N(0, I), or its mean 0 without a generator."""

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 from bpfree.network.builders import NetworkBuilder
-from bpfree.network.network import Network
+from bpfree.network.network import Network, evaluating
 from bpfree.options import option
 from bpfree.tasks.task import TaskSpec
-from bpfree.tasks.trees import leaves
+from bpfree.tasks.trees import leaves, select
 from bpfree_noprop.dropout import KeyedDropout, masks_from
 from bpfree_noprop.embeddings import target_size
 
-__all__ = ["NETWORKS", "CNNConfig", "DenoisingBlock", "LabelBlock", "MLPConfig", "PaperConfig"]
+__all__ = ["NETWORKS", "CNNConfig", "DenoisingBlock", "LabelBlock", "MLPConfig", "PairedBlock", "PaperConfig", "paired"]
 
 
 @dataclass
@@ -37,6 +37,7 @@ class DenoisingConfig:
     label: Literal["vector", "input"] = option(
         "vector", "path of the noised label: linear layers, or (input) a stem like the input's, for prototypes"
     )
+    members: Literal[1, 2] = option(1, "twins in a block, each of which learns from one half of the data (2: for rule.state=crossfit)")
 
 
 @dataclass
@@ -86,6 +87,10 @@ class LabelBlock(nn.Module):
         """Draw the block's dropout masks from the generator ``<name>/dropout`` inside, if it has any dropout."""
         return masks_from(generator_for(f"{name}/dropout"), self._dropouts) if self._dropouts else nullcontext()
 
+    def singles(self) -> Sequence[LabelBlock]:
+        """Return the block, or the two that it is a pair of."""
+        return [self]
+
     @abstractmethod
     def blind(self, x: Tensor) -> Tensor:
         """Return the activities (N, H) before the last linear map for an input alone: the state is z = 0."""
@@ -131,6 +136,66 @@ class DenoisingBlock(LabelBlock):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         return self.judge(self.features(x), z)
+
+
+class PairedBlock(DenoisingBlock):
+    """Two blocks, each of which learns from one half of the training examples; together they answer the mean of their outputs.
+
+    Args:
+        members: two blocks of the same form.
+    """
+
+    def __init__(self, members: Sequence[DenoisingBlock]) -> None:
+        LabelBlock.__init__(self, members[0].state_dim, members=nn.ModuleList(members))
+
+    def singles(self) -> list[DenoisingBlock]:
+        return list(cast(Iterable[DenoisingBlock], self.members))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return (N, 2F): both members' features side by side."""
+        return torch.cat([member.features(x) for member in self.singles()], dim=1)
+
+    def hidden(self, features: Tensor, z: Tensor) -> Tensor:
+        """Return (N, 2H): both members' activities side by side."""
+        parts = zip(self.singles(), features.chunk(2, dim=1), strict=True)
+        return torch.cat([member.hidden(part, z) for member, part in parts], dim=1)
+
+    def judge(self, features: Tensor, z: Tensor) -> Tensor:
+        parts = zip(self.singles(), features.chunk(2, dim=1), strict=True)
+        return torch.stack([member.judge(part, z) for member, part in parts]).mean(0)
+
+    def no_label(self, x: Tensor) -> Tensor:
+        return self.singles()[0].no_label(x)
+
+    def freeze_body(self) -> None:
+        for member in self.singles():
+            member.freeze_body()
+
+    def crossed(self, x: Any, z: Tensor, halves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the logits (N, m) of the member that learns from each example, and, without a graph, of the one that never does.
+
+        A half of a single example is not normalised by its own statistics, but by the running ones.
+
+        Args:
+            x: inputs.
+            z: (N, d) states.
+            halves: places in the batch of the examples from which each member learns.
+        """
+        learned, foreign = [], []
+        for member, other, part in zip(self.singles(), reversed(self.singles()), halves, strict=True):
+            if len(part):
+                seen, state = select(x, part), z[part]
+                with evaluating(member) if len(part) < 2 else nullcontext():
+                    learned.append(member(seen, state))
+                with torch.no_grad(), evaluating(other):
+                    foreign.append(other(seen, state))
+        order = torch.cat(tuple(halves)).argsort()
+        return torch.cat(learned)[order], torch.cat(foreign)[order]
+
+
+def paired(make: Callable[[], DenoisingBlock], members: int) -> DenoisingBlock:
+    """Make a block, or a pair of them."""
+    return make() if members == 1 else PairedBlock([make() for _ in range(members)])
 
 
 class Residual(nn.Module):
@@ -210,14 +275,14 @@ def builder(
         d = config.state_dim if config.state_dim is not None else target_size(spec)
         check_inputs(spec)
         check_sizes(spec, config.label, d, images)
-        blocks: dict[str, nn.Module] = {f"t{t}": make(spec, config, d) for t in range(1, config.blocks + 1)}
+        blocks: dict[str, nn.Module] = {f"t{t}": paired(lambda: make(spec, config, d), config.members) for t in range(1, config.blocks + 1)}
         return Network(blocks, input_shape=spec.input_shape, readout=None, chain=False)
 
     return NetworkBuilder(build, options, summary)
 
 
-def check_inputs(spec: TaskSpec) -> None:
-    """Refuse inputs that the blocks' own stems do not take.
+def check_inputs(spec: TaskSpec, *, instead: str = "noprop") -> None:
+    """Refuse inputs that the blocks' own stems do not take; ``instead`` names the network whose stem may take them.
 
     Raises:
         UsageError: tokens, or several tensors.
@@ -226,7 +291,7 @@ def check_inputs(spec: TaskSpec) -> None:
         raise UsageError(
             "this network needs inputs that are one tensor of real numbers",
             where=f"task {spec.name}",
-            fix="use network=noprop with a stem that takes them: network.stem=FILE.py:NAME, or noprop_network(spec, stem) of bpfree_noprop",
+            fix=f"use network={instead} with a stem that takes them: network.stem=FILE.py:NAME, or a module in Python",
         )
 
 

@@ -6,7 +6,6 @@ Li, Teh, Pascanu: NoProp (arXiv 2503.24322), Eq. 3, 6, 8 and Algorithm 1.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -15,33 +14,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bpfree.errors import UsageError
 from bpfree.network.network import Network
 from bpfree.options import option
 from bpfree.rule import Card, Metrics, Traits
 from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.tasks.task import Examples, TaskSpec
-from bpfree.tasks.trees import move
 from bpfree_noprop.base import PAPER
-from bpfree_noprop.blocks import DenoisingBlock
-from bpfree_noprop.chain import ChainConfig, ChainRule
+from bpfree_noprop.blocks import DenoisingBlock, PairedBlock
+from bpfree_noprop.chain import ChainConfig
+from bpfree_noprop.early_exit import ExitingChain
 from bpfree_noprop.embeddings import RealEmbedding, full_precision
-from bpfree_noprop.heads import RealHead, SoftmaxHead
-from bpfree_noprop.schedule import NoiseSchedule, prior_divergence, signal_shares, standard_normal
-from bpfree_noprop.spread import match_spread
+from bpfree_noprop.heads import SoftmaxHead
+from bpfree_noprop.inference import Inference
+from bpfree_noprop.readouts import Readout
+from bpfree_noprop.schedule import prior_divergence, standard_normal
 from bpfree_noprop.stacked import Execution, Stack
+from bpfree_noprop.states import OWN, KeptPaths, OwnStates, State
 from bpfree_noprop.stems import StemNetwork, shared_stem
 
 __all__ = ["NoPropDT", "NoPropDTConfig"]
 
 TARGETS = ("classes", "soft", "multilabel", "real")
-CALIBRATED_AT_ONCE = 1000
-"""Validation examples whose residuals are measured at a time."""
 
 
 @dataclass
 class NoPropDTConfig(ChainConfig):
     """Options of NoProp in discrete time."""
 
+    inference: Inference = option(  # type: ignore[assignment]  # one more kind than of other chains
+        "deterministic",
+        "the chain's mean path from z_0 = 0, or (the paper) with its noise, or with a class drawn from each block's belief, not its mean",
+    )
+    early_exit: float | None = option(
+        None,
+        "of the mean path: an example's chain stops when its answer is settled, so that at most this much of the task's metric is lost on "
+        "validation, where it is measured after training; none: it never stops",
+        ge=0,
+        needs={"inference": ("deterministic",)},
+    )
     eta: float = option(0.1, "weight of the denoising loss; without effect under Adam unless the embedding is learned", gt=0)
     schedule: Literal["cosine", "cosine-interior", "linear"] = option("cosine", "how the label's share of the state grows with t")
     clip: float = option(1e-4, "the share stays within [clip, 1 - clip]", gt=0, lt=0.5)
@@ -57,12 +68,23 @@ class NoPropDTConfig(ChainConfig):
         "residual",
         "of a sampled step, for real targets: c_t + a_t^2 v_t with the block's residual variance v_t, measured on validation; or c_t alone",
     )
-    state: Literal["noised", "noise"] = option(
-        "noised", "what a block sees beside the input: the noised label, or (a control) noise that says nothing of it, also in inference"
+    state: State = option(
+        "noised",
+        "what a block sees beside the input in training: the noised label (the paper); noise that says nothing of it (blind blocks); the "
+        "state that the blocks before it last made of this very example (own), or twins of theirs that never learn from it (crossfit); or "
+        "the noised label, with what that says added to its logits in closed form (analytic)",
+    )
+    loss: Literal["squared", "cross-entropy"] = option(
+        "squared", "of a block: distance of its estimate from the embedding (the paper), or cross-entropy of its probabilities"
+    )
+    readout: Readout = option(
+        "chain",
+        "what predicts: the last state (the paper); the mean of the blocks' probabilities on the states along the path, or of each "
+        "block alone, without a state (mean); or their product",
     )
 
 
-class NoPropDT(ChainRule):
+class NoPropDT(ExitingChain):
     """Blocks share nothing but the class embedding and the head; neither activations nor gradients pass between them.
 
     The loss (Eq. 8, squared norm summed over d, batch mean) is ``E[-log p_out(y|z_T)] + KL(q(z_0|y) || N(0, I)) +
@@ -72,6 +94,7 @@ class NoPropDT(ChainRule):
 
     Config = NoPropDTConfig
     config: NoPropDTConfig
+    growing = ("kept.states",)
     card = Card(
         "NoProp, discrete time: each block alone learns to denoise a noised label",
         paper=PAPER,
@@ -84,34 +107,58 @@ class NoPropDT(ChainRule):
         "time-reversed cosine, clipped. A learned embedding is shared: its gradient goes through every block, so that through it the "
         "blocks learn from each other's weights. "
         "The paper's chain (inference=sampled, Eq. 3) draws a class from the blocks' beliefs where the mean path, our default, takes the "
-        "likeliest: 0.6 to 0.7 points on digits and MNIST. The head starts as a nearest-embedding classifier. "
+        "likeliest: 0.6 to 0.7 points on digits and MNIST. It puts a belief's mean in place of a class, which favours the likeliest (0.97 "
+        "becomes 0.986 at T = 10, with exact blocks); inference=class-sampled draws a class, and is exact for exact blocks. "
+        "The head starts as a nearest-embedding classifier. "
         "Beyond the paper: any model in blocks (network=noprop network.stem=NAME); several labels, as sums of embeddings; real targets, "
         "whitened, as their own embedding, whose sampled steps take in what a block does not know (step_noise).",
     )
 
     @classmethod
     def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
-        """Declare independent blocks, unless they share a learned embedding or stem, through which they read each other's weights.
+        """Declare independent blocks, unless they learn on states that blocks before them have made, or share a learned embedding or stem.
 
         Without a network: one whose blocks share no stem, as all are but ``noprop`` with ``network.shared=true``.
         """
         inputs: Literal["any", "real"] = "any" if isinstance(network, StemNetwork) else "real"
-        alone = Traits("independent", 0, 1, chain=False, readout="none", targets=TARGETS, inputs=inputs, own_loss=False)
+        reach: Literal["independent", "upstream"] = "upstream" if config.state in OWN else "independent"
+        alone = Traits(reach, 0, 1, chain=False, readout="none", targets=TARGETS, inputs=inputs, own_loss=False)
         return replace(alone, dependence="all", downstream_weights="all") if cls.shared_groups_of(config, network) else alone
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropDTConfig | None = None) -> None:
         super().__init__(network, spec, config)
-        self.schedule = NoiseSchedule(signal_shares(self.config.schedule, self.config.T, self.config.clip))
         self.execution = Execution(self.config.execution, [block for _, block in self.denoisers()])
-        if isinstance(self.head, RealHead):
-            d = self.embed.weight.shape[0]
-            self.head.signal = math.sqrt(float(self.schedule.abar[-1]))
-            self.residuals: Tensor
-            self.register_buffer("residuals", torch.zeros(self.config.T + 1, d, d))
-            self.spread: Tensor
-            self.register_buffer("spread", torch.ones(()))
-            self.error: Tensor
-            self.register_buffer("error", torch.zeros(()))
+        if self.config.state in OWN:
+            self.kept = KeptPaths(self.config.T, self.embed.weight.shape[1])
+
+    def check_options(self) -> None:
+        """Refuse states, losses and readouts that these targets, or the other options, do not have.
+
+        Raises:
+            UsageError: names the option.
+        """
+        super().check_options()
+        config, targets = self.config, self.spec.targets
+        if targets == "real" and (config.state in (*OWN, "analytic") or config.loss != "squared" or config.readout == "product"):
+            what = "real targets have no states of one's own or in closed form, no cross-entropy and no product of probabilities"
+            raise UsageError(what, where="rule.state, rule.loss, rule.readout", fix="leave them out")
+        if config.state in OWN and config.inference != "deterministic":
+            what = f"blocks that learn on states of their own (rule.state={config.state}) have never met the noise of sampled steps"
+            raise UsageError(what, where="rule.inference", fix="rule.inference=deterministic")
+        if targets == "multilabel" and config.state == "analytic" and config.embedding != "one-hot":
+            what = "what a state says of sets of labels is known in closed form for one-hot embeddings alone"
+            raise UsageError(what, where="rule.state", fix="rule.embedding=one-hot")
+
+    def check_network(self, network: Network, d: int) -> None:
+        super().check_network(network, d)
+        wanted = 2 if self.config.state == "crossfit" else 1
+        if any(len(cast(DenoisingBlock, block).singles()) != wanted for block in network.blocks.values()):
+            what = f"rule.state={self.config.state} needs blocks of {wanted} member{'s' if wanted > 1 else ''}"
+            raise UsageError(what, where="network.members", fix=f"set network.members={wanted}")
+
+    @classmethod
+    def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
+        return super().network_options(spec, config) | ({"members": 2} if config.state == "crossfit" else {})
 
     @classmethod
     def specimen(cls, kind: str, depth: int, width: int) -> dict[str, Any] | None:
@@ -138,6 +185,23 @@ class NoPropDT(ChainRule):
             return [replace(phase, on_features=self.keeps_features) for phase in super().phases(budget)]
         return self._block_by_block(budget.epochs)
 
+    def prepare(self, data: Examples, generator: torch.Generator) -> None:
+        """Also make room for the states of the training examples, if the rule keeps them.
+
+        Raises:
+            UsageError: several processes, each of which would keep states of other examples.
+        """
+        super().prepare(data, generator)
+        if self.config.state in OWN:
+            if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                what = "the states of training examples are kept in one process"
+                raise UsageError(what, where=f"rule.state={self.config.state}", fix="train in one process, or with rule.state=noised")
+            self.kept.open(len(data))
+
+    def end_phase(self, phase: Phase, step: Step) -> None:
+        if self.config.state in OWN and self.config.updates == "simultaneous":  # it was the only one
+            self.kept.close()
+
     def features(self, inputs: Any) -> Tensor:
         """Return the features of a stem that are kept, or else the last hidden activities of all blocks side by side, for a state z = 0."""
         return cast(Tensor, self.view(inputs)) if self.keeps_features else super().features(inputs)
@@ -161,41 +225,77 @@ class NoPropDT(ChainRule):
             metrics["head/loss"] = total.detach()
         filled = [t for t in learning if step.fills(f"t{t}")]
         stack = self.execution.stack(len(filled))
+        own = self.own_states(batch, rows, step, whole=len(filled) == self.config.T)
         with self.seen(batch, step) as inputs:
-            if stack is not None:
-                metrics |= self.credit_stacked(stack, inputs, rows, step)
+            if stack is not None and not (own and own.within_step):
+                metrics |= self.credit_stacked(stack, inputs, rows, step, own)
             else:
                 for t in filled:
-                    loss = self.block_loss(t, inputs, rows, step, share=1 / len(learning))
+                    loss = self.block_loss(t, inputs, rows, step, share=1 / len(learning), own=own)
                     loss.backward()  # type: ignore[no-untyped-call]
                     metrics[f"t{t}/loss"] = loss.detach()
         return {"loss": torch.stack([rows.new_zeros(()), *metrics.values()]).sum(), **metrics}
 
-    def credit_stacked(self, stack: Stack, inputs: Tensor, rows: Tensor, step: Step) -> Metrics:
+    def own_states(self, batch: Batch, rows: Tensor, step: Step, *, whole: bool) -> OwnStates | None:
+        """Return the states that blocks have made of these examples; ``None`` where states are drawn.
+
+        Raises:
+            UsageError: they are not known, because examples have no positions in a training split, or differ from stage to stage.
+        """
+        if self.config.state not in OWN:
+            return None
+        own = OwnStates(self.schedule, self.kept, batch.indices, self.start(rows, None))
+        if step.stage is not None or (own.within_step and not whole):
+            what = "states of one's own are kept for each example of a training split that stays the same"
+            raise UsageError(what, where=f"rule.state={self.config.state}", fix="rule.state=noised, or train with bpfree.Trainer")
+        return own
+
+    def credit_stacked(self, stack: Stack, inputs: Tensor, rows: Tensor, step: Step, own: OwnStates | None = None) -> Metrics:
         """Take :meth:`block_loss` of all blocks and one backward pass of their sum, with the same noise."""
         T, u = self.config.T, self.embed(rows)
-        states = torch.stack([self.state(t, u, step) for t in range(1, T + 1)])
-        estimates = self.estimate(stack.forward(inputs, states).flatten(0, 1)).unflatten(0, (T, len(u)))
+        states = torch.stack([self.state(t, u, step) for t in range(1, T + 1)]) if own is None else own.all()
+        raw = stack.forward(inputs, self.shown(states)).unbind()
+        outputs = [self.answer(t, each, states[t - 1]) for t, each in enumerate(raw, start=1)]
+        losses = torch.stack([self.distance(each, u, rows) for each in outputs])
         weights = [self.weight(t, len(rows), share=1 / T) for t in range(1, T + 1)]
-        losses = (estimates - u).pow(2).sum((1, 2)) * torch.tensor(weights, device=u.device, dtype=u.dtype)
+        losses = losses * torch.tensor(weights, device=u.device, dtype=u.dtype)
         stack.backward(losses.sum())
+        if own is not None:
+            for t, each in enumerate(outputs, start=1):
+                own.after(t, self.estimate(each.detach()))
         return {f"t{t}/loss": loss for t, loss in enumerate(losses.detach().unbind(), start=1)}
 
-    def block_loss(self, t: int, inputs: Any, rows: Tensor, step: Step, *, share: float) -> Tensor:
+    def block_loss(self, t: int, inputs: Any, rows: Tensor, step: Step, *, share: float, own: OwnStates | None = None) -> Tensor:
         """Return block t's term of Eq. 8 with a fresh ``z_{t-1} ~ q(z_{t-1}|y)``, for targets as ``rows`` (N, m).
 
-        ``inputs`` is what the block sees of them, and ``share`` the probability of t in the expectation.
+        ``inputs`` is what the block sees of them, ``share`` the probability of t in the expectation, and ``own`` the states of earlier
+        passes, which it gets in place of a draw, and to which its estimate is added.
         """
         u, block = self.embed(rows), cast(DenoisingBlock, self.network.blocks[f"t{t}"])
-        z = self.state(t, u, step)
+        z = self.state(t, u, step) if own is None else own.before(t)
         with block.masks(step.generator_for, f"t{t}"):
-            logits = block(inputs, z)
-        return F.mse_loss(self.estimate(logits), u, reduction="sum") * self.weight(t, len(rows), share=share)
+            if own is not None and isinstance(block, PairedBlock):
+                outputs, foreign = block.crossed(inputs, z, own.halves(inputs))
+            else:
+                outputs = foreign = self.answer(t, block(inputs, self.shown(z)), z)
+        if own is not None:
+            own.after(t, self.estimate(foreign.detach()))
+        return self.distance(outputs, u, rows) * self.weight(t, len(rows), share=share)
+
+    def distance(self, outputs: Tensor, u: Tensor, rows: Tensor) -> Tensor:
+        """Return what a block's outputs (N, m) lack, summed over the batch: the estimate's squared error, or a cross-entropy."""
+        if self.config.loss == "squared":
+            return F.mse_loss(self.estimate(outputs), u, reduction="sum")
+        with full_precision(u.device):
+            logits = outputs.to(rows.dtype)
+            if self.spec.targets == "multilabel":
+                return F.binary_cross_entropy_with_logits(logits, rows, reduction="sum")
+            return F.cross_entropy(logits, rows, reduction="sum")
 
     def state(self, t: int, u: Tensor, step: Step) -> Tensor:
         """Return block t's state: a fresh draw of ``z_{t-1}`` for the embeddings ``u`` (N, d), or pure noise."""
         generator = step.generator_for(f"t{t}")
-        return self.schedule.noised(u, t - 1, generator) if self.config.state == "noised" else standard_normal(u, generator)
+        return standard_normal(u, generator) if self.config.state == "noise" else self.schedule.noised(u, t - 1, generator)
 
     def weight(self, t: int, examples: int, *, share: float) -> float:
         """Return the weight of block t's summed squared error in the loss."""
@@ -207,109 +307,3 @@ class NoPropDT(ChainRule):
         z = self.schedule.noised(u, self.config.T, step.generator_for("head"))
         divergence = prior_divergence(u, self.schedule.abar[0])
         return divergence if isinstance(self.embed, RealEmbedding) else cast(SoftmaxHead, self.head).loss(z, self.embed, rows) + divergence
-
-    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
-        """Return what the head says of the chain's end (Eq. 3), with noise or along the mean from ``z_0 = 0``.
-
-        Log-probabilities (N, m) of classes, logits of labels, or values of the target's shape.
-        """
-        return self.read(self.view(inputs), generator)
-
-    def read(self, features: Any, generator: torch.Generator) -> Tensor:
-        """Predict from what the blocks see of the inputs."""
-        noise = generator if self.config.inference == "sampled" else None
-        z = self.start(features, noise)
-        for t, block in self.denoisers():
-            seen = z if self.config.state == "noised" else self.start(features, generator)
-            z = self.advance(z, block(features, seen), t, noise)
-        return self.shaped(self.head(z, self.embed))
-
-    @torch.no_grad()
-    def sample(self, inputs: Any, draws: int, generator: torch.Generator) -> Tensor:
-        """Draw from ``p(y|x)`` by sampled chains, whatever ``inference`` is: (draws, N, ...), of normalised inputs (``spec.normalise``).
-
-        What the blocks compute of the inputs alone is computed once. Call it in eval mode.
-        """
-        seen = self.view(inputs)
-        views = [(t, block, block.features(seen)) for t, block in self.denoisers()]
-        chains = []
-        for _ in range(draws):
-            z = self.start(seen, generator)
-            for t, block, features in views:
-                blind = z if self.config.state == "noised" else self.start(seen, generator)
-                z = self.advance(z, block.judge(features, blind), t, generator)
-            chains.append(self.shaped(self.head(z, self.embed)))
-        return torch.stack(chains)
-
-    def cannot_sample(self) -> str:
-        unmeasured = self.config.step_noise == "residual" and self.calibrates and not bool(self.residuals.any())
-        what = "the residuals of the blocks were not measured, without which intervals are too narrow: give task.validation above 0"
-        return super().cannot_sample() or (f"{what}, or calibration.folds" if unmeasured else "")
-
-    def advance(self, z: Tensor, outputs: Tensor, t: int, noise: torch.Generator | None) -> Tensor:
-        """Return ``z_t`` from ``z_{t-1}`` (N, d) and the outputs of block t (Eq. 3); its mean without a generator."""
-        spread = self.spread * self.residuals[t] if isinstance(self.head, RealHead) and self.config.step_noise == "residual" else None
-        with full_precision(z.device):
-            return self.schedule.advance(z, self.estimate(outputs), t, noise, spread)
-
-    def shaped(self, scores: Tensor) -> Tensor:
-        """Return scores (N, m) in the shape of the task's outputs."""
-        return scores.view(-1, *self.spec.output_size) if isinstance(self.head, RealHead) else scores
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether the residuals of the blocks are measured on the validation split: of real targets."""
-        return isinstance(self.head, RealHead)
-
-    def calibrate(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
-        """Measure each block's residual covariance ``V_t`` (d, d), out of sample, which the noise of a sampled step takes in.
-
-        Exact blocks have ``V_t = Cov(u | x, z_{t-1})``, so that ``N(a_t uhat + b_t z, c_t I + a_t^2 V_t)`` has the mean and covariance of
-        ``z_t`` given x and ``z_{t-1}``; without the second term each step leaves out what the block does not know. What blocks that are
-        not exact still leave out is made up for by one factor of all ``V_t`` (:mod:`bpfree_noprop.spread`).
-
-        Returns:
-            The mean variance of each block, of 1 for a target of which nothing is known; the squared error of the mean of draws, and the
-            factor, ``spread``.
-        """
-        if not self.calibrates or data.targets is None:
-            return {}
-        sums = torch.zeros_like(self.residuals)
-        for places in torch.arange(len(data)).split(CALIBRATED_AT_ONCE):
-            raw, targets = data.batch(places)
-            assert targets is not None
-            seen = self.view(self.spec.normalise(move(raw, generator.device), self.network.dtype))
-            u = self.embed(self.rows(Batch(seen, targets.to(generator.device))))
-            for t, block in self.denoisers():
-                z = self.schedule.noised(u, t - 1, generator) if self.config.state == "noised" else standard_normal(u, generator)
-                error = self.estimate(block(seen, z)) - u
-                with full_precision(u.device):
-                    sums[t] += error.T @ error
-        self.residuals.copy_(sums / len(data))
-        measured = {f"t{t}/residual_variance": float(self.residuals[t].diagonal().mean()) for t, _ in self.denoisers()}
-        if self.config.step_noise == "paper":
-            return measured
-        spread, error = match_spread(self, data, generator)
-        self.error.fill_(error)
-        return {**measured, "error": error, "spread": spread}
-
-    def settle(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
-        """Match the spread of the tested blocks to the error that others have had on examples that were held out."""
-        return {"spread": match_spread(self, data, generator, float(self.error))[0]} if self.config.step_noise == "residual" else {}
-
-    def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the scores of each block alone on pure noise, of their mean, and of the other kind of inference.
-
-        A block alone gets ``z ~ N(0, I)``, which says nothing of the label. Input features are computed once per block.
-        """
-        other, noise = ("deterministic", None) if self.config.inference == "sampled" else ("sampled", generator)
-        inputs = self.view(inputs)
-        z, scores = self.start(inputs, noise), dict[str, Tensor]()
-        for t, block in self.denoisers():
-            features = block.features(inputs)
-            blind = self.start(inputs, generator)
-            scores[f"t{t}"] = self.embed.scores(block.judge(features, blind))
-            seen = z if self.config.state == "noised" else blind
-            z = self.advance(z, block.judge(features, seen), t, noise)
-        mean = self.embed.mean(torch.stack(list(scores.values())))
-        return {name: self.shaped(each) for name, each in {**scores, "mean": mean, other: self.head(z, self.embed)}.items()}

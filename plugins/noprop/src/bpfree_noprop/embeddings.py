@@ -53,6 +53,24 @@ class ClassEmbedding(nn.Module):
         logits = outputs.to(self.weight.dtype)
         return self(logits.sigmoid() if self.several else logits.softmax(1))  # type: ignore[no-any-return]
 
+    def draw(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the embeddings (N, d) of classes, or of sets of labels, drawn from the probabilities of which outputs are logits.
+
+        The uniform draws (N, m) do not depend on the outputs: the largest logit with Gumbel's noise is the class.
+        """
+        logits = outputs.to(self.weight.dtype)
+        uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
+        if self.several:
+            return self(uniform < logits.sigmoid())  # type: ignore[no-any-return]
+        return self.weight.detach()[(logits - (-uniform.log()).log()).argmax(1)]
+
+    def doubt(self, scores: Tensor, before: Tensor | None) -> Tensor:
+        """Return (N,), 0 to 1, how far scores (N, m) are from certainty: 1 less the lead of the first class, or of the closest label."""
+        if self.several:
+            return 1 - (2 * scores.sigmoid() - 1).abs().amin(1)
+        first, second = scores.softmax(1).topk(2, dim=1).values.unbind(1)
+        return 1 - (first - second)
+
     def scores(self, outputs: Tensor) -> Tensor:
         """Return what a prediction is made of outputs (N, m): log-probabilities of classes, or logits of labels."""
         return outputs if self.several else outputs.log_softmax(1)
@@ -109,6 +127,10 @@ class RealEmbedding(nn.Module):
     def estimate(self, outputs: Tensor) -> Tensor:
         """Return ``uhat`` (N, d): the outputs themselves."""
         return outputs.to(self.weight.dtype)
+
+    def doubt(self, scores: Tensor, before: Tensor | None) -> Tensor:
+        """Return (N,) the largest change of values (N, d) since the block before, in units of the embedding; without one it is infinite."""
+        return torch.full_like(scores[:, 0], torch.inf) if before is None else (self(scores) - self(before)).abs().amax(1)
 
     def scores(self, outputs: Tensor) -> Tensor:
         """Return the values (N, d) that outputs stand for."""

@@ -88,6 +88,11 @@ class RealHead(nn.Module):
         """Return the values (N, d) of the state (N, d)."""
         return embed.undo(z / self.signal)
 
+    def loss(self, z: Tensor, embed: RealEmbedding, rows: Tensor) -> Tensor:
+        """Return half the squared error of the state as whitened target, summed over d, batch mean, for targets ``rows`` (N, d)."""
+        missed: Tensor = z / self.signal - embed(rows)
+        return missed.pow(2).sum(1).mean() / 2
+
 
 def make_head(kind: str, embed: ClassEmbedding | RealEmbedding, sigma: float) -> SoftmaxHead | RealHead:
     """Make the head of this name, or that of several labels or real targets; ``sigma`` concerns the radial head."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError
-from bpfree_noprop.schedule import standard_normal
+from bpfree_noprop.schedule import correlated, standard_normal
 
 __all__ = ["Estimate", "LearnedSchedule", "denoise", "noised"]
 
@@ -36,14 +37,17 @@ class LearnedSchedule(nn.Module):
 
     Args:
         gamma_0, gamma_1: at the start.
+        fixed: whether they stay there, and only the way between them is learned.
 
     Raises:
         UsageError: gamma_1 is not above gamma_0.
     """
 
     ends: Tensor
+    gamma_0: Tensor
+    raw_distance: Tensor
 
-    def __init__(self, gamma_0: float, gamma_1: float) -> None:
+    def __init__(self, gamma_0: float, gamma_1: float, *, fixed: bool = False) -> None:
         super().__init__()
         if not gamma_1 > gamma_0:
             raise UsageError(
@@ -51,8 +55,12 @@ class LearnedSchedule(nn.Module):
                 where="rule.gamma_0, rule.gamma_1",
                 fix="choose gamma_1 above gamma_0",
             )
-        self.gamma_0 = nn.Parameter(torch.tensor(gamma_0))
-        self.raw_distance = nn.Parameter(inverse_softplus(torch.tensor(gamma_1 - gamma_0)))
+        ends = {"gamma_0": torch.tensor(float(gamma_0)), "raw_distance": inverse_softplus(torch.tensor(float(gamma_1 - gamma_0)))}
+        for name, value in ends.items():
+            if fixed:
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
         self.raw_in = nn.Parameter(inverse_softplus(torch.full((HIDDEN,), SLOPE)))
         self.bias = nn.Parameter(-SLOPE * (torch.arange(HIDDEN) + 0.5) / HIDDEN)
         self.raw_out = nn.Parameter(inverse_softplus(torch.full((HIDDEN,), 1.0)))
@@ -90,7 +98,14 @@ def inverse_softplus(value: Tensor) -> Tensor:
 
 
 def denoise(
-    z: Tensor, schedule: LearnedSchedule, estimate: Estimate, *, steps: int, stepper: str, generator: torch.Generator | None
+    z: Tensor,
+    schedule: LearnedSchedule,
+    estimate: Estimate,
+    *,
+    steps: int,
+    stepper: str,
+    generator: torch.Generator | None,
+    spread: Callable[[float], Tensor] | None = None,
 ) -> Tensor:
     """Integrate from ``z(0)`` to ``z(1)``: with a generator the reversed diffusion, otherwise its probability-flow equation.
 
@@ -107,6 +122,7 @@ def denoise(
         stepper: ``euler``; ``heun`` (two estimates a step; second order in the drift); ``exact``, which is exact if the estimate does
             not change within a step: Eq. 3, or its deterministic counterpart.
         generator: of the noise.
+        spread: (d, d) covariance of the target given what is seen at a time, of which an exact step with noise takes in its share.
     """
     with torch.no_grad():
         gammas, slopes = schedule(torch.linspace(0, 1, steps + 1, device=z.device, dtype=torch.float64))
@@ -114,7 +130,9 @@ def denoise(
     # as numbers, so that a step costs no operations on scalars
     numbers = (F.logsigmoid(-gammas).tolist(), torch.sigmoid(gammas).tolist(), slopes.tolist())
     grid = [Moment(*values) for values in zip(range(steps + 1), *numbers, strict=True)]
-    advance = {"exact": exact_step, "euler": euler_step, "heun": heun_step}[stepper]
+    at = None if spread is None else lambda place: spread(place / steps)
+    steppers: dict[str, Callable[..., Tensor]] = {"exact": partial(exact_step, spread=at), "euler": euler_step, "heun": heun_step}
+    advance = steppers[stepper]
     for now, then in itertools.pairwise(grid):
         z = advance(z, estimate, now, then, 1 / steps, generator)
     return z
@@ -158,12 +176,26 @@ def heun_step(z: Tensor, estimate: Estimate, now: Moment, then: Moment, h: float
     return z + h / 2 * (first + second) + noise
 
 
-def exact_step(z: Tensor, estimate: Estimate, now: Moment, then: Moment, h: float, generator: torch.Generator | None) -> Tensor:
-    """Apply Eq. 3 between two times; without noise, the ellipse that keeps ``z - sqrt(abar) uhat`` in its direction."""
+def exact_step(
+    z: Tensor,
+    estimate: Estimate,
+    now: Moment,
+    then: Moment,
+    h: float,
+    generator: torch.Generator | None,
+    spread: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """Apply Eq. 3 between two times; without noise, the ellipse that keeps ``z - sqrt(abar) uhat`` in its direction.
+
+    ``spread`` (d, d) at a point of the grid is what the estimate leaves open: ``a^2`` times it adds to the noise.
+    """
     uhat, left = estimate(z, now.place), then.noise / now.noise
     if generator is None:
         return (math.sqrt(then.signal) - math.sqrt(left * now.signal)) * uhat + math.sqrt(left) * z
     log_alpha = now.log_signal - then.log_signal
     lost = -math.expm1(log_alpha)  # 1 - alpha
     a, b = math.sqrt(then.signal) * lost / now.noise, math.exp(log_alpha / 2) * left
-    return a * uhat + b * z + math.sqrt(left * lost) * standard_normal(z, generator)
+    mean = a * uhat + b * z
+    if spread is None:
+        return mean + math.sqrt(left * lost) * standard_normal(z, generator)
+    return mean + correlated(z, left * lost, a**2 * spread(now.place), generator)

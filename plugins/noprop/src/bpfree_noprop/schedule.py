@@ -91,11 +91,29 @@ class NoiseSchedule(nn.Module):
         # As numbers, for the step: an element of a buffer costs an operation of its own.
         self._signal: list[float] = abar.sqrt().tolist()
         self._noise: list[float] = (1 - abar).sqrt().tolist()
+        left, last = abar / abar[-1], 1 - abar[-1]
+        rest = zip((abar[-1].sqrt() * (1 - left) / (1 - abar)).tolist(), (left.sqrt() * last / (1 - abar)).tolist(), strict=True)
+        self._rest: list[tuple[float, float]] = list(rest)
         self._gain: list[float] = [0.0, *snr.diff().tolist()]
+        self._share: list[float] = abar.tolist()
+
+    def share(self, t: int) -> float:
+        """Return ``abar_t`` as a number."""
+        return self._share[t]
 
     def gain(self, t: int) -> float:
         """Return ``SNR(t) - SNR(t-1)`` as a number."""
         return self._gain[t]
+
+    @property
+    def last_signal(self) -> float:
+        """``sqrt(abar_T)``."""
+        return self._signal[-1]
+
+    def finish(self, z: Tensor, uhat: Tensor, t: int) -> Tensor:
+        """Return the mean of ``z_T`` given ``z_t`` and an estimate that no later block changes, both (N, d): one long step of Eq. 3."""
+        a, b = self._rest[t]
+        return a * uhat + b * z
 
     def noised(self, u: Tensor, t: int, generator: torch.Generator) -> Tensor:
         """Draw ``z_t ~ q(z_t|y)`` for the embeddings ``u`` (N, d): Eq. 6."""
@@ -110,17 +128,21 @@ class NoiseSchedule(nn.Module):
         mean = self.a[t] * uhat + self.b[t] * z
         if generator is None:
             return mean
-        noise = standard_normal(z, generator)
         if spread is None:
-            return mean + self.std[t] * noise
-        covariance = self.std[t] ** 2 * torch.eye(len(spread), device=z.device, dtype=z.dtype) + self.a[t] ** 2 * spread
-        factor: Tensor = torch.linalg.cholesky_ex(covariance).L
-        return mean + noise @ factor.T
+            return mean + self.std[t] * standard_normal(z, generator)
+        return mean + correlated(z, self.std[t] ** 2, self.a[t] ** 2 * spread, generator)
 
 
 def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
     """Draw independent N(0, 1) entries with the shape, type and device of ``like``."""
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+def correlated(like: Tensor, variance: Tensor | float, covariance: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw rows of ``N(0, variance I + covariance)`` with the shape, type and device of ``like`` (N, d); covariance (d, d)."""
+    whole = variance * torch.eye(len(covariance), device=like.device, dtype=like.dtype) + covariance
+    factor: Tensor = torch.linalg.cholesky_ex(whole).L
+    return standard_normal(like, generator) @ factor.T
 
 
 def prior_divergence(u: Tensor, abar: Tensor) -> Tensor:

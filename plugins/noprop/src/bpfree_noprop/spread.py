@@ -15,17 +15,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
 
 from bpfree.tasks.task import Examples
-from bpfree.tasks.trees import move
 
 if TYPE_CHECKING:
-    from bpfree_noprop.dt import NoPropDT
+    from bpfree_noprop.inference import DiscreteChain
 
 __all__ = ["Spread", "match_spread", "measured_spread", "spread_factor"]
 
-MOST_EXAMPLES, AT_ONCE = 50_000, 1000
+MOST_EXAMPLES = 50_000
 DRAWN = 100_000
 """Chains that are sampled, divided among the examples."""
 FEWEST, MOST = 2, 24
@@ -53,7 +51,7 @@ def spread_factor(without: float, with_one: float, error: float) -> float:
     return min(max((error - without) / gained, 0.0), LARGEST) if gained > 0 else 1.0
 
 
-def match_spread(rule: NoPropDT, data: Examples, generator: torch.Generator, error: float | None = None) -> tuple[float, float]:
+def match_spread(rule: DiscreteChain, data: Examples, generator: torch.Generator, error: float | None = None) -> tuple[float, float]:
     """Find the factor of ``rule.residuals`` that gives draws the right spread.
 
     Args:
@@ -76,24 +74,17 @@ def match_spread(rule: NoPropDT, data: Examples, generator: torch.Generator, err
 
 
 @torch.no_grad()
-def measured_spread(rule: NoPropDT, data: Examples, generator: torch.Generator) -> Spread:
+def measured_spread(rule: DiscreteChain, data: Examples, generator: torch.Generator) -> Spread:
     """Draw for examples, and measure how far draws spread and how far their mean is off."""
     count = min(len(data), MOST_EXAMPLES)
     draws = min(max(DRAWN // count, FEWEST), MOST)
     variance, error, numbers = 0.0, 0.0, 0
-    for places in torch.arange(count).split(AT_ONCE):
-        raw, targets = data.batch(places)
-        assert targets is not None
-        inputs = rule.spec.normalise(move(raw, generator.device), rule.network.dtype)
-        u = _whitened(rule, targets.to(generator.device))
-        drawn = torch.stack([_whitened(rule, each) for each in rule.sample(inputs, draws, generator)])
+    few = data if count == len(data) else data.subset(torch.arange(count))
+    for batch in rule.batches(few, generator.device):
+        u = rule.embed(rule.rows(batch))
+        drawn = rule.embed(rule.sample(batch.inputs, draws, generator).flatten(0, 1).flatten(1)).unflatten(0, (draws, len(batch)))
         own = drawn.var(0)
         variance += float(own.sum())
         error += float(((u - drawn.mean(0)).square() - own / draws).sum())  # of the mean of endless draws
         numbers += u.numel()
     return Spread(variance / numbers, error / numbers)
-
-
-def _whitened(rule: NoPropDT, targets: Tensor) -> Tensor:
-    whitened: Tensor = rule.embed(targets.flatten(1))
-    return whitened

@@ -201,6 +201,8 @@ def obstacle(blocks: Sequence[DenoisingBlock]) -> str:
     """Say why these blocks cannot be computed as one; empty if they can."""
     if len(blocks) < 2:
         return "there is one block"
+    if any(len(block.singles()) > 1 for block in blocks):
+        return "blocks are pairs"
     for name in PATHS:
         for layers in itertools.zip_longest(*(layers_of(getattr(block, name)) for block in blocks)):
             reason = _obstacle_in(layers)

@@ -27,7 +27,7 @@ from bpfree.network.network import Network, evaluating
 from bpfree.options import option
 from bpfree.tasks.task import TaskSpec
 from bpfree.tasks.trees import leaves
-from bpfree_noprop.blocks import DenoisingBlock, DenoisingConfig, LabelBlock, check_sizes, dense
+from bpfree_noprop.blocks import DenoisingBlock, DenoisingConfig, LabelBlock, check_sizes, dense, paired
 from bpfree_noprop.dropout import KeyedDropout, keyed, masks_from
 from bpfree_noprop.embeddings import target_size
 from bpfree_noprop.stem_sources import RUN, Made, called, headless, of_network, of_run, untold
@@ -161,7 +161,8 @@ class StemNetwork(Network):
     def plan(self) -> str:
         """Say in plain text what the blocks see the input through, what they share, and what that means for locality."""
         if self.stem is None:
-            stems = [cast(nn.Sequential, cast(LabelBlock, block).stem)[0] for block in self.blocks.values()]
+            singles = [single for block in self.blocks.values() for single in cast(LabelBlock, block).singles()]
+            stems = [cast(nn.Sequential, single.stem)[0] for single in singles]
             kinds = list(dict.fromkeys(cast(Stem, stem).what for stem in stems))
             state = "keep their weights" if all(cast(Stem, stem).frozen for stem in stems) else "learn with their blocks"
             if len(stems) == 1:
@@ -197,6 +198,7 @@ def noprop_network(
     depth: int = 1,
     state_dim: int | None = None,
     label: Literal["vector", "input"] = "vector",
+    members: Literal[1, 2] = 1,
 ) -> StemNetwork:
     """Make a network of denoising blocks, each of which sees the input through any model.
 
@@ -206,7 +208,7 @@ def noprop_network(
             module, of which each block gets a copy with its weights; a name, as ``network.stem`` takes it; or a list, one for each block.
             A last linear layer with as many outputs as the task has is a classifier, and is left out.
         blocks: T; ``None``: as many as a list has, or 10.
-        shared, frozen, weights, keep, options, pool, image_size, width, depth, label: see :class:`StemConfig`.
+        shared, frozen, weights, keep, options, pool, image_size, width, depth, label, members: see :class:`StemConfig`.
         state_dim: d; ``None``: of one-hot classes or labels, or of real targets.
 
     Raises:
@@ -219,6 +221,7 @@ def noprop_network(
         blocks=(len(stem) if isinstance(stem, (list, tuple)) else 10) if blocks is None else blocks,
         state_dim=state_dim,
         label=label,
+        members=members,
         stem=stem,
         options=options or {},
         weights=place,
@@ -252,7 +255,11 @@ def build(spec: TaskSpec, config: StemConfig | None = None) -> StemNetwork:
     blocks: dict[str, nn.Module] = {}
     for t, source in enumerate(sources, start=1):
         make = makers[key_of(source)]
-        blocks[f"t{t}"] = block(whole or make(), make if config.label == "input" else None, spec, config, d, shared=config.shared)
+
+        def member(make: Maker = make) -> DenoisingBlock:
+            return block(whole or make(), make if config.label == "input" else None, spec, config, d, shared=config.shared)
+
+        blocks[f"t{t}"] = paired(member, config.members)
     return StemNetwork(blocks, spec, whole, keep=config.keep, missing="" if config.found else config.weights)
 
 

@@ -19,8 +19,9 @@ from bpfree.network.builders import NetworkBuilder
 from bpfree.network.network import Network
 from bpfree.options import option
 from bpfree.tasks.task import TaskSpec
-from bpfree_noprop.blocks import LabelBlock, check_sizes, label_stem
+from bpfree_noprop.blocks import LabelBlock, check_inputs, check_sizes, label_stem
 from bpfree_noprop.dropout import KeyedDropout
+from bpfree_noprop.embeddings import target_size
 
 __all__ = ["NETWORKS", "TimeEmbedding", "TimedBlock"]
 
@@ -32,7 +33,7 @@ FASTEST = 1000.0
 class TimedConfig:
     """What the networks of continuous time have in common."""
 
-    state_dim: int | None = option(None, "dimension d of the noised label; none: the number of classes", ge=1)
+    state_dim: int | None = option(None, "dimension d of the noised label; none: the number of classes, labels or real values", ge=1)
     label: Literal["vector", "input"] = option(
         "vector", "path of the noised label: linear layers, or (input) a stem like the input's, for prototypes"
     )
@@ -106,7 +107,7 @@ class TimedBlock(LabelBlock):
             join["stem"].bias.copy_(whole.bias)
         super().__init__(state_dim, stem=stem, label=label, time=time, join=nn.ModuleDict(join), fuse=fuse, out=out)
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Any) -> Tensor:
         """Return (N, J): what the block computes from the input alone."""
         return self.join["stem"](self.stem(x))  # type: ignore[no-any-return]
 
@@ -122,11 +123,11 @@ class TimedBlock(LabelBlock):
         """Return activities (N, L) before the last linear map; arguments as for :meth:`judge`."""
         return self.fuse(features + self.join["label"](self.label(z)) + moments)  # type: ignore[no-any-return]
 
-    def blind(self, x: Tensor) -> Tensor:
+    def blind(self, x: Any) -> Tensor:
         """Return activities before the last linear map at t = 0, where the state is noise."""
         return self.hidden(self.features(x), self.no_label(x), self.moments(self.out.weight.new_zeros(1)))
 
-    def forward(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Any, z: Tensor, t: Tensor) -> Tensor:
         return self.judge(self.features(x), z, self.moments(t))
 
 
@@ -151,7 +152,7 @@ def mlp_block(spec: TaskSpec, config: TimedMLPConfig, d: int) -> TimedBlock:
         return nn.Sequential(nn.Flatten(), *plain(spec.input_size, width), *plain(width, width))
 
     label = stem() if config.label == "input" else nn.Sequential(*plain(d, width))
-    return assemble(stem(), label, [width] * (config.depth + 1), width, spec.outputs, d)
+    return assemble(stem(), label, [width] * (config.depth + 1), width, target_size(spec), d)
 
 
 def cnn_block(spec: TaskSpec, config: TimedCNNConfig, d: int) -> TimedBlock:
@@ -167,7 +168,7 @@ def cnn_block(spec: TaskSpec, config: TimedCNNConfig, d: int) -> TimedBlock:
         return layers.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
 
     label = label_stem(spec, stem(lambda width: nn.Identity())) if config.label == "input" else nn.Sequential(*plain(d, config.width))
-    return assemble(stem(nn.BatchNorm2d), label, [config.width] * 2, config.width, spec.outputs, d)
+    return assemble(stem(nn.BatchNorm2d), label, [config.width] * 2, config.width, target_size(spec), d)
 
 
 def paper_block(spec: TaskSpec, config: TimedPaperConfig, d: int) -> TimedBlock:
@@ -183,7 +184,7 @@ def paper_block(spec: TaskSpec, config: TimedPaperConfig, d: int) -> TimedBlock:
         return layers.to(memory_format=torch.channels_last)  # a block's step takes 0.86 of the time on a CPU
 
     label = label_stem(spec, stem()) if config.label == "input" else nn.Sequential(*plain(d, 256))
-    return assemble(stem(), label, [256, 128], 256, spec.outputs, d)
+    return assemble(stem(), label, [256, 128], 256, target_size(spec), d)
 
 
 def builder(make: Callable[[TaskSpec, Any, int], TimedBlock], options: type[TimedConfig], summary: str, *, images: bool) -> NetworkBuilder:
@@ -191,7 +192,8 @@ def builder(make: Callable[[TaskSpec, Any, int], TimedBlock], options: type[Time
 
     def build(spec: TaskSpec, config: TimedConfig | None = None) -> Network:
         config = options() if config is None else config
-        d = config.state_dim if config.state_dim is not None else spec.outputs
+        d = config.state_dim if config.state_dim is not None else target_size(spec)
+        check_inputs(spec, instead="noprop-timed")
         check_sizes(spec, config.label, d, images, instead="noprop-timed-mlp")
         return Network({"block": make(spec, config, d)}, input_shape=spec.input_shape, readout=None, chain=False)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
+from bpfree.network.network import Network
 from bpfree.options import OptimizerConfig, option
 from bpfree.rule import Metrics, Traits, always
 from bpfree.step import Batch, Step
-from bpfree_noprop.base import NoPropConfig, NoPropRule
+from bpfree_noprop.base import TARGETS, NoPropConfig, NoPropRule, inputs_of
 from bpfree_noprop.timed import TimedBlock
 
 __all__ = ["MatchingRule", "TimedConfig", "TimedRule", "follow"]
@@ -54,8 +55,13 @@ class MatchingRule(TimedRule):
     """
 
     optimizer_of = always(OptimizerConfig("adam", lr=1e-3, weight_decay=1e-3))
-    traits_of = always(Traits("independent", 0, 1, chain=False, readout="none", targets=("classes", "soft"), inputs="real", own_loss=False))
     kinds: ClassVar[tuple[str, ...]]
+    """The last of them draws from ``p(y|x)``."""
+
+    @classmethod
+    def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
+        """Declare the traits of one block; a stem of one's own may take any inputs."""
+        return Traits("independent", 0, 1, chain=False, readout="none", targets=TARGETS, inputs=inputs_of(network), own_loss=False)
 
     @abstractmethod
     def losses(self, batch: Batch, step: Step) -> Metrics:
@@ -70,7 +76,10 @@ class MatchingRule(TimedRule):
         """Return scores (N, m) of a single step from z_0 (N, d), given the block's logits (N, m) there."""
 
     def credit(self, batch: Batch, step: Step) -> Metrics:
-        losses = self.losses(batch, step)
+        return self.descend(self.losses(batch, step))
+
+    def descend(self, losses: Metrics) -> Metrics:
+        """Add the gradient of the sum of these losses; return all of them."""
         total = torch.stack(list(losses.values())).sum()
         total.backward()  # type: ignore[no-untyped-call]
         return {name: value.detach() for name, value in {"loss": total, **losses}.items()}
@@ -82,27 +91,36 @@ class MatchingRule(TimedRule):
         """Draw t ~ U[0, 1] (N,) for the examples' embeddings ``u`` (N, d)."""
         return torch.rand(len(u), generator=step.generator_for("time"), device=u.device, dtype=u.dtype)
 
-    def logits(self, inputs: Tensor, z: Tensor, t: Tensor, step: Step) -> Tensor:
+    def logits(self, inputs: Any, z: Tensor, t: Tensor, step: Step) -> Tensor:
         """Return the block's logits (N, m) in training, at a time (N,) for each example."""
         with self.block.masks(step.generator_for, "block"):
             return self.block(inputs, z, t)  # type: ignore[no-any-return]
 
-    def judged(self, inputs: Tensor) -> Field:
+    def judged(self, inputs: Any) -> Field:
         """Return the block's logits (N, m) as a function of state and grid point; terms of inputs or times alone are computed now."""
         features = self.block.features(inputs)
         times = torch.linspace(0, 1, self.steps + 1, device=features.device, dtype=self.embed.weight.dtype)
         moments = self.block.moments(times).unbind()
         return lambda z, index: self.block.judge(features, z, moments[index]).to(z.dtype)
 
-    def predict(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Return scores (N, m) at t = 1."""
+    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+        """Return scores (N, m), or real values of the target's shape, at t = 1."""
         return self.arrive(inputs, self.judged(inputs), generator, self.config.inference)
 
-    def arrive(self, inputs: Tensor, judge: Field, generator: torch.Generator, inference: str) -> Tensor:
+    @torch.no_grad()
+    def sample(self, inputs: Any, draws: int, generator: torch.Generator) -> Tensor:
+        """Draw from ``p(y|x)``, whatever ``inference`` is: (draws, N, ...), of normalised inputs (``spec.normalise``).
+
+        What the block computes of inputs or times alone is computed once. Call it in eval mode.
+        """
+        judge = self.judged(inputs)
+        return torch.stack([self.arrive(inputs, judge, generator, self.kinds[-1]) for _ in range(draws)])
+
+    def arrive(self, inputs: Any, judge: Field, generator: torch.Generator, inference: str) -> Tensor:
         """Return scores (N, m) at t = 1 by one of the kinds of inference."""
         return self.reach(self.start(inputs, None if inference == "deterministic" else generator), judge, generator, inference)
 
-    def alternatives(self, inputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def alternatives(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """Return scores of a single step from pure noise, and of the other kinds of inference with the steps of a validation."""
         with self.quick_predictions():
             judge, start = self.judged(inputs), self.start(inputs, generator)

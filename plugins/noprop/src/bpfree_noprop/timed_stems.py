@@ -9,7 +9,8 @@ from torch import nn
 from bpfree.errors import UsageError
 from bpfree.network.builders import NetworkBuilder
 from bpfree.tasks.task import TaskSpec
-from bpfree_noprop.blocks import check_inputs, check_sizes
+from bpfree_noprop.blocks import check_sizes
+from bpfree_noprop.embeddings import target_size
 from bpfree_noprop.stems import Maker, StemNetwork, ViewConfig
 from bpfree_noprop.timed import TimedConfig, assemble, plain
 
@@ -28,8 +29,7 @@ def build(spec: TaskSpec, config: TimedStemConfig | None = None) -> StemNetwork:
         UsageError: a stem that cannot be made, or does not fit the task; several of them.
     """
     config = config or TimedStemConfig()
-    d, width = spec.outputs if config.state_dim is None else config.state_dim, config.width
-    check_inputs(spec)
+    d, width = target_size(spec) if config.state_dim is None else config.state_dim, config.width
     check_sizes(spec, config.label, d, images=False, instead="noprop-timed-mlp")
     if isinstance(config.stem, (list, tuple)):
         raise UsageError("there is one block, so one stem", where="network.stem", fix="name one")
@@ -40,7 +40,7 @@ def build(spec: TaskSpec, config: TimedStemConfig | None = None) -> StemNetwork:
         return nn.Sequential(*before, stem, nn.BatchNorm1d(stem.size), *plain(stem.size, width))
 
     label = path(nn.Unflatten(1, spec.input_shape)) if config.label == "input" else nn.Sequential(*plain(d, width))
-    block = assemble(path(), label, [width] * (config.depth + 1), width, spec.outputs, d)
+    block = assemble(path(), label, [width] * (config.depth + 1), width, target_size(spec), d)
     return StemNetwork({"block": block}, spec, missing="" if config.found else config.weights)
 
 
