@@ -159,10 +159,10 @@ def test_where_there_is_nothing_to_cross_fit(validation: bool, factory: Any, cou
 
 def test_a_regressor_has_intervals() -> None:
     # Oracle: the share of new targets inside, in the targets' own units.
-    train, test = line(300, 0), line(2000, 1)
+    train, test = line(600, 3), line(2000, 1)
     y, truth = (7 + 100 * split.targets.numpy()[:, 0] for split in (train, test))  # type: ignore[union-attr]
     model = LocalRegressor(
-        "noprop-dt", rule_options={"T": 2}, network_options={"width": 16, "depth": 1}, lr=0.003, epochs=10,
+        "noprop-dt", rule_options={"T": 2}, network_options={"width": 16, "depth": 1}, lr=0.003, epochs=6,
         settings={"calibration.folds": 3}, random_state=0, device="cpu",
     ).fit(train.inputs.numpy(), y)  # fmt: skip
     x = test.inputs.numpy()

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Spread", "match_spread", "measured_spread", "spread_factor"]
 
-MOST_EXAMPLES = 50_000
 DRAWN = 100_000
 """Chains that are sampled, divided among the examples."""
 FEWEST, MOST = 2, 24
@@ -76,11 +75,9 @@ def match_spread(rule: DiscreteChain, data: Examples, generator: torch.Generator
 @torch.no_grad()
 def measured_spread(rule: DiscreteChain, data: Examples, generator: torch.Generator) -> Spread:
     """Draw for examples, and measure how far draws spread and how far their mean is off."""
-    count = min(len(data), MOST_EXAMPLES)
-    draws = min(max(DRAWN // count, FEWEST), MOST)
+    draws = min(max(DRAWN // len(data), FEWEST), MOST)
     variance, error, numbers = 0.0, 0.0, 0
-    few = data if count == len(data) else data.subset(torch.arange(count))
-    for batch in rule.batches(few, generator.device):
+    for batch in rule.batches(data, generator.device):
         u = rule.embed(rule.rows(batch))
         drawn = rule.embed(rule.sample(batch.inputs, draws, generator).flatten(0, 1).flatten(1)).unflatten(0, (draws, len(batch)))
         own = drawn.var(0)
