@@ -26,6 +26,8 @@ from bpfree.tasks import (
     transforms,
     vision,
 )
+from bpfree.tasks.angles import DIGITS_ANGLE, MNIST_ANGLE
+from bpfree.tasks.diabetes import DIABETES
 from bpfree.tasks.digits import DIGITS
 from bpfree.tasks.task import DataSource
 
@@ -61,6 +63,9 @@ def bpfree_networks() -> dict[str, NetworkBuilder]:
 def bpfree_tasks() -> dict[str, DataSource]:
     return {
         "digits": DIGITS,
+        "digits-angle": DIGITS_ANGLE,
+        "mnist-angle": MNIST_ANGLE,
+        "diabetes": DIABETES,
         "mnist": vision.MNIST,
         "fashion-mnist": vision.FASHION_MNIST,
         "cifar10": vision.CIFAR10,

@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ACCURACY", "ERROR", "LOSS", "Accumulator", "Metric", "metric_of", "metrics_from", "recorded_metrics", "scores_in"]
+__all__ = [
+    "ACCURACY",
+    "COVERAGE",
+    "CRPS",
+    "ERROR",
+    "LEVEL",
+    "LOSS",
+    "WIDTH",
+    "Accumulator",
+    "Metric",
+    "metric_of",
+    "metrics_from",
+    "recorded_metrics",
+    "scores_in",
+]
 
 DERIVED = re.compile(r"_(selected|se|draw_\d+)$")
 """What is appended to a metric's name for the same quantity, measured otherwise."""
@@ -38,6 +52,8 @@ class Metric:
         unit: shown behind values that are no shares, such as ``nats``.
         summary: one line for listings.
         kinds: of targets for which it can be measured; empty: all.
+        of_samples: whether it is of draws from a rule's predictive distribution (``Rule.sample``), in place of its prediction: ``add`` gets
+            them as outputs (K, N, ...). Measured in the final evaluation, where the rule has such a distribution.
         begin: makes what accumulates it over one pass: called with the task's spec and the rule's ``predict`` (inputs to outputs), for
             metrics that need more than the outputs for the split's inputs. ``None``: described alone, as in the record of a run.
     """
@@ -48,6 +64,7 @@ class Metric:
     unit: str = ""
     summary: str = ""
     kinds: tuple[str, ...] = ()
+    of_samples: bool = False
     begin: Callable[[Any, Callable[[Any], Tensor]], Accumulator] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,7 +110,18 @@ class Metric:
 LOSS = Metric("loss", greater=False, summary="the task's loss, mean over examples (or tokens)")
 ACCURACY = Metric("accuracy", share=True, summary="share of examples (or tokens) whose best score is at the target's class")
 ERROR = Metric("error", greater=False, share=True, summary="1 less the accuracy")
-KNOWN = {metric.name: metric for metric in (LOSS, ACCURACY, ERROR)}
+LEVEL = 0.9
+"""Of the intervals that every final evaluation of a predictive distribution reports."""
+CRPS = Metric(
+    "crps", greater=False, summary="continuous ranked probability score of draws from the predictive distribution (fair estimate)"
+)
+COVERAGE = Metric(
+    "coverage_90", share=True, summary="share of targets inside the central 90 % of the predictive distribution; right is 90 %"
+)
+WIDTH = Metric("interval_width_90", greater=False, summary="mean width of the central 90 % of the predictive distribution")
+SAMPLED = (CRPS, COVERAGE, WIDTH)
+"""Of draws from a predictive distribution."""
+KNOWN = {metric.name: metric for metric in (LOSS, ACCURACY, ERROR, *SAMPLED)}
 
 
 def metric_of(key: str, known: Mapping[str, Metric] = KNOWN) -> Metric:

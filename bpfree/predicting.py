@@ -42,6 +42,7 @@ class Reading:
         resize: whether pictures of another size or with other colours are brought to those of the task.
         skipped: called with the reason for each picture that cannot be read, which is left out then; ``None``: it is an error.
         seed: of a stochastic rule's draws.
+        interval: probability of the interval that is added to each real output (``price_low``, ``price_high``); ``None``: none.
     """
 
     batch_size: int = BATCH_SIZE
@@ -49,6 +50,7 @@ class Reading:
     resize: bool = False
     skipped: Callable[[str], None] | None = None
     seed: int = 0
+    interval: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,22 +87,29 @@ def predict_files(saved: Saved, places: Iterable[str | Path], reading: Reading |
     if spec.targets not in (*NAMED, "real") or spec.structure is not None:
         what = f"the task {spec.name} has targets of kind {spec.targets}" if spec.structure is None else "its inputs are several tensors"
         raise UsageError(what, where=str(saved.path), fix="predict in Python: bpfree.load(RUN).predict(inputs)")
+    if reading.interval is not None and spec.targets != "real":
+        fix = "leave it out: probabilities say how sure a prediction of classes is"
+        raise UsageError(f"the task {spec.name} has no real targets, so no intervals", where="--interval", fix=fix)
     for place, (names, inputs) in enumerate(_read(saved, [Path(each) for each in places], reading)):
         try:
-            scores = saved.predict(inputs, batch_size=reading.batch_size, seed=reading.seed + place)
+            options = {"batch_size": reading.batch_size, "seed": reading.seed + place}
+            scores = saved.predict(inputs, **options)
+            ends = None if reading.interval is None else saved.predict_interval(inputs, reading.interval, **options)
         except BpfreeError as error:
             span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             raise type(error)(error.what, where=span, fix=error.fix) from error
         if len(scores) != len(names):
             what = f"this is a single example of shape {tuple(inputs.shape)}, not a batch of them"
             raise UsageError(what, where=names[0].rpartition("[")[0], fix="save it as (N, ...): x[None]")
-        yield from _described(saved, names, scores)
+        yield from _described(saved, names, scores, ends)
 
 
-def _described(saved: Saved, names: list[str], scores: Tensor) -> Iterator[Predicted]:
+def _described(saved: Saved, names: list[str], scores: Tensor, ends: tuple[Tensor, Tensor] | None) -> Iterator[Predicted]:
     if saved.spec.targets == "real":
-        titles = output_names(saved)
-        for name, row in zip(names, scores.cpu().flatten(1).tolist(), strict=True):
+        kinds = ("",) if ends is None else ("", "_low", "_high")
+        titles = [f"{title}{kind}" for title in output_names(saved) for kind in kinds]
+        columns = torch.stack([scores, *(ends or ())], -1).cpu().flatten(1)
+        for name, row in zip(names, columns.tolist(), strict=True):
             yield Predicted(name, None, dict(zip(titles, row, strict=True)))
         return
     shares = probabilities(saved.spec, scores).tolist()

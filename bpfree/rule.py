@@ -328,6 +328,21 @@ class Rule(nn.Module, ABC):
         """
         return {}
 
+    def finish_calibration(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
+        """Finish a cross-fitted calibration (``calibration.folds``) for the weights that will be tested.
+
+        Called with the means of what was chosen on parts that were held out, in eval mode under ``no_grad``; as in :meth:`calibrate`,
+        buffers may change.
+
+        Args:
+            data: the training split, raw. These weights have learned from its targets, so that errors on it say nothing.
+            generator: of this alone, on the run's device.
+
+        Returns:
+            What was chosen, in place of means of the same names.
+        """
+        return {}
+
     def phases(self, budget: Budget) -> Iterable[Phase]:
         """Return the phases of a run, in order, perhaps endlessly; by default one, in which everything learns."""
         return [Phase("train", epochs=None if budget.samples is not None else budget.epochs)]
@@ -406,6 +421,25 @@ class Rule(nn.Module, ABC):
         scores: Tensor = self.network(inputs)
         return scores
 
+    def sample(self, inputs: Any, draws: int, generator: torch.Generator) -> Tensor:
+        """Draw real targets from what the rule believes of them, ``p(y|x)``: (draws, N, ...); in eval mode under ``no_grad``.
+
+        What intervals, coverage and CRPS are made of. A rule that has no distribution leaves it out.
+
+        Raises:
+            UsageError: the rule has none (:meth:`cannot_sample`).
+        """
+        raise UsageError(self.cannot_sample(), where="sample", fix="choose a rule that has a distribution, such as noprop-dt")
+
+    def cannot_sample(self) -> str:
+        """Say why there is no distribution of real targets to draw from; the empty string where there is one.
+
+        A rule whose distribution needs :meth:`calibrate` says so here as long as it has not been calibrated.
+        """
+        if self.spec.targets != "real":
+            return f"the targets of task {self.spec.name} are no real values"
+        return "" if type(self).sample is not Rule.sample else f"{type(self).__name__} predicts values, without a distribution of them"
+
     final_prediction: bool = True
     """Whether predictions made now are final; those after epochs are not, and a rule may spend less on them (fewer steps of a flow)."""
 
@@ -437,6 +471,15 @@ class Rule(nn.Module, ABC):
         for name in self.network.hidden:
             inputs = found[name] = self.network.blocks[name](inputs)
         return found
+
+    @property
+    def fixed_features(self) -> bool:
+        """Whether :meth:`features` is the same function all through training, such as that of a frozen stem.
+
+        What is kept for one phase on features then serves the next, and processes that share the blocks may have such phases: each
+        computes the features for itself.
+        """
+        return False
 
     def read(self, features: Tensor, generator: torch.Generator) -> Tensor:
         """Predict from features: ``read(features(x))`` is ``predict(x)``; needed for phases ``on_features`` only."""

@@ -27,6 +27,7 @@ from bpfree.rule import Rule
 from bpfree.step import Budget
 from bpfree.tasks.check import check_inputs
 from bpfree.tasks.given import as_batch
+from bpfree.tasks.intervals import central
 from bpfree.tasks.spec import CLASS, TaskSpec, has_own_loss, structure_from
 from bpfree.tasks.stages import stages_from, walk
 from bpfree.tasks.task import DataSource
@@ -115,18 +116,60 @@ class Saved:
         Raises:
             UsageError: inputs of another shape or range than those of training, that are not finite, or are no numbers.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise UsageError(f"batch_size={batch_size!r}", where="predict", fix="give a whole number of 1 or more")
-        batch = as_batch(self.spec, inputs, "predict")
-        check_inputs(self.spec, batch, "predict")
         generator = torch.Generator(self.device).manual_seed(seed)
-        parts = torch.arange(length(batch)).split(batch_size)  # one, empty, for no examples
-        return torch.cat([self._outputs(_part(batch, part), generator) for part in parts])
+        return torch.cat([self._outputs(part, generator) for part in self._parts(inputs, batch_size, "predict")])
+
+    def _parts(self, inputs: Any, batch_size: int, where: str) -> list[Any]:
+        """Check inputs, and divide them into batches; one, empty, for no examples."""
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise UsageError(f"batch_size={batch_size!r}", where=where, fix="give a whole number of 1 or more")
+        batch = as_batch(self.spec, inputs, where)
+        check_inputs(self.spec, batch, where)
+        return [_part(batch, part) for part in torch.arange(length(batch)).split(batch_size)]
 
     @torch.no_grad()
     def _outputs(self, batch: Any, generator: torch.Generator) -> Tensor:
         with evaluating(self.rule), explained(self.device, type(self.rule).__name__):
             return self.rule.predict(self.spec.normalise(move(batch, self.device), self.rule.network.dtype), generator)
+
+    @torch.no_grad()
+    def _drawn(self, batch: Any, draws: int, generator: torch.Generator) -> Tensor:
+        with evaluating(self.rule), explained(self.device, type(self.rule).__name__):
+            return self.rule.sample(self.spec.normalise(move(batch, self.device), self.rule.network.dtype), draws, generator)
+
+    def sample(self, inputs: Any, draws: int = 99, *, batch_size: int = BATCH_SIZE, seed: int = 0) -> Tensor:
+        """Draw real targets from the distribution that the rule predicts: (draws, N, ...), on its device.
+
+        Args:
+            inputs, batch_size, seed: as of :meth:`predict`.
+            draws: for each example.
+
+        Raises:
+            UsageError: as of :meth:`predict`; or the rule has no distribution, or has not measured what it needs for it.
+        """
+        if why_not := self.rule.cannot_sample():
+            raise UsageError(why_not, where=str(self.path), fix="train noprop-dt with task.validation or calibration.folds, for example")
+        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+            raise UsageError(f"draws={draws!r}", where="sample", fix="give a whole number of 1 or more")
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.cat([self._drawn(part, draws, generator) for part in self._parts(inputs, batch_size, "sample")], 1)
+
+    def predict_interval(
+        self, inputs: Any, level: float = 0.9, *, draws: int = 999, batch_size: int = BATCH_SIZE, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the ends (N, ...) of the interval that a real target is in with probability ``level``, half of the rest on each side.
+
+        They are quantiles of draws, for each entry of a target by itself.
+
+        Args:
+            inputs, batch_size, seed: as of :meth:`predict`.
+            level: such as 0.9.
+            draws: for each example; few of them make the ends unsteady.
+
+        Raises:
+            UsageError: as of :meth:`sample`; or a level that needs more draws.
+        """
+        return central(self.sample(inputs, draws, batch_size=batch_size, seed=seed), level)
 
     def predict_proba(self, inputs: Any, *, batch_size: int = BATCH_SIZE, seed: int = 0) -> Array:
         """Predict probabilities (N, C) of the classes; rows sum to one, except those of several labels at once.

@@ -25,7 +25,16 @@ from bpfree.tasks.task import Split
 from bpfree.training.checkpoint import find_checkpoint, read_checkpoint
 from bpfree.training.config import TrainConfig
 from bpfree.training.environment import autocast, flushing_denormals
-from bpfree.training.evaluation import check_protocols, evaluate, evaluate_features, flat_features, scored_by, setting_of
+from bpfree.training.evaluation import (
+    check_protocols,
+    evaluate,
+    evaluate_features,
+    evaluate_samples,
+    flat_features,
+    sampled_by,
+    scored_by,
+    setting_of,
+)
 from bpfree.training.features import feature_split
 from bpfree.training.guards import only_read
 
@@ -104,10 +113,13 @@ def score(
     loader = Loader(examples, saved.spec, **options)
     generator = torch.Generator(device).manual_seed(seeds.derive_in(recipe.settings.stream, recipe.settings.seed, "evaluation", "score"))
     metrics, confusion = scored_by(saved.spec, config.metrics), Confusion(saved.spec)
-    with only_read(rule, "predict", "alternatives", "effort"), autocast(device, recipe.settings.precision):
+    with only_read(rule, "predict", "alternatives", "effort", "sample"), autocast(device, recipe.settings.precision):
         further = [metric for metric in metrics if metric.name != LOSS.name]
         known: dict[str, Any] = {"spec": saved.spec, "metrics": further, "alternatives": config.alternatives}
         scores = evaluate(rule, loader, generator, draws=config.draws or rule.draws, keep=confusion, **known)
+        sampled = [] if rule.cannot_sample() else sampled_by(rule, config.metrics)
+        if sampled:
+            scores |= evaluate_samples(rule, loader, generator, sampled, draws=config.samples, spec=saved.spec)
     if protocols:
         train = loader if split == "train" else Loader(task.train, saved.spec, **options)
         held = loader if split == "validation" else None
@@ -122,7 +134,7 @@ def score(
         "split": split,
         "examples": len(examples),
     }
-    return Scored(about, scores, {metric.name: metric for metric in metrics}, confusion.scores())
+    return Scored(about, scores, {metric.name: metric for metric in (*metrics, *sampled)}, confusion.scores())
 
 
 def _score_features(

@@ -33,6 +33,7 @@ from bpfree.recorded import Trainer
 from bpfree.run import Run, new_run_id
 from bpfree.saved import BATCH_SIZE, Saved, load
 from bpfree.study.things import Things
+from bpfree.tasks.intervals import central
 from bpfree.tasks.task import Split, Task, TaskSpec
 from bpfree.training.config import LIMITS
 from bpfree.training.stopping import Interrupted
@@ -306,9 +307,44 @@ class LocalRegressor(RegressorMixin, _Local):
         self.mean_, self.scale_, self._single = mean, scale, np.ndim(y) == 1
         return self
 
-    def predict(self, X: Any) -> Array:
-        """Predict numbers, (N,) or (N, K) as the targets were."""
-        found: Array = self._outputs(X).astype(np.float64).reshape(-1, len(self.mean_)) * self.scale_ + self.mean_
+    def predict(self, X: Any, return_std: bool = False) -> Any:
+        """Predict numbers, (N,) or (N, K) as the targets were.
+
+        Args:
+            X: rows (N, F).
+            return_std: also return the deviation of the distribution that the rule predicts, of the same shape, from 999 draws.
+
+        Raises:
+            UsageError: with ``return_std`` as of :meth:`sample_y`.
+        """
+        found = self._in_units(self._outputs(X))
+        return (found, self.sample_y(X, 999).std(-1, ddof=1)) if return_std else found
+
+    def sample_y(self, X: Any, n_samples: int = 99, random_state: Any = 0) -> Array:
+        """Draw from the distribution that the rule predicts: (N, n_samples), or (N, K, n_samples).
+
+        Raises:
+            UsageError: the rule has none, or has not measured what it needs for it: give ``validation_fraction``, or
+                ``settings={"calibration.folds": 5}``.
+        """
+        inputs, count = self._rows(X)
+        seed = int(check_random_state(random_state).randint(SEEDS))
+        draws = self.saved_.sample(inputs, n_samples, seed=seed).cpu().numpy()[:, :count]
+        return np.stack([self._in_units(each) for each in draws], -1)
+
+    def predict_interval(self, X: Any, level: float = 0.9, n_samples: int = 999, random_state: Any = 0) -> tuple[Array, Array]:
+        """Predict the ends of the interval that a target is in with probability ``level``, each (N,) or (N, K).
+
+        Raises:
+            UsageError: as of :meth:`sample_y`; or a level that needs more samples.
+        """
+        draws = torch.from_numpy(np.moveaxis(self.sample_y(X, n_samples, random_state), -1, 0))
+        low, high = central(draws, level)
+        return low.numpy(), high.numpy()
+
+    def _in_units(self, outputs: Array) -> Array:
+        """Return normalised targets in their own units, (N,) or (N, K)."""
+        found: Array = outputs.astype(np.float64).reshape(-1, len(self.mean_)) * self.scale_ + self.mean_
         return found[:, 0] if self._single else found
 
     def __sklearn_tags__(self) -> Any:

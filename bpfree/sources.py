@@ -60,6 +60,7 @@ NOT_IN_A_FLOOR = (
     "batches",
     "budget",
     "compiling",
+    "crossfit",
     "divergence",
     "evaluation",
     "meters",

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,28 @@ class InTurn(Islands):
                 yield Phase(name, epochs=1, groups=(name, f"heads.{name}"))
 
 
+class Kept(InTurn):
+    """Blocks in turn that see the features of a fixed map, which are kept from phase to phase."""
+
+    fixed_features = True  # type: ignore[assignment]
+
+    def __init__(self, network: Any, spec: TaskSpec, config: Any = None) -> None:
+        super().__init__(network, spec, config)
+        self.register_buffer("map", torch.randn(64, 64) / 8)
+
+    def phases(self, budget: Budget) -> Iterable[Phase]:
+        return (replace(phase, on_features=True) for phase in super().phases(budget))
+
+    def features(self, inputs: Any) -> Tensor:
+        return torch.tanh(inputs.flatten(1) @ self.map)
+
+    def read(self, features: Tensor, generator: torch.Generator) -> Tensor:
+        return super().predict(features, generator)
+
+    def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:
+        return self.read(self.features(inputs), generator)
+
+
 def _islands(task: Task, kind: type[Islands], count: int = 4) -> Rule:
     torch.manual_seed(0)
 
@@ -161,6 +183,10 @@ def moving(task: Task) -> Rule:
 
 def in_turn(task: Task) -> Rule:
     return _islands(task, InTurn)
+
+
+def kept(task: Task) -> Rule:
+    return _islands(task, Kept)
 
 
 class Sometimes(Backprop):

@@ -337,6 +337,14 @@ def test_accuracy_of_digits(smoke: Run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_regression_predicts_each_example_once(smoke: Run) -> None:
+    for part in smoke("noprop_regression")["results"].values():
+        assert part["examples"] == 120
+        assert part["methods"].keys() == {"noprop-dt", "backprop", "ridge"}
+        assert all(0.5 < method["coverage"] <= 1 for method in part["methods"].values())
+
+
 def test_accuracy_goes_on_where_it_stopped(load: Callable[[str], Any], smoke: Run, tmp_path: Path) -> None:
     """The second call finds the finished run, and only tests it again."""
     words = ("cifar10", "--output", str(tmp_path / "runs"))

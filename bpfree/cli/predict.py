@@ -30,6 +30,7 @@ to the terminal. They are made in batches, so that there may be any number of th
 Examples:
   bpfree predict RUN photos/ --output predictions.csv
   bpfree predict RUN people.csv --output predictions.json
+  bpfree predict RUN flats.csv --interval 0.9
   bpfree predict RUN arrays.npz --array x_test | head
 """
 
@@ -43,6 +44,7 @@ Examples:
 @click.option("--array", default="", metavar="NAME", help="Name of the inputs in a file of several arrays.  [default: x, or the only one]")
 @click.option("--resize", is_flag=True, help="Bring pictures to the size and colours of the run's inputs.")
 @click.option("--skip-damaged", is_flag=True, help="Leave out pictures that cannot be read, with a warning each.")
+@click.option("--interval", type=click.FloatRange(0, 1, True, True), help="Add the interval of this probability to numbers: 0.9, say.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of a rule that predicts with noise.")
 @allow_code
 def predict(
@@ -54,6 +56,7 @@ def predict(
     array: str,
     resize: bool,
     skip_damaged: bool,
+    interval: float | None,
     seed: int,
     allow_code: tuple[str, ...],
 ) -> int:
@@ -66,7 +69,7 @@ def predict(
         click.echo(f"skipped: {reason}", err=True)
 
     saved, places = opened(run, inputs, device, allow_code)
-    reading = Reading(batch_size, array, resize, skip if skip_damaged else None, seed)
+    reading = Reading(batch_size, array, resize, skip if skip_damaged else None, seed, interval)
     found = predict_files(saved, places, reading)
     count = 0
     if output is not None:

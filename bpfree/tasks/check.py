@@ -5,9 +5,10 @@ It looks at each number at most twice, and not at all at those that cannot be wr
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +55,8 @@ def check_task(spec: TaskSpec, train: Examples, validation: Examples | None, tes
         The spec with the scale and the limits of its inputs filled in from the training split.
 
     Raises:
-        UsageError: as ``check_split``; inputs whose scale is ambiguous; or training labels of a single class.
+        UsageError: as ``check_split``; inputs whose scale is ambiguous; training labels of a single class; or two splits with examples of
+            one group.
     """
     splits = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
     for name, split in splits.items():
@@ -69,7 +71,17 @@ def check_task(spec: TaskSpec, train: Examples, validation: Examples | None, tes
     for name, split in splits.items():
         check_split(spec, split, name)
     _check_classes(spec, splits)
+    _check_groups(spec, splits)
     return spec
+
+
+def _check_groups(spec: TaskSpec, splits: Mapping[str, Examples]) -> None:
+    """Refuse splits that share a group of examples; a split that is both (as one graph is) holds the same examples."""
+    grouped = {name: split.groups for name, split in splits.items() if isinstance(split, Split) and split.groups is not None}
+    for (name, one), (other, two) in itertools.combinations(grouped.items(), 2):
+        if one is not two and (common := int(torch.isin(one.unique(), two).sum())):
+            what = f"the {name} and the {other} split share {common} groups of examples that belong together"
+            raise UsageError(what, where=f"task {spec.name}", fix="put all examples of a group into one split")
 
 
 def check_split(spec: TaskSpec, split: Examples, name: str) -> None:

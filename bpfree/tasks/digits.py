@@ -10,12 +10,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bpfree.errors import BpfreeError
 from bpfree.options import option
 from bpfree.tasks.task import DataSource, Split, TaskSpec, fixed_test
 
-__all__ = ["DIGITS"]
+__all__ = ["DIGITS", "DigitsConfig", "bundled", "table"]
+
+FILE = "digits.csv.gz"
 
 
 @dataclass
@@ -30,18 +33,27 @@ def spec(config: DigitsConfig, root: Path | None) -> TaskSpec:
     return TaskSpec("digits", input_shape=(1, config.size, config.size), outputs=10, mean=(0.3053,), std=(0.3760,), scale=1.0)
 
 
-def _file() -> Path:
-    """Find the table in scikit-learn's package without importing it, which takes a second."""
+def bundled(name: str) -> Path:
+    """Find a table in scikit-learn's package without importing it, which takes a second.
+
+    Raises:
+        BpfreeError: scikit-learn is not installed.
+    """
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
-        raise BpfreeError("scikit-learn, which brings the digits, is not installed", fix="pip install scikit-learn")
-    return Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        raise BpfreeError(f"scikit-learn, which brings {name}, is not installed", fix="pip install scikit-learn")
+    return Path(spec.origin).parent / "datasets" / "data" / name
+
+
+def table(name: str, separator: str | None = None) -> NDArray[np.float64]:
+    """Read a bundled table of numbers (rows, columns)."""
+    with gzip.open(bundled(name)) as file:
+        return np.loadtxt(file, delimiter=separator, ndmin=2)
 
 
 def load(config: DigitsConfig, root: Path | None) -> tuple[Split, Split]:
     """Load the digits with pixels 0 to 16 scaled to [0, 1]; the test split is a fixed stratified fifth."""
-    with gzip.open(_file()) as file:
-        data = np.loadtxt(file, delimiter=",")
+    data = table(FILE, ",")
     images = torch.from_numpy(data[:, :-1]).float().div(16).reshape(-1, 1, 8, 8)
     times = config.size // 8
     images = images.repeat_interleave(times, 2).repeat_interleave(times, 3) if times > 1 else images
@@ -53,5 +65,5 @@ DIGITS = DataSource(
     load,
     DigitsConfig,
     "scikit-learn's bundled handwritten digits, 8x8, 10 classes (no download)",
-    files=lambda config, root: [_file()],
+    files=lambda config, root: [bundled(FILE)],
 )

@@ -16,8 +16,9 @@ from bpfree import metric as described
 from bpfree.devices import doubled, summed
 from bpfree.metric import Accumulator, Metric
 from bpfree.step import Batch
+from bpfree.tasks import intervals
 
-__all__ = ["ACCURACY", "BUILT_IN", "LOSS", "mean_metric", "whole_metric"]
+__all__ = ["ACCURACY", "BUILT_IN", "LOSS", "SAMPLED", "mean_metric", "whole_metric"]
 
 Values = Callable[[Any, Tensor, Batch], Tensor]
 Measure = Callable[[Any, Tensor, Tensor | None], float]
@@ -31,6 +32,7 @@ class About(TypedDict, total=False):
     unit: str
     summary: str
     kinds: tuple[str, ...]
+    of_samples: bool
 
 
 BINS = 15
@@ -103,7 +105,7 @@ def mean_metric(name: str, values: Values, **about: Unpack[About]) -> Metric:
     Args:
         name: as in ``test/NAME``.
         values: ``(spec, outputs, batch) -> (M,)``, a value for each example, or for each token that counts.
-        about: ``greater``, ``share``, ``unit``, ``summary``, ``kinds``, as :class:`bpfree.Metric` has them.
+        about: ``greater``, ``share``, ``unit``, ``summary``, ``kinds``, ``of_samples``, as :class:`bpfree.Metric` has them.
     """
     return Metric(name, **about, begin=lambda spec, predict: _Mean(values, spec))
 
@@ -154,6 +156,25 @@ def _all_labels_right(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
 def _absolute(spec: Any, outputs: Tensor, batch: Batch) -> Tensor:
     distance: Tensor = outputs - spec.beside(outputs, _targets(batch))
     return doubled(distance.abs()).flatten()
+
+
+# --- of draws from a predictive distribution ------------------------------------------------------------------------------
+
+
+def _crps(spec: Any, draws: Tensor, batch: Batch) -> Tensor:
+    return intervals.crps(draws, spec.beside(draws[0], _targets(batch))).flatten()
+
+
+def _covered(spec: Any, draws: Tensor, batch: Batch) -> Tensor:
+    low, high = intervals.central(draws, described.LEVEL)
+    targets = spec.beside(low, _targets(batch).to(low.dtype))
+    inside: Tensor = (low <= targets) & (targets <= high)
+    return inside.flatten()
+
+
+def _width(spec: Any, draws: Tensor, batch: Batch) -> Tensor:
+    low, high = intervals.central(draws, described.LEVEL)
+    return (high - low).flatten()
 
 
 # --- of a whole split ----------------------------------------------------------------------------------------------------
@@ -269,6 +290,16 @@ class _Exponential:
         return math.inf if value >= 700 else math.exp(value)
 
 
+def _of_samples(metric: Metric, values: Values) -> Metric:
+    return replace(metric, kinds=("real",), of_samples=True, begin=lambda spec, predict: _Mean(values, spec))
+
+
+SAMPLED = {
+    "crps": _of_samples(described.CRPS, _crps),
+    "coverage-90": _of_samples(described.COVERAGE, _covered),
+    "interval-width-90": _of_samples(described.WIDTH, _width),
+}
+"""Metrics of draws from a predictive distribution, which are measured wherever a rule has one."""
 BUILT_IN: dict[str, Metric] = {
     "accuracy": ACCURACY,
     "top5": mean_metric(
@@ -318,5 +349,6 @@ BUILT_IN: dict[str, Metric] = {
     "mae": mean_metric("mae", _absolute, greater=False, summary="mean absolute error of an output", kinds=("real",)),
     "rmse": whole_metric("rmse", _rms, greater=False, summary="root of the mean squared error of an output", kinds=("real",)),
     "r2": whole_metric("r2", _explained, summary="coefficient of determination, mean over outputs", kinds=("real",)),
+    **SAMPLED,
 }
 """The metrics by the names that ``evaluation.metrics`` takes."""

@@ -45,10 +45,17 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """Hold examples as tensors on the CPU: raw inputs (N, *input_shape) of any dtype, or a tree of them, and their targets."""
+    """Hold examples as tensors on the CPU: raw inputs (N, *input_shape) of any dtype, or a tree of them, and their targets.
+
+    Attributes:
+        inputs, targets: of the examples.
+        groups: (N,) integers, for examples that belong together, such as several pictures of one thing: no two splits of a task may hold
+            examples of one group, and none is cut (:func:`bpfree.tasks.task.stratified_indices`). ``None``: each example is by itself.
+    """
 
     inputs: Any
     targets: Tensor | None
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return length(self.inputs)
@@ -66,7 +73,8 @@ class Split:
 
     def subset(self, indices: Tensor) -> Split:
         """Return the examples at ``indices`` (M,) as a split."""
-        return Split(select(self.inputs, indices), None if self.targets is None else self.targets[indices])
+        targets, groups = (None if each is None else each[indices] for each in (self.targets, self.groups))
+        return Split(select(self.inputs, indices), targets, groups)
 
     def digest(self, found: Any) -> None:
         """Feed inputs and targets to a hash."""

@@ -22,7 +22,7 @@ from bpfree.tasks.splits import DatasetSplit, Examples, Split, fingerprint_of
 from bpfree.tasks.stages import Memory
 from bpfree.tasks.trees import tree_map
 
-__all__ = ["DataSource", "Examples", "Split", "Task", "TaskSpec", "fixed_test", "meaning", "split_validation"]
+__all__ = ["DataSource", "Examples", "Split", "Task", "TaskSpec", "fixed_test", "folds", "meaning", "split_validation"]
 
 TEST_SHARE, TEST_SEED = 0.2, 20_230_324
 
@@ -274,7 +274,7 @@ def guessed_spec(name: str, train: Examples, test: Examples) -> TaskSpec:
 
 
 def split_validation(train: Examples, share: float, seed: int) -> tuple[Examples, Examples | None]:
-    """Cut a validation split from the training examples: stratified by class, shuffled by ``seed``.
+    """Cut a validation split from the training examples: stratified by class, shuffled by ``seed``; of examples in groups, whole groups.
 
     Args:
         train: all training examples.
@@ -317,10 +317,39 @@ def fixed_test(everything: Cut) -> tuple[Cut, Cut]:
     return cast(Cut, first), cast(Cut, second)
 
 
+def folds(split: Examples, count: int, seed: int) -> list[Tensor]:
+    """Divide examples into ``count`` parts of equal size, as far as possible: positions (M,) of each.
+
+    Classes are divided evenly; groups (``Split.groups``) stay whole.
+
+    Raises:
+        UsageError: fewer than two parts, or more than there are examples, or groups.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    groups = split.groups if isinstance(split, Split) else None
+    units = torch.arange(len(split)) if groups is None else groups.unique()
+    if not 2 <= count <= len(units):
+        what = f"{len(units)} examples{'' if groups is None else ' (groups)'} cannot be divided into {count} parts"
+        raise UsageError(what, where="calibration.folds", fix="give 2 or more, 5 say")
+    order = units[torch.randperm(len(units), generator=generator)]
+    targets = split.targets
+    if groups is None and targets is not None and targets.dim() == 1 and not targets.is_floating_point():
+        order = order[targets[order].argsort(stable=True)]
+    parts = [order[first::count] for first in range(count)]
+    return [(part if groups is None else torch.isin(groups, part).nonzero().flatten()).sort().values for part in parts]
+
+
 def stratified_indices(split: Examples, share: float, seed: int) -> Tensor:
-    """Draw indices (M,) of a random ``share`` of the examples of each class (of all, where there are no classes)."""
+    """Draw indices (M,) of a random ``share`` of the examples of each class (of all, where there are no classes).
+
+    Of examples in groups (``Split.groups``) whole groups are drawn, that share of all groups.
+    """
     generator = torch.Generator().manual_seed(seed)
     count = len(split)
+    if isinstance(split, Split) and split.groups is not None:
+        groups = split.groups.unique()
+        drawn = groups[torch.randperm(len(groups), generator=generator)[: round(share * len(groups))]]
+        return torch.isin(split.groups, drawn).nonzero().flatten()
     if split.targets is None or split.targets.dim() != 1 or split.targets.is_floating_point():
         return torch.randperm(count, generator=generator)[: round(share * count)]
     order = torch.randperm(count, generator=generator)

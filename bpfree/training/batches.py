@@ -39,11 +39,13 @@ class Batches:
         self._positions: Tensor | None = None
         self._part: str | None = None
         self._on_features: Loader | FeatureLoader | None = None
+        self._features_of: tuple[str | None, int | str | None] | None = None
 
     def begin_stage(self, positions: Tensor | None) -> None:
         """Take the batches from the training examples at these positions from now on; ``None``: from all."""
         self._positions = positions
         self._loaders = {}
+        self._drop_features()
 
     def _begin_part(self, part: str | None) -> None:
         """Release the loaders of another part of the training split."""
@@ -81,9 +83,12 @@ class Batches:
         """
         self._begin_part(phase.part)
         if not phase.on_features:
+            self._drop_features()
             return self._raw(phase)
-        if self._on_features is None:
+        if self._on_features is None or self._features_of != (phase.part, phase.batch_size):
+            self._drop_features()
             self._check(phase)
+            self._features_of = (phase.part, phase.batch_size)
             self._on_features = FeatureLoader(self._rule, self._raw(phase)) if self._setup.augment else self._kept(phase, clock, look)
         return self._on_features
 
@@ -117,9 +122,14 @@ class Batches:
         return feature_split(self._rule, batches, precision=self._setup.config.precision, folder=self._setup.run.folder, look=look)
 
     def end_phase(self) -> None:
-        """Release the features of the phase."""
-        self._on_features = None
-        self._evaluator.drop_features()
+        """Release the features of the phase, unless they stay the same in the next."""
+        if not self._rule.fixed_features:
+            self._drop_features()
+
+    def _drop_features(self) -> None:
+        if self._on_features is not None:
+            self._on_features = None
+            self._evaluator.drop_features()
 
     def _raw(self, phase: Phase) -> Loader:
         setup, size = self._setup, phase.batch_size or self._setup.config.batch_size

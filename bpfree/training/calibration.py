@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,7 +63,15 @@ def calibrates(rule: Rule) -> bool:
     return type(rule).calibrate is not Rule.calibrate and bool(getattr(rule, "calibrates", True))
 
 
-def calibrate(rule: Rule, data: Examples, generator: torch.Generator, *, step: int, precision: str = "fp32") -> Calibration:
+def calibrate(
+    rule: Rule,
+    data: Examples,
+    generator: torch.Generator,
+    *,
+    step: int,
+    precision: str = "fp32",
+    method: Literal["calibrate", "finish_calibration"] = "calibrate",
+) -> Calibration:
     """Let a rule calibrate itself: in eval mode, without gradients.
 
     Args:
@@ -72,6 +80,7 @@ def calibrate(rule: Rule, data: Examples, generator: torch.Generator, *, step: i
         generator: on the rule's device.
         step: of the run.
         precision: as predictions have it.
+        method: of the rule, that is called.
 
     Raises:
         BpfreeError: a parameter has changed, a buffer was made, or what was returned is no mapping of numbers.
@@ -81,31 +90,33 @@ def calibrate(rule: Rule, data: Examples, generator: torch.Generator, *, step: i
     before = {name: buffer.detach().clone() for name, buffer in rule.named_buffers()}
     began = time.perf_counter()
     with torch.no_grad(), evaluating(rule), devices.preserved_global_state(device), environment.autocast(device, precision):
-        returned = rule.calibrate(data, generator)
+        returned = getattr(rule, method)(data, generator)
     seconds = time.perf_counter() - began
     changed = parameters.changed(dict(rule.named_parameters()))
     if changed:
         raise BpfreeError(
-            f"calibrate changed the parameter {changed[0]}, but weights are fixed after training",
-            where=f"{name}.calibrate",
+            f"{method} changed the parameter {changed[0]}, but weights are fixed after training",
+            where=f"{name}.{method}",
             fix="choose values of buffers (register_buffer), such as a threshold or a temperature",
         )
     buffers = dict(rule.named_buffers())
     if buffers.keys() != before.keys() or any(_other_kind(buffers[name], before[name]) for name in before):
         raise BpfreeError(
-            "calibrate may fill buffers, but neither make nor reshape them",
-            where=f"{name}.calibrate",
+            f"{method} may fill buffers, but neither make nor reshape them",
+            where=f"{name}.{method}",
             fix="register them in __init__, with their defaults",
         )
     chosen = Values(before).changed(buffers)
     after = {name: buffers[name].detach().clone() for name in chosen}
-    return Calibration(step, seconds, _numbers(returned, f"{name}.calibrate"), {name: before[name] for name in chosen}, after)
+    return Calibration(step, seconds, _numbers(returned, f"{name}.{method}"), {name: before[name] for name in chosen}, after)
 
 
 def _numbers(returned: Any, where: str) -> dict[str, float]:
     if isinstance(returned, Mapping) and all(isinstance(name, str) and isinstance(value, (int, float)) for name, value in returned.items()):
         return {name: float(value) for name, value in returned.items()}
-    raise BpfreeError("calibrate must return plain numbers by name", where=where, fix='return {"threshold": float(threshold)}, say')
+    raise BpfreeError(
+        f"{where.rpartition('.')[2]} must return plain numbers by name", where=where, fix='return {"threshold": float(threshold)}, say'
+    )
 
 
 def _other_kind(one: Tensor, other: Tensor) -> bool:

@@ -11,7 +11,7 @@ from bpfree.step import Budget
 from bpfree.training.alignment import AlignmentConfig
 from bpfree.training.updater import ClipConfig
 
-__all__ = ["LIMITS", "AlignmentConfig", "BudgetConfig", "CheckpointConfig", "EvaluationConfig", "TrainConfig"]
+__all__ = ["LIMITS", "AlignmentConfig", "BudgetConfig", "CalibrationConfig", "CheckpointConfig", "EvaluationConfig", "TrainConfig"]
 
 DEFAULT_EPOCHS = 10
 LIMITS = ("epochs", "samples", "seconds", "forwards", "operations")
@@ -64,10 +64,27 @@ class EvaluationConfig(Sectioned):
     draws: int | None = option(
         None, "draws of a stochastic rule averaged in the final evaluation (none: as many as the rule declares)", ge=1
     )
+    samples: int = option(
+        99,
+        "draws from the distribution of real targets that a rule predicts, for its CRPS and its intervals in the final evaluation",
+        ge=19,
+    )
     test: bool = option(True, "evaluate the test split at the end; false for trials of tuning, which must not see it")
     alternatives: bool = option(True, "also score the rule's alternative predictions, such as its single blocks")
     metrics: list[str] = option(factory=list, help="further metrics of predictions, beside the task's own: bpfree metrics")
     protocols: list[str] = option(factory=list, help="at the end also score the features: linear-probe, nearest-centroid, clustering")
+
+
+@dataclass
+class CalibrationConfig(Sectioned):
+    """What a rule that calibrates itself after training is given for it, where there is no validation split."""
+
+    folds: int = option(
+        0,
+        "parts of the training examples, without each of which the rule is trained once more and calibrated on that part; the mean counts "
+        "(0: none; costs folds - 1 further trainings on all examples)",
+        ge=0,
+    )
 
 
 @dataclass
@@ -110,6 +127,7 @@ class TrainConfig(Sectioned):
     select: Literal["last", "best-val"] = option("last", "which weights are tested: the last, or the best on validation")
     twin: bool = option(False, "train the rule's own-prediction twin: everything but its readout recipe stays as initialised")
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     log_interval: float = option(1.0, "seconds between readings of the step metrics (which stay on the device until then)", gt=0)

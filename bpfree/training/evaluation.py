@@ -36,7 +36,9 @@ __all__ = [
     "check_protocols",
     "evaluate",
     "evaluate_features",
+    "evaluate_samples",
     "flat_features",
+    "sampled_by",
     "scored_by",
     "training_sample",
 ]
@@ -167,9 +169,24 @@ class Evaluator:
         draws, alternatives = self._config.evaluation.draws or self._rule.draws, self._config.evaluation.alternatives
         kept = Collector(self._task.spec)
         scores = self._score("test", self._task.test, 0, draws=draws, alternatives=alternatives, each_draw=True, keep=kept)
+        scores |= self._sampled()
         counted = not self._task.spec.metrics() or f"test/{self._task.spec.primary.name}" in scores
         self.predictions = kept.predictions() if counted else None  # scores that are no numbers say nothing of their examples
         return scores
+
+    def _sampled(self) -> dict[str, float]:
+        """Score the distribution of real targets that the rule predicts for the test split, if it has one."""
+        metrics = sampled_by(self._rule, self._config.evaluation.metrics)
+        if metrics and (why_not := self._rule.cannot_sample()):
+            logger.warning("no interval is measured: %s", why_not)
+            return {}
+        if not metrics:
+            return {}
+        seed = seeds.derive_in(self._config.stream, self._config.seed, "evaluation", "samples")
+        generator, batches = torch.Generator(self._device).manual_seed(seed), _Watched(self._loader("test", self._task.test), self._look)
+        with environment.autocast(self._device, self._config.precision):
+            scores = evaluate_samples(self._rule, batches, generator, metrics, draws=self._config.evaluation.samples, spec=self._task.spec)
+        return {f"test/{key}": value for key, value in scores.items()}
 
     def keep_predictions(self) -> None:
         """Write the predictions into the run's folder, if it has one; a failure to write does not end the run."""
@@ -255,7 +272,23 @@ def scored_by(spec: TaskSpec, further: Iterable[str]) -> list[Metric]:
     Raises:
         UsageError: as of ``check_metrics``.
     """
-    return [*spec.metrics(), *([built_in.LOSS] if spec.is_scored else []), *check_metrics(further, spec)]
+    named = [metric for metric in check_metrics(further, spec) if not metric.of_samples]
+    return [*spec.metrics(), *([built_in.LOSS] if spec.is_scored else []), *named]
+
+
+def sampled_by(rule: Rule, further: Iterable[str]) -> list[Metric]:
+    """List the metrics of the distribution that a rule predicts, perhaps once it is calibrated: those always measured, and named ones.
+
+    Raises:
+        UsageError: as of ``check_metrics``; or one was named, and the rule has no distribution.
+    """
+    named = [metric for metric in check_metrics(further, rule.spec) if metric.of_samples]
+    if type(rule).sample is Rule.sample or rule.spec.targets != "real":
+        if named:
+            what = f"the metric {named[0].name} is of the distribution that a rule predicts: {rule.cannot_sample()}"
+            raise UsageError(what, where="evaluation.metrics", fix="leave it out: it is measured wherever there is a distribution")
+        return []
+    return list({metric.name: metric for metric in (*built_in.SAMPLED.values(), *named)}.values())
 
 
 def check_metrics(names: Iterable[str], spec: TaskSpec) -> list[Metric]:
@@ -423,6 +456,32 @@ def evaluate(
         if each_draw:
             result.update({f"{name}_draw_{number}": r[name] for number, r in enumerate(rounds, start=1)})
     return result
+
+
+@torch.no_grad()
+def evaluate_samples(
+    rule: Rule, batches: Iterable[Batch], generator: torch.Generator, metrics: Sequence[Metric], *, draws: int, spec: TaskSpec
+) -> dict[str, float]:
+    """Score the distribution of real targets that a rule predicts, by draws from it.
+
+    Args:
+        rule: in whatever mode; it draws in eval mode.
+        batches: of the split.
+        generator: of the draws.
+        metrics: of samples.
+        draws: for each example; as predictions that are not final, for which a rule may take fewer steps.
+        spec: the task's.
+
+    Returns:
+        ``crps``, ``coverage_90`` and so on, by the metrics' names.
+    """
+    sums = [(metric.name, metric.begin(spec, lambda inputs: inputs)) for metric in metrics if metric.begin is not None]
+    with evaluating(rule), rule.quick_predictions():
+        for batch in batches:
+            drawn = rule.sample(batch.inputs, draws, generator).float()
+            for _, accumulator in sums:
+                accumulator.add(drawn, batch)
+    return {name: accumulator.value() for name, accumulator in sums}
 
 
 class _Pass:

@@ -143,7 +143,7 @@ class Operations:
     Attributes:
         total: operations of all training steps, of what is done outside of them, and of features that were computed for phases on features.
         forward: operations of one forward pass of ``examples`` examples; ``None`` before it is counted.
-        features: operations of ``Rule.features``, where a phase is on features; counted again for each such phase.
+        features: operations of ``Rule.features``, where a phase is on features; counted again for each such phase that may change them.
         trouble: why there are no numbers; the empty string: there are.
     """
 
@@ -209,11 +209,14 @@ class Operations:
 
     def wants_features(self, phase: Phase) -> bool:
         """Tell whether a phase uses features that were not counted yet; a rule may have grown since the previous phase."""
-        return phase.on_features and not self.trouble and self._features_of != _features_of(phase)
+        return phase.on_features and not self.trouble and self._features_of != self._kind_of_features(phase)
 
     def count_features(self, phase: Phase, inputs: Any) -> None:
         """Count ``features`` in a phase, on the inputs on which the forward pass was counted."""
-        self.features, self._features_of = self._aside(lambda: self._rule.features(inputs)), _features_of(phase)
+        self.features, self._features_of = self._aside(lambda: self._rule.features(inputs)), self._kind_of_features(phase)
+
+    def _kind_of_features(self, phase: Phase) -> str:
+        return repr((phase.part,) if self._rule.fixed_features else (phase.name, phase.groups))
 
     def _aside(self, call: Callable[[], Tensor]) -> int | None:
         """Return the operations of a call that the first process alone makes."""
@@ -311,7 +314,3 @@ def kind_of(phase: Phase, batch: Batch) -> str:
         kind = repr((phase.name, phase.groups, phase.on_features, len(batch)))
         _recent = phase, len(batch), kind
     return kind
-
-
-def _features_of(phase: Phase) -> str:
-    return repr((phase.name, phase.groups))

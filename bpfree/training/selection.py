@@ -12,6 +12,7 @@ import torch
 from bpfree import seeds
 from bpfree.errors import BpfreeError
 from bpfree.training.calibration import Calibration, calibrate, calibrates
+from bpfree.training.crossfit import cross_fitted
 from bpfree.training.saving import Checkpoints
 from bpfree.training.setup import Setup
 from bpfree.training.state import RunState, copied
@@ -55,7 +56,7 @@ class Selection:
             save: writes a checkpoint with the given weights, or the rule's for ``None``; called after a calibration.
         """
         state, best, last = self._state, self._setup.config.select == "best-val", None
-        chooses = calibrates(self._rule) and self._setup.task.validation is not None
+        chooses = calibrates(self._rule) and (self._setup.task.validation is not None or self._setup.config.calibration.folds > 0)
         if best and chooses:  # training may resume from these
             last = {name: value.detach().clone() for name, value in state.team.weights().items()}
         if best:
@@ -88,6 +89,8 @@ def _calibrated(state: RunState, setup: Setup) -> Calibration:
     if found is not None and found.step == state.at.step:
         found.put(rule)
         return found
+    if config.calibration.folds:
+        return cross_fitted(setup, step=state.at.step)
     data, seed = setup.task.validation, seeds.derive_in(config.stream, config.seed, "calibration")
     assert data is not None
     generator = torch.Generator(setup.device).manual_seed(seed)

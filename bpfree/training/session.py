@@ -44,7 +44,7 @@ __all__ = ["Session"]
 
 logger = logging.getLogger("bpfree")
 
-PREDICTING = ("predict", "alternatives", "effort", "read")
+PREDICTING = ("predict", "alternatives", "effort", "read", "sample")
 """Methods of a rule that an evaluation of its predictions calls."""
 
 
@@ -98,7 +98,7 @@ class Session:
         )
 
     def _describe(self) -> None:
-        if self._setup.task.validation is None and calibrates(self._rule):
+        if self._setup.task.validation is None and calibrates(self._rule) and not self._config.calibration.folds:
             self._run.tags["calibration"] = NOT_CALIBRATED
         self._run.total_epochs = self._budget_tracker.passes or None
         together = {"world_size": str(self._setup.world.size), "parallel": self._team.kind}
@@ -290,7 +290,8 @@ class Session:
                     operations.count_forward(batch.inputs, len(batch))
                 if few:
                     operations.count_features(phase, batch.inputs)
-        if isinstance(loader, Loader) and phase.on_features and not at.phase_epoch and not at.batch:  # they were computed here
+        new = few or not self._rule.fixed_features
+        if isinstance(loader, Loader) and phase.on_features and new and not at.phase_epoch and not at.batch:  # they were computed here
             operations.add_features(len(self._batches.examples(phase)))
 
     # --- between steps ----------------------------------------------------------------------------------------------

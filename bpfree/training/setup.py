@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ class Setup:
         recipe: the nested configuration that rebuilds rule and task.
         loading: how batches reach the device.
         augment: augmentations of the training batches.
+        again: trains another rule from the same beginning on a task of the same kind, and returns it with its run; ``None``: not kept.
     """
 
     rule: Rule
@@ -46,6 +47,7 @@ class Setup:
     recipe: Mapping[str, Any] | None = None
     loading: Loading = Loading()
     augment: tuple[Augmentation, ...] = ()
+    again: Callable[[Task], tuple[Rule, Run]] | None = None
 
     @property
     def world(self) -> World:

@@ -166,7 +166,7 @@ class BlockTeam(_Several):
 
     def check(self, phase: Phase) -> None:
         super().check(phase)
-        if phase.on_features:
+        if phase.on_features and not self.rule.fixed_features:
             raise UsageError(
                 f"phase {phase.name!r} is on features, which need all blocks in one process",
                 where=f"{type(self.rule).__name__}.phases",

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from bpfree.tasks.task import Task
 from bpfree.training import environment
 from bpfree.training.budget import check_patience, why_not_early
 from bpfree.training.callbacks import observers_of
-from bpfree.training.config import TrainConfig
+from bpfree.training.config import AlignmentConfig, CalibrationConfig, TrainConfig
+from bpfree.training.crossfit import check_folds
 from bpfree.training.distributed import World
 from bpfree.training.divergence import Diverged
-from bpfree.training.evaluation import check_protocols, scored_by
+from bpfree.training.evaluation import check_protocols, sampled_by, scored_by
 from bpfree.training.guards import check_fit, check_made_to_learn
 from bpfree.training.idle import idle_of_rule
 from bpfree.training.norms import check_batches_of_one
@@ -44,6 +46,9 @@ from bpfree.training.team import make_team
 __all__ = ["Interrupted", "Trainer", "check_kinds"]
 
 logger = logging.getLogger("bpfree")
+
+NEVER = 10**9
+"""Epochs between evaluations of a training of which nothing but the weights is wanted."""
 
 
 class Trainer:
@@ -101,10 +106,13 @@ class Trainer:
         self.rule, self.config, self.run = rule, config, run
         budget = config.budget.resolve(len(task.train))
         check_fit(rule, task)
-        run.metrics = recorded_metrics(scored_by(task.spec, config.evaluation.metrics))
+        run.metrics = recorded_metrics([*scored_by(task.spec, config.evaluation.metrics), *sampled_by(rule, config.evaluation.metrics)])
         run.data = facts_of(task)
         team = make_team(rule, config, world)
-        self.setup = Setup(rule, task, config, budget, device, team, run, recipe, loading or Loading(), tuple(augment))
+        check_folds(rule, task, config, world.size)
+        loaded, changed = loading or Loading(), tuple(augment)
+        again = partial(_train, copy.deepcopy(rule), config, changed, loaded) if config.calibration.folds else None
+        self.setup = Setup(rule, task, config, budget, device, team, run, recipe, loaded, changed, again)
         self._check()
         self._stop = Stop(world)
         called = observers_of(callbacks, self.end)
@@ -221,6 +229,14 @@ class Trainer:
             self.run.status, self.run.reason = "failed", error.what
             self._observers.notify_again("run_end")
             raise
+
+
+def _train(rule: Rule, config: TrainConfig, augment: tuple[Augmentation, ...], loading: Loading, task: Task) -> tuple[Rule, Run]:
+    """Train a copy of a rule on another task, without a test or anything that is written."""
+    quiet = dataclasses.replace(config.evaluation, test=False, every=NEVER, alternatives=False, protocols=[])
+    further = dataclasses.replace(config, calibration=CalibrationConfig(), evaluation=quiet, alignment=AlignmentConfig())
+    trainer = Trainer(copy.deepcopy(rule), task, further, augment=augment, loading=loading)
+    return trainer.rule, trainer.fit()
 
 
 def check_kinds(rule: Any, task: Any, config: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,25 @@ def test_columns_of_a_table_are_found_by_their_names(workplace: Path, capsys: py
         said = capsys.readouterr().err
         assert what in said
         assert f"where: {where}" in said
+
+
+def test_numbers_have_intervals(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the interval that the run itself predicts."""
+    random = np.random.default_rng(0).uniform(0, 9, (60, 3))
+    Path("flats.csv").write_text("rooms,size,price\n" + "".join(f"{a:.4f},{b:.4f},{c:.4f}\n" for a, b, c in random))
+    small = ["rule=noprop-dt", "rule.T=2", "network=noprop-mlp", "network.width=8", "network.depth=0", "budget.epochs=1"]
+    run = run_of("task=csv", "task.path=flats.csv", "task.target=price", *small)
+    assert call("predict", run, "flats.csv", "--interval", "0.8", "--output", "out.csv") == 0
+    rows = rows_of("out.csv")
+    assert list(rows[0]) == ["input", "price", "price_low", "price_high"]
+    low, high = bpfree.load(run).predict_interval(random[:, :2].round(4), 0.8)
+    np.testing.assert_allclose([float(row["price_low"]) for row in rows], low[:, 0], rtol=1e-4)
+    np.testing.assert_allclose([float(row["price_high"]) for row in rows], high[:, 0], rtol=1e-4)
+    shutil.rmtree("runs")
+    run = run_of("task=csv", "task.path=flats.csv", "task.target=price")
+    capsys.readouterr()
+    assert call("predict", run, "flats.csv", "--interval", "0.8") == 2
+    assert "without a distribution" in capsys.readouterr().err
 
 
 def test_numbers_have_the_name_of_their_column(workplace: Path) -> None:

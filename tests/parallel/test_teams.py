@@ -124,7 +124,7 @@ def test_slices_cover_a_batch_once() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("make", [cases.islands, cases.in_turn])
+@pytest.mark.parametrize("make", [cases.islands, cases.in_turn, cases.kept])
 def test_independent_blocks_have_the_bits_of_one_process(ranks: Ranks, make: Any, size: int) -> None:
     """Blocks, their heads, and the running means of both; each process filled its own blocks alone, and none is left out."""
     one = cases.train(make, {})

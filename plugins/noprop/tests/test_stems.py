@@ -280,13 +280,15 @@ def test_a_frozen_stem_gets_nothing_and_couples_nothing(make: Make, batch: Batch
     assert "blocks stay independent" in rule.plan()
 
 
-def test_frozen_features_are_computed_once(task: Task) -> None:
+@pytest.mark.parametrize("updates", ["simultaneous", "sequential"])
+def test_frozen_features_are_computed_once(updates: Any, task: Task) -> None:
     # Oracle: the number of passes through the stem does not grow with the epochs, and what is learned is what is learned without keeping.
     passes: list[int] = []
     weights = []
     for keep, epochs in ((True, 1), (True, 3), (False, 3)):
         torch.manual_seed(0)
-        rule = NoPropDT(noprop_network(task.spec, Own, blocks=2, width=16, shared=True, frozen=True, keep=keep), task.spec)
+        network = noprop_network(task.spec, Own, blocks=2, width=16, shared=True, frozen=True, keep=keep)
+        rule = NoPropDT(network, task.spec, NoPropDTConfig(T=2, updates=updates))
         seen: list[int] = []
         rule.network.stem.register_forward_hook(lambda stem, args, output, seen=seen: seen.append(len(output)))
         fitted(rule, task, epochs)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from bpfree_noprop.blocks import NETWORKS
 from bpfree_noprop.dt import NoPropDT, NoPropDTConfig
 from bpfree_noprop.embeddings import RealEmbedding
+from bpfree_noprop.spread import spread_factor
 from torch import Tensor
 
 import bpfree
@@ -208,6 +209,40 @@ def test_a_sampled_chain_has_the_variance_of_the_target(T: int) -> None:
     assert abs(drawn.mean().item() - 0.7) < 0.01
     with torch.no_grad():
         torch.testing.assert_close(rule.predict(x[:3], torch.Generator()), x[:3], rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("T", [2, 5])
+def test_blocks_that_overlook_the_state_spread_as_far_as_they_are_off(T: int) -> None:
+    """Oracle: y given x is N(x, 1/4). Blocks take half of what the state says, so that V_t alone leaves draws too close together.
+
+    The factor is also found where the error is given, as after cross-fitting, and the data are other examples.
+    """
+    covariance, prior = torch.eye(1, dtype=torch.float64) / 4, torch.eye(1, dtype=torch.float64)
+    rule = exact_rule(T, covariance, prior)
+    root = rule.embed.weight[0, 0]
+    for _, block in rule.denoisers():
+        block.judge = block.forward = lambda x, z, exact=block.judge: (x * root + exact(x, z)) / 2  # type: ignore[method-assign,misc]
+    calibrated(rule, covariance, prior, 200_000)
+    x = torch.full((100_000, 1), 0.7, dtype=torch.float64)
+
+    def variance() -> float:
+        return float(rule.sample(x, 1, torch.Generator().manual_seed(2))[0].var()) / 0.25
+
+    assert abs(variance() - 1) < 0.03
+    assert abs(float(rule.error) - 0.2) < 0.01  # u = y / sqrt(1.25)
+    factor = float(rule.spread)
+    assert factor > 1.05
+    rule.spread.fill_(1)
+    assert variance() < 0.93
+    other = Split(x[:3000] * torch.randn(3000, 1, dtype=torch.float64), torch.zeros(3000, 1, dtype=torch.float64))
+    assert rule.finish_calibration(other, torch.Generator().manual_seed(3))["spread"] == pytest.approx(factor, rel=0.1)
+
+
+def test_a_factor_of_the_noise_is_that_of_a_line() -> None:
+    assert spread_factor(0.2, 0.5, 0.65) == pytest.approx(1.5)
+    assert spread_factor(0.2, 0.5, 0.1) == 0.0
+    assert spread_factor(0.2, 0.21, 0.65) == 10.0
+    assert spread_factor(0.2, 0.2, 0.65) == 1.0  # noise that changes nothing
 
 
 @pytest.mark.parametrize(("T", "ratio"), [(2, 0.25), (10, 0.68), (50, 0.92)])

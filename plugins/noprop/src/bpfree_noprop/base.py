@@ -32,6 +32,11 @@ MEASURED_AT_ONCE = 1000
 PAPER = (
     "Li, Teh, Pascanu: NoProp: Training Neural Networks without Full Back-propagation or Full Forward-propagation. 2025, arXiv 2503.24322"
 )
+UNMEASURED = (
+    "the residuals of the blocks were not measured, without which intervals are too narrow: give task.validation above 0, or "
+    "calibration.folds"
+)
+"""Why a rule cannot draw real targets."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from bpfree.options import option
 from bpfree.rule import Card, Metrics
 from bpfree.step import Batch, Step
 from bpfree.tasks.task import Examples, TaskSpec
-from bpfree_noprop.base import PAPER
+from bpfree_noprop.base import PAPER, UNMEASURED
 from bpfree_noprop.heads import RealHead
 from bpfree_noprop.noise import LearnedSchedule, denoise, noised
 from bpfree_noprop.residuals import TimedResiduals
@@ -177,6 +177,10 @@ class NoPropCT(MatchingRule):
     def leap(self, start: Tensor, logits: Tensor) -> Tensor:
         """Return what the block says of its state."""
         return self.shaped(self.embed.scores(logits))
+
+    def cannot_sample(self) -> str:
+        unmeasured = self.residuals is not None and not bool(self.residuals.covariances.any())
+        return super().cannot_sample() or (UNMEASURED if unmeasured else "")
 
     @property
     def calibrates(self) -> bool:

@@ -194,7 +194,11 @@ class NoPropDT(ExitingChain):
     def keeps_features(self) -> bool:
         """Whether training is on kept features of a frozen stem."""
         stem = shared_stem(self.network)
-        return stem is not None and stem.frozen and cast(StemNetwork, self.network).keep and self.config.updates == "simultaneous"
+        return stem is not None and stem.frozen and cast(StemNetwork, self.network).keep
+
+    @property
+    def fixed_features(self) -> bool:
+        return self.keeps_features
 
     def phases(self, budget: Budget) -> Iterable[Phase]:
         if self.config.updates == "simultaneous":
@@ -227,7 +231,7 @@ class NoPropDT(ExitingChain):
         names = self.network.names
         for _ in itertools.count() if epochs is None else range(epochs):
             for name in names:
-                yield Phase(name, epochs=1, groups=(name, *shared), evaluate=name == names[-1])
+                yield Phase(name, epochs=1, groups=(name, *shared), evaluate=name == names[-1], on_features=self.keeps_features)
 
     def credit(self, batch: Batch, step: Step) -> Metrics:
         groups = step.phase.groups

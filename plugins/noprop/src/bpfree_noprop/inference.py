@@ -20,6 +20,7 @@ from bpfree.network.network import Network
 from bpfree.step import Batch
 from bpfree.tasks.task import Examples, TaskSpec
 from bpfree.tasks.trees import move
+from bpfree_noprop.base import UNMEASURED
 from bpfree_noprop.blocks import DenoisingBlock
 from bpfree_noprop.chain import ChainRule
 from bpfree_noprop.embeddings import ClassEmbedding, full_precision
@@ -27,6 +28,7 @@ from bpfree_noprop.folded import FoldedChain
 from bpfree_noprop.heads import RealHead
 from bpfree_noprop.readouts import Judgements, Readout, another_of_its_class
 from bpfree_noprop.schedule import NoiseSchedule, signal_shares, standard_normal
+from bpfree_noprop.spread import match_spread
 from bpfree_noprop.states import OWN, evidence
 
 __all__ = ["DiscreteChain", "Inference", "View"]
@@ -44,10 +46,14 @@ class DiscreteChain(ChainRule):
     Attributes:
         blind: whether blocks have learned without a state.
         residuals: (T+1, d, d), for real targets: the residual covariance ``V_t`` of each block, measured by :meth:`calibrate`.
+        spread: by which they are multiplied so that draws spread as far as their mean is off; 1 where it was not measured.
+        error: squared error of the mean of draws where it was held out, per dimension of the whitened target.
     """
 
     schedule: NoiseSchedule
     residuals: Tensor
+    spread: Tensor
+    error: Tensor
 
     def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
@@ -58,6 +64,8 @@ class DiscreteChain(ChainRule):
             d = self.embed.weight.shape[0]
             self.head.signal = self.schedule.last_signal
             self.register_buffer("residuals", torch.zeros(self.config.T + 1, d, d))
+            self.register_buffer("spread", torch.ones(()))
+            self.register_buffer("error", torch.zeros(()))
 
     def check_options(self) -> None:
         super().check_options()
@@ -149,7 +157,7 @@ class DiscreteChain(ChainRule):
         """Return ``z_t`` from ``z_{t-1}`` (N, d) and the outputs of block t: Eq. 3, its mean, or with a drawn class."""
         drawn = noise is not None and noise.classes
         uhat = cast(ClassEmbedding, self.embed).draw(outputs, cast(Noise, noise).generator) if drawn else self.estimate(outputs)
-        spread = self.residuals[t] if isinstance(self.head, RealHead) and self.config.step_noise == "residual" else None
+        spread = self.spread * self.residuals[t] if isinstance(self.head, RealHead) and self.config.step_noise == "residual" else None
         with full_precision(z.device):
             return self.schedule.advance(z, uhat, t, None if noise is None else noise.generator, spread)
 
@@ -182,6 +190,10 @@ class DiscreteChain(ChainRule):
             chains.append(self.shaped(self.last(wide, noise)).unflatten(0, (len(part), examples)))
         return torch.cat(chains)
 
+    def cannot_sample(self) -> str:
+        unmeasured = isinstance(self.head, RealHead) and self.config.step_noise == "residual" and not bool(self.residuals.any())
+        return super().cannot_sample() or (UNMEASURED if unmeasured else "")
+
     def folded(self) -> FoldedChain:
         """Copy what predicts as one module, for ``torch.compile``, ``torch.export`` or as it is: normalised inputs to scores.
 
@@ -207,10 +219,12 @@ class DiscreteChain(ChainRule):
         """Measure each block's residual covariance ``V_t`` (d, d), out of sample, which the noise of a sampled step takes in.
 
         Exact blocks have ``V_t = Cov(u | x, z_{t-1})``, so that ``N(a_t uhat + b_t z, c_t I + a_t^2 V_t)`` has the mean and covariance of
-        ``z_t`` given x and ``z_{t-1}``; without the second term each step leaves out what the block does not know.
+        ``z_t`` given x and ``z_{t-1}``; without the second term each step leaves out what the block does not know. What blocks that are
+        not exact still leave out is made up for by one factor of all ``V_t`` (:mod:`bpfree_noprop.spread`).
 
         Returns:
-            The mean variance of each block, of 1 for a target of which nothing is known.
+            The mean variance of each block, of 1 for a target of which nothing is known; the squared error of the mean of draws, and the
+            factor, ``spread``.
         """
         if data.targets is None or not isinstance(self.head, RealHead):
             return {}
@@ -223,7 +237,17 @@ class DiscreteChain(ChainRule):
                 with full_precision(u.device):
                     sums[t] += error.T @ error
         self.residuals.copy_(sums / len(data))
-        return {f"t{t}/residual_variance": float(self.residuals[t].diagonal().mean()) for t, _ in self.denoisers()}
+        measured = {f"t{t}/residual_variance": float(self.residuals[t].diagonal().mean()) for t, _ in self.denoisers()}
+        if self.config.step_noise == "paper":
+            return measured
+        spread, error = match_spread(self, data, generator)
+        self.error.fill_(error)
+        return {**measured, "error": error, "spread": spread}
+
+    def finish_calibration(self, data: Examples, generator: torch.Generator) -> dict[str, float]:
+        """Match the spread of the tested blocks to the error that others have had on examples that were held out."""
+        real = isinstance(self.head, RealHead) and self.config.step_noise == "residual"
+        return {"spread": match_spread(self, data, generator, float(self.error))[0]} if real else {}
 
     def batches(self, data: Examples, device: torch.device) -> Iterator[Batch]:
         """Yield what the network sees of raw examples, with their targets."""
