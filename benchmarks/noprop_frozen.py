@@ -47,8 +47,8 @@ AT_ONCE = 250
 class Sizes:
     """Sizes of the heads and the length of their training."""
 
-    T: int = 4
-    width: int = 64
+    T: int = 3
+    width: int = 128
     epochs: int = 6
     readout_epochs: int = 50
     batch: int = 256
@@ -56,7 +56,7 @@ class Sizes:
 
 
 ROWS = ("chain", "blind", "head", "linear", "published")
-TRIALS = ((2e-3, 0.5), (2e-3, 0.2))  # rate, dropout of the features
+TRIALS = ((2e-3, 0.0), (2e-3, 0.2))  # rate, dropout of the features
 HALVINGS = ScheduleConfig("milestones", milestones=[0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9], gamma=0.5)  # the readout's of Journe et al.
 
 
@@ -173,19 +173,15 @@ def remembered(path: Path, **arguments: Any) -> dict[str, Any]:
 
 def measured(row: str, task: Task, folder: Path, sizes: Sizes) -> dict[str, Any]:
     """Try the row's settings with one seed on validation, then train the best with all seeds, and test these."""
+    stem, common = f"{row}-{sizes.width}", {"row": row, "task": task, "sizes": sizes}
+    trials = [{"rate": rate, "dropout": dropout} for rate, dropout in ([(1e-3, 0.5)] if row == "published" else TRIALS)]
     tried = [
-        remembered(
-            folder / f"{row}-{rate:g}-{dropout:g}.json", row=row, task=task, rate=rate, dropout=dropout, seed=0, sizes=sizes, test=False
-        )
-        for rate, dropout in ([(1e-3, 0.5)] if row == "published" else TRIALS)
+        remembered(folder / f"{stem}-{trial['rate']:g}-{trial['dropout']:g}.json", **common, **trial, seed=0, test=False)
+        for trial in trials
     ]
-    best = max(tried, key=lambda each: each["val/accuracy"])
-    settings = {"rate": best["rate"], "dropout": best["dropout"]}
+    best = max(range(len(tried)), key=lambda place: tried[place]["val/accuracy"])
     seeds = range(1 if row == "published" else sizes.seeds)
-    tested = [
-        remembered(folder / f"{row}-tested-{seed}.json", row=row, task=task, seed=seed, sizes=sizes, test=True, **settings)
-        for seed in seeds
-    ]
+    tested = [remembered(folder / f"{stem}-tested-{seed}.json", **common, **trials[best], seed=seed, test=True) for seed in seeds]
     return {"tried": tried, "tested": tested}
 
 
@@ -194,12 +190,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     benchmark.parser.add_argument("--stem", required=True, help="folder of a run of softhebb on CIFAR-10")
     benchmark.parser.add_argument("--work", type=Path, required=True, help="folder for features (3.7 GB) and results")
     benchmark.parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), help="measure only these")
+    benchmark.parser.add_argument("--width", type=int, default=Sizes().width, help="units of the blocks' layers (default %(default)s)")
     options = benchmark.start(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     saved = bpfree.load(options.stem)
     body = saved.network.without_readout().eval().to(memory_format=torch.channels_last)
     task = bpfree.load_task("cifar10", validation=0.1, **({"subset": 400} if options.quick else {}))
-    sizes = replace(Sizes(), T=2, width=8, epochs=1, readout_epochs=1, batch=64, seeds=1) if options.quick else Sizes()
+    sizes = replace(Sizes(), T=2, width=8, epochs=1, readout_epochs=1, batch=64, seeds=1) if options.quick else Sizes(width=options.width)
     tasks = features(body, task, options.work)
     results = {row: measured(row, tasks.get(row, tasks["pooled"]), options.work, sizes) for row in options.rows}
     table = [[row, *summary(found)] for row, found in results.items()]
