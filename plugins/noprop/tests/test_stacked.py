@@ -198,11 +198,9 @@ def test_automatic_choice(make_rule: MakeRule, batch: Batch, stackings: list[int
         rule.credit(batch, new_step(rule))
     on_cpu = device.type == "cpu"
     assert stackings == [3] * on_cpu
-    assert narrow.plan() == (
-        "a step computes all blocks as one, by batched products, unless processes share them" if on_cpu else narrow.plan()
-    )
+    assert ("a step computes all blocks as one, by batched products" in narrow.plan()) == on_cpu
     assert ("more than 128 units" if on_cpu else "not measured on this device") in wide.plan()
-    assert make_rule(updates="sequential").plan() == ""
+    assert "a step computes" not in make_rule(updates="sequential").plan()
 
 
 def test_a_copied_rule_stacks_its_own_blocks(pair: Callable[..., Pair], batch: Batch) -> None:

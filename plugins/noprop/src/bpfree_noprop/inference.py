@@ -80,7 +80,10 @@ class DiscreteChain(ChainRule):
         return config.state == "noise" or (config.state == "auto" and not chained)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *further: Any) -> None:
-        """Keep what the blocks have learned on, whatever predictions are asked for; once blind blocks had to be asked for, and weights did not say it."""
+        """Keep what the blocks have learned on, whatever predictions are asked for.
+
+        Weights of version 0.2 do not say it: there, blind blocks had to be asked for.
+        """
         told = torch.tensor(self.config.state == "noise")
         self.blind = bool(state_dict.setdefault(f"{prefix}blind_blocks", told))
         super()._load_from_state_dict(state_dict, prefix, *further)
