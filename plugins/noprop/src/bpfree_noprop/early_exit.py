@@ -101,7 +101,7 @@ class ExitingChain(DiscreteChain):
     def settling(self, seen: Any) -> tuple[Tensor, Tensor]:
         """Return the answers (T, N, m) after each block, and the doubts about them (T, N); the last one is beyond doubt."""
         way, answers, doubts = Way.begin(self.start(seen, None)), [], []
-        for view in self.views(seen):
+        for view in self.looks(seen):
             way = self.settle(view, way)
             answers.append(way.answer)
             doubts.append(way.doubt if view.t < self.config.T else torch.full_like(way.doubt, -torch.inf))

@@ -8,7 +8,7 @@ joint distribution itself, whatever T, and draws classes from ``p(y|x)``; sets o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -106,13 +106,12 @@ class DiscreteChain(ChainRule):
 
     def read(self, features: Any, generator: torch.Generator) -> Tensor:
         """Predict from what the blocks see of the inputs."""
-        views, noise = self.views(features), self.noise(generator)
-        if self.readout in ("mean", "product") and noise is None:  # there is no path to follow
-            alone = [self.alone(view, None) for view in views]
-            return self.shaped(Judgements(alone, (), ()).read(self.readout, self.embed))
-        if self.readout != "chain":
-            return self.shaped(self.judgements(views, noise).read(self.readout, self.embed))
-        return self.shaped(self.last(views, noise))
+        readout, noise, looks = self.readout, self.noise(generator), self.looks(features)
+        if readout == "chain":
+            return self.shaped(self.last(looks, noise))
+        if readout in ("mean", "product") and noise is None:  # there is no path to follow
+            return self.shaped(Judgements([self.alone(view, None) for view in looks], (), ()).read(readout, self.embed))
+        return self.shaped(self.judgements(list(looks), noise).read(readout, self.embed))
 
     def noise(self, generator: torch.Generator, kind: Inference | None = None) -> Noise | None:
         """Return what the steps of a kind of inference draw, by default the rule's; ``None``: nothing."""
@@ -121,7 +120,11 @@ class DiscreteChain(ChainRule):
 
     def views(self, features: Any) -> list[View]:
         """Let each block compute of the inputs alone what all states need."""
-        return [View(t, block, block.features(features)) for t, block in self.denoisers()]
+        return list(self.looks(features))
+
+    def looks(self, features: Any) -> Iterator[View]:
+        """Let one block after the other do it: features that are kept for later ones lie between large buffers, which then wander."""
+        return (View(t, block, block.features(features)) for t, block in self.denoisers())
 
     def first(self, like: Any, noise: Noise | None) -> Tensor:
         """Return ``z_0`` (N, d): a draw of N(0, I), or 0."""
@@ -149,10 +152,11 @@ class DiscreteChain(ChainRule):
         """Return the logits (N, m) of a block without a state: for 0, or noise."""
         return view.block.judge(view.features, self.first(view.features, noise))
 
-    def last(self, views: Sequence[View], noise: Noise | None) -> Tensor:
+    def last(self, views: Iterable[View], noise: Noise | None) -> Tensor:
         """Return what the head says of the chain's end (Eq. 3); its mean path without noise."""
-        z = self.first(views[0].features, noise)
+        z: Tensor | None = None
         for view in views:
+            z = self.first(view.features, noise) if z is None else z
             z = self.advance(z, self.ask(view, self.met(z, noise)), view.t, noise)
         return self.head(z, self.embed)  # type: ignore[no-any-return]
 
