@@ -20,7 +20,7 @@ from bpfree.options import option
 from bpfree.rule import Card, Metrics, Traits
 from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.tasks.task import Examples, TaskSpec
-from bpfree_noprop.base import PAPER
+from bpfree_noprop.base import PAPER, learned_stem
 from bpfree_noprop.blocks import DenoisingBlock, PairedBlock
 from bpfree_noprop.chain import ChainConfig
 from bpfree_noprop.early_exit import ExitingChain
@@ -140,7 +140,12 @@ class NoPropDT(ExitingChain):
         inputs: Literal["any", "real"] = "any" if isinstance(network, StemNetwork) else "real"
         reach: Literal["independent", "upstream"] = "upstream" if config.state in OWN else "independent"
         alone = Traits(reach, 0, 1, chain=False, readout="none", targets=TARGETS, inputs=inputs, own_loss=False)
-        return replace(alone, dependence="all", downstream_weights="all") if cls.shared_groups_of(config, network) else alone
+        stem, drawn = learned_stem(network) is not None, cls.draws_states(config)
+        embeds = drawn or config.state == "analytic" or config.loss == "squared"  # it is in the blocks' losses
+        if not stem and (config.embedding == "one-hot" or not embeds):
+            return alone
+        through = stem or drawn  # a shared stem, and the embedding in noised labels, get gradients through the weights of blocks
+        return replace(alone, dependence="all", downstream_weights="all" if through else 0)
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropDTConfig | None = None) -> None:
         super().__init__(network, spec, config)
