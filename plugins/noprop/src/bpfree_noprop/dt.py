@@ -40,9 +40,8 @@ STATES = {
     "noise": "no state but noise (they are blind)",
     "own": "the states that blocks before them last made of an example",
     "crossfit": "the states that twins of blocks before them made, which never learn from the example",
-    "analytic": "noised labels, with what these say added in closed form,",
+    "analytic": "noised labels, with what these say added in closed form",
 }
-LOSSES = {"squared": "squared error", "cross-entropy": "cross-entropy"}
 READOUTS = {
     "chain": "the chain's last state",
     "path": "the mean of blocks along the path",
@@ -192,7 +191,7 @@ class NoPropDT(ExitingChain):
         how = "" if self.config.updates == "sequential" else f"a step computes {self.execution}"
         config = self.config
         state = config.state if config.state != "auto" else "noise" if self.blind else "noised"
-        what = f"blocks learn on {STATES[state]} by {LOSSES[config.loss]}; {READOUTS[self.readout]} predicts"
+        what = f"blocks learn by {config.loss.replace('squared', 'squared error')} on {STATES[state]}; {READOUTS[self.readout]} predicts"
         return "\n".join(filter(None, [super().plan(), what, how]))
 
     @property
