@@ -139,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     benchmark.finish(
         {
+            "cells": f"bpfree study run {options.study} threads={options.threads} device={options.device}",
             "unit": "accuracy in per cent, by seed",
             "columns": {name: {"test": by_row(test), "validation": by_row(held)} for name, (test, held) in columns.items()},
             "comparisons": {name: recorded(each) for name, each in differences.items()},

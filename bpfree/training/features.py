@@ -92,4 +92,4 @@ class FeatureLoader:
         for batch in self._loader.batches(epoch, start):
             with evaluating(self._rule), torch.no_grad():
                 features = self._rule.features(batch.inputs)
-            yield Batch(features, batch.targets)
+            yield Batch(features, batch.targets, indices=batch.indices)

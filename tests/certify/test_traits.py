@@ -208,7 +208,8 @@ def test_relaxed_predictive_coding_reaches_as_many_blocks_as_it_takes_steps(T: i
         ("local-forward-gradient", ("rule.tangents=4",)),
         ("local-backprop", ("rule.greedy=false",)),
         ("noprop-dt", ("rule.updates=sequential",)),
-        ("noprop-dt", ("rule.embedding=learned",)),
+        ("noprop-dt", ("rule.embedding=learned", "rule.state=noised")),
+        ("noprop-dt", ("rule.state=own",)),
         ("softhebb", ("rule.order=successive",)),
     ],
 )

@@ -20,7 +20,7 @@ from bpfree.options import option
 from bpfree.rule import Card, Metrics, Traits
 from bpfree.step import Batch, Budget, Phase, Step
 from bpfree.tasks.task import Examples, TaskSpec
-from bpfree_noprop.base import PAPER
+from bpfree_noprop.base import PAPER, learned_stem
 from bpfree_noprop.blocks import DenoisingBlock, PairedBlock
 from bpfree_noprop.chain import ChainConfig
 from bpfree_noprop.early_exit import ExitingChain
@@ -40,9 +40,8 @@ STATES = {
     "noise": "no state but noise (they are blind)",
     "own": "the states that blocks before them last made of an example",
     "crossfit": "the states that twins of blocks before them made, which never learn from the example",
-    "analytic": "noised labels, with what these say added in closed form,",
+    "analytic": "noised labels, with what these say added in closed form",
 }
-LOSSES = {"squared": "squared error", "cross-entropy": "cross-entropy"}
 READOUTS = {
     "chain": "the chain's last state",
     "path": "the mean of blocks along the path",
@@ -140,7 +139,12 @@ class NoPropDT(ExitingChain):
         inputs: Literal["any", "real"] = "any" if isinstance(network, StemNetwork) else "real"
         reach: Literal["independent", "upstream"] = "upstream" if config.state in OWN else "independent"
         alone = Traits(reach, 0, 1, chain=False, readout="none", targets=TARGETS, inputs=inputs, own_loss=False)
-        return replace(alone, dependence="all", downstream_weights="all") if cls.shared_groups_of(config, network) else alone
+        stem, drawn = learned_stem(network) is not None, cls.draws_states(config)
+        embeds = drawn or config.state == "analytic" or config.loss == "squared"  # it is in the blocks' losses
+        if not stem and (config.embedding == "one-hot" or not embeds):
+            return alone
+        through = stem or drawn  # a shared stem, and the embedding in noised labels, get gradients through the weights of blocks
+        return replace(alone, dependence="all", downstream_weights="all" if through else 0)
 
     def __init__(self, network: Network, spec: TaskSpec, config: NoPropDTConfig | None = None) -> None:
         super().__init__(network, spec, config)
@@ -187,7 +191,7 @@ class NoPropDT(ExitingChain):
         how = "" if self.config.updates == "sequential" else f"a step computes {self.execution}"
         config = self.config
         state = config.state if config.state != "auto" else "noise" if self.blind else "noised"
-        what = f"blocks learn on {STATES[state]} by {LOSSES[config.loss]}; {READOUTS[self.readout]} predicts"
+        what = f"blocks learn by {config.loss.replace('squared', 'squared error')} on {STATES[state]}; {READOUTS[self.readout]} predicts"
         return "\n".join(filter(None, [super().plan(), what, how]))
 
     @property

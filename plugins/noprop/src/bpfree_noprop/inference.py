@@ -58,7 +58,8 @@ class DiscreteChain(ChainRule):
     def __init__(self, network: Network, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
         self.schedule = NoiseSchedule(signal_shares(self.config.schedule, self.config.T, self.config.clip))
-        self.blind = self.learns_blind()
+        chained = self.draws_states(self.config) or spec.targets == "real"
+        self.blind = self.config.state == "noise" or (self.config.state == "auto" and not chained)
         self.register_buffer("blind_blocks", torch.tensor(self.blind))
         if isinstance(self.head, RealHead):
             d = self.embed.weight.shape[0]
@@ -73,11 +74,11 @@ class DiscreteChain(ChainRule):
             fix = "rule.inference=sampled, whose steps draw what a block does not know"
             raise UsageError("real targets have no classes to draw", where="rule.inference=class-sampled", fix=fix)
 
-    def learns_blind(self) -> bool:
-        """Tell whether blocks learn without a state: if nothing asks for a chain, or for draws, and targets are not real."""
-        config = self.config
-        chained = self.spec.targets == "real" or config.inference != "deterministic" or config.readout in ("chain", "path")
-        return config.state == "noise" or (config.state == "auto" and not chained)
+    @classmethod
+    def draws_states(cls, config: Any) -> bool:
+        """Tell whether blocks learn on noised labels: where these, a chain, or draws are asked for (and for real targets)."""
+        chained = config.inference != "deterministic" or config.readout in ("chain", "path")
+        return config.state == "noised" or (config.state == "auto" and chained)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *further: Any) -> None:
         """Keep what the blocks have learned on, whatever predictions are asked for.
