@@ -190,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     benchmark.parser.add_argument("--stem", required=True, help="folder of a run of softhebb on CIFAR-10")
     benchmark.parser.add_argument("--work", type=Path, required=True, help="folder for features (3.7 GB) and results")
     benchmark.parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), help="measure only these")
+    benchmark.parser.add_argument("--all-places", action="store_true", help="of the stem's maps, four times the features, for every row")
     benchmark.parser.add_argument("--width", type=int, default=Sizes().width, help="units of the blocks' layers (default %(default)s)")
     options = benchmark.start(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -198,7 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     task = bpfree.load_task("cifar10", validation=0.1, **({"subset": 400} if options.quick else {}))
     sizes = replace(Sizes(), T=2, width=8, epochs=1, readout_epochs=1, batch=64, seeds=1) if options.quick else Sizes(width=options.width)
     tasks = features(body, task, options.work)
-    results = {row: measured(row, tasks.get(row, tasks["pooled"]), options.work, sizes) for row in options.rows}
+    usual, folder = tasks["published" if options.all_places else "pooled"], options.work / ("all" if options.all_places else "pooled")
+    folder.mkdir(exist_ok=True)
+    results = {row: measured(row, tasks.get(row, usual), folder, sizes) for row in options.rows}
     table = [[row, *summary(found)] for row, found in results.items()]
     print_table(["on the stem's features", "parameters", "rate", "dropout", "validation", "test", "aim"], table, right=range(1, 7))
     benchmark.finish({"stem": str(type(saved.rule).__name__), "sizes": vars(sizes), "rows": results})
