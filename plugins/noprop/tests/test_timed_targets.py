@@ -324,3 +324,19 @@ def test_configurations_are_taken_as_declared() -> None:
     for name, config in (("ct", NoPropCTConfig()), ("fm", NoPropFMConfig())):
         assert set(RULES[name].traits_of(config).targets) == {"classes", "soft", "multilabel", "real"}
         assert RULES[name].traits_of(config).inputs == "real"
+
+
+def test_cross_entropy_in_continuous_time(sets: TaskSpec, batch: Batch) -> None:
+    # Oracle: torch's losses of the block's outputs at the drawn times; real values have none.
+    rows = (torch.rand(16, 4, generator=torch.Generator().manual_seed(2)) < 0.4).float()
+    for spec, targets in ((replace(sets, targets="classes"), batch.targets), (sets, rows)):
+        rule, seen = rule_of("ct", spec, loss="cross-entropy"), []
+        rule.block.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        found = rule.losses(Batch(batch.inputs, targets), new_step(rule, seed=3))["block/loss"]
+        if spec is sets:
+            wanted = F.binary_cross_entropy_with_logits(seen[0], rows, reduction="sum") / 16
+        else:
+            wanted = F.cross_entropy(seen[0], batch.targets)
+        torch.testing.assert_close(found, wanted / 2)
+    with pytest.raises(UsageError, match=r"rule\.loss=squared"):
+        rule_of("ct", TaskSpec("r", (3,), 2, "real"), loss="cross-entropy")
