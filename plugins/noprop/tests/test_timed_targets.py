@@ -245,8 +245,8 @@ def test_sets_of_labels_are_learned(name: str, embedding: str, sets: TaskSpec) -
     labels = (inputs.flatten(1)[:, :4] > 0).float()
     labels[:, 3] = labels[:, 0] * labels[:, 1]  # labels that depend on each other
     task = Task(replace(sets, std=(1.0,)), *parts_of(inputs, labels))
-    result = trained(rule_of(name, task.spec, embedding=embedding), task)
-    assert result["test/label_accuracy"] > 0.68  # without learning 0.56
+    result = trained(rule_of(name, task.spec, embedding=embedding), task, epochs=12)
+    assert result["test/label_accuracy"] > (0.62 if name == "adjoint" else 0.75)  # without learning 0.56
 
 
 def test_what_other_targets_rule_out(sets: TaskSpec) -> None:
