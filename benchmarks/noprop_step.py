@@ -71,8 +71,15 @@ CASES = (
 
 
 def make(case: Case, device: torch.device, batch_size: int) -> tuple[Rule, Batch]:
-    """Build the rule with its default configuration (T=10) but for the case's settings, and a random batch."""
-    settings = ["rule=noprop-dt", "rule.execution=loop", f"task={case.task}", f"network={case.network}", *case.settings]
+    """Build the rule on noised labels, by default of ten blocks, with the case's settings, and a random batch."""
+    settings = [
+        "rule=noprop-dt",
+        "rule.state=noised",
+        "rule.execution=loop",
+        f"task={case.task}",
+        f"network={case.network}",
+        *case.settings,
+    ]
     recipe = resolve(parse_words(settings))
     spec = recipe.registry.get("tasks", case.task).spec(recipe.options["task"], None)
     generator = torch.Generator().manual_seed(0)

@@ -27,6 +27,7 @@ BESIDE = {
     "denormals": "denormals as they are",
     "forward_gradient_step": "a forward pass; directions: one by one",
     "hebbian_step": "a forward and a weight-gradient convolution",
+    "noprop_inference": "one pass through the stems, or what the case names",
     "noprop_step": "raw passes of the blocks",
     "noprop_step_noprop": "raw passes of the blocks",
     "predictive_coding_step": "the case's step",

@@ -139,7 +139,7 @@ def test_noprop_frozen(load: Callable[[str], Any], tmp_path: Path) -> None:
 @pytest.mark.slow  # it compiles
 def test_noprop_inference(smoke: Run) -> None:
     (case,) = smoke("noprop_inference")["cases"].values()
-    assert [name for name in case["pairs"] if name != "onnx"] == ["predict", "folded", "exported", "compiled", "sample"]
+    assert [name for name in case["pairs"] if name != "onnx"] == ["predict", "ensemble", "folded", "exported", "compiled", "sample"]
     check_ratio(case["pairs"]["predict"])
     assert (case["T"], case["batch"]) == (10, 2)
     assert case["compile_seconds"] > 0
@@ -462,8 +462,8 @@ def test_gpu_script_refuses_unknown_parts_and_skips_what_is_done(tmp_path: Path)
     assert done.stdout.count("its result is there") == len(names)
     for name in (
         "claims-cifar10",
-        *(f"noprop-{study}" for study in ("table1-mnist", "table1-cifar10", "table1-cifar100", "modern-cifar10")),
+        *(f"noprop-{study}" for study in ("table1-mnist", "table1-cifar10", "table1-cifar100", "modern-cifar10", "chain-cifar10")),
     ):
         (tmp_path / f"study_{name}-tested.csv").touch()
     done = subprocess.run([*script, "papers"], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.count("its result is there")) == (0, 5)
+    assert (done.returncode, done.stdout.count("its result is there")) == (0, 6)

@@ -245,8 +245,8 @@ def test_sets_of_labels_are_learned(name: str, embedding: str, sets: TaskSpec) -
     labels = (inputs.flatten(1)[:, :4] > 0).float()
     labels[:, 3] = labels[:, 0] * labels[:, 1]  # labels that depend on each other
     task = Task(replace(sets, std=(1.0,)), *parts_of(inputs, labels))
-    result = trained(rule_of(name, task.spec, embedding=embedding), task)
-    assert result["test/label_accuracy"] > 0.68  # without learning 0.56
+    result = trained(rule_of(name, task.spec, embedding=embedding), task, epochs=12)
+    assert result["test/label_accuracy"] > (0.62 if name == "adjoint" else 0.75)  # without learning 0.56
 
 
 def test_what_other_targets_rule_out(sets: TaskSpec) -> None:
@@ -324,3 +324,19 @@ def test_configurations_are_taken_as_declared() -> None:
     for name, config in (("ct", NoPropCTConfig()), ("fm", NoPropFMConfig())):
         assert set(RULES[name].traits_of(config).targets) == {"classes", "soft", "multilabel", "real"}
         assert RULES[name].traits_of(config).inputs == "real"
+
+
+def test_cross_entropy_in_continuous_time(sets: TaskSpec, batch: Batch) -> None:
+    # Oracle: torch's losses of the block's outputs at the drawn times; real values have none.
+    rows = (torch.rand(16, 4, generator=torch.Generator().manual_seed(2)) < 0.4).float()
+    for spec, targets in ((replace(sets, targets="classes"), batch.targets), (sets, rows)):
+        rule, seen = rule_of("ct", spec, loss="cross-entropy"), []
+        rule.block.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        found = rule.losses(Batch(batch.inputs, targets), new_step(rule, seed=3))["block/loss"]
+        if spec is sets:
+            wanted = F.binary_cross_entropy_with_logits(seen[0], rows, reduction="sum") / 16
+        else:
+            wanted = F.cross_entropy(seen[0], batch.targets)
+        torch.testing.assert_close(found, wanted / 2)
+    with pytest.raises(UsageError, match=r"rule\.loss=squared"):
+        rule_of("ct", TaskSpec("r", (3,), 2, "real"), loss="cross-entropy")

@@ -17,9 +17,7 @@ from torch import Tensor
 
 from bpfree.errors import UsageError
 from bpfree.network.network import Network
-from bpfree.step import Batch
 from bpfree.tasks.task import Examples, TaskSpec
-from bpfree.tasks.trees import move
 from bpfree_noprop.base import UNMEASURED
 from bpfree_noprop.blocks import DenoisingBlock
 from bpfree_noprop.chain import ChainRule
@@ -36,8 +34,6 @@ __all__ = ["DiscreteChain", "Inference", "View"]
 Inference = Literal["deterministic", "sampled", "class-sampled"]
 ROWS = 2**14
 """States that are drawn at a time by :meth:`DiscreteChain.sample`, at least those of one draw."""
-CALIBRATED_AT_ONCE = 1000
-"""Validation examples that are measured at a time."""
 
 
 class DiscreteChain(ChainRule):
@@ -178,10 +174,6 @@ class DiscreteChain(ChainRule):
             states.append(self.advance(states[-1], path[-1], view.t, noise))
         return Judgements(alone, path, states)
 
-    def shaped(self, scores: Tensor) -> Tensor:
-        """Return scores (N, m) in the shape of the task's outputs."""
-        return scores.view(-1, *self.spec.output_size) if isinstance(self.head, RealHead) else scores
-
     @torch.no_grad()
     def sample(self, inputs: Any, draws: int, generator: torch.Generator) -> Tensor:
         """Draw from ``p(y|x)``: (draws, N, ...), of normalised inputs (``spec.normalise``). Call it in eval mode.
@@ -256,13 +248,6 @@ class DiscreteChain(ChainRule):
         """Match the spread of the tested blocks to the error that others have had on examples that were held out."""
         real = isinstance(self.head, RealHead) and self.config.step_noise == "residual"
         return {"spread": match_spread(self, data, generator, float(self.error))[0]} if real else {}
-
-    def batches(self, data: Examples, device: torch.device) -> Iterator[Batch]:
-        """Yield what the network sees of raw examples, with their targets."""
-        for places in torch.arange(len(data)).split(CALIBRATED_AT_ONCE):
-            raw, targets = data.batch(places)
-            assert targets is not None
-            yield Batch(self.spec.normalise(move(raw, device), self.network.dtype), targets.to(device))
 
     # --- beside the prediction ------------------------------------------------------------------------------------------
 
