@@ -1,0 +1,42 @@
+"""The plugin: rules whose errors travel through weights that are not the forward ones, and the plot of how far the two agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bpfree import Rule, Run, hookimpl
+from bpfree_feedback import agreement
+from bpfree_feedback.agreement import HasFeedback
+from bpfree_feedback.fixed import FeedbackAlignment
+
+bpfree_api = 2
+
+
+@hookimpl
+def bpfree_rules() -> dict[str, type[Rule]]:
+    return {"feedback-alignment": FeedbackAlignment}
+
+
+@hookimpl
+def bpfree_studies() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}
+
+
+@hookimpl
+def epoch_end(run: Run, rule: Rule) -> None:
+    """Keep how far feedback and forward weights of each layer agree after this epoch."""
+    if isinstance(rule, HasFeedback) and run.folder is not None:
+        run.artifacts["feedback.json"] = agreement.keep(run.folder, run.epoch, agreement.measure(rule.feedback_pairs()))
+
+
+@hookimpl(tryfirst=True)
+def run_end(run: Run) -> None:
+    """Draw the angles and norm ratios of the run."""
+    if run.folder is not None and (path := run.folder / "feedback.json").exists():
+        agreement.add_plot(run, path)
+
+
+@hookimpl
+def bpfree_presets() -> dict[str, dict[str, Any]]:
+    return {}
