@@ -29,13 +29,15 @@ class Replaced:
     """The weights replaced so far inside :func:`replaced_backward` or :func:`broadcast_backward`.
 
     Attributes:
-        met: names of the weights in whose place others have passed credit, in order.
+        met: names of the weights in whose place others pass credit, in order of their execution.
+        used: those of them whose input asked for a cotangent: not a network's first layer, below which no credit goes.
         error: (N, C) what :func:`broadcast_backward` sends; set it before the backward pass.
     """
 
     def __init__(self, module: nn.Module, feedback: Mapping[str, Tensor]) -> None:
         self._module, self._feedback = module, feedback
         self.met: list[str] = []
+        self.used: set[str] = set()
         self.error: Tensor | None = None
 
     @property
@@ -184,6 +186,8 @@ def _forward(layer: Any, name: str, matrix: Tensor, replaced: Replaced, sent: Re
     def forward(x: Tensor) -> Tensor:
         if name not in replaced.met:
             replaced.met.append(name)
+        if x.requires_grad and torch.is_grad_enabled():
+            replaced.used.add(name)
         sizes: tuple[Any, ...] = ()
         if not isinstance(layer, nn.Linear):
             padding = layer.padding

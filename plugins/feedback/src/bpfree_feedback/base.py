@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree import Batch, Network, OptimizerConfig, Rule, Step, TaskSpec, Traits, UsageError, option
-from bpfree.network import Traces, evaluating, feedback_weights, replaced_backward
+from bpfree.network import evaluating, feedback_weights, replaced_backward
 from bpfree.network.initialisation import INITIALISATIONS, Initialisation
 from bpfree_feedback import agreement
 
@@ -60,19 +60,22 @@ class FeedbackWeights(nn.Module):
     Args:
         drawn: by the layer's name.
         learned: whether they are parameters.
+
+    Attributes:
+        keys: the layer's name to the name of its tensor here, which may have no dots.
     """
 
     def __init__(self, drawn: Mapping[str, Tensor], *, learned: bool) -> None:
         super().__init__()
-        self._keys = {name: name.replace(".", "__") for name in drawn}
+        self.keys = {name: name.replace(".", "__") for name in drawn}
         for name, value in drawn.items():
             if learned:
-                self.register_parameter(self._keys[name], nn.Parameter(value))
+                self.register_parameter(self.keys[name], nn.Parameter(value))
             else:
-                self.register_buffer(self._keys[name], value)
+                self.register_buffer(self.keys[name], value)
 
     def __getitem__(self, name: str) -> Tensor:
-        value: Tensor = getattr(self, self._keys[name])
+        value: Tensor = getattr(self, self.keys[name])
         return value
 
 
@@ -91,10 +94,9 @@ class FeedbackRule(Rule):
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
-        self.layers = layers_of(self.network, self.config.exact)
-        drawn = {name: draw(self._weight(name), self.config.init, self.config.scale) for name in self.layers}
+        self.layers = self._layers(layers_of(self.network, self.config.exact))
+        drawn = {name: value for name in self.layers if (value := self.drawn(name)) is not None}
         self.feedback = FeedbackWeights(drawn, learned=self.learned)
-        self._check_layers()
 
     @classmethod
     def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
@@ -112,25 +114,47 @@ class FeedbackRule(Rule):
             generator: of draws for this step alone.
         """
 
+    def drawn(self, name: str) -> Tensor | None:
+        """Draw the feedback weights that are kept for a layer; ``None``: it needs none."""
+        return draw(self._weight(name), self.config.init, self.config.scale)
+
+    def block_of(self, name: str) -> str:
+        """Name the block that a layer is in."""
+        return name.partition(".")[0]
+
     def _weight(self, name: str) -> nn.Parameter:
         return self.network.get_parameter(self.layers[name])
 
-    def _check_layers(self) -> None:
-        """Refuse layers that would keep their exact backward pass without being named in ``exact``."""
-        example = self.network.example if self.network.example is not None else self.spec.example(2)
-        device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
-        example = torch.utils._pytree.tree_map(lambda leaf: leaf.to(device), example)
-        feedback = self._by_weight({name: self.feedback[name] for name in self.layers})
-        with torch.no_grad(), evaluating(self.network), replaced_backward(self.network, feedback) as replaced:
-            self.network(example)
-        unmet = {name: reason for name, reason in replaced.unmet.items() if not _is_exact(_short(name, self.network), self.config.exact)}
+    def _layers(self, layers: dict[str, str]) -> dict[str, str]:
+        """Leave out layers below which no credit goes, as a pass with an example shows.
+
+        Raises:
+            UsageError: others would keep their exact backward pass without being named in ``exact``.
+        """
+        with torch.enable_grad(), evaluating(self.network), replaced_backward(self.network, self._given(layers)) as replaced:
+            self.network(self._example())
+        unmet = {_short(name): reason for name, reason in replaced.unmet.items() if not _is_exact(_short(name), self.config.exact)}
         if unmet:
             name, reason = next(iter(unmet.items()))
             raise UsageError(
-                f"{type(self).__name__} cannot send credit through other weights in {_short(name, self.network)}: {reason}",
-                where=f"{len(unmet)} weights of the network",
-                fix=f"let them pass credit exactly: rule.exact=[{','.join(sorted({_short(name, self.network) for name in unmet}))}]",
+                f"{type(self).__name__} cannot send credit through other weights in {name or 'the network'}: {reason}",
+                where=f"{len(unmet)} layers of the network",
+                fix=f"let them pass credit exactly: rule.exact=[{','.join(sorted(unmet))}]",
             )
+        return {name: weight for name, weight in layers.items() if weight in replaced.used}
+
+    def _given(self, layers: Mapping[str, str]) -> dict[str, Tensor]:
+        return {weight: self.network.get_parameter(weight) for weight in layers.values()}
+
+    def _example(self) -> Any:
+        """Return inputs of two examples, as the network takes them."""
+        parameter = next(self.network.parameters())
+        example = self.network.example if self.network.example is not None else self.spec.example(2)
+
+        def there(leaf: Tensor) -> Tensor:
+            return leaf.to(parameter.device, parameter.dtype) if leaf.is_floating_point() else leaf.to(parameter.device)
+
+        return torch.utils._pytree.tree_map(there, example)
 
     def _by_weight(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {self.layers[name]: value for name, value in found.items()}
@@ -138,44 +162,27 @@ class FeedbackRule(Rule):
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         backward = self.backward_weights(step.generator_for("feedback"))
         with replaced_backward(self.network, self._by_weight(backward)):
-            traces = self.traces(batch.inputs)
+            traces = self.network.traces(batch.inputs, input_grad="needed")
         scores = traces[-1].output.detach()
         loss, signal = self.spec.loss_and_error(scores, batch)
-        send_down(traces, signal)
+        traces.send_down(signal)
         metrics = {"loss": loss}
         if self.config.measure_every and step.index % self.config.measure_every == 0 and step.part == 0:
-            metrics |= agreement.metrics({name: (self._weight(name), value) for name, value in backward.items()})
+            metrics |= agreement.metrics(self._pairs(backward))
         return metrics
-
-    def traces(self, x: Any) -> Traces:
-        """Execute all blocks; those above the lowest one that learns return the cotangent of their input."""
-        traces = Traces()
-        learning = False
-        for name, block in self.network.blocks.items():
-            trace = self.network.trace(name, x, input_grad=learning)
-            learning = learning or any(p.requires_grad for p in block.parameters())
-            traces.append(trace)
-            x = trace.output
-        return traces
 
     def feedback_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return forward and feedback weights of each layer, by the layer's name."""
         device = next(self.network.parameters()).device
-        backward = self.backward_weights(torch.Generator(device).manual_seed(0))
+        return self._pairs(self.backward_weights(torch.Generator(device).manual_seed(0)))
+
+    def _pairs(self, backward: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         return {name: (self._weight(name), value) for name, value in backward.items()}
 
     def plan(self) -> str:
-        exact = [_short(name, self.network) for name in feedback_weights(self.network) if name not in self.layers.values()]
+        exact = [name for name in map(_short, feedback_weights(self.network)) if _is_exact(name, self.config.exact)]
         lines = [f"credit passes through feedback weights in {len(self.layers)} layers: {', '.join(self.layers)}"]
         return "\n".join([*lines, *([f"through the forward weights in: {', '.join(exact)}"] if exact else [])])
-
-
-def send_down(traces: Traces, signal: Tensor) -> None:
-    """Send the error down from block to block; each adds to its gradients."""
-    cotangent: Tensor | None = signal
-    for trace in reversed(traces):
-        if cotangent is not None:
-            cotangent = trace.backward(cotangent)
 
 
 def layers_of(network: Network, exact: list[str]) -> dict[str, str]:
@@ -184,21 +191,21 @@ def layers_of(network: Network, exact: list[str]) -> dict[str, str]:
     Raises:
         UsageError: an entry of ``exact`` that names no layer.
     """
-    names = {_short(weight, network): weight for weight in feedback_weights(network)}
-    every = {_short(name, network) for name, _ in network.named_parameters()}
+    names = {_short(weight): weight for weight in feedback_weights(network)}
+    every = {_short(name) for name, _ in network.named_parameters()}
     for entry in exact:
         if not any(_is_exact(name, [entry]) for name in every):
             raise UsageError(f"rule.exact names no layer: {entry!r}", where="rule.exact", fix=f"layers are: {', '.join(names)}")
-    blocks = [name.split(".")[0] for name in names]
+    blocks = [name.partition(".")[0] for name in names]
     return {
-        name if blocks.count(name.split(".")[0]) > 1 else name.split(".")[0]: weight
+        name.partition(".")[0] if blocks.count(name.partition(".")[0]) == 1 else name: weight
         for name, weight in names.items()
         if not _is_exact(name, exact)
     }
 
 
-def _short(weight: str, network: Network) -> str:
-    """Name a layer by its place in the network's blocks."""
+def _short(weight: str) -> str:
+    """Name a layer by its place in the network's blocks, from the name of its weight."""
     return weight.removeprefix("blocks.").rpartition(".")[0]
 
 

@@ -9,13 +9,21 @@ from bpfree import Rule, Run, hookimpl
 from bpfree_feedback import agreement
 from bpfree_feedback.agreement import HasFeedback
 from bpfree_feedback.fixed import FeedbackAlignment
+from bpfree_feedback.kolen_pollack import KolenPollack
+from bpfree_feedback.signs import SignSymmetry
+from bpfree_feedback.weight_mirror import WeightMirror
 
 bpfree_api = 2
 
 
 @hookimpl
 def bpfree_rules() -> dict[str, type[Rule]]:
-    return {"feedback-alignment": FeedbackAlignment}
+    return {
+        "feedback-alignment": FeedbackAlignment,
+        "sign-symmetry": SignSymmetry,
+        "kolen-pollack": KolenPollack,
+        "weight-mirror": WeightMirror,
+    }
 
 
 @hookimpl
