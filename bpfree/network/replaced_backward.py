@@ -7,7 +7,7 @@ through them (attention, recurrent layers, transposed convolutions) are found by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from bpfree.errors import UsageError, unknown_name
 from bpfree.network.closed_form import CONVOLUTIONS, is_linear
 
-__all__ = ["Replaced", "broadcast_backward", "broadcast_shapes", "feedback_weights", "replaced_backward"]
+__all__ = ["Replaced", "broadcast_backward", "broadcast_shapes", "feedback_layers", "feedback_weights", "replaced_backward"]
 
 PASS_NOTHING = (nn.Embedding, nn.EmbeddingBag, _NormBase, nn.LayerNorm, nn.GroupNorm)
 """Layers with weights that carry no credit to another layer as a matrix: tables of integers' rows, and scales."""
@@ -47,18 +47,25 @@ class Replaced:
         return {name: reason for name, reason in reasons.items() if name not in self.met}
 
 
-def feedback_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return weights of linear layers and convolutions by name, for which :func:`replaced_backward` takes feedback of their shape.
+def feedback_layers(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """Return the linear layers and convolutions for which :func:`replaced_backward` takes feedback, by the name of their weight.
 
-    Attention keeps its projections to itself, also the ``out_proj`` that looks like a layer.
+    Several layers that share a weight are under one name. Attention keeps its projections to itself, also the ``out_proj`` that looks
+    like a layer.
     """
     inside = {id(part) for attention in module.modules() if isinstance(attention, nn.MultiheadAttention) for part in attention.modules()}
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, list[nn.Module]] = {}
+    names: dict[int, str] = {}
     for path, layer in module.named_modules():
-        known = (type(layer) is nn.Linear or type(layer) in CONVOLUTIONS) and is_linear(layer) and id(layer) not in inside
-        if known and not any(layer.weight is weight for weight in found.values()):
-            found[f"{path}.weight".lstrip(".")] = layer.weight  # type: ignore[assignment]
+        if (type(layer) is nn.Linear or type(layer) in CONVOLUTIONS) and is_linear(layer) and id(layer) not in inside:
+            name = names.setdefault(id(layer.weight), f"{path}.weight".lstrip("."))
+            found.setdefault(name, []).append(layer)
     return found
+
+
+def feedback_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return weights of linear layers and convolutions by name, for which :func:`replaced_backward` takes feedback of their shape."""
+    return {name: layers[0].weight for name, layers in feedback_layers(module).items()}  # type: ignore[misc]
 
 
 def broadcast_shapes(module: nn.Module, outputs: int) -> dict[str, tuple[int, ...]]:
@@ -74,7 +81,9 @@ def broadcast_shapes(module: nn.Module, outputs: int) -> dict[str, tuple[int, ..
 
 
 @contextmanager
-def replaced_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iterator[Replaced]:
+def replaced_backward(
+    module: nn.Module, feedback: Mapping[str, Tensor], layers: Mapping[str, Sequence[nn.Module]] | None = None
+) -> Iterator[Replaced]:
     """Let linear layers and convolutions that are executed inside pass credit through other weights.
 
     ::
@@ -88,6 +97,7 @@ def replaced_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iter
     Args:
         module: a network, or a block of it.
         feedback: by name of the weight, as :func:`feedback_weights` has them; of its shape.
+        layers: what :func:`feedback_layers` returns for the module, where it is kept; searching takes as long as executing small layers.
 
     Yields:
         The record of replaced weights; check ``unmet`` after the first pass, and refuse or report what it names.
@@ -96,7 +106,7 @@ def replaced_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iter
         UsageError: an unknown name, a weight whose backward pass cannot be replaced, or feedback of another shape.
     """
     replaced = Replaced(module, feedback)
-    with _executing(module, feedback, lambda name, weight: tuple(weight.shape), replaced, None):
+    with _executing(module, feedback, layers or feedback_layers(module), lambda name, weight: tuple(weight.shape), replaced, None):
         yield replaced
 
 
@@ -125,7 +135,7 @@ def broadcast_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Ite
     outputs = next((len(matrix) for matrix in feedback.values()), 0)
     shapes = broadcast_shapes(module, outputs)
     replaced = Replaced(module, feedback)
-    with _executing(module, feedback, lambda name, weight: shapes[name], replaced, replaced):
+    with _executing(module, feedback, feedback_layers(module), lambda name, weight: shapes[name], replaced, replaced):
         yield replaced
 
 
@@ -133,27 +143,24 @@ def broadcast_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Ite
 def _executing(
     module: nn.Module,
     feedback: Mapping[str, Tensor],
+    layers: Mapping[str, Sequence[nn.Module]],
     shape: Callable[[str, Tensor], tuple[int, ...]],
     replaced: Replaced,
     sent: Replaced | None,
 ) -> Iterator[None]:
     """Execute the layers of these weights by :class:`_Feedback` inside."""
-    weights = feedback_weights(module)
-    for name, matrix in feedback.items():
-        if name not in weights:
-            reason = _reasons(module).get(name)
-            if reason is not None:
-                raise UsageError(f"no feedback can be given for {name}: {reason}", fix=f"give it for: {', '.join(weights)}")
-            raise unknown_name("weight", name, list(weights), where="feedback")
-        if tuple(matrix.shape) != shape(name, weights[name]):
-            what = f"feedback of shape {tuple(matrix.shape)} for {name}, where {shape(name, weights[name])} is wanted"
-            raise UsageError(what, where="feedback")
-    names = {id(weights[name]): name for name in feedback}
     with ExitStack() as stack:
-        for layer in module.modules():
-            met = names.get(id(getattr(layer, "weight", None)))
-            if met is not None and is_linear(layer) and "forward" not in vars(layer):
-                layer.forward = _forward(layer, met, feedback[met].detach(), replaced, sent)  # type: ignore[method-assign]
+        for name, matrix in feedback.items():
+            if name not in layers:
+                reason = _reasons(module).get(name)
+                if reason is not None:
+                    raise UsageError(f"no feedback can be given for {name}: {reason}", fix=f"give it for: {', '.join(layers)}")
+                raise unknown_name("weight", name, list(layers), where="feedback")
+            wanted = shape(name, layers[name][0].weight)  # type: ignore[arg-type]
+            if tuple(matrix.shape) != wanted:
+                raise UsageError(f"feedback of shape {tuple(matrix.shape)} for {name}, where {wanted} is wanted", where="feedback")
+            for layer in layers[name]:
+                layer.forward = _forward(layer, name, matrix.detach(), replaced, sent)  # type: ignore[method-assign]
                 stack.callback(vars(layer).pop, "forward")
         yield
 

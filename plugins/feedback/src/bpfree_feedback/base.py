@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree import Batch, Network, OptimizerConfig, Rule, Step, TaskSpec, Traits, UsageError, option
-from bpfree.network import evaluating, feedback_weights, replaced_backward
+from bpfree.network import evaluating, feedback_layers, feedback_weights, replaced_backward
 from bpfree.network.initialisation import INITIALISATIONS, Initialisation
 from bpfree_feedback import agreement
 
@@ -94,6 +94,7 @@ class FeedbackRule(Rule):
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
+        self._found = feedback_layers(self.network)
         self.layers = self._layers(layers_of(self.network, self.config.exact))
         drawn = {name: value for name in self.layers if (value := self.drawn(name)) is not None}
         self.feedback = FeedbackWeights(drawn, learned=self.learned)
@@ -107,11 +108,11 @@ class FeedbackRule(Rule):
         return OptimizerConfig("adam", lr=1e-3)
 
     @abstractmethod
-    def backward_weights(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def backward_weights(self, generator: Callable[[], torch.Generator]) -> dict[str, Tensor]:
         """Return the weights through which credit passes in this step, by the layer's name.
 
         Args:
-            generator: of draws for this step alone.
+            generator: makes the generator of draws for this step alone.
         """
 
     def drawn(self, name: str) -> Tensor | None:
@@ -160,8 +161,8 @@ class FeedbackRule(Rule):
         return {self.layers[name]: value for name, value in found.items()}
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        backward = self.backward_weights(step.generator_for("feedback"))
-        with replaced_backward(self.network, self._by_weight(backward)):
+        backward = self.backward_weights(lambda: step.generator_for("feedback"))
+        with replaced_backward(self.network, self._by_weight(backward), self._found):
             traces = self.network.traces(batch.inputs, input_grad="needed")
         scores = traces[-1].output.detach()
         loss, signal = self.spec.loss_and_error(scores, batch)
@@ -174,7 +175,7 @@ class FeedbackRule(Rule):
     def feedback_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return forward and feedback weights of each layer, by the layer's name."""
         device = next(self.network.parameters()).device
-        return self._pairs(self.backward_weights(torch.Generator(device).manual_seed(0)))
+        return self._pairs(self.backward_weights(lambda: torch.Generator(device).manual_seed(0)))
 
     def _pairs(self, backward: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         return {name: (self._weight(name), value) for name, value in backward.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,5 +25,5 @@ class FeedbackAlignment(FeedbackRule):
         "Normalisations pass credit exactly.",
     )
 
-    def backward_weights(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def backward_weights(self, generator: Callable[[], torch.Generator]) -> dict[str, Tensor]:
         return {name: self.feedback[name] for name in self.layers}

@@ -11,7 +11,7 @@ exactly, for gradient descent without momentum, and for any optimiser that gives
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,5 +61,5 @@ class KolenPollack(FeedbackRule):
             if self.block_of(name) in groups and feedback.requires_grad:
                 feedback.grad = None if gradient is None else gradient.clone()
 
-    def backward_weights(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def backward_weights(self, generator: Callable[[], torch.Generator]) -> dict[str, Tensor]:
         return {name: self.feedback[name].detach() for name in self.layers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,7 +44,7 @@ class SignSymmetry(FeedbackRule):
     def __init__(self, network: Any, spec: Any, config: Any = None) -> None:
         super().__init__(network, spec, config)
         init, scale = self.config.init, self.config.scale
-        self.sigma = {name: scale * deviation(self._weight(name), init) for name in self.layers}
+        self.sigma: dict[str, float] = {name: scale * deviation(self._weight(name), init) for name in self.layers}
 
     @classmethod
     def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
@@ -52,10 +53,11 @@ class SignSymmetry(FeedbackRule):
     def drawn(self, name: str) -> Tensor | None:
         return super().drawn(name) if self.config.magnitude == "fixed" else None
 
-    def backward_weights(self, generator: torch.Generator) -> dict[str, Tensor]:
-        return {name: self._magnitude(name, generator) * self._weight(name).detach().sign() for name in self.layers}
+    def backward_weights(self, generator: Callable[[], torch.Generator]) -> dict[str, Tensor]:
+        drawing = generator() if self.config.magnitude == "fresh" else None
+        return {name: self._magnitude(name, drawing) * self._weight(name).detach().sign() for name in self.layers}
 
-    def _magnitude(self, name: str, generator: torch.Generator) -> Tensor | float:
+    def _magnitude(self, name: str, generator: torch.Generator | None) -> Tensor | float:
         if self.config.magnitude == "uniform":
             return self.sigma[name]
         if self.config.magnitude == "fixed":

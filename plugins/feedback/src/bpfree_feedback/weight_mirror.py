@@ -26,6 +26,8 @@ from bpfree_feedback.base import FeedbackConfig, FeedbackRule
 __all__ = ["WeightMirror", "WeightMirrorConfig", "correlation"]
 
 UNITS: dict[str, Callable[[Tensor], Tensor]] = {"linear": lambda u: u, "relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+FIRST_DRAWS = 64
+"""Patterns of noise in each step before training, where they are as many as examples later."""
 
 
 @dataclass
@@ -36,7 +38,7 @@ class WeightMirrorConfig(FeedbackConfig):
     mirror_decay: float = option(1.0, "decay of the feedback weights over the rate; 1 matches the growth, 0: none", ge=0)
     mirror_units: Literal["linear", "relu", "tanh", "sigmoid"] = option("linear", "nonlinearity of the responses to noise")
     mirror_noise: float = option(1.0, "standard deviation of the noise", gt=0)
-    mirror_draws: int = option(64, "patterns of noise in each step", ge=1)
+    mirror_draws: int = option(0, "patterns of noise in each step; 0: as many as there are examples in the batch", ge=0)
     mirror_first: int = option(20, "steps of the mirror before training", ge=0)
 
 
@@ -49,9 +51,9 @@ class WeightMirror(FeedbackRule):
         paper="Akrout, Wilson, Humphreys, Lillicrap, Tweed: Deep learning without weight transport. NeurIPS 2019, arXiv 1904.05391",
         equation="delta_l = (B_{l+1}^T delta_{l+1}) * f'(u_l);  B_l <- B_l + rate (mean(y x^T) / s^2 - decay B_l),  "
         "y = f(W_l x + b_l),  x ~ N(0, s^2)",
-        notes="Noise goes into each layer by itself, into one receptive field of a convolution. The decay that matches the growth is not "
-        "in the published code, where feedback weights grow for ever; rule.mirror_decay=0 gives that. The weights are not read but found from "
-        "responses, which still makes updates depend on all weights above.",
+        notes="Noise goes into each layer by itself, into one receptive field of a convolution. Without the decay that matches the growth "
+        "feedback weights grow for ever: rule.mirror_decay=0, as in the published code. The weights are not read but found from responses, "
+        "which still makes updates depend on all weights above.",
     )
 
     @classmethod
@@ -60,19 +62,20 @@ class WeightMirror(FeedbackRule):
 
     def prepare(self, data: Examples, generator: torch.Generator) -> None:
         for _ in range(self.config.mirror_first):
-            self.mirror(lambda name: generator)
+            self.mirror(self.config.mirror_draws or FIRST_DRAWS, lambda name: generator)
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         metrics = super().credit(batch, step)
         if step.part == 0:
-            self.mirror(lambda name: step.generator_for(f"mirror {name}"))
+            self.mirror(self.config.mirror_draws or len(batch), lambda name: step.generator_for(f"mirror {name}"))
         return metrics
 
     @torch.no_grad()
-    def mirror(self, generator_for: Callable[[str], torch.Generator]) -> None:
+    def mirror(self, draws: int, generator_for: Callable[[str], torch.Generator]) -> None:
         """Move the feedback weights of each layer towards the correlation of its responses to noise with the noise.
 
         Args:
+            draws: patterns of noise for each layer.
             generator_for: gives the generator of a layer's noise, by its name.
         """
         config = self.config
@@ -83,7 +86,7 @@ class WeightMirror(FeedbackRule):
             )
             self.feedback[name].mul_(1 - config.mirror_rate * config.mirror_decay).add_(found, alpha=config.mirror_rate)
 
-    def backward_weights(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def backward_weights(self, generator: Callable[[], torch.Generator]) -> dict[str, Tensor]:
         return {name: self.feedback[name] for name in self.layers}
 
 
