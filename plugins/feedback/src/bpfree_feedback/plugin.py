@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from bpfree import Rule, Run, hookimpl
+from bpfree.network.builders import NetworkBuilder
 from bpfree_feedback import agreement
 from bpfree_feedback.agreement import HasFeedback
 from bpfree_feedback.fixed import FeedbackAlignment
 from bpfree_feedback.kolen_pollack import KolenPollack
+from bpfree_feedback.networks import CIFAR_RESNET, LENET
 from bpfree_feedback.signs import SignSymmetry
 from bpfree_feedback.weight_mirror import WeightMirror
 
@@ -24,6 +26,11 @@ def bpfree_rules() -> dict[str, type[Rule]]:
         "kolen-pollack": KolenPollack,
         "weight-mirror": WeightMirror,
     }
+
+
+@hookimpl
+def bpfree_networks() -> dict[str, NetworkBuilder]:
+    return {"lenet": LENET, "cifar-resnet": CIFAR_RESNET}
 
 
 @hookimpl
@@ -47,4 +54,8 @@ def run_end(run: Run) -> None:
 
 @hookimpl
 def bpfree_presets() -> dict[str, dict[str, Any]]:
-    return {}
+    return {
+        "quickstart/kolen-pollack": {"rule": "kolen-pollack"},
+        "floor/lenet": {"rule": "frozen", "network.name": "lenet"},
+        "floor/cifar-resnet 20": {"rule": "frozen", "network.name": "cifar-resnet"},
+    }

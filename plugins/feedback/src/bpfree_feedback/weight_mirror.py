@@ -78,12 +78,10 @@ class WeightMirror(FeedbackRule):
             draws: patterns of noise for each layer.
             generator_for: gives the generator of a layer's noise, by its name.
         """
-        config = self.config
+        config, units = self.config, UNITS[self.config.mirror_units]
         for name in self.layers:
             layer = self.network.get_submodule(self.layers[name].rpartition(".")[0])
-            found = correlation(
-                layer, config.mirror_draws, generator_for(name), noise=config.mirror_noise, units=UNITS[config.mirror_units]
-            )
+            found = correlation(layer, draws, generator_for(name), noise=config.mirror_noise, units=units)
             self.feedback[name].mul_(1 - config.mirror_rate * config.mirror_decay).add_(found, alpha=config.mirror_rate)
 
     def backward_weights(self, generator: Callable[[], torch.Generator]) -> dict[str, Tensor]:
