@@ -23,10 +23,14 @@ from torch import Tensor, nn
 
 from bpfree import Batch, Network, OptimizerConfig, Rule, Step, TaskSpec, Traits, UsageError, option
 from bpfree.network import evaluating, feedback_layers, feedback_weights, replaced_backward
+from bpfree.network.closed_form import is_linear
 from bpfree.network.initialisation import INITIALISATIONS, Initialisation
 from bpfree_feedback import agreement
 
-__all__ = ["FeedbackConfig", "FeedbackRule", "FeedbackWeights", "draw"]
+__all__ = ["FeedbackConfig", "FeedbackRule", "FeedbackWeights", "draw", "passes_scales"]
+
+
+MOST_NAMED = 4
 
 
 @dataclass
@@ -101,7 +105,9 @@ class FeedbackRule(Rule):
 
     @classmethod
     def traits_of(cls, config: Any, network: Network | None = None) -> Traits:
-        return Traits("all", downstream_weights="all" if config.exact else 0, reverse_span=1)
+        """Without a network: on one whose parameters are those of linear layers and convolutions."""
+        transported = bool(config.exact) or (network is not None and passes_scales(network))
+        return Traits("all", downstream_weights="all" if transported else 0, reverse_span=1)
 
     @classmethod
     def optimizer_of(cls, config: Any, network: Network | None = None) -> OptimizerConfig:
@@ -140,7 +146,8 @@ class FeedbackRule(Rule):
             raise UsageError(
                 f"{type(self).__name__} cannot send credit through other weights in {name or 'the network'}: {reason}",
                 where=f"{len(unmet)} layers of the network",
-                fix=f"let them pass credit exactly: rule.exact=[{','.join(sorted(unmet))}]",
+                fix=f"let them pass credit exactly, by name or pattern: rule.exact=[{','.join(sorted(unmet)[:MOST_NAMED])}]"
+                + (f", and {len(unmet) - MOST_NAMED} more" if len(unmet) > MOST_NAMED else ""),
             )
         return {name: weight for name, weight in layers.items() if weight in replaced.used}
 
@@ -203,6 +210,13 @@ def layers_of(network: Network, exact: list[str]) -> dict[str, str]:
         for name, weight in names.items()
         if not _is_exact(name, exact)
     }
+
+
+def passes_scales(network: Network) -> bool:
+    """Tell whether credit on its way down meets parameters of other layers, such as the scales of normalisations, which pass it exactly."""
+    above = list(network.blocks.values())[1:]
+    owners = [owner for block in above for owner in block.modules() if next(owner.parameters(recurse=False), None) is not None]
+    return not all(is_linear(owner) for owner in owners)
 
 
 def _short(weight: str) -> str:

@@ -47,12 +47,12 @@ def lenet(spec: TaskSpec, config: LeNetConfig | None = None) -> Network:
     """
     config = config or LeNetConfig()
     _check(spec, "lenet")
-    padding = tuple(max(0, (SIZE + 1 - size) // 2) for size in spec.input_shape[1:])
+    padding = [max(0, (SIZE + 1 - size) // 2) for size in spec.input_shape[1:]]
     kernel, channels, units = (5, (6, 16, 120), 84) if config.variant == "grey" else (3, (32, 64, 128), 256)
     blocks: dict[str, nn.Module] = {}
     before = spec.input_shape[0]
     for index, after in enumerate(channels, start=1):
-        layers: list[nn.Module] = [nn.Conv2d(before, after, kernel, padding=padding if index == 1 else 0), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Conv2d(before, after, kernel, padding=(padding[0], padding[1]) if index == 1 else 0), nn.ReLU()]
         if index < len(channels):
             layers.append(nn.MaxPool2d(2))
         elif config.variant == "colour":
