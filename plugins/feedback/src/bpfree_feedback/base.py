@@ -143,11 +143,12 @@ class FeedbackRule(Rule):
         unmet = {_short(name): reason for name, reason in replaced.unmet.items() if not _is_exact(_short(name), self.config.exact)}
         if unmet:
             name, reason = next(iter(unmet.items()))
+            outer = [one for one in unmet if not any(one.startswith(f"{other}.") for other in unmet)]
+            more = f", and {len(outer) - MOST_NAMED} more" if len(outer) > MOST_NAMED else ""
             raise UsageError(
                 f"{type(self).__name__} cannot send credit through other weights in {name or 'the network'}: {reason}",
-                where=f"{len(unmet)} layers of the network",
-                fix=f"let them pass credit exactly, by name or pattern: rule.exact=[{','.join(sorted(unmet)[:MOST_NAMED])}]"
-                + (f", and {len(unmet) - MOST_NAMED} more" if len(unmet) > MOST_NAMED else ""),
+                where=f"{len(outer)} layers of the network",
+                fix=f"let them pass credit exactly, by name or pattern: rule.exact=[{','.join(outer[:MOST_NAMED])}]{more}",
             )
         return {name: weight for name, weight in layers.items() if weight in replaced.used}
 

@@ -40,7 +40,7 @@ class ResNetConfig:
 
 
 def lenet(spec: TaskSpec, config: LeNetConfig | None = None) -> Network:
-    """Build blocks ``b1`` to ``b3`` (convolution, ReLU, the first two with max-pooling), ``b4`` (dense) and ``readout``.
+    """Build blocks ``b1`` to ``b3`` (convolution, in the first two max-pooling, ReLU), ``b4`` (dense) and ``readout``.
 
     Raises:
         UsageError: inputs that are no images.
@@ -52,10 +52,11 @@ def lenet(spec: TaskSpec, config: LeNetConfig | None = None) -> Network:
     blocks: dict[str, nn.Module] = {}
     before = spec.input_shape[0]
     for index, after in enumerate(channels, start=1):
-        layers: list[nn.Module] = [nn.Conv2d(before, after, kernel, padding=(padding[0], padding[1]) if index == 1 else 0), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Conv2d(before, after, kernel, padding=(padding[0], padding[1]) if index == 1 else 0)]
         if index < len(channels):
-            layers.append(nn.MaxPool2d(2))
-        elif config.variant == "colour":
+            layers.append(nn.MaxPool2d(2))  # before the ReLU, which commutes with it and meets a quarter of the values so
+        layers.append(nn.ReLU())
+        if index == len(channels) and config.variant == "colour":
             layers.append(nn.AdaptiveAvgPool2d(1))
         blocks[f"b{index}"] = nn.Sequential(*layers)
         before = after
@@ -122,7 +123,9 @@ def _check(spec: TaskSpec, name: str) -> None:
 def _network(blocks: dict[str, nn.Module], spec: TaskSpec, init: Initialisation) -> Network:
     for block in blocks.values():
         initialise(block, init)
-        block.to(memory_format=torch.channels_last)  # a step takes 0.7 to 0.8 of the time on a CPU
+    next(iter(blocks.values())).to(
+        memory_format=torch.channels_last
+    )  # and so all that follows: a step takes 0.6 to 0.9 of the time on a CPU
     return Network(blocks, input_shape=spec.input_shape, readout="readout")
 
 
