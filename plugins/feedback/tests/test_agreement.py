@@ -52,11 +52,11 @@ def test_epochs_are_kept_and_drawn(tmp_path: Path) -> None:
     assert "inf" not in drawn.replace("information", "")
 
 
-def test_a_run_keeps_both_for_each_epoch(digits: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_keeps_both_for_each_epoch(digits: Task, tmp_path: Path) -> None:
     """Oracle: the angle of the weights as they are after the run."""
-    monkeypatch.chdir(tmp_path)
     rule = FeedbackAlignment(bpfree.mlp(digits.spec, MLPConfig(depth=2, width=8)), digits.spec)
-    run = bpfree.Trainer(rule, digits, bpfree.TrainConfig(budget=bpfree.BudgetConfig(epochs=2), device="cpu"), record=True).fit()
+    settings = bpfree.TrainConfig(budget=bpfree.BudgetConfig(epochs=2), device="cpu")
+    run = bpfree.Trainer(rule, digits, settings, folder=tmp_path / "run", progress=False, tracking=False).fit()
     content = json.loads((run.folder / "feedback.json").read_text())
     assert list(content["angle"]) == ["1", "2"]
     expected = agreement.measure(rule.feedback_pairs())

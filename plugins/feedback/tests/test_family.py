@@ -138,7 +138,7 @@ def test_initial_feedback_is_drawn_as_it_is_asked_for(rule: type[FeedbackAlignme
 
 
 def test_diagnostics_see_true_gradients(digits: Task) -> None:
-    """Through the forward weights credit is the true gradient; through others it is so in the readout alone, which gets the error itself."""
+    """Through the forward weights credit is the true gradient; through others in the readout alone, which gets the error itself."""
     cosines = []
     for copied in (True, False):
         torch.manual_seed(0)
@@ -193,3 +193,22 @@ def test_lightly_wrapped_networks_are_split() -> None:
     rule = FeedbackAlignment(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)), VECTORS)
     Stepper(rule).take(batch_for(rule.network))
     assert len(rule.layers) == len(feedback_weights(rule.network)) - 1
+
+
+def test_logistic_outputs_are_summed_over_classes() -> None:
+    """Oracle: the sum of binary cross-entropies, by autograd through the forward weights; and what a diagnostic compares with."""
+    rule = FeedbackAlignment(dense(), VECTORS, FeedbackConfig(output="logistic", exact=["*"]))
+    batch = batch_for(rule.network)
+    found = gradients(rule, batch)
+    rule.network.zero_grad()
+    loss = F.binary_cross_entropy_with_logits(rule.network(batch.inputs), F.one_hot(batch.targets, 5).double(), reduction="sum") / 7
+    loss.backward()
+    for name, parameter in rule.network.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
+    torch.testing.assert_close(rule.objective(batch, Stepper(rule).step), loss)
+    assert FeedbackAlignment(dense(), VECTORS).objective(batch, Stepper(rule).step) is None
+
+
+def test_logistic_outputs_need_classes() -> None:
+    with pytest.raises(UsageError, match="logistic outputs"):
+        FeedbackAlignment(dense(), TaskSpec("r", (6,), 5, targets="real"), FeedbackConfig(output="logistic"))

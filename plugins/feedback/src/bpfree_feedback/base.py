@@ -16,9 +16,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree import Batch, Network, OptimizerConfig, Rule, Step, TaskSpec, Traits, UsageError, option
@@ -42,6 +43,9 @@ class FeedbackConfig:
     exact: list[str] = option(
         factory=list,
         help="layers that pass credit through their forward weights, by name or pattern, such as readout or '*.downsample.*'",
+    )
+    output: Literal["task", "logistic"] = option(
+        "task", "whose error is sent down: the task's loss, or logistic outputs, one for each class (the binary cross-entropies' sum)"
     )
     measure_every: int = option(
         100, "steps between measurements of angle and norm ratio of feedback and forward weights, as metrics; 0: never", ge=0
@@ -98,6 +102,8 @@ class FeedbackRule(Rule):
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
+        if self.config.output == "logistic" and spec.targets not in ("classes", "soft", "multilabel"):
+            raise UsageError(f"logistic outputs cannot learn from targets of kind {spec.targets!r}", fix="use rule.output=task")
         self._found = feedback_layers(self.network)
         self.layers = self._layers(layers_of(self.network, self.config.exact))
         drawn = {name: value for name in self.layers if (value := self.drawn(name)) is not None}
@@ -173,12 +179,27 @@ class FeedbackRule(Rule):
         with replaced_backward(self.network, self._by_weight(backward), self._found):
             traces = self.network.traces(batch.inputs, input_grad="needed")
         scores = traces[-1].output.detach()
-        loss, signal = self.spec.loss_and_error(scores, batch)
+        loss, signal = self.loss_and_error(scores, batch)
         traces.send_down(signal)
         metrics = {"loss": loss}
         if self.config.measure_every and step.index % self.config.measure_every == 0 and step.part == 0:
             metrics |= agreement.metrics(self._pairs(backward))
         return metrics
+
+    def loss_and_error(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss, and its derivative by the scores, (N, C), with the 1/N of the mean."""
+        if self.config.output == "task":
+            return self.spec.loss_and_error(scores, batch)
+        return self._logistic(scores, batch), (scores.sigmoid() - self._rows(scores, batch)) / len(batch)
+
+    def _rows(self, scores: Tensor, batch: Batch) -> Tensor:
+        return self.spec.target_rows(batch, scores.dtype)
+
+    def _logistic(self, scores: Tensor, batch: Batch) -> Tensor:
+        return F.binary_cross_entropy_with_logits(scores, self._rows(scores, batch), reduction="sum") / len(batch)
+
+    def objective(self, batch: Batch, step: Step) -> Tensor | None:
+        return None if self.config.output == "task" else self._logistic(self.network(batch.inputs), batch)
 
     def feedback_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return forward and feedback weights of each layer, by the layer's name."""
