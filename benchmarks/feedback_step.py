@@ -43,11 +43,11 @@ OURS: dict[str, Callable[[Network, TaskSpec], Rule]] = {
 """By BioTorch's names."""
 
 
-def ours(kind: Callable[[Network, TaskSpec], Rule], variant: Any, seed: int = 0) -> Stepper:
+def ours(kind: Callable[[Network, TaskSpec], Rule], variant: Any, device: torch.device, seed: int = 0) -> Stepper:
     """Make a rule on a LeNet, ready to take steps."""
     torch.manual_seed(seed)
     rule = kind(lenet(SPECS[variant], LeNetConfig(variant)), SPECS[variant])
-    return Stepper(rule, OptimizerConfig("sgd", lr=LR, momentum=MOMENTUM))
+    return Stepper(rule, OptimizerConfig("sgd", lr=LR, momentum=MOMENTUM), device=device)
 
 
 class Theirs:
@@ -60,7 +60,7 @@ class Theirs:
 
         with contextlib.redirect_stdout(io.StringIO()):
             plain = LeNetMNIST() if variant == "grey" else LeNetCIFAR()
-            self.module = BioModule(plain, mode=name, output_dim=10)
+            self.module = BioModule(plain, mode=name, output_dim=10).to(rule.network.blocks["readout"].weight.device)
         self.name = name
         weights = [layer for layer in self.module.modules() if hasattr(layer, "weight_backward")]
         with torch.no_grad():
@@ -145,22 +145,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("feedback_step", __doc__, pairs=31)
     benchmark.parser.add_argument("--biotorch", type=Path, metavar="FOLDER", help="a checkout of BioTorch, to be run beside ours")
     options = benchmark.start(arguments)
-    speed, agreement = {}, {}
+    device = benchmark.device
+    speed: dict[str, Any] = {}
+    agreement: dict[str, float] = {}
     for variant, spec in SPECS.items():
         count = 8 if options.quick else BATCH
-        batch = Batch(torch.randn(count, *spec.input_shape), torch.randint(10, (count,)))
+        batch = Batch(torch.randn(count, *spec.input_shape, device=device), torch.randint(10, (count,), device=device))
         others: dict[str, tuple[Stepper, Callable[[], Any], float | None]] = {}
-        reference = ours(Backprop, variant)
-        others[f"back-propagation, {variant}"] = (ours(FeedbackAlignment, variant), lambda s=reference, b=batch: s.take(b), None)
-        others[f"identity, {variant}"] = (ours(FeedbackAlignment, variant), identity(ours(FeedbackAlignment, variant), batch), None)
+        reference = ours(Backprop, variant, device)
+        others[f"back-propagation, {variant}"] = (ours(FeedbackAlignment, variant, device), lambda s=reference, b=batch: s.take(b), None)
+        others[f"identity, {variant}"] = (
+            ours(FeedbackAlignment, variant, device),
+            identity(ours(FeedbackAlignment, variant, device), batch),
+            None,
+        )
         for name in OURS if options.biotorch is not None else ():
-            stepper = ours(OURS[name], variant)
+            stepper = ours(OURS[name], variant, device)
             theirs = Theirs(options.biotorch, name, variant, stepper.rule)
-            twin = ours(OURS[name], variant)
+            twin = ours(OURS[name], variant, device)
             agreement[f"{name}, {variant}"] = disagreement(twin, Theirs(options.biotorch, name, variant, twin.rule), batch)
             others[f"BioTorch {name}, {variant}"] = (stepper, lambda t=theirs, b=batch: t.take(b), TARGET)
         for label, (stepper, other, target) in others.items():
-            works = [measure.timed(lambda s=stepper, b=batch: s.take(b), benchmark.device), measure.timed(other, benchmark.device)]
+            works = [measure.timed(lambda s=stepper, b=batch: s.take(b), device), measure.timed(other, device)]
             for work in works:
                 work()
             speed[label] = measure.compared(measure.interleaved(works[0], works[1], options.pairs), target)
