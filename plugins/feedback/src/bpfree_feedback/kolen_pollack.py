@@ -39,7 +39,7 @@ class KolenPollack(FeedbackRule):
 
     @classmethod
     def optimizer_of(cls, config: Any, network: Network | None = None) -> OptimizerConfig:
-        return OptimizerConfig("sgd", lr=0.05, momentum=0.9, weight_decay=1e-3)
+        return OptimizerConfig("sgd", lr=0.02, momentum=0.9, weight_decay=1e-3)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         groups = super().groups()
