@@ -182,7 +182,7 @@ class FeedbackRule(Rule):
         loss, signal = self.loss_and_error(scores, batch)
         traces.send_down(signal)
         metrics = {"loss": loss}
-        if self.config.measure_every and step.index % self.config.measure_every == 0 and step.part == 0:
+        if self.config.measure_every and step.index % self.config.measure_every == 0:
             metrics |= agreement.metrics(self._pairs(backward))
         return metrics
 
