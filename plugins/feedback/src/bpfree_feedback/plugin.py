@@ -7,11 +7,15 @@ from typing import Any
 
 from bpfree import Rule, Run, hookimpl
 from bpfree.network.builders import NetworkBuilder
-from bpfree_feedback import agreement
+from bpfree_feedback import agreement, burst_plot
 from bpfree_feedback.agreement import HasFeedback
+from bpfree_feedback.burst_network import CNN
+from bpfree_feedback.burstccn import BurstCCN
+from bpfree_feedback.drtp import DirectRandomTargetProjection
 from bpfree_feedback.fixed import FeedbackAlignment
 from bpfree_feedback.kolen_pollack import KolenPollack
 from bpfree_feedback.networks import CIFAR_RESNET, LENET
+from bpfree_feedback.pepita import PEPITA
 from bpfree_feedback.signs import SignSymmetry
 from bpfree_feedback.weight_mirror import WeightMirror
 
@@ -25,12 +29,15 @@ def bpfree_rules() -> dict[str, type[Rule]]:
         "sign-symmetry": SignSymmetry,
         "kolen-pollack": KolenPollack,
         "weight-mirror": WeightMirror,
+        "burstccn": BurstCCN,
+        "direct-random-target-projection": DirectRandomTargetProjection,
+        "pepita": PEPITA,
     }
 
 
 @hookimpl
 def bpfree_networks() -> dict[str, NetworkBuilder]:
-    return {"lenet": LENET, "cifar-resnet": CIFAR_RESNET}
+    return {"burst-cnn": CNN, "cifar-resnet": CIFAR_RESNET, "lenet": LENET}
 
 
 @hookimpl
@@ -47,7 +54,8 @@ def epoch_end(run: Run, rule: Rule) -> None:
 
 @hookimpl(tryfirst=True)
 def run_end(run: Run) -> None:
-    """Draw the angles and norm ratios of the run."""
+    """Draw the angles and norm ratios of the run, and the bursts of a bursting network."""
+    burst_plot.add_plot(run)
     if run.folder is not None and (path := run.folder / "feedback.json").exists():
         agreement.add_plot(run, path)
 
