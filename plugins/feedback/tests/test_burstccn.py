@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bpfree_feedback import burst_plot
 from bpfree_feedback.burst_network import BurstCNNConfig, ReLURMS, burst_cnn
 from bpfree_feedback.burst_options import BurstCCNConfig
 from bpfree_feedback.burstccn import BurstCCN
+from drawn import drawn
 from torch import Tensor, nn
 
-from bpfree import Batch, Network, OptimizerConfig, Stepper, TaskSpec, UsageError, new_step
+from bpfree import Batch, Budget, Network, OptimizerConfig, Run, Stepper, TaskSpec, UsageError, new_step
 from bpfree.network import MLPConfig, VGGConfig, mlp, replaced_backward, vgg
+from bpfree.training.phases import learning
 from bpfree.training.updater import ClipConfig
 
 FLAT = TaskSpec("flat", (12,), 4)
@@ -366,3 +371,67 @@ def test_the_published_network() -> None:
     assert [tuple(network.shapes[name]) for name in network.names] == [(64, 14, 14), (128, 5, 5), (256, 3, 3), (1500,), (10,)]
     with pytest.raises(UsageError, match="convolution 3"):
         burst_cnn(IMAGE, BurstCNNConfig())
+
+
+def test_epochs_at_rest_move_feedback_alone() -> None:
+    """Oracle: weights before and after; in epochs with a teacher everything moves. A twin has none of them."""
+    rule = rule_of(Q="random", rest_epochs=2, Y_learning="kolen-pollack")
+    phases = list(rule.phases(Budget(epochs=5)))
+    assert [(phase.name, phase.epochs, phase.groups) for phase in phases] == [("rest", 2, ("Q.b1", "Q.b2", "Q.b3")), ("train", 3, None)]
+    stepper = Stepper(rule, OptimizerConfig("sgd", lr=0.3))
+    moved = []
+    for phase in phases:
+        before = {name: p.detach().clone() for name, p in rule.named_parameters()}
+        stepper.enter(phase)
+        stepper.step.phase = phase
+        with learning(rule, phase):
+            stepper.take(batch_of())
+        moved.append({name.split(".")[-1] for name, p in rule.named_parameters() if not torch.equal(p, before[name])})
+    assert moved == [{"Q"}, {"Q", "Y", "weight", "bias"}]
+    rule.freeze_features()
+    assert [phase.name for phase in rule.phases(Budget(epochs=5))] == ["train"]
+    for options, message in (({"Q_learning": "none"}, "does nothing"), ({"rest_epochs": 5}, "5 of 5 epochs")):
+        with pytest.raises(UsageError, match=message):
+            rule_of(**{"Y_learning": "kolen-pollack", "rest_epochs": 1, **options}).phases(Budget(epochs=5))
+
+
+def test_the_default_rate_goes_with_one_over_the_width() -> None:
+    """The authors' 0.3 for 500 units; what sees the inputs does not count."""
+    wide = TaskSpec("wide", (2000,), 4)
+    assert BurstCCN(mlp(wide, MLPConfig(widths=[500, 100], **GAIN)), wide).optimizer.lr == pytest.approx(0.3)
+    assert BurstCCN.optimizer_of(BurstCCNConfig()).lr is None
+    assert "readout to b3: Y random, deviation" in rule_of().plan()
+
+
+# --- the plot ---------------------------------------------------------------------------------------------------------
+
+
+def history(epochs: int = 3) -> list[dict[str, float]]:
+    keys = {"apical": 1.0, "burst_change": 0.1, "burst_rate": 0.2, "rest": 0.0}
+    found = [
+        {f"rule/b{block}/{key}": block * value * epoch for key, value in keys.items() for block in (1, 2)} for epoch in range(1, epochs + 1)
+    ]
+    return [{"epoch": float(place + 1), **metrics} for place, metrics in enumerate(found)]
+
+
+def test_the_plot_shows_each_block_over_epochs(tmp_path: Path) -> None:
+    """Oracle: the numbers, read back by the ticks."""
+    panels = drawn(burst_plot.draw(history(), tmp_path / "plots" / "bursts.svg", "a title").read_text())
+    assert [panel.title for panel in panels] == list(burst_plot.PANELS.values())
+    assert panels[2].lines["b2"] == [(pytest.approx(x, abs=0.02), pytest.approx(0.4 * x, abs=0.02)) for x in (1, 2, 3)]
+    assert panels[3].lines["b1"] == [(pytest.approx(x, abs=0.02), pytest.approx(0, abs=0.01)) for x in (1, 2, 3)]
+
+
+def test_runs_of_other_rules_have_no_such_plot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nor does one without a folder; a plot that fails is a warning."""
+    for folder, found in ((tmp_path, [{"epoch": 1.0, "rule/b1/feedback_angle": 90.0}]), (None, history())):
+        run = Run("id", "name", folder=folder, history=found)
+        burst_plot.add_plot(run)
+        assert not run.artifacts
+    run = Run("id", "name", folder=tmp_path, history=history())
+    burst_plot.add_plot(run)
+    assert run.artifacts.keys() == {"plots/bursts.svg"}
+    broken = Run("id", "a-run", folder=tmp_path / "missing" / "folder", history=history())
+    with caplog.at_level(logging.WARNING, logger="bpfree.feedback"):
+        burst_plot.add_plot(broken)
+    assert "no plot of the bursts of a-run" in caplog.text

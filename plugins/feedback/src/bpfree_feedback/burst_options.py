@@ -72,4 +72,6 @@ class BurstCCNConfig:
     rest_epochs: int = option(0, "epochs at the start without teacher, in which feedback weights alone learn to be silent", ge=0)
     rest_every: int = option(0, "every so many steps are without teacher: only feedback weights learn from them; 0: none", ge=0)
     branches: int = option(1, "apical branches: each hears its share of the units above, and teaches its own part of Y", ge=1, needs=APICAL)
-    measure_every: int = option(10, "steps between measurements of apical potential, rates and silence; 0: never", ge=0)
+    measure_every: int = option(
+        25, "steps between measurements of apical potential, rates, silence and the angle of feedback and forward weights; 0: never", ge=0
+    )

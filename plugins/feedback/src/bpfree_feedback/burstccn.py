@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bpfree import Batch, Budget, Card, Network, OptimizerConfig, Phase, Rule, Step, TaskSpec, Traits, UsageError, always
+from bpfree import Batch, Budget, Card, Network, OptimizerConfig, Phase, Rule, Step, TaskSpec, Traits, UsageError
 from bpfree.network import add_gradients
 from bpfree.network.closed_form import linear_input_gradient, parameter_gradients
+from bpfree_feedback import agreement
 from bpfree_feedback.anatomy import RATES, Anatomy, Seen, pulled, take_apart, watched
 from bpfree_feedback.burst_network import ReLURMS
 from bpfree_feedback.burst_options import BurstCCNConfig
@@ -105,7 +106,6 @@ class BurstCCN(Rule):
         "from the apical potential, too, which the published code lacks. Scales and shifts of normalisations do not learn. Not here: the "
         "spiking and the continuous-time model, and populations of one sign each (Dale's law).",
     )
-    optimizer_of = always(OptimizerConfig("sgd", lr=0.3))
     config: BurstCCNConfig
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
@@ -132,6 +132,12 @@ class BurstCCN(Rule):
             inputs="real",
             own_loss=False,
         )
+
+    @classmethod
+    def optimizer_of(cls, config: Any, network: Network | None = None) -> OptimizerConfig:
+        """Return SGD at the authors' 0.3 for 500 units: rates are positive, so that steps that are stable go with one over their number."""
+        widest = 0 if network is None else max(layer.site.weight[0].numel() for layer in _layers(network)[1:])
+        return OptimizerConfig("sgd", lr=150 / widest if widest else None)
 
     @classmethod
     def network_options(cls, spec: TaskSpec, config: Any) -> dict[str, Any]:
@@ -214,8 +220,9 @@ class BurstCCN(Rule):
         taught = self._is_taught(step)
         with torch.no_grad():
             metrics = {"loss": self.spec.loss(scores, batch)}
-            self._descend(seen, self._output(scores, batch, taught), taught, metrics if self._measures(step) else None)
-        return metrics
+            measures = self._measures(step)
+            self._descend(seen, self._output(scores, batch, taught), taught, metrics if measures else None)
+            return metrics | (agreement.metrics(self.feedback_pairs()) if measures else {})
 
     def _is_taught(self, step: Step) -> bool:
         every = self.config.rest_every

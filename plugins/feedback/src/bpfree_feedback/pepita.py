@@ -75,8 +75,8 @@ class PEPITA(Rule):
         with kept_buffers(self.network), _drawn_again(masks, x.device):
             second = self._execute(modulated)
         for before, after in zip(first[:-1], second[:-1], strict=True):
-            change = (before.response - after.response) / len(batch)
-            self._learn(before, after, change)
+            if before.anatomy.learns:
+                self._learn(before, after, (before.response - after.response) / len(batch))
         self._learn(first[-1], second[-1], self.spec.error(second[-1].u, batch))
         return {"loss": self.spec.loss(scores, batch)}
 
