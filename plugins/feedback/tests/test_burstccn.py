@@ -193,14 +193,14 @@ def test_metrics_are_those_of_the_book() -> None:
         part, name = rule.feedback[rule.network.hidden[place]], rule.network.hidden[place]
         above, e = rates[place + 1], rates[place]
         apical = (p * above) @ part.Y - above @ part.Q
-        teacher, rest = ((p - 0.5) * above) @ part.Y, above @ (0.5 * part.Y - part.Q)
+        rest = above @ (0.5 * part.Y - part.Q)
         p = torch.sigmoid(4 * apical * (1 - e))
         expected = {
             "apical": apical.square().mean().sqrt(),
             "event_rate": e.mean(),
             "burst_rate": (p * e).mean(),
             "burst_change": ((p - 0.5) * e).square().mean().sqrt(),
-            "rest": rest.square().mean().sqrt() / teacher.square().mean().sqrt(),
+            "rest": rest.norm() / (0.5 * above @ part.Y).norm(),
         }
         for key, value in expected.items():
             assert float(metrics[f"{name}/{key}"]) == pytest.approx(value.item(), rel=1e-5), key

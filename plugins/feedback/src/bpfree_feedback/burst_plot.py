@@ -25,7 +25,7 @@ PANELS = {
     "apical": "apical potential, root mean square",
     "burst_change": "change of burst rates, root mean square",
     "burst_rate": "burst rate, mean",
-    "rest": "feedback at rest over that of the teacher",
+    "rest": "feedback at rest over that without Q",
 }
 MOST_MARKS = 20
 

@@ -100,8 +100,8 @@ class BurstCCN(Rule):
         "Y^T (p - p0) e, to first order the credit of feedback alignment with Y, or of back-propagation of the squared error with Y = W. "
         "Its size decides how fast hidden layers learn: a sigmoid's slope is at most 1/4, so feedback of the size of the forward weights "
         "fades with depth; the authors' is three times as large (rule.Y_scale; rule.Y_std=0.5 is their notebook's). Apical learning makes "
-        "Q cancel Y and does not align Y with W (a random Q drives all units to their limits unless it has learned to be silent first: "
-        "rule.rest_epochs); Kolen-Pollack learning does, if all three decay (optimizer.weight_decay). For other nonlinearities than a "
+        "Q cancel Y and does not align Y with W, and it is slow: of a random Q enough is heard for very long to drown the teacher, even "
+        "after rule.rest_epochs. Kolen-Pollack learning aligns all three, if they decay (optimizer.weight_decay). For other nonlinearities than a "
         "sigmoid, a (1 - e) is a f'(u) / e. Updates carry p0 times error_scale unless rule.updates=gradient. Y and Q of convolutions learn "
         "from the apical potential, too, which the published code lacks. Scales and shifts of normalisations do not learn. Not here: the "
         "spiking and the continuous-time model, and populations of one sign each (Dale's law).",
@@ -274,13 +274,14 @@ class BurstCCN(Rule):
             apical = loud if silent is None else loud + silent
             self._learn_feedback(here.anatomy, above, rate, change, apical, gradients)
             potential = _downwards(above, here, apical) * self.scales[place]
-            rate = here.rate.detach()
+            rate_above, rate = rate, here.rate.detach()
             change = config.p0 * torch.tanh(self._drive(here, potential) / config.p0) * rate
             if config.updates == "gradient":
                 size *= self.scales[place]
             gradients = self._learn(here, change, size) if taught else {}
             if metrics is not None:
-                metrics |= _measured(here.anatomy.name, rate, change, potential, loud, silent, config.p0)
+                metrics |= _measured(here.anatomy.name, rate, change, potential, config.p0)
+                metrics[f"{here.anatomy.name}/rest"] = self._loudness(here.anatomy, above, rate_above, silent)
 
     def _lowest(self) -> int:
         """Return the place of the lowest layer that learns, or whose feedback does."""
@@ -299,6 +300,15 @@ class BurstCCN(Rule):
         loud = linear_input_gradient(site, source, change, part.Y)
         at_rest = part.at_rest
         return loud, None if at_rest is None else linear_input_gradient(site, source, rate.to(change.dtype), at_rest)
+
+    def _loudness(self, below: Anatomy, above: Seen, rate: Tensor, silent: Tensor | None) -> Tensor:
+        """Return the root mean square of what is heard at rest over that of what would be heard without Q: 0 is silence."""
+        if silent is None:
+            return torch.zeros((), device=rate.device)
+        part, site = self._feedback(below), above.anatomy.site
+        alone = linear_input_gradient(site, above.source, rate.to(silent.dtype) * self.config.p0, part.Y)
+        rest: Tensor = silent.norm() / alone.norm()
+        return rest.float()
 
     def _drive(self, here: Seen, apical: Tensor) -> Tensor:
         """Return ``a f'(u) / e``: a sigmoid's ``a (1 - e)``."""
@@ -390,19 +400,16 @@ def _downwards(above: Seen, here: Seen, apical: Tensor) -> Tensor:
     return apical.reshape(here.rate.shape) if here.anatomy.plain else pulled(here.trace.output, here.rate, apical)
 
 
-def _measured(name: str, rate: Tensor, change: Tensor, apical: Tensor, loud: Tensor, silent: Tensor | None, p0: float) -> dict[str, Tensor]:
+def _measured(name: str, rate: Tensor, change: Tensor, apical: Tensor, p0: float) -> dict[str, Tensor]:
     """Return metrics of a hidden block, each a scalar.
 
     ``apical``: root mean square of its potential. ``event_rate``, ``burst_rate``: means. ``burst_change``: root mean square of ``p e -
-    p0 e``. ``rest``: root mean square of what is heard at rest over that of what is heard of the teacher: 0 is silence.
+    p0 e``.
     """
-    heard = loud.square().mean().sqrt()
-    rest = torch.zeros_like(heard) if silent is None else silent.square().mean().sqrt() / heard.clamp_min(torch.finfo(heard.dtype).tiny)
     found = {
         "apical": apical.square().mean().sqrt(),
         "event_rate": rate.mean(),
         "burst_rate": p0 * rate.mean() + change.mean(),
         "burst_change": change.square().mean().sqrt(),
-        "rest": rest,
     }
     return {f"{name}/{key}": value.float() for key, value in found.items()}
