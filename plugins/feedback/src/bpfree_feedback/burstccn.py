@@ -101,10 +101,10 @@ class BurstCCN(Rule):
         "Its size decides how fast hidden layers learn: a sigmoid's slope is at most 1/4, so feedback of the size of the forward weights "
         "fades with depth; the authors' is three times as large (rule.Y_scale; rule.Y_std=0.5 is their notebook's). Apical learning makes "
         "Q cancel Y and does not align Y with W, and it is slow: of a random Q enough is heard for very long to drown the teacher, even "
-        "after rule.rest_epochs. Kolen-Pollack learning aligns all three, if they decay (optimizer.weight_decay). For other nonlinearities than a "
-        "sigmoid, a (1 - e) is a f'(u) / e. Updates carry p0 times error_scale unless rule.updates=gradient. Y and Q of convolutions learn "
-        "from the apical potential, too, which the published code lacks. Scales and shifts of normalisations do not learn. Not here: the "
-        "spiking and the continuous-time model, and populations of one sign each (Dale's law).",
+        "after rule.rest_epochs. Kolen-Pollack learning aligns all three, if they decay (optimizer.weight_decay). For other "
+        "nonlinearities than a sigmoid, a (1 - e) is a f'(u) / e. Updates carry p0 times error_scale unless rule.updates=gradient. Y and Q "
+        "of convolutions learn from the apical potential, too, which the published code lacks. Scales and shifts of normalisations do not "
+        "learn. Not here: the spiking and the continuous-time model, and populations of one sign each (Dale's law).",
     )
     config: BurstCCNConfig
 
