@@ -64,6 +64,7 @@ def run_end(run: Run) -> None:
 def bpfree_presets() -> dict[str, dict[str, Any]]:
     return {
         "quickstart/kolen-pollack": {"rule": "kolen-pollack"},
+        "floor/burst-cnn (32x32)": {"rule": "frozen", "network.name": "burst-cnn", "task.size": 32},
         "floor/lenet": {"rule": "frozen", "network.name": "lenet"},
         "floor/cifar-resnet 20": {"rule": "frozen", "network.name": "cifar-resnet"},
     }
