@@ -63,3 +63,16 @@ def test_a_run_keeps_both_for_each_epoch(digits: Task, tmp_path: Path) -> None:
     assert content["angle"]["2"]["readout"] == pytest.approx(expected["readout"][0], rel=1e-4)
     assert (run.folder / "plots" / "feedback.svg").exists()
     assert "readout/feedback_ratio" in " ".join(run.history[0])
+
+
+def test_metrics_are_whole_where_gradients_are_accumulated() -> None:
+    """Oracle: the step from the whole batch."""
+    found = []
+    for parts in (1, 3):
+        rule = FeedbackAlignment(dense(), VECTORS)
+        torch.manual_seed(0)
+        for name in rule.layers:
+            torch.nn.init.normal_(rule.feedback[name])
+        found.append(Stepper(rule).take(batch_for(rule.network, 9), parts=parts))
+    assert float(found[1]["readout/feedback_angle"]) == pytest.approx(float(found[0]["readout/feedback_angle"]))
+    assert float(found[1]["b2.0/feedback_ratio"]) == pytest.approx(float(found[0]["b2.0/feedback_ratio"]))
