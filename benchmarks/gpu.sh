@@ -74,7 +74,7 @@ tests() {
 
 bench() {
   local name
-  for name in trainer_overhead streamed noprop_step noprop_inference noprop_memory forward_gradient_step forward_gradient_memory hebbian_step predictive_coding_step; do
+  for name in trainer_overhead streamed noprop_step noprop_inference noprop_memory feedback_step forward_gradient_step forward_gradient_memory hebbian_step predictive_coding_step; do
     result "$name-$DEVICE.json" && { echo "== $name: its result is there"; continue; }
     # $QUICK is empty or one word
     step "bench-$name" "$PYTHON" "benchmarks/$name.py" --device "$DEVICE" --save "$OUT" $QUICK
@@ -91,7 +91,7 @@ studies() {
 
 papers() {
   local name file
-  for name in ${PAPERS:-noprop/table1-mnist noprop/table1-cifar10 noprop/table1-cifar100 noprop/modern-cifar10 noprop/chain-cifar10 claims-cifar10}; do
+  for name in ${PAPERS:-noprop/table1-mnist noprop/table1-cifar10 noprop/table1-cifar100 noprop/modern-cifar10 noprop/chain-cifar10 claims-cifar10 biotorch-cifar10}; do
     file=study_${name//\//-}-$DEVICE
     result "$file.csv" && { echo "== $name: its result is there"; continue; }
     # $WORDS are words

@@ -31,6 +31,9 @@ from bpfree.cli.output import print_table
 from bpfree.tasks.task import Split
 from bpfree.version import __version__
 
+OUR_PATHS = ("--save", "--output", "--keep")
+PEERS = {"--pcx": "PYTHON", "--biotorch": "FOLDER"}
+"""Options that say where another implementation is, and what stands for the place."""
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -89,11 +92,12 @@ class Benchmark:
         """Return the command line without the paths of this machine."""
         words, skip = [], False
         for word in self._words:
-            path = word in ("--save", "--output", "--keep", "--pcx")
-            if not path and not (skip and not word.startswith("-")) and not word.startswith(("--save=", "--output=", "--keep=", "--pcx=")):
+            path = word in OUR_PATHS or word in PEERS
+            given = word.startswith(tuple(f"{name}=" for name in (*OUR_PATHS, *PEERS)))
+            if not path and not given and not (skip and not word.startswith("-")):
                 words.append(word)
-            elif word.startswith("--pcx"):
-                words += ["--pcx", "PYTHON"]
+            elif word.partition("=")[0] in PEERS:
+                words += [word.partition("=")[0], PEERS[word.partition("=")[0]]]
             skip = path
         return shlex.join(["python", f"benchmarks/{self.name}.py", *words])
 

@@ -25,6 +25,7 @@ FOLDERS = ("cases", "cost", "variants", "speed")
 """Keys of result files that name no case."""
 BESIDE = {
     "denormals": "denormals as they are",
+    "feedback_step": "the case's step",
     "forward_gradient_step": "a forward pass; directions: one by one",
     "hebbian_step": "a forward and a weight-gradient convolution",
     "noprop_inference": "one pass through the stems, or what the case names",

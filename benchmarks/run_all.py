@@ -18,6 +18,7 @@ SCRIPTS = (
     "noprop_step",
     "noprop_inference",
     "noprop_memory",
+    "feedback_step",
     "forward_gradient_step",
     "forward_gradient_memory",
     "hebbian_step",

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 from bpfree.network.network import Network
+from bpfree.network.replaced_backward import broadcast_backward, broadcast_shapes
 from bpfree.network.trace import Traces
 from bpfree.options import OptimizerConfig, option
 from bpfree.rule import Broadcast, Card, Metrics, Rule, Traits, always
@@ -98,7 +99,11 @@ class Linear(Backprop):
 class DFAConfig:
     """Options of direct feedback alignment."""
 
-    scale: float = option(1.0, "deviation of the feedback weights times sqrt(number of classes)", gt=0)
+    scale: float = option(1.0, "deviation of the feedback weights times sqrt(number of classes); in layers: over Xavier's", gt=0)
+    error: Literal["full", "sign"] = option("full", "what is sent to hidden blocks: the output error, or the signs of its entries")
+    placement: Literal["blocks", "layers"] = option(
+        "blocks", "where it arrives: at each hidden block's output, or at the input of each linear layer and convolution (as in BioTorch)"
+    )
 
 
 class DFA(Broadcast):
@@ -109,15 +114,39 @@ class DFA(Broadcast):
         "direct feedback alignment: the output error through fixed random matrices",
         paper="Nokland: Direct feedback alignment provides learning in deep neural networks. NeurIPS 2016, arXiv 1609.01596",
         equation="delta_l = B_l e;  grad W_l = (delta_l * f'(a_l)) h_{l-1}^T",
+        notes="rule.placement=layers is BioTorch's: a convolution's matrix has the size of its kernel, and the error arrives at all "
+        "positions alike. rule.error=sign is sDFA of Frenkel et al. 2021 (arXiv 1909.01311), times 1/N.",
     )
 
     def __init__(self, network: Network | nn.Module, spec: TaskSpec, config: Any = None) -> None:
         super().__init__(network, spec, config)
         errors = self.network.shapes[self.network.readout or ""].numel()
+        if self.config.placement == "layers":
+            self.layers = {name: f"feedback_{name.replace('.', '_')}" for name in broadcast_shapes(self.network, errors)}
+            for name, shape in broadcast_shapes(self.network, errors).items():
+                feedback = nn.init.xavier_uniform_(torch.empty(shape, dtype=self.network.dtype), self.config.scale)
+                self.register_buffer(self.layers[name], feedback)
+            return
         for name in self.network.hidden:
             size = self.network.shapes[name].numel()
             feedback = (torch.randn(errors, size) * self.config.scale / errors**0.5).to(self.network.dtype)
             self.register_buffer(f"feedback_{name}", feedback)
 
     def signals(self, traces: Traces, batch: Batch, error: Tensor, step: Step) -> Sequence[Tensor | None]:
-        return [(error.flatten(1) @ self.get_buffer(f"feedback_{t.name}")).view_as(t.output) for t in traces[:-1]]
+        sent = self._sent(error, batch)
+        return [(sent @ self.get_buffer(f"feedback_{t.name}")).view_as(t.output) for t in traces[:-1]]
+
+    def credit(self, batch: Batch, step: Step) -> Metrics:
+        if self.config.placement == "blocks":
+            return super().credit(batch, step)
+        with broadcast_backward(self.network, {name: self.get_buffer(key) for name, key in self.layers.items()}) as replaced:
+            traces = self.network.traces(batch.inputs, input_grad="needed")
+        scores = traces[-1].output.detach()
+        loss, error = self.spec.loss_and_error(scores, batch)
+        replaced.error = self._sent(error, batch)
+        traces.send_down(error)
+        return {"loss": loss}
+
+    def _sent(self, error: Tensor, batch: Batch) -> Tensor:
+        """Return what hidden blocks get of the output error, (N, C), with the 1/N of the mean."""
+        return error.flatten(1) if self.config.error == "full" else error.flatten(1).sign() / len(batch)

@@ -22,7 +22,7 @@ import bpfree
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
 Run = Callable[..., dict[str, Any]]
-STEPS = ("forward_gradient_step", "forward_gradient_memory", "hebbian_step", "predictive_coding_step")
+STEPS = ("feedback_step", "forward_gradient_step", "forward_gradient_memory", "hebbian_step", "predictive_coding_step")
 
 
 @pytest.fixture
@@ -226,6 +226,15 @@ def test_forward_gradient_memory(smoke: Run) -> None:
     rules = smoke("forward_gradient_memory")["rules"]
     assert all(rules[name]["growth"] <= 1.05 for name in ("local blockwise", "local groupwise"))
     assert all(rules[name]["growth"] > 1.05 for name in ("backprop", "activities", "weights"))
+
+
+def test_feedback_step(smoke: Run) -> None:
+    """Without BioTorch, which is no requirement."""
+    result = smoke("feedback_step")
+    assert list(result["speed"]) == [f"{other}, {variant}" for variant in ("grey", "colour") for other in ("back-propagation", "identity")]
+    for compared in result["speed"].values():
+        assert compared["median_ratio"] == compared["ratios"][0]
+    assert result["agreement"] == {}
 
 
 @pytest.mark.slow
@@ -462,8 +471,9 @@ def test_gpu_script_refuses_unknown_parts_and_skips_what_is_done(tmp_path: Path)
     assert done.stdout.count("its result is there") == len(names)
     for name in (
         "claims-cifar10",
+        "biotorch-cifar10",
         *(f"noprop-{study}" for study in ("table1-mnist", "table1-cifar10", "table1-cifar100", "modern-cifar10", "chain-cifar10")),
     ):
         (tmp_path / f"study_{name}-tested.csv").touch()
     done = subprocess.run([*script, "papers"], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.count("its result is there")) == (0, 6)
+    assert (done.returncode, done.stdout.count("its result is there")) == (0, 7)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -181,23 +181,26 @@ class Network(nn.Module):
                 x = trace.output.detach() if hand_over is None else hand_over(trace)
             del trace
 
-    def traces(self, x: Tensor, *, input_grad: bool = False, perturb: Perturb | None = None) -> Traces:
+    def traces(self, x: Any, *, input_grad: bool | Literal["needed"] = False, perturb: Perturb | None = None) -> Traces:
         """Return the traces of all blocks, from one execution.
 
         Args:
             x: (N, *input_shape).
-            input_grad: whether traces return the cotangent of their input (needed to chain them).
+            input_grad: whether traces return the cotangent of their input (needed to chain them); ``"needed"``: those above the lowest
+                block that learns, which is all that a chain of credit asks for.
             perturb: gives, for each hidden block's trace, a direction of its output's shape (or ``None``). The
                 result's ``tangent`` is the derivative of the last output along all of these at once, computed by
                 forward mode in the same execution, so that dropout masks and running statistics are met once.
         """
         if perturb is not None:
-            return self._perturbed_traces(x, perturb, input_grad)
+            return self._perturbed_traces(x, perturb, bool(input_grad))
         result = Traces()
+        asked = input_grad is True
         for index, (name, block) in enumerate(self.blocks.items()):
-            trace = run_block(index, name, block, x, input_grad=input_grad)
+            trace = run_block(index, name, block, x, input_grad=asked)
             result.append(trace)
             x = trace.output
+            asked = asked or (input_grad == "needed" and any(p.requires_grad for p in block.parameters()))
         return result
 
     def _perturbed_traces(self, x: Tensor, perturb: Perturb, input_grad: bool) -> Traces:

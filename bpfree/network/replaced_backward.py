@@ -7,58 +7,83 @@ through them (attention, recurrent layers, transposed convolutions) are found by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from bpfree.errors import UsageError, unknown_name
-from bpfree.network.closed_form import CONVOLUTIONS, is_linear, linear_input_gradient
+from bpfree.network.closed_form import CONVOLUTIONS, is_linear
 
-__all__ = ["Replaced", "feedback_weights", "replaced_backward"]
+__all__ = ["Replaced", "broadcast_backward", "broadcast_shapes", "feedback_layers", "feedback_weights", "replaced_backward"]
 
 PASS_NOTHING = (nn.Embedding, nn.EmbeddingBag, _NormBase, nn.LayerNorm, nn.GroupNorm)
 """Layers with weights that carry no credit to another layer as a matrix: tables of integers' rows, and scales."""
 
 
 class Replaced:
-    """The weights replaced so far inside :func:`replaced_backward`.
+    """The weights replaced so far inside :func:`replaced_backward` or :func:`broadcast_backward`.
 
     Attributes:
-        met: names of the weights in whose place others have passed credit, in order.
-        unmet: every other weight that can pass credit, with the reason: no feedback was given, the layer was not called, or it is of a
-            kind whose backward pass is not replaced.
+        met: names of the weights in whose place others pass credit, in order of their execution.
+        used: those of them whose input asked for a cotangent: not a network's first layer, below which no credit goes.
+        error: (N, C) what :func:`broadcast_backward` sends; set it before the backward pass.
     """
 
-    def __init__(self, reasons: Mapping[str, str]) -> None:
-        self._reasons = dict(reasons)
+    def __init__(self, module: nn.Module, feedback: Mapping[str, Tensor]) -> None:
+        self._module, self._feedback = module, feedback
         self.met: list[str] = []
+        self.used: set[str] = set()
+        self.error: Tensor | None = None
 
     @property
     def unmet(self) -> dict[str, str]:
-        """Weights without feedback, with the reason; see the class."""
-        return {name: reason for name, reason in self._reasons.items() if name not in self.met}
+        """Every other weight that can pass credit, with the reason: no feedback, a layer that was not called, or one of another kind."""
+        reasons = _reasons(self._module) | dict.fromkeys(self._feedback, "its layer was not called")
+        return {name: reason for name, reason in reasons.items() if name not in self.met}
 
 
-def feedback_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return weights of linear layers and convolutions by name, for which :func:`replaced_backward` takes feedback of their shape.
+def feedback_layers(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """Return the linear layers and convolutions for which :func:`replaced_backward` takes feedback, by the name of their weight.
 
-    Attention keeps its projections to itself, also the ``out_proj`` that looks like a layer.
+    Several layers that share a weight are under one name. Attention keeps its projections to itself, also the ``out_proj`` that looks
+    like a layer.
     """
     inside = {id(part) for attention in module.modules() if isinstance(attention, nn.MultiheadAttention) for part in attention.modules()}
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, list[nn.Module]] = {}
+    names: dict[int, str] = {}
     for path, layer in module.named_modules():
-        known = (type(layer) is nn.Linear or type(layer) in CONVOLUTIONS) and is_linear(layer) and id(layer) not in inside
-        if known and not any(layer.weight is weight for weight in found.values()):
-            found[f"{path}.weight".lstrip(".")] = layer.weight  # type: ignore[assignment]
+        if (type(layer) is nn.Linear or type(layer) in CONVOLUTIONS) and is_linear(layer) and id(layer) not in inside:
+            name = names.setdefault(id(layer.weight), f"{path}.weight".lstrip("."))
+            found.setdefault(name, []).append(layer)
     return found
 
 
+def feedback_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return weights of linear layers and convolutions by name, for which :func:`replaced_backward` takes feedback of their shape."""
+    return {name: layers[0].weight for name, layers in feedback_layers(module).items()}  # type: ignore[misc]
+
+
+def broadcast_shapes(module: nn.Module, outputs: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the matrices that :func:`broadcast_backward` takes, by the same names as :func:`feedback_weights`.
+
+    They are (C, inputs of the layer), and (C, channels of the input, kernel) of a convolution.
+    """
+    shapes = {}
+    for name, weight in feedback_weights(module).items():
+        layer = module.get_submodule(name.rpartition(".")[0])
+        shapes[name] = (outputs, weight.shape[1] * int(getattr(layer, "groups", 1)), *weight.shape[2:])
+    return shapes
+
+
 @contextmanager
-def replaced_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iterator[Replaced]:
+def replaced_backward(
+    module: nn.Module, feedback: Mapping[str, Tensor], layers: Mapping[str, Sequence[nn.Module]] | None = None
+) -> Iterator[Replaced]:
     """Let linear layers and convolutions that are executed inside pass credit through other weights.
 
     ::
@@ -72,6 +97,7 @@ def replaced_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iter
     Args:
         module: a network, or a block of it.
         feedback: by name of the weight, as :func:`feedback_weights` has them; of its shape.
+        layers: what :func:`feedback_layers` returns for the module, where it is kept; searching takes as long as executing small layers.
 
     Yields:
         The record of replaced weights; check ``unmet`` after the first pass, and refuse or report what it names.
@@ -79,24 +105,64 @@ def replaced_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iter
     Raises:
         UsageError: an unknown name, a weight whose backward pass cannot be replaced, or feedback of another shape.
     """
-    weights, reasons = feedback_weights(module), _reasons(module)
-    for name, matrix in feedback.items():
-        if name not in weights:
-            if name in reasons:
-                raise UsageError(f"no feedback can be given for {name}: {reasons[name]}", fix=f"give it for: {', '.join(weights)}")
-            raise unknown_name("weight", name, list(weights), where="feedback")
-        if matrix.shape != weights[name].shape:
-            raise UsageError(f"feedback of shape {tuple(matrix.shape)} for {name} of shape {tuple(weights[name].shape)}", where="feedback")
-        reasons[name] = "its layer was not called"
-    replaced = Replaced(reasons)
-    names = {id(weights[name]): name for name in feedback}
-    with ExitStack() as stack:
-        for layer in module.modules():
-            met = names.get(id(getattr(layer, "weight", None)))
-            if met is not None and is_linear(layer):
-                for handle in _hook(layer, met, feedback[met], replaced):
-                    stack.callback(handle.remove)
+    replaced = Replaced(module, feedback)
+    with _executing(module, feedback, layers or feedback_layers(module), lambda name, weight: tuple(weight.shape), replaced, None):
         yield replaced
+
+
+@contextmanager
+def broadcast_backward(module: nn.Module, feedback: Mapping[str, Tensor]) -> Iterator[Replaced]:
+    """Let linear layers and convolutions that are executed inside send the output error down, whatever comes from above.
+
+    The cotangent of a layer's input is the error times the layer's matrix; of a convolution, the transposed convolution of the matrix
+    with the error repeated over all positions of the output (BioTorch's reading of direct feedback alignment). ::
+
+        with broadcast_backward(self.network, self.feedback) as sent:
+            scores = self.network(batch.inputs)
+        sent.error = self.spec.error(scores.detach(), batch)
+        scores.backward(sent.error)
+
+    Args:
+        module: a network, or a block of it.
+        feedback: by name of the weight, of the shapes of :func:`broadcast_shapes`.
+
+    Yields:
+        The record of replaced weights, whose ``error`` is to be set before the backward pass.
+
+    Raises:
+        UsageError: as :func:`replaced_backward`.
+    """
+    outputs = next((len(matrix) for matrix in feedback.values()), 0)
+    shapes = broadcast_shapes(module, outputs)
+    replaced = Replaced(module, feedback)
+    with _executing(module, feedback, feedback_layers(module), lambda name, weight: shapes[name], replaced, replaced):
+        yield replaced
+
+
+@contextmanager
+def _executing(
+    module: nn.Module,
+    feedback: Mapping[str, Tensor],
+    layers: Mapping[str, Sequence[nn.Module]],
+    shape: Callable[[str, Tensor], tuple[int, ...]],
+    replaced: Replaced,
+    sent: Replaced | None,
+) -> Iterator[None]:
+    """Execute the layers of these weights by :class:`_Feedback` inside."""
+    with ExitStack() as stack:
+        for name, matrix in feedback.items():
+            if name not in layers:
+                reason = _reasons(module).get(name)
+                if reason is not None:
+                    raise UsageError(f"no feedback can be given for {name}: {reason}", fix=f"give it for: {', '.join(layers)}")
+                raise unknown_name("weight", name, list(layers), where="feedback")
+            wanted = shape(name, layers[name][0].weight)  # type: ignore[arg-type]
+            if tuple(matrix.shape) != wanted:
+                raise UsageError(f"feedback of shape {tuple(matrix.shape)} for {name}, where {wanted} is wanted", where="feedback")
+            for layer in layers[name]:
+                layer.forward = _forward(layer, name, matrix.detach(), replaced, sent)  # type: ignore[method-assign]
+                stack.callback(vars(layer).pop, "forward")
+        yield
 
 
 def _reasons(module: nn.Module) -> dict[str, str]:
@@ -121,33 +187,76 @@ def _outer(module: nn.Module, path: str) -> str:
     return type(attention).__name__
 
 
-def _hook(layer: nn.Module, name: str, matrix: Tensor, replaced: Replaced) -> tuple[Any, Any]:
-    taken: list[Tensor] = []
+def _forward(layer: Any, name: str, matrix: Tensor, replaced: Replaced, sent: Replaced | None) -> Callable[[Tensor], Tensor]:
+    """Make a layer's ``forward`` whose cotangents go another way."""
 
-    def before(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor]:
-        taken.append(arguments[0])
-        return (arguments[0].detach(),)
-
-    def after(layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = taken.pop()
+    def forward(x: Tensor) -> Tensor:
         if name not in replaced.met:
             replaced.met.append(name)
-        return _Feedback.apply(output, x, matrix, layer) if x.requires_grad and torch.is_grad_enabled() else output  # type: ignore[no-any-return, no-untyped-call]
+        if x.requires_grad and torch.is_grad_enabled():
+            replaced.used.add(name)
+        sizes: tuple[Any, ...] = ()
+        if not isinstance(layer, nn.Linear):
+            padding = layer.padding
+            if isinstance(padding, str) or layer.padding_mode != "zeros":  # autograd passes the padding
+                mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+                x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0,) * (x.dim() - 2)
+            sizes = (list(layer.stride), list(padding), list(layer.dilation), False, [0] * (x.dim() - 2), layer.groups)
+        output: Tensor = _Feedback.apply(x, layer.weight, layer.bias, matrix, sizes, sent)  # type: ignore[no-untyped-call]
+        return output
 
-    return layer.register_forward_pre_hook(before), layer.register_forward_hook(after)
+    return forward
 
 
 class _Feedback(torch.autograd.Function):
-    """Returns a layer's output unchanged, but sends its cotangent to the layer's input through another matrix."""
+    """A linear map or convolution whose cotangent of the input goes through another matrix.
+
+    One backward kernel serves all of a convolution's gradients, as autograd's own does; summing a second execution of the layer through
+    the other weights, ``layer(x.detach(); W) + layer(x; B) - layer(x; B).detach()``, says the same and takes longer
+    (``benchmarks/feedback_step.py``).
+    """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, matrix: Tensor, layer: nn.Module) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(x.detach(), matrix.detach())
-        ctx.mark_dirty(output)  # and not a view, which what follows could not overwrite
-        return output
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, matrix: Tensor, sizes: tuple[Any, ...], sent: Replaced | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, matrix)
+        ctx.sizes, ctx.sent, ctx.dtype, ctx.shape = sizes, sent, weight.dtype, weight.shape
+        return torch.convolution(x, weight, bias, *sizes) if sizes else F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, signal: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, signal: Tensor) -> tuple[Tensor | None, ...]:
         x, matrix = ctx.saved_tensors
-        return signal, linear_input_gradient(ctx.layer, x, signal, matrix).to(x.dtype), None, None
+        low, matrix = x.to(signal.dtype), matrix.to(signal.dtype)  # autocast may have lowered the signal
+        wanted = list(ctx.needs_input_grad[:3])
+        pulled = None
+        if ctx.sent is not None and wanted[0]:
+            pulled, wanted[0] = _broadcast(ctx.sent.error, low, signal, matrix, ctx.sizes), False
+        if ctx.sizes:
+            stand_in = matrix if ctx.sent is None else low.new_empty(ctx.shape)  # its values matter for the cotangent of the input alone
+            found = torch.ops.aten.convolution_backward.default(signal, low, stand_in, [len(stand_in)], *ctx.sizes, wanted)
+        else:
+            rows = signal.reshape(-1, signal.shape[-1])
+            found = [
+                signal @ matrix if wanted[0] else None,
+                rows.t() @ low.reshape(-1, low.shape[-1]) if wanted[1] else None,
+                rows.sum(0) if wanted[2] else None,
+            ]
+        gradients = [None if value is None or not want else value for value, want in zip(found, wanted, strict=True)]
+        pulled = gradients[0] if pulled is None else pulled
+        parameters = [None if value is None else value.to(ctx.dtype) for value in gradients[1:]]
+        return None if pulled is None else pulled.to(x.dtype), *parameters, None, None, None
+
+
+def _broadcast(error: Tensor | None, x: Tensor, signal: Tensor, matrix: Tensor, sizes: tuple[Any, ...]) -> Tensor:
+    """Return the error through a layer's matrix, of the shape of the layer's input."""
+    if error is None:
+        raise UsageError("the error that broadcast_backward sends is not set", fix="set .error of what it yields before the backward pass")
+    error = error.flatten(1).to(signal.dtype)
+    if not sizes:
+        places = (1,) * (x.dim() - 2)
+        return (error @ matrix).view(len(error), *places, -1).expand_as(x)
+    error = error.view(*error.shape, *(1,) * (x.dim() - 2)).expand(*error.shape, *signal.shape[2:])
+    pulled: Tensor = torch.ops.aten.convolution_backward.default(error, x, matrix, None, *sizes[:-1], 1, [True, False, False])[0]
+    return pulled

@@ -82,6 +82,17 @@ class Traces(list[Trace]):
         self.tangent: Tensor | None = None
         self.perturbations: list[Tensor | None] = []
 
+    def send_down(self, signal: Tensor) -> None:
+        """Send a signal at the last output down from block to block, each of which adds to its parameters' ``.grad``.
+
+        It ends below the lowest block whose trace returns a cotangent: ``Network.traces(..., input_grad="needed")``. With the exact output
+        error it is back-propagation.
+        """
+        cotangent: Tensor | None = signal
+        for trace in reversed(self):
+            if cotangent is not None:
+                cotangent = trace.backward(cotangent)
+
 
 def run_block(index: int, name: str, block: nn.Module, x: Any, *, input_grad: bool = False) -> Trace:
     """Execute a block on a detached input and return its trace."""

@@ -9,6 +9,7 @@ from bpfree.plugins import installed_plugins
 
 CHOSEN = {
     "core": "dfa",
+    "feedback": "kolen-pollack",
     "forward-gradient": "local-forward-gradient",
     "hebbian": "softhebb",
     "noprop": "noprop-dt",

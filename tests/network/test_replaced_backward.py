@@ -158,7 +158,7 @@ def test_what_cannot_be_replaced_is_refused() -> None:
     for name, shape, message in [
         ("lstm.weight_ih_l0", (32, 8), "no feedback can be given for lstm.weight_ih_l0: the backward pass of LSTM"),
         ("linear.weigt", (8, 8), "did you mean 'linear.weight'"),
-        ("linear.weight", (8,), r"feedback of shape \(8,\) for linear.weight of shape \(8, 8\)"),
+        ("linear.weight", (8,), r"feedback of shape \(8,\) for linear.weight, where \(8, 8\) is wanted"),
     ]:
         with pytest.raises(UsageError, match=message), replaced_backward(module, {name: torch.zeros(shape)}):
             pass

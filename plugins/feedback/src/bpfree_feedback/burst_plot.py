@@ -1,0 +1,70 @@
+"""The plot of BurstCCN's hidden blocks: how loud the feedback is, what it does to bursts, and how silent it is at rest."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bpfree.document.axes import fitting, linear
+from bpfree.document.charts import Mark, Series, in_order, natural, panel
+from bpfree.document.content import Figure, Key
+from bpfree.document.svg import svg_file
+from bpfree.files import write_text
+
+if TYPE_CHECKING:
+    from bpfree import Run
+
+__all__ = ["add_plot", "draw"]
+
+logger = logging.getLogger("bpfree.feedback")
+
+PANELS = {
+    "apical": "apical potential, root mean square",
+    "burst_change": "change of burst rates, root mean square",
+    "burst_rate": "burst rate, mean",
+    "rest": "feedback at rest over that without Q",
+}
+MOST_MARKS = 20
+
+
+def add_plot(run: Run) -> None:
+    """Draw the history of a run that has these metrics, and add the plot to its artifacts; a failure is a warning."""
+    if run.folder is None or not _names(run.history):
+        return
+    try:
+        run.artifacts["plots/bursts.svg"] = draw(run.history, run.folder / "plots" / "bursts.svg", f"{run.name}: bursts")
+    except Exception as error:
+        logger.warning("no plot of the bursts of %s: %s: %s", run.name, type(error).__name__, error)
+
+
+def draw(history: Sequence[Mapping[str, float]], target: Path, title: str) -> Path:
+    """Draw means over epochs of each hidden block: a panel for each metric, a line for each block."""
+    names = _names(history)
+    keys = in_order(names)
+    x = linear([metrics["epoch"] for metrics in history], "epochs", bounds=(0, math.inf), whole=True)
+    panels = []
+    for metric, text in PANELS.items():
+        drawn = [_series(key, name, metric, history) for key, name in zip(keys, names, strict=True)]
+        values = [value for one in drawn for _, value in one.line]
+        y = fitting(values, text) if metric in ("apical", "burst_change") else linear([0.0, *values], text, bounds=(0, math.inf))
+        panels.append(panel(text, x, y, drawn))
+    target.parent.mkdir(exist_ok=True)
+    write_text(target, svg_file(title, Figure(panels, "Hidden blocks of a bursting network, means over each epoch.", keys)))
+    return target
+
+
+def _names(history: Sequence[Mapping[str, float]]) -> list[str]:
+    """List the blocks that have these metrics, in order."""
+    found = {key.split("/")[1] for metrics in history for key in metrics if key.startswith("rule/") and key.endswith("/burst_change")}
+    return sorted(found, key=natural)
+
+
+def _series(key: Key, name: str, metric: str, history: Sequence[Mapping[str, float]]) -> Series:
+    """Make a block's line."""
+    found = [(metrics["epoch"], metrics.get(f"rule/{name}/{metric}", math.nan)) for metrics in history]
+    points = [(x, y) for x, y in found if math.isfinite(y)]
+    marks = [Mark(x, y, f"{name}, epoch {x:g}: {y:.3g}") for x, y in points] if len(points) <= MOST_MARKS else []
+    return Series(key, points, points=marks)
