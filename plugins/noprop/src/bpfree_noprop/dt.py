@@ -151,6 +151,8 @@ class NoPropDT(ExitingChain):
         self.execution = Execution(self.config.execution, [cast(DenoisingBlock, block) for block in self.network.blocks.values()])
         if self.config.state in OWN:
             self.kept = KeptPaths(self.config.T, self.embed.weight.shape[1])
+            # of this rule alone: several processes cannot share a rule whose class has an end of its phases
+            self.end_phase = self._forget  # type: ignore[method-assign]
 
     def check_options(self) -> None:
         """Refuse states, losses and readouts that these targets, or the other options, do not have.
@@ -222,8 +224,8 @@ class NoPropDT(ExitingChain):
                 raise UsageError(what, where=f"rule.state={self.config.state}", fix="train in one process, or with rule.state=noised")
             self.kept.open(len(data))
 
-    def end_phase(self, phase: Phase, step: Step) -> None:
-        if self.config.state in OWN and self.config.updates == "simultaneous":  # it was the only one
+    def _forget(self, phase: Phase, step: Step) -> None:
+        if self.config.updates == "simultaneous":  # it was the only phase
             self.kept.close()
 
     def features(self, inputs: Any) -> Tensor:
