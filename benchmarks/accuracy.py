@@ -1,6 +1,6 @@
 """How well NoProp-DT learns, beside its ceiling, its floor and its own parts. Each row is a `bpfree train` command.
 
-``digits``: noprop-dt with its default configuration, its variant with T=1, its own-prediction twin, back-propagation, the frozen
+``digits``: noprop-dt on noised labels, predicting along its mean path, its variant with T=1, its own-prediction twin, back-propagation, the frozen
 random features, the linear classifier and direct feedback alignment; 30 epochs, 5 seeds, one thread.
 ``mnist``: the same without T=1; 2 epochs, 3 seeds. ``cifar10``: noprop-dt alone, 2 epochs, one seed; ``--paper``: with the paper's
 own block and batch size.
@@ -53,12 +53,13 @@ class Variant:
     parts: bool = False
 
 
-CHAIN = Variant("noprop-dt", ("rule=noprop-dt",), parts=True)
-TWIN = Variant("noprop-dt, own-prediction twin", ("rule=noprop-dt", "twin=true"))
+PAPERS = ("rule=noprop-dt", "rule.state=noised")
+CHAIN = Variant("noprop-dt", PAPERS, parts=True)
+TWIN = Variant("noprop-dt, own-prediction twin", (*PAPERS, "twin=true"))
 REFERENCES = (Variant("frozen", ("rule=frozen",)), Variant("linear", ("rule=linear",)))
 BACKPROP, DFA = Variant("backprop", ("rule=backprop",)), Variant("dfa", ("rule=dfa",))
 VARIANTS = {
-    "digits": (CHAIN, Variant("noprop-dt, T=1", ("rule=noprop-dt", "rule.T=1")), TWIN, BACKPROP, DFA, *REFERENCES),
+    "digits": (CHAIN, Variant("noprop-dt, T=1", (*PAPERS, "rule.T=1")), TWIN, BACKPROP, DFA, *REFERENCES),
     "mnist": (CHAIN, TWIN, BACKPROP, DFA, *REFERENCES),
     "cifar10": (CHAIN,),
 }
