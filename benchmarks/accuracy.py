@@ -1,7 +1,7 @@
 """How well NoProp-DT learns, beside its ceiling, its floor and its own parts. Each row is a `bpfree train` command.
 
-``digits``: noprop-dt on noised labels, predicting along its mean path, its variant with T=1, its own-prediction twin, back-propagation, the frozen
-random features, the linear classifier and direct feedback alignment; 30 epochs, 5 seeds, one thread.
+``digits``: noprop-dt on noised labels, predicting along its mean path, its variant with T=1, its own-prediction twin, back-propagation,
+the frozen random features, the linear classifier and direct feedback alignment; 30 epochs, 5 seeds, one thread.
 ``mnist``: the same without T=1; 2 epochs, 3 seeds. ``cifar10``: noprop-dt alone, 2 epochs, one seed; ``--paper``: with the paper's
 own block and batch size.
 

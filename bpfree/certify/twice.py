@@ -33,12 +33,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bpfree.network.network import Network
+from bpfree.network.replaced_backward import is_replaced
 
 __all__ = ["EQUAL", "Doubles", "Record", "dirty", "distance", "units_of", "weights_apart"]
 
 Values = dict[str, Tensor]
-EQUAL = torch.equal
-"""As it was before any rule could replace it."""
+EQUAL, IS_REPLACED = torch.equal, is_replaced
+"""As they were before any rule could replace them."""
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 Place = tuple[int, str]
 """A step and a unit. Steps count from 0; whatever happens before the first is -1, and what happens after a step belongs to it."""
@@ -249,7 +250,8 @@ class Doubles:
 
     def _look_for_changes(self, block: str, name: str, module: nn.Module, given: Any) -> None:
         kind, private = self._copies[name]
-        if type(module) is not kind or "forward" in module.__dict__ or len([*module.modules()]) != len([*private.modules()]):
+        own = "forward" in module.__dict__ and not IS_REPLACED(module)
+        if type(module) is not kind or own or len([*module.modules()]) != len([*private.modules()]):
             self.changed[block] = f"the rule changed how {name} is executed"
         if any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in tree_leaves(given)):
             self.changed[block] = f"the rule executes {name} on tensors of a class of its own"

@@ -294,7 +294,9 @@ class RunState:
             self.step.generator.set_state(states["generator"].cpu())
         devices.set_global_state({name: state.cpu() for name, state in states["global"].items()}, self.device)
         if own is not None:
-            self.rule.load_state_dict(own["statistics"], strict=False)
+            buffers = dict(self.rule.named_buffers())  # not by load_state_dict, which a rule may take for the weights of a whole run
+            for name, value in own["statistics"].items():
+                buffers[name].copy_(value)
 
 
 def known(measured: Mapping[str, float | None]) -> dict[str, float]:

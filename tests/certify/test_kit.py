@@ -168,7 +168,7 @@ def test_a_certificate_says_what_was_measured_and_survives_its_file(dfa: Certifi
     assert dfa.properties["credit"] == "local"
     assert dfa.properties["dependence"]["name"] == "all"
     assert dfa.properties["reverse"]["span"] == 1
-    assert dfa.config == {"scale": 1.0}
+    assert dfa.config == {"scale": 1.0, "error": "full", "placement": "blocks"}
     assert dfa.sources.keys() == {"bpfree contract", "bpfree examiner", "bpfree"}
     assert Certificate.from_dict(json.loads(dfa.to_json())) == dfa
     with pytest.raises(BpfreeError, match="format 99"):

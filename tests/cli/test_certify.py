@@ -35,7 +35,7 @@ def test_json_and_nothing_else(workplace: Path, capsys: pytest.CaptureFixture[st
     assert code == 0
     assert err == ""
     content = json.loads(out)
-    assert content["config"] == {"scale": 2.0}
+    assert content["config"] == {"scale": 2.0, "error": "full", "placement": "blocks"}
     assert content["settings"] == ["rule.scale=2"]
     assert content["kind"] == "partial"
 

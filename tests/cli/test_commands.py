@@ -124,7 +124,7 @@ def test_tracking_can_be_off(workplace: Path) -> None:
 def test_print_config_is_a_configuration_and_trains_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", "rule=dfa", "rule.scale=2", "--print-config") == 0
     text = capsys.readouterr().out
-    assert yaml.safe_load(text)["rule"] == {"name": "dfa", "scale": 2.0}
+    assert yaml.safe_load(text)["rule"] == {"name": "dfa", "scale": 2.0, "error": "full", "placement": "blocks"}
     assert "# deviation of the feedback weights" in text
     assert list(workplace.iterdir()) == []
 

@@ -54,7 +54,7 @@ def test_names_keys_and_values(workplace: Path, capsys: pytest.CaptureFixture[st
         "bpfree train tracking.enabled=": ["true", "false"],
         "bpfree train evaluation.metrics=[top": ["[top5]"],
         "bpfree train evaluation.metrics=[top5,macro": ["[top5,macro-f1]"],
-        "bpfree compare dfa task=mni": ["mnist"],
+        "bpfree compare dfa task=mni": ["mnist", "mnist-angle"],
         "bpfree certify df": ["dfa"],
         "bpfree plugins info nop": ["noprop"],
         "bpfree study run quickst": ["quickstart"],
@@ -117,7 +117,7 @@ def test_bash_completes_in_a_shell(workplace: Path) -> None:
     """
     environment = dict(os.environ, PATH=f"{bin_folder}:{os.environ['PATH']}")
     said = subprocess.run(["bash", "-c", script + probe], env=environment, capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["mnist"]
+    assert said.stdout.split() == ["mnist", "mnist-angle"]
 
 
 def test_one_command_installs_it_once(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,7 +210,10 @@ def test_plugins_show_what_is_certified(ours: Path, monkeypatch: pytest.MonkeyPa
     assert certificates["noprop-dt"] == {"state": "certified", "date": "2026-11-20"}
     assert certificates["noprop-ct"]["state"] == "none"
     assert shown["registry_entry"] == str(ours / "plugins/noprop.toml")
-    assert (shown["api"], shown["hooks"]) == (2, ["bpfree_networks", "bpfree_presets", "bpfree_rules", "bpfree_studies"])
+    assert (shown["api"], shown["hooks"]) == (
+        2,
+        ["bpfree_networks", "bpfree_presets", "bpfree_rules", "bpfree_studies", "epoch_end", "run_end"],
+    )
     assert Path(shown["path"]).name == "plugin.py"
     write(ours / "certificates/dfa.json", certificate("dfa", sources=certificate("dfa").sources | {"bpfree contract": "0"}))
     assert call("plugins", "list") == 0
