@@ -48,8 +48,8 @@ class PEPITA(Rule):
     traits_of = always(Traits(dependence="all", downstream_weights=0, reverse_span=0, passes=2, inputs="real"))
     optimizer_of = always(OptimizerConfig("sgd", lr=0.01, momentum=0.9))
     waivers = {
-        "hidden-blocks-needed": "at the published size of the projection, hidden layers move so little in some hundred steps of digits that "
-        "predictions are those of the readout on features as they were drawn; the page says what was found on CIFAR-10",
+        "hidden-blocks-needed": "at the published size of the projection, hidden layers move so little in some hundred steps of "
+        "digits that predictions are those of the readout on features as they were drawn; the page says what was found on CIFAR-10",
     }
     config: PEPITAConfig
 
