@@ -1,7 +1,7 @@
 """What each shipped rule says of itself, for several of its options and networks.
 
-Oracle: ``declared.json``, recorded when traits and optimisers were attributes of the rules (plugin interface 1), but for the targets of
-NoProp in continuous time, by flow, and of its baselines, which take any since.
+Oracle: ``declared.json``, recorded when traits and optimisers were attributes of the rules (plugin interface 1). NoProp in
+continuous time, by flow, and its baselines have taken all targets since, the first two with AdamW.
 """
 
 from __future__ import annotations

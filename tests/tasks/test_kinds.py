@@ -170,7 +170,7 @@ def test_a_rule_with_a_loss_of_its_own_refuses_that_of_a_task() -> None:
     assert kinds
     for kind in kinds:
         blocks = {"b1": nn.Sequential(nn.Linear(6, 8), nn.Sigmoid()), "readout": nn.Linear(8, 4)}
-        network = Network(blocks, input_shape=(6,), readout="readout", chain=False)
+        network = Network(blocks, input_shape=(6,), readout="readout", chain=kind.traits_of(kind.Config()).chain)
         with pytest.raises(UsageError, match="learns from a loss of its own, but the task brings one: Smoothed"):
             kind(network, spec_of("smoothed"))
 
