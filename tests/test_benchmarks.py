@@ -348,7 +348,7 @@ def test_accuracy_of_digits(smoke: Run) -> None:
 @pytest.mark.slow
 @pytest.mark.slow
 def test_regression_predicts_each_example_once(smoke: Run) -> None:
-    for part in smoke("noprop_regression")["results"].values():
+    for part in smoke("noprop_regression").values():
         assert part["examples"] == 120
         assert part["methods"].keys() == {"noprop-dt", "backprop", "ridge"}
         assert all(0.5 < method["coverage"] <= 1 for method in part["methods"].values())
