@@ -286,14 +286,14 @@ def test_features_are_those_of_the_eval_mode(digits: Task, device: torch.device)
     rule.network(digits.spec.normalise(digits.train.inputs[:100].to(device)))
     raw = Loader(digits.train, digits.spec, batch_size=100, device=device, seed=1)
     batches = list(FeatureLoader(rule, raw).batches(0))
-    anew = torch.cat([batch.inputs.cpu() for batch in batches])
+    again = torch.cat([batch.inputs.cpu() for batch in batches])
     assert torch.equal(torch.cat([batch.indices.cpu() for batch in batches]), raw.order(0).cpu())  # the positions of the examples
     kept = feature_split(rule, Loader(digits.train, digits.spec, batch_size=100, device=device)).inputs
     assert all(module.training for module in rule.modules())
     with evaluating(rule), torch.no_grad():
         expected = rule.network.features(digits.spec.normalise(digits.train.inputs.to(device))).cpu()
     torch.testing.assert_close(kept, expected)
-    torch.testing.assert_close(anew, expected[raw.order(0)])
+    torch.testing.assert_close(again, expected[raw.order(0)])
 
 
 def test_a_phase_on_features_whose_makers_learn_is_refused(digits: Task, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, vmap
 
 from bpfree.certify.twice import Doubles, Record, dirty, units_of
+from bpfree.network import feedback_weights, replaced_backward
 from bpfree.network.network import Network
 
 
@@ -200,6 +202,28 @@ def test_the_clean_execution_is_not_observed() -> None:
     assert len(seen) == 2
     assert not any(torch.equal(weight, clean) for weight in seen)
     assert "changed how" in watch.changed["b2"]
+
+
+def test_the_librarys_replaced_backward_changes_no_execution() -> None:
+    """Oracle: the values of the plain network. A ``forward`` of a rule's own is a change, also with the library's code in other globals."""
+    net = network()
+    record, plain = recorded(net, lambda net: net.blocks["readout"](torch.ones(2, 5)))
+
+    def replaced(net: Network) -> Tensor:
+        with replaced_backward(net, feedback_weights(net)):
+            return net.blocks["readout"](torch.ones(2, 5, requires_grad=True))
+
+    def forged(net: Network) -> Tensor:
+        layer: Any = net.blocks["readout"]
+        with replaced_backward(net, feedback_weights(net)):
+            found = layer.forward
+            layer.forward = FunctionType(found.__code__, dict(found.__globals__), closure=found.__closure__)
+            return layer(torch.ones(2, 5, requires_grad=True))
+
+    watch, values = doubled(net, record, replaced, "readout")
+    assert torch.equal(values, plain)
+    assert not watch.changed
+    assert "changed how" in doubled(net, record, forged, "readout")[0].changed["readout"]
 
 
 def test_dirty_parameters_are_others_and_as_large() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from certify_cheaters import LocalHeads
 from certify_disguises import Autograd, Chained, HandWritten, Liar, PhaseCopies
-from honest_rules import HONEST, Honest
+from honest_rules import HONEST, FeedbackAlignment, Honest
 from torch import Tensor, nn
 
 from bpfree import Batch, Phase, Step, runner
@@ -22,6 +22,7 @@ from bpfree.certify.transport import chained_transport
 from bpfree.certify.twice import Record, dirty
 from bpfree.certify.whole_examination import examine_whole_runs
 from bpfree.certify.whole_runs import run_arm, run_reference, settings_of
+from bpfree.network import feedback_weights
 from bpfree.network.network import Network
 from bpfree.rule import Rule
 from bpfree.tasks.task import Task
@@ -57,10 +58,18 @@ def test_what_is_said_of_honest_rules_is_true(known: Honest, few: Task) -> None:
     assert bool(found & {"reads", "executes"}) == (known.reads != "nothing" or known.learns != "nothing")
 
 
+class WeightsAsFeedback(FeedbackAlignment):
+    """Credit through the weights themselves, by the library's own way of putting others in their place."""
+
+    def feedback(self) -> dict[str, Tensor]:
+        return {name: weight.detach() for name, weight in feedback_weights(self.network).items()}
+
+
 @pytest.mark.parametrize(
-    ("rule", "verdict"), [(Autograd, "reads"), (Chained, "reads"), (HandWritten, "reads"), (PhaseCopies, "at construction")]
+    ("rule", "verdict"),
+    [(Autograd, "reads"), (Chained, "reads"), (HandWritten, "reads"), (PhaseCopies, "at construction"), (WeightsAsFeedback, "reads")],
 )
-def test_disguises_read_the_weights_above(rule: type[Liar], verdict: Verdict, few: Task) -> None:
+def test_disguises_read_the_weights_above(rule: type[Liar | FeedbackAlignment], verdict: Verdict, few: Task) -> None:
     reading = reading_of(rule, few)
     assert verdicts(reading) == {verdict}
     assert reading.reach(verdict) == len(reading.blocks) - 1

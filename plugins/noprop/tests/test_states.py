@@ -27,7 +27,7 @@ MakeRule = Callable[..., NoPropDT]
 
 
 def trained_on(rule: NoPropDT, examples: int) -> NoPropDT:
-    """Prepare a rule as a run does, for a training split of so many examples."""
+    """Prepare a rule as a run does, for a training split of n examples."""
     rule.prepare(Split(torch.zeros(examples, *rule.spec.input_shape), torch.zeros(examples, dtype=torch.long)), torch.Generator())
     return rule
 
