@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bpfree.document.axes import fitting, linear
-from bpfree.document.charts import Mark, Series, in_order, natural, panel
+from bpfree.document.charts import Series, in_order, natural, panel
 from bpfree.document.content import Figure, Key, Panel
+from bpfree.document.run_plots import line
 from bpfree.document.svg import svg_file
 from bpfree.files import write_text
 from bpfree.hooks import hookimpl
@@ -23,8 +24,6 @@ __all__ = ["Plots"]
 logger = logging.getLogger("bpfree.tracking")
 
 TRAINING, VALIDATION, OWN, TEST = Key(8, "training"), Key(1, "validation"), Key(0, "the rule's loss"), 2
-MOST_MARKS = 20
-"""Largest number of points of a curve that have markers."""
 BLOCK_METRIC = re.compile(r"(?P<split>rule|val)/(?P<block>.+)/(?P<name>[^/]+)")
 Curves = list[tuple[Key, list[tuple[float, float]]]]
 
@@ -109,5 +108,4 @@ def _panel(title: str, drawn: Curves, *, percents: bool) -> Panel:
 
 
 def _series(key: Key, points: Sequence[tuple[float, float]]) -> Series:
-    marks = [Mark(x, y, f"{key.label}, epoch {x:g}: {y:.4g}") for x, y in points] if len(points) <= MOST_MARKS else []
-    return Series(key, points, points=marks)
+    return line(key, points, lambda x, y: f"{key.label}, epoch {x:g}: {y:.4g}")

@@ -432,6 +432,6 @@ def test_runs_of_other_rules_have_no_such_plot(tmp_path: Path, caplog: pytest.Lo
     burst_plot.add_plot(run)
     assert run.artifacts.keys() == {"plots/bursts.svg"}
     broken = Run("id", "a-run", folder=tmp_path / "missing" / "folder", history=history())
-    with caplog.at_level(logging.WARNING, logger="bpfree.feedback"):
+    with caplog.at_level(logging.WARNING, logger="bpfree"):
         burst_plot.add_plot(broken)
     assert "no plot of the bursts of a-run" in caplog.text

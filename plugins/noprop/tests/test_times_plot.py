@@ -67,6 +67,6 @@ def test_the_plugins_hooks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     plugin.run_end(run)
     assert run.artifacts.keys() == {"times.json", "plots/times.svg"}
     (tmp_path / "times.json").write_text("no JSON")
-    with caplog.at_level(logging.WARNING, logger="bpfree.noprop"):
+    with caplog.at_level(logging.WARNING, logger="bpfree"):
         plugin.run_end(run)
     assert "no plot of the times of a-run" in caplog.text

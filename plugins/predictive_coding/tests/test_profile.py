@@ -209,7 +209,7 @@ def test_a_plot_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptur
     path = tmp_path / "relaxation.json"
     path.write_text("no JSON")
     made = Run("id", "a-run", folder=tmp_path, artifacts={"relaxation.json": path})
-    with caplog.at_level(logging.WARNING, logger="bpfree.predictive_coding"):
+    with caplog.at_level(logging.WARNING, logger="bpfree"):
         plugin.run_end(made)
     assert "no plot of the relaxation of a-run" in caplog.text
     assert made.artifacts == {"relaxation.json": path}

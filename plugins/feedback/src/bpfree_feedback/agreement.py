@@ -7,29 +7,24 @@ depth, and a mirror that grows without bound has an angle of almost zero when it
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from bpfree.document import run_plots
 from bpfree.document.axes import fitting, linear
-from bpfree.document.charts import Mark, Series, in_order, panel
+from bpfree.document.charts import Series, in_order, panel
 from bpfree.document.content import Figure, Key
-from bpfree.document.svg import svg_file
-from bpfree.files import write_text
+from bpfree.document.run_plots import keep_epoch, line, write_figure
 
 if TYPE_CHECKING:
     from bpfree import Run
 
 __all__ = ["HasFeedback", "add_plot", "draw", "keep", "measure", "metrics"]
-
-logger = logging.getLogger("bpfree.feedback")
-
-MOST_MARKS = 20
 
 
 @runtime_checkable
@@ -69,23 +64,13 @@ def measure(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[float
 
 def keep(folder: Path, epoch: int, found: Mapping[str, tuple[float, float]]) -> Path:
     """Add an epoch's angles and ratios to ``feedback.json`` in the run's folder; replaces those of the same epoch (of a resumed run)."""
-    path = folder / "feedback.json"
-    content: dict[str, Any] = {"angle": {}, "ratio": {}}
-    if path.exists():
-        content = json.loads(path.read_text(encoding="utf-8"))
-    for index, kind in enumerate(("angle", "ratio")):
-        content[kind][str(epoch)] = {name: pair[index] for name, pair in found.items()}
-    write_text(path, json.dumps(content) + "\n")
-    return path
+    values = {kind: {name: pair[index] for name, pair in found.items()} for index, kind in enumerate(("angle", "ratio"))}
+    return keep_epoch(folder / "feedback.json", epoch, values)
 
 
 def add_plot(run: Run, path: Path) -> None:
     """Draw ``feedback.json`` and add the plot to the run's artifacts; a failure is a warning."""
-    try:
-        drawn = draw(path, f"{run.name}: feedback and forward weights")
-        run.artifacts.update({"feedback.json": path, "plots/feedback.svg": drawn})
-    except Exception as error:
-        logger.warning("no plot of the feedback weights of %s: %s: %s", run.name, type(error).__name__, error)
+    run_plots.add_plot(run, "the feedback weights", lambda: draw(path, f"{run.name}: feedback and forward weights"), path)
 
 
 def draw(path: Path, title: str) -> Path:
@@ -101,16 +86,11 @@ def draw(path: Path, title: str) -> Path:
         values = [value for one in drawn for _, value in one.line]
         y = linear(values, text, bounds=(0, 180)) if kind == "angle" else fitting(values, text)
         panels.append(panel(text, x, y, drawn))
-    target = path.parent / "plots" / "feedback.svg"
-    target.parent.mkdir(exist_ok=True)
-    write_text(
-        target, svg_file(title, Figure(panels, "Feedback weights of each layer beside its forward weights, after each epoch.", keys))
-    )
-    return target
+    figure = Figure(panels, "Feedback weights of each layer beside its forward weights, after each epoch.", keys)
+    return write_figure(path.parent / "plots" / "feedback.svg", title, figure)
 
 
 def _series(key: Key, name: str, epochs: Sequence[str], values: Mapping[str, Mapping[str, float]]) -> Series:
     """Make a layer's line."""
-    points = [(int(epoch), values[epoch][name]) for epoch in epochs if name in values[epoch] and math.isfinite(values[epoch][name])]
-    marks = [Mark(x, y, f"{name}, epoch {x}: {y:.3g}") for x, y in points] if len(points) <= MOST_MARKS else []
-    return Series(key, points, points=marks)
+    points = [(int(epoch), values[epoch][name]) for epoch in epochs if name in values[epoch]]
+    return line(key, points, lambda x, y: f"{name}, epoch {x}: {y:.3g}")

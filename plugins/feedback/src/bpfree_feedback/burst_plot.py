@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bpfree.document import run_plots
 from bpfree.document.axes import fitting, linear
-from bpfree.document.charts import Mark, Series, in_order, natural, panel
+from bpfree.document.charts import Series, in_order, natural, panel
 from bpfree.document.content import Figure, Key
-from bpfree.document.svg import svg_file
-from bpfree.files import write_text
+from bpfree.document.run_plots import line, write_figure
 
 if TYPE_CHECKING:
     from bpfree import Run
 
 __all__ = ["add_plot", "draw"]
-
-logger = logging.getLogger("bpfree.feedback")
 
 PANELS = {
     "apical": "apical potential, root mean square",
@@ -27,17 +24,14 @@ PANELS = {
     "burst_rate": "burst rate, mean",
     "rest": "feedback at rest over that without Q",
 }
-MOST_MARKS = 20
 
 
 def add_plot(run: Run) -> None:
     """Draw the history of a run that has these metrics, and add the plot to its artifacts; a failure is a warning."""
     if run.folder is None or not _names(run.history):
         return
-    try:
-        run.artifacts["plots/bursts.svg"] = draw(run.history, run.folder / "plots" / "bursts.svg", f"{run.name}: bursts")
-    except Exception as error:
-        logger.warning("no plot of the bursts of %s: %s: %s", run.name, type(error).__name__, error)
+    target = run.folder / "plots" / "bursts.svg"
+    run_plots.add_plot(run, "the bursts", lambda: draw(run.history, target, f"{run.name}: bursts"))
 
 
 def draw(history: Sequence[Mapping[str, float]], target: Path, title: str) -> Path:
@@ -51,9 +45,7 @@ def draw(history: Sequence[Mapping[str, float]], target: Path, title: str) -> Pa
         values = [value for one in drawn for _, value in one.line]
         y = fitting(values, text) if metric in ("apical", "burst_change") else linear([0.0, *values], text, bounds=(0, math.inf))
         panels.append(panel(text, x, y, drawn))
-    target.parent.mkdir(exist_ok=True)
-    write_text(target, svg_file(title, Figure(panels, "Hidden blocks of a bursting network, means over each epoch.", keys)))
-    return target
+    return write_figure(target, title, Figure(panels, "Hidden blocks of a bursting network, means over each epoch.", keys))
 
 
 def _names(history: Sequence[Mapping[str, float]]) -> list[str]:
@@ -64,7 +56,5 @@ def _names(history: Sequence[Mapping[str, float]]) -> list[str]:
 
 def _series(key: Key, name: str, metric: str, history: Sequence[Mapping[str, float]]) -> Series:
     """Make a block's line."""
-    found = [(metrics["epoch"], metrics.get(f"rule/{name}/{metric}", math.nan)) for metrics in history]
-    points = [(x, y) for x, y in found if math.isfinite(y)]
-    marks = [Mark(x, y, f"{name}, epoch {x:g}: {y:.3g}") for x, y in points] if len(points) <= MOST_MARKS else []
-    return Series(key, points, points=marks)
+    points = [(metrics["epoch"], metrics.get(f"rule/{name}/{metric}", math.nan)) for metrics in history]
+    return line(key, points, lambda x, y: f"{name}, epoch {x:g}: {y:.3g}")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from bpfree.document import run_plots
 from bpfree.document.axes import linear, logarithmic
 from bpfree.document.charts import Series, in_order, panel
 from bpfree.document.content import Figure
-from bpfree.document.svg import svg_file
-from bpfree.files import write_text
+from bpfree.document.run_plots import keep_epoch, write_figure
 from bpfree_noprop.ct import NoPropCT
 from bpfree_noprop.times import BINS
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from bpfree import Run
 
 __all__ = ["FILE", "add_plot", "draw", "keep"]
-
-logger = logging.getLogger("bpfree.noprop")
 
 FILE = "times.json"
 LABELS = {
@@ -38,25 +35,16 @@ def keep(folder: Path, epoch: int, rule: NoPropCT) -> Path:
 
     Error and density are there only where times are not uniform.
     """
-    path = folder / FILE
     t = (torch.arange(BINS) + 0.5) / BINS
     found = {"gamma": rule.noise(t.to(rule.embed.weight.device))[0].tolist()}
     if rule.chosen is not None:
         found |= {"error": rule.chosen.profile.tolist(), "density": (rule.chosen.masses(rule.noise) * BINS).tolist()}
-    content: dict[str, Any] = {"t": t.tolist(), "epochs": {}}
-    if path.exists():
-        content["epochs"] = json.loads(path.read_text(encoding="utf-8"))["epochs"]
-    content["epochs"][str(epoch)] = found
-    write_text(path, json.dumps(content) + "\n")
-    return path
+    return keep_epoch(folder / FILE, epoch, {"epochs": found}, {"t": t.tolist()})
 
 
 def add_plot(run: Run, path: Path) -> None:
     """Draw ``times.json`` and add the plot to the run's artifacts; a failure is a warning."""
-    try:
-        run.artifacts.update({FILE: path, "plots/times.svg": draw(path, f"{run.name}: at which times it learns")})
-    except Exception as error:
-        logger.warning("no plot of the times of %s: %s: %s", run.name, type(error).__name__, error)
+    run_plots.add_plot(run, "the times", lambda: draw(path, f"{run.name}: at which times it learns"), path)
 
 
 def draw(path: Path, title: str) -> Path:
@@ -77,7 +65,5 @@ def draw(path: Path, title: str) -> Path:
         values = [value for one in drawn for _, value in one.line]
         y = linear(values, LABELS[name]) if name == "gamma" else logarithmic(values, LABELS[name])
         panels.append(panel(LABELS[name], x, y, drawn))
-    target = path.parent / "plots" / "times.svg"
-    target.parent.mkdir(exist_ok=True)
-    write_text(target, svg_file(title, Figure(panels, "Noise schedule, error and density of the drawn times against t.", keys)))
-    return target
+    figure = Figure(panels, "Noise schedule, error and density of the drawn times against t.", keys)
+    return write_figure(path.parent / "plots" / "times.svg", title, figure)

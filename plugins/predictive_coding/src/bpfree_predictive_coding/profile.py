@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from bpfree.document import run_plots
 from bpfree.document.axes import linear, logarithmic
-from bpfree.document.charts import Mark, Series, in_order, panel
+from bpfree.document.charts import Series, in_order, panel
 from bpfree.document.content import Figure, Key
-from bpfree.document.svg import svg_file
-from bpfree.files import write_text
+from bpfree.document.run_plots import keep_epoch, line, write_figure
 from bpfree_predictive_coding.relaxation import Relaxation
 
 if TYPE_CHECKING:
     from bpfree import Run
 
 __all__ = ["Profile", "add_plot", "draw", "keep"]
-
-logger = logging.getLogger("bpfree.predictive_coding")
-
-MOST_MARKS = 20
 
 
 class Profile(nn.Module):
@@ -83,22 +78,12 @@ def _length(relaxation: Relaxation) -> Tensor:
 
 def keep(folder: Path, epoch: int, names: Sequence[str], table: list[list[float]]) -> Path:
     """Add an epoch's table to ``relaxation.json`` in the run's folder; replaces one of the same epoch (of a resumed run)."""
-    path = folder / "relaxation.json"
-    content: dict[str, Any] = {"blocks": list(names), "energy": {}}
-    if path.exists():
-        content["energy"] = json.loads(path.read_text(encoding="utf-8"))["energy"]
-    content["energy"][str(epoch)] = table
-    write_text(path, json.dumps(content) + "\n")
-    return path
+    return keep_epoch(folder / "relaxation.json", epoch, {"energy": table}, {"blocks": list(names)})
 
 
 def add_plot(run: Run, path: Path) -> None:
     """Draw ``relaxation.json`` and add the plot to the run's artifacts; a failure is a warning."""
-    try:
-        drawn = draw(path, f"{run.name}: where the energy is")
-        run.artifacts.update({"relaxation.json": path, "plots/relaxation.svg": drawn})
-    except Exception as error:
-        logger.warning("no plot of the relaxation of %s: %s: %s", run.name, type(error).__name__, error)
+    run_plots.add_plot(run, "the relaxation", lambda: draw(path, f"{run.name}: where the energy is"), path)
 
 
 def draw(path: Path, title: str) -> Path:
@@ -113,14 +98,11 @@ def draw(path: Path, title: str) -> Path:
     x = linear([step for step, _ in points], "inference steps", bounds=(0, math.inf), whole=True)
     y = logarithmic([value for _, value in points], "energy per example (logarithmic)")
     panels = [panel(f"epoch {epoch}: energy per example (logarithmic)", x, y, found) for epoch, found in drawn.items()]
-    target = path.parent / "plots" / "relaxation.svg"
-    target.parent.mkdir(exist_ok=True)
-    write_text(target, svg_file(title, Figure(panels, "Energy of each block against inference steps.", keys)))
-    return target
+    figure = Figure(panels, "Energy of each block against inference steps.", keys)
+    return write_figure(path.parent / "plots" / "relaxation.svg", title, figure)
 
 
 def _series(key: Key, energies: Sequence[float]) -> Series:
     """Make a line of a block's energies, without the steps at which no error has reached the block yet."""
     points = [(step, value) for step, value in enumerate(energies) if value > 0]
-    marks = [Mark(x, y, f"{key.label}, step {x}: {y:.3g}") for x, y in points] if len(energies) <= MOST_MARKS else []
-    return Series(key, points, points=marks)
+    return line(key, points, lambda x, y: f"{key.label}, step {x}: {y:.3g}")
