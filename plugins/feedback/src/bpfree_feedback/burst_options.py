@@ -70,7 +70,7 @@ class BurstCCNConfig:
     )
     noise: float = option(0.0, "deviation of normal noise on the input of each block in training", ge=0)
     rest_epochs: int = option(0, "epochs at the start without teacher, in which feedback weights alone learn to be silent", ge=0)
-    rest_every: int = option(0, "every so many steps are without teacher: only feedback weights learn from them; 0: none", ge=0)
+    rest_every: int = option(0, "every n-th step is without a teacher: only feedback weights learn from it; 0: none", ge=0)
     branches: int = option(1, "apical branches: each hears its share of the units above, and teaches its own part of Y", ge=1, needs=APICAL)
     measure_every: int = option(
         25, "steps between measurements of apical potential, rates, silence and the angle of feedback and forward weights; 0: never", ge=0

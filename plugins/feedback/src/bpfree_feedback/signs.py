@@ -23,7 +23,8 @@ class SignSymmetryConfig(FeedbackConfig):
 
     magnitude: Literal["uniform", "fresh", "fixed"] = option(
         "uniform",
-        "sizes of the feedback weights: one for a whole layer (uSF), drawn anew in each step (brSF), or drawn once (frSF)",
+        "sizes of the feedback weights: one for a whole layer (uSF), drawn in each step, or each part of an accumulated one (brSF), "
+        "or drawn once (frSF)",
     )
 
 
