@@ -199,6 +199,15 @@ def test_without_a_measured_doubt_the_whole_chain_answers(sure: MakeRule, batch:
     assert torch.equal(rule.alternatives(batch.inputs, generator)["whole"], whole)
 
 
+def test_an_exit_that_was_never_measured_is_told(sure: MakeRule, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights of a run without ``early_exit``, loaded with one: the request has no effect."""
+    state = {name: value for name, value in sure().state_dict().items() if name != "exit_doubt"}
+    sure().load_state_dict(sure().state_dict())
+    assert not caplog.records
+    sure().load_state_dict(state)
+    assert "rule.early_exit has no effect" in caplog.text
+
+
 def test_the_doubt_is_the_largest_within_the_budget(sure: MakeRule, batch: Batch) -> None:
     """Oracle: accuracy and blocks by :func:`settled`, for each doubt that is tried; operations by hand, from the layers' sizes."""
     rule = sure()

@@ -236,6 +236,20 @@ def test_readouts_of_blocks_alone_are_means_of_both_kinds(make_rule: MakeRule, b
     torch.testing.assert_close(scores["product"].exp(), geometric / geometric.sum(1, keepdim=True))
 
 
+def test_an_ensemble_of_blind_blocks_reports_no_chain(make_rule: MakeRule, batch: Batch) -> None:
+    # Oracle: blocks for z = 0, and the arithmetic mean of their probabilities. With readout=chain the chain is asked for.
+    rule = make_rule(state="noise", readout="product").eval()
+    with torch.no_grad():
+        scores = rule.alternatives(batch.inputs, torch.Generator())
+        p = torch.stack([block(batch.inputs, torch.zeros(16, 4)).softmax(1) for _, block in rule.denoisers()])
+    assert list(scores) == ["t1", "t2", "t3", "mean"]
+    torch.testing.assert_close(scores["mean"].exp(), p.mean(0))
+    torch.testing.assert_close(scores["t2"].exp(), p[1])
+    with pytest.raises(UsageError, match="no chain that draws"):
+        rule.sample(batch.inputs, 3, torch.Generator())
+    assert "sampled" in make_rule(state="noise", readout="chain").eval().alternatives(batch.inputs, torch.Generator())
+
+
 def test_another_example_of_the_same_class() -> None:
     # Oracle: the definition, by a loop: the same class, a circle through all of the class, oneself where one is alone.
     classes = torch.tensor([2, 0, 2, 1, 2, 0, 3])

@@ -7,6 +7,7 @@ of many doubts.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,8 @@ from bpfree_noprop.inference import DiscreteChain, View
 from bpfree_noprop.readouts import Judgements
 
 __all__ = ["TRIED", "ExitTrials", "ExitingChain"]
+
+logger = logging.getLogger("bpfree")
 
 NEVER = -1.0
 """A doubt below any, at which no chain stops before its end."""
@@ -54,9 +57,11 @@ class ExitingChain(DiscreteChain):
         return self.config.early_exit is not None and self.config.inference == "deterministic"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *further: Any) -> None:
-        """Load weights also where the run had another ``early_exit``: it stops nowhere if none was measured."""
+        """Load weights also where the run had another ``early_exit``: it stops nowhere if none was measured, with a warning."""
         key = f"{prefix}exit_doubt"
         if self.exits:
+            if key not in state_dict:
+                logger.warning("rule.early_exit has no effect: this run has not measured when to stop; train with rule.early_exit")
             state_dict.setdefault(key, torch.full_like(self.exit_doubt, NEVER))
         else:
             state_dict.pop(key, None)

@@ -180,7 +180,13 @@ class DiscreteChain(ChainRule):
 
         By chains with drawn classes, unless ``inference=sampled``; of real targets by sampled chains. What the blocks compute of the
         inputs alone is computed once, and all draws go through the chain together, ``ROWS`` states at a time.
+
+        Raises:
+            UsageError: blind blocks of classes or labels, which have no chain.
         """
+        if self.blind and not isinstance(self.head, RealHead):
+            what = "blocks that learn without a state have no chain that draws"
+            raise UsageError(what, where="rule.state", fix="train with rule.state=noised")
         drawn: Inference = "sampled" if isinstance(self.head, RealHead) or self.config.inference == "sampled" else "class-sampled"
         views, noise = self.views(self.view(inputs)), self.noise(generator, drawn)
         examples = len(views[0].features)
@@ -256,9 +262,15 @@ class DiscreteChain(ChainRule):
 
         A block alone gets a state that says nothing of the label: ``z = 0``, or noise where inference is drawn. In ``chain_swapped`` and
         ``path_swapped`` each block gets the state of another example of the batch with the same predicted class: where that changes
-        nothing, states carry no more than the class.
+        nothing, states carry no more than the class. An ensemble of blind blocks has no chain, so only blocks, mean and product.
         """
         config, views = self.config, self.views(self.view(inputs))
+        if self.blind and self.readout in ("mean", "product"):
+            outputs = [self.alone(view, self.noise(generator)) for view in views]
+            apart = Judgements(outputs, (), ())
+            scores = {f"t{view.t}": self.embed.scores(each) for view, each in zip(views, outputs, strict=True)}
+            other: Readout = "product" if self.readout == "mean" else "mean"
+            return {name: self.shaped(each) for name, each in {**scores, other: apart.read(other, self.embed)}.items()}
         found = self.judgements(views, self.noise(generator))
         scores = {f"t{view.t}": self.embed.scores(outputs) for view, outputs in zip(views, found.alone, strict=True)}
         scores |= {name: found.read(name, self.embed) for name in self.readouts()}
