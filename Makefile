@@ -63,9 +63,11 @@ pytest: install
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m slow
 
-# What waits for other threads and processes passes ten times in a row, in four processes beside eight busy ones.
+# What waits for other threads and processes passes ten times in a row, in four processes beside eight busy ones. Only files that have
+# such tests are collected: ten times four collections of all would take longer than the tests.
 test-timing: install
-	OMP_NUM_THREADS=1 $(BIN)/python .ci/busy.py --processes 8 --times 10 $(BIN)/python -m pytest -q -n 4 --dist loadfile -m "time_dependent and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/busy.py --processes 8 --times 10 $(BIN)/python -m pytest -q -n 4 --dist loadfile \
+	  -m "time_dependent and not slow" $$(grep -rl --include='test_*.py' time_dependent tests plugins/*/tests)
 
 test-oldest:
 	$(MAKE) VENV=.venv-oldest PYTHON=$(PYTHON) install-oldest
