@@ -16,8 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from made_studies import cell_record
 
 import bpfree
+from bpfree.files import write_text
+from bpfree.study.store import CellKey
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -416,6 +419,36 @@ def test_study_report(smoke: Run) -> None:
     result = smoke("study_report")
     assert (result["cells"], result["epochs"]) == (30, 5)
     assert result["bytes"]["page"] > result["bytes"]["markdown"] > 0
+
+
+def test_study_cells_are_added_to_those_of_before(load: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Finished cells alone, without trials; a cell that was run again replaces the old one, other seeds and studies stay."""
+    script, file = load("study_cells"), tmp_path / "some_studies-cpu.json"
+    study = tmp_path / "made.yaml"
+    study.write_text("title: made\nsettings: {task: digits}\nrows:\n  - {label: DFA, settings: {rule: dfa}}\n", encoding="utf-8")
+    others = {"made": {"cells": {"DFA": [{"seed": 1, "test_accuracy": 7.0}, {"seed": 2, "test_accuracy": 8.0}]}}, "another": {"cells": {}}}
+    file.write_text(json.dumps({"note": "of before", "studies": others}), encoding="utf-8")
+
+    def add(name: str, seed: int, score: float, status: str = "finished", trial: int | None = None) -> None:
+        key = CellKey(name, "DFA", "", seed, trial, {"config": {}})
+        facts = {"result": {"test/accuracy": score, "train/processor_seconds": 1.25}, "history": [{"val/accuracy": 0.5}]}
+        record = cell_record(key, status, **facts)
+        write_text(tmp_path / "runs" / "studies" / "made" / "cells" / f"{name}.json", record.to_json())
+
+    with pytest.raises(SystemExit, match="--runs"):
+        script.main([str(study), "--runs", str(tmp_path / "runs"), "--to", str(file)])
+    add("a", 1, 0.91)
+    add("b", 0, 0.9, "diverged")
+    add("c", 1000, 0.99, trial=0)
+    script.main([str(study), "task.subset=100", "--runs", str(tmp_path / "runs"), "--to", str(file)])
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert (content["benchmark"], content["note"], content["hardware"]["gpu"]) == ("some_studies", "of before", None)
+    assert content["studies"]["another"] == {"cells": {}}
+    made = content["studies"]["made"]
+    assert made["command"] == "bpfree study run made task.subset=100"
+    assert [run["test_accuracy"] for run in made["cells"]["DFA"]] == [91.0, 8.0]
+    assert made["cells"]["DFA"][0]["validation_accuracy_by_epoch"] == [50.0]
+    assert "DFA 91.0 8.0" in capsys.readouterr().out
 
 
 @pytest.mark.slow
