@@ -42,6 +42,19 @@ def test_only_signs_are_seen(magnitude: str) -> None:
     assert all(torch.equal(value.sign(), rule.network.get_parameter(rule.layers[name]).sign()) for name, value in after.items())
 
 
+@pytest.mark.parametrize("magnitude", ["uniform", "fresh", "fixed"])
+def test_a_step_has_the_same_sizes_in_all_its_parts(magnitude: str) -> None:
+    """Oracle: the step from the whole batch."""
+    moved = []
+    for parts in (1, 3):
+        torch.manual_seed(0)
+        rule = SignSymmetry(dense(), VECTORS, SignSymmetryConfig(magnitude=magnitude)).double()
+        batch = batch_for(rule.network, 9)
+        Stepper(rule, SGD).take(Batch(batch.inputs.double(), batch.targets), parts=parts)
+        moved.append(torch.cat([parameter.detach().flatten() for parameter in rule.parameters()]))
+    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=1e-12)
+
+
 def test_sizes_are_one_or_new_or_kept() -> None:
     made = {name: SignSymmetry(dense(), VECTORS, SignSymmetryConfig(magnitude=name)) for name in ("uniform", "fresh", "fixed")}
     stepper = Stepper(made["fresh"])

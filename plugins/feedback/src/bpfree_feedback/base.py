@@ -175,7 +175,7 @@ class FeedbackRule(Rule):
         return {self.layers[name]: value for name, value in found.items()}
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        backward = self.backward_weights(lambda: step.generator_for("feedback"))
+        backward = self.backward_weights(lambda: step.generator_for_all_parts("feedback"))
         with replaced_backward(self.network, self._by_weight(backward), self._found):
             traces = self.network.traces(batch.inputs, input_grad="needed")
         scores = traces[-1].output.detach()
