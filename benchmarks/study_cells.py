@@ -1,7 +1,7 @@
 """Collect the finished cells of a study in a small file of results, beside those of other studies that the file has.
 
-A row of the file has a run for each seed: test score, validation scores by epoch, tuned settings, processor seconds. Cells of the
-same study that the file already has stay, unless they were run again.
+A row of the file has a run for each seed: test score, validation scores by epoch, score of the probed features, tuned settings, and
+processor seconds. Cells of the same study that the file already has stay, unless they were run again.
 
     python benchmarks/study_cells.py feedback-depth --runs runs --to benchmarks/results/feedback_studies-cpu.json
 """
@@ -38,6 +38,8 @@ def cell(record: CellRecord, tuned: Sequence[str]) -> dict[str, Any]:
     by_epoch = [shown(epoch[f"val/{metric.name}"]) for epoch in history if f"val/{metric.name}" in epoch]
     if by_epoch:
         kept[f"validation_{metric.name}_by_epoch"] = by_epoch
+    if f"test/linear_probe/{metric.name}" in result:
+        kept["probed"] = shown(result[f"test/linear_probe/{metric.name}"])
     if "train/processor_seconds" in result:
         kept["processor_seconds"] = round(result["train/processor_seconds"], 1)
     return kept | ({"tuned": chosen} if chosen else {})

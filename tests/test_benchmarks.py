@@ -431,7 +431,10 @@ def test_study_cells_are_added_to_those_of_before(load: Callable[[str], Any], tm
 
     def add(name: str, seed: int, score: float, status: str = "finished", trial: int | None = None) -> None:
         key = CellKey(name, "DFA", "", seed, trial, {"config": {}})
-        facts = {"result": {"test/accuracy": score, "train/processor_seconds": 1.25}, "history": [{"val/accuracy": 0.5}]}
+        facts = {
+            "result": {"test/accuracy": score, "test/linear_probe/accuracy": 0.25, "train/processor_seconds": 1.25},
+            "history": [{"val/accuracy": 0.5}],
+        }
         record = cell_record(key, status, **facts)
         write_text(tmp_path / "runs" / "studies" / "made" / "cells" / f"{name}.json", record.to_json())
 
@@ -448,6 +451,7 @@ def test_study_cells_are_added_to_those_of_before(load: Callable[[str], Any], tm
     assert made["command"] == "bpfree study run made task.subset=100"
     assert [run["test_accuracy"] for run in made["cells"]["DFA"]] == [91.0, 8.0]
     assert made["cells"]["DFA"][0]["validation_accuracy_by_epoch"] == [50.0]
+    assert made["cells"]["DFA"][0]["probed"] == 25.0
     assert "DFA 91.0 8.0" in capsys.readouterr().out
 
 
