@@ -1,0 +1,36 @@
+"""The plugin: rules in which every layer learns from a loss of its own, their networks and studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bpfree import Rule, hookimpl
+from bpfree.network.builders import NetworkBuilder
+from bpfree_local_losses.sigprop import Sigprop
+
+bpfree_api = 2
+
+
+@hookimpl
+def bpfree_rules() -> dict[str, type[Rule]]:
+    return {
+        "sigprop": Sigprop,
+    }
+
+
+@hookimpl
+def bpfree_networks() -> dict[str, NetworkBuilder]:
+    return {}
+
+
+@hookimpl
+def bpfree_studies() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}
+
+
+@hookimpl
+def bpfree_presets() -> dict[str, dict[str, Any]]:
+    return {
+        "quickstart/sigprop": {"rule": "sigprop", "network.norm": "layer"},
+    }
