@@ -7,6 +7,8 @@ from typing import Any
 
 from bpfree import Rule, hookimpl
 from bpfree.network.builders import NetworkBuilder
+from bpfree_local_losses.local_errors import LocalErrors
+from bpfree_local_losses.networks import LOCAL_VGG
 from bpfree_local_losses.sigprop import Sigprop
 
 bpfree_api = 2
@@ -15,13 +17,14 @@ bpfree_api = 2
 @hookimpl
 def bpfree_rules() -> dict[str, type[Rule]]:
     return {
+        "local-errors": LocalErrors,
         "sigprop": Sigprop,
     }
 
 
 @hookimpl
 def bpfree_networks() -> dict[str, NetworkBuilder]:
-    return {}
+    return {"local-vgg": LOCAL_VGG}
 
 
 @hookimpl
