@@ -238,7 +238,7 @@ def test_feedback_step(smoke: Run) -> None:
 
 
 def test_local_losses_step(smoke: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the authors' code, which is no requirement. Oracle: back-propagation's memory grows with depth, that of local losses does not."""
+    """Without the authors' code, which is no requirement. Oracle: memory grows with depth in back-propagation alone."""
     monkeypatch.delenv("PEERS", raising=False)
     result = smoke("local_losses_step", "--case", "mlp")
     assert list(result["speed"]) == [f"back-propagation, {loss}, mlp" for loss in ("pred", "sim", "predsim")]
