@@ -7,6 +7,11 @@ from typing import Any
 
 from bpfree import Rule, hookimpl
 from bpfree.network.builders import NetworkBuilder
+from bpfree_local_losses.channel_competition import ChannelCompetition
+from bpfree_local_losses.channel_network import CHANNEL_GROUPS
+from bpfree_local_losses.forward_forward import ForwardForward
+from bpfree_local_losses.label_inputs import LABEL_MLP
+from bpfree_local_losses.mono_forward import MonoForward
 from bpfree_local_losses.sigprop import Sigprop
 
 bpfree_api = 2
@@ -16,12 +21,18 @@ bpfree_api = 2
 def bpfree_rules() -> dict[str, type[Rule]]:
     return {
         "sigprop": Sigprop,
+        "forward-forward": ForwardForward,
+        "mono-forward": MonoForward,
+        "channel-competition": ChannelCompetition,
     }
 
 
 @hookimpl
 def bpfree_networks() -> dict[str, NetworkBuilder]:
-    return {}
+    return {
+        "label-mlp": LABEL_MLP,
+        "channel-groups": CHANNEL_GROUPS,
+    }
 
 
 @hookimpl
