@@ -163,7 +163,9 @@ def test_no_gradient_crosses_a_layer() -> None:
     assert not torch.equal(of_block(first, "b2")[0], of_block(second, "b2")[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"prediction": "readout"}, {"negatives": "hard"}, {"negatives": "unsupervised", "prediction": "readout"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"prediction": "readout"}, {"negatives": "hard"}, {"negatives": "unsupervised", "prediction": "readout"}]
+)
 def test_credit_is_the_gradient_of_the_objective(options: dict[str, Any]) -> None:
     rule, batch = rule_of(**options), batch_of(VECTORS)
     if rule.classifier is not None:
@@ -192,7 +194,9 @@ def test_the_readout_reads_normalised_layers_of_a_neutral_image() -> None:
     error = torch.full((9, 4), 0.25, dtype=torch.float64) - F.one_hot(batch.targets, 4)
     torch.testing.assert_close(grad, (error.T @ expected / 9).detach())
     assert rule.group_options() == {}
-    assert rule_of(prediction="readout", readout_lr=0.1, readout_decay=0.0).group_options() == {"classifier": {"lr": 0.1, "weight_decay": 0.0}}
+    assert rule_of(prediction="readout", readout_lr=0.1, readout_decay=0.0).group_options() == {
+        "classifier": {"lr": 0.1, "weight_decay": 0.0}
+    }
 
 
 def test_one_layer_is_read_where_there_is_one() -> None:
@@ -216,7 +220,9 @@ def test_wrong_labels_are_wrong_and_uniform() -> None:
 def test_hard_labels_follow_the_classifier() -> None:
     """Oracle: the softmax over the wrong classes, within five deviations."""
     scores = torch.tensor([[3.0, 1.0, 0.0, -1.0]])
-    counts = hard_labels(torch.zeros(30_000, dtype=torch.long), scores.expand(30_000, 4), torch.Generator().manual_seed(0)).bincount(minlength=4)
+    counts = hard_labels(torch.zeros(30_000, dtype=torch.long), scores.expand(30_000, 4), torch.Generator().manual_seed(0)).bincount(
+        minlength=4
+    )
     expected = 30_000 * scores[0, 1:].softmax(0)
     assert counts[0] == 0
     assert torch.all((counts[1:] - expected).abs() < 5 * expected.sqrt())

@@ -55,8 +55,9 @@ class ChannelCompetition(Streamed):
         "Algorithm. AAAI 2024, arXiv 2312.12668, and its code",
         equation="g_c = mean of y^2 over the channels of class c and positions;  loss = CE(g, class);  class = argmax_c g_c (last block)",
         notes="No negative examples. The channels (units, in a dense network) of each block are divided into equal groups. Where the "
-        "published code trains layers in windows of epochs (rule.windows), these are phases here: blocks below the first that learns are in "
-        "eval mode, where the code keeps normalising by the batch. The published readout takes a softmax of a softmax; ours is a plain one.",
+        "published code trains layers in windows of epochs (rule.windows), these are phases here: blocks below the first that "
+        "learns are in eval mode, where the code keeps normalising by the batch. The published readout takes a softmax of a "
+        "softmax; ours is a plain one.",
     )
     traits_of = always(
         Traits("upstream", downstream_weights=0, reverse_span=1, readout="none", targets=("classes", "soft"), inputs="real", own_loss=False)

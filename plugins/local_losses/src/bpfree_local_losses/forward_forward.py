@@ -70,10 +70,10 @@ class ForwardForward(Rule):
         "re-implementation loeweX/Forward-Forward",
         equation="loss_l = mean BCE(sum z_l^2 - d_l, t);  x_{l+1} = z_l / rms(z_l);  class = argmax_c sum_{l >= 2} |z_l(c)|^2",
         notes="The label is written over the first C inputs (the border of an image), or into C further ones (network=label-mlp). To "
-        "predict, each label is tried: C passes. A readout on neutral labels takes one pass, but on easy tasks reads untrained layers nearly "
-        "as well, so judge the rule by goodness: its own-prediction twin is at chance. Scores are sums of squares and no logits: the task's "
-        "loss of them means little. The full gradient changes the peer normalisation alone: goodness has the derivative 2 z, which is zero "
-        "where a ReLU is.",
+        "predict, each label is tried: C passes. A readout on neutral labels takes one pass, but on easy tasks reads untrained "
+        "layers nearly as well, so judge the rule by goodness: its own-prediction twin is at chance. Scores are sums of squares "
+        "and no logits: the task's loss of them means little. The full gradient changes the peer normalisation alone: goodness "
+        "has the derivative 2 z, which is zero where a ReLU is.",
     )
     config: ForwardForwardConfig
 

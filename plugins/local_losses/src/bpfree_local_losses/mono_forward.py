@@ -37,8 +37,8 @@ class MonoForward(Streamed):
         "2501.09238",
         equation="s_l = M_l h_l;  loss_l = CE(s_l, y);  class = argmax sum_l s_l, or argmax s_L",
         notes="Local classifiers without bias, of which the last layer's, or all together, stand for the readout: the network's own is "
-        "left out. The paper's text was not at hand: initial projections are torch's, convolutions are projected from all their positions, and "
-        "rates are ours.",
+        "left out. The paper's text was not at hand: initial projections are torch's, convolutions are projected from all their "
+        "positions, and rates are ours.",
     )
     traits_of = always(
         Traits("upstream", downstream_weights=0, reverse_span=1, readout="none", targets=("classes", "soft", "multilabel"), own_loss=False)
