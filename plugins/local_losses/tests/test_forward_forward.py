@@ -172,7 +172,7 @@ def test_credit_is_the_gradient_of_the_objective(options: dict[str, Any]) -> Non
         nn.init.normal_(rule.classifier.weight)
     before = {name: value.clone() for name, value in rule.named_buffers()}
     step = new_step(rule)
-    parameters = [p for p in rule.parameters()]
+    parameters = list(rule.parameters())
     expected = torch.autograd.grad(rule.objective(batch, step), parameters)
     assert all(torch.equal(before[name], value) for name, value in rule.named_buffers())
     rule.credit(batch, step)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from bpfree_local_losses.mono_forward import MonoForward, MonoForwardConfig
 from goodness_kit import IMAGES, VECTORS, batch_of, gradients, of_block
-from torch import nn
 
 from bpfree import BudgetConfig, Task, TaskSpec, TrainConfig, Trainer, UsageError, new_step
 from bpfree.network import MLPConfig, VGGConfig, mlp, vgg
@@ -97,9 +96,8 @@ def test_outputs_that_are_no_classes_are_refused() -> None:
 
 
 def test_it_learns(digits: Task) -> None:
-    """Digits, 3 epochs: above its twin (84 to 86 % after 30)."""
+    """Digits, 4 epochs: above what the twin has after 30, 84 to 86 %."""
     torch.manual_seed(0)
     rule = MonoForward(mlp(digits.spec, MLPConfig(widths=[64, 64])), digits.spec)
     settings = TrainConfig(budget=BudgetConfig(epochs=4), batch_size=32, device="cpu", evaluation={"every": 4})
     assert Trainer(rule, digits, settings).fit().result["test/accuracy"] > 0.9
-    assert isinstance(rule.projections["b1"], nn.Linear)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from bpfree import Network
+from bpfree import Network, Trace
 from bpfree.network import evaluating, kept_buffers, recorded_calls
 from bpfree.network.builders import ACTIVATIONS
 
-__all__ = ["activation", "batch_norms", "before_pooling", "flat_rows", "has_dropout", "place_shapes"]
+__all__ = ["activation", "batch_norms", "before_pooling", "flat_rows", "has_dropout", "place_shapes", "rest", "stream"]
 
 NONLINEARITIES = tuple({type(make()) for name, make in ACTIVATIONS.items() if name != "identity"})
 POOLINGS = (
@@ -62,6 +62,24 @@ def place_shapes(network: Network, places: Mapping[str, nn.Module]) -> dict[str,
         for name in network.hidden:
             x = network.blocks[name](x)
     return {name: calls[place][-1].output.shape[1:] for name, place in places.items()}
+
+
+def stream(network: Network, x: Tensor, places: Mapping[str, nn.Module]) -> Iterator[tuple[Trace, Tensor]]:
+    """Yield a trace of each block with what is at its place, block by block, so that one graph at a time is alive.
+
+    Of a block without a place it is the output.
+
+    Args:
+        network: a chain.
+        x: (N, *input_shape).
+        places: a part of a block, or the block, by the block's name.
+    """
+    traces = network.stream(x)
+    for name in network.names:
+        with recorded_calls(*([places[name]] if name in places else [])) as calls:
+            trace = next(traces)
+        yield trace, calls[places[name]][-1].output if name in places else trace.output
+        del trace, calls
 
 
 def flat_rows(*tensors: Tensor) -> list[Tensor]:

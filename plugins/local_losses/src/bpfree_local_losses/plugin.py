@@ -11,7 +11,9 @@ from bpfree_local_losses.channel_competition import ChannelCompetition
 from bpfree_local_losses.channel_network import CHANNEL_GROUPS
 from bpfree_local_losses.forward_forward import ForwardForward
 from bpfree_local_losses.label_inputs import LABEL_MLP
+from bpfree_local_losses.local_errors import LocalErrors
 from bpfree_local_losses.mono_forward import MonoForward
+from bpfree_local_losses.networks import LOCAL_VGG
 from bpfree_local_losses.sigprop import Sigprop
 
 bpfree_api = 2
@@ -20,6 +22,7 @@ bpfree_api = 2
 @hookimpl
 def bpfree_rules() -> dict[str, type[Rule]]:
     return {
+        "local-errors": LocalErrors,
         "sigprop": Sigprop,
         "forward-forward": ForwardForward,
         "mono-forward": MonoForward,
@@ -29,10 +32,7 @@ def bpfree_rules() -> dict[str, type[Rule]]:
 
 @hookimpl
 def bpfree_networks() -> dict[str, NetworkBuilder]:
-    return {
-        "label-mlp": LABEL_MLP,
-        "channel-groups": CHANNEL_GROUPS,
-    }
+    return {"channel-groups": CHANNEL_GROUPS, "label-mlp": LABEL_MLP, "local-vgg": LOCAL_VGG}
 
 
 @hookimpl
@@ -44,4 +44,5 @@ def bpfree_studies() -> dict[str, Path]:
 def bpfree_presets() -> dict[str, dict[str, Any]]:
     return {
         "quickstart/sigprop": {"rule": "sigprop", "network.norm": "layer"},
+        "quickstart/mono-forward": {"rule": "mono-forward"},
     }

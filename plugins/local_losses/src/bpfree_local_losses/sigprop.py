@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bpfree import Batch, Card, Network, OptimizerConfig, Rule, Step, TaskSpec, Traits, UsageError, always, option
 from bpfree.network import kept_buffers, recorded_calls
 from bpfree_local_losses.labels import inputs_alone, labels_to_write
-from bpfree_local_losses.places import batch_norms, before_pooling, flat_rows, has_dropout, place_shapes, rest
+from bpfree_local_losses.places import batch_norms, before_pooling, flat_rows, has_dropout, place_shapes, rest, stream
 from bpfree_local_losses.similarity import Positives, loss_of_rows, positives
 
 __all__ = ["Signal", "Sigprop", "SigpropConfig"]
@@ -77,12 +77,12 @@ class Sigprop(Rule):
         equation="h_l = f_l(SG h_{l-1}), t_l = f_l(SG t_{l-1}), t_1 = S(y);  S_ij = h_{l,i} . t_{l,j};  "
         "loss_l = mean_i sum_j -P_ij log softmax_j S_ij, P_ij = [K_ij = max_j K_ij], K = t_{l-1} t_{l-1}^T;  "
         "prediction: argmax_c h_L . t_L(c)",
-        notes="The first hidden block is the authors' input module, so that their networks have one convolution more. Similarities are over "
-        "the root of the number of features by default, theirs are not (rule.scale=none). Rows of a class are equal unless there is dropout "
-        "or a batch's statistics in the signal's stream, so that a row for each class costs 1 + C/N passes in place of 2, which is the "
-        "declared bound. Data and signal are executed one after the other and share no batch statistics; in a batch norm the signal has "
-        "those of the class rows, in predictions too. Updates of all layers are applied at the end of a step, which is the same as at "
-        "once: what is handed on was computed before.",
+        notes="The first hidden block is the authors' input module, so that their networks have one convolution more. By default "
+        "similarities are over the root of the number of features, theirs are not (rule.scale=none). Rows of a class are equal unless "
+        "there is dropout or a batch's statistics in the signal's stream, so that a row for each class costs 1 + C/N passes in place of 2, "
+        "which are declared as the bound. Data and signal are executed one after the other and share no batch statistics; in a batch norm "
+        "the signal has its own, in predictions those of the class rows. Updates of all layers are applied at the end of a step, which is "
+        "the same as at once: what is handed on was computed before.",
     )
     optimizer_of = always(OptimizerConfig("adam", lr=5e-4))
     config: SigpropConfig
@@ -187,19 +187,17 @@ class Sigprop(Rule):
             counts = classes.sum(0)
         below = labels  # the signal that the next block has got
         signals = self._stream(labels)
-        traces = self.network.stream(batch.inputs)
-        for name, place in self.places.items():
-            with recorded_calls(place) as calls:
-                trace = next(traces)
-            data = calls[place][-1].output
+        for trace, data in stream(self.network, batch.inputs, self.places):
+            if trace.name == self.network.readout:
+                yield trace.name, self.spec.loss(data, batch)
+                break
             at, out = next(signals)
             wanted = positives(self.config.loss, likeness(below, below, "none").detach(), counts, self.config.k)
             wanted = classes.to(wanted.dtype) @ wanted if self.by_class else wanted
-            yield name, loss_of_rows(likeness(data, at, self.config.scale), wanted, counts.float(), normalise=self.config.normalise)
+            loss = loss_of_rows(likeness(data, at, self.config.scale), wanted, counts, normalise=self.config.normalise)
+            yield trace.name, loss
             below = out.detach()
-            del trace, data, at, out
-        if self.network.readout is not None:
-            yield self.network.readout, self.spec.loss(next(traces).output, batch)
+            del trace, data, at, out, loss
 
     # --- prediction -----------------------------------------------------------------------------------------------------
 
@@ -212,11 +210,11 @@ class Sigprop(Rule):
 
     def similarities(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return the similarity of each hidden block to the signals of the classes, (N, C) by block."""
-        found, rows = {}, self.class_rows()
-        for name, place in self.places.items():
-            with recorded_calls(place) as calls:
-                inputs = self.network.blocks[name](inputs)
-            found[name] = likeness(calls[place][-1].output, rows[name], self.config.scale)
+        rows = self.class_rows()
+        found = {}
+        for trace, data in stream(self.network, inputs, self.places):
+            if trace.name in rows:
+                found[trace.name] = likeness(data, rows[trace.name], self.config.scale)
         return found
 
     def predict(self, inputs: Any, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 __all__ = ["Positives", "loss_of_rows", "positives"]
 
+ROUNDING = 100
+"""Similarities that differ from the largest by so many roundings are as large: those of equal rows may differ by some."""
 Positives = Literal["label-direct", "max-all", "max-rand", "top-k"]
 
 
@@ -38,7 +40,8 @@ def positives(kind: Positives, likeness: Tensor, counts: Tensor, k: int) -> Tens
         return torch.eye(len(counts), dtype=counts.dtype, device=counts.device)
     likeness = likeness.masked_fill(counts == 0, -torch.inf)
     if kind == "max-all":
-        return (likeness == likeness.amax(1, keepdim=True)) * counts
+        most = likeness.amax(1, keepdim=True)
+        return (likeness >= most - ROUNDING * torch.finfo(likeness.dtype).eps * most.abs()) * counts
     if kind == "max-rand":
         return torch.zeros_like(likeness).scatter_(1, likeness.argmax(1, keepdim=True), 1.0)
     order = likeness.argsort(dim=1, descending=True, stable=True)
