@@ -28,6 +28,7 @@ BESIDE = {
     "feedback_step": "the case's step",
     "forward_gradient_step": "a forward pass; directions: one by one",
     "hebbian_step": "a forward and a weight-gradient convolution",
+    "local_losses_step": "the case's step",
     "noprop_inference": "one pass through the stems, or what the case names",
     "noprop_step": "raw passes of the blocks",
     "noprop_step_noprop": "raw passes of the blocks",

@@ -22,6 +22,7 @@ SCRIPTS = (
     "forward_gradient_step",
     "forward_gradient_memory",
     "hebbian_step",
+    "local_losses_step",
     "predictive_coding_step",
     "startup",
 )

@@ -25,7 +25,7 @@ from bpfree.study.store import CellKey
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
 Run = Callable[..., dict[str, Any]]
-STEPS = ("feedback_step", "forward_gradient_step", "forward_gradient_memory", "hebbian_step", "predictive_coding_step")
+STEPS = ("feedback_step", "forward_gradient_step", "forward_gradient_memory", "hebbian_step", "local_losses_step", "predictive_coding_step")
 
 
 @pytest.fixture
@@ -238,6 +238,16 @@ def test_feedback_step(smoke: Run) -> None:
     for compared in result["speed"].values():
         assert compared["median_ratio"] == compared["ratios"][0]
     assert result["agreement"] == {}
+
+
+def test_local_losses_step(smoke: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the authors' code, which is no requirement. Oracle: memory grows with depth in back-propagation alone."""
+    monkeypatch.delenv("PEERS", raising=False)
+    result = smoke("local_losses_step", "--case", "mlp")
+    assert list(result["speed"]) == [f"back-propagation, {loss}, mlp" for loss in ("pred", "sim", "predsim")]
+    assert result["agreement"] == {}
+    assert result["memory"]["back-propagation"]["growth"] > 1.5
+    assert all(found["reached"] for found in result["memory"].values())
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ CHOSEN = {
     "feedback": "kolen-pollack",
     "forward-gradient": "local-forward-gradient",
     "hebbian": "softhebb",
+    "local-losses": "sigprop",
     "noprop": "noprop-dt",
     "predictive-coding": "ipc",
 }

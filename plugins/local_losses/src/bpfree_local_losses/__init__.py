@@ -1,0 +1,1 @@
+"""Local losses: forward signal propagation, local errors, Forward-Forward and its relatives."""
