@@ -1,0 +1,21 @@
+"""The plugin: rules that evaluate a network and take no derivative of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bpfree import Rule, hookimpl
+from bpfree_gradient_free.particles import Particles
+
+bpfree_api = 2
+
+
+@hookimpl
+def bpfree_rules() -> dict[str, type[Rule]]:
+    return {"particles": Particles}
+
+
+@hookimpl
+def bpfree_studies() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}
