@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from bpfree import Rule, hookimpl
+from bpfree_gradient_free.evolution import Evolution
 from bpfree_gradient_free.particles import Particles
+from bpfree_gradient_free.spsa import SPSA
 
 bpfree_api = 2
 
 
 @hookimpl
 def bpfree_rules() -> dict[str, type[Rule]]:
-    return {"particles": Particles}
+    return {"particles": Particles, "spsa": SPSA, "evolution": Evolution}
 
 
 @hookimpl
