@@ -42,11 +42,11 @@ def back_propagated(network: Network, batch: Any) -> Tensor:
 def test_estimates_are_slopes_times_directions(name: str, noise: Any) -> None:
     """Oracle: mean of (g . z) z with the gradient by back-propagation."""
     network = NETWORKS[name]()
-    rule, batch = rule_of(network, noise=noise, directions=3, epsilon=1e-5, in_place=False), batch_for(network)
+    rule, batch = rule_of(network, noise=noise, directions=3, epsilon=1e-6, in_place=False), batch_for(network)
     stepper = Stepper(rule)
     exact = back_propagated(network, batch)
     expected = torch.stack([(exact @ z) * z for z in directions(rule, stepper, 3)]).mean(0)
-    torch.testing.assert_close(gradient(rule, stepper, batch), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(gradient(rule, stepper, batch), expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize(("noise", "factor"), [("gaussian", D + 2), ("rademacher", D)])
@@ -176,13 +176,13 @@ def test_frozen_blocks_stay() -> None:
 
 
 def test_running_statistics_follow_the_batch_once() -> None:
-    """Oracle: one pass in training; candidates are measured with the statistics that this leaves."""
-    network = dense(norm="batch")
+    """Oracle: one pass in training, and nothing after it."""
+    network = dense(norm="batch", widths=[7])
     rule, batch = rule_of(network, directions=1), batch_for(network)
-    other = dense(norm="batch")
+    other = dense(norm="batch", widths=[7])
     other.load_state_dict(network.state_dict())
     other.train()(batch.inputs)
     Stepper(rule, OptimizerConfig("sgd", lr=0.0)).take(batch)
     for mine, theirs in zip(network.buffers(), other.buffers(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(mine, theirs)
     assert rule.traits.passes == 3
