@@ -195,7 +195,10 @@ def test_accumulated_steps_are_means_over_their_parts() -> None:
     """Oracle: each part's own estimate; several processes sum these in the same way."""
     rule = rule_of(dense(), population=8, shaping="none")
     stepper, batch = Stepper(rule, OptimizerConfig("sgd", lr=1.0)), batch_for(rule.network)
-    halves = [Batch(batch.inputs[part], (batch.targets if batch.targets is not None else torch.empty(0))[part]) for part in (slice(0, 6), slice(6, 12))]
+    halves = [
+        Batch(batch.inputs[part], (batch.targets if batch.targets is not None else torch.empty(0))[part])
+        for part in (slice(0, 6), slice(6, 12))
+    ]
     expected = torch.zeros_like(weights_of(rule))
     for stepper.step.part, half in enumerate(halves):
         expected += gradient(rule, stepper, half) / 2

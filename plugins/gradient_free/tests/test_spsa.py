@@ -34,7 +34,9 @@ def directions(rule: SPSA, stepper: Stepper, count: int) -> list[Tensor]:
 
 
 def back_propagated(network: Network, batch: Any) -> Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(spec_of(network).loss(network(batch.inputs), batch), list(network.parameters()))])
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(spec_of(network).loss(network(batch.inputs), batch), list(network.parameters()))]
+    )
 
 
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])

@@ -50,7 +50,7 @@ class Layer:
     @property
     def numbers(self) -> int:
         """Weights of a neuron, with its bias where there is one."""
-        return self.module.weight[0].numel() + (self.module.bias is not None)
+        return int(self.module.weight[0].numel()) + (self.module.bias is not None)
 
     @property
     def learns(self) -> bool:

@@ -32,7 +32,7 @@ class ParticlesConfig:
     inertia: float = option(0.72, "w: the share of its velocity that a particle keeps", ge=0, le=1)
     own: float = option(1.49, "c1: acceleration towards a particle's own best place", ge=0)
     common: float = option(1.49, "c2: acceleration towards the weights of the network, the swarm's best place", ge=0)
-    speed: float = option(1.0, "deviation of the first velocities, times 1 / sqrt(inputs of the neuron)", gt=0)
+    speed: float = option(0.3, "deviation of the first velocities, times 1 / sqrt(inputs of the neuron)", gt=0)
     memory: Memory = option(
         "inflated",
         "what becomes of a remembered loss on the next batch: raised by rule.inflation, measured again (twice the evaluations), or kept",
@@ -40,8 +40,8 @@ class ParticlesConfig:
     inflation: float = option(0.02, "share by which a remembered loss is raised with each batch", ge=0, needs={"memory": ("inflated",)})
     assembly: Literal["in-turn", "together"] = option(
         "in-turn",
-        "neurons of a layer: one after the other, each beside those that were chosen before; or all beside the old ones, the assembled "
-        "layer being taken if it is better",
+        "neurons of a layer: one after the other, each beside those chosen before it; or all beside the old ones, and the assembled layer "
+        "is taken if it is better",
         needs={"swarm": ("neuron",)},
     )
     together: bool = option(True, "execute the networks of particles as one batched computation", needs={"swarm": ("network",)})
@@ -100,7 +100,7 @@ class Particles(Rule):
 
     def plan(self) -> str:
         lines = [f"{self._passes(self.config, self.network):g} evaluations of the network on each batch"]
-        for name, swarms in self.swarms.items():
+        for name, swarms in zip(self.swarms, self._swarms(), strict=True):
             count, particles, size = swarms.position.shape
             lines.append(f"{name.replace('/', '.')}: {count} swarm(s) of {particles} particles with {size} numbers each")
         return "\n".join(lines)
@@ -215,7 +215,7 @@ class _Visit:
         """Return the pre-activations of all candidates of neurons first to last: (neurons, candidates, N, ...)."""
         places = self.places[first:last]
         found = self.layer.execute(self.x, places.flatten(0, 1))
-        return found.movedim(self.layer.axis, 0).unflatten(0, places.shape[:2])
+        return found.movedim(self.layer.axis, 0).unflatten(0, places.shape[:2])  # type: ignore[no-any-return]
 
     def _per_chunk(self) -> int:
         """Return how many neurons have their candidates computed together."""
@@ -298,7 +298,7 @@ def _better(values: Tensor, places: Tensor, row: Tensor, loss: Tensor) -> tuple[
 
 
 def _cut(rows: Tensor, members: dict[str, nn.Parameter]) -> tuple[Tensor, ...]:
-    return rows.split([p.numel() for p in members.values()], -1)
+    return rows.split([p.numel() for p in members.values()], -1)  # type: ignore[no-any-return]
 
 
 def _deviation(parameter: Tensor) -> float:

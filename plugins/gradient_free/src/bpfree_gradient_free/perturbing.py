@@ -120,7 +120,7 @@ def _inside(network: Network, noise: Noise, scales: Mapping[str, Tensor], inputs
     hooks = {part: _hook(name, part, noise, scales, count) for name, part in layers.items()}
     with _added(hooks):
         made: Tensor = network(inputs.repeat(count, *[1] * (inputs.dim() - 1)))
-    return made.unflatten(0, (count, -1))
+    return made.unflatten(0, (count, -1))  # type: ignore[no-any-return]
 
 
 Hook = Callable[[Any, tuple[Any, ...], Tensor], Tensor]
@@ -150,7 +150,7 @@ def _hook(name: str, layer: Any, noise: Noise, scales: Mapping[str, Tensor], cou
         if bias is not None and not isinstance(bias, Low):
             shape = (count, 1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (count, *[1] * (made.dim() - 2), -1)
             made = made + bias.view(shape) * scales[f"{prefix}bias"]
-        return made.flatten(0, 1)
+        return made.flatten(0, 1)  # type: ignore[no-any-return]
 
     return add
 
@@ -158,11 +158,8 @@ def _hook(name: str, layer: Any, noise: Noise, scales: Mapping[str, Tensor], cou
 def _multiplied(x: Tensor, noise: Tensor | Low) -> Tensor:
     """Return E x: (M, N, ..., outputs) of x (M, N, ..., inputs)."""
     rows = x.flatten(1, -2)
-    if isinstance(noise, Low):
-        found = (rows @ noise.b) @ noise.a.mT / math.sqrt(noise.a.shape[2])
-    else:
-        found = rows @ noise.mT
-    return found.unflatten(1, x.shape[1:-1])
+    found = (rows @ noise.b) @ noise.a.mT / math.sqrt(noise.a.shape[2]) if isinstance(noise, Low) else rows @ noise.mT
+    return found.unflatten(1, x.shape[1:-1])  # type: ignore[no-any-return]
 
 
 def _convolved(layer: nn.Conv2d, x: Tensor, noise: Tensor | Low) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class SPSA(Rule):
             rates = {name: step.lr(name) for name in self.groups()}
             self._decay(rates)
             if self.config.noise == "coordinates":
-                return self._coordinates(batch, step, lambda *found: _move(*found, rates))
+                return self._coordinates(batch, step, partial(_move, rates))
             slopes, metrics = self._slopes(batch, step)
             learning = list(self._learning())
             pieces, each = _pieces([parameter for _, parameter in learning]), [rates[name] for name, _ in learning]
@@ -217,7 +218,7 @@ def _add(name: str, parameter: nn.Parameter, places: Tensor, derivatives: Tensor
     _in_memory_order(parameter.grad).index_add_(0, places.to(parameter.device), derivatives.to(parameter.dtype))
 
 
-def _move(name: str, parameter: nn.Parameter, places: Tensor, derivatives: Tensor, rates: Mapping[str, float]) -> None:
+def _move(rates: Mapping[str, float], name: str, parameter: nn.Parameter, places: Tensor, derivatives: Tensor) -> None:
     moves = derivatives.to(parameter.dtype) * -rates[name]
     _in_memory_order(parameter).index_add_(0, places.to(parameter.device), moves)
 
