@@ -24,9 +24,10 @@ def test_every_row_can_be_built(name: str) -> None:
 def test_swarms_have_equal_evaluations() -> None:
     """Oracle: 26 neurons with 10 particles, and the network as it is, once for each batch."""
     found = {}
-    for cell in plan(find_study("particles-digits")).cells:
-        if cell.recipe.names["rule"] == "particles" and not cell.recipe.flat().get("twin"):
-            found[cell.row.label] = cell.recipe.build_rule(cell.recipe.spec()).traits.passes
-    assert found.pop("neurons, together") == 261 + 2  # the assembled layers
+    for row in plan(find_study("particles-digits")).rows:
+        recipe = row.cells[0].recipe
+        if recipe.names["rule"] == "particles" and not recipe.flat().get("twin"):
+            found[row.label] = recipe.build_rule(recipe.spec()).traits.passes
+    assert found.pop("neurons together") == 261 + 2  # the assembled layers
     assert set(found.values()) == {261}
     assert len(found) == 8

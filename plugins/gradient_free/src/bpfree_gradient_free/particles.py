@@ -40,8 +40,8 @@ class ParticlesConfig:
     inflation: float = option(0.02, "share by which a remembered loss is raised with each batch", ge=0, needs={"memory": ("inflated",)})
     assembly: Literal["in-turn", "together"] = option(
         "in-turn",
-        "neurons of a layer: one after the other, each beside those chosen before it; or all beside the old ones, and the assembled layer "
-        "is taken if it is better",
+        "how neurons of a layer are chosen: one after the other, each beside those before it; or all beside the old ones, and the layer "
+        "stays as it was if that is better",
         needs={"swarm": ("neuron",)},
     )
     together: bool = option(True, "execute the networks of particles as one batched computation", needs={"swarm": ("network",)})
@@ -53,12 +53,13 @@ class Particles(Rule):
     Config = ParticlesConfig
     card = Card(
         "a swarm of particles for each neuron; the best ones are the network",
-        paper="Kumar: Train your neural networks with particles, without back-propagation (particle swarms per neuron). arXiv 2412.05667",
+        paper="Kumar: training neural networks by swarms of particles, one for each neuron. 2024, arXiv 2412.05667 (its abstract)",
         equation="v <- w v + c1 r1 (best - x) + c2 r2 (row - x);  x <- x + v;  row <- x where that lowers the batch's loss",
-        notes="Our reading of the abstract: the paper's sizes, constants and numbers could not be read, so nothing is compared with them. A "
-        "particle is the weights and the bias of one neuron; its loss is that of the whole network with the other neurons as they are, on "
-        "this batch. Remembered losses belong to other batches: rule.memory says what is done about that. Scales and shifts of "
-        "normalisations move with rule.swarm=network alone. There is no optimiser and no rate.",
+        notes="Our reading of the abstract: the paper's sizes, constants and numbers could not be read, so nothing is compared with them. "
+        "A particle is the weights and the bias of one neuron; its loss is that of the whole network with the other neurons as they are, "
+        "on this batch. Remembered losses belong to other batches: rule.memory says what is done about that. Scales and shifts of "
+        "normalisations move with rule.swarm=network alone. There is no optimiser and no rate. A batch is followed as far as it goes: "
+        "take large batches of equal size.",
     )
     optimizer_keys_of = always(())
     config: ParticlesConfig
