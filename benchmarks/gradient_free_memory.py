@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = measure.Benchmark("gradient_free_memory", __doc__)
     options = benchmark.start(arguments)
     device = benchmark.device
-    width, count = (64, 32) if options.quick else (WIDTH, BATCH)
+    width, count = (256, BATCH) if options.quick else (WIDTH, BATCH)
     spec = TaskSpec("vectors", (width,), 10)
     batch = Batch(torch.randn(count, width, device=device), torch.randint(10, (count,), device=device))
 
