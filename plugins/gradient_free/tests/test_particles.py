@@ -13,7 +13,7 @@ from bpfree_gradient_free.swarm import Swarms
 from gradient_free_kit import NETWORKS, NUMBERS, VECTORS, batch_for, convolutional, dense, spec_of, weights_of
 from torch import Tensor, nn
 
-from bpfree import Batch, BpfreeError, BudgetConfig, Network, Stepper, Task, TaskSpec, TrainConfig, Trainer
+from bpfree import Batch, BudgetConfig, Network, Stepper, Task, TaskSpec, TrainConfig, Trainer
 from bpfree.errors import UsageError
 from bpfree.network import MLPConfig, mlp
 
@@ -147,9 +147,11 @@ def test_without_weights_nothing_moves_and_the_run_says_so(swarm: Any, digits: T
     rule = Particles(mlp(digits.spec, MLPConfig(widths=[3])), digits.spec, config)
     before = weights_of(rule)
     settings = TrainConfig(budget=BudgetConfig(epochs=1), batch_size=432, device="cpu")
-    with pytest.raises(BpfreeError, match="moved"):
-        Trainer(rule, digits, settings).fit()
+    run = Trainer(rule, digits, settings).fit()
     assert torch.equal(weights_of(rule), before)
+    assert [value for key, value in run.history[0].items() if key.endswith("speed")] == [0]
+    assert "no particle moves" in rule.plan()
+    assert "no particle moves" not in Particles(mlp(digits.spec), digits.spec).plan()
 
 
 def test_a_linear_neuron_converges_to_least_squares() -> None:

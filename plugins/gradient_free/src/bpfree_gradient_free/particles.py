@@ -104,6 +104,8 @@ class Particles(Rule):
         for name, swarms in zip(self.swarms, self._swarms(), strict=True):
             count, particles, size = swarms.position.shape
             lines.append(f"{name.replace('/', '.')}: {count} swarm(s) of {particles} particles with {size} numbers each")
+        if not (self.config.inertia or self.config.own or self.config.common):
+            lines.append("no particle moves, so nothing is learned: rule.inertia, rule.own and rule.common are all 0")
         return "\n".join(lines)
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -117,7 +119,8 @@ class Particles(Rule):
             start = loss = losses(self.spec, self.network(batch.inputs)[None], batch)[0]
             for index in range(self.config.rounds):
                 loss = self._network_round(batch, step, index, loss) if not self.layers else self._round(batch, step, index, loss)
-        return {"loss": start, "loss_after": loss}
+        speeds = [swarms.velocity.square().mean().sqrt() for swarms in self._swarms()]
+        return {"loss": start, "loss_after": loss, "speed": torch.stack(speeds).mean()}
 
     def _swarms(self) -> Iterator[Swarms]:
         yield from self.swarms.values()  # type: ignore[misc]
