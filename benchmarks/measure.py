@@ -32,7 +32,7 @@ from bpfree.tasks.task import Split
 from bpfree.version import __version__
 
 OUR_PATHS = ("--save", "--output", "--keep")
-PEERS = {"--pcx": "PYTHON", "--biotorch": "FOLDER"}
+PEERS = {"--pcx": "PYTHON", "--biotorch": "FOLDER", "--evotorch": "FOLDER"}
 """Options that say where another implementation is, and what stands for the place."""
 RESULTS = Path(__file__).resolve().parent / "results"
 

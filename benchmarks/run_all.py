@@ -21,6 +21,7 @@ SCRIPTS = (
     "feedback_step",
     "forward_gradient_step",
     "forward_gradient_memory",
+    "gradient_free_memory",
     "hebbian_step",
     "local_losses_step",
     "predictive_coding_step",

@@ -20,7 +20,7 @@ NAMES = {
     os: "fork getloadavg getpgid killpg posix_fallocate pread pwrite sched_getaffinity setpgid setsid uname O_DIRECTORY",
 }
 OURS = (
-    *("bpfree", "bpfree_feedback", "bpfree_forward_gradient", "bpfree_hebbian", "bpfree_local_losses", "bpfree_noprop"),
+    *("bpfree", "bpfree_feedback", "bpfree_forward_gradient", "bpfree_hebbian", "bpfree_local_losses", "bpfree_noprop", "bpfree_gradient_free"),
     "bpfree_predictive_coding",
 )
 importing = builtins.__import__

@@ -231,6 +231,20 @@ def test_forward_gradient_memory(smoke: Run) -> None:
     assert all(rules[name]["growth"] > 1.05 for name in ("backprop", "activities", "weights"))
 
 
+def test_gradient_free_memory(smoke: Run) -> None:
+    steps = smoke("gradient_free_memory")["steps"]
+    assert all(steps[name]["over_inference"] <= 1.05 for name in ("spsa", "spsa, 8 directions"))
+    assert all(steps[name]["over_inference"] > 1.5 for name in ("spsa, optimiser", "backprop"))
+
+
+def test_gradient_free_functions(smoke: Run) -> None:
+    """Without EvoTorch, which is no requirement."""
+    result = smoke("gradient_free_functions")
+    assert list(result["values"]) == ["sphere", "rosenbrock"]
+    assert all(list(found) == ["ours"] and len(found["ours"]) == 2 for found in result["values"].values())
+    assert result["speed"] == {}
+
+
 def test_feedback_step(smoke: Run) -> None:
     """Without BioTorch, which is no requirement."""
     result = smoke("feedback_step")

@@ -11,6 +11,7 @@ CHOSEN = {
     "core": "dfa",
     "feedback": "kolen-pollack",
     "forward-gradient": "local-forward-gradient",
+    "gradient-free": "evolution",
     "hebbian": "softhebb",
     "local-losses": "sigprop",
     "noprop": "noprop-dt",

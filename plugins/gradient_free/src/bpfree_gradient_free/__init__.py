@@ -1,0 +1,1 @@
+"""Gradient-free rules for bpfree."""
