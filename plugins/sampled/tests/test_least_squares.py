@@ -37,7 +37,9 @@ def ridge(rows: Tensor, targets: Tensor, penalty: float, *, constant: bool) -> t
 def test_solutions_are_those_of_ridge_regression(penalty: float, constant: bool) -> None:
     rows, targets = problem()
     for found, expected in zip(
-        summed(rows, targets, constant=constant).decompose().solve(penalty, 1e-13), ridge(rows, targets, penalty, constant=constant), strict=True
+        summed(rows, targets, constant=constant).decompose().solve(penalty, 1e-13),
+        ridge(rows, targets, penalty, constant=constant),
+        strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 

@@ -100,18 +100,18 @@ def _units(one_points: Tensor, other_points: Tensor, activation: str, one: Tenso
 
 
 def normal_layer(points: Tensor, units: int, generator: torch.Generator, *, scale: float, low: float, high: float) -> Layer:
-    """Draw units without looking at the data (an extreme learning machine): weights N(0, scale^2), biases U(low, high).
+    """Draw units without looking at the data (an extreme learning machine): weights N(0, 1) and biases U(low, high), times ``scale``.
 
     Args:
         points: (K, D), of which only the size, type and device matter.
         units: M.
         generator: of the draws.
-        scale: deviation of the weights.
-        low, high: ends of the biases' range.
+        scale: factor of weights and biases.
+        low, high: ends of the biases' range, before.
     """
     like = {"dtype": points.dtype, "device": points.device}
     weight = scale * torch.randn(units, points.shape[1], generator=generator, **like)  # type: ignore[call-overload]
-    bias = low + (high - low) * torch.rand(units, generator=generator, **like)  # type: ignore[call-overload]
+    bias = scale * (low + (high - low) * torch.rand(units, generator=generator, **like))  # type: ignore[call-overload]
     nowhere = torch.full((units,), -1, device=points.device)
     return Layer(weight, bias, nowhere, nowhere)
 

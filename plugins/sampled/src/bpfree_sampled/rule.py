@@ -40,7 +40,7 @@ class SampledConfig:
         "pairs of data points: uniform ones; likelier where the targets change steeply; where those of a first fit do; elm: no pairs, but "
         "normal weights and uniform biases. Of Hamiltonian systems swim is given the true energies, which data do not have",
     )
-    scale: float = option(1.0, "deviation of the weights", gt=0, needs={"sampling": ("elm",)})
+    scale: float = option(1.0, "factor of normal weights and their biases", gt=0, needs={"sampling": ("elm",)})
     control: Literal["none", "rotated", "permuted"] = option(
         "none", "of what pairs are good for: weights in random directions, or biases of other units", unless={"sampling": ("elm",)}
     )
