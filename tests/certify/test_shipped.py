@@ -14,6 +14,7 @@ CHOSEN = {
     "hebbian": "softhebb",
     "noprop": "noprop-dt",
     "predictive-coding": "ipc",
+    "sampled": "sampled",
 }
 
 

@@ -24,13 +24,14 @@ def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.relu(), (x > 0).to(x.dtype)
 
 
+VALUES: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
 ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"tanh": _tanh, "relu": _relu}
 """Values and derivatives (N, M) at (N, M), by name."""
 
 
 def image(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     """Compute the values (N, M) of a layer's units at points (N, D)."""
-    return ACTIVATIONS[activation](F.linear(x, weight, bias))[0]
+    return VALUES[activation](F.linear(x, weight, bias))
 
 
 def first_duals(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:

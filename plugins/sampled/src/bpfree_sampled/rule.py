@@ -164,7 +164,7 @@ class Sampled(Solved):
 
     def _how(self) -> str:
         if self.config.sampling == "elm":
-            return f"normal weights of deviation {self.config.scale:g}"
+            return f"normal weights times {self.config.scale:g}"
         return f"from pairs ({self.config.sampling}{'' if self.config.control == 'none' else ', ' + self.config.control})"
 
     # --- sampling -----------------------------------------------------------------------------------------------------------
@@ -190,23 +190,23 @@ class Sampled(Solved):
 
     def _sample(self, points: Tensor, values: Tensor | None, generator: torch.Generator, *, classes: bool) -> None:
         """Sample layer after layer from points (K, D), each from their images under the layers below."""
-        low, high = float(points.min()), float(points.max())
-        for name, linear, activation in self._layers:
+        known = self._layers
+        for place, (_, linear, activation) in enumerate(known):
             if not linear.weight.requires_grad:
                 pass
             elif self.config.sampling == "elm":
-                # The published range of biases is that of the box, of the first layer; further layers have the range of their inputs.
-                first = name == self._layers[0][0]
-                ends = (min(self.spec.box), max(self.spec.box)) if isinstance(self.spec, HamiltonianSpec) and first else (low, high)
-                made = pairs.normal_layer(points, linear.out_features, generator, scale=self.config.scale, low=ends[0], high=ends[1])
+                # The published range of biases is that of the box; further layers have the range of their inputs.
+                box = isinstance(self.spec, HamiltonianSpec) and not place
+                ends = self.spec.box if box else (float(points.min()), float(points.max()))  # type: ignore[attr-defined]
+                made = pairs.normal_layer(points, linear.out_features, generator, scale=self.config.scale, low=min(ends), high=max(ends))
                 _fill(linear, made.weight, made.bias)
             else:
                 made = pairs.pair_layer(points, linear.out_features, activation, generator, values, classes=classes)
                 made = pairs.rotated(made, points, activation, generator) if self.config.control == "rotated" else made
                 made = pairs.permuted(made, generator) if self.config.control == "permuted" else made
                 _fill(linear, made.weight, made.bias)
-            points = layers.image(points, *self._weights(linear), activation)
-            low, high = float(points.min()), float(points.max())
+            if place + 1 < len(known):
+                points = layers.image(points, *self._weights(linear), activation)
 
     def _weights(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         return linear.weight.to(self.dtype), linear.bias.to(self.dtype)
