@@ -27,7 +27,7 @@ from bpfree import BudgetConfig, Split, Task, TrainConfig, Trainer
 
 CASES: dict[str, dict[str, Any]] = {
     "pendulum": {"equations": "pendulum", "examples": 2000, "width": 500},
-    "pendulum, p 1": {"equations": "pendulum", "box": [-6.283185307179586, 6.283185307179586, -1.0, 1.0], "examples": 2000, "width": 500},
+    "pendulum p 1": {"equations": "pendulum", "box": [-6.283185307179586, 6.283185307179586, -1.0, 1.0], "examples": 2000, "width": 500},
     "henon-heiles": {"equations": "henon-heiles", "examples": 2000, "width": 1000},
     "lotka-volterra": {"equations": "lotka-volterra", "examples": 2000, "width": 500},
     "double-pendulum": {"equations": "double-pendulum", "examples": 2000, "width": 1000},
