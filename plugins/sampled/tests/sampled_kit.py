@@ -40,6 +40,8 @@ def trained(rule: Sampled, task: Task, batch_size: int = 64) -> dict[str, float]
 
 def solved(rule: Sampled, inputs: torch.Tensor, targets: torch.Tensor, *, sampled: bool = True) -> Sampled:
     """Sample (unless the hidden units are to stay) and solve, in a loop of one's own."""
+    if not sampled:
+        rule.freeze_features()
     from bpfree import Split
 
     stepper = Stepper(rule)

@@ -81,9 +81,9 @@ class Sampled(Solved):
 
     @classmethod
     def traits_of(cls, config: SampledConfig, network: Network | None = None) -> Traits:
-        """Declare that layers depend on those below; on all where a first fit decides on the second sampling."""
+        """Declare that no update depends on weights: all are made of data. Streamed, they are made outside of steps, layer upon layer."""
         return Traits(
-            "all" if config.sampling == "a-swim" else "upstream",
+            "upstream" if config.streamed else "independent",
             downstream_weights=0,
             reverse_span=0,
             update="in-place",
@@ -116,7 +116,6 @@ class Sampled(Solved):
         kept = len(self.penalties) if self.calibrates else 0
         self.register_buffer("weights", torch.zeros(kept, outputs, units, dtype=self.network.dtype))
         self.register_buffer("biases", torch.zeros(kept, outputs, dtype=self.network.dtype))
-        self._held: list[tuple[Tensor, Tensor]] = []
 
     def _check(self) -> None:
         spec, config = self.spec, self.config
@@ -171,14 +170,26 @@ class Sampled(Solved):
 
     @torch.no_grad()
     def prepare(self, data: Examples, generator: torch.Generator) -> None:
-        """Sample the hidden layers; those that do not learn, as in a twin, stay as they are."""
+        """Sample the hidden layers of a rule that is streamed to; without streaming its only step does it."""
+        if not self.config.streamed:
+            return
         inputs, targets = self._seen(data, generator)
         points = self.spec.normalise(inputs.to(generator.device), self.dtype).flatten(1)
-        values: Tensor | None = None
+        rows = None
         if self.config.sampling == "swim" and targets is not None:
-            targets = targets.to(generator.device)
-            values = targets[:, :1] if self.energy else self.spec.target_rows(Batch(points, targets), self.dtype)
-        self._sample(points, values, generator, classes=self.spec.targets in ("classes", "multilabel"))
+            rows = self._target_rows(Batch(points, targets.to(generator.device)))
+        self._sample(points, self._values(rows), generator)
+
+    def _target_rows(self, batch: Batch) -> Tensor:
+        """Return targets (N, C) as they are solved for: one-hot classes, real values, or energies and fields."""
+        assert batch.targets is not None
+        return batch.targets.to(self.dtype) if self.energy else self.spec.target_rows(batch, self.dtype)
+
+    def _values(self, rows: Tensor | None) -> Tensor | None:
+        """Return the function (N, C) along which pairs are drawn, where the sampling is given it beforehand."""
+        if self.config.sampling != "swim" or rows is None:
+            return None
+        return rows[:, :1] if self.energy else rows
 
     def _seen(self, data: Examples, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Read the examples from which pairs are drawn: a random part of those that can be read in any order, else the first ones."""
@@ -188,8 +199,9 @@ class Sampled(Solved):
             return data.batch(order)
         return data.batch(torch.arange(count))
 
-    def _sample(self, points: Tensor, values: Tensor | None, generator: torch.Generator, *, classes: bool) -> None:
-        """Sample layer after layer from points (K, D), each from their images under the layers below."""
+    def _sample(self, points: Tensor, values: Tensor | None, generator: torch.Generator) -> None:
+        """Sample layer after layer from points (K, D), each from their images; layers that do not learn, as in a twin, stay."""
+        classes = self.spec.targets in ("classes", "multilabel") and self.config.sampling == "swim"
         known = self._layers
         for place, (_, linear, activation) in enumerate(known):
             if not linear.weight.requires_grad:
@@ -214,14 +226,28 @@ class Sampled(Solved):
     # --- solving ------------------------------------------------------------------------------------------------------------
 
     def accumulate(self, batch: Batch, step: Step) -> Metrics:
-        """Add a batch's rows to the triangular factor; without streaming, its examples are held until the solve."""
-        assert batch.targets is not None
-        inputs = batch.inputs.to(self.dtype).flatten(1)
-        targets = batch.targets if self.energy else self.spec.target_rows(batch, self.dtype)
-        self._add(inputs, targets.to(self.dtype))
-        if not self.config.streamed:
-            self._held.append((inputs, targets.to(self.dtype)))
+        """Add a batch's rows to the triangular factor; or learn all there is to learn, where the batch is all data."""
+        inputs, rows = batch.inputs.to(self.dtype).flatten(1), self._target_rows(batch)
+        if self.config.streamed:
+            self._add(inputs, rows)
+        else:
+            self._learn(inputs, rows, step.generator)
         return {}
+
+    def _learn(self, inputs: Tensor, rows: Tensor, generator: torch.Generator) -> None:
+        """Sample and solve; for ``a-swim`` sample once more by the first fit, and solve again."""
+        some = torch.randperm(len(inputs), generator=generator, device=inputs.device)[: self.config.points]
+        values = self._values(rows)
+        self._sample(inputs[some], None if values is None else values[some], generator)
+        self._fit(inputs, rows)
+        if self.config.sampling == "a-swim":
+            self._sample(inputs[some], self._fitted(inputs[some]), generator)
+            self._fit(inputs, rows)
+
+    def _fit(self, inputs: Tensor, rows: Tensor) -> None:
+        self.factors.clear()
+        self._add(inputs, rows)
+        self._solve(self._rows(inputs, rows))
 
     def _add(self, inputs: Tensor, targets: Tensor) -> None:
         for rows, values in self._rows(inputs, targets):
@@ -252,17 +278,9 @@ class Sampled(Solved):
         return made
 
     def solve(self, step: Step) -> None:
-        """Solve for the readout; for ``a-swim`` sample again by the first fit, and solve again."""
-        held, self._held = self._held, []
-        self._solve(held)
-        if self.config.sampling == "a-swim":
-            inputs, targets = (torch.cat(parts) for parts in zip(*held, strict=True))
-            values = self._fitted(inputs)
-            some = torch.randperm(len(inputs), generator=step.generator, device=inputs.device)[: self.config.points]
-            self._sample(inputs[some], values[some], step.generator, classes=False)
-            self.factors.clear()
-            self._add(inputs, targets)
-            self._solve([(inputs, targets)])
+        """Solve for the readout at the end of a stream."""
+        if self.config.streamed:
+            self._solve(iter(()))
 
     def _fitted(self, inputs: Tensor) -> Tensor:
         """Return the outputs (N, C) of the first fit, or its energies (N, 1)."""
@@ -270,13 +288,13 @@ class Sampled(Solved):
         weight, bias = self._weights(self._readout)
         return torch.cat([F.linear(self._images(x), weight, bias) for x in inputs.split(size)])
 
-    def _solve(self, held: list[tuple[Tensor, Tensor]]) -> None:
+    def _solve(self, parts: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Write the readout of the chosen penalty; ``parts`` are the rows that were added, once more, to leave each out."""
         made = self.factors.decompose()
         cutoff = self.config.cutoff
         best = 0
         if len(self.penalties) > 1:
             if self.config.choose == "leave-one-out":
-                parts = (part for inputs, targets in held for part in self._rows(inputs, targets))
                 errors = made.left_out(parts, self.penalties, cutoff)
             else:
                 errors = made.generalised(self.penalties, cutoff)
