@@ -115,3 +115,10 @@ def test_features_that_are_zero_have_no_weight() -> None:
 def test_without_rows_there_is_no_solution() -> None:
     with pytest.raises(BpfreeError, match="without rows"):
         QRSums(3, 1, constant=True, dtype=torch.float64).decompose()
+
+
+def test_numbers_that_are_not_finite_are_refused() -> None:
+    rows, targets = problem()
+    rows[3, 1] = float("nan")
+    with pytest.raises(BpfreeError, match="not finite"):
+        summed(rows, targets, constant=True).decompose()

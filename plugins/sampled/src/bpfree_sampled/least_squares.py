@@ -73,8 +73,11 @@ class QRSums(nn.Module):
         """Decompose the centred problem by singular values.
 
         Raises:
-            BpfreeError: there are no rows.
+            BpfreeError: there are no rows, or one of their numbers is not finite.
         """
+        if not bool(self.factor.isfinite().all()):
+            fix = "look for NaN in the data, and for units that overflow"
+            raise BpfreeError("a row of the least-squares problem is not finite", where="QRSums", fix=fix)
         if not int(self.count):
             raise BpfreeError("a least-squares problem without rows has no solution", where="QRSums", fix="add rows first")
         first, last = int(self.constant), int(self.constant) + self.features
