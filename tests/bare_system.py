@@ -19,7 +19,10 @@ NAMES = {
     signal: "SIGALRM SIGHUP SIGKILL SIGUSR1 SIGUSR2 ITIMER_REAL setitimer pthread_sigmask sigwait",
     os: "fork getloadavg getpgid killpg posix_fallocate pread pwrite sched_getaffinity setpgid setsid uname O_DIRECTORY",
 }
-OURS = ("bpfree", "bpfree_feedback", "bpfree_forward_gradient", "bpfree_hebbian", "bpfree_noprop", "bpfree_predictive_coding", "bpfree_sampled")
+OURS = (
+    *("bpfree", "bpfree_feedback", "bpfree_forward_gradient", "bpfree_hebbian", "bpfree_noprop"),
+    *("bpfree_predictive_coding", "bpfree_sampled"),
+)
 importing = builtins.__import__
 
 
