@@ -367,7 +367,8 @@ def _layer_of(name: str, block: nn.Module, *, first: bool) -> tuple[str, nn.Line
     if len(parts) == 2 and isinstance(parts[0], nn.Linear) and parts[0].bias is not None and type(parts[1]) in kinds:
         return name, parts[0], kinds[type(parts[1])]
     fix = "use network=mlp network.activation=tanh (or relu), without normalisation and dropout; or network=hnn"
-    raise UsageError(f"Sampled samples layers of tanh or ReLU units, but the block {name} is {block}", where="network", fix=fix)
+    held = ", ".join(type(part).__name__ for part in parts)
+    raise UsageError(f"Sampled samples layers of tanh or ReLU units, but {name} consists of {held}", where="network", fix=fix)
 
 
 def _readout_of(block: nn.Module) -> nn.Linear:
@@ -375,4 +376,5 @@ def _readout_of(block: nn.Module) -> nn.Linear:
         return block.linear
     if isinstance(block, nn.Linear) and block.bias is not None:
         return block
-    raise UsageError(f"Sampled solves for a linear readout with a bias, not {block}", where="network", fix="use network=mlp, or hnn")
+    what = f"Sampled solves for a linear readout with a bias, not for a {type(block).__name__}"
+    raise UsageError(what, where="network", fix="use network=mlp, or hnn")
