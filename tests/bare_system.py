@@ -20,8 +20,8 @@ NAMES = {
     os: "fork getloadavg getpgid killpg posix_fallocate pread pwrite sched_getaffinity setpgid setsid uname O_DIRECTORY",
 }
 OURS = (
-    *("bpfree", "bpfree_feedback", "bpfree_forward_gradient", "bpfree_hebbian", "bpfree_local_losses", "bpfree_noprop", "bpfree_gradient_free"),
-    "bpfree_predictive_coding",
+    *("bpfree", "bpfree_feedback", "bpfree_forward_gradient", "bpfree_gradient_free", "bpfree_hebbian", "bpfree_local_losses"),
+    *("bpfree_noprop", "bpfree_predictive_coding", "bpfree_sampled"),
 )
 importing = builtins.__import__
 

@@ -24,8 +24,8 @@ FORKS = sys.platform == "linux"
 LOADED = (
     *("torch", "mlflow.tracking", "sklearn.datasets", "torchvision", "PIL.Image"),
     *("bpfree.training.trainer", "bpfree.tracking.mlflow_tracker", "bpfree.cli.train", "bpfree.study.worker"),
-    *("bpfree_noprop.plugin", "bpfree_feedback.plugin", "bpfree_forward_gradient.plugin"),
-    *("bpfree_hebbian.plugin", "bpfree_local_losses.plugin", "bpfree_predictive_coding.plugin", "bpfree_gradient_free.plugin"),
+    *("bpfree_noprop.plugin", "bpfree_feedback.plugin", "bpfree_forward_gradient.plugin", "bpfree_gradient_free.plugin"),
+    *("bpfree_hebbian.plugin", "bpfree_local_losses.plugin", "bpfree_predictive_coding.plugin", "bpfree_sampled.plugin"),
 )
 """Modules of the process that is forked. None of them starts a thread with the variables below."""
 VARIABLES = {

@@ -265,6 +265,12 @@ def test_local_losses_step(smoke: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_sampled_hamiltonian(smoke: Run) -> None:
+    rows = smoke("sampled_hamiltonian", "--rows", "u-swim", "elm, scale chosen")["pendulum"]["rows"]
+    assert set(rows) == {"u-swim", "elm, scale chosen", "cubic monomials"}
+    assert all(0 < row["energy_error"] < 1 for row in rows.values())
+
+
 def test_hebbian_step(smoke: Run) -> None:
     result = smoke("hebbian_step")
     assert list(result) == ["layer 1", "layer 2", "layer 3", "all layers", "rule.learn"]

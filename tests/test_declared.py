@@ -24,7 +24,7 @@ LATER = {"inputs", "own_loss", "views", "addons"}
 """What nothing said when this was recorded."""
 KINDS = ["classes", "soft", "real"]
 """Of targets, at that time."""
-SINCE = {"feedback", "gradient-free"}
+SINCE = {"feedback", "gradient-free", "local-losses", "sampled"}
 """Plugins that came later."""
 UNSET: dict[str, Any] = {"optimizer_keys": None, "shared_groups": [], "draws": 1}
 

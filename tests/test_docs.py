@@ -147,7 +147,7 @@ def test_what_ships_is_listed(kind: str) -> None:
     row = re.search(rf"^\| {kind} \|(.*)$", (ROOT / "docs" / "what-is-here.md").read_text(), re.MULTILINE)
     assert row is not None
     cells = [set(re.findall(r"`([^`]+)`", cell)) for cell in row[1].strip("|").split("|")]
-    owners = ("core", "noprop", "forward-gradient", "hebbian", "predictive-coding", "feedback", "local-losses", "gradient-free")
+    owners = ("core", "noprop", "forward-gradient", "hebbian", "predictive-coding", "feedback", "local-losses", "gradient-free", "sampled")
     for owner, named in zip(owners, cells, strict=True):
         assert named == {name for name, _, plugin in installed_plugins().items(kind) if plugin.name == owner}, owner
 

@@ -11,6 +11,7 @@ from training_rules import config_of, rule_on
 
 from bpfree import Batch, Budget, Phase, Step, Task
 from bpfree.baselines import Backprop
+from bpfree.tasks.task import Examples
 from bpfree.training.config import BudgetConfig
 from bpfree.training.trainer import Trainer
 
@@ -51,3 +52,21 @@ def test_what_a_first_step_leaves_behind_counts_once(digits: Task, device: torch
     assert (first["train/steps"], later["train/steps"]) == (1, 3)
     moments = 2 * 4 * first["parameters"] / MIB
     assert first["train/peak_memory_mb"] == pytest.approx(later["train/peak_memory_mb"] - moments, rel=0.02)
+
+
+class FillingBesideSteps(Backprop):
+    """What is made before training takes 16 MiB, and what is solved at its end 24."""
+
+    def prepare(self, data: Examples, generator: torch.Generator) -> None:
+        torch.ones(16 * MIB // 4)
+
+    def end_phase(self, phase: Phase, step: Step) -> None:
+        torch.ones(24 * MIB // 4)
+
+
+def test_what_is_solved_counts(digits: Task, device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("the rule fills the CPU's memory")
+    run = Trainer(rule_on(digits, FillingBesideSteps), digits, config_of(device)).fit()
+    assert 24 <= run.result["train/peak_memory_mb"] < 26
+    assert 16 <= run.history[0]["peak_memory_mb"] < 26

@@ -372,6 +372,10 @@ def test_factorisations_and_solutions_count() -> None:
         lambda: torch.linalg.solve(matrix, right[:, :, 0]): 2 * (2 * n**3 // 3 + 2 * n**2),
         lambda: torch.linalg.solve_triangular(matrix, right, upper=True): 2 * n**2 * columns,
         lambda: torch.cholesky_solve(right, matrix): 2 * 2 * n**2 * columns,
+        lambda: torch.linalg.qr(matrix, mode="r"): 2 * (4 * n**3 // 3),
+        lambda: torch.linalg.qr(matrix): 2 * 2 * (4 * n**3 // 3),
+        lambda: torch.linalg.svd(matrix): 2 * 22 * n**3,
+        lambda: torch.linalg.svdvals(matrix): 2 * (8 * n**3 // 3),
     }
     for call, expected in calls.items():
         with counted_operations() as count:

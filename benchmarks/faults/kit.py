@@ -32,6 +32,7 @@ PRELOADED = (
     "bpfree_noprop",
     "bpfree_hebbian",
     "bpfree_predictive_coding",
+    "bpfree_sampled",
     "bpfree_feedback",
     "bpfree_forward_gradient",
     "mlflow.tracking",

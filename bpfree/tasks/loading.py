@@ -54,7 +54,7 @@ class Resident:
 
     Attributes:
         inputs: (N, ...) or a tree of such tensors, normalised or raw.
-        targets: (N, ...) int64 or float32, or ``None``.
+        targets: (N, ...) int64, float32 or (beside inputs in float64) float64, or ``None``.
         normalised: which of the two ``inputs`` is.
     """
 
@@ -65,7 +65,7 @@ class Resident:
     @classmethod
     def of(cls, split: Split, spec: TaskSpec, device: torch.device, *, raw: bool = False, dtype: torch.dtype = torch.float32) -> Resident:
         """Put a split on a device: normalised to ``dtype`` unless ``raw`` is asked for or float32 would take more than 1 GiB."""
-        targets = None if split.targets is None else typed(split.targets).to(device)
+        targets = None if split.targets is None else typed(split.targets, dtype).to(device)
         if raw or float_bytes(split) > FLOAT_LIMIT:
             return cls(move(split.inputs, device), targets, normalised=False)
         normalise = Normaliser(spec, device, dtype)
@@ -237,7 +237,7 @@ class Loader:
         sizes = [len(part) for part in torch.arange(self.examples).split(self.batch_size)]
         for place, (inputs, targets) in enumerate(split.passes(epoch, sizes)):
             if place >= start:
-                yield move(inputs, self.device), None if targets is None else typed(targets.to(self.device))
+                yield move(inputs, self.device), None if targets is None else typed(targets.to(self.device), self._normalise.dtype)
 
     def _stream(self, chosen: Sequence[Tensor]) -> Iterator[tuple[Any, Tensor | None]]:
         cuda = self.device.type == "cuda"
@@ -246,7 +246,7 @@ class Loader:
             Gathers(self.split, chosen), batch_size=None, num_workers=self.workers, pin_memory=cuda, generator=torch.Generator()
         )
         for inputs, targets in _begun(loader):
-            moved = None if targets is None else typed(targets.to(self.device, non_blocking=True))
+            moved = None if targets is None else typed(targets.to(self.device, non_blocking=True), self._normalise.dtype)
             yield move(inputs, self.device, non_blocking=True), moved
 
 
@@ -278,9 +278,9 @@ class Gathers(Dataset[tuple[Any, Tensor | None]]):
         return self.split.batch(self.chosen[index])
 
 
-def typed(targets: Tensor) -> Tensor:
-    """Convert targets to the types that losses take: int64 classes, float32 otherwise."""
-    return targets.float() if targets.is_floating_point() else targets.long()
+def typed(targets: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Convert targets to the types that losses take: int64 classes; otherwise float32, or float64 beside inputs in float64."""
+    return targets.to(working_dtype(dtype)) if targets.is_floating_point() else targets.long()
 
 
 def float_bytes(split: Split) -> int:

@@ -67,7 +67,7 @@ class _MeanLoss:
 
     def add(self, outputs: Tensor, batch: Batch) -> None:
         count = self._spec.counted(batch)
-        total = doubled(self._spec.loss(outputs.float(), batch))
+        total = doubled(self._spec.loss(outputs if outputs.dtype == torch.float64 else outputs.float(), batch))
         count = count.to(total.device) if isinstance(count, Tensor) else count
         total = total * count
         if isinstance(count, Tensor):  # of a batch in which every token is ignored the mean is NaN

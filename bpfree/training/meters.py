@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
@@ -271,8 +271,8 @@ class StepMemory:
     """Peak of the tensor memory that training takes, in MiB: what a step allocates, above what is held between steps.
 
     Activations, gradients and temporaries are seen by watching an early step of each phase: the first, and the third in its place, when
-    lazy set-up is over. Parameters, buffers and optimiser state are counted. The data set is not in it, nor what ``prepare`` and
-    ``end_phase`` take. The same on a CPU (torch's allocation events, so that the size of the process does not blur it) and on CUDA (the
+    lazy set-up is over; so is what ``prepare`` and ``end_phase`` take. Parameters, buffers and optimiser state are counted. The data set is
+    not in it. The same on a CPU (torch's allocation events, so that the size of the process does not blur it) and on CUDA (the
     allocator's peak).
 
     Args:
@@ -303,6 +303,17 @@ class StepMemory:
         """Take a step and watch its memory."""
         with clock.stopped(), self.watch(step.phase.name):
             return take(batch, step)
+
+    def beside_steps(self, name: str) -> AbstractContextManager[None]:
+        """Watch a call of the rule outside of steps, unless another profiler runs; the largest call of a name stays."""
+        return nullcontext() if torch.autograd.profiler._is_profiler_enabled else self._largest(f"({name})")
+
+    @contextmanager
+    def _largest(self, name: str) -> Iterator[None]:
+        before = self._watched.get(name, 0)
+        with self.watch(name):
+            yield
+        self._watched[name] = max(before, self._watched[name])
 
     @contextmanager
     def watch(self, phase: str = "") -> Iterator[None]:

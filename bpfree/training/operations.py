@@ -1,8 +1,9 @@
 """Cost of training in floating-point operations, counted by the core, never declared by a rule.
 
 Matrix products (in place, too) and convolutions count, with two operations for each multiplication and addition, as torch's
-``FlopCounterMode`` has it, and direct solutions of linear systems (their leading terms: Golub and Van Loan, Matrix Computations, 4th ed.,
-2013, ch. 3 and 4). Elementwise work does not count, nor do iterations (eigenvalues, singular values). One *forward-pass equivalent* is
+``FlopCounterMode`` has it, and solutions of linear systems and least squares by elimination, Cholesky's, QR and singular value
+decompositions (their leading terms: Golub and Van Loan, Matrix Computations, 4th ed., 2013, ch. 3, 4, 5.2 and 8.6). Elementwise work does
+not count, nor do other iterations (eigenvalues). One *forward-pass equivalent* is
 what ``Rule.predict`` takes for one example. A step is counted once for each kind of phase and size of batch, and costs that much ever
 after: a rule whose steps of one kind differ (a search that ends early, say) is counted by the first of them. What a rule does outside of
 steps (``prepare``, ``start_phase``, ``end_phase``) is counted each time that it is done.
@@ -98,6 +99,21 @@ def _cholesky_solve(right: Any, matrix: Any, *arguments: Any, **options: Any) ->
     return 2 * _triangular(matrix, right)
 
 
+def _qr(matrix: Any, mode: str = "reduced", *arguments: Any, **options: Any) -> int:
+    """Count Householder's factorisation of matrices (..., m, n), and as much for Q, where it is formed."""
+    *batch, m, n = (int(size) for size in matrix)
+    least, most = min(m, n), max(m, n)
+    once = 2 * least**2 * most - 2 * least**3 // 3
+    return math.prod(batch) * once * (1 if mode == "r" else 2)
+
+
+def _singular_values(matrix: Any, full: bool = False, vectors: bool = True, *arguments: Any, **options: Any) -> int:
+    """Count Golub's and Reinsch's algorithm for matrices (..., m, n), with or without vectors: an estimate for the usual rounds."""
+    *batch, m, n = (int(size) for size in matrix)
+    least, most = min(m, n), max(m, n)
+    return math.prod(batch) * (14 * most * least**2 + 8 * least**3 if vectors else 4 * most * least**2 - 4 * least**3 // 3)
+
+
 FURTHER = {
     torch.ops.aten.mv: _matrix_vector,
     torch.ops.aten.addmv: _added_matrix_vector,
@@ -116,6 +132,8 @@ FURTHER = {
     torch.ops.aten._linalg_solve_ex: _solve,
     torch.ops.aten.linalg_solve_triangular: _triangular,
     torch.ops.aten.cholesky_solve: _cholesky_solve,
+    torch.ops.aten.linalg_qr: _qr,
+    torch.ops.aten._linalg_svd: _singular_values,
 }
 """Products and solutions that torch's counter leaves out; the arguments are shapes."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -108,18 +109,18 @@ class RunState:
         self._complete: Position | None = None
 
     def solve(self, name: str, *arguments: Any) -> None:
-        """Call the rule outside of steps (``prepare``, ``start_phase``, ``end_phase``): on the clock, with its operations counted."""
+        """Call the rule outside of steps (``prepare``, ``start_phase``, ``end_phase``): on the clock, its operations and memory counted."""
         method = getattr(self.rule, name)
         if getattr(method, "__func__", None) is getattr(Rule, name):  # there is nothing to do
             return
 
-        self.charge(partial(method, *arguments))
+        self.charge(partial(method, *arguments), partial(self.memory.beside_steps, name))
 
-    def charge(self, work: Callable[[], object]) -> None:
-        """Do work of the training outside of steps: on the clock, its operations counted."""
+    def charge(self, work: Callable[[], object], watch: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Do work of the training outside of steps: on the clock, its operations counted; inside ``watch``, which is not timed."""
 
         def call() -> None:
-            with self.clock.running():
+            with watch(), self.clock.running():
                 work()
 
         with self.compilation.apart(self.clock):

@@ -16,6 +16,7 @@ CHOSEN = {
     "local-losses": "sigprop",
     "noprop": "noprop-dt",
     "predictive-coding": "ipc",
+    "sampled": "sampled",
 }
 
 
