@@ -44,5 +44,4 @@ def bpfree_studies() -> dict[str, Path]:
 def bpfree_presets() -> dict[str, dict[str, Any]]:
     return {
         "quickstart/sigprop": {"rule": "sigprop", "network.norm": "layer"},
-        "quickstart/mono-forward": {"rule": "mono-forward"},
     }
