@@ -207,7 +207,8 @@ def similarity_matrix(x: Tensor) -> Tensor:
     rows = x.flatten(1)
     rows = rows - rows.mean(1, keepdim=True)
     rows = rows / (rows.norm(dim=1, keepdim=True) + 1e-8)
-    return (rows @ rows.T).clamp(-1, 1)
+    cosines: Tensor = rows @ rows.T
+    return cosines.clamp(-1, 1)
 
 
 def decoder_pooling(shape: torch.Size, limit: int) -> tuple[tuple[int, int], tuple[int, int]]:
