@@ -41,7 +41,7 @@ def negatives(rule: ForwardForward, batch: Batch) -> Tensor:
 
 def rows_by_hand(rule: ForwardForward, batch: Batch) -> Tensor:
     """Inputs of the first layer, before they are normalised: with the right label, then with the wrong one."""
-    labels = F.one_hot(torch.cat([batch.targets, negatives(rule, batch)]), rule.spec.outputs).double()
+    labels = rule.config.label_size * F.one_hot(torch.cat([batch.targets, negatives(rule, batch)]), rule.spec.outputs).double()
     flat = batch.inputs.flatten(1).repeat(2, 1)
     return torch.cat([flat, labels], 1) if rule.place.appended else torch.cat([labels, flat[:, rule.spec.outputs :]], 1)
 
@@ -119,7 +119,7 @@ def test_goodness_predicts_as_brute_force_over_labels_does(form: Any, label: Any
     expected = torch.zeros(9, 4, dtype=torch.float64)
     for place in range(9):
         for candidate in range(4):
-            flat, row = batch.inputs[place].flatten(), torch.eye(4, dtype=torch.float64)[candidate]
+            flat, row = batch.inputs[place].flatten(), 3 * torch.eye(4, dtype=torch.float64)[candidate]
             x = torch.cat([flat, row]) if label == "appended" else torch.cat([row, flat[4:]])
             for index, layer in enumerate(linears(rule)):
                 z = torch.relu(layer(rms(x[None])))
@@ -184,7 +184,7 @@ def test_the_readout_reads_normalised_layers_of_a_neutral_image() -> None:
     rule, batch = rule_of(PIXELS, label="pixels", prediction="readout"), batch_of(PIXELS)
     assert not rule.classifier.weight.any()
     flat = batch.inputs.flatten(1).clone()
-    flat[:, :4] = 0.25
+    flat[:, :4] = 3 / 4
     layers = linears(rule)
     first = rms(torch.relu(layers[0](rms(flat))))
     second = rms(torch.relu(layers[1](first)))

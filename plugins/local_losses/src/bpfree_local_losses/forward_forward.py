@@ -47,7 +47,10 @@ class ForwardForwardConfig:
     goodness: Literal["sum", "mean"] = option("sum", "of the squared activities of a layer's units")
     threshold: float = option(1.0, "goodness per unit at which an example is as likely real as false", ge=0)
     label_size: float = option(
-        1.0, "what is written for a label; normalised inputs have a mean square of 1", gt=0, unless={"negatives": ("unsupervised",)}
+        3.0,
+        "what is written for a label, where normalised inputs have a mean square of 1 (published: 1, where pixels are between 0 and 1)",
+        gt=0,
+        unless={"negatives": ("unsupervised",)},
     )
     first: int = option(2, "the first layer, counted from 1, that predictions use; a network of fewer layers uses its last", ge=1)
     peer: float = option(0.03, "weight of the peer normalisation, which keeps units from being always or never active; 0: none", ge=0)
