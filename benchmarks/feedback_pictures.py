@@ -43,7 +43,7 @@ def main() -> None:
     x = linear(list(places.values()), "hidden layers")
     x = type(x)(x.low, x.high, x.label, [(place, f"{depth:g}") for depth, place in places.items()])
     y = linear([value for points in found.values() for _, value in points], "test accuracy, %", bounds=(0, 100))
-    text = "Fashion-MNIST: test accuracy, %, against the number of hidden layers"
+    text = "Fashion-MNIST, test accuracy, %"
     write_text(IMAGE, svg_file("Feedback weights and depth", Figure([panel(text, x, y, series)], text, keys)))
 
 
