@@ -155,17 +155,6 @@ class Step:
     stage: Stage | None = None
     local_groups: frozenset[str] | None = None
 
-    def generator_for_all_parts(self, name: str) -> torch.Generator:
-        """Make a generator keyed by (seed, name, step index): the same draws in all micro-batches of the step and in all processes.
-
-        For what a step has once, such as feedback weights that are drawn in each step; noise of examples comes from ``generator_for``.
-        """
-        part, self.part = self.part, 0
-        try:
-            return self.generator_for(name)
-        finally:
-            self.part = part
-
     def fills(self, name: str) -> bool:
         """Tell whether a group learns in this phase, and this process is to fill its gradients."""
         learns = self.phase.groups is None or name in self.phase.groups

@@ -87,6 +87,15 @@ class FeedbackWeights(nn.Module):
         return value
 
 
+def of_whole_step(step: Step, name: str) -> torch.Generator:
+    """Make a generator keyed by (seed, name, step index): the same draws in all micro-batches of a step and in all processes."""
+    part, step.part = step.part, 0
+    try:
+        return step.generator_for(name)
+    finally:
+        step.part = part
+
+
 class FeedbackRule(Rule):
     """Base of the rules: layers, credit block by block, and how far feedback and forward weights agree.
 
@@ -175,7 +184,7 @@ class FeedbackRule(Rule):
         return {self.layers[name]: value for name, value in found.items()}
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        backward = self.backward_weights(lambda: step.generator_for_all_parts("feedback"))
+        backward = self.backward_weights(lambda: of_whole_step(step, "feedback"))
         with replaced_backward(self.network, self._by_weight(backward), self._found):
             traces = self.network.traces(batch.inputs, input_grad="needed")
         scores = traces[-1].output.detach()
