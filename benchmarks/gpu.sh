@@ -74,7 +74,7 @@ tests() {
 
 bench() {
   local name
-  for name in trainer_overhead streamed noprop_step noprop_inference noprop_memory feedback_step forward_gradient_step forward_gradient_memory hebbian_step predictive_coding_step; do
+  for name in trainer_overhead streamed noprop_step noprop_inference noprop_memory feedback_step forward_gradient_step forward_gradient_memory gradient_free_memory hebbian_step local_losses_step predictive_coding_step; do
     result "$name-$DEVICE.json" && { echo "== $name: its result is there"; continue; }
     # $QUICK is empty or one word
     step "bench-$name" "$PYTHON" "benchmarks/$name.py" --device "$DEVICE" --save "$OUT" $QUICK

@@ -25,7 +25,10 @@ from bpfree.study.store import CellKey
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
 Run = Callable[..., dict[str, Any]]
-STEPS = ("feedback_step", "forward_gradient_step", "forward_gradient_memory", "hebbian_step", "local_losses_step", "predictive_coding_step")
+STEPS = (
+    *("feedback_step", "forward_gradient_step", "forward_gradient_memory", "gradient_free_memory", "hebbian_step"),
+    *("local_losses_step", "predictive_coding_step"),
+)
 
 
 @pytest.fixture

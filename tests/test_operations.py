@@ -320,7 +320,7 @@ def test_every_rule_and_twin_ends_with_its_budget_of_forward_passes(name: str, t
     config.evaluation = EvaluationConfig(test=False, alternatives=False)
     run = Trainer(recipe.build_rule(task.spec), task, config).fit()
     assert run.status == "finished"
-    learns_nothing = twin and name == "hebbian-norm"
+    learns_nothing = twin and name in ("forward-forward", "hebbian-norm")  # they predict by the untrained layers themselves
     assert run.result["train/forwards"] >= (0 if learns_nothing else 1250 if "softhebb" in name or twin else 2500)
 
 

@@ -107,11 +107,11 @@ def _qr(matrix: Any, mode: str = "reduced", *arguments: Any, **options: Any) -> 
     return math.prod(batch) * once * (1 if mode == "r" else 2)
 
 
-def _singular_values(matrix: Any, full: bool = False, vectors: bool = True, *arguments: Any, **options: Any) -> int:
+def _singular_values(matrix: Any, full_matrices: bool = False, compute_uv: bool = True, *arguments: Any, **options: Any) -> int:
     """Count Golub's and Reinsch's algorithm for matrices (..., m, n), with or without vectors: an estimate for the usual rounds."""
     *batch, m, n = (int(size) for size in matrix)
     least, most = min(m, n), max(m, n)
-    return math.prod(batch) * (14 * most * least**2 + 8 * least**3 if vectors else 4 * most * least**2 - 4 * least**3 // 3)
+    return math.prod(batch) * (14 * most * least**2 + 8 * least**3 if compute_uv else 4 * most * least**2 - 4 * least**3 // 3)
 
 
 FURTHER = {
