@@ -20,14 +20,19 @@ CHOSEN = {
 }
 
 
+NOT_PASSED = {
+    "evolution": {"trait-passes": "unmeasured"},
+    "sampled": {"no-host-sync": "waived", "resume": "unmeasured", "trait-downstream-weights": "unmeasured", "trait-passes": "unmeasured"},
+}
+"""Checks that an examination does not decide: of a rule that works with copies of its weights, and of one that does all in one step."""
+
+
 @pytest.mark.parametrize(
     "rule", [pytest.param(rule, marks=() if plugin == "core" else pytest.mark.slow) for plugin, rule in CHOSEN.items()]
 )
 def test_a_rule_of_each_plugin_passes(rule: str) -> None:
-    certificate = certify(rule, quick=True)
-    assert certificate.counts == {"passed": len(certificate.findings)}, "\n".join(
-        str(finding) for finding in certificate.findings if finding.status != "passed"
-    )
+    others = {finding.id: finding for finding in certify(rule, quick=True).findings if finding.status != "passed"}
+    assert {name: finding.status for name, finding in others.items()} == NOT_PASSED.get(rule, {}), "\n".join(map(str, others.values()))
 
 
 def test_no_shipped_plugin_is_left_out() -> None:
