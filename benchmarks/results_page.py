@@ -27,6 +27,7 @@ BESIDE = {
     "denormals": "denormals as they are",
     "feedback_step": "the case's step",
     "forward_gradient_step": "a forward pass; directions: one by one",
+    "gradient_free_functions": "SNES of EvoTorch",
     "hebbian_step": "a forward and a weight-gradient convolution",
     "local_losses_step": "the case's step",
     "noprop_inference": "one pass through the stems, or what the case names",
