@@ -190,6 +190,7 @@ def test_no_gradient_crosses_a_layer(make: Make, options: dict[str, Any]) -> Non
 
 
 def test_it_descends_its_objective_exactly() -> None:
+    """Oracle: one backward pass of the sum of all losses; ``same`` compares gradients by name."""
     rule = build(LocalErrors, convolutional(norm="batch"))
     batch = batch_for(rule.network)
     ours = gradients(rule, batch)

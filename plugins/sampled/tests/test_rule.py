@@ -345,7 +345,7 @@ def test_the_plan_says_what_is_sampled(digits: Task) -> None:
 
 @pytest.mark.parametrize("equations", ["pendulum", "henon-heiles"])
 def test_pictures_show_what_was_learned(equations: str, tmp_path: Path) -> None:
-    """An error that is measured here anew, at the corners of the map; and a figure of three panels."""
+    """A figure of three panels. Oracle of the map: the error at its corners, computed here a second time."""
     task = system(equations, rollout=12, box=[-1, 1])
     rule = energy_rule(task)
     trained(rule, task)

@@ -50,7 +50,7 @@ class SPSA(Rule):
         equation="g = 1/K sum_k (L(W + eps z_k) - L(W - eps z_k)) / (2 eps) z_k;  coordinates: g_i = (L(W + eps e_i) - L(W)) / eps",
         notes="Two evaluations for each direction, in eval mode. Rademacher directions have a smaller second moment than MeZO's gaussian "
         "ones: d |g|^2 instead of (d + 2) |g|^2. With one direction, noise=gaussian and epsilon=1e-3 a step is MeZO's. Coordinates are "
-        "drawn anew in each step, evenly; DeepZero keeps a set for five epochs and chooses it by ZO-GraSP. The default step size fits "
+        "a new set in each step, drawn evenly; DeepZero keeps a set for five epochs and chooses it by ZO-GraSP. The default step size fits "
         "small networks: it has to go down with the number of weights.",
     )
     config: SPSAConfig
