@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bpfree import Batch, Card, Network, Rule, Step, TaskSpec, Traits, always, option
+from bpfree import Batch, BpfreeError, Card, Network, Rule, Step, TaskSpec, Traits, always, option
 from bpfree_gradient_free.evaluating import follows_statistics, losses, outputs_of_stacks, searched
 from bpfree_gradient_free.layers import Layer, find_layers, run
 from bpfree_gradient_free.swarm import Memory, Swarms
@@ -109,7 +109,7 @@ class Particles(Rule):
         return "\n".join(lines)
 
     def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        raise NotImplementedError("learn moves the swarms")
+        raise BpfreeError("particles moves its swarms, so it gives no gradients", fix="call learn")
 
     def learn(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         with searched(self.network, batch.inputs):
