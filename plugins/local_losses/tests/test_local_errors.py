@@ -92,7 +92,7 @@ def test_predsim_is_the_weighted_sum_of_its_parts(make: Make) -> None:
     mapped = F.conv2d(features, head.match.weight, padding=1).std((2, 3)) if features.dim() == 4 else features @ head.match.weight.T
     labels = torch.corrcoef(F.one_hot(batch.targets, 5).double())
     matched = (torch.corrcoef(mapped) - labels).square().mean()
-    name, loss = next(iter(rule._losses(batch)))
+    name, loss = next(iter(rule.losses(batch)))
     assert name == "b1"
     torch.testing.assert_close(loss, 0.3 * decoded + 0.7 * matched, atol=1e-7, rtol=1e-7)
 
@@ -158,7 +158,7 @@ def test_losses_see_a_layer_before_its_dropout() -> None:
     found = {}
     for key, (dropout, place) in {"none": (0.0, "activation"), "before": (0.5, "activation"), "behind": (0.5, "output")}.items():
         rule = build(LocalErrors, dense(dropout=dropout), place=place)
-        found[key] = next(iter(rule._losses(batch_for(rule.network))))[1]
+        found[key] = next(iter(rule.losses(batch_for(rule.network))))[1]
     assert torch.equal(found["none"], found["before"])
     assert not torch.allclose(found["none"], found["behind"])
 
@@ -173,7 +173,7 @@ def test_no_gradient_crosses_a_layer(make: Make, options: dict[str, Any]) -> Non
     rule = build(LocalErrors, make(), zero=False, **options)
     batch = batch_for(rule.network)
     ours = gradients(rule, batch)
-    for name, loss in rule._losses(batch):
+    for name, loss in rule.losses(batch):
         rule.zero_grad()
         loss.backward()
         alone = {key: p.grad for key, p in rule.named_parameters() if p.grad is not None}

@@ -24,7 +24,7 @@ Make = Callable[[], Network]
 
 
 def losses(rule: Sigprop, batch: Batch) -> list[Tensor]:
-    return [loss for _, loss in rule._losses(batch)]
+    return [loss for _, loss in rule.losses(batch)]
 
 
 def streams(rule: Sigprop, batch: Batch, labels: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -180,7 +180,7 @@ def test_no_gradient_crosses_a_layer(make: Make) -> None:
     rule = build(Sigprop, make())
     batch = batch_for(rule.network)
     ours = gradients(rule, batch)
-    for name, loss in rule._losses(batch):
+    for name, loss in rule.losses(batch):
         rule.zero_grad()
         loss.backward()
         alone = {key: p.grad for key, p in rule.named_parameters() if p.grad is not None}

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree import Batch, Card, Network, OptimizerConfig, Rule, Step, TaskSpec, Traits, always, option
+from bpfree import Batch, Card, Network, OptimizerConfig, TaskSpec, Traits, always, option
 from bpfree.errors import UsageError
 from bpfree.network import replaced_backward
+from bpfree_local_losses.layers import LossOfEachBlock
 from bpfree_local_losses.places import activation, place_shapes, stream
 
 __all__ = ["LocalErrors", "LocalErrorsConfig", "LocalHead", "decoder_pooling", "similarity_matrix"]
@@ -32,7 +33,9 @@ class LocalErrorsConfig:
         False, "the authors' variant without weight transport inside a layer: fixed feedback of decoders, targets projected at random"
     )
     target_size: int = option(128, "entries of the projected targets", ge=1, needs={"bio": (True,)})
-    decoder_inputs: int = option(2048, "feature maps are pooled until a decoder has at most so many inputs (published: 1024 to 4096)", ge=1)
+    decoder_inputs: int = option(
+        2048, "feature maps are pooled until a decoder has no more inputs than this (published: 1024 to 4096)", ge=1
+    )
     zero: bool = option(True, "whether decoders and the network's readout begin at zero, as published")
     place: Literal["activation", "output"] = option(
         "activation", "what of a block the losses see: its last nonlinearity, before dropout and pooling, as published, or its output"
@@ -93,7 +96,7 @@ class LocalHead(nn.Module):
         return labels if self.projection is None else labels @ self.projection.T
 
 
-class LocalErrors(Rule):
+class LocalErrors(LossOfEachBlock):
     """Each layer learns from its own errors: a decoder's cross-entropy, and the distance between similarities of features and labels."""
 
     Config = LocalErrorsConfig
@@ -148,19 +151,7 @@ class LocalErrors(Rule):
             lines.append(f"{name}: {self.config.loss} of {where}{decoder}")
         return "\n".join(lines)
 
-    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        metrics: dict[str, Tensor] = {}
-        for name, loss in self._losses(batch):
-            metrics["loss" if name == self.network.readout else f"{name}/loss"] = loss.detach()
-            if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
-        return metrics
-
-    def objective(self, batch: Batch, step: Step) -> Tensor:
-        """Return the sum of all layers' losses and the readout's."""
-        return torch.stack([loss for _, loss in self._losses(batch)]).sum()
-
-    def _losses(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         """Yield each block's loss by name; one graph at a time is alive."""
         for trace, features in stream(self.network, batch.inputs, self.places):
             yield trace.name, self._loss(trace.name, features, batch) if trace.name in self.heads else self.spec.loss(features, batch)

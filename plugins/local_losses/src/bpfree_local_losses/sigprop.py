@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree import Batch, Card, Network, OptimizerConfig, Rule, Step, TaskSpec, Traits, UsageError, always, option
+from bpfree import Batch, Card, Network, OptimizerConfig, TaskSpec, Traits, UsageError, always, option
 from bpfree.network import kept_buffers, recorded_calls
 from bpfree_local_losses.labels import inputs_alone, labels_to_write
+from bpfree_local_losses.layers import LossOfEachBlock
 from bpfree_local_losses.places import batch_norms, before_pooling, flat_rows, has_dropout, place_shapes, rest, stream
 from bpfree_local_losses.similarity import Positives, loss_of_rows, positives
 
@@ -66,7 +67,7 @@ class Signal(nn.Module):
         return F.relu(self.norm(self.linear(labels))).view(len(labels), *self.shape)
 
 
-class Sigprop(Rule):
+class Sigprop(LossOfEachBlock):
     """A signal that is made of the label meets the data in every layer, and each layer learns from how similar the two are."""
 
     Config = SigpropConfig
@@ -166,19 +167,7 @@ class Sigprop(Rule):
 
     # --- learning -------------------------------------------------------------------------------------------------------
 
-    def credit(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        metrics: dict[str, Tensor] = {}
-        for name, loss in self._losses(batch):
-            metrics["loss" if name == self.network.readout else f"{name}/loss"] = loss.detach()
-            if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
-        return metrics
-
-    def objective(self, batch: Batch, step: Step) -> Tensor:
-        """Return the sum of all layers' losses."""
-        return torch.stack([loss for _, loss in self._losses(batch)]).sum()
-
-    def _losses(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         """Yield each block's loss by name; one graph at a time is alive."""
         classes = F.one_hot(labels_to_write(batch, self), self.spec.outputs).to(batch.inputs.dtype)
         labels = torch.eye(self.spec.outputs, dtype=classes.dtype, device=classes.device) if self.by_class else classes

@@ -1,7 +1,7 @@
 """Losses between the data's similarities to rows of a signal and the rows that should be most similar.
 
 A batch of N examples has rows of the signal: one for each example, or one for each class that stands for all examples of the class. A row
-that stands for ``counts`` equal ones is summed over as so many: with S the similarities of data and rows, and P_j the number of
+that stands for ``counts`` equal ones counts as that number of rows in sums: with S the similarities of data and rows, and P_j the number of
 positives that row j stands for,
 
     loss_i = sum_j P_ij (lse_i - S_ij),    lse_i = log sum_j counts_j exp(S_ij)
@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["Positives", "loss_of_rows", "positives"]
 
 ROUNDING = 100
-"""Similarities that differ from the largest by so many roundings are as large: those of equal rows may differ by some."""
+"""Similarities count as equal to the largest within this number of roundings, since those of equal rows may differ by a few."""
 Positives = Literal["label-direct", "max-all", "max-rand", "top-k"]
 
 
