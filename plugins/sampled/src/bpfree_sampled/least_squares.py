@@ -44,7 +44,7 @@ class QRSums(nn.Module):
 
     @property
     def rows_at_once(self) -> int:
-        """Rows that are best added together: so many that the factor, which is decomposed with them each time, weighs little."""
+        """Rows that are best added together: enough for the factor, which is decomposed with them each time, to weigh little."""
         return max(LEAST_ROWS, 4 * len(self.factor))
 
     @torch.no_grad()
