@@ -355,17 +355,21 @@ def test_pictures_show_what_was_learned(equations: str, tmp_path: Path) -> None:
     assert len(content["learned"]) == 3
     assert len(content["learned"][0]) == 13
     assert max(map(max, content["energies"])) < 0.1
-    corner = torch.zeros(1, task.spec.input_size, dtype=Double)
-    corner[0, 0], corner[0, task.spec.system.freedoms] = -1, 1  # the first row is that of the largest p
-    true = task.spec.system.energy(corner)
-    shown = content["errors"][0][0]
+    corners = torch.zeros(2, task.spec.input_size, dtype=Double)
+    corners[:, 0] = -1
+    corners[:, task.spec.system.freedoms] = torch.tensor([-1.0, 1.0])
+    true = task.spec.system.energy(corners)
+    shown = [row[0] for row in (content["errors"][0], content["errors"][-1])]  # rows in the order of their labels
     states = torch.zeros(len(content["places"]) ** 2, task.spec.input_size, dtype=Double)
     places = torch.tensor(content["places"], dtype=Double)
     states[:, [0, task.spec.system.freedoms]] = torch.cartesian_prod(places, places)
     largest = float(task.spec.system.energy(states).abs().max())
-    assert shown == pytest.approx(float((energies(rule, corner) - true).abs()) / largest, rel=1e-3)
+    assert shown == pytest.approx(((energies(rule, corners) - true).abs() / largest).tolist(), rel=1e-3)
+    assert abs(shown[0] - shown[1]) > 0.01 * max(shown)  # or the order could not be told
     drawn = pictures.draw(path, "a run").read_text()
     assert drawn.count('class="head"') == 3
+    _, p = content["names"]
+    assert 0 < drawn.index(f"{p} -1.00, ") < drawn.index(f"{p} +1.00, ")
     for text in ("phase portrait", "change of the true energy", "error of the energy"):
         assert text in drawn
 

@@ -71,7 +71,7 @@ def _errors(spec: HamiltonianSpec, outputs: Any) -> tuple[list[float], list[list
     states = torch.zeros(CELLS, CELLS, size, dtype=torch.float64)
     middle, half = (low + high) / 2, (high - low) / 2
     states[..., 0] = middle[0] + half[0] * places
-    states[..., d] = (middle[d] - half[d] * places)[:, None]  # the largest p above
+    states[..., d] = (middle[d] + half[d] * places)[:, None]
     origin = spec.corrected(doubled(outputs(torch.zeros(1, size, dtype=torch.float64))))[:1].cpu()
     made = spec.corrected(doubled(outputs(states.flatten(0, 1)))).cpu() - origin + spec.origin_energy
     true = spec.system.energy(states.flatten(0, 1))
@@ -88,7 +88,7 @@ def keep(folder: Path, rule: Rule, spec: HamiltonianSpec) -> Path:
 
 def add_plot(run: Run, path: Path) -> None:
     """Draw ``hamiltonian.json`` and add the plot to the run's artifacts; a failure is a warning."""
-    run_plots.add_plot(run, "the system", lambda: draw(path, f"{run.name}: the system"), path)
+    run_plots.add_plot(run, "the system", lambda: draw(path, f"{run.name}: learned (lines) and true (markers)"), path)
 
 
 def draw(path: Path, title: str) -> Path:
@@ -123,11 +123,11 @@ def _energies(content: Mapping[str, Any], keys: list[Key]) -> Panel:
 def _map(content: Mapping[str, Any]) -> Panel:
     names = [f"{place:+.2f}" for place in content["places"]]
     cells = [
-        [_shade(value, f"{content['names'][1]} {up}, {content['names'][0]} {across}") for across, value in zip(names, row, strict=True)]
-        for up, row in zip(reversed(names), content["errors"], strict=True)
+        [_shade(value, f"{content['names'][1]} {down}, {content['names'][0]} {across}") for across, value in zip(names, row, strict=True)]
+        for down, row in zip(names, content["errors"], strict=True)
     ]
     below = "log10 of the error over the largest energy"
-    axes = f"columns: {content['names'][0]}; rows, upwards: {content['names'][1]}; in half widths of the box"
+    axes = f"columns: {content['names'][0]}; rows, downwards: {content['names'][1]}; in half widths of the box"
     return shades("error of the energy", below, names, cells, small={}, axes=axes)
 
 
